@@ -1,0 +1,1 @@
+"""The mathematics of one-shot pruning, as pure functions of tensors."""

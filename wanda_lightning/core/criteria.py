@@ -1,0 +1,53 @@
+"""Criteria give each weight a score; the smallest scores are pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import Score, Weight
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """How much a weight matters, from its value and what enters its layer."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+        """Score every weight, in float32 or wider; higher survives."""
+        ...
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """The absolute value of the weight; needs no calibration data (Han et al. 2015)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, weight: Weight, inputs: InputStatistics | None = None) -> Score:
+        """Score by `|W|`."""
+        return _magnitude(weight)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Weight magnitude times the norm of the input it multiplies (Sun et al. 2024, eq. 1)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
+
+    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+        """Score by `|W| * ||x||`, the norm taken per input column over all calibration tokens."""
+        assert inputs is not None, "Wanda reads the inputs"
+        return _magnitude(weight) * inputs.norm()
+
+
+def _magnitude(weight: Weight) -> Score:
+    # float32 whatever the weight's dtype: in bf16 products of different weights fall together.
+    return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+CRITERIA: dict[str, type[Criterion]] = {"magnitude": Magnitude, "wanda": Wanda}

@@ -1,0 +1,55 @@
+"""Solvers give the final weights of a layer, zeros included.
+
+A solver gets criterion *and* pattern, because some choose and update column block by column block; "score, keep, zero"
+is the special case `ZeroOut`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+from wanda_lightning.core.criteria import Criterion
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import KeepMask, Weight
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """What becomes of a weight matrix."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(
+        self,
+        weight: Weight,
+        inputs: InputStatistics | None,
+        criterion: Criterion,
+        pattern: Pattern,
+        sparsity: float,
+    ) -> tuple[Weight, KeepMask]:
+        """Give the new weight, in the old one's dtype and zero where not kept, and what was kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class ZeroOut:
+    """Zero the pruned weights and leave the others exactly as they are."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(
+        self,
+        weight: Weight,
+        inputs: InputStatistics | None,
+        criterion: Criterion,
+        pattern: Pattern,
+        sparsity: float,
+    ) -> tuple[Weight, KeepMask]:
+        """Score, choose, zero."""
+        keep = pattern(criterion(weight, inputs), sparsity)
+        return weight.masked_fill(~keep, 0), keep
+
+
+SOLVERS: dict[str, type[Solver]] = {"zero_out": ZeroOut}

@@ -1,0 +1,17 @@
+"""Names for the shapes that the whole package speaks of.
+
+Polarity: in a `KeepMask`, True survives and False becomes zero.
+"""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Weight = Float[Tensor, "d_out d_in"]
+Score = Float[Tensor, "d_out d_in"]
+KeepMask = Bool[Tensor, "d_out d_in"]
+Tokens = Float[Tensor, "tokens d_in"]
+PerInput = Float[Tensor, " d_in"]
+Groups = Float[Tensor, "groups size"]
+KeepGroups = Bool[Tensor, "groups size"]
+
+__all__ = ["Groups", "KeepGroups", "KeepMask", "PerInput", "Score", "Tokens", "Weight"]
