@@ -1,0 +1,224 @@
+"""Run all calibration batches through any model together, stopping at each unit.
+
+The model's own forward runs unchanged, once for each batch, each in its own thread. While the engine is active the
+`forward` of every unit parks the batch that calls it. Only one thread runs at a time: the scheduler (the caller's
+thread) or one batch. The scheduler advances the batches until each is parked or has finished, hands the parked calls of
+one unit to the caller, who may run the unit on them, change its weights, or both; then it runs the unit on each call,
+hands the output back, and goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Forward = Callable[..., Any]
+
+
+class _Ambient:
+    """What PyTorch keeps for each thread and a forward pass depends on: autocast and the current device."""
+
+    def __init__(self) -> None:
+        devices = {"cpu"}
+        if torch.accelerator.is_available():
+            devices.add(cast(torch.device, torch.accelerator.current_accelerator()).type)
+        self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
+        self._cuda_device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if self._cuda_device is not None:
+                stack.enter_context(torch.cuda.device(self._cuda_device))
+            for device, enabled, dtype in self._autocast:
+                # No cache: it would hand the cast of a weight from before pruning to the run after it.
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch parked at the entry of a unit, with what the unit was called with.
+
+    Attributes:
+        batch: Index of the batch.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    batch: int
+    forward: Forward
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    ambient: _Ambient
+
+    def run(self) -> Any:
+        """Run the unit as the batch would."""
+        with self.ambient.entered():
+            return self.forward(*self.args, **self.kwargs)
+
+    def run_on_copies(self) -> bool:
+        """Run the unit on copies of its tensors and say whether it wrote into them."""
+        with self.ambient.entered():
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            before = [tensor._version for tensor in tensors]
+            self.forward(*args, **kwargs)
+            return before != [tensor._version for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """All batches that are parked at one unit.
+
+    Attributes:
+        unit: Index of the unit.
+        calls: One call for each batch that is there, to be read once; a batch that is elsewhere or done is missing.
+    """
+
+    unit: int
+    calls: Iterable[Call]
+
+
+class _EndOfJourney(BaseException):
+    """Ends a batch's thread at its next stop; not an Exception, so that no model catches it."""
+
+
+class _Traveller(threading.Thread):
+    """One batch on its way through the model."""
+
+    def __init__(self, batch: int, forward: Callable[[], object], ambient: _Ambient) -> None:
+        super().__init__(name=f"calibration batch {batch}", daemon=True)
+        self.batch = batch
+        self.call: Call | None = None
+        self.unit = -1
+        self._forward: Callable[[], object] | None = forward
+        self._ambient = ambient
+        self._output: Any = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(self) -> None:
+        """Run the model's forward, between the scheduler's turns."""
+        self._go.acquire()
+        try:
+            if not self._cancelled:
+                assert self._forward is not None
+                with self._ambient.entered():
+                    self._forward()
+        except _EndOfJourney:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.call = self._forward = None
+            self._back.release()
+
+    def park(self, unit: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Wait at a unit for its output (called in the batch's thread)."""
+        self.unit, self.call = unit, Call(self.batch, forward, args, kwargs, _Ambient())
+        del args, kwargs
+        self._back.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise _EndOfJourney
+        output, self._output = self._output, None
+        return output
+
+    def advance(self, output: Any = None) -> None:
+        """Let the batch go on to its next stop (called in the scheduler's thread)."""
+        self.call, self._output = None, output
+        del output
+        self._go.release()
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """End the thread, wherever it is."""
+        self._cancelled = True
+        self._go.release()
+        self.join()
+
+
+@contextmanager
+def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
+    """Wrap the forward of every unit, so that batches park there."""
+    original = [unit.__dict__.get("forward") for unit in units]
+
+    def parked(index: int, forward: Forward) -> Forward:
+        def forward_or_park(*args: Any, **kwargs: Any) -> Any:
+            thread = threading.current_thread()
+            if isinstance(thread, _Traveller):
+                return thread.park(index, forward, args, kwargs)
+            return forward(*args, **kwargs)
+
+        return forward_or_park
+
+    try:
+        for index, unit in enumerate(units):
+            unit.__dict__["forward"] = parked(index, unit.forward)
+        yield
+    finally:
+        for unit, forward in zip(units, original, strict=True):
+            if forward is None:
+                unit.__dict__.pop("forward", None)
+            else:
+                unit.__dict__["forward"] = forward
+
+
+def lockstep(forwards: Sequence[Callable[[], object]], units: Sequence[nn.Module]) -> Iterator[Stop]:
+    """Stop once at each unit that a batch reaches, with all batches that are there.
+
+    After a stop, the unit runs with the weights that it then has, and the batches go on. A batch that comes to a unit
+    again (shared weights) runs through it. After the last unit every batch ends where it is: nothing behind it is
+    computed. Batches may be at different units; the first unit in the given order is next.
+
+    Args:
+        forwards: One forward pass for each batch.
+        units: Disjoint modules, in the order in which a tie between waiting units is decided.
+
+    Yields:
+        The stops. Closing the generator, or an exception, ends all threads and restores the modules.
+
+    Raises:
+        BaseException: What a forward pass raises, with its own traceback.
+    """
+    ambient = _Ambient()
+    travellers = [_Traveller(batch, forward, ambient) for batch, forward in enumerate(forwards)]
+    pending = set(range(len(units)))
+    with _parking(units):
+        try:
+            for traveller in travellers:
+                traveller.start()
+                traveller.advance()
+            while waiting := [traveller for traveller in travellers if traveller.call is not None]:
+                unit = min(traveller.unit for traveller in waiting)
+                here = [traveller for traveller in waiting if traveller.unit == unit]
+                if unit in pending:
+                    yield Stop(unit, tuple(cast(Call, traveller.call) for traveller in here))
+                    pending.remove(unit)
+                    if not pending:
+                        return
+                for traveller in here:
+                    traveller.advance(cast(Call, traveller.call).run())
+        finally:
+            for traveller in travellers:
+                if traveller.is_alive():
+                    traveller.cancel()
+
+
+def abreast(forwards: Iterable[Callable[[], object]]) -> Stop:
+    """The stop before the whole model: each batch at its entry, nothing computed yet, drawn one by one."""
+    ambient = _Ambient()
+    return Stop(0, (Call(batch, forward, (), {}, ambient) for batch, forward in enumerate(forwards)))

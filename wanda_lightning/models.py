@@ -1,0 +1,451 @@
+"""What there is to prune in a model, and why the rest is left alone.
+
+The only file that knows layer types and model families.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Granularity = Literal["block", "layer", "model"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+_STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
+_IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one type of layer is seen as a matrix product `tokens @ weight.T`.
+
+    Attributes:
+        layer_type: The class; subclasses count if they keep its forward.
+        read: The weight as (d_out, d_in), a view where the layout allows.
+        write: Puts such a matrix back into the layer's own parameter.
+        tokens: What the layer was called with, as (tokens, d_in).
+        window: What else than the tensor itself decides its tokens; layers with one input and one window share
+            statistics.
+    """
+
+    layer_type: type[nn.Module]
+    read: Callable[[Any], Tensor]
+    write: Callable[[Any, Tensor], None]
+    tokens: Callable[[Any, Tensor], Tensor]
+    window: Callable[[Any], object]
+
+
+def _write_linear(layer: nn.Linear, weight: Tensor) -> None:
+    layer.weight.copy_(weight)
+
+
+def _write_conv1d(layer: Any, weight: Tensor) -> None:
+    layer.weight.copy_(weight.t())
+
+
+# Kernel positions outside, input channels inside: N:M groups are then consecutive channels of one kernel position,
+# the reduction order of sparse implicit-GEMM convolutions.
+def _read_conv2d(layer: nn.Conv2d) -> Tensor:
+    return layer.weight.permute(0, 2, 3, 1).reshape(layer.out_channels, -1)
+
+
+def _write_conv2d(layer: nn.Conv2d, weight: Tensor) -> None:
+    channels, (height, width) = layer.in_channels, layer.kernel_size
+    layer.weight.copy_(weight.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
+
+
+def _conv2d_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    if images.ndim == 3:
+        images = images.unsqueeze(0)
+    if layer.padding_mode != "zeros":
+        images = F.pad(images, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    elif any(layer._reversed_padding_repeated_twice):
+        images = F.pad(images, layer._reversed_padding_repeated_twice)
+    if layer.kernel_size == (1, 1):
+        vertical, horizontal = layer.stride
+        return images[:, :, ::vertical, ::horizontal].permute(0, 2, 3, 1).flatten(0, 2)
+    columns = F.unfold(images, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    columns = columns.unflatten(1, (layer.in_channels, -1))  # (batch, channels, kernel positions, places)
+    return columns.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+
+
+def _conv2d_window(layer: nn.Conv2d) -> object:
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode
+
+
+@cache
+def layer_kinds() -> dict[str, LayerKind]:
+    """The layer types that can be pruned, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        "Linear": LayerKind(
+            nn.Linear, lambda layer: layer.weight, _write_linear, lambda layer, x: x.flatten(0, -2), lambda layer: ()
+        ),
+        "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
+            Conv1D, lambda layer: layer.weight.t(), _write_conv1d, lambda layer, x: x.flatten(0, -2), lambda layer: ()
+        ),
+        "Conv2d": LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _conv2d_window),
+    }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable matrix and the module that it lives in."""
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+
+    def read(self) -> Tensor:
+        """The weight as (d_out, d_in)."""
+        return self.kind.read(self.module).detach()
+
+    def write(self, weight: Tensor) -> None:
+        """Put a (d_out, d_in) matrix back, in place."""
+        self.kind.write(self.module, weight)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """What the layer was called with, as (tokens, d_in)."""
+        return self.kind.tokens(self.module, x)
+
+    @property
+    def window(self) -> object:
+        """Layers with the same input tensor and an equal window have the same tokens."""
+        return self.kind.layer_type, self.kind.window(self.module)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter itself, in its own shape."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Where calibration batches stop: a block, a layer, or (module None) the model as a whole."""
+
+    name: str
+    module: nn.Module | None
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A matrix that is left as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    unprunable: bool = False  # integer or packed weights: the user must decide, see `PruningConfig`
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Every matrix of a model: to be pruned, in units, or skipped with a reason."""
+
+    units: tuple[Unit, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers to be pruned, in walk order."""
+        return tuple(layer for unit in self.units for layer in unit.layers)
+
+
+def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ()) -> Walk:
+    """Find the layers to prune, group them in units, and give every other matrix its reason.
+
+    Works on any device, the meta device included.
+
+    Args:
+        model: Any module.
+        granularity: `"block"`, `"layer"` or `"model"`: what the units are.
+        skip: Layers to leave dense: module names (with everything inside), globs, or `re:` and a regular expression
+            that matches a whole name.
+
+    Raises:
+        ValueError: If the granularity is unknown or a `skip` matches no matrix.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {granularity!r} was given")
+    modules = dict(model.named_modules())
+    reasons = _reasons_to_skip(model, modules)
+    layers: list[Layer] = []
+    owner: dict[int, str] = {}
+    skipped: list[Skipped] = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim < 2:
+            continue
+        module_name, _, parameter_name = name.rpartition(".")
+        module = modules.get(module_name)
+        if module is None:  # the same module under a second name
+            continue
+        layer = _as_layer(module_name, module) if parameter_name == "weight" else None
+        label = module_name if parameter_name == "weight" and module_name else name
+        if id(parameter) in owner:
+            skipped.append(Skipped(label, tuple(parameter.shape), f"tied to {owner[id(parameter)]}"))
+            continue
+        owner[id(parameter)] = label
+        if _is_packed(parameter):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            skipped.append(Skipped(label, tuple(parameter.shape), f"{dtype} weights cannot be pruned in place", True))
+        elif parameter_name == "weight" and module_name in reasons:
+            skipped.append(Skipped(label, tuple(parameter.shape), reasons[module_name]))
+        elif layer is None:
+            skipped.append(Skipped(label, tuple(parameter.shape), _why_no_layer(module, parameter_name)))
+        else:
+            layers.append(layer)
+    layers, left_out = _leave_out(layers, skipped, skip)
+    return Walk(_units(model, modules, layers, granularity), left_out)
+
+
+def _as_layer(name: str, module: nn.Module) -> Layer | None:
+    for kind in layer_kinds().values():
+        if isinstance(module, kind.layer_type):
+            keeps_forward = type(module).forward is kind.layer_type.forward
+            return Layer(name, module, kind) if keeps_forward and not parametrize.is_parametrized(module) else None
+    return None
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    return not parameter.is_floating_point() or parameter.element_size() < 2
+
+
+def _why_no_layer(module: nn.Module, parameter_name: str) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, parametrize.ParametrizationList):
+        return "parametrised: make it an ordinary weight first, with remove_parametrizations"
+    for known in layer_kinds().values():
+        if isinstance(module, known.layer_type) and parameter_name == "weight":
+            return f"{type(module).__module__}.{kind} overrides the forward of {known.layer_type.__name__}"
+    return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
+
+
+def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Default reasons by module name, for layers of a prunable kind."""
+    reasons: dict[str, str] = {}
+    convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+    heads = set().union(*(_heads(module) for module in modules.values()))
+    stems = [(name, pattern) for name, module in modules.items() for pattern in _timm_stems(module)]
+    for name, module in modules.items():
+        if module in heads:
+            reasons[name] = "output head"
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            depthwise = module.groups == module.in_channels
+            reasons[name] = f"{'depthwise' if depthwise else 'grouped'} convolution ({module.groups} groups)"
+        elif isinstance(module, nn.Conv2d) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
+            reasons[name] = f"stem: reads the raw image ({module.in_channels} channels)"
+        elif _STEM.search(name) or any(
+            name.startswith(prefix) and pattern.match(name[len(prefix) :].lstrip(".")) for prefix, pattern in stems
+        ):
+            reasons[name] = "stem or patch embedding"
+    return reasons
+
+
+def _heads(module: nn.Module) -> set[nn.Module]:
+    """Modules that belong to the output head which this (sub)model declares."""
+    tops: list[Any] = []
+    if callable(get_output_embeddings := getattr(module, "get_output_embeddings", None)):
+        tops.append(get_output_embeddings())
+    if callable(get_classifier := getattr(module, "get_classifier", None)):
+        classifier = get_classifier()
+        tops.extend(classifier if isinstance(classifier, tuple | list) else [classifier])
+    body = getattr(module, "base_model", None)
+    if tops and isinstance(body, nn.Module) and body is not module:  # a transformers model with a task on top
+        tops.extend(child for child in module.children() if child is not body)
+    return {inner for top in tops if isinstance(top, nn.Module) for inner in top.modules()}
+
+
+def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
+    """How a timm model itself names its stem, as expressions that match at the start of a parameter's name."""
+    if not callable(group_matcher := getattr(module, "group_matcher", None)):
+        return []
+    stem = group_matcher(coarse=False).get("stem", ())
+    return [re.compile(pattern) for pattern in ([stem] if isinstance(stem, str) else stem) if isinstance(pattern, str)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def _leave_out(
+    layers: list[Layer], skipped: list[Skipped], skip: Sequence[str]
+) -> tuple[list[Layer], tuple[Skipped, ...]]:
+    names = [layer.name for layer in layers] + [other.name for other in skipped]
+    for pattern in skip:
+        if not any(_matches(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            nearest = f"the nearest is {near[0]!r}" if near else "the model has none"
+            raise ValueError(
+                f"skip={pattern!r} matches no matrix of the model; {nearest}. "
+                "Give a module name, a glob such as '*.down_proj', or 're:' and a regular expression."
+            )
+
+    def by_user(name: str) -> str | None:
+        return next((pattern for pattern in skip if _matches(name, pattern)), None)
+
+    kept = [layer for layer in layers if by_user(layer.name) is None]
+    left = [
+        Skipped(layer.name, tuple(layer.parameter.shape), f"skip={pattern!r}")
+        for layer in layers
+        if (pattern := by_user(layer.name)) is not None
+    ]
+    # What the user named is decided: packed weights among it are no longer in the way.
+    decided = [Skipped(s.name, s.shape, s.reason, s.unprunable and by_user(s.name) is None) for s in skipped]
+    return kept, (*decided, *left)
+
+
+def _units(model: nn.Module, modules: dict[str, nn.Module], layers: list[Layer], granularity: str) -> tuple[Unit, ...]:
+    if granularity == "model":
+        return (Unit("", None, tuple(layers)),) if layers else ()
+    blocks = _blocks(modules, layers) if granularity == "block" else {}
+    members: dict[str, list[Layer]] = {}
+    for layer in layers:
+        inside = [name for name in blocks if layer.name.startswith(f"{name}.")]
+        members.setdefault(inside[0] if inside else layer.name, []).append(layer)
+    return tuple(Unit(name, modules[name], tuple(inner)) for name, inner in members.items())
+
+
+def _blocks(modules: dict[str, nn.Module], layers: list[Layer]) -> dict[str, nn.Module]:
+    """The repeated parts of a model, by name; none lies in another.
+
+    transformers says it by class: what can be gradient-checkpointed. Elsewhere a block is a member of a list or
+    sequence that holds at least two layers and no smaller such member (a stage of blocks is not a block).
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    counts = dict.fromkeys(modules, 0)
+    for layer in layers:
+        parts = layer.name.split(".")
+        for length in range(len(parts)):
+            prefix = ".".join(parts[:length])
+            if prefix in counts:
+                counts[prefix] += 1
+    declared = [name for name, m in modules.items() if isinstance(m, GradientCheckpointingLayer) and counts[name]]
+    listed = [
+        f"{name}.{child}" if name else child
+        for name, container in modules.items()
+        if isinstance(container, nn.ModuleList | nn.Sequential)
+        for child, member in container.named_children()
+        if not isinstance(member, nn.ModuleList | nn.Sequential)
+    ]
+    listed = [name for name in listed if counts.get(name, 0) >= 2]
+    # Inside a model of transformers its own word counts.
+    listed = [
+        name for name in listed if not any(name.startswith(f"{d}.") or d.startswith(f"{name}.") for d in declared)
+    ]
+    candidates = declared + [name for name in listed if name not in declared]
+    innermost = [name for name in candidates if not any(other.startswith(f"{name}.") for other in candidates)]
+    return {name: modules[name] for name in innermost}
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Which tokens of a batch are real.
+
+    Attributes:
+        inside: Name of the module whose tokens these are; `""` for the whole model.
+        keep: (batch, tokens); True is a token, False is padding.
+    """
+
+    inside: str
+    keep: Tensor
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a layer's input has one row for each token of this mask."""
+        return x.shape[:-1] == self.keep.shape or (x.ndim == 2 and len(x) == self.keep.numel())
+
+
+def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
+    """The padding of a batch, from its `attention_mask` (an encoder's) and `decoder_attention_mask`.
+
+    Empty where the batch has none, or no padding.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("attention_mask"), Tensor):
+        return ()
+    masks = [TokenMask("", batch["attention_mask"].bool())]
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
+            encoder = next(inner for inner, other in model.named_modules() if other is module.get_encoder())
+            masks = [TokenMask(encoder, masks[0].keep)]
+            decoded = (batch.get(key) for key in ("decoder_attention_mask", "decoder_input_ids", "labels"))
+            mask = next((tensor for tensor in decoded if isinstance(tensor, Tensor)), None)
+            if mask is not None:
+                given = "decoder_attention_mask" in batch
+                masks.append(TokenMask(name, mask.bool() if given else torch.ones_like(mask, dtype=torch.bool)))
+            break
+    usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
+    return usable if any(not mask.keep.all() for mask in usable) else ()
+
+
+def meta_model(name: str, cache_dir: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """A model without weights, from its configuration alone, on the meta device.
+
+    Args:
+        name: Hub id, folder or .gguf file of a language model; or `timm:NAME` of an image classifier.
+        cache_dir: Where downloads from the hub are kept.
+        trust_remote_code: Run the code that comes with a hub model.
+
+    Raises:
+        OSError: If there is no such configuration.
+        ValueError: If timm knows no such model.
+    """
+    with torch.device("meta"):
+        if name.startswith("timm:"):
+            import timm
+
+            try:
+                return timm.create_model(name.removeprefix("timm:"), pretrained=False)
+            except RuntimeError as error:
+                near = difflib.get_close_matches(name.removeprefix("timm:"), timm.list_models(), n=3)
+                raise ValueError(f"timm cannot make {name!r}: {error}. Near names: {', '.join(near)}") from error
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        source: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+        if name.endswith(".gguf"):
+            path = Path(name)
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no GGUF file {name}")
+            name, source["gguf_file"] = str(path.parent), path.name
+        config = AutoConfig.from_pretrained(name, **source)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """The model as calibration needs it: evaluation mode, no key-value cache, every layer called as a module."""
+    training = [module for module in model.modules() if module.training]
+    configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        for config, _ in caching:
+            config.use_cache = False  # a block that runs twice would append its keys twice
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer reads weights past its layers
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for config, use_cache in caching:
+            config.use_cache = use_cache
+        torch.backends.mha.set_fastpath_enabled(fast_path)

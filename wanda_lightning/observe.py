@@ -1,0 +1,173 @@
+"""Collect the statistics of what enters each layer of a unit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.lockstep import Call
+from wanda_lightning.models import Layer, TokenMask, Unit
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """Which tensor this was, without keeping it alive: layers fed the same one (q, k, v) share its statistics."""
+
+    reference: weakref.ref[Tensor]
+    version: int
+    window: object
+
+    @classmethod
+    def of(cls, tensor: Tensor, layer: Layer) -> _Identity:
+        return cls(weakref.ref(tensor), _version(tensor), layer.window)
+
+    def is_also(self, tensor: Tensor, layer: Layer) -> bool:
+        unchanged = self.reference() is tensor and self.version == _version(tensor)
+        return unchanged and self.window == layer.window
+
+
+@dataclass
+class _Seen:
+    """One tensor of one batch, the layers that it entered, and its sums."""
+
+    identity: _Identity
+    layers: list[str]
+    statistics: InputStatistics
+
+
+@dataclass
+class Observer:
+    """Reads what the calibration batches bring to the layers of a unit.
+
+    Layers with the same input share one `InputStatistics` object.
+
+    Args:
+        needs: Names of the sums to keep.
+        masks: For each batch, its padding.
+        tick: Called after each batch.
+    """
+
+    needs: frozenset[str]
+    masks: Sequence[tuple[TokenMask, ...]]
+    tick: Callable[[], None] = lambda: None
+    padding_counted: set[str] = field(default_factory=set)
+    _last: tuple[list[_Identity], InputStatistics] | None = None
+
+    def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
+        """Statistics for each layer of the unit that a batch reached.
+
+        Raises:
+            ValueError: If an input holds NaN or infinity; names layer and batch.
+        """
+        if unit.module is not None and len(unit.layers) == 1 and unit.module is unit.layers[0].module:
+            return {unit.layers[0].name: self._read_parked(unit.layers[0], calls)}
+        return self._run_and_watch(unit, calls)
+
+    def _read_parked(self, layer: Layer, calls: Iterable[Call]) -> InputStatistics:
+        """The unit is a layer: its input is there already, and nothing runs."""
+        calls = tuple(calls)
+        inputs = [_input(call.args, call.kwargs) for call in calls]
+        if self._last is not None:
+            identities, statistics = self._last
+            if len(identities) == len(inputs) and all(
+                identity.is_also(x, layer) for identity, x in zip(identities, inputs, strict=True)
+            ):
+                return statistics
+        statistics = InputStatistics(self.needs)
+        parts = []
+        for call, x in zip(calls, inputs, strict=True):
+            parts.append(([layer.name], call.batch, self._sums(layer, call.batch, x)))
+            statistics.merge(parts[-1][2])
+            self.tick()
+        _refuse_nonfinite(parts)
+        self._last = ([_Identity.of(x, layer) for x in inputs], statistics)
+        return statistics
+
+    def _run_and_watch(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
+        shared: dict[tuple[str, ...], InputStatistics] = {}
+        parts = []
+        runs_twice = unit.module is not None
+        writes_into_inputs = runs_twice  # until the first call has shown that it does not
+        for call in calls:
+            seen: list[_Seen] = []
+            with ExitStack() as hooks:
+                for layer in unit.layers:
+                    hook = self._hook(layer, call.batch, seen)
+                    handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+                    hooks.callback(handle.remove)
+                if writes_into_inputs:
+                    writes_into_inputs = call.run_on_copies()
+                else:
+                    call.run()
+            for entry in seen:
+                parts.append((entry.layers, call.batch, entry.statistics))
+                shared.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
+            self.tick()
+        _refuse_nonfinite(parts)
+        return {
+            layer.name: _total([statistics for names, statistics in shared.items() if layer.name in names])
+            for layer in unit.layers
+            if any(layer.name in names for names in shared)
+        }
+
+    def _hook(self, layer: Layer, batch: int, seen: list[_Seen]) -> Callable[..., None]:
+        def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _input(args, kwargs)
+            for entry in seen:
+                if entry.identity.is_also(x, layer):
+                    entry.layers.append(layer.name)
+                    return
+            seen.append(_Seen(_Identity.of(x, layer), [layer.name], self._sums(layer, batch, x)))
+
+        return read_input
+
+    def _sums(self, layer: Layer, batch: int, x: Tensor) -> InputStatistics:
+        tokens = layer.tokens(x)
+        masks = self.masks[batch]
+        if masks and not isinstance(layer.module, nn.Conv2d):
+            own_first = sorted(masks, key=lambda mask: not f"{layer.name}.".startswith(f"{mask.inside}."))
+            mask = next((mask for mask in own_first if mask.fits(x)), None)
+            if mask is None:
+                self.padding_counted.add(layer.name)
+            else:
+                tokens = tokens[mask.keep.flatten().to(tokens.device)]
+        statistics = InputStatistics(self.needs)
+        statistics.update(tokens)
+        return statistics
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(x, Tensor)
+    return x
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _total(parts: list[InputStatistics]) -> InputStatistics:
+    if len(parts) == 1:
+        return parts[0]
+    total = InputStatistics(parts[0].needs)
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+def _refuse_nonfinite(parts: list[tuple[list[str], int, InputStatistics]]) -> None:
+    parts = [part for part in parts if part[2].count]
+    if not parts or torch.stack([statistics.finite() for _, _, statistics in parts]).all():
+        return  # one wait for the device per unit, not one per batch and layer
+    layers, batch = next((layers, batch) for layers, batch, statistics in parts if not statistics.finite())
+    raise ValueError(
+        f"the input of {', '.join(layers)} holds NaN or infinity in calibration batch {batch} (counted from 0). "
+        "Scores would be meaningless: check that batch, or use a wider dtype (bfloat16 or float32)."
+    )
