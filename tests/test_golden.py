@@ -1,0 +1,133 @@
+"""Equal to the reference implementation, on the tiny random models in `golden/`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from wanda_lightning import EqualShare, Magnitude, Unstructured, Wanda, prune
+from wanda_lightning.core.patterns import pattern_named
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def llama():
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def opt():
+    config = OPTConfig(
+        hidden_size=64,
+        ffn_dim=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=256,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+    )
+    return OPTForCausalLM(config)
+
+
+def load_dense(name):
+    if name in ("llama", "opt"):
+        model = {"llama": llama, "opt": opt}[name]()
+    else:
+        model = timm.create_model(**json.loads((GOLDEN / f"{name}.json").read_text())["spec"])
+    weights = load_file(GOLDEN / f"{name}_dense.safetensors")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    return model.eval()
+
+
+def runs(name):
+    entries = json.loads((GOLDEN / f"{name}.json").read_text())
+    for run in entries if isinstance(entries, list) else entries["runs"]:
+        if run["tag"].startswith(("magnitude", "wanda")):
+            yield pytest.param(name, run, id=f"{name}-{run['tag']}")
+
+
+def expected_keep(name, tag, weights):
+    packed = load_file(GOLDEN / f"{name}_pruned.safetensors")
+    keep = {}
+    for key, bits in packed.items():
+        if key.startswith(f"{tag}/keep/"):
+            shape = weights[key.split("/")[-1]].shape
+            flat = np.unpackbits(bits.numpy())[: shape.numel()].astype(bool)
+            keep[key.split("/")[-1]] = torch.from_numpy(flat).reshape(shape)
+    assert keep
+    return keep
+
+
+@pytest.mark.parametrize(("name", "run"), [*runs("llama"), *runs("opt")])
+def test_language_models(name, run):
+    method, sparsity, kind, *variant = run["tag"].split("_")
+    model = load_dense(name)
+    ids = load_file(GOLDEN / "calibration.safetensors")["input_ids"]
+    if kind != "unstructured":
+        pattern = pattern_named(kind)
+    elif variant:
+        pattern = EqualShare()
+    else:
+        pattern = Unstructured("layer" if method == "magnitude" else "row")
+    criterion = {"magnitude": Magnitude(), "wanda": Wanda()}[method]
+
+    report = prune(model, [ids[i : i + 1] for i in range(8)], float(sparsity), criterion=criterion, pattern=pattern)
+
+    check_masks(name, run, model, allow_one_more=method == "magnitude" and kind == "unstructured")
+    assert report.sparsity == pytest.approx(run["sparsity"], abs=2e-4)
+    if method == "wanda":
+        with torch.no_grad():
+            logits = model(ids[:1], use_cache=False).logits
+        assert logits.abs().mean().item() == pytest.approx(run["logits_absmean"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "run"), [*runs("vit"), *runs("convnext")])
+def test_image_classifiers(name, run):
+    method, sparsity, group = run["tag"].split("_")
+    model = load_dense(name)
+    images = load_file(GOLDEN / "images.safetensors")["images"]
+    report = prune(
+        model,
+        list(images.split(4)),
+        float(sparsity),
+        criterion={"magnitude": Magnitude(), "wanda": Wanda()}[method],
+        pattern=Unstructured(group),
+        granularity="model",
+        skip=["*.downsample.*"] if name == "convnext" else [],  # the reference leaves these dense
+    )
+
+    check_masks(name, run, model, allow_one_more=group == "layer")
+    assert report.sparsity == pytest.approx(run["sparsity"], abs=3e-4)
+    if group == "row":
+        with torch.no_grad():
+            assert model(images).abs().mean().item() == pytest.approx(run["logits_absmean"], rel=1e-5)
+
+
+def check_masks(name, run, model, allow_one_more):
+    """The reference's layer-wise threshold prunes with `<=`: one more than the count."""
+    weights = model.state_dict()
+    for parameter, keep in expected_keep(name, run["tag"], weights).items():
+        ours = weights[parameter] != 0
+        if allow_one_more:
+            assert (ours & ~keep).sum() <= 1, parameter
+            assert not (~ours & keep).any(), parameter
+        else:
+            assert torch.equal(ours, keep), parameter

@@ -1,0 +1,352 @@
+"""Prune a model in one shot: the only place that knows the order of the steps."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
+from wanda_lightning.core.criteria import CRITERIA, Criterion, Wanda
+from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
+from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.lockstep import Stop, abreast, lockstep
+from wanda_lightning.models import GRANULARITIES, Layer, TokenMask, Walk, calibrating, token_masks, walk
+from wanda_lightning.observe import Observer
+from wanda_lightning.progress import ProgressBar
+from wanda_lightning.report import PrunedLayer, PruningReport, SkippedMatrix
+
+log = logging.getLogger(__name__)
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """The five independent choices, and what to leave out. Names become objects here.
+
+    Attributes:
+        sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
+        criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one.
+        pattern: Where zeros may fall: `Unstructured()`, `NM(2, 4)`, `EqualShare()`, or a name such as `"2:4"`.
+        allocation: Spreads the sparsity over the layers: `Uniform()`, or a name.
+        solver: Gives the final weights: `ZeroOut()`, or a name.
+        granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
+            `"layer"` (everything before is pruned) or `"model"` (the dense model).
+        skip: Layers to leave dense: names, globs, or `re:` expressions.
+
+    Raises:
+        ValueError: If a value is out of range or a name is unknown.
+    """
+
+    sparsity: float = 0.5
+    criterion: Criterion | str = field(default_factory=Wanda)
+    pattern: Pattern | str = field(default_factory=Unstructured)
+    allocation: Allocation | str = field(default_factory=Uniform)
+    solver: Solver | str = field(default_factory=ZeroOut)
+    granularity: str = "block"
+    skip: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity is the fraction of weights that become zero, in [0, 1), but {self.sparsity:g} was given"
+            )
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
+        resolved = {
+            "criterion": _named("criterion", CRITERIA, self.criterion),
+            "pattern": pattern_named(self.pattern) if isinstance(self.pattern, str) else self.pattern,
+            "allocation": _named("allocation", ALLOCATIONS, self.allocation),
+            "solver": _named("solver", SOLVERS, self.solver),
+            "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        if isinstance(self.pattern, NM) and isinstance(self.allocation, Uniform):
+            self.pattern.check(self.sparsity, "the model", self.pattern.m)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that criterion and solver read; empty means no calibration data."""
+        return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
+
+    def describe(self) -> dict[str, Any]:
+        """Every value as plain data, for the report."""
+        return {name: _describe(value) for name, value in vars(self).items()}
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    sparsity: float = 0.5,
+    *,
+    criterion: Criterion | str = Wanda(),
+    pattern: Pattern | str = Unstructured(),
+    allocation: Allocation | str = Uniform(),
+    solver: Solver | str = ZeroOut(),
+    granularity: str = "block",
+    skip: Sequence[str] = (),
+    forward: Callable[[Any], object] | None = None,
+    progress: bool = True,
+) -> PruningReport:
+    """Prune any model in place: its smallest weights, by a score, become zero.
+
+    One batch goes through the model by `forward(batch)`, by default `model(**batch)` for a mapping, of which the
+    model is given what its forward takes, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor.
+    Where a mapping has an `attention_mask`, padding does not count.
+
+    Args:
+        model: The model; its weights change in place, everything else is as before.
+        batches: Calibration batches, all of which are used; not needed for `Magnitude`.
+        sparsity: See `PruningConfig` for this and the choices that follow.
+        criterion: Gives scores.
+        pattern: Where zeros may fall.
+        allocation: Spreads the sparsity over the layers.
+        solver: Gives the final weights.
+        granularity: What the statistics see.
+        skip: Layers to leave dense.
+        forward: How one batch goes through the model.
+        progress: Show a bar (plain lines where there is no terminal).
+
+    Returns:
+        What happened to every matrix.
+
+    Raises:
+        ValueError: If something cannot be pruned as asked, before any weight is written; or if an activation holds
+            NaN or infinity.
+    """
+    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip)
+    return prune_as(config, model, batches, forward=forward, progress=progress)
+
+
+def prune_as(
+    config: PruningConfig,
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    forward: Callable[[Any], object] | None = None,
+    progress: bool = True,
+) -> PruningReport:
+    """`prune` with its choices in one object."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "prepare"):
+        found = walk(model, config.granularity, config.skip)
+        allocation = cast(Allocation, config.allocation)
+        targets = allocation({layer.name: layer.parameter.numel() for layer in found.layers}, config.sparsity)
+        _refuse(config, found, targets)
+        if config.needs and batches is None:
+            raise ValueError(f"{config.criterion} needs calibration batches, but none were given")
+        calibration = _Calibration(model, batches if config.needs and batches is not None else (), forward)
+        streamed = bool(config.needs) and config.granularity == "model"
+        if not streamed:
+            calibration.read_all()
+    pruned: list[PrunedLayer] = []
+    with (
+        calibrating(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        ProgressBar("Pruning", calibration.length if streamed else len(found.units), progress) as bar,
+        _naming_what_was_written(pruned),
+        _timed(seconds, "prune"),
+        closing(_stops(config, found, calibration)) as stops,
+    ):
+        observer = Observer(config.needs, calibration.masks, bar.advance if streamed else lambda: None)
+        for stop in stops:
+            unit = found.units[stop.unit]
+            bar.at(unit.name)
+            statistics = observer(unit, stop.calls) if config.needs else {}
+            del stop  # or its parked activations outlive the run of the pruned unit
+            calibration.refuse_if_empty(config)
+            for layer in unit.layers:
+                inputs = statistics.get(layer.name)
+                if config.needs and not (inputs and inputs.count):
+                    continue
+                pruned.append(_prune_layer(config, layer, inputs, targets[layer.name]))
+                if layer.name in observer.padding_counted:
+                    pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
+            if not streamed:
+                bar.advance()
+    torch.clear_autocast_cache()  # casts of the dense weights
+    with _timed(seconds, "report"):
+        return _report(config, model, found, pruned, seconds, len(calibration.masks))
+
+
+class _Calibration:
+    """The calibration batches as forward passes, each with its padding."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object] | None) -> None:
+        self._model, self._batches = model, batches
+        self._forward = forward or self._forward_on_device
+        self.masks: list[tuple[TokenMask, ...]] = []
+        self.length = len(batches) if isinstance(batches, Sized) else None
+
+    def _forward_on_device(self, batch: Any) -> object:
+        device = next(self._model.parameters()).device
+        return forward_batch(self._model, _on_device(batch, device))
+
+    def read_all(self) -> None:
+        """Hold all batches, to go through the model together."""
+        self._batches = list(self._batches)
+
+    def __iter__(self) -> Iterator[Callable[[], object]]:
+        for batch in self._batches:
+            self.masks.append(token_masks(self._model, batch))
+            yield partial(self._forward, batch)
+
+    def refuse_if_empty(self, config: PruningConfig) -> None:
+        if config.needs and not self.masks:
+            raise ValueError(f"{config.criterion} needs calibration batches, but there are none in what was given")
+
+
+def _stops(config: PruningConfig, found: Walk, calibration: _Calibration) -> Generator[Stop]:
+    """Where the weights of each unit may be chosen."""
+    if not config.needs:
+        yield from (Stop(index, ()) for index in range(len(found.units)))
+    elif config.granularity == "model":
+        yield abreast(calibration)
+    else:
+        forwards = list(calibration)
+        calibration.refuse_if_empty(config)
+        yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units])
+
+
+def _prune_layer(config: PruningConfig, layer: Layer, inputs: InputStatistics | None, target: float) -> PrunedLayer:
+    solver = cast(Solver, config.solver)
+    weight, _ = solver(layer.read(), inputs, cast(Criterion, config.criterion), cast(Pattern, config.pattern), target)
+    layer.write(weight)
+    d_out, d_in = weight.shape
+    zeros = weight.numel() - int(weight.count_nonzero())
+    return PrunedLayer(layer.name, (d_out, d_in), target, zeros / weight.numel(), inputs.count if inputs else 0)
+
+
+def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) -> None:
+    """Everything that can be known to fail, before a weight is written."""
+    packed = [matrix for matrix in found.skipped if matrix.unprunable]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} matrices cannot be pruned in place, {packed[0].name} first: {packed[0].reason}. "
+            "Load the model unquantised (float32, bfloat16 or float16), "
+            f"or leave them out with skip=['{packed[0].name}']."
+        )
+    if not found.layers:
+        reasons = "; ".join(dict.fromkeys(f"{matrix.name}: {matrix.reason}" for matrix in found.skipped[:5]))
+        raise ValueError(f"the model has nothing to prune ({reasons or 'it has no weight matrices'})")
+    for layer in found.layers:
+        weight = layer.parameter
+        if weight.is_meta:
+            raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
+        d_in = layer.read().shape[1]
+        cast(Pattern, config.pattern).check(targets[layer.name], layer.name, d_in)
+        if not weight.isfinite().all():
+            raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
+
+
+def _report(
+    config: PruningConfig,
+    model: nn.Module,
+    found: Walk,
+    pruned: list[PrunedLayer],
+    seconds: dict[str, float],
+    batches: int,
+) -> PruningReport:
+    done = {layer.name for layer in pruned}
+    skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
+    unreached = [layer for layer in found.layers if layer.name not in done]
+    skipped.extend(
+        SkippedMatrix(layer.name, tuple(layer.parameter.shape), "no calibration token reached it")
+        for layer in unreached
+    )
+    notes = []
+    if unreached:
+        notes.append(f"no calibration token reached {len(unreached)} layers, {unreached[0].name} first: left dense")
+        log.warning(notes[-1])
+    order = {layer.name: index for index, layer in enumerate(found.layers)}
+    pruned.sort(key=lambda layer: order[layer.name])
+    parameters = list(model.parameters())
+    return PruningReport(
+        layers=pruned,
+        skipped=skipped,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        zeros=sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in parameters),
+        seconds=seconds,
+        config={**config.describe(), "calibration_batches": batches},
+        notes=notes,
+    )
+
+
+def forward_batch(model: nn.Module, batch: Any) -> object:
+    """Call a model on a batch: mappings become keywords, of tuples and lists the first element goes in.
+
+    Raises:
+        ValueError: If the model takes none of a mapping's keys.
+    """
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters.values()
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            accepted = {parameter.name for parameter in parameters}
+            if not accepted & batch.keys():
+                raise ValueError(
+                    f"{type(model).__name__}.forward takes {sorted(accepted)}, but the batch has {sorted(batch)}. "
+                    "Give forward=, or (in a LightningModule) define calibration_step(batch)."
+                )
+            batch = {key: value for key, value in batch.items() if key in accepted}
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _on_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _on_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_on_device(value, device) for value in batch]
+    return batch
+
+
+def _named(axis: str, table: Mapping[str, type[Choice]], choice: Choice | str) -> Choice:
+    if not isinstance(choice, str):
+        return choice
+    if choice not in table:
+        raise ValueError(f"no {axis} is called {choice!r}: use one of {', '.join(table)}")
+    return table[choice]()
+
+
+def _describe(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"name": type(value).__name__, **asdict(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - started
+
+
+@contextmanager
+def _naming_what_was_written(pruned: list[PrunedLayer]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if pruned:
+            text = (
+                f"{len(pruned)} layers are already pruned, {pruned[0].name} to {pruned[-1].name}; "
+                "the others are dense. Load the model again before another try."
+            )
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(text)
+            log.error(text)
+        raise

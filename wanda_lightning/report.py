@@ -1,0 +1,182 @@
+"""What happened to every matrix of a model, or why it was left alone."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wanda_lightning.files import whole_file
+
+REPORT_NAME = "pruning_report.json"
+_LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm")
+
+
+@dataclass
+class PrunedLayer:
+    """One matrix that was pruned.
+
+    Attributes:
+        name: The layer's name in the model.
+        shape: (d_out, d_in) of the matrix view.
+        target: The sparsity asked for.
+        sparsity: The fraction of its weights that are zero.
+        tokens: How many calibration tokens entered it; 0 where none were needed.
+        note: What else is worth knowing, or empty.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    target: float
+    sparsity: float
+    tokens: int
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass
+class SkippedMatrix:
+    """One matrix that was left as it is, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass
+class PruningReport:
+    """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
+
+    `str()` is a table; `save()` writes `pruning_report.json`.
+
+    Attributes:
+        layers: The pruned matrices.
+        skipped: All other matrices, each with its reason.
+        parameters: Number of parameters of the whole model.
+        zeros: Number of zeros among them.
+        seconds: Time per stage.
+        config: The configuration, in full.
+        versions: Versions of Python and the libraries.
+        notes: What a reader of the totals should know.
+    """
+
+    layers: list[PrunedLayer]
+    skipped: list[SkippedMatrix]
+    parameters: int
+    zeros: int
+    seconds: dict[str, float]
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over the pruned layers."""
+        size = sum(layer.size for layer in self.layers)
+        return sum(layer.sparsity * layer.size for layer in self.layers) / size if size else 0.0
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of zeros over all parameters of the model."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+    @property
+    def coverage(self) -> float:
+        """Fraction of the model's parameters that lie in pruned layers."""
+        return sum(layer.size for layer in self.layers) / self.parameters if self.parameters else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """`sparsity/model`, `sparsity/pruned_layers` and `sparsity/<layer>`, for a logger."""
+        return {
+            "sparsity/model": self.model_sparsity,
+            "sparsity/pruned_layers": self.sparsity,
+            **{f"sparsity/{layer.name}": layer.sparsity for layer in self.layers},
+        }
+
+    def to_json(self) -> str:
+        """The whole report as JSON."""
+        totals = {"sparsity": self.sparsity, "model_sparsity": self.model_sparsity, "coverage": self.coverage}
+        return json.dumps({**totals, **asdict(self)}, indent=1, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningReport:
+        """Read back what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        for derived in ("sparsity", "model_sparsity", "coverage"):
+            fields.pop(derived)
+        layers = [PrunedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields.pop("layers")]
+        skipped = [SkippedMatrix(**{**matrix, "shape": tuple(matrix["shape"])}) for matrix in fields.pop("skipped")]
+        return cls(layers=layers, skipped=skipped, **fields)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `pruning_report.json` into a folder, whole or not at all."""
+        path = Path(folder) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        """The report as a table."""
+        pruned = Table(title="Pruned layers", title_justify="left")
+        for heading in ("layer", "shape", "target", "sparsity", "tokens", "note"):
+            pruned.add_column(heading, justify="left" if heading in ("layer", "note") else "right", overflow="fold")
+        for layer in self.layers:
+            shape = " x ".join(map(str, layer.shape))
+            cells = (f"{layer.target:.2%}", f"{layer.sparsity:.2%}", f"{layer.tokens:,}")
+            pruned.add_row(layer.name, shape, *cells, layer.note)
+        console = Console(width=140, color_system=None, highlight=False)
+        with console.capture() as capture:
+            console.print(pruned)
+            if self.skipped:
+                console.print(skipped_table(self.skipped))
+            for note in self.notes:
+                console.print(f"Note: {note}", markup=False)
+            console.print(
+                f"{len(self.layers)} layers hold {self.coverage:.1%} of {self.parameters:,} parameters. "
+                f"Sparsity: {self.sparsity:.2%} of the pruned layers, {self.model_sparsity:.2%} of the model. "
+                f"{sum(self.seconds.values()):.1f} s "
+                f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in self.seconds.items())})."
+            )
+        return capture.get()
+
+
+def skipped_table(skipped: list[SkippedMatrix]) -> Table:
+    """The skipped matrices, those of one reason together."""
+    table = Table(title="Left as they are", title_justify="left")
+    for heading in ("reason", "matrices", "parameters", "first"):
+        table.add_column(heading, justify="left" if heading in ("reason", "first") else "right", overflow="fold")
+    by_reason: dict[str, list[SkippedMatrix]] = {}
+    for matrix in skipped:
+        by_reason.setdefault(matrix.reason, []).append(matrix)
+    for reason, matrices in by_reason.items():
+        size = sum(_numel(matrix.shape) for matrix in matrices)
+        table.add_row(reason, str(len(matrices)), f"{size:,}", matrices[0].name)
+    return table
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
+    return found
