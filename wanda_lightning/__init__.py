@@ -1,0 +1,26 @@
+"""One-shot pruning for PyTorch Lightning, Hugging Face and timm models."""
+
+from wanda_lightning.callbacks import KeepZeros, MagnitudePrune, PruningCallback, WandaPrune
+from wanda_lightning.core.allocation import Uniform
+from wanda_lightning.core.criteria import Magnitude, Wanda
+from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+from wanda_lightning.core.solvers import ZeroOut
+from wanda_lightning.pruner import PruningConfig, prune
+from wanda_lightning.report import PruningReport
+
+__all__ = [
+    "NM",
+    "EqualShare",
+    "KeepZeros",
+    "Magnitude",
+    "MagnitudePrune",
+    "PruningCallback",
+    "PruningConfig",
+    "PruningReport",
+    "Uniform",
+    "Unstructured",
+    "Wanda",
+    "WandaPrune",
+    "ZeroOut",
+    "prune",
+]
