@@ -1,0 +1,160 @@
+"""Slow, obviously right versions of what the package computes: plain loops over numpy arrays in float64.
+
+Nothing here is shared with the package, and nothing here is clever. `keep` arrays are True where a weight survives.
+"""
+
+import numpy as np
+
+from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+
+
+def array(tensor):
+    """A tensor of any float type as a float64 array, exactly."""
+    return tensor.detach().double().numpy()
+
+
+# ---- statistics
+
+
+def square_sum(tokens, padding=None):
+    """The sum over tokens of x², per column. `padding` is True for the rows that are no tokens."""
+    total = np.zeros(tokens.shape[1])
+    for row in range(tokens.shape[0]):
+        if padding is not None and padding[row]:
+            continue
+        for column in range(tokens.shape[1]):
+            total[column] += tokens[row, column] ** 2
+    return total
+
+
+def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
+    """What a Conv2d multiplies with its weight, as (tokens, d_in): one token for each image and output position.
+
+    Columns run over kernel rows, then kernel columns, then input channels, as `weight.permute(0, 2, 3, 1)` does.
+    All arguments but the images, (batch, channels, height, width), are pairs (vertical, horizontal).
+    """
+    batch, channels, height, width = images.shape
+    out_height = (height + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+    tokens = []
+    for image in range(batch):
+        for out_row in range(out_height):
+            for out_column in range(out_width):
+                token = []
+                for kernel_row in range(kernel[0]):
+                    for kernel_column in range(kernel[1]):
+                        row = out_row * stride[0] + kernel_row * dilation[0] - padding[0]
+                        column = out_column * stride[1] + kernel_column * dilation[1] - padding[1]
+                        inside = 0 <= row < height and 0 <= column < width
+                        for channel in range(channels):
+                            token.append(images[image, channel, row, column] if inside else 0.0)
+                tokens.append(token)
+    return np.array(tokens)
+
+
+# ---- criteria
+
+
+def magnitude(weight, tokens):
+    """|W|."""
+    scores = np.zeros(weight.shape)
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            scores[row, column] = abs(weight[row, column])
+    return scores
+
+
+def wanda(weight, tokens):
+    """|W| times the norm of its input column."""
+    sums = square_sum(tokens)
+    scores = np.zeros(weight.shape)
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            scores[row, column] = abs(weight[row, column]) * sums[column] ** 0.5
+    return scores
+
+
+SCORES = {"magnitude": magnitude, "wanda": wanda}
+
+
+# ---- patterns
+
+
+def keep_largest(groups, count):
+    """Prune the smallest of each row until `count` are left; among equal ones the lower column goes first."""
+    keep = np.ones(groups.shape, dtype=bool)
+    for row in range(groups.shape[0]):
+        smallest_first = sorted(range(groups.shape[1]), key=lambda column: (groups[row, column], column))
+        for column in smallest_first[: groups.shape[1] - count]:
+            keep[row, column] = False
+    return keep
+
+
+def keep_by_row(scores, sparsity):
+    """Exactly int(d_in * sparsity) of each row go."""
+    return keep_largest(scores, scores.shape[1] - int(scores.shape[1] * sparsity))
+
+
+def keep_by_layer(scores, sparsity):
+    """Exactly int(numel * sparsity) of the matrix go."""
+    flat = np.array([[score for row in scores for score in row]])
+    return keep_largest(flat, flat.shape[1] - int(flat.shape[1] * sparsity)).reshape(scores.shape)
+
+
+def keep_n_of_m(scores, n, m):
+    """Of every m consecutive inputs of a row, n survive."""
+    keep = np.zeros(scores.shape, dtype=bool)
+    for row in range(scores.shape[0]):
+        for start in range(0, scores.shape[1], m):
+            group = scores[row : row + 1, start : start + m]
+            keep[row, start : start + m] = keep_largest(group, n)[0]
+    return keep
+
+
+def keep_above_share(scores, share):
+    """Cut each row where its sorted scores sum up to `share` of their total; scores equal to the cut go too."""
+    keep = np.ones(scores.shape, dtype=bool)
+    for row in range(scores.shape[0]):
+        allowed = share * sum(scores[row])
+        running, cut = 0.0, -1.0
+        for score in sorted(scores[row]):
+            running += score
+            if running > allowed:
+                break
+            cut = score
+        for column in range(scores.shape[1]):
+            keep[row, column] = scores[row, column] > cut
+    return keep
+
+
+def keep_equal_share(scores, sparsity):
+    """Bisect for the share from 0.4 in [0, 0.8], until within 0.001 of the sparsity or in a bracket below 0.001."""
+    bottom, top = 0.0, 0.8
+    share = 0.4
+    while True:
+        keep = keep_above_share(scores, share)
+        pruned = np.count_nonzero(~keep) / keep.size
+        if abs(pruned - sparsity) <= 0.001:
+            return keep
+        if top - bottom < 0.001:
+            return keep
+        if pruned > sparsity:  # too many: look below
+            top = share
+            share = (share + bottom) / 2
+        else:
+            bottom = share
+            share = (share + top) / 2
+
+
+def keep(pattern, scores, sparsity):
+    """The slow version of any pattern."""
+    match pattern:
+        case Unstructured(group="row"):
+            return keep_by_row(scores, sparsity)
+        case Unstructured(group="layer"):
+            return keep_by_layer(scores, sparsity)
+        case NM(n=n, m=m):
+            return keep_n_of_m(scores, n, m)
+        case EqualShare():
+            return keep_equal_share(scores, sparsity)
+    raise NotImplementedError(f"write the slow version of {pattern} in tests/reference.py")

@@ -1,0 +1,288 @@
+"""What every criterion, pattern, allocation and solver promises; a new entry is tested on the day it is added."""
+
+import dataclasses
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from wanda_lightning.core.allocation import ALLOCATIONS, Allocation
+from wanda_lightning.core.criteria import CRITERIA, Criterion, Magnitude, Wanda
+from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Pattern, Unstructured, keep_largest
+from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
+from wanda_lightning.core.statistics import InputStatistics
+
+EVERY_CRITERION = pytest.mark.parametrize("criterion", CRITERIA)
+EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+EVERY_SOLVER = pytest.mark.parametrize("solver", [SOLVERS[name]() for name in SOLVERS], ids=SOLVERS)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+SHAPE = (16, 64)
+
+ENTRIES = [
+    *((Criterion, CRITERIA[name]) for name in CRITERIA),
+    *((Pattern, lambda pattern=pattern: dataclasses.replace(pattern)) for pattern in PATTERNS.values()),
+    *((Allocation, ALLOCATIONS[name]) for name in ALLOCATIONS),
+    *((Solver, SOLVERS[name]) for name in SOLVERS),
+]
+EVERY_ENTRY = pytest.mark.parametrize(("protocol", "make"), ENTRIES, ids=[*CRITERIA, *PATTERNS, *ALLOCATIONS, *SOLVERS])
+
+
+def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
+    """A weight and the tokens that enter it, some columns a hundred times larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10 ** (2 * torch.rand(shape[1], generator=generator) - 1)
+    weight = torch.randn(*shape, generator=generator)
+    return weight.to(dtype), (torch.randn(tokens, shape[1], generator=generator) * scale).to(dtype)
+
+
+def statistics(tokens, *parts):
+    inputs = InputStatistics(frozenset().union(*(part.needs for part in parts)))
+    inputs.update(tokens)
+    return inputs
+
+
+def sparsity_of(pattern):
+    return getattr(pattern, "sparsity", 0.5)
+
+
+def assert_counts(pattern, keep, sparsity):
+    """How many zeros each comparison group has."""
+    d_out, d_in = keep.shape
+    match pattern:
+        case Unstructured(group="row"):
+            assert (~keep).sum(dim=1).tolist() == [int(d_in * sparsity)] * d_out
+        case Unstructured(group="layer"):
+            assert (~keep).sum().item() == int(d_out * d_in * sparsity)
+        case NM(n=n, m=m):
+            assert keep.reshape(-1, m).sum(dim=1).tolist() == [n] * (d_out * d_in // m)
+        case EqualShare():
+            assert abs((~keep).double().mean().item() - sparsity) <= 0.001
+        case _:
+            raise NotImplementedError(f"write here how many weights {pattern} prunes")
+
+
+# ---- each entry is a value
+
+
+@EVERY_ENTRY
+def test_entry_is_a_frozen_dataclass_equal_by_value(protocol, make):
+    entry, twin = make(), make()
+    assert isinstance(entry, protocol)
+    assert dataclasses.is_dataclass(entry)
+    assert entry == twin
+    assert hash(entry) == hash(twin)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        entry.anything = 1
+
+
+@EVERY_ENTRY
+def test_repr_makes_the_entry_again(protocol, make):
+    entry = make()
+    assert eval(repr(entry), vars(sys.modules[type(entry).__module__])) == entry
+
+
+def test_entries_of_one_dict_differ():
+    for table in (CRITERIA, SOLVERS, ALLOCATIONS):
+        assert len({make() for make in table.values()}) == len(table)
+    assert len(set(PATTERNS.values())) == len(PATTERNS)
+
+
+def test_every_needed_statistic_exists():
+    for make in itertools.chain(CRITERIA.values(), SOLVERS.values()):
+        assert isinstance(make.needs, frozenset)
+        InputStatistics(make.needs)
+
+
+# ---- criteria
+
+
+@EVERY_DTYPE
+@EVERY_CRITERION
+def test_scores_are_those_of_a_loop(criterion, dtype):
+    weight, tokens = random_layer(dtype)
+    before = weight.clone()
+    scores = CRITERIA[criterion]()(weight, statistics(tokens, CRITERIA[criterion]))
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
+    np.testing.assert_allclose(reference.array(scores), expected, rtol=1e-5)
+    assert torch.equal(weight, before)
+
+
+@EVERY_CRITERION
+def test_scores_do_not_depend_on_a_sign(criterion):
+    weight, tokens = random_layer()
+    criterion = CRITERIA[criterion]()
+    inputs, negated = statistics(tokens, criterion), statistics(-tokens, criterion)
+    assert torch.equal(criterion(weight, inputs), criterion(-weight, negated))
+
+
+def test_only_what_has_no_needs_runs_without_inputs():
+    weight, _ = random_layer()
+    assert torch.equal(Magnitude()(weight), weight.abs())
+    with pytest.raises(AssertionError, match="Wanda reads the inputs"):
+        Wanda()(weight, None)
+
+
+# ---- criterion x pattern x solver
+
+
+@EVERY_DTYPE
+@EVERY_SOLVER
+@EVERY_PATTERN
+@EVERY_CRITERION
+def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
+    weight, tokens = random_layer(dtype)
+    before, sparsity, criterion = weight.clone(), sparsity_of(pattern), CRITERIA[criterion]()
+    inputs = statistics(tokens, criterion, solver)
+    sums = {name: value.clone() for name, value in inputs.sums.items()}
+    pruned, keep = solver(weight, inputs, criterion, pattern, sparsity)
+
+    assert pruned.dtype == dtype
+    assert keep.dtype == torch.bool
+    assert pruned.shape == keep.shape == weight.shape
+    assert_counts(pattern, keep, sparsity)
+    assert torch.equal(pruned != 0, keep)
+    assert pruned.isfinite().all()
+
+    assert torch.equal(weight, before)
+    assert pruned.data_ptr() != weight.data_ptr()
+    assert all(torch.equal(inputs.sums[name], sums[name]) for name in sums)
+    again, keep_again = solver(weight, inputs, criterion, pattern, sparsity)
+    assert torch.equal(pruned, again)
+    assert torch.equal(keep, keep_again)
+
+
+@EVERY_DTYPE
+@EVERY_PATTERN
+@EVERY_CRITERION
+def test_zero_out_is_score_keep_zero(criterion, pattern, dtype):
+    weight, tokens = random_layer(dtype)
+    sparsity, make = sparsity_of(pattern), CRITERIA[criterion]
+    pruned, keep = ZeroOut()(weight, statistics(tokens, make), make(), pattern, sparsity)
+    scores = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
+    expected = reference.keep(pattern, scores, sparsity)
+    np.testing.assert_array_equal(keep.numpy(), expected)
+    assert torch.equal(pruned[keep], weight[keep])
+    assert not pruned[~keep].any()
+
+
+@EVERY_SOLVER
+@EVERY_PATTERN
+@EVERY_CRITERION
+def test_pruning_twice_changes_nothing(criterion, pattern, solver):
+    weight, tokens = random_layer()
+    sparsity, criterion = sparsity_of(pattern), CRITERIA[criterion]()
+    inputs = statistics(tokens, criterion, solver)
+    once, keep_once = solver(weight, inputs, criterion, pattern, sparsity)
+    twice, keep_twice = solver(once, inputs, criterion, pattern, sparsity)
+    assert torch.equal(keep_twice, keep_once)
+    torch.testing.assert_close(twice, once, rtol=0 if solver == ZeroOut() else 1e-4, atol=0)
+
+
+@EVERY_SOLVER
+@EVERY_PATTERN
+@EVERY_CRITERION
+def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver):
+    weight, tokens = random_layer(torch.float64)
+    sparsity, criterion = sparsity_of(pattern), CRITERIA[criterion]()
+    inputs = statistics(tokens, criterion, solver)
+
+    def error(some_solver):
+        pruned, _ = some_solver(weight, inputs, criterion, pattern, sparsity)
+        return (tokens @ (pruned - weight).T).square().sum().item()
+
+    assert error(solver) <= error(ZeroOut()) * (1 + 1e-9)
+
+
+@EVERY_SOLVER
+@EVERY_PATTERN
+def test_layout_of_the_weight_does_not_matter(pattern, solver):
+    weight, tokens = random_layer()
+    inputs = statistics(tokens, Wanda, solver)
+    transposed = weight.t().contiguous().t()  # GPT-2 keeps its weights so
+    for got, expected in zip(
+        solver(transposed, inputs, Wanda(), pattern, sparsity_of(pattern)),
+        solver(weight, inputs, Wanda(), pattern, sparsity_of(pattern)),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+# ---- laws of Wanda
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(-10, 10), st.integers(-10, 10), st.integers(0, 7))
+def test_wanda_rows_do_not_change_with_the_scale_of_all_inputs_or_of_a_row(seed, input_power, row_power, row):
+    weight, tokens = random_layer(seed=seed, shape=(8, 24), tokens=10)
+    inputs = statistics(tokens, Wanda)
+    keep = Unstructured()(Wanda()(weight, inputs), 0.5)
+    scaled = weight.clone()
+    scaled[row] *= 2.0**row_power
+    assert torch.equal(Unstructured()(Wanda()(scaled, inputs), 0.5), keep)
+    louder = statistics(tokens * 2.0**input_power, Wanda)
+    assert torch.equal(Unstructured()(Wanda()(weight, louder), 0.5), keep)
+    assert torch.equal(NM(2, 4)(Wanda()(scaled, louder), 0.5), NM(2, 4)(Wanda()(weight, inputs), 0.5))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_permuted_inputs_permute_the_scores_of_wanda(seed):
+    weight, tokens = random_layer(seed=seed, shape=(4, 24), tokens=10)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
+    scores = Wanda()(weight, statistics(tokens, Wanda))
+    permuted = Wanda()(weight[:, order], statistics(tokens[:, order], Wanda))
+    torch.testing.assert_close(permuted, scores[:, order], rtol=1e-6, atol=0)
+
+
+def test_wanda_prunes_a_dead_input_first():
+    weight, tokens = random_layer()
+    tokens[:, [5, 40]] = 0
+    weight[:, [5, 40]] *= 1e6
+    _, keep = ZeroOut()(weight, statistics(tokens, Wanda), Wanda(), Unstructured(), 2 / 64)
+    assert keep.all(dim=0).logical_not().nonzero().flatten().tolist() == [5, 40]
+
+
+def test_wanda_of_half_precision_tells_apart_what_bf16_would_not():
+    weight = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
+    tokens = torch.tensor([[1.0, 1.0], [0.0, 0.05]], dtype=torch.bfloat16)
+    scores = Wanda()(weight, statistics(tokens, Wanda))
+    assert scores[0, 0] < scores[0, 1]
+    assert scores.bfloat16()[0, 0] == scores.bfloat16()[0, 1]
+
+
+# ---- allocations
+
+
+@pytest.mark.parametrize("allocation", [ALLOCATIONS[name]() for name in ALLOCATIONS], ids=ALLOCATIONS)
+@given(
+    sizes=st.dictionaries(st.text("abc.01", min_size=1, max_size=6), st.integers(1, 10**9), min_size=1, max_size=20),
+    sparsity=st.floats(0, 0.99),
+)
+def test_mean_of_an_allocation_is_the_target(allocation, sizes, sparsity):
+    before = dict(sizes)
+    given_out = allocation(sizes, sparsity)
+    assert list(given_out) == list(sizes)
+    assert all(0 <= value < 1 for value in given_out.values())
+    pruned = sum(given_out[name] * sizes[name] for name in sizes)
+    assert pruned / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-9)
+    assert sizes == before
+
+
+# ---- shapes are checked
+
+
+def test_wrong_shapes_are_refused():
+    weight, tokens = random_layer()
+    for wrong in (
+        lambda: Magnitude()(torch.ones(2, 3, 4)),  # runs without complaint where shapes are not checked
+        lambda: InputStatistics({"square_sum"}).update(torch.ones(2, 3, 4)),
+        lambda: Wanda()(weight[:, :1], statistics(tokens, Wanda)),  # would broadcast
+        lambda: keep_largest(torch.ones(2, 3, dtype=torch.int64), 1),
+    ):
+        with pytest.raises(TypeCheckError):
+            wrong()

@@ -1,0 +1,433 @@
+"""Tiny random models, built and not downloaded, each with batches that it can be calibrated on.
+
+Everything is seeded and leaves the global random state alone. A name in `Specimen` is that of the module for a
+parameter called `weight` (`lm_head`), else that of the parameter (`cls_token`); see `matrices`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from timm.models.convnext import ConvNeXt
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+VOCABULARY, TOKENS, WINDOW = 128, 24, 8
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A model for tests. Globs are `fnmatch`'s: `*` crosses dots, so blocks are written with `[0-9]`.
+
+    Attributes:
+        build: The model, in eval mode and float32, with the same weights every time.
+        batches: Two or three batches: a mapping is keywords; of a tuple only the first element goes in.
+        dense: Matrices that must be skipped by default. All others must be pruned.
+        blocks: Modules that granularity "block" stops at.
+        uncalled: Layers not in `dense` whose own forward no batch calls, so that they keep their weights.
+    """
+
+    build: Callable[[], nn.Module]
+    batches: Callable[[], list[Any]]
+    dense: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
+
+
+def run(model: nn.Module, batch: Any) -> Tensor:
+    """The main output of a model for a batch; whether with gradients is the caller's choice."""
+    if isinstance(batch, Mapping):
+        caches = hasattr(getattr(model, "config", None), "use_cache")
+        output = model(**batch, use_cache=False) if caches else model(**batch)
+    else:
+        output = model(batch[0] if isinstance(batch, tuple | list) else batch)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter with two dimensions or more, a tied one under each of its modules."""
+    return {
+        module_name if name == "weight" else f"{module_name}.{name}".lstrip("."): parameter
+        for module_name, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    }
+
+
+def matching(names: Iterable[str], globs: Iterable[str]) -> set[str]:
+    """The names that at least one glob matches."""
+    globs = tuple(globs)
+    return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+def _build(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
+        model = make()
+        _enliven(model)
+    return model.float().eval()
+
+
+@torch.no_grad()
+def _enliven(model: nn.Module) -> None:
+    """Move every parameter away from zero, one and what its copies hold, so that the output depends on each."""
+    for parameter in model.parameters():
+        d_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+        spread = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
+        parameter.add_(spread * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(2.0, 4.0)
+
+
+# Batches
+
+
+def _random() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def _ids(samples: int, tokens: int, random: torch.Generator) -> Tensor:
+    return torch.randint(3, VOCABULARY, (samples, tokens), generator=random)  # 0 to 2: padding, start, end
+
+
+def _text() -> list[dict[str, Tensor]]:
+    random = _random()
+    return [{"input_ids": _ids(samples, TOKENS, random)} for samples in (2, 3)]
+
+
+def _padded_text(side: str) -> list[dict[str, Tensor]]:
+    random, batches = _random(), []
+    for lengths in ((TOKENS, 10), (17, TOKENS, 5)):
+        position = torch.arange(TOKENS)
+        position = position.flip(0) if side == "left" else position
+        mask = (position < torch.tensor(lengths)[:, None]).long()
+        batches.append({"input_ids": _ids(len(lengths), TOKENS, random) * mask, "attention_mask": mask})
+    return batches
+
+
+def _text_pairs() -> list[dict[str, Tensor]]:
+    random = _random()
+    return [
+        {**source, "decoder_input_ids": _ids(len(source["input_ids"]), 16, random)} for source in _padded_text("right")
+    ]
+
+
+def _images() -> list[tuple[Tensor, Tensor]]:
+    random = _random()
+    return [(torch.randn(n, 3, 32, 32, generator=random), torch.arange(n)) for n in (2, 3)]
+
+
+def _vectors() -> list[Tensor]:
+    random = _random()
+    return [torch.randn(samples, 6, 32, generator=random) for samples in (2, 3, 2)]
+
+
+def _routed_vectors() -> list[Tensor]:
+    return [x + sign for x, sign in zip(_vectors(), (1, -1, 1), strict=True)]
+
+
+# Language models
+
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    **_SPECIAL,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _llama() -> nn.Module:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED))
+
+
+def _mistral() -> nn.Module:
+    return hf.MistralForCausalLM(hf.MistralConfig(**_GROUPED, sliding_window=WINDOW))
+
+
+def _qwen3() -> nn.Module:
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GROUPED, head_dim=16))
+
+
+def _gemma2() -> nn.Module:
+    sizes = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16}
+    # Eager: sdpa leaves the soft cap of the attention out.
+    config = hf.Gemma2Config(**sizes, sliding_window=WINDOW, attn_implementation="eager")
+    return hf.Gemma2ForCausalLM(config)
+
+
+def _gemma3() -> nn.Module:
+    sizes = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16}
+    kinds = [_SLIDING, _FULL, _SLIDING]
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, sliding_window=WINDOW, layer_types=kinds))
+
+
+def _opt() -> nn.Module:
+    config = hf.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        init_std=0.1,
+        **_SPECIAL,
+    )
+    return hf.OPTForCausalLM(config)
+
+
+def _gpt2() -> nn.Module:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, **sizes, **_SPECIAL))
+
+
+def _gpt_neox() -> nn.Module:
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES))
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = hf.T5Config(
+        vocab_size=VOCABULARY, **sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, is_decoder=False
+    )
+    return hf.T5ForConditionalGeneration(config)
+
+
+# Image classifiers
+
+_IMAGES = {"num_classes": 16}
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+
+
+def _vit() -> nn.Module:
+    return VisionTransformer(**_VIT, **_IMAGES)
+
+
+def _deit() -> nn.Module:
+    return VisionTransformerDistilled(**_VIT, **_IMAGES)
+
+
+def _convnext(conv_mlp: bool) -> nn.Module:
+    return ConvNeXt(depths=(2, 2, 2, 2), dims=(8, 16, 24, 32), conv_mlp=conv_mlp, ls_init_value=0.75, **_IMAGES)
+
+
+def _swin() -> nn.Module:
+    stages = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+    return SwinTransformer(img_size=32, patch_size=4, window_size=4, **stages, **_IMAGES)
+
+
+def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> nn.Module:
+    return ResNet(block, layers=(2, 2, 2, 2), channels=channels, zero_init_last=False, **_IMAGES)
+
+
+# Odd ones
+
+
+class _Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(x)))
+
+
+class _Blocks(nn.Module):
+    """Blocks one after another; what is odd is up to the subclass."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class _KeywordMlp(_Mlp):
+    def forward(self, *, hidden: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = super().forward(hidden + extra)
+        return hidden, hidden.mean(dim=1, keepdim=True)
+
+
+class _KeywordsOnly(_Blocks):
+    def forward(self, *, x: Tensor) -> Tensor:
+        extra = torch.zeros_like(x[:, :1])
+        for block in self.blocks:
+            x, extra = block(hidden=x, extra=extra)
+        return self.head(x + extra)
+
+
+def _block_twice() -> nn.Module:
+    shared = _Mlp()
+    return _Blocks(_Mlp(), shared, _Mlp(), shared)
+
+
+def _plain_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+class _Unreached(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[2](self.blocks[0](x)))
+
+
+class _Routed(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.blocks[1] if x.mean() > 0 else self.blocks[2]
+        return self.head(self.blocks[3](expert(self.blocks[0](x))))
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+        self.second.weight = self.first.weight
+        self.third = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(F.relu(self.second(F.relu(self.first(x)))))
+
+
+class _InplaceMlp(_Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.relu_()) - 0.5
+
+
+class _Inplace(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 0.1)  # a fresh tensor: only the blocks change their inputs, the model keeps its own
+
+
+class _AutocastInside(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.blocks[1](x)
+            with torch.autocast("cpu", enabled=False):
+                x = self.blocks[2](x)
+            x = self.blocks[3](x)
+        return self.head(x)
+
+
+class _TorchTransformer(nn.Module):
+    """In eval mode without gradients PyTorch takes a fused path past all submodules of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+def _decoder(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _text) -> Specimen:
+    return Specimen(partial(_build, make), batches, ("model.embed_tokens", "lm_head"), ("model.layers.[0-9]",))
+
+
+def _odd(
+    make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: tuple[str, ...]
+) -> Specimen:
+    return Specimen(partial(_build, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
+
+
+ZOO: dict[str, Specimen] = {
+    "llama": _decoder(_llama),
+    "llama_padded": _decoder(_llama, partial(_padded_text, "right")),
+    "llama_left_padded": _decoder(_llama, partial(_padded_text, "left")),
+    "mistral": _decoder(_mistral),
+    "qwen3": _decoder(_qwen3),
+    "gemma2": _decoder(_gemma2),
+    "gemma3": _decoder(_gemma3),
+    "opt": Specimen(
+        partial(_build, _opt), _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
+    ),
+    "gpt2": Specimen(
+        partial(_build, _gpt2), _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
+    ),
+    "gpt_neox": Specimen(
+        partial(_build, _gpt_neox), _text, ("gpt_neox.embed_in", "lm_head"), ("gpt_neox.layers.[0-9]",)
+    ),
+    "t5": Specimen(
+        partial(_build, _t5),
+        _text_pairs,
+        ("shared", "*.embed_tokens", "*.relative_attention_bias", "lm_head"),
+        ("encoder.block.[0-9]", "decoder.block.[0-9]"),
+    ),
+    "vit": Specimen(
+        partial(_build, _vit), _images, ("cls_token", "pos_embed", "patch_embed.proj", "head"), ("blocks.[0-9]",)
+    ),
+    "deit": Specimen(
+        partial(_build, _deit),
+        _images,
+        ("cls_token", "dist_token", "pos_embed", "patch_embed.proj", "head", "head_dist"),
+        ("blocks.[0-9]",),
+    ),
+    "convnext": Specimen(
+        partial(_build, partial(_convnext, conv_mlp=False)),
+        _images,
+        ("stem.0", "*.conv_dw", "head.fc"),
+        ("stages.[0-9].blocks.[0-9]",),
+    ),
+    "convnext_conv_mlp": Specimen(
+        partial(_build, partial(_convnext, conv_mlp=True)),
+        _images,
+        ("stem.0", "*.conv_dw", "head.fc"),
+        ("stages.[0-9].blocks.[0-9]",),
+    ),
+    "swin": Specimen(
+        partial(_build, _swin),
+        _images,
+        ("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
+        ("layers.[0-9].blocks.[0-9]",),
+    ),
+    "resnet18": Specimen(
+        partial(_build, partial(_resnet, BasicBlock, (16, 16, 32, 32))),
+        _images,
+        ("conv1", "fc"),
+        ("layer[1-4].[0-9]",),
+    ),
+    "resnet50": Specimen(
+        partial(_build, partial(_resnet, Bottleneck, (8, 8, 16, 16))), _images, ("conv1", "fc"), ("layer[1-4].[0-9]",)
+    ),
+    "keywords_only": _odd(lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]),
+    "block_twice": _odd(_block_twice),
+    "plain_mlp": _odd(_plain_mlp, blocks=()),
+    "unreached": _odd(lambda: _Unreached(_Mlp(), _Mlp(), _Mlp()), uncalled=("blocks.1.*",)),
+    "routed": _odd(lambda: _Routed(_Mlp(), _Mlp(), _Mlp(), _Mlp()), _routed_vectors),
+    "tied": _odd(_Tied, dense=("second",), blocks=()),
+    "inplace": _odd(lambda: _Inplace(_InplaceMlp(), _InplaceMlp())),
+    "autocast_inside": _odd(lambda: _AutocastInside(_Mlp(), _Mlp(), _Mlp(), _Mlp())),
+    "torch_transformer": _odd(
+        _TorchTransformer,
+        dense=("*.in_proj_weight",),
+        blocks=("encoder.layers.[0-9]",),
+        uncalled=("*.out_proj",),  # MultiheadAttention reads its weight and never calls it
+    ),
+}
