@@ -5,18 +5,24 @@ from wanda_lightning.core.allocation import Uniform
 from wanda_lightning.core.criteria import Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.solvers import ZeroOut
+from wanda_lightning.data import ImageDataModule, TextDataModule
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruner import PruningConfig, prune
 from wanda_lightning.report import PruningReport
 
 __all__ = [
     "NM",
+    "CausalLMModule",
     "EqualShare",
+    "ImageClassifierModule",
+    "ImageDataModule",
     "KeepZeros",
     "Magnitude",
     "MagnitudePrune",
     "PruningCallback",
     "PruningConfig",
     "PruningReport",
+    "TextDataModule",
     "Uniform",
     "Unstructured",
     "Wanda",

@@ -302,11 +302,12 @@ def _leave_out(
     def by_user(name: str) -> str | None:
         return next((pattern for pattern in skip if _matches(name, pattern)), None)
 
-    kept = [layer for layer in layers if by_user(layer.name) is None]
+    chosen = [(layer, by_user(layer.name)) for layer in layers]
+    kept = [layer for layer, pattern in chosen if pattern is None]
     left = [
         Skipped(layer.name, tuple(layer.parameter.shape), f"skip={pattern!r}")
-        for layer in layers
-        if (pattern := by_user(layer.name)) is not None
+        for layer, pattern in chosen
+        if pattern is not None
     ]
     # What the user named is decided: packed weights among it are no longer in the way.
     decided = [Skipped(s.name, s.shape, s.reason, s.unprunable and by_user(s.name) is None) for s in skipped]

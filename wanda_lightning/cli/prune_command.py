@@ -1,0 +1,193 @@
+"""`wanda-lightning prune`: the reference's flags, on any model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.core.criteria import CRITERIA
+from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
+from wanda_lightning.data import ImageDataModule, TextDataModule
+from wanda_lightning.files import refuse_nonempty, whole_file
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.report import PruningReport
+
+TIMM = "timm:"
+_PAPER_SEQLEN = 2048
+_PAPER_IMAGES, _PAPER_SEQUENCES = 4096, 128
+
+
+def prune_model(
+    model: str,
+    seed: int = 0,
+    nsamples: int | None = None,
+    sparsity_ratio: float = 0.5,
+    sparsity_type: str = "unstructured",
+    prune_method: Literal["magnitude", "wanda"] = "wanda",
+    cache_dir: str | None = None,
+    use_variant: bool = False,
+    save: str | None = None,
+    save_model: str | None = None,
+    seqlen: int | None = None,
+    calibration: str = "c4",
+    eval: str = "wikitext2",
+    limit: int | None = None,
+    granularity: Literal["block", "layer", "model"] | None = None,
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    skip: Sequence[str] = (),
+    data_path: str | None = None,
+    prune_granularity: Literal["row", "layer"] | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Prune a language model or an image classifier, and measure it before and after.
+
+    Args:
+        model: Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.
+        seed: Draws the calibration samples.
+        nsamples: Calibration samples; by default 128 sequences or 4096 images, as in the paper.
+        sparsity_ratio: Fraction of each pruned layer's weights that become zero.
+        sparsity_type: unstructured, or any N:M such as 2:4 and 4:8.
+        prune_method: What gives a weight its score.
+        cache_dir: Where downloads from the hub are kept.
+        use_variant: Let rows differ in sparsity: each loses the same share of its score (the paper's variant).
+        save: Folder for log_METHOD.txt and pruning_report.json.
+        save_model: Folder for the pruned model.
+        seqlen: Tokens in a window; by default the model's context, 2048 at the most.
+        calibration: c4, wikitext2, python-docs (needs no network) or a FILE (.txt, .jsonl, .parquet).
+        eval: Text to measure perplexity on, likewise.
+        limit: Windows of it; by default all.
+        granularity: What the statistics see; by default block for language models, model for image classifiers.
+        dtype: auto (as stored), float32, bfloat16 or float16.
+        batch_size: Samples in a batch; by default 4 sequences or 64 images.
+        skip: Layers to leave dense: names, globs or re: expressions.
+        data_path: Images to calibrate and measure on: a folder in the manner of ImageNet, cifar10, cifar100, a hub id,
+            or digits (needs no network).
+        prune_granularity: Compare weights within a row or a layer; by default a row, for magnitude a layer.
+        resume: Weights (.safetensors) of the image classifier.
+        overwrite: Write into folders that are not empty.
+        trust_remote_code: Run the code that comes with a hub model.
+
+    Raises:
+        ValueError: If the options do not fit together or the model; before anything is written.
+    """
+    for folder in (save, save_model):
+        if folder is not None:
+            refuse_nonempty(folder, overwrite)
+    is_image = model.startswith(TIMM)
+    callback = PruningCallback(
+        sparsity_ratio,
+        CRITERIA[prune_method](),
+        _pattern(sparsity_type, prune_method, prune_granularity, use_variant),
+        granularity=granularity or ("model" if is_image else "block"),
+        skip=skip,
+        num_samples=nsamples or (_PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
+    )
+    L.seed_everything(seed, verbose=False)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    module: CausalLMModule | ImageClassifierModule
+    data: TextDataModule | ImageDataModule
+    if is_image:
+        _refuse_given("an image classifier", seqlen=seqlen, limit=limit)
+        module = ImageClassifierModule(model, pretrained=resume is None, checkpoint=resume)
+        data = ImageDataModule(
+            data_path or "digits",
+            module,
+            batch_size=batch_size or 64,
+            num_samples=callback.num_samples,
+            seed=seed,
+            cache_dir=cache_dir,
+        )
+        metric, heading = "val_accuracy", "top-1"
+    else:
+        _refuse_given("a language model", data_path=data_path, resume=resume)
+        module = CausalLMModule(model, dtype=dtype, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        data = TextDataModule(
+            module.tokenizer,
+            calibration,
+            eval,
+            seqlen=seqlen or min(_PAPER_SEQLEN, _context(module)),
+            num_samples=callback.num_samples,
+            batch_size=batch_size or 4,
+            limit=limit,
+            seed=seed,
+            cache_dir=cache_dir,
+        )
+        metric, heading = "val_perplexity", "perplexity"
+    dense = _measure(module, data, metric)
+    pruned = _measure(module, data, metric, callback)
+    report = callback.report
+    assert report is not None
+    if save_model is not None:
+        module.save_pretrained(save_model, overwrite=overwrite)
+    if save is not None:
+        _write_results(Path(save), prune_method, pruned, report)
+    _print_results(prune_method, heading, dense, pruned, report)
+
+
+def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | None, use_variant: bool) -> Pattern:
+    if sparsity_type != "unstructured":
+        if use_variant or group:
+            option = "--use_variant" if use_variant else "--prune_granularity"
+            raise ValueError(f"{option} is for --sparsity_type unstructured, but {sparsity_type} was given")
+        return pattern_named(sparsity_type)
+    if use_variant:
+        if method != "wanda" or group == "layer":
+            raise ValueError("--use_variant is a way to compare Wanda's scores within rows: use --prune_method wanda")
+        return EqualShare()
+    return Unstructured(group or ("layer" if method == "magnitude" else "row"))
+
+
+def _refuse_given(kind: str, **options: object) -> None:
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} has no meaning for {kind}: leave it out")
+
+
+def _context(module: CausalLMModule) -> int:
+    return int(getattr(module.model.config.get_text_config(), "max_position_embeddings", _PAPER_SEQLEN))
+
+
+def _measure(
+    module: L.LightningModule, data: L.LightningDataModule, metric: str, callback: PruningCallback | None = None
+) -> float:
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[callback] if callback else [],
+    )
+    (metrics,) = trainer.validate(module, data, verbose=False)
+    return float(metrics[metric])
+
+
+def _write_results(folder: Path, method: str, measured: float, report: PruningReport) -> None:
+    report.save(folder)
+    with whole_file(folder / f"log_{method}.txt") as temporary:
+        temporary.write_text(
+            f"method\tactual_sparsity\tppl_test\n{method}\t{report.sparsity:.4f}\t{measured:.4f}\n", encoding="utf-8"
+        )
+
+
+def _print_results(method: str, heading: str, dense: float, pruned: float, report: PruningReport) -> None:
+    table = Table()
+    for column in ("method", "sparsity", "of the model", f"dense {heading}", f"pruned {heading}", "seconds to prune"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    numbers: list[Any] = [f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%}"]
+    numbers += [f"{value:.2%}" if heading == "top-1" else f"{value:.2f}" for value in (dense, pruned)]
+    table.add_row(method, *numbers, f"{report.seconds['prune']:.1f}")
+    console = Console()
+    console.print(table)
+    for note in report.notes:
+        console.print(f"Note: {note}", markup=False)
