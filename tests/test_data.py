@@ -361,8 +361,10 @@ def test_the_tokenizer_may_be_a_gguf_file(tmp_path):
 def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf does not exist"):
         TextDataModule(str(tmp_path / "missing.gguf"))
-    with pytest.raises(ValueError, match="A tokenizer is needed to read text, but NoneType"):
-        TextDataModule(None)
+    with pytest.raises(ValueError, match="A tokenizer is needed to read text, but int"):
+        TextDataModule(3)
+    with pytest.raises(ValueError, match="none was given, and no Trainer runs a module that has one"):
+        TextDataModule().setup("validate")
     with pytest.raises(OSError, match=r"'no/such' was asked for, but neither a local folder nor") as error:
         TextDataModule("no/such").setup("validate")
     assert error.value.__cause__ is not None

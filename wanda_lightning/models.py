@@ -248,9 +248,9 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
             reasons[name] = "output head"
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
             depthwise = module.groups == module.in_channels
-            reasons[name] = f"{'depthwise' if depthwise else 'grouped'} convolution ({module.groups} groups)"
+            reasons[name] = "depthwise convolution" if depthwise else "grouped convolution"
         elif isinstance(module, nn.Conv2d) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
-            reasons[name] = f"stem: reads the raw image ({module.in_channels} channels)"
+            reasons[name] = "stem: reads the raw image"
         elif _STEM.search(name) or any(
             name.startswith(prefix) and pattern.match(name[len(prefix) :].lstrip(".")) for prefix, pattern in stems
         ):

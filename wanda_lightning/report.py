@@ -95,6 +95,15 @@ class PruningReport:
         """Fraction of the model's parameters that lie in pruned layers."""
         return sum(layer.size for layer in self.layers) / self.parameters if self.parameters else 0.0
 
+    def summary(self) -> str:
+        """The totals in one sentence each."""
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+        return (
+            f"{len(self.layers)} layers hold {self.coverage:.1%} of {self.parameters:,} parameters. "
+            f"Sparsity: {self.sparsity:.2%} of the pruned layers, {self.model_sparsity:.2%} of the model. "
+            f"{sum(self.seconds.values()):.1f} s ({stages})."
+        )
+
     def metrics(self) -> dict[str, float]:
         """`sparsity/model`, `sparsity/pruned_layers` and `sparsity/<layer>`, for a logger."""
         return {
@@ -142,12 +151,7 @@ class PruningReport:
                 console.print(skipped_table(self.skipped))
             for note in self.notes:
                 console.print(f"Note: {note}", markup=False)
-            console.print(
-                f"{len(self.layers)} layers hold {self.coverage:.1%} of {self.parameters:,} parameters. "
-                f"Sparsity: {self.sparsity:.2%} of the pruned layers, {self.model_sparsity:.2%} of the model. "
-                f"{sum(self.seconds.values()):.1f} s "
-                f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in self.seconds.items())})."
-            )
+            console.print(self.summary())
         return capture.get()
 
 

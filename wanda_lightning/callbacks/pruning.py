@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -152,6 +153,7 @@ class PruningCallback(Callback):
                 forward=partial(calibration_forward, trainer, pl_module),
                 progress=bar is not None and bool(getattr(bar, "is_enabled", True)),
             )
+        rank_zero_info(f"{type(self).__name__}: {self.report.summary()}")
         self._pruned_layers = [layer.name for layer in self.report.layers]
         self._pruned_module = weakref.ref(pl_module)
         for logger in trainer.loggers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 for an error that is explained in one message; 2 for wrong usage; 130 after Ctrl-C.
     """
+    # Lightning 2.6 asks torch 2.13 in an old way, at every dataloader.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         if command in SUBCOMMANDS:
-            run_lightning(arguments)
+            run_lightning(argv)
         else:
             _run(command, arguments[1:])
     except KeyboardInterrupt:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 
-@runtime_checkable
-class Allocation(Protocol):
+class Allocation(ABC):
     """How the target sparsity is spread over the layers."""
 
+    @abstractmethod
     def __call__(self, sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
         """Give each layer, named with its number of weights, a sparsity in [0, 1)."""
-        ...
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocation):
     """The same sparsity for every layer."""
 
     def __call__(self, sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:

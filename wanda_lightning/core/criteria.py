@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 
@@ -11,19 +12,18 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Score, Weight
 
 
-@runtime_checkable
-class Criterion(Protocol):
+class Criterion(ABC):
     """How much a weight matters, from its value and what enters its layer."""
 
     needs: ClassVar[frozenset[str]]
 
+    @abstractmethod
     def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
         """Score every weight, in float32 or wider; higher survives."""
-        ...
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Criterion):
     """The absolute value of the weight; needs no calibration data (Han et al. 2015)."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -34,7 +34,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(Criterion):
     """Weight magnitude times the norm of the input it multiplies (Sun et al. 2024, eq. 1)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})

@@ -7,8 +7,9 @@ each group.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 
@@ -63,25 +64,23 @@ def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
     return keep
 
 
-@runtime_checkable
-class Pattern(Protocol):
+class Pattern(ABC):
     """Where zeros may fall, and how many."""
 
-    def check(self, sparsity: float, name: str, d_in: int) -> None:
+    def check(self, sparsity: float, name: str, d_in: int) -> None:  # noqa: B027  # most patterns fit every layer
         """Refuse a layer that the pattern does not fit.
 
         Raises:
             ValueError: If the sparsity or the input width is impossible for this pattern.
         """
-        ...
 
+    @abstractmethod
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Choose what to keep; higher scores survive."""
-        ...
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Any weight may go; exactly `int(size * sparsity)` of each comparison group do.
 
     Attributes:
@@ -94,9 +93,6 @@ class Unstructured:
         if self.group not in ("row", "layer"):
             raise ValueError(f"Unstructured compares within a 'row' or a 'layer', but group={self.group!r} was given")
 
-    def check(self, sparsity: float, name: str, d_in: int) -> None:
-        """Every layer fits."""
-
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Keep the largest of each group."""
         groups = scores if self.group == "row" else scores.reshape(1, -1)
@@ -105,7 +101,7 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(Pattern):
     """N weights survive in every M consecutive inputs of a row, as sparse tensor cores want it (2:4).
 
     Attributes:
@@ -144,16 +140,13 @@ class NM:
 
 
 @dataclass(frozen=True)
-class EqualShare:
+class EqualShare(Pattern):
     """Each row loses the same share of its total score, so rows differ in sparsity: the paper's "variant".
 
     A row is cut where the running sum of its sorted scores reaches `share` of the row's total; one share for the
     matrix is found by bisection from 0.4 in [0, 0.8], until the sparsity is within 0.001 of the target or the bracket
     is narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may fall short of a high sparsity.
     """
-
-    def check(self, sparsity: float, name: str, d_in: int) -> None:
-        """Every layer fits."""
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Find the share and keep what lies above each row's cut."""

@@ -6,8 +6,9 @@ is the special case `ZeroOut`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
@@ -15,12 +16,12 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Weight
 
 
-@runtime_checkable
-class Solver(Protocol):
+class Solver(ABC):
     """What becomes of a weight matrix."""
 
     needs: ClassVar[frozenset[str]]
 
+    @abstractmethod
     def __call__(
         self,
         weight: Weight,
@@ -30,11 +31,10 @@ class Solver(Protocol):
         sparsity: float,
     ) -> tuple[Weight, KeepMask]:
         """Give the new weight, in the old one's dtype and zero where not kept, and what was kept."""
-        ...
 
 
 @dataclass(frozen=True)
-class ZeroOut:
+class ZeroOut(Solver):
     """Zero the pruned weights and leave the others exactly as they are."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
