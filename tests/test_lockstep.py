@@ -491,13 +491,15 @@ def test_an_error_inside_a_unit_surfaces(index, error):
 @pytest.mark.parametrize("index", range(3))
 def test_an_error_of_the_consumer_ends_all_threads(index, error):
     model = Chain(Mlp(), Mlp(), Mlp())
-    with (
-        pytest.raises(type(error)) as caught,
-        closing(lockstep(forwards(model, vectors()), model.blocks)) as stops,
-    ):
-        for stop in stops:
-            if stop.unit == index:
-                explode(error)
+
+    def consume():
+        with closing(lockstep(forwards(model, vectors()), model.blocks)) as stops:
+            for stop in stops:
+                if stop.unit == index:
+                    explode(error)
+
+    with pytest.raises(type(error)) as caught:
+        consume()
     assert_surfaced(caught, error, "explode")
     assert overrides(model) == []
 

@@ -10,6 +10,7 @@ import argparse
 import copy
 import logging
 import time
+import warnings
 
 import lightning as L
 from rich.console import Console
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
     options = parser.parse_args()
 
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     L.seed_everything(0, verbose=False)
     module = CausalLMModule(options.model)
@@ -64,7 +66,7 @@ def main() -> None:
             f"{report.seconds['prune']:.1f}" if report else "",
             f"{time.perf_counter() - started:.1f}",
         )
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from wanda_lightning import ImageClassifierModule, ImageDataModule, MagnitudePrune, PruningCallback, WandaPrune
 
-MODELS = {
+MODELS = {  # timm's names, made small
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 4},
     "convnext_atto": {"dims": (24, 48, 96, 128), "depths": (1, 1, 2, 1), "patch_size": 2},
 }
@@ -77,7 +77,7 @@ def main() -> None:
                 figures = (callback.report.sparsity, callback.report.model_sparsity, accuracy)
                 seconds = f"{time.perf_counter() - started:.1f}"
                 table.add_row(name, method, pattern, *(f"{figure:.2%}" for figure in figures), seconds)
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 if __name__ == "__main__":
