@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import ZOO
 
-from wanda_lightning import NM, Magnitude, PruningConfig, prune
+from wanda_lightning import NM, Magnitude, PruningConfig, Wanda, prune
 from wanda_lightning.models import GRANULARITIES
 
 EVERY_GRANULARITY = pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -113,9 +113,35 @@ class Untouched:
 @pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 1.5, math.nan, math.inf, -math.inf])
 def test_sparsity_out_of_range(sparsity):
     message = refusal(build(), Untouched(), sparsity)
-    assert_says(message, "sparsity", "[0, 1)", f"{sparsity:g} was given")
+    assert_says(message, "sparsity", "[0, 1)", f"{sparsity} was given")
     with pytest.raises(ValueError, match="sparsity"):
         PruningConfig(sparsity)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"criterion": Wanda}, "criterion is an object"),
+        ({"pattern": (2, 4)}, "(2, 4) was given"),
+        ({"sparsity": "0.5"}, "0.5 was given"),
+        ({"skip": ["re:("]}, "'re:(' is not a regular expression"),
+    ],
+)
+def test_a_value_of_the_wrong_kind(choice, said):
+    assert said in refusal(build(), Untouched(), **choice)
+
+
+@pytest.mark.parametrize("batch", [torch.ones(2, 8), {"x": torch.ones(2, 8)}])
+def test_one_batch_instead_of_several(batch):
+    assert_says(refusal(build(), batch), "needs calibration batches", type(batch).__name__, "list of batches")
+
+
+def test_weights_without_a_shape_or_of_inference_mode():
+    with pytest.raises(ValueError, match="has no shape yet"):
+        prune(nn.Sequential(nn.LazyLinear(4)), Untouched())
+    with torch.inference_mode():
+        frozen = nn.Sequential(nn.Linear(8, 8))
+    assert "inference_mode" in refusal(frozen, Untouched())
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (4, 4), (0, 4), (0, 0), (-1, 4)])
@@ -202,10 +228,10 @@ def test_unknown_names(axis):
     ("batches", "found"),
     [
         (lambda: None, "none were given"),
-        (lambda: [], "there are none"),
-        (lambda: iter(()), "there are none"),
-        (lambda: (x for x in vectors() if x is None), "there are none"),
-        (lambda: {}, "there are none"),
+        (lambda: [], "holds none"),
+        (lambda: iter(()), "holds none"),
+        (lambda: (x for x in vectors() if x is None), "holds none"),
+        (lambda: {}, "one dict was given"),
     ],
     ids=["None", "list", "iterator", "generator", "mapping"],
 )
@@ -296,7 +322,7 @@ def test_not_finite_inside_a_block(granularity, value):
 def test_layers_with_one_input_are_named_together(granularity):
     model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
     model.model.embed_tokens.weight.data[batches[1]["input_ids"][0, 0], 5] = math.nan
-    with pytest.raises(ValueError, match="holds NaN or infinity in calibration batch 1 ") as caught:
+    with pytest.raises(ValueError, match=r"holds NaN or infinity, .* in calibration batch 1 ") as caught:
         prune(model, [{"input_ids": torch.full((1, 4), 2)}, batches[1]], granularity=granularity, progress=False)
     parts = "q" if granularity == "layer" else "qkv"
     assert ", ".join(f"model.layers.0.self_attn.{part}_proj" for part in parts) in str(caught.value)

@@ -284,12 +284,6 @@ def int8_linear():
     return layer
 
 
-def parametrised_bias():
-    layer = nn.Linear(8, 8)
-    parametrize.register_parametrization(layer, "bias", nn.Identity())
-    return layer
-
-
 ONE_LAYER = {
     "linear": (lambda: nn.Linear(8, 8), {}),
     "inheriting": (lambda: Inheriting(8, 8), {}),
@@ -332,10 +326,6 @@ def test_what_is_parametrised_says_how_to_go_on():
     assert all("remove_parametrizations" in reason for reason in reasons(model).values())
     parametrize.remove_parametrizations(model.part, "weight")
     assert [layer.name for layer in walk(model).layers] == ["part"]
-
-
-def test_a_layer_with_any_parametrisation_is_left_alone():
-    assert reasons(Several(part=parametrised_bias())).keys() == {"part"}
 
 
 @pytest.mark.parametrize("make", [int8_linear, lambda: nn.Linear(8, 8).to(torch.float8_e5m2)])
@@ -427,6 +417,7 @@ def test_several_skips_add_up():
         ("blocks.3.upp", "blocks.3.up"),
         ("block.11.down", "blocks.11.down"),
         ("re:up", ""),  # a regular expression matches the whole name
+        (r"re:blocks\.1", ""),
         ("", ""),
         ("Blocks.0.up", "blocks.0.up"),
         ("blocks.12", "blocks"),
@@ -601,3 +592,39 @@ def test_tokens_in_half_precision(mode, dtype):
     layer = layer_of(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode))
     x = torch.randn(2, 3, 5, 5).to(dtype)
     assert torch.equal(layer.tokens(x).double(), layer.tokens(x.double()))
+
+
+# ---- what once went wrong
+
+
+def test_models_whose_matcher_is_a_function_are_walked():
+    with torch.device("meta"):
+        found = walk(timm.create_model("inception_v3"))
+    assert found.layers
+
+
+def test_an_embedding_is_never_pruned_through_a_tied_layer():
+    model = nn.ModuleDict({"decoder": nn.Linear(8, 12, bias=False), "embed": nn.Embedding(12, 8)})
+    model["embed"].weight = model["decoder"].weight
+    found = walk(model)
+    assert {(matrix.name, matrix.reason) for matrix in found.skipped} == {
+        ("decoder", "tied to embed"),
+        ("embed", "embedding"),
+    }
+    assert not found.layers
+
+
+def test_packed_weights_in_buffers_are_named():
+    layer = nn.Linear(8, 8)
+    layer.register_buffer("qweight", torch.zeros(8, 1, dtype=torch.int32))
+    assert [(m.name, m.unprunable) for m in walk(nn.Sequential(layer)).skipped] == [("0.qweight", True)]
+
+
+def test_a_root_layer_has_a_name():
+    assert [layer.name for layer in walk(nn.Linear(8, 8)).layers] == ["weight"]
+
+
+def test_only_a_parametrised_weight_is_out_of_reach():
+    layer = nn.Linear(8, 8)
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+    assert [found.name for found in walk(nn.Sequential(layer)).layers] == ["0"]

@@ -23,19 +23,20 @@ Forward = Callable[..., Any]
 
 
 class _Ambient:
-    """What PyTorch keeps for each thread and a forward pass depends on: autocast and the current device."""
+    """What PyTorch keeps for each thread and a forward pass depends on: autocast, inference mode, current device."""
 
     def __init__(self) -> None:
         devices = {"cpu"}
         if torch.accelerator.is_available():
             devices.add(cast(torch.device, torch.accelerator.current_accelerator()).type)
+        self._inference = torch.is_inference_mode_enabled()
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
         self._cuda_device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
             if self._cuda_device is not None:
                 stack.enter_context(torch.cuda.device(self._cuda_device))
@@ -71,6 +72,9 @@ class Call:
         with self.ambient.entered():
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if any(tensor.is_inference() for tensor in tensors):  # they do not count what is written into them
+                self.forward(*args, **kwargs)
+                return True
             before = [tensor._version for tensor in tensors]
             self.forward(*args, **kwargs)
             return before != [tensor._version for tensor in tensors]
@@ -126,8 +130,9 @@ class _Traveller(threading.Thread):
 
     def park(self, unit: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Wait at a unit for its output (called in the batch's thread)."""
+        if self._cancelled:  # the model swallowed the end, or called a unit in a `finally`
+            raise _EndOfJourney
         self.unit, self.call = unit, Call(self.batch, forward, args, kwargs, _Ambient())
-        del args, kwargs
         self._back.release()
         self._go.acquire()
         if self._cancelled:

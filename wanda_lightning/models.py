@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 Granularity = Literal["block", "layer", "model"]
@@ -55,8 +56,8 @@ def _write_conv1d(layer: Any, weight: Tensor) -> None:
     layer.weight.copy_(weight.t())
 
 
-# Kernel positions outside, input channels inside: N:M groups are then consecutive channels of one kernel position,
-# the reduction order of sparse implicit-GEMM convolutions.
+# Kernel positions outside, input channels inside: where M divides the channels, an N:M group is consecutive channels of
+# one kernel position, the reduction order of sparse implicit-GEMM convolutions.
 def _read_conv2d(layer: nn.Conv2d) -> Tensor:
     return layer.weight.permute(0, 2, 3, 1).reshape(layer.out_channels, -1)
 
@@ -186,23 +187,28 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
     reasons = _reasons_to_skip(model, modules)
     layers: list[Layer] = []
     owner: dict[int, str] = {}
-    skipped: list[Skipped] = []
+    embeddings: dict[int, str] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            embeddings.setdefault(id(module.weight), name)
+    skipped = [_packed(name, buffer) for name, buffer in model.named_buffers() if _is_packed_weight(name, buffer)]
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, UninitializedParameter):
+            skipped.append(Skipped(name, (), "has no shape yet: run one batch through the model first", True))
+            continue
         if parameter.ndim < 2:
             continue
         module_name, _, parameter_name = name.rpartition(".")
-        module = modules.get(module_name)
-        if module is None:  # the same module under a second name
+        if module_name not in modules:  # the same module under a second name
             continue
-        layer = _as_layer(module_name, module) if parameter_name == "weight" else None
+        module = modules[module_name]
         label = module_name if parameter_name == "weight" and module_name else name
-        if id(parameter) in owner:
-            skipped.append(Skipped(label, tuple(parameter.shape), f"tied to {owner[id(parameter)]}"))
-            continue
-        owner[id(parameter)] = label
-        if _is_packed(parameter):
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            skipped.append(Skipped(label, tuple(parameter.shape), f"{dtype} weights cannot be pruned in place", True))
+        layer = _as_layer(label, module) if parameter_name == "weight" else None
+        first = embeddings.get(id(parameter)) or owner.setdefault(id(parameter), label)
+        if first != label:
+            skipped.append(Skipped(label, tuple(parameter.shape), f"tied to {first}"))
+        elif _is_packed(parameter):
+            skipped.append(_packed(label, parameter))
         elif parameter_name == "weight" and module_name in reasons:
             skipped.append(Skipped(label, tuple(parameter.shape), reasons[module_name]))
         elif layer is None:
@@ -217,12 +223,22 @@ def _as_layer(name: str, module: nn.Module) -> Layer | None:
     for kind in layer_kinds().values():
         if isinstance(module, kind.layer_type):
             keeps_forward = type(module).forward is kind.layer_type.forward
-            return Layer(name, module, kind) if keeps_forward and not parametrize.is_parametrized(module) else None
+            plain = not parametrize.is_parametrized(module, "weight")
+            return Layer(name, module, kind) if keeps_forward and plain else None
     return None
 
 
 def _is_packed(parameter: Tensor) -> bool:
     return not parameter.is_floating_point() or parameter.element_size() < 2
+
+
+def _is_packed_weight(name: str, buffer: Tensor) -> bool:
+    return buffer.ndim >= 2 and not buffer.is_floating_point() and "weight" in name.rpartition(".")[2]
+
+
+def _packed(name: str, weight: Tensor) -> Skipped:
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Skipped(name, tuple(weight.shape), f"{dtype} weights cannot be pruned in place", True)
 
 
 def _why_no_layer(module: nn.Module, parameter_name: str) -> str:
@@ -276,13 +292,17 @@ def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
     """How a timm model itself names its stem, as expressions that match at the start of a parameter's name."""
     if not callable(group_matcher := getattr(module, "group_matcher", None)):
         return []
-    stem = group_matcher(coarse=False).get("stem", ())
+    groups = group_matcher(coarse=False)
+    stem = groups.get("stem", ()) if isinstance(groups, Mapping) else ()  # a few give a function instead
     return [re.compile(pattern) for pattern in ([stem] if isinstance(stem, str) else stem) if isinstance(pattern, str)]
 
 
 def _matches(name: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"skip={pattern!r} is not a regular expression: {error}") from error
     return name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
@@ -322,7 +342,7 @@ def _units(model: nn.Module, modules: dict[str, nn.Module], layers: list[Layer],
     for layer in layers:
         inside = [name for name in blocks if layer.name.startswith(f"{name}.")]
         members.setdefault(inside[0] if inside else layer.name, []).append(layer)
-    return tuple(Unit(name, modules[name], tuple(inner)) for name, inner in members.items())
+    return tuple(Unit(name, modules.get(name, model), tuple(inner)) for name, inner in members.items())
 
 
 def _blocks(modules: dict[str, nn.Module], layers: list[Layer]) -> dict[str, nn.Module]:

@@ -64,7 +64,7 @@ class Observer:
         """Statistics for each layer of the unit that a batch reached.
 
         Raises:
-            ValueError: If an input holds NaN or infinity; names layer and batch.
+            ValueError: If an input holds NaN or infinity, or its squares overflow; names layer and batch.
         """
         if unit.module is not None and len(unit.layers) == 1 and unit.module is unit.layers[0].module:
             return {unit.layers[0].name: self._read_parked(unit.layers[0], calls)}
@@ -168,6 +168,7 @@ def _refuse_nonfinite(parts: list[tuple[list[str], int, InputStatistics]]) -> No
         return  # one wait for the device per unit, not one per batch and layer
     layers, batch = next((layers, batch) for layers, batch, statistics in parts if not statistics.finite())
     raise ValueError(
-        f"the input of {', '.join(layers)} holds NaN or infinity in calibration batch {batch} (counted from 0). "
-        "Scores would be meaningless: check that batch, or use a wider dtype (bfloat16 or float32)."
+        f"the input of {', '.join(layers)} holds NaN or infinity, or its squares overflow float32, in calibration "
+        f"batch {batch} (counted from 0). Scores would be meaningless: check that batch, or load the model in a wider "
+        "dtype (float32 or bfloat16 rather than float16)."
     )

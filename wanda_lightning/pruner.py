@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
@@ -56,17 +57,17 @@ class PruningConfig:
     skip: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:
             raise ValueError(
-                f"sparsity is the fraction of weights that become zero, in [0, 1), but {self.sparsity:g} was given"
+                f"sparsity is the fraction of weights that become zero, in [0, 1), but {self.sparsity} was given"
             )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
         resolved = {
-            "criterion": _named("criterion", CRITERIA, self.criterion),
-            "pattern": pattern_named(self.pattern) if isinstance(self.pattern, str) else self.pattern,
-            "allocation": _named("allocation", ALLOCATIONS, self.allocation),
-            "solver": _named("solver", SOLVERS, self.solver),
+            "criterion": _checked("criterion", Criterion, self.criterion, _named("criterion", CRITERIA)),
+            "pattern": _checked("pattern", Pattern, self.pattern, pattern_named),
+            "allocation": _checked("allocation", Allocation, self.allocation, _named("allocation", ALLOCATIONS)),
+            "solver": _checked("solver", Solver, self.solver, _named("solver", SOLVERS)),
             "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
         }
         for name, value in resolved.items():
@@ -143,8 +144,12 @@ def prune_as(
         allocation = cast(Allocation, config.allocation)
         targets = allocation({layer.name: layer.parameter.numel() for layer in found.layers}, config.sparsity)
         _refuse(config, found, targets)
-        if config.needs and batches is None:
-            raise ValueError(f"{config.criterion} needs calibration batches, but none were given")
+        if config.needs and (batches is None or isinstance(batches, Mapping | Tensor)):
+            given = "none were" if batches is None else f"one {type(batches).__name__} was"
+            raise ValueError(
+                f"{config.criterion} needs calibration batches, but {given} given. Give a list of batches or a "
+                "dataloader; Magnitude() needs none."
+            )
         calibration = _Calibration(model, batches if config.needs and batches is not None else (), forward)
         streamed = bool(config.needs) and config.granularity == "model"
         if not streamed:
@@ -204,7 +209,10 @@ class _Calibration:
 
     def refuse_if_empty(self, config: PruningConfig) -> None:
         if config.needs and not self.masks:
-            raise ValueError(f"{config.criterion} needs calibration batches, but there are none in what was given")
+            raise ValueError(
+                f"{config.criterion} needs calibration batches, but what was given holds none. An iterator that was "
+                "read before is empty: give a list or a dataloader."
+            )
 
 
 def _stops(config: PruningConfig, found: Walk, calibration: _Calibration) -> Generator[Stop]:
@@ -239,11 +247,19 @@ def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) ->
         )
     if not found.layers:
         reasons = "; ".join(dict.fromkeys(f"{matrix.name}: {matrix.reason}" for matrix in found.skipped[:5]))
-        raise ValueError(f"the model has nothing to prune ({reasons or 'it has no weight matrices'})")
+        raise ValueError(
+            f"the model has nothing to prune ({reasons or 'it has no weight matrices'}). "
+            "Give a model with linear or convolution layers, or skip less."
+        )
     for layer in found.layers:
         weight = layer.parameter
         if weight.is_meta:
             raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
+        if weight.is_inference():
+            raise ValueError(
+                f"the weight of {layer.name} was made under torch.inference_mode() and cannot be changed: "
+                "build or load the model outside of it"
+            )
         d_in = layer.read().shape[1]
         cast(Pattern, config.pattern).check(targets[layer.name], layer.name, d_in)
         # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
@@ -314,7 +330,8 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
 
 def _on_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # Outside inference mode a model could not write into a tensor that was made inside.
+        return batch.clone().to(device) if batch.is_inference() else batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _on_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
@@ -322,12 +339,21 @@ def _on_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _named(axis: str, table: Mapping[str, type[Choice]], choice: Choice | str) -> Choice:
-    if not isinstance(choice, str):
-        return choice
-    if choice not in table:
-        raise ValueError(f"no {axis} is called {choice!r}: use one of {', '.join(table)}")
-    return table[choice]()
+def _named(axis: str, table: Mapping[str, type[Choice]]) -> Callable[[str], Choice]:
+    def find(name: str) -> Choice:
+        if name not in table:
+            raise ValueError(f"no {axis} is called {name!r}: use one of {', '.join(table)}")
+        return table[name]()
+
+    return find
+
+
+def _checked(axis: str, base: type[Any], choice: Any, find: Callable[[str], Any]) -> Any:
+    if isinstance(choice, str):
+        return find(choice)
+    if not isinstance(choice, base):
+        raise ValueError(f"{axis} is an object such as those in wanda_lightning, or a name, but {choice!r} was given")
+    return choice
 
 
 def _describe(value: Any) -> Any:

@@ -55,8 +55,9 @@ class KeepZeros(Callback):
             optimizers: Those that step its weights.
         """
         self.release()
+        parameters = {layer.name: layer.parameter for layer in walk(module).layers}
         for name in layers:
-            weight = module.get_submodule(name).weight
+            weight = parameters[name]
             assert isinstance(weight, nn.Parameter)
             self._pruned[weight] = weight.detach() == 0
             if weight.requires_grad:
