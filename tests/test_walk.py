@@ -54,7 +54,7 @@ ON_META = {
             "resnext50_32x4d",
             "efficientnet_b0",
             "levit_128s",
-            "regnety_002",
+            "ghostnet_100",
             "nfnet_f0",
             "sequencer2d_s",
             "test_vit",
