@@ -5,9 +5,11 @@ import csv
 import gc
 import json
 import os
+import pickle
 import signal
 import threading
 from functools import partial
+from typing import NamedTuple
 
 import lightning as L
 import pytest
@@ -152,7 +154,7 @@ class TestMeasuring:
         trainer(callback).validate(module, loader())
         report = callback.report
         with torch.no_grad():
-            module.layers[0].weight.fill_(1)
+            module.layers[0].weight[0].fill_(1)
         before = copy.deepcopy(module)
         for loop in ("validate", "test", "predict"):
             getattr(trainer(callback), loop)(module, loader())
@@ -544,7 +546,7 @@ class TestCalibrationSource:
     @pytest.mark.parametrize("several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}])
     def test_several_loaders_are_refused(self, several):
         module, before = Net(), Net()
-        with pytest.raises(MisconfigurationException, match=r"validation dataloader|val dataloader.*is 2 dataloaders"):
+        with pytest.raises(MisconfigurationException, match=r"there are 2 val dataloaders"):
             trainer(WandaPrune(num_samples=4)).validate(module, several())
         assert same(module, before)
         trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
@@ -634,7 +636,7 @@ def test_a_module_without_forward_is_a_clear_error():
         def validation_step(self, batch, batch_idx):
             self.first(batch[0])
 
-    with pytest.raises(NotImplementedError, match='missing the required "forward" function'):
+    with pytest.raises(MisconfigurationException, match=r"Steps has no forward .* calibration_step"):
         trainer(WandaPrune(num_samples=4)).validate(Steps(), loader())
 
 
@@ -834,3 +836,118 @@ def test_an_image_classifier_is_trained_with_its_zeros():
     for layer in callback.report.layers:
         groups = (module.model.get_submodule(layer.name).weight != 0).reshape(-1, 4)
         assert (groups.sum(dim=1) == 2).all()
+
+
+# ---- what once went wrong: calibration beside the loops of Lightning
+
+
+def test_predict_sees_every_batch_of_the_loader_it_calibrated_on():
+    module = Net()
+    batches = DataLoader(samples(), batch_size=4)  # by keyword: Lightning builds the loader again for predict
+    predictions = trainer(WandaPrune(num_samples=12)).predict(module, batches)
+    assert share_of_zeros(module) == all_at(0.5)
+    assert torch.equal(torch.cat(predictions), module(samples().tensors[0]))
+
+
+def test_predict_with_our_data_modules():
+    images = ImageClassifierModule("test_vit", pretrained=False, num_classes=10, model_kwargs={"in_chans": 1})
+    data = ImageDataModule("digits", images, num_samples=8, image_size=160, batch_size=180)
+    predicting = trainer(WandaPrune(num_samples=8, granularity="model"))
+    assert sum(len(part) for part in predicting.predict(images, data)) == 360
+
+
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+def test_persistent_workers_lose_no_batch(loop):
+    seen = []
+
+    class Counting(Net):
+        def training_step(self, batch, batch_idx):
+            seen.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            seen.append(len(batch[0]))
+
+    batches = DataLoader(samples(20), batch_size=4, num_workers=1, persistent_workers=True)
+    getattr(trainer(WandaPrune(num_samples=6), max_epochs=2), loop)(Counting(), batches)
+    assert len(seen) == (10 if loop == "fit" else 5)
+
+
+def test_the_order_of_a_loader_with_its_own_generator_stays():
+    orders = []
+    for callbacks in ([], [WandaPrune(num_samples=6)]):
+        seen = []
+
+        class Listening(Net):
+            def training_step(self, batch, batch_idx, seen=seen):
+                seen.extend(batch[1].tolist())
+                return super().training_step(batch, batch_idx)
+
+        shuffled = DataLoader(samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+        trainer(*callbacks, max_epochs=1).fit(Listening(), shuffled)
+        orders.append(seen)
+    assert orders[0] == orders[1]
+
+
+def test_dense_weights_loaded_afterwards_are_pruned_again(tmp_path):
+    module, callback = Net(), WandaPrune(num_samples=12)
+    saving = trainer()
+    saving.validate(module, loader())
+    saving.save_checkpoint(tmp_path / "dense.ckpt")
+    trainer(callback).validate(module, loader())
+    trainer(callback).validate(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
+    assert share_of_zeros(module) == all_at(0.5)
+
+
+def test_transfer_hooks_of_the_data_module_are_applied():
+    class Shifted(L.LightningDataModule):
+        def calibration_dataloader(self):
+            return loader()
+
+        def val_dataloader(self):
+            return loader()
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 3, batch[1]
+
+    module, expected = Net(), Net()
+    trainer(WandaPrune(num_samples=12)).validate(module, datamodule=Shifted())
+    prune(expected, [(x + 3, y) for x, y in loader()], progress=False)
+    assert same(module, expected)
+
+
+def test_a_list_of_one_batch_is_a_dataloader():
+    module, expected = Net(), Net()
+    batch = samples()[:]
+    trainer(WandaPrune(num_samples=12, dataloader=[batch])).validate(module, loader())
+    prune(expected, [batch], progress=False)
+    assert same(module, expected)
+
+
+class Labelled(NamedTuple):
+    x: torch.Tensor
+    label: torch.Tensor
+
+
+def test_a_named_tuple_stays_one_when_it_is_cut():
+    class Named(Net):
+        def calibration_step(self, batch):
+            self(batch.x)
+
+    module = Named()
+    batches = [Labelled(*samples(4).tensors), Labelled(*samples(4, seed=1).tensors)]
+    callback = WandaPrune(num_samples=6, dataloader=batches)
+    trainer(callback).validate(module, loader())
+    assert {layer.tokens for layer in callback.report.layers} == {6}
+
+
+def test_a_callback_can_be_copied_and_pickled():
+    callback = WandaPrune(num_samples=12)
+    trainer(callback).validate(Net(), loader())
+    assert copy.deepcopy(callback).report == callback.report
+    assert pickle.loads(pickle.dumps(callback)).report == callback.report
+
+
+def test_nothing_is_said_without_a_progress_bar(capsys):
+    trainer(WandaPrune(num_samples=12)).validate(Net(), loader(), verbose=False)
+    assert "WandaPrune" not in "".join(capsys.readouterr())

@@ -315,7 +315,7 @@ REFUSED = [
     (["--sparsity_type", "4:2"], "1 <= N < M, but 4:2 was given"),
     (["--sparsity_type", "0:4"], "1 <= N < M, but 0:4 was given"),
     (["--sparsity_type", "3:6"], "needs an input width that is a multiple of 6, but model.layers.0.self_attn.q_proj"),
-    (["--sparsity_type", "diagonal"], "no pattern is called 'diagonal'"),
+    (["--sparsity_type", "diagonal"], "--sparsity_type is unstructured or N:M such as 2:4, but diagonal was given"),
     (["--use_variant", "--prune_method", "magnitude"], "use --prune_method wanda"),
     (["--use_variant", "--sparsity_type", "2:4"], "--use_variant is for --sparsity_type unstructured, but 2:4"),
     (["--prune_granularity", "row", "--sparsity_type", "2:4"], "--prune_granularity is for --sparsity_type unstr"),
@@ -715,3 +715,27 @@ def test_every_recipe_says_how_it_is_run_and_parses(capsys, path):
 
 def test_there_are_recipes():
     assert list(RECIPES.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", ["--nsamples", "--seqlen", "--batch_size", "--limit"])
+def test_zero_is_not_the_default(text, refused, option):
+    refused(*text, *OUT, option, "0", message="0")
+
+
+def test_a_model_with_missing_weights_is_refused(inputs, tmp_path, capsys):
+    folder = tmp_path / "deeper"
+    shutil.copytree(inputs / "llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run("prune", "--model", folder, "--calibration", "python-docs", "--eval", "python-docs") == 1
+    assert "they would be random" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_read_are_refused(inputs, tmp_path, capsys):
+    folder = tmp_path / "truncated"
+    shutil.copytree(inputs / "llama", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    assert run("prune", "--model", folder, "--calibration", "python-docs", "--eval", "python-docs") == 1
+    assert "cannot be read, or do not fit its configuration" in capsys.readouterr().err

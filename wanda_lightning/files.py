@@ -51,7 +51,7 @@ def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> No
         raise FileExistsError(f"A folder was to be written to {path}, which is a file. Choose another path.")
     if any(target.iterdir()) and not overwrite:
         raise FileExistsError(
-            f"The folder {path} is not empty. Choose another one, or overwrite it to replace all that is in it."
+            f"The folder {path} is not empty. Choose another one, or overwrite it (overwrite=True, --overwrite)."
         )
     if Path.cwd().is_relative_to(target):
         raise FileExistsError(

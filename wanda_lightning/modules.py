@@ -19,6 +19,7 @@ import timm
 import timm.optim
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -280,7 +281,12 @@ def _load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: 
         with _bars_on_terminals_only():
             if path.suffix != ".gguf":
                 _check_decoder_only(AutoConfig.from_pretrained(**source))
-            model = AutoModelForCausalLM.from_pretrained(**source, **options)
+            model, loaded = AutoModelForCausalLM.from_pretrained(**source, **options, output_loading_info=True)
+            if missing := sorted(loaded["missing_keys"]):
+                raise ValueError(
+                    f"The model {name!r} has no weights for {len(missing)} parameters that its configuration asks for, "
+                    f"{missing[0]} first; they would be random. Check the folder and its config.json."
+                )
             has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
             tokenizer = AutoTokenizer.from_pretrained(**source) if with_tokenizer and has_tokenizer else None
     except OSError as error:
@@ -288,6 +294,11 @@ def _load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: 
             f"The model {name!r} was asked for, but neither a local folder nor the Hugging Face hub (revision "
             f"{hub['revision']!r}, or its cache) has it with safetensors weights. Check the name and the connection, "
             f"or give a local folder or a .gguf file. The cause: {error}"
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"The weights of {name!r} cannot be read, or do not fit its configuration. Download or save them again. "
+            f"The cause: {error}"
         ) from error
     return model, tokenizer
 

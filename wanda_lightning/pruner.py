@@ -140,10 +140,7 @@ def prune_as(
     """`prune` with its choices in one object."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "prepare"):
-        found = walk(model, config.granularity, config.skip)
-        allocation = cast(Allocation, config.allocation)
-        targets = allocation({layer.name: layer.parameter.numel() for layer in found.layers}, config.sparsity)
-        _refuse(config, found, targets)
+        found, targets = plan(config, model)
         if config.needs and (batches is None or isinstance(batches, Mapping | Tensor)):
             given = "none were" if batches is None else f"one {type(batches).__name__} was"
             raise ValueError(
@@ -183,6 +180,19 @@ def prune_as(
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
         return _report(config, model, found, pruned, seconds, len(calibration.masks))
+
+
+def plan(config: PruningConfig, model: nn.Module) -> tuple[Walk, dict[str, float]]:
+    """What would be pruned, and to which sparsity each layer; nothing is changed.
+
+    Raises:
+        ValueError: If something cannot be pruned as asked.
+    """
+    found = walk(model, config.granularity, config.skip)
+    allocation = cast(Allocation, config.allocation)
+    targets = allocation({layer.name: layer.parameter.numel() for layer in found.layers}, config.sparsity)
+    _refuse(config, found, targets)
+    return found, targets
 
 
 class _Calibration:
@@ -335,8 +345,13 @@ def _on_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _on_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [_on_device(value, device) for value in batch]
+        return like(batch, [_on_device(value, device) for value in batch])
     return batch
+
+
+def like(sequence: Any, values: list[Any]) -> Any:
+    """The values as a list or tuple of the same type, named tuples included."""
+    return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
 
 
 def _named(axis: str, table: Mapping[str, type[Choice]]) -> Callable[[str], Choice]:

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from wanda_lightning.pruner import forward_batch
+from wanda_lightning.pruner import forward_batch, like
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +36,8 @@ def calibration_batches(
     Raises:
         MisconfigurationException: If there is no data, or more than one loader to choose from.
     """
-    loader, source = dataloader, "the dataloader given"
-    if loader is None:
-        loader, source = _find_loader(trainer, pl_module)
+    loader, source = (dataloader, "the dataloader given") if dataloader is not None else _find(trainer, pl_module)
     log.info("calibrating on %s", source)
-    if isinstance(loader, Mapping | list | tuple) and len(loader) == 1:
-        (loader,) = loader.values() if isinstance(loader, Mapping) else loader
-    if isinstance(loader, Mapping) or (isinstance(loader, list | tuple) and dataloader is None):
-        raise MisconfigurationException(
-            f"{source} is {len(loader)} dataloaders: say which one to calibrate on, by the callback's dataloader= "
-            "or by a calibration_dataloader() method"
-        )
     seen = 0
     for batch in loader:
         size = _batch_size(batch)
@@ -55,33 +48,72 @@ def calibration_batches(
     rank_zero_warn(f"num_samples={num_samples} were asked for, but {source} has only {seen}: using these")
 
 
-def _find_loader(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, str]:
+def _find(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, str]:
     datamodule: Any = getattr(trainer, "datamodule", None)
     for holder in (datamodule, pl_module):
         if callable(calibration_dataloader := getattr(holder, "calibration_dataloader", None)):
             return calibration_dataloader(), f"{type(holder).__name__}.calibration_dataloader()"
     if trainer.train_dataloader is not None:
-        return trainer.train_dataloader, "the train dataloader"
+        return _private(_only(trainer.train_dataloader, "train")), "the train dataloader"
     if datamodule is not None and is_overridden("train_dataloader", datamodule):
         datamodule.setup("fit")  # Lightning has set it up for evaluation only
-        return datamodule.train_dataloader(), f"{type(datamodule).__name__}.train_dataloader()"
+        return _only(datamodule.train_dataloader(), "train"), f"{type(datamodule).__name__}.train_dataloader()"
     if is_overridden("train_dataloader", pl_module):
-        return pl_module.train_dataloader(), f"{type(pl_module).__name__}.train_dataloader()"
-    for name in ("val_dataloaders", "test_dataloaders", "predict_dataloaders"):
-        if (loader := getattr(trainer, name)) is not None:
-            return loader, f"the {name.removesuffix('_dataloaders')} dataloader"
+        return _only(pl_module.train_dataloader(), "train"), f"{type(pl_module).__name__}.train_dataloader()"
+    for kind in ("val", "test", "predict"):
+        if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
+            return _private(_only(loader, kind)), f"the {kind} dataloader"
     raise MisconfigurationException(
         "there is no data to calibrate on: give the callback a dataloader=, or define calibration_dataloader() in the "
         "LightningDataModule or LightningModule"
     )
 
 
+def _only(loaders: Any, kind: str) -> Any:
+    """The one loader there is."""
+    if not isinstance(loaders, Mapping | list | tuple):
+        return loaders
+    if len(loaders) != 1:
+        raise MisconfigurationException(
+            f"there are {len(loaders)} {kind} dataloaders: say which one to calibrate on, by the callback's "
+            "dataloader= or by a calibration_dataloader() method"
+        )
+    (loader,) = loaders.values() if isinstance(loaders, Mapping) else loaders
+    return loader
+
+
+def _private(loader: Any) -> Any:
+    """The same data, without touching what Lightning's loop is about to iterate: its workers, samplers, generators."""
+    if type(loader) is not DataLoader:
+        return loader
+    order: dict[str, Any] = {}
+    if not isinstance(loader.dataset, IterableDataset):
+        if isinstance(loader.sampler, RandomSampler):
+            order = {"shuffle": True, "generator": torch.Generator().manual_seed(torch.initial_seed())}
+        else:
+            order = {"sampler": loader.sampler}
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        **order,
+    )
+
+
 def calibration_forward(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> object:
     """Put a batch through the module as Lightning's loops would: precision, transfer hooks, device."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.strategy.batch_to_device(pl_module.on_before_batch_transfer(batch, 0))
-    calibration_step = getattr(pl_module, "calibration_step", None)
-    return calibration_step(batch) if callable(calibration_step) else forward_batch(pl_module, batch)
+    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    batch = trainer.strategy.batch_to_device(batch)
+    if callable(calibration_step := getattr(pl_module, "calibration_step", None)):
+        return calibration_step(batch)
+    if not is_overridden("forward", pl_module):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} has no forward to run a calibration batch through: "
+            "define forward(), or calibration_step(batch)"
+        )
+    return forward_batch(pl_module, batch)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -106,5 +138,5 @@ def _first(batch: Any, size: int, count: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: _first(value, size, count) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [_first(value, size, count) for value in batch]
+        return like(batch, [_first(value, size, count) for value in batch])
     return batch

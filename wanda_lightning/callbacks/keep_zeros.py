@@ -84,5 +84,11 @@ class KeepZeros(Callback):
                     weight.masked_fill_(self._pruned[weight], 0)
 
 
+def is_pruned(module: nn.Module, layers: Iterable[str]) -> bool:
+    """Whether all these layers are there and hold zeros."""
+    parameters = {layer.name: layer.parameter for layer in walk(module).layers}
+    return all(name in parameters and _is_sparse(parameters[name]) for name in layers)
+
+
 def _is_sparse(weight: Tensor) -> bool:
     return 0 < int(weight.count_nonzero()) < weight.numel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from wanda_lightning.callbacks.calibration import calibration_batches, calibration_forward, pruning_target
-from wanda_lightning.callbacks.keep_zeros import KeepZeros
+from wanda_lightning.callbacks.keep_zeros import KeepZeros, is_pruned
 from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import Pattern, Unstructured
@@ -30,8 +28,10 @@ from wanda_lightning.report import PruningReport
 class PruningCallback(Callback):
     """Prune the model once, before it is trained or measured.
 
-    In `trainer.fit` before the first optimizer step; in `trainer.validate`, `test` and `predict` on start, so that
-    the loop that follows measures the pruned model. While training, the zeros stay zero (see `KeepZeros`).
+    In `trainer.fit` before the first optimizer step, after the sanity check of the validation loop; in
+    `trainer.validate`, `test` and `predict` on start, so that the loop that follows measures the pruned model. A model
+    that this callback has pruned, also before a resume, is not pruned again while its zeros are there. While training,
+    the zeros stay zero (see `KeepZeros`).
 
     The calibration batches are the first `num_samples` samples of, in this order: `dataloader`; the datamodule's, then
     the module's `calibration_dataloader()`; the train dataloader; the validation, test or predict dataloader at hand.
@@ -82,7 +82,6 @@ class PruningCallback(Callback):
         self.report_dir = report_dir
         self.report: PruningReport | None = None
         self._pruned_layers: list[str] | None = None
-        self._pruned_module: weakref.ref[nn.Module] | None = None
         self._zeros = KeepZeros()
 
     @property
@@ -136,26 +135,24 @@ class PruningCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a run whose weights are pruned already."""
         self._pruned_layers = state_dict["pruned_layers"]
-        self._pruned_module = None
 
     def _prune_once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._pruned_layers is not None:
-            if self._pruned_module is None:  # resumed: this module's weights came pruned
-                self._pruned_module = weakref.ref(pl_module)
-            if self._pruned_module() is pl_module:
-                return
+        target = pruning_target(pl_module)
+        if self._pruned_layers is not None and is_pruned(target, self._pruned_layers):
+            return
         bar = trainer.progress_bar_callback
+        progress = bar is not None and bool(getattr(bar, "is_enabled", True))
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
             self.report = prune_as(
                 self.config,
-                pruning_target(pl_module),
+                target,
                 calibration_batches(trainer, pl_module, self.dataloader, self.num_samples),
                 forward=partial(calibration_forward, trainer, pl_module),
-                progress=bar is not None and bool(getattr(bar, "is_enabled", True)),
+                progress=progress,
             )
-        rank_zero_info(f"{type(self).__name__}: {self.report.summary()}")
-        self._pruned_layers = [layer.name for layer in self.report.layers]
-        self._pruned_module = weakref.ref(pl_module)
+        if progress:
+            rank_zero_info(f"{type(self).__name__}: {self.report.summary()}")
+        self._pruned_layers = [layer.name for layer in self.report.layers if layer.sparsity]
         for logger in trainer.loggers:
             logger.log_metrics(self.report.metrics(), step=trainer.global_step)
         if self.report_dir is not None:

@@ -14,7 +14,7 @@ from wanda_lightning.cli.lightning_command import SUBCOMMANDS, run_lightning
 from wanda_lightning.cli.prune_command import prune_model
 
 _COMMANDS: dict[str, Callable[..., None]] = {"prune": prune_model, "inspect": inspect_model}
-_FLAGS = {"use_variant", "overwrite", "trust_remote_code"}  # given by name alone
+_FLAGS = ("use_variant", "overwrite", "trust_remote_code")  # given by name alone
 
 _USAGE = """\
 usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [options]
@@ -64,10 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: Sequence[str]) -> None:
     function = _COMMANDS[command]
-    parser = ArgumentParser(prog=f"wanda-lightning {command}", description=(function.__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(
+        prog=f"wanda-lightning {command}", description=(function.__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="Read options from a YAML file.")
     added = parser.add_function_arguments(function, as_group=False, skip=set(_FLAGS))
-    for name in _FLAGS & function.__annotations__.keys():
+    for name in (flag for flag in _FLAGS if flag in function.__annotations__):
         parser.add_argument(f"--{name}", action="store_true", help=_FLAG_HELP[name])
         added.append(name)
     values = parser.parse_args(list(arguments))

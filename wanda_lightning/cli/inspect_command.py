@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from wanda_lightning.models import meta_model, walk
+from wanda_lightning.models import as_patterns, meta_model, walk
 from wanda_lightning.report import SkippedMatrix, skipped_table
 
 
 def inspect_model(
     model: str,
     granularity: Literal["block", "layer", "model"] = "block",
-    skip: Sequence[str] = (),
+    skip: str | list[str] = "",
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -25,12 +24,12 @@ def inspect_model(
     Args:
         model: Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.
         granularity: What calibration batches stop at.
-        skip: Layers to leave dense: names, globs or re: expressions.
+        skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
         cache_dir: Where downloads from the hub are kept.
         trust_remote_code: Run the code that comes with a hub model.
     """
     inspected: nn.Module = meta_model(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    found = walk(inspected, granularity, skip)
+    found = walk(inspected, granularity, as_patterns(skip))
     table = Table(title=f"{model}: would be pruned", title_justify="left")
     for heading in ("unit", "layers", "weights", "inside"):
         table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from wanda_lightning.core.criteria import CRITERIA
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.files import refuse_nonempty, whole_file
+from wanda_lightning.models import as_patterns
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.pruner import plan
 from wanda_lightning.report import PruningReport
 
 TIMM = "timm:"
@@ -36,13 +38,13 @@ def prune_model(
     save: str | None = None,
     save_model: str | None = None,
     seqlen: int | None = None,
-    calibration: str = "c4",
-    eval: str = "wikitext2",
+    calibration: str | None = None,
+    eval: str | None = None,
     limit: int | None = None,
     granularity: Literal["block", "layer", "model"] | None = None,
-    dtype: str = "auto",
+    dtype: str | None = None,
     batch_size: int | None = None,
-    skip: Sequence[str] = (),
+    skip: str | list[str] = "",
     data_path: str | None = None,
     prune_granularity: Literal["row", "layer"] | None = None,
     resume: str | None = None,
@@ -63,13 +65,14 @@ def prune_model(
         save: Folder for log_METHOD.txt and pruning_report.json.
         save_model: Folder for the pruned model.
         seqlen: Tokens in a window; by default the model's context, 2048 at the most.
-        calibration: c4, wikitext2, python-docs (needs no network) or a FILE (.txt, .jsonl, .parquet).
-        eval: Text to measure perplexity on, likewise.
+        calibration: c4 (as in the paper, the default), wikitext2, python-docs (needs no network) or a FILE (.txt,
+            .jsonl, .parquet).
+        eval: Text to measure perplexity on, likewise; by default wikitext2.
         limit: Windows of it; by default all.
         granularity: What the statistics see; by default block for language models, model for image classifiers.
-        dtype: auto (as stored), float32, bfloat16 or float16.
+        dtype: auto (as stored, the default), float32, bfloat16 or float16.
         batch_size: Samples in a batch; by default 4 sequences or 64 images.
-        skip: Layers to leave dense: names, globs or re: expressions.
+        skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
         data_path: Images to calibrate and measure on: a folder in the manner of ImageNet, cifar10, cifar100, a hub id,
             or digits (needs no network).
         prune_granularity: Compare weights within a row or a layer; by default a row, for magnitude a layer.
@@ -84,45 +87,52 @@ def prune_model(
         if folder is not None:
             refuse_nonempty(folder, overwrite)
     is_image = model.startswith(TIMM)
+    if is_image:
+        _refuse_given(
+            "an image classifier", seqlen=seqlen, limit=limit, calibration=calibration, eval=eval, dtype=dtype
+        )
+    else:
+        _refuse_given("a language model", data_path=data_path, resume=resume)
     callback = PruningCallback(
         sparsity_ratio,
         CRITERIA[prune_method](),
         _pattern(sparsity_type, prune_method, prune_granularity, use_variant),
         granularity=granularity or ("model" if is_image else "block"),
-        skip=skip,
-        num_samples=nsamples or (_PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
+        skip=as_patterns(skip),
+        num_samples=_or(nsamples, _PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
     )
     L.seed_everything(seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     module: CausalLMModule | ImageClassifierModule
     data: TextDataModule | ImageDataModule
     if is_image:
-        _refuse_given("an image classifier", seqlen=seqlen, limit=limit)
         module = ImageClassifierModule(model, pretrained=resume is None, checkpoint=resume)
         data = ImageDataModule(
             data_path or "digits",
             module,
-            batch_size=batch_size or 64,
+            batch_size=_or(batch_size, 64),
             num_samples=callback.num_samples,
             seed=seed,
             cache_dir=cache_dir,
         )
         metric, heading = "val_accuracy", "top-1"
     else:
-        _refuse_given("a language model", data_path=data_path, resume=resume)
-        module = CausalLMModule(model, dtype=dtype, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        module = CausalLMModule(model, dtype=dtype or "auto", cache_dir=cache_dir, trust_remote_code=trust_remote_code)
         data = TextDataModule(
             module.tokenizer,
-            calibration,
-            eval,
-            seqlen=seqlen or min(_PAPER_SEQLEN, _context(module)),
+            calibration or "c4",
+            eval or "wikitext2",
+            seqlen=_or(seqlen, min(_PAPER_SEQLEN, _context(module))),
             num_samples=callback.num_samples,
-            batch_size=batch_size or 4,
+            batch_size=_or(batch_size, 4),
             limit=limit,
             seed=seed,
             cache_dir=cache_dir,
         )
         metric, heading = "val_perplexity", "perplexity"
+    plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
+    if callback.config.needs and isinstance(data, TextDataModule):
+        _ = data.calibration_windows
     dense = _measure(module, data, metric)
     pruned = _measure(module, data, metric, callback)
     report = callback.report
@@ -130,7 +140,7 @@ def prune_model(
     if save_model is not None:
         module.save_pretrained(save_model, overwrite=overwrite)
     if save is not None:
-        _write_results(Path(save), prune_method, pruned, report)
+        _write_results(Path(save), prune_method, "top1_test" if is_image else "ppl_test", pruned, report)
     _print_results(prune_method, heading, dense, pruned, report)
 
 
@@ -139,12 +149,18 @@ def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | N
         if use_variant or group:
             option = "--use_variant" if use_variant else "--prune_granularity"
             raise ValueError(f"{option} is for --sparsity_type unstructured, but {sparsity_type} was given")
+        if not re.fullmatch(r"\d+:\d+", sparsity_type):
+            raise ValueError(f"--sparsity_type is unstructured or N:M such as 2:4, but {sparsity_type} was given")
         return pattern_named(sparsity_type)
     if use_variant:
         if method != "wanda" or group == "layer":
             raise ValueError("--use_variant is a way to compare Wanda's scores within rows: use --prune_method wanda")
         return EqualShare()
     return Unstructured(group or ("layer" if method == "magnitude" else "row"))
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def _refuse_given(kind: str, **options: object) -> None:
@@ -172,11 +188,11 @@ def _measure(
     return float(metrics[metric])
 
 
-def _write_results(folder: Path, method: str, measured: float, report: PruningReport) -> None:
+def _write_results(folder: Path, method: str, column: str, measured: float, report: PruningReport) -> None:
     report.save(folder)
     with whole_file(folder / f"log_{method}.txt") as temporary:
         temporary.write_text(
-            f"method\tactual_sparsity\tppl_test\n{method}\t{report.sparsity:.4f}\t{measured:.4f}\n", encoding="utf-8"
+            f"method\tactual_sparsity\t{column}\n{method}\t{report.sparsity:.4f}\t{measured:.4f}\n", encoding="utf-8"
         )
 
 

@@ -265,7 +265,7 @@ class ImageDataModule(L.LightningDataModule):
         workers = 0 if self._in_memory else self.num_workers
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             shuffle=shuffle is not None,
             generator=shuffle,
             num_workers=workers,

@@ -293,4 +293,4 @@ class TextDataModule(L.LightningDataModule):
 
     def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
         silence_worker_advice()
-        return DataLoader(_Windows(windows), self.batch_size, shuffle=shuffle is not None, generator=shuffle)
+        return DataLoader(_Windows(windows), batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)
