@@ -242,7 +242,7 @@ def _prune_layer(config: PruningConfig, layer: Layer, inputs: InputStatistics | 
     weight, _ = solver(layer.read(), inputs, cast(Criterion, config.criterion), cast(Pattern, config.pattern), target)
     layer.write(weight)
     d_out, d_in = weight.shape
-    zeros = weight.numel() - int(weight.count_nonzero())
+    zeros = int((weight == 0).sum())
     return PrunedLayer(layer.name, (d_out, d_in), target, zeros / weight.numel(), inputs.count if inputs else 0)
 
 
@@ -306,12 +306,13 @@ def _report(
         log.warning(notes[-1])
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
-    parameters = list(model.parameters())
+    counted = {id(layer.parameter) for layer in found.layers if layer.name in done}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in counted]
     return PruningReport(
         layers=pruned,
         skipped=skipped,
-        parameters=sum(parameter.numel() for parameter in parameters),
-        zeros=sum(parameter.numel() - int(parameter.count_nonzero()) for parameter in parameters),
+        parameters=sum(layer.size for layer in pruned) + sum(other.numel() for other in others),
+        zeros=sum(layer.zeros for layer in pruned) + sum(int((other == 0).sum()) for other in others),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,

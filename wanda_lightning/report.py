@@ -43,6 +43,11 @@ class PrunedLayer:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def zeros(self) -> int:
+        """Number of weights that are zero."""
+        return round(self.sparsity * self.size)
+
 
 @dataclass
 class SkippedMatrix:
@@ -83,7 +88,7 @@ class PruningReport:
     def sparsity(self) -> float:
         """Fraction of zeros over the pruned layers."""
         size = sum(layer.size for layer in self.layers)
-        return sum(layer.sparsity * layer.size for layer in self.layers) / size if size else 0.0
+        return sum(layer.zeros for layer in self.layers) / size if size else 0.0
 
     @property
     def model_sparsity(self) -> float:

@@ -14,6 +14,7 @@ from wanda_lightning.core.types import PerInput, Tokens
 
 
 def _square_sum(tokens: Tokens) -> PerInput:
+    # No matrix product: autocast and TF32 would round it.
     return tokens.square().sum(dim=0)
 
 
