@@ -21,7 +21,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # A real Llama-architecture model, pruned to 50 % with magnitude and with Wanda, on text that needs no network.
 demo: .venv/installed $(SMOLLM2)

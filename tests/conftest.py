@@ -1,9 +1,14 @@
 """What all tests share."""
 
+import signal
+
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook("wanda_lightning.core", "beartype.beartype")  # before anything imports wanda_lightning
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("tests")
