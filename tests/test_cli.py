@@ -739,3 +739,11 @@ def test_weights_that_cannot_be_read_are_refused(inputs, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:200])
     assert run("prune", "--model", folder, "--calibration", "python-docs", "--eval", "python-docs") == 1
     assert "cannot be read, or do not fit its configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--trust_remote_code"], ["--dtype", "float32"], ["--calibration", "python-docs"], ["--eval", "python-docs"]],
+)
+def test_options_of_language_models_are_refused_for_images(refused, option):
+    refused("prune", "--model", "timm:test_vit", *OUT, *option, message=f"{option[0]} has no meaning for an image")

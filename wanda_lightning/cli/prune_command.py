@@ -89,7 +89,13 @@ def prune_model(
     is_image = model.startswith(TIMM)
     if is_image:
         _refuse_given(
-            "an image classifier", seqlen=seqlen, limit=limit, calibration=calibration, eval=eval, dtype=dtype
+            "an image classifier",
+            seqlen=seqlen,
+            limit=limit,
+            calibration=calibration,
+            eval=eval,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code or None,
         )
     else:
         _refuse_given("a language model", data_path=data_path, resume=resume)
