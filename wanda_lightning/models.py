@@ -306,16 +306,6 @@ def _matches(name: str, pattern: str) -> bool:
     return name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
-def as_patterns(skip: str | Sequence[str]) -> list[str]:
-    """Patterns from a command line, where several may stand in one string.
-
-    Example:
-        >>> as_patterns("lm_head, *.down_proj")
-        ['lm_head', '*.down_proj']
-    """
-    return [part.strip() for part in skip.split(",") if part.strip()] if isinstance(skip, str) else list(skip)
-
-
 def _leave_out(
     layers: list[Layer], skipped: list[Skipped], skip: Sequence[str]
 ) -> tuple[list[Layer], tuple[Skipped, ...]]:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from wanda_lightning.models import as_patterns, meta_model, walk
+from wanda_lightning.cli.options import as_patterns
+from wanda_lightning.models import meta_model, walk
 from wanda_lightning.report import SkippedMatrix, skipped_table
 
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.cli.options import as_patterns
 from wanda_lightning.core.criteria import CRITERIA
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.files import refuse_nonempty, whole_file
-from wanda_lightning.models import as_patterns
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruner import plan
 from wanda_lightning.report import PruningReport
