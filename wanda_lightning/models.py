@@ -446,7 +446,13 @@ def meta_model(name: str, cache_dir: str | None = None, trust_remote_code: bool 
             if not path.is_file():
                 raise FileNotFoundError(f"there is no GGUF file {name}")
             name, source["gguf_file"] = str(path.parent), path.name
-        config = AutoConfig.from_pretrained(name, **source)
+        try:
+            config = AutoConfig.from_pretrained(name, **source)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"no configuration of a language model was found for {name!r}: give a hub id, a folder with "
+                f"config.json, a .gguf file, or timm:NAME. The cause: {error}"
+            ) from error
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
