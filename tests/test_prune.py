@@ -278,7 +278,7 @@ def test_unreached_layers_stay_dense_and_are_named():
     model = ZOO["unreached"].build()
     report = prune(model, ZOO["unreached"].batches(), 0.5, progress=False)
     reasons = {matrix.name: matrix.reason for matrix in report.skipped}
-    assert reasons["blocks.1.up"] == "no calibration token reached it"
+    assert reasons["blocks.1.up"] == "no calibration batch called it"
     assert model.blocks[1].up.weight.all()
     assert any("blocks.1" in note for note in report.notes)
 

@@ -23,7 +23,7 @@ Forward = Callable[..., Any]
 
 
 class _Ambient:
-    """What PyTorch keeps for each thread and a forward pass depends on: autocast, inference mode, current device."""
+    """What PyTorch keeps for each thread and a forward pass depends on: autocast, inference mode, devices."""
 
     def __init__(self) -> None:
         devices = {"cpu"}
@@ -31,6 +31,7 @@ class _Ambient:
             devices.add(cast(torch.device, torch.accelerator.current_accelerator()).type)
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
+        self._default_device = torch.get_default_device()
         self._cuda_device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     @contextmanager
@@ -38,6 +39,8 @@ class _Ambient:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
+            if self._default_device != torch.get_default_device():
+                stack.enter_context(self._default_device)
             if self._cuda_device is not None:
                 stack.enter_context(torch.cuda.device(self._cuda_device))
             for device, enabled, dtype in self._autocast:
@@ -218,7 +221,8 @@ def lockstep(forwards: Sequence[Callable[[], object]], units: Sequence[nn.Module
                 for traveller in here:
                     traveller.advance(cast(Call, traveller.call).run())
         finally:
-            for traveller in travellers:
+            # Last in, first out, as if one thread had run them: a model may hold a process-wide context around a unit.
+            for traveller in reversed(travellers):
                 if traveller.is_alive():
                     traveller.cancel()
 

@@ -25,6 +25,7 @@ Granularity = Literal["block", "layer", "model"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
+_NO_LABEL = -100  # what transformers pads labels with
 _IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image
 
 
@@ -46,6 +47,10 @@ class LayerKind:
     write: Callable[[Any, Tensor], None]
     tokens: Callable[[Any, Tensor], Tensor]
     window: Callable[[Any], object]
+
+
+def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _write_linear(layer: nn.Linear, weight: Tensor) -> None:
@@ -92,11 +97,9 @@ def layer_kinds() -> dict[str, LayerKind]:
     from transformers.pytorch_utils import Conv1D
 
     return {
-        "Linear": LayerKind(
-            nn.Linear, lambda layer: layer.weight, _write_linear, lambda layer, x: x.flatten(0, -2), lambda layer: ()
-        ),
+        "Linear": LayerKind(nn.Linear, lambda layer: layer.weight, _write_linear, _linear_tokens, lambda layer: ()),
         "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
-            Conv1D, lambda layer: layer.weight.t(), _write_conv1d, lambda layer, x: x.flatten(0, -2), lambda layer: ()
+            Conv1D, lambda layer: layer.weight.t(), _write_conv1d, _linear_tokens, lambda layer: ()
         ),
         "Conv2d": LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _conv2d_window),
     }
@@ -188,6 +191,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
     layers: list[Layer] = []
     owner: dict[int, str] = {}
     embeddings: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
     for name, module in modules.items():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             embeddings.setdefault(id(module.weight), name)
@@ -207,6 +211,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
         first = embeddings.get(id(parameter)) or owner.setdefault(id(parameter), label)
         if first != label:
             skipped.append(Skipped(label, tuple(parameter.shape), f"tied to {first}"))
+            aliases.setdefault(first, []).append(label)
         elif _is_packed(parameter):
             skipped.append(_packed(label, parameter))
         elif parameter_name == "weight" and module_name in reasons:
@@ -215,7 +220,11 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
             skipped.append(Skipped(label, tuple(parameter.shape), _why_no_layer(module, parameter_name)))
         else:
             layers.append(layer)
-    layers, left_out = _leave_out(layers, skipped, skip)
+    for layer in tuple(layers):
+        if other := next((name for name in aliases.get(layer.name, ()) if name in reasons), None):
+            layers.remove(layer)
+            skipped.append(Skipped(layer.name, tuple(layer.parameter.shape), f"tied to {other}: {reasons[other]}"))
+    layers, left_out = _leave_out(layers, skipped, skip, aliases)
     return Walk(_units(model, modules, layers, granularity), left_out)
 
 
@@ -277,20 +286,25 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
 def _heads(module: nn.Module) -> set[nn.Module]:
     """Modules that belong to the output head which this (sub)model declares."""
     tops: list[Any] = []
-    if callable(get_output_embeddings := getattr(module, "get_output_embeddings", None)):
+    if callable(get_output_embeddings := _method(module, "get_output_embeddings")):
         tops.append(get_output_embeddings())
-    if callable(get_classifier := getattr(module, "get_classifier", None)):
+    if callable(get_classifier := _method(module, "get_classifier")):
         classifier = get_classifier()
         tops.extend(classifier if isinstance(classifier, tuple | list) else [classifier])
-    body = getattr(module, "base_model", None)
+    body = module.base_model if hasattr(type(module), "base_model") else None
     if tops and isinstance(body, nn.Module) and body is not module:  # a transformers model with a task on top
         tops.extend(child for child in module.children() if child is not body)
     return {inner for top in tops if isinstance(top, nn.Module) for inner in top.modules()}
 
 
+def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """A method of the module's own class: a wrapper that hands on every attribute does not have it."""
+    return getattr(module, name) if hasattr(type(module), name) else None
+
+
 def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
     """How a timm model itself names its stem, as expressions that match at the start of a parameter's name."""
-    if not callable(group_matcher := getattr(module, "group_matcher", None)):
+    if not callable(group_matcher := _method(module, "group_matcher")):
         return []
     groups = group_matcher(coarse=False)
     stem = groups.get("stem", ()) if isinstance(groups, Mapping) else ()  # a few give a function instead
@@ -307,7 +321,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _leave_out(
-    layers: list[Layer], skipped: list[Skipped], skip: Sequence[str]
+    layers: list[Layer], skipped: list[Skipped], skip: Sequence[str], aliases: Mapping[str, list[str]]
 ) -> tuple[list[Layer], tuple[Skipped, ...]]:
     names = [layer.name for layer in layers] + [other.name for other in skipped]
     for pattern in skip:
@@ -320,7 +334,8 @@ def _leave_out(
             )
 
     def by_user(name: str) -> str | None:
-        return next((pattern for pattern in skip if _matches(name, pattern)), None)
+        names = (name, *aliases.get(name, ()))
+        return next((pattern for pattern in skip if any(_matches(name, pattern) for name in names)), None)
 
     chosen = [(layer, by_user(layer.name)) for layer in layers]
     kept = [layer for layer, pattern in chosen if pattern is None]
@@ -407,11 +422,15 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
             encoder = next(inner for inner, other in model.named_modules() if other is module.get_encoder())
             masks = [TokenMask(encoder, masks[0].keep)]
-            decoded = (batch.get(key) for key in ("decoder_attention_mask", "decoder_input_ids", "labels"))
-            mask = next((tensor for tensor in decoded if isinstance(tensor, Tensor)), None)
-            if mask is not None:
-                given = "decoder_attention_mask" in batch
-                masks.append(TokenMask(name, mask.bool() if given else torch.ones_like(mask, dtype=torch.bool)))
+            real_tokens: dict[str, Callable[[Tensor], Tensor]] = {
+                "decoder_attention_mask": Tensor.bool,
+                "decoder_input_ids": lambda ids: torch.ones_like(ids, dtype=torch.bool),
+                "labels": lambda labels: labels != _NO_LABEL,
+            }
+            for key, real in real_tokens.items():
+                if isinstance(batch.get(key), Tensor):
+                    masks.append(TokenMask(name, real(batch[key])))
+                    break
             break
     usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
     return usable if any(not mask.keep.all() for mask in usable) else ()

@@ -40,6 +40,7 @@ class _Seen:
     identity: _Identity
     layers: list[str]
     statistics: InputStatistics
+    padding_counted: bool
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Observer:
     masks: Sequence[tuple[TokenMask, ...]]
     tick: Callable[[], None] = lambda: None
     padding_counted: set[str] = field(default_factory=set)
-    _last: tuple[list[_Identity], InputStatistics] | None = None
+    _last: tuple[list[_Identity], InputStatistics, bool] | None = None
 
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
         """Statistics for each layer of the unit that a batch reached.
@@ -75,19 +76,23 @@ class Observer:
         calls = tuple(calls)
         inputs = [_input(call.args, call.kwargs) for call in calls]
         if self._last is not None:
-            identities, statistics = self._last
+            identities, statistics, padding_counted = self._last
             if len(identities) == len(inputs) and all(
                 identity.is_also(x, layer) for identity, x in zip(identities, inputs, strict=True)
             ):
+                if padding_counted:
+                    self.padding_counted.add(layer.name)
                 return statistics
         statistics = InputStatistics(self.needs)
         parts = []
         for call, x in zip(calls, inputs, strict=True):
-            parts.append(([layer.name], call.batch, self._sums(layer, call.batch, x)))
-            statistics.merge(parts[-1][2])
+            part = self._sums(layer, call.batch, x)
+            if part.count:
+                parts.append(([layer.name], call.batch, part.finite()))
+            statistics.merge(part)
             self.tick()
         _refuse_nonfinite(parts)
-        self._last = ([_Identity.of(x, layer) for x in inputs], statistics)
+        self._last = ([_Identity.of(x, layer) for x in inputs], statistics, layer.name in self.padding_counted)
         return statistics
 
     def _run_and_watch(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
@@ -107,7 +112,10 @@ class Observer:
                 else:
                     call.run()
             for entry in seen:
-                parts.append((entry.layers, call.batch, entry.statistics))
+                if entry.statistics.count:
+                    parts.append((entry.layers, call.batch, entry.statistics.finite()))
+                if entry.padding_counted:
+                    self.padding_counted.update(entry.layers)
                 shared.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
             self.tick()
         _refuse_nonfinite(parts)
@@ -124,7 +132,9 @@ class Observer:
                 if entry.identity.is_also(x, layer):
                     entry.layers.append(layer.name)
                     return
-            seen.append(_Seen(_Identity.of(x, layer), [layer.name], self._sums(layer, batch, x)))
+            statistics = self._sums(layer, batch, x)
+            counted = layer.name in self.padding_counted
+            seen.append(_Seen(_Identity.of(x, layer), [layer.name], statistics, counted))
 
         return read_input
 
@@ -162,11 +172,10 @@ def _total(parts: list[InputStatistics]) -> InputStatistics:
     return total
 
 
-def _refuse_nonfinite(parts: list[tuple[list[str], int, InputStatistics]]) -> None:
-    parts = [part for part in parts if part[2].count]
-    if not parts or torch.stack([statistics.finite() for _, _, statistics in parts]).all():
+def _refuse_nonfinite(parts: list[tuple[list[str], int, Tensor]]) -> None:
+    if not parts or torch.stack([finite for _, _, finite in parts]).all():
         return  # one wait for the device per unit, not one per batch and layer
-    layers, batch = next((layers, batch) for layers, batch, statistics in parts if not statistics.finite())
+    layers, batch = next((layers, batch) for layers, batch, finite in parts if not finite)
     raise ValueError(
         f"the input of {', '.join(layers)} holds NaN or infinity, or its squares overflow float32, in calibration "
         f"batch {batch} (counted from 0). Scores would be meaningless: check that batch, or load the model in a wider "

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
 from wanda_lightning.core.criteria import CRITERIA, Criterion, Wanda
@@ -242,7 +243,7 @@ def _prune_layer(config: PruningConfig, layer: Layer, inputs: InputStatistics | 
     weight, _ = solver(layer.read(), inputs, cast(Criterion, config.criterion), cast(Pattern, config.pattern), target)
     layer.write(weight)
     d_out, d_in = weight.shape
-    zeros = int((weight == 0).sum())
+    zeros = int((weight == 0).count_nonzero())
     return PrunedLayer(layer.name, (d_out, d_in), target, zeros / weight.numel(), inputs.count if inputs else 0)
 
 
@@ -289,12 +290,11 @@ def _report(
     skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
     unreached = [layer for layer in found.layers if layer.name not in done]
     skipped.extend(
-        SkippedMatrix(layer.name, tuple(layer.parameter.shape), "no calibration token reached it")
-        for layer in unreached
+        SkippedMatrix(layer.name, tuple(layer.parameter.shape), "no calibration batch called it") for layer in unreached
     )
     notes = []
     if unreached:
-        notes.append(f"no calibration token reached {len(unreached)} layers, {unreached[0].name} first: left dense")
+        notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
         log.warning(notes[-1])
     short = [layer for layer in pruned if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
     if short:
@@ -307,12 +307,12 @@ def _report(
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
     counted = {id(layer.parameter) for layer in found.layers if layer.name in done}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in counted]
+    others = [p for p in model.parameters() if id(p) not in counted and not isinstance(p, UninitializedParameter)]
     return PruningReport(
         layers=pruned,
         skipped=skipped,
         parameters=sum(layer.size for layer in pruned) + sum(other.numel() for other in others),
-        zeros=sum(layer.zeros for layer in pruned) + sum(int((other == 0).sum()) for other in others),
+        zeros=sum(layer.zeros for layer in pruned) + sum(int((other == 0).count_nonzero()) for other in others),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,

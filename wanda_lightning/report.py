@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.files import whole_file
 
 REPORT_NAME = "pruning_report.json"
-_LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm")
+_LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets")
 
 
 @dataclass
@@ -148,7 +149,7 @@ class PruningReport:
         for layer in self.layers:
             shape = " x ".join(map(str, layer.shape))
             cells = (f"{layer.target:.2%}", f"{layer.sparsity:.2%}", f"{layer.tokens:,}")
-            pruned.add_row(layer.name, shape, *cells, layer.note)
+            pruned.add_row(escape(layer.name), shape, *cells, escape(layer.note))
         console = Console(width=140, color_system=None, highlight=False)
         with console.capture() as capture:
             console.print(pruned)
@@ -170,7 +171,7 @@ def skipped_table(skipped: list[SkippedMatrix]) -> Table:
         by_reason.setdefault(matrix.reason, []).append(matrix)
     for reason, matrices in by_reason.items():
         size = sum(_numel(matrix.shape) for matrix in matrices)
-        table.add_row(reason, str(len(matrices)), f"{size:,}", matrices[0].name)
+        table.add_row(escape(reason), str(len(matrices)), f"{size:,}", escape(matrices[0].name))
     return table
 
 

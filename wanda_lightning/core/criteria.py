@@ -42,7 +42,16 @@ class Wanda(Criterion):
     def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
         """Score by `|W| * ||x||`, the norm taken per input column over all calibration tokens."""
         assert inputs is not None, "Wanda reads the inputs"
-        return _magnitude(weight) * inputs.norm()
+        norm = inputs.norm()
+        scores = _magnitude(weight).mul_(norm)
+        inactive = norm == 0
+        if inactive.any():
+            # Their zeros lose before their other weights, or pruning again would take these instead.
+            scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * _LOWEST
+        return scores
+
+
+_LOWEST = 1e-30  # below every product of a weight and an active input
 
 
 def _magnitude(weight: Weight) -> Score:

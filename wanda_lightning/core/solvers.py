@@ -49,8 +49,8 @@ class ZeroOut(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Score, choose, zero."""
         keep = pattern(criterion(weight, inputs), sparsity)
-        # On a CPU a product takes a third of masked_fill's time; adding 0 makes 0.0 of the -0.0 of negative weights.
-        return (weight * keep).add_(0.0), keep
+        # On a CPU a product of equal dtypes takes a third of masked_fill's time; adding 0 makes 0.0 of -0.0.
+        return keep.to(weight.dtype).mul_(weight).add_(0.0), keep
 
 
 SOLVERS: dict[str, type[Solver]] = {"zero_out": ZeroOut}
