@@ -25,6 +25,7 @@ from wanda_lightning.cli import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*tells .* apart"),  # tiny classifiers are made without regard to the images
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
 ]
 
@@ -387,6 +388,9 @@ def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
     refused(*text, option, "mine", message="The folder mine is not empty")
     refused(*text, option, "mine/notes.txt", message="which is a file")
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+    if option == "--save_model":
+        refused(*text, option, "mine", "--overwrite", message="is no model")
+        (tmp_path / "mine/config.json").write_text("{}")
     assert run(*text, option, "mine", "--overwrite") == 0
     assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
 

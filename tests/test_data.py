@@ -26,6 +26,7 @@ from wanda_lightning.data.text import draw_from_documents
 from wanda_lightning.data.text_sources import python_docs
 
 BOS = 256
+pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
 
 runs_a_trainer = pytest.mark.filterwarnings(  # Lightning 2.6 under torch 2.13
     "ignore:.*LeafSpec.* is deprecated:FutureWarning"

@@ -33,7 +33,7 @@ from transformers import (
     T5Config,
 )
 
-from wanda_lightning.files import refuse_nonempty, whole_file, whole_folder
+from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file, whole_folder
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, WindowPerplexity
 
 pytestmark = [
@@ -602,7 +602,8 @@ class TestFiles:
 
     def test_overwriting_replaces_everything(self, tmp_path):
         (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "old").touch()
+        for name in ("config.json", "old"):
+            (tmp_path / "x" / name).touch()
         (tmp_path / "link").symlink_to(tmp_path / "x", target_is_directory=True)
         with whole_folder(tmp_path / "link", overwrite=True) as temporary:
             (temporary / "new").touch()
@@ -612,7 +613,7 @@ class TestFiles:
 
     def test_a_rename_that_fails_brings_the_old_folder_back(self, tmp_path, monkeypatch):
         (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "old").touch()
+        (tmp_path / "x" / "config.json").touch()
         rename = os.replace
 
         def fail(source, target):
@@ -624,7 +625,7 @@ class TestFiles:
         with pytest.raises(OSError, match="disk gone"), whole_folder(tmp_path / "x", overwrite=True) as temporary:
             (temporary / "new").touch()
         assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
-        assert [entry.name for entry in (tmp_path / "x").iterdir()] == ["old"]
+        assert [entry.name for entry in (tmp_path / "x").iterdir()] == ["config.json"]
 
     def test_a_folder_filled_meanwhile_is_kept(self, tmp_path):
         (tmp_path / "x").mkdir()
@@ -638,14 +639,17 @@ class TestFiles:
         (tmp_path / "x" / "old").touch()
         refuse_nonempty(tmp_path / "none")
         refuse_nonempty(tmp_path / "x", True)
-        for refuse in (refuse_nonempty, lambda *args: whole_folder(*args).__enter__()):
+        for refuse in (refuse_replacement, lambda *args: whole_folder(*args).__enter__()):
+            with pytest.raises(FileExistsError, match="is no model"):
+                refuse(tmp_path / "x", True)
             with pytest.raises(FileExistsError, match=r"x is not empty.*overwrite"):
                 refuse(tmp_path / "x")
             with pytest.raises(FileExistsError, match="is a file"):
                 refuse(tmp_path / "x" / "old", True)
             with monkeypatch.context() as inside:
+                (tmp_path / "x" / "config.json").touch()
                 inside.chdir(tmp_path / "x")
-                for path in (".", tmp_path):
-                    with pytest.raises(FileExistsError, match="holds the working directory"):
-                        refuse(path, True)
+                with pytest.raises(FileExistsError, match="holds the working directory"):
+                    refuse(".", True)
+                (tmp_path / "x" / "config.json").unlink()
         assert [entry.name for entry in tmp_path.iterdir()] == ["x"]

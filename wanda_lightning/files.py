@@ -38,11 +38,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Say at once that `whole_folder` would refuse to write here, before hours of work lead up to it.
+    """Say at once that files would not be written here, before hours of work lead up to them.
 
     Raises:
-        FileExistsError: If `path` is a file, a folder that is not empty (without `overwrite`), or a folder that holds
-            the working directory.
+        FileExistsError: If `path` is a file, or a folder that is not empty (without `overwrite`).
     """
     target = Path(path).resolve()
     if not target.exists():
@@ -51,7 +50,25 @@ def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> No
         raise FileExistsError(f"A folder was to be written to {path}, which is a file. Choose another path.")
     if any(target.iterdir()) and not overwrite:
         raise FileExistsError(
-            f"The folder {path} is not empty. Choose another one, or overwrite it (overwrite=True, --overwrite)."
+            f"The folder {path} is not empty. Choose another one, or allow it (overwrite=True, --overwrite)."
+        )
+
+
+def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Say at once that `whole_folder` would refuse to write a model here.
+
+    Raises:
+        FileExistsError: As `refuse_nonempty`; and for a folder, not empty, that is no model (it has no `config.json`)
+            or holds the working directory.
+    """
+    refuse_nonempty(path, overwrite)
+    target = Path(path).resolve()
+    if not target.exists():
+        return
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise FileExistsError(
+            f"Overwriting {path} would delete what is in it, which is no model (it has no config.json). "
+            "Choose another folder, or empty this one."
         )
     if Path.cwd().is_relative_to(target):
         raise FileExistsError(
@@ -65,13 +82,13 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
 
     Args:
         path: The folder to write. Missing parent folders are made.
-        overwrite: Replace a folder that is not empty, with everything in it. The old one is deleted only after the new
-            one has taken its place.
+        overwrite: Replace a model's folder, with everything in it. The old one is deleted only after the new one has
+            taken its place.
 
     Raises:
-        FileExistsError: As `refuse_nonempty` does, before anything is written.
+        FileExistsError: As `refuse_replacement` does, before anything is written.
     """
-    refuse_nonempty(path, overwrite)
+    refuse_replacement(path, overwrite)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     new = _sibling(target)

@@ -540,6 +540,7 @@ def _load_checkpoint(model: nn.Module, checkpoint: str) -> None:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(
             f"The checkpoint {checkpoint} does not fit {type(model).__name__}: {'; '.join(faults[:5])}{more}. "
-            "Check the model's name, num_classes and model_kwargs."
+            "Check the name of the model; for other classes or image sizes give num_classes and model_kwargs, "
+            "or a folder that holds the whole model as timm:local-dir:FOLDER."
         )
     model.load_state_dict(weights)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -12,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from wanda_lightning.pruner import forward_batch, like
 
@@ -59,7 +61,14 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, str]:
         datamodule.setup("fit")  # Lightning has set it up for evaluation only
         return _only(datamodule.train_dataloader(), "train"), f"{type(datamodule).__name__}.train_dataloader()"
     if is_overridden("train_dataloader", pl_module):
-        return _only(pl_module.train_dataloader(), "train"), f"{type(pl_module).__name__}.train_dataloader()"
+        try:
+            loaders = pl_module.train_dataloader()
+        except Exception as error:  # Lightning has called setup() for evaluation only
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__}.train_dataloader() gives nothing to calibrate on outside fit: give the "
+                f"callback a dataloader=, or define calibration_dataloader(). The cause: {error!r}"
+            ) from error
+        return _only(loaders, "train"), f"{type(pl_module).__name__}.train_dataloader()"
     for kind in ("val", "test", "predict"):
         if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
             return _private(_only(loader, kind)), f"the {kind} dataloader"
@@ -86,15 +95,20 @@ def _private(loader: Any) -> Any:
     """The same data, without touching what Lightning's loop is about to iterate: its workers, samplers, generators."""
     if type(loader) is not DataLoader:
         return loader
-    order: dict[str, Any] = {}
-    if not isinstance(loader.dataset, IterableDataset):
-        if isinstance(loader.sampler, RandomSampler):
-            order = {"shuffle": True, "generator": torch.Generator().manual_seed(torch.initial_seed())}
-        else:
-            order = {"sampler": loader.sampler}
+    # Copies of samplers, not of the data that they refer to.
+    copied = partial(copy.deepcopy, memo={id(loader.dataset): loader.dataset})
+    order: dict[str, Any]
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        order = {"batch_sampler": copied(loader.batch_sampler)}
+    elif isinstance(loader.dataset, IterableDataset):
+        order = {"batch_size": loader.batch_size}
+    elif isinstance(loader.sampler, RandomSampler):
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        order = {"batch_size": loader.batch_size, "shuffle": True, "generator": generator}
+    else:
+        order = {"batch_size": loader.batch_size, "sampler": copied(loader.sampler)}
     return DataLoader(
         loader.dataset,
-        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,

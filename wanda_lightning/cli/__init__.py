@@ -78,7 +78,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
 _FLAG_HELP = {
     "use_variant": "Let rows differ in sparsity: each loses the same share of its score (the paper's variant).",
-    "overwrite": "Write into folders that are not empty.",
+    "overwrite": "Add to a --save folder that is not empty; replace a --save_model folder and all that is in it.",
     "trust_remote_code": "Run the code that comes with a hub model.",
 }
 

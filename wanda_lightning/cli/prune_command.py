@@ -16,7 +16,7 @@ from wanda_lightning.cli.options import as_patterns
 from wanda_lightning.core.criteria import CRITERIA
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.files import refuse_nonempty, whole_file
+from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruner import plan
 from wanda_lightning.report import PruningReport
@@ -77,15 +77,18 @@ def prune_model(
             or digits (needs no network).
         prune_granularity: Compare weights within a row or a layer; by default a row, for magnitude a layer.
         resume: Weights (.safetensors) of the image classifier.
-        overwrite: Write into folders that are not empty.
+        overwrite: Add to a --save folder that is not empty; replace a --save_model folder
+            with all that is in it.
         trust_remote_code: Run the code that comes with a hub model.
 
     Raises:
         ValueError: If the options do not fit together or the model; before anything is written.
     """
-    for folder in (save, save_model):
-        if folder is not None:
-            refuse_nonempty(folder, overwrite)
+    options = dict(locals())
+    if save is not None:
+        refuse_nonempty(save, overwrite)
+    if save_model is not None:
+        refuse_replacement(save_model, overwrite)
     is_image = model.startswith(TIMM)
     if is_image:
         _refuse_given(
@@ -128,7 +131,7 @@ def prune_model(
             module.tokenizer,
             calibration or "c4",
             eval or "wikitext2",
-            seqlen=_or(seqlen, min(_PAPER_SEQLEN, _context(module))),
+            seqlen=_checked_seqlen(seqlen, module),
             num_samples=callback.num_samples,
             batch_size=_or(batch_size, 4),
             limit=limit,
@@ -143,6 +146,9 @@ def prune_model(
     pruned = _measure(module, data, metric, callback)
     report = callback.report
     assert report is not None
+    options |= _as_used(data)
+    report.config["command"] = {name: value for name, value in options.items() if value is not None}
+    report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
     if save_model is not None:
         module.save_pretrained(save_model, overwrite=overwrite)
     if save is not None:
@@ -173,6 +179,21 @@ def _refuse_given(kind: str, **options: object) -> None:
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)} has no meaning for {kind}: leave it out")
+
+
+def _as_used(data: TextDataModule | ImageDataModule) -> dict[str, Any]:
+    """The options that have no fixed default, as they turned out."""
+    used: dict[str, Any] = {"nsamples": data.num_samples, "batch_size": data.batch_size}
+    if isinstance(data, ImageDataModule):
+        return {**used, "data_path": data.data}
+    return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
+
+
+def _checked_seqlen(seqlen: int | None, module: CausalLMModule) -> int:
+    context = _context(module)
+    if seqlen is not None and seqlen > context:
+        raise ValueError(f"--seqlen {seqlen} is more than the model can read at once: give at most {context}")
+    return _or(seqlen, min(_PAPER_SEQLEN, context))
 
 
 def _context(module: CausalLMModule) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -209,6 +210,11 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError(
                 f"{self.data} has {self.num_classes} classes, but the model tells only {outputs} apart. "
                 "Build it with the right num_classes."
+            )
+        if isinstance(outputs, int) and outputs > self.num_classes:
+            rank_zero_warn(
+                f"{self.data} has {self.num_classes} classes, but the model tells {outputs} apart: its accuracy means "
+                "something only if it was trained on these classes, in this order"
             )
 
     def _opened(self) -> Source:
