@@ -130,7 +130,8 @@ def hooks_of(module, optimizer):
     on_weights = [name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks]
     on_layers = [name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     replaced = [name for name, m in module.named_modules() if "forward" in vars(m)]
-    return on_weights + on_layers + replaced + list(optimizer._optimizer_step_post_hooks)
+    on_steps = [*optimizer._optimizer_step_post_hooks, *torch.optim.optimizer._global_optimizer_post_hooks]
+    return on_weights + on_layers + replaced + on_steps
 
 
 class TestMeasuring:
@@ -420,7 +421,12 @@ class TestCheckpoints:
         fit.save_checkpoint(tmp_path / "pruned.ckpt")
         checkpoint = torch.load(tmp_path / "pruned.ckpt", weights_only=True)
         assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
-        assert checkpoint["callbacks"] == {callback.state_key: {"pruned_layers": LAYERS}}
+        assert checkpoint["callbacks"].keys() == {callback.state_key}
+        state = checkpoint["callbacks"][callback.state_key]
+        assert state["zeros"] == {
+            name: int(where.sum()) for name, where in zip(LAYERS, zeros(module).values(), strict=True)
+        }
+        assert state["alive"] == {}
         for optimizer_state in checkpoint["optimizer_states"]:
             assert optimizer_state.keys() == {"state", "param_groups"}
 
@@ -454,7 +460,7 @@ class TestCheckpoints:
         assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}
         fit.save_checkpoint(tmp_path / "both.ckpt")
         saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
-        assert [state["pruned_layers"] for state in saved.values()] == [["layers.2", "layers.4"], ["layers.0"]]
+        assert [list(state["zeros"]) for state in saved.values()] == [["layers.2", "layers.4"], ["layers.0"]]
 
 
 # -------------------------------------------------------------------------------------------- calibration batches

@@ -1,6 +1,15 @@
 """One-shot pruning for PyTorch Lightning, Hugging Face and timm models."""
 
-from wanda_lightning.callbacks import KeepZeros, MagnitudePrune, PruningCallback, WandaPrune
+from wanda_lightning.callbacks import (
+    Cubic,
+    KeepZeros,
+    Linear,
+    MagnitudePrune,
+    OneShot,
+    PruningCallback,
+    Schedule,
+    WandaPrune,
+)
 from wanda_lightning.core.allocation import Uniform
 from wanda_lightning.core.criteria import Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
@@ -13,15 +22,19 @@ from wanda_lightning.report import PruningReport
 __all__ = [
     "NM",
     "CausalLMModule",
+    "Cubic",
     "EqualShare",
     "ImageClassifierModule",
     "ImageDataModule",
     "KeepZeros",
+    "Linear",
     "Magnitude",
     "MagnitudePrune",
+    "OneShot",
     "PruningCallback",
     "PruningConfig",
     "PruningReport",
+    "Schedule",
     "TextDataModule",
     "Uniform",
     "Unstructured",

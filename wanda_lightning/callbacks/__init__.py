@@ -2,5 +2,15 @@
 
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
 from wanda_lightning.callbacks.pruning import MagnitudePrune, PruningCallback, WandaPrune
+from wanda_lightning.callbacks.schedules import Cubic, Linear, OneShot, Schedule
 
-__all__ = ["KeepZeros", "MagnitudePrune", "PruningCallback", "WandaPrune"]
+__all__ = [
+    "Cubic",
+    "KeepZeros",
+    "Linear",
+    "MagnitudePrune",
+    "OneShot",
+    "PruningCallback",
+    "Schedule",
+    "WandaPrune",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -10,11 +10,101 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.callbacks.calibration import pruning_target
 from wanda_lightning.models import walk
+
+
+class HeldZeros:
+    """The zeros of some layers, which stay zero through training until they are released.
+
+    Gradients are masked as they accumulate, so that clipping and moments see them masked; weights are zeroed right
+    after each step of any optimizer, so that weight decay and momentum cannot revive them.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._names: dict[nn.Parameter, str] = {}
+        self._pruned: dict[nn.Parameter, Tensor] = {}
+
+    def hold(self, model: nn.Module, layers: Iterable[str], alive: Mapping[str, Tensor] | None = None) -> None:
+        """From now on, keep what is zero in these layers, and only that.
+
+        Args:
+            model: Where the layers are.
+            layers: Their names.
+            alive: By layer, flat indices of weights that are zero now but may change, as `alive` gave them.
+        """
+        self.release()
+        parameters = {layer.name: layer.parameter for layer in walk(model).layers}
+        for name in layers:
+            weight = parameters[name]
+            assert isinstance(weight, nn.Parameter)
+            pruned = _local(weight.detach()) == 0
+            if alive and name in alive:
+                pruned.view(-1)[alive[name].to(pruned.device)] = False
+            self._names[weight], self._pruned[weight] = name, pruned
+            if weight.requires_grad:
+                self._mask_gradient(weight)
+                self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
+        # Of every optimizer, also one that is made later.
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+
+    @torch.no_grad()
+    def clear(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Zero what else remembers the weights: the optimizers' moments and the averages of averaging callbacks."""
+        for optimizer in trainer.optimizers:
+            for weight in self._held(optimizer):
+                for value in optimizer.state.get(weight, {}).values():
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        _zero(value, self._pruned[weight])
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and SWA
+            if isinstance(average, nn.Module):
+                averages = dict(getattr(average, "module", average).named_parameters())
+                for weight, pruned in self._pruned.items():
+                    if weight in names and names[weight] in averages:
+                        _zero(averages[names[weight]], pruned)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers whose zeros are held."""
+        return list(self._names.values())
+
+    def alive(self) -> dict[str, Tensor]:
+        """By layer, flat indices of weights that are zero by chance and not held; layers without any are left out."""
+        found = {}
+        for weight, pruned in self._pruned.items():
+            indices = ((_local(weight.detach()) == 0) & ~pruned).view(-1).nonzero().squeeze(1)
+            if len(indices):
+                found[self._names[weight]] = indices.cpu()
+        return found
+
+    def release(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._names.clear()
+        self._pruned.clear()
+
+    def _held(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._pruned]
+
+    def _mask_gradient(self, weight: Tensor) -> None:
+        assert isinstance(weight, nn.Parameter)
+        if weight.grad is not None:
+            _zero(weight.grad, self._pruned[weight])
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for weight in self._held(optimizer):
+            _zero(weight, self._pruned[weight])
 
 
 class KeepZeros(Callback):
@@ -22,73 +112,60 @@ class KeepZeros(Callback):
 
     For a model that was pruned before; `PruningCallback` does the same by itself. What counts is every layer that
     `prune` would prune and that holds zeros when training starts, unless it is zero altogether (freshly initialised).
-    Gradients are masked as they accumulate, so that clipping and moments see them masked; weights are zeroed right
-    after each optimizer step, so that weight decay and momentum cannot revive them.
     """
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._pruned: dict[nn.Parameter, Tensor] = {}
+        self._zeros = HeldZeros()
+        self._layers: list[str] | None = None
+        self._alive: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the zeros and hold them."""
         target = pruning_target(pl_module)
-        names = [layer.name for layer in walk(target).layers if _is_sparse(layer.parameter)]
-        if not names:
+        if self._layers is None:
+            self._layers = [name for name, weight in _weights(target).items() if _is_sparse(weight)]
+        if not self._layers:
             rank_zero_warn("KeepZeros found no zeros in any prunable layer: load pruned weights, or prune first")
-        self.hold(target, names, trainer.optimizers)
+        self._zeros.hold(target, self._layers, self._alive)
+        self._zeros.clear(trainer, pl_module)
+        self._layers, self._alive = None, {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let go of the zeros."""
-        self.release()
+        self._layers, self._alive = self._zeros.layers, self._zeros.alive()
+        self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hooks behind."""
-        self.release()
+        self._zeros.release()
 
-    def hold(self, module: nn.Module, layers: Iterable[str], optimizers: Iterable[Optimizer]) -> None:
-        """From now on, keep what is zero in these layers.
+    def state_dict(self) -> dict[str, Any]:
+        """Which layers are held, and which of their zeros are not; the others are in the weights."""
+        return {"layers": self._layers or self._zeros.layers, "alive": self._alive or self._zeros.alive()}
 
-        Args:
-            module: The model.
-            layers: Names of layers in it.
-            optimizers: Those that step its weights.
-        """
-        self.release()
-        parameters = {layer.name: layer.parameter for layer in walk(module).layers}
-        for name in layers:
-            weight = parameters[name]
-            assert isinstance(weight, nn.Parameter)
-            self._pruned[weight] = weight.detach() == 0
-            if weight.requires_grad:
-                self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
-        self._handles.extend(optimizer.register_step_post_hook(self._zero_weights) for optimizer in optimizers)
-
-    def release(self) -> None:
-        """Remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._pruned.clear()
-
-    def _mask_gradient(self, weight: Tensor) -> None:
-        assert isinstance(weight, nn.Parameter)
-        if weight.grad is not None:
-            weight.grad.masked_fill_(self._pruned[weight], 0)
-
-    @torch.no_grad()
-    def _zero_weights(self, optimizer: Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                if weight in self._pruned:
-                    weight.masked_fill_(self._pruned[weight], 0)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a run where it was."""
+        self._layers, self._alive = state_dict["layers"], state_dict["alive"]
 
 
-def is_pruned(module: nn.Module, layers: Iterable[str]) -> bool:
-    """Whether all these layers are there and hold zeros."""
-    parameters = {layer.name: layer.parameter for layer in walk(module).layers}
-    return all(name in parameters and _is_sparse(parameters[name]) for name in layers)
+def zeros_of(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """How many weights of each of these layers are zero; a layer that is not there is left out."""
+    weights = _weights(model)
+    return {name: int((_local(weights[name]) == 0).count_nonzero()) for name in layers if name in weights}
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {layer.name: layer.parameter.detach() for layer in walk(model).layers}
 
 
 def _is_sparse(weight: Tensor) -> bool:
-    return 0 < int(weight.count_nonzero()) < weight.numel()
+    return 0 < int(_local(weight).count_nonzero()) < _local(weight).numel()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this process: of a sharded one, its rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _zero(tensor: Tensor, pruned: Tensor) -> None:
+    _local(tensor).masked_fill_(pruned, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,32 +14,38 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from wanda_lightning.callbacks.calibration import calibration_batches, calibration_forward, pruning_target
-from wanda_lightning.callbacks.keep_zeros import KeepZeros, is_pruned
+from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
+from wanda_lightning.callbacks.schedules import OneShot, Schedule
 from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Criterion, Magnitude, Wanda
-from wanda_lightning.core.patterns import Pattern, Unstructured
+from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
 from wanda_lightning.pruner import PruningConfig, prune_as
 from wanda_lightning.report import PruningReport
 
 
 class PruningCallback(Callback):
-    """Prune the model once, before it is trained or measured.
+    """Prune the model: before it is trained or measured, at a step of training, or by a schedule.
 
-    In `trainer.fit` before the first optimizer step, after the sanity check of the validation loop; in
-    `trainer.validate`, `test` and `predict` on start, so that the loop that follows measures the pruned model. A model
-    that this callback has pruned, also before a resume, is not pruned again while its zeros are there. While training,
-    the zeros stay zero (see `KeepZeros`).
+    In `trainer.fit` at the stages of the schedule, counted in optimizer steps (`trainer.global_step`): by default
+    before the first one, after the sanity check of the validation loop. A stage scores all weights anew, with fresh
+    statistics; zeros stay zero. In `trainer.validate`, `test` and `predict` on start, so that the loop that follows
+    measures the pruned model; but not if the schedule begins later than at step 0. A model that this callback has
+    pruned, also before a resume, is not pruned again while its zeros are there. While training, the zeros stay zero
+    (see `KeepZeros`).
 
     The calibration batches are the first `num_samples` samples of, in this order: `dataloader`; the datamodule's, then
     the module's `calibration_dataloader()`; the train dataloader; the validation, test or predict dataloader at hand.
     A batch goes through the model by `pl_module.calibration_step(batch)` where there is one, else as in `prune`.
     Layers are named as in the module's `pruning_target` where it has one (our modules name their model: the report
     then has Hugging Face's or timm's names), else as in the LightningModule.
+
+    To prune at another moment, override `should_prune`.
 
     Args:
         sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
@@ -51,12 +59,14 @@ class PruningCallback(Callback):
         dataloader: Where to take them from.
         keep_zeros: Keep the zeros while training.
         report_dir: Write `pruning_report.json` there.
+        at_step: Optimizer steps of training before pruning.
+        schedule: Instead of `at_step`: `Cubic(...)`, `Linear(...)`, `OneShot(...)`, or your own.
 
     Attributes:
-        report: What happened, once it has.
+        report: What happened last, once it has.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a value is out of range, or choices contradict each other.
     """
 
     def __init__(
@@ -72,22 +82,45 @@ class PruningCallback(Callback):
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
         report_dir: str | Path | None = None,
+        at_step: int = 0,
+        schedule: Schedule | None = None,
     ) -> None:
         self.config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip)
         if num_samples < 1:
             raise ValueError(f"num_samples is at least 1, but {num_samples} was given")
+        if at_step and schedule is not None:
+            raise ValueError(f"at_step={at_step} and schedule={schedule} are two answers to one question: give one")
+        self.schedule = schedule or OneShot(at_step)
+        self.schedule.check()
+        if isinstance(self.config.pattern, NM) and len(self.schedule.stages) > 1:
+            raise ValueError(
+                f"{self.config.pattern} has one sparsity, so it cannot rise by {self.schedule}: prune at_step=..., or "
+                "use pattern='unstructured'"
+            )
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
         self.report_dir = report_dir
         self.report: PruningReport | None = None
-        self._pruned_layers: list[str] | None = None
-        self._zeros = KeepZeros()
+        self._zeros = HeldZeros()
+        self._pruned: dict[str, int] = {}  # zeros of each pruned layer
+        self._share = 0.0  # of the sparsity that is reached
+        self._asked_at: int | None = None  # the step at which `should_prune` was asked last
+        self._alive: dict[str, Tensor] = {}  # see `HeldZeros.alive`
 
     @property
     def state_key(self) -> str:
-        """One state for each configuration: two callbacks may prune different parts of a model."""
-        return self._generate_state_key(**self.config.describe())
+        """One state for each part of the model: two callbacks may prune different ones."""
+        return self._generate_state_key(skip=list(self.config.skip))
+
+    def should_prune(self, trainer: L.Trainer) -> bool:
+        """Whether to prune now; asked before the first optimizer step, after every one, and before measuring.
+
+        Override it to choose the moment yourself. The model is pruned to the share of the sparsity that the schedule
+        has for `trainer.global_step`, by default all of it.
+        """
+        share = self.schedule.share(trainer.global_step)
+        return share is not None and share > self._share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be pruned right.
@@ -102,13 +135,27 @@ class PruningCallback(Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before the first step, and hold the zeros from then on."""
-        self._prune_once(trainer, pl_module)
-        if self.keep_zeros and self._pruned_layers is not None:
-            self._zeros.hold(pruning_target(pl_module), self._pruned_layers, trainer.optimizers)
+        """Prune before the first step if it is time, and hold the zeros from then on.
+
+        Raises:
+            MisconfigurationException: If training ends before the last stage of the schedule.
+        """
+        _refuse_late_stages(self.schedule, trainer)
+        self._forget_if_dense(pl_module)
+        if self._asked_at != trainer.global_step:
+            self._ask(trainer, pl_module)
+        self._hold(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune after an optimizer step if it is time."""
+        if self._asked_at != trainer.global_step and self._ask(trainer, pl_module):
+            self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let go of the zeros."""
+        self._alive = self._zeros.alive()
         self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -118,45 +165,108 @@ class PruningCallback(Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before `trainer.validate` measures."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._prune_once(trainer, pl_module)
+            self._prune_to_measure(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before `trainer.test` measures."""
-        self._prune_once(trainer, pl_module)
+        self._prune_to_measure(trainer, pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before `trainer.predict` predicts."""
-        self._prune_once(trainer, pl_module)
+        self._prune_to_measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which layers are pruned; their zeros are in the weights."""
-        return {"pruned_layers": self._pruned_layers}
+        """How far pruning is, and which zeros are not its own; the others are in the weights."""
+        return {
+            "choices": self._choices,
+            "zeros": self._pruned,
+            "share": self._share,
+            "asked_at": self._asked_at,
+            "alive": self._alive or self._zeros.alive(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a run whose weights are pruned already."""
-        self._pruned_layers = state_dict["pruned_layers"]
+        """Take up a run where it was.
 
-    def _prune_once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        target = pruning_target(pl_module)
-        if self._pruned_layers is not None and is_pruned(target, self._pruned_layers):
-            return
+        Raises:
+            ValueError: If it prunes to another sparsity or by another pattern.
+        """
+        if state_dict["choices"] != self._choices:
+            raise ValueError(
+                f"the checkpoint was written by {type(self).__name__} with {state_dict['choices']}, but this one has "
+                f"{self._choices}. Give the same, or load the weights alone and start anew."
+            )
+        self._pruned, self._share = state_dict["zeros"], state_dict["share"]
+        self._asked_at, self._alive = state_dict["asked_at"], state_dict["alive"]
+
+    @property
+    def _choices(self) -> dict[str, Any]:
+        """What a resumed run cannot change."""
+        choices = self.config.describe()
+        return {name: choices[name] for name in ("sparsity", "pattern")}
+
+    def _forget(self) -> None:
+        self._pruned, self._share, self._asked_at, self._alive = {}, 0.0, None, {}
+
+    def _forget_if_dense(self, pl_module: L.LightningModule) -> None:
+        """Start anew where the model is another, or has been given dense weights."""
+        zeros = zeros_of(pruning_target(pl_module), self._pruned)
+        if any(2 * zeros.get(name, 0) < count for name, count in self._pruned.items()):
+            self._forget()
+
+    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        self._asked_at = trainer.global_step
+        if not self.should_prune(trainer):
+            return False
+        self._prune(trainer, pl_module)
+        return True
+
+    def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.keep_zeros and self._pruned:
+            self._zeros.hold(pruning_target(pl_module), self._pruned, self._alive)
+            self._zeros.clear(trainer, pl_module)
+        self._alive = {}
+
+    def _prune_to_measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._forget_if_dense(pl_module)
+        if self.should_prune(trainer):
+            self._prune(trainer, pl_module)
+        elif self._share == 0:
+            rank_zero_warn(f"{type(self).__name__} prunes while training, by {self.schedule}: measuring a dense model")
+
+    def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        share = self.schedule.share(trainer.global_step) or 1.0
         bar = trainer.progress_bar_callback
         progress = bar is not None and bool(getattr(bar, "is_enabled", True))
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
             self.report = prune_as(
-                self.config,
-                target,
+                replace(self.config, sparsity=self.config.sparsity * share),
+                pruning_target(pl_module),
                 calibration_batches(trainer, pl_module, self.dataloader, self.num_samples),
                 forward=partial(calibration_forward, trainer, pl_module),
                 progress=progress,
             )
         if progress:
             rank_zero_info(f"{type(self).__name__}: {self.report.summary()}")
-        self._pruned_layers = [layer.name for layer in self.report.layers if layer.sparsity]
+        self._share = share
+        # A layer that is zero altogether was not pruned but made so, and may learn.
+        self._pruned = {layer.name: layer.zeros for layer in self.report.layers if 0 < layer.sparsity < 1}
         for logger in trainer.loggers:
             logger.log_metrics(self.report.metrics(), step=trainer.global_step)
         if self.report_dir is not None:
             self.report.save(self.report_dir)
+
+
+def _refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
+    last = schedule.stages[-1][0]
+    steps = float(trainer.max_steps) if trainer.max_steps != -1 else math.inf
+    if trainer.lightning_module.automatic_optimization:
+        steps = min(steps, trainer.estimated_stepping_batches)
+    if last > steps:
+        raise MisconfigurationException(
+            f"{schedule} ends at optimizer step {last}, but training ends at {steps:.0f}: the model would never have "
+            "the sparsity asked for. Prune earlier, or train longer."
+        )
 
 
 class WandaPrune(PruningCallback):
@@ -176,6 +286,8 @@ class WandaPrune(PruningCallback):
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
         report_dir: str | Path | None = None,
+        at_step: int = 0,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__(
             sparsity,
@@ -188,6 +300,8 @@ class WandaPrune(PruningCallback):
             dataloader=dataloader,
             keep_zeros=keep_zeros,
             report_dir=report_dir,
+            at_step=at_step,
+            schedule=schedule,
         )
 
 
@@ -205,7 +319,17 @@ class MagnitudePrune(PruningCallback):
         skip: Sequence[str] = (),
         keep_zeros: bool = True,
         report_dir: str | Path | None = None,
+        at_step: int = 0,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__(
-            sparsity, Magnitude(), pattern, allocation, skip=skip, keep_zeros=keep_zeros, report_dir=report_dir
+            sparsity,
+            Magnitude(),
+            pattern,
+            allocation,
+            skip=skip,
+            keep_zeros=keep_zeros,
+            report_dir=report_dir,
+            at_step=at_step,
+            schedule=schedule,
         )
