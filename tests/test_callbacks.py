@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from zoo import ZOO
@@ -130,7 +131,7 @@ def hooks_of(module, optimizer):
     on_weights = [name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks]
     on_layers = [name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     replaced = [name for name, m in module.named_modules() if "forward" in vars(m)]
-    on_steps = [*optimizer._optimizer_step_post_hooks, *torch.optim.optimizer._global_optimizer_post_hooks]
+    on_steps = [*optimizer._optimizer_step_post_hooks, *_global_optimizer_post_hooks]
     return on_weights + on_layers + replaced + on_steps
 
 
