@@ -174,6 +174,12 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
         name: pytest.approx(where.float().mean().item()) for name, where in zeros.items()
     }
     assert {layer.tokens for layer in report.layers} == {4 * SEQLEN if method == "wanda" else 0}
+    given = {"model": f"{inputs}/llama", "seed": 0, "nsamples": 4, "seqlen": SEQLEN, "limit": 6}
+    given |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "save": "out/logs"}
+    given |= {"prune_method": method, "sparsity_type": kind, "sparsity_ratio": float(ratio), "use_variant": bool(more)}
+    assert given.items() <= report.config["command"].items()
+    both = {"dense": pytest.approx(before, rel=1e-6), "pruned": pytest.approx(measured, rel=1e-6)}
+    assert report.config["measured"] == {"metric": "val_perplexity", **both}
     (shown,) = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith(f"│ {method} ")]
     assert shown[1].strip() == f"{reached:.2%}"
     assert [float(cell) for cell in shown[3:5]] == [pytest.approx(before, abs=0.01), pytest.approx(measured, abs=0.01)]
@@ -226,7 +232,10 @@ def test_nothing_is_written_that_was_not_asked_for(text, tmp_path, capsys):
 
 def test_python_docs_need_no_network(inputs, capsys):
     sources = ["--calibration", "python-docs", "--eval", "python-docs", "--limit", "2", "--nsamples", "2"]
-    assert run("prune", "--model", inputs / "llama", *sources) == 0  # and seqlen is the model's context
+    assert run("prune", "--model", inputs / "llama", *sources, "--save", "out") == 0
+    command = json.loads(Path("out/pruning_report.json").read_text())["config"]["command"]
+    assert command["calibration"] == command["eval"] == "python-docs"
+    assert command["seqlen"] == 64  # the model's context
 
 
 # -------------------------------------------------------------------------------------------------- prune: images
@@ -256,6 +265,8 @@ def test_an_image_classifier(inputs, images, tmp_path, capsys, name, method, gro
     assert torch.equal(pruned.get_classifier().weight, dense["head.weight" if name == "test_vit" else "head.fc.weight"])
     _, row, _ = (tmp_path / f"out/log_{method}.txt").read_text().split("\n")
     assert row == f"{method}\t{report.sparsity:.4f}\t0.2500"
+    assert {"data_path": f"{inputs}/images", "nsamples": 6}.items() <= report.config["command"].items()
+    assert report.config["measured"] == {"metric": "val_accuracy", "dense": 0.25, "pruned": 0.25}
 
 
 def test_the_digits_that_need_no_network(inputs, capsys):
@@ -272,6 +283,11 @@ def test_the_digits_that_need_no_network(inputs, capsys):
 def test_fewer_images_than_asked(images):
     with pytest.warns(UserWarning, match=r"num_samples=50 were asked for, but .* has only 12: using these"):
         assert run(*images, "--nsamples", "50") == 0
+
+
+def test_more_logits_than_classes(images):
+    with pytest.warns(UserWarning, match="images has 4 classes, but the model tells 1000 apart"):
+        assert run(*images) == 0
 
 
 # ----------------------------------------------------------------------------------- prune: what is refused, and how
@@ -308,6 +324,7 @@ REFUSED = [
     (["--calibration", "{}/short.jsonl"], f"need a document of at least {SEQLEN + 1}, but the longest"),
     (["--eval", "{}/short.txt"], f"A window of seqlen={SEQLEN} tokens was asked for, but"),
     (["--seqlen", "1"], "seqlen should be at least 2"),
+    (["--seqlen", "65"], "--seqlen 65 is more than the model can read at once: give at most 64"),
     (["--calibration", "c4"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--sparsity_ratio", "1"], "in [0, 1), but 1"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import ZOO, run
 
 from wanda_lightning import prune
@@ -439,6 +440,34 @@ def test_autocast_is_that_of_a_plain_forward(granularity, outer):
     assert {torch.float32, torch.bfloat16} <= types
 
 
+@pytest.mark.parametrize("caller", ["cpu", "meta"])
+def test_the_default_device_is_that_of_a_plain_forward(caller):
+    """PyTorch keeps it for each thread; the model switches it around its second block."""
+    seen = []
+
+    class Switching(Chain):
+        def forward(self, x):
+            look()
+            x = self.blocks[0](x)
+            with torch.device("cpu" if caller == "meta" else "meta"):
+                x = self.blocks[1](x)
+                look()
+            return self.blocks[2](x)
+
+    def look():
+        seen.append(torch.empty(1).device.type)
+
+    model, never, (batch,) = Switching(*(Mlp(before=look) for _ in range(3))), Mlp(), vectors(1)
+    with torch.device(caller):
+        through([model], batch)
+        plain = seen.copy()
+        assert plain[:2] == plain[-1:] * 2 == [caller] * 2 != plain[2:4]
+        seen.clear()
+        for _ in travel(model, [batch], [*model.blocks, never]):
+            assert torch.empty(1).device.type == caller
+    assert seen == plain
+
+
 def test_a_forward_of_the_instance_is_used_and_comes_back():
     model, batches = Chain(Mlp(), Mlp()), vectors()
     original = model.blocks[0].forward
@@ -635,6 +664,45 @@ def test_cleanup_of_the_model_runs_at_the_end():
     assert len(route(model, vectors(), model.blocks)) == 2
     assert len(entered) == 3
     assert set(entered) == set(left)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def process_wide():
+    attention = torch.backends.cuda
+    backends = attention.flash_sdp_enabled, attention.mem_efficient_sdp_enabled, attention.math_sdp_enabled
+    return torch.get_default_dtype(), *(enabled() for enabled in backends)
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize(
+    "context",
+    [partial(default_dtype, torch.float64), partial(sdpa_kernel, SDPBackend.MATH)],
+    ids=["default_dtype", "sdpa_kernel"],
+)
+def test_process_wide_contexts_around_the_units_are_undone(context, granularity):
+    """Each batch enters what the one before it has entered, so the last must leave first."""
+
+    class Held(Chain):
+        def forward(self, x):
+            with context():
+                return super().forward(x)
+
+    before = process_wide()
+    with context():
+        assert process_wide() != before
+    with default_dtype(before[0]), sdpa_kernel(list(SDPBackend.__members__.values())):  # whatever comes, put it back
+        before = process_wide()
+        prune(Held(Mlp(), Mlp()), vectors(3), granularity=granularity, skip=["head"], progress=False)
+        assert process_wide() == before
 
 
 def test_the_model_works_as_before_afterwards():

@@ -201,6 +201,32 @@ def test_permuted_rows_permute_what_is_kept(pattern, seed):
     assert torch.equal(pattern(scores[order], 0.5), pattern(scores, 0.5)[order])
 
 
+@pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=["off", "strict", "warn_only"])
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), NM(5, 32)], ids=repr)
+def test_deterministic_mode_is_lifted_for_values_only_and_as_before(pattern, mode, monkeypatch):
+    """What it refuses on CUDA, kthvalue and cumsum of floats, runs without it; on a CPU it refuses nothing."""
+
+    def strict():
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def watched(original):
+        def watching(scores, *args, **kwargs):
+            assert not (scores.is_floating_point() and strict()[0])
+            return original(scores, *args, **kwargs)
+
+        return watching
+
+    for name in ("kthvalue", "cumsum"):
+        monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+    before = strict()
+    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+    try:
+        pattern(distinct_scores(0, 4, 32).half(), 0.5)
+        assert strict() == mode
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 # ---- names and errors
 
 

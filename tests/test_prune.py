@@ -224,6 +224,20 @@ def test_pruning_twice_changes_nothing(criterion, pattern):
     assert first.sparsity == second.sparsity
 
 
+@pytest.mark.parametrize("granularity", ["block", "model"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
+def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, granularity):
+    """After ReLU, few tokens leave some columns without input, and after pruning they are other ones."""
+    model, inactive = ZOO["block_twice"].build(), []
+    model.blocks[0].down.register_forward_pre_hook(lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1))))
+    for _ in range(2):
+        before = copy.deepcopy(model.state_dict())
+        few = [torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))]
+        prune(model, few, sparsity, pattern=pattern, granularity=granularity, progress=False)
+    assert (inactive[-1] & ~inactive[0]).any()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_model_is_left_as_it_was(granularity):
     model = ZOO["llama"].build().train()
@@ -261,6 +275,52 @@ def test_padding_does_not_count():
     assert report.layers[0].tokens == sum(int(batch["attention_mask"].sum()) for batch in padded.batches())
 
 
+def decoder_tokens(**batch):
+    report = prune(ZOO["t5"].build(), [{**ZOO["t5"].batches()[0], **batch}], progress=False)
+    tokens = {layer.name: layer.tokens for layer in report.layers}
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 24 + 10
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == 24 + 10
+    return tokens["decoder.block.0.layer.0.SelfAttention.q"]
+
+
+def test_padding_of_a_decoder_does_not_count():
+    ids = torch.arange(16).repeat(2, 1)  # starts with T5's padding, which also starts a sentence
+    labels = ids.where(ids < torch.tensor([[16], [5]]), -100)
+    assert decoder_tokens(decoder_input_ids=None, labels=labels) == 16 + 5
+    assert decoder_tokens(decoder_input_ids=ids) == 2 * 16
+    assert decoder_tokens(decoder_input_ids=ids, decoder_attention_mask=None) == 2 * 16
+    assert decoder_tokens(decoder_input_ids=ids, decoder_attention_mask=(labels != -100).long()) == 16 + 5
+
+
+class Attention(nn.Module):
+    """Three layers with one input, which has fewer tokens than the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+class Shortened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention()])
+
+    def forward(self, x, attention_mask):
+        return self.blocks[0](x[:, 1:])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_padding_that_counts_is_noted_on_each_layer(granularity):
+    batch = {"x": torch.randn(2, 4, 8), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    report = prune(Shortened(), [batch], granularity=granularity, progress=False)
+    notes = {layer.name[-1]: layer.note.partition(":")[0] for layer in report.layers}
+    assert notes == dict.fromkeys("qkv", "padding counted")
+    assert {layer.tokens for layer in report.layers} == {2 * 3}
+
+
 def test_autocast_of_the_caller_reaches_the_batches():
     """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
     seen = []
@@ -281,6 +341,24 @@ def test_unreached_layers_stay_dense_and_are_named():
     assert reasons["blocks.1.up"] == "no calibration batch called it"
     assert model.blocks[1].up.weight.all()
     assert any("blocks.1" in note for note in report.notes)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_weights_without_a_shape_can_be_left_out():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    report = prune(model, criterion="magnitude", skip=["1"], progress=False)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert {(matrix.name, matrix.shape) for matrix in report.skipped} == {("1.weight", ()), ("1.bias", ())}
+    assert report.parameters == 8 * 8 + 8
+
+
+def test_the_table_shows_brackets_as_they_are():
+    skip = ["re:[a-z2]+", "re:[/4]+"]
+    report = prune(ZOO["plain_mlp"].build(), criterion="magnitude", skip=skip, progress=False)
+    report.layers[0].name, report.layers[0].note, report.notes[:] = "0[red]", "[/b] of it", ["[bold] and [/]"]
+    report.skipped[0].name = "[link]2"
+    for text in ("skip='re:[a-z2]+'", "skip='re:[/4]+'", "0[red] ", "[/b] of it", "Note: [bold] and [/]", "[link]2 "):
+        assert text in str(report)
 
 
 def test_report_round_trip_and_table(tmp_path):
