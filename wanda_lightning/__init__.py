@@ -7,6 +7,7 @@ from wanda_lightning.callbacks import (
     MagnitudePrune,
     OneShot,
     PruningCallback,
+    SavePretrained,
     Schedule,
     WandaPrune,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "PruningCallback",
     "PruningConfig",
     "PruningReport",
+    "SavePretrained",
     "Schedule",
     "TextDataModule",
     "Uniform",

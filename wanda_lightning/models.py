@@ -268,9 +268,16 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
     convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
     heads = set().union(*(_heads(module) for module in modules.values()))
     stems = [(name, pattern) for name, module in modules.items() for pattern in _timm_stems(module)]
+    adapters = [
+        f"{name}.{part}."
+        for name, module in modules.items()
+        for part in getattr(type(module), "adapter_layer_names", ())  # of peft's layers
+    ]
     for name, module in modules.items():
         if module in heads:
             reasons[name] = "output head"
+        elif any(name.startswith(adapter) for adapter in adapters):
+            reasons[name] = "adapter: trained, not pruned"
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
             depthwise = module.groups == module.in_channels
             reasons[name] = "depthwise convolution" if depthwise else "grouped convolution"
@@ -404,6 +411,11 @@ class TokenMask:
 
     inside: str
     keep: Tensor
+
+    def rank(self, layer: str) -> int:
+        """Lowest for the mask of the smallest part of the model that holds the layer."""
+        holds = not self.inside or f"{layer}.".startswith(f"{self.inside}.")
+        return -len(self.inside) if holds else 1
 
     def fits(self, x: Tensor) -> bool:
         """Whether a layer's input has one row for each token of this mask."""

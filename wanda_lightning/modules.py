@@ -139,6 +139,9 @@ class CausalLMModule(L.LightningModule):
             "float16".
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
+        lr_decay: Let the learning rate fall linearly to 0 over the training.
+        lora: Train adapters instead of the weights: arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, such as
+            `{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}`; see `add_adapters`.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept.
         trust_remote_code: Run the model code that comes with the checkpoint.
@@ -155,6 +158,8 @@ class CausalLMModule(L.LightningModule):
         dtype: str = "auto",
         lr: float = 1e-4,
         weight_decay: float = 0.0,
+        lr_decay: bool = False,
+        lora: dict[str, Any] | None = None,
         revision: str = "main",
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
@@ -172,9 +177,12 @@ class CausalLMModule(L.LightningModule):
             _check_decoder_only(model.config)
             self.model = model if dtype == "auto" else model.to(_DTYPES[dtype])
             self.tokenizer = tokenizer
+        if lora is not None:
+            self.add_adapters(**lora)
         self.model.train()
         self.lr = lr
         self.weight_decay = weight_decay
+        self.lr_decay = lr_decay
         self.val_perplexity = WindowPerplexity()
         self.test_perplexity = WindowPerplexity()
 
@@ -225,13 +233,50 @@ class CausalLMModule(L.LightningModule):
         input_ids, attention_mask, _ = _read_text(batch)
         return _window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         """AdamW over the parameters that require a gradient."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        if not self.lr_decay:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    def add_adapters(self, keep_zeros: bool = True, **arguments: Any) -> None:
+        """Freeze the model and give it low-rank adapters to train (Hu et al. 2021).
+
+        Args:
+            keep_zeros: Adapters that merge without filling a zero; else those of plain `peft.LoraConfig`.
+            **arguments: Of `wanda_lightning.lora.KeepZerosLoraConfig`, which has those of `peft.LoraConfig`.
+
+        Raises:
+            ImportError: Without peft.
+        """
+        try:
+            import peft
+
+            from wanda_lightning.lora import KeepZerosLoraConfig
+        except ImportError as error:
+            raise ImportError("Adapters need peft: pip install 'wanda_lightning[lora]'") from error
+        config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
+        self.model = peft.get_peft_model(self.model, config(task_type="CAUSAL_LM", **arguments))
+
+    def merge(self, reprune: bool = False) -> None:
+        """Merge the adapters into the weights, if there are any (see `wanda_lightning.lora.merge`).
+
+        Args:
+            reprune: Put back the zeros that plain LoRA adapters fill.
+        """
+        if hasattr(self.model, "peft_config"):
+            from wanda_lightning.lora import merge
+
+            self.model = merge(self.model, reprune)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a Hugging Face folder with model and tokenizer, whole or not at all. Call it in one process only.
+
+        With adapters that are not merged, it is a folder of peft, which holds them alone.
 
         Args:
             folder: Loads with `AutoModelForCausalLM.from_pretrained(folder)`.

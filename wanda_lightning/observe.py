@@ -142,7 +142,7 @@ class Observer:
         tokens = layer.tokens(x)
         masks = self.masks[batch]
         if masks and not isinstance(layer.module, nn.Conv2d):
-            own_first = sorted(masks, key=lambda mask: not f"{layer.name}.".startswith(f"{mask.inside}."))
+            own_first = sorted(masks, key=lambda mask: mask.rank(layer.name))
             mask = next((mask for mask in own_first if mask.fits(x)), None)
             if mask is None:
                 self.padding_counted.add(layer.name)

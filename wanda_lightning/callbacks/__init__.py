@@ -2,6 +2,7 @@
 
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
 from wanda_lightning.callbacks.pruning import MagnitudePrune, PruningCallback, WandaPrune
+from wanda_lightning.callbacks.save import SavePretrained
 from wanda_lightning.callbacks.schedules import Cubic, Linear, OneShot, Schedule
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "MagnitudePrune",
     "OneShot",
     "PruningCallback",
+    "SavePretrained",
     "Schedule",
     "WandaPrune",
 ]

@@ -259,9 +259,10 @@ class PruningCallback(Callback):
 
 def _refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
     last = schedule.stages[-1][0]
-    steps = float(trainer.max_steps) if trainer.max_steps != -1 else math.inf
+    known: list[float] = [trainer.max_steps]
     if trainer.lightning_module.automatic_optimization:
-        steps = min(steps, trainer.estimated_stepping_batches)
+        known.append(trainer.estimated_stepping_batches)
+    steps = min((count for count in known if count != -1), default=math.inf)
     if last > steps:
         raise MisconfigurationException(
             f"{schedule} ends at optimizer step {last}, but training ends at {steps:.0f}: the model would never have "

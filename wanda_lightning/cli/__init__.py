@@ -9,11 +9,16 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from wanda_lightning.cli.finetune_command import finetune_model
 from wanda_lightning.cli.inspect_command import inspect_model
 from wanda_lightning.cli.lightning_command import SUBCOMMANDS, run_lightning
 from wanda_lightning.cli.prune_command import prune_model
 
-_COMMANDS: dict[str, Callable[..., None]] = {"prune": prune_model, "inspect": inspect_model}
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "prune": prune_model,
+    "finetune": finetune_model,
+    "inspect": inspect_model,
+}
 _FLAGS = ("use_variant", "overwrite", "trust_remote_code")  # given by name alone
 
 _USAGE = """\
@@ -21,6 +26,7 @@ usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [o
 
 commands:
   prune       prune a language model or an image classifier, and measure it before and after
+  finetune    train a pruned language model without losing a zero, and measure it before and after
   inspect     show what would be pruned, what not, and why; reads the configuration alone
   fit, validate, test, predict
               run the Lightning Trainer on a YAML recipe, with pruning as a callback

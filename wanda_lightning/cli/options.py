@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from wanda_lightning.modules import CausalLMModule
+
 
 def as_patterns(skip: str | Sequence[str]) -> list[str]:
     """Patterns from a command line, where several may stand in one string.
@@ -13,3 +15,15 @@ def as_patterns(skip: str | Sequence[str]) -> list[str]:
         ['lm_head', '*.down_proj']
     """
     return [part.strip() for part in skip.split(",") if part.strip()] if isinstance(skip, str) else list(skip)
+
+
+def checked_seqlen(seqlen: int | None, module: CausalLMModule, default: int) -> int:
+    """Tokens in a window: as asked for, else the model's context, at most `default`.
+
+    Raises:
+        ValueError: If the model cannot read so many at once.
+    """
+    context = int(getattr(module.model.config.get_text_config(), "max_position_embeddings", default))
+    if seqlen is not None and seqlen > context:
+        raise ValueError(f"--seqlen {seqlen} is more than the model can read at once: give at most {context}")
+    return min(default, context) if seqlen is None else seqlen

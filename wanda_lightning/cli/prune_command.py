@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
-from wanda_lightning.cli.options import as_patterns
+from wanda_lightning.cli.measure import measure
+from wanda_lightning.cli.options import as_patterns, checked_seqlen
 from wanda_lightning.core.criteria import CRITERIA
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
 from wanda_lightning.data import ImageDataModule, TextDataModule
@@ -131,7 +132,7 @@ def prune_model(
             module.tokenizer,
             calibration or "c4",
             eval or "wikitext2",
-            seqlen=_checked_seqlen(seqlen, module),
+            seqlen=checked_seqlen(seqlen, module, _PAPER_SEQLEN),
             num_samples=callback.num_samples,
             batch_size=_or(batch_size, 4),
             limit=limit,
@@ -142,8 +143,8 @@ def prune_model(
     plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
     if callback.config.needs and isinstance(data, TextDataModule):
         _ = data.calibration_windows
-    dense = _measure(module, data, metric)
-    pruned = _measure(module, data, metric, callback)
+    dense = measure(module, data, metric)
+    pruned = measure(module, data, metric, callback)
     report = callback.report
     assert report is not None
     options |= _as_used(data)
@@ -187,32 +188,6 @@ def _as_used(data: TextDataModule | ImageDataModule) -> dict[str, Any]:
     if isinstance(data, ImageDataModule):
         return {**used, "data_path": data.data}
     return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
-
-
-def _checked_seqlen(seqlen: int | None, module: CausalLMModule) -> int:
-    context = _context(module)
-    if seqlen is not None and seqlen > context:
-        raise ValueError(f"--seqlen {seqlen} is more than the model can read at once: give at most {context}")
-    return _or(seqlen, min(_PAPER_SEQLEN, context))
-
-
-def _context(module: CausalLMModule) -> int:
-    return int(getattr(module.model.config.get_text_config(), "max_position_embeddings", _PAPER_SEQLEN))
-
-
-def _measure(
-    module: L.LightningModule, data: L.LightningDataModule, metric: str, callback: PruningCallback | None = None
-) -> float:
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[callback] if callback else [],
-    )
-    (metrics,) = trainer.validate(module, data, verbose=False)
-    return float(metrics[metric])
 
 
 def _write_results(folder: Path, method: str, column: str, measured: float, report: PruningReport) -> None:

@@ -160,7 +160,8 @@ class TextDataModule(L.LightningDataModule):
             documents in the field `text`.
         evaluation: The same choice, for perplexity.
         seqlen: Tokens in a window, special tokens of the tokenizer included.
-        num_samples: Windows to draw for calibration; training has the same.
+        num_samples: Windows to draw for calibration.
+        train_samples: Windows to draw for training, those of calibration among them; by default the same.
         batch_size: Windows in a batch.
         limit: Windows to measure on, from the start; by default all.
         seed: Draws the windows and shuffles for training.
@@ -184,11 +185,12 @@ class TextDataModule(L.LightningDataModule):
         limit: int | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
+        train_samples: int | None = None,
     ) -> None:
         super().__init__()
         if seqlen < 2:
             raise ValueError(f"seqlen should be at least 2, one token to see and one to predict, but it is {seqlen}.")
-        check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit)
+        check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
         check_source(calibration)
         check_source(evaluation)
         self._check_tokenizer(tokenizer)
@@ -201,6 +203,7 @@ class TextDataModule(L.LightningDataModule):
         self.limit = limit
         self.seed = seed
         self.cache_dir = cache_dir
+        self.train_samples = num_samples if train_samples is None else train_samples
 
     @staticmethod
     def _check_tokenizer(tokenizer: Any) -> None:
@@ -248,8 +251,16 @@ class TextDataModule(L.LightningDataModule):
     @cached_property
     def calibration_windows(self) -> Tensor:
         """Token ids of shape (num_samples, seqlen), in the order in which they were drawn."""
+        return self._draw(self.num_samples)
+
+    @cached_property
+    def train_windows(self) -> Tensor:
+        """Token ids of shape (train_samples, seqlen), in the order in which they were drawn."""
+        return self.calibration_windows if self.train_samples == self.num_samples else self._draw(self.train_samples)
+
+    def _draw(self, count: int) -> Tensor:
         content = calibration_source(self.calibration, self.cache_dir)
-        draw = (self.seqlen, self.num_samples, self.seed, self.calibration)
+        draw = (self.seqlen, count, self.seed, self.calibration)
         if isinstance(content, str):
             return draw_from_text(self._tokenize(content), *draw)
         return draw_from_documents(content, self._tokenize, *draw)
@@ -265,11 +276,11 @@ class TextDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs, so that a bad source is refused before anything is trained or pruned.
 
-        Only `fit` reads the calibration part; elsewhere it is read when `calibration_dataloader()` is called.
+        Only `fit` reads what is trained on; elsewhere it is read when `calibration_dataloader()` is called.
         """
         _ = self.evaluation_windows
         if stage in (None, "fit"):
-            _ = self.calibration_windows
+            _ = self.train_windows
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The drawn windows, in the order in which they were drawn."""
@@ -277,7 +288,7 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The drawn windows, in an order that the seed gives, another one each epoch."""
-        return self._loader(self.calibration_windows, torch.Generator().manual_seed(self.seed))
+        return self._loader(self.train_windows, torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The windows of the evaluation text, in its order."""
