@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,7 +261,10 @@ class CausalLMModule(L.LightningModule):
         except ImportError as error:
             raise ImportError("Adapters need peft: pip install 'wanda_lightning[lora]'") from error
         config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
-        self.model = peft.get_peft_model(self.model, config(task_type="CAUSAL_LM", **arguments))
+        with warnings.catch_warnings():
+            # A callback may prune later, when training starts.
+            warnings.filterwarnings("ignore", message="None of the .* layers that adapter .* holds a zero")
+            self.model = peft.get_peft_model(self.model, config(task_type="CAUSAL_LM", **arguments))
 
     def merge(self, reprune: bool = False) -> None:
         """Merge the adapters into the weights, if there are any (see `wanda_lightning.lora.merge`).

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.callbacks.calibration import pruning_target
+from wanda_lightning.core.solvers import as_integers
 from wanda_lightning.models import walk
 
 
@@ -29,7 +30,7 @@ class HeldZeros:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._names: dict[nn.Parameter, str] = {}
-        self._pruned: dict[nn.Parameter, Tensor] = {}
+        self._keep: dict[nn.Parameter, Tensor] = {}
 
     def hold(self, model: nn.Module, layers: Iterable[str], alive: Mapping[str, Tensor] | None = None) -> None:
         """From now on, keep what is zero in these layers, and only that.
@@ -44,10 +45,10 @@ class HeldZeros:
         for name in layers:
             weight = parameters[name]
             assert isinstance(weight, nn.Parameter)
-            pruned = _local(weight.detach()) == 0
+            keep = _local(weight.detach()) != 0
             if alive and name in alive:
-                pruned.view(-1)[alive[name].to(pruned.device)] = False
-            self._names[weight], self._pruned[weight] = name, pruned
+                keep.view(-1)[alive[name].to(keep.device)] = True
+            self._names[weight], self._keep[weight] = name, keep
             if weight.requires_grad:
                 self._mask_gradient(weight)
                 self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
@@ -61,15 +62,15 @@ class HeldZeros:
             for weight in self._held(optimizer):
                 for value in optimizer.state.get(weight, {}).values():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
-                        _zero(value, self._pruned[weight])
+                        _zero(value, self._keep[weight])
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and SWA
             if isinstance(average, nn.Module):
                 averages = dict(getattr(average, "module", average).named_parameters())
-                for weight, pruned in self._pruned.items():
+                for weight, keep in self._keep.items():
                     if weight in names and names[weight] in averages:
-                        _zero(averages[names[weight]], pruned)
+                        _zero(averages[names[weight]], keep)
 
     @property
     def layers(self) -> list[str]:
@@ -79,8 +80,8 @@ class HeldZeros:
     def alive(self) -> dict[str, Tensor]:
         """By layer, flat indices of weights that are zero by chance and not held; layers without any are left out."""
         found = {}
-        for weight, pruned in self._pruned.items():
-            indices = ((_local(weight.detach()) == 0) & ~pruned).view(-1).nonzero().squeeze(1)
+        for weight, keep in self._keep.items():
+            indices = ((_local(weight.detach()) == 0) & keep).view(-1).nonzero().squeeze(1)
             if len(indices):
                 found[self._names[weight]] = indices.cpu()
         return found
@@ -91,20 +92,20 @@ class HeldZeros:
             handle.remove()
         self._handles.clear()
         self._names.clear()
-        self._pruned.clear()
+        self._keep.clear()
 
     def _held(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._pruned]
+        return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._keep]
 
     def _mask_gradient(self, weight: Tensor) -> None:
         assert isinstance(weight, nn.Parameter)
         if weight.grad is not None:
-            _zero(weight.grad, self._pruned[weight])
+            _zero(weight.grad, self._keep[weight])
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         for weight in self._held(optimizer):
-            _zero(weight, self._pruned[weight])
+            _zero(weight, self._keep[weight])
 
 
 class KeepZeros(Callback):
@@ -167,5 +168,6 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _zero(tensor: Tensor, pruned: Tensor) -> None:
-    _local(tensor).masked_fill_(pruned, 0)
+def _zero(tensor: Tensor, keep: Tensor) -> None:
+    bits = as_integers(_local(tensor.detach()))
+    bits.mul_(keep.to(bits.dtype))

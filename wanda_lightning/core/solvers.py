@@ -10,10 +10,21 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Weight
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The same memory as integers, which times 0 or 1 are exact: NaN and -0.0 become 0.0.
+
+    On a CPU that is also ten times as fast as `masked_fill_`.
+    """
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 class Solver(ABC):
@@ -49,8 +60,8 @@ class ZeroOut(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Score, choose, zero."""
         keep = pattern(criterion(weight, inputs), sparsity)
-        # On a CPU a product of equal dtypes takes a third of masked_fill's time; adding 0 makes 0.0 of -0.0.
-        return keep.to(weight.dtype).mul_(weight).add_(0.0), keep
+        bits = as_integers(weight)
+        return keep.to(bits.dtype).mul_(bits).view(weight.dtype), keep
 
 
 SOLVERS: dict[str, type[Solver]] = {"zero_out": ZeroOut}

@@ -1,0 +1,95 @@
+"""What keeping zeros costs in training: time of a step and peak memory, as ratios in one process.
+
+    python benchmarks/finetuning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --batch_size 4 --seqlen 512
+
+The model is pruned by magnitude to 50 %, which costs the same to train as any other pruning. Times are medians over
+`--runs` steps after a warm-up, the two sides of a ratio taking turns.
+"""
+
+import argparse
+import copy
+import gc
+from collections.abc import Callable
+
+import torch
+from measuring import MIB, PeakMemory, medians, seconds
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from wanda_lightning import CausalLMModule, Magnitude, prune
+from wanda_lightning.callbacks.keep_zeros import HeldZeros
+from wanda_lightning.lora import KeepZerosLoraConfig
+
+ADAPTERS = {
+    "q_proj, v_proj, dropout 0.05": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05},
+    "all-linear, no dropout": {"target_modules": "all-linear", "lora_dropout": 0.0},
+}
+
+
+def training(model: nn.Module, ids: torch.Tensor) -> Callable[[], float]:
+    """A step of AdamW on the parameters that can be trained, as a clock."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return lambda: seconds(step)
+
+
+def peak(clock: Callable[[], float]) -> float:
+    """MiB that one step, not the first one, needs above what lies there before."""
+    gc.collect()
+    with PeakMemory() as memory:
+        clock()
+    return memory.peak / MIB
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description="What keeping zeros costs in training.")
+    parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    model = CausalLMModule(options.model, dtype="float32").model.train()
+    report = prune(model, None, 0.5, criterion=Magnitude(), progress=False)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (options.batch_size, options.seqlen))
+    table = Table(title=f"A step of AdamW, {options.batch_size} x {options.seqlen} tokens")
+    for heading in ("what", "without (s)", "with (s)", "ratio", "without (MiB)", "with (MiB)", "masks (MiB)"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+
+    zeros, step = HeldZeros(), training(model, ids)
+
+    def held() -> float:
+        zeros.hold(model, layers)
+        duration = step()
+        zeros.release()
+        return duration
+
+    layers = [layer.name for layer in report.layers]
+    without, kept = medians(step, held, options.runs)
+    masks = sum(layer.size for layer in report.layers) / MIB
+    row = [f"{without:.2f}", f"{kept:.2f}", f"{kept / without:.3f}", f"{peak(step):.0f}", f"{peak(held):.0f}"]
+    table.add_row("KeepZeros, all weights", *row, f"{masks:.0f}")
+    model.zero_grad(set_to_none=True)
+
+    for name, arguments in ADAPTERS.items():
+        arguments = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **arguments}
+        plain = training(get_peft_model(copy.deepcopy(model), LoraConfig(**arguments)), ids)
+        keeping = training(get_peft_model(copy.deepcopy(model), KeepZerosLoraConfig(**arguments)), ids)
+        without, kept = medians(plain, keeping, options.runs)
+        row = [f"{without:.2f}", f"{kept:.2f}", f"{kept / without:.3f}", f"{peak(plain):.0f}", f"{peak(keeping):.0f}"]
+        table.add_row(f"KeepZerosLora / LoRA: {name}", *row, "")
+        del plain, keeping
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Clocks and memory for the benchmarks."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+MIB = 2**20
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """How long a step takes."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def medians(first: Callable[[], float], second: Callable[[], float], runs: int) -> tuple[float, float]:
+    """Medians of two clocks that take turns, after one warm-up each."""
+    first(), second()
+    pairs = [(first(), second()) for _ in range(runs)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+class PeakMemory:
+    """Samples this process's resident memory; what it rose by, in bytes."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.start, self.peak, self._stop = _resident(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.002):
+            self.peak = max(self.peak, _resident() - self.start)
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
