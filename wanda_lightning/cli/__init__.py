@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Lightning 2.6 asks torch 2.13 in an old way, at every dataloader.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+    # peft 0.21 asks transformers 5.24 in an old way, at every model that gets adapters.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):

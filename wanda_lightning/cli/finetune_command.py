@@ -117,7 +117,7 @@ def finetune_model(
             target_modules=targets,
             keep_zeros=method == "keep-zeros-lora",
         )
-    seconds = _train(module, windows, steps, precision, callbacks)
+    seconds = _train(module, windows, precision, callbacks)
     if method == "lora":
         perplexity["fine-tuned, adapters apart"] = measure(module, windows, "val_perplexity")
     module.merge(reprune=method == "lora")
@@ -128,14 +128,12 @@ def finetune_model(
     _print_results(perplexity, zeros, kept, seconds, steps)
 
 
-def _train(
-    module: CausalLMModule, windows: TextDataModule, steps: int, precision: str | None, callbacks: list[Callback]
-) -> float:
+def _train(module: CausalLMModule, windows: TextDataModule, precision: str | None, callbacks: list[Callback]) -> float:
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
         precision=precision,  # type: ignore[arg-type]
-        max_steps=steps,
+        max_epochs=1,
         limit_val_batches=0,
         gradient_clip_val=1.0,
         logger=False,
