@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from wanda_lightning.distributed import local
+
 Granularity = Literal["block", "layer", "model"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
@@ -35,41 +37,35 @@ class LayerKind:
 
     Attributes:
         layer_type: The class; subclasses count if they keep its forward.
-        read: The weight as (d_out, d_in), a view where the layout allows.
-        write: Puts such a matrix back into the layer's own parameter.
+        read: A weight in the layer's own layout as (d_out, d_in), a view where the layout allows.
+        write: Puts such a matrix back into the weight.
         tokens: What the layer was called with, as (tokens, d_in).
         window: What else than the tensor itself decides its tokens; layers with one input and one window share
             statistics.
+        rows_first: Whether the weight's first dimension is d_out, so that some of its rows can be read alone.
     """
 
     layer_type: type[nn.Module]
-    read: Callable[[Any], Tensor]
-    write: Callable[[Any, Tensor], None]
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor, Tensor], object]
     tokens: Callable[[Any, Tensor], Tensor]
     window: Callable[[Any], object]
+    rows_first: bool = True
 
 
 def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _write_linear(layer: nn.Linear, weight: Tensor) -> None:
-    layer.weight.copy_(weight)
-
-
-def _write_conv1d(layer: Any, weight: Tensor) -> None:
-    layer.weight.copy_(weight.t())
-
-
 # Kernel positions outside, input channels inside: where M divides the channels, an N:M group is consecutive channels of
 # one kernel position, the reduction order of sparse implicit-GEMM convolutions.
-def _read_conv2d(layer: nn.Conv2d) -> Tensor:
-    return layer.weight.permute(0, 2, 3, 1).reshape(layer.out_channels, -1)
+def _read_conv2d(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _write_conv2d(layer: nn.Conv2d, weight: Tensor) -> None:
-    channels, (height, width) = layer.in_channels, layer.kernel_size
-    layer.weight.copy_(weight.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
+def _write_conv2d(weight: Tensor, matrix: Tensor) -> None:
+    _, channels, height, width = weight.shape
+    weight.copy_(matrix.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2))
 
 
 def _conv2d_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
@@ -97,9 +93,9 @@ def layer_kinds() -> dict[str, LayerKind]:
     from transformers.pytorch_utils import Conv1D
 
     return {
-        "Linear": LayerKind(nn.Linear, lambda layer: layer.weight, _write_linear, _linear_tokens, lambda layer: ()),
+        "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, lambda layer: ()),
         "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
-            Conv1D, lambda layer: layer.weight.t(), _write_conv1d, _linear_tokens, lambda layer: ()
+            Conv1D, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), _linear_tokens, lambda layer: (), False
         ),
         "Conv2d": LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _conv2d_window),
     }
@@ -114,12 +110,12 @@ class Layer:
     kind: LayerKind
 
     def read(self) -> Tensor:
-        """The weight as (d_out, d_in)."""
-        return self.kind.read(self.module).detach()
+        """The weight as (d_out, d_in); of a sharded one, the rows of this process."""
+        return self.kind.read(self.weight)
 
-    def write(self, weight: Tensor) -> None:
-        """Put a (d_out, d_in) matrix back, in place."""
-        self.kind.write(self.module, weight)
+    def write(self, matrix: Tensor) -> None:
+        """Put such a matrix back, in place."""
+        self.kind.write(self.weight, matrix)
 
     def tokens(self, x: Tensor) -> Tensor:
         """What the layer was called with, as (tokens, d_in)."""
@@ -136,6 +132,17 @@ class Layer:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The values of the parameter without gradients; of a sharded one, those of this process."""
+        return local(self.parameter.detach())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the whole matrix, over all processes."""
+        d_out, d_in = self.kind.read(torch.empty(self.parameter.shape, device="meta")).shape
+        return d_out, d_in
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,11 @@ def _values_only() -> Iterator[None]:
 class Pattern(ABC):
     """Where zeros may fall, and how many."""
 
+    @property
+    def spans_rows(self) -> bool:
+        """Whether what becomes of a row depends on other rows, so that no process can choose in its rows alone."""
+        return False
+
     def check(self, sparsity: float, name: str, d_in: int) -> None:  # noqa: B027  # most patterns fit every layer
         """Refuse a layer that the pattern does not fit.
 
@@ -118,6 +123,11 @@ class Unstructured(Pattern):
     def __post_init__(self) -> None:
         if self.group not in ("row", "layer"):
             raise ValueError(f"Unstructured compares within a 'row' or a 'layer', but group={self.group!r} was given")
+
+    @property
+    def spans_rows(self) -> bool:
+        """Where weights of all rows are compared."""
+        return self.group == "layer"
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Keep the largest of each group."""
@@ -173,6 +183,11 @@ class EqualShare(Pattern):
     matrix is found by bisection from 0.4 in [0, 0.8], until the sparsity is within 0.001 of the target or the bracket
     is narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may fall short of a high sparsity.
     """
+
+    @property
+    def spans_rows(self) -> bool:
+        """Always: the share is one for all rows."""
+        return True
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Find the share and keep what lies above each row's cut."""
