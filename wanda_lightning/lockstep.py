@@ -4,7 +4,8 @@ The model's own forward runs unchanged, once for each batch, each in its own thr
 `forward` of every unit parks the batch that calls it. Only one thread runs at a time: the scheduler (the caller's
 thread) or one batch. The scheduler advances the batches until each is parked or has finished, hands the parked calls of
 one unit to the caller, who may run the unit on them, change its weights, or both; then it runs the unit on each call,
-hands the output back, and goes on.
+hands the output back, and goes on. Where several processes do this together, each with batches of its own, all stop at
+the same units.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from wanda_lightning.distributed import ALONE, Processes
 
 Forward = Callable[..., Any]
 
@@ -90,6 +94,7 @@ class Stop:
     Attributes:
         unit: Index of the unit.
         calls: One call for each batch that is there, to be read once; a batch that is elsewhere or done is missing.
+            Empty where only batches of other processes are there.
     """
 
     unit: int
@@ -161,8 +166,11 @@ class _Traveller(threading.Thread):
 
 @contextmanager
 def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
-    """Wrap the forward of every unit, so that batches park there."""
-    original = [unit.__dict__.get("forward") for unit in units]
+    """Wrap the forward of every unit, so that batches park there.
+
+    Of an FSDP2 module the call around it, whose hooks gather the weights: they must not while batches wait. Elsewhere
+    the forward itself, so that hooks of the unit run once, and before its inputs are read.
+    """
 
     def parked(index: int, forward: Forward) -> Forward:
         def forward_or_park(*args: Any, **kwargs: Any) -> Any:
@@ -173,19 +181,33 @@ def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
 
         return forward_or_park
 
-    try:
+    with ExitStack() as restored:
         for index, unit in enumerate(units):
-            unit.__dict__["forward"] = parked(index, unit.forward)
+            if isinstance(unit, FSDPModule):
+                restored.enter_context(_overriding(unit, "_compiled_call_impl", None))  # it would go past `_call_impl`
+                restored.enter_context(_overriding(unit, "_call_impl", parked(index, unit._call_impl)))
+            else:
+                restored.enter_context(_overriding(unit, "forward", parked(index, unit.forward)))
+        yield
+
+
+@contextmanager
+def _overriding(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    missing = object()
+    before = module.__dict__.get(name, missing)
+    module.__dict__[name] = value
+    try:
         yield
     finally:
-        for unit, forward in zip(units, original, strict=True):
-            if forward is None:
-                unit.__dict__.pop("forward", None)
-            else:
-                unit.__dict__["forward"] = forward
+        if before is missing:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
 
 
-def lockstep(forwards: Sequence[Callable[[], object]], units: Sequence[nn.Module]) -> Iterator[Stop]:
+def lockstep(
+    forwards: Sequence[Callable[[], object]], units: Sequence[nn.Module], processes: Processes = ALONE
+) -> Iterator[Stop]:
     """Stop once at each unit that a batch reaches, with all batches that are there.
 
     After a stop, the unit runs with the weights that it then has, and the batches go on. A batch that comes to a unit
@@ -195,6 +217,7 @@ def lockstep(forwards: Sequence[Callable[[], object]], units: Sequence[nn.Module
     Args:
         forwards: One forward pass for each batch.
         units: Disjoint modules, in the order in which a tie between waiting units is decided.
+        processes: Those that run the same units, each with its own forward passes.
 
     Yields:
         The stops. Closing the generator, or an exception, ends all threads and restores the modules.
@@ -207,24 +230,29 @@ def lockstep(forwards: Sequence[Callable[[], object]], units: Sequence[nn.Module
     pending = set(range(len(units)))
     with _parking(units):
         try:
-            for traveller in travellers:
-                traveller.start()
-                traveller.advance()
-            while waiting := [traveller for traveller in travellers if traveller.call is not None]:
-                unit = min(traveller.unit for traveller in waiting)
-                here = [traveller for traveller in waiting if traveller.unit == unit]
+            with processes.together():
+                for traveller in travellers:
+                    traveller.start()
+                    traveller.advance()
+            while (unit := processes.minimum(_first_unit(travellers, len(units)))) < len(units):
+                here = [traveller for traveller in travellers if traveller.call is not None and traveller.unit == unit]
                 if unit in pending:
                     yield Stop(unit, tuple(cast(Call, traveller.call) for traveller in here))
                     pending.remove(unit)
                     if not pending:
                         return
-                for traveller in here:
-                    traveller.advance(cast(Call, traveller.call).run())
+                with processes.together():
+                    for traveller in here:
+                        traveller.advance(cast(Call, traveller.call).run())
         finally:
             # Last in, first out, as if one thread had run them: a model may hold a process-wide context around a unit.
             for traveller in reversed(travellers):
                 if traveller.is_alive():
                     traveller.cancel()
+
+
+def _first_unit(travellers: Sequence[_Traveller], default: int) -> int:
+    return min((traveller.unit for traveller in travellers if traveller.call is not None), default=default)
 
 
 def abreast(forwards: Iterable[Callable[[], object]]) -> Stop:

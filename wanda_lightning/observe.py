@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import SUMS, InputStatistics
+from wanda_lightning.distributed import ALONE, Processes
 from wanda_lightning.lockstep import Call
 from wanda_lightning.models import Layer, TokenMask, Unit
 
@@ -47,17 +48,22 @@ class _Seen:
 class Observer:
     """Reads what the calibration batches bring to the layers of a unit.
 
-    Layers with the same input share one `InputStatistics` object.
+    Layers with the same input share one `InputStatistics` object, unless several processes add up theirs.
 
     Args:
         needs: Names of the sums to keep.
-        masks: For each batch, its padding.
+        masks: For each batch, its padding; None for a batch that goes through the model but does not count.
         tick: Called after each batch.
+        processes: Those that calibrate together; the statistics are of the batches of all.
+
+    Attributes:
+        padding_counted: Layers that counted padding, because their inputs do not line up with its mask.
     """
 
     needs: frozenset[str]
-    masks: Sequence[tuple[TokenMask, ...]]
+    masks: Sequence[tuple[TokenMask, ...] | None]
     tick: Callable[[], None] = lambda: None
+    processes: Processes = ALONE
     padding_counted: set[str] = field(default_factory=set)
     _last: tuple[list[_Identity], InputStatistics, bool] | None = None
 
@@ -67,13 +73,39 @@ class Observer:
         Raises:
             ValueError: If an input holds NaN or infinity, or its squares overflow; names layer and batch.
         """
-        if unit.module is not None and len(unit.layers) == 1 and unit.module is unit.layers[0].module:
-            return {unit.layers[0].name: self._read_parked(unit.layers[0], calls)}
-        return self._run_and_watch(unit, calls)
+        with self.processes.together():
+            if unit.module is not None and len(unit.layers) == 1 and unit.module is unit.layers[0].module:
+                statistics = {unit.layers[0].name: self._read_parked(unit.layers[0], calls)}
+            else:
+                statistics = self._run_and_watch(unit, calls)
+        return statistics if self.processes.world_size == 1 else self._add_up(unit, statistics)
+
+    def _add_up(self, unit: Unit, own: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
+        """The statistics of all processes; the message has one layout, whatever each process has seen."""
+        totals: dict[str, InputStatistics] = {}
+        for layer in unit.layers:
+            weight = layer.weight
+            # The dtype is that of the weight: a process that has seen no input does not know the input's.
+            tokens = weight.new_zeros(1, layer.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32))
+            totals[layer.name] = total = InputStatistics(self.needs)
+            total.sums = {name: SUMS[name](tokens) for name in sorted(self.needs)}
+            if layer.name in own:
+                total.count = own[layer.name].count
+                for name, value in own[layer.name].sums.items():
+                    total.sums[name].copy_(value)
+        counts = torch.tensor(
+            [[totals[layer.name].count, layer.name in self.padding_counted] for layer in unit.layers], dtype=torch.int64
+        )
+        self.processes.add([counts, *(value for total in totals.values() for value in total.sums.values())])
+        for layer, (count, padding_counted) in zip(unit.layers, counts.tolist(), strict=True):
+            totals[layer.name].count = count
+            if padding_counted:
+                self.padding_counted.add(layer.name)
+        return totals
 
     def _read_parked(self, layer: Layer, calls: Iterable[Call]) -> InputStatistics:
         """The unit is a layer: its input is there already, and nothing runs."""
-        calls = tuple(calls)
+        calls = tuple(call for call in calls if self.masks[call.batch] is not None)
         inputs = [_input(call.args, call.kwargs) for call in calls]
         if self._last is not None:
             identities, statistics, padding_counted = self._last
@@ -91,7 +123,7 @@ class Observer:
                 parts.append(([layer.name], call.batch, part.finite()))
             statistics.merge(part)
             self.tick()
-        _refuse_nonfinite(parts)
+        _refuse_nonfinite(parts, self.processes)
         self._last = ([_Identity.of(x, layer) for x in inputs], statistics, layer.name in self.padding_counted)
         return statistics
 
@@ -103,7 +135,7 @@ class Observer:
         for call in calls:
             seen: list[_Seen] = []
             with ExitStack() as hooks:
-                for layer in unit.layers:
+                for layer in unit.layers if self.masks[call.batch] is not None else ():
                     hook = self._hook(layer, call.batch, seen)
                     handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
                     hooks.callback(handle.remove)
@@ -118,7 +150,7 @@ class Observer:
                     self.padding_counted.update(entry.layers)
                 shared.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
             self.tick()
-        _refuse_nonfinite(parts)
+        _refuse_nonfinite(parts, self.processes)
         return {
             layer.name: _total([statistics for names, statistics in shared.items() if layer.name in names])
             for layer in unit.layers
@@ -172,12 +204,13 @@ def _total(parts: list[InputStatistics]) -> InputStatistics:
     return total
 
 
-def _refuse_nonfinite(parts: list[tuple[list[str], int, Tensor]]) -> None:
+def _refuse_nonfinite(parts: list[tuple[list[str], int, Tensor]], processes: Processes) -> None:
     if not parts or torch.stack([finite for _, _, finite in parts]).all():
         return  # one wait for the device per unit, not one per batch and layer
     layers, batch = next((layers, batch) for layers, batch, finite in parts if not finite)
+    whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
     raise ValueError(
         f"the input of {', '.join(layers)} holds NaN or infinity, or its squares overflow float32, in calibration "
-        f"batch {batch} (counted from 0). Scores would be meaningless: check that batch, or load the model in a wider "
-        "dtype (float32 or bfloat16 rather than float16)."
+        f"batch {batch}{whose} (counted from 0). Scores would be meaningless: check that batch, or load the model in "
+        "a wider dtype (float32 or bfloat16 rather than float16)."
     )

@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from numbers import Real
@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
@@ -21,8 +23,9 @@ from wanda_lightning.core.criteria import CRITERIA, Criterion, Wanda
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
 from wanda_lightning.lockstep import Stop, abreast, lockstep
-from wanda_lightning.models import GRANULARITIES, Layer, TokenMask, Walk, calibrating, token_masks, walk
+from wanda_lightning.models import GRANULARITIES, Layer, TokenMask, Unit, Walk, calibrating, token_masks, walk
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import PrunedLayer, PruningReport, SkippedMatrix
@@ -137,18 +140,31 @@ def prune_as(
     *,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> PruningReport:
-    """`prune` with its choices in one object."""
+    """`prune` with its choices in one object, and by several processes together.
+
+    Args:
+        config: The choices.
+        model: The model; in each process the same, or the same sharded by FSDP2 (`fully_shard`) on dimension 0.
+        batches: Calibration batches of this process.
+        forward: How one batch goes through the model.
+        progress: Show a bar, in the first process.
+        processes: Those that all call this, with the same choices. The statistics are of the batches of all, and so
+            are the masks; an error in one ends all.
+    """
     seconds: dict[str, float] = {}
-    with _timed(seconds, "prepare"):
-        found, targets = plan(config, model)
+    progress = progress and processes.rank == 0
+    with _timed(seconds, "prepare"), processes.together():
+        reshard(model)
+        found, targets = plan(config, model, processes)
         if config.needs and (batches is None or isinstance(batches, Mapping | Tensor)):
             given = "none were" if batches is None else f"one {type(batches).__name__} was"
             raise ValueError(
                 f"{config.criterion} needs calibration batches, but {given} given. Give a list of batches or a "
                 "dataloader; Magnitude() needs none."
             )
-        calibration = _Calibration(model, batches if config.needs and batches is not None else (), forward)
+        calibration = _Calibration(model, batches if config.needs and batches is not None else (), forward, processes)
         streamed = bool(config.needs) and config.granularity == "model"
         if not streamed:
             calibration.read_all()
@@ -160,30 +176,39 @@ def prune_as(
         ProgressBar("Pruning", calibration.length if streamed else len(found.units), progress) as bar,
         _naming_what_was_written(pruned),
         _timed(seconds, "prune"),
-        closing(_stops(config, found, calibration)) as stops,
+        SamePath(model, processes) as path,
+        at_rest_afterwards(model) if config.needs else nullcontext(),
+        closing(_stops(config, found, calibration, processes)) as stops,
     ):
-        observer = Observer(config.needs, calibration.masks, bar.advance if streamed else lambda: None)
+        tick = bar.advance if streamed else lambda: None
+        observer = Observer(config.needs, calibration.masks, tick, processes)
         for stop in stops:
             unit = found.units[stop.unit]
             bar.at(unit.name)
+            if not streamed:
+                path.check(unit.name, len(tuple(stop.calls)))
             statistics = observer(unit, stop.calls) if config.needs else {}
             del stop  # or its parked activations outlive the run of the pruned unit
-            calibration.refuse_if_empty(config)
-            for layer in unit.layers:
-                inputs = statistics.get(layer.name)
-                if config.needs and not (inputs and inputs.count):
-                    continue
-                pruned.append(_prune_layer(config, layer, inputs, targets[layer.name]))
-                if layer.name in observer.padding_counted:
-                    pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
+            if streamed:
+                path.check(unit.name, 0)
+                calibration.refuse_if_empty(config)
+            reshard(unit.module or model)
+            with processes.together():
+                for layer in unit.layers:
+                    inputs = statistics.get(layer.name)
+                    if config.needs and not (inputs and inputs.count):
+                        continue
+                    pruned.append(_prune_layer(config, layer, inputs, targets[layer.name]))
+                    if layer.name in observer.padding_counted:
+                        pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
             if not streamed:
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
-        return _report(config, model, found, pruned, seconds, len(calibration.masks))
+        return _report(config, model, found, pruned, seconds, calibration.total, processes)
 
 
-def plan(config: PruningConfig, model: nn.Module) -> tuple[Walk, dict[str, float]]:
+def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> tuple[Walk, dict[str, float]]:
     """What would be pruned, and to which sparsity each layer; nothing is changed.
 
     Raises:
@@ -193,16 +218,28 @@ def plan(config: PruningConfig, model: nn.Module) -> tuple[Walk, dict[str, float
     allocation = cast(Allocation, config.allocation)
     targets = allocation({layer.name: layer.parameter.numel() for layer in found.layers}, config.sparsity)
     _refuse(config, found, targets)
+    for unit in found.units:
+        for layer in unit.layers:
+            _refuse_sharding(config, model, unit, layer, processes)
     return found, targets
 
 
 class _Calibration:
     """The calibration batches as forward passes, each with its padding."""
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object] | None) -> None:
-        self._model, self._batches = model, batches
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Callable[[Any], object] | None,
+        processes: Processes,
+    ) -> None:
+        self._model, self._batches, self._processes = model, batches, processes
         self._forward = forward or self._forward_on_device
-        self.masks: list[tuple[TokenMask, ...]] = []
+        # FSDP2 communicates in every forward pass: each process must make equally many.
+        self.even = processes.world_size > 1 and is_sharded(model)
+        self.masks: list[tuple[TokenMask, ...] | None] = []
+        self.total = 0  # batches of all processes
         self.length = len(batches) if isinstance(batches, Sized) else None
 
     def _forward_on_device(self, batch: Any) -> object:
@@ -214,19 +251,42 @@ class _Calibration:
         self._batches = list(self._batches)
 
     def __iter__(self) -> Iterator[Callable[[], object]]:
-        for batch in self._batches:
-            self.masks.append(token_masks(self._model, batch))
+        batches = _evenly(self._batches, self._processes) if self.even else ((batch, True) for batch in self._batches)
+        for batch, counts in batches:
+            self.masks.append(token_masks(self._model, batch) if counts else None)
             yield partial(self._forward, batch)
 
     def refuse_if_empty(self, config: PruningConfig) -> None:
-        if config.needs and not self.masks:
+        total = torch.tensor(sum(mask is not None for mask in self.masks))
+        self._processes.add([total])
+        self.total = int(total)
+        if not self.total:
             raise ValueError(
                 f"{config.criterion} needs calibration batches, but what was given holds none. An iterator that was "
                 "read before is empty: give a list or a dataloader."
             )
 
 
-def _stops(config: PruningConfig, found: Walk, calibration: _Calibration) -> Generator[Stop]:
+_NONE_LEFT = object()
+
+
+def _evenly(batches: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
+    """Equally many batches in each process, each with whether it counts: where they run out, the last one again."""
+    iterator = iter(batches)
+    last: Any = _NONE_LEFT
+    while True:
+        with processes.together():
+            batch = next(iterator, _NONE_LEFT)
+        holder = processes.minimum(processes.world_size if batch is _NONE_LEFT else processes.rank)
+        if holder == processes.world_size:
+            return
+        if last is _NONE_LEFT and processes.minimum(batch is not _NONE_LEFT) == 0:
+            last = processes.share(batch if processes.rank == holder else None, holder)
+        last = last if batch is _NONE_LEFT else batch
+        yield last, batch is not _NONE_LEFT
+
+
+def _stops(config: PruningConfig, found: Walk, calibration: _Calibration, processes: Processes) -> Generator[Stop]:
     """Where the weights of each unit may be chosen."""
     if not config.needs:
         yield from (Stop(index, ()) for index in range(len(found.units)))
@@ -235,16 +295,16 @@ def _stops(config: PruningConfig, found: Walk, calibration: _Calibration) -> Gen
     else:
         forwards = list(calibration)
         calibration.refuse_if_empty(config)
-        yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units])
+        yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units], processes)
 
 
 def _prune_layer(config: PruningConfig, layer: Layer, inputs: InputStatistics | None, target: float) -> PrunedLayer:
-    solver = cast(Solver, config.solver)
-    weight, _ = solver(layer.read(), inputs, cast(Criterion, config.criterion), cast(Pattern, config.pattern), target)
-    layer.write(weight)
-    d_out, d_in = weight.shape
-    zeros = int((weight == 0).count_nonzero())
-    return PrunedLayer(layer.name, (d_out, d_in), target, zeros / weight.numel(), inputs.count if inputs else 0)
+    solver, weight, sparsity = cast(Solver, config.solver), layer.read(), 0.0
+    if len(weight):  # of a matrix with fewer rows than processes, some have none
+        weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), cast(Pattern, config.pattern), target)
+        layer.write(weight)
+        sparsity = int((weight == 0).count_nonzero()) / weight.numel()
+    return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)
 
 
 def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) -> None:
@@ -263,7 +323,7 @@ def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) ->
             "Give a model with linear or convolution layers, or skip less."
         )
     for layer in found.layers:
-        weight = layer.parameter
+        weight = layer.weight
         if weight.is_meta:
             raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
         if weight.is_inference():
@@ -271,11 +331,60 @@ def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) ->
                 f"the weight of {layer.name} was made under torch.inference_mode() and cannot be changed: "
                 "build or load the model outside of it"
             )
-        d_in = layer.read().shape[1]
-        cast(Pattern, config.pattern).check(targets[layer.name], layer.name, d_in)
+        cast(Pattern, config.pattern).check(targets[layer.name], layer.name, layer.shape[1])
         # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
+
+
+def _refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
+    """What cannot be pruned because of how FSDP2 or tensor parallelism spreads its weight over processes."""
+    weight, name = layer.parameter, layer.name
+    if not isinstance(weight, DTensor) and not getattr(layer.module, "_is_fsdp_managed_module", False):
+        return
+    outer = {inside: module for inside, module in model.named_modules() if f"{name}.".startswith(_prefix(inside))}
+    managers = [inside for inside, module in outer.items() if isinstance(module, FSDPModule)]
+    if not managers:
+        raise ValueError(
+            f"the weight of {name} is managed from outside of what is pruned. Apply fully_shard to the model itself "
+            "and to its blocks, not to a module around it; tensor parallelism and FSDP1 are not supported."
+        )
+    if not isinstance(weight, DTensor):  # fully_shard(ignored_params=...): each process has all of it
+        return
+    if weight.device_mesh.size() != processes.world_size:
+        raise ValueError(
+            f"the weight of {name} is spread over {weight.device_mesh.size()} processes, but {processes.world_size} "
+            "prune. Prune inside a Trainer with ModelParallelStrategy (WandaPrune does), or give prune_as(...) the "
+            "processes=Processes(group)."
+        )
+    if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
+        raise ValueError(
+            f"the weight of {name} is spread over processes by {weight.placements}, but each must hold whole rows: "
+            "use fully_shard as it is by default (on a mesh of one dimension, without shard_placement_fn), or leave "
+            f"it dense with skip=['{name}']."
+        )
+    if not layer.kind.rows_first:
+        raise ValueError(
+            f"the weight of {name}, a {type(layer.module).__name__}, is stored by columns, and fully_shard leaves no "
+            f"process whole rows. Prune before sharding (devices=1), or leave it dense with skip=['{name}']."
+        )
+    if cast(Pattern, config.pattern).spans_rows:
+        raise ValueError(
+            f"{config.pattern} compares the rows of {name} with each other, but they are spread over "
+            f"{processes.world_size} processes. Use pattern='unstructured' or N:M, which choose within rows, or prune "
+            "before sharding (devices=1)."
+        )
+    at_units = bool(config.needs) and config.granularity != "model"
+    if at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
+        raise ValueError(
+            f"granularity={config.granularity!r} stops at {unit.name}, but fully_shard manages {name} as a part of "
+            f"{managers[-1] or 'the whole model'}. Apply fully_shard also to {unit.name}, leave it dense with "
+            f"skip=['{unit.name}'], or use granularity='model'."
+        )
+
+
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
 
 
 def _report(
@@ -285,8 +394,12 @@ def _report(
     pruned: list[PrunedLayer],
     seconds: dict[str, float],
     batches: int,
+    processes: Processes,
 ) -> PruningReport:
-    done = {layer.name for layer in pruned}
+    done = {layer.name: layer for layer in pruned}
+    shards = [layer for layer in found.layers if layer.name in done and isinstance(layer.parameter, DTensor)]
+    for layer, zeros in zip(shards, zero_counts([layer.parameter for layer in shards], processes), strict=True):
+        done[layer.name].sparsity = zeros / layer.parameter.numel()
     skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
     unreached = [layer for layer in found.layers if layer.name not in done]
     skipped.extend(
@@ -295,7 +408,8 @@ def _report(
     notes = []
     if unreached:
         notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
-        log.warning(notes[-1])
+        if processes.rank == 0:
+            log.warning(notes[-1])
     short = [layer for layer in pruned if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
     if short:
         worst = min(short, key=lambda layer: layer.sparsity)
@@ -303,7 +417,8 @@ def _report(
             f"{config.pattern} left {len(short)} layers short of their target, "
             f"{worst.name} most: {worst.sparsity:.1%} of {worst.target:.1%}"
         )
-        log.warning(notes[-1])
+        if processes.rank == 0:
+            log.warning(notes[-1])
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
     counted = {id(layer.parameter) for layer in found.layers if layer.name in done}
@@ -312,7 +427,7 @@ def _report(
         layers=pruned,
         skipped=skipped,
         parameters=sum(layer.size for layer in pruned) + sum(other.numel() for other in others),
-        zeros=sum(layer.zeros for layer in pruned) + sum(int((other == 0).count_nonzero()) for other in others),
+        zeros=sum(layer.zeros for layer in pruned) + sum(zero_counts(others, processes)),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,
