@@ -97,7 +97,8 @@ def precision_of(name):
 
 
 def of_the_shape(weight, state):
-    return [value for value in state.values() if isinstance(value, torch.Tensor) and value.shape == weight.shape]
+    found = [value for value in state.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return [value for value in found if value.shape == weight.shape]
 
 
 class Watched(Net):
