@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
@@ -767,13 +768,16 @@ def test_a_skip_that_matches_nothing_names_the_nearest():
     assert same(module, Net())
 
 
-def test_several_processes_are_refused_by_name():
-    distributed = trainer(devices=2, strategy="ddp")
-    with pytest.raises(
-        MisconfigurationException, match=r"WandaPrune prunes in one process, but DDPStrategy runs 2.*Keep"
-    ):
-        WandaPrune().setup(distributed, Net(), "fit")
-    KeepZeros().setup(distributed, Net(), "fit")
+@pytest.mark.parametrize("callback", [WandaPrune, KeepZeros])
+def test_strategies_that_cannot_be_pruned_are_refused_by_name(callback):
+    class Elsewhere(SingleDeviceStrategy):
+        """Stands for one that spreads the model in a way of its own."""
+
+    spread = trainer(strategy=Elsewhere("cpu"))
+    callback().setup(spread, Net(), "fit")
+    spread.strategy.__class__ = FSDPStrategy  # which itself wants a GPU
+    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy spreads .* use strategy='ddp'"):
+        callback().setup(spread, Net(), "fit")
 
 
 class Interrupting(Net):

@@ -7,6 +7,7 @@ Both save an ordinary folder of their own library (`AutoModelForCausalLM.from_pr
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import sys
 import warnings
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -205,7 +207,13 @@ class CausalLMModule(L.LightningModule):
     def calibration_step(self, batch: Any) -> None:
         """Run the batch through all blocks; the logits are not computed."""
         input_ids, attention_mask, _ = _read_text(batch)
-        self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        model: Any = self.model
+        if not isinstance(model, FSDPModule):
+            model = model.base_model
+        elif "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            inputs["logits_to_keep"] = 1  # only the call of the whole gathers what belongs to no block
+        model(**inputs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean next-token loss over the tokens of the batch; padding does not count."""

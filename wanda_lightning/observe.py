@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,8 @@ class Observer:
     processes: Processes = ALONE
     padding_counted: set[str] = field(default_factory=set)
     _last: tuple[list[_Identity], InputStatistics, bool] | None = None
+    _shared: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)
+    _parts: list[tuple[list[str], int, Tensor]] = field(default_factory=list)
 
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
         """Statistics for each layer of the unit that a batch reached.
@@ -77,7 +79,31 @@ class Observer:
             if unit.module is not None and len(unit.layers) == 1 and unit.module is unit.layers[0].module:
                 statistics = {unit.layers[0].name: self._read_parked(unit.layers[0], calls)}
             else:
-                statistics = self._run_and_watch(unit, calls)
+                self._run_and_watch(unit, calls)
+                statistics = self._watched(unit)
+        return statistics if self.processes.world_size == 1 else self._add_up(unit, statistics)
+
+    @contextmanager
+    def watching(self, unit: Unit, batch: int) -> Iterator[None]:
+        """Read what enters the layers of a unit while a batch runs."""
+        seen: list[_Seen] = []
+        with ExitStack() as hooks:
+            for layer in unit.layers if self.masks[batch] is not None else ():
+                hook = self._hook(layer, batch, seen)
+                hooks.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+        for entry in seen:
+            if entry.statistics.count:
+                self._parts.append((entry.layers, batch, entry.statistics.finite()))
+            if entry.padding_counted:
+                self.padding_counted.update(entry.layers)
+            self._shared.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
+        self.tick()
+
+    def watched(self, unit: Unit) -> dict[str, InputStatistics]:
+        """Statistics of the batches that ran in `watching`; as those of a call, errors included."""
+        with self.processes.together():
+            statistics = self._watched(unit)
         return statistics if self.processes.world_size == 1 else self._add_up(unit, statistics)
 
     def _add_up(self, unit: Unit, own: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
@@ -127,29 +153,18 @@ class Observer:
         self._last = ([_Identity.of(x, layer) for x in inputs], statistics, layer.name in self.padding_counted)
         return statistics
 
-    def _run_and_watch(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
-        shared: dict[tuple[str, ...], InputStatistics] = {}
-        parts = []
-        runs_twice = unit.module is not None
-        writes_into_inputs = runs_twice  # until the first call has shown that it does not
+    def _run_and_watch(self, unit: Unit, calls: Iterable[Call]) -> None:
+        writes_into_inputs = unit.module is not None  # it runs twice; until the first call has shown that it does not
         for call in calls:
-            seen: list[_Seen] = []
-            with ExitStack() as hooks:
-                for layer in unit.layers if self.masks[call.batch] is not None else ():
-                    hook = self._hook(layer, call.batch, seen)
-                    handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
-                    hooks.callback(handle.remove)
+            with self.watching(unit, call.batch):
                 if writes_into_inputs:
                     writes_into_inputs = call.run_on_copies()
                 else:
                     call.run()
-            for entry in seen:
-                if entry.statistics.count:
-                    parts.append((entry.layers, call.batch, entry.statistics.finite()))
-                if entry.padding_counted:
-                    self.padding_counted.update(entry.layers)
-                shared.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
-            self.tick()
+
+    def _watched(self, unit: Unit) -> dict[str, InputStatistics]:
+        shared, parts = self._shared, self._parts
+        self._shared, self._parts = {}, []
         _refuse_nonfinite(parts, self.processes)
         return {
             layer.name: _total([statistics for names, statistics in shared.items() if layer.name in names])

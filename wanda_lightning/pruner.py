@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
@@ -194,18 +194,68 @@ def prune_as(
                 calibration.refuse_if_empty(config)
             reshard(unit.module or model)
             with processes.together():
-                for layer in unit.layers:
-                    inputs = statistics.get(layer.name)
-                    if config.needs and not (inputs and inputs.count):
-                        continue
-                    pruned.append(_prune_layer(config, layer, inputs, targets[layer.name]))
-                    if layer.name in observer.padding_counted:
-                        pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
+                _prune_unit(config, unit, statistics, targets, observer.padding_counted, pruned)
             if not streamed:
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
         return _report(config, model, found, pruned, seconds, calibration.total, processes)
+
+
+class Watched:
+    """Prune by forward passes that run anyway, such as those of a validation loop: at granularity `model`, for nothing.
+
+        watched = Watched(config, model)
+        for batch in batches:
+            with watched.batch(batch):
+                model(batch)
+        report = watched.prune()
+
+    Args:
+        config: The choices; granularity is `"model"`.
+        model: The model.
+        processes: Those that do this together.
+
+    Raises:
+        ValueError: If something cannot be pruned as asked.
+    """
+
+    def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> None:
+        assert config.granularity == "model", "the forward passes see the dense model"
+        self._config, self._model, self._processes = config, model, processes
+        with processes.together():
+            self._found, self._targets = plan(config, model, processes)
+        self._masks: list[tuple[TokenMask, ...] | None] = []
+        self._observer = Observer(config.needs, self._masks, processes=processes)
+
+    @contextmanager
+    def batch(self, batch: Any) -> Iterator[None]:
+        """Read the inputs of all layers while the batch runs."""
+        self._masks.append(token_masks(self._model, batch))
+        with calibrating(self._model), self._observer.watching(self._found.units[0], len(self._masks) - 1):
+            yield
+
+    def prune(self) -> PruningReport:
+        """Prune by what was seen.
+
+        Raises:
+            ValueError: If no batch was, or an activation held NaN or infinity; before any weight is written.
+        """
+        config, (unit,), processes = self._config, self._found.units, self._processes
+        seconds: dict[str, float] = {}
+        pruned: list[PrunedLayer] = []
+        with torch.inference_mode(False), torch.no_grad(), _naming_what_was_written(pruned), _timed(seconds, "prune"):
+            statistics = self._observer.watched(unit)
+            batches = torch.tensor(len(self._masks))
+            processes.add([batches])
+            if not batches:
+                raise ValueError(f"{config.criterion} needs batches that run through the model, but none did")
+            reshard(self._model)
+            with processes.together():
+                _prune_unit(config, unit, statistics, self._targets, self._observer.padding_counted, pruned)
+        torch.clear_autocast_cache()  # casts of the dense weights
+        with _timed(seconds, "report"):
+            return _report(config, self._model, self._found, pruned, seconds, int(batches), processes)
 
 
 def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> tuple[Walk, dict[str, float]]:
@@ -296,6 +346,23 @@ def _stops(config: PruningConfig, found: Walk, calibration: _Calibration, proces
         forwards = list(calibration)
         calibration.refuse_if_empty(config)
         yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units], processes)
+
+
+def _prune_unit(
+    config: PruningConfig,
+    unit: Unit,
+    statistics: Mapping[str, InputStatistics],
+    targets: Mapping[str, float],
+    padding_counted: Container[str],
+    pruned: list[PrunedLayer],
+) -> None:
+    for layer in unit.layers:
+        inputs = statistics.get(layer.name)
+        if config.needs and not (inputs and inputs.count):
+            continue
+        pruned.append(_prune_layer(config, layer, inputs, targets[layer.name]))
+        if layer.name in padding_counted:
+            pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
 
 
 def _prune_layer(config: PruningConfig, layer: Layer, inputs: InputStatistics | None, target: float) -> PrunedLayer:

@@ -11,11 +11,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
+from wanda_lightning.distributed import ALONE, Processes
 from wanda_lightning.pruner import forward_batch, like
 
 log = logging.getLogger(__name__)
@@ -28,26 +31,74 @@ def pruning_target(pl_module: L.LightningModule) -> nn.Module:
     return target
 
 
+def processes_of(trainer: L.Trainer) -> Processes:
+    """The processes of a Trainer, to prune together; from `setup` on.
+
+    Raises:
+        MisconfigurationException: If its strategy spreads the model in a way that cannot be pruned.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh
+        if (tensor_parallel := mesh["tensor_parallel"].size()) > 1:
+            raise MisconfigurationException(
+                f"ModelParallelStrategy runs with tensor_parallel_size={tensor_parallel}, and what tensor parallelism "
+                "spreads cannot be pruned: use tensor_parallel_size=1 and data_parallel_size=... with fully_shard"
+            )
+        return Processes(mesh["data_parallel"].get_group(), strategy.root_device) if mesh.size() > 1 else ALONE
+    unsupported = isinstance(strategy, DeepSpeedStrategy | FSDPStrategy)  # also one process alone flattens weights
+    if trainer.world_size == 1 and not unsupported:
+        return ALONE
+    if isinstance(strategy, DDPStrategy) and not unsupported:
+        return Processes(torch.distributed.group.WORLD, strategy.root_device)
+    raise MisconfigurationException(
+        f"{type(strategy).__name__} spreads the model over processes in a way that cannot be pruned: use "
+        "strategy='ddp', or, where the model is too large for one device, ModelParallelStrategy with fully_shard "
+        "(FSDP2). Or prune with Trainer(devices=1), save, and train the pruned model with KeepZeros."
+    )
+
+
 def calibration_batches(
-    trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable[Any] | None, num_samples: int
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    dataloader: Iterable[Any] | None,
+    num_samples: int,
+    processes: Processes = ALONE,
 ) -> Iterator[Any]:
     """The first `num_samples` samples of the calibration data, in the batches that its loader makes.
 
-    Warns where there are fewer.
+    Of several processes, each gets its share: by turns a batch of a loader that is the same for all; or the first
+    samples of a loader that has a share of its own (`DistributedSampler`, which Lightning gives its loaders).
+
+    Warns where there are fewer samples. With several processes, takes over the random state of the first one.
 
     Raises:
         MisconfigurationException: If there is no data, or more than one loader to choose from.
     """
+    if processes.world_size > 1:  # who shuffles shuffles alike
+        torch.set_rng_state(processes.share(torch.get_rng_state(), 0))
     loader, source = (dataloader, "the dataloader given") if dataloader is not None else _find(trainer, pl_module)
     log.info("calibrating on %s", source)
+    every, turn, wanted = processes.world_size, processes.rank, num_samples
+    if every > 1 and _is_a_share(loader):
+        wanted = num_samples // every + (turn < num_samples % every)
+        every, turn, source = 1, 0, f"this process's share of {source}"
     seen = 0
-    for batch in loader:
-        size = _batch_size(batch)
-        yield batch if seen + size <= num_samples else _first(batch, size, num_samples - seen)
-        seen = min(seen + size, num_samples)
-        if seen == num_samples:
+    for index, batch in enumerate(loader if wanted else ()):
+        size = batch_size(batch)
+        if index % every == turn:
+            yield batch if seen + size <= wanted else _first(batch, size, wanted - seen)
+        seen = min(seen + size, wanted)
+        if seen == wanted:
             return
-    rank_zero_warn(f"num_samples={num_samples} were asked for, but {source} has only {seen}: using these")
+    if seen < wanted:
+        rank_zero_warn(f"num_samples={wanted} were asked for, but {source} has only {seen}: using these")
+
+
+def _is_a_share(loader: Any) -> bool:
+    """Whether a loader gives each process other samples."""
+    samplers = getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
 
 
 def _find(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, str]:
@@ -138,7 +189,8 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
+    """Number of samples: the length of the first tensor."""
     tensor = next((tensor for tensor in _tensors(batch) if tensor.ndim), None)
     if tensor is None:
         raise MisconfigurationException(f"a calibration batch of type {type(batch).__name__} holds no tensor")

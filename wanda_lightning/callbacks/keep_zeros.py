@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from wanda_lightning.callbacks.calibration import pruning_target
+from wanda_lightning.callbacks.calibration import processes_of, pruning_target
 from wanda_lightning.core.solvers import as_integers
+from wanda_lightning.distributed import Processes, local, zero_counts
 from wanda_lightning.models import walk
 
 
@@ -45,7 +45,7 @@ class HeldZeros:
         for name in layers:
             weight = parameters[name]
             assert isinstance(weight, nn.Parameter)
-            keep = _local(weight.detach()) != 0
+            keep = local(weight.detach()) != 0
             if alive and name in alive:
                 keep.view(-1)[alive[name].to(keep.device)] = True
             self._names[weight], self._keep[weight] = name, keep
@@ -81,7 +81,7 @@ class HeldZeros:
         """By layer, flat indices of weights that are zero by chance and not held; layers without any are left out."""
         found = {}
         for weight, keep in self._keep.items():
-            indices = ((_local(weight.detach()) == 0) & keep).view(-1).nonzero().squeeze(1)
+            indices = ((local(weight.detach()) == 0) & keep).view(-1).nonzero().squeeze(1)
             if len(indices):
                 found[self._names[weight]] = indices.cpu()
         return found
@@ -120,11 +120,21 @@ class KeepZeros(Callback):
         self._layers: list[str] | None = None
         self._alive: dict[str, Tensor] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what would lose zeros.
+
+        Raises:
+            MisconfigurationException: If the strategy spreads the model in a way in which they cannot be held.
+        """
+        processes_of(trainer)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the zeros and hold them."""
         target = pruning_target(pl_module)
         if self._layers is None:
-            self._layers = [name for name, weight in _weights(target).items() if _is_sparse(weight)]
+            sizes = {layer.name: layer.parameter.numel() for layer in walk(target).layers}
+            zeros = zeros_of(target, processes_of(trainer))
+            self._layers = [name for name, count in zeros.items() if 0 < count < sizes[name]]
         if not self._layers:
             rank_zero_warn("KeepZeros found no zeros in any prunable layer: load pruned weights, or prune first")
         self._zeros.hold(target, self._layers, self._alive)
@@ -149,25 +159,12 @@ class KeepZeros(Callback):
         self._layers, self._alive = state_dict["layers"], state_dict["alive"]
 
 
-def zeros_of(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
-    """How many weights of each of these layers are zero; a layer that is not there is left out."""
-    weights = _weights(model)
-    return {name: int((_local(weights[name]) == 0).count_nonzero()) for name in layers if name in weights}
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {layer.name: layer.parameter.detach() for layer in walk(model).layers}
-
-
-def _is_sparse(weight: Tensor) -> bool:
-    return 0 < int(_local(weight).count_nonzero()) < _local(weight).numel()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What of a tensor is in this process: of a sharded one, its rows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def zeros_of(model: nn.Module, processes: Processes) -> dict[str, int]:
+    """How many weights of each prunable layer are zero."""
+    weights = {layer.name: layer.parameter for layer in walk(model).layers}
+    return dict(zip(weights, zero_counts(list(weights.values()), processes), strict=True))
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:
-    bits = as_integers(_local(tensor.detach()))
+    bits = as_integers(local(tensor.detach()))
     bits.mul_(keep.to(bits.dtype))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -18,14 +19,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from wanda_lightning.callbacks.calibration import calibration_batches, calibration_forward, pruning_target
+from wanda_lightning.callbacks.calibration import (
+    batch_size,
+    calibration_batches,
+    calibration_forward,
+    processes_of,
+    pruning_target,
+)
 from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.schedules import OneShot, Schedule
 from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
-from wanda_lightning.pruner import PruningConfig, prune_as
+from wanda_lightning.distributed import ALONE
+from wanda_lightning.pruner import PruningConfig, Watched, prune_as
 from wanda_lightning.report import PruningReport
 
 
@@ -61,6 +69,9 @@ class PruningCallback(Callback):
         report_dir: Write `pruning_report.json` there.
         at_step: Optimizer steps of training before pruning.
         schedule: Instead of `at_step`: `Cubic(...)`, `Linear(...)`, `OneShot(...)`, or your own.
+        calibrate_on: `"validation"` takes the statistics from Lightning's own validation loop while it runs, without an
+            extra pass, and prunes when it ends: the next one after the step that is due, or that of `trainer.validate`,
+            which then measures the dense model. Needs `granularity="model"`; of `num_samples`, whole batches.
 
     Attributes:
         report: What happened last, once it has.
@@ -84,6 +95,7 @@ class PruningCallback(Callback):
         report_dir: str | Path | None = None,
         at_step: int = 0,
         schedule: Schedule | None = None,
+        calibrate_on: Literal["calibration", "validation"] = "calibration",
     ) -> None:
         self.config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip)
         if num_samples < 1:
@@ -97,6 +109,15 @@ class PruningCallback(Callback):
                 f"{self.config.pattern} has one sparsity, so it cannot rise by {self.schedule}: prune at_step=..., or "
                 "use pattern='unstructured'"
             )
+        if calibrate_on not in ("calibration", "validation"):
+            raise ValueError(f"calibrate_on is 'calibration' or 'validation', but {calibrate_on!r} was given")
+        if calibrate_on == "validation" and (self.config.granularity != "model" or dataloader is not None):
+            raise ValueError(
+                "calibrate_on='validation' sees the dense model on the validation batches: it needs "
+                f"granularity='model' and no dataloader, but granularity={self.config.granularity!r} was given"
+                + (" and a dataloader" if dataloader is not None else "")
+            )
+        self.calibrate_on = calibrate_on
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
@@ -107,6 +128,11 @@ class PruningCallback(Callback):
         self._share = 0.0  # of the sparsity that is reached
         self._asked_at: int | None = None  # the step at which `should_prune` was asked last
         self._alive: dict[str, Tensor] = {}  # see `HeldZeros.alive`
+        self._due = False  # at the end of the next validation loop
+        self._processes = ALONE
+        self._watched: Watched | None = None
+        self._watching = ExitStack()
+        self._seen = 0  # samples of the validation loop
 
     @property
     def state_key(self) -> str:
@@ -126,13 +152,9 @@ class PruningCallback(Callback):
         """Refuse what cannot be pruned right.
 
         Raises:
-            MisconfigurationException: If the model is spread over several processes.
+            MisconfigurationException: If the strategy spreads the model in a way that cannot be pruned.
         """
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"{type(self).__name__} prunes in one process, but {type(trainer.strategy).__name__} runs "
-                f"{trainer.world_size}. Prune with Trainer(devices=1), save, and train the pruned model with KeepZeros."
-            )
+        self._processes = processes_of(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if it is time, and hold the zeros from then on.
@@ -141,6 +163,11 @@ class PruningCallback(Callback):
             MisconfigurationException: If training ends before the last stage of the schedule.
         """
         _refuse_late_stages(self.schedule, trainer)
+        if self.calibrate_on == "validation" and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "calibrate_on='validation' prunes when a validation loop ends, but this fit has none: give it a "
+                "validation dataloader, or calibrate_on='calibration'"
+            )
         self._forget_if_dense(pl_module)
         if self._asked_at != trainer.global_step:
             self._ask(trainer, pl_module)
@@ -155,17 +182,43 @@ class PruningCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let go of the zeros."""
+        if self._due:
+            rank_zero_warn(f"{type(self).__name__} did not prune: no validation loop ended after it was due")
         self._alive = self._zeros.alive()
         self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hooks behind."""
+        self._watching.close()
+        self._watched = None
         self._zeros.release()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before `trainer.validate` measures."""
+        """Prune before `trainer.validate` measures, or begin to watch."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._prune_to_measure(trainer, pl_module)
+        if self._due and not trainer.sanity_checking:
+            self._watched, self._seen = Watched(self._now(trainer), pruning_target(pl_module), self._processes), 0
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the first `num_samples` samples."""
+        if self._watched is not None and self._seen < self.num_samples:
+            self._seen += batch_size(batch) * self._processes.world_size
+            self._watching.enter_context(self._watched.batch(batch))
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Count what the batch brought."""
+        self._watching.close()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prune by what was watched."""
+        if self._watched is not None:
+            report, self._watched, self._due = self._watched.prune(), None, False
+            self._take(report, trainer)
+            if trainer.state.fn == TrainerFn.FITTING:
+                self._hold(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before `trainer.test` measures."""
@@ -182,6 +235,7 @@ class PruningCallback(Callback):
             "zeros": self._pruned,
             "share": self._share,
             "asked_at": self._asked_at,
+            "due": self._due,
             "alive": self._alive or self._zeros.alive(),
         }
 
@@ -198,6 +252,7 @@ class PruningCallback(Callback):
             )
         self._pruned, self._share = state_dict["zeros"], state_dict["share"]
         self._asked_at, self._alive = state_dict["asked_at"], state_dict["alive"]
+        self._due = state_dict["due"]
 
     @property
     def _choices(self) -> dict[str, Any]:
@@ -206,17 +261,21 @@ class PruningCallback(Callback):
         return {name: choices[name] for name in ("sparsity", "pattern")}
 
     def _forget(self) -> None:
-        self._pruned, self._share, self._asked_at, self._alive = {}, 0.0, None, {}
+        self._pruned, self._share, self._asked_at, self._alive, self._due = {}, 0.0, None, {}, False
 
     def _forget_if_dense(self, pl_module: L.LightningModule) -> None:
         """Start anew where the model is another, or has been given dense weights."""
-        zeros = zeros_of(pruning_target(pl_module), self._pruned)
+        zeros = zeros_of(pruning_target(pl_module), self._processes) if self._pruned else {}
         if any(2 * zeros.get(name, 0) < count for name, count in self._pruned.items()):
             self._forget()
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Prune if it is time, and say whether that was done."""
         self._asked_at = trainer.global_step
         if not self.should_prune(trainer):
+            return False
+        if self.calibrate_on == "validation":
+            self._due = True
             return False
         self._prune(trainer, pl_module)
         return True
@@ -230,31 +289,48 @@ class PruningCallback(Callback):
     def _prune_to_measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget_if_dense(pl_module)
         if self.should_prune(trainer):
-            self._prune(trainer, pl_module)
+            if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
+                self._due = True
+            else:
+                self._prune(trainer, pl_module)
         elif self._share == 0:
             rank_zero_warn(f"{type(self).__name__} prunes while training, by {self.schedule}: measuring a dense model")
 
+    def _now(self, trainer: L.Trainer) -> PruningConfig:
+        """The choices, at the sparsity that is due."""
+        return replace(self.config, sparsity=self.config.sparsity * self._share_now(trainer))
+
+    def _share_now(self, trainer: L.Trainer) -> float:
+        return self.schedule.share(trainer.global_step) or 1.0
+
     def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        share = self.schedule.share(trainer.global_step) or 1.0
-        bar = trainer.progress_bar_callback
-        progress = bar is not None and bool(getattr(bar, "is_enabled", True))
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            self.report = prune_as(
-                replace(self.config, sparsity=self.config.sparsity * share),
+            report = prune_as(
+                self._now(trainer),
                 pruning_target(pl_module),
-                calibration_batches(trainer, pl_module, self.dataloader, self.num_samples),
+                calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
                 forward=partial(calibration_forward, trainer, pl_module),
-                progress=progress,
+                progress=_shows_progress(trainer),
+                processes=self._processes,
             )
-        if progress:
-            rank_zero_info(f"{type(self).__name__}: {self.report.summary()}")
-        self._share = share
+        self._take(report, trainer)
+
+    def _take(self, report: PruningReport, trainer: L.Trainer) -> None:
+        """Remember, show, log and save what was done."""
+        self.report, self._share = report, self._share_now(trainer)
         # A layer that is zero altogether was not pruned but made so, and may learn.
-        self._pruned = {layer.name: layer.zeros for layer in self.report.layers if 0 < layer.sparsity < 1}
+        self._pruned = {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
+        if _shows_progress(trainer):
+            rank_zero_info(f"{type(self).__name__}: {report.summary()}")
         for logger in trainer.loggers:
-            logger.log_metrics(self.report.metrics(), step=trainer.global_step)
-        if self.report_dir is not None:
-            self.report.save(self.report_dir)
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
+        if self.report_dir is not None and trainer.is_global_zero:
+            report.save(self.report_dir)
+
+
+def _shows_progress(trainer: L.Trainer) -> bool:
+    bar = trainer.progress_bar_callback
+    return bar is not None and bool(getattr(bar, "is_enabled", True))
 
 
 def _refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
@@ -289,6 +365,7 @@ class WandaPrune(PruningCallback):
         report_dir: str | Path | None = None,
         at_step: int = 0,
         schedule: Schedule | None = None,
+        calibrate_on: Literal["calibration", "validation"] = "calibration",
     ) -> None:
         super().__init__(
             sparsity,
@@ -303,6 +380,7 @@ class WandaPrune(PruningCallback):
             report_dir=report_dir,
             at_step=at_step,
             schedule=schedule,
+            calibrate_on=calibrate_on,
         )
 
 
