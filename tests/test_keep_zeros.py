@@ -261,7 +261,6 @@ class Bytes(torch.optim.SGD):
         return loss
 
 
-@pytest.mark.xfail(strict=True, reason="as_integers knows elements of 2, 4 and 8 bytes: KeyError 1")
 def test_state_of_one_byte_a_weight():
     module = Watched(partial(Bytes, lr=0.05), from_step=2)
     trainer(Witness(), WandaPrune(num_samples=24, at_step=2), max_steps=6).fit(module, loader(24))
@@ -341,7 +340,6 @@ def test_averages_hold_the_zeros(kind, at_step, first):
         "ema",
         pytest.param(
             "swa",
-            marks=pytest.mark.xfail(strict=True, reason="clear() takes .module of SWA's copy for a wrapped model"),
         ),
     ],
 )
@@ -426,7 +424,6 @@ class Twice(Watched):
 
 @pytest.mark.parametrize("at_step", [0, 5])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # calibration needs no gradients
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # what calibration puts around layers
 @pytest.mark.parametrize("make", [Checkpointed, ReentrantCheckpointed, Compiled, CompiledLayer, Tied, Twice])
 def test_other_ways_to_run_a_model(make, at_step):
     if "Compiled" in make.__name__ and not torch._dynamo.is_dynamo_supported():
@@ -495,9 +492,6 @@ class Unfreezing(BaseFinetuning):
         False,
         pytest.param(
             True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="hold() hangs no hook on a frozen weight, so that its gradient is whole later"
-            ),
         ),
     ],
 )
@@ -600,7 +594,6 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
         assert share_of_zeros(module) == all_at(sparsity)
 
 
-@pytest.mark.xfail(strict=True, reason="KeepZeros asks a second fit for the layers of the first")
 def test_keep_zeros_reads_its_layers_anew_at_each_fit():
     callback, first, second = KeepZeros(), Watched(ADAMW), Watched(ADAMW)
     prune(first, criterion="magnitude", skip=["layers.2", "layers.4"], progress=False)
@@ -613,7 +606,6 @@ def test_keep_zeros_reads_its_layers_anew_at_each_fit():
     assert share_of_zeros(first) == all_at(0.5)
 
 
-@pytest.mark.xfail(strict=True, reason="KeepZeros asks a second fit for the layers of the first")
 def test_keep_zeros_is_given_another_kind_of_model():
     class Other(Net):
         def __init__(self):
@@ -630,7 +622,6 @@ def test_keep_zeros_is_given_another_kind_of_model():
         assert set(share_of_zeros(module).values()) == {0.5}
 
 
-@pytest.mark.xfail(strict=True, reason="zeros by chance of one fit are passed on to the next, as is right on a resume")
 def test_zeros_by_chance_of_one_model_are_none_of_another():
     optimizer = partial(Lion, lr=0.25, betas=(0.0, 0.0))
     callback, first, second = KeepZeros(), Net(optimizer), Watched(ADAMW)

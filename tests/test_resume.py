@@ -253,7 +253,6 @@ def test_should_prune_of_ones_own_is_asked_once_for_each_step_across_a_resume(tm
         assert equal(state(resumed), state(whole))
 
 
-@pytest.mark.xfail(strict=True, reason="weights that came back look like another, dense model: it prunes again")
 def test_without_keeping_zeros_pruning_is_not_repeated_either(tmp_path):
     whole, resumed = made("adamw"), made("adamw")
     trainer(Counted(at_step=2, keep_zeros=False), SaveAt(tmp_path, 6), max_steps=9).fit(whole, Resumable())
@@ -263,7 +262,6 @@ def test_without_keeping_zeros_pruning_is_not_repeated_either(tmp_path):
     assert equal(state(resumed), state(whole))
 
 
-@pytest.mark.xfail(strict=True, reason="calibration iterates a loader that is no DataLoader, and so moves it")
 def test_calibration_does_not_move_a_loader_that_knows_where_it_is(tmp_path):
     dense, module = [], []
 
@@ -334,7 +332,6 @@ def test_keep_zeros_holds_after_a_resume_what_it_held_before(tmp_path):
     assert equal(state(resumed), state(whole))
 
 
-@pytest.mark.xfail(strict=True, reason="the state says that no layer is held: loading it, KeepZeros finds no zeros")
 def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
     module, callback = pruned_elsewhere("adamw"), KeepZeros()
     measured = trainer(callback)
@@ -356,7 +353,6 @@ class Breaking(Net):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.xfail(strict=True, reason="on_exception lets go of the zeros, and forgets which are free")
 @pytest.mark.parametrize("callback", ["keep", "prune"])
 def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, callback):
     def make(optimizer):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from numbers import Real
@@ -171,6 +172,7 @@ def prune_as(
     pruned: list[PrunedLayer] = []
     with (
         calibrating(model),
+        _uncompiled(),
         torch.inference_mode(False),
         torch.no_grad(),
         ProgressBar("Pruning", calibration.length if streamed else len(found.units), progress) as bar,
@@ -558,6 +560,12 @@ def _describe(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {"name": type(value).__name__, **asdict(value)}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Modules under `torch.compile` run as they are written: compiled code would trace what watches them."""
+    # Nothing is compiled yet where this is not imported, which takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def _only(loaders: Any, kind: str) -> Any:
 def _private(loader: Any) -> Any:
     """The same data, without touching what Lightning's loop is about to iterate: its workers, samplers, generators."""
     if type(loader) is not DataLoader:
-        return loader
+        return copy.copy(loader)
     # Copies of samplers, not of the data that they refer to.
     copied = partial(copy.deepcopy, memo={id(loader.dataset): loader.dataset})
     order: dict[str, Any]

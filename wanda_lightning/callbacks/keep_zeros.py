@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.callbacks.calibration import processes_of, pruning_target
@@ -28,30 +30,35 @@ class HeldZeros:
     """
 
     def __init__(self) -> None:
+        self.layers: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._names: dict[nn.Parameter, str] = {}
         self._keep: dict[nn.Parameter, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self._at_release: dict[str, Tensor] = {}
 
-    def hold(self, model: nn.Module, layers: Iterable[str], alive: Mapping[str, Tensor] | None = None) -> None:
+    def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
         """From now on, keep what is zero in these layers, and only that.
 
         Args:
             model: Where the layers are.
             layers: Their names.
-            alive: By layer, flat indices of weights that are zero now but may change, as `alive` gave them.
         """
         self.release()
+        alive, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
         parameters = {layer.name: layer.parameter for layer in walk(model).layers}
-        for name in layers:
+        for name in self.layers:
             weight = parameters[name]
             assert isinstance(weight, nn.Parameter)
             keep = local(weight.detach()) != 0
-            if alive and name in alive:
+            if name in alive:
                 keep.view(-1)[alive[name].to(keep.device)] = True
             self._names[weight], self._keep[weight] = name, keep
-            if weight.requires_grad:
-                self._mask_gradient(weight)
-                self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
+            self._mask_gradient(weight)
+            trains = weight.requires_grad
+            weight.requires_grad_()  # torch hangs no hook on a frozen weight, but it may be unfrozen later
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
+            weight.requires_grad_(trains)
         # Of every optimizer, also one that is made later.
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
 
@@ -61,33 +68,40 @@ class HeldZeros:
         for optimizer in trainer.optimizers:
             for weight in self._held(optimizer):
                 for value in optimizer.state.get(weight, {}).values():
-                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                    if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
                         _zero(value, self._keep[weight])
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and SWA
             if isinstance(average, nn.Module):
-                averages = dict(getattr(average, "module", average).named_parameters())
+                averaged = average.module if isinstance(average, AveragedModel) else average
+                averages = dict(averaged.named_parameters())
                 for weight, keep in self._keep.items():
                     if weight in names and names[weight] in averages:
                         _zero(averages[names[weight]], keep)
 
-    @property
-    def layers(self) -> list[str]:
-        """Names of the layers whose zeros are held."""
-        return list(self._names.values())
-
     def alive(self) -> dict[str, Tensor]:
-        """By layer, flat indices of weights that are zero by chance and not held; layers without any are left out."""
+        """By layer, flat indices of weights that are zero by chance and not held: what a resumed run has to `load`.
+
+        After a release, those of then; layers without any are left out, and so are sharded ones.
+        """
+        if not self._handles:
+            return self._loaded or self._at_release
         found = {}
         for weight, keep in self._keep.items():
-            indices = ((local(weight.detach()) == 0) & keep).view(-1).nonzero().squeeze(1)
-            if len(indices):
-                found[self._names[weight]] = indices.cpu()
+            if not isinstance(weight, DTensor):
+                indices = ((weight.detach() == 0) & keep).view(-1).nonzero().squeeze(1)
+                if len(indices):
+                    found[self._names[weight]] = indices.cpu()
         return found
+
+    def load(self, alive: dict[str, Tensor]) -> None:
+        """The next `hold` takes up a run that had these."""
+        self._loaded = alive
 
     def release(self) -> None:
         """Remove all hooks."""
+        self._at_release = self.alive()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -117,8 +131,7 @@ class KeepZeros(Callback):
 
     def __init__(self) -> None:
         self._zeros = HeldZeros()
-        self._layers: list[str] | None = None
-        self._alive: dict[str, Tensor] = {}
+        self._resumed: list[str] = []  # layers that the run before held
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what would lose zeros.
@@ -131,19 +144,18 @@ class KeepZeros(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the zeros and hold them."""
         target = pruning_target(pl_module)
-        if self._layers is None:
+        layers, self._resumed = self._resumed, []
+        if not layers:
             sizes = {layer.name: layer.parameter.numel() for layer in walk(target).layers}
             zeros = zeros_of(target, processes_of(trainer))
-            self._layers = [name for name, count in zeros.items() if 0 < count < sizes[name]]
-        if not self._layers:
+            layers = [name for name, count in zeros.items() if 0 < count < sizes[name]]
+        if not layers:
             rank_zero_warn("KeepZeros found no zeros in any prunable layer: load pruned weights, or prune first")
-        self._zeros.hold(target, self._layers, self._alive)
+        self._zeros.hold(target, layers)
         self._zeros.clear(trainer, pl_module)
-        self._layers, self._alive = None, {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let go of the zeros."""
-        self._layers, self._alive = self._zeros.layers, self._zeros.alive()
         self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -152,11 +164,12 @@ class KeepZeros(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Which layers are held, and which of their zeros are not; the others are in the weights."""
-        return {"layers": self._layers or self._zeros.layers, "alive": self._alive or self._zeros.alive()}
+        return {"layers": self._resumed or self._zeros.layers, "alive": self._zeros.alive()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a run where it was."""
-        self._layers, self._alive = state_dict["layers"], state_dict["alive"]
+        self._resumed = state_dict["layers"]
+        self._zeros.load(state_dict["alive"])
 
 
 def zeros_of(model: nn.Module, processes: Processes) -> dict[str, int]:

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 
 from wanda_lightning.callbacks.calibration import (
     batch_size,
@@ -106,8 +105,8 @@ class PruningCallback(Callback):
         self.schedule.check()
         if isinstance(self.config.pattern, NM) and len(self.schedule.stages) > 1:
             raise ValueError(
-                f"{self.config.pattern} has one sparsity, so it cannot rise by {self.schedule}: prune at_step=..., or "
-                "use pattern='unstructured'"
+                f"{self.config.pattern.n}:{self.config.pattern.m} has one sparsity, so it cannot rise by "
+                f"{self.schedule}: prune at_step=..., or use pattern='unstructured'"
             )
         if calibrate_on not in ("calibration", "validation"):
             raise ValueError(f"calibrate_on is 'calibration' or 'validation', but {calibrate_on!r} was given")
@@ -126,8 +125,8 @@ class PruningCallback(Callback):
         self._zeros = HeldZeros()
         self._pruned: dict[str, int] = {}  # zeros of each pruned layer
         self._share = 0.0  # of the sparsity that is reached
+        self._resumed = False  # weights and state are of one checkpoint
         self._asked_at: int | None = None  # the step at which `should_prune` was asked last
-        self._alive: dict[str, Tensor] = {}  # see `HeldZeros.alive`
         self._due = False  # at the end of the next validation loop
         self._processes = ALONE
         self._watched: Watched | None = None
@@ -140,7 +139,7 @@ class PruningCallback(Callback):
         return self._generate_state_key(skip=list(self.config.skip))
 
     def should_prune(self, trainer: L.Trainer) -> bool:
-        """Whether to prune now; asked before the first optimizer step, after every one, and before measuring.
+        """Whether to prune now; asked before training, after every batch with an optimizer step, and before measuring.
 
         Override it to choose the moment yourself. The model is pruned to the share of the sparsity that the schedule
         has for `trainer.global_step`, by default all of it.
@@ -184,7 +183,11 @@ class PruningCallback(Callback):
         """Let go of the zeros."""
         if self._due:
             rank_zero_warn(f"{type(self).__name__} did not prune: no validation loop ended after it was due")
-        self._alive = self._zeros.alive()
+        elif self._share < 1:
+            rank_zero_warn(
+                f"training ended at optimizer step {trainer.global_step}, before {type(self).__name__} had pruned to "
+                f"{self.config.sparsity:g}: it reached {self.config.sparsity * self._share:g}"
+            )
         self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -236,7 +239,7 @@ class PruningCallback(Callback):
             "share": self._share,
             "asked_at": self._asked_at,
             "due": self._due,
-            "alive": self._alive or self._zeros.alive(),
+            "alive": self._zeros.alive(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -251,8 +254,8 @@ class PruningCallback(Callback):
                 f"{self._choices}. Give the same, or load the weights alone and start anew."
             )
         self._pruned, self._share = state_dict["zeros"], state_dict["share"]
-        self._asked_at, self._alive = state_dict["asked_at"], state_dict["alive"]
-        self._due = state_dict["due"]
+        self._asked_at, self._due, self._resumed = state_dict["asked_at"], state_dict["due"], True
+        self._zeros.load(state_dict["alive"])
 
     @property
     def _choices(self) -> dict[str, Any]:
@@ -261,11 +264,14 @@ class PruningCallback(Callback):
         return {name: choices[name] for name in ("sparsity", "pattern")}
 
     def _forget(self) -> None:
-        self._pruned, self._share, self._asked_at, self._alive, self._due = {}, 0.0, None, {}, False
+        self._pruned, self._share, self._asked_at, self._due = {}, 0.0, None, False
 
     def _forget_if_dense(self, pl_module: L.LightningModule) -> None:
         """Start anew where the model is another, or has been given dense weights."""
-        zeros = zeros_of(pruning_target(pl_module), self._processes) if self._pruned else {}
+        resumed, self._resumed = self._resumed, False
+        if resumed or not self._pruned:
+            return
+        zeros = zeros_of(pruning_target(pl_module), self._processes)
         if any(2 * zeros.get(name, 0) < count for name, count in self._pruned.items()):
             self._forget()
 
@@ -282,9 +288,8 @@ class PruningCallback(Callback):
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._pruned:
-            self._zeros.hold(pruning_target(pl_module), self._pruned, self._alive)
+            self._zeros.hold(pruning_target(pl_module), self._pruned)
             self._zeros.clear(trainer, pl_module)
-        self._alive = {}
 
     def _prune_to_measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget_if_dense(pl_module)

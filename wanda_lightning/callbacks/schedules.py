@@ -31,7 +31,7 @@ class Schedule(ABC):
         steps, shares = [step for step, _ in self.stages], [share for _, share in self.stages]
         if not steps or steps[0] < 0 or steps != sorted(set(steps)):
             raise ValueError(f"a schedule prunes at steps that rise from 0 or later, but {self} has {steps}")
-        if shares != sorted(shares) or shares[0] <= 0 or shares[-1] != 1:
+        if not all(share > 0 for share in shares) or shares != sorted(shares) or shares[-1] != 1:
             raise ValueError(
                 f"sparsity never decreases, and ends at what was asked for: the shares of {self} should rise to 1, "
                 f"but they are {shares}"
