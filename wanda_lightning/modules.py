@@ -210,7 +210,7 @@ class CausalLMModule(L.LightningModule):
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         model: Any = self.model
         if not isinstance(model, FSDPModule):
-            model = model.base_model
+            model = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
         elif "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = 1  # only the call of the whole gathers what belongs to no block
         model(**inputs)

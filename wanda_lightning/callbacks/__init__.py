@@ -1,7 +1,8 @@
 """The thin Lightning shell: when to prune, and keeping the zeros."""
 
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
-from wanda_lightning.callbacks.pruning import MagnitudePrune, PruningCallback, WandaPrune
+from wanda_lightning.callbacks.methods import MagnitudePrune, WandaPrune
+from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.save import SavePretrained
 from wanda_lightning.callbacks.schedules import Cubic, Linear, OneShot, Schedule
 
