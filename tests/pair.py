@@ -40,7 +40,11 @@ class Pair:
             if not connection.poll(PATIENCE):
                 self._end()
                 raise TimeoutError(f"process {rank} hangs in {function.__name__}")
-            results.append(connection.recv())
+            try:
+                results.append(connection.recv())
+            except EOFError as error:
+                self._end()
+                raise RuntimeError(f"process {rank} died in {function.__name__}") from error
         failures = [text for failed, text in results if failed]
         if failures:
             self._end()  # its process group may be in the middle of something
@@ -89,7 +93,7 @@ def _work(rank, meeting, connection):
             function, args, kwargs = connection.recv()
             try:
                 answer = False, function(rank, *args, **kwargs)
-            except Exception:
+            except BaseException:
                 answer = True, f"process {rank}: {traceback.format_exc()}"
             connection.send(answer)
             sys.stdout.flush()

@@ -300,29 +300,29 @@ class PruneAtStart(L.Callback):
         self.weights = whole(target)
 
 
-def trainer(strategy, callback):
+def trainer(strategy, *callbacks):
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     return L.Trainer(
         devices=2,
         accelerator="cpu",
         strategy=strategy,
-        max_steps=2,
-        callbacks=[callback],
+        max_steps=3,
+        callbacks=list(callbacks),
         num_sanity_val_steps=1,
         **quiet,
     )
 
 
 class Regression(L.LightningModule):
-    def __init__(self, sharding=False):
+    def __init__(self, sharding=False, blocks=True):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(*(Block() for _ in range(3)))
-        self.sharding = sharding
+        self.sharding, self.blocks = sharding, blocks
 
     def configure_model(self):
         if self.sharding and not isinstance(self.layers, FSDPModule):
-            for block in self.layers:
+            for block in self.layers if self.blocks else ():
                 fully_shard(block, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.layers, mesh=self.device_mesh["data_parallel"])
 
@@ -336,7 +336,7 @@ class Regression(L.LightningModule):
         self(batch)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
 
 
 SAMPLES = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
@@ -354,6 +354,39 @@ def fit(rank, strategy, num_samples, given, shuffle=False):
     module = Regression(strategy == "fsdp2")
     trainer(strategy_named(strategy), callback).fit(module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES))
     return callback.batches, callback.weights, callback.report
+
+
+class Final(L.Callback):
+    """The weights before and after training."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.pruned = whole(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.trained = whole(pl_module)
+
+
+def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
+    """Train with one of our callbacks; the weights at the first step and at the end, and the callback's report."""
+    module = Regression(strategy == "fsdp2", blocks)
+    if zeros_in is not None:
+        with torch.no_grad():
+            module.layers[zeros_in].up.weight[:, ::2] = 0
+    callback, final = make(), Final()
+    trainer(strategy_named(strategy), callback, final).fit(
+        module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
+    )
+    return final.pruned, final.trained, getattr(callback, "report", None)
+
+
+def validate_with(rank, strategy, make):
+    module, callback = Regression(strategy == "fsdp2"), make()
+    trainer(strategy_named(strategy), callback).validate(module, DataLoader(SAMPLES, batch_size=2), verbose=False)
+    return whole(module), callback.report
 
 
 class Llama(CausalLMModule):

@@ -1,6 +1,7 @@
 """Several processes prune one model: the same masks everywhere, those of one process on all samples, and no hanging."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from zoo import ZOO, run
 
-from wanda_lightning import Magnitude, prune
+from wanda_lightning import KeepZeros, Magnitude, WandaPrune, prune
 from wanda_lightning.callbacks.calibration import calibration_batches, processes_of
 from wanda_lightning.distributed import Processes
 
@@ -348,6 +349,50 @@ def test_a_language_model_of_ours_under_fsdp2(pair, granularity):
     assert_equal_everywhere(weights, others)
     assert_same_weights(weights, dict(model.named_parameters()))
     assert [layer.tokens for layer in report.layers] == [layer.tokens for layer in expected.layers]
+
+
+def moved(before, after):
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+@pytest.mark.parametrize("granularity", ["block", "model"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_callback_prunes_and_keeps_the_zeros(pair, strategy, granularity):
+    loader = DataLoader(cases.SAMPLES, batch_size=2)
+    make = partial(WandaPrune, num_samples=16, dataloader=loader, granularity=granularity)
+    results = pair.run(cases.fit_with, strategy, make)
+    module = cases.Regression()
+    expected = prune(module, list(cases.SAMPLES.split(2)), progress=False, granularity=granularity)
+    for pruned, trained, report in results:
+        assert_same_weights(pruned, dict(module.named_parameters()))
+        assert_same_report(report, expected)
+        assert_equal_everywhere(trained, results[0][1])
+        assert len(moved(pruned, trained)) == len(pruned)
+        for layer in report.layers:
+            name = f"{layer.name}.weight"
+            assert torch.equal(trained[name] == 0, pruned[name] == 0), name
+
+
+@pytest.mark.parametrize(("strategy", "blocks"), [("ddp", True), ("fsdp2", True)])
+def test_zeros_of_before_are_kept(pair, strategy, blocks):
+    for pruned, trained, _ in pair.run(cases.fit_with, strategy, KeepZeros, zeros_in=1, blocks=blocks):
+        zeros = trained["layers.1.up.weight"] == 0
+        assert zeros[:, ::2].all()
+        assert not zeros[:, 1::2].any()
+        assert len(moved(pruned, trained)) == len(pruned)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_pruned_by_the_validation_loop(pair, strategy):
+    make = partial(WandaPrune, num_samples=16, granularity="model", calibrate_on="validation")
+    (weights, report), (others, _) = pair.run(cases.validate_with, strategy, make)
+    module = cases.Regression()
+    expected = prune(module, [cases.SAMPLES], progress=False, granularity="model")
+    assert_equal_everywhere(weights, others)
+    assert_same_weights(weights, dict(module.named_parameters()))
+    assert [(layer.name, layer.tokens, layer.zeros) for layer in report.layers] == [
+        (layer.name, layer.tokens, layer.zeros) for layer in expected.layers
+    ]
 
 
 def test_tensor_parallelism_is_refused(pair):

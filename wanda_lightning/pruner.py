@@ -226,6 +226,7 @@ class Watched:
         assert config.granularity == "model", "the forward passes see the dense model"
         self._config, self._model, self._processes = config, model, processes
         with processes.together():
+            reshard(model)
             self._found, self._targets = plan(config, model, processes)
         self._masks: list[tuple[TokenMask, ...] | None] = []
         self._observer = Observer(config.needs, self._masks, processes=processes)
