@@ -3,7 +3,8 @@
     python benchmarks/finetuning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --batch_size 4 --seqlen 512
 
 The model is pruned by magnitude to 50 %, which costs the same to train as any other pruning. Times are medians over
-`--runs` steps after a warm-up, the two sides of a ratio taking turns.
+`--runs` steps after a warm-up, the two sides of a ratio taking turns. Memory is what a step needs at most above the
+model and the moments: activations, gradients and, with KeepZeros, its masks (one byte for each weight).
 """
 
 import argparse
@@ -48,6 +49,11 @@ def peak(clock: Callable[[], float]) -> float:
     return memory.peak / MIB
 
 
+def row(without: float, kept: float, digits: int = 2) -> tuple[str, str, str]:
+    """Two numbers and their ratio."""
+    return f"{without:.{digits}f}", f"{kept:.{digits}f}", f"{kept / without:.3f}"
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description="What keeping zeros costs in training.")
@@ -62,7 +68,7 @@ def main() -> None:
     report = prune(model, None, 0.5, criterion=Magnitude(), progress=False)
     ids = torch.randint(model.config.get_text_config().vocab_size, (options.batch_size, options.seqlen))
     table = Table(title=f"A step of AdamW, {options.batch_size} x {options.seqlen} tokens")
-    for heading in ("what", "without (s)", "with (s)", "ratio", "without (MiB)", "with (MiB)", "masks (MiB)"):
+    for heading in ("what", "without (s)", "with (s)", "ratio", "without (MiB)", "with (MiB)", "ratio"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
 
     zeros, step = HeldZeros(), training(model, ids)
@@ -75,9 +81,7 @@ def main() -> None:
 
     layers = [layer.name for layer in report.layers]
     without, kept = medians(step, held, options.runs)
-    masks = sum(layer.size for layer in report.layers) / MIB
-    row = [f"{without:.2f}", f"{kept:.2f}", f"{kept / without:.3f}", f"{peak(step):.0f}", f"{peak(held):.0f}"]
-    table.add_row("KeepZeros, all weights", *row, f"{masks:.0f}")
+    table.add_row("KeepZeros, all weights", *row(without, kept), *row(peak(step), peak(held), 0))
     model.zero_grad(set_to_none=True)
 
     for name, arguments in ADAPTERS.items():
@@ -85,8 +89,8 @@ def main() -> None:
         plain = training(get_peft_model(copy.deepcopy(model), LoraConfig(**arguments)), ids)
         keeping = training(get_peft_model(copy.deepcopy(model), KeepZerosLoraConfig(**arguments)), ids)
         without, kept = medians(plain, keeping, options.runs)
-        row = [f"{without:.2f}", f"{kept:.2f}", f"{kept / without:.3f}", f"{peak(plain):.0f}", f"{peak(keeping):.0f}"]
-        table.add_row(f"KeepZerosLora / LoRA: {name}", *row, "")
+        cells = *row(without, kept), *row(peak(plain), peak(keeping), 0)
+        table.add_row(f"KeepZerosLora / LoRA: {name}", *cells)
         del plain, keeping
     Console(width=130).print(table)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from zoo import ZOO, run
 
+from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.calibration import calibration_batches, calibration_forward, processes_of
 from wanda_lightning.distributed import Processes
 from wanda_lightning.models import walk
@@ -411,6 +412,11 @@ def fit_llama(rank, granularity):
     callback = PruneAtStart(PruningConfig(granularity=granularity), 1000, windows)
     trainer(strategy_named("fsdp2"), callback).fit(Llama(), DataLoader(windows, batch_size=None))
     return callback.weights, callback.report
+
+
+def save_shards(rank, folder):
+    fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
+    return attempt_any(lambda: fit(Llama(), DataLoader(SAMPLES)))
 
 
 def tensor_parallel(rank):

@@ -807,6 +807,22 @@ def test_all_linear_adapters(tuned):
         assert not torch.equal(pruned.get_submodule(name).weight, new.get_submodule(name).weight)
 
 
+def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
+    AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.bfloat16).save_pretrained("pruned")
+    assert run(*tuned, "--lr", "1e-6", "--method", "full", "--save_model", "tuned") == 0
+    pruned, new = AutoModelForCausalLM.from_pretrained("pruned"), AutoModelForCausalLM.from_pretrained("tuned")
+    assert (pruned.dtype, new.dtype) == (torch.bfloat16, torch.float32)
+    before, after = zeros_by_layer(pruned), zeros_by_layer(new)
+    for name in before:
+        assert torch.equal(before[name], after[name])
+        assert not torch.equal(pruned.get_submodule(name).weight.float(), new.get_submodule(name).weight)
+
+
+def test_adapters_without_peft_are_explained(tuned, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(*tuned, message="Adapters need peft: pip install 'wanda_lightning[lora]'")
+
+
 def test_what_cannot_be_fine_tuned(tuned, inputs, refused, tmp_path):
     refused(*tuned, "--model", inputs / "llama", message="has no zeros to keep: prune it first")
     refused(*tuned, "--steps", "0", message="--steps is at least 1, but 0 was given")

@@ -373,7 +373,7 @@ def test_the_callback_prunes_and_keeps_the_zeros(pair, strategy, granularity):
             assert torch.equal(trained[name] == 0, pruned[name] == 0), name
 
 
-@pytest.mark.parametrize(("strategy", "blocks"), [("ddp", True), ("fsdp2", True)])
+@pytest.mark.parametrize(("strategy", "blocks"), [("ddp", True), ("fsdp2", True), ("fsdp2", False)])
 def test_zeros_of_before_are_kept(pair, strategy, blocks):
     for pruned, trained, _ in pair.run(cases.fit_with, strategy, KeepZeros, zeros_in=1, blocks=blocks):
         zeros = trained["layers.1.up.weight"] == 0
@@ -393,6 +393,13 @@ def test_pruned_by_the_validation_loop(pair, strategy):
     assert [(layer.name, layer.tokens, layer.zeros) for layer in report.layers] == [
         (layer.name, layer.tokens, layer.zeros) for layer in expected.layers
     ]
+
+
+def test_a_folder_is_not_saved_from_shards(pair, tmp_path):
+    for error in pair.run(cases.save_shards, tmp_path / "out"):
+        assert error[0] == "MisconfigurationException"
+        assert "ModelParallelStrategy spreads it: use Lightning's ModelCheckpoint" in error[1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensor_parallelism_is_refused(pair):

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
 from wanda_lightning import Cubic, KeepZeros, MagnitudePrune, WandaPrune, prune
+from wanda_lightning.callbacks.keep_zeros import HeldZeros
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -552,6 +553,47 @@ def test_a_weight_that_becomes_zero_by_chance_moves_on(callback):
     assert module.moved > 1000
     assert same(module, by_hand)
     assert all((where | ~pruned[name]).all() for name, where in zeros(module).items())
+
+
+@pytest.mark.parametrize("count", [0, 2, 500])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_zeros_by_chance_are_told_apart_in_any_layout_and_number(layout, count):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3)).to(memory_format=layout)
+    weight = model[1].weight
+    with torch.no_grad():
+        weight[:, ::2] = 0
+    zeros = HeldZeros()
+    zeros.hold(model, ["1"])
+    chosen = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(1))[:count]
+    by_chance = torch.zeros(weight.shape, dtype=torch.bool).view(-1).index_fill_(0, chosen, True).view(weight.shape)
+    by_chance &= weight.detach() != 0
+    with torch.no_grad():
+        weight[by_chance] = 0
+    alive = zeros.alive()
+    zeros.release()
+    assert sum(part.nbytes for part in alive.values()) <= (weight.numel() / 8 if count else 0)
+    again = HeldZeros()
+    again.load(alive)
+    again.hold(model, ["1"])
+    with torch.no_grad():
+        weight.fill_(1)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.0).step()
+    again.release()
+    assert torch.equal(weight == 0, torch.arange(8).view(1, 8, 1, 1).expand_as(weight) % 2 == 0)
+
+
+def test_an_error_while_letting_go_leaves_no_hook(monkeypatch):
+    model = Net()
+    prune(model, criterion="magnitude", progress=False)
+    before = len(_global_optimizer_post_hooks)
+    zeros = HeldZeros()
+    zeros.hold(model, ["layers.0"])
+    monkeypatch.setattr(zeros, "alive", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        zeros.release()
+    assert len(_global_optimizer_post_hooks) == before
 
 
 def test_keep_zeros_on_a_dense_model_warns():

@@ -460,6 +460,27 @@ def test_a_stage_after_the_end_of_training_is_refused_at_the_start(when, options
     assert not steps
 
 
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        ({"at_step": 3, "skip": ["no_such_layer"]}, "skip='no_such_layer' matches no matrix"),
+        ({"at_step": 3, "pattern": "2:5", "sparsity": 0.6}, "needs an input width that is a multiple of 5"),
+        ({"schedule": Cubic(0, 4, every=2), "skip": ["*"]}, "nothing to prune"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_the_start(when, message):
+    module = Net()
+    with pytest.raises(ValueError, match=message):
+        trainer(WandaPrune(num_samples=24, **when), max_steps=6).fit(module, loader(24))
+    assert same(module, Net())
+
+
+def test_a_dry_run_of_a_few_steps_is_not_refused():
+    module = Net()
+    with pytest.warns(UserWarning, match="training ended at optimizer step 1, before WandaPrune had pruned"):
+        trainer(WandaPrune(num_samples=24, at_step=1000), fast_dev_run=True).fit(module, loader(24))
+
+
 @pytest.mark.parametrize("options", [{"max_steps": 4}, {"max_epochs": 2, "accumulate_grad_batches": 3}])
 def test_a_stage_at_the_end_of_training_is_not_refused(options):
     module = Net()

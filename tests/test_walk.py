@@ -465,6 +465,18 @@ def test_a_skip_that_matches_nothing_names_the_nearest(pattern, nearest):
     assert "glob" in str(caught.value)
 
 
+def test_a_glob_means_everything_inside_as_a_name_does():
+    def named(pattern):
+        return {
+            name
+            for name, reason in reasons(on_meta("llama_classifier"), skip=[pattern]).items()
+            if reason.startswith("skip=")
+        }
+
+    assert named("*.layers.?.mlp") == named("*.layers.*.mlp.*") == named("re:.*mlp.*") != set()
+    assert named("*s.1") == named("model.layers.1")
+
+
 def test_what_is_skipped_already_keeps_its_reason():
     model = on_meta("mixtral")
     found = reasons(model, skip=["lm_head", "model.layers.0.mlp.experts", "*.gate_up_proj", "*.q_proj"])

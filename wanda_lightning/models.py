@@ -185,7 +185,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
     Args:
         model: Any module.
         granularity: `"block"`, `"layer"` or `"model"`: what the units are.
-        skip: Layers to leave dense: module names (with everything inside), globs, or `re:` and a regular expression
+        skip: Layers to leave dense: module names or globs (with everything inside), or `re:` and a regular expression
             that matches a whole name.
 
     Raises:
@@ -331,7 +331,8 @@ def _matches(name: str, pattern: str) -> bool:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
             raise ValueError(f"skip={pattern!r} is not a regular expression: {error}") from error
-    return name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+    # A glob, too, means everything inside: adapters of peft put the weight itself one level deeper.
+    return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
 
 
 def _leave_out(

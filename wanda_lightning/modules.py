@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ import timm
 import timm.optim
 import torch
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
@@ -191,8 +193,8 @@ class CausalLMModule(L.LightningModule):
 
     @property
     def pruning_target(self) -> nn.Module:
-        """What the pruning callbacks prune: the model under its own names."""
-        return self.model
+        """What the pruning callbacks prune: the model under its own names, without peft around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
         self,
@@ -210,7 +212,7 @@ class CausalLMModule(L.LightningModule):
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         model: Any = self.model
         if not isinstance(model, FSDPModule):
-            model = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+            model = self.pruning_target.base_model
         elif "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = 1  # only the call of the whole gathers what belongs to no block
         model(**inputs)
@@ -243,13 +245,22 @@ class CausalLMModule(L.LightningModule):
         return _window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the parameters that require a gradient."""
+        """AdamW over the parameters that require a gradient.
+
+        Raises:
+            MisconfigurationException: For `lr_decay` in a training without a known end.
+        """
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         if not self.lr_decay:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise MisconfigurationException(
+                "lr_decay=True lets the learning rate fall to 0 over the training, but this one has no known end: give "
+                "the Trainer max_steps (or max_epochs, and a train dataloader with a length), or lr_decay=False"
+            )
+        decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def add_adapters(self, keep_zeros: bool = True, **arguments: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.callbacks.calibration import processes_of, pruning_target
 from wanda_lightning.core.solvers import as_integers
-from wanda_lightning.distributed import Processes, local, zero_counts
+from wanda_lightning.distributed import ALONE, Processes, local, reshard, zero_counts
 from wanda_lightning.models import walk
 
 
@@ -45,6 +46,7 @@ class HeldZeros:
             layers: Their names.
         """
         self.release()
+        reshard(model)  # FSDP2 leaves its outermost module gathered, and what is held are the shards
         alive, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
         parameters = {layer.name: layer.parameter for layer in walk(model).layers}
         for name in self.layers:
@@ -52,7 +54,7 @@ class HeldZeros:
             assert isinstance(weight, nn.Parameter)
             keep = local(weight.detach()) != 0
             if name in alive:
-                keep.view(-1)[alive[name].to(keep.device)] = True
+                keep |= _unpacked(alive[name], keep)
             self._names[weight], self._keep[weight] = name, keep
             self._mask_gradient(weight)
             trains = weight.requires_grad
@@ -81,18 +83,19 @@ class HeldZeros:
                         _zero(averages[names[weight]], keep)
 
     def alive(self) -> dict[str, Tensor]:
-        """By layer, flat indices of weights that are zero by chance and not held: what a resumed run has to `load`.
+        """By layer, weights that are zero by chance and not held: what a resumed run has to `load`.
 
-        After a release, those of then; layers without any are left out, and so are sharded ones.
+        After a release, those of then; layers without any are left out, and so are sharded ones. Flat indices, or, of
+        many, one bit for each weight.
         """
         if not self._handles:
             return self._loaded or self._at_release
         found = {}
         for weight, keep in self._keep.items():
             if not isinstance(weight, DTensor):
-                indices = ((weight.detach() == 0) & keep).view(-1).nonzero().squeeze(1)
-                if len(indices):
-                    found[self._names[weight]] = indices.cpu()
+                zero = (weight.detach() == 0) & keep
+                if zero.any():
+                    found[self._names[weight]] = _packed(zero)
         return found
 
     def load(self, alive: dict[str, Tensor]) -> None:
@@ -101,12 +104,14 @@ class HeldZeros:
 
     def release(self) -> None:
         """Remove all hooks."""
-        self._at_release = self.alive()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._names.clear()
-        self._keep.clear()
+        try:
+            self._at_release = self.alive()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self._names.clear()
+            self._keep.clear()
 
     def _held(self, optimizer: Optimizer) -> list[nn.Parameter]:
         return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._keep]
@@ -172,10 +177,26 @@ class KeepZeros(Callback):
         self._zeros.load(state_dict["alive"])
 
 
-def zeros_of(model: nn.Module, processes: Processes) -> dict[str, int]:
+def zeros_of(model: nn.Module, processes: Processes = ALONE) -> dict[str, int]:
     """How many weights of each prunable layer are zero."""
+    reshard(model)
     weights = {layer.name: layer.parameter for layer in walk(model).layers}
     return dict(zip(weights, zero_counts(list(weights.values()), processes), strict=True))
+
+
+def _packed(flags: Tensor) -> Tensor:
+    indices = flags.flatten().nonzero().squeeze(1).cpu()
+    if indices.nbytes * 8 < flags.numel():
+        return indices
+    return torch.from_numpy(np.packbits(flags.cpu().numpy()))
+
+
+def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
+    if packed.dtype == torch.uint8:
+        flags = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=like.numel())).bool()
+    else:
+        flags = torch.zeros(like.numel(), dtype=torch.bool).index_fill_(0, packed.cpu(), True)
+    return flags.view(like.shape).to(like.device)
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:

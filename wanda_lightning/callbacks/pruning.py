@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from wanda_lightning.callbacks.calibration import (
     batch_size,
@@ -31,8 +32,8 @@ from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Criterion, Wanda
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
-from wanda_lightning.distributed import ALONE
-from wanda_lightning.pruner import PruningConfig, Watched, prune_as
+from wanda_lightning.distributed import ALONE, reshard
+from wanda_lightning.pruner import PruningConfig, Watched, plan, prune_as
 from wanda_lightning.report import PruningReport
 
 
@@ -160,6 +161,7 @@ class PruningCallback(Callback):
 
         Raises:
             MisconfigurationException: If training ends before the last stage of the schedule.
+            ValueError: If something cannot be pruned as asked, also at a later stage.
         """
         _refuse_late_stages(self.schedule, trainer)
         if self.calibrate_on == "validation" and not trainer.enable_validation:
@@ -170,6 +172,8 @@ class PruningCallback(Callback):
         self._forget_if_dense(pl_module)
         if self._asked_at != trainer.global_step:
             self._ask(trainer, pl_module)
+        if self._share < 1:
+            self._refuse_what_later_stages_would(pruning_target(pl_module))
         self._hold(trainer, pl_module)
 
     def on_train_batch_end(
@@ -218,7 +222,7 @@ class PruningCallback(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune by what was watched."""
         if self._watched is not None:
-            report, self._watched, self._due = self._watched.prune(), None, False
+            report, self._watched = self._watched.prune(), None
             self._take(report, trainer)
             if trainer.state.fn == TrainerFn.FITTING:
                 self._hold(trainer, pl_module)
@@ -286,6 +290,11 @@ class PruningCallback(Callback):
         self._prune(trainer, pl_module)
         return True
 
+    def _refuse_what_later_stages_would(self, target: nn.Module) -> None:
+        with self._processes.together():
+            reshard(target)
+            plan(self.config, target, self._processes)
+
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._pruned:
             self._zeros.hold(pruning_target(pl_module), self._pruned)
@@ -322,7 +331,7 @@ class PruningCallback(Callback):
 
     def _take(self, report: PruningReport, trainer: L.Trainer) -> None:
         """Remember, show, log and save what was done."""
-        self.report, self._share = report, self._share_now(trainer)
+        self.report, self._share, self._due = report, self._share_now(trainer), False
         # A layer that is zero altogether was not pruned but made so, and may learn.
         self._pruned = {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
         if _shows_progress(trainer):
@@ -339,6 +348,8 @@ def _shows_progress(trainer: L.Trainer) -> bool:
 
 
 def _refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a few steps of a longer training
+        return
     last = schedule.stages[-1][0]
     known: list[float] = [trainer.max_steps]
     if trainer.lightning_module.automatic_optimization:

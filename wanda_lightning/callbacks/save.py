@@ -7,6 +7,7 @@ import os
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from wanda_lightning.files import refuse_replacement
 
@@ -14,7 +15,8 @@ from wanda_lightning.files import refuse_replacement
 class SavePretrained(Callback):
     """Save the model when training ends, by the module's own `save_pretrained(folder, overwrite)`.
 
-    Adapters are merged first, by its `merge()` where it has one.
+    Adapters are merged first, by its `merge()` where it has one: what is saved loads without peft, and the module in
+    memory has none any more. Checkpoints that Lightning wrote while there were adapters load into a module with them.
 
     Args:
         folder: Where to write it.
@@ -30,7 +32,7 @@ class SavePretrained(Callback):
 
         Raises:
             FileExistsError: If the folder is not empty, see `overwrite`.
-            MisconfigurationException: If the module cannot save itself.
+            MisconfigurationException: If the module cannot save itself, or no process holds all of it.
         """
         if stage != "fit":
             return
@@ -39,6 +41,12 @@ class SavePretrained(Callback):
             raise MisconfigurationException(
                 f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has none: "
                 "define it, or use Lightning's ModelCheckpoint"
+            )
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise MisconfigurationException(
+                f"SavePretrained writes a folder from one process that holds the whole model, but "
+                f"{type(trainer.strategy).__name__} spreads it: use Lightning's ModelCheckpoint, with "
+                "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

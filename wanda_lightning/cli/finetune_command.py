@@ -10,14 +10,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from wanda_lightning.callbacks import KeepZeros
+from wanda_lightning.callbacks.keep_zeros import zeros_of
 from wanda_lightning.cli.measure import measure
 from wanda_lightning.cli.options import as_patterns, checked_seqlen
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.files import refuse_replacement
-from wanda_lightning.models import walk
 from wanda_lightning.modules import CausalLMModule
 
 _PAPER_SEQLEN = 1024
@@ -41,7 +40,7 @@ def finetune_model(
     lora_dropout: float = 0.05,
     target_modules: str | list[str] = "q_proj,v_proj",
     precision: str | None = None,
-    dtype: str = "auto",
+    dtype: str | None = None,
     seed: int = 0,
     cache_dir: str | None = None,
     overwrite: bool = False,
@@ -68,7 +67,8 @@ def finetune_model(
         lora_dropout: Dropout of their inputs.
         target_modules: Layers that have them, by the ends of their names, separated by commas; or all-linear.
         precision: Of the Trainer, such as bf16-mixed; by default that of the weights.
-        dtype: Of the weights: auto (as stored), float32, bfloat16 or float16.
+        dtype: Of the weights: auto (as stored), float32, bfloat16 or float16; by default auto, but float32 for full,
+            whose small updates 16 bits would lose.
         seed: Draws the windows and initialises the adapters.
         cache_dir: Where downloads from the hub are kept.
         overwrite: Replace a --save_model folder with all that is in it.
@@ -84,6 +84,7 @@ def finetune_model(
         refuse_replacement(save_model, overwrite)
     L.seed_everything(seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    dtype = dtype or ("float32" if method == "full" else "auto")
     hub: dict[str, Any] = {"dtype": dtype, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     module = CausalLMModule(model, lr=_LR[method] if lr is None else lr, lr_decay=True, **hub)
     windows = TextDataModule(
@@ -97,18 +98,14 @@ def finetune_model(
         seed=seed,
         cache_dir=cache_dir,
     )
-    zeros = _count_zeros(module.model)
+    zeros = _count_zeros(module)
     if not zeros:
         raise ValueError(f"{model} has no zeros to keep: prune it first (wanda-lightning prune --save_model DIR)")
     windows.setup("fit")
-    perplexity: dict[str, float] = {}
-    if dense is not None:
-        perplexity["dense"] = measure(CausalLMModule(dense, **hub), windows, "val_perplexity")
-    perplexity["pruned"] = measure(module, windows, "val_perplexity")
     callbacks: list[Callback] = []
     if method == "full":
         callbacks.append(KeepZeros())
-    else:
+    else:  # before anything is measured: it may refuse
         targets: Any = target_modules if target_modules == "all-linear" else as_patterns(target_modules)
         module.add_adapters(
             r=lora_r,
@@ -117,12 +114,16 @@ def finetune_model(
             target_modules=targets,
             keep_zeros=method == "keep-zeros-lora",
         )
+    perplexity: dict[str, float] = {}
+    if dense is not None:
+        perplexity["dense"] = measure(CausalLMModule(dense, **hub), windows, "val_perplexity")
+    perplexity["pruned"] = measure(module, windows, "val_perplexity")  # new adapters add nothing
     seconds = _train(module, windows, precision, callbacks)
     if method == "lora":
         perplexity["fine-tuned, adapters apart"] = measure(module, windows, "val_perplexity")
     module.merge(reprune=method == "lora")
     perplexity["fine-tuned"] = measure(module, windows, "val_perplexity")
-    kept = _count_zeros(module.model)
+    kept = _count_zeros(module)
     if save_model is not None:
         module.save_pretrained(save_model, overwrite=overwrite)
     _print_results(perplexity, zeros, kept, seconds, steps)
@@ -146,8 +147,8 @@ def _train(module: CausalLMModule, windows: TextDataModule, precision: str | Non
     return time.perf_counter() - started
 
 
-def _count_zeros(model: nn.Module) -> int:
-    return sum(int((layer.parameter == 0).count_nonzero()) for layer in walk(model).layers)
+def _count_zeros(module: CausalLMModule) -> int:
+    return sum(zeros_of(module.pruning_target).values())
 
 
 def _print_results(perplexity: dict[str, float], zeros: int, kept: int, seconds: float, steps: int) -> None:

@@ -226,7 +226,7 @@ class TextDataModule(L.LightningDataModule):
             if given is None:
                 raise ValueError(
                     "A tokenizer is needed to read text, but none was given, and no Trainer runs a module that has "
-                    "one. Name one: a hub id, a folder or a .gguf file."
+                    "one. Name one: a hub id, a folder or a .gguf file; or save it into the model's folder."
                 )
         if not isinstance(given, (str, Path)):
             return given
