@@ -13,7 +13,7 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import measure
-from wanda_lightning.cli.options import as_patterns, checked_seqlen
+from wanda_lightning.cli.options import TIMM, as_patterns, checked_seqlen, refuse_given
 from wanda_lightning.core.criteria import CRITERIA
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
 from wanda_lightning.data import ImageDataModule, TextDataModule
@@ -22,7 +22,6 @@ from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruner import plan
 from wanda_lightning.report import PruningReport
 
-TIMM = "timm:"
 _PAPER_SEQLEN = 2048
 _PAPER_IMAGES, _PAPER_SEQUENCES = 4096, 128
 
@@ -92,7 +91,7 @@ def prune_model(
         refuse_replacement(save_model, overwrite)
     is_image = model.startswith(TIMM)
     if is_image:
-        _refuse_given(
+        refuse_given(
             "an image classifier",
             seqlen=seqlen,
             limit=limit,
@@ -102,7 +101,7 @@ def prune_model(
             trust_remote_code=trust_remote_code or None,
         )
     else:
-        _refuse_given("a language model", data_path=data_path, resume=resume)
+        refuse_given("a language model", data_path=data_path, resume=resume)
     callback = PruningCallback(
         sparsity_ratio,
         CRITERIA[prune_method](),
@@ -174,12 +173,6 @@ def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | N
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
-
-
-def _refuse_given(kind: str, **options: object) -> None:
-    given = [f"--{name}" for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)} has no meaning for {kind}: leave it out")
 
 
 def _as_used(data: TextDataModule | ImageDataModule) -> dict[str, Any]:
