@@ -573,3 +573,53 @@ def test_options_from_a_file(inputs, capsys):
     Path("options.yaml").write_text("\n".join(lines))
     assert run("evaluate", "--config", "options.yaml", "--seqlen", SEQLEN) == 0
     assert len(json.loads(Path("out.json").read_text())["models"]) == 2
+
+
+# ----------------------------------------------------------------------------------------------- after pruning
+
+
+@pytest.fixture
+def pruning(inputs):
+    sizes = ["--nsamples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", inputs / "text.txt"]
+    return ["prune", "--model", inputs / "dense", *sizes, "--eval", inputs / "text.txt"]
+
+
+@needs_lm_eval
+def test_zero_shot_after_pruning(inputs, pruning, capsys):
+    command = [*pruning, "--eval_zero_shot", "--tasks_dir", inputs / "tasks", "--save", "log", "--save_model", "model"]
+    assert run(*command) == 0
+    out = capsys.readouterr().out
+    measured = json.loads(Path("log/pruning_report.json").read_text())["config"]["measured"]
+    assert list(measured["zero_shot"]) == [*PAPER_TASKS, "mean"]
+    pruned = AutoModelForCausalLM.from_pretrained("model")
+    assert sparsity_of(pruned)["layers"] == 0.5
+    for name in PAPER_TASKS:
+        found = measured["zero_shot"][name]
+        expected = accuracies_by_hand(pruned, tiny_tokenizer(), name, DOCUMENTS[name])
+        assert {"acc": found["acc"], "acc_norm": found.get("acc_norm", expected["acc_norm"])} == expected
+        assert f"{name} acc " in out
+    assert f"{measured['zero_shot']['mean']['acc']:.2%}" in out
+    assert AutoTokenizer.from_pretrained("model").pad_token is None
+
+
+@needs_lm_eval
+def test_a_pruned_model_is_saved_before_its_tasks(inputs, pruning, monkeypatch):
+    def fails(*arguments):
+        raise OSError("out of patience")
+
+    monkeypatch.setattr("wanda_lightning.cli.prune_command.zero_shot", fails)
+    assert run(*pruning, "--eval_zero_shot", "--tasks_dir", inputs / "tasks", "--save_model", "model") == 1
+    assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
+
+
+def test_zero_shot_is_refused_before_pruning(inputs, pruning, refused, monkeypatch):
+    refused(*pruning, "--tasks_dir", inputs / "tasks", message="no meaning for pruning without --eval_zero_shot")
+    refused("prune", "--model", "timm:test_vit", "--eval_zero_shot", message="no meaning for an image classifier")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    refused(*pruning, "--eval_zero_shot", "--save", "log", message="pip install 'wanda_lightning[eval]'")
+
+
+@needs_lm_eval
+def test_missing_tasks_are_refused_before_pruning(inputs, pruning, refused):
+    options = ["--eval_zero_shot", "--tasks_dir", inputs, "--save", "log"]
+    refused(*pruning, *options, message="there is no boolq.jsonl, rte.jsonl")

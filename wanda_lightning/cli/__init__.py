@@ -21,7 +21,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate_models,
     "inspect": inspect_model,
 }
-_FLAGS = ("use_variant", "overwrite", "trust_remote_code")  # given by name alone
+_FLAGS = ("use_variant", "eval_zero_shot", "overwrite", "trust_remote_code")  # given by name alone
 
 _USAGE = """\
 usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [options]
@@ -89,6 +89,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
 _FLAG_HELP = {
     "use_variant": "Let rows differ in sparsity: each loses the same share of its score (the paper's variant).",
+    "eval_zero_shot": "Measure the pruned model on the paper's seven zero-shot tasks, too (needs lm-eval).",
     "overwrite": "Add to a --save folder that is not empty; replace a --save file, or a --save_model folder and all "
     "that is in it.",
     "trust_remote_code": "Run the code that comes with a hub model.",
