@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-COMMANDS = ["prune", "finetune", "inspect", "fit", "validate", "test", "predict"]
+COMMANDS = ["prune", "finetune", "evaluate", "inspect", "fit", "validate", "test", "predict"]
 SEQLEN = 32
 
 
@@ -381,6 +381,7 @@ def test_refused_for_an_image_classifier(inputs, images, refused, more, message)
 USAGE = [
     (["prune"], "required: model"),
     (["inspect"], "required: model"),
+    (["evaluate"], "required: model"),
     (["fit"], "required"),
     (["prune", "--model", "x", "--sparsity_ratio", "half"], "half"),
     (["prune", "--model", "x", "--prune_method", "luck"], "luck"),
@@ -520,6 +521,7 @@ def test_help_of_each_command(capsys, command):
     out = capsys.readouterr().out
     expected = {"prune": ["--sparsity_ratio", "--use_variant", "python-docs"], "inspect": ["--model", "--skip"]}
     expected["finetune"] = ["--method", "--dense", "--save_model"]
+    expected["evaluate"] = ["--model", "--dense", "--tasks_dir", "--task_limit", "python-docs"]
     for option in expected.get(command, ["--trainer.max_epochs", "--model", "--data"]):
         assert option in out
 

@@ -25,9 +25,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         IsADirectoryError: If `path` is a folder.
     """
+    refuse_existing(path, overwrite=True)
     target = Path(path).resolve()
-    if target.is_dir():
-        raise IsADirectoryError(f"A file was to be written to {path}, which is a folder. Name a file inside it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     new = _sibling(target)
     try:
@@ -35,6 +34,22 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(new, target)
     finally:
         new.unlink(missing_ok=True)
+
+
+def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Say at once that a file would not be written here, before hours of work lead up to it.
+
+    Raises:
+        IsADirectoryError: If `path` is a folder.
+        FileExistsError: If there is such a file (without `overwrite`).
+    """
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(f"A file was to be written to {path}, which is a folder. Name a file inside it.")
+    if target.exists() and not overwrite:
+        raise FileExistsError(
+            f"The file {path} exists. Choose another name, or allow its replacement (overwrite=True, --overwrite)."
+        )
 
 
 def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> None:

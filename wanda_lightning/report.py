@@ -16,7 +16,7 @@ from rich.table import Table
 from wanda_lightning.files import whole_file
 
 REPORT_NAME = "pruning_report.json"
-_LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets")
+_LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets", "lm_eval")
 
 
 @dataclass
@@ -83,7 +83,7 @@ class PruningReport:
     seconds: dict[str, float]
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=lambda: versions())
 
     @property
     def sparsity(self) -> float:
@@ -182,7 +182,8 @@ def _numel(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and the libraries that numbers depend on."""
     found = {"python": platform.python_version()}
     for library in _LIBRARIES:
         try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from wanda_lightning.cli.evaluate_command import evaluate_models
 from wanda_lightning.cli.finetune_command import finetune_model
 from wanda_lightning.cli.inspect_command import inspect_model
 from wanda_lightning.cli.lightning_command import SUBCOMMANDS, run_lightning
@@ -17,9 +18,10 @@ from wanda_lightning.cli.prune_command import prune_model
 _COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune_model,
     "finetune": finetune_model,
+    "evaluate": evaluate_models,
     "inspect": inspect_model,
 }
-_FLAGS = ("use_variant", "overwrite", "trust_remote_code")  # given by name alone
+_FLAGS = ("use_variant", "eval_zero_shot", "overwrite", "trust_remote_code")  # given by name alone
 
 _USAGE = """\
 usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [options]
@@ -27,6 +29,7 @@ usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [o
 commands:
   prune       prune a language model or an image classifier, and measure it before and after
   finetune    train a pruned language model without losing a zero, and measure it before and after
+  evaluate    measure models side by side: perplexity, zero-shot tasks, accuracy on images, sparsity
   inspect     show what would be pruned, what not, and why; reads the configuration alone
   fit, validate, test, predict
               run the Lightning Trainer on a YAML recipe, with pruning as a callback
@@ -86,7 +89,9 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
 _FLAG_HELP = {
     "use_variant": "Let rows differ in sparsity: each loses the same share of its score (the paper's variant).",
-    "overwrite": "Add to a --save folder that is not empty; replace a --save_model folder and all that is in it.",
+    "eval_zero_shot": "Measure the pruned model on the paper's seven zero-shot tasks, too (needs lm-eval).",
+    "overwrite": "Add to a --save folder that is not empty; replace a --save file, or a --save_model folder and all "
+    "that is in it.",
     "trust_remote_code": "Run the code that comes with a hub model.",
 }
 

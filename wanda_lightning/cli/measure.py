@@ -10,6 +10,13 @@ def measure(
     module: L.LightningModule, data: L.LightningDataModule, metric: str, callback: Callback | None = None
 ) -> float:
     """One number of one validation loop, which the callback may prune for first."""
+    return measure_all(module, data, callback)[metric]
+
+
+def measure_all(
+    module: L.LightningModule, data: L.LightningDataModule, callback: Callback | None = None
+) -> dict[str, float]:
+    """All numbers of it."""
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
@@ -19,4 +26,4 @@ def measure(
         callbacks=[callback] if callback else [],
     )
     (metrics,) = trainer.validate(module, data, verbose=False)
-    return float(metrics[metric])
+    return {name: float(value) for name, value in metrics.items()}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from wanda_lightning.modules import CausalLMModule
 
+TIMM = "timm:"  # before the name of an image classifier
+
 
 def as_patterns(skip: str | Sequence[str]) -> list[str]:
     """Patterns from a command line, where several may stand in one string.
@@ -27,3 +29,14 @@ def checked_seqlen(seqlen: int | None, module: CausalLMModule, default: int) -> 
     if seqlen is not None and seqlen > context:
         raise ValueError(f"--seqlen {seqlen} is more than the model can read at once: give at most {context}")
     return min(default, context) if seqlen is None else seqlen
+
+
+def refuse_given(kind: str, **options: object) -> None:
+    """Refuse options that were given, though they say nothing about this kind of model.
+
+    Raises:
+        ValueError: Naming them all.
+    """
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} has no meaning for {kind}: leave it out")

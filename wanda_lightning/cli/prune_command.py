@@ -13,16 +13,16 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import measure
-from wanda_lightning.cli.options import as_patterns, checked_seqlen
+from wanda_lightning.cli.options import TIMM, as_patterns, checked_seqlen, refuse_given
 from wanda_lightning.core.criteria import CRITERIA
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
 from wanda_lightning.data import ImageDataModule, TextDataModule
+from wanda_lightning.evaluate import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruner import plan
 from wanda_lightning.report import PruningReport
 
-TIMM = "timm:"
 _PAPER_SEQLEN = 2048
 _PAPER_IMAGES, _PAPER_SEQUENCES = 4096, 128
 
@@ -49,6 +49,8 @@ def prune_model(
     data_path: str | None = None,
     prune_granularity: Literal["row", "layer"] | None = None,
     resume: str | None = None,
+    eval_zero_shot: bool = False,
+    tasks_dir: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -78,6 +80,8 @@ def prune_model(
             or digits (needs no network).
         prune_granularity: Compare weights within a row or a layer; by default a row, for magnitude a layer.
         resume: Weights (.safetensors) of the image classifier.
+        eval_zero_shot: Measure the pruned model on the paper's seven zero-shot tasks, too (needs lm-eval).
+        tasks_dir: Folder with a TASK.jsonl for each of them; by default they come from the hub.
         overwrite: Add to a --save folder that is not empty; replace a --save_model folder
             with all that is in it.
         trust_remote_code: Run the code that comes with a hub model.
@@ -92,7 +96,7 @@ def prune_model(
         refuse_replacement(save_model, overwrite)
     is_image = model.startswith(TIMM)
     if is_image:
-        _refuse_given(
+        refuse_given(
             "an image classifier",
             seqlen=seqlen,
             limit=limit,
@@ -100,9 +104,13 @@ def prune_model(
             eval=eval,
             dtype=dtype,
             trust_remote_code=trust_remote_code or None,
+            eval_zero_shot=eval_zero_shot or None,
+            tasks_dir=tasks_dir,
         )
     else:
-        _refuse_given("a language model", data_path=data_path, resume=resume)
+        refuse_given("a language model", data_path=data_path, resume=resume)
+    if not eval_zero_shot:
+        refuse_given("pruning without --eval_zero_shot", tasks_dir=tasks_dir)
     callback = PruningCallback(
         sparsity_ratio,
         CRITERIA[prune_method](),
@@ -111,6 +119,7 @@ def prune_model(
         skip=as_patterns(skip),
         num_samples=_or(nsamples, _PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
     )
+    tasks = load_tasks(task_names(["paper"]), tasks_dir, cache_dir) if eval_zero_shot else {}
     L.seed_everything(seed, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     module: CausalLMModule | ImageClassifierModule
@@ -152,9 +161,14 @@ def prune_model(
     report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
     if save_model is not None:
         module.save_pretrained(save_model, overwrite=overwrite)
+    if tasks:  # hours for a large model, which is safe by now
+        accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
+        report.config["measured"]["zero_shot"] = accuracies
     if save is not None:
         _write_results(Path(save), prune_method, "top1_test" if is_image else "ppl_test", pruned, report)
     _print_results(prune_method, heading, dense, pruned, report)
+    if tasks:
+        Console().print(Evaluation({f"{model}, pruned": accuracies}).table())
 
 
 def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | None, use_variant: bool) -> Pattern:
@@ -174,12 +188,6 @@ def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | N
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
-
-
-def _refuse_given(kind: str, **options: object) -> None:
-    given = [f"--{name}" for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)} has no meaning for {kind}: leave it out")
 
 
 def _as_used(data: TextDataModule | ImageDataModule) -> dict[str, Any]:

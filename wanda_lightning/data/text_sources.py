@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from wanda_lightning.data.shared import load_from_hub, nearest
 
@@ -133,20 +134,35 @@ def _decode(path: Path) -> str:
         ) from error
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    documents = []
+def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a .jsonl file that are not blank, each with the beginning of a message about it.
+
+    Args:
+        path: The file, in UTF-8.
+        fields: What each line must have.
+        expected: What they are called in a message; by default the fields.
+
+    Raises:
+        ValueError: If the file is not in UTF-8, or a line is no JSON object or lacks a field.
+    """
     for number, line in enumerate(_decode(path).split("\n"), start=1):  # str.splitlines splits inside JSON, at U+2028
         if not line.strip():
             continue
-        where = f"Each line of {path} should be a JSON object with a string 'text', but line {number}"
+        where = f"Each line of {path} should be a JSON object with {expected or _listed(fields)}, but line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON ({error}). Correct the line.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where} is a {type(row).__name__}. Correct the line.")
-        if "text" not in row:
-            raise ValueError(f"{where} has {_listed(row)}. Rename the field that holds the text.")
+        if missing := [name for name in fields if name not in row]:
+            raise ValueError(f"{where} has {_listed(row)}. Rename the field that holds the {missing[0]}.")
+        yield where, row
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    documents = []
+    for where, row in json_rows(path, ["text"], "a string 'text'"):
         if not isinstance(row["text"], str):
             raise ValueError(f"{where} has a 'text' of type {type(row['text']).__name__}. Correct the line.")
         documents.append(row["text"])
