@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
@@ -95,6 +95,7 @@ def test_sparsities_are_those_of_the_formula_to_within_a_weight_per_row(name, se
     blocks=st.integers(2, 5),
     sparsity=st.floats(0, 0.99),
 )
+@settings(max_examples=15)
 def test_the_mean_is_the_target_as_near_as_the_pattern_allows(name, pattern, seed, shapes, blocks, sparsity):
     layers = list(some_layers(seed, [(d_out, 8 * d_in) for d_out, d_in in shapes], blocks))
     sparsity = getattr(pattern, "sparsity", sparsity)
@@ -139,6 +140,7 @@ def test_equal_blocks_give_uniform(name):
 @pytest.mark.parametrize("name", UNEQUAL)
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(4, 8)], ids=str)
 @given(seed=st.integers(0, 2**31), sparsity=st.floats(0.01, 0.95), rise=st.floats(0, 1))
+@settings(max_examples=15)
 def test_what_is_zero_stays_and_enough_zeros_are_enough(name, pattern, seed, sparsity, rise):
     """The second time statistics and spectra are others, and so would be the sparsities."""
     layers = list(some_layers(seed, ((6, 24), (24, 8))))
