@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from zoo import ZOO, run
 
+from wanda_lightning import PerLayer
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.calibration import calibration_batches, calibration_forward, processes_of
 from wanda_lightning.distributed import Processes
@@ -238,6 +239,12 @@ def refused(rank, case):
         choices = {"granularity": "layer"}
     if case in ("unstructured_layer", "equal_share"):
         choices = {"pattern": case}
+    if case in ("owl", "alpha"):
+        choices = {"allocation": case}
+    if case == "per_layer":
+        choices = {"allocation": PerLayer({"*.mlp": 0.6})}
+    if case == "ria":
+        choices = {"criterion": case}
     if case == "alone":
         processes = Processes()
     if case == "root_only":

@@ -74,7 +74,20 @@ def wanda(weight, tokens):
     return scores
 
 
-SCORES = {"magnitude": magnitude, "wanda": wanda}
+def ria(weight, tokens):
+    """The weight's share of its row plus its share of its column, times the square root of the norm of its input."""
+    sums = square_sum(tokens)
+    scores = np.zeros(weight.shape)
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            if weight[row, column] != 0:
+                in_row = abs(weight[row, column]) / sum(abs(other) for other in weight[row])
+                in_column = abs(weight[row, column]) / sum(abs(other) for other in weight[:, column])
+                scores[row, column] = (in_row + in_column) * sums[column] ** 0.25
+    return scores
+
+
+SCORES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 
 
 # ---- patterns
@@ -158,3 +171,65 @@ def keep(pattern, scores, sparsity):
         case EqualShare():
             return keep_equal_share(scores, sparsity)
     raise NotImplementedError(f"write the slow version of {pattern} in tests/reference.py")
+
+
+# ---- allocations: of (name, block, weight, tokens) the sparsity by the formula, not yet on any pattern's grid
+
+
+def uniform(layers, sparsity):
+    """The target."""
+    return {name: sparsity for name, _, _, _ in layers}
+
+
+def owl(layers, sparsity, per_block=True):
+    """Outliers among Wanda's scores, those of a block together, scaled to [0, 0.16] and taken from the target."""
+    scores = {}
+    for name, block, weight, tokens in layers:
+        mean_square = square_sum(tokens) / len(tokens)
+        of_layer = [abs(w) * mean_square[column] ** 0.5 for row in weight for column, w in enumerate(row)]
+        scores.setdefault(block if per_block else name, []).extend(of_layer)
+    fraction = {}
+    for group, values in scores.items():
+        mean = sum(values) / len(values)
+        fraction[group] = sum(1 for value in values if value > 5 * mean) / len(values)
+    low, high = min(fraction.values()), max(fraction.values())
+    of_layer = {name: fraction[block if per_block else name] for name, block, _, _ in layers}
+    shift = {name: (value - low) / (high - low) * 2 * 0.08 for name, value in of_layer.items()}
+    mean = sum(shift[name] * weight.size for name, _, weight, _ in layers) / sum(layer[2].size for layer in layers)
+    return {name: sparsity - (value - mean) for name, value in shift.items()}
+
+
+def hill(weight):
+    """1 + k / (the sum of ln(e_i / e_(k+1)) over the k largest of n eigenvalues of the Gram matrix), k = n / 2."""
+    eigenvalues = [float(e) for e in np.linalg.eigvalsh(weight.T @ weight)]
+    if weight.shape[0] < weight.shape[1]:
+        eigenvalues = [float(e) for e in np.linalg.eigvalsh(weight @ weight.T)]
+    descending = sorted(eigenvalues, reverse=True)
+    k = len(descending) // 2
+    total = 0.0
+    for i in range(k):
+        total += np.log(descending[i] / descending[k])
+    return 1 + k / total
+
+
+def alpha(layers, sparsity, per_block=True):
+    """Tail exponents, averaged over each block, mapped to [0.7, 1.3] and then by one factor to the target."""
+    exponents = {}
+    for name, block, weight, _ in layers:
+        exponents.setdefault(block if per_block else name, []).append(hill(weight))
+    mean = {group: sum(values) / len(values) for group, values in exponents.items()}
+    low, high = min(mean.values()), max(mean.values())
+    of_layer = {name: mean[block if per_block else name] for name, block, _, _ in layers}
+    mapped = {name: (value - low) / (high - low) * (1.3 - 0.7) + 0.7 for name, value in of_layer.items()}
+    total = sum(layer[2].size for layer in layers)
+    factor = sparsity * total / sum(mapped[name] * weight.size for name, _, weight, _ in layers)
+    return {name: value * factor for name, value in mapped.items()}
+
+
+SPARSITIES = {
+    "uniform": uniform,
+    "owl": owl,
+    "owl_layer": lambda layers, sparsity: owl(layers, sparsity, per_block=False),
+    "alpha": alpha,
+    "alpha_layer": lambda layers, sparsity: alpha(layers, sparsity, per_block=False),
+}

@@ -201,6 +201,28 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/model")("ab").input_ids
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "8:16"])
+@pytest.mark.parametrize(("method", "allocation"), [("ria", "owl"), ("wanda", "alpha_layer"), ("magnitude", "owl")])
+def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, pattern):
+    choices = ["--prune_method", method, "--allocation", allocation, "--sparsity_type", pattern]
+    assert run(*text, *choices, "--save", "out", "--save_model", "out/model") == 0
+    shown = capsys.readouterr()
+    zeros = zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
+    assert torch.cat([where.flatten() for where in zeros.values()]).float().mean() == pytest.approx(0.5, abs=0.01)
+    sparsities = {where.float().mean().item() for where in zeros.values()}
+    assert len(sparsities) > 1
+    report = json.loads(Path("out/pruning_report.json").read_text())
+    assert sorted({layer["sparsity"] for layer in report["layers"]}) == pytest.approx(sorted(sparsities))
+    assert report["config"]["command"]["allocation"] == allocation
+    assert report["config"]["allocation"]["name"] == ("OWL" if allocation == "owl" else "AlphaPruning")
+    assert ("Note: mixed N:M: " in shown.out) == (pattern == "8:16")
+    assert ("Observing" in shown.err) == (allocation == "owl")
+
+
+def test_an_unknown_allocation(text, refused):
+    refused(*text, "--allocation", "luck", message="Got value: luck", code=2)
+
+
 def test_skip_dtype_and_granularity(text, tmp_path):
     more = ["--skip", '["*.down_proj", "model.layers.0.self_attn"]', "--dtype", "bfloat16", "--granularity", "layer"]
     assert run(*text, *more, "--batch_size", "2", "--save", "out", "--save_model", "out/model") == 0

@@ -1,4 +1,7 @@
-"""What every criterion, pattern, allocation and solver promises; a new entry is tested on the day it is added."""
+"""What every criterion, pattern and solver promises; a new entry is tested on the day it is added.
+
+For allocations see also `test_allocation.py`.
+"""
 
 import dataclasses
 import itertools
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation
-from wanda_lightning.core.criteria import CRITERIA, Criterion, Magnitude, Wanda
+from wanda_lightning.core.criteria import CRITERIA, RIA, Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Pattern, Unstructured, keep_largest
 from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
@@ -62,7 +65,8 @@ def assert_counts(pattern, keep, sparsity):
         case NM(n=n, m=m):
             assert keep.reshape(-1, m).sum(dim=1).tolist() == [n] * (d_out * d_in // m)
         case EqualShare():
-            assert abs((~keep).double().mean().item() - sparsity) <= 0.001
+            # The search also ends where shares 0.001 apart differ by more: two weights of this matrix.
+            assert abs((~keep).double().mean().item() - sparsity) <= max(0.001, 2 / keep.numel())
         case _:
             raise NotImplementedError(f"write here how many weights {pattern} prunes")
 
@@ -94,7 +98,7 @@ def test_entries_of_one_dict_differ():
 
 
 def test_every_needed_statistic_exists():
-    for make in itertools.chain(CRITERIA.values(), SOLVERS.values()):
+    for make in itertools.chain(CRITERIA.values(), SOLVERS.values(), (make() for make in ALLOCATIONS.values())):
         assert isinstance(make.needs, frozenset)
         InputStatistics(make.needs)
 
@@ -255,22 +259,35 @@ def test_wanda_of_half_precision_tells_apart_what_bf16_would_not():
     assert scores.bfloat16()[0, 0] == scores.bfloat16()[0, 1]
 
 
-# ---- allocations
+# ---- laws of RIA
 
 
-@pytest.mark.parametrize("allocation", [ALLOCATIONS[name]() for name in ALLOCATIONS], ids=ALLOCATIONS)
-@given(
-    sizes=st.dictionaries(st.text("abc.01", min_size=1, max_size=6), st.integers(1, 10**9), min_size=1, max_size=20),
-    sparsity=st.floats(0, 0.99),
-)
-def test_mean_of_an_allocation_is_the_target(allocation, sizes, sparsity):
-    before = dict(sizes)
-    given_out = allocation(sizes, sparsity)
-    assert list(given_out) == list(sizes)
-    assert all(0 <= value < 1 for value in given_out.values())
-    pruned = sum(given_out[name] * sizes[name] for name in sizes)
-    assert pruned / sum(sizes.values()) == pytest.approx(sparsity, abs=1e-9)
-    assert sizes == before
+def test_ria_of_a_row_and_a_column_of_zeros():
+    """They score 0, not NaN, and what else an inactive input has scores above them."""
+    weight, tokens = random_layer()
+    weight[3], weight[:, 7], weight[5, 9] = 0, 0, 0
+    tokens[:, 9] = 0
+    scores = RIA()(weight, statistics(tokens, RIA))
+    assert scores.isfinite().all()
+    assert torch.equal(scores != 0, weight != 0)
+    assert scores[weight != 0].min() == scores[:, 9].max()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(-10, 10))
+def test_ria_does_not_change_with_the_scale_of_the_weights(seed, power):
+    weight, tokens = random_layer(seed=seed, shape=(8, 24), tokens=10)
+    inputs = statistics(tokens, RIA)
+    assert torch.equal(RIA()(weight * 2.0**power, inputs), RIA()(weight, inputs))
+
+
+def test_ria_without_activations_is_relative_importance():
+    weight, tokens = random_layer()
+    quiet, loud = statistics(tokens, RIA), statistics(tokens * torch.arange(1, 65), RIA)
+    assert torch.equal(RIA(a=0.0)(weight, quiet), RIA(a=0.0)(weight, loud))
+    assert not torch.equal(RIA()(weight, quiet), RIA()(weight, loud))
+    for a in (-0.5, float("nan")):
+        with pytest.raises(ValueError, match="0 or more"):
+            RIA(a=a)
 
 
 # ---- shapes are checked

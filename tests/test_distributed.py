@@ -157,6 +157,18 @@ def test_patterns_over_all_rows(pair, pattern):
     assert_same_weights(first, dict(model.named_parameters()))
 
 
+@pytest.mark.parametrize("granularity", ["block", "layer", "model"])
+@pytest.mark.parametrize("allocation", ["owl", "alpha"])
+def test_allocations_are_of_the_batches_of_all(pair, granularity, allocation):
+    choices = {"granularity": granularity, "allocation": allocation, "criterion": "ria"}
+    (first, report), (second, _) = pair.run(cases.replicated, "vit", **choices)
+    model, expected = alone("vit", **choices)
+    assert len({layer.target for layer in report.layers}) > 1
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()))
+    assert_same_report(report, expected)
+
+
 def test_only_the_first_process_shows_progress(pair):
     first, second = pair.run(cases.progress)
     assert "done" in first
@@ -279,6 +291,10 @@ def test_an_error_leaves_all_at_rest(pair):
         ("layer", "llama", r"granularity='layer' stops at model.layers.0.self_attn.q_proj.*granularity='model'"),
         ("unstructured_layer", "llama", r"Unstructured\(group='layer'\) compares the rows"),
         ("equal_share", "llama", r"EqualShare\(\) compares the rows"),
+        ("owl", "llama", r"OWL\(.*\) reads all rows of model.layers.0.self_attn.q_proj together.*devices=1"),
+        ("alpha", "llama", r"AlphaPruning\(.*\) reads all rows"),
+        ("per_layer", "llama", r"PerLayer\(.*\) reads all rows"),
+        ("ria", "llama", r"RIA\(a=0.5\) reads all rows"),
         ("columns", "gpt2", r"transformer.h.0.attn.c_attn, a Conv1D, is stored by columns"),
         ("root_only", "llama", r"manages model.layers.0.self_attn.q_proj as a part of the whole model.*skip=\["),
         ("second_dimension", "llama", r"each must hold whole rows"),

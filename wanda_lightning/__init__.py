@@ -11,8 +11,8 @@ from wanda_lightning.callbacks import (
     Schedule,
     WandaPrune,
 )
-from wanda_lightning.core.allocation import Uniform
-from wanda_lightning.core.criteria import Magnitude, Wanda
+from wanda_lightning.core.allocation import OWL, AlphaPruning, PerLayer, Uniform
+from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.solvers import ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
@@ -22,6 +22,9 @@ from wanda_lightning.report import PruningReport
 
 __all__ = [
     "NM",
+    "OWL",
+    "RIA",
+    "AlphaPruning",
     "CausalLMModule",
     "Cubic",
     "EqualShare",
@@ -32,6 +35,7 @@ __all__ = [
     "Magnitude",
     "MagnitudePrune",
     "OneShot",
+    "PerLayer",
     "PruningCallback",
     "PruningConfig",
     "PruningReport",

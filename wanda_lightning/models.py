@@ -6,7 +6,6 @@ The only file that knows layer types and model families.
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from wanda_lightning.core.names import matches, refuse_unmatched
 from wanda_lightning.distributed import local
 
 Granularity = Literal["block", "layer", "model"]
@@ -325,32 +325,15 @@ def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
     return [re.compile(pattern) for pattern in ([stem] if isinstance(stem, str) else stem) if isinstance(pattern, str)]
 
 
-def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise ValueError(f"skip={pattern!r} is not a regular expression: {error}") from error
-    # A glob, too, means everything inside: adapters of peft put the weight itself one level deeper.
-    return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
-
-
 def _leave_out(
     layers: list[Layer], skipped: list[Skipped], skip: Sequence[str], aliases: Mapping[str, list[str]]
 ) -> tuple[list[Layer], tuple[Skipped, ...]]:
     names = [layer.name for layer in layers] + [other.name for other in skipped]
-    for pattern in skip:
-        if not any(_matches(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            nearest = f"the nearest is {near[0]!r}" if near else "the model has none"
-            raise ValueError(
-                f"skip={pattern!r} matches no matrix of the model; {nearest}. "
-                "Give a module name, a glob such as '*.down_proj', or 're:' and a regular expression."
-            )
+    refuse_unmatched(skip, names, "skip", "matrix")
 
     def by_user(name: str) -> str | None:
         names = (name, *aliases.get(name, ()))
-        return next((pattern for pattern in skip if any(_matches(name, pattern) for name in names)), None)
+        return next((pattern for pattern in skip if any(matches(name, pattern, "skip") for name in names)), None)
 
     chosen = [(layer, by_user(layer.name)) for layer in layers]
     kept = [layer for layer, pattern in chosen if pattern is None]

@@ -6,11 +6,13 @@ import inspect
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
+from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, DenseLayer, Uniform
 from wanda_lightning.core.criteria import CRITERIA, Criterion, Wanda
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
@@ -43,7 +45,8 @@ class PruningConfig:
         sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
         criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one.
         pattern: Where zeros may fall: `Unstructured()`, `NM(2, 4)`, `EqualShare()`, or a name such as `"2:4"`.
-        allocation: Spreads the sparsity over the layers: `Uniform()`, or a name.
+        allocation: Spreads the sparsity over the layers: `Uniform()`, `OWL()`, `AlphaPruning()`, `PerLayer({...})`, or
+            a name such as `"owl"`.
         solver: Gives the final weights: `ZeroOut()`, or a name.
         granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
             `"layer"` (everything before is pruned) or `"model"` (the dense model).
@@ -77,12 +80,23 @@ class PruningConfig:
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
-        if isinstance(self.pattern, NM) and isinstance(self.allocation, Uniform):
+        if isinstance(self.pattern, NM):
             self.pattern.check(self.sparsity, "the model", self.pattern.m)
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that criterion and solver read; empty means no calibration data."""
+        """All statistics that are read; empty means no calibration data."""
+        return self.unit_needs | cast(Allocation, self.allocation).needs
+
+    @property
+    def reader(self) -> object:
+        """The choice for which calibration data is asked, for messages."""
+        choices = (cast(Criterion, self.criterion), cast(Solver, self.solver), cast(Allocation, self.allocation))
+        return next((choice for choice in choices if choice.needs), None)
+
+    @property
+    def unit_needs(self) -> frozenset[str]:
+        """Those that criterion and solver read, at each unit; the allocation reads its own before, of all layers."""
         return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
 
     def describe(self) -> dict[str, Any]:
@@ -158,50 +172,55 @@ def prune_as(
     progress = progress and processes.rank == 0
     with _timed(seconds, "prepare"), processes.together():
         reshard(model)
-        found, targets = plan(config, model, processes)
+        found = plan(config, model, processes)
         if config.needs and (batches is None or isinstance(batches, Mapping | Tensor)):
             given = "none were" if batches is None else f"one {type(batches).__name__} was"
             raise ValueError(
-                f"{config.criterion} needs calibration batches, but {given} given. Give a list of batches or a "
-                "dataloader; Magnitude() needs none."
+                f"{config.reader} needs calibration batches, but {given} given. Give a list of batches or a "
+                "dataloader; Magnitude() with Uniform() needs none."
             )
         calibration = _Calibration(model, batches if config.needs and batches is not None else (), forward, processes)
         streamed = bool(config.needs) and config.granularity == "model"
         if not streamed:
             calibration.read_all()
+    observed = config.needs if streamed else config.unit_needs
+    goals: Goals = {}
+    if not streamed:  # else the one pass sees the dense model
+        with _timed(seconds, "allocate") if cast(Allocation, config.allocation).reads_weights else nullcontext():
+            dense = _see_dense(config, model, found, calibration, processes, progress)
+            goals = _allocate(config, model, found, dense, processes, progress)
+            del dense
     pruned: list[PrunedLayer] = []
     with (
-        calibrating(model),
-        _uncompiled(),
-        torch.inference_mode(False),
-        torch.no_grad(),
+        _running(model),
         ProgressBar("Pruning", calibration.length if streamed else len(found.units), progress) as bar,
         _naming_what_was_written(pruned),
         _timed(seconds, "prune"),
         SamePath(model, processes) as path,
-        at_rest_afterwards(model) if config.needs else nullcontext(),
-        closing(_stops(config, found, calibration, processes)) as stops,
+        at_rest_afterwards(model) if observed else nullcontext(),
+        closing(_stops(config, observed, found, calibration, processes)) as stops,
     ):
         tick = bar.advance if streamed else lambda: None
-        observer = Observer(config.needs, calibration.masks, tick, processes)
+        observer = Observer(observed, calibration.masks, tick, processes)
         for stop in stops:
             unit = found.units[stop.unit]
             bar.at(unit.name)
             if not streamed:
                 path.check(unit.name, len(tuple(stop.calls)))
-            statistics = observer(unit, stop.calls) if config.needs else {}
+            statistics = observer(unit, stop.calls) if observed else None
             del stop  # or its parked activations outlive the run of the pruned unit
             if streamed:
                 path.check(unit.name, 0)
                 calibration.refuse_if_empty(config)
+                goals = _allocate(config, model, found, statistics or {}, processes, progress=False)
             reshard(unit.module or model)
             with processes.together():
-                _prune_unit(config, unit, statistics, targets, observer.padding_counted, pruned)
+                _prune_unit(config, unit, statistics, goals, observer.padding_counted, pruned)
             if not streamed:
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
-        return _report(config, model, found, pruned, seconds, calibration.total, processes)
+        return _report(config, model, found, goals, pruned, seconds, calibration.total, processes)
 
 
 class Watched:
@@ -227,7 +246,7 @@ class Watched:
         self._config, self._model, self._processes = config, model, processes
         with processes.together():
             reshard(model)
-            self._found, self._targets = plan(config, model, processes)
+            self._found = plan(config, model, processes)
         self._masks: list[tuple[TokenMask, ...] | None] = []
         self._observer = Observer(config.needs, self._masks, processes=processes)
 
@@ -252,29 +271,116 @@ class Watched:
             batches = torch.tensor(len(self._masks))
             processes.add([batches])
             if not batches:
-                raise ValueError(f"{config.criterion} needs batches that run through the model, but none did")
+                raise ValueError(f"{config.reader} needs batches that run through the model, but none did")
+            goals = _allocate(config, self._model, self._found, statistics, processes, progress=False)
             reshard(self._model)
             with processes.together():
-                _prune_unit(config, unit, statistics, self._targets, self._observer.padding_counted, pruned)
+                _prune_unit(config, unit, statistics, goals, self._observer.padding_counted, pruned)
         torch.clear_autocast_cache()  # casts of the dense weights
         with _timed(seconds, "report"):
-            return _report(config, self._model, self._found, pruned, seconds, int(batches), processes)
+            return _report(config, self._model, self._found, goals, pruned, seconds, int(batches), processes)
 
 
-def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> tuple[Walk, dict[str, float]]:
-    """What would be pruned, and to which sparsity each layer; nothing is changed.
+def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> Walk:
+    """What would be pruned; nothing is changed.
 
     Raises:
         ValueError: If something cannot be pruned as asked.
     """
     found = walk(model, config.granularity, config.skip)
-    allocation = cast(Allocation, config.allocation)
-    targets = allocation({layer.name: layer.parameter.numel() for layer in found.layers}, config.sparsity)
-    _refuse(config, found, targets)
+    _refuse(config, found)
     for unit in found.units:
         for layer in unit.layers:
             _refuse_sharding(config, model, unit, layer, processes)
-    return found, targets
+    cast(Allocation, config.allocation).check(_dense_layers(config, model, found.layers), config.sparsity)
+    return found
+
+
+Goals = Mapping[str, tuple[Pattern, float]]  # of each layer
+
+
+def _see_dense(
+    config: PruningConfig,
+    model: nn.Module,
+    found: Walk,
+    calibration: _Calibration,
+    processes: Processes,
+    progress: bool,
+) -> dict[str, InputStatistics]:
+    """What the allocation needs to know of the inputs of all layers, in a pass before anything is pruned."""
+    needs = cast(Allocation, config.allocation).needs
+    if not needs:
+        return {}
+    with (
+        _running(model),
+        ProgressBar("Observing", calibration.length, progress) as bar,
+        SamePath(model, processes) as path,
+        at_rest_afterwards(model),
+    ):
+        observer = Observer(needs, calibration.masks, bar.advance, processes)
+        statistics = observer(Unit("", None, found.layers), abreast(calibration).calls)
+        path.check("", 0)
+        calibration.refuse_if_empty(config)
+    return statistics
+
+
+def _allocate(
+    config: PruningConfig,
+    model: nn.Module,
+    found: Walk,
+    statistics: Mapping[str, InputStatistics],
+    processes: Processes,
+    progress: bool,
+) -> Goals:
+    """To which pattern and sparsity each layer is pruned, the same in all processes."""
+    allocation, pattern = cast(Allocation, config.allocation), cast(Pattern, config.pattern)
+    layers = [layer for layer in found.layers if not allocation.needs or _was_reached(statistics.get(layer.name))]
+    sparsities: dict[str, float] = {}
+    seen: set[str] = set()
+
+    def reading(name: str) -> None:
+        bar.at(name)
+        bar.advance(name not in seen)
+        seen.add(name)
+
+    with processes.together(), ProgressBar("Allocating", len(layers), progress and allocation.reads_weights) as bar:
+        if processes.rank == 0 and layers:
+            sparsities = allocation(_dense_layers(config, model, layers, statistics, reading), config.sparsity)
+        # Not by each for itself: a singular value that differs in its last digit could make other masks.
+        sparsities = processes.share(sparsities, 0)
+    every = {layer.name: sparsities.get(layer.name, config.sparsity) for layer in found.layers}
+    return {name: (pattern.at(sparsity), sparsity) for name, sparsity in every.items()}
+
+
+def _dense_layers(
+    config: PruningConfig,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    statistics: Mapping[str, InputStatistics] = MappingProxyType({}),
+    reading: Callable[[str], None] = lambda name: None,
+) -> list[DenseLayer]:
+    """Layers as an allocation sees them; `reading` hears of each weight that is read."""
+    blocks = {layer.name: unit.name for unit in walk(model, "block", config.skip).units for layer in unit.layers}
+
+    def read(layer: Layer) -> Tensor:
+        reading(layer.name)
+        return layer.read()
+
+    return [
+        DenseLayer(
+            layer.name,
+            blocks[layer.name],
+            layer.parameter.numel(),
+            cast(Pattern, config.pattern).levels(*layer.shape),
+            partial(read, layer),
+            statistics.get(layer.name),
+        )
+        for layer in layers
+    ]
+
+
+def _was_reached(inputs: InputStatistics | None) -> bool:
+    return inputs is not None and inputs.count > 0
 
 
 class _Calibration:
@@ -301,10 +407,12 @@ class _Calibration:
 
     def read_all(self) -> None:
         """Hold all batches, to go through the model together."""
-        self._batches = list(self._batches)
+        self._batches = held = list(self._batches)
+        self.length = len(held)
 
     def __iter__(self) -> Iterator[Callable[[], object]]:
         batches = _evenly(self._batches, self._processes) if self.even else ((batch, True) for batch in self._batches)
+        self.masks.clear()
         for batch, counts in batches:
             self.masks.append(token_masks(self._model, batch) if counts else None)
             yield partial(self._forward, batch)
@@ -315,7 +423,7 @@ class _Calibration:
         self.total = int(total)
         if not self.total:
             raise ValueError(
-                f"{config.criterion} needs calibration batches, but what was given holds none. An iterator that was "
+                f"{config.reader} needs calibration batches, but what was given holds none. An iterator that was "
                 "read before is empty: give a list or a dataloader."
             )
 
@@ -339,9 +447,11 @@ def _evenly(batches: Iterable[Any], processes: Processes) -> Iterator[tuple[Any,
         yield last, batch is not _NONE_LEFT
 
 
-def _stops(config: PruningConfig, found: Walk, calibration: _Calibration, processes: Processes) -> Generator[Stop]:
+def _stops(
+    config: PruningConfig, observed: frozenset[str], found: Walk, calibration: _Calibration, processes: Processes
+) -> Generator[Stop]:
     """Where the weights of each unit may be chosen."""
-    if not config.needs:
+    if not observed:
         yield from (Stop(index, ()) for index in range(len(found.units)))
     elif config.granularity == "model":
         yield abreast(calibration)
@@ -354,30 +464,32 @@ def _stops(config: PruningConfig, found: Walk, calibration: _Calibration, proces
 def _prune_unit(
     config: PruningConfig,
     unit: Unit,
-    statistics: Mapping[str, InputStatistics],
-    targets: Mapping[str, float],
+    statistics: Mapping[str, InputStatistics] | None,
+    goals: Goals,
     padding_counted: Container[str],
     pruned: list[PrunedLayer],
 ) -> None:
     for layer in unit.layers:
-        inputs = statistics.get(layer.name)
-        if config.needs and not (inputs and inputs.count):
+        inputs = statistics.get(layer.name) if statistics is not None else None
+        if statistics is not None and not _was_reached(inputs):
             continue
-        pruned.append(_prune_layer(config, layer, inputs, targets[layer.name]))
+        pruned.append(_prune_layer(config, layer, inputs, *goals[layer.name]))
         if layer.name in padding_counted:
             pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
 
 
-def _prune_layer(config: PruningConfig, layer: Layer, inputs: InputStatistics | None, target: float) -> PrunedLayer:
+def _prune_layer(
+    config: PruningConfig, layer: Layer, inputs: InputStatistics | None, pattern: Pattern, target: float
+) -> PrunedLayer:
     solver, weight, sparsity = cast(Solver, config.solver), layer.read(), 0.0
     if len(weight):  # of a matrix with fewer rows than processes, some have none
-        weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), cast(Pattern, config.pattern), target)
+        weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
         layer.write(weight)
         sparsity = int((weight == 0).count_nonzero()) / weight.numel()
     return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)
 
 
-def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) -> None:
+def _refuse(config: PruningConfig, found: Walk) -> None:
     """Everything that can be known to fail, before a weight is written."""
     packed = [matrix for matrix in found.skipped if matrix.unprunable]
     if packed:
@@ -401,7 +513,7 @@ def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) ->
                 f"the weight of {layer.name} was made under torch.inference_mode() and cannot be changed: "
                 "build or load the model outside of it"
             )
-        cast(Pattern, config.pattern).check(targets[layer.name], layer.name, layer.shape[1])
+        cast(Pattern, config.pattern).check(config.sparsity, layer.name, layer.shape[1])
         # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
@@ -444,7 +556,13 @@ def _refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer:
             f"{processes.world_size} processes. Use pattern='unstructured' or N:M, which choose within rows, or prune "
             "before sharding (devices=1)."
         )
-    at_units = bool(config.needs) and config.granularity != "model"
+    if cast(Criterion, config.criterion).spans_rows or cast(Allocation, config.allocation).reads_weights:
+        choice = config.criterion if cast(Criterion, config.criterion).spans_rows else config.allocation
+        raise ValueError(
+            f"{choice} reads all rows of {name} together, but they are spread over {processes.world_size} processes. "
+            "Use Wanda() or Magnitude() with Uniform(), which read single rows, or prune before sharding (devices=1)."
+        )
+    at_units = bool(config.unit_needs) and config.granularity != "model"
     if at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
         raise ValueError(
             f"granularity={config.granularity!r} stops at {unit.name}, but fully_shard manages {name} as a part of "
@@ -461,6 +579,7 @@ def _report(
     config: PruningConfig,
     model: nn.Module,
     found: Walk,
+    goals: Goals,
     pruned: list[PrunedLayer],
     seconds: dict[str, float],
     batches: int,
@@ -489,6 +608,9 @@ def _report(
         )
         if processes.rank == 0:
             log.warning(notes[-1])
+    if isinstance(config.pattern, NM) and len(kinds := Counter(goals[layer.name][0] for layer in pruned)) > 1:
+        counts = {f"{kind.n}:{kind.m}" if isinstance(kind, NM) else "dense": kinds[kind] for kind in kinds}
+        notes.append(f"mixed N:M: {', '.join(f'{counts[kind]} layers {kind}' for kind in sorted(counts))}")
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
     counted = {id(layer.parameter) for layer in found.layers if layer.name in done}
@@ -540,7 +662,7 @@ def like(sequence: Any, values: list[Any]) -> Any:
     return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
 
 
-def _named(axis: str, table: Mapping[str, type[Choice]]) -> Callable[[str], Choice]:
+def _named(axis: str, table: Mapping[str, Callable[[], Choice]]) -> Callable[[str], Choice]:
     def find(name: str) -> Choice:
         if name not in table:
             raise ValueError(f"no {axis} is called {name!r}: use one of {', '.join(table)}")
@@ -567,6 +689,13 @@ def _uncompiled() -> AbstractContextManager[Any]:
     """Modules under `torch.compile` run as they are written: compiled code would trace what watches them."""
     # Nothing is compiled yet where this is not imported, which takes seconds.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[None]:
+    """What a model needs around it to be calibrated and pruned."""
+    with calibrating(model), _uncompiled(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

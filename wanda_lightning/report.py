@@ -150,7 +150,7 @@ class PruningReport:
             shape = " x ".join(map(str, layer.shape))
             cells = (f"{layer.target:.2%}", f"{layer.sparsity:.2%}", f"{layer.tokens:,}")
             pruned.add_row(escape(layer.name), shape, *cells, escape(layer.note))
-        console = Console(width=140, color_system=None, highlight=False)
+        console = Console(width=140, color_system=None, highlight=False, emoji=False)  # `N:M:` would hold one
         with console.capture() as capture:
             console.print(pruned)
             if self.skipped:

@@ -52,7 +52,7 @@ class WandaPrune(PruningCallback):
 
 
 class MagnitudePrune(PruningCallback):
-    """Prune the smallest weights of each layer, without calibration data.
+    """Prune the smallest weights of each layer, without calibration data (which only the allocation `OWL` asks for).
 
     Takes what `PruningCallback` takes; the criterion is `Magnitude`, compared over the whole layer by default.
     """

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -312,7 +312,9 @@ class PruningCallback(Callback):
 
     def _now(self, trainer: L.Trainer) -> PruningConfig:
         """The choices, at the sparsity that is due."""
-        return replace(self.config, sparsity=self.config.sparsity * self._share_now(trainer))
+        share = self._share_now(trainer)
+        allocation = cast(Allocation, self.config.allocation).scaled(share)
+        return replace(self.config, sparsity=self.config.sparsity * share, allocation=allocation)
 
     def _share_now(self, trainer: L.Trainer) -> float:
         return self.schedule.share(trainer.global_step) or 1.0

@@ -10,7 +10,8 @@ class Schedule(ABC):
     """At which optimizer steps to prune, and to which share of the final sparsity.
 
     A stage `(step, share)` prunes as soon as `step` optimizer steps are done, to `share * sparsity`. Steps rise, shares
-    do not fall, and the last share is 1.
+    do not fall, and the last share is 1. Where layers differ in sparsity (`OWL`, `AlphaPruning`, `PerLayer`), so do the
+    shares of each; no layer's sparsity falls.
     """
 
     @property

@@ -33,7 +33,7 @@ def prune_model(
     nsamples: int | None = None,
     sparsity_ratio: float = 0.5,
     sparsity_type: str = "unstructured",
-    prune_method: Literal["magnitude", "wanda"] = "wanda",
+    prune_method: Literal["magnitude", "wanda", "ria"] = "wanda",
     cache_dir: str | None = None,
     use_variant: bool = False,
     save: str | None = None,
@@ -43,6 +43,7 @@ def prune_model(
     eval: str | None = None,
     limit: int | None = None,
     granularity: Literal["block", "layer", "model"] | None = None,
+    allocation: Literal["uniform", "owl", "owl_layer", "alpha", "alpha_layer"] = "uniform",
     dtype: str | None = None,
     batch_size: int | None = None,
     skip: str | list[str] = "",
@@ -73,6 +74,8 @@ def prune_model(
         eval: Text to measure perplexity on, likewise; by default wikitext2.
         limit: Windows of it; by default all.
         granularity: What the statistics see; by default block for language models, model for image classifiers.
+        allocation: How the sparsity is spread: the same for all layers; less where more scores are outliers (owl) or
+            where the weights' spectrum has a heavier tail (alpha), per block or per layer.
         dtype: auto (as stored, the default), float32, bfloat16 or float16.
         batch_size: Samples in a batch; by default 4 sequences or 64 images.
         skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
@@ -115,6 +118,7 @@ def prune_model(
         sparsity_ratio,
         CRITERIA[prune_method](),
         _pattern(sparsity_type, prune_method, prune_granularity, use_variant),
+        allocation=allocation,
         granularity=granularity or ("model" if is_image else "block"),
         skip=as_patterns(skip),
         num_samples=_or(nsamples, _PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
@@ -213,7 +217,7 @@ def _print_results(method: str, heading: str, dense: float, pruned: float, repor
     numbers: list[Any] = [f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%}"]
     numbers += [f"{value:.2%}" if heading == "top-1" else f"{value:.2f}" for value in (dense, pruned)]
     table.add_row(method, *numbers, f"{report.seconds['prune']:.1f}")
-    console = Console()
+    console = Console(emoji=False)  # `N:M:` would hold one
     console.print(table)
     for note in report.notes:
         console.print(f"Note: {note}", markup=False)

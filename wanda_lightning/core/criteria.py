@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Score, Weight
+from wanda_lightning.core.types import PerInput, Score, Weight
 
 
 class Criterion(ABC):
     """How much a weight matters, from its value and what enters its layer."""
 
     needs: ClassVar[frozenset[str]]
+    spans_rows: ClassVar[bool] = False  # whether a score depends on other rows, so that no process can score its alone
 
     @abstractmethod
     def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
@@ -43,12 +44,47 @@ class Wanda(Criterion):
         """Score by `|W| * ||x||`, the norm taken per input column over all calibration tokens."""
         assert inputs is not None, "Wanda reads the inputs"
         norm = inputs.norm()
-        scores = _magnitude(weight).mul_(norm)
-        inactive = norm == 0
-        if inactive.any():
-            # Their zeros lose before their other weights, or pruning again would take these instead.
-            scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * _LOWEST
-        return scores
+        return _with_inactive(_magnitude(weight).mul_(norm), weight, norm)
+
+
+@dataclass(frozen=True)
+class RIA(Criterion):
+    """How large a weight is within its row and its column, times the norm of its input (Zhang et al. 2024).
+
+    `(|W| / sum of |W| over its row + |W| / sum of |W| over its column) * ||x||^a`: a column of small weights is not
+    lost as a whole. The paper's permutation of channels for N:M is not part of it.
+
+    Attributes:
+        a: How much activations count; 0 leaves the relative importance alone.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
+    spans_rows: ClassVar[bool] = True
+    a: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.a >= 0:
+            raise ValueError(f"RIA raises the input norm to a power a of 0 or more, but a={self.a} was given")
+
+    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+        """Score by relative importance and activations."""
+        assert inputs is not None, "RIA reads the inputs"
+        norm, magnitude = inputs.norm(), _magnitude(weight)
+        tiny = torch.finfo(magnitude.dtype).tiny  # where all weights of a row or column are zero, so is their score
+        scores = magnitude / magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
+        scores += magnitude.div_(magnitude.sum(dim=0, keepdim=True).clamp(min=tiny))
+        return _with_inactive(scores.mul_(norm**self.a), weight, norm)
+
+
+def _with_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
+    """Scores where inputs without activation have the lowest, and of these zeros lower ones than other weights.
+
+    Otherwise pruning again would take other weights of such an input than at first.
+    """
+    inactive = norm == 0
+    if inactive.any():
+        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * _LOWEST
+    return scores
 
 
 _LOWEST = 1e-30  # below every product of a weight and an active input
@@ -59,4 +95,4 @@ def _magnitude(weight: Weight) -> Score:
     return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-CRITERIA: dict[str, type[Criterion]] = {"magnitude": Magnitude, "wanda": Wanda}
+CRITERIA: dict[str, type[Criterion]] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA}

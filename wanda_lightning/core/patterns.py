@@ -105,6 +105,14 @@ class Pattern(ABC):
             ValueError: If the sparsity or the input width is impossible for this pattern.
         """
 
+    def levels(self, d_out: int, d_in: int) -> int:
+        """In how many equal steps the sparsity of a layer goes from 0 to 1."""
+        return d_out * d_in
+
+    def at(self, sparsity: float) -> Pattern:
+        """The pattern for one layer, where the layers differ in sparsity."""
+        return self
+
     @abstractmethod
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Choose what to keep; higher scores survive."""
@@ -128,6 +136,10 @@ class Unstructured(Pattern):
     def spans_rows(self) -> bool:
         """Where weights of all rows are compared."""
         return self.group == "layer"
+
+    def levels(self, d_out: int, d_in: int) -> int:
+        """One for each weight of a comparison group."""
+        return d_in if self.group == "row" else d_out * d_in
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Keep the largest of each group."""
@@ -169,6 +181,20 @@ class NM(Pattern):
                 f"{self.n}:{self.m} needs an input width that is a multiple of {self.m}, but {name} has {d_in}. "
                 f"Leave it dense with skip=['{name}'] or use pattern='unstructured'."
             )
+
+    def levels(self, d_out: int, d_in: int) -> int:
+        """One for each member of a group."""
+        return self.m
+
+    def at(self, sparsity: float) -> Pattern:
+        """The nearest n of the same m, at least 1; where that is all of them, the layer stays dense.
+
+        Example:
+            >>> NM(4, 8).at(0.65), NM(4, 8).at(0.0)
+            (NM(n=3, m=8), Unstructured(group='row'))
+        """
+        n = max(1, self.m - round(sparsity * self.m))
+        return NM(n, self.m) if n < self.m else Unstructured()
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Keep the `n` largest of every `m`."""

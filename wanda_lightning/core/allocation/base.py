@@ -1,0 +1,71 @@
+"""What an allocation is, what it sees, and the plainest one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import Weight
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A layer before it is pruned, as an allocation sees it.
+
+    Attributes:
+        name: Its name in the model.
+        block: The repeated part of the model that it lies in; its own name where it lies in none.
+        size: Number of weights.
+        levels: In how many equal steps the pattern can take its sparsity from 0 to 1.
+        read: Gives the weight, which is not held.
+        inputs: Statistics of the dense model, for an allocation that needs some.
+    """
+
+    name: str
+    block: str
+    size: int
+    levels: int
+    read: Callable[[], Weight]
+    inputs: InputStatistics | None = None
+
+    @cached_property
+    def zeros(self) -> int:
+        """How many weights are zero already; they stay zero."""
+        return int((self.read() == 0).count_nonzero())
+
+
+class Allocation(ABC):
+    """How the target sparsity is spread over the layers."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()  # statistics of the dense model
+    reads_weights: ClassVar[bool] = True  # of whole layers, so that no process can do with its rows
+
+    def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
+        """Refuse a model that the allocation does not fit, before weights or statistics are read.
+
+        Raises:
+            ValueError: If names, blocks or sizes of the layers make it impossible.
+        """
+
+    def scaled(self, share: float) -> Allocation:
+        """For a stage of a schedule: gives each layer this share of what it gets in the end."""
+        return self
+
+    @abstractmethod
+    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+        """Give each layer, by name, a sparsity in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same sparsity for every layer."""
+
+    reads_weights: ClassVar[bool] = False
+
+    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+        """Give every layer the target itself."""
+        return {layer.name: sparsity for layer in layers}

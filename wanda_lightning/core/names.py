@@ -1,0 +1,43 @@
+"""Patterns that name layers: module names, globs, and `re:` expressions."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+
+
+def matches(name: str, pattern: str, option: str) -> bool:
+    """Whether a pattern, given for `option`, names a layer or a module that it lies in.
+
+    Example:
+        >>> matches("blocks.0.mlp.down", "*.mlp", "skip"), matches("blocks.0.mlp.down", "mlp", "skip")
+        (True, False)
+
+    Raises:
+        ValueError: If what follows `re:` is not a regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from error
+    # A glob, too, means everything inside: adapters of peft put the weight itself one level deeper.
+    return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
+
+
+def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
+    """Refuse a pattern that names nothing.
+
+    Raises:
+        ValueError: Names the nearest.
+    """
+    for pattern in patterns:
+        if not any(matches(name, pattern, option) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            nearest = f"the nearest is {near[0]!r}" if near else "the model has none"
+            raise ValueError(
+                f"{option}={pattern!r} matches no {what} of the model; {nearest}. "
+                "Give a module name, a glob such as '*.down_proj', or 're:' and a regular expression."
+            )
