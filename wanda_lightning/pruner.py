@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
-from wanda_lightning.core.criteria import CRITERIA, Criterion, Wanda
+from wanda_lightning.core.criteria import CRITERIA, Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
@@ -41,7 +41,8 @@ class PruningConfig:
 
     Attributes:
         sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
-        criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one.
+        criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one; by default the solver's own (of
+            `ZeroOut()` it is Wanda).
         pattern: Where zeros may fall: `Unstructured()`, `NM(2, 4)`, `EqualShare()`, or a name such as `"2:4"`.
         allocation: Spreads the sparsity over the layers: `Uniform()`, or a name.
         solver: Gives the final weights: `ZeroOut()`, or a name.
@@ -54,7 +55,7 @@ class PruningConfig:
     """
 
     sparsity: float = 0.5
-    criterion: Criterion | str = field(default_factory=Wanda)
+    criterion: Criterion | str | None = None
     pattern: Pattern | str = field(default_factory=Unstructured)
     allocation: Allocation | str = field(default_factory=Uniform)
     solver: Solver | str = field(default_factory=ZeroOut)
@@ -68,11 +69,19 @@ class PruningConfig:
             )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
+        solver = _checked("solver", Solver, self.solver, _named("solver", SOLVERS))
+        criterion = solver.own_criterion if self.criterion is None else self.criterion
+        criterion = _checked("criterion", Criterion, criterion, _named("criterion", CRITERIA))
+        if not solver.takes_any_criterion and criterion != solver.own_criterion:
+            raise ValueError(
+                f"{solver} chooses the weights itself, but criterion={criterion} was given: leave the criterion out, "
+                "or use another solver"
+            )
         resolved = {
-            "criterion": _checked("criterion", Criterion, self.criterion, _named("criterion", CRITERIA)),
+            "criterion": criterion,
             "pattern": _checked("pattern", Pattern, self.pattern, pattern_named),
             "allocation": _checked("allocation", Allocation, self.allocation, _named("allocation", ALLOCATIONS)),
-            "solver": _checked("solver", Solver, self.solver, _named("solver", SOLVERS)),
+            "solver": solver,
             "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
         }
         for name, value in resolved.items():
@@ -95,7 +104,7 @@ def prune(
     batches: Iterable[Any] | None = None,
     sparsity: float = 0.5,
     *,
-    criterion: Criterion | str = Wanda(),
+    criterion: Criterion | str | None = None,
     pattern: Pattern | str = Unstructured(),
     allocation: Allocation | str = Uniform(),
     solver: Solver | str = ZeroOut(),
@@ -114,7 +123,7 @@ def prune(
         model: The model; its weights change in place, everything else is as before.
         batches: Calibration batches, all of which are used; not needed for `Magnitude`.
         sparsity: See `PruningConfig` for this and the choices that follow.
-        criterion: Gives scores.
+        criterion: Gives scores; by default the solver's own.
         pattern: Where zeros may fall.
         allocation: Spreads the sparsity over the layers.
         solver: Gives the final weights.
