@@ -26,13 +26,23 @@ from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
 from wanda_lightning.lockstep import Stop, abreast, lockstep
-from wanda_lightning.models import GRANULARITIES, Layer, TokenMask, Unit, Walk, calibrating, token_masks, walk
+from wanda_lightning.models import (
+    GRANULARITIES,
+    Layer,
+    TokenMask,
+    Unit,
+    Walk,
+    calibrating,
+    free_memory,
+    token_masks,
+    walk,
+)
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import PrunedLayer, PruningReport, SkippedMatrix
 
 log = logging.getLogger(__name__)
-Choice = TypeVar("Choice")
+Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,12 @@ class PruningConfig:
     def needs(self) -> frozenset[str]:
         """The statistics that criterion and solver read; empty means no calibration data."""
         return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
+
+    @property
+    def reader(self) -> Criterion | Solver:
+        """The choice that needs calibration data."""
+        criterion = cast(Criterion, self.criterion)
+        return criterion if criterion.needs else cast(Solver, self.solver)
 
     def describe(self) -> dict[str, Any]:
         """Every value as plain data, for the report."""
@@ -171,7 +187,7 @@ def prune_as(
         if config.needs and (batches is None or isinstance(batches, Mapping | Tensor)):
             given = "none were" if batches is None else f"one {type(batches).__name__} was"
             raise ValueError(
-                f"{config.criterion} needs calibration batches, but {given} given. Give a list of batches or a "
+                f"{config.reader} needs calibration batches, but {given} given. Give a list of batches or a "
                 "dataloader; Magnitude() needs none."
             )
         calibration = _Calibration(model, batches if config.needs and batches is not None else (), forward, processes)
@@ -261,7 +277,7 @@ class Watched:
             batches = torch.tensor(len(self._masks))
             processes.add([batches])
             if not batches:
-                raise ValueError(f"{config.criterion} needs batches that run through the model, but none did")
+                raise ValueError(f"{config.reader} needs batches that run through the model, but none did")
             reshard(self._model)
             with processes.together():
                 _prune_unit(config, unit, statistics, self._targets, self._observer.padding_counted, pruned)
@@ -280,6 +296,8 @@ def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) 
     allocation = cast(Allocation, config.allocation)
     targets = allocation({layer.name: layer.parameter.numel() for layer in found.layers}, config.sparsity)
     _refuse(config, found, targets)
+    if "gram" in config.needs:
+        _refuse_too_wide(config, found, model)
     for unit in found.units:
         for layer in unit.layers:
             _refuse_sharding(config, model, unit, layer, processes)
@@ -324,7 +342,7 @@ class _Calibration:
         self.total = int(total)
         if not self.total:
             raise ValueError(
-                f"{config.criterion} needs calibration batches, but what was given holds none. An iterator that was "
+                f"{config.reader} needs calibration batches, but what was given holds none. An iterator that was "
                 "read before is empty: give a list or a dataloader."
             )
 
@@ -416,6 +434,29 @@ def _refuse(config: PruningConfig, found: Walk, targets: Mapping[str, float]) ->
             raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
 
 
+_GRAMS_AT_ONCE = 4  # one that is summed, its dampened copy, the factor and its inverse
+
+
+def _refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> None:
+    """A Gram matrix has the square of the input width; what certainly does not fit is not begun."""
+    widest = max(found.layers, key=lambda layer: layer.shape[1])
+    wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
+    blocks = walk(model, "block", config.skip).units if config.granularity == "model" else found.units[:1]
+    # Of every block at least one for each of its widths is held until the weights are chosen.
+    held = sum(sum({layer.shape[1] ** 2 for layer in block.layers}) for block in blocks) * 4
+    needed, free = max(_GRAMS_AT_ONCE * wide, held), free_memory(widest.weight.device)
+    if needed > free:
+        raise ValueError(
+            f"{config.reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the widest of {widest.name} "
+            f"with {widest.shape[1]} inputs, but {free / _GIB:.1f} GiB are free on {widest.weight.device}: leave wide "
+            f"layers dense with skip=['{widest.name}'], use criterion='wanda' with solver='zero_out', or "
+            "granularity='layer' where it is not"
+        )
+
+
+_GIB = 2**30
+
+
 def _refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
     """What cannot be pruned because of how FSDP2 or tensor parallelism spreads its weight over processes."""
     weight, name = layer.parameter, layer.name
@@ -489,6 +530,14 @@ def _report(
         notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
         if processes.rank == 0:
             log.warning(notes[-1])
+    if "gram" in config.needs and (few := [layer for layer in pruned if layer.tokens < layer.shape[1]]):
+        least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
+        notes.append(
+            f"{len(few)} layers saw fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
+            f"{least.shape[1]}. Their Gram matrices rest on the dampening: give more calibration samples"
+        )
+        if processes.rank == 0:
+            log.warning(notes[-1])
     short = [layer for layer in pruned if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
     if short:
         worst = min(short, key=lambda layer: layer.sparsity)
@@ -549,8 +598,8 @@ def like(sequence: Any, values: list[Any]) -> Any:
     return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
 
 
-def _named(axis: str, table: Mapping[str, type[Choice]]) -> Callable[[str], Choice]:
-    def find(name: str) -> Choice:
+def _named(axis: str, table: Mapping[str, type[Chosen]]) -> Callable[[str], Chosen]:
+    def find(name: str) -> Chosen:
         if name not in table:
             raise ValueError(f"no {axis} is called {name!r}: use one of {', '.join(table)}")
         return table[name]()
