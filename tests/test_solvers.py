@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import reference
 import torch
+from test_callbacks import Net, loader, trainer
 from test_core_contract import random_layer, statistics
 
-from wanda_lightning import NM, Unstructured, prune
+from wanda_lightning import NM, SparseGPTPrune, Unstructured, prune
 from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
 from wanda_lightning.core.solvers import ADMM, SOLVERS, Refit, SparseGPT
 
@@ -199,3 +200,32 @@ def test_every_solver_has_a_criterion_of_its_own():
         "refit": Wanda(),
         "admm": Wanda(),
     }
+
+
+def test_gram_matrices_that_cannot_fit_are_refused(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4096), torch.nn.Linear(4096, 64))
+    monkeypatch.setattr("wanda_lightning.pruner.free_memory", lambda device: 2**27)
+    batches = [torch.randn(8, 64)]
+    with pytest.raises(ValueError, match=r"needs at least 0.2 GiB .* widest of 1 with 4096 .* 0.1 GiB are free on cpu"):
+        prune(model, batches, solver="sparsegpt", progress=False)
+    prune(model, batches, solver="sparsegpt", skip=["1"], progress=False)
+    prune(model, batches, progress=False)
+
+
+def test_the_report_says_where_tokens_are_few():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    report = prune(model, [torch.randn(16, 32)], solver="refit", progress=False)
+    assert "1 layers saw fewer tokens than they have inputs, 0 first: 16 of 32" in "".join(report.notes)
+    assert not prune(model, [torch.randn(16, 32)], progress=False).notes
+
+
+def test_the_callback_of_sparsegpt_is_prune_with_its_solver():
+    module, by_hand = Net(), Net()
+    callback = SparseGPTPrune(0.6, num_samples=12, granularity="layer")
+    trainer(callback).validate(module, loader(), verbose=False)
+    batches = [x for x, _ in loader()]
+    options = {"pattern": Unstructured("layer"), "granularity": "layer", "progress": False}
+    prune(by_hand.layers, batches, 0.6, solver=SparseGPT(), **options)
+    for name, weight in module.named_parameters():
+        torch.testing.assert_close(weight, by_hand.get_parameter(name), rtol=1e-4, atol=1e-6)
+    assert callback.report.config["solver"]["name"] == "SparseGPT"

@@ -28,13 +28,51 @@ _PAPER_SEQLEN = 2048
 _PAPER_IMAGES, _PAPER_SEQUENCES = 4096, 128
 
 
+class Method(NamedTuple):
+    """What a name after --prune_method stands for.
+
+    Attributes:
+        criterion: None is the solver's own.
+        solver: Gives the final weights.
+        group: What unstructured pruning compares, as in the reference.
+    """
+
+    criterion: Criterion | None = None
+    solver: Solver = ZeroOut()
+    group: Literal["row", "layer"] = "row"
+
+
+MethodName = Literal[
+    "magnitude",
+    "wanda",
+    "sparsegpt",
+    "ablate_mag_seq",
+    "ablate_wanda_seq",
+    "ablate_mag_iter",
+    "ablate_wanda_iter",
+    "refit",
+    "admm",
+]
+METHODS: dict[MethodName, Method] = {
+    "magnitude": Method(Magnitude(), group="layer"),
+    "wanda": Method(Wanda()),
+    "sparsegpt": Method(solver=SparseGPT(), group="layer"),
+    "ablate_mag_seq": Method(Magnitude(), SparseGPT(choose="before"), "layer"),
+    "ablate_wanda_seq": Method(Wanda(), SparseGPT(choose="before")),
+    "ablate_mag_iter": Method(Magnitude(), SparseGPT(), "layer"),
+    "ablate_wanda_iter": Method(Wanda(), SparseGPT(), "layer"),
+    "refit": Method(solver=Refit()),
+    "admm": Method(solver=ADMM()),
+}
+
+
 def prune_model(
     model: str,
     seed: int = 0,
     nsamples: int | None = None,
     sparsity_ratio: float = 0.5,
     sparsity_type: str = "unstructured",
-    prune_method: str = "wanda",
+    prune_method: MethodName = "wanda",
     cache_dir: str | None = None,
     use_variant: bool = False,
     save: str | None = None,
@@ -104,8 +142,6 @@ def prune_model(
         )
     else:
         _refuse_given("a language model", data_path=data_path, resume=resume)
-    if prune_method not in METHODS:
-        raise ValueError(f"--prune_method is one of {', '.join(METHODS)}, but {prune_method} was given")
     method = METHODS[prune_method]
     callback = PruningCallback(
         sparsity_ratio,
@@ -160,33 +196,6 @@ def prune_model(
     if save is not None:
         _write_results(Path(save), prune_method, "top1_test" if is_image else "ppl_test", pruned, report)
     _print_results(prune_method, heading, dense, pruned, report)
-
-
-class Method(NamedTuple):
-    """What a name after --prune_method stands for.
-
-    Attributes:
-        criterion: None is the solver's own.
-        solver: Gives the final weights.
-        group: What unstructured pruning compares, as in the reference.
-    """
-
-    criterion: Criterion | None = None
-    solver: Solver = ZeroOut()
-    group: Literal["row", "layer"] = "row"
-
-
-METHODS = {
-    "magnitude": Method(Magnitude(), group="layer"),
-    "wanda": Method(Wanda()),
-    "sparsegpt": Method(solver=SparseGPT(), group="layer"),
-    "ablate_mag_seq": Method(Magnitude(), SparseGPT(choose="before"), "layer"),
-    "ablate_wanda_seq": Method(Wanda(), SparseGPT(choose="before")),
-    "ablate_mag_iter": Method(Magnitude(), SparseGPT(), "layer"),
-    "ablate_wanda_iter": Method(Wanda(), SparseGPT(), "layer"),
-    "refit": Method(solver=Refit()),
-    "admm": Method(solver=ADMM()),
-}
 
 
 def _pattern(sparsity_type: str, method: Method, group: Literal["row", "layer"] | None, use_variant: bool) -> Pattern:
