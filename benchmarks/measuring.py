@@ -1,9 +1,12 @@
 """Clocks and memory for the benchmarks."""
 
+import ctypes
+import gc
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 MIB = 2**20
@@ -27,6 +30,9 @@ class PeakMemory:
     """Samples this process's resident memory; what it rose by, in bytes."""
 
     def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        with suppress(OSError, AttributeError):  # of glibc: gives freed memory back, or the start would hold some
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.start, self.peak, self._stop = _resident(), 0, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()

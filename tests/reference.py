@@ -27,6 +27,14 @@ def square_sum(tokens, padding=None):
     return total
 
 
+def gram(tokens):
+    """The sum over tokens of x x^T."""
+    matrix = np.zeros((tokens.shape[1], tokens.shape[1]))
+    for token in tokens:
+        matrix += np.outer(token, token)
+    return matrix
+
+
 def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     """What a Conv2d multiplies with its weight, as (tokens, d_in): one token for each image and output position.
 
@@ -87,7 +95,50 @@ def ria(weight, tokens):
     return scores
 
 
-SCORES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
+def saliency(weight, tokens, dampening=0.01):
+    """The root of w_q^2 over the first diagonal entry of the inverse Gram matrix of the columns from q on."""
+    matrix = damped_gram(tokens, dampening)
+    scores = np.zeros(weight.shape)
+    for column in range(weight.shape[1]):
+        here = np.linalg.inv(matrix[column:, column:])[0, 0]
+        for row in range(weight.shape[0]):
+            scores[row, column] = (weight[row, column] ** 2 / here) ** 0.5
+    return scores
+
+
+SCORES = {"magnitude": magnitude, "wanda": wanda, "ria": ria, "saliency": saliency}
+
+
+# ---- solvers
+
+
+def damped_gram(tokens, dampening):
+    """The Gram matrix, plus a share of its mean diagonal."""
+    matrix = gram(tokens)
+    return matrix + dampening * np.mean(np.diag(matrix)) * np.eye(len(matrix))
+
+
+def surgeon(weight, tokens, dampening, keep):
+    """Go through the columns; what each pruned weight did is taken up by those right of it (optimal brain surgeon)."""
+    weight, matrix = weight.copy(), damped_gram(tokens, dampening)
+    for column in range(weight.shape[1]):
+        inverse = np.linalg.inv(matrix[column:, column:])
+        for row in range(weight.shape[0]):
+            if not keep[row, column]:
+                weight[row, column:] -= weight[row, column] / inverse[0, 0] * inverse[0]
+                weight[row, column] = 0
+    return weight
+
+
+def least_squares(weight, tokens, dampening, keep):
+    """Row by row, the kept weights nearest to the dense outputs, by lstsq on the tokens and the pull."""
+    pull = np.sqrt(dampening * np.mean(np.sum(tokens**2, axis=0)))
+    design = np.concatenate([tokens, pull * np.eye(tokens.shape[1])])
+    fitted = np.zeros(weight.shape)
+    for row in range(weight.shape[0]):
+        kept = np.flatnonzero(keep[row])
+        fitted[row, kept] = np.linalg.lstsq(design[:, kept], design @ weight[row], rcond=None)[0]
+    return fitted
 
 
 # ---- patterns

@@ -18,7 +18,7 @@ from jaxtyping import TypeCheckError
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation
 from wanda_lightning.core.criteria import CRITERIA, RIA, Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Pattern, Unstructured, keep_largest
-from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
+from wanda_lightning.core.solvers import SOLVERS, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 
 EVERY_CRITERION = pytest.mark.parametrize("criterion", CRITERIA)
@@ -195,6 +195,8 @@ def test_pruning_twice_changes_nothing(criterion, pattern, solver):
 def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver):
     weight, tokens = random_layer(torch.float64)
     sparsity, criterion = sparsity_of(pattern), CRITERIA[criterion]()
+    if solver == SparseGPT():  # it chooses from weights that have moved, and there magnitude may choose badly
+        criterion = solver.own_criterion
     inputs = statistics(tokens, criterion, solver)
 
     def error(some_solver):

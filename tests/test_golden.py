@@ -1,6 +1,7 @@
 """Equal to the reference implementation, on the tiny random models in `golden/`."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from wanda_lightning import EqualShare, Magnitude, Unstructured, Wanda, prune
 from wanda_lightning.core.patterns import pattern_named
+from wanda_lightning.core.solvers import SparseGPT
+from wanda_lightning.core.statistics import InputStatistics
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -57,10 +60,10 @@ def load_dense(name):
     return model.eval()
 
 
-def runs(name):
+def runs(name, *methods):
     entries = json.loads((GOLDEN / f"{name}.json").read_text())
     for run in entries if isinstance(entries, list) else entries["runs"]:
-        if run["tag"].startswith(("magnitude", "wanda")):
+        if run["tag"].startswith(methods):
             yield pytest.param(name, run, id=f"{name}-{run['tag']}")
 
 
@@ -76,7 +79,7 @@ def expected_keep(name, tag, weights):
     return keep
 
 
-@pytest.mark.parametrize(("name", "run"), [*runs("llama"), *runs("opt")])
+@pytest.mark.parametrize(("name", "run"), [*runs("llama", "magnitude", "wanda"), *runs("opt", "magnitude", "wanda")])
 def test_language_models(name, run):
     method, sparsity, kind, *variant = run["tag"].split("_")
     model = load_dense(name)
@@ -99,7 +102,62 @@ def test_language_models(name, run):
         assert logits.abs().mean().item() == pytest.approx(run["logits_absmean"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "run"), [*runs("vit"), *runs("convnext")])
+@dataclass(frozen=True)
+class OneMore(Unstructured):
+    """The reference's threshold prunes with `<=`: of each block of columns one weight more than the count."""
+
+    share: float = 0.5
+
+    def __call__(self, scores, sparsity):
+        return super().__call__(scores, (int(scores.numel() * self.share) + 1.5) / scores.numel())
+
+
+class Fading(InputStatistics):
+    """In the reference's ablations sample j counts 1/j in the norms: it divides by the number so far twice."""
+
+    def merge(self, other):
+        self.samples = getattr(self, "samples", 0) + 1
+        if "square_sum" in other.sums:
+            other.sums["square_sum"] = other.sums["square_sum"] / self.samples
+        super().merge(other)
+
+
+@pytest.mark.parametrize(("name", "run"), [*runs("llama", "sparsegpt", "ablate"), *runs("opt", "sparsegpt", "ablate")])
+def test_weight_updates(name, run, monkeypatch):
+    *method, sparsity, kind = run["tag"].split("_")
+    before = method[-1] == "seq"
+    one_more = kind == "unstructured" and method[1:] != ["wanda", "seq"]  # this one compares rows, with `<`
+    pattern = OneMore("layer", float(sparsity)) if one_more else pattern_named(kind)
+    criterion = {"mag": Magnitude(), "wanda": Wanda()}.get(method[1]) if len(method) > 1 else None
+    if "wanda" in method:
+        monkeypatch.setattr("wanda_lightning.observe.InputStatistics", Fading)
+    model = load_dense(name)
+    ids = load_file(GOLDEN / "calibration.safetensors")["input_ids"]
+    report = prune(
+        model,
+        [ids[i : i + 1] for i in range(8)],
+        float(sparsity),
+        criterion=criterion,
+        pattern=pattern,
+        solver=SparseGPT(choose="before" if before else "block"),
+        progress=False,
+    )
+
+    assert report.sparsity == pytest.approx(run["sparsity"], abs=2e-4)
+    weights = model.state_dict()
+    for parameter, keep in expected_keep(name, run["tag"], weights).items():
+        assert ((weights[parameter] != 0) != keep).float().mean() < 0.005, parameter
+    stored = load_file(GOLDEN / f"{name}_pruned.safetensors")
+    first_block = {key.split("/")[-1]: value for key, value in stored.items() if f"{run['tag']}/weight/" in key}
+    assert len(first_block) >= 6
+    for parameter, expected in first_block.items():
+        assert (weights[parameter] - expected).norm() <= 1e-3 * expected.norm(), parameter
+    with torch.no_grad():
+        logits = model(ids[:1], use_cache=False).logits.abs().mean().item()
+    assert logits == pytest.approx(run["logits_absmean"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "run"), [*runs("vit", "magnitude", "wanda"), *runs("convnext", "magnitude", "wanda")])
 def test_image_classifiers(name, run):
     method, sparsity, group = run["tag"].split("_")
     model = load_dense(name)

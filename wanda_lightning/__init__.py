@@ -9,18 +9,20 @@ from wanda_lightning.callbacks import (
     PruningCallback,
     SavePretrained,
     Schedule,
+    SparseGPTPrune,
     WandaPrune,
 )
 from wanda_lightning.core.allocation import OWL, AlphaPruning, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
-from wanda_lightning.core.solvers import ZeroOut
+from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruner import PruningConfig, prune
 from wanda_lightning.report import PruningReport
 
 __all__ = [
+    "ADMM",
     "NM",
     "OWL",
     "RIA",
@@ -39,8 +41,11 @@ __all__ = [
     "PruningCallback",
     "PruningConfig",
     "PruningReport",
+    "Refit",
     "SavePretrained",
     "Schedule",
+    "SparseGPT",
+    "SparseGPTPrune",
     "TextDataModule",
     "Uniform",
     "Unstructured",

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -437,6 +438,13 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
             break
     usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
     return usable if any(not mask.keep.all() for mask in usable) else ()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def meta_model(name: str, cache_dir: str | None = None, trust_remote_code: bool = False) -> nn.Module:

@@ -22,19 +22,29 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, DenseLayer, Uniform
-from wanda_lightning.core.criteria import CRITERIA, Criterion, Wanda
+from wanda_lightning.core.criteria import CRITERIA, Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
 from wanda_lightning.lockstep import Stop, abreast, lockstep
-from wanda_lightning.models import GRANULARITIES, Layer, TokenMask, Unit, Walk, calibrating, token_masks, walk
+from wanda_lightning.models import (
+    GRANULARITIES,
+    Layer,
+    TokenMask,
+    Unit,
+    Walk,
+    calibrating,
+    free_memory,
+    token_masks,
+    walk,
+)
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import PrunedLayer, PruningReport, SkippedMatrix
 
 log = logging.getLogger(__name__)
-Choice = TypeVar("Choice")
+Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class PruningConfig:
 
     Attributes:
         sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
-        criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one.
+        criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one; by default the solver's own (of
+            `ZeroOut()` it is Wanda).
         pattern: Where zeros may fall: `Unstructured()`, `NM(2, 4)`, `EqualShare()`, or a name such as `"2:4"`.
         allocation: Spreads the sparsity over the layers: `Uniform()`, `OWL()`, `AlphaPruning()`, `PerLayer({...})`, or
             a name such as `"owl"`.
@@ -57,7 +68,7 @@ class PruningConfig:
     """
 
     sparsity: float = 0.5
-    criterion: Criterion | str = field(default_factory=Wanda)
+    criterion: Criterion | str | None = None
     pattern: Pattern | str = field(default_factory=Unstructured)
     allocation: Allocation | str = field(default_factory=Uniform)
     solver: Solver | str = field(default_factory=ZeroOut)
@@ -71,11 +82,19 @@ class PruningConfig:
             )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
+        solver = _checked("solver", Solver, self.solver, _named("solver", SOLVERS))
+        criterion = solver.own_criterion if self.criterion is None else self.criterion
+        criterion = _checked("criterion", Criterion, criterion, _named("criterion", CRITERIA))
+        if not solver.takes_any_criterion and criterion != solver.own_criterion:
+            raise ValueError(
+                f"{solver} chooses the weights itself, but criterion={criterion} was given: leave the criterion out, "
+                "or use another solver"
+            )
         resolved = {
-            "criterion": _checked("criterion", Criterion, self.criterion, _named("criterion", CRITERIA)),
+            "criterion": criterion,
             "pattern": _checked("pattern", Pattern, self.pattern, pattern_named),
             "allocation": _checked("allocation", Allocation, self.allocation, _named("allocation", ALLOCATIONS)),
-            "solver": _checked("solver", Solver, self.solver, _named("solver", SOLVERS)),
+            "solver": solver,
             "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
         }
         for name, value in resolved.items():
@@ -109,7 +128,7 @@ def prune(
     batches: Iterable[Any] | None = None,
     sparsity: float = 0.5,
     *,
-    criterion: Criterion | str = Wanda(),
+    criterion: Criterion | str | None = None,
     pattern: Pattern | str = Unstructured(),
     allocation: Allocation | str = Uniform(),
     solver: Solver | str = ZeroOut(),
@@ -128,7 +147,7 @@ def prune(
         model: The model; its weights change in place, everything else is as before.
         batches: Calibration batches, all of which are used; not needed for `Magnitude`.
         sparsity: See `PruningConfig` for this and the choices that follow.
-        criterion: Gives scores.
+        criterion: Gives scores; by default the solver's own.
         pattern: Where zeros may fall.
         allocation: Spreads the sparsity over the layers.
         solver: Gives the final weights.
@@ -289,6 +308,8 @@ def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) 
     """
     found = walk(model, config.granularity, config.skip)
     _refuse(config, found)
+    if "gram" in config.needs:
+        _refuse_too_wide(config, found, model)
     for unit in found.units:
         for layer in unit.layers:
             _refuse_sharding(config, model, unit, layer, processes)
@@ -519,6 +540,30 @@ def _refuse(config: PruningConfig, found: Walk) -> None:
             raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
 
 
+_GRAMS_AT_ONCE = 4  # one that is summed, its dampened copy, the factor and its inverse
+
+
+def _refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> None:
+    """A Gram matrix has the square of the input width; what certainly does not fit is not begun."""
+    widest = max(found.layers, key=lambda layer: layer.shape[1])
+    wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
+    # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held.
+    blocks = walk(model, "block", config.skip).units if config.granularity == "model" else found.units
+    at_blocks = [4 * sum({layer.shape[1] ** 2 for layer in block.layers}) for block in blocks]
+    held = sum(at_blocks) if config.granularity == "model" else max(at_blocks)
+    needed, free = max(_GRAMS_AT_ONCE * wide, held), free_memory(widest.weight.device)
+    if needed > free:
+        raise ValueError(
+            f"{config.reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the widest of {widest.name} "
+            f"with {widest.shape[1]} inputs, but {free / _GIB:.1f} GiB are free on {widest.weight.device}: leave wide "
+            f"layers dense with skip=['{widest.name}'], use criterion='wanda' with solver='zero_out', or "
+            "granularity='layer' where it is not"
+        )
+
+
+_GIB = 2**30
+
+
 def _refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
     """What cannot be pruned because of how FSDP2 or tensor parallelism spreads its weight over processes."""
     weight, name = layer.parameter, layer.name
@@ -599,6 +644,14 @@ def _report(
         notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
         if processes.rank == 0:
             log.warning(notes[-1])
+    if "gram" in config.needs and (few := [layer for layer in pruned if layer.tokens < layer.shape[1]]):
+        least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
+        notes.append(
+            f"{len(few)} layers saw fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
+            f"{least.shape[1]}. Their Gram matrices rest on the dampening: give more calibration samples"
+        )
+        if processes.rank == 0:
+            log.warning(notes[-1])
     short = [layer for layer in pruned if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
     if short:
         worst = min(short, key=lambda layer: layer.sparsity)
@@ -662,8 +715,8 @@ def like(sequence: Any, values: list[Any]) -> Any:
     return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
 
 
-def _named(axis: str, table: Mapping[str, Callable[[], Choice]]) -> Callable[[str], Choice]:
-    def find(name: str) -> Choice:
+def _named(axis: str, table: Mapping[str, Callable[[], Chosen]]) -> Callable[[str], Chosen]:
+    def find(name: str) -> Chosen:
         if name not in table:
             raise ValueError(f"no {axis} is called {name!r}: use one of {', '.join(table)}")
         return table[name]()

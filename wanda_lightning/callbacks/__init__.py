@@ -1,7 +1,7 @@
 """The thin Lightning shell: when to prune, and keeping the zeros."""
 
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
-from wanda_lightning.callbacks.methods import MagnitudePrune, WandaPrune
+from wanda_lightning.callbacks.methods import MagnitudePrune, SparseGPTPrune, WandaPrune
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.save import SavePretrained
 from wanda_lightning.callbacks.schedules import Cubic, Linear, OneShot, Schedule
@@ -15,5 +15,6 @@ __all__ = [
     "PruningCallback",
     "SavePretrained",
     "Schedule",
+    "SparseGPTPrune",
     "WandaPrune",
 ]

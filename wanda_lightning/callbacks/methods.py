@@ -11,6 +11,7 @@ from wanda_lightning.callbacks.schedules import Schedule
 from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Magnitude, Wanda
 from wanda_lightning.core.patterns import Pattern, Unstructured
+from wanda_lightning.core.solvers import SparseGPT
 
 
 class WandaPrune(PruningCallback):
@@ -48,6 +49,50 @@ class WandaPrune(PruningCallback):
             at_step=at_step,
             schedule=schedule,
             calibrate_on=calibrate_on,
+        )
+
+
+class SparseGPTPrune(PruningCallback):
+    """Prune column by column, each making up for what those before it lost (Frantar & Alistarh 2023).
+
+    Takes what `PruningCallback` takes; the solver is `SparseGPT`, which compares a layer's weights block of columns by
+    block of columns.
+
+    Args:
+        dampening: Of the Gram matrix, as a share of its mean diagonal.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        pattern: Pattern | str = Unstructured(group="layer"),
+        allocation: Allocation | str = Uniform(),
+        granularity: str = "block",
+        skip: Sequence[str] = (),
+        num_samples: int = 128,
+        dataloader: Iterable[Any] | None = None,
+        keep_zeros: bool = True,
+        report_dir: str | Path | None = None,
+        at_step: int = 0,
+        schedule: Schedule | None = None,
+        calibrate_on: Literal["calibration", "validation"] = "calibration",
+        dampening: float = 0.01,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            None,
+            pattern,
+            allocation,
+            SparseGPT(dampening),
+            granularity,
+            skip,
+            num_samples,
+            dataloader,
+            keep_zeros,
+            report_dir,
+            at_step,
+            schedule,
+            calibrate_on,
         )
 
 

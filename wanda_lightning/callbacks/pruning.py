@@ -29,7 +29,7 @@ from wanda_lightning.callbacks.calibration import (
 from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.schedules import OneShot, Schedule
 from wanda_lightning.core.allocation import Allocation, Uniform
-from wanda_lightning.core.criteria import Criterion, Wanda
+from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
 from wanda_lightning.distributed import ALONE, reshard
@@ -57,7 +57,8 @@ class PruningCallback(Callback):
 
     Args:
         sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
-        criterion: Gives scores; an object or its name. This and the following as in `prune`.
+        criterion: Gives scores; an object or its name, by default the solver's own. This and the following as in
+            `prune`.
         pattern: Where zeros may fall, for example `"unstructured"` or `"2:4"`.
         allocation: Spreads the sparsity over the layers.
         solver: Gives the final weights.
@@ -83,7 +84,7 @@ class PruningCallback(Callback):
     def __init__(
         self,
         sparsity: float = 0.5,
-        criterion: Criterion | str = Wanda(),
+        criterion: Criterion | str | None = None,
         pattern: Pattern | str = Unstructured(),
         allocation: Allocation | str = Uniform(),
         solver: Solver | str = ZeroOut(),

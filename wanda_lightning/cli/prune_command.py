@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 from rich.console import Console
@@ -14,8 +14,9 @@ from rich.table import Table
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import measure
 from wanda_lightning.cli.options import TIMM, as_patterns, checked_seqlen, refuse_given
-from wanda_lightning.core.criteria import CRITERIA
+from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
+from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluate import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file
@@ -27,13 +28,53 @@ _PAPER_SEQLEN = 2048
 _PAPER_IMAGES, _PAPER_SEQUENCES = 4096, 128
 
 
+class Method(NamedTuple):
+    """What a name after --prune_method stands for.
+
+    Attributes:
+        criterion: None is the solver's own.
+        solver: Gives the final weights.
+        group: What unstructured pruning compares, as in the reference.
+    """
+
+    criterion: Criterion | None = None
+    solver: Solver = ZeroOut()
+    group: Literal["row", "layer"] = "row"
+
+
+MethodName = Literal[
+    "magnitude",
+    "wanda",
+    "ria",
+    "sparsegpt",
+    "ablate_mag_seq",
+    "ablate_wanda_seq",
+    "ablate_mag_iter",
+    "ablate_wanda_iter",
+    "refit",
+    "admm",
+]
+METHODS: dict[MethodName, Method] = {
+    "magnitude": Method(Magnitude(), group="layer"),
+    "wanda": Method(Wanda()),
+    "ria": Method(RIA()),
+    "sparsegpt": Method(solver=SparseGPT(), group="layer"),
+    "ablate_mag_seq": Method(Magnitude(), SparseGPT(choose="before"), "layer"),
+    "ablate_wanda_seq": Method(Wanda(), SparseGPT(choose="before")),
+    "ablate_mag_iter": Method(Magnitude(), SparseGPT(), "layer"),
+    "ablate_wanda_iter": Method(Wanda(), SparseGPT(), "layer"),
+    "refit": Method(solver=Refit()),
+    "admm": Method(solver=ADMM()),
+}
+
+
 def prune_model(
     model: str,
     seed: int = 0,
     nsamples: int | None = None,
     sparsity_ratio: float = 0.5,
     sparsity_type: str = "unstructured",
-    prune_method: Literal["magnitude", "wanda", "ria"] = "wanda",
+    prune_method: MethodName = "wanda",
     cache_dir: str | None = None,
     use_variant: bool = False,
     save: str | None = None,
@@ -63,7 +104,7 @@ def prune_model(
         nsamples: Calibration samples; by default 128 sequences or 4096 images, as in the paper.
         sparsity_ratio: Fraction of each pruned layer's weights that become zero.
         sparsity_type: unstructured, or any N:M such as 2:4 and 4:8.
-        prune_method: What gives a weight its score.
+        prune_method: wanda, magnitude, ria, sparsegpt, refit, admm, or one of the reference's ablations.
         cache_dir: Where downloads from the hub are kept.
         use_variant: Let rows differ in sparsity: each loses the same share of its score (the paper's variant).
         save: Folder for log_METHOD.txt and pruning_report.json.
@@ -114,11 +155,13 @@ def prune_model(
         refuse_given("a language model", data_path=data_path, resume=resume)
     if not eval_zero_shot:
         refuse_given("pruning without --eval_zero_shot", tasks_dir=tasks_dir)
+    method = METHODS[prune_method]
     callback = PruningCallback(
         sparsity_ratio,
-        CRITERIA[prune_method](),
-        _pattern(sparsity_type, prune_method, prune_granularity, use_variant),
+        method.criterion,
+        _pattern(sparsity_type, method, prune_granularity, use_variant),
         allocation=allocation,
+        solver=method.solver,
         granularity=granularity or ("model" if is_image else "block"),
         skip=as_patterns(skip),
         num_samples=_or(nsamples, _PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
@@ -175,7 +218,7 @@ def prune_model(
         Console().print(Evaluation({f"{model}, pruned": accuracies}).table())
 
 
-def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | None, use_variant: bool) -> Pattern:
+def _pattern(sparsity_type: str, method: Method, group: Literal["row", "layer"] | None, use_variant: bool) -> Pattern:
     if sparsity_type != "unstructured":
         if use_variant or group:
             option = "--use_variant" if use_variant else "--prune_granularity"
@@ -184,10 +227,10 @@ def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | N
             raise ValueError(f"--sparsity_type is unstructured or N:M such as 2:4, but {sparsity_type} was given")
         return pattern_named(sparsity_type)
     if use_variant:
-        if method != "wanda" or group == "layer":
+        if method != METHODS["wanda"] or group == "layer":
             raise ValueError("--use_variant is a way to compare Wanda's scores within rows: use --prune_method wanda")
         return EqualShare()
-    return Unstructured(group or ("layer" if method == "magnitude" else "row"))
+    return Unstructured(group or method.group)
 
 
 def _or(value: int | None, default: int) -> int:

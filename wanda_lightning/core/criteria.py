@@ -87,6 +87,27 @@ def _with_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
     return scores
 
 
+@dataclass(frozen=True)
+class Saliency(Criterion):
+    """What is lost by pruning a weight when the weights right of it make up for it as well as they can.
+
+    `|w_q| / U_qq` with `U` the upper factor of the inverse Gram matrix: the root of the optimal brain surgeon's
+    saliency (Hassibi & Stork 1993; Frantar & Alistarh 2023, eq. 5). Made for `SparseGPT`.
+
+    Attributes:
+        dampening: Added to the diagonal of the Gram matrix, as a share of its mean.
+    """
+
+    dampening: float = 0.01
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+        """Score by `|W| / diag(U)`."""
+        assert inputs is not None, "Saliency reads the inputs"
+        return _magnitude(weight).div_(inputs.inverse_diagonal(self.dampening))
+
+
 _LOWEST = 1e-30  # below every product of a weight and an active input
 
 
@@ -95,4 +116,4 @@ def _magnitude(weight: Weight) -> Score:
     return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-CRITERIA: dict[str, type[Criterion]] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA}
+CRITERIA: dict[str, type[Criterion]] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "saliency": Saliency}

@@ -5,17 +5,38 @@ Everything is a sum, so merging batches, ranks and resumed runs is `+`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from wanda_lightning.core.types import PerInput, Tokens
+from wanda_lightning.core.gram import dampened, inverse_factor, scaled_eigen
+from wanda_lightning.core.types import Gram, PerInput, Tokens
+
+Made = TypeVar("Made")
 
 
 def _square_sum(tokens: Tokens) -> PerInput:
     # No matrix product: autocast and TF32 would round it.
     return tokens.square().sum(dim=0)
+
+
+def _gram(tokens: Tokens) -> Gram:
+    with torch.autocast(tokens.device.type, enabled=False), _full_precision():
+        return torch.mm(tokens.t(), tokens)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32, which would leave ten bits of the Gram matrix."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class InputStatistics:
@@ -41,6 +62,8 @@ class InputStatistics:
         self.needs = frozenset(needs)
         self.count = 0
         self.sums: dict[str, Tensor] = {}
+        self._made: dict[tuple[str, float], Any] = {}  # from the sums; layers with one input share it
+        self._part_of: tuple[InputStatistics, slice] | None = None
         unknown = self.needs - SUMS.keys()
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}: the known ones are {sorted(SUMS)}")
@@ -60,6 +83,7 @@ class InputStatistics:
 
     def _add(self, count: int, sums: dict[str, Tensor]) -> None:
         self.count += count
+        self._made.clear()
         for name, value in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
@@ -67,10 +91,41 @@ class InputStatistics:
         """The L2 norm of each input column over all tokens, `sqrt(sum of x²)`."""
         return self.sums["square_sum"].sqrt()
 
+    def dampened_gram(self, dampening: float) -> Gram:
+        """The sum of `x x^T` over all tokens, with `dampening` times its mean diagonal added to the diagonal."""
+        return dampened(self.sums["gram"], dampening)
+
+    def inverse_factor(self, dampening: float) -> Gram:
+        """The upper triangular `U` with `U^T U = dampened_gram^-1`; made once (see `core.gram`)."""
+        return self._once(("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening))
+
+    def inverse_diagonal(self, dampening: float) -> PerInput:
+        """The diagonal of `inverse_factor`."""
+        if self._part_of is not None:
+            whole, part = self._part_of
+            return whole.inverse_diagonal(dampening)[part]
+        return self.inverse_factor(dampening).diagonal()
+
+    def scaled_eigen(self, dampening: float) -> tuple[PerInput, Gram, PerInput, Gram]:
+        """The dampened Gram matrix scaled to a diagonal of 1, as eigenvectors; made once (see `core.gram`)."""
+        return self._once(("eigen", dampening), lambda: scaled_eigen(self.sums["gram"], dampening))
+
+    def columns(self, start: int, stop: int) -> InputStatistics:
+        """What criteria read, of some inputs alone."""
+        part = InputStatistics(self.needs - {"gram"})
+        part.count, part._part_of = self.count, (self, slice(start, stop))
+        part.sums = {name: self.sums[name][start:stop] for name in part.needs}
+        return part
+
+    def _once(self, key: tuple[str, float], make: Callable[[], Made]) -> Made:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def finite(self) -> Tensor:
         """Whether no token held NaN or infinity: a boolean scalar that stays on the inputs' device."""
         flags = [value.isfinite().all() for value in self.sums.values()]
         return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
-SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": _square_sum}
+SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": _square_sum, "gram": _gram}

@@ -1,19 +1,14 @@
-"""Solvers give the final weights of a layer, zeros included.
-
-A solver gets criterion *and* pattern, because some choose and update column block by column block; "score, keep, zero"
-is the special case `ZeroOut`.
-"""
+"""What every solver promises."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from wanda_lightning.core.criteria import Criterion
+from wanda_lightning.core.criteria import Criterion, Wanda
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Weight
@@ -28,9 +23,20 @@ def as_integers(tensor: Tensor) -> Tensor:
 
 
 class Solver(ABC):
-    """What becomes of a weight matrix."""
+    """What becomes of a weight matrix.
+
+    Attributes:
+        needs: The statistics that it reads, besides those of the criterion.
+        takes_any_criterion: Whether another criterion than its own may choose.
+    """
 
     needs: ClassVar[frozenset[str]]
+    takes_any_criterion: ClassVar[bool] = True
+
+    @property
+    def own_criterion(self) -> Criterion:
+        """What chooses the weights where the user names no criterion."""
+        return Wanda()
 
     @abstractmethod
     def __call__(
@@ -42,26 +48,3 @@ class Solver(ABC):
         sparsity: float,
     ) -> tuple[Weight, KeepMask]:
         """Give the new weight, in the old one's dtype and zero where not kept, and what was kept."""
-
-
-@dataclass(frozen=True)
-class ZeroOut(Solver):
-    """Zero the pruned weights and leave the others exactly as they are."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(
-        self,
-        weight: Weight,
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> tuple[Weight, KeepMask]:
-        """Score, choose, zero."""
-        keep = pattern(criterion(weight, inputs), sparsity)
-        bits = as_integers(weight)
-        return keep.to(bits.dtype).mul_(bits).view(weight.dtype), keep
-
-
-SOLVERS: dict[str, type[Solver]] = {"zero_out": ZeroOut}

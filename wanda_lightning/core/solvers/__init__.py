@@ -1,0 +1,15 @@
+"""Solvers give the final weights of a layer, zeros included.
+
+A solver gets criterion *and* pattern, because some choose and update column block by column block; "score, keep, zero"
+is the special case `ZeroOut`.
+"""
+
+from wanda_lightning.core.solvers.admm import ADMM
+from wanda_lightning.core.solvers.base import Solver, as_integers
+from wanda_lightning.core.solvers.refit import Refit
+from wanda_lightning.core.solvers.sparsegpt import SparseGPT
+from wanda_lightning.core.solvers.zero_out import ZeroOut
+
+__all__ = ["ADMM", "SOLVERS", "Refit", "Solver", "SparseGPT", "ZeroOut", "as_integers"]
+
+SOLVERS: dict[str, type[Solver]] = {"zero_out": ZeroOut, "sparsegpt": SparseGPT, "refit": Refit, "admm": ADMM}

@@ -1,0 +1,78 @@
+"""Fit the kept weights anew to what the dense layer gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from wanda_lightning.core.criteria import Criterion
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.solvers.base import Solver
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import Gram, KeepMask, Weight
+
+
+@dataclass(frozen=True)
+class Refit(Solver):
+    """Choose as `ZeroOut` does, then give the kept weights their least-squares values.
+
+    Each row minimises `||(w - w') X^T||^2 + dampening * mean(diag(X^T X)) * ||w - w'||^2` over what is kept of it, by
+    conjugate gradients on all rows at once, preconditioned with the diagonal. The mask does not change.
+
+    Attributes:
+        dampening: Pull towards the weights as they were, as a share of the mean diagonal; more where there are few
+            calibration tokens.
+        steps: Of conjugate gradients, at the most.
+    """
+
+    dampening: float = 0.1
+    steps: int = 30
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+
+    def __post_init__(self) -> None:
+        if self.dampening < 0 or self.steps < 1:
+            raise ValueError(f"Refit needs dampening >= 0 and steps >= 1, but got {self}")
+
+    def __call__(
+        self,
+        weight: Weight,
+        inputs: InputStatistics | None,
+        criterion: Criterion,
+        pattern: Pattern,
+        sparsity: float,
+    ) -> tuple[Weight, KeepMask]:
+        """Choose, then fit."""
+        assert inputs is not None, "Refit reads the inputs"
+        keep = pattern(criterion(weight, inputs), sparsity)
+        gram = inputs.dampened_gram(self.dampening)
+        dense = weight.to(gram.dtype).contiguous()
+        return refitted(dense, dense * keep, keep, gram, self.steps).to(weight.dtype), keep
+
+
+def refitted(dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: int) -> Weight:
+    """The kept weights that come nearest to `dense` in the norm of `gram`, from `start` on.
+
+    Rows whose residual has become a millionth of what it was stop; so do all after `steps`.
+    """
+    inverse_diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
+    fitted = start.clone()
+    residual = torch.mm(dense - start, gram).mul_(keep)
+    direction = residual * inverse_diagonal
+    energy = (residual * direction).sum(dim=1, keepdim=True)
+    enough = energy * 1e-12
+    for _ in range(steps):
+        image = torch.mm(direction, gram)
+        curvature = (direction * image).sum(dim=1, keepdim=True)
+        active = (energy > enough) & (curvature > 0)
+        if not active.any():
+            break
+        step = torch.where(active, energy / curvature, 0)
+        fitted.addcmul_(step, direction)
+        residual.addcmul_(step, image.mul_(keep), value=-1)
+        scaled = residual * inverse_diagonal
+        before, energy = energy, (residual * scaled).sum(dim=1, keepdim=True)
+        direction = scaled.addcmul_(torch.where(active, energy / before, 0), direction)
+    return fitted
