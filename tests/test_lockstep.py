@@ -779,7 +779,8 @@ def test_ctrl_c_ends_the_program():
         assert started == "started\n", process.stderr.read()
         interrupt(process.pid)
         _, errors = process.communicate(timeout=20)
-        assert process.returncode == -signal.SIGINT, errors
+        # What a script exits with after KeyboardInterrupt is Python's affair: 1 where some libraries are imported.
+        assert process.returncode in (-signal.SIGINT, 1), errors
         assert "in prune" in errors
         assert "\nKeyboardInterrupt" in errors
     finally:
