@@ -18,10 +18,11 @@ from zoo import ZOO, run
 from wanda_lightning import PerLayer
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.calibration import calibration_batches, calibration_forward, processes_of
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.distributed import Processes
 from wanda_lightning.models import walk
 from wanda_lightning.modules import CausalLMModule
-from wanda_lightning.pruner import PruningConfig, prune_as
+from wanda_lightning.pruner import prune_as
 
 
 def both():

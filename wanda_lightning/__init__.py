@@ -12,13 +12,14 @@ from wanda_lightning.callbacks import (
     SparseGPTPrune,
     WandaPrune,
 )
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import OWL, AlphaPruning, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.pruner import PruningConfig, prune
+from wanda_lightning.pruner import prune
 from wanda_lightning.report import PruningReport
 
 __all__ = [

@@ -9,118 +9,38 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
-from numbers import Real
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, DenseLayer, Uniform
-from wanda_lightning.core.criteria import CRITERIA, Criterion
-from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
-from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.allocation import Allocation, DenseLayer, Uniform
+from wanda_lightning.core.criteria import Criterion
+from wanda_lightning.core.patterns import NM, Pattern, Unstructured
+from wanda_lightning.core.solvers import Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
 from wanda_lightning.lockstep import Stop, abreast, lockstep
 from wanda_lightning.models import (
-    GRANULARITIES,
     Layer,
     TokenMask,
     Unit,
     Walk,
     calibrating,
-    free_memory,
     token_masks,
     walk,
 )
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
+from wanda_lightning.refusals import refuse_sharding, refuse_too_wide, refuse_unprunable
 from wanda_lightning.report import PrunedLayer, PruningReport, SkippedMatrix
 
 log = logging.getLogger(__name__)
-Chosen = TypeVar("Chosen")
-
-
-@dataclass(frozen=True)
-class PruningConfig:
-    """The five independent choices, and what to leave out. Names become objects here.
-
-    Attributes:
-        sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
-        criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one; by default the solver's own (of
-            `ZeroOut()` it is Wanda).
-        pattern: Where zeros may fall: `Unstructured()`, `NM(2, 4)`, `EqualShare()`, or a name such as `"2:4"`.
-        allocation: Spreads the sparsity over the layers: `Uniform()`, `OWL()`, `AlphaPruning()`, `PerLayer({...})`, or
-            a name such as `"owl"`.
-        solver: Gives the final weights: `ZeroOut()`, or a name.
-        granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
-            `"layer"` (everything before is pruned) or `"model"` (the dense model).
-        skip: Layers to leave dense: names, globs, or `re:` expressions.
-
-    Raises:
-        ValueError: If a value is out of range or a name is unknown.
-    """
-
-    sparsity: float = 0.5
-    criterion: Criterion | str | None = None
-    pattern: Pattern | str = field(default_factory=Unstructured)
-    allocation: Allocation | str = field(default_factory=Uniform)
-    solver: Solver | str = field(default_factory=ZeroOut)
-    granularity: str = "block"
-    skip: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:
-            raise ValueError(
-                f"sparsity is the fraction of weights that become zero, in [0, 1), but {self.sparsity} was given"
-            )
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
-        solver = _checked("solver", Solver, self.solver, _named("solver", SOLVERS))
-        criterion = solver.own_criterion if self.criterion is None else self.criterion
-        criterion = _checked("criterion", Criterion, criterion, _named("criterion", CRITERIA))
-        if not solver.takes_any_criterion and criterion != solver.own_criterion:
-            raise ValueError(
-                f"{solver} chooses the weights itself, but criterion={criterion} was given: leave the criterion out, "
-                "or use another solver"
-            )
-        resolved = {
-            "criterion": criterion,
-            "pattern": _checked("pattern", Pattern, self.pattern, pattern_named),
-            "allocation": _checked("allocation", Allocation, self.allocation, _named("allocation", ALLOCATIONS)),
-            "solver": solver,
-            "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
-        }
-        for name, value in resolved.items():
-            object.__setattr__(self, name, value)
-        if isinstance(self.pattern, NM):
-            self.pattern.check(self.sparsity, "the model", self.pattern.m)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """All statistics that are read; empty means no calibration data."""
-        return self.unit_needs | cast(Allocation, self.allocation).needs
-
-    @property
-    def reader(self) -> object:
-        """The choice for which calibration data is asked, for messages."""
-        choices = (cast(Criterion, self.criterion), cast(Solver, self.solver), cast(Allocation, self.allocation))
-        return next((choice for choice in choices if choice.needs), None)
-
-    @property
-    def unit_needs(self) -> frozenset[str]:
-        """Those that criterion and solver read, at each unit; the allocation reads its own before, of all layers."""
-        return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
-
-    def describe(self) -> dict[str, Any]:
-        """Every value as plain data, for the report."""
-        return {name: _describe(value) for name, value in vars(self).items()}
 
 
 def prune(
@@ -307,12 +227,12 @@ def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) 
         ValueError: If something cannot be pruned as asked.
     """
     found = walk(model, config.granularity, config.skip)
-    _refuse(config, found)
+    refuse_unprunable(config, found)
     if "gram" in config.needs:
-        _refuse_too_wide(config, found, model)
+        refuse_too_wide(config, found, model)
     for unit in found.units:
         for layer in unit.layers:
-            _refuse_sharding(config, model, unit, layer, processes)
+            refuse_sharding(config, model, unit, layer, processes)
     cast(Allocation, config.allocation).check(_dense_layers(config, model, found.layers), config.sparsity)
     return found
 
@@ -510,116 +430,6 @@ def _prune_layer(
     return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)
 
 
-def _refuse(config: PruningConfig, found: Walk) -> None:
-    """Everything that can be known to fail, before a weight is written."""
-    packed = [matrix for matrix in found.skipped if matrix.unprunable]
-    if packed:
-        raise ValueError(
-            f"{len(packed)} matrices cannot be pruned in place, {packed[0].name} first: {packed[0].reason}. "
-            "Load the model unquantised (float32, bfloat16 or float16), "
-            f"or leave them out with skip=['{packed[0].name}']."
-        )
-    if not found.layers:
-        reasons = "; ".join(dict.fromkeys(f"{matrix.name}: {matrix.reason}" for matrix in found.skipped[:5]))
-        raise ValueError(
-            f"the model has nothing to prune ({reasons or 'it has no weight matrices'}). "
-            "Give a model with linear or convolution layers, or skip less."
-        )
-    for layer in found.layers:
-        weight = layer.weight
-        if weight.is_meta:
-            raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
-        if weight.is_inference():
-            raise ValueError(
-                f"the weight of {layer.name} was made under torch.inference_mode() and cannot be changed: "
-                "build or load the model outside of it"
-            )
-        cast(Pattern, config.pattern).check(config.sparsity, layer.name, layer.shape[1])
-        # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
-        if not weight.sum().isfinite() and not weight.isfinite().all():
-            raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
-
-
-_GRAMS_AT_ONCE = 4  # one that is summed, its dampened copy, the factor and its inverse
-
-
-def _refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> None:
-    """A Gram matrix has the square of the input width; what certainly does not fit is not begun."""
-    widest = max(found.layers, key=lambda layer: layer.shape[1])
-    wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
-    # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held.
-    blocks = walk(model, "block", config.skip).units if config.granularity == "model" else found.units
-    at_blocks = [4 * sum({layer.shape[1] ** 2 for layer in block.layers}) for block in blocks]
-    held = sum(at_blocks) if config.granularity == "model" else max(at_blocks)
-    needed, free = max(_GRAMS_AT_ONCE * wide, held), free_memory(widest.weight.device)
-    if needed > free:
-        raise ValueError(
-            f"{config.reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the widest of {widest.name} "
-            f"with {widest.shape[1]} inputs, but {free / _GIB:.1f} GiB are free on {widest.weight.device}: leave wide "
-            f"layers dense with skip=['{widest.name}'], use criterion='wanda' with solver='zero_out', or "
-            "granularity='layer' where it is not"
-        )
-
-
-_GIB = 2**30
-
-
-def _refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
-    """What cannot be pruned because of how FSDP2 or tensor parallelism spreads its weight over processes."""
-    weight, name = layer.parameter, layer.name
-    if not isinstance(weight, DTensor) and not getattr(layer.module, "_is_fsdp_managed_module", False):
-        return
-    outer = {inside: module for inside, module in model.named_modules() if f"{name}.".startswith(_prefix(inside))}
-    managers = [inside for inside, module in outer.items() if isinstance(module, FSDPModule)]
-    if not managers:
-        raise ValueError(
-            f"the weight of {name} is managed from outside of what is pruned. Apply fully_shard to the model itself "
-            "and to its blocks, not to a module around it; tensor parallelism and FSDP1 are not supported."
-        )
-    if not isinstance(weight, DTensor):  # fully_shard(ignored_params=...): each process has all of it
-        return
-    if weight.device_mesh.size() != processes.world_size:
-        raise ValueError(
-            f"the weight of {name} is spread over {weight.device_mesh.size()} processes, but {processes.world_size} "
-            "prune. Prune inside a Trainer with ModelParallelStrategy (WandaPrune does), or give prune_as(...) the "
-            "processes=Processes(group)."
-        )
-    if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
-        raise ValueError(
-            f"the weight of {name} is spread over processes by {weight.placements}, but each must hold whole rows: "
-            "use fully_shard as it is by default (on a mesh of one dimension, without shard_placement_fn), or leave "
-            f"it dense with skip=['{name}']."
-        )
-    if not layer.kind.rows_first:
-        raise ValueError(
-            f"the weight of {name}, a {type(layer.module).__name__}, is stored by columns, and fully_shard leaves no "
-            f"process whole rows. Prune before sharding (devices=1), or leave it dense with skip=['{name}']."
-        )
-    if cast(Pattern, config.pattern).spans_rows:
-        raise ValueError(
-            f"{config.pattern} compares the rows of {name} with each other, but they are spread over "
-            f"{processes.world_size} processes. Use pattern='unstructured' or N:M, which choose within rows, or prune "
-            "before sharding (devices=1)."
-        )
-    if cast(Criterion, config.criterion).spans_rows or cast(Allocation, config.allocation).reads_weights:
-        choice = config.criterion if cast(Criterion, config.criterion).spans_rows else config.allocation
-        raise ValueError(
-            f"{choice} reads all rows of {name} together, but they are spread over {processes.world_size} processes. "
-            "Use Wanda() or Magnitude() with Uniform(), which read single rows, or prune before sharding (devices=1)."
-        )
-    at_units = bool(config.unit_needs) and config.granularity != "model"
-    if at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
-        raise ValueError(
-            f"granularity={config.granularity!r} stops at {unit.name}, but fully_shard manages {name} as a part of "
-            f"{managers[-1] or 'the whole model'}. Apply fully_shard also to {unit.name}, leave it dense with "
-            f"skip=['{unit.name}'], or use granularity='model'."
-        )
-
-
-def _prefix(name: str) -> str:
-    return f"{name}." if name else ""
-
-
 def _report(
     config: PruningConfig,
     model: nn.Module,
@@ -713,29 +523,6 @@ def _on_device(batch: Any, device: torch.device) -> Any:
 def like(sequence: Any, values: list[Any]) -> Any:
     """The values as a list or tuple of the same type, named tuples included."""
     return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
-
-
-def _named(axis: str, table: Mapping[str, Callable[[], Chosen]]) -> Callable[[str], Chosen]:
-    def find(name: str) -> Chosen:
-        if name not in table:
-            raise ValueError(f"no {axis} is called {name!r}: use one of {', '.join(table)}")
-        return table[name]()
-
-    return find
-
-
-def _checked(axis: str, base: type[Any], choice: Any, find: Callable[[str], Any]) -> Any:
-    if isinstance(choice, str):
-        return find(choice)
-    if not isinstance(choice, base):
-        raise ValueError(f"{axis} is an object such as those in wanda_lightning, or a name, but {choice!r} was given")
-    return choice
-
-
-def _describe(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"name": type(value).__name__, **asdict(value)}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

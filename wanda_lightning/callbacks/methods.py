@@ -80,19 +80,18 @@ class SparseGPTPrune(PruningCallback):
     ) -> None:
         super().__init__(
             sparsity,
-            None,
-            pattern,
-            allocation,
-            SparseGPT(dampening),
-            granularity,
-            skip,
-            num_samples,
-            dataloader,
-            keep_zeros,
-            report_dir,
-            at_step,
-            schedule,
-            calibrate_on,
+            pattern=pattern,
+            allocation=allocation,
+            solver=SparseGPT(dampening),
+            granularity=granularity,
+            skip=skip,
+            num_samples=num_samples,
+            dataloader=dataloader,
+            keep_zeros=keep_zeros,
+            report_dir=report_dir,
+            at_step=at_step,
+            schedule=schedule,
+            calibrate_on=calibrate_on,
         )
 
 

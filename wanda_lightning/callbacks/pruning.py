@@ -28,12 +28,13 @@ from wanda_lightning.callbacks.calibration import (
 )
 from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.schedules import OneShot, Schedule
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
 from wanda_lightning.distributed import ALONE, reshard
-from wanda_lightning.pruner import PruningConfig, Watched, plan, prune_as
+from wanda_lightning.pruner import Watched, plan, prune_as
 from wanda_lightning.report import PruningReport
 
 

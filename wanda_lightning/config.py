@@ -1,0 +1,115 @@
+"""The choices that make one pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from numbers import Real
+from typing import Any, TypeVar, cast
+
+from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
+from wanda_lightning.core.criteria import CRITERIA, Criterion
+from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
+from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
+from wanda_lightning.models import GRANULARITIES
+
+Chosen = TypeVar("Chosen")
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """The five independent choices, and what to leave out. Names become objects here.
+
+    Attributes:
+        sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
+        criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one; by default the solver's own (of
+            `ZeroOut()` it is Wanda).
+        pattern: Where zeros may fall: `Unstructured()`, `NM(2, 4)`, `EqualShare()`, or a name such as `"2:4"`.
+        allocation: Spreads the sparsity over the layers: `Uniform()`, `OWL()`, `AlphaPruning()`, `PerLayer({...})`, or
+            a name such as `"owl"`.
+        solver: Gives the final weights: `ZeroOut()`, or a name.
+        granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
+            `"layer"` (everything before is pruned) or `"model"` (the dense model).
+        skip: Layers to leave dense: names, globs, or `re:` expressions.
+
+    Raises:
+        ValueError: If a value is out of range or a name is unknown.
+    """
+
+    sparsity: float = 0.5
+    criterion: Criterion | str | None = None
+    pattern: Pattern | str = field(default_factory=Unstructured)
+    allocation: Allocation | str = field(default_factory=Uniform)
+    solver: Solver | str = field(default_factory=ZeroOut)
+    granularity: str = "block"
+    skip: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity is the fraction of weights that become zero, in [0, 1), but {self.sparsity} was given"
+            )
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
+        solver = _checked("solver", Solver, self.solver, _named("solver", SOLVERS))
+        criterion = solver.own_criterion if self.criterion is None else self.criterion
+        criterion = _checked("criterion", Criterion, criterion, _named("criterion", CRITERIA))
+        if not solver.takes_any_criterion and criterion != solver.own_criterion:
+            raise ValueError(
+                f"{solver} chooses the weights itself, but criterion={criterion} was given: leave the criterion out, "
+                "or use another solver"
+            )
+        resolved = {
+            "criterion": criterion,
+            "pattern": _checked("pattern", Pattern, self.pattern, pattern_named),
+            "allocation": _checked("allocation", Allocation, self.allocation, _named("allocation", ALLOCATIONS)),
+            "solver": solver,
+            "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        if isinstance(self.pattern, NM):
+            self.pattern.check(self.sparsity, "the model", self.pattern.m)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """All statistics that are read; empty means no calibration data."""
+        return self.unit_needs | cast(Allocation, self.allocation).needs
+
+    @property
+    def reader(self) -> object:
+        """The choice for which calibration data is asked, for messages."""
+        choices = (cast(Criterion, self.criterion), cast(Solver, self.solver), cast(Allocation, self.allocation))
+        return next((choice for choice in choices if choice.needs), None)
+
+    @property
+    def unit_needs(self) -> frozenset[str]:
+        """Those that criterion and solver read, at each unit; the allocation reads its own before, of all layers."""
+        return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
+
+    def describe(self) -> dict[str, Any]:
+        """Every value as plain data, for the report."""
+        return {name: _describe(value) for name, value in vars(self).items()}
+
+
+def _named(axis: str, table: Mapping[str, Callable[[], Chosen]]) -> Callable[[str], Chosen]:
+    def find(name: str) -> Chosen:
+        if name not in table:
+            raise ValueError(f"no {axis} is called {name!r}: use one of {', '.join(table)}")
+        return table[name]()
+
+    return find
+
+
+def _checked(axis: str, base: type[Any], choice: Any, find: Callable[[str], Any]) -> Any:
+    if isinstance(choice, str):
+        return find(choice)
+    if not isinstance(choice, base):
+        raise ValueError(f"{axis} is an object such as those in wanda_lightning, or a name, but {choice!r} was given")
+    return choice
+
+
+def _describe(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"name": type(value).__name__, **asdict(value)}
+    return list(value) if isinstance(value, tuple) else value

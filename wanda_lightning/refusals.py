@@ -1,0 +1,126 @@
+"""What cannot be pruned as asked, known before a weight is written."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.allocation import Allocation
+from wanda_lightning.core.criteria import Criterion
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.distributed import Processes
+from wanda_lightning.models import Layer, Unit, Walk, free_memory, walk
+
+
+def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
+    """Everything that can be known to fail, before a weight is written."""
+    packed = [matrix for matrix in found.skipped if matrix.unprunable]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} matrices cannot be pruned in place, {packed[0].name} first: {packed[0].reason}. "
+            "Load the model unquantised (float32, bfloat16 or float16), "
+            f"or leave them out with skip=['{packed[0].name}']."
+        )
+    if not found.layers:
+        reasons = "; ".join(dict.fromkeys(f"{matrix.name}: {matrix.reason}" for matrix in found.skipped[:5]))
+        raise ValueError(
+            f"the model has nothing to prune ({reasons or 'it has no weight matrices'}). "
+            "Give a model with linear or convolution layers, or skip less."
+        )
+    for layer in found.layers:
+        weight = layer.weight
+        if weight.is_meta:
+            raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
+        if weight.is_inference():
+            raise ValueError(
+                f"the weight of {layer.name} was made under torch.inference_mode() and cannot be changed: "
+                "build or load the model outside of it"
+            )
+        cast(Pattern, config.pattern).check(config.sparsity, layer.name, layer.shape[1])
+        # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
+        if not weight.sum().isfinite() and not weight.isfinite().all():
+            raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
+
+
+_GRAMS_AT_ONCE = 4  # one that is summed, its dampened copy, the factor and its inverse
+
+
+def refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> None:
+    """A Gram matrix has the square of the input width; what certainly does not fit is not begun."""
+    widest = max(found.layers, key=lambda layer: layer.shape[1])
+    wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
+    # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held.
+    blocks = walk(model, "block", config.skip).units if config.granularity == "model" else found.units
+    at_blocks = [4 * sum({layer.shape[1] ** 2 for layer in block.layers}) for block in blocks]
+    held = sum(at_blocks) if config.granularity == "model" else max(at_blocks)
+    needed, free = max(_GRAMS_AT_ONCE * wide, held), free_memory(widest.weight.device)
+    if needed > free:
+        raise ValueError(
+            f"{config.reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the widest of {widest.name} "
+            f"with {widest.shape[1]} inputs, but {free / _GIB:.1f} GiB are free on {widest.weight.device}: leave wide "
+            f"layers dense with skip=['{widest.name}'], use criterion='wanda' with solver='zero_out', or "
+            "granularity='layer' where it is not"
+        )
+
+
+_GIB = 2**30
+
+
+def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
+    """What cannot be pruned because of how FSDP2 or tensor parallelism spreads its weight over processes."""
+    weight, name = layer.parameter, layer.name
+    if not isinstance(weight, DTensor) and not getattr(layer.module, "_is_fsdp_managed_module", False):
+        return
+    outer = {inside: module for inside, module in model.named_modules() if f"{name}.".startswith(_prefix(inside))}
+    managers = [inside for inside, module in outer.items() if isinstance(module, FSDPModule)]
+    if not managers:
+        raise ValueError(
+            f"the weight of {name} is managed from outside of what is pruned. Apply fully_shard to the model itself "
+            "and to its blocks, not to a module around it; tensor parallelism and FSDP1 are not supported."
+        )
+    if not isinstance(weight, DTensor):  # fully_shard(ignored_params=...): each process has all of it
+        return
+    if weight.device_mesh.size() != processes.world_size:
+        raise ValueError(
+            f"the weight of {name} is spread over {weight.device_mesh.size()} processes, but {processes.world_size} "
+            "prune. Prune inside a Trainer with ModelParallelStrategy (WandaPrune does), or give prune_as(...) the "
+            "processes=Processes(group)."
+        )
+    if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
+        raise ValueError(
+            f"the weight of {name} is spread over processes by {weight.placements}, but each must hold whole rows: "
+            "use fully_shard as it is by default (on a mesh of one dimension, without shard_placement_fn), or leave "
+            f"it dense with skip=['{name}']."
+        )
+    if not layer.kind.rows_first:
+        raise ValueError(
+            f"the weight of {name}, a {type(layer.module).__name__}, is stored by columns, and fully_shard leaves no "
+            f"process whole rows. Prune before sharding (devices=1), or leave it dense with skip=['{name}']."
+        )
+    if cast(Pattern, config.pattern).spans_rows:
+        raise ValueError(
+            f"{config.pattern} compares the rows of {name} with each other, but they are spread over "
+            f"{processes.world_size} processes. Use pattern='unstructured' or N:M, which choose within rows, or prune "
+            "before sharding (devices=1)."
+        )
+    if cast(Criterion, config.criterion).spans_rows or cast(Allocation, config.allocation).reads_weights:
+        choice = config.criterion if cast(Criterion, config.criterion).spans_rows else config.allocation
+        raise ValueError(
+            f"{choice} reads all rows of {name} together, but they are spread over {processes.world_size} processes. "
+            "Use Wanda() or Magnitude() with Uniform(), which read single rows, or prune before sharding (devices=1)."
+        )
+    at_units = bool(config.unit_needs) and config.granularity != "model"
+    if at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
+        raise ValueError(
+            f"granularity={config.granularity!r} stops at {unit.name}, but fully_shard manages {name} as a part of "
+            f"{managers[-1] or 'the whole model'}. Apply fully_shard also to {unit.name}, leave it dense with "
+            f"skip=['{unit.name}'], or use granularity='model'."
+        )
+
+
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
