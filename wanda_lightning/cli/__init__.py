@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -73,18 +74,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: str, arguments: Sequence[str]) -> None:
+def command_parser(command: str, exit_on_error: bool = True) -> ArgumentParser:
+    """The parser of `wanda-lightning prune`, `finetune`, `evaluate` or `inspect`.
+
+    Args:
+        command: The name of one.
+        exit_on_error: End the process on wrong usage; else raise `argparse.ArgumentError`.
+    """
     function = _COMMANDS[command]
     parser = ArgumentParser(
-        prog=f"wanda-lightning {command}", description=(function.__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog=f"wanda-lightning {command}",
+        description=(function.__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+        exit_on_error=exit_on_error,
     )
     parser.add_argument("--config", action="config", help="Read options from a YAML file.")
-    added = parser.add_function_arguments(function, as_group=False, skip=set(_FLAGS))
-    for name in (flag for flag in _FLAGS if flag in function.__annotations__):
+    flags = [flag for flag in _FLAGS if flag in function.__annotations__]
+    parser.add_function_arguments(function, as_group=False, skip=set(flags))
+    for name in flags:
         parser.add_argument(f"--{name}", action="store_true", help=_FLAG_HELP[name])
-        added.append(name)
-    values = parser.parse_args(list(arguments))
-    function(**{name: values[name] for name in added})
+    return parser
+
+
+def _run(command: str, arguments: Sequence[str]) -> None:
+    function = _COMMANDS[command]
+    values = command_parser(command).parse_args(list(arguments))
+    function(**{name: values[name] for name in inspect.signature(function).parameters})
 
 
 _FLAG_HELP = {
