@@ -1,0 +1,68 @@
+"""Choices that belong together, under one name: the methods of the papers, and what we recommend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from wanda_lightning.core.allocation import Allocation, Uniform
+from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Wanda
+from wanda_lightning.core.patterns import Pattern, Unstructured, pattern_named
+from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
+
+Group = Literal["row", "layer"]
+
+
+class Method(NamedTuple):
+    """Choices for `prune`, all but how much and where.
+
+    Attributes:
+        criterion: None is the solver's own.
+        solver: Gives the final weights.
+        group: What unstructured pruning compares.
+        granularity: What the statistics see; None is the model's usual one.
+        allocation: Spreads the sparsity over the layers.
+    """
+
+    criterion: Criterion | None = None
+    solver: Solver = ZeroOut()
+    group: Group = "row"
+    granularity: str | None = None
+    allocation: Allocation = Uniform()
+
+    def choices(self, pattern: Pattern | str = "unstructured") -> dict[str, Any]:
+        """As keywords of `prune` and `PruningCallback`."""
+        if pattern == "unstructured":
+            pattern = Unstructured(self.group)
+        chosen = {
+            "criterion": self.criterion,
+            "solver": self.solver,
+            "pattern": pattern_named(pattern) if isinstance(pattern, str) else pattern,
+            "allocation": self.allocation,
+        }
+        return chosen if self.granularity is None else {**chosen, "granularity": self.granularity}
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "magnitude": Method(Magnitude(), group="layer"),
+        "wanda": Method(Wanda()),
+        "ria": Method(RIA()),
+        "sparsegpt": Method(solver=SparseGPT(), group="layer"),
+        "ablate_mag_seq": Method(Magnitude(), SparseGPT(choose="before"), "layer"),
+        "ablate_wanda_seq": Method(Wanda(), SparseGPT(choose="before")),
+        "ablate_mag_iter": Method(Magnitude(), SparseGPT(), "layer"),
+        "ablate_wanda_iter": Method(Wanda(), SparseGPT(), "layer"),
+        "refit": Method(solver=Refit()),
+        "admm": Method(solver=ADMM()),
+    }
+)
+
+PRESETS: Mapping[str, Method] = MappingProxyType(
+    {
+        "fast": Method(Wanda(), granularity="layer"),
+        "balanced": Method(solver=ADMM(rounds=4), group="layer", granularity="layer"),
+        "best": Method(solver=ADMM(), group="layer", granularity="layer"),
+    }
+)
