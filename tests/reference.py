@@ -277,10 +277,28 @@ def alpha(layers, sparsity, per_block=True):
     return {name: value * factor for name, value in mapped.items()}
 
 
+def fisher(layers, sparsity, within=0.15):
+    """One threshold for w² times the square sum of its input, in all layers; each at most 0.15 from the target."""
+    scores = {}
+    for name, _, weight, tokens in layers:
+        sums = square_sum(tokens)
+        scores[name] = [w * w * sums[column] for row in weight for column, w in enumerate(row)]
+    everything = sorted(score for of_layer in scores.values() for score in of_layer)
+    best = None
+    for threshold in everything:
+        shares = {name: sum(1 for s in of_layer if s < threshold) / len(of_layer) for name, of_layer in scores.items()}
+        clipped = {name: min(max(share, sparsity - within), sparsity + within) for name, share in shares.items()}
+        mean = sum(clipped[name] * len(scores[name]) for name in scores) / len(everything)
+        if best is None or abs(mean - sparsity) < best[0]:
+            best = abs(mean - sparsity), clipped
+    return best[1]
+
+
 SPARSITIES = {
     "uniform": uniform,
     "owl": owl,
     "owl_layer": lambda layers, sparsity: owl(layers, sparsity, per_block=False),
     "alpha": alpha,
     "alpha_layer": lambda layers, sparsity: alpha(layers, sparsity, per_block=False),
+    "fisher": fisher,
 }

@@ -47,7 +47,8 @@ def dense(name, block, weight, tokens=None, pattern=Unstructured()):
     if tokens is not None:
         inputs = InputStatistics({"square_sum"})
         inputs.update(tokens)
-    return DenseLayer(name, block, weight.numel(), pattern.levels(*weight.shape), lambda: weight, inputs)
+    fisher = None if tokens is None else tokens.square().sum(dim=0)  # of gradients that are 1 everywhere
+    return DenseLayer(name, block, weight.numel(), pattern.levels(*weight.shape), lambda: weight, inputs, fisher)
 
 
 def some_layers(seed=0, shapes=((6, 24), (24, 6)), blocks=4, heavy=True):
@@ -516,7 +517,7 @@ def one_block():
 @EVERY_GRANULARITY
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_one_block_has_nothing_to_compare(name, granularity):
-    if name.endswith("layer"):
+    if name.endswith("layer") or name == "fisher":
         assert "the model has one, 0" in refusal(
             nn.Sequential(nn.Linear(8, 8)), Untouched(), allocation=name, granularity=granularity
         )
@@ -541,7 +542,7 @@ def test_refusals_come_before_the_batches():
             text := refusal(model(), [], criterion="magnitude", allocation="owl", granularity=granularity)
         )
         assert "holds none" in text
-    with pytest.raises(ValueError, match="use one of uniform, owl, owl_layer, alpha, alpha_layer"):
+    with pytest.raises(ValueError, match="use one of uniform, owl, owl_layer, alpha, alpha_layer, fisher"):
         PruningConfig(allocation="owll")
 
 

@@ -183,8 +183,8 @@ def test_a_solver_that_chooses_itself_takes_no_criterion():
         (SparseGPT, {"block_size": 0}),
         (Refit, {"dampening": -1.0}),
         (Refit, {"steps": 0}),
-        (ADMM, {"rho": 0.0}),
-        (ADMM, {"growth": 0.9}),
+        (ADMM, {"rho": (0.0, 1.0)}),
+        (ADMM, {"rho": (0.5, 0.1)}),
         (ADMM, {"dampening": 0.0}),
     ],
 )

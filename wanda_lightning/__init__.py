@@ -13,7 +13,7 @@ from wanda_lightning.callbacks import (
     WandaPrune,
 )
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.allocation import OWL, AlphaPruning, PerLayer, Uniform
+from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
@@ -31,6 +31,7 @@ __all__ = [
     "CausalLMModule",
     "Cubic",
     "EqualShare",
+    "Fisher",
     "ImageClassifierModule",
     "ImageDataModule",
     "KeepZeros",

@@ -77,10 +77,15 @@ class PruningConfig:
         return self.unit_needs | cast(Allocation, self.allocation).needs
 
     @property
+    def reads_batches(self) -> bool:
+        """Whether calibration batches are read."""
+        return self.reader is not None
+
+    @property
     def reader(self) -> object:
         """The choice for which calibration data is asked, for messages."""
         choices = (cast(Criterion, self.criterion), cast(Solver, self.solver), cast(Allocation, self.allocation))
-        return next((choice for choice in choices if choice.needs), None)
+        return next((choice for choice in choices if choice.needs or getattr(choice, "reads_gradients", False)), None)
 
     @property
     def unit_needs(self) -> frozenset[str]:

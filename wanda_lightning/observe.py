@@ -132,7 +132,7 @@ class Observer:
     def _read_parked(self, layer: Layer, calls: Iterable[Call]) -> InputStatistics:
         """The unit is a layer: its input is there already, and nothing runs."""
         calls = tuple(call for call in calls if self.masks[call.batch] is not None)
-        inputs = [_input(call.args, call.kwargs) for call in calls]
+        inputs = [input_of(call.args, call.kwargs) for call in calls]
         if self._last is not None:
             identities, statistics, padding_counted = self._last
             if len(identities) == len(inputs) and all(
@@ -174,7 +174,7 @@ class Observer:
 
     def _hook(self, layer: Layer, batch: int, seen: list[_Seen]) -> Callable[..., None]:
         def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _input(args, kwargs)
+            x = input_of(args, kwargs)
             for entry in seen:
                 if entry.identity.is_also(x, layer):
                     entry.layers.append(layer.name)
@@ -200,7 +200,8 @@ class Observer:
         return statistics
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with."""
     x = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(x, Tensor)
     return x

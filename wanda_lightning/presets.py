@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from wanda_lightning.core.allocation import Allocation, Uniform
+from wanda_lightning.core.allocation import Allocation, Fisher, Uniform
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Wanda
-from wanda_lightning.core.patterns import Pattern, Unstructured, pattern_named
+from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 
 Group = Literal["row", "layer"]
@@ -32,14 +32,18 @@ class Method(NamedTuple):
     allocation: Allocation = Uniform()
 
     def choices(self, pattern: Pattern | str = "unstructured") -> dict[str, Any]:
-        """As keywords of `prune` and `PruningCallback`."""
+        """As keywords of `prune` and `PruningCallback`.
+
+        Only unstructured zeros are spread by the allocation: 2:4 in some layers and 1:4 in others is not 2:4.
+        """
         if pattern == "unstructured":
             pattern = Unstructured(self.group)
+        pattern = pattern_named(pattern) if isinstance(pattern, str) else pattern
         chosen = {
             "criterion": self.criterion,
             "solver": self.solver,
-            "pattern": pattern_named(pattern) if isinstance(pattern, str) else pattern,
-            "allocation": self.allocation,
+            "pattern": pattern,
+            "allocation": Uniform() if isinstance(pattern, NM) else self.allocation,
         }
         return chosen if self.granularity is None else {**chosen, "granularity": self.granularity}
 
@@ -62,7 +66,18 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 PRESETS: Mapping[str, Method] = MappingProxyType(
     {
         "fast": Method(Wanda(), granularity="layer"),
-        "balanced": Method(solver=ADMM(rounds=4), group="layer", granularity="layer"),
-        "best": Method(solver=ADMM(), group="layer", granularity="layer"),
+        "balanced": Method(solver=ADMM(rounds=3), group="layer", granularity="layer"),
+        "best": Method(solver=ADMM(), group="layer", granularity="layer", allocation=Fisher(num_batches=1)),
     }
 )
+
+
+def preset_named(name: str) -> Method:
+    """The preset of a name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset is called {name!r}: use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
+from wanda_lightning.gradients import fisher
 from wanda_lightning.lockstep import Stop, abreast, lockstep
 from wanda_lightning.models import (
     Layer,
@@ -112,50 +114,54 @@ def prune_as(
     with _timed(seconds, "prepare"), processes.together():
         reshard(model)
         found = plan(config, model, processes)
-        if config.needs and (batches is None or isinstance(batches, Mapping | Tensor)):
+        if config.reads_batches and (batches is None or isinstance(batches, Mapping | Tensor)):
             given = "none were" if batches is None else f"one {type(batches).__name__} was"
             raise ValueError(
                 f"{config.reader} needs calibration batches, but {given} given. Give a list of batches or a "
                 "dataloader; Magnitude() with Uniform() needs none."
             )
-        calibration = _Calibration(model, batches if config.needs and batches is not None else (), forward, processes)
-        streamed = bool(config.needs) and config.granularity == "model"
-        if not streamed:
+        read = batches if config.reads_batches and batches is not None else ()
+        calibration = _Calibration(model, read, forward, processes)
+        allocation = cast(Allocation, config.allocation)
+        one_pass = bool(config.needs) and config.granularity == "model"
+        before = not one_pass or allocation.reads_gradients  # else the one pass sees the dense model
+        if before:
             calibration.read_all()
-    observed = config.needs if streamed else config.unit_needs
+    observed = config.needs if one_pass else config.unit_needs
     goals: Goals = {}
-    if not streamed:  # else the one pass sees the dense model
-        with _timed(seconds, "allocate") if cast(Allocation, config.allocation).reads_weights else nullcontext():
+    if before:
+        with _timed(seconds, "allocate") if allocation.reads_weights else nullcontext():
             dense = _see_dense(config, model, found, calibration, processes, progress)
             goals = _allocate(config, model, found, dense, processes, progress)
             del dense
     pruned: list[PrunedLayer] = []
     with (
         _running(model),
-        ProgressBar("Pruning", calibration.length if streamed else len(found.units), progress) as bar,
+        ProgressBar("Pruning", calibration.length if one_pass else len(found.units), progress) as bar,
         _naming_what_was_written(pruned),
         _timed(seconds, "prune"),
         SamePath(model, processes) as path,
         at_rest_afterwards(model) if observed else nullcontext(),
         closing(_stops(config, observed, found, calibration, processes)) as stops,
     ):
-        tick = bar.advance if streamed else lambda: None
+        tick = bar.advance if one_pass else lambda: None
         observer = Observer(observed, calibration.masks, tick, processes)
         for stop in stops:
             unit = found.units[stop.unit]
             bar.at(unit.name)
-            if not streamed:
+            if not one_pass:
                 path.check(unit.name, len(tuple(stop.calls)))
             statistics = observer(unit, stop.calls) if observed else None
             del stop  # or its parked activations outlive the run of the pruned unit
-            if streamed:
+            if one_pass:
                 path.check(unit.name, 0)
                 calibration.refuse_if_empty(config)
-                goals = _allocate(config, model, found, statistics or {}, processes, progress=False)
+            if not before:
+                goals = _allocate(config, model, found, _Dense(statistics or {}), processes, progress=False)
             reshard(unit.module or model)
             with processes.together():
                 _prune_unit(config, unit, statistics, goals, observer.padding_counted, pruned)
-            if not streamed:
+            if not one_pass:
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
@@ -182,6 +188,7 @@ class Watched:
 
     def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> None:
         assert config.granularity == "model", "the forward passes see the dense model"
+        assert not cast(Allocation, config.allocation).reads_gradients, "and nothing goes backward"
         self._config, self._model, self._processes = config, model, processes
         with processes.together():
             reshard(model)
@@ -211,7 +218,7 @@ class Watched:
             processes.add([batches])
             if not batches:
                 raise ValueError(f"{config.reader} needs batches that run through the model, but none did")
-            goals = _allocate(config, self._model, self._found, statistics, processes, progress=False)
+            goals = _allocate(config, self._model, self._found, _Dense(statistics), processes, progress=False)
             reshard(self._model)
             with processes.together():
                 _prune_unit(config, unit, statistics, goals, self._observer.padding_counted, pruned)
@@ -240,6 +247,24 @@ def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) 
 Goals = Mapping[str, tuple[Pattern, float]]  # of each layer
 
 
+class _Dense(NamedTuple):
+    """What an allocation may know of the layers of the dense model, by name; a layer that no batch reaches is missing.
+
+    Attributes:
+        statistics: Of the inputs.
+        fisher: See `gradients.fisher`.
+    """
+
+    statistics: Mapping[str, InputStatistics] = MappingProxyType({})
+    fisher: Mapping[str, Tensor] = MappingProxyType({})
+
+    def knows(self, allocation: Allocation, layer: Layer) -> bool:
+        """Whether everything is there that the allocation reads."""
+        if allocation.reads_gradients and layer.name not in self.fisher:
+            return False
+        return not allocation.needs or _was_reached(self.statistics.get(layer.name))
+
+
 def _see_dense(
     config: PruningConfig,
     model: nn.Module,
@@ -247,35 +272,43 @@ def _see_dense(
     calibration: _Calibration,
     processes: Processes,
     progress: bool,
-) -> dict[str, InputStatistics]:
-    """What the allocation needs to know of the inputs of all layers, in a pass before anything is pruned."""
-    needs = cast(Allocation, config.allocation).needs
-    if not needs:
-        return {}
-    with (
-        _running(model),
-        ProgressBar("Observing", calibration.length, progress) as bar,
-        SamePath(model, processes) as path,
-        at_rest_afterwards(model),
-    ):
-        observer = Observer(needs, calibration.masks, bar.advance, processes)
-        statistics = observer(Unit("", None, found.layers), abreast(calibration).calls)
-        path.check("", 0)
-        calibration.refuse_if_empty(config)
-    return statistics
+) -> _Dense:
+    """What the allocation needs to know of all layers, in passes before anything is pruned."""
+    allocation = cast(Allocation, config.allocation)
+    statistics: Mapping[str, InputStatistics] = {}
+    gradients: Mapping[str, Tensor] = {}
+    if allocation.needs:
+        with (
+            _running(model),
+            ProgressBar("Observing", calibration.length, progress) as bar,
+            SamePath(model, processes) as path,
+            at_rest_afterwards(model),
+        ):
+            observer = Observer(allocation.needs, calibration.masks, bar.advance, processes)
+            statistics = observer(Unit("", None, found.layers), abreast(calibration).calls)
+            path.check("", 0)
+            calibration.refuse_if_empty(config)
+    if allocation.reads_gradients:
+        limit = getattr(allocation, "num_batches", None)
+        length = calibration.length if limit is None else min(limit, calibration.length or limit)
+        with _running(model), ProgressBar("Passing backward", length, progress) as bar:
+            forwards = islice(calibration, limit)
+            gradients = fisher(model, found.layers, forwards, calibration.masks, bar.advance, processes)
+            calibration.refuse_if_empty(config)
+    return _Dense(statistics, gradients)
 
 
 def _allocate(
     config: PruningConfig,
     model: nn.Module,
     found: Walk,
-    statistics: Mapping[str, InputStatistics],
+    dense: _Dense,
     processes: Processes,
     progress: bool,
 ) -> Goals:
     """To which pattern and sparsity each layer is pruned, the same in all processes."""
     allocation, pattern = cast(Allocation, config.allocation), cast(Pattern, config.pattern)
-    layers = [layer for layer in found.layers if not allocation.needs or _was_reached(statistics.get(layer.name))]
+    layers = [layer for layer in found.layers if dense.knows(allocation, layer)]
     sparsities: dict[str, float] = {}
     seen: set[str] = set()
 
@@ -286,7 +319,7 @@ def _allocate(
 
     with processes.together(), ProgressBar("Allocating", len(layers), progress and allocation.reads_weights) as bar:
         if processes.rank == 0 and layers:
-            sparsities = allocation(_dense_layers(config, model, layers, statistics, reading), config.sparsity)
+            sparsities = allocation(_dense_layers(config, model, layers, dense, reading), config.sparsity)
         # Not by each for itself: a singular value that differs in its last digit could make other masks.
         sparsities = processes.share(sparsities, 0)
     every = {layer.name: sparsities.get(layer.name, config.sparsity) for layer in found.layers}
@@ -297,7 +330,7 @@ def _dense_layers(
     config: PruningConfig,
     model: nn.Module,
     layers: Sequence[Layer],
-    statistics: Mapping[str, InputStatistics] = MappingProxyType({}),
+    dense: _Dense = _Dense(),
     reading: Callable[[str], None] = lambda name: None,
 ) -> list[DenseLayer]:
     """Layers as an allocation sees them; `reading` hears of each weight that is read."""
@@ -314,7 +347,8 @@ def _dense_layers(
             layer.parameter.numel(),
             cast(Pattern, config.pattern).levels(*layer.shape),
             partial(read, layer),
-            statistics.get(layer.name),
+            dense.statistics.get(layer.name),
+            dense.fisher.get(layer.name),
         )
         for layer in layers
     ]

@@ -34,6 +34,7 @@ from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
 from wanda_lightning.distributed import ALONE, reshard
+from wanda_lightning.presets import preset_named
 from wanda_lightning.pruner import Watched, plan, prune_as
 from wanda_lightning.report import PruningReport
 
@@ -119,6 +120,11 @@ class PruningCallback(Callback):
                 f"granularity='model' and no dataloader, but granularity={self.config.granularity!r} was given"
                 + (" and a dataloader" if dataloader is not None else "")
             )
+        if calibrate_on == "validation" and cast(Allocation, self.config.allocation).reads_gradients:
+            raise ValueError(
+                f"{self.config.allocation} passes batches backward, which a validation loop does not: leave out "
+                "calibrate_on='validation', or use another allocation such as 'owl'"
+            )
         self.calibrate_on = calibrate_on
         self.num_samples = num_samples
         self.dataloader = dataloader
@@ -135,6 +141,27 @@ class PruningCallback(Callback):
         self._watched: Watched | None = None
         self._watching = ExitStack()
         self._seen = 0  # samples of the validation loop
+
+    @classmethod
+    def preset(
+        cls, name: str, sparsity: float = 0.5, pattern: Pattern | str = "unstructured", **others: Any
+    ) -> PruningCallback:
+        """What we recommend: `"fast"`, `"balanced"` or `"best"` (see the README for what each costs and gains).
+
+        Args:
+            name: Of the preset, which chooses criterion, solver, allocation and granularity.
+            sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all of them.
+            pattern: Where zeros may fall.
+            others: The other arguments of `PruningCallback`, also to replace a choice.
+
+        Raises:
+            ValueError: If there is no such preset, or a value is out of range.
+        """
+        if cls.__init__ is not PruningCallback.__init__:
+            raise TypeError(
+                f"a preset chooses the method, as {cls.__name__} does: use PruningCallback.preset({name!r})"
+            )
+        return cls(sparsity, **{**preset_named(name).choices(pattern), **others})
 
     @property
     def state_key(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 from rich.console import Console
@@ -14,32 +14,17 @@ from rich.table import Table
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import measure
 from wanda_lightning.cli.options import TIMM, as_patterns, checked_seqlen, refuse_given
-from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
-from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluate import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.presets import METHODS, PRESETS, Method
 from wanda_lightning.pruner import plan
 from wanda_lightning.report import PruningReport
 
 _PAPER_SEQLEN = 2048
 _PAPER_IMAGES, _PAPER_SEQUENCES = 4096, 128
-
-
-class Method(NamedTuple):
-    """What a name after --prune_method stands for.
-
-    Attributes:
-        criterion: None is the solver's own.
-        solver: Gives the final weights.
-        group: What unstructured pruning compares, as in the reference.
-    """
-
-    criterion: Criterion | None = None
-    solver: Solver = ZeroOut()
-    group: Literal["row", "layer"] = "row"
 
 
 MethodName = Literal[
@@ -54,18 +39,6 @@ MethodName = Literal[
     "refit",
     "admm",
 ]
-METHODS: dict[MethodName, Method] = {
-    "magnitude": Method(Magnitude(), group="layer"),
-    "wanda": Method(Wanda()),
-    "ria": Method(RIA()),
-    "sparsegpt": Method(solver=SparseGPT(), group="layer"),
-    "ablate_mag_seq": Method(Magnitude(), SparseGPT(choose="before"), "layer"),
-    "ablate_wanda_seq": Method(Wanda(), SparseGPT(choose="before")),
-    "ablate_mag_iter": Method(Magnitude(), SparseGPT(), "layer"),
-    "ablate_wanda_iter": Method(Wanda(), SparseGPT(), "layer"),
-    "refit": Method(solver=Refit()),
-    "admm": Method(solver=ADMM()),
-}
 
 
 def prune_model(
@@ -74,7 +47,8 @@ def prune_model(
     nsamples: int | None = None,
     sparsity_ratio: float = 0.5,
     sparsity_type: str = "unstructured",
-    prune_method: MethodName = "wanda",
+    prune_method: MethodName | None = None,
+    preset: Literal["fast", "balanced", "best"] | None = None,
     cache_dir: str | None = None,
     use_variant: bool = False,
     save: str | None = None,
@@ -84,7 +58,7 @@ def prune_model(
     eval: str | None = None,
     limit: int | None = None,
     granularity: Literal["block", "layer", "model"] | None = None,
-    allocation: Literal["uniform", "owl", "owl_layer", "alpha", "alpha_layer"] = "uniform",
+    allocation: Literal["uniform", "owl", "owl_layer", "alpha", "alpha_layer", "fisher"] | None = None,
     dtype: str | None = None,
     batch_size: int | None = None,
     skip: str | list[str] = "",
@@ -104,7 +78,8 @@ def prune_model(
         nsamples: Calibration samples; by default 128 sequences or 4096 images, as in the paper.
         sparsity_ratio: Fraction of each pruned layer's weights that become zero.
         sparsity_type: unstructured, or any N:M such as 2:4 and 4:8.
-        prune_method: wanda, magnitude, ria, sparsegpt, refit, admm, or one of the reference's ablations.
+        prune_method: wanda (the default), magnitude, ria, sparsegpt, refit, admm, or one of the reference's ablations.
+        preset: Instead of a method: fast (Wanda, one pass), balanced (better at every sparsity), or best.
         cache_dir: Where downloads from the hub are kept.
         use_variant: Let rows differ in sparsity: each loses the same share of its score (the paper's variant).
         save: Folder for log_METHOD.txt and pruning_report.json.
@@ -115,8 +90,9 @@ def prune_model(
         eval: Text to measure perplexity on, likewise; by default wikitext2.
         limit: Windows of it; by default all.
         granularity: What the statistics see; by default block for language models, model for image classifiers.
-        allocation: How the sparsity is spread: the same for all layers; less where more scores are outliers (owl) or
-            where the weights' spectrum has a heavier tail (alpha), per block or per layer.
+        allocation: How the sparsity is spread: the same for all layers (uniform, the default); less where more scores
+            are outliers (owl) or where the weights' spectrum has a heavier tail (alpha), per block or per layer; less
+            where the predictions depend on more (fisher).
         dtype: auto (as stored, the default), float32, bfloat16 or float16.
         batch_size: Samples in a batch; by default 4 sequences or 64 images.
         skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
@@ -155,14 +131,16 @@ def prune_model(
         refuse_given("a language model", data_path=data_path, resume=resume)
     if not eval_zero_shot:
         refuse_given("pruning without --eval_zero_shot", tasks_dir=tasks_dir)
-    method = METHODS[prune_method]
+    if preset is not None:
+        refuse_given("a preset, which chooses the method", prune_method=prune_method)
+    name = preset or prune_method or "wanda"
+    method = METHODS[name] if preset is None else PRESETS[name]
+    choices = method.choices(_pattern(sparsity_type, method, prune_granularity, use_variant))
+    choices |= {} if allocation is None else {"allocation": allocation}
+    choices["granularity"] = granularity or choices.get("granularity") or ("model" if is_image else "block")
     callback = PruningCallback(
         sparsity_ratio,
-        method.criterion,
-        _pattern(sparsity_type, method, prune_granularity, use_variant),
-        allocation=allocation,
-        solver=method.solver,
-        granularity=granularity or ("model" if is_image else "block"),
+        **choices,
         skip=as_patterns(skip),
         num_samples=_or(nsamples, _PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
     )
@@ -197,7 +175,7 @@ def prune_model(
         )
         metric, heading = "val_perplexity", "perplexity"
     plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
-    if callback.config.needs and isinstance(data, TextDataModule):
+    if callback.config.reads_batches and isinstance(data, TextDataModule):
         _ = data.calibration_windows
     dense = measure(module, data, metric)
     pruned = measure(module, data, metric, callback)
@@ -212,8 +190,8 @@ def prune_model(
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.config["measured"]["zero_shot"] = accuracies
     if save is not None:
-        _write_results(Path(save), prune_method, "top1_test" if is_image else "ppl_test", pruned, report)
-    _print_results(prune_method, heading, dense, pruned, report)
+        _write_results(Path(save), name, "top1_test" if is_image else "ppl_test", pruned, report)
+    _print_results(name, heading, dense, pruned, report)
     if tasks:
         Console().print(Evaluation({f"{model}, pruned": accuracies}).table())
 

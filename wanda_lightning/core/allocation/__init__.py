@@ -11,6 +11,7 @@ from functools import partial
 
 from wanda_lightning.core.allocation.alpha import AlphaPruning, tail_exponent
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer, Uniform
+from wanda_lightning.core.allocation.fisher import Fisher
 from wanda_lightning.core.allocation.owl import OWL
 from wanda_lightning.core.allocation.per_layer import PerLayer
 from wanda_lightning.core.allocation.spread import spread
@@ -21,6 +22,7 @@ __all__ = [
     "Allocation",
     "AlphaPruning",
     "DenseLayer",
+    "Fisher",
     "PerLayer",
     "Uniform",
     "spread",
@@ -33,4 +35,5 @@ ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
     "owl_layer": partial(OWL, per="layer"),
     "alpha": AlphaPruning,
     "alpha_layer": partial(AlphaPruning, per="layer"),
+    "fisher": Fisher,
 }

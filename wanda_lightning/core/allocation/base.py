@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Weight
+from wanda_lightning.core.types import PerInput, Weight
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class DenseLayer:
         levels: In how many equal steps the pattern can take its sparsity from 0 to 1.
         read: Gives the weight, which is not held.
         inputs: Statistics of the dense model, for an allocation that needs some.
+        fisher: For one that reads gradients, of each input the sum over tokens of its square times the mean square of
+            the gradients at the layer's outputs.
     """
 
     name: str
@@ -31,6 +33,7 @@ class DenseLayer:
     levels: int
     read: Callable[[], Weight]
     inputs: InputStatistics | None = None
+    fisher: PerInput | None = None
 
     @cached_property
     def zeros(self) -> int:
@@ -42,6 +45,7 @@ class Allocation(ABC):
     """How the target sparsity is spread over the layers."""
 
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics of the dense model
+    reads_gradients: ClassVar[bool] = False  # of the dense model
     reads_weights: ClassVar[bool] = True  # of whole layers, so that no process can do with its rows
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model

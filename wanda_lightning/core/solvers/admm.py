@@ -13,7 +13,7 @@ from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.solvers.refit import refitted
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, Weight
+from wanda_lightning.core.types import Gram, KeepMask, Weight
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ADMM(Solver):
         alive = weight != 0
         dense = weight.to(gram.dtype).contiguous() * scale
         target = torch.mm(dense, gram)
-        keep = pattern(dense.abs(), sparsity)
+        keep = wanda = pattern(dense.abs(), sparsity)
         masked, gap = dense * keep, torch.zeros_like(dense)  # the dual variable in units of rho
         first, last = self.rho
         growth = (last / first) ** (1 / max(1, self.rounds - 1))
@@ -83,9 +83,18 @@ class ADMM(Solver):
             masked = wanted * keep
             gap = wanted.sub_(masked)
         fitted = refitted(dense, masked, keep, gram, self.refit_steps)
+        raw = inputs.sums["gram"]
+        if _error((fitted - dense) / scale, raw) > _error(dense * ~wanda / scale, raw):  # inputs hardly correlate
+            keep = wanda & alive
+            fitted = refitted(dense, dense * keep, keep, gram, self.refit_steps)
         return fitted.div_(scale).masked_fill_(~keep, 0).to(weight.dtype), keep
 
     @property
     def own_criterion(self) -> Criterion:
         """Wanda's score, of the fitted weights."""
         return Wanda()
+
+
+def _error(difference: Weight, gram: Gram) -> float:
+    """What it does to the outputs, squared."""
+    return float((torch.mm(difference, gram) * difference).sum())

@@ -1,0 +1,117 @@
+"""How much the model's predictions depend on what each layer gives: backward passes through the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.core.types import PerInput
+from wanda_lightning.distributed import Processes
+from wanda_lightning.models import Layer, TokenMask
+from wanda_lightning.observe import input_of
+
+
+def fisher(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    forwards: Iterable[Callable[[], object]],
+    masks: Sequence[tuple[TokenMask, ...] | None],
+    tick: Callable[[], None],
+    processes: Processes,
+) -> dict[str, PerInput]:
+    """For each layer that a batch reaches, the sum over tokens of `x² * mean(g²)`, one number for each input.
+
+    x is what enters the layer, g the gradient of `log p(y)` by what it gives out, with y drawn from the predictions
+    p of the model itself, so that no labels are needed; times `W²` the diagonal of the Fisher information, its rows
+    averaged. Takes the memory of a training step of one batch, without gradients of weights.
+
+    Args:
+        model: The model, in evaluation mode; its weights get no gradients.
+        layers: Those to look at.
+        forwards: Passes through the model, each of which returns logits or something with `logits`.
+        masks: The padding of each batch, which does not count; grows with `forwards`.
+        tick: Called after each.
+        processes: Those whose batches are added up.
+
+    Raises:
+        ValueError: If a pass returns no logits, or a gradient holds NaN or infinity.
+    """
+    sums: dict[str, PerInput] = {
+        layer.name: torch.zeros(layer.shape[1], dtype=torch.float32, device=layer.weight.device) for layer in layers
+    }
+    reached = torch.zeros(len(layers), dtype=torch.int64)
+    with processes.together(), _without_gradients(model), ExitStack() as hooks, torch.enable_grad():
+        for index, layer in enumerate(layers):
+            hook = _hook(layer, sums[layer.name], reached, index)
+            hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
+        for batch, forward in enumerate(forwards):
+            logits = _logits(forward())
+            if (padding := masks[batch]) is not None:
+                rows = logits.flatten(0, -2)
+                if mask := next((mask for mask in padding if mask.fits(logits)), None):
+                    rows = rows[mask.keep.flatten().to(rows.device)]
+                _predictions(rows.float(), seed=batch * processes.world_size + processes.rank).backward()
+            del logits
+            tick()
+    processes.add([reached, *sums.values()])
+    for layer in layers:
+        if not sums[layer.name].isfinite().all():
+            raise ValueError(
+                f"the gradients at {layer.name} hold NaN or infinity, so they cannot say how much it matters: load the "
+                "model in a wider dtype (float32 or bfloat16), or use another allocation"
+            )
+    return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
+
+
+def _hook(layer: Layer, total: PerInput, reached: Tensor, index: int) -> Callable[..., Tensor]:
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        tokens = layer.tokens(input_of(args, kwargs).detach()).float()
+        if not output.requires_grad:  # the first layer: from here on there is a graph
+            output = output.detach().requires_grad_().clone()  # not a leaf, which no later step may write into
+
+        def add(gradient: Tensor) -> None:
+            per_token = gradient.movedim(1, -1) if isinstance(module, nn.Conv2d) else gradient
+            weights = per_token.flatten(0, -2).float().square().mean(dim=-1)
+            total.add_(torch.mv(tokens.square().t(), weights))
+            reached[index] += 1
+
+        output.register_hook(add)
+        return output
+
+    return watch
+
+
+def _logits(output: object) -> Tensor:
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or found.ndim < 2 or not found.requires_grad:
+        raise ValueError(
+            f"Fisher() needs predictions to see what matters for them, but a batch gave {type(output).__name__} "
+            "without logits that depend on the pruned layers: let forward= (or calibration_step) return the logits, "
+            "or use another allocation such as 'owl'"
+        )
+    return found
+
+
+def _predictions(logits: Tensor, seed: int) -> Tensor:
+    """The log-probability of labels drawn from the predictions themselves."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
