@@ -42,25 +42,29 @@ def run(
     return float(metrics["val_accuracy"])
 
 
+def train(name: str, epochs: int) -> tuple[ImageClassifierModule, ImageDataModule, float]:
+    """One of the models on digits, and its accuracy on those held out."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
+    L.seed_everything(0, verbose=False)
+    sizes = {"in_chans": 1, **MODELS[name]}
+    module = ImageClassifierModule(name, pretrained=False, num_classes=10, model_kwargs=sizes, lr=2e-3)
+    data = ImageDataModule("digits", module, batch_size=128, num_samples=1024, image_size=32)
+    return module, data, run(module, data, None, epochs)
+
+
 def main() -> None:
     """Train each model once; prune fresh copies of it."""
     parser = argparse.ArgumentParser(description="Prune small image classifiers trained on digits.")
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
 
     table = Table(title="Accuracy on 360 held-out digits")
     for heading in ("model", "method", "pattern", "sparsity", "of the model", "accuracy", "seconds"):
         table.add_column(heading, justify="left" if heading in ("model", "method", "pattern") else "right")
-    for name, sizes in MODELS.items():
-        L.seed_everything(0, verbose=False)
-        module = ImageClassifierModule(
-            name, pretrained=False, num_classes=10, model_kwargs={"in_chans": 1, **sizes}, lr=2e-3
-        )
-        data = ImageDataModule("digits", module, batch_size=128, num_samples=1024, image_size=32)
+    for name in MODELS:
         started = time.perf_counter()
-        accuracy = run(module, data, None, options.epochs)
+        module, data, accuracy = train(name, options.epochs)
         table.add_row(name, "dense", "", "", "", f"{accuracy:.2%}", f"{time.perf_counter() - started:.1f}")
         dense = copy.deepcopy(module.state_dict())
         for pattern in ("50 %", "2:4"):
