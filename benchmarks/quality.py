@@ -29,7 +29,16 @@ from rich.table import Table
 from sparsegpt_by_hand import prune_by_hand
 from torch import Tensor, nn
 
-from wanda_lightning import OWL, CausalLMModule, EqualShare, PruningCallback, PruningConfig, TextDataModule, prune
+from wanda_lightning import (
+    OWL,
+    CausalLMModule,
+    EqualShare,
+    Fisher,
+    PruningCallback,
+    PruningConfig,
+    TextDataModule,
+    prune,
+)
 from wanda_lightning.core.patterns import pattern_named
 from wanda_lightning.data.text_sources import calibration_source
 from wanda_lightning.files import whole_file
@@ -41,9 +50,10 @@ TEXT = {
     **{name: method for name, method in METHODS.items() if not name.startswith("ablate_")},
     "variant": METHODS["wanda"],
     "owl": METHODS["wanda"]._replace(allocation=OWL()),
+    "fisher": METHODS["wanda"]._replace(allocation=Fisher(num_batches=1)),
     **PRESETS,
 }
-UNSTRUCTURED = ("variant", "owl")  # not for N:M
+UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M
 IMAGES = {
     "magnitude": METHODS["magnitude"]._replace(granularity="model"),
     "wanda, row": METHODS["wanda"]._replace(granularity="model"),
@@ -158,7 +168,7 @@ class LanguageModel:
         """The sparsity of the pruned layers."""
 
         def forward(batch: Mapping[str, Tensor]) -> object:
-            return self.model.base_model(**batch, use_cache=False)
+            return self.model(**batch, use_cache=False)
 
         return prune(self.model, self.calibration, **chosen, forward=forward, progress=False).sparsity
 

@@ -135,6 +135,8 @@ def prune_model(
         refuse_given("a preset, which chooses the method", prune_method=prune_method)
     name = preset or prune_method or "wanda"
     method = METHODS[name] if preset is None else PRESETS[name]
+    if preset is None:
+        options["prune_method"] = name
     choices = method.choices(_pattern(sparsity_type, method, prune_granularity, use_variant))
     choices |= {} if allocation is None else {"allocation": allocation}
     choices["granularity"] = granularity or choices.get("granularity") or ("model" if is_image else "block")

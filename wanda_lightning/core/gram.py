@@ -55,20 +55,14 @@ def inverse_factor(gram: Gram, dampening: float) -> Gram:
     )
 
 
-def scaled(gram: Gram) -> tuple[PerInput, Gram]:
-    """The scale of each input, and the matrix with its diagonal scaled to 1 by them.
+def scaled_eigen(gram: Gram, dampening: float) -> tuple[PerInput, Gram, PerInput, Gram]:
+    """The dampened matrix with its diagonal scaled to 1, and its eigenvalues and -vectors.
 
-    Example:
-        >>> scaled(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
-        (tensor([2., 1.]), tensor([[1.0000, 0.5000],
-                [0.5000, 1.0000]]))
+    Returns:
+        The scale of each input; the scaled matrix; its eigenvalues, ascending; its eigenvectors, in columns.
     """
-    scale = gram.diagonal().sqrt()
-    return scale, gram / scale / scale[:, None]
-
-
-def inverse(gram: Gram, rho: float) -> Gram:
-    """Of the matrix with `rho` added to its diagonal."""
-    shifted = gram.clone()
-    shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    wide = dampened(gram, dampening)
+    scale = wide.diagonal().sqrt()
+    scaled = wide / scale / scale[:, None]
+    values, vectors = torch.linalg.eigh(scaled)
+    return scale, scaled, values.clamp(min=0), vectors

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from wanda_lightning.core.gram import dampened, inverse_factor
+from wanda_lightning.core.gram import dampened, inverse_factor, scaled_eigen
 from wanda_lightning.core.types import Gram, PerInput, Tokens
 
 Made = TypeVar("Made")
@@ -105,6 +105,10 @@ class InputStatistics:
             whole, part = self._part_of
             return whole.inverse_diagonal(dampening)[part]
         return self.inverse_factor(dampening).diagonal()
+
+    def scaled_eigen(self, dampening: float) -> tuple[PerInput, Gram, PerInput, Gram]:
+        """The dampened Gram matrix scaled to a diagonal of 1, as eigenvectors; made once (see `core.gram`)."""
+        return self._once(("eigen", dampening), lambda: scaled_eigen(self.sums["gram"], dampening))
 
     def columns(self, start: int, stop: int) -> InputStatistics:
         """What criteria read, of some inputs alone."""

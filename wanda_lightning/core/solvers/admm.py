@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from wanda_lightning.core.criteria import Criterion, Wanda
-from wanda_lightning.core.gram import inverse, scaled
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.solvers.refit import refitted
@@ -29,27 +28,25 @@ class ADMM(Solver):
 
     Attributes:
         dampening: As in `Refit`.
-        rounds: Values of the pull, each of which costs a factorisation.
-        turns: In each round.
-        rho: The pull in the first round and in the last, in units of the diagonal; in between it grows by one factor.
+        turns: A fit and a masking each.
+        rho: The pull in the first turn and in the last, in units of the diagonal; in between it grows by one factor.
         refit_steps: Of conjugate gradients at the end.
     """
 
-    dampening: float = 0.1
-    rounds: int = 6
-    turns: int = 2
+    dampening: float = 0.05
+    turns: int = 10
     rho: tuple[float, float] = (0.1, 0.8)
-    refit_steps: int = 4
+    refit_steps: int = 2
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     takes_any_criterion: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", tuple(self.rho))  # a list, from YAML
-        counts = (self.rounds, self.turns, self.refit_steps)
+        counts = (self.turns, self.refit_steps)
         if not self.dampening > 0 or min(counts) < 1 or len(self.rho) != 2 or not 0 < self.rho[0] <= self.rho[1]:
             raise ValueError(
-                "ADMM needs dampening > 0, rounds, turns and refit_steps >= 1, and rho=(first, last) that does not "
+                "ADMM needs dampening > 0, turns and refit_steps >= 1, and rho=(first, last) above 0 that does not "
                 f"fall, but got {self}"
             )
 
@@ -63,25 +60,25 @@ class ADMM(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Alternate, then fit."""
         assert inputs is not None, "ADMM reads the inputs"
-        scale, gram = scaled(inputs.dampened_gram(self.dampening))
+        scale, gram, values, vectors = inputs.scaled_eigen(self.dampening)
         alive = weight != 0
         dense = weight.to(gram.dtype).contiguous() * scale
         target = torch.mm(dense, gram)
         keep = wanda = pattern(dense.abs(), sparsity)
-        masked, gap = dense * keep, torch.zeros_like(dense)  # the dual variable in units of rho
-        first, last = self.rho
-        growth = (last / first) ** (1 / max(1, self.rounds - 1))
-        for turn in range(self.rounds * self.turns):
-            if turn % self.turns == 0:
-                rho = first * growth ** (turn // self.turns)
-                solve = inverse(gram, rho)
-                if turn:
-                    gap /= growth
-            free = torch.mm(masked.sub_(gap).mul_(rho).add_(target), solve)
-            wanted = gap.add_(free)
+        # Masked copy and dual variable are one tensor with the mask: `wanted` where it keeps and where it does not.
+        wanted, dropped = dense.clone(), torch.zeros_like(dense)
+        pull = dense * keep  # masked copy minus dual variable
+        rho, last = self.rho
+        growth = (last / rho) ** (1 / max(1, self.turns - 1))
+        for _ in range(self.turns):
+            in_eigenbasis = torch.mm(torch.add(target, pull, alpha=rho, out=pull), vectors).div_(values + rho)
+            free = torch.mm(in_eigenbasis, vectors.t(), out=pull)
+            torch.addcmul(free, wanted, dropped, value=1 / growth, out=wanted)  # the dual is in units of rho
             keep = pattern(wanted.abs().mul_(alive), sparsity) & alive
-            masked = wanted * keep
-            gap = wanted.sub_(masked)
+            torch.sub(1, keep.to(wanted.dtype), out=dropped)
+            torch.addcmul(wanted, wanted, dropped, value=-2, out=pull)
+            rho *= growth
+        masked = wanted.mul_(keep)
         fitted = refitted(dense, masked, keep, gram, self.refit_steps)
         raw = inputs.sums["gram"]
         if _error((fitted - dense) / scale, raw) > _error(dense * ~wanda / scale, raw):  # inputs hardly correlate
