@@ -227,7 +227,30 @@ def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, patter
 
 
 def test_an_unknown_allocation(text, refused):
-    refused(*text, "--allocation", "luck", message="Got value: luck", code=2)
+    refused(*text, "--allocation", "luck", message="luck", code=2)
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+def test_a_preset(text, tmp_path, preset):
+    assert run(*text, "--preset", preset, "--save", "out", "--save_model", "out/model") == 0
+    assert (tmp_path / f"out/log_{preset}.txt").read_text().splitlines()[1].startswith(f"{preset}\t0.5")
+    command = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text()).config["command"]
+    assert command["preset"] == preset
+    assert "prune_method" not in command
+    zeros = zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
+    sparsities = [where.float().mean() for where in zeros.values()]
+    assert (max(sparsities) - min(sparsities) > 0.02) == (preset == "best")
+
+
+def test_a_preset_keeps_to_n_of_m(text):
+    assert run(*text, "--preset", "best", "--sparsity_type", "2:4", "--save_model", "out/model") == 0
+    for where in zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model")).values():
+        assert (where.reshape(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_a_preset_is_a_method(text, refused):
+    refused(*text, "--preset", "best", "--prune_method", "wanda", message="--prune_method has no meaning for a preset")
+    refused(*text, "--preset", "bset", message="bset", code=2)
 
 
 def test_skip_dtype_and_granularity(text, tmp_path):

@@ -63,6 +63,18 @@ def test_a_preset_before_measuring(name):
     assert ((weight != 0).view(len(weight), -1, 4).sum(dim=2) == 2).all()
 
 
+@EVERY_PRESET
+def test_mixed_precision_rounds_no_solver(name):
+    reports, modules = [], [Net(), Net()]
+    for module, precision in zip(modules, ("32-true", "bf16-mixed"), strict=True):
+        callback = PruningCallback.preset(name, 0.5, allocation="uniform", num_samples=8)
+        trainer(callback, precision=precision).validate(module, loader(), verbose=False)
+        reports.append(callback.report)
+    first, second = (module.layers[0].weight for module in modules)  # its inputs are the same
+    assert torch.equal(first, second)
+    assert reports[0].sparsity == reports[1].sparsity
+
+
 def test_a_choice_of_a_preset_may_be_replaced():
     callback = PruningCallback.preset("best", 0.6, granularity="block", allocation="uniform", skip="lm_head")
     assert (callback.config.granularity, callback.config.allocation) == ("block", Uniform())

@@ -25,8 +25,8 @@ class PruningConfig:
         criterion: Gives scores: `Magnitude()`, `Wanda()`, or the name of one; by default the solver's own (of
             `ZeroOut()` it is Wanda).
         pattern: Where zeros may fall: `Unstructured()`, `NM(2, 4)`, `EqualShare()`, or a name such as `"2:4"`.
-        allocation: Spreads the sparsity over the layers: `Uniform()`, `OWL()`, `AlphaPruning()`, `PerLayer({...})`, or
-            a name such as `"owl"`.
+        allocation: Spreads the sparsity over the layers: `Uniform()`, `Fisher()`, `OWL()`, `AlphaPruning()`,
+            `PerLayer({...})`, or a name such as `"owl"`.
         solver: Gives the final weights: `ZeroOut()`, or a name.
         granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
             `"layer"` (everything before is pruned) or `"model"` (the dense model).

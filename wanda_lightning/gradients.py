@@ -49,13 +49,7 @@ def fisher(
             hook = _hook(layer, sums[layer.name], reached, index)
             hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
         for batch, forward in enumerate(forwards):
-            logits = _logits(forward())
-            if (padding := masks[batch]) is not None:
-                rows = logits.flatten(0, -2)
-                if mask := next((mask for mask in padding if mask.fits(logits)), None):
-                    rows = rows[mask.keep.flatten().to(rows.device)]
-                _predictions(rows.float(), seed=batch * processes.world_size + processes.rank).backward()
-            del logits
+            _backward(forward(), masks[batch], batch, seed=batch * processes.world_size + processes.rank)
             tick()
     processes.add([reached, *sums.values()])
     for layer in layers:
@@ -67,16 +61,34 @@ def fisher(
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
+def _backward(output: object, padding: tuple[TokenMask, ...] | None, batch: int, seed: int) -> None:
+    """Pass one batch backward; that it is over when this returns frees its graph."""
+    logits = _logits(output)
+    if padding is None:
+        return
+    rows = logits.flatten(0, -2)
+    if fitting := [mask for mask in padding if mask.fits(logits)]:  # those of the whole model, not of its encoder
+        rows = rows[min(fitting, key=lambda mask: len(mask.inside)).keep.flatten().to(rows.device)]
+    if not rows.isfinite().all():
+        raise ValueError(
+            f"the predictions for calibration batch {batch} (counted from 0) hold NaN or infinity: check that batch, "
+            "or load the model in a wider dtype (float32 or bfloat16 rather than float16)"
+        )
+    _predictions(rows.float(), seed).backward()
+
+
 def _hook(layer: Layer, total: PerInput, reached: Tensor, index: int) -> Callable[..., Tensor]:
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        tokens = layer.tokens(input_of(args, kwargs).detach()).float()
+        if not torch.is_grad_enabled():  # nothing comes back here
+            return output
+        squares = layer.tokens(input_of(args, kwargs).detach()).float().square()
         if not output.requires_grad:  # the first layer: from here on there is a graph
             output = output.detach().requires_grad_().clone()  # not a leaf, which no later step may write into
 
         def add(gradient: Tensor) -> None:
-            per_token = gradient.movedim(1, -1) if isinstance(module, nn.Conv2d) else gradient
+            per_token = gradient.movedim(-3, -1) if isinstance(module, nn.Conv2d) else gradient
             weights = per_token.flatten(0, -2).float().square().mean(dim=-1)
-            total.add_(torch.mv(tokens.square().t(), weights))
+            total.add_(torch.mv(squares.t(), weights))
             reached[index] += 1
 
         output.register_hook(add)

@@ -206,6 +206,11 @@ class CausalLMModule(L.LightningModule):
         """The model's own output, with `logits`, and `loss` where `labels` are given."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
+    def calibration_predictions(self, batch: Any) -> Any:
+        """Run the batch through the model, for its logits."""
+        input_ids, attention_mask, _ = _read_text(batch)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
     def calibration_step(self, batch: Any) -> None:
         """Run the batch through all blocks; the logits are not computed."""
         input_ids, attention_mask, _ = _read_text(batch)
@@ -488,6 +493,10 @@ class ImageClassifierModule(L.LightningModule):
     def forward(self, images: Tensor) -> Any:
         """The logits, of shape (batch, num_classes)."""
         return self.model(images)
+
+    def calibration_predictions(self, batch: Any) -> Any:
+        """Run the images of the batch through the model, for its logits."""
+        return self(_read_images(batch)[0])
 
     def calibration_step(self, batch: Any) -> None:
         """Run the images of the batch through the model."""

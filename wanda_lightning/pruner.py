@@ -95,6 +95,7 @@ def prune_as(
     batches: Iterable[Any] | None = None,
     *,
     forward: Callable[[Any], object] | None = None,
+    predict: Callable[[Any], object] | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> PruningReport:
@@ -105,6 +106,7 @@ def prune_as(
         model: The model; in each process the same, or the same sharded by FSDP2 (`fully_shard`) on dimension 0.
         batches: Calibration batches of this process.
         forward: How one batch goes through the model.
+        predict: How it gives the logits, for an allocation that reads gradients; by default as `forward`.
         progress: Show a bar, in the first process.
         processes: Those that all call this, with the same choices. The statistics are of the batches of all, and so
             are the masks; an error in one ends all.
@@ -121,7 +123,7 @@ def prune_as(
                 "dataloader; Magnitude() with Uniform() needs none."
             )
         read = batches if config.reads_batches and batches is not None else ()
-        calibration = _Calibration(model, read, forward, processes)
+        calibration = _Calibration(model, read, forward, predict, processes)
         allocation = cast(Allocation, config.allocation)
         one_pass = bool(config.needs) and config.granularity == "model"
         before = not one_pass or allocation.reads_gradients  # else the one pass sees the dense model
@@ -292,7 +294,7 @@ def _see_dense(
         limit = getattr(allocation, "num_batches", None)
         length = calibration.length if limit is None else min(limit, calibration.length or limit)
         with _running(model), ProgressBar("Passing backward", length, progress) as bar:
-            forwards = islice(calibration, limit)
+            forwards = islice(calibration.predictions(), limit)
             gradients = fisher(model, found.layers, forwards, calibration.masks, bar.advance, processes)
             calibration.refuse_if_empty(config)
     return _Dense(statistics, gradients)
@@ -366,10 +368,12 @@ class _Calibration:
         model: nn.Module,
         batches: Iterable[Any],
         forward: Callable[[Any], object] | None,
+        predict: Callable[[Any], object] | None,
         processes: Processes,
     ) -> None:
         self._model, self._batches, self._processes = model, batches, processes
         self._forward = forward or self._forward_on_device
+        self._predict = predict or self._forward
         # FSDP2 communicates in every forward pass: each process must make equally many.
         self.even = processes.world_size > 1 and is_sharded(model)
         self.masks: list[tuple[TokenMask, ...] | None] = []
@@ -386,11 +390,18 @@ class _Calibration:
         self.length = len(held)
 
     def __iter__(self) -> Iterator[Callable[[], object]]:
+        return self._passes(self._forward)
+
+    def predictions(self) -> Iterator[Callable[[], object]]:
+        """Forward passes that give the logits."""
+        return self._passes(self._predict)
+
+    def _passes(self, forward: Callable[[Any], object]) -> Iterator[Callable[[], object]]:
         batches = _evenly(self._batches, self._processes) if self.even else ((batch, True) for batch in self._batches)
         self.masks.clear()
         for batch, counts in batches:
             self.masks.append(token_masks(self._model, batch) if counts else None)
-            yield partial(self._forward, batch)
+            yield partial(forward, batch)
 
     def refuse_if_empty(self, config: PruningConfig) -> None:
         total = torch.tensor(sum(mask is not None for mask in self.masks))
@@ -458,7 +469,8 @@ def _prune_layer(
 ) -> PrunedLayer:
     solver, weight, sparsity = cast(Solver, config.solver), layer.read(), 0.0
     if len(weight):  # of a matrix with fewer rows than processes, some have none
-        weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
+        with torch.autocast(weight.device.type, enabled=False):  # a mixed-precision Trainer's would round it
+            weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
         layer.write(weight)
         sparsity = int((weight == 0).count_nonzero()) / weight.numel()
     return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)

@@ -167,13 +167,23 @@ def _private(loader: Any) -> Any:
     )
 
 
-def calibration_forward(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> object:
-    """Put a batch through the module as Lightning's loops would: precision, transfer hooks, device."""
+def calibration_forward(
+    trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, for_predictions: bool = False
+) -> object:
+    """Put a batch through the module as Lightning's loops would: precision, transfer hooks, device.
+
+    For predictions by its `calibration_predictions(batch)` or its forward; else by its `calibration_step(batch)`, which
+    may leave out what comes after the last layer, or its forward.
+    """
     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     batch = trainer.strategy.batch_to_device(batch)
-    if callable(calibration_step := getattr(pl_module, "calibration_step", None)):
+    if for_predictions and callable(predictions := getattr(pl_module, "calibration_predictions", None)):
+        return predictions(batch)
+    has_forward = is_overridden("forward", pl_module)
+    calibration_step = getattr(pl_module, "calibration_step", None)
+    if callable(calibration_step) and not (for_predictions and has_forward):
         return calibration_step(batch)
-    if not is_overridden("forward", pl_module):
+    if not has_forward:
         raise MisconfigurationException(
             f"{type(pl_module).__name__} has no forward to run a calibration batch through: "
             "define forward(), or calibration_step(batch)"

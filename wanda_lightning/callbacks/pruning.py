@@ -156,6 +156,7 @@ class PruningCallback(Callback):
 
         Raises:
             ValueError: If there is no such preset, or a value is out of range.
+            TypeError: Of a subclass that chooses a method itself.
         """
         if cls.__init__ is not PruningCallback.__init__:
             raise TypeError(
@@ -355,6 +356,7 @@ class PruningCallback(Callback):
                 pruning_target(pl_module),
                 calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
                 forward=partial(calibration_forward, trainer, pl_module),
+                predict=partial(calibration_forward, trainer, pl_module, for_predictions=True),
                 progress=_shows_progress(trainer),
                 processes=self._processes,
             )

@@ -26,7 +26,7 @@ class Fisher(Allocation):
 
     Attributes:
         within: How far from the target a layer's sparsity may be.
-        num_batches: Calibration batches that are passed backward, the first ones; None for all.
+        num_batches: Calibration batches that are passed backward, the first ones of each process; None for all.
     """
 
     reads_gradients: ClassVar[bool] = True
@@ -71,7 +71,7 @@ def _distribution(layer: DenseLayer) -> Tensor:
     scores = weight.abs().to(torch.promote_types(weight.dtype, torch.float32)).log_().mul_(2)
     scores += layer.fisher.to(scores.dtype).log()
     bins = scores.clamp_(_LOWEST, _HIGHEST).sub_(_LOWEST).mul_((_BINS - 1) / (_HIGHEST - _LOWEST)).to(torch.int32)
-    return bins.flatten().bincount(minlength=_BINS).double().cumsum(0).div_(layer.size).cpu()
+    return bins.flatten().bincount(minlength=_BINS).cpu().double().cumsum(0).div_(layer.size)
 
 
 def _share(shares: Tensor, threshold: float) -> float:
