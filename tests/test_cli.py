@@ -248,6 +248,19 @@ def test_a_preset_keeps_to_n_of_m(text):
         assert (where.reshape(-1, 4).sum(dim=1) == 2).all()
 
 
+def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
+    refused(*images, "--preset", "best", message="all gradients are 0")  # one class is certain
+    weights = load_file(inputs / "test_vit.safetensors")
+    torch.manual_seed(0)
+    weights["head.bias"].zero_()
+    save_file(weights, tmp_path / "trained.safetensors")
+    assert run(*images, "--resume", "trained.safetensors", "--preset", "best", "--save", "out") == 0
+    report = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text())
+    assert report.config["granularity"] == "layer"
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert len({layer.target for layer in report.layers}) > 1
+
+
 def test_a_preset_is_a_method(text, refused):
     refused(*text, "--preset", "best", "--prune_method", "wanda", message="--prune_method has no meaning for a preset")
     refused(*text, "--preset", "bset", message="bset", code=2)

@@ -38,7 +38,7 @@ def fisher(
         processes: Those whose batches are added up.
 
     Raises:
-        ValueError: If a pass returns no logits, or a gradient holds NaN or infinity.
+        ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
     """
     sums: dict[str, PerInput] = {
         layer.name: torch.zeros(layer.shape[1], dtype=torch.float32, device=layer.weight.device) for layer in layers
@@ -58,6 +58,11 @@ def fisher(
                 f"the gradients at {layer.name} hold NaN or infinity, so they cannot say how much it matters: load the "
                 "model in a wider dtype (float32 or bfloat16), or use another allocation"
             )
+    if reached.any() and not any(total.any() for total in sums.values()):
+        raise ValueError(
+            "the predictions depend on no layer: all gradients are 0, as behind a head of zeros or where one class is "
+            "certain. Give a model that is trained, or use another allocation"
+        )
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
