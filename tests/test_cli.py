@@ -17,8 +17,8 @@ import transformers
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from zoo import save_llama_of_bytes
 
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import main
@@ -69,17 +69,10 @@ def run(*arguments):
 def inputs(tmp_path_factory):
     """A language model, texts, and an image classifier with images, none of which a command may change."""
     folder = tmp_path_factory.mktemp("inputs")
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "llama")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+    save_llama_of_bytes(folder / "llama")
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        config = LlamaConfig(vocab_size=256, max_position_embeddings=64, initializer_range=0.3, **sizes, **special)
-        LlamaForCausalLM(config).save_pretrained(folder / "llama")
         for name in ("test_vit", "test_convnext"):
             model = timm.create_model(name)
             model.get_classifier().bias.data[1] = 1e4  # whatever it sees, it says the second class

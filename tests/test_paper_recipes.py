@@ -14,8 +14,8 @@ import timm
 import torch
 import yaml
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
+from zoo import save_llama_of_bytes
 
 from wanda_lightning import cli
 
@@ -60,16 +60,7 @@ def shell(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "llama")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
-        config = LlamaConfig(vocab_size=256, max_position_embeddings=64, initializer_range=0.3, **sizes, **special)
-        LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    save_llama_of_bytes(folder / "llama")
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(300)]
     (folder / "long.txt").write_text(" ".join(words))

@@ -21,6 +21,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 VOCABULARY, TOKENS, WINDOW = 128, 24, 8
@@ -43,6 +44,20 @@ class Specimen:
     dense: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
+
+
+def save_llama_of_bytes(folder: Any) -> None:
+    """A tiny Llama and a tokenizer whose tokens are bytes, as a Hugging Face folder."""
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        config = hf.LlamaConfig(vocab_size=256, max_position_embeddings=64, initializer_range=0.3, **sizes, **special)
+        hf.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def run(model: nn.Module, batch: Any) -> Tensor:

@@ -291,7 +291,7 @@ def _see_dense(
             path.check("", 0)
             calibration.refuse_if_empty(config)
     if allocation.reads_gradients:
-        limit = getattr(allocation, "num_batches", None)
+        limit = allocation.gradient_batches
         length = calibration.length if limit is None else min(limit, calibration.length or limit)
         with _running(model), ProgressBar("Passing backward", length, progress) as bar:
             forwards = islice(calibration.predictions(), limit)

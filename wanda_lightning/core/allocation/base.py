@@ -48,6 +48,11 @@ class Allocation(ABC):
     reads_gradients: ClassVar[bool] = False  # of the dense model
     reads_weights: ClassVar[bool] = True  # of whole layers, so that no process can do with its rows
 
+    @property
+    def gradient_batches(self) -> int | None:
+        """How many calibration batches are passed backward, where gradients are read; None for all."""
+        return None
+
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
         """Refuse a model that the allocation does not fit, before weights or statistics are read.
 

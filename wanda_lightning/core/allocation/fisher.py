@@ -37,6 +37,11 @@ class Fisher(Allocation):
         if not 0 <= self.within <= 1 or (self.num_batches is not None and self.num_batches < 1):
             raise ValueError(f"Fisher needs within in [0, 1] and num_batches of at least 1, but got {self}")
 
+    @property
+    def gradient_batches(self) -> int | None:
+        """As asked for."""
+        return self.num_batches
+
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
         """Refuse a model with one layer."""
         refuse_one_group(self, layers, "layer")
