@@ -141,6 +141,44 @@ def least_squares(weight, tokens, dampening, keep):
     return fitted
 
 
+def swapped(weight, tokens, keep, swaps, group=None):
+    """In each row, of all exchanges of a kept and a pruned weight (of one group) the best, as often as one helps."""
+    keep = keep.copy()
+    for row in range(len(weight)):
+        for _ in range(swaps):
+            best = None
+            for p in np.flatnonzero(keep[row]):
+                for q in np.flatnonzero(~keep[row]):
+                    if group is None or p // group == q // group:
+                        other = keep[row].copy()
+                        other[p], other[q] = False, True
+                        error = np.sum((tokens @ (weight[row] * ~other)) ** 2)
+                        if best is None or error < best[0]:
+                            best = error, other
+            if best[0] >= np.sum((tokens @ (weight[row] * ~keep[row])) ** 2) * (1 - 1e-6):
+                break
+            keep[row] = best[1]
+    return keep
+
+
+def admm(weight, tokens, dampening, rhos, choose):
+    """The mask after turns of: fit towards copy minus dual; mask fit plus dual; dual takes up the rest (Boyd 2011).
+
+    All in the scale in which the dampened Gram matrix has a diagonal of 1; `choose(scores)` is the pattern. The dual
+    is that of the problem itself, not divided by rho.
+    """
+    matrix = damped_gram(tokens, dampening)
+    scale = np.sqrt(np.diag(matrix))
+    matrix, dense = matrix / np.outer(scale, scale), weight * scale
+    copy, dual = dense * choose(np.abs(dense)), np.zeros(weight.shape)
+    for rho in rhos:
+        fit = np.linalg.solve(matrix + rho * np.eye(len(matrix)), (dense @ matrix + rho * copy - dual).T).T
+        keep = choose(np.abs(fit + dual / rho))
+        copy = (fit + dual / rho) * keep
+        dual = dual + rho * (fit - copy)
+    return keep
+
+
 # ---- patterns
 
 

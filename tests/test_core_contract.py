@@ -98,9 +98,9 @@ def test_entries_of_one_dict_differ():
 
 
 def test_every_needed_statistic_exists():
-    for make in itertools.chain(CRITERIA.values(), SOLVERS.values(), (make() for make in ALLOCATIONS.values())):
-        assert isinstance(make.needs, frozenset)
-        InputStatistics(make.needs)
+    for make in itertools.chain(CRITERIA.values(), SOLVERS.values(), ALLOCATIONS.values()):
+        assert isinstance(make().needs, frozenset)
+        InputStatistics(make().needs)
 
 
 # ---- criteria

@@ -11,7 +11,7 @@ from test_core_contract import random_layer, statistics
 
 from wanda_lightning import NM, SparseGPTPrune, Unstructured, prune
 from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
-from wanda_lightning.core.solvers import ADMM, SOLVERS, Refit, SparseGPT
+from wanda_lightning.core.solvers import ADMM, SOLVERS, Refit, SparseGPT, SparseSwaps
 
 WIDE = (12, 300)  # more than two blocks of columns
 
@@ -148,11 +148,62 @@ def test_admm_ends_at_the_least_squares_of_its_mask():
     np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
-def mixed_layer(seed):
+def mixed_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
     """Inputs that depend on each other, where making up for a weight pays."""
     generator = torch.Generator().manual_seed(seed)
-    weight, tokens = random_layer(seed=seed, shape=(24, 96), tokens=600)
-    return weight, tokens @ torch.randn(96, 96, generator=generator) / 10
+    weight, tokens = random_layer(dtype, seed=seed, shape=shape, tokens=tokens)
+    return weight, tokens @ torch.randn(shape[1], shape[1], generator=generator).to(dtype) / 10
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("turns", [1, 6, 10])
+def test_the_mask_of_admm_is_that_of_its_turns_one_by_one(pattern, turns):
+    weight, tokens = mixed_layer(1, torch.float64, shape=(6, 32), tokens=200)
+    solver = ADMM(turns=turns)
+    _, keep = solved(solver, weight, tokens, pattern=pattern)
+    first, last = solver.rho
+    rhos = [first * (last / first) ** (turn / max(1, turns - 1)) for turn in range(turns)]
+    expected = reference.admm(
+        weight.numpy(), tokens.numpy(), solver.dampening, rhos, lambda scores: reference.keep(pattern, scores, 0.5)
+    )
+    np.testing.assert_array_equal(keep.numpy(), expected)
+
+
+# ---- swaps
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(3, 8)], ids=str)
+@pytest.mark.parametrize("swaps", [1, 3, 100])
+def test_each_swap_is_the_best_of_all(pattern, swaps):
+    weight, tokens = mixed_layer(0, torch.float64, shape=(5, 16), tokens=100)
+    sparsity = getattr(pattern, "sparsity", 0.5)
+    pruned, keep = solved(SparseSwaps(swaps, candidates=16), weight, tokens, pattern=pattern, sparsity=sparsity)
+    start = pattern(Wanda()(weight, statistics(tokens, Wanda)), sparsity).numpy()
+    expected = reference.swapped(weight.numpy(), tokens.numpy(), start, swaps, getattr(pattern, "m", None))
+    np.testing.assert_array_equal(keep.numpy(), expected)
+    assert torch.equal(pruned, weight * keep)
+    assert torch.equal(keep.sum(dim=1), torch.from_numpy(start).sum(dim=1))
+    if swaps == 1:
+        assert ((keep.numpy() != start).sum(axis=1) == 2).any()
+
+
+def test_swaps_among_few_candidates_are_nearly_as_good_as_among_all():
+    weight, tokens = mixed_layer(2)
+    few, every, none = (
+        output_error(weight, solved(solver, weight, tokens)[0], tokens)
+        for solver in (SparseSwaps(100), SparseSwaps(100, candidates=96), SOLVERS["zero_out"]())
+    )
+    assert every < few * 1.001 < every * 1.1 < none / 2
+
+
+def test_a_swap_brings_back_no_zero_of_before():
+    weight, tokens = mixed_layer(3)
+    weight[:, ::5] = 0
+    pruned, keep = solved(SparseSwaps(100), weight, tokens, sparsity=0.6)
+    assert not keep[:, ::5].any()
+    assert ((pruned == 0).sum(dim=1) == int(0.6 * 96)).all()
+    fewer, _ = solved(SparseSwaps(100), weight, tokens, sparsity=0.1)  # less than it has
+    assert torch.equal(fewer == 0, weight == 0)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
@@ -163,6 +214,8 @@ def test_each_remedy_is_nearer_to_the_dense_layer(pattern, seed):
         name: output_error(weight, solved(make(), weight, tokens, pattern=pattern)[0], tokens)
         for name, make in SOLVERS.items()
     }
+    assert errors["reconstruct"] == errors["zero_out"]  # until the block is trained
+    assert errors["sparseswaps"] < errors["zero_out"]
     assert errors["refit"] < errors["zero_out"]
     assert errors["sparsegpt"] < errors["zero_out"]
     assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
@@ -183,6 +236,8 @@ def test_a_solver_that_chooses_itself_takes_no_criterion():
         (SparseGPT, {"block_size": 0}),
         (Refit, {"dampening": -1.0}),
         (Refit, {"steps": 0}),
+        (SparseSwaps, {"swaps": 0}),
+        (SparseSwaps, {"candidates": 0}),
         (ADMM, {"rho": (0.0, 1.0)}),
         (ADMM, {"rho": (0.5, 0.1)}),
         (ADMM, {"dampening": 0.0}),
@@ -197,8 +252,10 @@ def test_every_solver_has_a_criterion_of_its_own():
     assert {name: make().own_criterion for name, make in SOLVERS.items()} == {
         "zero_out": Wanda(),
         "sparsegpt": Saliency(),
+        "sparseswaps": Wanda(),
         "refit": Wanda(),
         "admm": Wanda(),
+        "reconstruct": Wanda(),
     }
 
 

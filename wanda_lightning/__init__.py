@@ -16,7 +16,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
-from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
+from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, SparseGPT, SparseSwaps, ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruner import prune
@@ -43,11 +43,13 @@ __all__ = [
     "PruningCallback",
     "PruningConfig",
     "PruningReport",
+    "Reconstruct",
     "Refit",
     "SavePretrained",
     "Schedule",
     "SparseGPT",
     "SparseGPTPrune",
+    "SparseSwaps",
     "TextDataModule",
     "Uniform",
     "Unstructured",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Real
 from typing import Any, TypeVar, cast
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
 from wanda_lightning.core.criteria import CRITERIA, Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
-from wanda_lightning.core.solvers import SOLVERS, Solver, ZeroOut
+from wanda_lightning.core.solvers import SOLVERS, Reconstruct, Solver, ZeroOut
 from wanda_lightning.models import GRANULARITIES
 
 Chosen = TypeVar("Chosen")
@@ -58,6 +58,11 @@ class PruningConfig:
             raise ValueError(
                 f"{solver} chooses the weights itself, but criterion={criterion} was given: leave the criterion out, "
                 "or use another solver"
+            )
+        if isinstance(solver, Reconstruct) and self.granularity != "block":
+            raise ValueError(
+                f"Reconstruct trains the parts of blocks, but granularity={self.granularity!r} was given: use "
+                "granularity='block', or another solver"
             )
         resolved = {
             "criterion": criterion,
@@ -116,5 +121,6 @@ def _checked(axis: str, base: type[Any], choice: Any, find: Callable[[str], Any]
 
 def _describe(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {"name": type(value).__name__, **asdict(value)}
+        values = {each.name: _describe(getattr(value, each.name)) for each in fields(value)}
+        return {"name": type(value).__name__, **values}
     return list(value) if isinstance(value, tuple) else value

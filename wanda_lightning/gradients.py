@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.core.types import PerInput
 from wanda_lightning.distributed import Processes
-from wanda_lightning.models import Layer, TokenMask
+from wanda_lightning.models import Layer, TokenMask, fitting_mask
 from wanda_lightning.observe import input_of
 
 
@@ -44,7 +44,7 @@ def fisher(
         layer.name: torch.zeros(layer.shape[1], dtype=torch.float32, device=layer.weight.device) for layer in layers
     }
     reached = torch.zeros(len(layers), dtype=torch.int64)
-    with processes.together(), _without_gradients(model), ExitStack() as hooks, torch.enable_grad():
+    with processes.together(), without_gradients(model), ExitStack() as hooks, torch.enable_grad():
         for index, layer in enumerate(layers):
             hook = _hook(layer, sums[layer.name], reached, index)
             hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -72,14 +72,14 @@ def _backward(output: object, padding: tuple[TokenMask, ...] | None, batch: int,
     if padding is None:
         return
     rows = logits.flatten(0, -2)
-    if fitting := [mask for mask in padding if mask.fits(logits)]:  # those of the whole model, not of its encoder
-        rows = rows[min(fitting, key=lambda mask: len(mask.inside)).keep.flatten().to(rows.device)]
+    if mask := fitting_mask(padding, "", logits):  # that of the whole model, not of its encoder
+        rows = rows[mask.keep.flatten().to(rows.device)]
     if not rows.isfinite().all():
         raise ValueError(
             f"the predictions for calibration batch {batch} (counted from 0) hold NaN or infinity: check that batch, "
             "or load the model in a wider dtype (float32 or bfloat16 rather than float16)"
         )
-    _predictions(rows.float(), seed).backward()
+    rows.backward(_by_logits(rows.detach(), seed))
 
 
 def _hook(layer: Layer, total: PerInput, reached: Tensor, index: int) -> Callable[..., Tensor]:
@@ -115,15 +115,20 @@ def _logits(output: object) -> Tensor:
     return found
 
 
-def _predictions(logits: Tensor, seed: int) -> Tensor:
-    """The log-probability of labels drawn from the predictions themselves."""
-    generator = torch.Generator(logits.device).manual_seed(seed)
-    drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator).squeeze(-1)
-    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+def _by_logits(rows: Tensor, seed: int) -> Tensor:
+    """The gradient of `-log p(y)` by the logits, `p - onehot(y)`, with each label y drawn from p.
+
+    Written out, because cross entropy would hold three more tensors of this size.
+    """
+    gradient = rows.float().softmax(dim=-1)
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    drawn = torch.multinomial(gradient, 1, generator=generator)
+    return gradient.scatter_add_(1, drawn, gradient.new_full(drawn.shape, -1)).to(rows.dtype)
 
 
 @contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient meanwhile."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

@@ -414,6 +414,11 @@ class TokenMask:
         return x.shape[:-1] == self.keep.shape or (x.ndim == 2 and len(x) == self.keep.numel())
 
 
+def fitting_mask(masks: Sequence[TokenMask], name: str, x: Tensor) -> TokenMask | None:
+    """Of the masks that line up with a tensor, that of the smallest part of the model around `name`."""
+    return next((mask for mask in sorted(masks, key=lambda mask: mask.rank(name)) if mask.fits(x)), None)
+
+
 def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     """The padding of a batch, from its `attention_mask` (an encoder's) and `decoder_attention_mask`.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.distributed import ALONE, Processes
 from wanda_lightning.lockstep import Call
-from wanda_lightning.models import Layer, TokenMask, Unit
+from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,7 @@ class Observer:
         tokens = layer.tokens(x)
         masks = self.masks[batch]
         if masks and not isinstance(layer.module, nn.Conv2d):
-            own_first = sorted(masks, key=lambda mask: mask.rank(layer.name))
-            mask = next((mask for mask in own_first if mask.fits(x)), None)
+            mask = fitting_mask(masks, layer.name, x)
             if mask is None:
                 self.padding_counted.add(layer.name)
             else:

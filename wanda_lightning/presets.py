@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from wanda_lightning.core.allocation import Allocation, Fisher, Uniform
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
-from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
+from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, Solver, SparseGPT, SparseSwaps, ZeroOut
 
 Group = Literal["row", "layer"]
 
@@ -60,6 +60,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "ablate_wanda_iter": Method(Wanda(), SparseGPT(), "layer"),
         "refit": Method(solver=Refit()),
         "admm": Method(solver=ADMM()),
+        "sparseswaps": Method(solver=SparseSwaps()),
+        "reconstruct": Method(solver=Reconstruct(), granularity="block"),
     }
 )
 

@@ -23,7 +23,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Allocation, DenseLayer, Uniform
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
-from wanda_lightning.core.solvers import Solver, ZeroOut
+from wanda_lightning.core.solvers import Reconstruct, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
 from wanda_lightning.gradients import fisher
@@ -39,7 +39,8 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
-from wanda_lightning.refusals import refuse_sharding, refuse_too_wide, refuse_unprunable
+from wanda_lightning.reconstruction import Part, record, train
+from wanda_lightning.refusals import refuse_sharding, refuse_too_wide, refuse_training_together, refuse_unprunable
 from wanda_lightning.report import PrunedLayer, PruningReport, SkippedMatrix
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def prune_as(
             if not one_pass:
                 path.check(unit.name, len(tuple(stop.calls)))
             statistics = observer(unit, stop.calls) if observed else None
+            parts = record(unit, stop.calls, calibration.masks) if isinstance(config.solver, Reconstruct) else []
             del stop  # or its parked activations outlive the run of the pruned unit
             if one_pass:
                 path.check(unit.name, 0)
@@ -163,6 +165,9 @@ def prune_as(
             reshard(unit.module or model)
             with processes.together():
                 _prune_unit(config, unit, statistics, goals, observer.padding_counted, pruned)
+            while parts:
+                bar.at(parts[0].name)
+                _train_part(config, parts.pop(0), calibration.masks, pruned)
             if not one_pass:
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
@@ -237,6 +242,7 @@ def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) 
     """
     found = walk(model, config.granularity, config.skip)
     refuse_unprunable(config, found)
+    refuse_training_together(config, processes)
     if "gram" in config.needs:
         refuse_too_wide(config, found, model)
     for unit in found.units:
@@ -474,6 +480,17 @@ def _prune_layer(
         layer.write(weight)
         sparsity = int((weight == 0).count_nonzero()) / weight.numel()
     return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)
+
+
+def _train_part(
+    config: PruningConfig, part: Part, masks: Sequence[tuple[TokenMask, ...] | None], pruned: list[PrunedLayer]
+) -> None:
+    before, after = train(part, cast(Reconstruct, config.solver), masks)
+    names = {layer.name for layer in part.layers.values()}
+    for layer in pruned:
+        if layer.name in names:
+            trained = f"error of {part.name} {before:.2%}, trained {after:.2%}"
+            layer.note = f"{layer.note}; {trained}" if layer.note else trained
 
 
 def _report(

@@ -12,6 +12,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Allocation
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.solvers import Reconstruct
 from wanda_lightning.distributed import Processes
 from wanda_lightning.models import Layer, Unit, Walk, free_memory, walk
 
@@ -44,6 +45,15 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
         # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
+
+
+def refuse_training_together(config: PruningConfig, processes: Processes) -> None:
+    """What learns from the batches of its own process alone."""
+    if isinstance(config.solver, Reconstruct) and processes.world_size > 1:
+        raise ValueError(
+            f"Reconstruct trains in one process, but {processes.world_size} prune together: prune with devices=1, or "
+            "use another solver such as ADMM()"
+        )
 
 
 _GRAMS_AT_ONCE = 4  # one that is summed, its dampened copy, the factor and its inverse

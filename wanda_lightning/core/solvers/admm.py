@@ -73,11 +73,10 @@ class ADMM(Solver):
         for _ in range(self.turns):
             in_eigenbasis = torch.mm(torch.add(target, pull, alpha=rho, out=pull), vectors).div_(values + rho)
             free = torch.mm(in_eigenbasis, vectors.t(), out=pull)
-            torch.addcmul(free, wanted, dropped, value=1 / growth, out=wanted)  # the dual is in units of rho
+            torch.addcmul(free, wanted, dropped, value=1 / growth, out=wanted)  # the dual, in units of rho
             keep = pattern(wanted.abs().mul_(alive), sparsity) & alive
             torch.sub(1, keep.to(wanted.dtype), out=dropped)
-            # The dual stays in units of this turn's rho, larger than in the next turn's sum; tuned and measured so.
-            torch.addcmul(wanted, wanted, dropped, value=-2, out=pull)
+            torch.addcmul(wanted, wanted, dropped, value=-1 - 1 / growth, out=pull)
             rho *= growth
         masked = wanted.mul_(keep)
         fitted = refitted(dense, masked, keep, gram, self.refit_steps)

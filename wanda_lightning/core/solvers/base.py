@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,15 +22,17 @@ def as_integers(tensor: Tensor) -> Tensor:
 
 
 class Solver(ABC):
-    """What becomes of a weight matrix.
+    """What becomes of a weight matrix."""
 
-    Attributes:
-        needs: The statistics that it reads, besides those of the criterion.
-        takes_any_criterion: Whether another criterion than its own may choose.
-    """
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """The statistics that it reads, besides those of the criterion."""
 
-    needs: ClassVar[frozenset[str]]
-    takes_any_criterion: ClassVar[bool] = True
+    @property
+    def takes_any_criterion(self) -> bool:
+        """Whether another criterion than its own may choose."""
+        return True
 
     @property
     def own_criterion(self) -> Criterion:

@@ -1,0 +1,160 @@
+"""Train the parts of a pruned block to give again what they gave when it was dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from wanda_lightning.core.solvers import Reconstruct
+from wanda_lightning.gradients import without_gradients
+from wanda_lightning.lockstep import Call
+from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
+
+_HELD_OUT = 4  # every so many batches one is not trained on
+
+
+class _Run(NamedTuple):
+    """One call of a part: what entered (arguments and keywords), and what the dense part gave."""
+
+    call: Call
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    output: Tensor
+
+
+@dataclass
+class Part:
+    """A module of a block that is trained for itself.
+
+    Attributes:
+        name: As in the model.
+        module: An attention, an MLP, or the block.
+        layers: Those in it that are pruned, by their name in it.
+        runs: What went through it.
+    """
+
+    name: str
+    module: nn.Module
+    layers: dict[str, Layer]
+    runs: list[_Run] = field(default_factory=list)
+
+
+def record(unit: Unit, calls: Iterable[Call], masks: Sequence[tuple[TokenMask, ...] | None]) -> list[Part]:
+    """Run a dense unit on all batches that count and keep what enters and leaves its parts."""
+    parts = _parts(unit)
+    for call in calls if parts else ():
+        if masks[call.batch] is None:
+            continue
+        with ExitStack() as hooks:
+            for part in parts:
+                if part.module is not unit.module:
+                    hook = part.module.register_forward_hook(_hook(part, call), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            args, kwargs = _copies((call.args, call.kwargs))
+            with call.ambient.entered():
+                output = call.forward(*args, **kwargs)
+        for part in parts:
+            if part.module is unit.module:  # parked: its own hooks do not run
+                part.runs.append(_Run(call, _copies((call.args, call.kwargs)), _output(output)))
+    return [part for part in parts if part.runs]
+
+
+def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...] | None]) -> tuple[float, float]:
+    """Train the weights of a part that are not zero, and write them when all is done.
+
+    Returns:
+        The squared error before and after, as a share of what the dense part gave, on batches that were held out.
+    """
+    trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
+    held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or trained
+    weights = {f"{name}.weight": layer.parameter.detach() for name, layer in part.layers.items()}
+    keep = {name: weight != 0 for name, weight in weights.items()}
+    # Wider than bfloat16, where small steps would be lost.
+    wide = {name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()}
+    masters = {name: weight.clone().requires_grad_() for name, weight in wide.items()}
+
+    def squares(x: Tensor, run: _Run) -> Tensor:
+        if mask := fitting_mask(masks[run.call.batch] or (), part.name, x):
+            x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
+        return x.float().square().sum()
+
+    def error(run: _Run, training: bool = False) -> Tensor:
+        with run.call.ambient.entered(), torch.set_grad_enabled(training):
+            masked = {name: (masters[name] * keep[name]).to(weights[name].dtype) for name in masters}
+            args, kwargs = _copies(run.inputs)  # a part may write into its inputs
+            output = _output(functional_call(part.module, masked, args, kwargs))
+            return squares(output - run.output, run)
+
+    def errors() -> float:
+        return float(torch.stack([error(run) for run in held_out]).sum())
+
+    optimizer = torch.optim.Adam(
+        [{"params": [masters[name]], "lr": solver.learning_rate * _root_mean_square(wide[name])} for name in masters]
+    )
+    with without_gradients(part.module):
+        first = least = errors()
+        best = {name: master.detach().clone() for name, master in masters.items()}
+        for _ in range(solver.epochs):
+            for run in trained:
+                optimizer.zero_grad()
+                error(run, training=True).backward()
+                optimizer.step()
+            if not (now := errors()) < least:
+                break
+            least = now
+            best = {name: master.detach().clone() for name, master in masters.items()}
+    for name, weight in weights.items():
+        weight.copy_(best[name] * keep[name])
+    energy = max(float(sum(squares(run.output, run) for run in held_out)), torch.finfo(torch.float32).tiny)
+    return first / energy, least / energy
+
+
+def _parts(unit: Unit) -> list[Part]:
+    """The children of a block that hold all its layers; else the block; of a layer alone none."""
+    if unit.module is None or any(layer.module is unit.module for layer in unit.layers):
+        return []
+    parts = [_part(f"{unit.name}.{name}", module, unit.layers) for name, module in _called(unit.module)]
+    parts = [part for part in parts if part.layers]
+    if sum(len(part.layers) for part in parts) < len(unit.layers):
+        return [_part(unit.name, unit.module, unit.layers)]
+    return parts
+
+
+def _called(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children that have a forward: those of a list instead of the list."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _called(child))
+        else:
+            yield name, child
+
+
+def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> Part:
+    inside = {child: inner for inner, child in module.named_modules() if child is not module}
+    return Part(name, module, {inside[layer.module]: layer for layer in layers if layer.module in inside})
+
+
+def _hook(part: Part, call: Call) -> Callable[..., None]:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        part.runs.append(_Run(call, _copies((args, kwargs)), _output(output).clone()))
+
+    return keep
+
+
+def _copies(values: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, values)
+
+
+def _output(output: object) -> Tensor:
+    """The first floating-point tensor of what a part gives."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+def _root_mean_square(weight: Tensor) -> float:
+    return float(weight[weight != 0].square().mean().sqrt()) if weight.any() else 0.0
