@@ -141,6 +141,8 @@ METHODS = [
     ("ablate_mag_iter", "4:8", "0.5", []),
     ("refit", "unstructured", "0.5", []),
     ("admm", "unstructured", "0.5", []),
+    ("sparseswaps", "2:4", "0.5", []),
+    ("reconstruct", "unstructured", "0.5", []),
 ]
 
 
@@ -196,7 +198,7 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
         elif not more and method != "sparsegpt":
             assert (where.sum(dim=1) == where.shape[1] // 2).all()
         kept_as_they_were = torch.equal(pruned.get_submodule(name).weight[~where], weight[~where])
-        assert kept_as_they_were == (method in ("wanda", "magnitude"))
+        assert kept_as_they_were == (method in ("wanda", "magnitude", "sparseswaps"))
     assert torch.equal(pruned.lm_head.weight, dense.lm_head.weight)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/model")("ab").input_ids
 
@@ -719,6 +721,25 @@ def test_validate_a_recipe(recipe, capsys, inputs, tmp_path, pruning, n):
     assert "val_perplexity" in capsys.readouterr().out
     assert pruned_as() == ({"name": "NM", "n": n, "m": 4}, 1 - n / 4, 1 - n / 4)
     assert sorted(os.listdir(tmp_path)) == ["out", "recipe.yaml"]
+
+
+def test_a_recipe_of_choices_within_choices(recipe):
+    of_ours = "wanda_lightning.{}".format
+    admm = {"class_path": of_ours("ADMM"), "init_args": {"turns": 2, "rho": [0.2, 0.4]}}
+    allocation = {"class_path": of_ours("PerLayer"), "init_args": {"sparsities": {"*.mlp": 0.75}}}
+    solver = {"class_path": of_ours("Reconstruct"), "init_args": {"solver": admm, "epochs": 1}}
+    path = Path(recipe(allocation=allocation))
+    options = yaml.safe_load(path.read_text())
+    (callback,) = options["trainer"]["callbacks"]
+    callback["class_path"], callback["init_args"]["solver"] = of_ours("PruningCallback"), solver
+    path.write_text(yaml.safe_dump(options))
+    assert run("validate", "--config", str(path)) == 0
+    report = json.loads(Path("out/pruning_report.json").read_text())
+    inner = report["config"]["solver"].pop("solver")
+    assert (inner["name"], inner["turns"], inner["rho"]) == ("ADMM", 2, [0.2, 0.4])
+    assert report["config"]["solver"] == {"name": "Reconstruct", "epochs": 1, "learning_rate": 0.01}
+    assert all((layer["sparsity"] == 0.75) == (".mlp." in layer["name"]) for layer in report["layers"])
+    assert report["sparsity"] == 0.5
 
 
 def test_test_a_recipe_with_dotted_overrides(recipe, capsys):

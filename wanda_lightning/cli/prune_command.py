@@ -38,6 +38,8 @@ MethodName = Literal[
     "ablate_wanda_iter",
     "refit",
     "admm",
+    "sparseswaps",
+    "reconstruct",
 ]
 
 
@@ -78,7 +80,8 @@ def prune_model(
         nsamples: Calibration samples; by default 128 sequences or 4096 images, as in the paper.
         sparsity_ratio: Fraction of each pruned layer's weights that become zero.
         sparsity_type: unstructured, or any N:M such as 2:4 and 4:8.
-        prune_method: wanda (the default), magnitude, ria, sparsegpt, refit, admm, or one of the reference's ablations.
+        prune_method: wanda (the default), magnitude, ria, sparsegpt, refit, admm, sparseswaps, reconstruct, or one of
+            the reference's ablations.
         preset: Instead of a method: fast (Wanda, one pass), balanced (better at every sparsity), or best.
         cache_dir: Where downloads from the hub are kept.
         use_variant: Let rows differ in sparsity: each loses the same share of its score (the paper's variant).
