@@ -230,6 +230,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
         raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {granularity!r} was given")
     modules = dict(model.named_modules())
     reasons = _reasons_to_skip(model, modules)
+    by_columns = _stored_by_columns(modules)
     layers: list[Layer] = []
     owner: dict[int, str] = {}
     embeddings: dict[int, str] = {}
@@ -249,7 +250,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
             continue
         module = modules[module_name]
         label = module_name if parameter_name == "weight" and module_name else name
-        found = _as_layers(label, module, parameter_name, modules)
+        found = _as_layers(label, module, parameter_name, modules, by_columns)
         first = embeddings.get(id(parameter)) or owner.setdefault(id(parameter), label)
         if first != label:
             skipped.append(Skipped(label, tuple(parameter.shape), f"tied to {first}"))
@@ -273,21 +274,23 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
     return Walk(_units(model, modules, layers, granularity), left_out)
 
 
-def _as_layers(name: str, module: nn.Module, parameter_name: str, modules: Mapping[str, nn.Module]) -> list[Layer]:
+def _as_layers(
+    name: str,
+    module: nn.Module,
+    parameter_name: str,
+    modules: Mapping[str, nn.Module],
+    by_columns: Mapping[type[nn.Module], bool],
+) -> list[Layer]:
     """The layers that a parameter holds: one, or one for each expert, or none."""
-    module_name = name.removesuffix(f".{parameter_name}")
     if parameter_name == "weight":
         for kind in layer_kinds().values():
             if isinstance(module, kind.layer_type):
                 keeps_forward = type(module).forward is kind.layer_type.forward
                 plain = not parametrize.is_parametrized(module, "weight")
                 return [Layer(name, module, kind, siblings=_siblings(name, modules))] if keeps_forward and plain else []
-    if parameter_name not in stacked_experts(module):
+    if parameter_name not in stacked_experts(module) or type(module) not in by_columns:
         return []
-    by_columns = _by_columns(module, module_name, parameter_name, modules)
-    if by_columns is None:
-        return []
-    kind = _EXPERT_BY_COLUMNS if by_columns else _EXPERT_BY_ROWS
+    kind = _EXPERT_BY_COLUMNS if by_columns[type(module)] else _EXPERT_BY_ROWS
     number = len(getattr(module, parameter_name))
     return [Layer(f"{name}.{e}", module, kind, parameter_name, e, f"{name}.*") for e in range(number)]
 
@@ -308,7 +311,7 @@ def stacked_experts(module: nn.Module) -> set[str]:
     Recognised by the number of experts, which the module declares, or its `config` where its class says that it is
     of experts.
     """
-    declaring = [module]
+    declaring: list[object] = [module]
     if "expert" in type(module).__name__.lower():
         declaring.append(getattr(module, "config", None))
     numbers = {
@@ -329,27 +332,30 @@ def stacked_experts(module: nn.Module) -> set[str]:
 
 _ENTRY = re.compile(r"(^|_)(gate|up|in|input|w1|w3|fc1|wi)(_|$)")  # names of what reads the hidden states,
 _EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")  # and of what gives them
-_HIDDEN = ("hidden_size", "hidden_dim", "d_model", "input_size")
+_HIDDEN = ("hidden_size", "hidden_dim", "d_model")
 
 
-def _by_columns(
-    module: nn.Module, module_name: str, parameter_name: str, modules: Mapping[str, nn.Module]
-) -> bool | None:
-    """Whether each expert's matrix is stored as (d_in, d_out); None where the module does not let one know."""
-    if isinstance(declared := getattr(module, "is_transposed", None), bool):  # transformers' own word
-        return declared
-    _, first, second = getattr(module, parameter_name).shape
-    sizes = [getattr(module, size, None) for size in ("input_size", "output_size")]
-    if sizes[0] != sizes[1] and set(sizes) == {first, second}:
-        return [first, second] == sizes
-    hidden = _hidden_size(module, module_name, modules)
-    found = set()
-    for name in stacked_experts(module):
-        _, first, second = getattr(module, name).shape
-        enters, leaves = _ENTRY.search(name), _EXIT.search(name)
-        if bool(enters) != bool(leaves) and (first == hidden) != (second == hidden):
-            found.add((first == hidden) == bool(enters))
-    return found.pop() if len(found) == 1 else None
+def _stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module], bool]:
+    """Of each class of experts, whether it stores their matrices as (d_in, d_out); missing where nothing says so.
+
+    All modules of a class are asked, because square matrices do not tell.
+    """
+    found: dict[type[nn.Module], set[bool]] = {}
+    for module_name, module in modules.items():
+        for name in stacked_experts(module):
+            _, first, second = getattr(module, name).shape
+            votes = found.setdefault(type(module), set())
+            declared = getattr(module, "is_transposed", None)
+            sizes = [getattr(module, size, None) for size in ("input_size", "output_size")]
+            enters, leaves = bool(_ENTRY.search(name)), bool(_EXIT.search(name))
+            hidden = _hidden_size(module, module_name, modules)
+            if isinstance(declared, bool):  # transformers' own word
+                votes.add(declared)
+            elif first != second and sorted(sizes, key=str) == sorted([first, second], key=str):
+                votes.add(sizes == [first, second])
+            elif enters != leaves and (first == hidden) != (second == hidden):
+                votes.add((first == hidden) == enters)
+    return {kind: votes.pop() for kind, votes in found.items() if len(votes) == 1}
 
 
 def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]) -> int | None:
@@ -369,7 +375,9 @@ def _routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
     for module in modules.values():
         children = dict(module.named_children())
         experts = {
-            name: child for name, child in children.items() if name.endswith(("expert", "experts")) or stacked_experts(child)
+            name: child
+            for name, child in children.items()
+            if name.endswith(("expert", "experts")) or stacked_experts(child)
         }
         numbers = {1}  # a gate of the experts that all tokens go to
         for child in experts.values():
@@ -482,9 +490,7 @@ def _leave_out(
     chosen = [(layer, by_user(layer.name)) for layer in layers]
     kept = [layer for layer, pattern in chosen if pattern is None]
     left = [
-        Skipped(layer.name, layer.stored_shape, f"skip={pattern!r}")
-        for layer, pattern in chosen
-        if pattern is not None
+        Skipped(layer.name, layer.stored_shape, f"skip={pattern!r}") for layer, pattern in chosen if pattern is not None
     ]
     # What the user named is decided: packed weights among it are no longer in the way.
     decided = [Skipped(s.name, s.shape, s.reason, s.unprunable and by_user(s.name) is None) for s in skipped]

@@ -297,9 +297,7 @@ def _see_dense(
             SamePath(model, processes) as path,
             at_rest_afterwards(model),
         ):
-            observer = Observer(
-                allocation.needs, calibration.masks, bar.advance, processes, config.min_expert_tokens
-            )
+            observer = Observer(allocation.needs, calibration.masks, bar.advance, processes, config.min_expert_tokens)
             statistics = observer(Unit("", None, found.layers), abreast(calibration).calls)
             path.check("", 0)
             calibration.refuse_if_empty(config)
@@ -524,9 +522,7 @@ def _report(
         done[layer.name].sparsity = zeros / layer.size
     skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
     unreached = [layer for layer in found.layers if layer.name not in done]
-    skipped.extend(
-        SkippedMatrix(layer.name, layer.stored_shape, "no calibration batch called it") for layer in unreached
-    )
+    skipped.extend(SkippedMatrix(layer.name, layer.stored_shape, _why_unreached(layer)) for layer in unreached)
     notes = []
     if unreached:
         notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
@@ -576,6 +572,12 @@ def _report(
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,
     )
+
+
+def _why_unreached(layer: Layer) -> str:
+    if layer.expert is None:
+        return "no calibration batch called it"
+    return "no calibration token was seen to go through any expert of the module"
 
 
 def forward_batch(model: nn.Module, batch: Any) -> object:
