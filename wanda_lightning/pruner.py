@@ -478,7 +478,7 @@ def _prune_unit(
             notes.append("every token counted: the model gives each to all experts")
         if layer.name in observer.pooled:
             pruned[-1].tokens = observer.pooled[layer.name]
-            notes.append(f"few tokens: pruned with those of all of {layer.siblings}")
+            notes.append("few tokens: pruned with those of all experts")
         pruned[-1].note = "; ".join(notes)
 
 
@@ -491,7 +491,8 @@ def _prune_layer(
             weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
         layer.write(weight)
         sparsity = int((weight == 0).count_nonzero()) / weight.numel()
-    return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)
+    tokens = inputs.count if inputs else 0
+    return PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, siblings=layer.siblings)
 
 
 def _train_part(

@@ -51,9 +51,10 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
 def refuse_spread_experts(layer: Layer) -> None:
     """Experts of which each process holds some."""
     if layer.expert is not None and isinstance(layer.parameter, DTensor):
+        module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]
         raise ValueError(
-            f"the experts {layer.siblings} are spread over processes, and so are their tokens. Prune before sharding "
-            f"(devices=1, or DDPStrategy), or leave them dense with skip=['{layer.siblings}']."
+            f"the experts {layer.siblings} are spread over processes, of which none holds all. Prune before sharding "
+            f"(devices=1, or DDPStrategy), or leave them dense with skip=['*.{module}']."
         )
 
 
