@@ -232,7 +232,7 @@ def ends_early(rank):
 def refused(rank, case):
     """Why a sharded model is not pruned, and whether it was left as it was."""
     mesh = init_device_mesh("cpu", (2,))
-    name = {"columns": "gpt2", "routed": "routed"}.get(case, "llama")
+    name = {"columns": "gpt2", "routed": "routed", "experts": "mixtral"}.get(case, "llama")
     model, batches = ZOO[name].build(), ZOO[name].batches()
     choices, processes, target = {}, both(), model
     blocks = [unit.module for unit in walk(model).units]

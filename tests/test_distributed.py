@@ -121,7 +121,9 @@ def test_masks_are_those_of_one_process(pair, granularity, pattern):
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer", "model"])
-@pytest.mark.parametrize("name", ["llama_padded", "t5", "convnext", "resnet18", "block_twice", "unreached"])
+@pytest.mark.parametrize(
+    "name", ["llama_padded", "t5", "convnext", "resnet18", "block_twice", "unreached", "mixtral_padded"]
+)
 def test_other_architectures(pair, name, granularity):
     (first, report), (second, _) = pair.run(cases.replicated, name, granularity=granularity)
     model, expected = alone(name, granularity=granularity)
@@ -296,6 +298,7 @@ def test_an_error_leaves_all_at_rest(pair):
         ("per_layer", "llama", r"PerLayer\(.*\) reads all rows"),
         ("ria", "llama", r"RIA\(a=0.5\) reads all rows"),
         ("columns", "gpt2", r"transformer.h.0.attn.c_attn, a Conv1D, is stored by columns"),
+        ("experts", "mixtral", r"experts .*gate_up_proj.* spread over processes.*skip=\['\*.experts'\]"),
         ("root_only", "llama", r"manages model.layers.0.self_attn.q_proj as a part of the whole model.*skip=\["),
         ("second_dimension", "llama", r"each must hold whole rows"),
         ("two_dimensions", "llama", r"each must hold whole rows"),

@@ -1,14 +1,15 @@
 """Tiny random models, built and not downloaded, each with batches that it can be calibrated on.
 
 Everything is seeded and leaves the global random state alone. A name in `Specimen` is that of the module for a
-parameter called `weight` (`lm_head`), else that of the parameter (`cls_token`); see `matrices`.
+parameter called `weight` (`lm_head`), else that of the parameter (`cls_token`), with a number for each expert of a
+parameter that holds several; see `matrices`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -71,13 +72,16 @@ def run(model: nn.Module, batch: Any) -> Tensor:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter with two dimensions or more, a tied one under each of its modules."""
-    return {
-        module_name if name == "weight" else f"{module_name}.{name}".lstrip("."): parameter
-        for module_name, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2
-    }
+    """Every parameter with two dimensions or more, a tied one under each of its modules, stacked experts under each."""
+    found = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            label = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
+            if type(module).__name__.endswith("Experts") and parameter.ndim == 3:
+                found |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
+            elif parameter.ndim >= 2:
+                found[label] = parameter
+    return found
 
 
 def matching(names: Iterable[str], globs: Iterable[str]) -> set[str]:
@@ -228,6 +232,44 @@ def _t5() -> nn.Module:
     return hf.T5ForConditionalGeneration(config)
 
 
+# Language models with experts
+
+_EXPERTS = {**_GROUPED, "tie_word_embeddings": False}
+_FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def _mixtral() -> nn.Module:
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**_EXPERTS, num_local_experts=4))
+
+
+def _qwen3_moe() -> nn.Module:
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_EXPERTS, **_FEW, num_experts=4, head_dim=16))
+
+
+def _olmoe() -> nn.Module:
+    return hf.OlmoeForCausalLM(hf.OlmoeConfig(**_EXPERTS, num_experts=4, num_experts_per_tok=2))
+
+
+def _deepseek_v3() -> nn.Module:
+    attention = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    routing = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    sizes = {**_EXPERTS, **_FEW, "num_key_value_heads": 4}
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes, **attention, **routing))
+
+
+def _gpt_oss() -> nn.Module:
+    """Its experts are stored as (d_in, d_out), and have biases."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**_EXPERTS, **sizes, rope_parameters=rope))
+
+
+def _llama4() -> nn.Module:
+    """All tokens go through all experts, as zeros where they are not theirs."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 64, "head_dim": 16}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**_EXPERTS, **sizes))
+
+
 # Image classifiers
 
 _IMAGES = {"num_classes": 16}
@@ -349,6 +391,25 @@ class _AutocastInside(_Blocks):
         return self.head(x)
 
 
+class _ExpertList(nn.Module):
+    """Experts that are modules; each token goes to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(_Mlp() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weight, chosen = self.gate(tokens).softmax(dim=-1).max(dim=-1)
+        result = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().squeeze(1)
+            if len(rows):
+                result.index_add_(0, rows, weight[rows, None] * expert(tokens[rows]))
+        return result.view_as(x)
+
+
 class _TorchTransformer(nn.Module):
     """In eval mode without gradients PyTorch takes a fused path past all submodules of a layer."""
 
@@ -366,6 +427,10 @@ def _decoder(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _
     return Specimen(partial(_build, make), batches, ("model.embed_tokens", "lm_head"), ("model.layers.[0-9]",))
 
 
+def _with_experts(make: Callable[[], nn.Module], *dense: str, batches: Callable[[], list[Any]] = _text) -> Specimen:
+    return replace(_decoder(make, batches), dense=("model.embed_tokens", "lm_head", *dense))
+
+
 def _odd(
     make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: tuple[str, ...]
 ) -> Specimen:
@@ -380,6 +445,13 @@ ZOO: dict[str, Specimen] = {
     "qwen3": _decoder(_qwen3),
     "gemma2": _decoder(_gemma2),
     "gemma3": _decoder(_gemma3),
+    "mixtral": _with_experts(_mixtral, "*.gate"),
+    "mixtral_padded": _with_experts(_mixtral, "*.gate", batches=partial(_padded_text, "left")),
+    "qwen3_moe": _with_experts(_qwen3_moe, "*.gate"),
+    "olmoe": _with_experts(_olmoe, "*.gate"),
+    "deepseek_v3": _with_experts(_deepseek_v3, "*.gate"),
+    "gpt_oss": _with_experts(_gpt_oss, "*.router", "*_bias"),
+    "llama4": _with_experts(_llama4, "*.router"),
     "opt": Specimen(
         partial(_build, _opt), _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
     ),
@@ -436,6 +508,7 @@ ZOO: dict[str, Specimen] = {
     "plain_mlp": _odd(_plain_mlp, blocks=()),
     "unreached": _odd(lambda: _Unreached(_Mlp(), _Mlp(), _Mlp()), uncalled=("blocks.1.*",)),
     "routed": _odd(lambda: _Routed(_Mlp(), _Mlp(), _Mlp(), _Mlp()), _routed_vectors),
+    "expert_list": _odd(lambda: _Blocks(_ExpertList(), _ExpertList()), dense=("*.gate",)),
     "tied": _odd(_Tied, dense=("second",), blocks=()),
     "inplace": _odd(lambda: _Inplace(_InplaceMlp(), _InplaceMlp())),
     "autocast_inside": _odd(lambda: _AutocastInside(_Mlp(), _Mlp(), _Mlp(), _Mlp())),

@@ -31,6 +31,8 @@ class PruningConfig:
         granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
             `"layer"` (everything before is pruned) or `"model"` (the dense model).
         skip: Layers to leave dense: names, globs, or `re:` expressions.
+        min_expert_tokens: An expert to which fewer calibration tokens were routed is pruned with the statistics of all
+            experts of its module. A norm over n Gaussian inputs is off by 0.7 / sqrt(n), 12 % at 32.
 
     Raises:
         ValueError: If a value is out of range or a name is unknown.
@@ -43,6 +45,7 @@ class PruningConfig:
     solver: Solver | str = field(default_factory=ZeroOut)
     granularity: str = "block"
     skip: Sequence[str] = ()
+    min_expert_tokens: int = 32
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:
@@ -51,6 +54,10 @@ class PruningConfig:
             )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
+        if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 0:
+            raise ValueError(
+                f"min_expert_tokens is a number of tokens, 0 or more, but {self.min_expert_tokens!r} was given"
+            )
         solver = _checked("solver", Solver, self.solver, _named("solver", SOLVERS))
         criterion = solver.own_criterion if self.criterion is None else self.criterion
         criterion = _checked("criterion", Criterion, criterion, _named("criterion", CRITERIA))

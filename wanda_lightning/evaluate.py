@@ -50,8 +50,8 @@ _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
 def sparsity_of(model: nn.Module) -> dict[str, float]:
     """Fractions of zeros: `layers`, over the weights that can be pruned; `model`, over all parameters."""
-    layers = [layer.parameter for layer in walk(model).layers]
-    return {"layers": _zeros(layers), "model": _zeros(model.parameters())}
+    layers = {id(layer.parameter): layer.parameter for layer in walk(model).layers}  # many experts are one parameter
+    return {"layers": _zeros(layers.values()), "model": _zeros(model.parameters())}
 
 
 def _zeros(parameters: Iterable[torch.Tensor]) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.core.types import PerInput
 from wanda_lightning.distributed import Processes
+from wanda_lightning.experts import ExpertProducts, Product
 from wanda_lightning.models import Layer, TokenMask, fitting_mask
 from wanda_lightning.observe import input_of
 
@@ -46,8 +47,13 @@ def fisher(
     reached = torch.zeros(len(layers), dtype=torch.int64)
     with processes.together(), without_gradients(model), ExitStack() as hooks, torch.enable_grad():
         for index, layer in enumerate(layers):
-            hook = _hook(layer, sums[layer.name], reached, index)
-            hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
+            if layer.expert is None:
+                hook = _hook(layer, sums[layer.name], reached, index)
+                hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
+        hear = _hear({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
+        products = ExpertProducts(layers, hear)
+        if products.watches:
+            hooks.enter_context(products)
         for batch, forward in enumerate(forwards):
             _backward(forward(), masks[batch], batch, seed=batch * processes.world_size + processes.rank)
             tick()
@@ -87,19 +93,50 @@ def _hook(layer: Layer, total: PerInput, reached: Tensor, index: int) -> Callabl
         if not torch.is_grad_enabled():  # nothing comes back here
             return output
         squares = layer.tokens(input_of(args, kwargs).detach()).float().square()
-        if not output.requires_grad:  # the first layer: from here on there is a graph
-            output = output.detach().requires_grad_().clone()  # not a leaf, which no later step may write into
+        output = _in_a_graph(output)
 
         def add(gradient: Tensor) -> None:
             per_token = gradient.movedim(-3, -1) if isinstance(module, nn.Conv2d) else gradient
-            weights = per_token.flatten(0, -2).float().square().mean(dim=-1)
-            total.add_(torch.mv(squares.t(), weights))
+            _add(layer, squares, per_token, total)
             reached[index] += 1
 
         output.register_hook(add)
         return output
 
     return watch
+
+
+def _hear(
+    indices: Mapping[str, int], sums: Mapping[str, PerInput], reached: Tensor
+) -> Callable[[list[Product], Tensor], Tensor]:
+    def hear(products: list[Product], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        squares = [product.layer.tokens(product.tokens.detach()).float().square() for product in products]
+        output = _in_a_graph(output)
+
+        def add(gradient: Tensor) -> None:
+            for product, each in zip(products, squares, strict=True):
+                _add(product.layer, each, product.part(gradient), sums[product.layer.name])
+                reached[indices[product.layer.name]] += bool(each.any())
+
+        output.register_hook(add)
+        return output
+
+    return hear
+
+
+def _in_a_graph(output: Tensor) -> Tensor:
+    if output.requires_grad:
+        return output
+    # The first layer: from here on there is a graph. Not a leaf, which no later step may write into.
+    return output.detach().requires_grad_().clone()
+
+
+def _add(layer: Layer, squares: Tensor, gradient: Tensor, total: PerInput) -> None:
+    # Not the mean: an expert's rows may be multiplied in several pieces.
+    weights = gradient.flatten(0, -2).float().square().sum(dim=-1) / layer.shape[0]
+    total.add_(torch.mv(squares.t(), weights))
 
 
 def _logits(output: object) -> Tensor:

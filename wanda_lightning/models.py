@@ -6,6 +6,7 @@ The only file that knows layer types and model families.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,13 +103,32 @@ def layer_kinds() -> dict[str, LayerKind]:
     }
 
 
+# An expert's matrix in a parameter (experts, d_out, d_in), or (experts, d_in, d_out).
+_EXPERT_BY_ROWS = LayerKind(nn.Module, lambda weight: weight, Tensor.copy_, _linear_tokens, lambda layer: ())
+_EXPERT_BY_COLUMNS = LayerKind(
+    nn.Module, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), _linear_tokens, lambda layer: (), False
+)
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One prunable matrix and the module that it lives in."""
+    """One prunable matrix and the module that it lives in.
+
+    Attributes:
+        name: Its module, or an expert's number in the parameter: `experts.down_proj.3`.
+        module: Where it lives.
+        kind: How it is seen as a matrix.
+        parameter_name: What the module calls the parameter that holds it.
+        expert: Its number in a parameter of three dimensions, which holds a matrix for each expert; else None.
+        siblings: The experts' matrices of which this is one, as a glob; `""` where it is no expert's.
+    """
 
     name: str
     module: nn.Module
     kind: LayerKind
+    parameter_name: str = "weight"
+    expert: int | None = None
+    siblings: str = ""
 
     def read(self) -> Tensor:
         """The weight as (d_out, d_in); of a sharded one, the rows of this process."""
@@ -129,21 +149,35 @@ class Layer:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter itself, in its own shape."""
-        weight = self.module.weight
+        """The parameter itself, in its own shape; it may hold other experts' matrices, too."""
+        weight = getattr(self.module, self.parameter_name)
         assert isinstance(weight, Tensor)
         return weight
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """What belongs to this layer of a tensor that has the shape of its parameter."""
+        return tensor if self.expert is None else tensor[self.expert]
+
     @property
     def weight(self) -> Tensor:
-        """The values of the parameter without gradients; of a sharded one, those of this process."""
-        return local(self.parameter.detach())
+        """The values without gradients; of a sharded parameter, those of this process."""
+        return self.part(local(self.parameter.detach()))
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight in its own layout, over all processes."""
+        return tuple(self.parameter.shape if self.expert is None else self.parameter.shape[1:])
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in) of the whole matrix, over all processes."""
-        d_out, d_in = self.kind.read(torch.empty(self.parameter.shape, device="meta")).shape
+        d_out, d_in = self.kind.read(torch.empty(self.stored_shape, device="meta")).shape
         return d_out, d_in
+
+    @property
+    def size(self) -> int:
+        """Number of weights, over all processes."""
+        return math.prod(self.stored_shape)
 
 
 @dataclass(frozen=True)
@@ -196,6 +230,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
         raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {granularity!r} was given")
     modules = dict(model.named_modules())
     reasons = _reasons_to_skip(model, modules)
+    by_columns = _stored_by_columns(modules)
     layers: list[Layer] = []
     owner: dict[int, str] = {}
     embeddings: dict[int, str] = {}
@@ -215,34 +250,145 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
             continue
         module = modules[module_name]
         label = module_name if parameter_name == "weight" and module_name else name
-        layer = _as_layer(label, module) if parameter_name == "weight" else None
+        found = _as_layers(label, module, parameter_name, modules, by_columns)
         first = embeddings.get(id(parameter)) or owner.setdefault(id(parameter), label)
         if first != label:
             skipped.append(Skipped(label, tuple(parameter.shape), f"tied to {first}"))
             aliases.setdefault(first, []).append(label)
+            for layer in found:
+                if layer.expert is not None:
+                    aliases.setdefault(f"{first}.{layer.expert}", []).append(layer.name)
         elif _is_packed(parameter):
             skipped.append(_packed(label, parameter))
-        elif parameter_name == "weight" and module_name in reasons:
+        elif (parameter_name == "weight" or found) and module_name in reasons:
             skipped.append(Skipped(label, tuple(parameter.shape), reasons[module_name]))
-        elif layer is None:
+        elif not found:
             skipped.append(Skipped(label, tuple(parameter.shape), _why_no_layer(module, parameter_name)))
         else:
-            layers.append(layer)
+            layers.extend(found)
     for layer in tuple(layers):
         if other := next((name for name in aliases.get(layer.name, ()) if name in reasons), None):
             layers.remove(layer)
-            skipped.append(Skipped(layer.name, tuple(layer.parameter.shape), f"tied to {other}: {reasons[other]}"))
+            skipped.append(Skipped(layer.name, layer.stored_shape, f"tied to {other}: {reasons[other]}"))
     layers, left_out = _leave_out(layers, skipped, skip, aliases)
     return Walk(_units(model, modules, layers, granularity), left_out)
 
 
-def _as_layer(name: str, module: nn.Module) -> Layer | None:
-    for kind in layer_kinds().values():
-        if isinstance(module, kind.layer_type):
-            keeps_forward = type(module).forward is kind.layer_type.forward
-            plain = not parametrize.is_parametrized(module, "weight")
-            return Layer(name, module, kind) if keeps_forward and plain else None
+def _as_layers(
+    name: str,
+    module: nn.Module,
+    parameter_name: str,
+    modules: Mapping[str, nn.Module],
+    by_columns: Mapping[type[nn.Module], bool],
+) -> list[Layer]:
+    """The layers that a parameter holds: one, or one for each expert, or none."""
+    if parameter_name == "weight":
+        for kind in layer_kinds().values():
+            if isinstance(module, kind.layer_type):
+                keeps_forward = type(module).forward is kind.layer_type.forward
+                plain = not parametrize.is_parametrized(module, "weight")
+                return [Layer(name, module, kind, siblings=_siblings(name, modules))] if keeps_forward and plain else []
+    if parameter_name not in stacked_experts(module) or type(module) not in by_columns:
+        return []
+    kind = _EXPERT_BY_COLUMNS if by_columns[type(module)] else _EXPERT_BY_ROWS
+    number = len(getattr(module, parameter_name))
+    return [Layer(f"{name}.{e}", module, kind, parameter_name, e, f"{name}.*") for e in range(number)]
+
+
+def _siblings(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """A glob for what this layer is in each module of a list of experts; `""` where it is in none."""
+    parts = name.split(".")
+    for end in range(1, len(parts) - 1):
+        container = modules.get(".".join(parts[:end]))
+        if parts[end - 1].endswith("experts") and isinstance(container, nn.ModuleList | nn.ModuleDict):
+            return ".".join([*parts[:end], "*", *parts[end + 1 :]])
+    return ""
+
+
+def stacked_experts(module: nn.Module) -> set[str]:
+    """The parameters of a module of which each holds one matrix for each expert, one behind the other.
+
+    Recognised by the number of experts, which the module declares, or its `config` where its class says that it is
+    of experts.
+    """
+    declaring: list[object] = [module]
+    if "expert" in type(module).__name__.lower():
+        declaring.append(getattr(module, "config", None))
+    numbers = {
+        value
+        for declares in declaring
+        for key, value in getattr(declares, "__dict__", {}).items()
+        if "expert" in key and "per_tok" not in key and type(value) is int
+    }
+    return {
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and not isinstance(parameter, UninitializedParameter)
+        and parameter.ndim == 3
+        and len(parameter) in numbers
+    }
+
+
+_ENTRY = re.compile(r"(^|_)(gate|up|in|input|w1|w3|fc1|wi)(_|$)")  # names of what reads the hidden states,
+_EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")  # and of what gives them
+_HIDDEN = ("hidden_size", "hidden_dim", "d_model")
+
+
+def _stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module], bool]:
+    """Of each class of experts, whether it stores their matrices as (d_in, d_out); missing where nothing says so.
+
+    All modules of a class are asked, because square matrices do not tell.
+    """
+    found: dict[type[nn.Module], set[bool]] = {}
+    for module_name, module in modules.items():
+        for name in stacked_experts(module):
+            _, first, second = getattr(module, name).shape
+            votes = found.setdefault(type(module), set())
+            declared = getattr(module, "is_transposed", None)
+            sizes = [getattr(module, size, None) for size in ("input_size", "output_size")]
+            enters, leaves = bool(_ENTRY.search(name)), bool(_EXIT.search(name))
+            hidden = _hidden_size(module, module_name, modules)
+            if isinstance(declared, bool):  # transformers' own word
+                votes.add(declared)
+            elif first != second and sorted(sizes, key=str) == sorted([first, second], key=str):
+                votes.add(sizes == [first, second])
+            elif enters != leaves and (first == hidden) != (second == hidden):
+                votes.add((first == hidden) == enters)
+    return {kind: votes.pop() for kind, votes in found.items() if len(votes) == 1}
+
+
+def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]) -> int | None:
+    """The width of the hidden states, as the module declares it, or the configuration of what it is in."""
+    parts = module_name.split(".")
+    outer = [modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1)]
+    for declares in (module, *(getattr(m, "config", None) for m in (module, *outer))):
+        for key in _HIDDEN:
+            if type(size := getattr(declares, key, None)) is int:
+                return size
     return None
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """What decides which experts a token goes to: it stands next to them."""
+    found: set[nn.Module] = set()
+    for module in modules.values():
+        children = dict(module.named_children())
+        experts = {
+            name: child
+            for name, child in children.items()
+            if name.endswith(("expert", "experts")) or stacked_experts(child)
+        }
+        numbers = {1}  # a gate of the experts that all tokens go to
+        for child in experts.values():
+            numbers |= {len(getattr(child, name)) for name in stacked_experts(child)}
+            numbers |= {len(child)} if isinstance(child, nn.ModuleList | nn.ModuleDict) else set()
+        for name, child in children.items() if experts else ():
+            weight = getattr(child, "weight", None)
+            one_for_each = isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in numbers
+            if name not in experts and (name in ("router", "gate", "gating") or one_for_each):
+                found.update(child.modules())
+    return found
 
 
 def _is_packed(parameter: Tensor) -> bool:
@@ -267,6 +413,8 @@ def _why_no_layer(module: nn.Module, parameter_name: str) -> str:
     for known in layer_kinds().values():
         if isinstance(module, known.layer_type) and parameter_name == "weight":
             return f"{type(module).__module__}.{kind} overrides the forward of {known.layer_type.__name__}"
+    if parameter_name in stacked_experts(module):
+        return f"{parameter_name} of {kind} does not say which side of its experts' matrices is the input"
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
 
 
@@ -276,6 +424,7 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
     convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
     heads = set().union(*(_heads(module) for module in modules.values()))
     stems = [(name, pattern) for name, module in modules.items() for pattern in _timm_stems(module)]
+    routers = _routers(modules)
     adapters = [
         f"{name}.{part}."
         for name, module in modules.items()
@@ -286,6 +435,8 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
             reasons[name] = "output head"
         elif any(name.startswith(adapter) for adapter in adapters):
             reasons[name] = "adapter: trained, not pruned"
+        elif module in routers:
+            reasons[name] = "router"
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
             depthwise = module.groups == module.in_channels
             reasons[name] = "depthwise convolution" if depthwise else "grouped convolution"
@@ -339,9 +490,7 @@ def _leave_out(
     chosen = [(layer, by_user(layer.name)) for layer in layers]
     kept = [layer for layer, pattern in chosen if pattern is None]
     left = [
-        Skipped(layer.name, tuple(layer.parameter.shape), f"skip={pattern!r}")
-        for layer, pattern in chosen
-        if pattern is not None
+        Skipped(layer.name, layer.stored_shape, f"skip={pattern!r}") for layer, pattern in chosen if pattern is not None
     ]
     # What the user named is decided: packed weights among it are no longer in the way.
     decided = [Skipped(s.name, s.shape, s.reason, s.unprunable and by_user(s.name) is None) for s in skipped]
@@ -352,10 +501,13 @@ def _units(model: nn.Module, modules: dict[str, nn.Module], layers: list[Layer],
     if granularity == "model":
         return (Unit("", None, tuple(layers)),) if layers else ()
     blocks = _blocks(modules, layers) if granularity == "block" else {}
+    names = {module: name for name, module in modules.items()}
     members: dict[str, list[Layer]] = {}
     for layer in layers:
         inside = [name for name in blocks if layer.name.startswith(f"{name}.")]
-        members.setdefault(inside[0] if inside else layer.name, []).append(layer)
+        # Experts that are one parameter are one module, whose forward can be stopped at.
+        alone = layer.name if layer.expert is None else names[layer.module]
+        members.setdefault(inside[0] if inside else alone, []).append(layer)
     return tuple(Unit(name, modules.get(name, model), tuple(inner)) for name, inner in members.items())
 
 
@@ -378,7 +530,7 @@ def _blocks(modules: dict[str, nn.Module], layers: list[Layer]) -> dict[str, nn.
     listed = [
         f"{name}.{child}" if name else child
         for name, container in modules.items()
-        if isinstance(container, nn.ModuleList | nn.Sequential)
+        if isinstance(container, nn.ModuleList | nn.Sequential) and not name.endswith("experts")
         for child, member in container.named_children()
         if not isinstance(member, nn.ModuleList | nn.Sequential)
     ]
@@ -492,17 +644,27 @@ def meta_model(name: str, cache_dir: str | None = None, trust_remote_code: bool 
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
+_EXPERTS = "_experts_implementation_internal"
+
+
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """The model as calibration needs it: evaluation mode, no key-value cache, every layer called as a module."""
+    """The model as calibration needs it: evaluation mode, no key-value cache, every layer called as a module.
+
+    Experts multiply one after the other, by views of their parameter: see `experts.ExpertProducts`.
+    """
     training = [module for module in model.modules() if module.training]
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
     caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    # Not by the property without the last word, whose setter also writes into the configurations inside.
+    experts = [(c, vars(c)[_EXPERTS]) for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         for config, _ in caching:
             config.use_cache = False  # a block that runs twice would append its keys twice
+        for config, _ in experts:
+            setattr(config, _EXPERTS, "eager")
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer reads weights past its layers
         yield
     finally:
@@ -510,4 +672,6 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             module.training = True
         for config, use_cache in caching:
             config.use_cache = use_cache
+        for config, implementation in experts:
+            setattr(config, _EXPERTS, implementation)
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.distributed import ALONE, Processes
+from wanda_lightning.experts import ExpertProducts, Product, pool
 from wanda_lightning.lockstep import Call
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 
@@ -55,16 +56,22 @@ class Observer:
         masks: For each batch, its padding; None for a batch that goes through the model but does not count.
         tick: Called after each batch.
         processes: Those that calibrate together; the statistics are of the batches of all.
+        min_expert_tokens: Experts that saw fewer tokens get the statistics of all their siblings in the unit.
 
     Attributes:
         padding_counted: Layers that counted padding, because their inputs do not line up with its mask.
+        pooled: Experts with the statistics of all, each with how many tokens it saw itself.
+        not_routed: Experts that the model gives every token, so that all counted.
     """
 
     needs: frozenset[str]
     masks: Sequence[tuple[TokenMask, ...] | None]
     tick: Callable[[], None] = lambda: None
     processes: Processes = ALONE
+    min_expert_tokens: int = 0
     padding_counted: set[str] = field(default_factory=set)
+    pooled: dict[str, int] = field(default_factory=dict)
+    not_routed: set[str] = field(default_factory=set)
     _last: tuple[list[_Identity], InputStatistics, bool] | None = None
     _shared: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)
     _parts: list[tuple[list[str], int, Tensor]] = field(default_factory=list)
@@ -76,23 +83,28 @@ class Observer:
             ValueError: If an input holds NaN or infinity, or its squares overflow; names layer and batch.
         """
         with self.processes.together():
-            if unit.module is not None and len(unit.layers) == 1 and unit.module is unit.layers[0].module:
-                statistics = {unit.layers[0].name: self._read_parked(unit.layers[0], calls)}
+            (first, *others) = unit.layers
+            if not others and unit.module is first.module and first.expert is None:
+                statistics = {first.name: self._read_parked(first, calls)}
             else:
                 self._run_and_watch(unit, calls)
                 statistics = self._watched(unit)
-        return statistics if self.processes.world_size == 1 else self._add_up(unit, statistics)
+        return self._of_all(unit, statistics)
 
     @contextmanager
     def watching(self, unit: Unit, batch: int) -> Iterator[None]:
         """Read what enters the layers of a unit while a batch runs."""
         seen: list[_Seen] = []
+        experts = _Experts(self, unit, batch)
         with ExitStack() as hooks:
             for layer in unit.layers if self.masks[batch] is not None else ():
-                hook = self._hook(layer, batch, seen)
-                hooks.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                if layer.expert is None:
+                    hook = self._hook(layer, batch, seen)
+                    hooks.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if experts.products.watches and self.masks[batch] is not None:
+                hooks.enter_context(experts.products)
             yield
-        for entry in seen:
+        for entry in (*seen, *experts.seen):
             if entry.statistics.count:
                 self._parts.append((entry.layers, batch, entry.statistics.finite()))
             if entry.padding_counted:
@@ -104,7 +116,15 @@ class Observer:
         """Statistics of the batches that ran in `watching`; as those of a call, errors included."""
         with self.processes.together():
             statistics = self._watched(unit)
-        return statistics if self.processes.world_size == 1 else self._add_up(unit, statistics)
+        return self._of_all(unit, statistics)
+
+    def _of_all(self, unit: Unit, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
+        """The statistics of all processes, where experts that saw few tokens have those of all experts."""
+        if self.processes.world_size > 1:
+            statistics = self._add_up(unit, statistics)
+        result, pooled = pool(unit.layers, statistics, self.min_expert_tokens)
+        self.pooled.update(pooled)
+        return result
 
     def _add_up(self, unit: Unit, own: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
         """The statistics of all processes; the message has one layout, whatever each process has seen."""
@@ -166,11 +186,11 @@ class Observer:
         shared, parts = self._shared, self._parts
         self._shared, self._parts = {}, []
         _refuse_nonfinite(parts, self.processes)
-        return {
-            layer.name: _total([statistics for names, statistics in shared.items() if layer.name in names])
-            for layer in unit.layers
-            if any(layer.name in names for names in shared)
-        }
+        of_layer: dict[str, list[InputStatistics]] = {}
+        for names, statistics in shared.items():
+            for name in names:
+                of_layer.setdefault(name, []).append(statistics)
+        return {layer.name: _total(of_layer[layer.name]) for layer in unit.layers if layer.name in of_layer}
 
     def _hook(self, layer: Layer, batch: int, seen: list[_Seen]) -> Callable[..., None]:
         def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,6 +217,56 @@ class Observer:
         statistics = InputStatistics(self.needs)
         statistics.update(tokens)
         return statistics
+
+
+class _Experts:
+    """Reads the tokens of experts that are one parameter, while one batch runs."""
+
+    def __init__(self, observer: Observer, unit: Unit, batch: int) -> None:
+        self.products = ExpertProducts(unit.layers, self._hear)
+        self.seen: list[_Seen] = []
+        self._observer, self._masks = observer, observer.masks[batch] or ()
+        self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # of each expert, which tokens were real
+
+    def _hear(self, products: list[Product], output: Tensor) -> Tensor:
+        for product in products:
+            self._read(product)
+        if all(product.place is not None and product.tokens.any(dim=-1).all() for product in products):
+            self._observer.not_routed.update(product.layer.name for product in products)
+        return output
+
+    def _read(self, product: Product) -> None:
+        layer, x = product.layer, product.tokens
+        if self.seen and self.seen[-1].identity.is_also(x, layer):
+            if layer.name not in self.seen[-1].layers:  # it is where its rows are multiplied in several pieces
+                self.seen[-1].layers.append(layer.name)
+            return
+        tokens = layer.tokens(x)
+        keep = self._real(layer, x, tokens) if self._masks else None
+        if product.place is not None:
+            routed = tokens.any(dim=1)  # the tokens of other experts are zeros
+            keep = routed if keep is None else routed & keep
+        statistics = InputStatistics(self._observer.needs)
+        statistics.update(tokens if keep is None else tokens[keep])
+        counted = layer.name in self._observer.padding_counted
+        self.seen.append(_Seen(_Identity.of(x, layer), [layer.name], statistics, counted))
+
+    def _real(self, layer: Layer, x: Tensor, tokens: Tensor) -> Tensor | None:
+        """Which tokens are no padding: experts are given some of all tokens, so it takes to see which these were."""
+        keep = None
+        if gathered := self.products.rows_of(x):
+            whole, rows = gathered
+            if mask := fitting_mask(self._masks, layer.name, whole):
+                keep = mask.keep.flatten().to(rows.device)[rows]
+        elif (last := self._last.get((layer.module, layer.expert))) is not None and len(last) == len(tokens):
+            keep = last  # what it gives back has the rows of what it was given
+        elif mask := fitting_mask(self._masks, layer.name, x):
+            keep = mask.keep.flatten().to(tokens.device)
+        if keep is None:
+            self._observer.padding_counted.add(layer.name)
+        else:
+            self._last[layer.module, layer.expert] = keep
+        return keep
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

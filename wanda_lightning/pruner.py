@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -57,6 +57,7 @@ def prune(
     solver: Solver | str = ZeroOut(),
     granularity: str = "block",
     skip: Sequence[str] = (),
+    min_expert_tokens: int = 32,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
 ) -> PruningReport:
@@ -76,6 +77,7 @@ def prune(
         solver: Gives the final weights.
         granularity: What the statistics see.
         skip: Layers to leave dense.
+        min_expert_tokens: Experts that saw fewer are pruned by what all experts saw.
         forward: How one batch goes through the model.
         progress: Show a bar (plain lines where there is no terminal).
 
@@ -86,7 +88,7 @@ def prune(
         ValueError: If something cannot be pruned as asked, before any weight is written; or if an activation holds
             NaN or infinity.
     """
-    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip)
+    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip, min_expert_tokens)
     return prune_as(config, model, batches, forward=forward, progress=progress)
 
 
@@ -148,7 +150,7 @@ def prune_as(
         closing(_stops(config, observed, found, calibration, processes)) as stops,
     ):
         tick = bar.advance if one_pass else lambda: None
-        observer = Observer(observed, calibration.masks, tick, processes)
+        observer = Observer(observed, calibration.masks, tick, processes, config.min_expert_tokens)
         for stop in stops:
             unit = found.units[stop.unit]
             bar.at(unit.name)
@@ -164,7 +166,7 @@ def prune_as(
                 goals = _allocate(config, model, found, _Dense(statistics or {}), processes, progress=False)
             reshard(unit.module or model)
             with processes.together():
-                _prune_unit(config, unit, statistics, goals, observer.padding_counted, pruned)
+                _prune_unit(config, unit, statistics, goals, observer, pruned)
             while parts:
                 bar.at(parts[0].name)
                 _train_part(config, parts.pop(0), calibration.masks, pruned)
@@ -172,7 +174,7 @@ def prune_as(
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
-        return _report(config, model, found, goals, pruned, seconds, calibration.total, processes)
+        return _report(config, model, found, goals, pruned, seconds, calibration.total, processes, observer.pooled)
 
 
 class Watched:
@@ -201,7 +203,9 @@ class Watched:
             reshard(model)
             self._found = plan(config, model, processes)
         self._masks: list[tuple[TokenMask, ...] | None] = []
-        self._observer = Observer(config.needs, self._masks, processes=processes)
+        self._observer = Observer(
+            config.needs, self._masks, processes=processes, min_expert_tokens=config.min_expert_tokens
+        )
 
     @contextmanager
     def batch(self, batch: Any) -> Iterator[None]:
@@ -228,10 +232,11 @@ class Watched:
             goals = _allocate(config, self._model, self._found, _Dense(statistics), processes, progress=False)
             reshard(self._model)
             with processes.together():
-                _prune_unit(config, unit, statistics, goals, self._observer.padding_counted, pruned)
+                _prune_unit(config, unit, statistics, goals, self._observer, pruned)
         torch.clear_autocast_cache()  # casts of the dense weights
         with _timed(seconds, "report"):
-            return _report(config, self._model, self._found, goals, pruned, seconds, int(batches), processes)
+            pooled = self._observer.pooled
+            return _report(config, self._model, self._found, goals, pruned, seconds, int(batches), processes, pooled)
 
 
 def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> Walk:
@@ -292,7 +297,7 @@ def _see_dense(
             SamePath(model, processes) as path,
             at_rest_afterwards(model),
         ):
-            observer = Observer(allocation.needs, calibration.masks, bar.advance, processes)
+            observer = Observer(allocation.needs, calibration.masks, bar.advance, processes, config.min_expert_tokens)
             statistics = observer(Unit("", None, found.layers), abreast(calibration).calls)
             path.check("", 0)
             calibration.refuse_if_empty(config)
@@ -352,7 +357,7 @@ def _dense_layers(
         DenseLayer(
             layer.name,
             blocks[layer.name],
-            layer.parameter.numel(),
+            layer.size,
             cast(Pattern, config.pattern).levels(*layer.shape),
             partial(read, layer),
             dense.statistics.get(layer.name),
@@ -458,7 +463,7 @@ def _prune_unit(
     unit: Unit,
     statistics: Mapping[str, InputStatistics] | None,
     goals: Goals,
-    padding_counted: Container[str],
+    observer: Observer,
     pruned: list[PrunedLayer],
 ) -> None:
     for layer in unit.layers:
@@ -466,8 +471,15 @@ def _prune_unit(
         if statistics is not None and not _was_reached(inputs):
             continue
         pruned.append(_prune_layer(config, layer, inputs, *goals[layer.name]))
-        if layer.name in padding_counted:
-            pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
+        notes = []
+        if layer.name in observer.padding_counted:
+            notes.append("padding counted: inputs do not line up with the attention_mask")
+        if layer.name in observer.not_routed:
+            notes.append("every token counted: the model gives each to all experts")
+        if layer.name in observer.pooled:
+            pruned[-1].tokens = observer.pooled[layer.name]
+            notes.append("few tokens: pruned with those of all experts")
+        pruned[-1].note = "; ".join(notes)
 
 
 def _prune_layer(
@@ -479,7 +491,8 @@ def _prune_layer(
             weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
         layer.write(weight)
         sparsity = int((weight == 0).count_nonzero()) / weight.numel()
-    return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)
+    tokens = inputs.count if inputs else 0
+    return PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, siblings=layer.siblings)
 
 
 def _train_part(
@@ -502,22 +515,30 @@ def _report(
     seconds: dict[str, float],
     batches: int,
     processes: Processes,
+    pooled: Mapping[str, int],
 ) -> PruningReport:
     done = {layer.name: layer for layer in pruned}
     shards = [layer for layer in found.layers if layer.name in done and isinstance(layer.parameter, DTensor)]
     for layer, zeros in zip(shards, zero_counts([layer.parameter for layer in shards], processes), strict=True):
-        done[layer.name].sparsity = zeros / layer.parameter.numel()
+        done[layer.name].sparsity = zeros / layer.size
     skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
     unreached = [layer for layer in found.layers if layer.name not in done]
-    skipped.extend(
-        SkippedMatrix(layer.name, tuple(layer.parameter.shape), "no calibration batch called it") for layer in unreached
-    )
+    skipped.extend(SkippedMatrix(layer.name, layer.stored_shape, _why_unreached(layer)) for layer in unreached)
     notes = []
     if unreached:
         notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
         if processes.rank == 0:
             log.warning(notes[-1])
-    if "gram" in config.needs and (few := [layer for layer in pruned if layer.tokens < layer.shape[1]]):
+    if pooled:
+        least = min((done[name] for name in pooled if name in done), key=lambda layer: layer.tokens)
+        notes.append(
+            f"{len(pooled)} experts saw fewer than {max(1, config.min_expert_tokens)} tokens, {least.name} fewest: "
+            f"{least.tokens}. They are pruned with what all experts saw: give more calibration samples"
+        )
+        if processes.rank == 0:
+            log.warning(notes[-1])
+    few = [layer for layer in pruned if layer.tokens < layer.shape[1] and layer.name not in pooled]
+    if "gram" in config.needs and few:
         least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
         notes.append(
             f"{len(few)} layers saw fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
@@ -539,17 +560,25 @@ def _report(
         notes.append(f"mixed N:M: {', '.join(f'{counts[kind]} layers {kind}' for kind in sorted(counts))}")
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
-    counted = {id(layer.parameter) for layer in found.layers if layer.name in done}
-    others = [p for p in model.parameters() if id(p) not in counted and not isinstance(p, UninitializedParameter)]
+    # Of a parameter of many experts, some may be dense: it is counted as a whole.
+    counted = {id(layer.parameter): layer.name for layer in found.layers if layer.name in done and layer.expert is None}
+    parameters = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]
+    others = [parameter for parameter in parameters if id(parameter) not in counted]
     return PruningReport(
         layers=pruned,
         skipped=skipped,
-        parameters=sum(layer.size for layer in pruned) + sum(other.numel() for other in others),
-        zeros=sum(layer.zeros for layer in pruned) + sum(zero_counts(others, processes)),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        zeros=sum(done[name].zeros for name in counted.values()) + sum(zero_counts(others, processes)),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,
     )
+
+
+def _why_unreached(layer: Layer) -> str:
+    if layer.expert is None:
+        return "no calibration batch called it"
+    return "no calibration token was seen to go through any expert of the module"
 
 
 def forward_batch(model: nn.Module, batch: Any) -> object:

@@ -73,7 +73,11 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
     """
     trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
     held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or trained
-    weights = {f"{name}.weight": layer.parameter.detach() for name, layer in part.layers.items()}
+    weights = {_path(name, layer): layer.parameter.detach() for name, layer in part.layers.items()}
+    trained_experts: dict[str, list[int]] = {}
+    for name, layer in part.layers.items():
+        if layer.expert is not None:
+            trained_experts.setdefault(_path(name, layer), []).append(layer.expert)
     keep = {name: weight != 0 for name, weight in weights.items()}
     # Wider than bfloat16, where small steps would be lost.
     wide = {name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()}
@@ -104,6 +108,8 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
             for run in trained:
                 optimizer.zero_grad()
                 error(run, training=True).backward()
+                for name, experts in trained_experts.items():
+                    _leave_alone(masters[name], experts)
                 optimizer.step()
             if not (now := errors()) < least:
                 break
@@ -137,7 +143,28 @@ def _called(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> Part:
     inside = {child: inner for inner, child in module.named_modules() if child is not module}
-    return Part(name, module, {inside[layer.module]: layer for layer in layers if layer.module in inside})
+    found = [(inside[layer.module], layer) for layer in layers if layer.module in inside]
+    return Part(
+        name,
+        module,
+        {
+            inner if layer.expert is None else f"{inner}.{layer.parameter_name}.{layer.expert}": layer
+            for inner, layer in found
+        },
+    )
+
+
+def _path(name: str, layer: Layer) -> str:
+    """The parameter's name in a part, of the layer's name in it: that of many experts is one."""
+    return f"{name}.weight" if layer.expert is None else name.rpartition(".")[0]
+
+
+def _leave_alone(master: Tensor, trained: Sequence[int]) -> None:
+    """No gradients of experts that are not pruned."""
+    dense = torch.ones(len(master), dtype=torch.bool, device=master.device)
+    dense[list(trained)] = False
+    if master.grad is not None:
+        master.grad[dense] = 0
 
 
 def _hook(part: Part, call: Call) -> Callable[..., None]:

@@ -33,6 +33,7 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
             "Give a model with linear or convolution layers, or skip less."
         )
     for layer in found.layers:
+        refuse_spread_experts(layer)
         weight = layer.weight
         if weight.is_meta:
             raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
@@ -45,6 +46,16 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
         # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")
+
+
+def refuse_spread_experts(layer: Layer) -> None:
+    """Experts of which each process holds some."""
+    if layer.expert is not None and isinstance(layer.parameter, DTensor):
+        module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]
+        raise ValueError(
+            f"the experts {layer.siblings} are spread over processes, of which none holds all. Prune before sharding "
+            f"(devices=1, or DDPStrategy), or leave them dense with skip=['*.{module}']."
+        )
 
 
 def refuse_training_together(config: PruningConfig, processes: Processes) -> None:
@@ -63,9 +74,11 @@ def refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> Non
     """A Gram matrix has the square of the input width; what certainly does not fit is not begun."""
     widest = max(found.layers, key=lambda layer: layer.shape[1])
     wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
-    # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held.
+    # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held, and of
+    # each expert its own.
     blocks = walk(model, "block", config.skip).units if config.granularity == "model" else found.units
-    at_blocks = [4 * sum({layer.shape[1] ** 2 for layer in block.layers}) for block in blocks]
+    grams = [{(layer.siblings and layer.name, layer.shape[1]) for layer in block.layers} for block in blocks]
+    at_blocks = [4 * sum(width**2 for _, width in of_block) for of_block in grams]
     held = sum(at_blocks) if config.granularity == "model" else max(at_blocks)
     needed, free = max(_GRAMS_AT_ONCE * wide, held), free_memory(widest.weight.device)
     if needed > free:

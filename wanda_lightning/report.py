@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ class PrunedLayer:
         sparsity: The fraction of its weights that are zero.
         tokens: How many calibration tokens entered it; 0 where none were needed.
         note: What else is worth knowing, or empty.
+        siblings: Of an expert's matrix, a glob for those of all experts of its module.
     """
 
     name: str
@@ -38,6 +40,7 @@ class PrunedLayer:
     sparsity: float
     tokens: int
     note: str = ""
+    siblings: str = ""
 
     @property
     def size(self) -> int:
@@ -63,7 +66,7 @@ class SkippedMatrix:
 class PruningReport:
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
 
-    `str()` is a table; `save()` writes `pruning_report.json`.
+    `str()` is a table, with one row for all experts of a module; `save()` writes `pruning_report.json`.
 
     Attributes:
         layers: The pruned matrices.
@@ -146,10 +149,15 @@ class PruningReport:
         pruned = Table(title="Pruned layers", title_justify="left")
         for heading in ("layer", "shape", "target", "sparsity", "tokens", "note"):
             pruned.add_column(heading, justify="left" if heading in ("layer", "note") else "right", overflow="fold")
+        rows: dict[str, list[PrunedLayer]] = {}
         for layer in self.layers:
-            shape = " x ".join(map(str, layer.shape))
-            cells = (f"{layer.target:.2%}", f"{layer.sparsity:.2%}", f"{layer.tokens:,}")
-            pruned.add_row(escape(layer.name), shape, *cells, escape(layer.note))
+            rows.setdefault(layer.siblings or layer.name, []).append(layer)
+        for name, layers in rows.items():
+            shape = " x ".join(map(str, layers[0].shape))
+            targets = _range([layer.target for layer in layers], ".2%")
+            sparsities = _range([layer.sparsity for layer in layers], ".2%")
+            tokens = _range([layer.tokens for layer in layers], ",")
+            pruned.add_row(escape(name), shape, targets, sparsities, tokens, escape(_note(layers)))
         console = Console(width=140, color_system=None, highlight=False, emoji=False)  # `N:M:` would hold one
         with console.capture() as capture:
             console.print(pruned)
@@ -159,6 +167,25 @@ class PruningReport:
                 console.print(f"Note: {note}", markup=False)
             console.print(self.summary())
         return capture.get()
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} - {high}"
+
+
+def _note(layers: Sequence[PrunedLayer]) -> str:
+    """That of one layer, or of experts those that have one, with their numbers."""
+    if not (siblings := layers[0].siblings):
+        return layers[0].note
+    before, _, after = siblings.partition("*")
+    experts: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.note:
+            number = layer.name.removeprefix(before).removesuffix(after)
+            experts.setdefault(layer.note, []).append(number)
+    notes = [f"{', '.join(numbers)}: {note}" for note, numbers in experts.items()]
+    return "; ".join([f"{len(layers)} experts", *notes])
 
 
 def skipped_table(skipped: list[SkippedMatrix]) -> Table:

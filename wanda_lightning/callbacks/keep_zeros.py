@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from wanda_lightning.callbacks.calibration import processes_of, pruning_target
 from wanda_lightning.core.solvers import as_integers
 from wanda_lightning.distributed import ALONE, Processes, local, reshard, zero_counts
-from wanda_lightning.models import walk
+from wanda_lightning.models import Layer, walk
+from wanda_lightning.refusals import refuse_spread_experts
 
 
 class HeldZeros:
@@ -33,7 +34,7 @@ class HeldZeros:
     def __init__(self) -> None:
         self.layers: list[str] = []
         self._handles: list[RemovableHandle] = []
-        self._names: dict[nn.Parameter, str] = {}
+        self._held_layers: list[tuple[Layer, nn.Parameter]] = []
         self._keep: dict[nn.Parameter, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
         self._at_release: dict[str, Tensor] = {}
@@ -48,14 +49,19 @@ class HeldZeros:
         self.release()
         reshard(model)  # FSDP2 leaves its outermost module gathered, and what is held are the shards
         alive, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
-        parameters = {layer.name: layer.parameter for layer in walk(model).layers}
-        for name in self.layers:
-            weight = parameters[name]
+        found = {layer.name: layer for layer in walk(model).layers}
+        for layer in (found[name] for name in self.layers):
+            refuse_spread_experts(layer)
+            weight = layer.parameter
             assert isinstance(weight, nn.Parameter)
-            keep = local(weight.detach()) != 0
-            if name in alive:
-                keep |= _unpacked(alive[name], keep)
-            self._names[weight], self._keep[weight] = name, keep
+            if weight not in self._keep:  # many experts are one parameter, of which some may not be held
+                self._keep[weight] = torch.ones_like(local(weight.detach()), dtype=torch.bool)
+            keep = layer.part(self._keep[weight])
+            keep.copy_(layer.weight != 0)
+            if layer.name in alive:
+                keep |= _unpacked(alive[layer.name], keep)
+            self._held_layers.append((layer, weight))
+        for weight in self._keep:
             self._mask_gradient(weight)
             trains = weight.requires_grad
             weight.requires_grad_()  # torch hangs no hook on a frozen weight, but it may be unfrozen later
@@ -91,11 +97,11 @@ class HeldZeros:
         if not self._handles:
             return self._loaded or self._at_release
         found = {}
-        for weight, keep in self._keep.items():
+        for layer, weight in self._held_layers:
             if not isinstance(weight, DTensor):
-                zero = (weight.detach() == 0) & keep
+                zero = (layer.part(weight.detach()) == 0) & layer.part(self._keep[weight])
                 if zero.any():
-                    found[self._names[weight]] = _packed(zero)
+                    found[layer.name] = _packed(zero)
         return found
 
     def load(self, alive: dict[str, Tensor]) -> None:
@@ -110,7 +116,7 @@ class HeldZeros:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-            self._names.clear()
+            self._held_layers.clear()
             self._keep.clear()
 
     def _held(self, optimizer: Optimizer) -> list[nn.Parameter]:
@@ -151,7 +157,10 @@ class KeepZeros(Callback):
         target = pruning_target(pl_module)
         layers, self._resumed = self._resumed, []
         if not layers:
-            sizes = {layer.name: layer.parameter.numel() for layer in walk(target).layers}
+            found = walk(target).layers
+            for layer in found:
+                refuse_spread_experts(layer)
+            sizes = {layer.name: layer.size for layer in found}
             zeros = zeros_of(target, processes_of(trainer))
             layers = [name for name, count in zeros.items() if 0 < count < sizes[name]]
         if not layers:
@@ -180,8 +189,10 @@ class KeepZeros(Callback):
 def zeros_of(model: nn.Module, processes: Processes = ALONE) -> dict[str, int]:
     """How many weights of each prunable layer are zero."""
     reshard(model)
-    weights = {layer.name: layer.parameter for layer in walk(model).layers}
-    return dict(zip(weights, zero_counts(list(weights.values()), processes), strict=True))
+    # Experts that are spread over processes are not pruned, see `refuse_spread_experts`.
+    layers = [e for e in walk(model).layers if e.expert is None or not isinstance(e.parameter, DTensor)]
+    counts = zero_counts([layer.part(layer.parameter.detach()) for layer in layers], processes)
+    return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
 
 
 def _packed(flags: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class WandaPrune(PruningCallback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
+        min_expert_tokens: int = 32,
     ) -> None:
         super().__init__(
             sparsity,
@@ -49,6 +50,7 @@ class WandaPrune(PruningCallback):
             at_step=at_step,
             schedule=schedule,
             calibrate_on=calibrate_on,
+            min_expert_tokens=min_expert_tokens,
         )
 
 
@@ -76,6 +78,7 @@ class SparseGPTPrune(PruningCallback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
+        min_expert_tokens: int = 32,
         dampening: float = 0.01,
     ) -> None:
         super().__init__(
@@ -92,6 +95,7 @@ class SparseGPTPrune(PruningCallback):
             at_step=at_step,
             schedule=schedule,
             calibrate_on=calibrate_on,
+            min_expert_tokens=min_expert_tokens,
         )
 
 

@@ -75,6 +75,8 @@ class PruningCallback(Callback):
         calibrate_on: `"validation"` takes the statistics from Lightning's own validation loop while it runs, without an
             extra pass, and prunes when it ends: the next one after the step that is due, or that of `trainer.validate`,
             which then measures the dense model. Needs `granularity="model"`; of `num_samples`, whole batches.
+        min_expert_tokens: Experts to which fewer calibration tokens were routed are pruned by what all experts of their
+            module saw.
 
     Attributes:
         report: What happened last, once it has.
@@ -99,8 +101,11 @@ class PruningCallback(Callback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
+        min_expert_tokens: int = 32,
     ) -> None:
-        self.config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip)
+        self.config = PruningConfig(
+            sparsity, criterion, pattern, allocation, solver, granularity, skip, min_expert_tokens
+        )
         if num_samples < 1:
             raise ValueError(f"num_samples is at least 1, but {num_samples} was given")
         if at_step and schedule is not None:

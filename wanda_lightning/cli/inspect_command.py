@@ -35,15 +35,16 @@ def inspect_model(
     for heading in ("unit", "layers", "weights", "inside"):
         table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")
     for unit in found.units:
-        inside = [layer.name.removeprefix(f"{unit.name}.") for layer in unit.layers]
-        weights = sum(layer.parameter.numel() for layer in unit.layers)
-        names = ", ".join(inside) if unit.name and inside != [unit.name] else ""
-        table.add_row(unit.name or "the whole model", str(len(inside)), f"{weights:,}", names)
+        # Experts by one name for all: there may be hundreds.
+        inside = [(layer.siblings or layer.name).removeprefix(f"{unit.name}.") for layer in unit.layers]
+        weights = sum(layer.size for layer in unit.layers)
+        names = ", ".join(dict.fromkeys(inside)) if unit.name and inside != [unit.name] else ""
+        table.add_row(unit.name or "the whole model", str(len(unit.layers)), f"{weights:,}", names)
     console = Console()
     console.print(table)
     console.print(skipped_table([SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]))
     parameters = sum(parameter.numel() for parameter in inspected.parameters())
-    weights = sum(layer.parameter.numel() for layer in found.layers)
+    weights = sum(layer.size for layer in found.layers)
     console.print(
         f"{len(found.layers)} layers in {len(found.units)} units hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters."

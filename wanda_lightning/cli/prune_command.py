@@ -66,6 +66,7 @@ def prune_model(
     skip: str | list[str] = "",
     data_path: str | None = None,
     prune_granularity: Literal["row", "layer"] | None = None,
+    min_expert_tokens: int = 32,
     resume: str | None = None,
     eval_zero_shot: bool = False,
     tasks_dir: str | None = None,
@@ -102,6 +103,8 @@ def prune_model(
         data_path: Images to calibrate and measure on: a folder in the manner of ImageNet, cifar10, cifar100, a hub id,
             or digits (needs no network).
         prune_granularity: Compare weights within a row or a layer; by default a row, for magnitude a layer.
+        min_expert_tokens: Experts to which fewer calibration tokens were routed are pruned by what all experts of
+            their module saw.
         resume: Weights (.safetensors) of the image classifier.
         eval_zero_shot: Measure the pruned model on the paper's seven zero-shot tasks, too (needs lm-eval).
         tasks_dir: Folder with a TASK.jsonl for each of them; by default they come from the hub.
@@ -148,6 +151,7 @@ def prune_model(
         **choices,
         skip=as_patterns(skip),
         num_samples=_or(nsamples, _PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
+        min_expert_tokens=min_expert_tokens,
     )
     tasks = load_tasks(task_names(["paper"]), tasks_dir, cache_dir) if eval_zero_shot else {}
     L.seed_everything(seed, verbose=False)
