@@ -238,7 +238,7 @@ REASONS = {
     "resnext50_32x4d": {"conv1": "stem: reads the raw image", "layer1.0.conv2": "grouped convolution"},
     "efficientnet_b0": {"conv_stem": "stem: reads the raw image", "blocks.0.0.conv_dw": "depthwise convolution"},
     "levit_128s": {"head.linear": "output head", "head_dist.linear": "output head", "stem.conv4.linear": "stem"},
-    "nfnet_f0": {"stages.0.0.conv1": "timm.layers.std_conv.ScaledStdConv2d overrides the forward of Conv2d"},
+    "nfnet_f0": {"stages.0.0.conv1": "ScaledStdConv2d standardises its weight at each forward"},
     "sequencer2d_s": {
         "stages.0.blocks.0.rnn_tokens.rnn_v.weight_hh_l0": f"weight_hh_l0 of LSTM {EXPERTS}",
         "head.fc": "output head",

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Real
 from typing import Any, TypeVar, cast
 
+from torch import nn
+
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
 from wanda_lightning.core.criteria import CRITERIA, Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Reconstruct, Solver, ZeroOut
-from wanda_lightning.models import GRANULARITIES
+from wanda_lightning.models import GRANULARITIES, Walk, walk
 
 Chosen = TypeVar("Chosen")
 
@@ -31,6 +33,7 @@ class PruningConfig:
         granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
             `"layer"` (everything before is pruned) or `"model"` (the dense model).
         skip: Layers to leave dense: names, globs, or `re:` expressions.
+        include_grouped: Prune grouped convolutions, too: each group as a matrix of its own, by its own inputs.
 
     Raises:
         ValueError: If a value is out of range or a name is unknown.
@@ -43,6 +46,7 @@ class PruningConfig:
     solver: Solver | str = field(default_factory=ZeroOut)
     granularity: str = "block"
     skip: Sequence[str] = ()
+    include_grouped: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:
@@ -96,6 +100,10 @@ class PruningConfig:
     def unit_needs(self) -> frozenset[str]:
         """Those that criterion and solver read, at each unit; the allocation reads its own before, of all layers."""
         return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
+
+    def walk(self, model: nn.Module, granularity: str | None = None) -> Walk:
+        """What would be pruned and what not; by default in the units of this granularity."""
+        return walk(model, granularity or self.granularity, self.skip, self.include_grouped)
 
     def describe(self) -> dict[str, Any]:
         """Every value as plain data, for the report."""

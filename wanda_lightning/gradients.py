@@ -91,8 +91,7 @@ def _hook(layer: Layer, total: PerInput, reached: Tensor, index: int) -> Callabl
             output = output.detach().requires_grad_().clone()  # not a leaf, which no later step may write into
 
         def add(gradient: Tensor) -> None:
-            per_token = gradient.movedim(-3, -1) if isinstance(module, nn.Conv2d) else gradient
-            weights = per_token.flatten(0, -2).float().square().mean(dim=-1)
+            weights = layer.outputs(gradient).float().square().mean(dim=-1)
             total.add_(torch.mv(squares.t(), weights))
             reached[index] += 1
 

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +28,7 @@ Granularity = Literal["block", "layer", "model"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
+_STANDARDISED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
 _NO_LABEL = -100  # what transformers pads labels with
 _IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image
 
@@ -41,6 +42,7 @@ class LayerKind:
         read: A weight in the layer's own layout as (d_out, d_in), a view where the layout allows.
         write: Puts such a matrix back into the weight.
         tokens: What the layer was called with, as (tokens, d_in).
+        outputs: What it gave, as (tokens, d_out).
         window: What else than the tensor itself decides its tokens; layers with one input and one window share
             statistics.
         rows_first: Whether the weight's first dimension is d_out, so that some of its rows can be read alone.
@@ -50,12 +52,17 @@ class LayerKind:
     read: Callable[[Tensor], Tensor]
     write: Callable[[Tensor, Tensor], object]
     tokens: Callable[[Any, Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
     window: Callable[[Any], object]
     rows_first: bool = True
 
 
-def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+    return _rows(x)
 
 
 # Kernel positions outside, input channels inside: where M divides the channels, an N:M group is consecutive channels of
@@ -80,8 +87,19 @@ def _conv2d_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
         vertical, horizontal = layer.stride
         return images[:, :, ::vertical, ::horizontal].permute(0, 2, 3, 1).flatten(0, 2)
     columns = F.unfold(images, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    columns = columns.unflatten(1, (layer.in_channels, -1))  # (batch, channels, kernel positions, places)
+    columns = columns.unflatten(1, (images.shape[1], -1))  # (batch, channels, kernel positions, places)
     return columns.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+
+
+def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    from timm.layers.padding import pad_same
+
+    padded = pad_same(images, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
+    return _conv2d_tokens(layer, padded)  # its own padding is 0
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.movedim(-3, -1).flatten(0, -2)
 
 
 def _conv2d_window(layer: nn.Conv2d) -> object:
@@ -91,20 +109,45 @@ def _conv2d_window(layer: nn.Conv2d) -> object:
 @cache
 def layer_kinds() -> dict[str, LayerKind]:
     """The layer types that can be pruned, by name."""
+    from timm.layers.conv2d_same import Conv2dSame
     from transformers.pytorch_utils import Conv1D
 
+    convolution = LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _pixels, _conv2d_window)
     return {
-        "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, lambda layer: ()),
+        "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ()),
         "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
-            Conv1D, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), _linear_tokens, lambda layer: (), False
+            Conv1D,
+            Tensor.t,
+            lambda weight, matrix: weight.copy_(matrix.t()),
+            _linear_tokens,
+            _rows,
+            lambda layer: (),
+            rows_first=False,
         ),
-        "Conv2d": LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _conv2d_window),
+        "Conv2d": convolution,
+        "Conv2dSame": replace(convolution, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),  # pads by input size
     }
+
+
+def _one_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
+    """A group of a convolution as a kind of its own: some rows of the weight, which see only their channels."""
+
+    def part(tensor: Tensor, dim: int) -> Tensor:
+        return tensor.chunk(groups, dim)[group]
+
+    return replace(
+        kind,
+        read=lambda weight: kind.read(part(weight, 0)),
+        write=lambda weight, matrix: kind.write(part(weight, 0), matrix),
+        tokens=lambda layer, images: kind.tokens(layer, part(images, -3)),
+        outputs=lambda images: kind.outputs(part(images, -3)),
+        window=lambda layer: (kind.window(layer), group, groups),
+    )
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable matrix and the module that it lives in."""
+    """One prunable matrix and the module that it lives in; of a grouped convolution each group is one."""
 
     name: str
     module: nn.Module
@@ -121,6 +164,10 @@ class Layer:
     def tokens(self, x: Tensor) -> Tensor:
         """What the layer was called with, as (tokens, d_in)."""
         return self.kind.tokens(self.module, x)
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """What the layer gave, as (tokens, d_out)."""
+        return self.kind.outputs(y)
 
     @property
     def window(self) -> object:
@@ -144,6 +191,17 @@ class Layer:
         """(d_out, d_in) of the whole matrix, over all processes."""
         d_out, d_in = self.kind.read(torch.empty(self.parameter.shape, device="meta")).shape
         return d_out, d_in
+
+    @property
+    def size(self) -> int:
+        """Number of weights over all processes."""
+        d_out, d_in = self.shape
+        return d_out * d_in
+
+    @property
+    def original_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter; of a group that of its matrix."""
+        return tuple(self.parameter.shape) if self.size == self.parameter.numel() else self.shape
 
 
 @dataclass(frozen=True)
@@ -178,7 +236,7 @@ class Walk:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
 
-def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ()) -> Walk:
+def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = (), include_grouped: bool = False) -> Walk:
     """Find the layers to prune, group them in units, and give every other matrix its reason.
 
     Works on any device, the meta device included.
@@ -188,6 +246,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
         granularity: `"block"`, `"layer"` or `"model"`: what the units are.
         skip: Layers to leave dense: module names or globs (with everything inside), or `re:` and a regular expression
             that matches a whole name.
+        include_grouped: Prune grouped convolutions, each group as a matrix of its own.
 
     Raises:
         ValueError: If the granularity is unknown or a `skip` matches no matrix.
@@ -195,7 +254,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {granularity!r} was given")
     modules = dict(model.named_modules())
-    reasons = _reasons_to_skip(model, modules)
+    reasons = _reasons_to_skip(model, modules, include_grouped)
     layers: list[Layer] = []
     owner: dict[int, str] = {}
     embeddings: dict[int, str] = {}
@@ -232,17 +291,50 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
         if other := next((name for name in aliases.get(layer.name, ()) if name in reasons), None):
             layers.remove(layer)
             skipped.append(Skipped(layer.name, tuple(layer.parameter.shape), f"tied to {other}: {reasons[other]}"))
+    parts = {layer.name: _by_group(layer) for layer in layers}
+    layers = [part for groups in parts.values() for part in groups]
+    aliases |= {part.name: aliases[name] for name in parts.keys() & aliases.keys() for part in parts[name]}
     layers, left_out = _leave_out(layers, skipped, skip, aliases)
     return Walk(_units(model, modules, layers, granularity), left_out)
 
 
 def _as_layer(name: str, module: nn.Module) -> Layer | None:
-    for kind in layer_kinds().values():
-        if isinstance(module, kind.layer_type):
-            keeps_forward = type(module).forward is kind.layer_type.forward
-            plain = not parametrize.is_parametrized(module, "weight")
-            return Layer(name, module, kind) if keeps_forward and plain else None
-    return None
+    if parametrize.is_parametrized(module, "weight"):
+        return None
+    kinds = [kind for kind in layer_kinds().values() if isinstance(module, kind.layer_type)]
+    kept = [kind for kind in kinds if type(module).forward is kind.layer_type.forward]
+    if not kept and isinstance(module, nn.Linear) and _acts_as_linear(module):
+        kept = kinds
+    return Layer(name, module, kept[0]) if kept else None
+
+
+def _by_group(layer: Layer) -> list[Layer]:
+    groups = layer.module.groups if isinstance(layer.module, nn.Conv2d) else 1
+    if groups == 1:
+        return [layer]
+    return [
+        replace(layer, name=f"{layer.name}.group{g}", kind=_one_group(layer.kind, g, groups)) for g in range(groups)
+    ]
+
+
+@torch.no_grad()
+def _acts_as_linear(module: nn.Linear) -> bool:
+    """Whether a forward of its own gives `x W^T + b` all the same, tried on a small stand-in of the module.
+
+    Like timm's Linear, which once cast for autocast, or Falcon's. What quantises, scales or routes does not.
+    """
+    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], device="cpu")
+    bias = None if module.bias is None else torch.tensor([0.6, -1.1], device="cpu")
+    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], device="cpu")
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__ = {**module.__dict__, "in_features": 3, "out_features": 2}
+    stand_in.__dict__["_parameters"] = {**module._parameters, "weight": weight, "bias": bias}
+    try:
+        with torch.autocast("cpu", enabled=False):
+            given, expected = type(module).forward(stand_in, x), F.linear(x, weight, bias)
+            return given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-5)
+    except Exception:  # whatever it needs, it is not the weight and the bias alone
+        return False
 
 
 def _is_packed(parameter: Tensor) -> bool:
@@ -266,11 +358,16 @@ def _why_no_layer(module: nn.Module, parameter_name: str) -> str:
         return "parametrised: make it an ordinary weight first, with remove_parametrizations"
     for known in layer_kinds().values():
         if isinstance(module, known.layer_type) and parameter_name == "weight":
+            if _STANDARDISED.search(kind):
+                return (
+                    f"{kind} standardises its weight at each forward: what is zero in the stored weight is not zero in "
+                    f"the used one. Make it a {known.layer_type.__name__} of the standardised weight first"
+                )
             return f"{type(module).__module__}.{kind} overrides the forward of {known.layer_type.__name__}"
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
 
 
-def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_grouped: bool) -> dict[str, str]:
     """Default reasons by module name, for layers of a prunable kind."""
     reasons: dict[str, str] = {}
     convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
@@ -286,9 +383,10 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
             reasons[name] = "output head"
         elif any(name.startswith(adapter) for adapter in adapters):
             reasons[name] = "adapter: trained, not pruned"
-        elif isinstance(module, nn.Conv2d) and module.groups > 1:
-            depthwise = module.groups == module.in_channels
-            reasons[name] = "depthwise convolution" if depthwise else "grouped convolution"
+        elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+            reasons[name] = "depthwise convolution"
+        elif isinstance(module, nn.Conv2d) and module.groups > 1 and not include_grouped:
+            reasons[name] = "grouped convolution: include_grouped=True prunes each group"
         elif isinstance(module, nn.Conv2d) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
             reasons[name] = "stem: reads the raw image"
         elif _STEM.search(name) or any(
@@ -339,7 +437,7 @@ def _leave_out(
     chosen = [(layer, by_user(layer.name)) for layer in layers]
     kept = [layer for layer, pattern in chosen if pattern is None]
     left = [
-        Skipped(layer.name, tuple(layer.parameter.shape), f"skip={pattern!r}")
+        Skipped(layer.name, layer.original_shape, f"skip={pattern!r}")
         for layer, pattern in chosen
         if pattern is not None
     ]
@@ -352,10 +450,11 @@ def _units(model: nn.Module, modules: dict[str, nn.Module], layers: list[Layer],
     if granularity == "model":
         return (Unit("", None, tuple(layers)),) if layers else ()
     blocks = _blocks(modules, layers) if granularity == "block" else {}
+    homes = {id(module): name or "weight" for name, module in modules.items()}
     members: dict[str, list[Layer]] = {}
     for layer in layers:
         inside = [name for name in blocks if layer.name.startswith(f"{name}.")]
-        members.setdefault(inside[0] if inside else layer.name, []).append(layer)
+        members.setdefault(inside[0] if inside else homes[id(layer.module)], []).append(layer)
     return tuple(Unit(name, modules.get(name, model), tuple(inner)) for name, inner in members.items())
 
 
@@ -368,7 +467,7 @@ def _blocks(modules: dict[str, nn.Module], layers: list[Layer]) -> dict[str, nn.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     counts = dict.fromkeys(modules, 0)
-    for layer in layers:
+    for layer in {id(layer.module): layer for layer in layers}.values():
         parts = layer.name.split(".")
         for length in range(len(parts)):
             prefix = ".".join(parts[:length])

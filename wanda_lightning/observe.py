@@ -76,8 +76,9 @@ class Observer:
             ValueError: If an input holds NaN or infinity, or its squares overflow; names layer and batch.
         """
         with self.processes.together():
-            if unit.module is not None and len(unit.layers) == 1 and unit.module is unit.layers[0].module:
-                statistics = {unit.layers[0].name: self._read_parked(unit.layers[0], calls)}
+            if all(layer.module is unit.module for layer in unit.layers):  # one, or the groups of one
+                calls = tuple(calls)
+                statistics = {layer.name: self._read_parked(layer, calls) for layer in unit.layers}
             else:
                 self._run_and_watch(unit, calls)
                 statistics = self._watched(unit)

@@ -35,7 +35,6 @@ from wanda_lightning.models import (
     Walk,
     calibrating,
     token_masks,
-    walk,
 )
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
@@ -57,6 +56,7 @@ def prune(
     solver: Solver | str = ZeroOut(),
     granularity: str = "block",
     skip: Sequence[str] = (),
+    include_grouped: bool = False,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
 ) -> PruningReport:
@@ -76,6 +76,7 @@ def prune(
         solver: Gives the final weights.
         granularity: What the statistics see.
         skip: Layers to leave dense.
+        include_grouped: Prune grouped convolutions, too.
         forward: How one batch goes through the model.
         progress: Show a bar (plain lines where there is no terminal).
 
@@ -86,7 +87,7 @@ def prune(
         ValueError: If something cannot be pruned as asked, before any weight is written; or if an activation holds
             NaN or infinity.
     """
-    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip)
+    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip, include_grouped)
     return prune_as(config, model, batches, forward=forward, progress=progress)
 
 
@@ -240,7 +241,7 @@ def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) 
     Raises:
         ValueError: If something cannot be pruned as asked.
     """
-    found = walk(model, config.granularity, config.skip)
+    found = config.walk(model)
     refuse_unprunable(config, found)
     refuse_training_together(config, processes)
     if "gram" in config.needs:
@@ -342,7 +343,7 @@ def _dense_layers(
     reading: Callable[[str], None] = lambda name: None,
 ) -> list[DenseLayer]:
     """Layers as an allocation sees them; `reading` hears of each weight that is read."""
-    blocks = {layer.name: unit.name for unit in walk(model, "block", config.skip).units for layer in unit.layers}
+    blocks = {layer.name: unit.name for unit in config.walk(model, "block").units for layer in unit.layers}
 
     def read(layer: Layer) -> Tensor:
         reading(layer.name)
@@ -352,7 +353,7 @@ def _dense_layers(
         DenseLayer(
             layer.name,
             blocks[layer.name],
-            layer.parameter.numel(),
+            layer.size,
             cast(Pattern, config.pattern).levels(*layer.shape),
             partial(read, layer),
             dense.statistics.get(layer.name),
@@ -486,7 +487,7 @@ def _train_part(
     config: PruningConfig, part: Part, masks: Sequence[tuple[TokenMask, ...] | None], pruned: list[PrunedLayer]
 ) -> None:
     before, after = train(part, cast(Reconstruct, config.solver), masks)
-    names = {layer.name for layer in part.layers.values()}
+    names = {layer.name for layer in part.layers}
     for layer in pruned:
         if layer.name in names:
             trained = f"error of {part.name} {before:.2%}, trained {after:.2%}"
@@ -510,7 +511,7 @@ def _report(
     skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
     unreached = [layer for layer in found.layers if layer.name not in done]
     skipped.extend(
-        SkippedMatrix(layer.name, tuple(layer.parameter.shape), "no calibration batch called it") for layer in unreached
+        SkippedMatrix(layer.name, layer.original_shape, "no calibration batch called it") for layer in unreached
     )
     notes = []
     if unreached:
@@ -539,13 +540,15 @@ def _report(
         notes.append(f"mixed N:M: {', '.join(f'{counts[kind]} layers {kind}' for kind in sorted(counts))}")
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
-    counted = {id(layer.parameter) for layer in found.layers if layer.name in done}
+    partly = {id(layer.parameter) for layer in found.layers if layer.name not in done}
+    whole = {layer.name: layer.parameter for layer in found.layers if id(layer.parameter) not in partly}
+    counted = {id(parameter) for parameter in whole.values()}
     others = [p for p in model.parameters() if id(p) not in counted and not isinstance(p, UninitializedParameter)]
     return PruningReport(
         layers=pruned,
         skipped=skipped,
-        parameters=sum(layer.size for layer in pruned) + sum(other.numel() for other in others),
-        zeros=sum(layer.zeros for layer in pruned) + sum(zero_counts(others, processes)),
+        parameters=sum(done[name].size for name in whole) + sum(other.numel() for other in others),
+        zeros=sum(done[name].zeros for name in whole) + sum(zero_counts(others, processes)),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,

@@ -35,13 +35,13 @@ class Part:
     Attributes:
         name: As in the model.
         module: An attention, an MLP, or the block.
-        layers: Those in it that are pruned, by their name in it.
+        layers: Those in it that are pruned.
         runs: What went through it.
     """
 
     name: str
     module: nn.Module
-    layers: dict[str, Layer]
+    layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
 
 
@@ -73,7 +73,8 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
     """
     trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
     held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or trained
-    weights = {f"{name}.weight": layer.parameter.detach() for name, layer in part.layers.items()}
+    inside = {module: name for name, module in part.module.named_modules()}
+    weights = {f"{inside[layer.module]}.weight": layer.parameter.detach() for layer in part.layers}
     keep = {name: weight != 0 for name, weight in weights.items()}
     # Wider than bfloat16, where small steps would be lost.
     wide = {name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()}
@@ -136,8 +137,8 @@ def _called(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> Part:
-    inside = {child: inner for inner, child in module.named_modules() if child is not module}
-    return Part(name, module, {inside[layer.module]: layer for layer in layers if layer.module in inside})
+    inside = {child for child in module.modules() if child is not module}
+    return Part(name, module, tuple(layer for layer in layers if layer.module in inside))
 
 
 def _hook(part: Part, call: Call) -> Callable[..., None]:

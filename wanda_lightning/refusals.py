@@ -14,7 +14,7 @@ from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers import Reconstruct
 from wanda_lightning.distributed import Processes
-from wanda_lightning.models import Layer, Unit, Walk, free_memory, walk
+from wanda_lightning.models import Layer, Unit, Walk, free_memory
 
 
 def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
@@ -33,7 +33,7 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
             "Give a model with linear or convolution layers, or skip less."
         )
     for layer in found.layers:
-        weight = layer.weight
+        weight = layer.read()
         if weight.is_meta:
             raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
         if weight.is_inference():
@@ -64,7 +64,7 @@ def refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> Non
     widest = max(found.layers, key=lambda layer: layer.shape[1])
     wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
     # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held.
-    blocks = walk(model, "block", config.skip).units if config.granularity == "model" else found.units
+    blocks = config.walk(model, "block").units if config.granularity == "model" else found.units
     at_blocks = [4 * sum({layer.shape[1] ** 2 for layer in block.layers}) for block in blocks]
     held = sum(at_blocks) if config.granularity == "model" else max(at_blocks)
     needed, free = max(_GRAMS_AT_ONCE * wide, held), free_memory(widest.weight.device)
@@ -105,6 +105,11 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
             f"the weight of {name} is spread over processes by {weight.placements}, but each must hold whole rows: "
             "use fully_shard as it is by default (on a mesh of one dimension, without shard_placement_fn), or leave "
             f"it dense with skip=['{name}']."
+        )
+    if layer.size < weight.numel():
+        raise ValueError(
+            f"{name} is one group of a convolution, and fully_shard leaves no process whole groups. Prune before "
+            "sharding (devices=1), or without include_grouped=True."
         )
     if not layer.kind.rows_first:
         raise ValueError(

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from wanda_lightning.callbacks.calibration import processes_of, pruning_target
 from wanda_lightning.core.solvers import as_integers
 from wanda_lightning.distributed import ALONE, Processes, local, reshard, zero_counts
-from wanda_lightning.models import walk
+from wanda_lightning.models import Layer, walk
 
 
 class HeldZeros:
@@ -48,10 +48,12 @@ class HeldZeros:
         self.release()
         reshard(model)  # FSDP2 leaves its outermost module gathered, and what is held are the shards
         alive, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
-        parameters = {layer.name: layer.parameter for layer in walk(model).layers}
+        parameters = {layer.name: layer.parameter for layer in _layers(model)}
         for name in self.layers:
             weight = parameters[name]
             assert isinstance(weight, nn.Parameter)
+            if weight in self._keep:  # another group of one convolution
+                continue
             keep = local(weight.detach()) != 0
             if name in alive:
                 keep |= _unpacked(alive[name], keep)
@@ -151,7 +153,7 @@ class KeepZeros(Callback):
         target = pruning_target(pl_module)
         layers, self._resumed = self._resumed, []
         if not layers:
-            sizes = {layer.name: layer.parameter.numel() for layer in walk(target).layers}
+            sizes = {layer.name: layer.size for layer in _layers(target)}
             zeros = zeros_of(target, processes_of(trainer))
             layers = [name for name, count in zeros.items() if 0 < count < sizes[name]]
         if not layers:
@@ -180,8 +182,14 @@ class KeepZeros(Callback):
 def zeros_of(model: nn.Module, processes: Processes = ALONE) -> dict[str, int]:
     """How many weights of each prunable layer are zero."""
     reshard(model)
-    weights = {layer.name: layer.parameter for layer in walk(model).layers}
-    return dict(zip(weights, zero_counts(list(weights.values()), processes), strict=True))
+    layers = _layers(model)
+    weights = [layer.parameter if isinstance(layer.parameter, DTensor) else layer.read() for layer in layers]
+    return dict(zip([layer.name for layer in layers], zero_counts(weights, processes), strict=True))
+
+
+def _layers(model: nn.Module) -> tuple[Layer, ...]:
+    """All that may have been pruned."""
+    return walk(model, include_grouped=True).layers
 
 
 def _packed(flags: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class PruningCallback(Callback):
         solver: Gives the final weights.
         granularity: What the statistics see: `"block"`, `"layer"` or `"model"`.
         skip: Layers to leave dense: names, globs, or `re:` expressions.
+        include_grouped: Prune grouped convolutions, too.
         num_samples: Calibration samples (sequences or images).
         dataloader: Where to take them from.
         keep_zeros: Keep the zeros while training.
@@ -92,6 +93,7 @@ class PruningCallback(Callback):
         solver: Solver | str = ZeroOut(),
         granularity: str = "block",
         skip: Sequence[str] = (),
+        include_grouped: bool = False,
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
@@ -100,7 +102,9 @@ class PruningCallback(Callback):
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
     ) -> None:
-        self.config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip)
+        self.config = PruningConfig(
+            sparsity, criterion, pattern, allocation, solver, granularity, skip, include_grouped
+        )
         if num_samples < 1:
             raise ValueError(f"num_samples is at least 1, but {num_samples} was given")
         if at_step and schedule is not None:

@@ -17,6 +17,7 @@ def inspect_model(
     model: str,
     granularity: Literal["block", "layer", "model"] = "block",
     skip: str | list[str] = "",
+    include_grouped: bool = False,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -26,24 +27,25 @@ def inspect_model(
         model: Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.
         granularity: What calibration batches stop at.
         skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
+        include_grouped: Prune grouped convolutions, too, each group as a matrix of its own.
         cache_dir: Where downloads from the hub are kept.
         trust_remote_code: Run the code that comes with a hub model.
     """
     inspected: nn.Module = meta_model(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    found = walk(inspected, granularity, as_patterns(skip))
+    found = walk(inspected, granularity, as_patterns(skip), include_grouped)
     table = Table(title=f"{model}: would be pruned", title_justify="left")
     for heading in ("unit", "layers", "weights", "inside"):
         table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")
     for unit in found.units:
         inside = [layer.name.removeprefix(f"{unit.name}.") for layer in unit.layers]
-        weights = sum(layer.parameter.numel() for layer in unit.layers)
+        weights = sum(layer.size for layer in unit.layers)
         names = ", ".join(inside) if unit.name and inside != [unit.name] else ""
         table.add_row(unit.name or "the whole model", str(len(inside)), f"{weights:,}", names)
     console = Console()
     console.print(table)
     console.print(skipped_table([SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]))
     parameters = sum(parameter.numel() for parameter in inspected.parameters())
-    weights = sum(layer.parameter.numel() for layer in found.layers)
+    weights = sum(layer.size for layer in found.layers)
     console.print(
         f"{len(found.layers)} layers in {len(found.units)} units hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters."
