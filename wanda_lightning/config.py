@@ -33,6 +33,7 @@ class PruningConfig:
         granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
             `"layer"` (everything before is pruned) or `"model"` (the dense model).
         skip: Layers to leave dense: names, globs, or `re:` expressions.
+        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
         include_grouped: Prune grouped convolutions, too: each group as a matrix of its own, by its own inputs.
 
     Raises:
@@ -46,6 +47,7 @@ class PruningConfig:
     solver: Solver | str = field(default_factory=ZeroOut)
     granularity: str = "block"
     skip: Sequence[str] = ()
+    only: Sequence[str] = ()
     include_grouped: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class PruningConfig:
             "allocation": _checked("allocation", Allocation, self.allocation, _named("allocation", ALLOCATIONS)),
             "solver": solver,
             "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
+            "only": (self.only,) if isinstance(self.only, str) else tuple(self.only),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
@@ -103,7 +106,7 @@ class PruningConfig:
 
     def walk(self, model: nn.Module, granularity: str | None = None) -> Walk:
         """What would be pruned and what not; by default in the units of this granularity."""
-        return walk(model, granularity or self.granularity, self.skip, self.include_grouped)
+        return walk(model, granularity or self.granularity, self.skip, self.only, self.include_grouped)
 
     def describe(self) -> dict[str, Any]:
         """Every value as plain data, for the report."""

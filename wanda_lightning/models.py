@@ -221,6 +221,7 @@ class Skipped:
     shape: tuple[int, ...]
     reason: str
     unprunable: bool = False  # integer or packed weights: the user must decide, see `PruningConfig`
+    by_user: bool = False  # left out by `skip` or `only`
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,13 @@ class Walk:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
 
-def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = (), include_grouped: bool = False) -> Walk:
+def walk(
+    model: nn.Module,
+    granularity: str = "block",
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    include_grouped: bool = False,
+) -> Walk:
     """Find the layers to prune, group them in units, and give every other matrix its reason.
 
     Works on any device, the meta device included.
@@ -246,10 +253,11 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = (),
         granularity: `"block"`, `"layer"` or `"model"`: what the units are.
         skip: Layers to leave dense: module names or globs (with everything inside), or `re:` and a regular expression
             that matches a whole name.
+        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
         include_grouped: Prune grouped convolutions, each group as a matrix of its own.
 
     Raises:
-        ValueError: If the granularity is unknown or a `skip` matches no matrix.
+        ValueError: If the granularity is unknown or a pattern in `skip` or `only` matches no matrix.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {granularity!r} was given")
@@ -294,7 +302,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = (),
     parts = {layer.name: _by_group(layer) for layer in layers}
     layers = [part for groups in parts.values() for part in groups]
     aliases |= {part.name: aliases[name] for name in parts.keys() & aliases.keys() for part in parts[name]}
-    layers, left_out = _leave_out(layers, skipped, skip, aliases)
+    layers, left_out = _leave_out(layers, skipped, skip, only, aliases)
     return Walk(_units(model, modules, layers, granularity), left_out)
 
 
@@ -425,24 +433,30 @@ def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
 
 
 def _leave_out(
-    layers: list[Layer], skipped: list[Skipped], skip: Sequence[str], aliases: Mapping[str, list[str]]
+    layers: list[Layer],
+    skipped: list[Skipped],
+    skip: Sequence[str],
+    only: Sequence[str],
+    aliases: Mapping[str, list[str]],
 ) -> tuple[list[Layer], tuple[Skipped, ...]]:
-    names = [layer.name for layer in layers] + [other.name for other in skipped]
-    refuse_unmatched(skip, names, "skip", "matrix")
+    every = [layer.name for layer in layers] + [other.name for other in skipped]
+    refuse_unmatched(skip, every, "skip", "matrix")
+    refuse_unmatched(only, every, "only", "matrix")
 
     def by_user(name: str) -> str | None:
         names = (name, *aliases.get(name, ()))
-        return next((pattern for pattern in skip if any(matches(name, pattern, "skip") for name in names)), None)
+        for pattern in skip:
+            if any(matches(name, pattern, "skip") for name in names):
+                return f"skip={pattern!r}"
+        if only and not any(matches(name, pattern, "only") for name in names for pattern in only):
+            return f"not in only={list(only)}"
+        return None
 
     chosen = [(layer, by_user(layer.name)) for layer in layers]
-    kept = [layer for layer, pattern in chosen if pattern is None]
-    left = [
-        Skipped(layer.name, layer.original_shape, f"skip={pattern!r}")
-        for layer, pattern in chosen
-        if pattern is not None
-    ]
+    kept = [layer for layer, reason in chosen if reason is None]
+    left = [Skipped(layer.name, layer.original_shape, reason, by_user=True) for layer, reason in chosen if reason]
     # What the user named is decided: packed weights among it are no longer in the way.
-    decided = [Skipped(s.name, s.shape, s.reason, s.unprunable and by_user(s.name) is None) for s in skipped]
+    decided = [replace(s, unprunable=False, by_user=True) if by_user(s.name) else s for s in skipped]
     return kept, (*decided, *left)
 
 

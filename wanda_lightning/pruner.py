@@ -56,6 +56,7 @@ def prune(
     solver: Solver | str = ZeroOut(),
     granularity: str = "block",
     skip: Sequence[str] = (),
+    only: Sequence[str] = (),
     include_grouped: bool = False,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
@@ -76,6 +77,7 @@ def prune(
         solver: Gives the final weights.
         granularity: What the statistics see.
         skip: Layers to leave dense.
+        only: The layers to prune, where not all.
         include_grouped: Prune grouped convolutions, too.
         forward: How one batch goes through the model.
         progress: Show a bar (plain lines where there is no terminal).
@@ -87,7 +89,7 @@ def prune(
         ValueError: If something cannot be pruned as asked, before any weight is written; or if an activation holds
             NaN or infinity.
     """
-    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip, include_grouped)
+    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip, only, include_grouped)
     return prune_as(config, model, batches, forward=forward, progress=progress)
 
 

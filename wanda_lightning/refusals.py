@@ -30,7 +30,7 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
         reasons = "; ".join(dict.fromkeys(f"{matrix.name}: {matrix.reason}" for matrix in found.skipped[:5]))
         raise ValueError(
             f"the model has nothing to prune ({reasons or 'it has no weight matrices'}). "
-            "Give a model with linear or convolution layers, or skip less."
+            "Give a model with linear or convolution layers, or choose more with skip= and only=."
         )
     for layer in found.layers:
         weight = layer.read()

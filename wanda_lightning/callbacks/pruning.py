@@ -66,6 +66,7 @@ class PruningCallback(Callback):
         solver: Gives the final weights.
         granularity: What the statistics see: `"block"`, `"layer"` or `"model"`.
         skip: Layers to leave dense: names, globs, or `re:` expressions.
+        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
         include_grouped: Prune grouped convolutions, too.
         num_samples: Calibration samples (sequences or images).
         dataloader: Where to take them from.
@@ -93,6 +94,7 @@ class PruningCallback(Callback):
         solver: Solver | str = ZeroOut(),
         granularity: str = "block",
         skip: Sequence[str] = (),
+        only: Sequence[str] = (),
         include_grouped: bool = False,
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
@@ -103,7 +105,7 @@ class PruningCallback(Callback):
         calibrate_on: Literal["calibration", "validation"] = "calibration",
     ) -> None:
         self.config = PruningConfig(
-            sparsity, criterion, pattern, allocation, solver, granularity, skip, include_grouped
+            sparsity, criterion, pattern, allocation, solver, granularity, skip, only, include_grouped
         )
         if num_samples < 1:
             raise ValueError(f"num_samples is at least 1, but {num_samples} was given")
@@ -171,7 +173,8 @@ class PruningCallback(Callback):
     @property
     def state_key(self) -> str:
         """One state for each part of the model: two callbacks may prune different ones."""
-        return self._generate_state_key(skip=list(self.config.skip))
+        only = {"only": list(self.config.only)} if self.config.only else {}
+        return self._generate_state_key(skip=list(self.config.skip), **only)
 
     def should_prune(self, trainer: L.Trainer) -> bool:
         """Whether to prune now; asked before training, after every batch with an optimizer step, and before measuring.
