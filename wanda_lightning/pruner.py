@@ -65,7 +65,8 @@ def prune(
 
     One batch goes through the model by `forward(batch)`, by default `model(**batch)` for a mapping, of which the
     model is given what its forward takes, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor.
-    Where a mapping has an `attention_mask`, padding does not count.
+    Where a mapping has an `attention_mask`, its zeros are padding, which does not count. Nothing else is padding:
+    `position_ids` that start again (packed documents) leave no token out.
 
     Args:
         model: The model; its weights change in place, everything else is as before.
@@ -137,10 +138,11 @@ def prune_as(
     goals: Goals = {}
     if before:
         with _timed(seconds, "allocate") if allocation.reads_weights else nullcontext():
-            dense = _see_dense(config, model, found, calibration, processes, progress)
-            goals = _allocate(config, model, found, dense, processes, progress)
-            del dense
+            seen = _see_dense(config, model, found, calibration, processes, progress)
+            goals = _allocate(config, model, found, seen, processes, progress)
+            del seen
     pruned: list[PrunedLayer] = []
+    dense: dict[str, str] = {}
     with (
         _running(model),
         ProgressBar("Pruning", calibration.length if one_pass else len(found.units), progress) as bar,
@@ -167,7 +169,7 @@ def prune_as(
                 goals = _allocate(config, model, found, _Dense(statistics or {}), processes, progress=False)
             reshard(unit.module or model)
             with processes.together():
-                _prune_unit(config, unit, statistics, goals, observer.padding_counted, pruned)
+                _prune_unit(config, unit, statistics, goals, observer.padding_counted, pruned, dense)
             while parts:
                 bar.at(parts[0].name)
                 _train_part(config, parts.pop(0), calibration.masks, pruned)
@@ -175,7 +177,7 @@ def prune_as(
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
-        return _report(config, model, found, goals, pruned, seconds, calibration.total, processes)
+        return _report(config, model, found, goals, pruned, dense, seconds, calibration.total, processes)
 
 
 class Watched:
@@ -222,6 +224,7 @@ class Watched:
         config, (unit,), processes = self._config, self._found.units, self._processes
         seconds: dict[str, float] = {}
         pruned: list[PrunedLayer] = []
+        dense: dict[str, str] = {}
         with torch.inference_mode(False), torch.no_grad(), _naming_what_was_written(pruned), _timed(seconds, "prune"):
             statistics = self._observer.watched(unit)
             batches = torch.tensor(len(self._masks))
@@ -231,10 +234,10 @@ class Watched:
             goals = _allocate(config, self._model, self._found, _Dense(statistics), processes, progress=False)
             reshard(self._model)
             with processes.together():
-                _prune_unit(config, unit, statistics, goals, self._observer.padding_counted, pruned)
+                _prune_unit(config, unit, statistics, goals, self._observer.padding_counted, pruned, dense)
         torch.clear_autocast_cache()  # casts of the dense weights
         with _timed(seconds, "report"):
-            return _report(config, self._model, self._found, goals, pruned, seconds, int(batches), processes)
+            return _report(config, self._model, self._found, goals, pruned, dense, seconds, int(batches), processes)
 
 
 def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> Walk:
@@ -456,6 +459,10 @@ def _stops(
         yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units], processes)
 
 
+_UNREACHED = "no calibration batch called it"
+_ALL_ZERO = "all its inputs were zero"
+
+
 def _prune_unit(
     config: PruningConfig,
     unit: Unit,
@@ -463,14 +470,26 @@ def _prune_unit(
     goals: Goals,
     padding_counted: Container[str],
     pruned: list[PrunedLayer],
+    dense: dict[str, str],
 ) -> None:
+    """Prune what the batches reached; into `dense` goes why another layer was not."""
     for layer in unit.layers:
-        inputs = statistics.get(layer.name) if statistics is not None else None
-        if statistics is not None and not _was_reached(inputs):
-            continue
-        pruned.append(_prune_layer(config, layer, inputs, *goals[layer.name]))
+        inputs, notes = None, []
+        if statistics is not None:
+            inputs = statistics.get(layer.name)
+            if inputs is None or not _was_reached(inputs):
+                dense[layer.name] = _UNREACHED
+                continue
+            inactive = int(inputs.inactive().count_nonzero())
+            if inactive == layer.shape[1]:
+                dense[layer.name] = _ALL_ZERO
+                continue
+            if inactive:
+                notes.append(f"{inactive} inputs never active")
         if layer.name in padding_counted:
-            pruned[-1].note = "padding counted: inputs do not line up with the attention_mask"
+            notes.append("padding counted: inputs do not line up with the attention_mask")
+        pruned.append(_prune_layer(config, layer, inputs, *goals[layer.name]))
+        pruned[-1].note = "; ".join(notes)
 
 
 def _prune_layer(
@@ -502,6 +521,7 @@ def _report(
     found: Walk,
     goals: Goals,
     pruned: list[PrunedLayer],
+    dense: Mapping[str, str],
     seconds: dict[str, float],
     batches: int,
     processes: Processes,
@@ -511,15 +531,18 @@ def _report(
     for layer, zeros in zip(shards, zero_counts([layer.parameter for layer in shards], processes), strict=True):
         done[layer.name].sparsity = zeros / layer.parameter.numel()
     skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
-    unreached = [layer for layer in found.layers if layer.name not in done]
+    left = {layer.name: dense.get(layer.name, _UNREACHED) for layer in found.layers if layer.name not in done}
     skipped.extend(
-        SkippedMatrix(layer.name, layer.original_shape, "no calibration batch called it") for layer in unreached
+        SkippedMatrix(layer.name, layer.original_shape, left[layer.name])
+        for layer in found.layers
+        if layer.name in left
     )
     notes = []
-    if unreached:
-        notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
-        if processes.rank == 0:
-            log.warning(notes[-1])
+    for reason, why in ((_UNREACHED, "no calibration batch called"), (_ALL_ZERO, "all inputs were zero of")):
+        if names := [name for name in left if left[name] == reason]:
+            notes.append(f"{why} {len(names)} layers, {names[0]} first: left dense")
+            if processes.rank == 0:
+                log.warning(notes[-1])
     if "gram" in config.needs and (few := [layer for layer in pruned if layer.tokens < layer.shape[1]]):
         least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
         notes.append(
