@@ -188,6 +188,12 @@ def test_a_skip_that_matches_nothing(granularity):
     assert_says(refusal(build(), Untouched(), skip="haed"), "skip='haed'", "the nearest is 'head'")  # one, not a list
 
 
+@EVERY_GRANULARITY
+def test_an_only_that_matches_nothing(granularity):
+    message = refusal(build(), Untouched(), only="haed", granularity=granularity)
+    assert_says(message, "only='haed' matches no matrix", "the nearest is 'head'")
+
+
 def test_a_skip_on_a_model_without_matrices():
     assert_says(refusal(nn.ReLU(), Untouched(), skip=["head"]), "skip='head' matches no matrix", "the model has none")
 
@@ -200,6 +206,8 @@ def test_nothing_to_prune(granularity):
     assert_says(refusal(only_embedding, Untouched(), **choices), "nothing to prune", "0: embedding")
     everything = refusal(build(), Untouched(), skip=["*"], **choices)
     assert_says(everything, "nothing to prune", "blocks.0.up: skip='*'")
+    nothing = refusal(build(), Untouched(), only=["blocks.0.up"], skip=["blocks.0"], **choices)
+    assert_says(nothing, "nothing to prune", "skip='blocks.0'", "not in only=['blocks.0.up']")
 
 
 UNKNOWN = {

@@ -457,6 +457,7 @@ class TestCheckpoints:
         assert first.state_key != second.state_key
         assert first.state_key != WandaPrune(0.5, skip=["layers.2"]).state_key
         assert first.state_key == WandaPrune(0.5, skip=["layers.0"]).state_key
+        assert WandaPrune(only=["layers.0"]).state_key != WandaPrune(only=["layers.2"]).state_key
         fit = trainer(first, second, max_epochs=1)
         fit.fit(module, loader())
         assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}

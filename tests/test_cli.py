@@ -17,11 +17,15 @@ import transformers
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_modules import write_gguf
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from zoo import save_llama_of_bytes
 
-from wanda_lightning import PruningReport
+from wanda_lightning import CausalLMModule, PruningReport
 from wanda_lightning.cli import main
+from wanda_lightning.models import walk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -272,6 +276,13 @@ def test_skip_dtype_and_granularity(text, tmp_path):
     config = json.loads(Path("out/pruning_report.json").read_text())["config"]
     assert config["granularity"] == "layer"
     assert config["calibration_batches"] == 2
+
+
+def test_only_some_layers(text):
+    assert run(*text, "--only", "re:.*layers.1.*", "--skip", "*.k_proj", "--save_model", "out/model") == 0
+    for name, where in zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model")).items():
+        chosen = name.startswith("model.layers.1.") and not name.endswith("k_proj")
+        assert where.float().mean() == (0.5 if chosen else 0), name
 
 
 def test_the_seed_draws_the_calibration(text):
@@ -644,6 +655,48 @@ def test_inspect_a_folder(inputs, capsys, tmp_path):
     assert "14 layers in 14 units" in capsys.readouterr().out
 
 
+def test_inspect_only(inputs, capsys):
+    folder = str(inputs / "llama")
+    assert run("inspect", "--model", folder, "--only", "*.mlp,model.layers.0.self_attn", "--skip", "*.down_proj") == 0
+    out = capsys.readouterr().out
+    assert "8 layers in 2 units hold 12,288 weights" in out  # four of 32 x 32, four of 32 x 64
+    assert "not in only=['*.mlp'," in out
+    assert "skip='*.down_proj'" in out
+
+
+class LargestOnDevice(TorchDispatchMode):
+    """How many numbers the largest tensor holds that is computed meanwhile, outside of the meta device."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self.size = max(self.size, leaf.numel())
+        return output
+
+
+@pytest.mark.parametrize("name", ["folder", "tiny.gguf", "timm:convnext_tiny"])
+def test_inspect_allocates_no_weights(inputs, capsys, name):
+    if name == "folder":
+        shutil.copytree(inputs / "llama", name, ignore=shutil.ignore_patterns("*.safetensors"))
+    elif name == "tiny.gguf":
+        write_gguf(name)
+    with LargestOnDevice() as largest:
+        assert run("inspect", "--model", name) == 0
+    assert "layers in" in capsys.readouterr().out
+    assert largest.size < 32 * 32  # the smallest matrix
+
+
+def test_inspect_a_gguf_file_as_its_model(capsys):
+    write_gguf("tiny.gguf")
+    assert run("inspect", "--model", "tiny.gguf") == 0
+    rows = capsys.readouterr().out
+    assert "14 layers in 2 units hold 17,408 weights" in rows  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
+    assert walk(CausalLMModule("tiny.gguf").model).units[0].name in rows
+
+
 def test_inspect_a_timm_model(capsys):
     assert run("inspect", "--model", "timm:test_convnext", "--granularity", "model") == 0
     out = capsys.readouterr().out
@@ -658,7 +711,8 @@ def test_inspect_a_timm_model(capsys):
         (["--model", "gone"], "couldn't connect to 'https://huggingface.co'"),
         (["--model", "gone.gguf"], "there is no GGUF file gone.gguf"),
         (["--model", "timm:test_vitt"], "Near names: test_vit"),
-        (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "matches no matrix"),
+        (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "skip='blocks.9' matches no matrix"),
+        (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix"),
     ],
 )
 def test_inspect_refuses(refused, more, message):

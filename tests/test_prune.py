@@ -161,7 +161,7 @@ def routed_tokens(module, x, *routing):
         pairs = [(row % tokens, row // tokens) for row in range(len(x)) if x[row].any()]
         inputs = [x[expert * tokens + token] for token, expert in pairs]
     for (token, expert), vector in zip(pairs, inputs, strict=True):
-        up, down = module.gate_up_proj[expert].detach(), module.down_proj[expert].detach()
+        up = module.gate_up_proj[expert].detach()
         both = vector @ up if columns else up @ vector
         if type(module).__name__ == "GptOssExperts":
             both = both + module.gate_up_proj_bias[expert].detach()

@@ -22,7 +22,7 @@ def parts_of(name):
     masks = [token_masks(model, batch) for batch in batches]
     with torch.no_grad():
         return {
-            part.name: set(part.layers)
+            part.name: {layer.name.removeprefix(f"{part.name}.") for layer in part.layers}
             for stop in lockstep(forwards, [unit.module for unit in units])
             for part in record(units[stop.unit], stop.calls, masks)
         }

@@ -243,7 +243,7 @@ REASONS = {
     "resnext50_32x4d": {"conv1": "stem: reads the raw image", "layer1.0.conv2": "grouped convolution"},
     "efficientnet_b0": {"conv_stem": "stem: reads the raw image", "blocks.0.0.conv_dw": "depthwise convolution"},
     "levit_128s": {"head.linear": "output head", "head_dist.linear": "output head", "stem.conv4.linear": "stem"},
-    "nfnet_f0": {"stages.0.0.conv1": "timm.layers.std_conv.ScaledStdConv2d overrides the forward of Conv2d"},
+    "nfnet_f0": {"stages.0.0.conv1": "ScaledStdConv2d standardises its weight at each forward"},
     "sequencer2d_s": {
         "stages.0.blocks.0.rnn_tokens.rnn_v.weight_hh_l0": f"weight_hh_l0 of LSTM {NO_LAYER}",
         "head.fc": "output head",
@@ -671,3 +671,62 @@ def test_only_a_parametrised_weight_is_out_of_reach():
     layer = nn.Linear(8, 8)
     parametrize.register_parametrization(layer, "bias", nn.Identity())
     assert [found.name for found in walk(nn.Sequential(layer)).layers] == ["0"]
+
+
+# ---- only
+
+ONLY = {
+    "blocks.1": ["blocks.1.up", "blocks.1.down"],
+    "*.up": [name for name in EVERYTHING if name.endswith("up")],
+    r"re:blocks\.[02]\..*": [name for name in EVERYTHING if re.match(r"blocks\.[02]\.", name)],
+}
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize(("pattern", "names"), ONLY.items(), ids=ONLY)
+def test_only(pattern, names, granularity):
+    found = walk(twelve(), granularity, only=[pattern])
+    assert [layer.name for layer in found.layers] == names
+    assert [matrix.name for matrix in found.skipped] == [name for name in EVERYTHING if name not in names]
+    assert {matrix.reason for matrix in found.skipped} == {f"not in only=[{pattern!r}]"}
+    assert all(matrix.by_user for matrix in found.skipped)
+    assert all(unit.layers for unit in found.units)
+
+
+def test_several_only_add_up_and_skip_wins():
+    found = walk(twelve(), only=["blocks.0", "blocks.3.up"], skip=["*.0.down"])
+    assert [layer.name for layer in found.layers] == ["blocks.0.up", "blocks.3.up"]
+    reasons = {matrix.name: matrix.reason for matrix in found.skipped}
+    assert reasons["blocks.0.down"] == "skip='*.0.down'"
+    assert reasons["blocks.3.down"] == "not in only=['blocks.0', 'blocks.3.up']"
+
+
+def test_an_only_that_matches_nothing_names_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"only='blocks.3.upp' matches no matrix of the model; the nearest is 'blocks.3"
+    ):
+        walk(twelve(), only=["blocks.1", "blocks.3.upp"])
+
+
+def test_only_chooses_among_what_can_be_pruned():
+    """A head, an embedding or a matrix of no layer is not pruned by being named, and keeps its reason."""
+    model = on_meta("mixtral")
+    found = walk(model, only=["lm_head", "model.layers.0"])
+    assert [layer.name for layer in found.layers] == [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"]
+    default, now = walk(model), {matrix.name: matrix for matrix in found.skipped}
+    for matrix in default.skipped:
+        assert now[matrix.name].reason == matrix.reason
+        assert now[matrix.name].by_user == (not matrix.name.startswith(("lm_head", "model.layers.0")))
+    assert not any(matrix.by_user for matrix in default.skipped)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_either_name_of_a_tied_pair_chooses_it(name):
+    found = walk(ZOO["tied"].build(), only=[name])
+    assert [layer.name for layer in found.layers] == ["first"]
+
+
+def test_packed_weights_outside_of_only_are_decided():
+    model = Several(part=int8_linear(), other=nn.Linear(8, 8))
+    assert [matrix.unprunable for matrix in walk(model, only=["other"]).skipped] == [False]
+    assert [matrix.unprunable for matrix in walk(model, only=["part", "other"]).skipped] == [True]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Real
 from typing import Any, TypeVar, cast
 
+from torch import nn
+
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
 from wanda_lightning.core.criteria import CRITERIA, Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Reconstruct, Solver, ZeroOut
-from wanda_lightning.models import GRANULARITIES
+from wanda_lightning.models import GRANULARITIES, Walk, walk
 
 Chosen = TypeVar("Chosen")
 
@@ -31,6 +33,8 @@ class PruningConfig:
         granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
             `"layer"` (everything before is pruned) or `"model"` (the dense model).
         skip: Layers to leave dense: names, globs, or `re:` expressions.
+        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
+        include_grouped: Prune grouped convolutions, too: each group as a matrix of its own, by its own inputs.
         min_expert_tokens: An expert to which fewer calibration tokens were routed is pruned with the statistics of all
             experts of its module. A norm over n Gaussian inputs is off by 0.7 / sqrt(n), 12 % at 32.
 
@@ -45,6 +49,8 @@ class PruningConfig:
     solver: Solver | str = field(default_factory=ZeroOut)
     granularity: str = "block"
     skip: Sequence[str] = ()
+    only: Sequence[str] = ()
+    include_grouped: bool = False
     min_expert_tokens: int = 32
 
     def __post_init__(self) -> None:
@@ -77,6 +83,7 @@ class PruningConfig:
             "allocation": _checked("allocation", Allocation, self.allocation, _named("allocation", ALLOCATIONS)),
             "solver": solver,
             "skip": (self.skip,) if isinstance(self.skip, str) else tuple(self.skip),
+            "only": (self.only,) if isinstance(self.only, str) else tuple(self.only),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
@@ -103,6 +110,10 @@ class PruningConfig:
     def unit_needs(self) -> frozenset[str]:
         """Those that criterion and solver read, at each unit; the allocation reads its own before, of all layers."""
         return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
+
+    def walk(self, model: nn.Module, granularity: str | None = None) -> Walk:
+        """What would be pruned and what not; by default in the units of this granularity."""
+        return walk(model, granularity or self.granularity, self.skip, self.only, self.include_grouped)
 
     def describe(self) -> dict[str, Any]:
         """Every value as plain data, for the report."""

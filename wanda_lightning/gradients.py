@@ -96,8 +96,7 @@ def _hook(layer: Layer, total: PerInput, reached: Tensor, index: int) -> Callabl
         output = _in_a_graph(output)
 
         def add(gradient: Tensor) -> None:
-            per_token = gradient.movedim(-3, -1) if isinstance(module, nn.Conv2d) else gradient
-            _add(layer, squares, per_token, total)
+            _add(layer, squares, layer.outputs(gradient), total)
             reached[index] += 1
 
         output.register_hook(add)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +29,7 @@ Granularity = Literal["block", "layer", "model"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
+_STANDARDISED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
 _NO_LABEL = -100  # what transformers pads labels with
 _IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image
 
@@ -42,6 +43,7 @@ class LayerKind:
         read: A weight in the layer's own layout as (d_out, d_in), a view where the layout allows.
         write: Puts such a matrix back into the weight.
         tokens: What the layer was called with, as (tokens, d_in).
+        outputs: What it gave, as (tokens, d_out).
         window: What else than the tensor itself decides its tokens; layers with one input and one window share
             statistics.
         rows_first: Whether the weight's first dimension is d_out, so that some of its rows can be read alone.
@@ -51,12 +53,17 @@ class LayerKind:
     read: Callable[[Tensor], Tensor]
     write: Callable[[Tensor, Tensor], object]
     tokens: Callable[[Any, Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
     window: Callable[[Any], object]
     rows_first: bool = True
 
 
-def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+    return _rows(x)
 
 
 # Kernel positions outside, input channels inside: where M divides the channels, an N:M group is consecutive channels of
@@ -81,8 +88,19 @@ def _conv2d_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
         vertical, horizontal = layer.stride
         return images[:, :, ::vertical, ::horizontal].permute(0, 2, 3, 1).flatten(0, 2)
     columns = F.unfold(images, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    columns = columns.unflatten(1, (layer.in_channels, -1))  # (batch, channels, kernel positions, places)
+    columns = columns.unflatten(1, (images.shape[1], -1))  # (batch, channels, kernel positions, places)
     return columns.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+
+
+def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    from timm.layers.padding import pad_same
+
+    padded = pad_same(images, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
+    return _conv2d_tokens(layer, padded)  # its own padding is 0
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.movedim(-3, -1).flatten(0, -2)
 
 
 def _conv2d_window(layer: nn.Conv2d) -> object:
@@ -92,22 +110,45 @@ def _conv2d_window(layer: nn.Conv2d) -> object:
 @cache
 def layer_kinds() -> dict[str, LayerKind]:
     """The layer types that can be pruned, by name."""
+    from timm.layers.conv2d_same import Conv2dSame
     from transformers.pytorch_utils import Conv1D
 
+    convolution = LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _pixels, _conv2d_window)
     return {
-        "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, lambda layer: ()),
+        "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ()),
         "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
-            Conv1D, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), _linear_tokens, lambda layer: (), False
+            Conv1D,
+            Tensor.t,
+            lambda weight, matrix: weight.copy_(matrix.t()),
+            _linear_tokens,
+            _rows,
+            lambda layer: (),
+            rows_first=False,
         ),
-        "Conv2d": LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _conv2d_window),
+        "Conv2d": convolution,
+        "Conv2dSame": replace(convolution, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),  # pads by input size
     }
 
 
 # An expert's matrix in a parameter (experts, d_out, d_in), or (experts, d_in, d_out).
-_EXPERT_BY_ROWS = LayerKind(nn.Module, lambda weight: weight, Tensor.copy_, _linear_tokens, lambda layer: ())
-_EXPERT_BY_COLUMNS = LayerKind(
-    nn.Module, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), _linear_tokens, lambda layer: (), False
+_EXPERT_BY_ROWS = LayerKind(nn.Module, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ())
+_EXPERT_BY_COLUMNS = replace(
+    _EXPERT_BY_ROWS, read=Tensor.t, write=lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False
 )
+
+
+def _of_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
+    """What a group of a convolution sees and gives: its channels."""
+
+    def part(images: Tensor) -> Tensor:
+        return images.chunk(groups, -3)[group]
+
+    return replace(
+        kind,
+        tokens=lambda layer, images: kind.tokens(layer, part(images)),
+        outputs=lambda images: kind.outputs(part(images)),
+        window=lambda layer: (kind.window(layer), group, groups),
+    )
 
 
 @dataclass(frozen=True)
@@ -115,11 +156,12 @@ class Layer:
     """One prunable matrix and the module that it lives in.
 
     Attributes:
-        name: Its module, or an expert's number in the parameter: `experts.down_proj.3`.
+        name: Its module, or an expert's number in the parameter (`experts.down_proj.3`), or a group (`conv.group3`).
         module: Where it lives.
         kind: How it is seen as a matrix.
         parameter_name: What the module calls the parameter that holds it.
         expert: Its number in a parameter of three dimensions, which holds a matrix for each expert; else None.
+        group: Which group of a grouped convolution it is, and of how many; else None.
         siblings: The experts' matrices of which this is one, as a glob; `""` where it is no expert's.
     """
 
@@ -128,6 +170,7 @@ class Layer:
     kind: LayerKind
     parameter_name: str = "weight"
     expert: int | None = None
+    group: tuple[int, int] | None = None
     siblings: str = ""
 
     def read(self) -> Tensor:
@@ -142,6 +185,10 @@ class Layer:
         """What the layer was called with, as (tokens, d_in)."""
         return self.kind.tokens(self.module, x)
 
+    def outputs(self, y: Tensor) -> Tensor:
+        """What the layer gave, as (tokens, d_out)."""
+        return self.kind.outputs(y)
+
     @property
     def window(self) -> object:
         """Layers with the same input tensor and an equal window have the same tokens."""
@@ -149,13 +196,16 @@ class Layer:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter itself, in its own shape; it may hold other experts' matrices, too."""
+        """The parameter itself, in its own shape; it may hold other experts or groups, too."""
         weight = getattr(self.module, self.parameter_name)
         assert isinstance(weight, Tensor)
         return weight
 
     def part(self, tensor: Tensor) -> Tensor:
         """What belongs to this layer of a tensor that has the shape of its parameter."""
+        if self.group is not None:
+            which, groups = self.group
+            return tensor.chunk(groups)[which]
         return tensor if self.expert is None else tensor[self.expert]
 
     @property
@@ -166,7 +216,7 @@ class Layer:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the weight in its own layout, over all processes."""
-        return tuple(self.parameter.shape if self.expert is None else self.parameter.shape[1:])
+        return tuple(self.part(torch.empty(self.parameter.shape, device="meta")).shape)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -197,6 +247,7 @@ class Skipped:
     shape: tuple[int, ...]
     reason: str
     unprunable: bool = False  # integer or packed weights: the user must decide, see `PruningConfig`
+    by_user: bool = False  # left out by `skip` or `only`
 
 
 @dataclass(frozen=True)
@@ -212,7 +263,13 @@ class Walk:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
 
-def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ()) -> Walk:
+def walk(
+    model: nn.Module,
+    granularity: str = "block",
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    include_grouped: bool = False,
+) -> Walk:
     """Find the layers to prune, group them in units, and give every other matrix its reason.
 
     Works on any device, the meta device included.
@@ -222,14 +279,16 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
         granularity: `"block"`, `"layer"` or `"model"`: what the units are.
         skip: Layers to leave dense: module names or globs (with everything inside), or `re:` and a regular expression
             that matches a whole name.
+        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
+        include_grouped: Prune grouped convolutions, each group as a matrix of its own.
 
     Raises:
-        ValueError: If the granularity is unknown or a `skip` matches no matrix.
+        ValueError: If the granularity is unknown or a pattern in `skip` or `only` matches no matrix.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {granularity!r} was given")
     modules = dict(model.named_modules())
-    reasons = _reasons_to_skip(model, modules)
+    reasons = _reasons_to_skip(model, modules, include_grouped)
     by_columns = _stored_by_columns(modules)
     layers: list[Layer] = []
     owner: dict[int, str] = {}
@@ -250,17 +309,18 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
             continue
         module = modules[module_name]
         label = module_name if parameter_name == "weight" and module_name else name
-        found = _as_layers(label, module, parameter_name, modules, by_columns)
+        left = parameter_name == "weight" and module_name in reasons
+        found = [] if left else _as_layers(label, module, parameter_name, modules, by_columns)
         first = embeddings.get(id(parameter)) or owner.setdefault(id(parameter), label)
         if first != label:
             skipped.append(Skipped(label, tuple(parameter.shape), f"tied to {first}"))
             aliases.setdefault(first, []).append(label)
-            for layer in found:
-                if layer.expert is not None:
-                    aliases.setdefault(f"{first}.{layer.expert}", []).append(layer.name)
+            for part in found:  # an expert, or a group
+                if suffix := part.name.removeprefix(label):
+                    aliases.setdefault(first + suffix, []).append(part.name)
         elif _is_packed(parameter):
             skipped.append(_packed(label, parameter))
-        elif (parameter_name == "weight" or found) and module_name in reasons:
+        elif left or (found and module_name in reasons):
             skipped.append(Skipped(label, tuple(parameter.shape), reasons[module_name]))
         elif not found:
             skipped.append(Skipped(label, tuple(parameter.shape), _why_no_layer(module, parameter_name)))
@@ -270,7 +330,7 @@ def walk(model: nn.Module, granularity: str = "block", skip: Sequence[str] = ())
         if other := next((name for name in aliases.get(layer.name, ()) if name in reasons), None):
             layers.remove(layer)
             skipped.append(Skipped(layer.name, layer.stored_shape, f"tied to {other}: {reasons[other]}"))
-    layers, left_out = _leave_out(layers, skipped, skip, aliases)
+    layers, left_out = _leave_out(layers, skipped, skip, only, aliases)
     return Walk(_units(model, modules, layers, granularity), left_out)
 
 
@@ -281,18 +341,51 @@ def _as_layers(
     modules: Mapping[str, nn.Module],
     by_columns: Mapping[type[nn.Module], bool],
 ) -> list[Layer]:
-    """The layers that a parameter holds: one, or one for each expert, or none."""
-    if parameter_name == "weight":
-        for kind in layer_kinds().values():
-            if isinstance(module, kind.layer_type):
-                keeps_forward = type(module).forward is kind.layer_type.forward
-                plain = not parametrize.is_parametrized(module, "weight")
-                return [Layer(name, module, kind, siblings=_siblings(name, modules))] if keeps_forward and plain else []
+    """The layers that a parameter holds: one, or one for each expert or group, or none."""
+    if parameter_name == "weight" and any(isinstance(module, kind.layer_type) for kind in layer_kinds().values()):
+        kind = _kind_of(module)
+        if kind is None:
+            return []
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        if groups == 1:
+            return [Layer(name, module, kind, siblings=_siblings(name, modules))]
+        return [Layer(f"{name}.group{g}", module, _of_group(kind, g, groups), group=(g, groups)) for g in range(groups)]
     if parameter_name not in stacked_experts(module) or type(module) not in by_columns:
         return []
     kind = _EXPERT_BY_COLUMNS if by_columns[type(module)] else _EXPERT_BY_ROWS
     number = len(getattr(module, parameter_name))
-    return [Layer(f"{name}.{e}", module, kind, parameter_name, e, f"{name}.*") for e in range(number)]
+    return [Layer(f"{name}.{e}", module, kind, parameter_name, e, siblings=f"{name}.*") for e in range(number)]
+
+
+def _kind_of(module: nn.Module) -> LayerKind | None:
+    """How a module is seen as a matrix, if it is a product with its weight."""
+    if parametrize.is_parametrized(module, "weight"):
+        return None
+    kinds = [kind for kind in layer_kinds().values() if isinstance(module, kind.layer_type)]
+    kept = [kind for kind in kinds if type(module).forward is kind.layer_type.forward]
+    if not kept and isinstance(module, nn.Linear) and _acts_as_linear(module):
+        kept = kinds
+    return kept[0] if kept else None
+
+
+@torch.no_grad()
+def _acts_as_linear(module: nn.Linear) -> bool:
+    """Whether a forward of its own gives `x W^T + b` all the same, tried on a small stand-in of the module.
+
+    Like timm's Linear, which once cast for autocast, or Falcon's. What quantises, scales or routes does not.
+    """
+    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], device="cpu")
+    bias = None if module.bias is None else torch.tensor([0.6, -1.1], device="cpu")
+    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], device="cpu")
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__ = {**module.__dict__, "in_features": 3, "out_features": 2}
+    stand_in.__dict__["_parameters"] = {**module._parameters, "weight": weight, "bias": bias}
+    try:
+        with torch.autocast("cpu", enabled=False):
+            given, expected = type(module).forward(stand_in, x), F.linear(x, weight, bias)
+            return given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-5)
+    except Exception:  # whatever it needs, it is not the weight and the bias alone
+        return False
 
 
 def _siblings(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -412,13 +505,18 @@ def _why_no_layer(module: nn.Module, parameter_name: str) -> str:
         return "parametrised: make it an ordinary weight first, with remove_parametrizations"
     for known in layer_kinds().values():
         if isinstance(module, known.layer_type) and parameter_name == "weight":
+            if _STANDARDISED.search(kind):
+                return (
+                    f"{kind} standardises its weight at each forward: what is zero in the stored weight is not zero in "
+                    f"the used one. Make it a {known.layer_type.__name__} of the standardised weight first"
+                )
             return f"{type(module).__module__}.{kind} overrides the forward of {known.layer_type.__name__}"
     if parameter_name in stacked_experts(module):
         return f"{parameter_name} of {kind} does not say which side of its experts' matrices is the input"
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
 
 
-def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_grouped: bool) -> dict[str, str]:
     """Default reasons by module name, for layers of a prunable kind."""
     reasons: dict[str, str] = {}
     convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
@@ -437,9 +535,10 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
             reasons[name] = "adapter: trained, not pruned"
         elif module in routers:
             reasons[name] = "router"
-        elif isinstance(module, nn.Conv2d) and module.groups > 1:
-            depthwise = module.groups == module.in_channels
-            reasons[name] = "depthwise convolution" if depthwise else "grouped convolution"
+        elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+            reasons[name] = "depthwise convolution"
+        elif isinstance(module, nn.Conv2d) and module.groups > 1 and not include_grouped:
+            reasons[name] = "grouped convolution: include_grouped=True prunes each group"
         elif isinstance(module, nn.Conv2d) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
             reasons[name] = "stem: reads the raw image"
         elif _STEM.search(name) or any(
@@ -478,22 +577,30 @@ def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
 
 
 def _leave_out(
-    layers: list[Layer], skipped: list[Skipped], skip: Sequence[str], aliases: Mapping[str, list[str]]
+    layers: list[Layer],
+    skipped: list[Skipped],
+    skip: Sequence[str],
+    only: Sequence[str],
+    aliases: Mapping[str, list[str]],
 ) -> tuple[list[Layer], tuple[Skipped, ...]]:
-    names = [layer.name for layer in layers] + [other.name for other in skipped]
-    refuse_unmatched(skip, names, "skip", "matrix")
+    every = [layer.name for layer in layers] + [other.name for other in skipped]
+    refuse_unmatched(skip, every, "skip", "matrix")
+    refuse_unmatched(only, every, "only", "matrix")
 
     def by_user(name: str) -> str | None:
         names = (name, *aliases.get(name, ()))
-        return next((pattern for pattern in skip if any(matches(name, pattern, "skip") for name in names)), None)
+        for pattern in skip:
+            if any(matches(name, pattern, "skip") for name in names):
+                return f"skip={pattern!r}"
+        if only and not any(matches(name, pattern, "only") for name in names for pattern in only):
+            return f"not in only={list(only)}"
+        return None
 
     chosen = [(layer, by_user(layer.name)) for layer in layers]
-    kept = [layer for layer, pattern in chosen if pattern is None]
-    left = [
-        Skipped(layer.name, layer.stored_shape, f"skip={pattern!r}") for layer, pattern in chosen if pattern is not None
-    ]
+    kept = [layer for layer, reason in chosen if reason is None]
+    left = [Skipped(layer.name, layer.stored_shape, reason, by_user=True) for layer, reason in chosen if reason]
     # What the user named is decided: packed weights among it are no longer in the way.
-    decided = [Skipped(s.name, s.shape, s.reason, s.unprunable and by_user(s.name) is None) for s in skipped]
+    decided = [replace(s, unprunable=False, by_user=True) if by_user(s.name) else s for s in skipped]
     return kept, (*decided, *left)
 
 
@@ -501,13 +608,12 @@ def _units(model: nn.Module, modules: dict[str, nn.Module], layers: list[Layer],
     if granularity == "model":
         return (Unit("", None, tuple(layers)),) if layers else ()
     blocks = _blocks(modules, layers) if granularity == "block" else {}
-    names = {module: name for name, module in modules.items()}
+    names = {module: name or "weight" for name, module in modules.items()}
     members: dict[str, list[Layer]] = {}
     for layer in layers:
         inside = [name for name in blocks if layer.name.startswith(f"{name}.")]
-        # Experts that are one parameter are one module, whose forward can be stopped at.
-        alone = layer.name if layer.expert is None else names[layer.module]
-        members.setdefault(inside[0] if inside else alone, []).append(layer)
+        # Experts and groups that are one parameter are one module, whose forward can be stopped at.
+        members.setdefault(inside[0] if inside else names[layer.module], []).append(layer)
     return tuple(Unit(name, modules.get(name, model), tuple(inner)) for name, inner in members.items())
 
 
@@ -520,7 +626,7 @@ def _blocks(modules: dict[str, nn.Module], layers: list[Layer]) -> dict[str, nn.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     counts = dict.fromkeys(modules, 0)
-    for layer in layers:
+    for layer in {id(layer.module): layer for layer in layers}.values():
         parts = layer.name.split(".")
         for length in range(len(parts)):
             prefix = ".".join(parts[:length])

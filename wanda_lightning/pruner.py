@@ -35,7 +35,6 @@ from wanda_lightning.models import (
     Walk,
     calibrating,
     token_masks,
-    walk,
 )
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
@@ -57,6 +56,8 @@ def prune(
     solver: Solver | str = ZeroOut(),
     granularity: str = "block",
     skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    include_grouped: bool = False,
     min_expert_tokens: int = 32,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
@@ -65,7 +66,8 @@ def prune(
 
     One batch goes through the model by `forward(batch)`, by default `model(**batch)` for a mapping, of which the
     model is given what its forward takes, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor.
-    Where a mapping has an `attention_mask`, padding does not count.
+    Where a mapping has an `attention_mask`, its zeros are padding, which does not count. Nothing else is padding:
+    `position_ids` that start again (packed documents) leave no token out.
 
     Args:
         model: The model; its weights change in place, everything else is as before.
@@ -77,6 +79,8 @@ def prune(
         solver: Gives the final weights.
         granularity: What the statistics see.
         skip: Layers to leave dense.
+        only: The layers to prune, where not all.
+        include_grouped: Prune grouped convolutions, too.
         min_expert_tokens: Experts that saw fewer are pruned by what all experts saw.
         forward: How one batch goes through the model.
         progress: Show a bar (plain lines where there is no terminal).
@@ -88,7 +92,18 @@ def prune(
         ValueError: If something cannot be pruned as asked, before any weight is written; or if an activation holds
             NaN or infinity.
     """
-    config = PruningConfig(sparsity, criterion, pattern, allocation, solver, granularity, skip, min_expert_tokens)
+    config = PruningConfig(
+        sparsity,
+        criterion,
+        pattern,
+        allocation,
+        solver,
+        granularity,
+        skip,
+        only,
+        include_grouped,
+        min_expert_tokens,
+    )
     return prune_as(config, model, batches, forward=forward, progress=progress)
 
 
@@ -136,10 +151,11 @@ def prune_as(
     goals: Goals = {}
     if before:
         with _timed(seconds, "allocate") if allocation.reads_weights else nullcontext():
-            dense = _see_dense(config, model, found, calibration, processes, progress)
-            goals = _allocate(config, model, found, dense, processes, progress)
-            del dense
+            seen = _see_dense(config, model, found, calibration, processes, progress)
+            goals = _allocate(config, model, found, seen, processes, progress)
+            del seen
     pruned: list[PrunedLayer] = []
+    dense: dict[str, str] = {}
     with (
         _running(model),
         ProgressBar("Pruning", calibration.length if one_pass else len(found.units), progress) as bar,
@@ -166,7 +182,7 @@ def prune_as(
                 goals = _allocate(config, model, found, _Dense(statistics or {}), processes, progress=False)
             reshard(unit.module or model)
             with processes.together():
-                _prune_unit(config, unit, statistics, goals, observer, pruned)
+                _prune_unit(config, unit, statistics, goals, observer, pruned, dense)
             while parts:
                 bar.at(parts[0].name)
                 _train_part(config, parts.pop(0), calibration.masks, pruned)
@@ -174,7 +190,9 @@ def prune_as(
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights
     with _timed(seconds, "report"):
-        return _report(config, model, found, goals, pruned, seconds, calibration.total, processes, observer.pooled)
+        return _report(
+            config, model, found, goals, pruned, dense, seconds, calibration.total, processes, observer.pooled
+        )
 
 
 class Watched:
@@ -223,6 +241,7 @@ class Watched:
         config, (unit,), processes = self._config, self._found.units, self._processes
         seconds: dict[str, float] = {}
         pruned: list[PrunedLayer] = []
+        dense: dict[str, str] = {}
         with torch.inference_mode(False), torch.no_grad(), _naming_what_was_written(pruned), _timed(seconds, "prune"):
             statistics = self._observer.watched(unit)
             batches = torch.tensor(len(self._masks))
@@ -232,11 +251,13 @@ class Watched:
             goals = _allocate(config, self._model, self._found, _Dense(statistics), processes, progress=False)
             reshard(self._model)
             with processes.together():
-                _prune_unit(config, unit, statistics, goals, self._observer, pruned)
+                _prune_unit(config, unit, statistics, goals, self._observer, pruned, dense)
         torch.clear_autocast_cache()  # casts of the dense weights
         with _timed(seconds, "report"):
             pooled = self._observer.pooled
-            return _report(config, self._model, self._found, goals, pruned, seconds, int(batches), processes, pooled)
+            return _report(
+                config, self._model, self._found, goals, pruned, dense, seconds, int(batches), processes, pooled
+            )
 
 
 def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) -> Walk:
@@ -245,7 +266,7 @@ def plan(config: PruningConfig, model: nn.Module, processes: Processes = ALONE) 
     Raises:
         ValueError: If something cannot be pruned as asked.
     """
-    found = walk(model, config.granularity, config.skip)
+    found = config.walk(model)
     refuse_unprunable(config, found)
     refuse_training_together(config, processes)
     if "gram" in config.needs:
@@ -347,7 +368,7 @@ def _dense_layers(
     reading: Callable[[str], None] = lambda name: None,
 ) -> list[DenseLayer]:
     """Layers as an allocation sees them; `reading` hears of each weight that is read."""
-    blocks = {layer.name: unit.name for unit in walk(model, "block", config.skip).units for layer in unit.layers}
+    blocks = {layer.name: unit.name for unit in config.walk(model, "block").units for layer in unit.layers}
 
     def read(layer: Layer) -> Tensor:
         reading(layer.name)
@@ -458,6 +479,11 @@ def _stops(
         yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units], processes)
 
 
+_UNREACHED = "no calibration batch called it"
+_UNROUTED = "no calibration token was seen to go through any expert of the module"
+_ALL_ZERO = "all its inputs were zero"
+
+
 def _prune_unit(
     config: PruningConfig,
     unit: Unit,
@@ -465,17 +491,27 @@ def _prune_unit(
     goals: Goals,
     observer: Observer,
     pruned: list[PrunedLayer],
+    dense: dict[str, str],
 ) -> None:
+    """Prune what the batches reached; into `dense` goes why another layer was not."""
     for layer in unit.layers:
-        inputs = statistics.get(layer.name) if statistics is not None else None
-        if statistics is not None and not _was_reached(inputs):
-            continue
-        pruned.append(_prune_layer(config, layer, inputs, *goals[layer.name]))
-        notes = []
+        inputs, notes = None, []
+        if statistics is not None:
+            inputs = statistics.get(layer.name)
+            if inputs is None or not _was_reached(inputs):
+                dense[layer.name] = _UNREACHED if layer.expert is None else _UNROUTED
+                continue
+            inactive = int(inputs.inactive().count_nonzero())
+            if inactive == layer.shape[1]:
+                dense[layer.name] = _ALL_ZERO
+                continue
+            if inactive:
+                notes.append(f"{inactive} inputs never active")
         if layer.name in observer.padding_counted:
             notes.append("padding counted: inputs do not line up with the attention_mask")
         if layer.name in observer.not_routed:
             notes.append("every token counted: the model gives each to all experts")
+        pruned.append(_prune_layer(config, layer, inputs, *goals[layer.name]))
         if layer.name in observer.pooled:
             pruned[-1].tokens = observer.pooled[layer.name]
             notes.append("few tokens: pruned with those of all experts")
@@ -499,7 +535,7 @@ def _train_part(
     config: PruningConfig, part: Part, masks: Sequence[tuple[TokenMask, ...] | None], pruned: list[PrunedLayer]
 ) -> None:
     before, after = train(part, cast(Reconstruct, config.solver), masks)
-    names = {layer.name for layer in part.layers.values()}
+    names = {layer.name for layer in part.layers}
     for layer in pruned:
         if layer.name in names:
             trained = f"error of {part.name} {before:.2%}, trained {after:.2%}"
@@ -512,6 +548,7 @@ def _report(
     found: Walk,
     goals: Goals,
     pruned: list[PrunedLayer],
+    dense: Mapping[str, str],
     seconds: dict[str, float],
     batches: int,
     processes: Processes,
@@ -522,13 +559,20 @@ def _report(
     for layer, zeros in zip(shards, zero_counts([layer.parameter for layer in shards], processes), strict=True):
         done[layer.name].sparsity = zeros / layer.size
     skipped = [SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]
-    unreached = [layer for layer in found.layers if layer.name not in done]
-    skipped.extend(SkippedMatrix(layer.name, layer.stored_shape, _why_unreached(layer)) for layer in unreached)
+    left = {layer.name: dense.get(layer.name, _UNREACHED) for layer in found.layers if layer.name not in done}
+    skipped.extend(
+        SkippedMatrix(layer.name, layer.stored_shape, left[layer.name]) for layer in found.layers if layer.name in left
+    )
     notes = []
-    if unreached:
-        notes.append(f"no calibration batch called {len(unreached)} layers, {unreached[0].name} first: left dense")
-        if processes.rank == 0:
-            log.warning(notes[-1])
+    for reason, why in (
+        (_UNREACHED, "no calibration batch called"),
+        (_UNROUTED, "no calibration token was seen in"),
+        (_ALL_ZERO, "all inputs were zero of"),
+    ):
+        if names := [name for name in left if left[name] == reason]:
+            notes.append(f"{why} {len(names)} layers, {names[0]} first: left dense")
+            if processes.rank == 0:
+                log.warning(notes[-1])
     if pooled:
         least = min((done[name] for name in pooled if name in done), key=lambda layer: layer.tokens)
         notes.append(
@@ -560,25 +604,21 @@ def _report(
         notes.append(f"mixed N:M: {', '.join(f'{counts[kind]} layers {kind}' for kind in sorted(counts))}")
     order = {layer.name: index for index, layer in enumerate(found.layers)}
     pruned.sort(key=lambda layer: order[layer.name])
-    # Of a parameter of many experts, some may be dense: it is counted as a whole.
-    counted = {id(layer.parameter): layer.name for layer in found.layers if layer.name in done and layer.expert is None}
+    # A parameter of which some layers are dense is counted as a whole; so are experts, which are many.
+    partly = {id(layer.parameter) for layer in found.layers if layer.name not in done or layer.expert is not None}
+    whole = {layer.name: layer.parameter for layer in found.layers if id(layer.parameter) not in partly}
+    counted = {id(parameter) for parameter in whole.values()}
     parameters = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]
     others = [parameter for parameter in parameters if id(parameter) not in counted]
     return PruningReport(
         layers=pruned,
         skipped=skipped,
         parameters=sum(parameter.numel() for parameter in parameters),
-        zeros=sum(done[name].zeros for name in counted.values()) + sum(zero_counts(others, processes)),
+        zeros=sum(done[name].zeros for name in whole) + sum(zero_counts(others, processes)),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,
     )
-
-
-def _why_unreached(layer: Layer) -> str:
-    if layer.expert is None:
-        return "no calibration batch called it"
-    return "no calibration token was seen to go through any expert of the module"
 
 
 def forward_batch(model: nn.Module, batch: Any) -> object:

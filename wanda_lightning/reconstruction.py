@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,13 +35,13 @@ class Part:
     Attributes:
         name: As in the model.
         module: An attention, an MLP, or the block.
-        layers: Those in it that are pruned, by their name in it.
+        layers: Those in it that are pruned.
         runs: What went through it.
     """
 
     name: str
     module: nn.Module
-    layers: dict[str, Layer]
+    layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
 
 
@@ -73,15 +73,17 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
     """
     trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
     held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or trained
-    weights = {_path(name, layer): layer.parameter.detach() for name, layer in part.layers.items()}
-    trained_experts: dict[str, list[int]] = {}
-    for name, layer in part.layers.items():
-        if layer.expert is not None:
-            trained_experts.setdefault(_path(name, layer), []).append(layer.expert)
-    keep = {name: weight != 0 for name, weight in weights.items()}
+    inside = {module: name for name, module in part.module.named_modules()}
+    weights = {f"{inside[layer.module]}.{layer.parameter_name}": layer.parameter.detach() for layer in part.layers}
     # Wider than bfloat16, where small steps would be lost.
     wide = {name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()}
+    trains = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    for layer in part.layers:  # of a parameter that holds many, some may be left dense
+        layer.part(trains[f"{inside[layer.module]}.{layer.parameter_name}"]).copy_(layer.weight != 0)
     masters = {name: weight.clone().requires_grad_() for name, weight in wide.items()}
+
+    def at(values: Mapping[str, Tensor], name: str) -> Tensor:
+        return torch.where(trains[name], values[name], wide[name]).to(weights[name].dtype)
 
     def squares(x: Tensor, run: _Run) -> Tensor:
         if mask := fitting_mask(masks[run.call.batch] or (), part.name, x):
@@ -90,7 +92,7 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
 
     def error(run: _Run, training: bool = False) -> Tensor:
         with run.call.ambient.entered(), torch.set_grad_enabled(training):
-            masked = {name: (masters[name] * keep[name]).to(weights[name].dtype) for name in masters}
+            masked = {name: at(masters, name) for name in masters}
             args, kwargs = _copies(run.inputs)  # a part may write into its inputs
             output = _output(functional_call(part.module, masked, args, kwargs))
             return squares(output - run.output, run)
@@ -99,7 +101,10 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
         return float(torch.stack([error(run) for run in held_out]).sum())
 
     optimizer = torch.optim.Adam(
-        [{"params": [masters[name]], "lr": solver.learning_rate * _root_mean_square(wide[name])} for name in masters]
+        [
+            {"params": [masters[name]], "lr": solver.learning_rate * _root_mean_square(wide[name][trains[name]])}
+            for name in masters
+        ]
     )
     with without_gradients(part.module):
         first = least = errors()
@@ -108,15 +113,13 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
             for run in trained:
                 optimizer.zero_grad()
                 error(run, training=True).backward()
-                for name, experts in trained_experts.items():
-                    _leave_alone(masters[name], experts)
                 optimizer.step()
             if not (now := errors()) < least:
                 break
             least = now
             best = {name: master.detach().clone() for name, master in masters.items()}
     for name, weight in weights.items():
-        weight.copy_(best[name] * keep[name])
+        weight.copy_(at(best, name))
     energy = max(float(sum(squares(run.output, run) for run in held_out)), torch.finfo(torch.float32).tiny)
     return first / energy, least / energy
 
@@ -142,29 +145,8 @@ def _called(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> Part:
-    inside = {child: inner for inner, child in module.named_modules() if child is not module}
-    found = [(inside[layer.module], layer) for layer in layers if layer.module in inside]
-    return Part(
-        name,
-        module,
-        {
-            inner if layer.expert is None else f"{inner}.{layer.parameter_name}.{layer.expert}": layer
-            for inner, layer in found
-        },
-    )
-
-
-def _path(name: str, layer: Layer) -> str:
-    """The parameter's name in a part, of the layer's name in it: that of many experts is one."""
-    return f"{name}.weight" if layer.expert is None else name.rpartition(".")[0]
-
-
-def _leave_alone(master: Tensor, trained: Sequence[int]) -> None:
-    """No gradients of experts that are not pruned."""
-    dense = torch.ones(len(master), dtype=torch.bool, device=master.device)
-    dense[list(trained)] = False
-    if master.grad is not None:
-        master.grad[dense] = 0
+    inside = {child for child in module.modules() if child is not module}
+    return Part(name, module, tuple(layer for layer in layers if layer.module in inside))
 
 
 def _hook(part: Part, call: Call) -> Callable[..., None]:
@@ -183,5 +165,5 @@ def _output(output: object) -> Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
-def _root_mean_square(weight: Tensor) -> float:
-    return float(weight[weight != 0].square().mean().sqrt()) if weight.any() else 0.0
+def _root_mean_square(weights: Tensor) -> float:
+    return float(weights.square().mean().sqrt()) if len(weights) else 0.0

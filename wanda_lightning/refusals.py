@@ -14,7 +14,7 @@ from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers import Reconstruct
 from wanda_lightning.distributed import Processes
-from wanda_lightning.models import Layer, Unit, Walk, free_memory, walk
+from wanda_lightning.models import Layer, Unit, Walk, free_memory
 
 
 def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
@@ -30,11 +30,11 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
         reasons = "; ".join(dict.fromkeys(f"{matrix.name}: {matrix.reason}" for matrix in found.skipped[:5]))
         raise ValueError(
             f"the model has nothing to prune ({reasons or 'it has no weight matrices'}). "
-            "Give a model with linear or convolution layers, or skip less."
+            "Give a model with linear or convolution layers, or choose more with skip= and only=."
         )
     for layer in found.layers:
         refuse_spread_experts(layer)
-        weight = layer.weight
+        weight = layer.read()
         if weight.is_meta:
             raise ValueError(f"{layer.name} is on the meta device and has no values: load the weights before pruning")
         if weight.is_inference():
@@ -76,7 +76,7 @@ def refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> Non
     wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
     # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held, and of
     # each expert its own.
-    blocks = walk(model, "block", config.skip).units if config.granularity == "model" else found.units
+    blocks = config.walk(model, "block").units if config.granularity == "model" else found.units
     grams = [{(layer.siblings and layer.name, layer.shape[1]) for layer in block.layers} for block in blocks]
     at_blocks = [4 * sum(width**2 for _, width in of_block) for of_block in grams]
     held = sum(at_blocks) if config.granularity == "model" else max(at_blocks)
@@ -118,6 +118,11 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
             f"the weight of {name} is spread over processes by {weight.placements}, but each must hold whole rows: "
             "use fully_shard as it is by default (on a mesh of one dimension, without shard_placement_fn), or leave "
             f"it dense with skip=['{name}']."
+        )
+    if layer.size < weight.numel():
+        raise ValueError(
+            f"{name} is one group of a convolution, and fully_shard leaves no process whole groups. Prune before "
+            "sharding (devices=1), or without include_grouped=True."
         )
     if not layer.kind.rows_first:
         raise ValueError(

@@ -49,12 +49,12 @@ class HeldZeros:
         self.release()
         reshard(model)  # FSDP2 leaves its outermost module gathered, and what is held are the shards
         alive, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
-        found = {layer.name: layer for layer in walk(model).layers}
+        found = {layer.name: layer for layer in _layers(model)}
         for layer in (found[name] for name in self.layers):
             refuse_spread_experts(layer)
             weight = layer.parameter
             assert isinstance(weight, nn.Parameter)
-            if weight not in self._keep:  # many experts are one parameter, of which some may not be held
+            if weight not in self._keep:  # a parameter may hold many layers, of which some may not be held
                 self._keep[weight] = torch.ones_like(local(weight.detach()), dtype=torch.bool)
             keep = layer.part(self._keep[weight])
             keep.copy_(layer.weight != 0)
@@ -157,7 +157,7 @@ class KeepZeros(Callback):
         target = pruning_target(pl_module)
         layers, self._resumed = self._resumed, []
         if not layers:
-            found = walk(target).layers
+            found = _layers(target)
             for layer in found:
                 refuse_spread_experts(layer)
             sizes = {layer.name: layer.size for layer in found}
@@ -190,9 +190,14 @@ def zeros_of(model: nn.Module, processes: Processes = ALONE) -> dict[str, int]:
     """How many weights of each prunable layer are zero."""
     reshard(model)
     # Experts that are spread over processes are not pruned, see `refuse_spread_experts`.
-    layers = [e for e in walk(model).layers if e.expert is None or not isinstance(e.parameter, DTensor)]
+    layers = [e for e in _layers(model) if e.expert is None or not isinstance(e.parameter, DTensor)]
     counts = zero_counts([layer.part(layer.parameter.detach()) for layer in layers], processes)
     return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
+
+
+def _layers(model: nn.Module) -> tuple[Layer, ...]:
+    """All that may have been pruned."""
+    return walk(model, include_grouped=True).layers
 
 
 def _packed(flags: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ class PruningCallback(Callback):
         solver: Gives the final weights.
         granularity: What the statistics see: `"block"`, `"layer"` or `"model"`.
         skip: Layers to leave dense: names, globs, or `re:` expressions.
+        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
+        include_grouped: Prune grouped convolutions, too.
         num_samples: Calibration samples (sequences or images).
         dataloader: Where to take them from.
         keep_zeros: Keep the zeros while training.
@@ -94,6 +96,8 @@ class PruningCallback(Callback):
         solver: Solver | str = ZeroOut(),
         granularity: str = "block",
         skip: Sequence[str] = (),
+        only: Sequence[str] = (),
+        include_grouped: bool = False,
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
@@ -104,7 +108,16 @@ class PruningCallback(Callback):
         min_expert_tokens: int = 32,
     ) -> None:
         self.config = PruningConfig(
-            sparsity, criterion, pattern, allocation, solver, granularity, skip, min_expert_tokens
+            sparsity,
+            criterion,
+            pattern,
+            allocation,
+            solver,
+            granularity,
+            skip,
+            only,
+            include_grouped,
+            min_expert_tokens,
         )
         if num_samples < 1:
             raise ValueError(f"num_samples is at least 1, but {num_samples} was given")
@@ -172,7 +185,8 @@ class PruningCallback(Callback):
     @property
     def state_key(self) -> str:
         """One state for each part of the model: two callbacks may prune different ones."""
-        return self._generate_state_key(skip=list(self.config.skip))
+        only = {"only": list(self.config.only)} if self.config.only else {}
+        return self._generate_state_key(skip=list(self.config.skip), **only)
 
     def should_prune(self, trainer: L.Trainer) -> bool:
         """Whether to prune now; asked before training, after every batch with an optimizer step, and before measuring.

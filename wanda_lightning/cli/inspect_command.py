@@ -17,6 +17,8 @@ def inspect_model(
     model: str,
     granularity: Literal["block", "layer", "model"] = "block",
     skip: str | list[str] = "",
+    only: str | list[str] = "",
+    include_grouped: bool = False,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -26,11 +28,13 @@ def inspect_model(
         model: Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.
         granularity: What calibration batches stop at.
         skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
+        only: The layers to prune, likewise, where not all.
+        include_grouped: Prune grouped convolutions, too, each group as a matrix of its own.
         cache_dir: Where downloads from the hub are kept.
         trust_remote_code: Run the code that comes with a hub model.
     """
     inspected: nn.Module = meta_model(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    found = walk(inspected, granularity, as_patterns(skip))
+    found = walk(inspected, granularity, as_patterns(skip), as_patterns(only), include_grouped)
     table = Table(title=f"{model}: would be pruned", title_justify="left")
     for heading in ("unit", "layers", "weights", "inside"):
         table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")

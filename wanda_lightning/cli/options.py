@@ -9,14 +9,14 @@ from wanda_lightning.modules import CausalLMModule
 TIMM = "timm:"  # before the name of an image classifier
 
 
-def as_patterns(skip: str | Sequence[str]) -> list[str]:
+def as_patterns(given: str | Sequence[str]) -> list[str]:
     """Patterns from a command line, where several may stand in one string.
 
     Example:
         >>> as_patterns("lm_head, *.down_proj")
         ['lm_head', '*.down_proj']
     """
-    return [part.strip() for part in skip.split(",") if part.strip()] if isinstance(skip, str) else list(skip)
+    return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else list(given)
 
 
 def checked_seqlen(seqlen: int | None, module: CausalLMModule, default: int) -> int:

@@ -64,6 +64,8 @@ def prune_model(
     dtype: str | None = None,
     batch_size: int | None = None,
     skip: str | list[str] = "",
+    only: str | list[str] = "",
+    include_grouped: bool = False,
     data_path: str | None = None,
     prune_granularity: Literal["row", "layer"] | None = None,
     min_expert_tokens: int = 32,
@@ -100,6 +102,8 @@ def prune_model(
         dtype: auto (as stored, the default), float32, bfloat16 or float16.
         batch_size: Samples in a batch; by default 4 sequences or 64 images.
         skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
+        only: The layers to prune, likewise, where not all.
+        include_grouped: Prune grouped convolutions, too, each group as a matrix of its own.
         data_path: Images to calibrate and measure on: a folder in the manner of ImageNet, cifar10, cifar100, a hub id,
             or digits (needs no network).
         prune_granularity: Compare weights within a row or a layer; by default a row, for magnitude a layer.
@@ -150,6 +154,8 @@ def prune_model(
         sparsity_ratio,
         **choices,
         skip=as_patterns(skip),
+        only=as_patterns(only),
+        include_grouped=include_grouped,
         num_samples=_or(nsamples, _PAPER_IMAGES if is_image else _PAPER_SEQUENCES),
         min_expert_tokens=min_expert_tokens,
     )

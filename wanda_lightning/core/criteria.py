@@ -44,7 +44,7 @@ class Wanda(Criterion):
         """Score by `|W| * ||x||`, the norm taken per input column over all calibration tokens."""
         assert inputs is not None, "Wanda reads the inputs"
         norm = inputs.norm()
-        return _with_inactive(_magnitude(weight).mul_(norm), weight, norm)
+        return with_inactive(_magnitude(weight).mul_(norm), weight, norm)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class RIA(Criterion):
         tiny = torch.finfo(magnitude.dtype).tiny  # where all weights of a row or column are zero, so is their score
         scores = magnitude / magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
         scores += magnitude.div_(magnitude.sum(dim=0, keepdim=True).clamp(min=tiny))
-        return _with_inactive(scores.mul_(norm**self.a), weight, norm)
+        return with_inactive(scores.mul_(norm**self.a), weight, norm)
 
 
-def _with_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
-    """Scores where inputs without activation have the lowest, and of these zeros lower ones than other weights.
+def with_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
+    """Scores, in place, where inputs of norm 0 have the lowest, and of these zeros lower ones than other weights.
 
     Otherwise pruning again would take other weights of such an input than at first.
     """
@@ -105,7 +105,10 @@ class Saliency(Criterion):
     def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
         """Score by `|W| / diag(U)`."""
         assert inputs is not None, "Saliency reads the inputs"
-        return _magnitude(weight).div_(inputs.inverse_diagonal(self.dampening))
+        scores = _magnitude(weight).div_(inputs.inverse_diagonal(self.dampening))
+        if "gram" not in inputs.sums:  # some columns of SparseGPT's, which itself drops what was never active
+            return scores
+        return with_inactive(scores, weight, inputs.sums["gram"].diagonal())
 
 
 _LOWEST = 1e-30  # below every product of a weight and an active input

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from wanda_lightning.core.gram import dampened, inverse_factor, scaled_eigen
@@ -90,6 +91,11 @@ class InputStatistics:
     def norm(self) -> PerInput:
         """The L2 norm of each input column over all tokens, `sqrt(sum of x²)`."""
         return self.sums["square_sum"].sqrt()
+
+    def inactive(self) -> Bool[Tensor, " d_in"]:
+        """Which inputs were zero in every token."""
+        energy = self.sums["square_sum"] if "square_sum" in self.sums else self.sums["gram"].diagonal()
+        return energy == 0
 
     def dampened_gram(self, dampening: float) -> Gram:
         """The sum of `x x^T` over all tokens, with `dampening` times its mean diagonal added to the diagonal."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from wanda_lightning.core.criteria import Criterion, Wanda
+from wanda_lightning.core.criteria import Criterion, Wanda, with_inactive
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.solvers.refit import refitted
@@ -64,7 +64,8 @@ class ADMM(Solver):
         alive = weight != 0
         dense = weight.to(gram.dtype).contiguous() * scale
         target = torch.mm(dense, gram)
-        keep = wanda = pattern(dense.abs(), sparsity)
+        energy = inputs.sums["gram"].diagonal()
+        keep = wanda = pattern(with_inactive(dense.abs(), weight, energy), sparsity)
         # Masked copy and dual variable are one tensor with the mask: `wanted` where it keeps and where it does not.
         wanted, dropped = dense.clone(), torch.zeros_like(dense)
         pull = dense * keep  # masked copy minus dual variable
@@ -74,7 +75,7 @@ class ADMM(Solver):
             in_eigenbasis = torch.mm(torch.add(target, pull, alpha=rho, out=pull), vectors).div_(values + rho)
             free = torch.mm(in_eigenbasis, vectors.t(), out=pull)
             torch.addcmul(free, wanted, dropped, value=1 / growth, out=wanted)  # the dual, in units of rho
-            keep = pattern(wanted.abs().mul_(alive), sparsity) & alive
+            keep = pattern(with_inactive(wanted.abs().mul_(alive), weight, energy), sparsity) & alive
             torch.sub(1, keep.to(wanted.dtype), out=dropped)
             torch.addcmul(wanted, wanted, dropped, value=-1 - 1 / growth, out=pull)
             rho *= growth
