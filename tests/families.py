@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import signal
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -215,9 +216,8 @@ def _on_small_images(name: str, more: dict[str, Any]) -> tuple[dict[str, Any], i
     for size in sorted({size for size in (64, 96, 128, 160, 192, 224) if size < usual} | {usual}):
         for sized in ({**more, "img_size": size}, more):
             try:
-                model = timm.create_model(name, num_classes=16, **sized).eval()
-                with torch.no_grad():
-                    model(torch.zeros(1, 3, size, size))
+                with torch.device("meta"), torch.no_grad():
+                    timm.create_model(name, num_classes=16, **sized).eval()(torch.zeros(1, 3, size, size))
             except Exception:  # another size, then
                 continue
             return sized, size
@@ -246,15 +246,14 @@ def _codebooks(model: nn.Module) -> list[Any]:
 
 def _from_a_target(model: nn.Module) -> list[Any]:
     """What a drafting model is given by the model that it drafts for."""
-    text = model.config.get_text_config()
-    kinds = {"full_attention": text.global_head_dim or text.head_dim, "sliding_attention": text.head_dim}
+    attentions = [layer.self_attn for layer in model.model.layers]
+    heads = {a.layer_type: (tiny.HEADS // a.num_key_value_groups, TOKENS, a.head_dim) for a in attentions}
     return [
         {
             "inputs_embeds": _normal(samples, 1, 2 * model.config.backbone_hidden_size),
             "position_ids": torch.full((samples, 1), TOKENS),
             "shared_kv_states": {
-                kind: tuple(_normal(samples, 2, TOKENS, width, seed=seed) for seed in (2, 3))
-                for kind, width in kinds.items()
+                kind: tuple(_normal(samples, *shape, seed=seed) for seed in (2, 3)) for kind, shape in heads.items()
             },
         }
         for samples in (2, 3)
@@ -262,7 +261,8 @@ def _from_a_target(model: nn.Module) -> list[Any]:
 
 
 _SPECIAL_BATCHES: dict[str, Callable[[nn.Module], list[Any]]] = {
-    "musicgen_decoder": _codebooks,
+    "musicgen": _codebooks,
+    "musicgen_melody": _codebooks,
     "gemma4_assistant": _from_a_target,
     "gemma4_unified_assistant": _from_a_target,
 }
@@ -283,7 +283,7 @@ def _captions(model: nn.Module) -> list[Any]:
 def _images_in_text(model: nn.Module) -> list[Any]:
     """As many image tokens as the model makes of one image, in front of the text."""
     image = getattr(model.config, "image_token_id", None) or model.config.image_token_index
-    places = (IMAGE // PATCH) ** 2
+    places = int((IMAGE // PATCH * getattr(model.config, "downsample_ratio", 1)) ** 2)
     return [
         {
             "input_ids": torch.cat([torch.full((n, places), image), _ids(n)], 1),
@@ -495,15 +495,19 @@ _OUTSIDE = ("embedding", "output head", "stem", "tied to")
 
 def _coverage(model: nn.Module, report: PruningReport, batches: list[Any]) -> tuple[float, dict[str, float]]:
     """Of the matrices inside the blocks that a batch reaches: which share is pruned, and why the rest is not."""
-    reached = _reached_blocks(model, batches)
+    blocks, idle = _reached_blocks(model, batches)
+
+    def counts(name: str) -> bool:
+        return _inside(name, blocks) and not _inside(name, idle)
+
     skipped = {matrix.name: matrix.reason for matrix in report.skipped if not matrix.reason.startswith(_OUTSIDE)}
     sizes: Counter[str] = Counter()
     for layer in report.layers:
-        sizes["pruned"] += layer.size if _inside(layer.name, reached) else 0
+        sizes["pruned"] += layer.size if counts(layer.name) else 0
     found = matrices(model)
     for name, reason in skipped.items():
         parameter = found.get(name)
-        if parameter is not None and _inside(name, reached):
+        if parameter is not None and counts(name):
             sizes[reason] += parameter.numel()
     total = sum(sizes.values())
     return sizes.pop("pruned") / total if total else 0.0, {reason: n / total for reason, n in sizes.most_common()}
@@ -513,26 +517,29 @@ def _inside(name: str, modules: set[str]) -> bool:
     return any(f"{name}.".startswith(f"{module}." if module else "") for module in modules)
 
 
-def _reached_blocks(model: nn.Module, batches: list[Any]) -> set[str]:
-    """Outermost repeated parts that a batch goes through; the whole model where they hold less than half of it."""
+def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set[str]]:
+    """Outermost repeated parts, or the whole model if they hold less than half of it; and parts that no batch enters.
+
+    A layer alone is no part: one whose weight is read past its forward is left out in earnest.
+    """
     modules = dict(model.named_modules())
-    repeated = {
-        f"{name}.{child}".lstrip(".")
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        for child, _ in module.named_children()
-    } | {name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
-    outermost = {name for name in repeated if not any(name != other and _inside(name, {other}) for other in repeated)}
-    size = {name: parameter.numel() for name, parameter in matrices(model).items() if "embed" not in name}
-    if sum(n for name, n in size.items() if _inside(name, outermost)) < sum(size.values()) / 2:
-        return {""}
     called: set[str] = set()
     handles = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in modules.items()]
     for batch in batches:
         run(model, batch)
     for handle in handles:
         handle.remove()
-    return {name for name in outermost if any(_inside(other, {name}) for other in called)}
+    parts = {name for name, module in modules.items() if next(module.children(), None) is not None}
+    idle = {name for name in parts if not any(_inside(other, {name}) for other in called)}
+    repeated = {
+        f"{name}.{child}".lstrip(".")
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for child, _ in module.named_children()
+    } | {name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
+    sizes = {name: p.numel() for name, p in matrices(model).items() if "embed" not in name and not _inside(name, idle)}
+    inside = sum(n for name, n in sizes.items() if _inside(name, repeated))
+    return repeated if inside >= sum(sizes.values()) / 2 else {""}, idle
 
 
 # ---- the slow procedure
@@ -544,14 +551,15 @@ def _compare(dense: nn.Module, batches: list[Any]) -> str:
     Raises:
         AssertionError: If they differ.
     """
-    dtype, model = torch.float64, copy.deepcopy(dense).double()
-    batches = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, batches)
+    model, wide = copy.deepcopy(dense).double(), tree_map_only(Tensor, _double, batches)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products have no float64
     try:
-        for batch in batches:
+        for batch in wide:
             run(model, batch)
-    except Exception:  # something in it is float32 whatever the weights are
-        dtype, model = torch.float32, copy.deepcopy(dense)
-        batches = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, batches)
+    except RuntimeError:  # something in it is float32 whatever the weights are
+        model, wide = copy.deepcopy(dense), batches
+    batches, dtype = wide, next(model.parameters()).dtype
     slow = copy.deepcopy(model)
     prune(model, batches, 0.5, progress=False)
     slow_prune(slow, batches)
@@ -563,8 +571,12 @@ def _compare(dense: nn.Module, batches: list[Any]) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
 def slow_prune(model: nn.Module, batches: list[Any], sparsity: float = 0.5) -> None:
-    """For each unit: a full forward of each batch through the model as pruned so far; Wanda by plain code; zero.
+    """For each unit: a forward of each batch through the model as pruned so far, up to it; Wanda by plain code; zero.
 
     The sum of x² that a weight multiplies is the gradient by that weight of the summed output, for the input x².
     """
@@ -598,35 +610,44 @@ def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> lis
     return [units[index] for index in order]
 
 
+class _Enough(Exception):
+    """The unit has run; what comes after it in the model is of no interest."""
+
+
 def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Tensor]) -> None:
     """Add what a batch brings to the layers of a unit, the first time that it gets there."""
-    calls: list[None] = []
 
     def reader(layer: Layer) -> Callable[..., None]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(calls) == 1:
-                x = args[0] if args else next(iter(kwargs.values()))
-                with torch.enable_grad():
-                    (gradient,) = torch.autograd.grad(module.forward(x.detach().square()).sum(), module.weight)
-                squares[layer.name] = squares.get(layer.name, 0) + gradient
+            x = args[0] if args else next(iter(kwargs.values()))
+            with torch.enable_grad():
+                module.weight.requires_grad_(True)
+                (gradient,) = torch.autograd.grad(module.forward(x.detach().square()).sum(), module.weight)
+            squares[layer.name] = squares.get(layer.name, 0) + gradient
 
         return read
 
-    handles = [unit.module.register_forward_pre_hook(lambda *_: calls.append(None))]
-    handles += [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in unit.layers]
-    run(model, batch)
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    handles = [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in unit.layers]
+    handles.append(unit.module.register_forward_hook(stop))
+    with suppress(_Enough):
+        run(model, batch)
     for handle in handles:
         handle.remove()
 
 
 @torch.no_grad()
 def _zero_smallest(layer: Layer, norms: Tensor, sparsity: float) -> None:
-    weight, by_column = layer.module.weight, isinstance(layer.module, Conv1D)
-    scores = (weight.abs() * norms).t() if by_column else (weight.abs() * norms).flatten(1)
-    zeros = torch.zeros_like(scores, dtype=torch.bool)
-    for row, values in enumerate(scores):
+    weight = layer.module.weight
+    # Rows first, then kernel positions, then channels: where scores are equal (padding alone), the lower column goes.
+    order = {4: (0, 2, 3, 1), 2: (1, 0) if isinstance(layer.module, Conv1D) else (0, 1)}[weight.ndim]
+    scores = (weight.abs() * norms).permute(order)
+    zeros = torch.zeros_like(scores.flatten(1), dtype=torch.bool)
+    for row, values in enumerate(scores.flatten(1)):
         zeros[row, values.argsort(stable=True)[: int(len(values) * sparsity)]] = True
-    weight[(zeros.t() if by_column else zeros).reshape(weight.shape)] = 0
+    weight.permute(order)[zeros.unflatten(1, scores.shape[1:])] = 0
 
 
 # ---- the table
@@ -743,6 +764,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
+    logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     results: dict[str, dict[str, Any]] = (
         json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}

@@ -105,6 +105,7 @@ _SHARING = {
     **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "use_double_wide_mlp": False},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 8},
 }
+_SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32, "patch_size": 4}
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
@@ -127,13 +128,19 @@ MORE: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "levit": {"hidden_sizes": [16, 32, 32], "num_attention_heads": [2, 4, 4], "key_dim": [8] * 3, "image_size": 64},
     "ministral": {"head_dim": HEAD, "num_key_value_heads": 2},
     "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4},
+    "qwen2_5_vl_vision": {"window_size": 32},
+    "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {"num_experts_per_tok": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
     | {"indexer_budget": 8, "indexer_compress_ratio": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16), "hash_seed": 0},
+    "swin": _SWIN,
+    "swinv2": _SWIN,
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]}
     | {"num_hidden_layers": 5, "attention_hidden_size": INNER, "attention_head_dim": 16},
