@@ -102,7 +102,7 @@ def _build(make: Callable[[], nn.Module]) -> nn.Module:
 def _enliven(model: nn.Module) -> None:
     """Move every parameter away from zero, one and what its copies hold, so that the output depends on each."""
     for parameter in model.parameters():
-        d_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]
+        d_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1] if parameter.ndim else 1
         spread = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
         parameter.add_(spread * torch.randn_like(parameter))
     for module in model.modules():
