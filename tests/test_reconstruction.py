@@ -12,7 +12,7 @@ from wanda_lightning.core.solvers import ZeroOut
 from wanda_lightning.distributed import Processes
 from wanda_lightning.lockstep import lockstep
 from wanda_lightning.models import token_masks, walk
-from wanda_lightning.reconstruction import record
+from wanda_lightning.reconstruction import recorded
 
 
 def parts_of(name):
@@ -20,12 +20,16 @@ def parts_of(name):
     units = walk(model).units
     forwards = [lambda batch=batch: run(model, batch) for batch in batches]
     masks = [token_masks(model, batch) for batch in batches]
+    found = {}
     with torch.no_grad():
-        return {
-            part.name: {layer.name.removeprefix(f"{part.name}.") for layer in part.layers}
-            for stop in lockstep(forwards, [unit.module for unit in units])
-            for part in record(units[stop.unit], stop.calls, masks)
-        }
+        for stop in lockstep(forwards, [unit.module for unit in units]):
+            parts, calls = recorded(units[stop.unit], stop.calls, masks)
+            for call in calls:
+                call.run()
+            assert all(len(part.runs) == len(tuple(stop.calls)) for part in parts)
+            for part in parts:
+                found[part.name] = {layer.name.removeprefix(f"{part.name}.") for layer in part.layers}
+    return found
 
 
 LLAMA = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}

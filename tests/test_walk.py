@@ -712,7 +712,9 @@ def test_only_chooses_among_what_can_be_pruned():
     """A head, an embedding or a matrix of no layer is not pruned by being named, and keeps its reason."""
     model = on_meta("mixtral")
     found = walk(model, only=["lm_head", "model.layers.0"])
-    assert [layer.name for layer in found.layers] == [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"]
+    experts = [f"mlp.experts.{part}.{e}" for part in ("gate_up_proj", "down_proj") for e in range(4)]
+    inside = [*(f"self_attn.{part}_proj" for part in "qkvo"), *experts]
+    assert {layer.name for layer in found.layers} == {f"model.layers.0.{name}" for name in inside}
     default, now = walk(model), {matrix.name: matrix for matrix in found.skipped}
     for matrix in default.skipped:
         assert now[matrix.name].reason == matrix.reason

@@ -38,7 +38,7 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.observe import Observer
 from wanda_lightning.progress import ProgressBar
-from wanda_lightning.reconstruction import Part, record, train
+from wanda_lightning.reconstruction import Part, recorded, train
 from wanda_lightning.refusals import refuse_sharding, refuse_too_wide, refuse_training_together, refuse_unprunable
 from wanda_lightning.report import PrunedLayer, PruningReport, SkippedMatrix
 
@@ -172,9 +172,12 @@ def prune_as(
             bar.at(unit.name)
             if not one_pass:
                 path.check(unit.name, len(tuple(stop.calls)))
-            statistics = observer(unit, stop.calls) if observed else None
-            parts = record(unit, stop.calls, calibration.masks) if isinstance(config.solver, Reconstruct) else []
-            del stop  # or its parked activations outlive the run of the pruned unit
+            parts: list[Part] = []
+            calls = stop.calls
+            if isinstance(config.solver, Reconstruct):
+                parts, calls = recorded(unit, calls, calibration.masks)
+            statistics = observer(unit, calls) if observed else None
+            del stop, calls  # or its parked activations outlive the run of the pruned unit
             if one_pass:
                 path.check(unit.name, 0)
                 calibration.refuse_if_empty(config)
@@ -184,8 +187,10 @@ def prune_as(
             with processes.together():
                 _prune_unit(config, unit, statistics, goals, observer, pruned, dense)
             while parts:
-                bar.at(parts[0].name)
-                _train_part(config, parts.pop(0), calibration.masks, pruned)
+                part = parts.pop(0)
+                bar.at(part.name)
+                if part.runs:
+                    _train_part(config, part, calibration.masks, pruned)
             if not one_pass:
                 bar.advance()
     torch.clear_autocast_cache()  # casts of the dense weights

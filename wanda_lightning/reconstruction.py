@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,24 +46,31 @@ class Part:
     runs: list[_Run] = field(default_factory=list)
 
 
-def record(unit: Unit, calls: Iterable[Call], masks: Sequence[tuple[TokenMask, ...] | None]) -> list[Part]:
-    """Run a dense unit on all batches that count and keep what enters and leaves its parts."""
+def recorded(
+    unit: Unit, calls: Iterable[Call], masks: Sequence[tuple[TokenMask, ...] | None]
+) -> tuple[list[Part], Iterator[Call]]:
+    """The parts of a dense unit; and its calls, each to be run once, which puts into the parts what they see and give."""
     parts = _parts(unit)
-    for call in calls if parts else ():
-        if masks[call.batch] is None:
-            continue
-        with ExitStack() as hooks:
-            for part in parts:
-                if part.module is not unit.module:
-                    hook = part.module.register_forward_hook(_hook(part, call), with_kwargs=True)
-                    hooks.callback(hook.remove)
-            args, kwargs = _copies((call.args, call.kwargs))
-            with call.ambient.entered():
-                output = call.forward(*args, **kwargs)
+
+    def watched() -> Iterator[Call]:
+        for call in calls:
+            counts = parts and masks[call.batch] is not None
+            yield replace(call, forward=partial(_record, parts, unit, call)) if counts else call
+
+    return parts, watched()
+
+
+def _record(parts: Sequence[Part], unit: Unit, call: Call, *args: Any, **kwargs: Any) -> Any:
+    if parts[0].module is unit.module:  # parked: its own hooks do not run
+        inputs = _copies((args, kwargs))
+        output = call.forward(*args, **kwargs)
+        parts[0].runs.append(_Run(call, inputs, _output(output).clone()))
+        return output
+    with ExitStack() as hooks:
         for part in parts:
-            if part.module is unit.module:  # parked: its own hooks do not run
-                part.runs.append(_Run(call, _copies((call.args, call.kwargs)), _output(output)))
-    return [part for part in parts if part.runs]
+            hook = part.module.register_forward_hook(_hook(part, call), with_kwargs=True)
+            hooks.callback(hook.remove)
+        return call.forward(*args, **kwargs)
 
 
 def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...] | None]) -> tuple[float, float]:
