@@ -61,7 +61,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "refit": Method(solver=Refit()),
         "admm": Method(solver=ADMM()),
         "sparseswaps": Method(solver=SparseSwaps()),
-        "reconstruct": Method(solver=Reconstruct(), granularity="block"),
+        "reconstruct": Method(solver=Reconstruct(ADMM()), granularity="block"),
     }
 )
 
