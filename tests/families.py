@@ -457,6 +457,8 @@ def check(family: Family, slowly: bool = True) -> Result:
         dense = family.build()
         for batch in family.batches(dense):
             finite = _finite(run(dense, batch))
+    except TimeoutError:
+        raise
     except Exception as error:
         raise CannotBuild(_first_line(error)) from error
     assert finite, "outputs of the dense model are not finite"
@@ -766,8 +768,8 @@ def document(results: Sequence[Result]) -> str:
         "One small random model of every family is built, pruned to 0.5 and to 2:4 at `block` and `layer` (timm: "
         "`model` too) and checked: each matrix inside the blocks has exactly its sparsity or was skipped with a "
         "reason, skipped weights did not change, outputs are finite, and `block` gives the masks of a slow, "
-        f"independent procedure. Written by `python tests/families.py --write` with torch {used['torch']}, transformers "
-        f"{used['transformers']} and timm {used['timm']}.",
+        f"independent procedure. Written by `python tests/families.py --write` with torch {used['torch']}, "
+        f"transformers {used['transformers']} and timm {used['timm']}.",
         "",
         "Coverage: pruned parameters over those of all matrices inside the blocks that a batch reaches, without "
         "embeddings, output heads and stems. Slow: the dtype in which the masks equal the slow procedure's. Seconds "
