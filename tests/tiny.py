@@ -88,6 +88,7 @@ _SIZES: list[tuple[int, str]] = [
     ),
 ]
 SIZES = {name: size for size, names in _SIZES for name in names.split()}
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"}
 _AS_MANY_AS_HEADS = {"num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "cls_token_id": 1}
 
@@ -127,6 +128,7 @@ MORE: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
+    "llama": {"num_key_value_heads": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
     "levit": {"hidden_sizes": [16, 32, 32], "num_attention_heads": [2, 4, 4], "key_dim": [8] * 3, "image_size": 64},
     "ministral": {"head_dim": HEAD, "num_key_value_heads": 2},
@@ -171,7 +173,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif isinstance(value, int) and not isinstance(value, bool) and name in SIZES:
             heads = fields.get("num_attention_heads", fields.get("num_heads"))
             size = HEADS if name in _AS_MANY_AS_HEADS and value == heads else SIZES[name]
-            small[name] = min(value, len(kept) if value == layers and SIZES[name] == LAYERS else size)
+            small[name] = min(value, len(kept) if value == layers and name in _LAYERS else size)
         elif isinstance(value, list | tuple) and name in SIZES and all(type(inner) is int for inner in value):
             small[name] = type(value)(min(inner, SIZES[name]) for inner in value)
     return {name: value for name, value in small.items() if value is not fields[name]}
