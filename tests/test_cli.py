@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from zoo import save_llama_of_bytes
+from zoo import ZOO, save_llama_of_bytes
 
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import main
@@ -608,6 +608,7 @@ def test_an_unreachable_hub_in_a_real_shell(inputs, tmp_path):
 def test_options_from_a_file(inputs, text, tmp_path, capsys):
     options = {"model": f"{inputs}/llama", "nsamples": 4, "seqlen": SEQLEN, "limit": 6, "sparsity_type": "2:4"}
     options |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "skip": ["*.down_proj"]}
+    options |= {"min_expert_tokens": 7}
     Path("recipe.yaml").write_text(yaml.safe_dump(options))
     assert run("prune", "--config", "recipe.yaml", "--print_config") == 0
     printed = capsys.readouterr().out
@@ -616,6 +617,7 @@ def test_options_from_a_file(inputs, text, tmp_path, capsys):
     assert run("prune", "--config", "printed.yaml", "--save", "out") == 0
     report = json.loads(Path("out/pruning_report.json").read_text())
     assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert report["config"]["min_expert_tokens"] == 7
     assert len(report["layers"]) == 12
     over = ["--sparsity_type", "unstructured", "--sparsity_ratio", "0.25", "--overwrite"]
     assert run("prune", "--config", "recipe.yaml", *over, "--save", "out") == 0
@@ -640,6 +642,16 @@ def test_inspect_a_folder(inputs, capsys, tmp_path):
         assert any(all(part in row for part in line) for row in out.splitlines()), line
     assert run("inspect", "--model", "weightless", "--granularity", "layer") == 0
     assert "14 layers in 14 units" in capsys.readouterr().out
+
+
+def test_inspect_a_mixture_of_experts(capsys):
+    ZOO["mixtral"].build().config.save_pretrained("experts")
+    assert run("inspect", "--model", "experts") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "24 layers in 2 units" in out
+    assert "router" in out
+    assert "gate_up_proj.*" in out
+    assert "gate_up_proj.0" not in out
 
 
 def test_inspect_a_timm_model(capsys):

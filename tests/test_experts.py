@@ -1,6 +1,7 @@
 """Experts that are one parameter: against routing by hand, and against the same experts as layers of their own."""
 
 import copy
+from functools import partial
 
 import pytest
 import reference
@@ -10,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import ZOO, run
 
-from wanda_lightning import PruningReport, Reconstruct, prune
+from wanda_lightning import PruningCallback, PruningReport, Reconstruct, SparseGPTPrune, WandaPrune, prune
 from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.evaluate import sparsity_of
 from wanda_lightning.lockstep import abreast
@@ -406,6 +408,12 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(granularity, minimum
             keep = reference.keep_by_row(reference.array(layer.read().abs() * sums.sqrt()), 0.5)
             pruned = next(item for item in walk(model).layers if item.name == layer.name)
             assert ((pruned.read() != 0).numpy() == keep).all(), layer.name
+
+
+def test_the_minimum_has_one_name_everywhere():
+    for make in (PruningCallback, WandaPrune, SparseGPTPrune, PruningConfig, partial(PruningCallback.preset, "fast")):
+        made = make(min_expert_tokens=7)
+        assert getattr(made, "config", made).min_expert_tokens == 7
 
 
 @pytest.mark.parametrize("value", [-1, 2.5, "32"])
