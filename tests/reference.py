@@ -60,6 +60,35 @@ def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     return np.array(tokens)
 
 
+def routed_tokens(module, x, *routing):
+    """What enters each expert's matrices, and which of the tokens these are: one token after the other, by hand."""
+    found = {}
+    columns = type(module).__name__ in ("GptOssExperts", "Llama4TextExperts")
+    experts = len(module.down_proj)
+    if routing:
+        chosen = routing[0].numpy()
+        pairs = [(token, int(e)) for token in range(len(x)) for e in chosen[token]]
+        inputs = [x[token] for token, _ in pairs]
+    else:  # Llama-4: one block of tokens for each expert, and what is not its own is zero
+        tokens = len(x) // experts
+        pairs = [(row % tokens, row // tokens) for row in range(len(x)) if x[row].any()]
+        inputs = [x[expert * tokens + token] for token, expert in pairs]
+    for (token, expert), vector in zip(pairs, inputs, strict=True):
+        up = module.gate_up_proj[expert].detach()
+        both = vector @ up if columns else up @ vector
+        if type(module).__name__ == "GptOssExperts":
+            both = both + module.gate_up_proj_bias[expert].detach()
+            gate, linear = both[::2].clamp(max=module.limit), both[1::2].clamp(-module.limit, module.limit)
+            middle = (linear + 1) * gate * (gate * module.alpha).sigmoid()
+        else:
+            middle = module.act_fn(both[: len(both) // 2]) * both[len(both) // 2 :]
+        for name, entering in (("gate_up_proj", vector), ("down_proj", middle)):
+            tokens, rows = found.setdefault((name, expert), ([], []))
+            tokens.append(array(entering))
+            rows.append(token)
+    return {key: (np.array(tokens), np.array(rows)) for key, (tokens, rows) in found.items()}
+
+
 # ---- criteria
 
 

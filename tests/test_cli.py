@@ -21,7 +21,7 @@ from test_modules import write_gguf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from zoo import save_llama_of_bytes
+from zoo import ZOO, save_llama_of_bytes
 
 from wanda_lightning import CausalLMModule, PruningReport
 from wanda_lightning.cli import main
@@ -621,6 +621,7 @@ def test_an_unreachable_hub_in_a_real_shell(inputs, tmp_path):
 def test_options_from_a_file(inputs, text, tmp_path, capsys):
     options = {"model": f"{inputs}/llama", "nsamples": 4, "seqlen": SEQLEN, "limit": 6, "sparsity_type": "2:4"}
     options |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "skip": ["*.down_proj"]}
+    options |= {"min_expert_tokens": 7}
     Path("recipe.yaml").write_text(yaml.safe_dump(options))
     assert run("prune", "--config", "recipe.yaml", "--print_config") == 0
     printed = capsys.readouterr().out
@@ -629,6 +630,7 @@ def test_options_from_a_file(inputs, text, tmp_path, capsys):
     assert run("prune", "--config", "printed.yaml", "--save", "out") == 0
     report = json.loads(Path("out/pruning_report.json").read_text())
     assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert report["config"]["min_expert_tokens"] == 7
     assert len(report["layers"]) == 12
     over = ["--sparsity_type", "unstructured", "--sparsity_ratio", "0.25", "--overwrite"]
     assert run("prune", "--config", "recipe.yaml", *over, "--save", "out") == 0
@@ -695,6 +697,16 @@ def test_inspect_a_gguf_file_as_its_model(capsys):
     rows = capsys.readouterr().out
     assert "14 layers in 2 units hold 17,408 weights" in rows  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
     assert walk(CausalLMModule("tiny.gguf").model).units[0].name in rows
+
+
+def test_inspect_a_mixture_of_experts(capsys):
+    ZOO["mixtral"].build().config.save_pretrained("experts")
+    assert run("inspect", "--model", "experts") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "24 layers in 2 units" in out
+    assert "router" in out
+    assert "gate_up_proj.*" in out
+    assert "gate_up_proj.0" not in out
 
 
 def test_inspect_a_timm_model(capsys):

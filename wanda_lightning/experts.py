@@ -25,11 +25,13 @@ class Product(NamedTuple):
         tokens: What it multiplies: the tensor itself, or its part of it.
         place: Which part of the output is its; None is all of it. Of several experts at once each is given all tokens,
             and those that are not its are zeros, or are taken out afterwards.
+        first: Whether the expert's first row is multiplied: of several pieces of it, one counts.
     """
 
     layer: Layer
     tokens: Tensor
     place: int | None
+    first: bool
 
     def part(self, output: Tensor) -> Tensor:
         """What of an output, or of its gradient, is that of this expert."""
@@ -106,19 +108,19 @@ class ExpertProducts(TorchFunctionMode):
         if stack is None or weight.ndim not in (2, 3):
             return []
         stride = stack.weight.stride(0)
-        first, rest = divmod((weight.data_ptr() - stack.weight.data_ptr()) // weight.element_size(), stride)
+        number, rest = divmod((weight.data_ptr() - stack.weight.data_ptr()) // weight.element_size(), stride)
         matrix = next(iter(stack.layers.values())).kind.read(stack.weight[0])
         all_inputs = weight.shape[-2] == matrix.shape[1] and weight.stride(-2) == matrix.stride(1)
         if not all_inputs or rest % matrix.stride(0) or (weight.ndim == 3 and weight.stride(0) != stride):
             return []
         if weight.ndim == 2:
-            return [Product(stack.layers[first], x, None)] if first in stack.layers else []
+            return [Product(stack.layers[number], x, None, not rest)] if number in stack.layers else []
         each = x if x.ndim > 2 else x.unsqueeze(0)
         each = each.expand(*each.shape[:-3], len(weight), *each.shape[-2:])
         return [
-            Product(stack.layers[first + place], each.select(-3, place), place)
+            Product(stack.layers[number + place], each.select(-3, place), place, not rest)
             for place in range(len(weight))
-            if first + place in stack.layers
+            if number + place in stack.layers
         ]
 
     def _stack_of(self, weight: Tensor) -> _Stack | None:

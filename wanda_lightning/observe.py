@@ -280,7 +280,8 @@ class _Experts:
 
     def _hear(self, products: list[Product], output: Tensor) -> Tensor:
         for product in products:
-            self._read(product)
+            if product.first:
+                self._read(product)
         if all(product.place is not None and product.tokens.any(dim=-1).all() for product in products):
             self._observer.not_routed.update(product.layer.name for product in products)
         return output
@@ -288,8 +289,7 @@ class _Experts:
     def _read(self, product: Product) -> None:
         layer, x = product.layer, product.tokens
         if self.seen and self.seen[-1].identity.is_also(x, layer):
-            if layer.name not in self.seen[-1].layers:  # it is where its rows are multiplied in several pieces
-                self.seen[-1].layers.append(layer.name)
+            self.seen[-1].layers.append(layer.name)
             return
         tokens = layer.tokens(x)
         keep = self._real(layer, x, tokens) if self._masks else None
