@@ -34,6 +34,8 @@ from wanda_lightning.models import (
     Unit,
     Walk,
     calibrating,
+    is_wrapper,
+    low_coverage,
     token_masks,
 )
 from wanda_lightning.observe import Observer
@@ -459,6 +461,7 @@ def _stops(
         yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units], processes)
 
 
+_ALREADY_SPARSE = 0.05
 _UNREACHED = "no calibration batch called it"
 _ALL_ZERO = "all its inputs were zero"
 
@@ -495,13 +498,14 @@ def _prune_unit(
 def _prune_layer(
     config: PruningConfig, layer: Layer, inputs: InputStatistics | None, pattern: Pattern, target: float
 ) -> PrunedLayer:
-    solver, weight, sparsity = cast(Solver, config.solver), layer.read(), 0.0
+    solver, weight, before, sparsity = cast(Solver, config.solver), layer.read(), 0.0, 0.0
     if len(weight):  # of a matrix with fewer rows than processes, some have none
+        before = int((weight == 0).count_nonzero()) / weight.numel()
         with torch.autocast(weight.device.type, enabled=False):  # a mixed-precision Trainer's would round it
             weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
         layer.write(weight)
         sparsity = int((weight == 0).count_nonzero()) / weight.numel()
-    return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0)
+    return PrunedLayer(layer.name, layer.shape, target, sparsity, inputs.count if inputs else 0, before=before)
 
 
 def _train_part(
@@ -543,6 +547,16 @@ def _report(
             notes.append(f"{why} {len(names)} layers, {names[0]} first: left dense")
             if processes.rank == 0:
                 log.warning(notes[-1])
+    if sparse := [layer for layer in pruned if layer.before > _ALREADY_SPARSE]:
+        most = max(sparse, key=lambda layer: layer.before)
+        notes.append(
+            f"{len(sparse)} layers were sparse already, {most.name} most: {most.before:.1%} zeros, which count towards "
+            "their target"
+        )
+    if shortfall := low_coverage(found, left):
+        notes.append(shortfall)
+        if processes.rank == 0:
+            log.warning(shortfall)
     if "gram" in config.needs and (few := [layer for layer in pruned if layer.tokens < layer.shape[1]]):
         least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
         notes.append(
@@ -573,7 +587,8 @@ def _report(
         layers=pruned,
         skipped=skipped,
         parameters=sum(done[name].size for name in whole) + sum(other.numel() for other in others),
-        zeros=sum(done[name].zeros for name in whole) + sum(zero_counts(others, processes)),
+        zeros=sum(done[name].zeros for name in whole)
+        + sum(zero_counts([p for p in others if not is_wrapper(p)], processes)),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,

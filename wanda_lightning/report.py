@@ -30,6 +30,7 @@ class PrunedLayer:
         sparsity: The fraction of its weights that are zero.
         tokens: How many calibration tokens entered it; 0 where none were needed.
         note: What else is worth knowing, or empty.
+        before: The fraction that was zero before.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PrunedLayer:
     sparsity: float
     tokens: int
     note: str = ""
+    before: float = 0.0
 
     @property
     def size(self) -> int:
