@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -30,6 +31,16 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
 _STANDARDISED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
+_QUANTISERS = {
+    *("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum"),
+    *("quanto", "torchao", "vptq"),
+}
+_REMOVERS = {  # old hooks of torch that make a weight anew at each forward, by class
+    "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
+    "BasePruningMethod": "torch.nn.utils.prune.remove(layer, 'weight')",
+}
+_USUAL = ("embedding", "output head", "stem", "adapter", "tied to ")  # starts of reasons that surprise nobody
 _NO_LABEL = -100  # what transformers pads labels with
 _IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image
 
@@ -249,6 +260,11 @@ class Skipped:
     unprunable: bool = False  # integer or packed weights: the user must decide, see `PruningConfig`
     by_user: bool = False  # left out by `skip` or `only`
 
+    @property
+    def is_a_surprise(self) -> bool:
+        """Whether a user might have thought it pruned."""
+        return not self.by_user and not self.reason.startswith(_USUAL)
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -297,7 +313,11 @@ def walk(
     for name, module in modules.items():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             embeddings.setdefault(id(module.weight), name)
-    skipped = [_packed(name, buffer) for name, buffer in model.named_buffers() if _is_packed_weight(name, buffer)]
+    skipped = [
+        _packed(name, buffer, modules[name.rpartition(".")[0]])
+        for name, buffer in model.named_buffers()
+        if _is_packed_weight(name, buffer)
+    ]
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, UninitializedParameter):
             skipped.append(Skipped(name, (), "has no shape yet: run one batch through the model first", True))
@@ -318,8 +338,8 @@ def walk(
             for part in found:  # an expert, or a group
                 if suffix := part.name.removeprefix(label):
                     aliases.setdefault(first + suffix, []).append(part.name)
-        elif _is_packed(parameter):
-            skipped.append(_packed(label, parameter))
+        elif _is_packed(parameter) or _quantiser(module, parameter):
+            skipped.append(_packed(label, parameter, module))
         elif left or (found and module_name in reasons):
             skipped.append(Skipped(label, tuple(parameter.shape), reasons[module_name]))
         elif not found:
@@ -332,6 +352,34 @@ def walk(
             skipped.append(Skipped(layer.name, layer.stored_shape, f"tied to {other}: {reasons[other]}"))
     layers, left_out = _leave_out(layers, skipped, skip, only, aliases)
     return Walk(_units(model, modules, layers, granularity), left_out)
+
+
+_ENOUGH = 0.8  # of the weights that a user would think pruned
+
+
+def low_coverage(found: Walk, dense: Mapping[str, str] = {}) -> str | None:
+    """Says it where much is not pruned that is no embedding, stem or head and that nobody asked to leave out.
+
+    Args:
+        found: What was found.
+        dense: Layers that were left dense all the same, with the reasons.
+    """
+    left = [(s.reason, s.name, math.prod(s.shape)) for s in found.skipped if s.is_a_surprise]
+    left += [(dense[layer.name], layer.name, layer.size) for layer in found.layers if layer.name in dense]
+    pruned = sum(layer.size for layer in found.layers if layer.name not in dense)
+    total = pruned + sum(size for _, _, size in left)
+    if pruned >= _ENOUGH * total:
+        return None
+    alike: dict[str, list[tuple[str, int]]] = {}
+    for reason, name, size in left:
+        alike.setdefault(reason, []).append((name, size))
+    largest = sorted(alike.items(), key=lambda item: -sum(size for _, size in item[1]))[:3]
+    texts = []
+    for reason, matrices in largest:
+        more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
+        texts.append(f"{matrices[0][0]}{more}, {sum(size for _, size in matrices):,} weights: {reason}")
+    share = f"{pruned / total:.0%} of the weights besides embeddings, stem and head"
+    return f"only {share} are in pruned layers; left out are most of all {'; '.join(texts)}"
 
 
 def _as_layers(
@@ -484,17 +532,34 @@ def _routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
     return found
 
 
+def is_wrapper(parameter: Tensor) -> bool:
+    """Whether it holds no numbers itself, as quantised tensors that give themselves out as floating-point ones."""
+    return not issubclass(type(parameter), nn.Parameter | DTensor)  # isinstance would ask the tensor
+
+
 def _is_packed(parameter: Tensor) -> bool:
-    return not parameter.is_floating_point() or parameter.element_size() < 2
+    return is_wrapper(parameter) or not parameter.is_floating_point() or parameter.element_size() < 2
+
+
+def _quantiser(module: nn.Module, parameter: Tensor) -> str | None:
+    """The library that made a layer, or the type of its weight, where that is one that quantises."""
+    packages = [kind.__module__.partition(".")[0] for kind in (type(parameter), type(module))]
+    return next((package for package in packages if package in _QUANTISERS), None)
 
 
 def _is_packed_weight(name: str, buffer: Tensor) -> bool:
     return buffer.ndim >= 2 and not buffer.is_floating_point() and "weight" in name.rpartition(".")[2]
 
 
-def _packed(name: str, weight: Tensor) -> Skipped:
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return Skipped(name, tuple(weight.shape), f"{dtype} weights cannot be pruned in place", True)
+def _packed(name: str, weight: Tensor, module: nn.Module) -> Skipped:
+    dtype, kind = str(weight.dtype).removeprefix("torch."), type(weight).__name__
+    if quantiser := _quantiser(module, weight):
+        reason = f"quantised by {quantiser} ({type(module).__name__}, {kind}): prune first, then quantise"
+    elif weight.is_floating_point() and weight.element_size() >= 2:
+        reason = f"weights of type {kind} cannot be pruned in place"
+    else:
+        reason = f"{dtype} weights cannot be pruned in place"
+    return Skipped(name, tuple(weight.shape), reason, True)
 
 
 def _why_no_layer(module: nn.Module, parameter_name: str) -> str:
@@ -502,7 +567,13 @@ def _why_no_layer(module: nn.Module, parameter_name: str) -> str:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
     if isinstance(module, parametrize.ParametrizationList):
-        return "parametrised: make it an ordinary weight first, with remove_parametrizations"
+        by = ", ".join(type(parametrization).__name__ for parametrization in module)
+        return f"parametrised by {by}: make it an ordinary weight first, with parametrize.remove_parametrizations"
+    for hook in module._forward_pre_hooks.values():
+        for base in type(hook).__mro__:
+            if base.__module__.startswith("torch.nn.utils.") and base.__name__ in _REMOVERS:
+                remover = _REMOVERS[base.__name__]
+                return f"made anew at each forward by {type(hook).__name__}: make it an ordinary weight with {remover}"
     for known in layer_kinds().values():
         if isinstance(module, known.layer_type) and parameter_name == "weight":
             if _STANDARDISED.search(kind):
@@ -537,7 +608,7 @@ def _reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_gr
             reasons[name] = "router"
         elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
             reasons[name] = "depthwise convolution"
-        elif isinstance(module, nn.Conv2d) and module.groups > 1 and not include_grouped:
+        elif isinstance(module, nn.Conv2d) and module.groups > 1 and not include_grouped and _kind_of(module):
             reasons[name] = "grouped convolution: include_grouped=True prunes each group"
         elif isinstance(module, nn.Conv2d) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
             reasons[name] = "stem: reads the raw image"

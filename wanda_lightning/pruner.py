@@ -34,6 +34,8 @@ from wanda_lightning.models import (
     Unit,
     Walk,
     calibrating,
+    is_wrapper,
+    low_coverage,
     token_masks,
 )
 from wanda_lightning.observe import Observer
@@ -484,6 +486,7 @@ def _stops(
         yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units], processes)
 
 
+_ALREADY_SPARSE = 0.05
 _UNREACHED = "no calibration batch called it"
 _UNROUTED = "no calibration token was seen to go through any expert of the module"
 _ALL_ZERO = "all its inputs were zero"
@@ -526,14 +529,15 @@ def _prune_unit(
 def _prune_layer(
     config: PruningConfig, layer: Layer, inputs: InputStatistics | None, pattern: Pattern, target: float
 ) -> PrunedLayer:
-    solver, weight, sparsity = cast(Solver, config.solver), layer.read(), 0.0
+    solver, weight, before, sparsity = cast(Solver, config.solver), layer.read(), 0.0, 0.0
     if len(weight):  # of a matrix with fewer rows than processes, some have none
+        before = int((weight == 0).count_nonzero()) / weight.numel()
         with torch.autocast(weight.device.type, enabled=False):  # a mixed-precision Trainer's would round it
             weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
         layer.write(weight)
         sparsity = int((weight == 0).count_nonzero()) / weight.numel()
     tokens = inputs.count if inputs else 0
-    return PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, siblings=layer.siblings)
+    return PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, siblings=layer.siblings, before=before)
 
 
 def _train_part(
@@ -586,6 +590,16 @@ def _report(
         )
         if processes.rank == 0:
             log.warning(notes[-1])
+    if sparse := [layer for layer in pruned if layer.before > _ALREADY_SPARSE]:
+        most = max(sparse, key=lambda layer: layer.before)
+        notes.append(
+            f"{len(sparse)} layers were sparse already, {most.name} most: {most.before:.1%} zeros, which count towards "
+            "their target"
+        )
+    if shortfall := low_coverage(found, left):
+        notes.append(shortfall)
+        if processes.rank == 0:
+            log.warning(shortfall)
     few = [layer for layer in pruned if layer.tokens < layer.shape[1] and layer.name not in pooled]
     if "gram" in config.needs and few:
         least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
@@ -619,7 +633,8 @@ def _report(
         layers=pruned,
         skipped=skipped,
         parameters=sum(parameter.numel() for parameter in parameters),
-        zeros=sum(done[name].zeros for name in whole) + sum(zero_counts(others, processes)),
+        zeros=sum(done[name].zeros for name in whole)
+        + sum(zero_counts([other for other in others if not is_wrapper(other)], processes)),
         seconds=seconds,
         config={**config.describe(), "calibration_batches": batches},
         notes=notes,

@@ -49,7 +49,7 @@ class Part:
 def recorded(
     unit: Unit, calls: Iterable[Call], masks: Sequence[tuple[TokenMask, ...] | None]
 ) -> tuple[list[Part], Iterator[Call]]:
-    """The parts of a dense unit; and its calls, each to be run once, which puts into the parts what they see and give."""
+    """The parts of a dense unit, and its calls: to be run once each, which records what the parts see and give."""
     parts = _parts(unit)
 
     def watched() -> Iterator[Call]:

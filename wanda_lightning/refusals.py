@@ -96,14 +96,21 @@ _GIB = 2**30
 def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
     """What cannot be pruned because of how FSDP2 or tensor parallelism spreads its weight over processes."""
     weight, name = layer.parameter, layer.name
-    if not isinstance(weight, DTensor) and not getattr(layer.module, "_is_fsdp_managed_module", False):
+    managed = getattr(layer.module, "_is_fsdp_managed_module", False)
+    if isinstance(weight, DTensor) and not managed:
+        raise ValueError(
+            f"the weight of {name} is spread over processes by {weight.placements}, but not by fully_shard: tensor "
+            "parallelism is not supported. Prune the model before parallelize_module, or load it without tp_plan=, and "
+            "spread the pruned model."
+        )
+    if not managed:
         return
     outer = {inside: module for inside, module in model.named_modules() if f"{name}.".startswith(_prefix(inside))}
     managers = [inside for inside, module in outer.items() if isinstance(module, FSDPModule)]
     if not managers:
         raise ValueError(
             f"the weight of {name} is managed from outside of what is pruned. Apply fully_shard to the model itself "
-            "and to its blocks, not to a module around it; tensor parallelism and FSDP1 are not supported."
+            "and to its blocks, not to a module around it; FSDP1 is not supported."
         )
     if not isinstance(weight, DTensor):  # fully_shard(ignored_params=...): each process has all of it
         return

@@ -32,6 +32,7 @@ class PrunedLayer:
         tokens: How many calibration tokens entered it; 0 where none were needed.
         note: What else is worth knowing, or empty.
         siblings: Of an expert's matrix, a glob for those of all experts of its module.
+        before: The fraction that was zero before.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PrunedLayer:
     tokens: int
     note: str = ""
     siblings: str = ""
+    before: float = 0.0
 
     @property
     def size(self) -> int:

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from wanda_lightning.cli.options import as_patterns
-from wanda_lightning.models import meta_model, walk
+from wanda_lightning.models import low_coverage, meta_model, walk
 from wanda_lightning.report import SkippedMatrix, skipped_table
 
 
@@ -53,3 +53,5 @@ def inspect_model(
         f"{len(found.layers)} layers in {len(found.units)} units hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters."
     )
+    if shortfall := low_coverage(found):
+        console.print(f"Note: {shortfall}", markup=False)
