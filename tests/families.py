@@ -433,7 +433,7 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter with two dimensions or more, a tied one under each of its modules, by the module of a `weight`."""
+    """Every parameter with two dimensions or more, a `weight` by its module, a tied one under each."""
     return {
         f"{module_name}.{name}".removesuffix(".weight").lstrip("."): parameter
         for module_name, module in model.named_modules()
