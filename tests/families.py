@@ -395,7 +395,6 @@ OTHERS: dict[str, Other] = {
             "MobileViTForImageClassification",
             "SegformerForImageClassification",
             "PvtForImageClassification",
-            "LevitForImageClassification",
             "PoolFormerForImageClassification",
             "CLIPVisionModel",
             "SiglipVisionModel",
@@ -434,9 +433,13 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter with two dimensions or more, by the name of its module if it is its `weight`."""
-    named = ((name.removesuffix(".weight"), p) for name, p in model.named_parameters(remove_duplicate=False))
-    return {name: parameter for name, parameter in named if parameter.ndim >= 2}
+    """Every parameter with two dimensions or more, a `weight` by its module, a tied one under each."""
+    return {
+        f"{module_name}.{name}".removesuffix(".weight").lstrip("."): parameter
+        for module_name, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    }
 
 
 def _finite(output: Any) -> bool:

@@ -130,7 +130,6 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
     "llama": {"num_key_value_heads": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
-    "levit": {"hidden_sizes": [16, 32, 32], "num_attention_heads": [2, 4, 4], "key_dim": [8] * 3, "image_size": 64},
     "ministral": {"head_dim": HEAD, "num_key_value_heads": 2},
     "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4},
