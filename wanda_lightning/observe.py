@@ -289,7 +289,8 @@ class _Experts:
     def _read(self, product: Product) -> None:
         layer, x = product.layer, product.tokens
         if self.seen and self.seen[-1].identity.is_also(x, layer):
-            self.seen[-1].layers.append(layer.name)
+            if layer.name not in self.seen[-1].layers:
+                self.seen[-1].layers.append(layer.name)
             return
         tokens = layer.tokens(x)
         keep = self._real(layer, x, tokens) if self._masks else None
