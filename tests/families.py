@@ -703,7 +703,8 @@ def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Ten
     def stop(*_: object) -> None:
         raise _Enough
 
-    handles = [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in unit.layers]
+    alone = [layer for layer in unit.layers if not _is_expert(layer)]
+    handles = [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in alone]
     handles.append(unit.module.register_forward_hook(stop))
     with suppress(_Enough):
         run(model, batch)

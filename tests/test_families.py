@@ -59,7 +59,19 @@ OTHERS = (
     "LlavaForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
 )
-TIMM = ("test_vit", "test_convnext", "test_resnet", "test_byobnet", "test_efficientnet", "test_mambaout", "lcnet_035")
+TIMM = {
+    "test_vit": "fused qkv",
+    "test_convnext": "depthwise convolutions, linear layers on images",
+    "test_resnet": "convolutions and batch norm",
+    "test_byobnet": "blocks by a table",
+    "test_efficientnet": "inverted bottlenecks",
+    "test_mambaout": "gates",
+    "test_nfnet": "standardised weights, which are skipped",
+    "test_coatnet": "convolution and attention by turns",
+    "mobilevit_xxs": "patches unfolded inside",
+    "levit_128s": "batch norm behind linear layers",
+}
+MANY_INPUTS = {"crossvit_tiny_240": "two branches", "coat_tiny": "blocks of several inputs, shared layers"}
 
 
 def of(name):
@@ -85,6 +97,11 @@ def test_an_encoder_or_a_vision_model(name):
 @pytest.mark.parametrize("name", TIMM)
 def test_an_image_model(name):
     families.check(families.of_timm(name))
+
+
+@pytest.mark.parametrize("name", MANY_INPUTS)
+def test_an_image_model_of_many_units(name):
+    families.check(families.of_timm(name), slowly=False)
 
 
 # ---- the checks can fail

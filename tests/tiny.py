@@ -79,7 +79,11 @@ _SIZES: list[tuple[int, str]] = [
         """image_size crop_size prompt_types segment_types position_bias_num_buckets
         relative_attention_num_buckets num_centroids num_buckets""",
     ),
-    (1, "topk_group num_nextn_predict_layers num_hash_functions encoder_hash_byte_group_nb_functions"),
+    (
+        1,
+        """topk_group num_nextn_predict_layers num_hash_functions encoder_hash_byte_group_nb_functions
+        first_k_dense_replace num_dense_layers moe_layer_start_index""",
+    ),
     (
         VOCABULARY,
         """vocab_size vocab_size_per_layer_input decoder_vocab_size audio_vocab_size unpadded_vocab_size
