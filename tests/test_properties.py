@@ -49,11 +49,19 @@ class Case:
         return {layer.name: layer.read().clone() for layer in walk(self.model, include_grouped=True).layers}
 
 
+def seeded(module, seed):
+    """The generator that the weights came from."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return generator
+
+
 @st.composite
 def linear(draw, dtypes):
     dtype, d_in, d_out = draw(dtypes), draw(st.integers(1, 24)), draw(st.integers(1, 5))
     module = draw(st.sampled_from([lambda: nn.Linear(d_in, d_out), lambda: Conv1D(d_out, d_in)]))()
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
     batches, tokens = [], []
     for samples, length, padded in draw(
         st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), st.booleans()), min_size=1, max_size=3)
@@ -96,7 +104,7 @@ def convolution(draw, dtypes):
     for length, pad, k, d in zip(size, pads, kernel, dilation, strict=True):
         assume(length + sum(pad) > d * (k - 1))
         assume(mode == "zeros" or max(pad) < length)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
     counts = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
     batches = [torch.randn(count, channels, *size, generator=generator).to(dtype) for count in counts]
     each, tokens = channels // groups, {}
