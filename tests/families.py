@@ -786,7 +786,7 @@ def document(results: Sequence[Result]) -> str:
     lines += [_summary(KINDS[kind], [r for r in results if r.kind == kind]) for kind in kinds]
     lines += ["", share(results)]
     for kind in kinds:
-        own = [result for result in results if result.kind == kind]
+        own = sorted((result for result in results if result.kind == kind), key=lambda result: result.name)
         lines += ["", f"## {KINDS[kind]}", ""]
         if bad := [result for result in own if result.status != "passes"]:
             lines += ["| family | class | | cause |", "| --- | --- | --- | --- |"]
