@@ -1,0 +1,267 @@
+"""How layers are seen as matrices, and which matrices a parameter holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from wanda_lightning.distributed import local
+from wanda_lightning.models.experts import siblings_of, stacked_experts
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one type of layer is seen as a matrix product `tokens @ weight.T`.
+
+    Attributes:
+        layer_type: The class; subclasses count if they keep its forward.
+        read: A weight in the layer's own layout as (d_out, d_in), a view where the layout allows.
+        write: Puts such a matrix back into the weight.
+        tokens: What the layer was called with, as (tokens, d_in).
+        outputs: What it gave, as (tokens, d_out).
+        window: What else than the tensor itself decides its tokens; layers with one input and one window share
+            statistics.
+        rows_first: Whether the weight's first dimension is d_out, so that some of its rows can be read alone.
+    """
+
+    layer_type: type[nn.Module]
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor, Tensor], object]
+    tokens: Callable[[Any, Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    window: Callable[[Any], object]
+    rows_first: bool = True
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+    return _rows(x)
+
+
+# Kernel positions outside, input channels inside: where M divides the channels, an N:M group is consecutive channels of
+# one kernel position, the reduction order of sparse implicit-GEMM convolutions.
+def _read_conv2d(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _write_conv2d(weight: Tensor, matrix: Tensor) -> None:
+    _, channels, height, width = weight.shape
+    weight.copy_(matrix.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2))
+
+
+def _conv2d_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    if images.ndim == 3:
+        images = images.unsqueeze(0)
+    if layer.padding_mode != "zeros":
+        images = F.pad(images, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    elif any(layer._reversed_padding_repeated_twice):
+        images = F.pad(images, layer._reversed_padding_repeated_twice)
+    if layer.kernel_size == (1, 1):
+        vertical, horizontal = layer.stride
+        return images[:, :, ::vertical, ::horizontal].permute(0, 2, 3, 1).flatten(0, 2)
+    columns = F.unfold(images, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    columns = columns.unflatten(1, (images.shape[1], -1))  # (batch, channels, kernel positions, places)
+    return columns.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+
+
+def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    from timm.layers.padding import pad_same
+
+    padded = pad_same(images, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
+    return _conv2d_tokens(layer, padded)  # its own padding is 0
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.movedim(-3, -1).flatten(0, -2)
+
+
+def _conv2d_window(layer: nn.Conv2d) -> object:
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode
+
+
+@cache
+def layer_kinds() -> dict[str, LayerKind]:
+    """The layer types that can be pruned, by name."""
+    from timm.layers.conv2d_same import Conv2dSame
+    from transformers.pytorch_utils import Conv1D
+
+    convolution = LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _pixels, _conv2d_window)
+    return {
+        "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ()),
+        "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
+            Conv1D,
+            Tensor.t,
+            lambda weight, matrix: weight.copy_(matrix.t()),
+            _linear_tokens,
+            _rows,
+            lambda layer: (),
+            rows_first=False,
+        ),
+        "Conv2d": convolution,
+        "Conv2dSame": replace(convolution, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),  # pads by input size
+    }
+
+
+# An expert's matrix in a parameter (experts, d_out, d_in), or (experts, d_in, d_out).
+EXPERT_BY_ROWS = LayerKind(nn.Module, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ())
+EXPERT_BY_COLUMNS = replace(
+    EXPERT_BY_ROWS, read=Tensor.t, write=lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False
+)
+
+
+def of_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
+    """What a group of a convolution sees and gives: its channels."""
+
+    def part(images: Tensor) -> Tensor:
+        return images.chunk(groups, -3)[group]
+
+    return replace(
+        kind,
+        tokens=lambda layer, images: kind.tokens(layer, part(images)),
+        outputs=lambda images: kind.outputs(part(images)),
+        window=lambda layer: (kind.window(layer), group, groups),
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable matrix and the module that it lives in.
+
+    Attributes:
+        name: Its module, or an expert's number in the parameter (`experts.down_proj.3`), or a group (`conv.group3`).
+        module: Where it lives.
+        kind: How it is seen as a matrix.
+        parameter_name: What the module calls the parameter that holds it.
+        expert: Its number in a parameter of three dimensions, which holds a matrix for each expert; else None.
+        group: Which group of a grouped convolution it is, and of how many; else None.
+        siblings: The experts' matrices of which this is one, as a glob; `""` where it is no expert's.
+    """
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+    parameter_name: str = "weight"
+    expert: int | None = None
+    group: tuple[int, int] | None = None
+    siblings: str = ""
+
+    def read(self) -> Tensor:
+        """The weight as (d_out, d_in); of a sharded one, the rows of this process."""
+        return self.kind.read(self.weight)
+
+    def write(self, matrix: Tensor) -> None:
+        """Put such a matrix back, in place."""
+        self.kind.write(self.weight, matrix)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """What the layer was called with, as (tokens, d_in)."""
+        return self.kind.tokens(self.module, x)
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """What the layer gave, as (tokens, d_out)."""
+        return self.kind.outputs(y)
+
+    @property
+    def window(self) -> object:
+        """Layers with the same input tensor and an equal window have the same tokens."""
+        return self.kind.layer_type, self.kind.window(self.module)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter itself, in its own shape; it may hold other experts or groups, too."""
+        weight = getattr(self.module, self.parameter_name)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What belongs to this layer of a tensor that has the shape of its parameter."""
+        if self.group is not None:
+            which, groups = self.group
+            return tensor.chunk(groups)[which]
+        return tensor if self.expert is None else tensor[self.expert]
+
+    @property
+    def weight(self) -> Tensor:
+        """The values without gradients; of a sharded parameter, those of this process."""
+        return self.part(local(self.parameter.detach()))
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight in its own layout, over all processes."""
+        return tuple(self.part(torch.empty(self.parameter.shape, device="meta")).shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the whole matrix, over all processes."""
+        d_out, d_in = self.kind.read(torch.empty(self.stored_shape, device="meta")).shape
+        return d_out, d_in
+
+    @property
+    def size(self) -> int:
+        """Number of weights, over all processes."""
+        return math.prod(self.stored_shape)
+
+
+def layers_of(
+    name: str,
+    module: nn.Module,
+    parameter_name: str,
+    modules: Mapping[str, nn.Module],
+    by_columns: Mapping[type[nn.Module], bool],
+) -> list[Layer]:
+    """The layers that a parameter holds: one, or one for each expert or group, or none."""
+    if parameter_name == "weight" and any(isinstance(module, kind.layer_type) for kind in layer_kinds().values()):
+        kind = kind_of(module)
+        if kind is None:
+            return []
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        if groups == 1:
+            return [Layer(name, module, kind, siblings=siblings_of(name, modules))]
+        return [Layer(f"{name}.group{g}", module, of_group(kind, g, groups), group=(g, groups)) for g in range(groups)]
+    if parameter_name not in stacked_experts(module) or type(module) not in by_columns:
+        return []
+    kind = EXPERT_BY_COLUMNS if by_columns[type(module)] else EXPERT_BY_ROWS
+    number = len(getattr(module, parameter_name))
+    return [Layer(f"{name}.{e}", module, kind, parameter_name, e, siblings=f"{name}.*") for e in range(number)]
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """How a module is seen as a matrix, if it is a product with its weight."""
+    if parametrize.is_parametrized(module, "weight"):
+        return None
+    kinds = [kind for kind in layer_kinds().values() if isinstance(module, kind.layer_type)]
+    kept = [kind for kind in kinds if type(module).forward is kind.layer_type.forward]
+    if not kept and isinstance(module, nn.Linear) and _acts_as_linear(module):
+        kept = kinds
+    return kept[0] if kept else None
+
+
+@torch.no_grad()
+def _acts_as_linear(module: nn.Linear) -> bool:
+    """Whether a forward of its own gives `x W^T + b` all the same, tried on a small stand-in of the module.
+
+    Like timm's Linear, which once cast for autocast, or Falcon's. What quantises, scales or routes does not.
+    """
+    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], device="cpu")
+    bias = None if module.bias is None else torch.tensor([0.6, -1.1], device="cpu")
+    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], device="cpu")
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__ = {**module.__dict__, "in_features": 3, "out_features": 2}
+    stand_in.__dict__["_parameters"] = {**module._parameters, "weight": weight, "bias": bias}
+    try:
+        with torch.autocast("cpu", enabled=False):
+            given, expected = type(module).forward(stand_in, x), F.linear(x, weight, bias)
+            return given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-5)
+    except Exception:  # whatever it needs, it is not the weight and the bias alone
+        return False
