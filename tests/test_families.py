@@ -23,6 +23,7 @@ CAUSAL = {
     "gemma3n_text": "per-layer inputs, AltUp, shared keys and values",
     "phi": "parallel attention",
     "phi3": "fused qkv",
+    "falcon": "parallel attention, its own linear class",
     "gptj": "parallel attention, partial rotary",
     "bloom": "ALiBi, fused qkv",
     "mpt": "ALiBi",
