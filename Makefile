@@ -21,7 +21,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto  # one process a core: more threads only wait for each other
 
 # A real Llama-architecture model, pruned to 50 % with magnitude and with Wanda, on text that needs no network.
 demo: .venv/installed $(SMOLLM2)
