@@ -82,12 +82,13 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
     trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
     held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or trained
     inside = {module: name for name, module in part.module.named_modules()}
-    weights = {f"{inside[layer.module]}.{layer.parameter_name}": layer.parameter.detach() for layer in part.layers}
+    paths = {layer.name: f"{inside[layer.module]}.{layer.parameter_name}" for layer in part.layers}
+    weights = {paths[layer.name]: layer.parameter.detach() for layer in part.layers}
     # Wider than bfloat16, where small steps would be lost.
     wide = {name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()}
     trains = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     for layer in part.layers:  # of a parameter that holds many, some may be left dense
-        layer.part(trains[f"{inside[layer.module]}.{layer.parameter_name}"]).copy_(layer.weight != 0)
+        layer.part(trains[paths[layer.name]]).copy_(layer.weight != 0)
     masters = {name: weight.clone().requires_grad_() for name, weight in wide.items()}
 
     def at(values: Mapping[str, Tensor], name: str) -> Tensor:
@@ -96,7 +97,7 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
     def squares(x: Tensor, run: _Run) -> Tensor:
         if mask := fitting_mask(masks[run.call.batch] or (), part.name, x):
             x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
-        return x.float().square().sum()
+        return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
 
     def error(run: _Run, training: bool = False) -> Tensor:
         with run.call.ambient.entered(), torch.set_grad_enabled(training):

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from wanda_lightning.models.layers import (
-    Layer,
-)
+from wanda_lightning.models.layers import Layer
 
 _USUAL = ("adapter", "embedding", "output head", "router", "stem", "tied to ")  # starts of reasons that surprise nobody
 _ENOUGH = 0.8  # of the weights that a user would think pruned

@@ -12,10 +12,7 @@ from torch.nn.utils import parametrize
 
 from wanda_lightning.models.experts import routers, stacked_experts
 from wanda_lightning.models.found import Skipped
-from wanda_lightning.models.layers import (
-    kind_of,
-    layer_kinds,
-)
+from wanda_lightning.models.layers import kind_of, layer_kinds
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
 _STANDARDISED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")

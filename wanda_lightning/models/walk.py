@@ -12,10 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.core.names import matches, refuse_unmatched
 from wanda_lightning.models.experts import stored_by_columns
 from wanda_lightning.models.found import Skipped, Unit, Walk
-from wanda_lightning.models.layers import (
-    Layer,
-    layers_of,
-)
+from wanda_lightning.models.layers import Layer, layers_of
 from wanda_lightning.models.reasons import is_packed, is_packed_weight, packed, quantiser, reasons_to_skip, why_no_layer
 
 Granularity = Literal["block", "layer", "model"]
