@@ -206,6 +206,31 @@ def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver):
     assert error(solver) <= error(ZeroOut()) * (1 + 1e-9)
 
 
+TOGETHER = {
+    "one pattern": [(Unstructured(), 0.5), (Unstructured(), 0.5)],
+    "unequal shares": [(Unstructured("layer"), 0.3), (Unstructured("layer"), 0.7)],
+    "2:4": [(NM(2, 4), 0.5), (NM(2, 4), 0.5)],
+    "mixed N:M": [(NM(2, 4), 0.5), (NM(1, 4), 0.75)],
+    "one dense": [(Unstructured(), 0.0), (NM(4, 8), 0.5)],
+}
+
+
+@EVERY_SOLVER
+@pytest.mark.parametrize("goals", TOGETHER.values(), ids=TOGETHER)
+@EVERY_CRITERION
+def test_layers_with_the_same_inputs_are_pruned_as_each_alone(criterion, goals, solver):
+    weight, tokens = random_layer(torch.float64)
+    criterion = CRITERIA[criterion]()
+    inputs = statistics(tokens, criterion, solver)
+    weights = [weight[:5], weight[5:].float()]
+    both = solver.together(weights, inputs, criterion, goals)
+    for (pruned, keep), part, (pattern, sparsity) in zip(both, weights, goals, strict=True):
+        alone, keep_alone = solver(part, inputs, criterion, pattern, sparsity)
+        assert pruned.dtype == part.dtype
+        assert torch.equal(keep, keep_alone)
+        torch.testing.assert_close(pruned, alone, rtol=1e-6, atol=1e-9)
+
+
 @EVERY_SOLVER
 @EVERY_PATTERN
 def test_layout_of_the_weight_does_not_matter(pattern, solver):

@@ -57,8 +57,9 @@ def test_keep_largest_is_a_stable_sort(scores, data):
 
 @pytest.mark.parametrize("size", [15, 16, 17, 18])  # pairwise comparison up to 16, a selection above
 @pytest.mark.parametrize("levels", [1, 3, 10_000])
-def test_keep_largest_on_both_sides_of_the_small_group(size, levels):
-    scores = torch.randint(0, levels, (20, size), generator=torch.Generator().manual_seed(size)).float()
+@pytest.mark.parametrize("groups", [20, 2049])  # up to 2048, a sort instead of the comparison
+def test_keep_largest_on_both_sides_of_the_small_group(groups, size, levels):
+    scores = torch.randint(0, levels, (groups, size), generator=torch.Generator().manual_seed(size)).float()
     for count in range(size + 1):
         expected = reference.keep_largest(scores.numpy(), count)
         for view in [scores, *non_contiguous_views(scores)]:

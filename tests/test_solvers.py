@@ -98,6 +98,17 @@ def test_too_few_tokens_are_dampened(caplog):
         solved(SparseGPT(), weight, tokens)
 
 
+class Parallel(torch.nn.Module):
+    """Three layers with one input, and one with another."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.out, self.k, self.v = (torch.nn.Linear(*shape) for shape in ((16, 8), (8, 16), (16, 8), (16, 8)))
+
+    def forward(self, x):
+        return self.out(self.q(x) * self.k(x) + self.v(x))
+
+
 def test_one_factorisation_for_layers_with_one_input(monkeypatch):
     from wanda_lightning.core import statistics as module
 
@@ -106,20 +117,28 @@ def test_one_factorisation_for_layers_with_one_input(monkeypatch):
     monkeypatch.setattr(module, "inverse_factor", lambda *args: made.append(args) or original(*args))
     torch.manual_seed(0)
 
-    class Parallel(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.v = (torch.nn.Linear(16, 8) for _ in range(3))
-            self.out = torch.nn.Linear(8, 16)
-
-        def forward(self, x):
-            return self.out(self.q(x) * self.k(x) + self.v(x))
-
     for granularity, expected in {"block": 2, "layer": 2, "model": 2}.items():
         made.clear()
         blocks = torch.nn.Sequential(Parallel(), Parallel())
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", granularity=granularity, progress=False)
         assert len(made) == 2 * expected
+
+
+@pytest.mark.parametrize("granularity", ["block", "model"])
+def test_rows_of_layers_with_one_input_are_solved_together(granularity, monkeypatch):
+    solved_together = []
+    original = SparseGPT.together
+
+    def spy(self, weights, *others):
+        solved_together.append([tuple(weight.shape) for weight in weights])
+        return original(self, weights, *others)
+
+    monkeypatch.setattr(SparseGPT, "together", spy)
+    blocks = torch.nn.Sequential(Parallel(), Parallel())
+    report = prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", granularity=granularity, progress=False)
+    assert solved_together == [[(8, 16)] * 3, [(16, 8)]] * 2
+    assert [layer.name for layer in report.layers] == [f"{i}.{name}" for i in "01" for name in ("q", "out", "k", "v")]
+    assert {layer.sparsity for layer in report.layers} == {0.5}
 
 
 # ---- least squares

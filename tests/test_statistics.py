@@ -48,6 +48,13 @@ def test_sums_are_those_of_a_loop(name, dtype):
     np.testing.assert_allclose(reference.array(inputs.sums[name]), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 511, 512, 513, 1100])  # made of halves from 512 on
+def test_a_wide_gram_matrix_is_that_of_one_product(width):
+    tokens = torch.randn(30, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = statistics(tokens).sums["gram"]
+    np.testing.assert_allclose(gram.numpy(), tokens.numpy().T @ tokens.numpy(), rtol=0, atol=1e-12)
+
+
 def test_norm_is_the_root_of_the_square_sum():
     tokens = tokens_of(1)
     np.testing.assert_allclose(

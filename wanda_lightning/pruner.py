@@ -25,6 +25,7 @@ from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Reconstruct, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import Weight
 from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
 from wanda_lightning.gradients import fisher
 from wanda_lightning.lockstep import Stop, abreast, lockstep
@@ -502,8 +503,10 @@ def _prune_unit(
     dense: dict[str, str],
 ) -> None:
     """Prune what the batches reached; into `dense` goes why another layer was not."""
+    together: dict[object, list[Layer]] = {}
+    notes: dict[str, list[str]] = {}
     for layer in unit.layers:
-        inputs, notes = None, []
+        notes[layer.name] = []
         if statistics is not None:
             inputs = statistics.get(layer.name)
             if inputs is None or not _was_reached(inputs):
@@ -514,30 +517,49 @@ def _prune_unit(
                 dense[layer.name] = _ALL_ZERO
                 continue
             if inactive:
-                notes.append(f"{inactive} inputs never active")
+                notes[layer.name].append(f"{inactive} inputs never active")
         if layer.name in observer.padding_counted:
-            notes.append("padding counted: inputs do not line up with the attention_mask")
+            notes[layer.name].append("padding counted: inputs do not line up with the attention_mask")
         if layer.name in observer.not_routed:
-            notes.append("every token counted: the model gives each to all experts")
-        pruned.append(_prune_layer(config, layer, inputs, *goals[layer.name]))
-        if layer.name in observer.pooled:
-            pruned[-1].tokens = observer.pooled[layer.name]
-            notes.append("few tokens: pruned with those of all experts")
-        pruned[-1].note = "; ".join(notes)
+            notes[layer.name].append("every token counted: the model gives each to all experts")
+        # Experts, of which a hundred may have the statistics of all, are not held at once.
+        same = layer.name if statistics is None or layer.expert is not None else statistics[layer.name]
+        together.setdefault(same, []).append(layer)
+    for layers in together.values():
+        inputs = None if statistics is None else statistics[layers[0].name]
+        for done in _prune_layers(config, layers, inputs, goals):
+            pruned.append(done)
+            if done.name in observer.pooled:
+                done.tokens = observer.pooled[done.name]
+                notes[done.name].append("few tokens: pruned with those of all experts")
+            done.note = "; ".join(notes[done.name])
 
 
-def _prune_layer(
-    config: PruningConfig, layer: Layer, inputs: InputStatistics | None, pattern: Pattern, target: float
-) -> PrunedLayer:
-    solver, weight, before, sparsity = cast(Solver, config.solver), layer.read(), 0.0, 0.0
-    if len(weight):  # of a matrix with fewer rows than processes, some have none
-        before = int((weight == 0).count_nonzero()) / weight.numel()
-        with torch.autocast(weight.device.type, enabled=False):  # a mixed-precision Trainer's would round it
-            weight, _ = solver(weight, inputs, cast(Criterion, config.criterion), pattern, target)
-        layer.write(weight)
-        sparsity = int((weight == 0).count_nonzero()) / weight.numel()
-    tokens = inputs.count if inputs else 0
-    return PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, siblings=layer.siblings, before=before)
+def _prune_layers(
+    config: PruningConfig, layers: Sequence[Layer], inputs: InputStatistics | None, goals: Goals
+) -> Iterator[PrunedLayer]:
+    """Prune layers with the same inputs."""
+    solver, criterion = cast(Solver, config.solver), cast(Criterion, config.criterion)
+    weights = {layer.name: layer.read() for layer in layers}
+    rows = {name: weight for name, weight in weights.items() if len(weight)}  # a process may have none of a small one
+    solved: dict[str, Weight] = {}
+    if rows:
+        device = next(iter(rows.values())).device
+        with torch.autocast(device.type, enabled=False):  # a mixed-precision Trainer's would round it
+            pairs = solver.together([*rows.values()], inputs, criterion, [goals[name] for name in rows])
+        solved = {name: weight for name, (weight, _) in zip(rows, pairs, strict=True)}
+    for layer in layers:
+        before = sparsity = 0.0
+        if layer.name in solved:
+            before = _zeros(weights[layer.name])
+            layer.write(solved[layer.name])
+            sparsity = _zeros(solved[layer.name])
+        tokens, target = inputs.count if inputs else 0, goals[layer.name][1]
+        yield PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, siblings=layer.siblings, before=before)
+
+
+def _zeros(weight: Weight) -> float:
+    return int((weight == 0).count_nonzero()) / weight.numel()
 
 
 def _train_part(

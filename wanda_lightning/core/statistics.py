@@ -24,9 +24,27 @@ def _square_sum(tokens: Tokens) -> PerInput:
     return tokens.square().sum(dim=0)
 
 
+_WIDE = 512  # inputs from which on a Gram matrix is made of halves
+
+
 def _gram(tokens: Tokens) -> Gram:
     with torch.autocast(tokens.device.type, enabled=False), _full_precision():
-        return torch.mm(tokens.t(), tokens)
+        gram = tokens.new_empty(tokens.shape[1], tokens.shape[1])
+        _write_gram(tokens, gram)
+        return gram
+
+
+def _write_gram(tokens: Tokens, gram: Gram) -> None:
+    """What is above the diagonal is below it too, so that it takes to multiply little more than half."""
+    if len(gram) < _WIDE:
+        torch.mm(tokens.t(), tokens, out=gram)
+        return
+    half = len(gram) // 2
+    first, second = tokens[:, :half], tokens[:, half:]
+    _write_gram(first, gram[:half, :half])
+    _write_gram(second, gram[half:, half:])
+    torch.mm(first.t(), second, out=gram[:half, half:])
+    gram[half:, :half] = gram[:half, half:].t()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from wanda_lightning.core.criteria import Criterion, Wanda
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, Weight
+from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
 
 def as_integers(tensor: Tensor) -> Tensor:
@@ -49,3 +50,21 @@ class Solver(ABC):
         sparsity: float,
     ) -> tuple[Weight, KeepMask]:
         """Give the new weight, in the old one's dtype and zero where not kept, and what was kept."""
+
+    def together(
+        self,
+        weights: Sequence[OneWeight],
+        inputs: InputStatistics | None,
+        criterion: Criterion,
+        goals: Sequence[tuple[Pattern, float]],
+    ) -> list[tuple[OneWeight, OneMask]]:
+        """What becomes of several matrices that have the same inputs, such as queries, keys and values.
+
+        Args:
+            weights: All of the same width.
+            inputs: Of each.
+            criterion: Of each.
+            goals: Pattern and sparsity of each.
+        """
+        pairs = zip(weights, goals, strict=True)
+        return [self(weight, inputs, criterion, pattern, sparsity) for weight, (pattern, sparsity) in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from wanda_lightning.core.criteria import Criterion
@@ -9,7 +10,7 @@ from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.solvers.zero_out import ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, Weight
+from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,13 @@ class Reconstruct(Solver):
     ) -> tuple[Weight, KeepMask]:
         """What the other solver gives, to be trained when all layers of the block have it (`reconstruction.train`)."""
         return self.solver(weight, inputs, criterion, pattern, sparsity)
+
+    def together(
+        self,
+        weights: Sequence[OneWeight],
+        inputs: InputStatistics | None,
+        criterion: Criterion,
+        goals: Sequence[tuple[Pattern, float]],
+    ) -> list[tuple[OneWeight, OneMask]]:
+        """As the other solver."""
+        return self.solver.together(weights, inputs, criterion, goals)

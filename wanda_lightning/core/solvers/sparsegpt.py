@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import lcm
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +15,7 @@ from wanda_lightning.core.criteria import Criterion, Saliency
 from wanda_lightning.core.patterns import NM, Pattern
 from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, Weight
+from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
 _AT_ONCE = 32  # columns whose updates are made one by one; those behind them get one product
 
@@ -59,57 +62,106 @@ class SparseGPT(Solver):
         sparsity: float,
     ) -> tuple[Weight, KeepMask]:
         """Choose and update, block by block."""
+        return self.together([weight], inputs, criterion, [(pattern, sparsity)])[0]
+
+    def together(
+        self,
+        weights: Sequence[OneWeight],
+        inputs: InputStatistics | None,
+        criterion: Criterion,
+        goals: Sequence[tuple[Pattern, float]],
+    ) -> list[tuple[OneWeight, OneMask]]:
+        """All rows at once, as those of one matrix: a column costs some small steps, however many rows it has."""
         assert inputs is not None, "SparseGPT reads the inputs"
         factor = inputs.inverse_factor(self.dampening)
-        alive = (weight != 0) & (inputs.sums["gram"].diagonal() != 0)
+        scaled = factor / factor.diagonal()[:, None]
         # Columns are rows here: each is read and written as one piece of memory.
-        columns = weight.to(factor.dtype).t().contiguous().mul_(alive.t())
-        keep = torch.empty_like(columns, dtype=torch.bool)
+        columns = torch.cat([weight.to(factor.dtype).t() for weight in weights], dim=1)
+        alive = (columns != 0) & (inputs.sums["gram"].diagonal() != 0)[:, None]
+        columns.mul_(alive)
+        gone = torch.empty_like(columns)  # 1 or 0: a product with booleans is many times as slow
+        ends = list(accumulate(len(weight) for weight in weights))
+        members = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+        choices: list[_Choice] = []
         if self.choose == "before":
-            keep.copy_((pattern(criterion(weight, inputs), sparsity) & alive).t())
-        group = pattern.m if isinstance(pattern, NM) and self.choose == "block" else 0
-        size, at_once = (_multiple(self.block_size, group), _multiple(_AT_ONCE, group))
-        rows, pruned = len(weight), 0
+            for weight, rows, (pattern, sparsity) in zip(weights, members, goals, strict=True):
+                gone[:, rows] = ~(pattern(criterion(weight, inputs), sparsity).t() & alive[:, rows])
+        else:
+            choices = _choices(criterion, members, goals)
+        whole = lcm(*(choice.group for choice in choices if choice.group))
+        size, at_once = _multiple(self.block_size, whole), _multiple(_AT_ONCE, whole)
         for start in range(0, len(columns), size):
             stop = min(start + size, len(columns))
             here = slice(start, stop)
-            block, block_keep = columns[here], keep[here]
-            if self.choose == "block" and not group:
-                # What earlier blocks rounded down is made up for, so that whole rows have their exact number.
-                share = (sparsity * stop * rows - pruned + 1e-6) / (block.shape[0] * rows)
-                block_keep.copy_(_chosen(criterion, pattern, share, block, alive[:, here], inputs.columns(start, stop)))
-                pruned += int((~block_keep).sum())
-            errors = torch.empty_like(block)
-            for first in range(0, len(block), at_once):
-                last = min(first + at_once, len(block))
-                for index in range(first, last):
-                    if group and index % group == 0:
-                        end = index + group
-                        now, of = block[index:end], inputs.columns(start + index, start + end)
-                        lives = alive[:, start + index : start + end]
-                        block_keep[index:end] = _chosen(criterion, pattern, sparsity, now, lives, of)
-                    position = start + index
-                    error = torch.mul(block[index], ~block_keep[index], out=errors[index])
-                    error.div_(factor[position, position])
-                    block[index + 1 : last].addr_(factor[position, position + 1 : start + last], error, alpha=-1)
-                _subtract(block[last:], factor[start + first : start + last, start + last : stop], errors[first:last])
-            _subtract(columns[stop:], factor[here, stop:], errors)
+            block, errors = columns[here], torch.empty_like(columns[here])
+            for choice in choices:
+                if not choice.group:
+                    choice(here, columns, alive, gone, inputs)
+            for first in range(start, stop, at_once):
+                last = min(first + at_once, stop)
+                now = slice(first, last)
+                steps = zip(columns[now].unbind(), gone[now].unbind(), scaled[now, now].unbind(), strict=True)
+                for index, (column, pruned, row) in enumerate(steps):
+                    for choice in choices:
+                        if choice.group and index % choice.group == 0:
+                            group = slice(first + index, first + index + choice.group)
+                            choice(group, columns, alive, gone, inputs)
+                    error = torch.mul(column, pruned, out=errors[first - start + index])
+                    columns[first + index + 1 : last].addr_(row[index + 1 :], error, alpha=-1)
+                _subtract(block[last - start :], scaled[now, last:stop], errors[first - start : last - start])
+            _subtract(columns[stop:], scaled[here, stop:], errors)
+        keep = gone == 0
         columns.masked_fill_(~keep, 0)
-        return columns.t().to(weight.dtype, memory_format=torch.contiguous_format), keep.t().contiguous()
+        return [
+            (
+                columns[:, rows].t().to(weight.dtype, memory_format=torch.contiguous_format),
+                keep[:, rows].t().contiguous(),
+            )
+            for weight, rows in zip(weights, members, strict=True)
+        ]
+
+
+@dataclass
+class _Choice:
+    """How the mask of some rows is chosen: N:M a group at a time, any other pattern a block at a time."""
+
+    criterion: Criterion
+    rows: slice
+    pattern: Pattern
+    sparsity: float
+    group: int
+    pruned: int = 0
+
+    def __call__(self, here: slice, columns: Tensor, alive: Tensor, gone: Tensor, inputs: InputStatistics) -> None:
+        """Choose in some columns, all before which are done."""
+        lives = alive[here, self.rows]
+        # Weights that were zero have taken up updates; a zero again, they score lowest.
+        weight = columns[here, self.rows].mul(lives).t().contiguous()
+        share = self.sparsity
+        if not self.group:
+            # What earlier blocks rounded down is made up for, so that whole rows have their exact number.
+            share = (share * here.stop * len(weight) - self.pruned + 1e-6) / weight.numel()
+        kept = self.pattern(self.criterion(weight, inputs.columns(here.start, here.stop)), share).t()
+        pruned = gone[here, self.rows].copy_(~(kept & lives))
+        if not self.group:
+            self.pruned += int(pruned.count_nonzero())
+
+
+def _choices(criterion: Criterion, members: Sequence[slice], goals: Sequence[tuple[Pattern, float]]) -> list[_Choice]:
+    """One for each layer; layers with the same N:M, which looks at each row for itself, share one."""
+    choices: list[_Choice] = []
+    for rows, (pattern, sparsity) in zip(members, goals, strict=True):
+        group = pattern.m if isinstance(pattern, NM) else 0
+        if group and choices and choices[-1].pattern == pattern and not criterion.spans_rows:
+            choices[-1].rows = slice(choices[-1].rows.start, rows.stop)
+        else:
+            choices.append(_Choice(criterion, rows, pattern, sparsity, group))
+    return choices
 
 
 def _multiple(size: int, group: int) -> int:
     """About `size`, in whole groups."""
-    return max(1, size // group) * group if group else size
-
-
-def _chosen(
-    criterion: Criterion, pattern: Pattern, sparsity: float, columns: Tensor, alive: Tensor, inputs: InputStatistics
-) -> Tensor:
-    """What to keep of some columns, as (columns, rows)."""
-    # Weights that were zero have taken up updates; a zero again, they score lowest.
-    weight = columns.t().contiguous().mul_(alive)
-    return (pattern(criterion(weight, inputs), sparsity) & alive).t()
+    return max(1, size // group) * group
 
 
 def _subtract(columns: Tensor, factor: Tensor, errors: Tensor) -> None:
