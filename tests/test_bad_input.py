@@ -160,25 +160,14 @@ def test_n_of_m_with_another_sparsity(pattern, sparsity, only):
 
 
 @EVERY_GRANULARITY
-def test_n_of_m_with_a_width_that_does_not_fit(granularity):
-    def make():
-        return Chain(6)
-
-    message = refusal(build(make), Untouched(), pattern="2:4", granularity=granularity)
-    assert_says(message, "multiple of 4", "blocks.0.up has 6", "skip=['blocks.0.up']", "pattern='unstructured'")
-    prune(build(make), vectors(6), pattern="2:4", skip=["*.up", "head"], granularity=granularity, progress=False)
-    prune(build(make), vectors(6), pattern="unstructured", granularity=granularity, progress=False)
-
-
-def test_a_width_that_does_not_fit_in_the_last_layer_only():
-    def make():
-        model = Chain()
-        model.head = nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 4))
-        return model
-
-    message = refusal(build(make), Untouched(), pattern="2:4")
-    assert_says(message, "head.1 has 10", "skip=['head.1']")
-    prune(build(make), vectors(), pattern="2:4", skip=["head.1"], progress=False)
+def test_n_of_m_that_fits_no_layer(granularity):
+    message = refusal(build(), Untouched(), 0.6, pattern="2:5", granularity=granularity)
+    assert_says(message, "NM(n=2, m=5) fits none of the 9 layers", "blocks.0.up largest", "width 8 ", "multiple of 5")
+    assert_says(message, "an N:M whose M divides the input widths", "pattern='unstructured'")
+    prune(build(), vectors(), pattern="4:8", granularity=granularity, progress=False)
+    prune(build(), vectors(), pattern="unstructured", granularity=granularity, progress=False)
+    message = refusal(build(lambda: Chain(6)), Untouched(), pattern="2:4", only=["head"], granularity=granularity)
+    assert_says(message, "none of the 1 layers", "head largest: input width 6 is not a multiple of 4")
 
 
 @EVERY_GRANULARITY

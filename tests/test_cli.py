@@ -403,7 +403,10 @@ REFUSED = [
     (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "2:4 has a sparsity of 0.5, but 0.7 was asked for"),
     (["--sparsity_type", "4:2"], "1 <= N < M, but 4:2 was given"),
     (["--sparsity_type", "0:4"], "1 <= N < M, but 0:4 was given"),
-    (["--sparsity_type", "3:6"], "needs an input width that is a multiple of 6, but model.layers.0.self_attn.q_proj"),
+    (
+        ["--sparsity_type", "3:6"],
+        "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",
+    ),
     (["--sparsity_type", "diagonal"], "--sparsity_type is unstructured or N:M such as 2:4, but diagonal was given"),
     (["--use_variant", "--prune_method", "magnitude"], "use --prune_method wanda"),
     (["--use_variant", "--sparsity_type", "2:4"], "--use_variant is for --sparsity_type unstructured, but 2:4"),
@@ -717,9 +720,21 @@ def test_inspect_a_timm_model(capsys):
     assert "in 1 units" in out
 
 
+def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    folder = str(inputs / "llama")
+    assert run("inspect", "--model", folder, "--sparsity_type", "16:64") == 0
+    out = capsys.readouterr().out
+    assert "2 layers in 2 units hold 4,096 weights" in out
+    assert any("input width 32 is not a multiple of 64" in row and " 12 " in row for row in out.splitlines())
+    assert "Note: the pattern does not fit 12 layers, model.layers.0.mlp.gate_proj largest (input width 32 is" in out
+    assert "Note: only 20% of the weights" in out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--model", "timm:test_vit", "--sparsity_type", "diagonal"], "--sparsity_type is unstructured or N:M such as"),
         (["--model", "gone"], "couldn't connect to 'https://huggingface.co'"),
         (["--model", "gone.gguf"], "there is no GGUF file gone.gguf"),
         (["--model", "timm:test_vitt"], "Near names: test_vit"),

@@ -56,6 +56,7 @@ OTHERS = (
     "ModernBertForMaskedLM",
     "ViTForImageClassification",
     "SwinForImageClassification",
+    "Swinv2ForImageClassification",  # widths that 4 does not divide
     "CLIPModel",
     "LlavaForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
@@ -71,6 +72,7 @@ TIMM = {
     "test_coatnet": "convolution and attention by turns",
     "mobilevit_xxs": "patches unfolded inside",
     "levit_128s": "batch norm behind linear layers",
+    "test_vit_relpos": "widths that 4 does not divide",
 }
 MANY_INPUTS = {"crossvit_tiny_240": "two branches", "coat_tiny": "blocks of several inputs, shared layers"}
 

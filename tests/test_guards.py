@@ -3,6 +3,7 @@
 import copy
 import socket
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,9 +15,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.utils import parametrizations, parametrize
 from zoo import ZOO
 
-from wanda_lightning import prune
+from wanda_lightning import NM, OWL, PerLayer, WandaPrune, prune
 from wanda_lightning.cli import main
-from wanda_lightning.models import low_coverage, walk
+from wanda_lightning.models import GRANULARITIES, low_coverage, walk
 
 
 class Block(nn.Module):
@@ -111,6 +112,174 @@ def test_inspect_says_it(capsys, monkeypatch):
     assert "standardises its weight at each forward" in out
     assert main(["inspect", "--model", "timm:test_vit"]) == 0
     assert "Note:" not in capsys.readouterr().out
+
+
+# ---- a pattern that does not fit every layer
+
+
+class Uneven(nn.Module):
+    """Blocks of a width that 4 does not divide, though it divides what is inside them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x):
+            return x + self.down(F.relu(self.up(x)))
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+        self.last = nn.Linear(6, 40)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+MISFITS = ["blocks.0.up", "blocks.1.up", "blocks.2.up", "last"]
+SAID = "the pattern does not fit 4 layers, last largest (input width 6 is not a multiple of 4): left dense"
+
+
+def uneven():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return Uneven()
+
+
+def rows():
+    return list(torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("solver", ["zero_out", "sparsegpt"])
+def test_what_the_pattern_does_not_fit_stays_dense(granularity, solver, caplog):
+    model, other = uneven(), uneven()
+    choices = {"solver": solver, "granularity": granularity, "progress": False}
+    report = prune(model, rows(), pattern="2:4", **choices)
+    assert [layer.name for layer in report.layers] == ["blocks.0.down", "blocks.1.down", "blocks.2.down"]
+    assert all(layer.sparsity == 0.5 for layer in report.layers)
+    assert [(matrix.name, matrix.shape) for matrix in report.skipped] == [(name, (16, 6)) for name in MISFITS[:3]] + [
+        ("last", (40, 6))
+    ]
+    assert {matrix.reason for matrix in report.skipped} == {"input width 6 is not a multiple of 4"}
+    assert report.notes == [SAID, *coverage_notes(report)]
+    assert coverage_notes(report)[0].startswith("only 35% of the weights")  # 3 x 96 of 3 x 192 + 240
+    assert [record.getMessage() for record in caplog.records] == report.notes
+    prune(other, rows(), pattern="2:4", skip=MISFITS, **choices)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+        if name.removesuffix(".weight") in MISFITS:
+            assert torch.equal(parameter, uneven().get_parameter(name)), name
+
+
+def test_few_misfits_are_said_without_low_coverage():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 80))
+    report = prune(model, rows(), pattern="2:4", progress=False)
+    note = "the pattern does not fit 1 layers, 0 largest (input width 6 is not a multiple of 4): left dense"
+    assert report.notes == [note]
+
+
+def test_what_the_user_left_out_is_no_misfit():
+    report = prune(uneven(), rows(), pattern="2:4", skip=MISFITS, progress=False)
+    assert report.notes == []
+    assert {matrix.reason for matrix in report.skipped} == {f"skip={name!r}" for name in MISFITS}
+    report = prune(uneven(), rows(), pattern="2:4", only=["blocks.1"], progress=False)
+    assert [matrix.name for matrix in report.skipped if matrix.reason.startswith("input width")] == ["blocks.1.up"]
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "torch_transformer"])
+@pytest.mark.parametrize("m", [16, 48])
+def test_units_do_not_depend_on_what_fits(name, m):
+    model = ZOO[name].build()
+    for granularity in GRANULARITIES:
+        every = walk(model, granularity, include_grouped=True)
+        found = walk(model, granularity, include_grouped=True, pattern=NM(1, m))
+        fitting = [[layer.name for layer in unit.layers if layer.shape[1] % m == 0] for unit in every.units]
+        assert [[layer.name for layer in unit.layers] for unit in found.units] == [names for names in fitting if names]
+        assert {unit.name for unit in found.units} <= {unit.name for unit in every.units}
+        misfits = [layer.name for layer in every.layers if layer.shape[1] % m]
+        assert [matrix.name for matrix in found.skipped if matrix.misfit] == misfits
+        assert found.skipped[: len(every.skipped)] == every.skipped
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_that_the_pattern_does_not_fit(name, granularity):
+    """Their hidden size is 32; only what is between the two matrices of an expert has a width of 64."""
+    model, dense = ZOO[name].build(), dict(ZOO[name].build().named_parameters())
+    choices = {"pattern": "32:64", "only": ["*.experts"], "granularity": granularity}
+    report = prune(model, ZOO[name].batches(), **choices, progress=False)
+    reasons = {matrix.name: matrix.reason for matrix in report.skipped}
+    count = 0
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("experts.gate_up_proj"):
+            assert torch.equal(parameter, dense[parameter_name])
+            for expert in range(len(parameter)):
+                assert reasons[f"{parameter_name}.{expert}"] == "input width 32 is not a multiple of 64"
+        elif parameter_name.endswith("experts.down_proj"):
+            assert (parameter == 0).sum((1, 2)).eq(parameter[0].numel() // 2).all()
+            count += len(parameter)
+    assert len(report.layers) == count
+    misfits = [reason for reason in reasons.values() if reason.startswith("input width")]
+    said = f"the pattern does not fit {len(misfits)} layers, model.layers.0.mlp.experts.gate_up_proj.0 largest (input"
+    assert any(note.startswith(said) for note in report.notes)
+    assert report.zeros == sum(int((parameter == 0).sum()) for parameter in model.parameters())
+
+
+def test_groups_that_the_pattern_does_not_fit():
+    model = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 4, 2))
+    batch = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    report = prune(model, [batch], pattern="2:4", include_grouped=True, progress=False)
+    assert [layer.name for layer in report.layers] == ["0", "2"]  # 8 channels; 6 channels at 4 places
+    assert [(matrix.name, matrix.reason) for matrix in report.skipped] == [
+        (f"1.group{group}", "input width 27 is not a multiple of 4") for group in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("allocation", [OWL(per="layer"), PerLayer({"blocks.0": 0.25}), PerLayer({"blocks.1": 0.0})])
+def test_an_allocation_spreads_over_what_fits(allocation):
+    report = prune(uneven(), rows(), pattern="4:8", allocation=allocation, progress=False)
+    assert [layer.name for layer in report.layers] == ["blocks.0.down", "blocks.1.down", "blocks.2.down"]
+    assert report.sparsity == pytest.approx(0.5, abs=1 / 16)
+    with pytest.raises(ValueError, match=r"matches no pruned layer"):
+        prune(uneven(), rows(), pattern="4:8", allocation=PerLayer({"last": 0.25}), progress=False)
+
+
+class Trained(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = uneven()
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, index):
+        return self(batch).square().mean()
+
+    def validation_step(self, batch, index):
+        self(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    "when", [{}, {"at_step": 1}, {"granularity": "model"}, {"granularity": "model", "calibrate_on": "validation"}]
+)
+def test_a_callback_leaves_dense_what_does_not_fit(when, tmp_path):
+    callback, module = WandaPrune(pattern="2:4", num_samples=16, **when), Trained()
+    loader = torch.utils.data.DataLoader(torch.cat(rows()), batch_size=4)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(callbacks=[callback], max_epochs=2, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, loader, loader)
+    assert [f"model.{name}" for name in MISFITS] == [matrix.name for matrix in callback.report.skipped]
+    assert SAID.replace("last", "model.last") in callback.report.notes
+    for block in module.model.blocks:
+        assert (block.down.weight == 0).unflatten(1, (-1, 4)).sum(2).eq(2).all()
+        assert block.up.weight.count_nonzero() == block.up.weight.numel()
 
 
 # ---- a model that is sparse already

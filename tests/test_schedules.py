@@ -464,7 +464,7 @@ def test_a_stage_after_the_end_of_training_is_refused_at_the_start(when, options
     ("when", "message"),
     [
         ({"at_step": 3, "skip": ["no_such_layer"]}, "skip='no_such_layer' matches no matrix"),
-        ({"at_step": 3, "pattern": "2:5", "sparsity": 0.6}, "needs an input width that is a multiple of 5"),
+        ({"at_step": 3, "pattern": "2:5", "sparsity": 0.6}, "is not a multiple of 5"),
         ({"schedule": Cubic(0, 4, every=2), "skip": ["*"]}, "nothing to prune"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
 from wanda_lightning.core.criteria import CRITERIA, Criterion
-from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
+from wanda_lightning.core.patterns import Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Reconstruct, Solver, ZeroOut
 from wanda_lightning.models import GRANULARITIES, Walk, walk
 
@@ -87,8 +87,7 @@ class PruningConfig:
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
-        if isinstance(self.pattern, NM):
-            self.pattern.check(self.sparsity, "the model", self.pattern.m)
+        cast(Pattern, self.pattern).check(self.sparsity)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -113,7 +112,8 @@ class PruningConfig:
 
     def walk(self, model: nn.Module, granularity: str | None = None) -> Walk:
         """What would be pruned and what not; by default in the units of this granularity."""
-        return walk(model, granularity or self.granularity, self.skip, self.only, self.include_grouped)
+        pattern = cast(Pattern, self.pattern)
+        return walk(model, granularity or self.granularity, self.skip, self.only, self.include_grouped, pattern)
 
     def describe(self) -> dict[str, Any]:
         """Every value as plain data, for the report."""

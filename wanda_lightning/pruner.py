@@ -36,6 +36,7 @@ from wanda_lightning.models import (
     Walk,
     calibrating,
     is_wrapper,
+    left_by_pattern,
     low_coverage,
     token_masks,
 )
@@ -618,10 +619,11 @@ def _report(
             f"{len(sparse)} layers were sparse already, {most.name} most: {most.before:.1%} zeros, which count towards "
             "their target"
         )
-    if shortfall := low_coverage(found, left):
-        notes.append(shortfall)
-        if processes.rank == 0:
-            log.warning(shortfall)
+    for left_out in (left_by_pattern(found), low_coverage(found, left)):
+        if left_out is not None:
+            notes.append(left_out)
+            if processes.rank == 0:
+                log.warning(left_out)
     few = [layer for layer in pruned if layer.tokens < layer.shape[1] and layer.name not in pooled]
     if "gram" in config.needs and few:
         least = min(few, key=lambda layer: layer.tokens / layer.shape[1])

@@ -26,6 +26,11 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
             "Load the model unquantised (float32, bfloat16 or float16), "
             f"or leave them out with skip=['{packed[0].name}']."
         )
+    if not found.layers and (misfits := found.misfits):
+        raise ValueError(
+            f"{config.pattern} fits none of the {len(misfits)} layers that would be pruned, {misfits[0].name} largest: "
+            f"{misfits[0].reason}. Use an N:M whose M divides the input widths, or pattern='unstructured'."
+        )
     if not found.layers:
         reasons = "; ".join(dict.fromkeys(f"{matrix.name}: {matrix.reason}" for matrix in found.skipped[:5]))
         raise ValueError(
@@ -42,7 +47,6 @@ def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
                 f"the weight of {layer.name} was made under torch.inference_mode() and cannot be changed: "
                 "build or load the model outside of it"
             )
-        cast(Pattern, config.pattern).check(config.sparsity, layer.name, layer.shape[1])
         # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             raise ValueError(f"the weight of {layer.name} holds NaN or infinity: check the checkpoint")

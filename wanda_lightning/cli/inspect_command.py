@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from wanda_lightning.cli.options import as_patterns
-from wanda_lightning.models import low_coverage, meta_model, walk
+from wanda_lightning.cli.options import as_pattern, as_patterns
+from wanda_lightning.models import left_by_pattern, low_coverage, meta_model, walk
 from wanda_lightning.report import SkippedMatrix, skipped_table
 
 
@@ -19,6 +19,7 @@ def inspect_model(
     skip: str | list[str] = "",
     only: str | list[str] = "",
     include_grouped: bool = False,
+    sparsity_type: str = "unstructured",
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -30,11 +31,13 @@ def inspect_model(
         skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
         only: The layers to prune, likewise, where not all.
         include_grouped: Prune grouped convolutions, too, each group as a matrix of its own.
+        sparsity_type: unstructured, or any N:M: layers whose input width M does not divide stay dense.
         cache_dir: Where downloads from the hub are kept.
         trust_remote_code: Run the code that comes with a hub model.
     """
     inspected: nn.Module = meta_model(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    found = walk(inspected, granularity, as_patterns(skip), as_patterns(only), include_grouped)
+    pattern = as_pattern(sparsity_type)
+    found = walk(inspected, granularity, as_patterns(skip), as_patterns(only), include_grouped, pattern)
     table = Table(title=f"{model}: would be pruned", title_justify="left")
     for heading in ("unit", "layers", "weights", "inside"):
         table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")
@@ -53,5 +56,6 @@ def inspect_model(
         f"{len(found.layers)} layers in {len(found.units)} units hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters."
     )
-    if shortfall := low_coverage(found):
-        console.print(f"Note: {shortfall}", markup=False)
+    for note in (left_by_pattern(found), low_coverage(found)):
+        if note is not None:
+            console.print(f"Note: {note}", markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import measure
-from wanda_lightning.cli.options import TIMM, as_patterns, checked_seqlen, refuse_given
-from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
+from wanda_lightning.cli.options import TIMM, as_pattern, as_patterns, checked_seqlen, refuse_given
+from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluate import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file
@@ -216,9 +215,7 @@ def _pattern(sparsity_type: str, method: Method, group: Literal["row", "layer"] 
         if use_variant or group:
             option = "--use_variant" if use_variant else "--prune_granularity"
             raise ValueError(f"{option} is for --sparsity_type unstructured, but {sparsity_type} was given")
-        if not re.fullmatch(r"\d+:\d+", sparsity_type):
-            raise ValueError(f"--sparsity_type is unstructured or N:M such as 2:4, but {sparsity_type} was given")
-        return pattern_named(sparsity_type)
+        return as_pattern(sparsity_type)
     if use_variant:
         if method != METHODS["wanda"] or group == "layer":
             raise ValueError("--use_variant is a way to compare Wanda's scores within rows: use --prune_method wanda")

@@ -105,12 +105,16 @@ class Pattern(ABC):
         """Whether what becomes of a row depends on other rows, so that no process can choose in its rows alone."""
         return False
 
-    def check(self, sparsity: float, name: str, d_in: int) -> None:  # noqa: B027  # most patterns fit every layer
-        """Refuse a layer that the pattern does not fit.
+    def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any
+        """Refuse a sparsity that the pattern cannot have.
 
         Raises:
-            ValueError: If the sparsity or the input width is impossible for this pattern.
+            ValueError: If it cannot.
         """
+
+    def misfit(self, d_in: int) -> str | None:
+        """Why a layer with so many inputs cannot have the pattern; None where it can."""
+        return None
 
     def levels(self, d_out: int, d_in: int) -> int:
         """In how many equal steps the sparsity of a layer goes from 0 to 1."""
@@ -176,18 +180,22 @@ class NM(Pattern):
         """The one sparsity that this pattern has."""
         return 1 - self.n / self.m
 
-    def check(self, sparsity: float, name: str, d_in: int) -> None:
-        """Refuse another sparsity than `1 - n/m`, and a width that `m` does not divide."""
+    def check(self, sparsity: float) -> None:
+        """Refuse another sparsity than `1 - n/m`."""
         if abs(sparsity - self.sparsity) > 1e-6:
             raise ValueError(
-                f"{self.n}:{self.m} has a sparsity of {self.sparsity:g}, but {sparsity:g} was asked for {name}. "
+                f"{self.n}:{self.m} has a sparsity of {self.sparsity:g}, but {sparsity:g} was asked for. "
                 f"Use sparsity={self.sparsity:g}, or pattern='unstructured' for any sparsity."
             )
-        if d_in % self.m:
-            raise ValueError(
-                f"{self.n}:{self.m} needs an input width that is a multiple of {self.m}, but {name} has {d_in}. "
-                f"Leave it dense with skip=['{name}'] or use pattern='unstructured'."
-            )
+
+    def misfit(self, d_in: int) -> str | None:
+        """A width that `m` does not divide; whatever `n` an allocation gives the layer.
+
+        Example:
+            >>> NM(2, 4).misfit(27)
+            'input width 27 is not a multiple of 4'
+        """
+        return f"input width {d_in} is not a multiple of {self.m}" if d_in % self.m else None
 
     def levels(self, d_out: int, d_in: int) -> int:
         """One for each member of a group."""

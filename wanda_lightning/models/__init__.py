@@ -1,7 +1,7 @@
 """What there is to prune in a model, and why the rest is left alone: all that knows layer types and model families."""
 
 from wanda_lightning.models.experts import stacked_experts
-from wanda_lightning.models.found import Skipped, Unit, Walk, low_coverage
+from wanda_lightning.models.found import Skipped, Unit, Walk, left_by_pattern, low_coverage
 from wanda_lightning.models.layers import Layer, LayerKind, layer_kinds
 from wanda_lightning.models.meta import meta_model
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
@@ -23,6 +23,7 @@ __all__ = [
     "free_memory",
     "is_wrapper",
     "layer_kinds",
+    "left_by_pattern",
     "low_coverage",
     "meta_model",
     "stacked_experts",

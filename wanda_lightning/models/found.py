@@ -32,6 +32,7 @@ class Skipped:
     reason: str
     unprunable: bool = False  # integer or packed weights: the user must decide, see `PruningConfig`
     by_user: bool = False  # left out by `skip` or `only`
+    misfit: bool = False  # a layer that the pattern does not fit
 
     @property
     def is_a_surprise(self) -> bool:
@@ -50,6 +51,21 @@ class Walk:
     def layers(self) -> tuple[Layer, ...]:
         """All layers to be pruned, in walk order."""
         return tuple(layer for unit in self.units for layer in unit.layers)
+
+    @property
+    def misfits(self) -> tuple[Skipped, ...]:
+        """Layers that would be pruned if the pattern fitted them, the largest first."""
+        misfits = (matrix for matrix in self.skipped if matrix.misfit)
+        return tuple(sorted(misfits, key=lambda matrix: -math.prod(matrix.shape)))
+
+
+def left_by_pattern(found: Walk) -> str | None:
+    """Says it where there are layers that the pattern does not fit."""
+    if not (misfits := found.misfits):
+        return None
+    return (
+        f"the pattern does not fit {len(misfits)} layers, {misfits[0].name} largest ({misfits[0].reason}): left dense"
+    )
 
 
 def low_coverage(found: Walk, dense: Mapping[str, str] = {}) -> str | None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.core.names import matches, refuse_unmatched
+from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.models.experts import stored_by_columns
 from wanda_lightning.models.found import Skipped, Unit, Walk
 from wanda_lightning.models.layers import Layer, layers_of
@@ -25,6 +26,7 @@ def walk(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     include_grouped: bool = False,
+    pattern: Pattern = Unstructured(),
 ) -> Walk:
     """Find the layers to prune, group them in units, and give every other matrix its reason.
 
@@ -37,6 +39,7 @@ def walk(
             that matches a whole name.
         only: The layers to prune, likewise, where not all; what `skip` names stays dense.
         include_grouped: Prune grouped convolutions, each group as a matrix of its own.
+        pattern: Where zeros may fall; a layer that it does not fit is skipped.
 
     Raises:
         ValueError: If the granularity is unknown or a pattern in `skip` or `only` matches no matrix.
@@ -91,7 +94,7 @@ def walk(
             layers.remove(layer)
             skipped.append(Skipped(layer.name, layer.stored_shape, f"tied to {other}: {reasons[other]}"))
     layers, left_out = _leave_out(layers, skipped, skip, only, aliases)
-    return Walk(_units(model, modules, layers, granularity), left_out)
+    return _fitting(Walk(_units(model, modules, layers, granularity), left_out), pattern)
 
 
 def _leave_out(
@@ -120,6 +123,14 @@ def _leave_out(
     # What the user named is decided: packed weights among it are no longer in the way.
     decided = [replace(s, unprunable=False, by_user=True) if by_user(s.name) else s for s in skipped]
     return kept, (*decided, *left)
+
+
+def _fitting(found: Walk, pattern: Pattern) -> Walk:
+    """Skip the layers that the pattern does not fit; what is a block does not depend on it."""
+    misfits = {layer: reason for layer in found.layers if (reason := pattern.misfit(layer.shape[1]))}
+    units = [replace(unit, layers=tuple(x for x in unit.layers if x not in misfits)) for unit in found.units]
+    skipped = [Skipped(x.name, x.stored_shape, reason, misfit=True) for x, reason in misfits.items()]
+    return Walk(tuple(unit for unit in units if unit.layers), (*found.skipped, *skipped))
 
 
 def _units(model: nn.Module, modules: dict[str, nn.Module], layers: list[Layer], granularity: str) -> tuple[Unit, ...]:
