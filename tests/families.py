@@ -767,14 +767,14 @@ def examine(family: Family, seconds: int, slowly: bool = True) -> Result:
 
 def document(results: Sequence[Result]) -> str:
     """docs/models.md."""
-    used = versions()
+    used = {name: version.partition("+")[0] for name, version in versions().items()}
     lines = [
         "# Which models can be pruned",
         "",
         "One small random model of every family is built, pruned to 0.5 and to 2:4 at `block` and `layer` (timm: "
         "`model` too) and checked: each matrix inside the blocks has exactly its sparsity or was skipped with a "
         "reason, skipped weights did not change, outputs are finite, and `block` gives the masks of a slow, "
-        f"independent procedure. Written by `python tests/families.py --write` with torch {used['torch'].partition('+')[0]}, "
+        f"independent procedure. Written by `python tests/families.py --write` with torch {used['torch']}, "
         f"transformers {used['transformers']} and timm {used['timm']}.",
         "",
         "Coverage: pruned parameters over those of all matrices inside the blocks that a batch reaches, without "
