@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -164,6 +165,14 @@ class _Traveller(threading.Thread):
         self.join()
 
 
+def stop_at(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a unit, or what takes its place; a batch parks there."""
+    thread = threading.current_thread()
+    if isinstance(thread, _Traveller):
+        return thread.park(unit, forward, args, kwargs)
+    return forward(*args, **kwargs)
+
+
 @contextmanager
 def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
     """Wrap the forward of every unit, so that batches park there.
@@ -171,28 +180,19 @@ def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
     Of an FSDP2 module the call around it, whose hooks gather the weights: they must not while batches wait. Elsewhere
     the forward itself, so that hooks of the unit run once, and before its inputs are read.
     """
-
-    def parked(index: int, forward: Forward) -> Forward:
-        def forward_or_park(*args: Any, **kwargs: Any) -> Any:
-            thread = threading.current_thread()
-            if isinstance(thread, _Traveller):
-                return thread.park(index, forward, args, kwargs)
-            return forward(*args, **kwargs)
-
-        return forward_or_park
-
     with ExitStack() as restored:
         for index, unit in enumerate(units):
             if isinstance(unit, FSDPModule):
-                restored.enter_context(_overriding(unit, "_compiled_call_impl", None))  # it would go past `_call_impl`
-                restored.enter_context(_overriding(unit, "_call_impl", parked(index, unit._call_impl)))
+                restored.enter_context(overriding(unit, "_compiled_call_impl", None))  # it would go past `_call_impl`
+                restored.enter_context(overriding(unit, "_call_impl", partial(stop_at, index, unit._call_impl)))
             else:
-                restored.enter_context(_overriding(unit, "forward", parked(index, unit.forward)))
+                restored.enter_context(overriding(unit, "forward", partial(stop_at, index, unit.forward)))
         yield
 
 
 @contextmanager
-def _overriding(module: nn.Module, name: str, value: object) -> Iterator[None]:
+def overriding(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    """An attribute of the instance, and then what was there before."""
     missing = object()
     before = module.__dict__.get(name, missing)
     module.__dict__[name] = value
