@@ -52,6 +52,12 @@ def in_pieces(self, x):
     return self.down(self.up(F.scaled_dot_product_attention(q, k, v)).relu())
 
 
+def from_the_left(self, x):
+    """As Mamba does it."""
+    q, k, v = (self.qkv.weight @ x.mT + self.qkv.bias[:, None]).mT.chunk(3, dim=-1)
+    return self.down(self.up(F.scaled_dot_product_attention(q, k, v)).relu())
+
+
 def separate(self, x):
     q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
     return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -72,6 +78,7 @@ def separate_past(self, x):
 PAIRS = {
     "fused": (fused, fused_past),
     "in_pieces": (fused, in_pieces),
+    "from_the_left": (fused, from_the_left),
     "separate": (separate, separate_past),
     "unchanged": (fused, fused),
 }

@@ -78,10 +78,10 @@ class FirstCall:
         self.handles = []
         if unit is not None:
             self.handles.append(unit.register_forward_pre_hook(self.enter, with_kwargs=True))
-        for layer in layers:  # all that its weight multiplies, under whichever name
-            for module in model.modules():
-                if getattr(module, layer.parameter_name, None) is layer.parameter:
-                    self.handles.append(module.register_forward_pre_hook(self.reader(layer), with_kwargs=True))
+        for layer in layers:
+            same = [m for m in model.modules() if getattr(m, layer.parameter_name, None) is layer.parameter]
+            for module in same if unit is None else [layer.module]:  # a unit's second name is its second call
+                self.handles.append(module.register_forward_pre_hook(self.reader(layer), with_kwargs=True))
         self.counting = unit is not None
 
     def enter(self, module, args, kwargs):

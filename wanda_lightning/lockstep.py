@@ -10,6 +10,7 @@ the same units.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from wanda_lightning.distributed import ALONE, Processes
 
@@ -76,16 +77,37 @@ class Call:
             return self.forward(*self.args, **self.kwargs)
 
     def run_on_copies(self) -> bool:
-        """Run the unit on copies of its tensors and say whether it wrote into them."""
+        """Run the unit on copies of what it could write into, and say whether it did (of objects: that it might)."""
         with self.ambient.entered():
-            args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if any(tensor.is_inference() for tensor in tensors):  # they do not count what is written into them
+            args, kwargs = copied((self.args, self.kwargs))
+            pairs = zip(tree_leaves((args, kwargs)), tree_leaves((self.args, self.kwargs)), strict=True)
+            copies = [leaf for leaf, own in pairs if leaf is not own]
+            tensors = [leaf for leaf in copies if isinstance(leaf, Tensor)]
+            if len(tensors) < len(copies) or any(tensor.is_inference() for tensor in tensors):  # they count no writes
                 self.forward(*args, **kwargs)
                 return True
             before = [tensor._version for tensor in tensors]
             self.forward(*args, **kwargs)
             return before != [tensor._version for tensor in tensors]
+
+
+def copied(values: Any, known: dict[int, Any] | None = None) -> Any:
+    """Arguments whose tensors are clones, also those in objects such as a cache, which are copies; modules are not."""
+    known = {} if known is None else known
+
+    def of(leaf: Any) -> Any:
+        if id(leaf) in known:
+            return known[id(leaf)]
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        if isinstance(leaf, nn.Module | type) or not hasattr(leaf, "__dict__"):
+            return leaf
+        other = known[id(leaf)] = copy.copy(leaf)
+        if other is not leaf:
+            vars(other).update({name: copied(value, known) for name, value in vars(leaf).items()})
+        return other
+
+    return tree_map(of, values)
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,19 @@ class Product(NamedTuple):
         place: Which part of the output is its; None is all of it. Of several experts at once each is given all tokens,
             and those that are not its are zeros, or are taken out afterwards.
         first: Whether the matrix's first row is multiplied: of several pieces of it, one counts.
+        left: Whether the matrix stood on the left, so that the output's columns are tokens.
     """
 
     layer: Layer
     tokens: Tensor
     place: int | None = None
     first: bool = True
+    left: bool = False
 
     def part(self, output: Tensor) -> Tensor:
         """What of an output, or of its gradient, is that of this layer."""
+        if self.left:
+            return output.mT
         return output if self.place is None else output.select(-3, self.place)
 
 
@@ -104,6 +108,13 @@ class Products(TorchFunctionMode):
             x, weight, *_ = (*args, *(kwargs or {}).values())[func in _SUMS :]
             if products := self._products(x, weight.mT if func is F.linear and weight.ndim > 1 else weight):
                 return self._hear(products, call)
+            if (
+                func is not F.linear
+                and x.ndim == 2
+                and weight.ndim > 1
+                and (products := self._products(weight.mT, x.mT))
+            ):
+                return self._hear([product._replace(left=True) for product in products], call)
         elif func is F.multi_head_attention_forward:
             query = args[0] if args else (kwargs or {})["query"]
             self._attention = tuple(query.shape[:2]) if query.ndim == 3 else None
