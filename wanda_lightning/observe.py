@@ -222,8 +222,9 @@ class Observer:
         tokens = layer.tokens(x)
         shape, keep = _places(layer, x, tokens), None
         masks = self.masks[batch]
-        if masks and not isinstance(layer.module, nn.Conv2d):
-            mask = fitting_mask(masks, layer.name, x)
+        if masks and layer.kind.channels > -3:  # no image
+            lying = x if layer.kind.channels == -1 else tokens.unflatten(0, shape)
+            mask = fitting_mask(masks, layer.name, lying)
             if mask is None:
                 self.padding_counted.add(layer.name)
             else:
@@ -246,8 +247,8 @@ def _summed(
 
 
 def _places(layer: Layer, x: Tensor, tokens: Tensor) -> tuple[int, ...]:
-    if isinstance(layer.module, nn.Conv2d):
-        samples = len(x) if x.ndim == 4 else 1
+    if layer.kind.channels < -1:
+        samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
         return samples, len(tokens) // samples
     return tuple(x.shape[:-1]) or (1,)
 
