@@ -30,20 +30,19 @@ from typing import Any
 import timm
 import tiny
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 from zoo import _build
 
 from wanda_lightning import PruningReport, prune
 from wanda_lightning.models import Layer, walk
 from wanda_lightning.report import versions
 
+aten = torch.ops.aten
 TOKENS, IMAGE, PATCH = 24, 32, 8
 FIRST_WORD = 8  # the ids before it are padding, start, end, images
 KINDS = {
@@ -564,14 +563,16 @@ def _compare(dense: nn.Module, batches: list[Any]) -> str:
     Raises:
         AssertionError: If they differ.
     """
-    model, wide = copy.deepcopy(dense).double(), tree_map_only(Tensor, _double, batches)
+    model, wide = copy.deepcopy(dense), tree_map_only(Tensor, _double, batches)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products have no float64
+        model.set_experts_implementation("eager")  # grouped products are not overheard, and have no float64
+    narrow = copy.deepcopy(model)
     try:
+        model.double()
         for batch in wide:
             run(model, batch)
     except RuntimeError:  # something in it is float32 whatever the weights are
-        model, wide = copy.deepcopy(dense), batches
+        model, wide = narrow, batches
     batches, dtype = wide, next(model.parameters()).dtype
     slow = copy.deepcopy(model)
     prune(model, batches, 0.5, progress=False)
@@ -591,74 +592,85 @@ def _double(x: Tensor) -> Tensor:
 def slow_prune(model: nn.Module, batches: list[Any], sparsity: float = 0.5) -> None:
     """For each unit: a forward of each batch through the model as pruned so far, up to it; Wanda by plain code; zero.
 
-    The sum of x² that a weight multiplies is the gradient by that weight of the summed output, for the input x². Of
-    experts that lie in one parameter the products themselves are overheard.
+    What enters a matrix is overheard where PyTorch multiplies, below all modules. For a convolution, the sum of x² that
+    a weight multiplies is the gradient by that weight of the summed output, for the input x².
     """
     units = walk(model, "block").units
     for unit in _in_order(model, units, batches):
         squares: dict[str, Tensor] = {}
-        overheard = _Overheard([layer for layer in unit.layers if _is_expert(layer)])
+        overheard = _Overheard([layer for layer in unit.layers if _is_matrix(layer)])
         for batch in batches:
-            with overheard:
+            with _Multiplications(overheard.hear):
                 _add_squares(model, unit, batch, squares)
         for layer in unit.layers:
-            if _is_expert(layer):
+            if _is_matrix(layer):
                 overheard.zero_smallest(layer, sparsity)
             elif layer.name in squares:
                 _zero_smallest(layer, squares[layer.name].sqrt(), sparsity)
 
 
-def _is_expert(layer: Layer) -> bool:
-    return getattr(layer, "expert", None) is not None
+def _parameter(layer: Layer) -> Tensor:
+    return getattr(layer.module, getattr(layer, "parameter_name", "weight"))
 
 
-_PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+def _is_matrix(layer: Layer) -> bool:
+    """It, or each expert that lies in its parameter."""
+    return getattr(layer, "expert", None) is not None or _parameter(layer).ndim == 2
 
 
-class _Overheard(TorchFunctionMode):
-    """Sums of x² over the tokens that are multiplied with each expert's matrix, in whichever layout it is stored.
+class _Multiplications(TorchDispatchMode):
+    """Hears of both factors of each product of matrices, and where in memory the second one starts."""
+
+    def __init__(self, hear: Callable[[int, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._hear = hear
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+            x, weight = args[-2:]
+            if weight.ndim == 3 and weight.stride(0) == 0:  # one for all
+                x, weight = x.flatten(0, 1), weight[0]
+            self._hear(weight.untyped_storage().data_ptr(), x.detach(), weight)
+        return func(*args, **(kwargs or {}))
+
+
+class _Overheard:
+    """Sums of x² over the tokens that are multiplied with each matrix, in whichever layout it is stored.
 
     Where few tokens come to an expert, those of all count: `prune(min_expert_tokens=32)`.
     """
 
     def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:
-        super().__init__()
         self._enough = enough
-        self._parameters = {p.data_ptr(): p for p in (getattr(e.module, e.parameter_name) for e in layers)}
-        self._layers = layers
+        self._parameters = {p.data_ptr(): p if p.ndim == 3 else p[None] for p in map(_parameter, layers)}
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._counts: Counter[tuple[int, int]] = Counter()
         self._columns: dict[int, bool] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and len(args) > 1:
-            self._hear(*args[:2], transposed=func is F.linear)
-        return func(*args, **(kwargs or {}))
-
-    def _hear(self, x: Tensor, weight: Tensor, transposed: bool) -> None:
-        start = weight.untyped_storage().data_ptr()
+    def hear(self, start: int, x: Tensor, weight: Tensor) -> None:
         if start not in self._parameters:
             return
         one = self._parameters[start][0]
-        as_stored = weight.stride()[-2:] == one.stride()
-        self._columns[start] = as_stored != transposed
+        self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (one.shape[0], one.stride(0))
         first = weight.storage_offset() // one.numel()
         for place, tokens in enumerate(x if weight.ndim == 3 else [x]):
-            rows = tokens.detach().reshape(-1, tokens.shape[-1])
-            rows = rows[rows.any(1)]  # one that is all zero is another expert's token
+            rows = tokens[tokens.any(1)]  # one that is all zero is another expert's token
             key = (start, first + place)
             self._sums[key] = self._sums.get(key, 0) + rows.square().sum(0)
             self._counts[key] += len(rows)
 
     @torch.no_grad()
     def zero_smallest(self, layer: Layer, sparsity: float) -> None:
-        weight = getattr(layer.module, layer.parameter_name)
-        start, expert = weight.data_ptr(), layer.expert
-        if self._counts[start, expert] >= self._enough:
-            total = self._sums[start, expert]
+        weight, expert = _parameter(layer), getattr(layer, "expert", None)
+        start = weight.data_ptr()
+        if expert is None and (start, 0) not in self._sums:
+            return
+        if expert is None or self._counts[start, expert] >= self._enough:
+            total = self._sums[start, expert or 0]
         else:
             total = sum(value for (parameter, _), value in self._sums.items() if parameter == start)
-        rows = weight[expert].t() if self._columns[start] else weight[expert]
+        matrix = self._parameters[start].detach()[expert or 0]
+        rows = matrix.t() if self._columns[start] else matrix
         for row, score in zip(rows, rows.abs() * total.sqrt(), strict=True):
             row[score.argsort(stable=True)[: int(len(row) * sparsity)]] = 0
 
@@ -672,7 +684,18 @@ def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> lis
             unit.module.register_forward_pre_hook(lambda *_, index=index, route=route: route.append(index))
             for index, unit in enumerate(units)
         ]
-        run(model, batch)
+        alone = {
+            _parameter(unit.layers[0]).data_ptr(): index
+            for index, unit in enumerate(units)
+            if unit.layers[0].module is unit.module
+        }
+
+        def reached(start: int, *_: Tensor, alone: dict[int, int] = alone, route: list[int] = route) -> None:
+            if start in alone:
+                route.append(alone[start])
+
+        with _Multiplications(reached):
+            run(model, batch)
         for handle in handles:
             handle.remove()
         routes.append(list(dict.fromkeys(route)))
@@ -688,7 +711,7 @@ class _Enough(Exception):
 
 
 def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Tensor]) -> None:
-    """Add what a batch brings to the layers of a unit, the first time that it gets there."""
+    """Add what a batch brings to the convolutions of a unit, the first time that it gets there."""
 
     def reader(layer: Layer) -> Callable[..., None]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -703,8 +726,8 @@ def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Ten
     def stop(*_: object) -> None:
         raise _Enough
 
-    alone = [layer for layer in unit.layers if not _is_expert(layer)]
-    handles = [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in alone]
+    images = [layer for layer in unit.layers if not _is_matrix(layer)]
+    handles = [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in images]
     handles.append(unit.module.register_forward_hook(stop))
     with suppress(_Enough):
         run(model, batch)
@@ -716,7 +739,7 @@ def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Ten
 def _zero_smallest(layer: Layer, norms: Tensor, sparsity: float) -> None:
     weight = layer.module.weight
     # Rows first, then kernel positions, then channels: where scores are equal (padding alone), the lower column goes.
-    order = {4: (0, 2, 3, 1), 2: (1, 0) if isinstance(layer.module, Conv1D) else (0, 1)}[weight.ndim]
+    order = (0, *range(2, weight.ndim), 1)
     scores = (weight.abs() * norms).permute(order)
     zeros = torch.zeros_like(scores.flatten(1), dtype=torch.bool)
     for row, values in enumerate(scores.flatten(1)):

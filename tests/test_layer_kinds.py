@@ -40,7 +40,11 @@ def layers_of(module, **choices):
 def assert_is_a_product(layer, x):
     """The layer's rows of the output are its tokens times its matrix."""
     with torch.no_grad():
-        bias = 0 if layer.module.bias is None else layer.outputs(layer.module.bias[:, None, None])
+        bias = (
+            0
+            if layer.module.bias is None
+            else layer.outputs(layer.module.bias[(..., *[None] * len(layer.module.kernel_size))])
+        )
         expected = layer.outputs(layer.module(x))
         torch.testing.assert_close(layer.tokens(x) @ layer.read().T + bias, expected, rtol=1e-10, atol=1e-10)
 
@@ -64,7 +68,15 @@ def grouped(draw, make=nn.Conv2d):
     return module, torch.randn(*batch, module.in_channels, height, width, dtype=torch.float64)
 
 
-@given(grouped())
+@st.composite
+def grouped_in_a_row(draw):
+    module, images = draw(grouped())
+    options = {name: getattr(module, name)[1] for name in ("kernel_size", "stride", "padding", "dilation")}
+    options |= {"groups": module.groups, "padding_mode": module.padding_mode, "bias": module.bias is not None}
+    return nn.Conv1d(module.in_channels, module.out_channels, **options), images[..., 0, :]
+
+
+@given(st.one_of(grouped(), grouped_in_a_row()))
 def test_each_group_is_a_product_of_its_own_tokens(case):
     module, x = case
     layers = layers_of(module, include_grouped=True)
@@ -74,7 +86,7 @@ def test_each_group_is_a_product_of_its_own_tokens(case):
         assert_is_a_product(layer, x)
 
 
-@given(grouped())
+@given(st.one_of(grouped(), grouped_in_a_row()))
 def test_a_group_is_written_where_it_was_read(case):
     module, _ = case
     layers, before = layers_of(module, include_grouped=True), module.weight.detach().clone()
@@ -161,6 +173,63 @@ def test_grouped_convolutions_in_the_report():
     assert report.zeros == sum(int((p == 0).sum()) for p in model.parameters())
     assert {layer.sparsity for layer in report.layers} == {0.5}
     assert PruningReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    "choices", [{}, {"pattern": "2:4"}, {"solver": SparseGPT()}, {"allocation": "fisher"}], ids=repr
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_along_one_dimension_like_images_of_one_row(granularity, choices, grouped):
+    """A Conv1d is pruned as the Conv2d that does the same."""
+
+    class Convolving(nn.Module):
+        def __init__(self, make, kernel, padding):
+            super().__init__()
+            self.stem = make(3, 16, kernel, padding=padding)
+            self.blocks = nn.Sequential(
+                *(
+                    nn.Sequential(make(16, 16, kernel, stride=2, padding=padding), make(16, 16, kernel, groups=4))
+                    for _ in range(2)
+                )
+            )
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x):
+            return self.head(self.blocks(self.stem(x).relu()).flatten(2).mean(2))
+
+    rows, images = build(lambda: Convolving(nn.Conv1d, 3, 1)), build(lambda: Convolving(nn.Conv2d, (1, 3), (0, 1)))
+    with torch.no_grad():
+        for one, other in zip(rows.parameters(), images.parameters(), strict=True):
+            one.copy_(other.reshape(one.shape))
+    generator = torch.Generator().manual_seed(1)
+    signals = [torch.randn(n, 3, 40, generator=generator, dtype=torch.float64) for n in (2, 3)]
+    options = {"granularity": granularity, "include_grouped": grouped, "progress": False, **choices}
+    one = prune(rows, signals, 0.5, **options)
+    other = prune(images, [x.unsqueeze(2) for x in signals], 0.5, **options)
+    assert len(one.layers) == (3, 11)[grouped]
+    assert [(x.name, x.tokens, x.target) for x in one.layers] == [(x.name, x.tokens, x.target) for x in other.layers]
+    assert {"stem: reads the raw signal"} == {x.reason for x in one.skipped if x.name == "stem"}
+    for (name, mine), theirs in zip(rows.named_parameters(), images.parameters(), strict=True):
+        assert torch.equal(mine != 0, theirs.reshape(mine.shape) != 0), name
+        torch.testing.assert_close(mine, theirs.reshape(mine.shape), rtol=1e-9, atol=1e-9)
+
+
+def test_padding_does_not_count_along_one_dimension():
+    """As in SqueezeBert, whose layers are convolutions over the tokens."""
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv1d(16, 16, 1), nn.Conv1d(16, 16, 3)
+
+        def forward(self, x, attention_mask):
+            return self.second(self.first(x))
+
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    report = prune(build(Text), [{"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}], progress=False)
+    assert [layer.tokens for layer in report.layers] == [7, 6]
+    assert [bool(layer.note) for layer in report.layers] == [False, True]
 
 
 def test_a_depthwise_convolution_stays_dense():

@@ -23,7 +23,7 @@ from zoo import ZOO, run
 
 from wanda_lightning import prune
 from wanda_lightning.core.solvers import Solver
-from wanda_lightning.lockstep import abreast, lockstep
+from wanda_lightning.lockstep import abreast, copied, lockstep
 
 WIDTH = 8
 
@@ -500,6 +500,46 @@ def test_units_that_do_not_write_say_so():
     model = Chain(Mlp(), Mlp())
     for stop in travel(model, vectors(), model.blocks):
         assert not any(call.run_on_copies() for call in stop.calls)
+
+
+class Remembering(Mlp):
+    """A block that appends to what it is given, as attention to its cache."""
+
+    def forward(self, x, cache=None):
+        cache.layers[0].append(x)
+        cache.total += 1
+        return super().forward(torch.cat(cache.layers[0], 1).mean(1, keepdim=True) + x)
+
+
+class Cache:
+    def __init__(self):
+        self.layers, self.total, self.owner = [[]], 0, self
+
+
+def test_objects_that_units_write_into_are_copied():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Remembering(), Remembering()])
+
+        def forward(self, x):
+            caches.append(cache := Cache())
+            for block in self.blocks:
+                x = block(x, cache=cache)
+            return x
+
+    torch.manual_seed(0)
+    caches, model = [], Model()
+    for stop in travel(model, vectors(), model.blocks):
+        for call in stop.calls:
+            cache = call.kwargs["cache"]
+            assert cache.total == stop.unit
+            assert call.run_on_copies()
+            assert (cache.total, len(cache.layers[0])) == (stop.unit, stop.unit)
+    other = copied((caches[0], caches[0], model, Cache, torch.relu))
+    assert other[0] is other[1] is other[0].owner is not caches[0]
+    assert other[2:] == (model, Cache, torch.relu)
+    assert other[0].layers[0][0].data_ptr() != caches[0].layers[0][0].data_ptr()
 
 
 # ---- endings

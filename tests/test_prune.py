@@ -73,13 +73,15 @@ def test_two_of_four_fits_everywhere(name):
 class FirstCall:
     """Collects what enters some layers during the first call of a unit in a forward pass."""
 
-    def __init__(self, unit, layers):
+    def __init__(self, model, unit, layers):
         self.tokens, self.layers, self.calls = {layer.name: [] for layer in layers}, layers, 0
         self.handles = []
         if unit is not None:
             self.handles.append(unit.register_forward_pre_hook(self.enter, with_kwargs=True))
         for layer in layers:
-            self.handles.append(layer.module.register_forward_pre_hook(self.reader(layer), with_kwargs=True))
+            same = [m for m in model.modules() if getattr(m, layer.parameter_name, None) is layer.parameter]
+            for module in same if unit is None else [layer.module]:  # a unit's second name is its second call
+                self.handles.append(module.register_forward_pre_hook(self.reader(layer), with_kwargs=True))
         self.counting = unit is not None
 
     def enter(self, module, args, kwargs):
@@ -120,7 +122,7 @@ def slow_prune(model, batches, granularity, keep_rows):
     for unit in in_order_of_execution(model, units, batches):
         sums, counts = {}, {}
         for batch in batches:
-            first = FirstCall(unit.module, unit.layers)
+            first = FirstCall(model, unit.module, unit.layers)
             with torch.no_grad():
                 run(model, batch)
             first.remove()

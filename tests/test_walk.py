@@ -313,7 +313,8 @@ ONE_LAYER = {
         lambda: weight_norm(nn.Linear(8, 8)),
         {f"part.parametrizations.weight.original{i}": "parametrised" for i in range(2)},
     ),
-    "one_dimensional": (lambda: nn.Conv1d(8, 8, 3), {"part": "weight of Conv1d is not"}),
+    "one_dimensional": (lambda: nn.Conv1d(8, 8, 3), {}),
+    "three_dimensional": (lambda: nn.Conv3d(8, 8, 3), {"part": "weight of Conv3d is not the weight of a supported"}),
     "transposed": (lambda: nn.ConvTranspose2d(8, 8, 3), {"part": "weight of ConvTranspose2d is not"}),
     "bilinear": (lambda: nn.Bilinear(8, 8, 8), {"part": "weight of Bilinear is not"}),
 }
@@ -491,9 +492,9 @@ def layer_of(module):
 
 def rows(module, output):
     """A layer's output with one row for each token."""
-    if isinstance(module, nn.Conv2d):
-        output = output if output.ndim == 4 else output[None]
-        return output.permute(0, 2, 3, 1).flatten(0, 2)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        output = output if output.ndim == module.weight.ndim else output[None]
+        return output.movedim(1, -1).flatten(0, -2)
     return output.reshape(-1, output.shape[-1])  # a vector is one token
 
 
@@ -526,14 +527,20 @@ PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 @st.composite
 def convolutions(draw):
-    """A convolution and an image, or a batch of images, that it takes."""
-    kernel, dilation, stride = draw(PAIRS), draw(PAIRS), draw(PAIRS)
-    padding = draw(st.one_of(st.sampled_from(["same", "valid"]), st.tuples(st.integers(0, 3), st.integers(0, 3))))
+    """A convolution over one or two dimensions and what it takes, or a batch of that."""
+    make = draw(st.sampled_from([nn.Conv1d, nn.Conv2d]))
+    places = 1 if make is nn.Conv1d else 2
+
+    def sizes(least, most):
+        return tuple(draw(st.integers(least, most)) for _ in range(places))
+
+    kernel, dilation, stride = sizes(1, 3), sizes(1, 3), sizes(1, 3)
+    padding = draw(st.one_of(st.sampled_from(["same", "valid"]), st.just(sizes(0, 3))))
     if padding == "same":
-        stride = (1, 1)
-    height, width = draw(st.tuples(st.integers(4, 8), st.integers(4, 8)))
+        stride = (1,) * places
+    size = sizes(4, 8)
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    module = nn.Conv2d(
+    module = make(
         draw(st.integers(1, 4)),
         draw(st.integers(1, 3)),
         kernel,
@@ -544,11 +551,10 @@ def convolutions(draw):
         bias=draw(st.booleans()),
     )
     batch = draw(st.sampled_from([(), (1,), (2,)]))
-    pads = module._reversed_padding_repeated_twice
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    assume(height + pads[2] + pads[3] >= reach[0])
-    assume(width + pads[0] + pads[1] >= reach[1])
-    return module, torch.randn(*batch, module.in_channels, height, width, dtype=torch.float64)
+    pads = module._reversed_padding_repeated_twice[::-1]
+    for dimension, (d, k) in enumerate(zip(dilation, kernel, strict=True)):
+        assume(size[dimension] + sum(pads[2 * dimension : 2 * dimension + 2]) >= d * (k - 1) + 1)
+    return module, torch.randn(*batch, module.in_channels, *size, dtype=torch.float64)
 
 
 # PyTorch pads an image by itself where the two sides differ, and says so.

@@ -73,7 +73,7 @@ def test_outputs_depend_on_every_matrix_that_is_reached(specimen: Specimen):
 @every_specimen
 def test_every_glob_names_something(specimen: Specimen):
     model = specimen.build()
-    for glob in (*specimen.dense, *specimen.uncalled):
+    for glob in (*specimen.dense, *specimen.uncalled, *specimen.read_past):
         assert matching(matrices(model), [glob]), glob
     for glob in specimen.blocks:
         assert len(matching(dict(model.named_modules()), [glob])) >= 2, glob
@@ -101,7 +101,9 @@ def test_blocks_and_layers_are_called_except_the_uncalled(specimen: Specimen):
     layers = matrices(model).keys() - matching(matrices(model), specimen.dense)
     stacked = {name for name, weight in matrices(model).items() if weight.ndim == 3}
     module = {name: name.rsplit(".", 2)[0] if name in stacked else name for name in layers}
-    assert {name for name in layers if not total[module[name]]} == matching(layers, specimen.uncalled)
+    assert {name for name in layers if not total[module[name]]} == matching(
+        layers, [*specimen.uncalled, *specimen.read_past]
+    )
     for name in matching(dict(model.named_modules()), specimen.blocks):
         assert total[name] or matching([f"{name}.up"], specimen.uncalled), name
 

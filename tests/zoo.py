@@ -38,6 +38,7 @@ class Specimen:
         dense: Matrices that must be skipped by default. All others must be pruned.
         blocks: Modules that granularity "block" stops at.
         uncalled: Layers not in `dense` whose own forward no batch calls, so that they keep their weights.
+        read_past: Layers whose weight another module reads, and whose own forward nothing calls.
     """
 
     build: Callable[[], nn.Module]
@@ -45,6 +46,7 @@ class Specimen:
     dense: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
+    read_past: tuple[str, ...] = ()
 
 
 def save_llama_of_bytes(folder: Any) -> None:
@@ -516,6 +518,6 @@ ZOO: dict[str, Specimen] = {
         _TorchTransformer,
         dense=("*.in_proj_weight",),
         blocks=("encoder.layers.[0-9]",),
-        uncalled=("*.out_proj",),  # MultiheadAttention reads its weight and never calls it
+        read_past=("*.out_proj",),
     ),
 }

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from wanda_lightning.core.types import PerInput
 from wanda_lightning.distributed import Processes
-from wanda_lightning.experts import ExpertProducts, Product
 from wanda_lightning.models import Layer, TokenMask, fitting_mask
-from wanda_lightning.observe import input_of
+from wanda_lightning.products import Hear, Product, heard
 
 
 def fisher(
@@ -45,15 +43,8 @@ def fisher(
         layer.name: torch.zeros(layer.shape[1], dtype=torch.float32, device=layer.weight.device) for layer in layers
     }
     reached = torch.zeros(len(layers), dtype=torch.int64)
-    with processes.together(), without_gradients(model), ExitStack() as hooks, torch.enable_grad():
-        for index, layer in enumerate(layers):
-            if layer.expert is None:
-                hook = _hook(layer, sums[layer.name], reached, index)
-                hooks.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
-        hear = _hear({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
-        products = ExpertProducts(layers, hear)
-        if products.watches:
-            hooks.enter_context(products)
+    hear = _hear({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
+    with processes.together(), without_gradients(model), heard(layers, hear), torch.enable_grad():
         for batch, forward in enumerate(forwards):
             _backward(forward(), masks[batch], batch, seed=batch * processes.world_size + processes.rank)
             tick()
@@ -88,36 +79,17 @@ def _backward(output: object, padding: tuple[TokenMask, ...] | None, batch: int,
     rows.backward(_by_logits(rows.detach(), seed))
 
 
-def _hook(layer: Layer, total: PerInput, reached: Tensor, index: int) -> Callable[..., Tensor]:
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+def _hear(indices: Mapping[str, int], sums: Mapping[str, PerInput], reached: Tensor) -> Hear:
+    def hear(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         if not torch.is_grad_enabled():  # nothing comes back here
-            return output
-        squares = layer.tokens(input_of(args, kwargs).detach()).float().square()
-        output = _in_a_graph(output)
-
-        def add(gradient: Tensor) -> None:
-            _add(layer, squares, layer.outputs(gradient), total)
-            reached[index] += 1
-
-        output.register_hook(add)
-        return output
-
-    return watch
-
-
-def _hear(
-    indices: Mapping[str, int], sums: Mapping[str, PerInput], reached: Tensor
-) -> Callable[[list[Product], Tensor], Tensor]:
-    def hear(products: list[Product], output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return output
+            return multiply()
         squares = [product.layer.tokens(product.tokens.detach()).float().square() for product in products]
-        output = _in_a_graph(output)
+        output = _in_a_graph(multiply())
 
         def add(gradient: Tensor) -> None:
             for product, each in zip(products, squares, strict=True):
-                _add(product.layer, each, product.part(gradient), sums[product.layer.name])
-                reached[indices[product.layer.name]] += bool(each.any())
+                _add(product.layer, each, product.layer.outputs(product.part(gradient)), sums[product.layer.name])
+                reached[indices[product.layer.name]] += product.layer.expert is None or bool(each.any())
 
         output.register_hook(add)
         return output

@@ -10,16 +10,18 @@ the same units.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from wanda_lightning.distributed import ALONE, Processes
 
@@ -75,16 +77,37 @@ class Call:
             return self.forward(*self.args, **self.kwargs)
 
     def run_on_copies(self) -> bool:
-        """Run the unit on copies of its tensors and say whether it wrote into them."""
+        """Run the unit on copies of what it could write into, and say whether it did (of objects: that it might)."""
         with self.ambient.entered():
-            args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if any(tensor.is_inference() for tensor in tensors):  # they do not count what is written into them
+            args, kwargs = copied((self.args, self.kwargs))
+            pairs = zip(tree_leaves((args, kwargs)), tree_leaves((self.args, self.kwargs)), strict=True)
+            copies = [leaf for leaf, own in pairs if leaf is not own]
+            tensors = [leaf for leaf in copies if isinstance(leaf, Tensor)]
+            if len(tensors) < len(copies) or any(tensor.is_inference() for tensor in tensors):  # they count no writes
                 self.forward(*args, **kwargs)
                 return True
             before = [tensor._version for tensor in tensors]
             self.forward(*args, **kwargs)
             return before != [tensor._version for tensor in tensors]
+
+
+def copied(values: Any, known: dict[int, Any] | None = None) -> Any:
+    """Arguments whose tensors are clones, also those in objects such as a cache, which are copies; modules are not."""
+    known = {} if known is None else known
+
+    def of(leaf: Any) -> Any:
+        if id(leaf) in known:
+            return known[id(leaf)]
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        if isinstance(leaf, nn.Module | type) or not hasattr(leaf, "__dict__"):
+            return leaf
+        other = known[id(leaf)] = copy.copy(leaf)
+        if other is not leaf:
+            vars(other).update({name: copied(value, known) for name, value in vars(leaf).items()})
+        return other
+
+    return tree_map(of, values)
 
 
 @dataclass(frozen=True)
@@ -164,6 +187,14 @@ class _Traveller(threading.Thread):
         self.join()
 
 
+def stop_at(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a unit, or what takes its place; a batch parks there."""
+    thread = threading.current_thread()
+    if isinstance(thread, _Traveller):
+        return thread.park(unit, forward, args, kwargs)
+    return forward(*args, **kwargs)
+
+
 @contextmanager
 def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
     """Wrap the forward of every unit, so that batches park there.
@@ -171,28 +202,19 @@ def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
     Of an FSDP2 module the call around it, whose hooks gather the weights: they must not while batches wait. Elsewhere
     the forward itself, so that hooks of the unit run once, and before its inputs are read.
     """
-
-    def parked(index: int, forward: Forward) -> Forward:
-        def forward_or_park(*args: Any, **kwargs: Any) -> Any:
-            thread = threading.current_thread()
-            if isinstance(thread, _Traveller):
-                return thread.park(index, forward, args, kwargs)
-            return forward(*args, **kwargs)
-
-        return forward_or_park
-
     with ExitStack() as restored:
         for index, unit in enumerate(units):
             if isinstance(unit, FSDPModule):
-                restored.enter_context(_overriding(unit, "_compiled_call_impl", None))  # it would go past `_call_impl`
-                restored.enter_context(_overriding(unit, "_call_impl", parked(index, unit._call_impl)))
+                restored.enter_context(overriding(unit, "_compiled_call_impl", None))  # it would go past `_call_impl`
+                restored.enter_context(overriding(unit, "_call_impl", partial(stop_at, index, unit._call_impl)))
             else:
-                restored.enter_context(_overriding(unit, "forward", parked(index, unit.forward)))
+                restored.enter_context(overriding(unit, "forward", partial(stop_at, index, unit.forward)))
         yield
 
 
 @contextmanager
-def _overriding(module: nn.Module, name: str, value: object) -> Iterator[None]:
+def overriding(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    """An attribute of the instance, and then what was there before."""
     missing = object()
     before = module.__dict__.get(name, missing)
     module.__dict__[name] = value

@@ -6,16 +6,17 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.distributed import ALONE, Processes
-from wanda_lightning.experts import ExpertProducts, Product, pool
+from wanda_lightning.experts import pool
 from wanda_lightning.lockstep import Call
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
+from wanda_lightning.products import Product, heard, input_of
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,12 @@ class Observer:
     @contextmanager
     def watching(self, unit: Unit, batch: int) -> Iterator[None]:
         """Read what enters the layers of a unit while a batch runs."""
-        seen: list[_Seen] = []
-        experts = _Experts(self, unit, batch)
-        with ExitStack() as hooks:
-            for layer in unit.layers if self.masks[batch] is not None else ():
-                if layer.expert is None:
-                    hook = self._hook(layer, batch, seen)
-                    hooks.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            if experts.products.watches and self.masks[batch] is not None:
-                hooks.enter_context(experts.products)
+        reader = _Reader(self, batch)
+        with ExitStack() as hearing:
+            if self.masks[batch] is not None:
+                reader.rows_of = hearing.enter_context(heard(unit.layers, reader)).rows_of
             yield
-        for entry in (*seen, *experts.seen):
+        for entry in reader.seen:
             if entry.largest is not None:
                 self._parts.append(_Part(entry.layers, batch, entry.statistics.finite(), entry.largest))
             if entry.padding_counted:
@@ -222,25 +218,13 @@ class Observer:
                 of_layer.setdefault(name, []).append(statistics)
         return {layer.name: _total(of_layer[layer.name]) for layer in unit.layers if layer.name in of_layer}
 
-    def _hook(self, layer: Layer, batch: int, seen: list[_Seen]) -> Callable[..., None]:
-        def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs)
-            for entry in seen:
-                if entry.identity.is_also(x, layer):
-                    entry.layers.append(layer.name)
-                    return
-            statistics, largest = self._sums(layer, batch, x)
-            counted = layer.name in self.padding_counted
-            seen.append(_Seen(_Identity.of(x, layer), [layer.name], statistics, largest, counted))
-
-        return read_input
-
     def _sums(self, layer: Layer, batch: int, x: Tensor) -> tuple[InputStatistics, _Largest | None]:
         tokens = layer.tokens(x)
         shape, keep = _places(layer, x, tokens), None
         masks = self.masks[batch]
-        if masks and not isinstance(layer.module, nn.Conv2d):
-            mask = fitting_mask(masks, layer.name, x)
+        if masks and layer.kind.channels > -3:  # no image
+            lying = x if layer.kind.channels == -1 else tokens.unflatten(0, shape)
+            mask = fitting_mask(masks, layer.name, lying)
             if mask is None:
                 self.padding_counted.add(layer.name)
             else:
@@ -263,49 +247,56 @@ def _summed(
 
 
 def _places(layer: Layer, x: Tensor, tokens: Tensor) -> tuple[int, ...]:
-    if isinstance(layer.module, nn.Conv2d):
-        samples = len(x) if x.ndim == 4 else 1
+    if layer.kind.channels < -1:
+        samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
         return samples, len(tokens) // samples
     return tuple(x.shape[:-1]) or (1,)
 
 
-class _Experts:
-    """Reads the tokens of experts that are one parameter, while one batch runs."""
+class _Reader:
+    """Reads the tokens of each layer while one batch runs."""
 
-    def __init__(self, observer: Observer, unit: Unit, batch: int) -> None:
-        self.products = ExpertProducts(unit.layers, self._hear)
+    def __init__(self, observer: Observer, batch: int) -> None:
         self.seen: list[_Seen] = []
-        self._observer, self._masks = observer, observer.masks[batch] or ()
+        self.rows_of: Callable[[Tensor], tuple[Tensor, Tensor] | None] = lambda x: None
+        self._observer, self._batch, self._masks = observer, batch, observer.masks[batch] or ()
         self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # of each expert, which tokens were real
 
-    def _hear(self, products: list[Product], output: Tensor) -> Tensor:
+    def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         for product in products:
             if product.first:
                 self._read(product)
         if all(product.place is not None and product.tokens.any(dim=-1).all() for product in products):
             self._observer.not_routed.update(product.layer.name for product in products)
-        return output
+        return multiply()
 
     def _read(self, product: Product) -> None:
         layer, x = product.layer, product.tokens
-        if self.seen and self.seen[-1].identity.is_also(x, layer):
-            if layer.name not in self.seen[-1].layers:
-                self.seen[-1].layers.append(layer.name)
-            return
+        for entry in self.seen if layer.expert is None else self.seen[-1:]:  # experts are many, each with its own input
+            if entry.identity.is_also(x, layer):
+                entry.layers.append(layer.name)
+                return
+        if layer.expert is None:
+            statistics, largest = self._observer._sums(layer, self._batch, x)
+        else:
+            statistics, largest = self._sums(product)
+        counted = layer.name in self._observer.padding_counted
+        self.seen.append(_Seen(_Identity.of(x, layer), [layer.name], statistics, largest, counted))
+
+    def _sums(self, product: Product) -> tuple[InputStatistics, _Largest | None]:
+        """Those of an expert."""
+        layer, x = product.layer, product.tokens
         tokens = layer.tokens(x)
         keep = self._real(layer, x, tokens) if self._masks else None
         if product.place is not None:
             routed = tokens.any(dim=1)  # the tokens of other experts are zeros
             keep = routed if keep is None else routed & keep
-        kept = tokens if keep is None else tokens[keep]
-        statistics, largest = _summed(self._observer.needs, kept, (len(tokens),), keep)
-        counted = layer.name in self._observer.padding_counted
-        self.seen.append(_Seen(_Identity.of(x, layer), [layer.name], statistics, largest, counted))
+        return _summed(self._observer.needs, tokens if keep is None else tokens[keep], (len(tokens),), keep)
 
     def _real(self, layer: Layer, x: Tensor, tokens: Tensor) -> Tensor | None:
         """Which tokens are no padding: experts are given some of all tokens, so it takes to see which these were."""
         keep = None
-        if gathered := self.products.rows_of(x):
+        if gathered := self.rows_of(x):
             whole, rows = gathered
             if mask := fitting_mask(self._masks, layer.name, whole):
                 keep = mask.keep.flatten().to(rows.device)[rows]
@@ -318,13 +309,6 @@ class _Experts:
         else:
             self._last[layer.module, layer.expert] = keep
         return keep
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer was called with."""
-    x = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(x, Tensor)
-    return x
 
 
 def _version(tensor: Tensor) -> int:

@@ -28,7 +28,7 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Weight
 from wanda_lightning.distributed import ALONE, Processes, SamePath, at_rest_afterwards, is_sharded, reshard, zero_counts
 from wanda_lightning.gradients import fisher
-from wanda_lightning.lockstep import Stop, abreast, lockstep
+from wanda_lightning.lockstep import Stop, abreast, lockstep, stop_at
 from wanda_lightning.models import (
     Layer,
     TokenMask,
@@ -41,6 +41,7 @@ from wanda_lightning.models import (
     token_masks,
 )
 from wanda_lightning.observe import Observer
+from wanda_lightning.products import Product, Products
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.reconstruction import Part, recorded, train
 from wanda_lightning.refusals import refuse_sharding, refuse_too_wide, refuse_training_together, refuse_unprunable
@@ -485,7 +486,32 @@ def _stops(
     else:
         forwards = list(calibration)
         calibration.refuse_if_empty(config)
-        yield from lockstep(forwards, [cast(nn.Module, unit.module) for unit in found.units], processes)
+        yield from lockstep(
+            _stopping_at_products(forwards, found.units),
+            [cast(nn.Module, unit.module) for unit in found.units],
+            processes,
+        )
+
+
+def _stopping_at_products(forwards: list[Callable[[], object]], units: Sequence[Unit]) -> list[Callable[[], object]]:
+    """Forward passes that also stop where the weight of a unit that is a layer is multiplied past its forward."""
+    alone = {
+        layer: index
+        for index, unit in enumerate(units)
+        for layer in unit.layers
+        if layer.module is unit.module and layer.expert is None
+    }
+
+    def stop(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+        product = products[0]
+        return stop_at(alone[product.layer], lambda tokens: multiply(), product.tokens) if product.first else multiply()
+
+    def watched(forward: Callable[[], object]) -> object:
+        products = Products(alone, stop)  # each thread its own
+        with products if products.watches else nullcontext():
+            return forward()
+
+    return [partial(watched, forward) for forward in forwards] if alone else forwards
 
 
 _ALREADY_SPARSE = 0.05

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.core.solvers import Reconstruct
 from wanda_lightning.gradients import without_gradients
-from wanda_lightning.lockstep import Call
+from wanda_lightning.lockstep import Call, copied
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 
 _HELD_OUT = 4  # every so many batches one is not trained on
@@ -62,7 +62,7 @@ def recorded(
 
 def _record(parts: Sequence[Part], unit: Unit, call: Call, *args: Any, **kwargs: Any) -> Any:
     if parts[0].module is unit.module:  # parked: its own hooks do not run
-        inputs = _copies((args, kwargs))
+        inputs = copied((args, kwargs))
         output = call.forward(*args, **kwargs)
         parts[0].runs.append(_Run(call, inputs, _output(output).clone()))
         return output
@@ -102,7 +102,7 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
     def error(run: _Run, training: bool = False) -> Tensor:
         with run.call.ambient.entered(), torch.set_grad_enabled(training):
             masked = {name: at(masters, name) for name in masters}
-            args, kwargs = _copies(run.inputs)  # a part may write into its inputs
+            args, kwargs = copied(run.inputs)  # a part may write into its inputs
             output = _output(functional_call(part.module, masked, args, kwargs))
             return squares(output - run.output, run)
 
@@ -160,13 +160,9 @@ def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> Part:
 
 def _hook(part: Part, call: Call) -> Callable[..., None]:
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        part.runs.append(_Run(call, _copies((args, kwargs)), _output(output).clone()))
+        part.runs.append(_Run(call, copied((args, kwargs)), _output(output).clone()))
 
     return keep
-
-
-def _copies(values: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, values)
 
 
 def _output(output: object) -> Tensor:

@@ -30,6 +30,7 @@ class LayerKind:
         window: What else than the tensor itself decides its tokens; layers with one input and one window share
             statistics.
         rows_first: Whether the weight's first dimension is d_out, so that some of its rows can be read alone.
+        channels: Which dimension of what enters and what comes out is that of d_in and d_out, counted from the last.
     """
 
     layer_type: type[nn.Module]
@@ -39,6 +40,7 @@ class LayerKind:
     outputs: Callable[[Tensor], Tensor]
     window: Callable[[Any], object]
     rows_first: bool = True
+    channels: int = -1
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -51,26 +53,29 @@ def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
 
 # Kernel positions outside, input channels inside: where M divides the channels, an N:M group is consecutive channels of
 # one kernel position, the reduction order of sparse implicit-GEMM convolutions.
-def _read_conv2d(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).flatten(1)
+def _read_convolution(weight: Tensor) -> Tensor:
+    return weight.movedim(1, -1).flatten(1)
 
 
-def _write_conv2d(weight: Tensor, matrix: Tensor) -> None:
-    _, channels, height, width = weight.shape
-    weight.copy_(matrix.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2))
+def _write_convolution(weight: Tensor, matrix: Tensor) -> None:
+    _, channels, *kernel = weight.shape
+    weight.copy_(matrix.unflatten(1, (*kernel, channels)).movedim(-1, 1))
 
 
-def _conv2d_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    if images.ndim == 3:
+def _convolution_tokens(layer: Any, images: Tensor) -> Tensor:
+    if images.ndim == 1 + len(layer.kernel_size):
         images = images.unsqueeze(0)
     if layer.padding_mode != "zeros":
         images = F.pad(images, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     elif any(layer._reversed_padding_repeated_twice):
         images = F.pad(images, layer._reversed_padding_repeated_twice)
-    if layer.kernel_size == (1, 1):
-        vertical, horizontal = layer.stride
+    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+    if len(kernel) == 1:  # an image of one row
+        images, kernel, dilation, stride = images.unsqueeze(-2), (1, *kernel), (1, *dilation), (1, *stride)
+    if kernel == (1, 1):
+        vertical, horizontal = stride
         return images[:, :, ::vertical, ::horizontal].permute(0, 2, 3, 1).flatten(0, 2)
-    columns = F.unfold(images, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    columns = F.unfold(images, kernel, dilation=dilation, stride=stride)
     columns = columns.unflatten(1, (images.shape[1], -1))  # (batch, channels, kernel positions, places)
     return columns.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
 
@@ -79,15 +84,24 @@ def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
     from timm.layers.padding import pad_same
 
     padded = pad_same(images, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
-    return _conv2d_tokens(layer, padded)  # its own padding is 0
+    return _convolution_tokens(layer, padded)  # its own padding is 0
 
 
-def _pixels(images: Tensor) -> Tensor:
-    return images.movedim(-3, -1).flatten(0, -2)
-
-
-def _conv2d_window(layer: nn.Conv2d) -> object:
+def _window(layer: Any) -> object:
     return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode
+
+
+def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
+    channels = -1 - dimensions
+    return LayerKind(
+        layer_type,
+        _read_convolution,
+        _write_convolution,
+        _convolution_tokens,
+        lambda images: images.movedim(channels, -1).flatten(0, -2),
+        _window,
+        channels=channels,
+    )
 
 
 @cache
@@ -96,7 +110,7 @@ def layer_kinds() -> dict[str, LayerKind]:
     from timm.layers.conv2d_same import Conv2dSame
     from transformers.pytorch_utils import Conv1D
 
-    convolution = LayerKind(nn.Conv2d, _read_conv2d, _write_conv2d, _conv2d_tokens, _pixels, _conv2d_window)
+    conv2d = _convolution(nn.Conv2d, 2)
     return {
         "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ()),
         "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
@@ -108,8 +122,9 @@ def layer_kinds() -> dict[str, LayerKind]:
             lambda layer: (),
             rows_first=False,
         ),
-        "Conv2d": convolution,
-        "Conv2dSame": replace(convolution, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),  # pads by input size
+        "Conv1d": _convolution(nn.Conv1d, 1),
+        "Conv2d": conv2d,
+        "Conv2dSame": replace(conv2d, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),  # pads by input size
     }
 
 
@@ -124,7 +139,7 @@ def of_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
     """What a group of a convolution sees and gives: its channels."""
 
     def part(images: Tensor) -> Tensor:
-        return images.chunk(groups, -3)[group]
+        return images.chunk(groups, kind.channels)[group]
 
     return replace(
         kind,
@@ -225,7 +240,7 @@ def layers_of(
         kind = kind_of(module)
         if kind is None:
             return []
-        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
         if groups == 1:
             return [Layer(name, module, kind, siblings=siblings_of(name, modules))]
         return [Layer(f"{name}.group{g}", module, of_group(kind, g, groups), group=(g, groups)) for g in range(groups)]

@@ -25,7 +25,8 @@ _REMOVERS = {  # old hooks of torch that make a weight anew at each forward, by 
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
     "BasePruningMethod": "torch.nn.utils.prune.remove(layer, 'weight')",
 }
-_IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image or signal
 
 
 def is_wrapper(parameter: Tensor) -> bool:
@@ -90,7 +91,7 @@ def why_no_layer(module: nn.Module, parameter_name: str) -> str:
 def reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_grouped: bool) -> dict[str, str]:
     """Default reasons by module name, for layers of a prunable kind."""
     reasons: dict[str, str] = {}
-    convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+    convolutions = [name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS)]
     heads = set().union(*(_heads(module) for module in modules.values()))
     stems = [(name, pattern) for name, module in modules.items() for pattern in _timm_stems(module)]
     of_experts = routers(modules)
@@ -106,12 +107,12 @@ def reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_gro
             reasons[name] = "adapter: trained, not pruned"
         elif module in of_experts:
             reasons[name] = "router"
-        elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+        elif isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels:
             reasons[name] = "depthwise convolution"
-        elif isinstance(module, nn.Conv2d) and module.groups > 1 and not include_grouped and kind_of(module):
+        elif isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not include_grouped and kind_of(module):
             reasons[name] = "grouped convolution: include_grouped=True prunes each group"
-        elif isinstance(module, nn.Conv2d) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
-            reasons[name] = "stem: reads the raw image"
+        elif isinstance(module, _CONVOLUTIONS) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
+            reasons[name] = f"stem: reads the raw {'image' if isinstance(module, nn.Conv2d) else 'signal'}"
         elif _STEM.search(name) or any(
             name.startswith(prefix) and pattern.match(name[len(prefix) :].lstrip(".")) for prefix, pattern in stems
         ):

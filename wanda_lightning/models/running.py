@@ -17,7 +17,7 @@ _EXPERTS = "_experts_implementation_internal"
 def calibrating(model: nn.Module) -> Iterator[None]:
     """The model as calibration needs it: evaluation mode, no key-value cache, every layer called as a module.
 
-    Experts multiply one after the other, by views of their parameter: see `experts.ExpertProducts`.
+    Experts multiply one after the other, by views of their parameter: see `products.Products`.
     """
     training = [module for module in model.modules() if module.training]
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
