@@ -546,16 +546,17 @@ import sys, time
 import wanda_lightning.pruner as pruner
 from wanda_lightning.cli import main
 
-prune_layer, done = pruner._prune_layer, []
+prune_layers, done = pruner._prune_layers, []
 
 def slowly(*arguments):
-    done.append(prune_layer(*arguments))
-    if len(done) == 9:  # in the second block
-        print("in the middle", flush=True)
-        time.sleep(60)
-    return done[-1]
+    for layer in prune_layers(*arguments):
+        done.append(layer)
+        if len(done) == 9:  # in the second block
+            print("in the middle", flush=True)
+            time.sleep(60)
+        yield layer
 
-pruner._prune_layer = slowly
+pruner._prune_layers = slowly
 sys.exit(main())
 """
 
