@@ -574,7 +574,7 @@ def test_ctrl_c_in_the_middle_of_pruning_in_a_real_shell(text, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "8 layers are already pruned, model.layers.0.self_attn.q_proj to" in err
+    assert "8 layers are already pruned, model.layers.0.self_attn.q_proj first and" in err
     assert "wanda-lightning: interrupted" in err
     assert "Traceback" not in err
     assert everything_in(tmp_path) == []

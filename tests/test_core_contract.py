@@ -133,6 +133,16 @@ def test_only_what_has_no_needs_runs_without_inputs():
         Wanda()(weight, None)
 
 
+@pytest.mark.parametrize("criterion", [Wanda(), RIA()], ids=str)
+@pytest.mark.parametrize(("dtype", "faint"), [(torch.float32, 1e-20), (torch.float64, 1e-150)], ids=str)
+def test_inputs_that_are_never_active_score_below_the_faintest(criterion, dtype, faint):
+    weight, tokens = random_layer(dtype)
+    tokens[:, :20] = 0
+    tokens[:, 20:40] *= faint
+    scores = criterion(weight, statistics(tokens, criterion))
+    assert 0 < scores[:, :20].min() <= scores[:, :20].max() < scores[:, 20:].min()
+
+
 # ---- criterion x pattern x solver
 
 
@@ -223,6 +233,7 @@ def test_layers_with_the_same_inputs_are_pruned_as_each_alone(criterion, goals, 
     criterion = CRITERIA[criterion]()
     inputs = statistics(tokens, criterion, solver)
     weights = [weight[:5], weight[5:].float()]
+    weights[0][:, :30] = 0  # sparser than asked for, on the left
     both = solver.together(weights, inputs, criterion, goals)
     for (pruned, keep), part, (pattern, sparsity) in zip(both, weights, goals, strict=True):
         alone, keep_alone = solver(part, inputs, criterion, pattern, sparsity)

@@ -542,6 +542,63 @@ def test_objects_that_units_write_into_are_copied():
     assert other[0].layers[0][0].data_ptr() != caches[0].layers[0][0].data_ptr()
 
 
+class Slotted:
+    __slots__ = ("kept",)
+
+    def __init__(self):
+        self.kept = [torch.ones(2)]
+
+
+class Rows(dict):
+    pass
+
+
+def test_what_is_copied_of_odd_objects():
+    x, slotted, rows, lock = torch.ones(2), Slotted(), Rows(a=[torch.ones(2)]), threading.Lock()
+    own = {"twice": (x, x), "slotted": slotted, "rows": rows}
+    other = copied(own)
+    assert other["twice"][0] is other["twice"][1] is not x
+    assert type(other["rows"]) is Rows
+    for kept in (other["slotted"].kept, other["rows"]["a"]):
+        kept[0].add_(1)
+        kept.append(x)
+    assert (len(slotted.kept), len(rows["a"])) == (1, 1)
+    assert slotted.kept[0].tolist() == rows["a"][0].tolist() == [1, 1]
+
+    class Context:
+        def __init__(self):
+            self.module, self.lock, self.local, self.next = torch, lock, threading.local(), None
+
+    first = last = Context()
+    for _ in range(3000):
+        last.next = last = Context()
+    assert copied(first).lock is lock
+
+
+def test_a_dict_that_grows_was_written_into():
+    class Block(nn.Linear):
+        def forward(self, x, seen):
+            seen[len(seen)] = x
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(3, 3), Block(3, 3)])
+
+        def forward(self, x):
+            seen.append(of := {})
+            for block in self.blocks:
+                x = block(x, seen=of)
+            return x
+
+    seen, model = [], Model()
+    for stop in travel(model, [torch.randn(2, 3)], model.blocks):
+        for call in stop.calls:
+            assert call.run_on_copies()
+            assert len(seen[0]) == stop.unit
+
+
 # ---- endings
 
 

@@ -1,5 +1,6 @@
 """Layers whose weight is read past their forward: against the same models with every layer called."""
 
+import copy
 import math
 from functools import partial
 
@@ -175,9 +176,62 @@ def test_what_is_no_product_with_all_inputs_is_not_heard():
         F.linear(x[:, :4], layer.weight[:, :4])
         F.linear(x, layer.weight.clone())
         F.linear(x, layer.weight + layer.weight)
+        layer.weight @ layer.weight.mT  # no tokens
         assert not names
         F.linear(x, layer.weight[2:])
         assert names == ["0"]
+
+
+def test_however_the_factors_are_given(monkeypatch):
+    layer = nn.Linear(WIDTH, WIDTH)
+    heard_tokens = []
+
+    def hear(products, multiply):
+        heard_tokens.append(products[0].tokens)
+        return multiply()
+
+    x, bias = torch.randn(2, 3, WIDTH), torch.zeros(WIDTH)
+    weight = layer.weight
+    ways = [
+        lambda: F.linear(x, weight, bias),
+        lambda: F.linear(bias=bias, weight=weight, input=x),
+        lambda: x @ weight.mT,
+        lambda: torch.matmul(input=x, other=weight.mT),
+        lambda: torch.bmm(x, weight.mT.expand(2, -1, -1)),
+        lambda: torch.bmm(mat2=weight.mT.expand(2, -1, -1), input=x),
+        lambda: torch.baddbmm(bias, x, weight.mT.expand(2, -1, -1)),
+        lambda: torch.addmm(bias, x.flatten(0, 1), weight.mT).unflatten(0, (2, 3)),
+        lambda: torch.addmm(mat2=weight.mT, mat1=x.flatten(0, 1), input=bias).unflatten(0, (2, 3)),
+        lambda: weight.mm(x.flatten(0, 1).t()).t().unflatten(0, (2, 3)),
+    ]
+    expected = F.linear(x, weight)
+    for index, way in enumerate(ways):
+        with torch.no_grad(), Products(walk(nn.Sequential(layer), "model", only=["0"]).layers, hear):
+            torch.testing.assert_close(way(), expected)
+        assert len(heard_tokens) == index + 1
+        assert torch.equal(heard_tokens[-1].reshape(x.shape), x)
+
+
+class Graph(nn.Module):
+    """What it multiplies besides weights has no memory of its own: a sparse matrix, vectors under `vmap`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.nothing, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 0), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("neighbours", torch.eye(3).roll(1, 0).to_sparse())
+
+    def forward(self, x):
+        x = self.neighbours @ self.a(x)
+        return self.b(torch.vmap(lambda each: each @ each.mT @ each)(x[None])[0] / 10)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("granularity", ["block", "layer", "model"])
+def test_what_has_no_memory_is_multiplied_as_ever(granularity):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Graph(), Graph())
+    report = prune(blocks, [torch.randn(3, WIDTH)], 0.5, progress=False, granularity=granularity)
+    assert [(layer.tokens, layer.sparsity) for layer in report.layers if layer.name[2:] != "nothing"] == [(3, 0.5)] * 4
 
 
 def test_nothing_is_left_behind_after_an_error():
@@ -190,11 +244,13 @@ def test_nothing_is_left_behind_after_an_error():
     with pytest.raises(RuntimeError, match="no"), heard(walk(model, "model").layers, hear):
         model(vectors()[0])
     assert [dict(module.__dict__) for module in model.modules()] == before
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
-def test_padding_inside_of_attention_is_never_taken_for_other_tokens(granularity):
-    """Attention wants time first, where a mask of (batch, tokens) says nothing of rows one behind the other."""
+@pytest.mark.parametrize("mask", ["11111 11000", "11111 11111 11111 11111 10000"])
+def test_padding_inside_of_attention_is_left_out(granularity, mask):
+    """Attention wants time first, where a mask of (samples, tokens) says nothing of rows one behind the other."""
 
     class Text(nn.Module):
         def __init__(self):
@@ -209,13 +265,18 @@ def test_padding_inside_of_attention_is_never_taken_for_other_tokens(granularity
             return x
 
     torch.manual_seed(0)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    batch = {"x": torch.randn(2, 5, WIDTH), "attention_mask": mask}
-    report = prune(Text().eval(), [batch], 0.5, progress=False, granularity=granularity)
-    layers = {layer.name: layer for layer in report.layers}
-    assert layers["layers.0.linear1"].tokens == 7
-    assert layers["layers.0.self_attn.out_proj"].tokens == 10
-    assert layers["layers.0.self_attn.out_proj"].note.startswith("padding counted")
+    mask = torch.tensor([list(map(int, row)) for row in mask.split()])
+    x = torch.randn(*mask.shape, WIDTH)
+    model = Text().eval()
+    reports = []
+    for noise in (0.0, 100.0):  # of padding
+        batch = {"x": x + noise * torch.randn_like(x) * (mask == 0)[..., None], "attention_mask": mask}
+        reports.append(prune(pruned := copy.deepcopy(model), [batch], 0.5, progress=False, granularity=granularity))
+        for layer in reports[-1].layers:
+            assert (layer.tokens, layer.note) == (int(mask.sum()), ""), layer.name
+        reports.append(pruned.state_dict())
+    for name, value in reports[1].items():
+        assert torch.equal(value, reports[3][name]), name
 
 
 def test_reconstruction_trains_what_is_read_past():

@@ -69,6 +69,16 @@ def test_rows_have_their_exact_number_whatever_the_blocks(sparsity, block_size):
     assert (~keep).sum() == int(3600 * sparsity)
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+def test_what_is_sparser_than_asked_for_on_the_left_stays_so(pattern):
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    weight[:, :128] = 0
+    pruned, _ = solved(SparseGPT(), weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.3))
+    assert not pruned[:, :128].any()
+    dense_on_the_right = isinstance(pattern, Unstructured)  # what is zero already is more than was asked for
+    assert bool(pruned[:, 128:256].all()) == dense_on_the_right
+
+
 def test_an_input_that_is_never_active_loses_its_weights():
     weight, tokens = random_layer()
     tokens[:, [3, 40]] = 0

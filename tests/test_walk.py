@@ -738,3 +738,11 @@ def test_packed_weights_outside_of_only_are_decided():
     model = Several(part=int8_linear(), other=nn.Linear(8, 8))
     assert [matrix.unprunable for matrix in walk(model, only=["other"]).skipped] == [False]
     assert [matrix.unprunable for matrix in walk(model, only=["part", "other"]).skipped] == [True]
+
+
+@pytest.mark.parametrize("order", [("signal", "image"), ("image", "signal")])
+def test_a_model_of_signals_and_images_has_two_stems(order):
+    inputs = {"signal": nn.Conv1d(2, 8, 3), "image": nn.Conv2d(3, 8, 3)}
+    model = nn.ModuleDict({**{name: inputs[name] for name in order}, "later": nn.Conv2d(3, 8, 3)})
+    reasons = {matrix.name: matrix.reason for matrix in walk(model, "model").skipped}
+    assert reasons == {name: f"stem: reads the raw {name}" for name in order}

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.distributed import ALONE, Processes
 
@@ -80,34 +81,56 @@ class Call:
         """Run the unit on copies of what it could write into, and say whether it did (of objects: that it might)."""
         with self.ambient.entered():
             args, kwargs = copied((self.args, self.kwargs))
-            pairs = zip(tree_leaves((args, kwargs)), tree_leaves((self.args, self.kwargs)), strict=True)
-            copies = [leaf for leaf, own in pairs if leaf is not own]
-            tensors = [leaf for leaf in copies if isinstance(leaf, Tensor)]
-            if len(tensors) < len(copies) or any(tensor.is_inference() for tensor in tensors):  # they count no writes
+            leaves, own = tree_leaves((args, kwargs)), tree_leaves((self.args, self.kwargs))
+            copies = [copy for copy, leaf in zip(leaves, own, strict=True) if copy is not leaf]
+            if any(not isinstance(leaf, Tensor) or leaf.is_inference() for leaf in copies):  # these count no writes
                 self.forward(*args, **kwargs)
                 return True
-            before = [tensor._version for tensor in tensors]
+            before = [leaf._version for leaf in copies]
             self.forward(*args, **kwargs)
-            return before != [tensor._version for tensor in tensors]
+            grown = [id(leaf) for leaf in tree_leaves((args, kwargs))] != [id(leaf) for leaf in leaves]
+            return grown or before != [leaf._version for leaf in copies]
 
 
-def copied(values: Any, known: dict[int, Any] | None = None) -> Any:
-    """Arguments whose tensors are clones, also those in objects such as a cache, which are copies; modules are not."""
+_DEPTH = 6  # arguments, a cache, its list of layers, a layer, what it has of each sample, a tensor
+
+
+def copied(value: Any, known: dict[int, Any] | None = None, depth: int = _DEPTH) -> Any:
+    """Arguments whose tensors are clones, also those in objects such as a cache, which are copies.
+
+    Modules, what lies deeper than a cache would, and what cannot be copied are not.
+    """
     known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, Tensor):
+        known[id(value)] = made = value.clone()
+        return made
+    if depth == 0 or isinstance(value, nn.Module | type | ModuleType | FunctionType):
+        return value
+    each = partial(copied, known=known, depth=depth - 1)
+    if isinstance(value, tuple):
+        return type(value)(*map(each, value)) if hasattr(value, "_fields") else type(value)(map(each, value))
+    try:
+        known[id(value)] = made = copy.copy(value)
+        if made is value:  # as numbers and texts are
+            return value
+        if isinstance(value, list):
+            made[:] = map(each, value)
+        elif isinstance(value, dict):
+            made.update({key: each(inner) for key, inner in value.items()})
+        for name in (*getattr(value, "__dict__", ()), *_slots(type(value))):
+            if hasattr(value, name):
+                object.__setattr__(made, name, each(getattr(value, name)))
+    except Exception:  # a lock, a file, a process group
+        known[id(value)] = value
+    return known[id(value)]
 
-    def of(leaf: Any) -> Any:
-        if id(leaf) in known:
-            return known[id(leaf)]
-        if isinstance(leaf, Tensor):
-            return leaf.clone()
-        if isinstance(leaf, nn.Module | type) or not hasattr(leaf, "__dict__"):
-            return leaf
-        other = known[id(leaf)] = copy.copy(leaf)
-        if other is not leaf:
-            vars(other).update({name: copied(value, known) for name, value in vars(leaf).items()})
-        return other
 
-    return tree_map(of, values)
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        yield from (slots,) if isinstance(slots, str) else slots
 
 
 @dataclass(frozen=True)

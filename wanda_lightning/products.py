@@ -7,9 +7,9 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class Product(NamedTuple):
             and those that are not its are zeros, or are taken out afterwards.
         first: Whether the matrix's first row is multiplied: of several pieces of it, one counts.
         left: Whether the matrix stood on the left, so that the output's columns are tokens.
+        time_first: Steps and samples, if the output's rows are those of the first step of each sample and so on.
     """
 
     layer: Layer
@@ -37,11 +38,14 @@ class Product(NamedTuple):
     place: int | None = None
     first: bool = True
     left: bool = False
+    time_first: tuple[int, int] | None = None
 
     def part(self, output: Tensor) -> Tensor:
         """What of an output, or of its gradient, is that of this layer."""
         if self.left:
             return output.mT
+        if self.time_first:
+            return output.unflatten(0, self.time_first).transpose(0, 1)
         return output if self.place is None else output.select(-3, self.place)
 
 
@@ -85,8 +89,11 @@ class Products(TorchFunctionMode):
             weight = layer.parameter.detach()
             if type(weight) is not Tensor or weight.is_meta or weight.ndim != (2 if layer.expert is None else 3):
                 continue  # sharded or elsewhere; or no matrix as it is
+            if not weight.numel():
+                continue
             end = weight.data_ptr() + weight.numel() * weight.element_size()
-            stack = stacks.setdefault(weight.data_ptr(), _Stack(end, weight.reshape(-1, *weight.shape[-2:]), {}))
+            matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
+            stack = stacks.setdefault(weight.data_ptr(), _Stack(end, matrices, {}))
             stack.layers[layer.expert or 0] = layer
         self._starts = sorted(stacks)
         self._stacks = [stacks[start] for start in self._starts]
@@ -105,22 +112,19 @@ class Products(TorchFunctionMode):
         if self._in_a_forward:
             return call()
         if func in _PRODUCTS or func in _SUMS:
-            x, weight, *_ = (*args, *(kwargs or {}).values())[func in _SUMS :]
-            if products := self._products(x, weight.mT if func is F.linear and weight.ndim > 1 else weight):
+            x, weight = _factors(func, args, kwargs or {})
+            if not (_has_memory(x) and _has_memory(weight) and weight.ndim > 1):
+                return call()
+            if products := self._products(x, weight.mT if func is F.linear else weight):
                 return self._hear(products, call)
-            if (
-                func is not F.linear
-                and x.ndim == 2
-                and weight.ndim > 1
-                and (products := self._products(weight.mT, x.mT))
-            ):
+            if func is not F.linear and x.ndim == 2 and (products := self._products(weight.mT, x.mT)):
                 return self._hear([product._replace(left=True) for product in products], call)
         elif func is F.multi_head_attention_forward:
             query = args[0] if args else (kwargs or {})["query"]
             self._attention = tuple(query.shape[:2]) if query.ndim == 3 else None
             try:
                 with self:
-                    return _entered(func)(*args, **(kwargs or {}))
+                    return _entered(cast(FunctionType, func))(*args, **(kwargs or {}))
             finally:
                 self._attention = None
         elif self._of_experts and func in _GATHERS and (len(args) == 2 or (len(args) == 3 and args[1] == 0)):
@@ -149,8 +153,10 @@ class Products(TorchFunctionMode):
 
     def _products(self, x: Tensor, weight: Tensor) -> list[Product]:
         """Of `x @ weight`, where the weight is memory of layers: some or all of their rows, with all inputs."""
+        if weight.ndim == 3 and weight.stride(0) == 0:
+            weight = weight[0]  # one for all
         stack = self._stack_of(weight)
-        if stack is None or weight.ndim not in (2, 3):
+        if stack is None or weight.ndim not in (2, 3) or self._stack_of(x) is not None:  # weights are no tokens
             return []
         stride = stack.weight.stride(0)
         number, rest = divmod((weight.data_ptr() - stack.weight.data_ptr()) // weight.element_size(), stride)
@@ -159,9 +165,14 @@ class Products(TorchFunctionMode):
         if not all_inputs or rest % matrix.stride(0) or (weight.ndim == 3 and weight.stride(0) != stride):
             return []
         if weight.ndim == 2:
+            if number not in stack.layers:
+                return []
+            product = Product(stack.layers[number], x, None, not rest)
             if self._attention and x.ndim == 2 and len(x) == self._attention[0] * self._attention[1]:
-                x = x.unflatten(0, self._attention)  # no padding mask takes its rows for samples first
-            return [Product(stack.layers[number], x, None, not rest)] if number in stack.layers else []
+                # Samples first, as padding masks have them.
+                samples = x.unflatten(0, self._attention).transpose(0, 1)
+                product = product._replace(tokens=samples, time_first=self._attention)
+            return [product]
         each = x if x.ndim > 2 else x.unsqueeze(0)
         each = each.expand(*each.shape[:-3], len(weight), *each.shape[-2:])
         return [
@@ -171,7 +182,7 @@ class Products(TorchFunctionMode):
         ]
 
     def _stack_of(self, weight: Tensor) -> _Stack | None:
-        if not self._stacks or type(weight) not in (Tensor, nn.Parameter):
+        if not self._stacks:
             return None
         pointer = weight.data_ptr()
         index = bisect_right(self._starts, pointer) - 1
@@ -179,7 +190,21 @@ class Products(TorchFunctionMode):
         return stack if stack and pointer < stack.end and weight.dtype == stack.weight.dtype else None
 
 
-@cache
+def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What is multiplied with what, however it was given."""
+    names = ("input", "mat1", "mat2") if func in _SUMS else ("input", "mat2")
+    others = {"weight": "mat2", "other": "mat2", "batch1": "mat1", "batch2": "mat2", "self": "input"}
+    given = dict(zip(names, args, strict=False)) | {others.get(name, name): value for name, value in kwargs.items()}
+    return given.get(names[-2]), given.get(names[-1])
+
+
+def _has_memory(x: object) -> TypeGuard[Tensor]:
+    """Whether it is a plain tensor: no sharded or quantised one, nor one that is sparse or under `vmap`."""
+    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
+        return False
+    return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _entered(function: FunctionType) -> FunctionType:
     """A function of `torch.nn.functional` that does not hand itself to a mode as a whole, but what it calls."""
     names = {**function.__globals__, "has_torch_function": lambda tensors: False}

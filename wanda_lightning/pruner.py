@@ -515,6 +515,7 @@ def _stopping_at_products(forwards: list[Callable[[], object]], units: Sequence[
 
 
 _ALREADY_SPARSE = 0.05
+_HELD_AT_ONCE = 1 << 28  # weights: 1 GiB in float32, and up to four times that while they are solved
 _UNREACHED = "no calibration batch called it"
 _UNROUTED = "no calibration token was seen to go through any expert of the module"
 _ALL_ZERO = "all its inputs were zero"
@@ -550,9 +551,9 @@ def _prune_unit(
         if layer.name in observer.not_routed:
             notes[layer.name].append("every token counted: the model gives each to all experts")
         # Experts, of which a hundred may have the statistics of all, are not held at once.
-        same = layer.name if statistics is None or layer.expert is not None else statistics[layer.name]
-        together.setdefault(same, []).append(layer)
-    for layers in together.values():
+        key = layer.name if statistics is None or layer.siblings else statistics[layer.name]
+        together.setdefault(key, []).append(layer)
+    for layers in (part for same in together.values() for part in _held_at_once(same)):
         inputs = None if statistics is None else statistics[layers[0].name]
         for done in _prune_layers(config, layers, inputs, goals):
             pruned.append(done)
@@ -560,6 +561,17 @@ def _prune_unit(
                 done.tokens = observer.pooled[done.name]
                 notes[done.name].append("few tokens: pruned with those of all experts")
             done.note = "; ".join(notes[done.name])
+
+
+def _held_at_once(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """Not the keys and values of all layers of a decoder, which are of one input."""
+    part: list[Layer] = []
+    for layer in layers:
+        if part and sum(other.size for other in (*part, layer)) > _HELD_AT_ONCE:
+            yield part
+            part = []
+        part.append(layer)
+    yield part
 
 
 def _prune_layers(
@@ -756,7 +768,7 @@ def _naming_what_was_written(pruned: list[PrunedLayer]) -> Iterator[None]:
     except BaseException as error:
         if pruned:
             text = (
-                f"{len(pruned)} layers are already pruned, {pruned[0].name} to {pruned[-1].name}; "
+                f"{len(pruned)} layers are already pruned, {pruned[0].name} first and {pruned[-1].name} last; "
                 "the others are dense. Load the model again before another try."
             )
             if hasattr(error, "add_note"):  # Python 3.11

@@ -83,7 +83,7 @@ def with_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
     """
     inactive = norm == 0
     if inactive.any():
-        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * _LOWEST
+        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * torch.finfo(scores.dtype).tiny
     return scores
 
 
@@ -109,9 +109,6 @@ class Saliency(Criterion):
         if "gram" not in inputs.sums:  # some columns of SparseGPT's, which itself drops what was never active
             return scores
         return with_inactive(scores, weight, inputs.sums["gram"].diagonal())
-
-
-_LOWEST = 1e-30  # below every product of a weight and an active input
 
 
 def _magnitude(weight: Weight) -> Score:

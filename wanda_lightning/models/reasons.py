@@ -91,7 +91,9 @@ def why_no_layer(module: nn.Module, parameter_name: str) -> str:
 def reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_grouped: bool) -> dict[str, str]:
     """Default reasons by module name, for layers of a prunable kind."""
     reasons: dict[str, str] = {}
-    convolutions = [name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS)]
+    first = {
+        next((name for name, module in modules.items() if isinstance(module, kind)), None) for kind in _CONVOLUTIONS
+    }
     heads = set().union(*(_heads(module) for module in modules.values()))
     stems = [(name, pattern) for name, module in modules.items() for pattern in _timm_stems(module)]
     of_experts = routers(modules)
@@ -111,7 +113,7 @@ def reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_gro
             reasons[name] = "depthwise convolution"
         elif isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not include_grouped and kind_of(module):
             reasons[name] = "grouped convolution: include_grouped=True prunes each group"
-        elif isinstance(module, _CONVOLUTIONS) and name == convolutions[0] and module.in_channels <= _IMAGE_CHANNELS:
+        elif isinstance(module, _CONVOLUTIONS) and name in first and module.in_channels <= _IMAGE_CHANNELS:
             reasons[name] = f"stem: reads the raw {'image' if isinstance(module, nn.Conv2d) else 'signal'}"
         elif _STEM.search(name) or any(
             name.startswith(prefix) and pattern.match(name[len(prefix) :].lstrip(".")) for prefix, pattern in stems

@@ -140,7 +140,7 @@ class _Choice:
         share = self.sparsity
         if not self.group:
             # What earlier blocks rounded down is made up for, so that whole rows have their exact number.
-            share = (share * here.stop * len(weight) - self.pruned + 1e-6) / weight.numel()
+            share = max(0.0, (share * here.stop * len(weight) - self.pruned + 1e-6) / weight.numel())
         kept = self.pattern(self.criterion(weight, inputs.columns(here.start, here.stop)), share).t()
         pruned = gone[here, self.rows].copy_(~(kept & lives))
         if not self.group:
