@@ -90,7 +90,7 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     notes = getattr(caught.value, "__notes__", [])
     assert len(notes) == (bool(written) and sys.version_info >= (3, 11))
     if notes:
-        assert f"{len(written)} layers are already pruned, {written[0]} to {written[-1]}" in notes[0]
+        assert f"{len(written)} layers are already pruned, {written[0]} first and {written[-1]} last" in notes[0]
         assert "Load the model again" in notes[0]
     return str(caught.value)
 

@@ -25,11 +25,11 @@ PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 class Holding(nn.Module):
-    """A layer as a part of a model, behind another convolution, so that it is no stem."""
+    """A layer as a part of a model, behind another convolution of its kind, so that it is no stem."""
 
     def __init__(self, part):
         super().__init__()
-        self.first = nn.Conv2d(1, 1, 1)
+        self.first = nn.Conv1d(1, 1, 1) if isinstance(part, nn.Conv1d) else nn.Conv2d(1, 1, 1)
         self.part = part
 
 

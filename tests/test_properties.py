@@ -25,11 +25,11 @@ PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 class Holding(nn.Module):
-    """One layer, behind an unused convolution that takes the place of the stem."""
+    """One layer, behind an unused convolution of its kind that takes the place of the stem."""
 
     def __init__(self, part):
         super().__init__()
-        self.stem = nn.Conv2d(1, 1, 1)
+        self.stem = nn.Conv1d(1, 1, 1) if isinstance(part, nn.Conv1d) else nn.Conv2d(1, 1, 1)
         self.part = part
 
     def forward(self, x, attention_mask=None):
