@@ -134,21 +134,43 @@ def test_one_factorisation_for_layers_with_one_input(monkeypatch):
         assert len(made) == 2 * expected
 
 
-@pytest.mark.parametrize("granularity", ["block", "model"])
-def test_rows_of_layers_with_one_input_are_solved_together(granularity, monkeypatch):
-    solved_together = []
-    original = SparseGPT.together
+@pytest.fixture
+def solved_together(monkeypatch):
+    """The shapes of the matrices of each call of SparseGPT."""
+    calls, original = [], SparseGPT.together
 
     def spy(self, weights, *others):
-        solved_together.append([tuple(weight.shape) for weight in weights])
+        calls.append([tuple(weight.shape) for weight in weights])
         return original(self, weights, *others)
 
     monkeypatch.setattr(SparseGPT, "together", spy)
+    return calls
+
+
+@pytest.mark.parametrize("granularity", ["block", "model"])
+def test_rows_of_layers_with_one_input_are_solved_together(granularity, solved_together):
     blocks = torch.nn.Sequential(Parallel(), Parallel())
     report = prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", granularity=granularity, progress=False)
     assert solved_together == [[(8, 16)] * 3, [(16, 8)]] * 2
     assert [layer.name for layer in report.layers] == [f"{i}.{name}" for i in "01" for name in ("q", "out", "k", "v")]
     assert {layer.sparsity for layer in report.layers} == {0.5}
+
+
+def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeypatch):
+    from wanda_lightning import pruner
+
+    torch.manual_seed(0)
+    results = []
+    for limit in (pruner._HELD_AT_ONCE, 2 * 8 * 16, 1):
+        monkeypatch.setattr(pruner, "_HELD_AT_ONCE", limit)
+        torch.manual_seed(0)
+        blocks = torch.nn.Sequential(Parallel())
+        prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, granularity="model")
+        results.append(list(blocks.parameters()))
+    assert list(map(len, solved_together)) == [3, 1, 2, 1, 1, 1, 1, 1, 1]
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 # ---- least squares

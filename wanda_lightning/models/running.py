@@ -15,7 +15,7 @@ _EXPERTS = "_experts_implementation_internal"
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """The model as calibration needs it: evaluation mode, no key-value cache, every layer called as a module.
+    """The model as calibration needs it: evaluation mode, no key-value cache, no layers fused into one kernel.
 
     Experts multiply one after the other, by views of their parameter: see `products.Products`.
     """
