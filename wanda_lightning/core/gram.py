@@ -1,4 +1,4 @@
-"""What solvers need of a Gram matrix `X^T X`: dampened, inverted, factorised."""
+"""What solvers need of a Gram matrix `X^T X`: dampened, factorised, inverted, scaled."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def dampened(gram: Gram, dampening: float) -> Gram:
     return result
 
 
-def inverse_factor(gram: Gram, dampening: float) -> Gram:
-    """The upper triangular `U` with `U^T U = (X^T X + dampening)^-1`.
+def cholesky(gram: Gram, dampening: float) -> Gram:
+    """The lower triangular `L` with `L L^T = X^T X + dampening`.
 
     Where rounding makes the matrix indefinite, the dampening grows until it is not, and a warning says so.
 
@@ -36,8 +36,7 @@ def inverse_factor(gram: Gram, dampening: float) -> Gram:
         ValueError: If it stays indefinite.
     """
     for tried in range(_TRIES):
-        # With all columns in reverse, the inverse of the lower factor is the upper factor of the inverse.
-        lower, info = torch.linalg.cholesky_ex(dampened(gram, dampening * 10**tried).flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(dampened(gram, dampening * 10**tried))
         if not info:
             if tried:
                 log.warning(
@@ -47,22 +46,23 @@ def inverse_factor(gram: Gram, dampening: float) -> Gram:
                     dampening,
                     dampening * 10**tried,
                 )
-            one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
+            return lower
     raise ValueError(
         f"a Gram matrix of {len(gram)} inputs has no Cholesky factor, not even with dampening "
         f"{dampening * 10 ** (_TRIES - 1):g}: give more calibration tokens, or a wider dtype"
     )
 
 
-def scaled_eigen(gram: Gram, dampening: float) -> tuple[PerInput, Gram, PerInput, Gram]:
-    """The dampened matrix with its diagonal scaled to 1, and its eigenvalues and -vectors.
+def inverse_factor(gram: Gram, dampening: float) -> Gram:
+    """The upper triangular `U` with `U^T U = (X^T X + dampening)^-1`; dampened as in `cholesky`."""
+    # With all columns in reverse, the inverse of the lower factor is the upper factor of the inverse.
+    lower = cholesky(gram.flip(0, 1), dampening)
+    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
 
-    Returns:
-        The scale of each input; the scaled matrix; its eigenvalues, ascending; its eigenvectors, in columns.
-    """
+
+def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
+    """The scale of each input, and the dampened matrix of the inputs divided by it: its diagonal is 1."""
     wide = dampened(gram, dampening)
     scale = wide.diagonal().sqrt()
-    scaled = wide / scale / scale[:, None]
-    values, vectors = torch.linalg.eigh(scaled)
-    return scale, scaled, values.clamp(min=0), vectors
+    return scale, wide.div_(scale).div_(scale[:, None])

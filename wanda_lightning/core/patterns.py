@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +21,9 @@ from torch import Tensor
 from wanda_lightning.core.types import Groups, KeepGroups, KeepMask, Score
 
 _SMALL_GROUP = 16  # up to here, comparing all pairs beats a selection per group (measured on 4096 x 11008)
-_FEW_GROUPS = 2048  # up to here a sort is faster (576: half the time; 3072: a tenth more, groups of 4 to 16)
+_FEW_GROUPS = 1024  # up to here a sort is faster (512 groups of 4: two thirds of the time)
+_LARGE_GROUP = 1 << 16  # from here on a sample comes first
+_STRIDE = 61  # of the sample; a prime, as widths are not
 _GROUPS_AT_ONCE = 1 << 16  # what the pairwise comparison holds at a time: it then stays in the cache
 
 
@@ -50,15 +53,17 @@ def _keep_by_order(scores: Groups, count: int) -> KeepGroups:
 def _keep_by_rank(scores: Groups, count: int) -> KeepGroups:
     size = scores.shape[1]
     keep = torch.empty_like(scores, dtype=torch.bool)
+    array = Tensor.numpy if _is_for_numpy(scores) else Tensor.detach
     for part, part_keep in zip(scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True):
-        columns = part.t().contiguous()
+        columns = array(scores.new_empty(size, len(part)))
+        columns[:] = array(part).T
         # How many others are smaller, or equal and before: at first, all that are before.
-        rank = torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(1, len(part))
+        rank = array(torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(1, len(part)))
         for shift in range(1, size):
-            later_is_smaller = (columns[shift:] < columns[:-shift]).view(torch.int8)
+            later_is_smaller = (columns[shift:] < columns[:-shift]).view(rank.dtype)
             rank[:-shift] += later_is_smaller
             rank[shift:] -= later_is_smaller
-        part_keep.copy_((rank >= size - count).t())
+        array(part_keep)[:] = (rank >= size - count).T
     return keep
 
 
@@ -77,13 +82,34 @@ def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
 
 def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
     """The k-th smallest of each group, and the one after it."""
-    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+    if not _is_for_numpy(scores):
         with _values_only():
             smaller, larger = (scores.kthvalue(rank, dim=1, keepdim=True).values for rank in (k, k + 1))
         return smaller, larger
+    if scores.shape[1] >= _LARGE_GROUP:
+        found = torch.tensor([_kth_of_many(group.numpy(), k) for group in scores], dtype=scores.dtype)
+        return found[:, :1], found[:, 1:]
     values = scores.clone()
-    values.numpy().partition(k - 1, axis=1)  # vectorised: 3 to 5 times as fast as kthvalue on two cores
+    values.numpy().partition(k - 1, axis=1)
     return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
+
+
+def _kth_of_many(scores: np.ndarray, k: int) -> tuple[float, float]:
+    """Of one large group: a sample tells between which two values to look, where few are."""
+    sample = np.sort(scores[::_STRIDE])
+    middle, margin = k / len(scores) * len(sample), 2 * len(sample) ** 0.5  # at least four standard deviations
+    low, high = sample[max(0, int(middle - margin))], sample[min(len(sample) - 1, int(middle + margin))]
+    rank = k - np.count_nonzero(scores < low)
+    values = scores[(scores >= low) & (scores <= high)]
+    if not 0 < rank < len(values):  # the sample is not like the whole
+        rank, values = k, scores.copy()
+    values.partition(rank - 1)
+    return values[rank - 1], values[rank:].min()
+
+
+def _is_for_numpy(scores: Groups) -> bool:
+    """On a CPU it compares, transposes and selects 3 to 6 times as fast as PyTorch (measured on two cores)."""
+    return scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from wanda_lightning.core.gram import dampened, inverse_factor, scaled_eigen
+from wanda_lightning.core.gram import dampened, inverse_factor, scaled
 from wanda_lightning.core.types import Gram, PerInput, Tokens
 
 Made = TypeVar("Made")
@@ -130,9 +130,9 @@ class InputStatistics:
             return whole.inverse_diagonal(dampening)[part]
         return self.inverse_factor(dampening).diagonal()
 
-    def scaled_eigen(self, dampening: float) -> tuple[PerInput, Gram, PerInput, Gram]:
-        """The dampened Gram matrix scaled to a diagonal of 1, as eigenvectors; made once (see `core.gram`)."""
-        return self._once(("eigen", dampening), lambda: scaled_eigen(self.sums["gram"], dampening))
+    def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
+        """The dampened Gram matrix scaled to a diagonal of 1, and that scale; made once (see `core.gram`)."""
+        return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
     def columns(self, start: int, stop: int) -> InputStatistics:
         """What criteria read, of some inputs alone."""
@@ -148,7 +148,9 @@ class InputStatistics:
 
     def finite(self) -> Tensor:
         """Whether no token held NaN or infinity: a boolean scalar that stays on the inputs' device."""
-        flags = [value.isfinite().all() for value in self.sums.values()]
+        # No number of a Gram matrix is larger than the largest of its diagonal.
+        values = [value.diagonal() if value.ndim == 2 else value for value in self.sums.values()]
+        flags = [value.isfinite().all() for value in values]
         return torch.stack(flags).all() if flags else torch.tensor(True)
 
 

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 
 from wanda_lightning.core.criteria import Criterion, Wanda, with_inactive
+from wanda_lightning.core.gram import cholesky
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver
+from wanda_lightning.core.solvers.base import Solver, as_numbers, kept
 from wanda_lightning.core.solvers.refit import refitted
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Gram, KeepMask, Weight
+from wanda_lightning.core.types import KeepMask, Score, Weight
 
 
 @dataclass(frozen=True)
@@ -60,39 +61,45 @@ class ADMM(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Alternate, then fit."""
         assert inputs is not None, "ADMM reads the inputs"
-        scale, gram, values, vectors = inputs.scaled_eigen(self.dampening)
+        scale, gram = inputs.scaled_gram(self.dampening)
+        energy = inputs.sums["gram"].diagonal()
         alive = weight != 0
         dense = weight.to(gram.dtype).contiguous() * scale
+
+        def choose(scores: Score) -> KeepMask:
+            return pattern(with_inactive(scores.mul_(as_numbers(alive)), weight, energy), sparsity) & alive
+
         target = torch.mm(dense, gram)
-        energy = inputs.sums["gram"].diagonal()
-        keep = wanda = pattern(with_inactive(dense.abs(), weight, energy), sparsity)
-        # Masked copy and dual variable are one tensor with the mask: `wanted` where it keeps and where it does not.
-        wanted, dropped = dense.clone(), torch.zeros_like(dense)
-        pull = dense * keep  # masked copy minus dual variable
+        keep = wanda = choose(dense.abs())
+        # Masked copy and dual variable are one tensor with the mask: `wanted` where it keeps, and `dropped`.
+        wanted, dropped = torch.empty_like(dense), torch.zeros_like(dense)
         rho, last = self.rho
+        pull = torch.add(target, kept(dense, keep), alpha=rho)
         growth = (last / rho) ** (1 / max(1, self.turns - 1))
         for _ in range(self.turns):
-            in_eigenbasis = torch.mm(torch.add(target, pull, alpha=rho, out=pull), vectors).div_(values + rho)
-            free = torch.mm(in_eigenbasis, vectors.t(), out=pull)
-            torch.addcmul(free, wanted, dropped, value=1 / growth, out=wanted)  # the dual, in units of rho
-            keep = pattern(with_inactive(wanted.abs().mul_(alive), weight, energy), sparsity) & alive
-            torch.sub(1, keep.to(wanted.dtype), out=dropped)
-            torch.addcmul(wanted, wanted, dropped, value=-1 - 1 / growth, out=pull)
+            lower = cholesky(gram, rho)
+            free = torch.linalg.solve_triangular(lower.t(), pull, upper=True, left=False)
+            free = torch.linalg.solve_triangular(lower, free, upper=False, left=False)
+            torch.add(free, dropped, alpha=1 / growth, out=wanted)  # the dual, in units of rho
+            keep = choose(torch.abs(wanted, out=pull))
+            dropped = kept(wanted, ~keep)
             rho *= growth
-        masked = wanted.mul_(keep)
-        fitted = refitted(dense, masked, keep, gram, self.refit_steps)
-        raw = inputs.sums["gram"]
-        if _error((fitted - dense) / scale, raw) > _error(dense * ~wanda / scale, raw):  # inputs hardly correlate
-            keep = wanda & alive
-            fitted = refitted(dense, dense * keep, keep, gram, self.refit_steps)
-        return fitted.div_(scale).masked_fill_(~keep, 0).to(weight.dtype), keep
+            # Masked copy minus dual variable, of the next turn.
+            torch.add(target, wanted, alpha=rho, out=pull).add_(dropped, alpha=-rho * (1 + 1 / growth))
+        fitted, error = refitted(dense, wanted.sub_(dropped), keep, gram, self.refit_steps)
+        lost = kept(dense, ~wanda)
+        wanda_error = (torch.mm(lost, gram) * lost).sum()
+        # As the inputs are, without the dampening.
+        dampening = 1 - energy / scale.square()
+        error = error.sum() - ((fitted - dense).square_() @ dampening).sum()
+        wanda_error -= (lost.square_() @ dampening).sum()
+        if error > wanda_error:  # inputs hardly correlate
+            keep = wanda
+            fitted, _ = refitted(dense, kept(dense, keep), keep, gram, self.refit_steps)
+        return kept(fitted.div_(scale), keep).to(weight.dtype), keep
 
     @property
     def own_criterion(self) -> Criterion:
         """Wanda's score, of the fitted weights."""
         return Wanda()
 
-
-def _error(difference: Weight, gram: Gram) -> float:
-    """What it does to the outputs, squared."""
-    return float((torch.mm(difference, gram) * difference).sum())

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver
+from wanda_lightning.core.solvers.base import Solver, as_numbers, kept
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, Weight
 
@@ -49,17 +51,23 @@ class Refit(Solver):
         keep = pattern(criterion(weight, inputs), sparsity)
         gram = inputs.dampened_gram(self.dampening)
         dense = weight.to(gram.dtype).contiguous()
-        return refitted(dense, dense * keep, keep, gram, self.steps).to(weight.dtype), keep
+        fitted, _ = refitted(dense, kept(dense, keep), keep, gram, self.steps)
+        return fitted.to(weight.dtype), keep
 
 
-def refitted(dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: int) -> Weight:
-    """The kept weights that come nearest to `dense` in the norm of `gram`, from `start` on.
+def refitted(
+    dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: int
+) -> tuple[Weight, Float[Tensor, "d_out 1"]]:
+    """The kept weights that come nearest to `dense` in the norm of `gram`, from `start` on, and the square of that.
 
     Rows whose residual has become a millionth of what it was stop; so do all after `steps`.
     """
     inverse_diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
     fitted = start.clone()
-    residual = torch.mm(dense - start, gram).mul_(keep)
+    difference = dense - start
+    residual = torch.mm(difference, gram)
+    error = difference.mul_(residual).sum(dim=1, keepdim=True)
+    residual.mul_(as_numbers(keep))
     direction = residual * inverse_diagonal
     energy = (residual * direction).sum(dim=1, keepdim=True)
     enough = energy * 1e-12
@@ -71,8 +79,9 @@ def refitted(dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: in
             break
         step = torch.where(active, energy / curvature, 0)
         fitted.addcmul_(step, direction)
-        residual.addcmul_(step, image.mul_(keep), value=-1)
+        error -= step * energy
+        residual.addcmul_(step, image.mul_(as_numbers(keep)), value=-1)
         scaled = residual * inverse_diagonal
         before, energy = energy, (residual * scaled).sum(dim=1, keepdim=True)
         direction = scaled.addcmul_(torch.where(active, energy / before, 0), direction)
-    return fitted
+    return fitted, error

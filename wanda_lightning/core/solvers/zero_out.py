@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver, as_integers
+from wanda_lightning.core.solvers.base import Solver, kept
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Weight
 
@@ -28,5 +28,4 @@ class ZeroOut(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Score, choose, zero."""
         keep = pattern(criterion(weight, inputs), sparsity)
-        bits = as_integers(weight)
-        return keep.to(bits.dtype).mul_(bits).view(weight.dtype), keep
+        return kept(weight, keep), keep
