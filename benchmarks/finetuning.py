@@ -89,7 +89,7 @@ def main() -> None:
         return duration
 
     layers = [layer.name for layer in report.layers]
-    without, kept = medians(free, held, options.runs)
+    without, kept = medians(free, held, runs=options.runs)
     table.add_row("KeepZeros, all weights", *row(without, kept), *row(peak(free), peak(held), 0))
     model.load_state_dict(pruned)
 
@@ -97,7 +97,7 @@ def main() -> None:
         arguments = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **arguments}
         plain = training(get_peft_model(copy.deepcopy(model), LoraConfig(**arguments)), ids)
         keeping = training(get_peft_model(copy.deepcopy(model), KeepZerosLoraConfig(**arguments)), ids)
-        without, kept = medians(plain, keeping, options.runs)
+        without, kept = medians(plain, keeping, runs=options.runs)
         cells = *row(without, kept), *row(peak(plain), peak(keeping), 0)
         table.add_row(f"KeepZerosLora / LoRA: {name}", *cells)
         del plain, keeping

@@ -19,14 +19,10 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def medians(
-    first: Callable[[], float], second: Callable[[], float], runs: int, warm_up: bool = True
-) -> tuple[float, float]:
-    """Medians of two clocks that take turns, after a warm-up of each where asked."""
-    if warm_up:
-        first(), second()
-    pairs = [(first(), second()) for _ in range(runs)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+def medians(*clocks: Callable[[], float], runs: int, warm_up: bool = True) -> list[float]:
+    """Medians of clocks that take turns, after a warm-up of each where asked."""
+    rounds = [[clock() for clock in clocks] for _ in range(warm_up + runs)]
+    return [statistics.median(times) for times in zip(*rounds[warm_up:], strict=True)]
 
 
 class PeakMemory:

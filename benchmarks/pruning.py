@@ -66,7 +66,7 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "what" else "right")
 
     for granularity, passes in (("block", 2), ("layer", 1), ("model", 1)):
-        plain, ours = medians(forward, pruning(granularity), options.runs)
+        plain, ours = medians(forward, pruning(granularity), runs=options.runs)
         name = f"prune at {granularity} / {passes} forward pass{'es' if passes > 1 else ''}"
         table.add_row(name, f"{passes * plain:.2f}", f"{ours:.2f}", f"{ours / (passes * plain):.3f}")
 
@@ -75,7 +75,7 @@ def main() -> None:
     plain, ours = medians(
         lambda: seconds(lambda: weight.abs().mul_(norm)),
         lambda: seconds(lambda: NM(2, 4)(scores, 0.5)),
-        max(options.runs, 5),
+        runs=max(options.runs, 5),
     )
     table.add_row("2:4 keep of 4096 x 11008 / |W| * ||x||", f"{plain:.3f}", f"{ours:.3f}", f"{ours / plain:.2f}")
     console = Console()

@@ -8,8 +8,8 @@
 
 Windows are those of `wanda-lightning prune`, seed 0, in batches of 4, in float32. With `--save` the same command again
 measures only what the file lacks or what was made with other choices. `--held_out` measures on what the calibration
-windows leave of their own text, to choose hyperparameters by. `--baseline` times our SparseGPT against one written out
-by hand. `--images` trains the two models of recipes/vision/demo.py and prunes those.
+windows leave of their own text, to choose hyperparameters by. `--baseline` times our SparseGPT and `balanced` against a
+SparseGPT written out by hand. `--images` trains the two models of recipes/vision/demo.py and prunes those.
 """
 
 import argparse
@@ -63,6 +63,11 @@ IMAGES = {
 }
 GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "2:4")}  # by whether they are images
 BASELINE = "sparsegpt by hand"
+AGAINST_BASELINE = {
+    "sparsegpt": METHODS["sparsegpt"],
+    "sparsegpt at layer": METHODS["sparsegpt"]._replace(granularity="layer"),
+    "balanced": PRESETS["balanced"],
+}
 
 Cell = dict[str, Any]
 
@@ -187,11 +192,11 @@ class LanguageModel:
         measured = {"perplexity": perplexity(self.model, self.evaluation), "seconds": duration}
         return {**measured, "MiB": memory.peak / MIB, "sparsity": sparsities[0]}
 
-    def against_baseline(self, chosen: Mapping[str, Any], runs: int, warm_up: bool) -> Cell:
-        """Seconds and perplexity of SparseGPT by hand and of ours, taking turns."""
+    def against_baseline(self, methods: Mapping[str, Mapping[str, Any]], runs: int, warm_up: bool) -> Cell:
+        """Seconds and perplexity of SparseGPT by hand and of the methods, taking turns."""
         perplexities: dict[str, float] = {}
-        pattern = chosen["pattern"]
-        group = {"n": getattr(pattern, "n", 0), "m": getattr(pattern, "m", 0)}
+        first = next(iter(methods.values()))
+        group = {name: getattr(first["pattern"], name, 0) for name in ("n", "m")}
 
         def clock(name: str, step: Callable[[], object]) -> Callable[[], float]:
             def run() -> float:
@@ -203,9 +208,11 @@ class LanguageModel:
 
             return run
 
-        by_hand = clock("by hand", lambda: prune_by_hand(self.model, self.samples, chosen["sparsity"], **group))
-        by_hand, ours = medians(by_hand, clock("ours", lambda: self.prune(chosen)), runs, warm_up)
-        return {"seconds by hand": by_hand, "seconds": ours, **{f"perplexity {k}": v for k, v in perplexities.items()}}
+        by_hand = clock(BASELINE, lambda: prune_by_hand(self.model, self.samples, first["sparsity"], **group))
+        clocks = [clock(name, partial(self.prune, chosen)) for name, chosen in methods.items()]
+        times = medians(by_hand, *clocks, runs=runs, warm_up=warm_up)
+        names = (BASELINE, *methods)
+        return {"seconds": dict(zip(names, times, strict=True)), "perplexity": perplexities}
 
 
 def columns(title: str, *headings: str) -> Table:
@@ -249,20 +256,19 @@ def text_cell(cell: Cell | None, goal: str) -> str:
 
 
 def measure_baseline(options: argparse.Namespace, results: Results, console: Console) -> None:
-    """Our SparseGPT and the one by hand."""
+    """SparseGPT by hand, and ours."""
     language = LanguageModel(options)
-    headings = ("goal", "by hand (s)", "ours (s)", "ratio", "perplexity by hand", "ours")
-    table = columns(f"{options.model}: SparseGPT", *headings)
+    table = columns(f"{options.model}: SparseGPT by hand, and ours", "method", "goal", "seconds", "ratio", "perplexity")
     for goal in options.goals:
-        chosen = choices("sparsegpt", METHODS["sparsegpt"], goal)
-        if reason := refusal(language.model, chosen):
+        methods = {name: choices(name, method, goal) for name, method in AGAINST_BASELINE.items()}
+        if reason := refusal(language.model, methods["sparsegpt"]):
             raise ValueError(reason)
-        made = {**chosen, "runs": options.runs, "warm_up": options.warm_up}
-        measure = partial(language.against_baseline, chosen, options.runs, options.warm_up)
+        made = {**methods, "runs": options.runs, "warm_up": options.warm_up}
+        measure = partial(language.against_baseline, methods, options.runs, options.warm_up)
         cell = results(BASELINE, goal, made, measure)
-        plain, ours = cell["seconds by hand"], cell["seconds"]
-        perplexities = (f"{cell[f'perplexity {whose}']:.2f}" for whose in ("by hand", "ours"))
-        table.add_row(goal, f"{plain:.2f}", f"{ours:.2f}", f"{ours / plain:.3f}", *perplexities)
+        for name, duration in cell["seconds"].items():
+            ratio = f"{duration / cell['seconds'][BASELINE]:.3f}"
+            table.add_row(name, goal, f"{duration:.2f}", ratio, f"{cell['perplexity'][name]:.2f}")
     console.print(table)
 
 
@@ -305,7 +311,7 @@ def main() -> None:
     parser.add_argument("--held_out", action="store_true", help="measure on the rest of the calibration text")
     parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M")
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(TEXT)}; with --images {', '.join(IMAGES)}")
-    parser.add_argument("--baseline", action="store_true", help="only SparseGPT, against one written out by hand")
+    parser.add_argument("--baseline", action="store_true", help="only against a SparseGPT by hand")
     parser.add_argument("--runs", type=int, default=1, help="of --baseline, medians of which count")
     parser.add_argument("--warm_up", action="store_true", help="one more run of both before those of --baseline")
     parser.add_argument("--images", action="store_true", help="image classifiers instead of a language model")

@@ -57,7 +57,7 @@ def test_keep_largest_is_a_stable_sort(scores, data):
 
 @pytest.mark.parametrize("size", [15, 16, 17, 18])  # pairwise comparison up to 16, a selection above
 @pytest.mark.parametrize("levels", [1, 3, 10_000])
-@pytest.mark.parametrize("groups", [20, 2049])  # up to 2048, a sort instead of the comparison
+@pytest.mark.parametrize("groups", [20, 1025])  # up to 1024, a sort instead of the comparison
 def test_keep_largest_on_both_sides_of_the_small_group(groups, size, levels):
     scores = torch.randint(0, levels, (groups, size), generator=torch.Generator().manual_seed(size)).float()
     for count in range(size + 1):
@@ -82,6 +82,29 @@ def test_keep_largest_of_more_groups_than_are_compared_at_once():
 def test_keep_largest_of_any_float_type(dtype, size):
     scores = torch.rand(10, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert_keeps(keep_largest(scores, 5), reference.keep_largest(reference.array(scores), 5))
+
+
+def _large_groups() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = 66_000  # from 65536 on, a sample tells where the threshold is
+    sampled = torch.arange(size) % 61 == 0
+    return {
+        "random": torch.rand(size, generator=generator),
+        "few levels": torch.randint(0, 4, (size,), generator=generator).float(),
+        "all alike": torch.ones(size),
+        "all but the sample larger": torch.rand(size, generator=generator) + (~sampled).float(),
+        "all but the sample smaller": torch.rand(size, generator=generator) + sampled.float(),
+        "one dtype wider": torch.rand(size, generator=generator, dtype=torch.float64),
+        "ascending": torch.arange(size).float(),
+        "infinite": torch.rand(size, generator=generator).masked_fill_(~sampled, torch.inf),
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 600, 26_400, 33_000, 65_500, 65_999])
+@pytest.mark.parametrize("scores", [pytest.param(scores, id=name) for name, scores in _large_groups().items()])
+def test_keep_largest_of_a_large_group(scores, count):
+    both = torch.stack([scores, scores.flip(0)])
+    assert_keeps(keep_largest(both, count), reference.keep_largest(both.numpy(), count))
 
 
 def test_keep_largest_with_infinite_scores():

@@ -68,7 +68,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 PRESETS: Mapping[str, Method] = MappingProxyType(
     {
         "fast": Method(Wanda(), granularity="layer"),
-        "balanced": Method(solver=ADMM(turns=5, rho=(0.15, 0.8)), group="layer", granularity="layer"),
+        "balanced": Method(solver=ADMM(turns=6), group="layer", granularity="layer"),
         "best": Method(solver=ADMM(), group="layer", granularity="layer", allocation=Fisher(num_batches=1)),
     }
 )

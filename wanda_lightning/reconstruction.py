@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from wanda_lightning.core.solvers import Reconstruct
+from wanda_lightning.core.solvers import Reconstruct, kept
 from wanda_lightning.gradients import without_gradients
 from wanda_lightning.lockstep import Call, copied
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
@@ -85,14 +85,13 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
     paths = {layer.name: f"{inside[layer.module]}.{layer.parameter_name}" for layer in part.layers}
     weights = {paths[layer.name]: layer.parameter.detach() for layer in part.layers}
     # Wider than bfloat16, where small steps would be lost.
-    wide = {name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()}
+    masters = {
+        name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).requires_grad_()
+        for name, weight in weights.items()
+    }
     trains = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     for layer in part.layers:  # of a parameter that holds many, some may be left dense
         layer.part(trains[paths[layer.name]]).copy_(layer.weight != 0)
-    masters = {name: weight.clone().requires_grad_() for name, weight in wide.items()}
-
-    def at(values: Mapping[str, Tensor], name: str) -> Tensor:
-        return torch.where(trains[name], values[name], wide[name]).to(weights[name].dtype)
 
     def squares(x: Tensor, run: _Run) -> Tensor:
         if mask := fitting_mask(masks[run.call.batch] or (), part.name, x):
@@ -101,9 +100,9 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
 
     def error(run: _Run, training: bool = False) -> Tensor:
         with run.call.ambient.entered(), torch.set_grad_enabled(training):
-            masked = {name: at(masters, name) for name in masters}
+            values = {name: master.to(weights[name].dtype) for name, master in masters.items()}
             args, kwargs = copied(run.inputs)  # a part may write into its inputs
-            output = _output(functional_call(part.module, masked, args, kwargs))
+            output = _output(functional_call(part.module, values, args, kwargs))
             return squares(output - run.output, run)
 
     def errors() -> float:
@@ -111,8 +110,8 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
 
     optimizer = torch.optim.Adam(
         [
-            {"params": [masters[name]], "lr": solver.learning_rate * _root_mean_square(wide[name][trains[name]])}
-            for name in masters
+            {"params": [master], "lr": solver.learning_rate * _root_mean_square(master.detach()[trains[name]])}
+            for name, master in masters.items()
         ]
     )
     with without_gradients(part.module):
@@ -122,13 +121,16 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
             for run in trained:
                 optimizer.zero_grad()
                 error(run, training=True).backward()
+                for name, master in masters.items():
+                    if master.grad is not None:  # without a gradient Adam leaves a weight as it is
+                        master.grad = kept(master.grad, trains[name])
                 optimizer.step()
             if not (now := errors()) < least:
                 break
             least = now
             best = {name: master.detach().clone() for name, master in masters.items()}
     for name, weight in weights.items():
-        weight.copy_(at(best, name))
+        weight.copy_(best[name])
     energy = max(float(sum(squares(run.output, run) for run in held_out)), torch.finfo(torch.float32).tiny)
     return first / energy, least / energy
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def _keep_by_order(scores: Groups, count: int) -> KeepGroups:
 def _keep_by_rank(scores: Groups, count: int) -> KeepGroups:
     size = scores.shape[1]
     keep = torch.empty_like(scores, dtype=torch.bool)
-    array = Tensor.numpy if _is_for_numpy(scores) else Tensor.detach
+    array: Callable[[Tensor], Any] = Tensor.numpy if _is_for_numpy(scores) else Tensor.detach
     for part, part_keep in zip(scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True):
         columns = array(scores.new_empty(size, len(part)))
         columns[:] = array(part).T
@@ -99,12 +99,12 @@ def _kth_of_many(scores: np.ndarray, k: int) -> tuple[float, float]:
     sample = np.sort(scores[::_STRIDE])
     middle, margin = k / len(scores) * len(sample), 2 * len(sample) ** 0.5  # at least four standard deviations
     low, high = sample[max(0, int(middle - margin))], sample[min(len(sample) - 1, int(middle + margin))]
-    rank = k - np.count_nonzero(scores < low)
+    rank = k - int(np.count_nonzero(scores < low))
     values = scores[(scores >= low) & (scores <= high)]
     if not 0 < rank < len(values):  # the sample is not like the whole
         rank, values = k, scores.copy()
     values.partition(rank - 1)
-    return values[rank - 1], values[rank:].min()
+    return float(values[rank - 1]), float(values[rank:].min())
 
 
 def _is_for_numpy(scores: Groups) -> bool:

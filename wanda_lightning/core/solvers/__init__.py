@@ -5,14 +5,26 @@ is the special case `ZeroOut`.
 """
 
 from wanda_lightning.core.solvers.admm import ADMM
-from wanda_lightning.core.solvers.base import Solver, as_integers, as_numbers
+from wanda_lightning.core.solvers.base import Solver, as_integers, as_numbers, kept
 from wanda_lightning.core.solvers.reconstruct import Reconstruct
 from wanda_lightning.core.solvers.refit import Refit
 from wanda_lightning.core.solvers.sparsegpt import SparseGPT
 from wanda_lightning.core.solvers.swaps import SparseSwaps
 from wanda_lightning.core.solvers.zero_out import ZeroOut
 
-__all__ = ["ADMM", "SOLVERS", "Reconstruct", "Refit", "Solver", "SparseGPT", "SparseSwaps", "ZeroOut", "as_integers", "as_numbers"]
+__all__ = [
+    "ADMM",
+    "SOLVERS",
+    "Reconstruct",
+    "Refit",
+    "Solver",
+    "SparseGPT",
+    "SparseSwaps",
+    "ZeroOut",
+    "as_integers",
+    "as_numbers",
+    "kept",
+]
 
 SOLVERS: dict[str, type[Solver]] = {
     "zero_out": ZeroOut,

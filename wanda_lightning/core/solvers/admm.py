@@ -102,4 +102,3 @@ class ADMM(Solver):
     def own_criterion(self) -> Criterion:
         """Wanda's score, of the fitted weights."""
         return Wanda()
-

@@ -27,10 +27,10 @@ def as_numbers(mask: Tensor) -> Tensor:
     return mask.view(torch.int8)
 
 
-def kept(weight: Weight, keep: KeepMask) -> Weight:
-    """The weights that are kept, as they are, and 0.0 in place of the others."""
-    bits = as_integers(weight)
-    return as_numbers(keep).to(bits.dtype).mul_(bits).view(weight.dtype)
+def kept(tensor: Tensor, keep: Tensor) -> Tensor:
+    """The numbers that are kept, exactly, and 0.0 in place of the others, whatever they were."""
+    bits = as_integers(tensor)
+    return as_numbers(keep).to(bits.dtype).mul_(bits).view(tensor.dtype)
 
 
 class Solver(ABC):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion, Saliency
 from wanda_lightning.core.patterns import NM, Pattern
-from wanda_lightning.core.solvers.base import Solver
+from wanda_lightning.core.solvers.base import Solver, as_numbers, kept
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
@@ -78,14 +78,14 @@ class SparseGPT(Solver):
         # Columns are rows here: each is read and written as one piece of memory.
         columns = torch.cat([weight.to(factor.dtype).t() for weight in weights], dim=1)
         alive = (columns != 0) & (inputs.sums["gram"].diagonal() != 0)[:, None]
-        columns.mul_(alive)
+        columns.mul_(as_numbers(alive))
         gone = torch.empty_like(columns)  # 1 or 0: a product with booleans is many times as slow
         ends = list(accumulate(len(weight) for weight in weights))
         members = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         choices: list[_Choice] = []
         if self.choose == "before":
             for weight, rows, (pattern, sparsity) in zip(weights, members, goals, strict=True):
-                gone[:, rows] = ~(pattern(criterion(weight, inputs), sparsity).t() & alive[:, rows])
+                gone[:, rows] = as_numbers(~(pattern(criterion(weight, inputs), sparsity).t() & alive[:, rows]))
         else:
             choices = _choices(criterion, members, goals)
         whole = lcm(*(choice.group for choice in choices if choice.group))
@@ -111,7 +111,7 @@ class SparseGPT(Solver):
                 _subtract(block[last - start :], scaled[now, last:stop], errors[first - start : last - start])
             _subtract(columns[stop:], scaled[here, stop:], errors)
         keep = gone == 0
-        columns.masked_fill_(~keep, 0)
+        columns = kept(columns, keep)
         return [
             (
                 columns[:, rows].t().to(weight.dtype, memory_format=torch.contiguous_format),
@@ -136,13 +136,13 @@ class _Choice:
         """Choose in some columns, all before which are done."""
         lives = alive[here, self.rows]
         # Weights that were zero have taken up updates; a zero again, they score lowest.
-        weight = columns[here, self.rows].mul(lives).t().contiguous()
+        weight = columns[here, self.rows].mul(as_numbers(lives)).t().contiguous()
         share = self.sparsity
         if not self.group:
             # What earlier blocks rounded down is made up for, so that whole rows have their exact number.
             share = max(0.0, (share * here.stop * len(weight) - self.pruned + 1e-6) / weight.numel())
-        kept = self.pattern(self.criterion(weight, inputs.columns(here.start, here.stop)), share).t()
-        pruned = gone[here, self.rows].copy_(~(kept & lives))
+        keep = self.pattern(self.criterion(weight, inputs.columns(here.start, here.stop)), share).t()
+        pruned = gone[here, self.rows].copy_(as_numbers(~(keep & lives)))
         if not self.group:
             self.pruned += int(pruned.count_nonzero())
 
