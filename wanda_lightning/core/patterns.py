@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -87,22 +86,24 @@ def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Fl
             smaller, larger = (scores.kthvalue(rank, dim=1, keepdim=True).values for rank in (k, k + 1))
         return smaller, larger
     if scores.shape[1] >= _LARGE_GROUP:
-        found = torch.tensor([_kth_of_many(group.numpy(), k) for group in scores], dtype=scores.dtype)
+        found = torch.tensor([_kth_of_many(group, k) for group in scores], dtype=scores.dtype)
         return found[:, :1], found[:, 1:]
     values = scores.clone()
     values.numpy().partition(k - 1, axis=1)
     return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
 
 
-def _kth_of_many(scores: np.ndarray, k: int) -> tuple[float, float]:
+def _kth_of_many(scores: Float[Tensor, " size"], k: int) -> tuple[float, float]:
     """Of one large group: a sample tells between which two values to look, where few are."""
-    sample = np.sort(scores[::_STRIDE])
-    middle, margin = k / len(scores) * len(sample), 2 * len(sample) ** 0.5  # at least four standard deviations
+    array = scores.numpy()
+    sample = array[::_STRIDE].copy()
+    sample.sort()
+    middle, margin = k / len(array) * len(sample), 2 * len(sample) ** 0.5  # at least four standard deviations
     low, high = sample[max(0, int(middle - margin))], sample[min(len(sample) - 1, int(middle + margin))]
-    rank = k - int(np.count_nonzero(scores < low))
-    values = scores[(scores >= low) & (scores <= high)]
+    rank = k - int(torch.from_numpy(array < low).count_nonzero())
+    values = array[(array >= low) & (array <= high)]
     if not 0 < rank < len(values):  # the sample is not like the whole
-        rank, values = k, scores.copy()
+        rank, values = k, array.copy()
     values.partition(rank - 1)
     return float(values[rank - 1]), float(values[rank:].min())
 
