@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(TEXT)}; with --images {', '.join(IMAGES)}")
     parser.add_argument("--baseline", action="store_true", help="only against a SparseGPT by hand")
     parser.add_argument("--runs", type=int, default=1, help="of --baseline, medians of which count")
-    parser.add_argument("--warm_up", action="store_true", help="one more run of both before those of --baseline")
+    parser.add_argument("--warm_up", action="store_true", help="one more run of each before those of --baseline")
     parser.add_argument("--images", action="store_true", help="image classifiers instead of a language model")
     parser.add_argument("--epochs", type=int, default=30, help="of the training of --images")
     parser.add_argument("--save", help="FILE.json, written after each cell and read at the start")

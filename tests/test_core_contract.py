@@ -199,13 +199,16 @@ def test_pruning_twice_changes_nothing(criterion, pattern, solver):
     torch.testing.assert_close(twice, once, rtol=0 if solver == ZeroOut() else 1e-4, atol=0)
 
 
+@pytest.mark.parametrize("tokens", [40, 4000])  # with many the inputs hardly correlate
 @EVERY_SOLVER
 @EVERY_PATTERN
 @EVERY_CRITERION
-def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver):
-    weight, tokens = random_layer(torch.float64)
+def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver, tokens):
+    weight, tokens = random_layer(torch.float64, tokens=tokens)
     sparsity, criterion = sparsity_of(pattern), CRITERIA[criterion]()
-    if solver == SparseGPT():  # it chooses from weights that have moved, and there magnitude may choose badly
+    if (
+        solver == SparseGPT() or not solver.takes_any_criterion
+    ):  # it chooses from weights that have moved, and there magnitude may choose badly
         criterion = solver.own_criterion
     inputs = statistics(tokens, criterion, solver)
 

@@ -66,9 +66,9 @@ def test_keep_largest_on_both_sides_of_the_small_group(groups, size, levels):
             assert_keeps(keep_largest(view, count), expected)
 
 
-@pytest.mark.parametrize("size", [8, 24])
-def test_keep_largest_of_rows_that_share_memory(size):
-    scores = torch.rand(size, generator=torch.Generator().manual_seed(0)).expand(5, size)
+@pytest.mark.parametrize(("groups", "size"), [(5, 8), (5, 24), (2000, 8), (2, 66_000)])
+def test_keep_largest_of_rows_that_share_memory(groups, size):
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(0)).expand(groups, size)
     assert_keeps(keep_largest(scores, 3), reference.keep_largest(scores.numpy(), 3))
 
 
@@ -78,9 +78,9 @@ def test_keep_largest_of_more_groups_than_are_compared_at_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [8, 24])
-def test_keep_largest_of_any_float_type(dtype, size):
-    scores = torch.rand(10, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize(("groups", "size"), [(10, 8), (10, 24), (2000, 8)])
+def test_keep_largest_of_any_float_type(dtype, groups, size):
+    scores = torch.rand(groups, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert_keeps(keep_largest(scores, 5), reference.keep_largest(reference.array(scores), 5))
 
 
@@ -88,6 +88,7 @@ def _large_groups() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     size = 66_000  # from 65536 on, a sample tells where the threshold is
     sampled = torch.arange(size) % 61 == 0
+    others = (~sampled).nonzero()[:, 0]
     return {
         "random": torch.rand(size, generator=generator),
         "few levels": torch.randint(0, 4, (size,), generator=generator).float(),
@@ -97,10 +98,14 @@ def _large_groups() -> dict[str, torch.Tensor]:
         "one dtype wider": torch.rand(size, generator=generator, dtype=torch.float64),
         "ascending": torch.arange(size).float(),
         "infinite": torch.rand(size, generator=generator).masked_fill_(~sampled, torch.inf),
+        "two levels": torch.ones(size).index_fill_(0, torch.cat([sampled.nonzero()[:, 0], others])[:33_000], 0.0),
+        "less than the sample": (1.0 + torch.rand(size, generator=generator))
+        .index_fill_(0, torch.tensor(610), 1.0)
+        .index_fill_(0, others[:2000], 0.0),
     }
 
 
-@pytest.mark.parametrize("count", [1, 2, 600, 26_400, 33_000, 65_500, 65_999])
+@pytest.mark.parametrize("count", [1, 2, 600, 26_400, 33_000, 64_000, 65_500, 65_999])
 @pytest.mark.parametrize("scores", [pytest.param(scores, id=name) for name, scores in _large_groups().items()])
 def test_keep_largest_of_a_large_group(scores, count):
     both = torch.stack([scores, scores.flip(0)])

@@ -145,6 +145,48 @@ def test_it_stops_early_and_goes_back():
     assert before == after
 
 
+def test_what_fails_in_training_leaves_the_pruned_weights():
+    model, batches, steps = blocks(), some_batches(8), []
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+
+    def fail(*_):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) == 2:
+            raise RuntimeError("enough")
+
+    model[0].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="enough"):
+        prune(model, batches, 0.5, solver="reconstruct", progress=False)
+    for before, after in zip(start[0].parameters(), model[0].parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+class Sometimes(nn.Module):
+    """Calls its second layer for some inputs only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.first(x) + (self.second(x) if x[0, 0] > 0 else 0)
+
+
+def test_a_layer_that_some_batches_do_not_reach():
+    model, batches = blocks(), some_batches(8)
+    assert {bool(batch[0, 0] > 0) for batch in batches} == {True, False}
+    for block in model:
+        block.mlp = Sometimes().to(torch.float64)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, solver="reconstruct", progress=False)
+    for name in ("first", "second"):
+        before, after = start[0].mlp.get_submodule(name).weight, model[0].mlp.get_submodule(name).weight
+        assert torch.equal(before == 0, after == 0)
+        assert not torch.equal(before, after)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_padded", "opt", "gpt2", "t5", "vit", "convnext", "swin", "resnet18"])
 @pytest.mark.parametrize("solver", [ZeroOut(), ADMM()], ids=str)
 def test_only_kept_weights_move_and_nothing_is_left_behind(name, solver):

@@ -13,6 +13,7 @@ from test_core_contract import random_layer, statistics
 from wanda_lightning import NM, SparseGPTPrune, Unstructured, prune
 from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
 from wanda_lightning.core.solvers import ADMM, SOLVERS, Refit, SparseGPT, SparseSwaps
+from wanda_lightning.core.solvers.refit import refitted
 
 WIDE = (12, 300)  # more than two blocks of columns
 
@@ -186,6 +187,41 @@ def test_a_refit_is_numpys_least_squares(pattern, dampening):
     np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+def test_admm_leaves_the_zeros_of_before(pattern):
+    weight, tokens = mixed_layer(3)
+    weight[:, ::5] = 0
+    weight[:, 8:16] = 0
+    weight[3] = 0
+    pruned, keep = solved(ADMM(), weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.6))
+    assert torch.equal(keep, pruned != 0)
+    assert not keep[weight == 0].any()
+    if pattern == Unstructured():
+        assert torch.equal((~keep[:3]).sum(dim=1), torch.full((3,), int(0.6 * 96)))
+    if pattern == Unstructured("layer"):
+        assert (~keep).sum() == int(0.6 * keep.numel())
+
+
+def test_admm_takes_wandas_mask_where_inputs_do_not_correlate():
+    weight, _ = random_layer(torch.float64, shape=(6, 32))
+    norms = torch.logspace(-2, 1, 32, dtype=torch.float64)
+    tokens = torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double()).Q * norms
+    tokens[0] += 1e-3  # a little, and ADMM errs
+    pruned, keep = solved(ADMM(), weight, tokens)
+    zeroed, wanda = solved(SOLVERS["zero_out"](), weight, tokens)
+    assert torch.equal(keep, wanda)
+    assert output_error(weight, pruned, tokens) <= output_error(weight, zeroed, tokens)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 200])
+def test_a_refit_knows_its_error(steps):
+    weight, tokens = mixed_layer(4, torch.float64, shape=(6, 32), tokens=200)
+    gram, keep = tokens.t() @ tokens, NM(2, 4)(weight.abs(), 0.5)
+    fitted, error = refitted(weight, weight * keep, keep, gram, steps)
+    difference = fitted - weight
+    np.testing.assert_allclose(error.squeeze(1), (difference @ gram * difference).sum(dim=1), rtol=1e-9)
+
+
 def test_without_enough_tokens_a_refit_stays_near_the_weights():
     weight, tokens = random_layer(tokens=2)
     pruned, keep = solved(Refit(), weight, tokens)
@@ -291,6 +327,7 @@ def test_a_solver_that_chooses_itself_takes_no_criterion():
         (SparseSwaps, {"swaps": 0}),
         (SparseSwaps, {"candidates": 0}),
         (ADMM, {"rho": (0.0, 1.0)}),
+        (ADMM, {"rho": (0.0009, 1.0)}),
         (ADMM, {"rho": (0.5, 0.1)}),
         (ADMM, {"dampening": 0.0}),
     ],

@@ -142,6 +142,10 @@ def test_finite_notices_one_bad_number(bad):
     assert statistics(tokens).finite()
     tokens[11, 3] = bad
     assert not statistics(tokens).finite()
+    for name in SUMS:
+        inputs = InputStatistics({name})
+        inputs.update(tokens)
+        assert not inputs.finite()
 
 
 def test_unknown_statistic_is_refused():

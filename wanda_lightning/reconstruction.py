@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from wanda_lightning.core.solvers import Reconstruct, kept
+from wanda_lightning.core.solvers import Reconstruct, only
 from wanda_lightning.gradients import without_gradients
 from wanda_lightning.lockstep import Call, copied
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
@@ -123,7 +123,7 @@ def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...]
                 error(run, training=True).backward()
                 for name, master in masters.items():
                     if master.grad is not None:  # without a gradient Adam leaves a weight as it is
-                        master.grad = kept(master.grad, trains[name])
+                        master.grad = only(master.grad, trains[name])
                 optimizer.step()
             if not (now := errors()) < least:
                 break

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.callbacks.calibration import processes_of, pruning_target
-from wanda_lightning.core.solvers import as_integers, as_numbers
+from wanda_lightning.core.solvers import zero_others_
 from wanda_lightning.distributed import ALONE, Processes, local, reshard, zero_counts
 from wanda_lightning.models import Layer, walk
 from wanda_lightning.refusals import refuse_spread_experts
@@ -216,5 +216,4 @@ def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:
-    bits = as_integers(local(tensor.detach()))
-    bits.mul_(as_numbers(keep).to(bits.dtype))
+    zero_others_(local(tensor.detach()), keep)

@@ -20,7 +20,7 @@ from torch import Tensor
 from wanda_lightning.core.types import Groups, KeepGroups, KeepMask, Score
 
 _SMALL_GROUP = 16  # up to here, comparing all pairs beats a selection per group (measured on 4096 x 11008)
-_FEW_GROUPS = 1024  # up to here a sort is faster (512 groups of 4: two thirds of the time)
+_FEW_GROUPS = 1024  # up to here a sort is faster than comparing (on a CPU; 512 groups of 4: two thirds of the time)
 _LARGE_GROUP = 1 << 16  # from here on a sample comes first
 _STRIDE = 61  # of the sample; a prime, as widths are not
 _GROUPS_AT_ONCE = 1 << 16  # what the pairwise comparison holds at a time: it then stays in the cache
@@ -33,6 +33,7 @@ def keep_largest(scores: Groups, count: int) -> KeepGroups:
         >>> keep_largest(torch.tensor([[3.0, 1.0, 2.0, 1.0]]), 2)
         tensor([[ True, False,  True, False]])
     """
+    scores = scores.detach()
     size = scores.shape[1]
     assert 0 <= count <= size, f"cannot keep {count} of {size}"
     if count == size:
@@ -86,7 +87,7 @@ def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Fl
             smaller, larger = (scores.kthvalue(rank, dim=1, keepdim=True).values for rank in (k, k + 1))
         return smaller, larger
     if scores.shape[1] >= _LARGE_GROUP:
-        found = torch.tensor([_kth_of_many(group, k) for group in scores], dtype=scores.dtype)
+        found = torch.tensor([_kth_of_many(group, k) for group in scores], dtype=scores.dtype, device=scores.device)
         return found[:, :1], found[:, 1:]
     values = scores.clone()
     values.numpy().partition(k - 1, axis=1)

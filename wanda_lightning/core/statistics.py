@@ -131,7 +131,7 @@ class InputStatistics:
         return self.inverse_factor(dampening).diagonal()
 
     def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
-        """The dampened Gram matrix scaled to a diagonal of 1, and that scale; made once (see `core.gram`)."""
+        """The scale of each input, and the dampened Gram matrix with a diagonal of 1; made once (see `core.gram`)."""
         return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
     def columns(self, start: int, stop: int) -> InputStatistics:

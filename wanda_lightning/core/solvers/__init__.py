@@ -5,7 +5,7 @@ is the special case `ZeroOut`.
 """
 
 from wanda_lightning.core.solvers.admm import ADMM
-from wanda_lightning.core.solvers.base import Solver, as_integers, as_numbers, kept
+from wanda_lightning.core.solvers.base import Solver, only, zero_others_
 from wanda_lightning.core.solvers.reconstruct import Reconstruct
 from wanda_lightning.core.solvers.refit import Refit
 from wanda_lightning.core.solvers.sparsegpt import SparseGPT
@@ -21,9 +21,8 @@ __all__ = [
     "SparseGPT",
     "SparseSwaps",
     "ZeroOut",
-    "as_integers",
-    "as_numbers",
-    "kept",
+    "only",
+    "zero_others_",
 ]
 
 SOLVERS: dict[str, type[Solver]] = {

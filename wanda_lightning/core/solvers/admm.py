@@ -10,10 +10,12 @@ import torch
 from wanda_lightning.core.criteria import Criterion, Wanda, with_inactive
 from wanda_lightning.core.gram import cholesky
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver, as_numbers, kept
+from wanda_lightning.core.solvers.base import Solver, as_numbers, only
 from wanda_lightning.core.solvers.refit import refitted
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Score, Weight
+
+_LEAST_RHO = 0.001  # with less, rounding may leave a Gram matrix without a Cholesky factor
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,15 @@ class ADMM(Solver):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", tuple(self.rho))  # a list, from YAML
         counts = (self.turns, self.refit_steps)
-        if not self.dampening > 0 or min(counts) < 1 or len(self.rho) != 2 or not 0 < self.rho[0] <= self.rho[1]:
+        if (
+            not self.dampening > 0
+            or min(counts) < 1
+            or len(self.rho) != 2
+            or not _LEAST_RHO <= self.rho[0] <= self.rho[1]
+        ):
             raise ValueError(
-                "ADMM needs dampening > 0, turns and refit_steps >= 1, and rho=(first, last) above 0 that does not "
-                f"fall, but got {self}"
+                f"ADMM needs dampening > 0, turns and refit_steps >= 1, and rho=(first, last) from {_LEAST_RHO} on "
+                f"that does not fall, but got {self}"
             )
 
     def __call__(
@@ -70,33 +77,33 @@ class ADMM(Solver):
             return pattern(with_inactive(scores.mul_(as_numbers(alive)), weight, energy), sparsity) & alive
 
         target = torch.mm(dense, gram)
-        keep = wanda = choose(dense.abs())
-        # Masked copy and dual variable are one tensor with the mask: `wanted` where it keeps, and `dropped`.
-        wanted, dropped = torch.empty_like(dense), torch.zeros_like(dense)
+        # `wanted` is masked copy plus dual variable: one where it is kept, the other where it is dropped.
+        keep, dropped = choose(dense.abs()), torch.zeros_like(dense)
         rho, last = self.rho
-        pull = torch.add(target, kept(dense, keep), alpha=rho)
+        pull = torch.add(target, only(dense, keep), alpha=rho)
         growth = (last / rho) ** (1 / max(1, self.turns - 1))
         for _ in range(self.turns):
             lower = cholesky(gram, rho)
             free = torch.linalg.solve_triangular(lower.t(), pull, upper=True, left=False)
             free = torch.linalg.solve_triangular(lower, free, upper=False, left=False)
-            torch.add(free, dropped, alpha=1 / growth, out=wanted)  # the dual, in units of rho
+            wanted = free.add_(dropped, alpha=1 / growth)  # the dual, in units of rho
             keep = choose(torch.abs(wanted, out=pull))
-            dropped = kept(wanted, ~keep)
+            dropped = only(wanted, ~keep)
             rho *= growth
             # Masked copy minus dual variable, of the next turn.
             torch.add(target, wanted, alpha=rho, out=pull).add_(dropped, alpha=-rho * (1 + 1 / growth))
         fitted, error = refitted(dense, wanted.sub_(dropped), keep, gram, self.refit_steps)
-        lost = kept(dense, ~wanda)
+        wanda = choose(dense.abs().mul_(energy.sqrt() / scale))
+        lost = only(dense, ~wanda)
         wanda_error = (torch.mm(lost, gram) * lost).sum()
         # As the inputs are, without the dampening.
-        dampening = 1 - energy / scale.square()
-        error = error.sum() - ((fitted - dense).square_() @ dampening).sum()
-        wanda_error -= (lost.square_() @ dampening).sum()
+        dampened_share = 1 - energy / scale.square()
+        error = error.sum() - ((fitted - dense).square_() @ dampened_share).sum()
+        wanda_error -= (lost.square_() @ dampened_share).sum()
         if error > wanda_error:  # inputs hardly correlate
             keep = wanda
-            fitted, _ = refitted(dense, kept(dense, keep), keep, gram, self.refit_steps)
-        return kept(fitted.div_(scale), keep).to(weight.dtype), keep
+            fitted, _ = refitted(dense, only(dense, keep), keep, gram, self.refit_steps)
+        return only(fitted.div_(scale), keep).to(weight.dtype), keep
 
     @property
     def own_criterion(self) -> Criterion:

@@ -15,22 +15,25 @@ from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """The same memory as integers, which times 0 or 1 are exact: NaN and -0.0 become 0.0.
-
-    On a CPU that is also ten times as fast as `masked_fill_`.
-    """
+    """The same memory as integers, which times 0 or 1 are exact: NaN and -0.0 become 0.0."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def as_numbers(mask: Tensor) -> Tensor:
+def as_numbers(flags: Tensor) -> Tensor:
     """The same memory as 1 and 0: what PyTorch makes of booleans takes ten times as long on a CPU."""
-    return mask.view(torch.int8)
+    return flags.view(torch.int8)
 
 
-def kept(tensor: Tensor, keep: Tensor) -> Tensor:
-    """The numbers that are kept, exactly, and 0.0 in place of the others, whatever they were."""
+def only(tensor: Tensor, where: Tensor) -> Tensor:
+    """A new tensor with the numbers where the flags are True, exactly, and 0.0 elsewhere, whatever was there."""
     bits = as_integers(tensor)
-    return as_numbers(keep).to(bits.dtype).mul_(bits).view(tensor.dtype)
+    return as_numbers(where).to(bits.dtype).mul_(bits).view(tensor.dtype)
+
+
+def zero_others_(tensor: Tensor, where: Tensor) -> None:
+    """As `only`, in place."""
+    bits = as_integers(tensor)
+    bits.mul_(as_numbers(where).to(bits.dtype))
 
 
 class Solver(ABC):

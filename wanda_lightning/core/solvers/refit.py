@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver, as_numbers, kept
+from wanda_lightning.core.solvers.base import Solver, as_numbers, only
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, Weight
 
@@ -51,16 +51,19 @@ class Refit(Solver):
         keep = pattern(criterion(weight, inputs), sparsity)
         gram = inputs.dampened_gram(self.dampening)
         dense = weight.to(gram.dtype).contiguous()
-        fitted, _ = refitted(dense, kept(dense, keep), keep, gram, self.steps)
+        fitted, _ = refitted(dense, only(dense, keep), keep, gram, self.steps)
         return fitted.to(weight.dtype), keep
 
 
 def refitted(
     dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: int
 ) -> tuple[Weight, Float[Tensor, "d_out 1"]]:
-    """The kept weights that come nearest to `dense` in the norm of `gram`, from `start` on, and the square of that.
+    """The kept weights that come nearest to `dense` in the norm of `gram`, from `start` on.
 
     Rows whose residual has become a millionth of what it was stop; so do all after `steps`.
+
+    Returns:
+        The weights, and the square of how far each row still is from `dense` in that norm.
     """
     inverse_diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
     fitted = start.clone()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion, Saliency
 from wanda_lightning.core.patterns import NM, Pattern
-from wanda_lightning.core.solvers.base import Solver, as_numbers, kept
+from wanda_lightning.core.solvers.base import Solver, as_numbers, zero_others_
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
@@ -111,7 +111,7 @@ class SparseGPT(Solver):
                 _subtract(block[last - start :], scaled[now, last:stop], errors[first - start : last - start])
             _subtract(columns[stop:], scaled[here, stop:], errors)
         keep = gone == 0
-        columns = kept(columns, keep)
+        zero_others_(columns, keep)
         return [
             (
                 columns[:, rows].t().to(weight.dtype, memory_format=torch.contiguous_format),

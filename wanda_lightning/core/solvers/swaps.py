@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern
-from wanda_lightning.core.solvers.base import Solver, kept
+from wanda_lightning.core.solvers.base import Solver, only
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, Weight
 
@@ -60,12 +60,12 @@ class SparseSwaps(Solver):
         find_pair = _within_groups(pattern.m) if isinstance(pattern, NM) else _among_best(self.candidates)
         for rows, rows_keep in zip(weight.split(_ROWS_AT_ONCE), keep.split(_ROWS_AT_ONCE), strict=True):
             _exchange(rows.to(gram.dtype).contiguous(), rows_keep, gram, find_pair, self.swaps)
-        return kept(weight, keep), keep
+        return only(weight, keep), keep
 
 
 def _exchange(weight: Weight, keep: KeepMask, gram: Gram, find_pair: FindPair, swaps: int) -> None:
     """Exchange in `keep`, in place, in each row until nothing helps."""
-    lost = kept(weight, ~keep)
+    lost = only(weight, ~keep)
     pull = torch.mm(lost, gram)
     negligible = _NEGLIGIBLE * (lost * pull).sum(dim=1)
     square, dead = weight.square() * gram.diagonal(), weight == 0
