@@ -197,7 +197,7 @@ def test_admm_leaves_the_zeros_of_before(pattern):
     assert torch.equal(keep, pruned != 0)
     assert not keep[weight == 0].any()
     if pattern == Unstructured():
-        assert torch.equal((~keep[:3]).sum(dim=1), torch.full((3,), int(0.6 * 96)))
+        assert {int(row.sum()) for row in ~keep} == {int(0.6 * 96), 96}
     if pattern == Unstructured("layer"):
         assert (~keep).sum() == int(0.6 * keep.numel())
 
