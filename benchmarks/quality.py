@@ -80,6 +80,14 @@ def choices(name: str, method: Method, goal: str) -> dict[str, Any]:
     return {"sparsity": float(goal) / 100, **method.choices(pattern)}
 
 
+def in_short(cell: Cell) -> str:
+    """The figures of a cell, on one line."""
+    figures = (
+        f"({in_short(x)})" if isinstance(x, dict) else f"{x:.4g}" if isinstance(x, float) else x for x in cell.values()
+    )
+    return ", ".join(f"{key} {figure}" for key, figure in zip(cell, figures, strict=True))
+
+
 class Results:
     """Cells by method and goal, on disk after each.
 
@@ -103,8 +111,7 @@ class Results:
         cells = self.cells.setdefault(name, {})
         if cells.get(goal, {}).get("made") != str(made):
             measured = measure()
-            figures = (f"{key} {f'{x:.4g}' if isinstance(x, float) else x}" for key, x in measured.items())
-            print(f"{name:<12} {goal:>4}  {', '.join(figures)}", flush=True)
+            print(f"{name:<12} {goal:>4}  {in_short(measured)}", flush=True)
             cells[goal] = {"made": str(made), **measured}
             if self.file:
                 with whole_file(self.file) as new:
@@ -318,6 +325,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="of the training of --images")
     parser.add_argument("--save", help="FILE.json, written after each cell and read at the start")
     options = parser.parse_args()
+    if options.baseline and (options.methods or options.images):
+        parser.error(
+            f"--baseline measures {', '.join(AGAINST_BASELINE)} on a language model: without --methods, --images"
+        )
     known = IMAGES if options.images else TEXT
     options.methods, options.goals = options.methods or list(known), options.goals or GOALS[options.images]
     if unknown := [name for name in options.methods if name not in known]:

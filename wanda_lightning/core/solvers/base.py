@@ -14,7 +14,7 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
 
-def as_integers(tensor: Tensor) -> Tensor:
+def _as_integers(tensor: Tensor) -> Tensor:
     """The same memory as integers, which times 0 or 1 are exact: NaN and -0.0 become 0.0."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
@@ -26,13 +26,13 @@ def as_numbers(flags: Tensor) -> Tensor:
 
 def only(tensor: Tensor, where: Tensor) -> Tensor:
     """A new tensor with the numbers where the flags are True, exactly, and 0.0 elsewhere, whatever was there."""
-    bits = as_integers(tensor)
+    bits = _as_integers(tensor)
     return as_numbers(where).to(bits.dtype).mul_(bits).view(tensor.dtype)
 
 
 def zero_others_(tensor: Tensor, where: Tensor) -> None:
     """As `only`, in place."""
-    bits = as_integers(tensor)
+    bits = _as_integers(tensor)
     bits.mul_(as_numbers(where).to(bits.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Zero what is not only."""
+"""Zero what is not kept."""
 
 from __future__ import annotations
 
