@@ -51,10 +51,10 @@ def main() -> None:
         with torch.no_grad():
             return seconds(lambda: [_call(body, batch) for batch in batches])
 
-    def pruning(granularity: str) -> Callable[[], float]:
+    def pruning(sequential: str) -> Callable[[], float]:
         def run() -> float:
             model.load_state_dict(dense)
-            return seconds(lambda: prune(model, batches, 0.5, granularity=granularity, forward=one, progress=False))
+            return seconds(lambda: prune(model, batches, 0.5, sequential=sequential, forward=one, progress=False))
 
         def one(batch: dict[str, torch.Tensor]) -> object:
             return _call(body, batch)
@@ -65,9 +65,9 @@ def main() -> None:
     for heading in ("what", "plain (s)", "ours (s)", "ratio"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
 
-    for granularity, passes in (("block", 2), ("layer", 1), ("model", 1)):
-        plain, ours = medians(forward, pruning(granularity), runs=options.runs)
-        name = f"prune at {granularity} / {passes} forward pass{'es' if passes > 1 else ''}"
+    for sequential, passes in (("block", 2), ("layer", 1), ("none", 1)):
+        plain, ours = medians(forward, pruning(sequential), runs=options.runs)
+        name = f"prune at {sequential} / {passes} forward pass{'es' if passes > 1 else ''}"
         table.add_row(name, f"{passes * plain:.2f}", f"{ours:.2f}", f"{ours / (passes * plain):.3f}")
 
     weight, norm = torch.randn(4096, 11008), torch.rand(11008)
@@ -87,11 +87,11 @@ def main() -> None:
     with PeakMemory() as peak:
         forward()
     memory.add_row("plain forward pass, batch by batch", f"{peak.peak / MIB:.0f}")
-    for granularity in ("block", "layer", "model"):
-        run = pruning(granularity)
+    for sequential in ("block", "layer", "none"):
+        run = pruning(sequential)
         with PeakMemory() as peak:
             run()
-        memory.add_row(f"prune at {granularity}", f"{peak.peak / MIB:.0f}")
+        memory.add_row(f"prune at {sequential}", f"{peak.peak / MIB:.0f}")
     console.print(memory)
 
 

@@ -42,9 +42,9 @@ from wanda_lightning import (
 from wanda_lightning.core.patterns import pattern_named
 from wanda_lightning.data.text_sources import calibration_source
 from wanda_lightning.files import whole_file
+from wanda_lightning.methods import METHODS, PRESETS, Method
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.presets import METHODS, PRESETS, Method
-from wanda_lightning.pruner import plan
+from wanda_lightning.pruning import plan
 
 TEXT = {
     **{name: method for name, method in METHODS.items() if not name.startswith("ablate_")},
@@ -55,17 +55,17 @@ TEXT = {
 }
 UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M
 IMAGES = {
-    "magnitude": METHODS["magnitude"]._replace(granularity="model"),
-    "wanda, row": METHODS["wanda"]._replace(granularity="model"),
-    "wanda, layer": METHODS["wanda"]._replace(granularity="model", group="layer"),
-    "sparsegpt": METHODS["sparsegpt"]._replace(granularity="model"),
+    "magnitude": METHODS["magnitude"]._replace(sequential="none"),
+    "wanda, row": METHODS["wanda"]._replace(sequential="none"),
+    "wanda, layer": METHODS["wanda"]._replace(sequential="none", group="layer"),
+    "sparsegpt": METHODS["sparsegpt"]._replace(sequential="none"),
     "best": PRESETS["best"],
 }
 GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "2:4")}  # by whether they are images
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE = {
     "sparsegpt": METHODS["sparsegpt"],
-    "sparsegpt at layer": METHODS["sparsegpt"]._replace(granularity="layer"),
+    "sparsegpt at layer": METHODS["sparsegpt"]._replace(sequential="layer"),
     "balanced": PRESETS["balanced"],
 }
 

@@ -130,7 +130,7 @@ def test_weight_updates(name, run, monkeypatch):
     pattern = OneMore("layer", float(sparsity)) if one_more else pattern_named(kind)
     criterion = {"mag": Magnitude(), "wanda": Wanda()}.get(method[1]) if len(method) > 1 else None
     if "wanda" in method:
-        monkeypatch.setattr("wanda_lightning.observe.InputStatistics", Fading)
+        monkeypatch.setattr("wanda_lightning.calibration.observer.InputStatistics", Fading)
     model = load_dense(name)
     ids = load_file(GOLDEN / "calibration.safetensors")["input_ids"]
     report = prune(
@@ -139,7 +139,7 @@ def test_weight_updates(name, run, monkeypatch):
         float(sparsity),
         criterion=criterion,
         pattern=pattern,
-        solver=SparseGPT(choose="before" if before else "block"),
+        solver=SparseGPT(mask="upfront" if before else "block"),
         progress=False,
     )
 
@@ -168,7 +168,7 @@ def test_image_classifiers(name, run):
         float(sparsity),
         criterion={"magnitude": Magnitude(), "wanda": Wanda()}[method],
         pattern=Unstructured(group),
-        granularity="model",
+        sequential="none",
         skip=["*.downsample.*"] if name == "convnext" else [],  # the reference leaves these dense
     )
 

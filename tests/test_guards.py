@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from support.zoo import ZOO
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils import parametrizations, parametrize
-from zoo import ZOO
 
 from wanda_lightning import NM, OWL, PerLayer, WandaPrune, prune
 from wanda_lightning.cli import main
-from wanda_lightning.models import GRANULARITIES, low_coverage, walk
+from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers, low_coverage
 
 
 class Block(nn.Module):
@@ -101,7 +101,7 @@ def test_what_no_batch_reached_is_left_out_too():
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "torch_transformer"])
 def test_models_that_are_covered_have_no_note(name):
-    assert low_coverage(walk(ZOO[name].build())) is None
+    assert low_coverage(find_layers(ZOO[name].build())) is None
 
 
 def test_inspect_says_it(capsys, monkeypatch):
@@ -153,11 +153,11 @@ def rows():
     return list(torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize("solver", ["zero_out", "sparsegpt"])
-def test_what_the_pattern_does_not_fit_stays_dense(granularity, solver, caplog):
+def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
     model, other = uneven(), uneven()
-    choices = {"solver": solver, "granularity": granularity, "progress": False}
+    choices = {"solver": solver, "sequential": sequential, "progress": False}
     report = prune(model, rows(), pattern="2:4", **choices)
     assert [layer.name for layer in report.layers] == ["blocks.0.down", "blocks.1.down", "blocks.2.down"]
     assert all(layer.sparsity == 0.5 for layer in report.layers)
@@ -194,23 +194,23 @@ def test_what_the_user_left_out_is_no_misfit():
 @pytest.mark.parametrize("m", [16, 48])
 def test_units_do_not_depend_on_what_fits(name, m):
     model = ZOO[name].build()
-    for granularity in GRANULARITIES:
-        every = walk(model, granularity, include_grouped=True)
-        found = walk(model, granularity, include_grouped=True, pattern=NM(1, m))
+    for sequential in SEQUENTIAL_CHOICES:
+        every = find_layers(model, sequential, include_grouped=True)
+        found = find_layers(model, sequential, include_grouped=True, pattern=NM(1, m))
         fitting = [[layer.name for layer in unit.layers if layer.shape[1] % m == 0] for unit in every.units]
         assert [[layer.name for layer in unit.layers] for unit in found.units] == [names for names in fitting if names]
         assert {unit.name for unit in found.units} <= {unit.name for unit in every.units}
         misfits = [layer.name for layer in every.layers if layer.shape[1] % m]
-        assert [matrix.name for matrix in found.skipped if matrix.misfit] == misfits
+        assert [matrix.name for matrix in found.skipped if matrix.why_not] == misfits
         assert found.skipped[: len(every.skipped)] == every.skipped
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_that_the_pattern_does_not_fit(name, granularity):
+def test_experts_that_the_pattern_does_not_fit(name, sequential):
     """Their hidden size is 32; only what is between the two matrices of an expert has a width of 64."""
     model, dense = ZOO[name].build(), dict(ZOO[name].build().named_parameters())
-    choices = {"pattern": "32:64", "only": ["*.experts"], "granularity": granularity}
+    choices = {"pattern": "32:64", "only": ["*.experts"], "sequential": sequential}
     report = prune(model, ZOO[name].batches(), **choices, progress=False)
     reasons = {matrix.name: matrix.reason for matrix in report.skipped}
     count = 0
@@ -267,7 +267,7 @@ class Trained(L.LightningModule):
 
 
 @pytest.mark.parametrize(
-    "when", [{}, {"at_step": 1}, {"granularity": "model"}, {"granularity": "model", "calibrate_on": "validation"}]
+    "when", [{}, {"at_step": 1}, {"sequential": "none"}, {"sequential": "none", "calibrate_on": "validation"}]
 )
 def test_a_callback_leaves_dense_what_does_not_fit(when, tmp_path):
     callback, module = WandaPrune(pattern="2:4", num_samples=16, **when), Trained()
@@ -344,14 +344,14 @@ MADE_ANEW = {
 def test_weights_that_are_made_anew_say_how_to_go_on(name, make):
     wrap, unwrap, kind = MADE_ANEW[name]
     model = nn.Sequential(nn.Conv2d(1, 1, 1), wrap(make()))
-    found = walk(model)
+    found = find_layers(model)
     assert not [layer for layer in found.layers if layer.name.startswith("1")]
     reasons = {matrix.reason for matrix in found.skipped if matrix.name.startswith("1")}
     assert len(reasons) == 1
     assert f"by {kind}: make it an ordinary weight" in reasons.pop()
     assert all(matrix.is_a_surprise for matrix in found.skipped if matrix.name.startswith("1"))
     unwrap(model[1])
-    assert "1" in [layer.name for layer in walk(model).layers]
+    assert "1" in [layer.name for layer in find_layers(model).layers]
 
 
 @OLD
@@ -360,12 +360,12 @@ def test_what_the_reasons_say_is_how_it_is_done(name):
     """The remover that is named exists and does what is promised."""
     wrap, _, _ = MADE_ANEW[name]
     model = nn.Sequential(wrap(nn.Linear(6, 8)))
-    reason = walk(model).skipped[0].reason
+    reason = find_layers(model).skipped[0].reason
     if "remove_parametrizations" in reason:
         parametrize.remove_parametrizations(model[0], "weight")
     else:
         eval(reason.rpartition(" with ")[2], {"torch": torch, "layer": model[0]})
-    assert [layer.name for layer in walk(model).layers] == ["0"]
+    assert [layer.name for layer in find_layers(model).layers] == ["0"]
 
 
 # ---- quantised layers: classes as the libraries name them

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_callbacks import Net, loader, trainer
-from zoo import ZOO
+from support.callbacks import Net, loader, trainer
+from support.zoo import ZOO
 
 from wanda_lightning import NM, KeepZeros, PruningCallback, Uniform, Unstructured, WandaPrune, prune
 from wanda_lightning.core.patterns import PATTERNS
-from wanda_lightning.presets import METHODS, PRESETS
+from wanda_lightning.methods import METHODS, PRESETS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -39,7 +39,7 @@ def test_what_is_compared_is_the_methods_choice():
     assert METHODS["wanda"].choices()["pattern"] == Unstructured("row")
     assert METHODS["sparsegpt"].choices()["pattern"] == Unstructured("layer")
     assert METHODS["sparsegpt"].choices(Unstructured("row"))["pattern"] == Unstructured("row")
-    assert "granularity" not in METHODS["wanda"].choices()
+    assert "sequential" not in METHODS["wanda"].choices()
 
 
 @EVERY_PRESET
@@ -76,8 +76,8 @@ def test_mixed_precision_rounds_no_solver(name):
 
 
 def test_a_choice_of_a_preset_may_be_replaced():
-    callback = PruningCallback.preset("best", 0.6, granularity="block", allocation="uniform", skip="lm_head")
-    assert (callback.config.granularity, callback.config.allocation) == ("block", Uniform())
+    callback = PruningCallback.preset("best", 0.6, sequential="block", allocation="uniform", skip="lm_head")
+    assert (callback.config.sequential, callback.config.allocation) == ("block", Uniform())
     assert callback.config.skip == ("lm_head",)
 
 

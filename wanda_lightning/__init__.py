@@ -1,9 +1,9 @@
 """One-shot pruning for PyTorch Lightning, Hugging Face and timm models."""
 
 from wanda_lightning.callbacks import (
-    Cubic,
+    CubicSchedule,
     KeepZeros,
-    Linear,
+    LinearSchedule,
     MagnitudePrune,
     OneShot,
     PruningCallback,
@@ -16,10 +16,10 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
-from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, SparseGPT, SparseSwaps, ZeroOut
+from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, SparseGPT, ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.pruner import prune
+from wanda_lightning.pruning import prune
 from wanda_lightning.report import PruningReport
 
 __all__ = [
@@ -29,13 +29,13 @@ __all__ = [
     "RIA",
     "AlphaPruning",
     "CausalLMModule",
-    "Cubic",
+    "CubicSchedule",
     "EqualShare",
     "Fisher",
     "ImageClassifierModule",
     "ImageDataModule",
     "KeepZeros",
-    "Linear",
+    "LinearSchedule",
     "Magnitude",
     "MagnitudePrune",
     "OneShot",
@@ -49,7 +49,6 @@ __all__ = [
     "Schedule",
     "SparseGPT",
     "SparseGPTPrune",
-    "SparseSwaps",
     "TextDataModule",
     "Uniform",
     "Unstructured",

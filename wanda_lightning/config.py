@@ -13,7 +13,7 @@ from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Uniform
 from wanda_lightning.core.criteria import CRITERIA, Criterion
 from wanda_lightning.core.patterns import Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import SOLVERS, Reconstruct, Solver, ZeroOut
-from wanda_lightning.models import GRANULARITIES, Walk, walk
+from wanda_lightning.models import SEQUENTIAL_CHOICES, Inventory, find_layers
 
 Chosen = TypeVar("Chosen")
 
@@ -30,7 +30,7 @@ class PruningConfig:
         allocation: Spreads the sparsity over the layers: `Uniform()`, `Fisher()`, `OWL()`, `AlphaPruning()`,
             `PerLayer({...})`, or a name such as `"owl"`.
         solver: Gives the final weights: `ZeroOut()`, or a name.
-        granularity: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
+        sequential: What the statistics see: `"block"` (blocks before are pruned, the block itself is dense),
             `"layer"` (everything before is pruned) or `"model"` (the dense model).
         skip: Layers to leave dense: names, globs, or `re:` expressions.
         only: The layers to prune, likewise, where not all; what `skip` names stays dense.
@@ -47,7 +47,7 @@ class PruningConfig:
     pattern: Pattern | str = field(default_factory=Unstructured)
     allocation: Allocation | str = field(default_factory=Uniform)
     solver: Solver | str = field(default_factory=ZeroOut)
-    granularity: str = "block"
+    sequential: str = "block"
     skip: Sequence[str] = ()
     only: Sequence[str] = ()
     include_grouped: bool = False
@@ -58,8 +58,8 @@ class PruningConfig:
             raise ValueError(
                 f"sparsity is the fraction of weights that become zero, in [0, 1), but {self.sparsity} was given"
             )
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity is one of {', '.join(GRANULARITIES)}, but {self.granularity!r} was given")
+        if self.sequential not in SEQUENTIAL_CHOICES:
+            raise ValueError(f"sequential is one of {', '.join(SEQUENTIAL_CHOICES)}, but {self.sequential!r} was given")
         if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 0:
             raise ValueError(
                 f"min_expert_tokens is a number of tokens, 0 or more, but {self.min_expert_tokens!r} was given"
@@ -72,10 +72,10 @@ class PruningConfig:
                 f"{solver} chooses the weights itself, but criterion={criterion} was given: leave the criterion out, "
                 "or use another solver"
             )
-        if isinstance(solver, Reconstruct) and self.granularity != "block":
+        if isinstance(solver, Reconstruct) and self.sequential != "block":
             raise ValueError(
-                f"Reconstruct trains the parts of blocks, but granularity={self.granularity!r} was given: use "
-                "granularity='block', or another solver"
+                f"Reconstruct trains the parts of blocks, but sequential={self.sequential!r} was given: use "
+                "sequential='block', or another solver"
             )
         resolved = {
             "criterion": criterion,
@@ -110,10 +110,10 @@ class PruningConfig:
         """Those that criterion and solver read, at each unit; the allocation reads its own before, of all layers."""
         return cast(Criterion, self.criterion).needs | cast(Solver, self.solver).needs
 
-    def walk(self, model: nn.Module, granularity: str | None = None) -> Walk:
-        """What would be pruned and what not; by default in the units of this granularity."""
+    def find_layers(self, model: nn.Module, sequential: str | None = None) -> Inventory:
+        """What would be pruned and what not; by default in the units of this sequential."""
         pattern = cast(Pattern, self.pattern)
-        return walk(model, granularity or self.granularity, self.skip, self.only, self.include_grouped, pattern)
+        return find_layers(model, sequential or self.sequential, self.skip, self.only, self.include_grouped, pattern)
 
     def describe(self) -> dict[str, Any]:
         """Every value as plain data, for the report."""

@@ -51,7 +51,7 @@ class ProgressBar:
         elif self._enabled:
             self._line("done" if error is None else "stopped")
 
-    def at(self, name: str) -> None:
+    def show(self, name: str) -> None:
         """Name what the next step works on."""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{self._title} {name}")

@@ -13,11 +13,11 @@ from wanda_lightning.core.allocation import Allocation
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers import Reconstruct
-from wanda_lightning.distributed import Processes
-from wanda_lightning.models import Layer, Unit, Walk, free_memory
+from wanda_lightning.models import Inventory, Layer, Unit, free_memory
+from wanda_lightning.parallel import Processes
 
 
-def refuse_unprunable(config: PruningConfig, found: Walk) -> None:
+def refuse_unprunable(config: PruningConfig, found: Inventory) -> None:
     """Everything that can be known to fail, before a weight is written."""
     packed = [matrix for matrix in found.skipped if matrix.unprunable]
     if packed:
@@ -74,23 +74,23 @@ def refuse_training_together(config: PruningConfig, processes: Processes) -> Non
 _GRAMS_AT_ONCE = 4  # one that is summed, its dampened copy, the factor and its inverse
 
 
-def refuse_too_wide(config: PruningConfig, found: Walk, model: nn.Module) -> None:
+def refuse_too_wide(config: PruningConfig, found: Inventory, model: nn.Module) -> None:
     """A Gram matrix has the square of the input width; what certainly does not fit is not begun."""
     widest = max(found.layers, key=lambda layer: layer.shape[1])
     wide = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
     # Until the weights of a unit are chosen, of every block in it at least one for each of its widths is held, and of
     # each expert its own.
-    blocks = config.walk(model, "block").units if config.granularity == "model" else found.units
+    blocks = config.find_layers(model, "block").units if config.sequential == "none" else found.units
     grams = [{(layer.siblings and layer.name, layer.shape[1]) for layer in block.layers} for block in blocks]
     at_blocks = [4 * sum(width**2 for _, width in of_block) for of_block in grams]
-    held = sum(at_blocks) if config.granularity == "model" else max(at_blocks)
+    held = sum(at_blocks) if config.sequential == "none" else max(at_blocks)
     needed, free = max(_GRAMS_AT_ONCE * wide, held), free_memory(widest.weight.device)
     if needed > free:
         raise ValueError(
             f"{config.reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the widest of {widest.name} "
             f"with {widest.shape[1]} inputs, but {free / _GIB:.1f} GiB are free on {widest.weight.device}: leave wide "
             f"layers dense with skip=['{widest.name}'], use criterion='wanda' with solver='zero_out', or "
-            "granularity='layer' where it is not"
+            "sequential='layer' where it is not"
         )
 
 
@@ -152,12 +152,12 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
             f"{choice} reads all rows of {name} together, but they are spread over {processes.world_size} processes. "
             "Use Wanda() or Magnitude() with Uniform(), which read single rows, or prune before sharding (devices=1)."
         )
-    at_units = bool(config.unit_needs) and config.granularity != "model"
+    at_units = bool(config.unit_needs) and config.sequential != "none"
     if at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
         raise ValueError(
-            f"granularity={config.granularity!r} stops at {unit.name}, but fully_shard manages {name} as a part of "
+            f"sequential={config.sequential!r} stops at {unit.name}, but fully_shard manages {name} as a part of "
             f"{managers[-1] or 'the whole model'}. Apply fully_shard also to {unit.name}, leave it dense with "
-            f"skip=['{unit.name}'], or use granularity='model'."
+            f"skip=['{unit.name}'], or use sequential='none'."
         )
 
 

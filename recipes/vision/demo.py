@@ -71,7 +71,7 @@ def main() -> None:
             chosen = {"pattern": "2:4"} if pattern == "2:4" else {}
             callbacks = {
                 "magnitude": MagnitudePrune(0.5, **chosen),
-                "wanda": WandaPrune(0.5, granularity="model", num_samples=1024, **chosen),
+                "wanda": WandaPrune(0.5, sequential="none", num_samples=1024, **chosen),
             }
             for method, callback in callbacks.items():
                 module.load_state_dict(dense)

@@ -4,12 +4,12 @@ from wanda_lightning.callbacks.keep_zeros import KeepZeros
 from wanda_lightning.callbacks.methods import MagnitudePrune, SparseGPTPrune, WandaPrune
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.save import SavePretrained
-from wanda_lightning.callbacks.schedules import Cubic, Linear, OneShot, Schedule
+from wanda_lightning.callbacks.schedules import CubicSchedule, LinearSchedule, OneShot, Schedule
 
 __all__ = [
-    "Cubic",
+    "CubicSchedule",
     "KeepZeros",
-    "Linear",
+    "LinearSchedule",
     "MagnitudePrune",
     "OneShot",
     "PruningCallback",

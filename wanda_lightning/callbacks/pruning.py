@@ -19,23 +19,23 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from wanda_lightning.callbacks.calibration import (
+from wanda_lightning.callbacks.batches import (
     batch_size,
     calibration_batches,
     calibration_forward,
     processes_of,
     pruning_target,
 )
-from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
+from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.schedules import OneShot, Schedule
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
-from wanda_lightning.distributed import ALONE, reshard
-from wanda_lightning.presets import preset_named
-from wanda_lightning.pruner import Watched, plan, prune_as
+from wanda_lightning.methods import preset_named
+from wanda_lightning.parallel import SINGLE_PROCESS, reshard
+from wanda_lightning.pruning import PassiveCalibration, plan, prune_as
 from wanda_lightning.report import PruningReport
 
 
@@ -64,7 +64,7 @@ class PruningCallback(Callback):
         pattern: Where zeros may fall, for example `"unstructured"` or `"2:4"`.
         allocation: Spreads the sparsity over the layers.
         solver: Gives the final weights.
-        granularity: What the statistics see: `"block"`, `"layer"` or `"model"`.
+        sequential: What the statistics see: `"block"`, `"layer"` or `"model"`.
         skip: Layers to leave dense: names, globs, or `re:` expressions.
         only: The layers to prune, likewise, where not all; what `skip` names stays dense.
         include_grouped: Prune grouped convolutions, too.
@@ -73,10 +73,10 @@ class PruningCallback(Callback):
         keep_zeros: Keep the zeros while training.
         report_dir: Write `pruning_report.json` there.
         at_step: Optimizer steps of training before pruning.
-        schedule: Instead of `at_step`: `Cubic(...)`, `Linear(...)`, `OneShot(...)`, or your own.
+        schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` takes the statistics from Lightning's own validation loop while it runs, without an
             extra pass, and prunes when it ends: the next one after the step that is due, or that of `trainer.validate`,
-            which then measures the dense model. Needs `granularity="model"`; of `num_samples`, whole batches.
+            which then measures the dense model. Needs `sequential="none"`; of `num_samples`, whole batches.
         min_expert_tokens: Experts to which fewer calibration tokens were routed are pruned by what all experts of their
             module saw.
 
@@ -94,7 +94,7 @@ class PruningCallback(Callback):
         pattern: Pattern | str = Unstructured(),
         allocation: Allocation | str = Uniform(),
         solver: Solver | str = ZeroOut(),
-        granularity: str = "block",
+        sequential: str = "block",
         skip: Sequence[str] = (),
         only: Sequence[str] = (),
         include_grouped: bool = False,
@@ -113,7 +113,7 @@ class PruningCallback(Callback):
             pattern,
             allocation,
             solver,
-            granularity,
+            sequential,
             skip,
             only,
             include_grouped,
@@ -132,10 +132,10 @@ class PruningCallback(Callback):
             )
         if calibrate_on not in ("calibration", "validation"):
             raise ValueError(f"calibrate_on is 'calibration' or 'validation', but {calibrate_on!r} was given")
-        if calibrate_on == "validation" and (self.config.granularity != "model" or dataloader is not None):
+        if calibrate_on == "validation" and (self.config.sequential != "none" or dataloader is not None):
             raise ValueError(
                 "calibrate_on='validation' sees the dense model on the validation batches: it needs "
-                f"granularity='model' and no dataloader, but granularity={self.config.granularity!r} was given"
+                f"sequential='none' and no dataloader, but sequential={self.config.sequential!r} was given"
                 + (" and a dataloader" if dataloader is not None else "")
             )
         if calibrate_on == "validation" and cast(Allocation, self.config.allocation).reads_gradients:
@@ -155,8 +155,8 @@ class PruningCallback(Callback):
         self._resumed = False  # weights and state are of one checkpoint
         self._asked_at: int | None = None  # the step at which `should_prune` was asked last
         self._due = False  # at the end of the next validation loop
-        self._processes = ALONE
-        self._watched: Watched | None = None
+        self._processes = SINGLE_PROCESS
+        self._watched: PassiveCalibration | None = None
         self._watching = ExitStack()
         self._seen = 0  # samples of the validation loop
 
@@ -167,7 +167,7 @@ class PruningCallback(Callback):
         """What we recommend: `"fast"`, `"balanced"` or `"best"` (see the README for what each costs and gains).
 
         Args:
-            name: Of the preset, which chooses criterion, solver, allocation and granularity.
+            name: Of the preset, which chooses criterion, solver, allocation and sequential.
             sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all of them.
             pattern: Where zeros may fall.
             others: The other arguments of `PruningCallback`, also to replace a choice.
@@ -254,7 +254,10 @@ class PruningCallback(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._prune_to_measure(trainer, pl_module)
         if self._due and not trainer.sanity_checking:
-            self._watched, self._seen = Watched(self._now(trainer), pruning_target(pl_module), self._processes), 0
+            self._watched, self._seen = (
+                PassiveCalibration(self._now(trainer), pruning_target(pl_module), self._processes),
+                0,
+            )
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -292,7 +295,7 @@ class PruningCallback(Callback):
             "share": self._share,
             "asked_at": self._asked_at,
             "due": self._due,
-            "alive": self._zeros.alive(),
+            "unheld_zeros": self._zeros.unheld_zeros(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -308,7 +311,7 @@ class PruningCallback(Callback):
             )
         self._pruned, self._share = state_dict["zeros"], state_dict["share"]
         self._asked_at, self._due, self._resumed = state_dict["asked_at"], state_dict["due"], True
-        self._zeros.load(state_dict["alive"])
+        self._zeros.load(state_dict["unheld_zeros"])
 
     @property
     def _choices(self) -> dict[str, Any]:
@@ -340,7 +343,7 @@ class PruningCallback(Callback):
         return True
 
     def _refuse_what_later_stages_would(self, target: nn.Module) -> None:
-        with self._processes.together():
+        with self._processes.fail_together():
             reshard(target)
             plan(self.config, target, self._processes)
 

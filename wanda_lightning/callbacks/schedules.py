@@ -56,7 +56,7 @@ class OneShot(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
+class LinearSchedule(Schedule):
     """Sparsity rises by the same amount at each stage.
 
     Attributes:
@@ -88,11 +88,11 @@ class Linear(Schedule):
 
 
 @dataclass(frozen=True)
-class Cubic(Linear):
+class CubicSchedule(LinearSchedule):
     """Sparsity rises fast at first and slowly at the end: `1 - (1 - progress)^3` (Zhu & Gupta 2017, eq. 1).
 
     Example:
-        >>> Cubic(0, 100, every=50).stages
+        >>> CubicSchedule(0, 100, every=50).stages
         ((50, 0.875), (100, 1.0))
     """
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from wanda_lightning.cli.measure import measure, measure_all
 from wanda_lightning.cli.options import TIMM, as_patterns, checked_seqlen, refuse_given
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.data.shared import check_positive
+from wanda_lightning.data.hub import check_positive
 from wanda_lightning.data.text_sources import check_source
-from wanda_lightning.evaluate import Evaluation, Results, load_tasks, sparsity_of, task_names, zero_shot
+from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, task_names, zero_shot
 from wanda_lightning.files import refuse_existing
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 

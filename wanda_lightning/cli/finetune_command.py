@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wanda_lightning.callbacks import KeepZeros
-from wanda_lightning.callbacks.keep_zeros import zeros_of
+from wanda_lightning.callbacks.held_zeros import zeros_of
 from wanda_lightning.cli.measure import measure
 from wanda_lightning.cli.options import as_patterns, checked_seqlen
 from wanda_lightning.data import TextDataModule

@@ -9,13 +9,13 @@ from rich.table import Table
 from torch import nn
 
 from wanda_lightning.cli.options import as_pattern, as_patterns
-from wanda_lightning.models import left_by_pattern, low_coverage, meta_model, walk
+from wanda_lightning.models import find_layers, left_by_pattern, low_coverage, model_from_config
 from wanda_lightning.report import SkippedMatrix, skipped_table
 
 
 def inspect_model(
     model: str,
-    granularity: Literal["block", "layer", "model"] = "block",
+    sequential: Literal["block", "layer", "none"] = "block",
     skip: str | list[str] = "",
     only: str | list[str] = "",
     include_grouped: bool = False,
@@ -27,7 +27,7 @@ def inspect_model(
 
     Args:
         model: Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.
-        granularity: What calibration batches stop at.
+        sequential: What calibration batches stop at.
         skip: Layers to leave dense: names, globs or re: expressions, separated by commas or as a list.
         only: The layers to prune, likewise, where not all.
         include_grouped: Prune grouped convolutions, too, each group as a matrix of its own.
@@ -35,9 +35,9 @@ def inspect_model(
         cache_dir: Where downloads from the hub are kept.
         trust_remote_code: Run the code that comes with a hub model.
     """
-    inspected: nn.Module = meta_model(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    inspected: nn.Module = model_from_config(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     pattern = as_pattern(sparsity_type)
-    found = walk(inspected, granularity, as_patterns(skip), as_patterns(only), include_grouped, pattern)
+    found = find_layers(inspected, sequential, as_patterns(skip), as_patterns(only), include_grouped, pattern)
     table = Table(title=f"{model}: would be pruned", title_justify="left")
     for heading in ("unit", "layers", "weights", "inside"):
         table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")

@@ -15,11 +15,11 @@ from wanda_lightning.cli.measure import measure
 from wanda_lightning.cli.options import TIMM, as_pattern, as_patterns, checked_seqlen, refuse_given
 from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.evaluate import Evaluation, load_tasks, task_names, zero_shot
+from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file
+from wanda_lightning.methods import METHODS, PRESETS, Method
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.presets import METHODS, PRESETS, Method
-from wanda_lightning.pruner import plan
+from wanda_lightning.pruning import plan
 from wanda_lightning.report import PruningReport
 
 _PAPER_SEQLEN = 2048
@@ -37,7 +37,6 @@ MethodName = Literal[
     "ablate_wanda_iter",
     "refit",
     "admm",
-    "sparseswaps",
     "reconstruct",
 ]
 
@@ -58,7 +57,7 @@ def prune_model(
     calibration: str | None = None,
     eval: str | None = None,
     limit: int | None = None,
-    granularity: Literal["block", "layer", "model"] | None = None,
+    sequential: Literal["block", "layer", "none"] | None = None,
     allocation: Literal["uniform", "owl", "owl_layer", "alpha", "alpha_layer", "fisher"] | None = None,
     dtype: str | None = None,
     batch_size: int | None = None,
@@ -82,7 +81,7 @@ def prune_model(
         nsamples: Calibration samples; by default 128 sequences or 4096 images, as in the paper.
         sparsity_ratio: Fraction of each pruned layer's weights that become zero.
         sparsity_type: unstructured, or any N:M such as 2:4 and 4:8.
-        prune_method: wanda (the default), magnitude, ria, sparsegpt, refit, admm, sparseswaps, reconstruct, or one of
+        prune_method: wanda (the default), magnitude, ria, sparsegpt, refit, admm, reconstruct, or one of
             the reference's ablations.
         preset: Instead of a method: fast (Wanda, one pass), balanced (better at every sparsity), or best.
         cache_dir: Where downloads from the hub are kept.
@@ -94,7 +93,7 @@ def prune_model(
             .jsonl, .parquet).
         eval: Text to measure perplexity on, likewise; by default wikitext2.
         limit: Windows of it; by default all.
-        granularity: What the statistics see; by default block for language models, model for image classifiers.
+        sequential: What the statistics see; by default block for language models, model for image classifiers.
         allocation: How the sparsity is spread: the same for all layers (uniform, the default); less where more scores
             are outliers (owl) or where the weights' spectrum has a heavier tail (alpha), per block or per layer; less
             where the predictions depend on more (fisher).
@@ -148,7 +147,7 @@ def prune_model(
         options["prune_method"] = name
     choices = method.choices(_pattern(sparsity_type, method, prune_granularity, use_variant))
     choices |= {} if allocation is None else {"allocation": allocation}
-    choices["granularity"] = granularity or choices.get("granularity") or ("model" if is_image else "block")
+    choices["sequential"] = sequential or choices.get("sequential") or ("model" if is_image else "block")
     callback = PruningCallback(
         sparsity_ratio,
         **choices,

@@ -140,15 +140,15 @@ class Pattern(ABC):
             ValueError: If it cannot.
         """
 
-    def misfit(self, d_in: int) -> str | None:
+    def why_not(self, d_in: int) -> str | None:
         """Why a layer with so many inputs cannot have the pattern; None where it can."""
         return None
 
-    def levels(self, d_out: int, d_in: int) -> int:
+    def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """In how many equal steps the sparsity of a layer goes from 0 to 1."""
         return d_out * d_in
 
-    def at(self, sparsity: float) -> Pattern:
+    def for_sparsity(self, sparsity: float) -> Pattern:
         """The pattern for one layer, where the layers differ in sparsity."""
         return self
 
@@ -176,7 +176,7 @@ class Unstructured(Pattern):
         """Where weights of all rows are compared."""
         return self.group == "layer"
 
-    def levels(self, d_out: int, d_in: int) -> int:
+    def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """One for each weight of a comparison group."""
         return d_in if self.group == "row" else d_out * d_in
 
@@ -216,24 +216,24 @@ class NM(Pattern):
                 f"Use sparsity={self.sparsity:g}, or pattern='unstructured' for any sparsity."
             )
 
-    def misfit(self, d_in: int) -> str | None:
+    def why_not(self, d_in: int) -> str | None:
         """A width that `m` does not divide; whatever `n` an allocation gives the layer.
 
         Example:
-            >>> NM(2, 4).misfit(27)
+            >>> NM(2, 4).why_not(27)
             'input width 27 is not a multiple of 4'
         """
         return f"input width {d_in} is not a multiple of {self.m}" if d_in % self.m else None
 
-    def levels(self, d_out: int, d_in: int) -> int:
+    def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """One for each member of a group."""
         return self.m
 
-    def at(self, sparsity: float) -> Pattern:
+    def for_sparsity(self, sparsity: float) -> Pattern:
         """The nearest n of the same m, at least 1; where that is all of them, the layer stays dense.
 
         Example:
-            >>> NM(4, 8).at(0.65), NM(4, 8).at(0.0)
+            >>> NM(4, 8).for_sparsity(0.65), NM(4, 8).for_sparsity(0.0)
             (NM(n=3, m=8), Unstructured(group='row'))
         """
         n = max(1, self.m - round(sparsity * self.m))

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.data.shared import load_from_hub, nearest
+from wanda_lightning.data.hub import load_from_hub, nearest
 
 _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, column of labels
 _NAMES = ("digits", *_HUB)

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from wanda_lightning.data.hub import check_positive, nearest, silence_worker_advice
 from wanda_lightning.data.image_sources import Source, check_source, open_source
-from wanda_lightning.data.shared import check_positive, nearest, silence_worker_advice
 
 _IN_MEMORY_SIDE = 96  # digits up to this side are kept as tensors, at most 200 MB
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wanda_lightning.data.shared import check_positive, silence_worker_advice
+from wanda_lightning.data.hub import check_positive, silence_worker_advice
 from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
 
 if TYPE_CHECKING:

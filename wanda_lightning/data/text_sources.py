@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.data.shared import load_from_hub, nearest
+from wanda_lightning.data.hub import load_from_hub, nearest
 
 _NAMES = ("c4", "wikitext2", "python-docs")
 _EXTENSIONS = (".txt", ".jsonl", ".parquet")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wanda_lightning.distributed import local
 from wanda_lightning.models.experts import siblings_of, stacked_experts
+from wanda_lightning.parallel import local
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Allocations give each layer its sparsity, so that the parameter-weighted mean is the target.
 
-An allocation says how the layers should differ; `spread` moves all by one amount to the target, and on to sparsities
+An allocation says how the layers should differ; `match_target` moves all by one amount to the target, and on to sparsities
 that the pattern can have.
 """
 
@@ -12,9 +12,9 @@ from functools import partial
 from wanda_lightning.core.allocation.alpha import AlphaPruning, tail_exponent
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer, Uniform
 from wanda_lightning.core.allocation.fisher import Fisher
+from wanda_lightning.core.allocation.match_target import match_target
 from wanda_lightning.core.allocation.owl import OWL
 from wanda_lightning.core.allocation.per_layer import PerLayer
-from wanda_lightning.core.allocation.spread import spread
 
 __all__ = [
     "ALLOCATIONS",
@@ -25,7 +25,7 @@ __all__ = [
     "Fisher",
     "PerLayer",
     "Uniform",
-    "spread",
+    "match_target",
     "tail_exponent",
 ]
 

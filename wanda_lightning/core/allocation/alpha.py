@@ -18,7 +18,7 @@ from wanda_lightning.core.allocation.groups import (
     refuse_unknown,
     unit_range,
 )
-from wanda_lightning.core.allocation.spread import mean_of, spread
+from wanda_lightning.core.allocation.match_target import match_target, mean_of
 from wanda_lightning.core.types import Weight
 
 
@@ -58,7 +58,7 @@ class AlphaPruning(Allocation):
             layer.name: 1 - self.epsilon + 2 * self.epsilon * exponents[group_of(layer, self.per)] for layer in layers
         }
         scale = sparsity / mean_of(layers, wanted)
-        return spread(layers, {name: scale * value for name, value in wanted.items()}, sparsity)
+        return match_target(layers, {name: scale * value for name, value in wanted.items()}, sparsity)
 
 
 def tail_exponent(weight: Weight) -> float:

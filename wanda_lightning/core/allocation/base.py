@@ -20,7 +20,7 @@ class DenseLayer:
         name: Its name in the model.
         block: The repeated part of the model that it lies in; its own name where it lies in none.
         size: Number of weights.
-        levels: In how many equal steps the pattern can take its sparsity from 0 to 1.
+        sparsity_steps: In how many equal steps the pattern can take its sparsity from 0 to 1.
         read: Gives the weight, which is not held.
         inputs: Statistics of the dense model, for an allocation that needs some.
         fisher: For one that reads gradients, of each input the sum over tokens of its square times the mean square of
@@ -30,7 +30,7 @@ class DenseLayer:
     name: str
     block: str
     size: int
-    levels: int
+    sparsity_steps: int
     read: Callable[[], Weight]
     inputs: InputStatistics | None = None
     fisher: PerInput | None = None

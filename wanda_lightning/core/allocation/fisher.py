@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
 from wanda_lightning.core.allocation.groups import refuse_one_group
-from wanda_lightning.core.allocation.spread import mean_of, spread
+from wanda_lightning.core.allocation.match_target import match_target, mean_of
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,21 @@ class Fisher(Allocation):
     The score of a weight is `W² * sum of x² * mean(g²)` over the tokens, x its input and g the gradient of the
     model's own predictions by the outputs of the layer: what the loss rises by when the weight goes, to second order,
     with the diagonal of the Fisher information for the curvature (LeCun et al. 1989). Under one threshold for the
-    whole model, each layer gets the share of its weights that lie below, at most `within` from the target. Costs a
+    whole model, each layer gets the share of its weights that lie below, at most `max_deviation` from the target. Costs a
     forward and a backward pass of the dense model; no labels.
 
     Attributes:
-        within: How far from the target a layer's sparsity may be.
+        max_deviation: How far from the target a layer's sparsity may be.
         num_batches: Calibration batches that are passed backward, the first ones of each process; None for all.
     """
 
     reads_gradients: ClassVar[bool] = True
-    within: float = 0.15
+    max_deviation: float = 0.15
     num_batches: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.within <= 1 or (self.num_batches is not None and self.num_batches < 1):
-            raise ValueError(f"Fisher needs within in [0, 1] and num_batches of at least 1, but got {self}")
+        if not 0 <= self.max_deviation <= 1 or (self.num_batches is not None and self.num_batches < 1):
+            raise ValueError(f"Fisher needs max_deviation in [0, 1] and num_batches of at least 1, but got {self}")
 
     @property
     def gradient_batches(self) -> int | None:
@@ -48,7 +48,7 @@ class Fisher(Allocation):
 
     def scaled(self, share: float) -> Fisher:
         """Layers differ by the same share of what they do in the end."""
-        return replace(self, within=self.within * share)
+        return replace(self, max_deviation=self.max_deviation * share)
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Compare the weights of all layers."""
@@ -58,11 +58,11 @@ class Fisher(Allocation):
         for _ in range(_HALVINGS):
             threshold = (low + high) / 2
             wanted = {
-                name: min(max(_share(shares, threshold), sparsity - self.within), sparsity + self.within)
+                name: min(max(_share(shares, threshold), sparsity - self.max_deviation), sparsity + self.max_deviation)
                 for name, shares in below.items()
             }
             low, high = (threshold, high) if mean_of(layers, wanted) < sparsity else (low, threshold)
-        return spread(layers, wanted, sparsity)
+        return match_target(layers, wanted, sparsity)
 
 
 _BINS, _LOWEST, _HIGHEST = 1 << 14, -100.0, 100.0  # of the natural logarithm of a score; zeros are in the first bin

@@ -16,7 +16,7 @@ from wanda_lightning.core.allocation.groups import (
     refuse_unknown,
     unit_range,
 )
-from wanda_lightning.core.allocation.spread import spread
+from wanda_lightning.core.allocation.match_target import match_target
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.types import Score
 
@@ -59,7 +59,7 @@ class OWL(Allocation):
         """Compare the blocks' outliers."""
         outliers = unit_range({group: self._outliers(inside) for group, inside in groups_of(layers, self.per).items()})
         wanted = {layer.name: -2 * self.lambda_ * outliers[group_of(layer, self.per)] for layer in layers}
-        return spread(layers, wanted, sparsity)
+        return match_target(layers, wanted, sparsity)
 
     def _outliers(self, layers: Sequence[DenseLayer]) -> float:
         """The fraction of scores above `m` times their mean, over all these layers."""

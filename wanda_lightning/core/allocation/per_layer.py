@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
-from wanda_lightning.core.allocation.spread import spread
-from wanda_lightning.core.names import matches, refuse_unmatched
+from wanda_lightning.core.allocation.match_target import match_target
+from wanda_lightning.core.name_patterns import matches, refuse_unmatched
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class PerLayer(Allocation):
         rest = sum(layer.size for layer in layers if layer.name not in given)
         pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
         remaining = (sparsity * sum(layer.size for layer in layers) - pruned) / rest if rest else 0.0
-        return spread(layers, {layer.name: given.get(layer.name, remaining) for layer in layers}, sparsity, fixed=given)
+        return match_target(
+            layers, {layer.name: given.get(layer.name, remaining) for layer in layers}, sparsity, fixed=given
+        )
 
     def _given(self, layers: Sequence[DenseLayer]) -> dict[str, float]:
         sparsities = dict(self.sparsities)
@@ -84,4 +86,4 @@ class PerLayer(Allocation):
 
 
 _OPTION = "PerLayer pattern"
-_AS_PRINTED = 1e-4  # a mean that was copied from an error's four digits is the mean
+_AS_PRINTED = 1e-4  # a mean that was clone_arguments from an error's four digits is the mean

@@ -5,11 +5,10 @@ is the special case `ZeroOut`.
 """
 
 from wanda_lightning.core.solvers.admm import ADMM
-from wanda_lightning.core.solvers.base import Solver, only, zero_others_
+from wanda_lightning.core.solvers.base import Solver, mask_, masked
 from wanda_lightning.core.solvers.reconstruct import Reconstruct
 from wanda_lightning.core.solvers.refit import Refit
 from wanda_lightning.core.solvers.sparsegpt import SparseGPT
-from wanda_lightning.core.solvers.swaps import SparseSwaps
 from wanda_lightning.core.solvers.zero_out import ZeroOut
 
 __all__ = [
@@ -19,16 +18,14 @@ __all__ = [
     "Refit",
     "Solver",
     "SparseGPT",
-    "SparseSwaps",
     "ZeroOut",
-    "only",
-    "zero_others_",
+    "mask_",
+    "masked",
 ]
 
 SOLVERS: dict[str, type[Solver]] = {
     "zero_out": ZeroOut,
     "sparsegpt": SparseGPT,
-    "sparseswaps": SparseSwaps,
     "refit": Refit,
     "admm": ADMM,
     "reconstruct": Reconstruct,

@@ -10,7 +10,7 @@ import torch
 from wanda_lightning.core.criteria import Criterion, Wanda, with_inactive
 from wanda_lightning.core.gram import cholesky
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver, as_numbers, only
+from wanda_lightning.core.solvers.base import Solver, as_numbers, masked
 from wanda_lightning.core.solvers.refit import refitted
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Score, Weight
@@ -31,13 +31,13 @@ class ADMM(Solver):
 
     Attributes:
         dampening: As in `Refit`.
-        turns: A fit and a masking each.
+        iterations: A fit and a masking each.
         rho: The pull in the first turn and in the last, in units of the diagonal; in between it grows by one factor.
         refit_steps: Of conjugate gradients at the end.
     """
 
     dampening: float = 0.05
-    turns: int = 10
+    iterations: int = 10
     rho: tuple[float, float] = (0.1, 0.8)
     refit_steps: int = 2
 
@@ -46,7 +46,7 @@ class ADMM(Solver):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", tuple(self.rho))  # a list, from YAML
-        counts = (self.turns, self.refit_steps)
+        counts = (self.iterations, self.refit_steps)
         if (
             not self.dampening > 0
             or min(counts) < 1
@@ -80,21 +80,21 @@ class ADMM(Solver):
         # `wanted` is masked copy plus dual variable: one where it is kept, the other where it is dropped.
         keep, dropped = choose(dense.abs()), torch.zeros_like(dense)
         rho, last = self.rho
-        pull = torch.add(target, only(dense, keep), alpha=rho)
-        growth = (last / rho) ** (1 / max(1, self.turns - 1))
-        for _ in range(self.turns):
+        pull = torch.add(target, masked(dense, keep), alpha=rho)
+        growth = (last / rho) ** (1 / max(1, self.iterations - 1))
+        for _ in range(self.iterations):
             lower = cholesky(gram, rho)
             free = torch.linalg.solve_triangular(lower.t(), pull, upper=True, left=False)
             free = torch.linalg.solve_triangular(lower, free, upper=False, left=False)
             wanted = free.add_(dropped, alpha=1 / growth)  # the dual, in units of rho
             keep = choose(torch.abs(wanted, out=pull))
-            dropped = only(wanted, ~keep)
+            dropped = masked(wanted, ~keep)
             rho *= growth
             # Masked copy minus dual variable, of the next turn.
             torch.add(target, wanted, alpha=rho, out=pull).add_(dropped, alpha=-rho * (1 + 1 / growth))
         fitted, error = refitted(dense, wanted.sub_(dropped), keep, gram, self.refit_steps)
         wanda = choose(dense.abs().mul_(energy.sqrt() / scale))
-        lost = only(dense, ~wanda)
+        lost = masked(dense, ~wanda)
         wanda_error = (torch.mm(lost, gram) * lost).sum()
         # As the inputs are, without the dampening.
         dampened_share = 1 - energy / scale.square()
@@ -102,8 +102,8 @@ class ADMM(Solver):
         wanda_error -= (lost.square_() @ dampened_share).sum()
         if error > wanda_error:  # inputs hardly correlate
             keep = wanda
-            fitted, _ = refitted(dense, only(dense, keep), keep, gram, self.refit_steps)
-        return only(fitted.div_(scale), keep).to(weight.dtype), keep
+            fitted, _ = refitted(dense, masked(dense, keep), keep, gram, self.refit_steps)
+        return masked(fitted.div_(scale), keep).to(weight.dtype), keep
 
     @property
     def own_criterion(self) -> Criterion:

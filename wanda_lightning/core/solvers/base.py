@@ -24,13 +24,13 @@ def as_numbers(flags: Tensor) -> Tensor:
     return flags.view(torch.int8)
 
 
-def only(tensor: Tensor, where: Tensor) -> Tensor:
+def masked(tensor: Tensor, where: Tensor) -> Tensor:
     """A new tensor with the numbers where the flags are True, exactly, and 0.0 elsewhere, whatever was there."""
     bits = _as_integers(tensor)
     return as_numbers(where).to(bits.dtype).mul_(bits).view(tensor.dtype)
 
 
-def zero_others_(tensor: Tensor, where: Tensor) -> None:
+def mask_(tensor: Tensor, where: Tensor) -> None:
     """As `only`, in place."""
     bits = _as_integers(tensor)
     bits.mul_(as_numbers(where).to(bits.dtype))
@@ -65,12 +65,12 @@ class Solver(ABC):
     ) -> tuple[Weight, KeepMask]:
         """Give the new weight, in the old one's dtype and zero where not kept, and what was kept."""
 
-    def together(
+    def solve_together(
         self,
         weights: Sequence[OneWeight],
         inputs: InputStatistics | None,
         criterion: Criterion,
-        goals: Sequence[tuple[Pattern, float]],
+        targets: Sequence[tuple[Pattern, float]],
     ) -> list[tuple[OneWeight, OneMask]]:
         """What becomes of several matrices that have the same inputs, such as queries, keys and values.
 
@@ -78,7 +78,7 @@ class Solver(ABC):
             weights: All of the same width.
             inputs: Of each.
             criterion: Of each.
-            goals: Pattern and sparsity of each.
+            targets: Pattern and sparsity of each.
         """
-        pairs = zip(weights, goals, strict=True)
+        pairs = zip(weights, targets, strict=True)
         return [self(weight, inputs, criterion, pattern, sparsity) for weight, (pattern, sparsity) in pairs]

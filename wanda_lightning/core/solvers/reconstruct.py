@@ -20,7 +20,7 @@ class Reconstruct(Solver):
     The attention and the MLP of a block, each for itself, learn to give again what they gave before the block was
     pruned, on what entered them then: Adam on the squared error, with the mask fixed. Every fourth calibration batch
     is held out (from four batches on); when the error on these stops falling, the weights of before are taken. Where
-    layers lie in the block itself and not in a part of it, the block is trained as a whole. For granularity `block`,
+    layers lie in the block itself and not in a part of it, the block is trained as a whole. For sequential `block`,
     whose batches and outputs are all held while a block is trained.
 
     Attributes:
@@ -66,12 +66,12 @@ class Reconstruct(Solver):
         """What the other solver gives, to be trained when all layers of the block have it (`reconstruction.train`)."""
         return self.solver(weight, inputs, criterion, pattern, sparsity)
 
-    def together(
+    def solve_together(
         self,
         weights: Sequence[OneWeight],
         inputs: InputStatistics | None,
         criterion: Criterion,
-        goals: Sequence[tuple[Pattern, float]],
+        targets: Sequence[tuple[Pattern, float]],
     ) -> list[tuple[OneWeight, OneMask]]:
         """As the other solver."""
-        return self.solver.together(weights, inputs, criterion, goals)
+        return self.solver.solve_together(weights, inputs, criterion, targets)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver, as_numbers, only
+from wanda_lightning.core.solvers.base import Solver, as_numbers, masked
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, Weight
 
@@ -51,7 +51,7 @@ class Refit(Solver):
         keep = pattern(criterion(weight, inputs), sparsity)
         gram = inputs.dampened_gram(self.dampening)
         dense = weight.to(gram.dtype).contiguous()
-        fitted, _ = refitted(dense, only(dense, keep), keep, gram, self.steps)
+        fitted, _ = refitted(dense, masked(dense, keep), keep, gram, self.steps)
         return fitted.to(weight.dtype), keep
 
 

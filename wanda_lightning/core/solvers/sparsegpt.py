@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion, Saliency
 from wanda_lightning.core.patterns import NM, Pattern
-from wanda_lightning.core.solvers.base import Solver, as_numbers, zero_others_
+from wanda_lightning.core.solvers.base import Solver, as_numbers, mask_
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
@@ -33,19 +33,19 @@ class SparseGPT(Solver):
     Attributes:
         dampening: Added to the diagonal, as a share of its mean.
         block_size: Columns that are chosen together, after all columns left of them are done.
-        choose: In each block, from the updated weights; or everything `"before"` the first update.
+        mask: Chosen block by block from the updated weights (`"block"`), or all before the first update (`"upfront"`).
     """
 
     dampening: float = 0.01
     block_size: int = 128
-    choose: Literal["block", "before"] = "block"
+    mask: Literal["block", "upfront"] = "block"
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
-        if not self.dampening > 0 or self.block_size < 1 or self.choose not in ("block", "before"):
+        if not self.dampening > 0 or self.block_size < 1 or self.mask not in ("block", "upfront"):
             raise ValueError(
-                f"SparseGPT needs dampening > 0, block_size >= 1 and choose='block' or 'before', but got {self}"
+                f"SparseGPT needs dampening > 0, block_size >= 1 and mask='block' or 'upfront', but got {self}"
             )
 
     @property
@@ -62,14 +62,14 @@ class SparseGPT(Solver):
         sparsity: float,
     ) -> tuple[Weight, KeepMask]:
         """Choose and update, block by block."""
-        return self.together([weight], inputs, criterion, [(pattern, sparsity)])[0]
+        return self.solve_together([weight], inputs, criterion, [(pattern, sparsity)])[0]
 
-    def together(
+    def solve_together(
         self,
         weights: Sequence[OneWeight],
         inputs: InputStatistics | None,
         criterion: Criterion,
-        goals: Sequence[tuple[Pattern, float]],
+        targets: Sequence[tuple[Pattern, float]],
     ) -> list[tuple[OneWeight, OneMask]]:
         """All rows at once, as those of one matrix: a column costs some small steps, however many rows it has."""
         assert inputs is not None, "SparseGPT reads the inputs"
@@ -83,11 +83,11 @@ class SparseGPT(Solver):
         ends = list(accumulate(len(weight) for weight in weights))
         members = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         choices: list[_Choice] = []
-        if self.choose == "before":
-            for weight, rows, (pattern, sparsity) in zip(weights, members, goals, strict=True):
+        if self.mask == "upfront":
+            for weight, rows, (pattern, sparsity) in zip(weights, members, targets, strict=True):
                 gone[:, rows] = as_numbers(~(pattern(criterion(weight, inputs), sparsity).t() & alive[:, rows]))
         else:
-            choices = _choices(criterion, members, goals)
+            choices = _choices(criterion, members, targets)
         whole = lcm(*(choice.group for choice in choices if choice.group))
         size, at_once = _multiple(self.block_size, whole), _multiple(_AT_ONCE, whole)
         for start in range(0, len(columns), size):
@@ -111,7 +111,7 @@ class SparseGPT(Solver):
                 _subtract(block[last - start :], scaled[now, last:stop], errors[first - start : last - start])
             _subtract(columns[stop:], scaled[here, stop:], errors)
         keep = gone == 0
-        zero_others_(columns, keep)
+        mask_(columns, keep)
         return [
             (
                 columns[:, rows].t().to(weight.dtype, memory_format=torch.contiguous_format),
@@ -147,10 +147,10 @@ class _Choice:
             self.pruned += int(pruned.count_nonzero())
 
 
-def _choices(criterion: Criterion, members: Sequence[slice], goals: Sequence[tuple[Pattern, float]]) -> list[_Choice]:
+def _choices(criterion: Criterion, members: Sequence[slice], targets: Sequence[tuple[Pattern, float]]) -> list[_Choice]:
     """One for each layer; layers with the same N:M, which looks at each row for itself, share one."""
     choices: list[_Choice] = []
-    for rows, (pattern, sparsity) in zip(members, goals, strict=True):
+    for rows, (pattern, sparsity) in zip(members, targets, strict=True):
         group = pattern.m if isinstance(pattern, NM) else 0
         if group and choices and choices[-1].pattern == pattern and not criterion.spans_rows:
             choices[-1].rows = slice(choices[-1].rows.start, rows.stop)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.solvers.base import Solver, only
+from wanda_lightning.core.solvers.base import Solver, masked
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Weight
 
@@ -28,4 +28,4 @@ class ZeroOut(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Score, choose, zero."""
         keep = pattern(criterion(weight, inputs), sparsity)
-        return only(weight, keep), keep
+        return masked(weight, keep), keep

@@ -1,0 +1,187 @@
+"""The Fisher information that an allocation reads, against autograd by hand."""
+
+import copy
+
+import pytest
+import torch
+from support.zoo import ZOO, run
+from torch import nn
+from torch.nn import functional as F
+
+from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
+from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers, token_masks
+from wanda_lightning.parallel import SINGLE_PROCESS
+
+
+def measured(model, batches, masks=None):
+    layers = find_layers(model, "layer").layers
+    forwards = [lambda batch=batch: run(model, batch) for batch in batches]
+    masks = masks or [token_masks(model, batch) for batch in batches]
+    with torch.no_grad():
+        return fisher(model, layers, forwards, masks, lambda: None, SINGLE_PROCESS)
+
+
+def drawn(logits, batch):
+    """What is drawn from the predictions of a batch."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+
+
+def test_the_sums_are_those_of_autograd():
+    torch.manual_seed(0)
+    first, second = nn.Linear(5, 7), nn.Linear(7, 4)
+    model = nn.Sequential(first, nn.ReLU(inplace=True), second)
+    batches = [torch.randn(3, 5), torch.randn(6, 5)]
+    expected = {"0": torch.zeros(5), "2": torch.zeros(7)}
+    for index, x in enumerate(batches):
+        inner = first(x)
+        hidden = inner.relu()
+        logits = second(hidden)
+        loss = F.cross_entropy(logits, drawn(logits, index), reduction="sum")
+        for name, seen, output in (("0", x, inner), ("2", hidden, logits)):
+            (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
+            for token in range(len(x)):  # each alone
+                expected[name] += seen[token].detach() ** 2 * gradient[token].square().mean()
+    got = measured(nn.Sequential(model, nn.Identity())[0], batches)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_a_convolution_has_a_gradient_at_each_position():
+    torch.manual_seed(0)
+    stem, conv, head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, stride=2), nn.Linear(6, 5)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv, self.head = stem, conv, head
+
+        def forward(self, x):
+            return self.head(self.conv(self.stem(x)).relu().mean((2, 3)))
+
+    x = torch.randn(2, 3, 7, 7)
+    seen = stem(x).detach()
+    output = conv(seen)
+    logits = head(output.relu().mean((2, 3)))
+    loss = F.cross_entropy(logits, drawn(logits, 0), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, output)
+    expected = torch.zeros(4, 3, 3)
+    for image in range(2):
+        for row in range(3):
+            for column in range(3):
+                patch = seen[image, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
+                expected += patch**2 * gradient[image, :, row, column].square().mean()
+    channels_inside = expected.permute(1, 2, 0).flatten()
+    torch.testing.assert_close(measured(Net(), [x])["conv"], channels_inside, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama_padded", "llama_left_padded"])
+def test_padding_does_not_count(name):
+    specimen = ZOO[name]
+    model = specimen.build()
+    batch = next(batch for batch in specimen.batches() if not batch["attention_mask"].all())
+    mask = batch["attention_mask"].bool()
+    other = dict(batch, input_ids=torch.where(mask, batch["input_ids"], 7))
+    for a, b in zip(measured(model, [batch]).values(), measured(model, [other]).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_nothing_of_it_stays_in_the_model(sequential):
+    model = ZOO["vit"].build()
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    prune(model, ZOO["vit"].batches(), 0.0, allocation="fisher", sequential=sequential, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+@pytest.mark.parametrize("name", ["llama", "vit", "convnext_conv_mlp", "t5"])
+def test_every_granularity_gives_the_same_sparsities(name, sequential):
+    specimen = ZOO[name]
+    reports = [
+        prune(specimen.build(), specimen.batches(), 0.5, allocation="fisher", sequential=g, progress=False)
+        for g in (sequential, "block")
+    ]
+    sparsities, others = ([layer.target for layer in report.layers] for report in reports)
+    assert sparsities == others
+    assert max(sparsities) - min(sparsities) > 0.05
+    assert all(0.3 <= sparsity <= 0.7 for sparsity in sparsities)  # 0.15 from 0.5, and a step of a narrow row
+    assert reports[0].sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_only_the_first_batches_go_backward():
+    model, batches = ZOO["llama"].build, ZOO["llama"].batches()
+    some = prune(model(), batches, 0.5, allocation=Fisher(num_batches=1), progress=False)
+    one = prune(model(), batches[:1], 0.5, allocation="fisher", progress=False)
+    every = prune(model(), batches, 0.5, allocation="fisher", progress=False)
+    targets = [[layer.target for layer in report.layers] for report in (some, one, every)]
+    assert targets[0] == targets[1] != targets[2]
+    assert some.config["allocation"] == {"name": "Fisher", "within": 0.15, "num_batches": 1}
+
+
+def test_magnitude_may_be_spread_by_it():
+    batches = ZOO["llama"].batches()
+    report = prune(ZOO["llama"].build(), batches, 0.5, criterion="magnitude", allocation="fisher", progress=False)
+    assert len({layer.target for layer in report.layers}) > 1
+    with pytest.raises(ValueError, match=r"Fisher\(.*needs calibration batches, but none were"):
+        prune(ZOO["llama"].build(), None, 0.5, criterion="magnitude", allocation="fisher", progress=False)
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda model, x: None, lambda model, x: model(x).sum(), lambda model, x: model(x).detach()]
+)
+def test_without_predictions_it_is_refused(forward):
+    model = ZOO["plain_mlp"].build()
+    before = copy.deepcopy(model.state_dict())
+    batches = ZOO["plain_mlp"].batches()
+    with pytest.raises(ValueError, match="without logits that depend on the pruned layers"):
+        prune(model, batches, allocation="fisher", forward=lambda batch: forward(model, batch), progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_gradient_that_is_no_number_is_refused():
+    model = ZOO["plain_mlp"].build()
+
+    def forward(batch):
+        return run(model, batch) * torch.tensor(float("inf"))
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"the predictions for calibration batch 0 .* hold NaN or infinity"):
+        prune(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=forward, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_input_that_is_changed_after_the_layer_counts_as_it_was():
+    torch.manual_seed(0)
+
+    class Residual(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.up, self.head, self.in_place = nn.Linear(6, 6), nn.Linear(6, 3), in_place
+
+        def forward(self, x):
+            x = x.clone()
+            h = self.up(x)
+            x = x.add_(h) if self.in_place else x + h
+            return self.head(x)
+
+    model = Residual(in_place=True)
+    other = Residual(in_place=False)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(5, 6)
+    for a, b in zip(measured(model, [x]).values(), measured(other, [x]).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_validation_loop_has_no_gradients():
+    with pytest.raises(ValueError, match="passes batches backward, which a validation loop does not"):
+        WandaPrune(allocation=Fisher(), sequential="none", calibrate_on="validation")
+    assert isinstance(MagnitudePrune().config.allocation, Uniform)
+    assert PruningCallback(allocation="fisher").config.reads_batches

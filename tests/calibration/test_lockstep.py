@@ -1,0 +1,883 @@
+"""The facts that the lockstep engine rests on, each against a plain forward pass or a counter."""
+
+import contextlib
+import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import weakref
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.zoo import ZOO, run
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wanda_lightning import prune
+from wanda_lightning.calibration.lockstep import clone_arguments, lockstep, whole_model_stop
+from wanda_lightning.core.solvers import Solver
+
+WIDTH = 8
+
+
+class Mlp(nn.Module):
+    """A block; `before` runs inside it, `after` between its layers."""
+
+    def __init__(self, before=None):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.before = before
+
+    def forward(self, x):
+        if self.before is not None:
+            self.before()
+        return x + self.down(F.relu(self.up(x)))
+
+
+class Chain(nn.Module):
+    """Blocks one after another, with the model's own code, `glue(index)`, before each and after the last."""
+
+    def __init__(self, *blocks, glue=lambda index: None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(WIDTH, 4)
+        self.glue = glue
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            self.glue(index)
+            x = block(x)
+        self.glue(len(self.blocks))
+        return self.head(x)
+
+
+def vectors(count=3):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, WIDTH, generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def through(blocks, x):
+    """A plain forward through some blocks."""
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def forwards(model, batches):
+    return [partial(run, model, batch) for batch in batches]
+
+
+def travel(model, batches, units):
+    with closing(lockstep(forwards(model, batches), units)) as stops:
+        yield from stops
+
+
+def route(model, batches, units):
+    return [(stop.unit, [call.batch for call in stop.calls]) for stop in travel(model, batches, units)]
+
+
+def overrides(model):
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def hooks(model):
+    return [name for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+# ---- where it stops
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_all_batches_stop_once_at_each_unit_in_order(count):
+    model = Chain(Mlp(), Mlp(), Mlp())
+    assert route(model, vectors(count), model.blocks) == [(unit, list(range(count))) for unit in range(3)]
+
+
+def test_each_call_brings_what_a_plain_forward_brings():
+    model, batches = Chain(Mlp(), Mlp(), Mlp()), vectors(40)
+    for stop in travel(model, batches, model.blocks):
+        for call in stop.calls:
+            assert torch.equal(call.args[0], through(model.blocks[: stop.unit], batches[call.batch]))
+            assert call.kwargs == {}
+
+
+def test_keywords_arrive_as_keywords():
+    specimen = ZOO["keywords_only"]
+    model = specimen.build()
+    for stop in travel(model, specimen.batches(), model.blocks):
+        assert all(call.args == () and call.kwargs.keys() == {"hidden", "extra"} for call in stop.calls)
+
+
+def test_a_batch_may_never_reach_a_unit():
+    model = ZOO["routed"].build()
+    stops = [(0, [0, 1, 2]), (1, [0, 2]), (2, [1]), (3, [0, 1, 2])]
+    assert route(model, ZOO["routed"].batches(), model.blocks) == stops
+
+
+def test_a_unit_that_no_batch_reaches_is_no_stop():
+    model, outputs = ZOO["unreached"].build(), []
+    batches = ZOO["unreached"].batches()
+    runs = [lambda batch=batch: outputs.append(run(model, batch)) for batch in batches]
+    with closing(lockstep(runs, model.blocks)) as stops:
+        assert [stop.unit for stop in stops] == [0, 2]
+    # A unit is still to come, so the batches ran to their end: the model's own output is that of a plain forward.
+    with torch.no_grad():
+        assert all(torch.equal(output, run(model, batch)) for output, batch in zip(outputs, batches, strict=True))
+
+
+def test_batches_at_different_units():
+    class EitherWay(Chain):
+        def forward(self, x):
+            for block in self.blocks if x.mean() > 0 else reversed(self.blocks):
+                x = block(x)
+            return x
+
+    model = EitherWay(Mlp(), Mlp())
+    there, back = (torch.full((2, 3, WIDTH), value) for value in (1.0, -1.0))
+    assert route(model, [there, back], model.blocks) == [(0, [0]), (1, [0, 1])]
+
+
+def test_a_shared_block_runs_through_the_second_time():
+    calls = []
+    shared = Mlp(before=lambda: calls.append(threading.current_thread()))
+    model, batches = Chain(shared, Mlp(), shared, Mlp()), vectors()
+    units = [shared, model.blocks[1], model.blocks[3]]
+    for stop in travel(model, batches, units):
+        assert [call.batch for call in stop.calls] == [0, 1, 2]
+        if stop.unit == 2:
+            assert len(calls) == 2 * len(batches)
+            assert set(calls) == {threading.current_thread()}
+            expected = [through([shared, units[1], shared], x) for x in batches]
+            assert all(torch.equal(call.args[0], x) for call, x in zip(stop.calls, expected, strict=True))
+
+
+def test_no_batch_and_no_unit():
+    model = Chain(Mlp())
+    assert route(model, [], model.blocks) == []
+    assert route(model, vectors(), []) == []
+
+
+def test_abreast_draws_the_batches_one_by_one():
+    drawn = []
+
+    def batches():
+        for index in range(3):
+            drawn.append(index)
+            yield lambda: (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+
+    calls = iter(whole_model_stop(batches()).calls)
+    assert drawn == []
+    for index in range(3):
+        call = next(calls)
+        assert (call.batch, drawn) == (index, list(range(index + 1)))
+        assert call.run() == (False, False)
+
+
+# ---- what is computed, and where
+
+
+def test_one_thread_at_a_time():
+    running = threading.Lock()
+
+    def alone():
+        assert running.acquire(blocking=False), "two threads run"
+        time.sleep(0.001)
+        running.release()
+
+    model = Chain(*(Mlp(before=alone) for _ in range(3)), glue=lambda index: alone())
+    for stop in travel(model, vectors(6), model.blocks):
+        alone()
+        for call in stop.calls:
+            call.run()
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_heavy_work_is_in_the_schedulers_thread(sequential):
+    units, glue = set(), set()
+    model = Chain(
+        *(Mlp(before=lambda: units.add(threading.current_thread())) for _ in range(3)),
+        glue=lambda index: glue.add(threading.current_thread()),
+    )
+    layers = set()
+    for block in model.blocks:
+        original = block.up.forward
+        block.up.forward = lambda x, original=original: layers.add(threading.current_thread()) or original(x)
+    prune(model, vectors(), sequential=sequential, skip=["head"], progress=False)
+    scheduler = {threading.current_thread()}
+    assert layers == scheduler
+    if sequential == "none":
+        assert glue == units == scheduler
+    else:
+        assert len(glue) == 3  # each batch has its own
+        assert not glue & scheduler
+        assert (units == scheduler) == (sequential == "block")
+
+
+def test_a_unit_runs_with_the_weights_of_that_moment():
+    model, batches = Chain(Mlp(), Mlp(), Mlp()), vectors()
+    changed = copy.deepcopy(model)
+    for stop in travel(model, batches, model.blocks):
+        for call, x in zip(stop.calls, batches, strict=True):
+            assert torch.equal(call.args[0], through(changed.blocks[: stop.unit], x))
+        first = stop.calls[0]
+        dense = first.run()
+        for either in (model, changed):
+            either.blocks[stop.unit].down.weight.data.mul_(-0.5)
+        assert torch.equal(first.run(), through([changed.blocks[stop.unit]], first.args[0]))
+        assert not torch.equal(first.run(), dense)
+
+
+def counted(model):
+    calls = dict.fromkeys(dict(model.named_modules()), 0)
+
+    def count(name, forward):
+        def counting(*args, **kwargs):
+            calls[name] += 1
+            return forward(*args, **kwargs)
+
+        return counting
+
+    for name, module in model.named_modules():
+        module.forward = count(name, module.forward)
+    return calls
+
+
+@pytest.mark.parametrize(("sequential", "passes", "last"), [("block", 2, 1), ("layer", 1, 0), ("none", 1, 1)])
+def test_how_often_each_layer_runs(sequential, passes, last):
+    """Two passes with blocks, one with layers or the model; behind the last unit nothing is computed."""
+    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    calls = counted(model)
+    prune(model, batches, sequential=sequential, progress=False)
+    layers = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    first, final = (
+        {calls[f"model.{name}"] for name in layers if name.startswith(f"layers.{block}")} for block in range(2)
+    )
+    assert first == {passes * len(batches)}
+    if sequential == "layer":  # o_proj needs q, k and v; only what nothing to be pruned needs is left out
+        assert calls["model.layers.1.self_attn.q_proj"] == passes * len(batches)
+        assert calls["model.layers.1.mlp.down_proj"] == last
+    else:
+        assert final == {last * len(batches)}
+    beyond = 1 if sequential == "none" else 0
+    assert calls["model.norm"] == calls["lm_head"] == beyond * len(batches)
+
+
+def test_only_batches_park():
+    model, batches = Chain(Mlp(), Mlp()), vectors()
+    for stop in travel(model, batches, model.blocks):
+        assert overrides(model) == ["blocks.0", "blocks.1"]
+        for call in stop.calls:
+            assert torch.equal(through([model.blocks[stop.unit]], call.args[0]), call.run())
+    assert overrides(model) == []
+
+
+# ---- memory
+
+
+def references(stop):
+    return [weakref.ref(leaf) for call in stop.calls for leaf in (*call.args, *call.kwargs.values())]
+
+
+def test_activations_of_a_stop_are_gone_after_it():
+    gone = []
+
+    class Fresh(Chain):
+        def forward(self, x):
+            x = x * 1.0  # else the caller holds the first inputs
+            for block in self.blocks:
+                entered = weakref.ref(x)
+                x = block(x)
+                gone.append(entered() is None)
+
+    model, before = Fresh(*(Mlp() for _ in range(4))), []
+    stops = lockstep([partial(model, x) for x in vectors(5)], model.blocks)
+    for stop in stops:
+        assert all(reference() is not None for reference in references(stop))
+        assert [reference() for reference in before] == [None] * len(before)
+        before = references(stop)
+        assert len(before) == 5
+        del stop
+    assert [reference() for reference in before] == [None] * len(before)
+    assert gone == [True] * 3 * 5  # at once, before the next stop
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+def test_prune_holds_the_activations_of_one_unit(sequential):
+    """While the pruned unit runs, a batch that has gone on has left its old input behind."""
+    alive, most = weakref.WeakSet(), 0
+
+    class PassiveCalibration(Mlp):
+        def forward(self, x):
+            nonlocal most
+            y = super().forward(x)
+            alive.add(y)
+            most = max(most, len(alive))
+            return y
+
+    model = Chain(*(PassiveCalibration() for _ in range(6)))
+    prune(model, vectors(4), sequential=sequential, skip=["head"], progress=False)
+    assert most == 4 + 1
+    assert len(alive) == 0
+
+
+# ---- grad mode, autocast, instance forwards, writing in place
+
+
+@pytest.mark.parametrize("outer", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_no_gradients_inside_and_the_callers_mode_outside(outer):
+    seen = set()
+
+    def look():
+        seen.add((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+
+    model = Chain(*(Mlp(before=look) for _ in range(3)), glue=lambda index: look())
+    with outer():
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        for _ in travel(model, vectors(), model.blocks):
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == mode
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == mode
+    assert seen == {(False, outer is torch.inference_mode)}
+
+
+def test_a_model_that_swallows_everything_still_ends():
+    class Bare(Chain):
+        def forward(self, x):
+            for block in self.blocks:
+                with contextlib.suppress(BaseException):
+                    x = block(x)
+            return x
+
+    model = Bare(*(Mlp() for _ in range(3)))
+    stops = travel(model, vectors(), model.blocks)
+    next(stops)
+    stops.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("calibration batch")]
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_batches_and_models_of_inference_mode(sequential):
+    """Inside inference mode a model may write into its inputs; outside it could not."""
+
+    class Inference(type(ZOO["inplace"].build())):
+        @torch.inference_mode()
+        def forward(self, x):
+            return super().forward(x)
+
+    expected, decorated, given = (ZOO["inplace"].build() for _ in range(3))
+    decorated.__class__ = Inference
+    prune(expected, ZOO["inplace"].batches(), sequential=sequential, progress=False)
+    prune(decorated, ZOO["inplace"].batches(), sequential=sequential, progress=False)
+    with torch.inference_mode():
+        prune(given, ZOO["inplace"].batches(), sequential=sequential, progress=False)
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, decorated.state_dict()[key]), key
+        assert torch.equal(value, given.state_dict()[key]), key
+
+
+def autocast():
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+def precisions(model, act):
+    """What each layer sees while `act` runs: type in, type out, autocast."""
+    seen = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, output, name=name: seen.setdefault(name, set()).add(
+                (args[0].dtype, output.dtype, autocast())
+            )
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "head"
+    ]
+    act()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+OUTER = {
+    "none": contextlib.nullcontext,
+    "bfloat16": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+    "float16": partial(torch.autocast, "cpu", dtype=torch.float16),
+    "off": partial(torch.autocast, "cpu", enabled=False),
+}
+
+
+@pytest.mark.parametrize("outer", OUTER.values(), ids=OUTER)
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_autocast_is_that_of_a_plain_forward(sequential, outer):
+    """The model switches it in the middle of its forward, and the caller may have it on."""
+    specimen = ZOO["autocast_inside"]
+    model, batches = specimen.build(), specimen.batches()
+    with outer(), torch.no_grad():
+        plain = precisions(model, lambda: [run(model, batch) for batch in batches])
+        before = autocast()
+        locked = precisions(model, lambda: prune(model, batches, sequential=sequential, skip=["head"], progress=False))
+        assert autocast() == before
+    if sequential == "layer":  # nothing runs the last one
+        assert plain.pop("blocks.3.down")
+    assert locked == plain
+    types = {out for layer in locked.values() for _, out, _ in layer}
+    assert {torch.float32, torch.bfloat16} <= types
+
+
+@pytest.mark.parametrize("caller", ["cpu", "meta"])
+def test_the_default_device_is_that_of_a_plain_forward(caller):
+    """PyTorch keeps it for each thread; the model switches it around its second block."""
+    seen = []
+
+    class Switching(Chain):
+        def forward(self, x):
+            look()
+            x = self.blocks[0](x)
+            with torch.device("cpu" if caller == "meta" else "meta"):
+                x = self.blocks[1](x)
+                look()
+            return self.blocks[2](x)
+
+    def look():
+        seen.append(torch.empty(1).device.type)
+
+    model, never, (batch,) = Switching(*(Mlp(before=look) for _ in range(3))), Mlp(), vectors(1)
+    with torch.device(caller):
+        through([model], batch)
+        plain = seen.copy()
+        assert plain[:2] == plain[-1:] * 2 == [caller] * 2 != plain[2:4]
+        seen.clear()
+        for _ in travel(model, [batch], [*model.blocks, never]):
+            assert torch.empty(1).device.type == caller
+    assert seen == plain
+
+
+def test_a_forward_of_the_instance_is_used_and_comes_back():
+    model, batches = Chain(Mlp(), Mlp()), vectors()
+    original = model.blocks[0].forward
+
+    def doubled(x):
+        return 2 * original(x)
+
+    model.blocks[0].forward = doubled
+    with torch.no_grad():
+        expected = [2 * original(x) for x in batches]
+    for stop in travel(model, batches, model.blocks):
+        if stop.unit == 1:
+            assert all(torch.equal(call.args[0], x) for call, x in zip(stop.calls, expected, strict=True))
+    assert overrides(model) == ["blocks.0"]
+    assert vars(model.blocks[0])["forward"] is doubled
+
+
+def test_units_that_write_into_their_inputs_are_observed_on_copies():
+    specimen = ZOO["inplace"]
+    model, plain = specimen.build(), specimen.build()
+    for stop in travel(model, specimen.batches(), model.blocks):
+        for call, batch in zip(stop.calls, specimen.batches(), strict=True):
+            before = call.args[0].clone()
+            assert call.run_on_copies()
+            assert torch.equal(call.args[0], before)
+            assert torch.equal(before, through(plain.blocks[: stop.unit], batch - 0.1))
+
+
+def test_units_that_do_not_write_say_so():
+    model = Chain(Mlp(), Mlp())
+    for stop in travel(model, vectors(), model.blocks):
+        assert not any(call.run_on_copies() for call in stop.calls)
+
+
+class Remembering(Mlp):
+    """A block that appends to what it is given, as attention to its cache."""
+
+    def forward(self, x, cache=None):
+        cache.layers[0].append(x)
+        cache.total += 1
+        return super().forward(torch.cat(cache.layers[0], 1).mean(1, keepdim=True) + x)
+
+
+class Cache:
+    def __init__(self):
+        self.layers, self.total, self.owner = [[]], 0, self
+
+
+def test_objects_that_units_write_into_are_copied():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Remembering(), Remembering()])
+
+        def forward(self, x):
+            caches.append(cache := Cache())
+            for block in self.blocks:
+                x = block(x, cache=cache)
+            return x
+
+    torch.manual_seed(0)
+    caches, model = [], Model()
+    for stop in travel(model, vectors(), model.blocks):
+        for call in stop.calls:
+            cache = call.kwargs["cache"]
+            assert cache.total == stop.unit
+            assert call.run_on_copies()
+            assert (cache.total, len(cache.layers[0])) == (stop.unit, stop.unit)
+    other = clone_arguments((caches[0], caches[0], model, Cache, torch.relu))
+    assert other[0] is other[1] is other[0].owner is not caches[0]
+    assert other[2:] == (model, Cache, torch.relu)
+    assert other[0].layers[0][0].data_ptr() != caches[0].layers[0][0].data_ptr()
+
+
+class Slotted:
+    __slots__ = ("kept",)
+
+    def __init__(self):
+        self.kept = [torch.ones(2)]
+
+
+class Rows(dict):
+    pass
+
+
+def test_what_is_copied_of_odd_objects():
+    x, slotted, rows, lock = torch.ones(2), Slotted(), Rows(a=[torch.ones(2)]), threading.Lock()
+    own = {"twice": (x, x), "slotted": slotted, "rows": rows}
+    other = clone_arguments(own)
+    assert other["twice"][0] is other["twice"][1] is not x
+    assert type(other["rows"]) is Rows
+    for kept in (other["slotted"].kept, other["rows"]["a"]):
+        kept[0].add_(1)
+        kept.append(x)
+    assert (len(slotted.kept), len(rows["a"])) == (1, 1)
+    assert slotted.kept[0].tolist() == rows["a"][0].tolist() == [1, 1]
+
+    class Context:
+        def __init__(self):
+            self.module, self.lock, self.local, self.next = torch, lock, threading.local(), None
+
+    first = last = Context()
+    for _ in range(3000):
+        last.next = last = Context()
+    assert clone_arguments(first).lock is lock
+
+
+def test_a_dict_that_grows_was_written_into():
+    class Block(nn.Linear):
+        def forward(self, x, seen):
+            seen[len(seen)] = x
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(3, 3), Block(3, 3)])
+
+        def forward(self, x):
+            seen.append(of := {})
+            for block in self.blocks:
+                x = block(x, seen=of)
+            return x
+
+    seen, model = [], Model()
+    for stop in travel(model, [torch.randn(2, 3)], model.blocks):
+        for call in stop.calls:
+            assert call.run_on_copies()
+            assert len(seen[0]) == stop.unit
+
+
+# ---- endings
+
+
+class Unforeseen(Exception):
+    pass
+
+
+def explode(error):
+    raise error
+
+
+class Bomb:
+    """Raises the second time that it is called, while other batches are parked."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.calls == 2:
+            explode(self.error)
+
+
+ERRORS = pytest.mark.parametrize("error", [Unforeseen("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+
+
+def assert_surfaced(caught, error, *frames):
+    assert caught.value is error
+    names = {(Path(frame.filename).name, frame.name) for frame in traceback.extract_tb(caught.tb)}
+    assert names >= {("test_lockstep.py", frame) for frame in frames}
+
+
+@ERRORS
+@pytest.mark.parametrize("index", range(4))
+def test_an_error_in_the_models_own_code_surfaces(index, error):
+    bomb = Bomb(error)
+    model = Chain(Mlp(), Mlp(), Mlp(), glue=lambda now: bomb() if now == index else None)
+    never = Mlp()  # one unit to come, so that the batches also pass what lies behind the blocks
+    with pytest.raises(type(error)) as caught:
+        list(travel(model, vectors(), [*model.blocks, never]))
+    assert_surfaced(caught, error, "explode", "forward")
+    assert overrides(model) == overrides(never) == []
+
+
+@ERRORS
+@pytest.mark.parametrize("index", range(3))
+def test_an_error_inside_a_unit_surfaces(index, error):
+    bomb = Bomb(error)
+    model = Chain(*(Mlp(before=bomb if index == block else None) for block in range(3)), glue=lambda now: None)
+    with pytest.raises(type(error)) as caught:
+        list(travel(model, vectors(), [*model.blocks, Mlp()]))
+    assert_surfaced(caught, error, "explode", "forward")
+    assert overrides(model) == []
+
+
+@ERRORS
+@pytest.mark.parametrize("index", range(3))
+def test_an_error_of_the_consumer_ends_all_threads(index, error):
+    model = Chain(Mlp(), Mlp(), Mlp())
+
+    def consume():
+        with closing(lockstep(forwards(model, vectors()), model.blocks)) as stops:
+            for stop in stops:
+                if stop.unit == index:
+                    explode(error)
+
+    with pytest.raises(type(error)) as caught:
+        consume()
+    assert_surfaced(caught, error, "explode")
+    assert overrides(model) == []
+
+
+@ERRORS
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("place", ["glue", "unit", "solver"])
+def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
+    bomb = Bomb(error)
+    model = Chain(
+        Mlp(),
+        Mlp(before=bomb if place == "unit" else None),
+        Mlp(),
+        glue=lambda now: bomb() if place == "glue" and now == 1 else None,
+    ).train()
+
+    class Exploding(Solver):
+        needs = frozenset()
+
+        def __call__(self, weight, inputs, criterion, pattern, sparsity):
+            bomb()
+            return weight, weight != 0
+
+    solver = Exploding() if place == "solver" else "zero_out"
+    with pytest.raises(type(error)) as caught:
+        prune(model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False)
+    assert_surfaced(caught, error, "explode")
+    assert overrides(model) == hooks(model) == []
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("stops_seen", range(4))
+def test_closing_early_ends_all_threads(stops_seen):
+    model = Chain(Mlp(), Mlp(), Mlp())
+    stops = lockstep(forwards(model, vectors()), model.blocks)
+    for _ in range(stops_seen):
+        next(stops)
+    stops.close()
+    assert overrides(model) == []
+    assert list(stops) == []
+
+
+def test_a_forgotten_generator_ends_all_threads():
+    model = Chain(Mlp(), Mlp())
+    stops = lockstep(forwards(model, vectors()), model.blocks)
+    next(stops)
+    assert overrides(model)
+    del stops
+    assert overrides(model) == []
+
+
+@pytest.mark.parametrize("stops_seen", [1, 2])
+def test_a_model_that_catches_exceptions_does_not_swallow_the_ending(stops_seen):
+    caught, behind = [], []
+
+    class Careful(Chain):
+        def forward(self, x):
+            for block in self.blocks:
+                try:
+                    x = block(x)
+                except Exception as error:
+                    caught.append(error)
+            behind.append(x)
+            return x
+
+    model = Careful(Mlp(), Mlp())
+    stops = lockstep(forwards(model, vectors()), model.blocks)
+    for _ in range(stops_seen):
+        next(stops)
+    stops.close()
+    assert caught == behind == []
+
+
+def test_cleanup_of_the_model_runs_at_the_end():
+    entered, left = [], []
+
+    @contextlib.contextmanager
+    def resource():
+        entered.append(threading.current_thread())
+        try:
+            yield
+        finally:
+            left.append(threading.current_thread())
+
+    class Tidy(Chain):
+        def forward(self, x):
+            with resource(), torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    model = Tidy(Mlp(), Mlp())
+    assert len(route(model, vectors(), model.blocks)) == 2
+    assert len(entered) == 3
+    assert set(entered) == set(left)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def process_wide():
+    attention = torch.backends.cuda
+    backends = attention.flash_sdp_enabled, attention.mem_efficient_sdp_enabled, attention.math_sdp_enabled
+    return torch.get_default_dtype(), *(enabled() for enabled in backends)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+@pytest.mark.parametrize(
+    "context",
+    [partial(default_dtype, torch.float64), partial(sdpa_kernel, SDPBackend.MATH)],
+    ids=["default_dtype", "sdpa_kernel"],
+)
+def test_process_wide_contexts_around_the_units_are_undone(context, sequential):
+    """Each batch enters what the one before it has entered, so the last must leave first."""
+
+    class Held(Chain):
+        def forward(self, x):
+            with context():
+                return super().forward(x)
+
+    before = process_wide()
+    with context():
+        assert process_wide() != before
+    with default_dtype(before[0]), sdpa_kernel(list(SDPBackend.__members__.values())):  # whatever comes, put it back
+        before = process_wide()
+        prune(Held(Mlp(), Mlp()), vectors(3), sequential=sequential, skip=["head"], progress=False)
+        assert process_wide() == before
+
+
+def test_the_model_works_as_before_afterwards():
+    model, batches = Chain(Mlp(), Mlp()), vectors()
+    expected = [model(x) for x in batches]
+    route(model, batches, model.blocks)
+    assert all(torch.equal(model(x), y) for x, y in zip(batches, expected, strict=True))
+    assert route(model, batches, model.blocks) == [(0, [0, 1, 2]), (1, [0, 1, 2])]
+
+
+# ---- Ctrl-C
+
+
+def interrupt(process):
+    """What a terminal does."""
+    os.kill(process, signal.SIGINT)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("place", ["glue", "unit"])
+def test_ctrl_c_ends_at_once(place, sequential):
+    """In a unit the sleep itself is cut short; in the model's own code a batch goes on to its next stop."""
+    seconds = 0.1 if place == "glue" and sequential != "none" else 60
+    timer = threading.Timer(0.15, interrupt, [os.getpid()])
+
+    def nap():
+        if not timer.is_alive():
+            timer.start()
+        time.sleep(seconds)
+
+    # A block is a unit at "block" only; a layer's own forward is one at "layer".
+    model = Chain(*(Mlp(before=nap if place == "unit" and sequential != "layer" else None) for _ in range(40)))
+    if place == "unit" and sequential == "layer":
+        original = model.blocks[0].up.forward
+        model.blocks[0].up.forward = lambda x: nap() or original(x)
+    if place == "glue":
+        model.glue = lambda index: nap()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, vectors(40), sequential=sequential, skip=["head"], progress=False)
+    timer.join()
+    assert time.monotonic() - started < 10
+    assert overrides(model) in ([], ["blocks.0.up"])
+    assert hooks(model) == []
+
+
+SLOW = """
+import time
+import torch
+from torch import nn
+from wanda_lightning import prune
+
+class SlowBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        print("started", flush=True)
+        time.sleep(60)
+        return self.down(self.up(x))
+
+prune(nn.Sequential(SlowBlock(), SlowBlock()), [torch.randn(2, 8) for _ in range(20)])
+"""
+
+
+def test_ctrl_c_ends_the_program():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        started = process.stdout.readline()
+        assert started == "started\n", process.stderr.read()
+        interrupt(process.pid)
+        _, errors = process.communicate(timeout=20)
+        # What a script exits with after KeyboardInterrupt is Python's affair: 1 where some libraries are imported.
+        assert process.returncode in (-signal.SIGINT, 1), errors
+        assert "in prune" in errors
+        assert "\nKeyboardInterrupt" in errors
+    finally:
+        process.kill()
+        process.communicate()

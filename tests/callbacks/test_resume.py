@@ -1,0 +1,539 @@
+"""Stop and go on: to the last bit as without stopping, through checkpoints that anyone can read and SIGKILL."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support.callbacks import (  # noqa: F401
+    ADAMW,
+    SGD,
+    Lion,
+    Net,
+    all_at,
+    loader,
+    one_thread,
+    samples,
+    share_of_zeros,
+    to_quarters,
+    trainer,
+    zeros,
+)
+from torch import nn
+
+from wanda_lightning import CubicSchedule, KeepZeros, MagnitudePrune, WandaPrune, prune
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
+]
+
+
+class Resumable:
+    """Batches that know where they are: a checkpoint within an epoch goes on with the next one."""
+
+    def __init__(self, count=24, batch_size=4):
+        self.batches = list(loader(count, batch_size))
+        self.done = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.done %= len(self)
+        while self.done < len(self):
+            self.done += 1
+            yield self.batches[self.done - 1]
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+class Counted(WandaPrune):
+    """Notes at which steps it pruned."""
+
+    def __init__(self, sparsity=0.5, **options):
+        super().__init__(sparsity, num_samples=24, dataloader=list(loader(24)), **options)
+        self.pruned_at = []
+
+    def should_prune(self, trainer):
+        due = super().should_prune(trainer)
+        self.pruned_at += [trainer.global_step] * due
+        return due
+
+
+class SaveAt(L.Callback):
+    """A checkpoint after each of these optimizer steps, as `<step>.ckpt`."""
+
+    def __init__(self, folder, *steps):
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        path = self.folder / f"{trainer.global_step}.ckpt"
+        if trainer.global_step in self.steps and not path.exists():
+            trainer.save_checkpoint(path)
+
+
+def equal(a, b):
+    """Whether two nested states are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def state(module):
+    return {"weights": module.state_dict(), "optimizer": module.used_optimizer.state_dict()}
+
+
+OPTIMIZERS = {
+    "adamw": ADAMW,
+    "momentum": SGD,
+    "sign": partial(Lion, lr=0.25, betas=(0.0, 0.0)),  # see to_quarters
+    "lion": partial(Lion, lr=0.01, weight_decay=0.1),
+}
+
+
+def made(optimizer):
+    module = Net(OPTIMIZERS[optimizer])
+    if optimizer == "sign":
+        to_quarters(module)
+    return module
+
+
+WHEN = {
+    "at_step": {"at_step": 5},
+    "at_start": {},
+    "cubic": {"schedule": CubicSchedule(0, 9, every=3)},
+}
+PRUNED_AT = {"at_step": [5], "at_start": [0], "cubic": [3, 6, 9]}
+OPTIONS = {
+    "plain": {},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
+    "clipping": {"gradient_clip_val": 0.1},
+    "ema": {},
+    "ema first": {},
+}
+
+
+def callbacks_of(options, *callbacks):
+    average = EMAWeightAveraging(decay=0.8)
+    return {"ema": [*callbacks, average], "ema first": [average, *callbacks]}.get(options, [*callbacks])
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in the checkpoint")  # Lightning says how it resumes averages
+@pytest.mark.parametrize(
+    ("optimizer", "when", "options"),
+    [
+        *[(optimizer, when, "plain") for optimizer in OPTIMIZERS for when in WHEN],
+        *[("adamw", "at_step", options) for options in OPTIONS if options != "plain"],
+        *[("momentum", "cubic", options) for options in OPTIONS if options != "plain"],
+        ("sign", "cubic", "accumulation"),
+        ("sign", "at_step", "ema"),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, options):
+    steps = {"max_steps": 12, **OPTIONS[options]}
+    whole, callback = made(optimizer), Counted(**WHEN[when])
+    saves = (2, 5, 6, 8)  # of six batches an epoch
+    saving = [*callbacks_of(options, callback), SaveAt(tmp_path, *saves)]
+    trainer(*saving, **steps).fit(whole, Resumable())
+    assert callback.pruned_at == PRUNED_AT[when]
+    assert all(where.float().mean() >= 0.5 for where in zeros(whole).values())
+    for step in saves:
+        resumed, again = made(optimizer), Counted(**WHEN[when])
+        path = tmp_path / f"{step}.ckpt"
+        trainer(*callbacks_of(options, again), **steps).fit(resumed, Resumable(), ckpt_path=path)
+        assert again.pruned_at == [at for at in PRUNED_AT[when] if at > step]
+        assert (again.report is None) == (not again.pruned_at)
+        assert equal(state(resumed), state(whole)), f"from step {step}"
+        assert torch.load(path, weights_only=True)["global_step"] == step
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed runs write no checkpoints
+@pytest.mark.parametrize("when", ["at_step", "cubic"])
+def test_from_the_ends_of_epochs(tmp_path, when):
+    """With an ordinary loader, and the checkpoints that Lightning writes by itself."""
+    steps = {"max_epochs": 4, "enable_checkpointing": True}
+    whole, callback = made("adamw"), Counted(**WHEN[when])
+    every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer(callback, every, **steps).fit(whole, loader())  # of three batches
+    for epoch in range(4):
+        resumed, again = made("adamw"), Counted(**WHEN[when])
+        trainer(again, max_epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert again.pruned_at == [at for at in PRUNED_AT[when] if at > 3 * (epoch + 1)]
+        assert equal(state(resumed), state(whole)), f"from epoch {epoch}"
+
+
+def test_zeros_by_chance_at_the_time_of_the_checkpoint_are_free(tmp_path):
+    """The sign optimizer makes many; a resumed run must not take them for pruned ones."""
+    module, callback = made("sign"), Counted(at_step=2)
+    trainer(callback, SaveAt(tmp_path, 2, 4), max_steps=5).fit(module, Resumable())
+    pruned, later = (torch.load(tmp_path / f"{step}.ckpt", weights_only=True) for step in (2, 4))
+    by_chance = later["callbacks"][callback.state_key]["unheld_zeros"]
+    moved, many = False, 0
+    for name, where in zeros(module).items():
+        zero, was_pruned = (saved["state_dict"][name] == 0 for saved in (later, pruned))
+        expected = zero & ~was_pruned
+        found = by_chance.get(name.removesuffix(".weight"), torch.tensor([], dtype=torch.long))
+        if found.dtype == torch.uint8:  # of many, one bit for each weight
+            assert found.numpy().tolist() == np.packbits(expected.numpy()).tolist()
+        else:
+            assert found.tolist() == expected.flatten().nonzero().squeeze(1).tolist()
+        many += int(expected.sum())
+        moved = moved or not where[expected].all()
+    assert moved
+    assert many > 100
+
+
+def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path):
+    whole, resumed = made("adamw"), made("adamw")
+    trainer(SaveAt(tmp_path, 5), Counted(at_step=5), max_steps=8).fit(whole, Resumable())
+    assert not any((torch.load(tmp_path / "5.ckpt")["state_dict"][name] == 0).any() for name in all_at(0.5))
+    callback = Counted(at_step=5)
+    trainer(callback, max_steps=8).fit(resumed, Resumable(), ckpt_path=tmp_path / "5.ckpt")
+    assert callback.pruned_at == [5]
+    assert equal(state(resumed), state(whole))
+
+
+def test_the_same_callback_goes_back_to_an_earlier_checkpoint(tmp_path):
+    whole, resumed, callback = made("sign"), made("sign"), Counted(at_step=5)
+    trainer(callback, SaveAt(tmp_path, 3, 7), max_steps=10).fit(whole, Resumable())
+    for step, pruned_at in ((7, [5]), (3, [5, 5]), (7, [5, 5])):
+        trainer(callback, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert callback.pruned_at == pruned_at
+        assert equal(state(resumed), state(whole))
+
+
+class Stop(L.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("enough")
+
+
+def test_interrupted_again_and_again(tmp_path):
+    whole = made("momentum")
+    trainer(Counted(**WHEN["cubic"]), max_steps=12).fit(whole, Resumable())
+    path = None
+    for step in (1, 4, 6, 7, 11):
+        run = trainer(Counted(**WHEN["cubic"]), SaveAt(tmp_path, step), Stop(step), max_steps=12)
+        with pytest.raises(RuntimeError, match="enough"):
+            run.fit(made("momentum"), Resumable(), ckpt_path=path)
+        path = tmp_path / f"{step}.ckpt"
+    module = made("momentum")
+    trainer(Counted(**WHEN["cubic"]), max_steps=12).fit(module, Resumable(), ckpt_path=path)
+    assert equal(state(module), state(whole))
+
+
+def test_should_prune_of_ones_own_is_asked_once_for_each_step_across_a_resume(tmp_path):
+    class Asked(Counted):
+        def should_prune(self, trainer):
+            asked.append(trainer.global_step)
+            return trainer.global_step == 5
+
+    asked, whole, resumed = [], made("adamw"), made("adamw")
+    trainer(Asked(), SaveAt(tmp_path, 3, 5, 6), max_steps=8).fit(whole, Resumable())
+    assert asked == list(range(9))
+    for step in (3, 5, 6):
+        asked.clear()
+        trainer(Asked(), max_steps=8).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert asked == list(range(step + 1, 9))
+        assert equal(state(resumed), state(whole))
+
+
+def test_without_keeping_zeros_pruning_is_not_repeated_either(tmp_path):
+    whole, resumed = made("adamw"), made("adamw")
+    trainer(Counted(at_step=2, keep_zeros=False), SaveAt(tmp_path, 6), max_steps=9).fit(whole, Resumable())
+    callback = Counted(at_step=2, keep_zeros=False)
+    trainer(callback, max_steps=9).fit(resumed, Resumable(), ckpt_path=tmp_path / "6.ckpt")
+    assert callback.pruned_at == []
+    assert equal(state(resumed), state(whole))
+
+
+def test_calibration_does_not_move_a_loader_that_knows_where_it_is(tmp_path):
+    dense, module = [], []
+
+    class Seen(Net):
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    for seen, callbacks in ((dense, []), (module, [WandaPrune(num_samples=4, at_step=3)])):
+        net = Seen()
+        net.seen = seen
+        trainer(*callbacks, max_steps=8).fit(net, Resumable())
+    assert equal(module, dense)
+
+
+# ------------------------------------------------------------------------------------------------- two parts, KeepZeros
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 8])
+def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path, step):
+    def both():
+        first = Counted(0.5, at_step=3, skip=["layers.0"])
+        return first, MagnitudePrune(0.25, at_step=6, skip=["layers.2", "layers.4"])
+
+    whole, resumed = made("adamw"), made("adamw")
+    trainer(*both(), SaveAt(tmp_path, step), max_steps=10).fit(whole, Resumable())
+    assert share_of_zeros(whole) == {**all_at(0.5), "layers.0.weight": 0.25}
+    first, second = both()
+    trainer(second, first, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+    assert first.pruned_at == [at for at in [3] if at > step]
+    assert (second.report is None) == (step >= 6)
+    assert equal(state(resumed), state(whole))
+
+
+def test_two_callbacks_of_one_class_on_two_parts(tmp_path):
+    def both():
+        return Counted(0.5, at_step=3, skip=["layers.0"]), Counted(0.25, at_step=6, skip=["layers.2", "layers.4"])
+
+    whole, resumed, again = made("momentum"), made("momentum"), both()
+    trainer(*both(), SaveAt(tmp_path, 4), max_steps=10).fit(whole, Resumable())
+    trainer(*again, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / "4.ckpt")
+    assert [callback.pruned_at for callback in again] == [[], [6]]
+    assert equal(state(resumed), state(whole))
+
+
+def pruned_elsewhere(optimizer, skip=()):
+    module = made(optimizer)
+    prune(module, criterion="magnitude", pattern="unstructured", skip=skip, progress=False)
+    return module
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_keep_zeros_alone(tmp_path, optimizer):
+    whole, resumed = pruned_elsewhere(optimizer), made(optimizer)
+    trainer(KeepZeros(), SaveAt(tmp_path, 2, 7), max_steps=10).fit(whole, Resumable())
+    for step in (2, 7):
+        trainer(KeepZeros(), max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert equal(state(resumed), state(whole))
+
+
+def test_keep_zeros_holds_after_a_resume_what_it_held_before(tmp_path):
+    """A layer that was zero altogether has dead units by now, but its zeros are not held."""
+    whole, resumed = pruned_elsewhere("adamw", skip=["layers.4"]), made("adamw")
+    nn.init.zeros_(whole.layers[4].weight)
+    trainer(KeepZeros(), SaveAt(tmp_path, 1), max_steps=8).fit(whole, Resumable())
+    assert (torch.load(tmp_path / "1.ckpt")["state_dict"]["layers.4.weight"] == 0).any()
+    trainer(KeepZeros(), max_steps=8).fit(resumed, Resumable(), ckpt_path=tmp_path / "1.ckpt")
+    assert equal(state(resumed), state(whole))
+
+
+def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
+    module, callback = pruned_elsewhere("adamw"), KeepZeros()
+    measured = trainer(callback)
+    measured.validate(module, loader(), verbose=False)
+    measured.save_checkpoint(tmp_path / "pruned.ckpt")
+    resumed = made("adamw")
+    trainer(KeepZeros(), max_steps=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+    assert share_of_zeros(resumed) == all_at(0.5)
+
+
+class Breaking(Net):
+    """Fails once, in its sixth step."""
+
+    breaks = True
+
+    def training_step(self, batch, batch_idx):
+        if self.breaks and self.trainer.global_step == 5:
+            raise RuntimeError("out of paper")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("callback", ["keep", "prune"])
+def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, callback):
+    def make(optimizer):
+        callbacks = {"keep": KeepZeros, "prune": lambda: MagnitudePrune(pattern="unstructured")}
+        module = Breaking(OPTIMIZERS[optimizer])
+        to_quarters(module)
+        if callback == "keep":
+            prune(module, criterion="magnitude", pattern="unstructured", progress=False)
+        return module, callbacks[callback]()
+
+    whole, keeping = make("sign")
+    whole.breaks = False
+    trainer(keeping, max_steps=8).fit(whole, Resumable())
+    broken, keeping = make("sign")
+    run = trainer(keeping, max_steps=8)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        run.fit(broken, Resumable())
+    run.save_checkpoint(tmp_path / "broken.ckpt")
+    resumed, keeping = make("sign")
+    resumed.breaks = False
+    batches = Resumable()
+    batches.load_state_dict = lambda state: setattr(batches, "done", 5)  # the batch that failed comes again
+    trainer(keeping, max_steps=8).fit(resumed, batches, ckpt_path=tmp_path / "broken.ckpt")
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ({"sparsity": 0.5}, {"sparsity": 0.75}, (r"'sparsity': 0\.5\b", r"'sparsity': 0\.75")),
+        ({"pattern": "2:4"}, {"pattern": "unstructured"}, ("'NM', 'n': 2, 'm': 4", "'Unstructured'")),
+        ({"pattern": "2:4"}, {"pattern": "4:8"}, ("'n': 2, 'm': 4", "'n': 4, 'm': 8")),
+        ({"pattern": "unstructured"}, {"pattern": "unstructured_layer"}, ("'group': 'row'", "'group': 'layer'")),
+    ],
+)
+@pytest.mark.parametrize("loop", ["fit", "test"])
+def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, first, second, names, loop):
+    module = made("adamw")
+    trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
+    callback = WandaPrune(num_samples=12, **second)
+    run = getattr(trainer(callback, **({"max_steps": 4} if loop == "fit" else {})), loop)
+    with pytest.raises(ValueError, match=rf"written by WandaPrune with .*{names[0]}.*this one has.*{names[1]}"):
+        run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")
+    assert callback.report is None
+
+
+@pytest.mark.parametrize("change", [{"at_step": 4}, {"sequential": "none"}, {"report_dir": "reports"}])
+def test_what_does_not_matter_once_pruned_may_change(tmp_path, change, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, resumed = made("adamw"), made("adamw")
+    trainer(Counted(at_step=2), SaveAt(tmp_path, 3), max_steps=6).fit(whole, Resumable())
+    callback = Counted(**{"at_step": 2, **change})
+    trainer(callback, max_steps=6).fit(resumed, Resumable(), ckpt_path=tmp_path / "3.ckpt")
+    assert callback.pruned_at == []
+    assert equal(state(resumed), state(whole))
+
+
+# -------------------------------------------------------------------------------------------- for those without us
+
+READ = """
+import sys
+sys.modules["wanda_lightning"] = None  # import fails
+import torch
+from torch import nn
+
+checkpoint = torch.load(sys.argv[1], weights_only=True)
+model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+model.load_state_dict({name.removeprefix("layers."): weight for name, weight in checkpoint["state_dict"].items()})
+print([int((layer.weight == 0).sum()) for layer in model[::2]], model(torch.ones(1, 32)).sum().item())
+assert not [name for name in sys.modules if "lightning" in name and sys.modules[name] is not None]
+"""
+
+
+def test_a_checkpoint_loads_without_this_package(tmp_path):
+    module = made("sign")
+    trainer(Counted(at_step=2), EMAWeightAveraging(), SaveAt(tmp_path, 3), max_steps=3).fit(module, Resumable())
+    saved = torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
+    module.load_state_dict(saved)
+    output = subprocess.check_output([sys.executable, "-c", READ, tmp_path / "3.ckpt"], text=True)
+    counts, total = output.rsplit(maxsplit=1)
+    assert counts == str([int(where.sum()) for where in zeros(module).values()])
+    assert float(total) == pytest.approx(module(torch.ones(1, 32)).sum().item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- SIGKILL
+
+# One process imports everything; each attempt is a copy of it, that can be killed.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning", "transformers", "timm", "wanda_lightning"])
+
+
+class Killed(Net):
+    """Kills its own process while it is calibrated, or in a step; and says when a step begins."""
+
+    def __init__(self, steps, kill):
+        super().__init__(ADAMW)
+        self.steps, self.kill = steps, kill
+
+    def calibration_step(self, batch):
+        self.layers[:3](batch[0])
+        if self.kill == ("calibration", None) and (self.layers[0].weight == 0).any():  # half of it is pruned
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self(batch[0])
+
+    def training_step(self, batch, batch_idx):
+        if self.kill == ("step", self.trainer.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.steps.send(self.trainer.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+class KillAfterStep(L.Callback):
+    def __init__(self, kill):
+        self.kill = kill
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.kill == ("after", trainer.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def attempt(folder, steps, kill, when):
+    """Train on from the last checkpoint, if there is one; write what came out."""
+    torch.set_num_threads(1)
+    module = Killed(steps, kill)
+    callback = WandaPrune(num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN[when])
+    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
+    run = trainer(callback, KillAfterStep(kill), saving, max_steps=14, enable_checkpointing=True)
+    run.fit(module, Resumable(), ckpt_path="last" if any(folder.glob("last*.ckpt")) else None)
+    torch.save(state(module), folder / "final.pt")
+
+
+def attempts(folder, kills, when):
+    """Start until it ends; each is killed as said, by itself or (at a number) from outside when that step begins."""
+    folder.mkdir()
+    begun, exits = [], []
+    for kill in (*kills, None):
+        here, there = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(
+            target=attempt, args=(folder, there, kill if isinstance(kill, tuple) else None, when), daemon=True
+        )
+        process.start()
+        there.close()
+        begun.append([])
+        try:
+            while True:
+                begun[-1].append(here.recv())
+                if begun[-1][-1] == kill:
+                    os.kill(process.pid, signal.SIGKILL)
+        except (EOFError, OSError):  # the latter in the middle of a message
+            process.join()
+        exits.append(process.exitcode)
+    return begun, exits, torch.load(folder / "final.pt", weights_only=True)
+
+
+KILLS = {
+    "at_step": [("step", 0), ("after", 1), ("calibration", None), ("step", 5), ("after", 6), ("step", 8)],
+    "cubic": [("after", 3), ("calibration", None), ("after", 6), ("step", 6), ("after", 9), ("after", 13)],
+}
+
+
+@pytest.mark.parametrize("when", ["at_step", "cubic"])
+def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, when):
+    _, exits, whole = attempts(tmp_path / "whole", (), when)
+    assert exits == [0]
+    shares = {(weight == 0).float().mean().item() for weight in whole["weights"].values() if weight.ndim == 2}
+    assert shares == {0.5}
+    _, exits, result = attempts(tmp_path / "killed", KILLS[when], when)
+    assert exits == [-signal.SIGKILL] * len(KILLS[when]) + [0]
+    assert equal(result, whole)
+    begun, exits, result = attempts(tmp_path / "outside", sorted(random.Random(when).sample(range(1, 12), 3)), when)
+    assert exits[-1] == 0
+    assert -signal.SIGKILL in exits  # a slow test may send its signal too late
+    assert all(steps[0] > 0 for steps in begun[1:] if steps)
+    assert equal(result, whole)

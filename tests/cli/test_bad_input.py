@@ -1,0 +1,469 @@
+"""Every refusal says what was asked, what was found and what to do; and leaves the model as it was."""
+
+import math
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.zoo import ZOO
+from torch import nn
+
+from wanda_lightning import NM, Magnitude, PruningConfig, Wanda, prune
+from wanda_lightning.models import SEQUENTIAL_CHOICES
+
+EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 16), nn.Linear(16, width)
+        self.between = lambda x: x
+
+    def forward(self, x):
+        return x + self.down(self.between(F.relu(self.up(x))))
+
+
+class Chain(nn.Module):
+    """Four blocks and a head; `glue(index, x)` comes before each block."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.blocks = nn.ModuleList(Mlp(width) for _ in range(4))
+        self.head = nn.Linear(width, 4)
+        self.glue = lambda index, x: x
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            x = block(self.glue(index, x))
+        return self.head(x)
+
+
+LAYERS = [f"blocks.{index}.{part}" for index in range(4) for part in ("up", "down")] + ["head"]
+
+
+def build(make=Chain):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return make()
+
+
+def vectors(width=8):
+    """Three batches; the second is the one with three samples."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(samples, 3, width, generator=generator) for samples in (2, 3, 2)]
+
+
+def content(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def bits(tensor):
+    return tensor.detach().flatten().view(torch.uint8)  # NaN equals NaN
+
+
+def changed(model, before):
+    """Names of what is no longer as before."""
+    return [
+        name
+        for name, value in model.state_dict().items()
+        if value.dtype != before[name].dtype or not (value.is_meta or torch.equal(bits(value), bits(before[name])))
+    ]
+
+
+def refusal(model, batches=None, *args, error=ValueError, written=(), **choices):
+    """The error of a `prune` that only wrote what it names, and left nothing else behind."""
+    before, modes = content(model), [module.training for module in model.modules()]
+    overridden = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    threads = set(threading.enumerate())
+    with pytest.raises(error) as caught:
+        prune(model, batches, *args, progress=False, **choices)
+    assert changed(model, before) == [f"{name}.weight" for name in written]
+    assert [module.training for module in model.modules()] == modes
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == overridden
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert set(threading.enumerate()) <= threads
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == (bool(written) and sys.version_info >= (3, 11))
+    if notes:
+        assert f"{len(written)} layers are already pruned, {written[0]} first and {written[-1]} last" in notes[0]
+        assert "Load the model again" in notes[0]
+    return str(caught.value)
+
+
+def assert_says(message, *parts):
+    for part in parts:
+        assert str(part) in message
+
+
+class Untouched:
+    """Calibration batches that nobody may draw yet."""
+
+    def __iter__(self):
+        pytest.fail("a batch was drawn before the refusal")
+
+
+# ---- what was asked is impossible
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 1.5, math.nan, math.inf, -math.inf])
+def test_sparsity_out_of_range(sparsity):
+    message = refusal(build(), Untouched(), sparsity)
+    assert_says(message, "sparsity", "[0, 1)", f"{sparsity} was given")
+    with pytest.raises(ValueError, match="sparsity"):
+        PruningConfig(sparsity)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"criterion": Wanda}, "criterion is an object"),
+        ({"pattern": (2, 4)}, "(2, 4) was given"),
+        ({"sparsity": "0.5"}, "0.5 was given"),
+        ({"skip": ["re:("]}, "'re:(' is not a regular expression"),
+    ],
+)
+def test_a_value_of_the_wrong_kind(choice, said):
+    assert said in refusal(build(), Untouched(), **choice)
+
+
+@pytest.mark.parametrize("batch", [torch.ones(2, 8), {"x": torch.ones(2, 8)}])
+def test_one_batch_instead_of_several(batch):
+    assert_says(refusal(build(), batch), "needs calibration batches", type(batch).__name__, "list of batches")
+
+
+def test_weights_without_a_shape_or_of_inference_mode():
+    with pytest.raises(ValueError, match="has no shape yet"):
+        prune(nn.Sequential(nn.LazyLinear(4)), Untouched())
+    with torch.inference_mode():
+        frozen = nn.Sequential(nn.Linear(8, 8))
+    assert "inference_mode" in refusal(frozen, Untouched())
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 2), (4, 4), (0, 4), (0, 0), (-1, 4)])
+def test_n_of_m_that_keeps_nothing_or_everything(n, m):
+    with pytest.raises(ValueError, match=rf"1 <= N < M, but {n}:{m} was given"):
+        NM(n, m)
+    if n >= 0:
+        assert_says(refusal(build(), Untouched(), pattern=f"{n}:{m}"), "1 <= N < M", f"{n}:{m} was given")
+
+
+@pytest.mark.parametrize(("pattern", "sparsity", "only"), [("2:4", 0.6, 0.5), ("1:4", 0.5, 0.75), (NM(4, 8), 0.0, 0.5)])
+def test_n_of_m_with_another_sparsity(pattern, sparsity, only):
+    message = refusal(build(), Untouched(), sparsity, pattern=pattern)
+    assert_says(message, f"sparsity of {only:g}", f"{sparsity:g} was asked", f"Use sparsity={only:g}", "unstructured")
+    prune(build(), vectors(), only, pattern=pattern, progress=False)  # its advice
+
+
+@EVERY_GRANULARITY
+def test_n_of_m_that_fits_no_layer(sequential):
+    message = refusal(build(), Untouched(), 0.6, pattern="2:5", sequential=sequential)
+    assert_says(message, "NM(n=2, m=5) fits none of the 9 layers", "blocks.0.up largest", "width 8 ", "multiple of 5")
+    assert_says(message, "an N:M whose M divides the input widths", "pattern='unstructured'")
+    prune(build(), vectors(), pattern="4:8", sequential=sequential, progress=False)
+    prune(build(), vectors(), pattern="unstructured", sequential=sequential, progress=False)
+    message = refusal(build(lambda: Chain(6)), Untouched(), pattern="2:4", only=["head"], sequential=sequential)
+    assert_says(message, "none of the 1 layers", "head largest: input width 6 is not a multiple of 4")
+
+
+@EVERY_GRANULARITY
+def test_a_skip_that_matches_nothing(sequential):
+    message = refusal(build(), Untouched(), skip=["head", "blocks.3.downn"], sequential=sequential)
+    assert_says(message, "skip='blocks.3.downn' matches no matrix", "the nearest is 'blocks.3.down'", "glob", "re:")
+    assert_says(refusal(build(), Untouched(), skip="haed"), "skip='haed'", "the nearest is 'head'")  # one, not a list
+
+
+@EVERY_GRANULARITY
+def test_an_only_that_matches_nothing(sequential):
+    message = refusal(build(), Untouched(), only="haed", sequential=sequential)
+    assert_says(message, "only='haed' matches no matrix", "the nearest is 'head'")
+
+
+def test_a_skip_on_a_model_without_matrices():
+    assert_says(refusal(nn.ReLU(), Untouched(), skip=["head"]), "skip='head' matches no matrix", "the model has none")
+
+
+@EVERY_GRANULARITY
+def test_nothing_to_prune(sequential):
+    choices = {"sequential": sequential}
+    assert_says(refusal(nn.Sequential(nn.ReLU()), Untouched(), **choices), "nothing to prune", "no weight matrices")
+    only_embedding = nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8))
+    assert_says(refusal(only_embedding, Untouched(), **choices), "nothing to prune", "0: embedding")
+    everything = refusal(build(), Untouched(), skip=["*"], **choices)
+    assert_says(everything, "nothing to prune", "blocks.0.up: skip='*'")
+    nothing = refusal(build(), Untouched(), only=["blocks.0.up"], skip=["blocks.0"], **choices)
+    assert_says(nothing, "nothing to prune", "skip='blocks.0'", "not in only=['blocks.0.up']")
+
+
+UNKNOWN = {
+    "criterion": ("wandaa", ["'wandaa'", "magnitude", "wanda"]),
+    "pattern": ("2-4", ["'2-4'", "unstructured", "2:4", "any N:M"]),
+    "allocation": ("owll", ["'owll'", "uniform"]),
+    "solver": ("zero", ["'zero'", "zero_out"]),
+    "sequential": ("row", ["'row'", "block", "layer", "none"]),
+}
+
+
+@pytest.mark.parametrize("axis", UNKNOWN)
+def test_unknown_names(axis):
+    name, parts = UNKNOWN[axis]
+    message = refusal(build(), Untouched(), **{axis: name})
+    assert_says(message, axis, *parts)
+    with pytest.raises(ValueError, match=axis):
+        PruningConfig(**{axis: name})
+
+
+# ---- batches
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize(
+    ("batches", "found"),
+    [
+        (lambda: None, "none were given"),
+        (lambda: [], "holds none"),
+        (lambda: iter(()), "holds none"),
+        (lambda: (x for x in vectors() if x is None), "holds none"),
+        (lambda: {}, "one dict was given"),
+    ],
+    ids=["None", "list", "iterator", "generator", "mapping"],
+)
+def test_no_batches(batches, found, sequential):
+    message = refusal(build(), batches(), sequential=sequential)
+    assert_says(message, "Wanda()", "needs calibration batches", found)
+
+
+@EVERY_GRANULARITY
+def test_magnitude_does_not_look_at_batches(sequential):
+    for batches in (None, [], Untouched()):
+        report = prune(build(), batches, criterion=Magnitude(), sequential=sequential, progress=False)
+        assert [layer.name for layer in report.layers] == LAYERS
+
+
+@EVERY_GRANULARITY
+def test_a_mapping_that_the_model_does_not_take(sequential):
+    batches = [{"x": vectors()[0]}, {"pixels": vectors()[1], "labels": torch.zeros(3)}]
+    message = refusal(build(), batches, sequential=sequential)
+    assert_says(message, "Chain.forward takes ['x']", "the batch has ['labels', 'pixels']", "forward=")
+    model = build()
+    prune(
+        model, batches, forward=lambda batch: model(next(iter(batch.values()))), sequential=sequential, progress=False
+    )
+
+
+@EVERY_GRANULARITY
+def test_a_batch_of_the_wrong_width(sequential):
+    """The model's own error, not ours; the first batch is fine."""
+    refusal(build(), [vectors()[0], vectors(5)[1]], error=RuntimeError, sequential=sequential)
+
+
+@EVERY_GRANULARITY
+def test_batches_that_break_off(sequential):
+    def batches():
+        yield vectors()[0]
+        raise OSError("the disk is gone")
+
+    assert_says(refusal(build(), batches(), error=OSError, sequential=sequential), "the disk is gone")
+
+
+# ---- activations
+
+NOT_FINITE = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+
+
+def spoil(x, value):
+    """One number of the second batch."""
+    if x.shape[0] == 3:
+        x = x.clone()
+        x[1, 2, 3] = value
+    return x
+
+
+def before(unit, sequential):
+    """What is pruned when a unit is reached."""
+    return () if sequential == "none" else LAYERS[: LAYERS.index(unit)]
+
+
+@NOT_FINITE
+@EVERY_GRANULARITY
+def test_not_finite_in_a_batch(sequential, value):
+    message = refusal(build(), [spoil(x, value) for x in vectors()], sequential=sequential)
+    assert_says(message, "input of blocks.0.up holds NaN or infinity", "batch 1 ", "check that batch", "wider dtype")
+
+
+@NOT_FINITE
+@EVERY_GRANULARITY
+def test_not_finite_between_blocks(sequential, value):
+    model = build()
+    model.glue = lambda index, x: spoil(x, value) if index == 2 else x
+    message = refusal(model, vectors(), sequential=sequential, written=before("blocks.2.up", sequential))
+    assert_says(message, "blocks.2.up", "batch 1 ")
+
+
+@NOT_FINITE
+@EVERY_GRANULARITY
+def test_not_finite_inside_a_block(sequential, value):
+    """No weight of the unit is written, neither that of the layer before."""
+    model = build()
+    model.blocks[2].between = lambda x: spoil(x, value)
+    reached = "blocks.2.down" if sequential == "layer" else "blocks.2.up"
+    message = refusal(model, vectors(), sequential=sequential, written=before(reached, sequential))
+    assert_says(message, "input of blocks.2.down holds", "batch 1 ")
+
+
+@EVERY_GRANULARITY
+def test_layers_with_one_input_are_named_together(sequential):
+    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    model.model.embed_tokens.weight.data[batches[1]["input_ids"][0, 0], 5] = math.nan
+    with pytest.raises(ValueError, match=r"holds NaN or infinity, .* in calibration batch 1 ") as caught:
+        prune(model, [{"input_ids": torch.full((1, 4), 2)}, batches[1]], sequential=sequential, progress=False)
+    parts = "q" if sequential == "layer" else "qkv"
+    assert ", ".join(f"model.layers.0.self_attn.{part}_proj" for part in parts) in str(caught.value)
+
+
+@EVERY_GRANULARITY
+def test_an_overflow_in_half_precision(sequential):
+    model = build().half()
+    model.blocks[1].up.weight.data.mul_(60000)
+    model.blocks[1].between = lambda x: 1000 * x
+    written = before("blocks.1.down" if sequential == "layer" else "blocks.1.up", sequential)
+    message = refusal(model, [x.half() for x in vectors()], sequential=sequential, written=written)
+    assert_says(message, "blocks.1.down", "batch 0 ", "wider dtype")
+
+
+@EVERY_GRANULARITY
+def test_what_is_padding_may_be_anything(sequential):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Chain()
+
+        def forward(self, x, attention_mask):
+            return self.net(x)
+
+    batches = []
+    for x in vectors():
+        x[:, 0] = math.nan
+        batches.append({"x": x, "attention_mask": torch.tensor([[0, 1, 1]] * len(x))})
+    report = prune(build(Masked), batches, sequential=sequential, progress=False)
+    assert {layer.tokens for layer in report.layers} == {2 * (2 + 3 + 2)}
+
+
+# ---- weights
+
+
+@NOT_FINITE
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
+def test_a_weight_that_is_not_finite(criterion, sequential, value):
+    model = build()
+    model.blocks[3].down.weight.data[1, 2] = value
+    message = refusal(model, Untouched(), criterion=criterion, sequential=sequential)
+    assert_says(message, "the weight of blocks.3.down holds NaN or infinity", "check the checkpoint")
+
+
+def test_a_weight_that_is_not_finite_but_left_dense():
+    model = build()
+    model.head.weight.data[1, 2] = math.nan
+    prune(model, vectors(), skip=["head"], progress=False)
+
+
+@EVERY_GRANULARITY
+def test_the_meta_device(sequential):
+    with torch.device("meta"):
+        model = Chain()
+    message = refusal(model, Untouched(), sequential=sequential)
+    assert_says(message, "blocks.0.up is on the meta device", "load the weights")
+
+
+def test_one_layer_on_the_meta_device():
+    model = build()
+    model.blocks[2].down.to("meta")
+    assert_says(refusal(model, Untouched()), "blocks.2.down is on the meta device", "load the weights")
+
+
+class Int8Linear(nn.Linear):
+    """As quantising libraries have it: integers, and a forward that scales them."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        scale = self.weight.detach().abs().max() / 127
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter((self.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.float() * self.scale, self.bias)
+
+
+@EVERY_GRANULARITY
+def test_integer_weights(sequential):
+    def make():
+        model = Chain()
+        model.blocks[1].up = Int8Linear(8, 16)
+        model.blocks[1].down = Int8Linear(16, 8)
+        return model
+
+    message = refusal(build(make), Untouched(), sequential=sequential)
+    assert_says(message, "2 matrices cannot be pruned in place", "blocks.1.up", "int8", "unquantised")
+    assert "skip=['blocks.1.up']" in message
+    assert_says(refusal(build(make), Untouched(), skip=["blocks.1.up"], sequential=sequential), "blocks.1.down")
+
+    model = build(make)
+    integers = model.blocks[1].up.weight.clone()
+    report = prune(model, vectors(), skip=["blocks.1"], sequential=sequential, progress=False)
+    assert [layer.name for layer in report.layers] == [name for name in LAYERS if not name.startswith("blocks.1")]
+    assert torch.equal(model.blocks[1].up.weight, integers)
+    assert {matrix.name for matrix in report.skipped} == {"blocks.1.up", "blocks.1.down"}
+
+
+def test_eight_bit_floats():
+    model = build()
+    model.head.to(torch.float8_e4m3fn)
+    assert_says(refusal(model, Untouched()), "head", "float8_e4m3fn", "unquantised", "skip=['head']")
+
+
+# ---- errors on the way
+
+
+class Unforeseen(Exception):
+    pass
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("place", ["glue", "unit"])
+def test_an_error_in_the_third_block_names_what_was_written(place, sequential):
+    model = build()
+
+    def explode(x):
+        if x.shape[0] == 3:
+            raise Unforeseen("out of luck")
+        return x
+
+    if place == "glue":
+        model.glue = lambda index, x: explode(x) if index == 2 else x
+    else:
+        model.blocks[2].between = explode
+    # Between its layers, the up-projection of the block is already done at "layer". At "block" the batches are still
+    # on the way to the third block, or observed there; both before any weight of it is written.
+    written = LAYERS[:5] if (place, sequential) == ("unit", "layer") else before("blocks.2.up", sequential)
+    assert refusal(model, vectors(), error=Unforeseen, sequential=sequential, written=written) == "out of luck"
+
+
+def test_an_error_before_the_first_weight_has_no_note():
+    model = build()
+    model.glue = lambda index, x: 1 / 0
+    refusal(model, vectors(), error=ZeroDivisionError)
+
+
+@EVERY_GRANULARITY
+def test_after_a_refusal_pruning_works_as_if_nothing_had_been(sequential):
+    model, fresh = build(), build()
+    refusal(model, [spoil(x, math.nan) for x in vectors()], sequential=sequential)
+    refusal(model, vectors(), 2.0, sequential=sequential)
+    reports = [prune(each, vectors(), sequential=sequential, progress=False) for each in (model, fresh)]
+    assert reports[0].layers == reports[1].layers
+    assert changed(model, content(fresh)) == []

@@ -1,0 +1,213 @@
+"""Whatever the layer and the batches: statistics are those of a slow loop, and counts of zeros are exact."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support import reference
+from timm.layers import Conv2dSame
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from wanda_lightning import NM, Unstructured, prune
+from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.models import Unit, find_layers, token_masks
+
+SEQUENTIAL_CHOICES = ("block", "layer", "none")
+DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # with what tolerance
+MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch and of numpy
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+class Holding(nn.Module):
+    """One layer, behind an unused convolution of its kind that takes the place of the stem."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.stem = nn.Conv1d(1, 1, 1) if isinstance(part, nn.Conv1d) else nn.Conv2d(1, 1, 1)
+        self.part = part
+
+    def forward(self, x, attention_mask=None):
+        return self.part(x)
+
+
+@dataclass
+class Case:
+    """A model of one layer, its batches, and by hand what enters each of its matrices: (tokens, d_in) in float64."""
+
+    model: nn.Module
+    batches: list[Any]
+    tokens: dict[str, np.ndarray]
+    dtype: torch.dtype
+
+    def matrices(self):
+        return {layer.name: layer.read().clone() for layer in find_layers(self.model, include_grouped=True).layers}
+
+
+def seeded(module, seed):
+    """The generator that the weights came from."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return generator
+
+
+@st.composite
+def linear(draw, dtypes):
+    dtype, d_in, d_out = draw(dtypes), draw(st.integers(1, 24)), draw(st.integers(1, 5))
+    module = draw(st.sampled_from([lambda: nn.Linear(d_in, d_out), lambda: Conv1D(d_out, d_in)]))()
+    generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
+    batches, tokens = [], []
+    for samples, length, padded in draw(
+        st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), st.booleans()), min_size=1, max_size=3)
+    ):
+        x = torch.randn(samples, length, d_in, generator=generator).to(dtype)
+        keep = torch.rand(samples, length, generator=generator) < (0.6 if padded else 2)
+        batches.append({"x": x, "attention_mask": keep.long()} if padded else x)
+        tokens += [token for row, mask in zip(x, keep, strict=True) for token, m in zip(row, mask, strict=True) if m]
+    assume(tokens)
+    return Case(Holding(module.to(dtype)), batches, {"part": reference.array(torch.stack(tokens))}, dtype)
+
+
+def same(size, kernel, stride, dilation):
+    """TensorFlow's: as many places as strides begin; the odd one out is behind."""
+    missing = max(0, (-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size)
+    return missing // 2, missing - missing // 2
+
+
+@st.composite
+def convolution(draw, dtypes):
+    dtype, kernel, dilation = draw(dtypes), draw(PAIRS), draw(PAIRS)
+    groups = draw(st.integers(1, 3))
+    channels, out = groups * draw(st.integers(1 if groups == 1 else 2, 4)), groups * draw(st.integers(1, 3))
+    size = draw(st.tuples(st.integers(3, 6), st.integers(3, 6)))
+    way = draw(st.sampled_from(["numbers", "same", "valid", "same of timm"]))
+    mode = "zeros" if way == "same of timm" else draw(st.sampled_from(list(MODES)))
+    stride = (1, 1) if way == "same" else draw(PAIRS)
+    options = {"stride": stride, "dilation": dilation, "groups": groups}
+    if way == "same of timm":
+        module = Conv2dSame(channels, out, kernel, **options)
+        pads = [same(*sizes) for sizes in zip(size, kernel, stride, dilation, strict=True)]
+    elif way == "numbers":
+        padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+        module = nn.Conv2d(channels, out, kernel, padding=padding, padding_mode=mode, **options)
+        pads = [(p, p) for p in padding]
+    else:
+        module = nn.Conv2d(channels, out, kernel, padding=way, padding_mode=mode, **options)
+        total = [d * (k - 1) if way == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(missing // 2, missing - missing // 2) for missing in total]
+    for length, pad, k, d in zip(size, pads, kernel, dilation, strict=True):
+        assume(length + sum(pad) > d * (k - 1))
+        assume(mode == "zeros" or max(pad) < length)
+    generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
+    counts = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
+    batches = [torch.randn(count, channels, *size, generator=generator).to(dtype) for count in counts]
+    each, tokens = channels // groups, {}
+    for group in range(groups):
+        parts = []
+        for x in batches:
+            of_group = reference.array(x)[:, group * each : (group + 1) * each]
+            padded = np.pad(of_group, ((0, 0), (0, 0), *pads), mode=MODES[mode])
+            parts.append(reference.im2col(padded, kernel, stride, (0, 0), dilation))
+        tokens["part" if groups == 1 else f"part.group{group}"] = np.concatenate(parts)
+    return Case(Holding(module.to(dtype)), batches, tokens, dtype)
+
+
+def cases(*dtypes):
+    of = st.sampled_from(dtypes)
+    return st.one_of(linear(of), convolution(of))
+
+
+@st.composite
+def patterns(draw, d_in):
+    """A pattern that fits the width, and a sparsity that it can have."""
+    divisors = [m for m in range(2, d_in + 1) if d_in % m == 0]
+    if divisors and draw(st.booleans()):
+        m = draw(st.sampled_from(divisors))
+        pattern = NM(draw(st.integers(1, m - 1)), m)
+        return pattern, pattern.sparsity
+    return Unstructured(draw(st.sampled_from(["row", "layer"]))), draw(st.floats(0, 0.99))
+
+
+# PyTorch pads an image by itself where the two sides differ, and says so.
+EVEN_SAME = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+
+@EVEN_SAME
+@given(cases(*DTYPES))
+def test_statistics_are_those_of_a_slow_loop(case):
+    layers = find_layers(case.model, include_grouped=True).layers
+    masks = [token_masks(case.model, batch) for batch in case.batches]
+    forwards = [
+        lambda batch=batch: case.model(**batch) if isinstance(batch, dict) else case.model(batch)
+        for batch in case.batches
+    ]
+    with torch.no_grad():
+        found = Observer(frozenset({"square_sum", "gram"}), masks)(
+            Unit("", None, layers), whole_model_stop(forwards).calls
+        )
+    assert found.keys() == case.tokens.keys()
+    for name, tokens in case.tokens.items():
+        sums, gram = found[name].sums, reference.gram(tokens)
+        assert found[name].count == len(tokens)
+        assert {value.dtype for value in sums.values()} == {torch.promote_types(case.dtype, torch.float32)}
+        rtol, scale = DTYPES[case.dtype], max(np.abs(gram).max(), 1e-30)
+        np.testing.assert_allclose(reference.array(sums["square_sum"]), reference.square_sum(tokens), rtol=rtol)
+        np.testing.assert_allclose(reference.array(sums["gram"]) / scale, gram / scale, atol=rtol)
+
+
+def assert_counts(matrix, pattern, sparsity):
+    zeros = (matrix == 0).numpy()
+    if isinstance(pattern, NM):
+        assert (zeros.reshape(-1, pattern.m).sum(axis=1) == pattern.m - pattern.n).all()
+    elif pattern.group == "row":
+        assert (zeros.sum(axis=1) == int(zeros.shape[1] * sparsity)).all()
+    else:
+        assert zeros.sum() == int(zeros.size * sparsity)
+
+
+@EVEN_SAME
+@given(st.data(), cases(*DTYPES), st.sampled_from(SEQUENTIAL_CHOICES))
+def test_counts_are_exact(data, case, sequential):
+    dense = case.matrices()
+    pattern, sparsity = data.draw(patterns(next(iter(dense.values())).shape[1]))
+    report = prune(
+        case.model,
+        case.batches,
+        sparsity,
+        pattern=pattern,
+        sequential=sequential,
+        include_grouped=True,
+        progress=False,
+    )
+    pruned = {layer.name: layer for layer in report.layers}
+    active = {name for name, tokens in case.tokens.items() if tokens.any()}
+    assert pruned.keys() == active
+    for name, matrix in case.matrices().items():
+        if name in active:
+            assert_counts(matrix, pattern, sparsity)
+            kept = matrix != 0
+            assert torch.equal(matrix[kept], dense[name][kept])
+            assert pruned[name].tokens == len(case.tokens[name])
+            assert pruned[name].zeros == int((~kept).sum())
+    assert report.parameters == sum(parameter.numel() for parameter in case.model.parameters())
+    assert report.zeros == sum(int((parameter == 0).sum()) for parameter in case.model.parameters())
+
+
+@EVEN_SAME
+@given(st.data(), cases(torch.float64), st.sampled_from(SEQUENTIAL_CHOICES))
+def test_masks_are_those_of_a_slow_loop(data, case, sequential):
+    dense = {name: reference.array(matrix) for name, matrix in case.matrices().items()}
+    pattern, sparsity = data.draw(patterns(next(iter(dense.values())).shape[1]))
+    choices = {"pattern": pattern, "sequential": sequential, "include_grouped": True}
+    prune(case.model, case.batches, sparsity, **choices, progress=False)
+    for name, matrix in case.matrices().items():
+        tokens = case.tokens[name]
+        if tokens.any():
+            keep = reference.keep(pattern, reference.wanda(dense[name], tokens), sparsity)
+            np.testing.assert_array_equal(reference.array(matrix), dense[name] * keep, err_msg=name)

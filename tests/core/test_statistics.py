@@ -1,0 +1,172 @@
+"""Input statistics are sums: any split of the tokens gives the same, in a type wide enough."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import reference
+
+from wanda_lightning.core.statistics import SUMS, InputStatistics
+
+SLOW = {"square_sum": reference.square_sum, "gram": reference.gram}
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def tokens_of(seed, count=24, d_in=6, dtype=torch.float32):
+    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def integer_tokens(seed, count, d_in=6):
+    """Their squares add up without rounding, so the order of a sum cannot matter."""
+    return torch.randint(-20, 21, (count, d_in), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def statistics(*batches):
+    inputs = InputStatistics(SUMS)
+    for batch in batches:
+        inputs.update(batch)
+    return inputs
+
+
+def assert_same(some, other):
+    assert some.count == other.count
+    assert some.sums.keys() == other.sums.keys()
+    for name in some.sums:
+        torch.testing.assert_close(some.sums[name], other.sums[name], rtol=0, atol=0)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_those_of_a_loop(name, dtype):
+    tokens = tokens_of(0, dtype=dtype)
+    inputs = InputStatistics({name})
+    inputs.update(tokens)
+    assert inputs.count == len(tokens)
+    expected = SLOW[name](reference.array(tokens))
+    np.testing.assert_allclose(reference.array(inputs.sums[name]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 511, 512, 513, 1100])  # made of halves from 512 on
+def test_a_wide_gram_matrix_is_that_of_one_product(width):
+    tokens = torch.randn(30, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = statistics(tokens).sums["gram"]
+    np.testing.assert_allclose(gram.numpy(), tokens.numpy().T @ tokens.numpy(), rtol=0, atol=1e-12)
+
+
+def test_norm_is_the_root_of_the_square_sum():
+    tokens = tokens_of(1)
+    np.testing.assert_allclose(
+        reference.array(statistics(tokens).norm()), np.linalg.norm(reference.array(tokens), axis=0), rtol=1e-6
+    )
+
+
+def test_padding_left_out_equals_a_loop_that_skips_it():
+    tokens = tokens_of(2)
+    padding = torch.rand(len(tokens), generator=torch.Generator().manual_seed(3)) < 0.4
+    inputs = statistics(tokens[~padding])
+    assert inputs.count == (~padding).sum()
+    expected = reference.square_sum(reference.array(tokens), padding.numpy())
+    np.testing.assert_allclose(reference.array(inputs.sums["square_sum"]), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_accumulated_in_float32(dtype):
+    tokens = (1000 + 100 * tokens_of(4)).to(dtype)  # squares of about 1e6; fp16 ends at 65504
+    inputs = statistics(tokens)
+    assert inputs.sums["square_sum"].dtype == torch.float32
+    np.testing.assert_allclose(
+        reference.array(inputs.sums["square_sum"]), reference.square_sum(reference.array(tokens)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_tokens_still_count_after_many(dtype):
+    tokens = torch.ones(4096, 2, dtype=dtype)  # a running sum in bf16 would stop at 256, in fp16 at 2048
+    assert statistics(*tokens.split(1)).sums["square_sum"].tolist() == [4096.0, 4096.0]
+
+
+def test_float64_stays_float64():
+    tokens = torch.tensor([[1.0], [1e-6]], dtype=torch.float64)
+    square_sum = statistics(tokens).sums["square_sum"]
+    assert square_sum.dtype == torch.float64
+    assert square_sum.item() > 1  # float32 would lose the second token
+
+
+@given(seeds, st.integers(0, 30))
+def test_two_halves_accumulate_to_the_whole(seed, cut):
+    tokens = integer_tokens(seed, 30)
+    first, second = tokens[:cut], tokens[cut:]
+    whole = statistics(tokens)
+    assert_same(statistics(first, second), whole)
+    merged = statistics(first)
+    merged.merge(statistics(second))
+    assert_same(merged, whole)
+
+
+@given(seeds, st.integers(0, 8), st.integers(0, 8))
+def test_merge_is_commutative(seed, one_count, other_count):
+    one_tokens, other_tokens = tokens_of(seed, one_count), tokens_of(seed + 1, other_count)
+    one, other = statistics(one_tokens), statistics(other_tokens)
+    one.merge(statistics(other_tokens))
+    other.merge(statistics(one_tokens))
+    assert_same(one, other)
+
+
+def test_merge_leaves_the_other_as_it_was():
+    other, empty = statistics(tokens_of(5)), statistics()
+    empty.merge(other)
+    empty.update(tokens_of(6))
+    assert_same(other, statistics(tokens_of(5)))
+
+
+def test_update_leaves_the_tokens_as_they_were_and_keeps_no_graph():
+    tokens = tokens_of(7).requires_grad_()
+    before = tokens.detach().clone()
+    inputs = statistics(tokens)
+    assert torch.equal(tokens, before)
+    assert not any(value.requires_grad for value in inputs.sums.values())
+
+
+def test_only_what_is_needed_is_kept():
+    inputs = InputStatistics(())
+    inputs.update(tokens_of(8))
+    assert inputs.sums == {}
+    assert inputs.count == 24
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_finite_notices_one_bad_number(bad):
+    tokens = tokens_of(9)
+    assert statistics(tokens).finite()
+    tokens[11, 3] = bad
+    assert not statistics(tokens).finite()
+    for name in SUMS:
+        inputs = InputStatistics({name})
+        inputs.update(tokens)
+        assert not inputs.finite()
+
+
+def test_unknown_statistic_is_refused():
+    with pytest.raises(ValueError, match=r"unknown statistics \['cube_sum'\].*known ones are.*square_sum"):
+        InputStatistics({"square_sum", "cube_sum"})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((1, 1), (1, 1), (0, 0), (1, 1)),
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 2), (2, 1), (0, 1), (1, 2)),
+        ((2, 3), (1, 3), (2, 0), (2, 1)),
+    ],
+)
+def test_slow_im2col_times_the_weight_is_the_convolution(kernel, stride, padding, dilation):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 7, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 3, *kernel, generator=generator, dtype=torch.float64)
+    tokens = reference.im2col(images.numpy(), kernel, stride, padding, dilation)
+    outputs = tokens @ weight.permute(0, 2, 3, 1).reshape(5, -1).numpy().T
+    expected = torch.nn.functional.conv2d(images, weight, None, stride, padding, dilation)
+    np.testing.assert_allclose(outputs, expected.permute(0, 2, 3, 1).reshape(-1, 5).numpy(), atol=1e-12)

@@ -1,0 +1,368 @@
+"""The paper's tables as sweeps: the YAML files, what runs and what does not run again, what stands beside what."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+from support.zoo import save_llama_of_bytes
+from transformers import AutoModelForCausalLM
+
+from wanda_lightning import cli
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*tells .* apart"),
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+]
+
+PAPER = Path(__file__).parents[2] / "recipes" / "paper"
+FAMILIES = sorted(PAPER.glob("*.yaml"))
+ROOT = PAPER.parent.parent
+
+spec = importlib.util.spec_from_file_location("paper_run", PAPER / "run.py")
+sweep = importlib.util.module_from_spec(spec)
+sys.modules["paper_run"] = sweep
+spec.loader.exec_module(sweep)
+
+
+@pytest.fixture(autouse=True)
+def shell(tmp_path, monkeypatch):
+    """An empty working directory and commands in this process, which is faster; what they change is put back."""
+    from lightning.pytorch import _logger
+
+    def launch(command, output):
+        with output.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            return cli.main(list(command))
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "launch", launch)
+    level, handler, threads = _logger.level, signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+    _logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_llama_of_bytes(folder / "llama")
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(300)]
+    (folder / "long.txt").write_text(" ".join(words))
+    (folder / "other.txt").write_text(" ".join(reversed(words)))
+    return folder
+
+
+@pytest.fixture
+def small(inputs):
+    """What makes a family of language models run on a tiny one."""
+    sizes = ["nsamples=2", "seqlen=32", "limit=3"]
+    return ["--model", inputs / "llama", "--set", *sizes, f"calibration={inputs}/long.txt", f"eval={inputs}/other.txt"]
+
+
+@pytest.fixture
+def family(inputs, tmp_path):
+    """A family whose options run as they are; `change` edits it."""
+
+    def write(change=lambda content: None, name="tiny"):
+        text = {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt"}
+        content = {
+            "options": {"nsamples": 2, "seqlen": 32, "limit": 3, **text},
+            "models": {"1B": str(inputs / "llama")},
+            "cells": {"magnitude_50": {"prune_method": "magnitude"}, "wanda_2to4": {"sparsity_type": "2:4"}},
+            "source": "Nobody 2024",
+            "published": {"dense": {"1B": 111.5}, "wanda_2to4": {"1B": 222.25}},
+        }
+        change(content)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write
+
+
+def run(*arguments):
+    return sweep.main([str(argument) for argument in arguments])
+
+
+def rows(out="out"):
+    return json.loads(Path(out, "results.json").read_text())
+
+
+def times(out="out"):
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in Path(out).rglob("*.*") if path.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
+    cells = sweep.plan([sweep.load_family(path)])
+    content = yaml.safe_load(path.read_text())
+    assert len(cells) == len(content["models"]) * len(content["cells"])
+    for cell in cells:
+        (command, *arguments), *later = cell.commands(Path("out"))
+        assert command == "prune"
+        values = cli.command_parser("prune").parse_args(arguments)
+        assert values["model"] == content["models"][cell.model]
+        method, *_, last = cell.name.split("_")
+        if method in ("magnitude", "sparsegpt", "wanda"):
+            assert values["prune_method"] == method
+        kinds = {"4to8": ("4:8", 0.5), "2to4": ("2:4", 0.5)}
+        if path.stem != "calibration":
+            kind, ratio = kinds.get(last) or ("unstructured", int(last) / 100)
+            assert (values["sparsity_type"], values["sparsity_ratio"]) == (kind, ratio)
+        assert values["use_variant"] == (method == "variant")
+        assert values["save"] == f"out/{path.stem}/{cell.model}/{cell.name}"
+        for command, *arguments in later:
+            cli.command_parser(command).parse_args(arguments)
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_every_family_opens_with_its_command_source_and_cost(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    (command,) = [line for line in head if line.startswith("#   python ")]
+    _, _, script, recipe, *_ = command.split()
+    assert (ROOT / script, ROOT / recipe) == (PAPER / "run.py", path)
+    assert any(line.startswith("# Published: ") for line in head)
+    assert any(line.startswith("# Cost: ") for line in head)
+
+
+def test_published_numbers_of_one_model_agree_and_have_one_context():
+    seen = {}
+    for path in FAMILIES:
+        content = yaml.safe_load(path.read_text())
+        for cell, numbers in content.get("published", {}).items():
+            for model, number in numbers.items():
+                own = (
+                    {} if cell == "dense" else {"prune_method": "wanda", **content["options"], **content["cells"][cell]}
+                )
+                method, kind = own.get("prune_method"), own.get("sparsity_type", "unstructured")
+                grouped = own.get("prune_granularity", "layer" if method == "magnitude" else "row")
+                key = (content["models"][model], method, kind, grouped)
+                what = (content["options"]["seqlen"], content["options"]["eval"], number)
+                assert seen.setdefault(key, what) == what
+    contexts = {key[0].split("/")[0]: what[0] for key, what in seen.items()}
+    assert contexts == {"huggyllama": 2048, "meta-llama": 4096}
+
+
+# --------------------------------------------------------------------------------------------------------- the sweep
+
+
+def test_a_sweep_on_a_small_model_resumes_and_hides_what_is_not_comparable(inputs, small, capsys):
+    llama = [PAPER / "llama.yaml", "--out", "out", *small]
+    only = ["--only", "magnitude_50", "sparsegpt_4to8", "llama/*/wanda_2to4"]
+    assert run(*llama, *only) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[:2] for line in shown.splitlines()[:3]] == [
+        ["[1/3]", "llama/llama/magnitude_50:"],
+        ["[2/3]", "llama/llama/sparsegpt_4to8:"],
+        ["[3/3]", "llama/llama/wanda_2to4:"],
+    ]
+    assert "windows of 2048" not in shown
+    assert "5.68" not in shown
+    assert "not shown" in shown
+    assert "32 tokens" in shown
+    found = rows()
+    assert [row["cell"] for row in found] == ["dense", "magnitude_50", "sparsegpt_4to8", "wanda_2to4"]
+    for row in found[1:]:
+        report = json.loads(Path("out/llama/llama", row["cell"], "pruning_report.json").read_text())
+        assert report["config"]["command"]["prune_method"] == row["cell"].split("_")[0]
+        measured = report["config"]["measured"]
+        assert (row["ours"], found[0]["ours"]) == (measured["pruned"], measured["dense"])
+        assert (row["published"], row["sparsity"]) == (None, 0.5)
+    assert f"{found[3]['ours']:.2f}" in shown
+
+    before = times()
+    assert run(*llama, *only) == 0
+    assert {path: time for path, time in times().items() if path != "results.json"} == {
+        path: time for path, time in before.items() if path != "results.json"
+    }
+    assert capsys.readouterr().out.count("there already") == 3
+    assert rows() == found
+
+    Path("out/llama/llama/sparsegpt_4to8/cell.json").unlink()  # as if it had been interrupted at the end
+    assert run(*llama, *only, "wanda_50") == 0
+    assert [line.endswith("there already") for line in capsys.readouterr().out.splitlines()[:4]] == [
+        *(True, False, False, True),  # in the order of the file
+    ]
+    after = times()
+    rerun = {Path(path).parts[2] for path, time in after.items() if path != "results.json" and before.get(path) != time}
+    assert rerun == {"sparsegpt_4to8", "wanda_50"}
+
+
+def test_other_options_are_refused_or_made_again(family, capsys):
+    path = family()
+    assert run(path, "--out", "out", "--only", "magnitude_50") == 0
+    before = times()
+    assert run(path, "--out", "out", "--set", "limit=2") == 1
+    error = capsys.readouterr().err
+    assert "tiny/1B/magnitude_50 was made with other options: limit was 3, is 2" in error
+    assert times() == before
+    assert run(path, "--out", "out", "--only", "magnitude_50", "--set", "limit=2", "--overwrite") == 0
+    assert rows()[1]["steps"]["prune"]["limit"] == "2"
+
+
+def test_published_numbers_stand_beside_what_was_measured_alike(family, capsys):
+    path = family()
+    assert run(path, "--out", "out", "--set", "batch_size=1") == 0
+    out = capsys.readouterr().out
+    assert [row["published"] for row in rows()] == [111.5, None, 222.25]
+    lines = {line.split("│")[2].strip(): line.split("│") for line in out.splitlines() if line.startswith("│")}
+    assert [lines[cell][5].strip() for cell in ("dense", "magnitude_50", "wanda_2to4")] == ["111.50", "-", "222.25"]
+    assert float(lines["dense"][4]) == pytest.approx(rows()[0]["ours"], abs=0.01)
+    assert "Published: Nobody 2024" in out
+    for change in ("limit=3", "seqlen=16", "nsamples=1", "dtype=float32", "seed=1"):  # even the same value: who knows
+        cells = sweep.plan([sweep.load_family(path)], changes=dict([change.split("=")]))
+        assert [cell.published(row) for cell in cells for row in ("dense", cell.name)] == [None] * 4
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(family, capsys, monkeypatch):
+    monkeypatch.undo()  # in processes of their own
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    path = family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"}))
+    out = path.parent / "out"
+    assert run(path, "--out", out, "--only", "broken", "magnitude_50") == 1
+    shown = capsys.readouterr().out
+    assert "tiny/1B/broken: failed with status 1: wanda-lightning: error: " in shown
+    assert "multiple of 10" in (out / "tiny/1B/broken/output.txt").read_text()
+    assert not (out / "tiny/1B/broken/cell.json").exists()
+    assert [(row["cell"], row["ours"] is None) for row in rows(out)] == [
+        *(("dense", False), ("magnitude_50", False), ("broken", True)),
+    ]
+
+
+def test_an_interrupted_sweep_goes_on(family, capsys, monkeypatch):
+    path = family(lambda content: content["cells"].update(last={"prune_method": "magnitude"}))
+    launch, started = sweep.launch, []
+
+    def interrupted(command, output):
+        started.append(output.parent.name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return launch(command, output)
+
+    monkeypatch.setattr(sweep, "launch", interrupted)
+    assert run(path, "--out", "out") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not Path("out/results.json").exists()
+    assert run(path, "--out", "out") == 0
+    assert started == ["magnitude_50", "wanda_2to4", "wanda_2to4", "last"]
+
+
+def test_a_cell_with_fine_tuning_is_measured_afterwards_without_a_zero_lost(small):
+    steps = ["finetune.steps=2", "finetune.seqlen=16", "finetune.precision=32-true"]
+    options = [*small, *steps, f"finetune.data={small[-2].removeprefix('calibration=')}"]
+    assert run(PAPER / "lora.yaml", "--out", "out", *options, "--only", "lora_2to4") == 0
+    folder = Path("out/lora/llama/lora_2to4")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["config"]["seqlen"] == 32
+    (results,) = evaluation["models"].values()
+    (measured,) = [found for found in results.values() if "perplexity" in found]
+    pruned = json.loads((folder / "pruning_report.json").read_text())["config"]["measured"]["pruned"]
+    _, row = rows()
+    assert row["ours"] == measured["perplexity"] != pruned
+    assert measured["windows"] == 3
+    before, after = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("pruned", "finetuned"))
+    name = "model.layers.1.self_attn.q_proj"
+    assert torch.equal(before.get_submodule(name).weight == 0, after.get_submodule(name).weight == 0)
+    assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
+
+
+def test_accuracies_of_image_classifiers_are_in_percent(tmp_path, capsys):
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
+    options = ["--set", "data_path=digits", "nsamples=4", "resume=weights.safetensors"]
+    only = ["--only", "wanda_80"]
+    assert run(PAPER / "vision.yaml", "--out", "out", "--model", "timm:test_vit", *options, *only) == 0
+    dense, wanda = rows()
+    report = json.loads(Path("out/vision/timm_test_vit/wanda_80/pruning_report.json").read_text())
+    assert report["config"]["measured"]["metric"] == "val_accuracy"
+    assert wanda["ours"] == report["config"]["measured"]["pruned"]
+    assert wanda["sparsity"] == pytest.approx(0.8, abs=0.01)
+    out = capsys.readouterr().out
+    assert "top-1 on digits" in out
+    assert f" {100 * dense['ours']:.2f} " in out
+
+
+def test_dry_run_prints_commands_and_writes_nothing(capsys):
+    assert run(PAPER / "llama2.yaml", "--out", "out", "--only", "70B/*_2to4", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("wanda-lightning prune --model=meta-llama/Llama-2-70b-hf") for line in lines)
+    assert all("--seqlen=4096" in line for line in lines)
+    assert not Path("out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.yaml"], "gone.yaml"),
+        (["--only", "70b/wanda_50"], "matches no cell. Near it are"),
+        (["--only", "wanda_2to4", "wanda_9"], "--only wanda_9 matches no cell"),
+        (["--set", "nsample=3"], "--set: prune has no option for this: nsample. The nearest is nsamples"),
+        (["--set", "nsamples=many"], "nsamples"),
+        (["--set", "nsamples"], "OPTION=VALUE"),
+        (["--set", "save=here"], "has no option for this: save"),
+        (["--set", "tune.steps=1"], "there is no step: tune"),
+        (["--set", "finetune.steps=1"], "no chosen cell is fine-tuned"),
+        (["--set", "sparsity_type=4:8"], "tiny/1B/wanda_2to4 is what it is by sparsity_type=2:4"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(family, capsys, arguments, message):
+    assert run(family(), *(arguments if arguments[0].startswith("--") else ["gone.yaml"]), "--out", "out") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("run.py: error: ")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(option={}), "tiny.yaml: there is no key: option. The nearest is options"),
+        (lambda c: c.pop("cells"), "it has no cells"),
+        (lambda c: c["options"].update(seq_len=3), "prune has no option for this: seq_len. The nearest is seqlen"),
+        (lambda c: c["options"].update(nsamples=[1, 2]), "nsamples should be one value"),
+        (lambda c: c["cells"].update(odd={"limit": 3}), "move limit of odd to options"),
+        (lambda c: c["cells"].update(odd={"finetune": {"step": 3}}), "finetune has no option for this: step"),
+        (lambda c: c["cells"].update(odd={"prune_method": "wander"}), "tiny/1B/odd: "),
+        (lambda c: c["cells"].update(odd=3), "cells.odd should map names to values"),
+        (lambda c: c["cells"].update({"2:4": {}}), "'2:4' would name a folder"),
+        (lambda c: c["cells"].update(dense={}), "leave it out of cells"),
+        (lambda c: c["published"].update(wanda_2to8={}), "there is no cell: wanda_2to8. The nearest is wanda_2to4"),
+        (lambda c: c["published"]["dense"].update({"7B": 3}), "there is no model: 7B"),
+        (lambda c: c["published"]["dense"].update({"1B": "low"}), "low"),
+        (lambda c: c["options"].pop("seqlen"), "need a source, and options the seqlen"),
+        (lambda c: c.pop("source"), "need a source"),
+    ],
+)
+def test_a_bad_family_is_refused_before_anything_runs(family, capsys, change, message):
+    assert run(family(change), "--out", "out") == 1
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_two_families_of_one_name_are_refused(family, capsys):
+    Path("other").mkdir()
+    assert run(family(), family(name="other/tiny"), "--out", "out") == 1
+    assert "one name" in capsys.readouterr().err

@@ -1,0 +1,153 @@
+"""A small module and its training, shared by the tests of the callbacks."""
+
+import csv
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from support.zoo import ZOO
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is as small as this is slower with more
+    yield
+    torch.set_num_threads(threads)
+
+
+LAYERS = ["layers.0", "layers.2", "layers.4"]  # of Net
+
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
+
+
+class Net(L.LightningModule):
+    """A user's own module, which knows nothing of pruning."""
+
+    def __init__(self, optimizer=SGD):
+        super().__init__()
+        self.layers = ZOO["plain_mlp"].build().train()
+        self.optimizer = optimizer
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def _loss(self, batch):
+        x, labels = batch
+        return F.cross_entropy(self(x).float(), labels)
+
+    def training_step(self, batch, batch_idx):
+        return self._loss(batch)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("loss", self._loss(batch))
+
+    def test_step(self, batch, batch_idx):
+        self.log("loss", self._loss(batch))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        self.used_optimizer = self.optimizer(self.parameters())
+        return self.used_optimizer
+
+
+def samples(count=12, seed=0, shift=0.0):
+    random = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(count, 32, generator=random) + shift, torch.randint(16, (count,), generator=random)
+    )
+
+
+def loader(count=12, batch_size=4, **kwargs):
+    return DataLoader(samples(count), batch_size, **kwargs)
+
+
+def trainer(*callbacks, **kwargs):
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **kwargs})
+
+
+def zeros(module):
+    return {name: weight == 0 for name, weight in module.named_parameters() if weight.ndim == 2}
+
+
+def share_of_zeros(module):
+    return {name: round(where.float().mean().item(), 3) for name, where in zeros(module).items()}
+
+
+def all_at(share):
+    return dict.fromkeys([f"{name}.weight" for name in LAYERS], share)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def train_by_hand(module, batches, optimizer, accumulate, clip):
+    """The model is pruned: mask gradients and weights at each step, in a loop written out."""
+    keep = {weight: weight != 0 for weight in module.parameters() if weight.ndim == 2}
+    for number, batch in enumerate(batches, start=1):
+        (module._loss(batch) / accumulate).backward()
+        if number % accumulate:
+            continue
+        for weight, kept in keep.items():
+            weight.grad *= kept
+        if clip:
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
+        optimizer.step()
+        with torch.no_grad():
+            for weight, kept in keep.items():
+                weight *= kept
+        optimizer.zero_grad()
+
+
+def rows_of(folder):
+    (file,) = folder.rglob("metrics.csv")
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps of one size by the sign of a momentum, with decoupled weight decay (Chen et al. 2023)."""
+
+    def __init__(self, params, lr=0.01, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            slow, fast = group["betas"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                momentum = state.setdefault("momentum", torch.zeros_like(weight))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(group["lr"] * (slow * momentum + (1 - slow) * weight.grad).sign())
+                momentum.lerp_(weight.grad, 1 - fast)
+        return loss
+
+
+@torch.no_grad()
+def to_quarters(module):
+    """Weights that steps of a quarter can make exactly zero: -0.25 and 0.25, and a few zeros."""
+    for weight in module.parameters():
+        weight.copy_(torch.where(weight < 0, -0.25, 0.25))

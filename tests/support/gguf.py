@@ -1,0 +1,42 @@
+"""A tiny GGUF file."""
+
+import gguf
+import numpy as np
+
+
+def write_gguf(path):
+    """A random two-layer Llama in float32 with a byte-pair tokenizer of 64 entries."""
+    rng, hidden, inner, words = np.random.default_rng(0), 32, 48, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // 2)
+    writer.add_vocab_size(words)
+    tokens = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "th", "the"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens + [f"<{i}>" for i in range(words - len(tokens))])
+    writer.add_token_types([1] * words)
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"token_embd": (words, hidden), "output_norm": (hidden,)}
+    for block in ("blk.0", "blk.1"):
+        shapes |= {f"{block}.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}
+        shapes |= {f"{block}.{name}": (hidden,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"{block}.{name}": (inner, hidden) for name in ("ffn_gate", "ffn_up")}
+        shapes[f"{block}.ffn_down"] = (hidden, inner)
+    tensors = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors

@@ -1,0 +1,436 @@
+"""What two processes do together in `test_distributed.py`; each function runs in both."""
+
+import contextlib
+import io
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from support.zoo import ZOO, run
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from wanda_lightning import PerLayer
+from wanda_lightning.callbacks import SavePretrained
+from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward, processes_of
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.models import find_layers
+from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.parallel import Processes
+from wanda_lightning.pruning import prune_as
+
+
+def both():
+    return Processes(dist.group.WORLD)
+
+
+def share_of(batches, rank, shares):
+    """The batches of this process: every second one, or those at the given places."""
+    return batches[rank::2] if shares is None else [batches[index] for index in shares[rank]]
+
+
+def whole(model):
+    """The parameters by name, gathered from both processes where they are sharded."""
+    return {
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def attempt(work):
+    """The result, or the error as (type, text)."""
+    try:
+        return work()
+    except (ValueError, RuntimeError) as error:
+        return type(error).__name__, str(error)
+
+
+def shard(model, units=None, **options):
+    """Apply `fully_shard` to the blocks and to the model around them, as one does for training."""
+    mesh = init_device_mesh("cpu", (2,))
+    for unit in find_layers(model, "block").units if units is None else units:
+        if unit.module is not model:
+            fully_shard(unit.module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+# ------------------------------------------------------------------------------------------------- prune together
+
+
+def collectives(rank):
+    processes = both()
+    tensors = [
+        torch.tensor([1.0, 2.0]) * (rank + 1),
+        torch.tensor(10 + rank),
+        torch.tensor([[0.5]], dtype=torch.float64),
+        torch.zeros(0),
+        torch.tensor([[3.0], [4.0]]),
+    ]
+    processes.all_reduce_sum(tensors)
+    return {
+        "add": [tensor.tolist() for tensor in tensors],
+        "minimum": processes.all_reduce_min(5 - rank),
+        "share": [processes.broadcast(f"of {rank}", source) for source in (0, 1)],
+    }
+
+
+def failures(rank, who):
+    """Both in step after some failed, however deep inside."""
+    processes = both()
+
+    def work():
+        with processes.fail_together():
+            with processes.fail_together():
+                if rank in who["inner"]:
+                    raise KeyError(rank)
+            processes.all_reduce_min(1)
+            if rank in who["outer"]:
+                raise ValueError(f"bad {rank}")
+        return "fine"
+
+    def quoted():
+        try:
+            return work()
+        except KeyError as error:
+            return "KeyError", str(error)
+
+    return attempt(quoted), both().minimum(3 + rank)
+
+
+def replicated(rank, name, shares=None, **choices):
+    """Prune a specimen that both processes have."""
+    model, batches = ZOO[name].build(), ZOO[name].batches()
+    config = PruningConfig(**choices)
+    stream = iter(share_of(batches, rank, shares))
+    report = prune_as(config, model, stream, progress=False, processes=both())
+    return whole(model), report
+
+
+def progress(rank):
+    model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        prune_as(PruningConfig(), model, batches[rank::2], progress=True, processes=both())
+    return shown.getvalue()
+
+
+def spoilt(rank, sequential, spoil):
+    """Prune where one process has something wrong."""
+    model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()[rank::2]
+    before = whole(model)
+    forward = None
+    if rank == 1 and spoil == "input":
+        batches[-1][0] = float("nan")
+    if spoil == "iterator":
+        batches = failing(batches) if rank == 1 else iter(batches)
+    if spoil == "nothing":
+        batches = []
+    if rank == 1 and spoil == "weight":
+        model[0].weight.data[0, 0] = float("inf")
+    if rank == 1 and spoil == "forward":
+
+        def forward(batch):
+            model[:2](batch)
+            raise OSError("no more disk")
+
+    error = attempt_any(
+        lambda: prune_as(
+            PruningConfig(sequential=sequential), model, batches, forward=forward, progress=False, processes=both()
+        )
+    )
+    same = all(torch.equal(value, before[name]) for name, value in whole(model).items())
+    return error, same or spoil == "weight"
+
+
+def failing(batches):
+    yield batches[0]
+    raise OSError("no more disk")
+
+
+def attempt_any(work):
+    try:
+        work()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ FSDP2
+
+
+class Block(nn.Module):
+    def __init__(self, rows=24):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, rows), nn.Linear(rows, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def few_rows():
+    """A layer with one row: the second process has none of it."""
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(rows=1), Block())
+
+
+def vectors(count=4):
+    return list(torch.randn(count, 6, 16, generator=torch.Generator().manual_seed(1)))
+
+
+def sharded(rank, name, shares=None, compiled=False, dtype=None, **choices):
+    """Prune a specimen sharded by FSDP2; how it answers, and a step of training, afterwards."""
+    model = few_rows() if name == "few_rows" else ZOO[name].build()
+    batches = vectors() if name == "few_rows" else ZOO[name].batches()
+    if compiled:
+        for unit in find_layers(model, "block").units:
+            unit.module.compile(backend="eager")
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before the first forward pass: of the shards
+    with torch.no_grad():
+        run(model, batches[0])  # the root module holds all its weights after this
+    report = prune_as(
+        PruningConfig(**choices), model, iter(share_of(batches, rank, shares)), progress=False, processes=both()
+    )
+    asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    pruned = whole(model)
+    with torch.no_grad():
+        output = run(model, batches[0])
+    run(model, batches[0]).float().square().mean().backward()
+    optimizer.step()
+    hooks = [n for n, m in model.named_modules() if {"_call_impl", "forward"} & m.__dict__.keys()]
+    return {
+        "weights": pruned,
+        "report": report,
+        "asleep": asleep,
+        "output": output,
+        "trained": whole(model),
+        "hooks": hooks,
+    }
+
+
+def ends_early(rank):
+    """After an error in the middle of the forward pass all is at rest, too."""
+    model, batches = shard(ZOO["llama"].build()), ZOO["llama"].batches()
+    before = whole(model)
+
+    def forward(batch):
+        model(**batch)
+        raise OSError("no more disk")
+
+    config = PruningConfig(sequential="none")
+    error = attempt_any(lambda: prune_as(config, model, batches[:2], forward=forward, progress=False, processes=both()))
+    asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    after = whole(model)
+    with torch.no_grad():
+        return error, asleep, all(torch.equal(after[name], before[name]) for name in after), run(model, batches[0])
+
+
+def refused(rank, case):
+    """Why a sharded model is not pruned, and whether it was left as it was."""
+    mesh = init_device_mesh("cpu", (2,))
+    name = {"columns": "gpt2", "routed": "routed", "experts": "mixtral"}.get(case, "llama")
+    model, batches = ZOO[name].build(), ZOO[name].batches()
+    choices, processes, target = {}, both(), model
+    blocks = [unit.module for unit in find_layers(model).units]
+    if case == "layer":
+        choices = {"sequential": "layer"}
+    if case in ("unstructured_layer", "equal_share"):
+        choices = {"pattern": case}
+    if case in ("owl", "alpha"):
+        choices = {"allocation": case}
+    if case == "per_layer":
+        choices = {"allocation": PerLayer({"*.mlp": 0.6})}
+    if case == "ria":
+        choices = {"criterion": case}
+    if case == "alone":
+        processes = Processes()
+    if case == "root_only":
+        fully_shard(model, mesh=mesh)
+    elif case == "second_dimension":
+        for block in blocks:
+            fully_shard(block, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else Shard(0))
+    elif case == "two_dimensions":
+        for block in blocks:
+            fully_shard(block, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+    elif case == "outside":
+        fully_shard(model, mesh=mesh)
+        target = model.model.layers[0]
+    elif case == "outside_awake":
+        fully_shard(model, mesh=mesh)
+        target = model.model.layers[0]
+        with torch.no_grad():
+            run(model, batches[0])
+    else:
+        shard(model, [unit for unit in find_layers(model).units if unit.module in blocks])
+    error = attempt(
+        lambda: prune_as(PruningConfig(**choices), target, batches[rank::2], progress=False, processes=processes)
+    )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return error, whole(model)
+
+
+def evaluation_of_ignored(rank):
+    """A parameter that FSDP2 was told to ignore is whole in each process, and pruned there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model:
+        fully_shard(block, mesh=mesh, ignored_params={block.up.weight})
+    report = prune_as(PruningConfig(), model, vectors()[rank::2], progress=False, processes=both())
+    return whole(model), report
+
+
+# ---------------------------------------------------------------------------------------------- in a Trainer
+
+
+class PruneAtStart(L.Callback):
+    """The least that a callback must do."""
+
+    def __init__(self, config, num_samples, dataloader=None):
+        self.config, self.num_samples, self.dataloader = config, num_samples, dataloader
+        self.batches = []
+
+    def on_train_start(self, trainer, pl_module):
+        processes = processes_of(trainer)
+        batches = calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, processes)
+        target = getattr(pl_module, "pruning_target", pl_module)
+
+        def forward(batch):
+            self.batches.append(batch)
+            return calibration_forward(trainer, pl_module, batch)
+
+        self.report = prune_as(self.config, target, batches, forward=forward, progress=False, processes=processes)
+        self.weights = whole(target)
+
+
+def trainer(strategy, *callbacks):
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    return L.Trainer(
+        devices=2,
+        accelerator="cpu",
+        strategy=strategy,
+        max_steps=3,
+        callbacks=list(callbacks),
+        num_sanity_val_steps=1,
+        **quiet,
+    )
+
+
+class Regression(L.LightningModule):
+    def __init__(self, sharding=False, blocks=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(Block() for _ in range(3)))
+        self.sharding, self.blocks = sharding, blocks
+
+    def configure_model(self):
+        if self.sharding and not isinstance(self.layers, FSDPModule):
+            for block in self.layers if self.blocks else ():
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.layers, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch), torch.zeros_like(batch))
+
+    def validation_step(self, batch, batch_idx):
+        self(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+SAMPLES = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def strategy_named(name):
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if name == "fsdp2" else name
+
+
+def fit(rank, strategy, num_samples, given, shuffle=False):
+    """Prune in a Trainer; the samples that this process took, and the weights."""
+    torch.manual_seed(5 + rank)
+    calibration = DataLoader(SAMPLES, batch_size=3, shuffle=shuffle) if given else None
+    callback = PruneAtStart(PruningConfig(), num_samples, calibration)
+    module = Regression(strategy == "fsdp2")
+    trainer(strategy_named(strategy), callback).fit(module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES))
+    return callback.batches, callback.weights, callback.report
+
+
+class Final(L.Callback):
+    """The weights before and after training."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.pruned = whole(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.trained = whole(pl_module)
+
+
+def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
+    """Train with one of our callbacks; the weights at the first step and at the end, and the callback's report."""
+    module = Regression(strategy == "fsdp2", blocks)
+    if zeros_in is not None:
+        with torch.no_grad():
+            module.layers[zeros_in].up.weight[:, ::2] = 0
+    callback, final = make(), Final()
+    trainer(strategy_named(strategy), callback, final).fit(
+        module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
+    )
+    return final.pruned, final.trained, getattr(callback, "report", None)
+
+
+def validate_with(rank, strategy, make):
+    module, callback = Regression(strategy == "fsdp2"), make()
+    trainer(strategy_named(strategy), callback).validate(module, DataLoader(SAMPLES, batch_size=2), verbose=False)
+    return whole(module), callback.report
+
+
+class Llama(CausalLMModule):
+    """A module of ours, sharded as the Trainer's strategy asks."""
+
+    def __init__(self):
+        L.LightningModule.__init__(self)
+        self.model = ZOO["llama"].build()
+
+    def configure_model(self):
+        if not isinstance(self.model, FSDPModule):
+            for layer in self.model.model.layers:
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit_llama(rank, sequential):
+    windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
+    callback = PruneAtStart(PruningConfig(sequential=sequential), 1000, windows)
+    trainer(strategy_named("fsdp2"), callback).fit(Llama(), DataLoader(windows, batch_size=None))
+    return callback.weights, callback.report
+
+
+def save_shards(rank, folder):
+    fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
+    return attempt_any(lambda: fit(Llama(), DataLoader(SAMPLES)))
+
+
+def tensor_parallel(rank):
+    class Ask(L.Callback):
+        def setup(self, trainer, pl_module, stage):
+            processes_of(trainer)
+
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    return attempt_any(lambda: trainer(strategy, Ask()).fit(Regression(), DataLoader(SAMPLES)))

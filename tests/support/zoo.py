@@ -1,0 +1,523 @@
+"""Tiny random models, built and not downloaded, each with batches that it can be calibrated on.
+
+Everything is seeded and leaves the global random state alone. A name in `Specimen` is that of the module for a
+parameter called `weight` (`lm_head`), else that of the parameter (`cls_token`), with a number for each expert of a
+parameter that holds several; see `matrices`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from timm.models.convnext import ConvNeXt
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+VOCABULARY, TOKENS, WINDOW = 128, 24, 8
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A model for tests. Globs are `fnmatch`'s: `*` crosses dots, so blocks are written with `[0-9]`.
+
+    Attributes:
+        build: The model, in eval mode and float32, with the same weights every time.
+        batches: Two or three batches: a mapping is keywords; of a tuple only the first element goes in.
+        dense: Matrices that must be skipped by default. All others must be pruned.
+        blocks: Modules that sequential "block" stops at.
+        uncalled: Layers not in `dense` whose own forward no batch calls, so that they keep their weights.
+        read_past: Layers whose weight another module reads, and whose own forward nothing calls.
+    """
+
+    build: Callable[[], nn.Module]
+    batches: Callable[[], list[Any]]
+    dense: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
+    read_past: tuple[str, ...] = ()
+
+
+def save_llama_of_bytes(folder: Any) -> None:
+    """A tiny Llama and a tokenizer whose tokens are bytes, as a Hugging Face folder."""
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        config = hf.LlamaConfig(vocab_size=256, max_position_embeddings=64, initializer_range=0.3, **sizes, **special)
+        hf.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def run(model: nn.Module, batch: Any) -> Tensor:
+    """The main output of a model for a batch; whether with gradients is the caller's choice."""
+    if isinstance(batch, Mapping):
+        caches = hasattr(getattr(model, "config", None), "use_cache")
+        output = model(**batch, use_cache=False) if caches else model(**batch)
+    else:
+        output = model(batch[0] if isinstance(batch, tuple | list) else batch)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter with two dimensions or more, a tied one under each of its modules, stacked experts under each."""
+    found = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            label = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
+            if type(module).__name__.endswith("Experts") and parameter.ndim == 3:
+                found |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
+            elif parameter.ndim >= 2:
+                found[label] = parameter
+    return found
+
+
+def matching(names: Iterable[str], globs: Iterable[str]) -> set[str]:
+    """The names that at least one glob matches."""
+    globs = tuple(globs)
+    return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+def _build(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
+        model = make()
+        _enliven(model)
+    return model.float().eval()
+
+
+@torch.no_grad()
+def _enliven(model: nn.Module) -> None:
+    """Move every parameter away from zero, one and what its copies hold, so that the output depends on each."""
+    for parameter in model.parameters():
+        d_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1] if parameter.ndim else 1
+        spread = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
+        parameter.add_(spread * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(2.0, 4.0)
+
+
+# Batches
+
+
+def _random() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def _ids(samples: int, tokens: int, random: torch.Generator) -> Tensor:
+    return torch.randint(3, VOCABULARY, (samples, tokens), generator=random)  # 0 to 2: padding, start, end
+
+
+def _text() -> list[dict[str, Tensor]]:
+    random = _random()
+    return [{"input_ids": _ids(samples, TOKENS, random)} for samples in (2, 3)]
+
+
+def _padded_text(side: str) -> list[dict[str, Tensor]]:
+    random, batches = _random(), []
+    for lengths in ((TOKENS, 10), (17, TOKENS, 5)):
+        position = torch.arange(TOKENS)
+        position = position.flip(0) if side == "left" else position
+        mask = (position < torch.tensor(lengths)[:, None]).long()
+        batches.append({"input_ids": _ids(len(lengths), TOKENS, random) * mask, "attention_mask": mask})
+    return batches
+
+
+def _text_pairs() -> list[dict[str, Tensor]]:
+    random = _random()
+    return [
+        {**source, "decoder_input_ids": _ids(len(source["input_ids"]), 16, random)} for source in _padded_text("right")
+    ]
+
+
+def _images() -> list[tuple[Tensor, Tensor]]:
+    random = _random()
+    return [(torch.randn(n, 3, 32, 32, generator=random), torch.arange(n)) for n in (2, 3)]
+
+
+def _vectors() -> list[Tensor]:
+    random = _random()
+    return [torch.randn(samples, 6, 32, generator=random) for samples in (2, 3, 2)]
+
+
+def _routed_vectors() -> list[Tensor]:
+    return [x + sign for x, sign in zip(_vectors(), (1, -1, 1), strict=True)]
+
+
+# Language models
+
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    **_SPECIAL,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _llama() -> nn.Module:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED))
+
+
+def _mistral() -> nn.Module:
+    return hf.MistralForCausalLM(hf.MistralConfig(**_GROUPED, sliding_window=WINDOW))
+
+
+def _qwen3() -> nn.Module:
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GROUPED, head_dim=16))
+
+
+def _gemma2() -> nn.Module:
+    sizes = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16}
+    # Eager: sdpa leaves the soft cap of the attention out.
+    config = hf.Gemma2Config(**sizes, sliding_window=WINDOW, attn_implementation="eager")
+    return hf.Gemma2ForCausalLM(config)
+
+
+def _gemma3() -> nn.Module:
+    sizes = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16}
+    kinds = [_SLIDING, _FULL, _SLIDING]
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, sliding_window=WINDOW, layer_types=kinds))
+
+
+def _opt() -> nn.Module:
+    config = hf.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        init_std=0.1,
+        **_SPECIAL,
+    )
+    return hf.OPTForCausalLM(config)
+
+
+def _gpt2() -> nn.Module:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, **sizes, **_SPECIAL))
+
+
+def _gpt_neox() -> nn.Module:
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES))
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = hf.T5Config(
+        vocab_size=VOCABULARY, **sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, is_decoder=False
+    )
+    return hf.T5ForConditionalGeneration(config)
+
+
+# Language models with experts
+
+_EXPERTS = {**_GROUPED, "tie_word_embeddings": False}
+_FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def _mixtral() -> nn.Module:
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**_EXPERTS, num_local_experts=4))
+
+
+def _qwen3_moe() -> nn.Module:
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_EXPERTS, **_FEW, num_experts=4, head_dim=16))
+
+
+def _olmoe() -> nn.Module:
+    return hf.OlmoeForCausalLM(hf.OlmoeConfig(**_EXPERTS, num_experts=4, num_experts_per_tok=2))
+
+
+def _deepseek_v3() -> nn.Module:
+    attention = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    routing = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    sizes = {**_EXPERTS, **_FEW, "num_key_value_heads": 4}
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes, **attention, **routing))
+
+
+def _gpt_oss() -> nn.Module:
+    """Its experts are stored as (d_in, d_out), and have biases."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**_EXPERTS, **sizes, rope_parameters=rope))
+
+
+def _llama4() -> nn.Module:
+    """All tokens go through all experts, as zeros where they are not theirs."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 64, "head_dim": 16}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**_EXPERTS, **sizes))
+
+
+# Image classifiers
+
+_IMAGES = {"num_classes": 16}
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+
+
+def _vit() -> nn.Module:
+    return VisionTransformer(**_VIT, **_IMAGES)
+
+
+def _deit() -> nn.Module:
+    return VisionTransformerDistilled(**_VIT, **_IMAGES)
+
+
+def _convnext(conv_mlp: bool) -> nn.Module:
+    return ConvNeXt(depths=(2, 2, 2, 2), dims=(8, 16, 24, 32), conv_mlp=conv_mlp, ls_init_value=0.75, **_IMAGES)
+
+
+def _swin() -> nn.Module:
+    stages = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+    return SwinTransformer(img_size=32, patch_size=4, window_size=4, **stages, **_IMAGES)
+
+
+def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> nn.Module:
+    return ResNet(block, layers=(2, 2, 2, 2), channels=channels, zero_init_last=False, **_IMAGES)
+
+
+# Odd ones
+
+
+class _Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(x)))
+
+
+class _Blocks(nn.Module):
+    """Blocks one after another; what is odd is up to the subclass."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class _KeywordMlp(_Mlp):
+    def forward(self, *, hidden: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = super().forward(hidden + extra)
+        return hidden, hidden.mean(dim=1, keepdim=True)
+
+
+class _KeywordsOnly(_Blocks):
+    def forward(self, *, x: Tensor) -> Tensor:
+        extra = torch.zeros_like(x[:, :1])
+        for block in self.blocks:
+            x, extra = block(hidden=x, extra=extra)
+        return self.head(x + extra)
+
+
+def _block_twice() -> nn.Module:
+    shared = _Mlp()
+    return _Blocks(_Mlp(), shared, _Mlp(), shared)
+
+
+def _plain_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+class _Unreached(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[2](self.blocks[0](x)))
+
+
+class _Routed(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.blocks[1] if x.mean() > 0 else self.blocks[2]
+        return self.head(self.blocks[3](expert(self.blocks[0](x))))
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+        self.second.weight = self.first.weight
+        self.third = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(F.relu(self.second(F.relu(self.first(x)))))
+
+
+class _InplaceMlp(_Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.relu_()) - 0.5
+
+
+class _Inplace(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 0.1)  # a fresh tensor: only the blocks change their inputs, the model keeps its own
+
+
+class _AutocastInside(_Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.blocks[1](x)
+            with torch.autocast("cpu", enabled=False):
+                x = self.blocks[2](x)
+            x = self.blocks[3](x)
+        return self.head(x)
+
+
+class _ExpertList(nn.Module):
+    """Experts that are modules; each token goes to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(_Mlp() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weight, chosen = self.gate(tokens).softmax(dim=-1).max(dim=-1)
+        result = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().squeeze(1)
+            if len(rows):
+                result.index_add_(0, rows, weight[rows, None] * expert(tokens[rows]))
+        return result.view_as(x)
+
+
+class _TorchTransformer(nn.Module):
+    """In eval mode without gradients PyTorch takes a fused path past all submodules of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+def _decoder(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _text) -> Specimen:
+    return Specimen(partial(_build, make), batches, ("model.embed_tokens", "lm_head"), ("model.layers.[0-9]",))
+
+
+def _with_experts(make: Callable[[], nn.Module], *dense: str, batches: Callable[[], list[Any]] = _text) -> Specimen:
+    return replace(_decoder(make, batches), dense=("model.embed_tokens", "lm_head", *dense))
+
+
+def _odd(
+    make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: tuple[str, ...]
+) -> Specimen:
+    return Specimen(partial(_build, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
+
+
+ZOO: dict[str, Specimen] = {
+    "llama": _decoder(_llama),
+    "llama_padded": _decoder(_llama, partial(_padded_text, "right")),
+    "llama_left_padded": _decoder(_llama, partial(_padded_text, "left")),
+    "mistral": _decoder(_mistral),
+    "qwen3": _decoder(_qwen3),
+    "gemma2": _decoder(_gemma2),
+    "gemma3": _decoder(_gemma3),
+    "mixtral": _with_experts(_mixtral, "*.gate"),
+    "mixtral_padded": _with_experts(_mixtral, "*.gate", batches=partial(_padded_text, "left")),
+    "qwen3_moe": _with_experts(_qwen3_moe, "*.gate"),
+    "olmoe": _with_experts(_olmoe, "*.gate"),
+    "deepseek_v3": _with_experts(_deepseek_v3, "*.gate"),
+    "gpt_oss": _with_experts(_gpt_oss, "*.router", "*_bias"),
+    "llama4": _with_experts(_llama4, "*.router"),
+    "opt": Specimen(
+        partial(_build, _opt), _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
+    ),
+    "gpt2": Specimen(
+        partial(_build, _gpt2), _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
+    ),
+    "gpt_neox": Specimen(
+        partial(_build, _gpt_neox), _text, ("gpt_neox.embed_in", "lm_head"), ("gpt_neox.layers.[0-9]",)
+    ),
+    "t5": Specimen(
+        partial(_build, _t5),
+        _text_pairs,
+        ("shared", "*.embed_tokens", "*.relative_attention_bias", "lm_head"),
+        ("encoder.block.[0-9]", "decoder.block.[0-9]"),
+    ),
+    "vit": Specimen(
+        partial(_build, _vit), _images, ("cls_token", "pos_embed", "patch_embed.proj", "head"), ("blocks.[0-9]",)
+    ),
+    "deit": Specimen(
+        partial(_build, _deit),
+        _images,
+        ("cls_token", "dist_token", "pos_embed", "patch_embed.proj", "head", "head_dist"),
+        ("blocks.[0-9]",),
+    ),
+    "convnext": Specimen(
+        partial(_build, partial(_convnext, conv_mlp=False)),
+        _images,
+        ("stem.0", "*.conv_dw", "head.fc"),
+        ("stages.[0-9].blocks.[0-9]",),
+    ),
+    "convnext_conv_mlp": Specimen(
+        partial(_build, partial(_convnext, conv_mlp=True)),
+        _images,
+        ("stem.0", "*.conv_dw", "head.fc"),
+        ("stages.[0-9].blocks.[0-9]",),
+    ),
+    "swin": Specimen(
+        partial(_build, _swin),
+        _images,
+        ("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
+        ("layers.[0-9].blocks.[0-9]",),
+    ),
+    "resnet18": Specimen(
+        partial(_build, partial(_resnet, BasicBlock, (16, 16, 32, 32))),
+        _images,
+        ("conv1", "fc"),
+        ("layer[1-4].[0-9]",),
+    ),
+    "resnet50": Specimen(
+        partial(_build, partial(_resnet, Bottleneck, (8, 8, 16, 16))), _images, ("conv1", "fc"), ("layer[1-4].[0-9]",)
+    ),
+    "keywords_only": _odd(lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]),
+    "block_twice": _odd(_block_twice),
+    "plain_mlp": _odd(_plain_mlp, blocks=()),
+    "unreached": _odd(lambda: _Unreached(_Mlp(), _Mlp(), _Mlp()), uncalled=("blocks.1.*",)),
+    "routed": _odd(lambda: _Routed(_Mlp(), _Mlp(), _Mlp(), _Mlp()), _routed_vectors),
+    "expert_list": _odd(lambda: _Blocks(_ExpertList(), _ExpertList()), dense=("*.gate",)),
+    "tied": _odd(_Tied, dense=("second",), blocks=()),
+    "inplace": _odd(lambda: _Inplace(_InplaceMlp(), _InplaceMlp())),
+    "autocast_inside": _odd(lambda: _AutocastInside(_Mlp(), _Mlp(), _Mlp(), _Mlp())),
+    "torch_transformer": _odd(
+        _TorchTransformer,
+        dense=("*.in_proj_weight",),
+        blocks=("encoder.layers.[0-9]",),
+        read_past=("*.out_proj",),
+    ),
+}

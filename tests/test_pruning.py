@@ -1,0 +1,396 @@
+"""`prune` on every model of the zoo: nothing left out, and what a slow, independent procedure gives."""
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from support import reference
+from support.zoo import ZOO, matching, matrices, run
+from torch import nn
+
+from wanda_lightning import NM, Magnitude, PruningReport, Unstructured, Wanda, prune
+from wanda_lightning.models import find_layers
+
+SEQUENTIAL_CHOICES = ("block", "layer", "none")
+
+
+def double(batch):
+    if isinstance(batch, Mapping):
+        return {key: double(value) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(double(value) for value in batch)
+    return batch.double() if batch.is_floating_point() else batch
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+@pytest.mark.parametrize("name", ZOO)
+def test_every_matrix_is_pruned_or_has_a_reason(name, sequential):
+    specimen = ZOO[name]
+    model, batches = specimen.build(), specimen.batches()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    report = prune(model, batches, 0.5, sequential=sequential, progress=False)
+
+    everything = matrices(model)
+    dense = matching(everything, specimen.dense) | matching(everything, specimen.uncalled)
+    assert {layer.name for layer in report.layers} == everything.keys() - dense - tied(everything)
+    assert {matrix.name for matrix in report.skipped} >= dense
+    assert all(matrix.reason for matrix in report.skipped)
+    for layer in report.layers:
+        rows = everything[layer.name]
+        weight = next(item for item in find_layers(model).layers if item.name == layer.name).read()
+        assert (weight == 0).sum(dim=1).eq(int(weight.shape[1] * 0.5)).all(), layer.name
+        assert layer.sparsity == pytest.approx(0.5, abs=0.5 / weight.shape[1])
+        assert layer.tokens > 0 or layer.note.startswith("few tokens")
+        assert rows.dtype == torch.float32
+    for key, value in model.state_dict().items():
+        kept = value != 0
+        assert torch.equal(value[kept], before[key][kept]), key
+    assert all(run(model, batch).isfinite().all() for batch in specimen.batches())
+
+
+def tied(everything):
+    first = {}
+    part = {name: name.rpartition(".")[2] if weight.ndim == 3 else "" for name, weight in everything.items()}
+    return {name for name, weight in everything.items() if first.setdefault((id(weight), part[name]), name) != name}
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "torch_transformer"])
+def test_two_of_four_fits_everywhere(name):
+    specimen = ZOO[name]
+    model = specimen.build()
+    report = prune(model, specimen.batches(), 0.5, pattern="2:4", sequential="layer", progress=False)
+    for layer in find_layers(model).layers:
+        if layer.name in {pruned.name for pruned in report.layers}:
+            assert (layer.read().reshape(-1, 4) == 0).sum(dim=1).eq(2).all(), layer.name
+
+
+# ---- the slow procedure
+
+
+class FirstCall:
+    """Collects what enters some layers during the first call of a unit in a forward pass."""
+
+    def __init__(self, model, unit, layers):
+        self.tokens, self.layers, self.calls = {layer.name: [] for layer in layers}, layers, 0
+        self.handles = []
+        if unit is not None:
+            self.handles.append(unit.register_forward_pre_hook(self.enter, with_kwargs=True))
+        for layer in layers:
+            same = [m for m in model.modules() if getattr(m, layer.parameter_name, None) is layer.parameter]
+            for module in same if unit is None else [layer.module]:  # a unit's second name is its second call
+                self.handles.append(module.register_forward_pre_hook(self.reader(layer), with_kwargs=True))
+        self.counting = unit is not None
+
+    def enter(self, module, args, kwargs):
+        self.calls += 1
+
+    def reader(self, layer):
+        def read(module, args, kwargs):
+            if self.counting and self.calls > 1:
+                return
+            if layer.expert is not None:
+                (name, expert), routed = (layer.parameter_name, layer.expert), reference.routed_tokens(module, *args)
+                self.tokens[layer.name] += [routed[name, expert]] if (name, expert) in routed else []
+                return
+            x = reference.array(args[0])
+            if isinstance(module, nn.Conv2d):
+                padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
+                x = reference.im2col(x, module.kernel_size, module.stride, padding, module.dilation)
+            tokens = x.reshape(-1, x.shape[-1])
+            self.tokens[layer.name].append((tokens, np.arange(len(tokens))))
+
+        return read
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def padding_rows(layer, batch, tokens, rows):
+    """Which tokens are padding: the encoder's and the decoder's differ in length in the zoo."""
+    if not isinstance(batch, Mapping) or "attention_mask" not in batch:
+        return None
+    mask = batch["attention_mask"].flatten().numpy() == 0
+    return mask[rows] if layer.expert is not None or len(mask) == len(tokens) else None
+
+
+def slow_prune(model, batches, sequential, keep_rows):
+    units = find_layers(model, sequential).units
+    for unit in in_order_of_execution(model, units, batches):
+        sums, counts = {}, {}
+        for batch in batches:
+            first = FirstCall(model, unit.module, unit.layers)
+            with torch.no_grad():
+                run(model, batch)
+            first.remove()
+            for layer in unit.layers:
+                for tokens, rows in first.tokens[layer.name]:
+                    padding = padding_rows(layer, batch, tokens, rows)
+                    total = reference_square_sum(tokens, padding)
+                    sums[layer.name] = sums.get(layer.name, 0) + total
+                    count = len(tokens) if padding is None else (~padding).sum()
+                    counts[layer.name] = counts.get(layer.name, 0) + count
+        for layer in unit.layers:
+            total = sums.get(layer.name)
+            siblings = [other.name for other in unit.layers if layer.siblings and other.siblings == layer.siblings]
+            if siblings and counts.get(layer.name, 0) < 32:
+                total = sum(sums[name] for name in siblings if name in sums)
+            if total is not None:
+                weight = reference.array(layer.read())
+                keep = keep_rows(np.abs(weight) * np.sqrt(total))
+                with torch.no_grad():
+                    layer.write(torch.from_numpy(weight * keep))
+
+
+def reference_square_sum(tokens, padding):
+    return (tokens[~padding] ** 2).sum(axis=0) if padding is not None else (tokens**2).sum(axis=0)
+
+
+def in_order_of_execution(model, units, batches):
+    """The first unit, in walk order, that no other unit still to come precedes in any batch."""
+    if units[0].module is None:
+        return units
+    orders = []
+    for batch in batches:
+        order = []
+        handles = [
+            unit.module.register_forward_pre_hook(
+                lambda *_, unit=unit, order=order: order.append(unit), with_kwargs=True
+            )
+            for unit in units
+        ]
+        with torch.no_grad():
+            run(model, batch)
+        for handle in handles:
+            handle.remove()
+        orders.append(list(dict.fromkeys(order)))
+    remaining = [unit for unit in units if any(unit in order for order in orders)]
+    chosen = []
+    while remaining:
+        entries = [next((unit for unit in order if unit not in chosen), None) for order in orders]
+        chosen.append(next(unit for unit in remaining if unit in entries))
+        remaining.remove(chosen[-1])
+    return chosen
+
+
+def keep_half_of_each_row(scores):
+    keep = np.ones(scores.shape, dtype=bool)
+    for row, order in enumerate(np.argsort(scores, axis=1, kind="stable")):
+        keep[row, order[: int(scores.shape[1] * 0.5)]] = False
+    return keep
+
+
+FLOAT32_INSIDE = {"autocast_inside": "its blocks compute in bfloat16"}
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in FLOAT32_INSIDE and name != "torch_transformer"])
+def test_equals_the_slow_procedure(name, sequential):
+    specimen = ZOO[name]
+    model, batches = specimen.build().double(), [double(batch) for batch in specimen.batches()]
+    slow = copy.deepcopy(model)
+    if hasattr(slow, "set_experts_implementation"):
+        slow.config._experts_implementation = "batched_mm"  # grouped_mm takes no float64, and eager is what is tested
+
+    prune(model, batches, 0.5, sequential=sequential, progress=False)
+    slow_prune(slow, [double(batch) for batch in specimen.batches()], sequential, keep_half_of_each_row)
+
+    expected = slow.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value != 0, expected[key] != 0), key
+        assert torch.equal(value, expected[key]), key
+
+
+# ---- laws
+
+
+def masks(model):
+    return {name: weight != 0 for name, weight in matrices(model).items()}
+
+
+def test_same_seed_same_masks():
+    models = [ZOO["llama"].build() for _ in range(2)]
+    for model in models:
+        prune(model, ZOO["llama"].batches(), 0.5, progress=False)
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_batch_size_changes_nothing(sequential):
+    ids = torch.cat([batch["input_ids"] for batch in ZOO["llama"].batches()])
+    kept = []
+    for size in (1, 2, len(ids)):
+        model = ZOO["llama"].build().double()
+        prune(model, [{"input_ids": part} for part in ids.split(size)], 0.5, sequential=sequential, progress=False)
+        kept.append(masks(model))
+    assert all(torch.equal(kept[0][name], other[name]) for other in kept[1:] for name in kept[0])
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "unstructured_layer", "equal_share", "2:4"])
+@pytest.mark.parametrize("criterion", [Wanda(), Magnitude()])
+def test_pruning_twice_changes_nothing(criterion, pattern):
+    model = ZOO["llama"].build()
+    first = prune(model, ZOO["llama"].batches(), 0.5, criterion=criterion, pattern=pattern, progress=False)
+    once = copy.deepcopy(model.state_dict())
+    second = prune(model, ZOO["llama"].batches(), 0.5, criterion=criterion, pattern=pattern, progress=False)
+    assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
+    assert first.sparsity == second.sparsity
+
+
+@pytest.mark.parametrize("sequential", ["block", "none"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
+def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
+    """After ReLU, few tokens leave some columns without input, and after pruning they are other ones."""
+    model, inactive = ZOO["block_twice"].build(), []
+    model.blocks[0].down.register_forward_pre_hook(lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1))))
+    for _ in range(2):
+        before = copy.deepcopy(model.state_dict())
+        few = [torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))]
+        prune(model, few, sparsity, pattern=pattern, sequential=sequential, progress=False)
+    assert (inactive[-1] & ~inactive[0]).any()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_the_model_is_left_as_it_was(sequential):
+    model = ZOO["llama"].build().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    model.requires_grad_(True)
+    prune(model, ZOO["llama"].batches(), 0.5, sequential=sequential, progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_magnitude_needs_no_data():
+    model = ZOO["llama"].build()
+    report = prune(model, None, 0.3, criterion="magnitude", pattern=Unstructured("layer"), progress=False)
+    assert report.sparsity == pytest.approx(0.3, abs=1e-3)
+    assert all(layer.tokens == 0 for layer in report.layers)
+
+
+def test_padding_does_not_count():
+    """Right padding under a causal mask cannot reach the tokens: the masks are those of the cut sequences."""
+    padded = ZOO["llama_padded"]
+    model, cut = padded.build().double(), padded.build().double()
+    prune(model, padded.batches(), 0.5, sequential="block", progress=False)
+    sequences = [
+        {"input_ids": ids[mask.bool()][None]}
+        for batch in padded.batches()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    report = prune(cut, sequences, 0.5, sequential="block", progress=False)
+    assert all(torch.equal(kept, masks(cut)[name]) for name, kept in masks(model).items())
+    assert report.layers[0].tokens == sum(int(batch["attention_mask"].sum()) for batch in padded.batches())
+
+
+def decoder_tokens(**batch):
+    report = prune(ZOO["t5"].build(), [{**ZOO["t5"].batches()[0], **batch}], progress=False)
+    tokens = {layer.name: layer.tokens for layer in report.layers}
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 24 + 10
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == 24 + 10
+    return tokens["decoder.block.0.layer.0.SelfAttention.q"]
+
+
+def test_padding_of_a_decoder_does_not_count():
+    ids = torch.arange(16).repeat(2, 1)  # starts with T5's padding, which also starts a sentence
+    labels = ids.where(ids < torch.tensor([[16], [5]]), -100)
+    assert decoder_tokens(decoder_input_ids=None, labels=labels) == 16 + 5
+    assert decoder_tokens(decoder_input_ids=ids) == 2 * 16
+    assert decoder_tokens(decoder_input_ids=ids, decoder_attention_mask=None) == 2 * 16
+    assert decoder_tokens(decoder_input_ids=ids, decoder_attention_mask=(labels != -100).long()) == 16 + 5
+
+
+class Attention(nn.Module):
+    """Three layers with one input, which has fewer tokens than the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+class Shortened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention()])
+
+    def forward(self, x, attention_mask):
+        return self.blocks[0](x[:, 1:])
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_padding_that_counts_is_noted_on_each_layer(sequential):
+    batch = {"x": torch.randn(2, 4, 8), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    report = prune(Shortened(), [batch], sequential=sequential, progress=False)
+    notes = {layer.name[-1]: layer.note.partition(":")[0] for layer in report.layers}
+    assert notes == dict.fromkeys("qkv", "padding counted")
+    assert {layer.tokens for layer in report.layers} == {2 * 3}
+
+
+def test_autocast_of_the_caller_reaches_the_batches():
+    """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
+    seen = []
+    model = ZOO["llama"].build()
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prune(model, ZOO["llama"].batches(), 0.5, progress=False)
+        inside = run(model, ZOO["llama"].batches()[0])
+    assert set(seen) == {torch.bfloat16}
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        assert torch.equal(inside, run(model, ZOO["llama"].batches()[0]))
+
+
+def test_unreached_layers_stay_dense_and_are_named():
+    model = ZOO["unreached"].build()
+    report = prune(model, ZOO["unreached"].batches(), 0.5, progress=False)
+    reasons = {matrix.name: matrix.reason for matrix in report.skipped}
+    assert reasons["blocks.1.up"] == "no calibration batch called it"
+    assert model.blocks[1].up.weight.all()
+    assert any("blocks.1" in note for note in report.notes)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_weights_without_a_shape_can_be_left_out():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    report = prune(model, criterion="magnitude", skip=["1"], progress=False)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert {(matrix.name, matrix.shape) for matrix in report.skipped} == {("1.weight", ()), ("1.bias", ())}
+    assert report.parameters == 8 * 8 + 8
+
+
+def test_the_table_shows_brackets_as_they_are():
+    skip = ["re:[a-z2]+", "re:[/4]+"]
+    report = prune(ZOO["plain_mlp"].build(), criterion="magnitude", skip=skip, progress=False)
+    report.layers[0].name, report.layers[0].note, report.notes[:] = "0[red]", "[/b] of it", ["[bold] and [/]"]
+    report.skipped[0].name = "[link]2"
+    for text in ("skip='re:[a-z2]+'", "skip='re:[/4]+'", "0[red] ", "[/b] of it", "Note: [bold] and [/]", "[link]2 "):
+        assert text in str(report)
+
+
+def test_report_round_trip_and_table(tmp_path):
+    report = prune(ZOO["vit"].build(), ZOO["vit"].batches(), 0.5, pattern=NM(2, 4), criterion=Wanda(), progress=False)
+    path = report.save(tmp_path / "new")
+    read = PruningReport.from_json(path.read_text())
+    assert read == report
+    assert path.name == "pruning_report.json"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    table = str(report)
+    assert "blocks.0.attn.qkv" in table
+    assert "50.00%" in table
+    assert "output head" in table
+    assert report.config["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert report.versions["torch"] == torch.__version__.split("+")[0] or report.versions["torch"] == torch.__version__
+    everything = sum(weight.numel() for weight in matrices(ZOO["vit"].build()).values())
+    counted = sum(layer.size for layer in report.layers) + sum(int(np.prod(m.shape)) for m in report.skipped)
+    assert counted == everything

@@ -1,0 +1,209 @@
+"""A linear layer whose adapters leave its zeros alone."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import (
+    check_adapters_to_merge,
+)
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False) -> Tensor:
+    """(W + left @ right) * keep, which is W + (left @ right) * keep, or without W; never in less than float32."""
+    dtype = keep.dtype
+    left, right = left.to(dtype), right.to(dtype)
+    total = torch.mm(left, right) if only_delta else torch.addmm(weight.to(dtype), left, right)
+    return total.mul_(keep)
+
+
+class _KeptProduct(torch.autograd.Function):
+    """x @ (W + (left @ right) * keep)^T + addend, or without W; keeps x and the factors for backward, nothing dense.
+
+    x is (..., d_in) in the dtype of the product. W, left @ right and keep have the layout of the layer: (d_out, d_in),
+    or (d_in, d_out) if `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        left: Tensor,
+        right: Tensor,
+        addend: Tensor | None,
+        transposed: bool,
+        only_delta: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, left, right)
+        ctx.transposed, ctx.only_delta = transposed, only_delta
+        ctx.bias = addend is not None and addend.dim() == 1
+        with _without_autocast(x.device):
+            keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
+            matrix = _kept_sum(weight, left, right, keep, only_delta=only_delta).to(x.dtype)
+            matrix = matrix if transposed else matrix.t()
+            rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], matrix.shape[1])
+            if addend is None:
+                return torch.mm(rows, matrix).view(shape)
+            return torch.addmm(addend if ctx.bias else addend.reshape(-1, shape[-1]), rows, matrix).view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, left, right = ctx.saved_tensors
+        needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_left = grad_right = grad_addend = None
+        with _without_autocast(x.device):
+            rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
+            if needs_x:
+                matrix = _kept_sum(weight, left, right, keep, only_delta=ctx.only_delta).to(grads.dtype)
+                grad_x = torch.mm(grads, matrix.t() if ctx.transposed else matrix).view(x.shape)
+            if needs_weight or needs_left or needs_right:
+                dense = torch.mm(rows.t(), grads) if ctx.transposed else torch.mm(grads.t(), rows)
+                if needs_weight and not ctx.only_delta:
+                    grad_weight = dense.to(weight.dtype, copy=True)
+                dense.mul_(keep.to(dense.dtype))
+                if needs_left:
+                    grad_left = torch.mm(dense, right.to(dense.dtype).t()).to(left.dtype)
+                if needs_right:
+                    grad_right = torch.mm(left.to(dense.dtype).t(), dense).to(right.dtype)
+            if needs_addend:
+                grad_addend = grads.sum(0) if ctx.bias else grad
+        return grad_x, grad_weight, grad_left, grad_right, grad_addend, None, None
+
+
+class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed by mypy
+    """A linear layer with adapters that leave its zeros alone; what `get_peft_model` puts in for each target.
+
+    `base_layer` holds W, (d_out, d_in) in nn.Linear and (d_in, d_out) in Conv1D. Several active adapters add up.
+    While merged, the weight from before is kept in memory (not in the state dict): a sum that was rounded cannot be
+    taken apart again, and a kept weight that it swallows would become a zero.
+    """
+
+    before_merge: tuple[Tensor, Tensor | None] | None = None  # weight and bias, while merged
+    merged_adapters: list[str]
+    delta_keeps_zeros = True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., d_in) to (..., d_out); `adapter_names`, one for each sample, is PEFT's mixed batch."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is None:
+            return self._adapted(x, self.active_adapters, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in set(adapter_names) & set(self.lora_A):
+            rows = [row for row, other in enumerate(adapter_names) if other == name]
+            result[rows] = self._adapted(x[rows], [name], *args, **kwargs)
+        return result
+
+    def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in names if name in self.lora_A]
+        noisy = [
+            name for name in names if self.lora_dropout[name].training and getattr(self.lora_dropout[name], "p", 0)
+        ]
+        steady = [name for name in names if name not in noisy]
+        if steady and not args and not kwargs and self._fuses():
+            base = self.get_base_layer()
+            autocast = torch.is_autocast_enabled(x.device.type) and base.weight.dtype != torch.float64
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
+            x = x.to(dtype) if autocast else x
+            result = self._product(x, steady, None if base.bias is None else base.bias.to(dtype), only_delta=False)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+            if steady:
+                result = self._product(x.to(result.dtype), steady, result, only_delta=True)
+        for name in noisy:
+            result = self._product(self.lora_dropout[name](x).to(result.dtype), [name], result, only_delta=True)
+        for name in names:
+            if self.lora_bias[name]:
+                result = result + (self.scaling[name] * self.lora_B[name].bias).to(result.dtype)
+        return result
+
+    def _product(self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool) -> Tensor:
+        left, right = self._factors(names)
+        weight = self.get_base_layer().weight
+        product: Callable[..., Tensor] = _KeptProduct.apply
+        return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
+
+    def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Two thin matrices whose product is the sum of s B A over the adapters, in the layout of the layer."""
+        outs = [self.scaling[name] * self.lora_B[name].weight for name in names]
+        ins = [self.lora_A[name].weight for name in names]
+        b, a = (outs[0], ins[0]) if len(names) == 1 else (torch.cat(outs, 1), torch.cat(ins, 0))
+        return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
+
+    def _fuses(self) -> bool:
+        """Whether one product may stand for the layer's own forward: no hooks, and W resolves small updates."""
+        base = self.base_layer
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
+        return plain and not any(hooks) and base.weight.dtype in (torch.float32, torch.float64)
+
+    def unmerged_weight(self) -> Tensor:
+        return self.get_base_layer().weight.data if self.before_merge is None else self.before_merge[0]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """S (B A) * keep of one adapter, in the layout of the layer."""
+        delta = super().get_delta_weight(adapter)
+        return delta * (self.unmerged_weight() != 0).to(delta.device) if self.delta_keeps_zeros else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + s (B A) * keep in the place of W, for the active or the named adapters.
+
+        Raises:
+            ValueError: with `safe_merge`, if the merged weight would not be finite; nothing is merged then.
+            RuntimeError: an adapter has a bias and the layer has none.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        base = self.get_base_layer()
+        names = [*self.merged_adapters, *names]  # from the weight before: rounded once, whatever the order
+        weight, bias = self.before_merge or (base.weight.data, None if base.bias is None else base.bias.data)
+        keep = weight != 0
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        merged = torch.where(keep, _kept_sum(weight, *self._factors(names), keep.to(wide)).to(weight.dtype), weight)
+        shifts = [self.scaling[name] * self.lora_B[name].bias for name in names if self.lora_bias[name]]
+        if shifts and bias is None:
+            raise RuntimeError("The adapter has a bias (lora_bias=True) and the layer has none: it cannot be merged.")
+        merged_bias = (bias + sum(shifts)).to(bias.dtype) if shifts and bias is not None else bias
+        if safe_merge and not all(tensor is None or torch.isfinite(tensor).all() for tensor in (merged, merged_bias)):
+            raise ValueError(f"NaNs or infinities in the merged weights. The adapters {names} seem to be broken.")
+        base.weight.data = merged
+        if shifts:
+            base.bias.data = merged_bias
+        self.before_merge = weight, bias
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Put the weight from before back, bit by bit."""
+        if self.before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        (weight, bias), self.before_merge, self.merged_adapters = self.before_merge, None, []
+        base.weight.data = weight.to(base.weight)
+        if bias is not None:
+            base.bias.data = bias.to(base.bias)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: what a masked product adds has no low rank, and a plain LoRA would fill the zeros."""
+        return False

@@ -1,0 +1,221 @@
+"""A causal language model as a LightningModule."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from wanda_lightning.files import whole_folder
+from wanda_lightning.modules.loading import DTYPES, bars_on_terminals_only, check_decoder_only, load_causal_lm
+from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
+
+
+class CausalLMModule(L.LightningModule):
+    """A decoder-only language model: trains on next-token loss, is measured by `WindowPerplexity`.
+
+    A batch is a mapping with `input_ids`, perhaps `attention_mask` and `labels`; or the ids alone, perhaps as the first
+    element of a tuple. Logged are `train_loss`, `val_perplexity`, `test_perplexity`; `predict` gives each window's
+    mean loss. The model is in training mode, as Lightning wants it before `fit`; call `.eval()` to use it without a
+    trainer.
+
+    Args:
+        model: Hub id, local folder, `.gguf` file, or a ready model.
+        tokenizer: For `save_pretrained`; loaded with the model where `model` is a string.
+        dtype: Of the weights: "auto" (as they are stored; a GGUF file becomes float32), "float32", "bfloat16" or
+            "float16".
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        lr_decay: Let the learning rate fall linearly to 0 over the training.
+        lora: Train adapters instead of the weights: arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, such as
+            `{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}`; see `add_adapters`.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Where downloads are kept.
+        trust_remote_code: Run the model code that comes with the checkpoint.
+
+    Raises:
+        ValueError: For an unknown `dtype` or an encoder-decoder model.
+        OSError: If neither a local folder nor the hub has the model, in safetensors.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str = "auto",
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        lr_decay: bool = False,
+        lora: dict[str, Any] | None = None,
+        revision: str = "main",
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ValueError(f"dtype should be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
+        if isinstance(model, str):
+            self.save_hyperparameters(ignore=["tokenizer"])
+            hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+            self.model, loaded = load_causal_lm(model, dtype, hub, with_tokenizer=tokenizer is None)
+            self.tokenizer = tokenizer if tokenizer is not None else loaded
+        else:
+            self.save_hyperparameters(ignore=["model", "tokenizer"])
+            check_decoder_only(model.config)
+            self.model = model if dtype == "auto" else model.to(DTYPES[dtype])
+            self.tokenizer = tokenizer
+        if lora is not None:
+            self.add_adapters(**lora)
+        self.model.train()
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_decay = lr_decay
+        self.val_perplexity = WindowPerplexity()
+        self.test_perplexity = WindowPerplexity()
+
+    @property
+    def pruning_target(self) -> nn.Module:
+        """What the pruning callbacks prune: the model under its own names, without peft around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own output, with `logits`, and `loss` where `labels` are given."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def calibration_predictions(self, batch: Any) -> Any:
+        """Run the batch through the model, for its logits."""
+        input_ids, attention_mask, _ = _read_text(batch)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def calibration_step(self, batch: Any) -> None:
+        """Run the batch through all blocks; the logits are not computed."""
+        input_ids, attention_mask, _ = _read_text(batch)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        model: Any = self.model
+        if not isinstance(model, FSDPModule):
+            model = self.pruning_target.base_model
+        elif "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            inputs["logits_to_keep"] = 1  # only the call of the whole gathers what belongs to no block
+        model(**inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean next-token loss over the tokens of the batch; padding does not count."""
+        input_ids, attention_mask, labels = _read_text(batch)
+        if labels is None:
+            labels = input_ids.masked_fill(~predicted_tokens(input_ids, attention_mask), -100)
+        loss: Tensor = self(input_ids, attention_mask, labels, use_cache=False).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(input_ids))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the windows to `val_perplexity`."""
+        self._measure("val_perplexity", self.val_perplexity, batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the windows to `test_perplexity`."""
+        self._measure("test_perplexity", self.test_perplexity, batch)
+
+    def _measure(self, name: str, metric: WindowPerplexity, batch: Any) -> None:
+        input_ids, attention_mask, _ = _read_text(batch)
+        metric.update(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
+        self.log(name, metric, prog_bar=True, batch_size=len(input_ids))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
+        input_ids, attention_mask, _ = _read_text(batch)
+        return window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the parameters that require a gradient.
+
+        Raises:
+            MisconfigurationException: For `lr_decay` in a training without a known end.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        if not self.lr_decay:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise MisconfigurationException(
+                "lr_decay=True lets the learning rate fall to 0 over the training, but this one has no known end: give "
+                "the Trainer max_steps (or max_epochs, and a train dataloader with a length), or lr_decay=False"
+            )
+        decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    def add_adapters(self, keep_zeros: bool = True, **arguments: Any) -> None:
+        """Freeze the model and give it low-rank adapters to train (Hu et al. 2021).
+
+        Args:
+            keep_zeros: Adapters that merge without filling a zero; else those of plain `peft.LoraConfig`.
+            **arguments: Of `wanda_lightning.lora.KeepZerosLoraConfig`, which has those of `peft.LoraConfig`.
+
+        Raises:
+            ImportError: Without peft.
+        """
+        try:
+            import peft
+
+            from wanda_lightning.lora import KeepZerosLoraConfig
+        except ImportError as error:
+            raise ImportError("Adapters need peft: pip install 'wanda_lightning[lora]'") from error
+        config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
+        with warnings.catch_warnings():
+            # A callback may prune later, when training starts.
+            warnings.filterwarnings("ignore", message="None of the .* layers that adapter .* holds a zero")
+            self.model = peft.get_peft_model(self.model, config(task_type="CAUSAL_LM", **arguments))
+
+    def merge(self, reprune: bool = False) -> None:
+        """Merge the adapters into the weights, if there are any (see `wanda_lightning.lora.merge`).
+
+        Args:
+            reprune: Put back the zeros that plain LoRA adapters fill.
+        """
+        if hasattr(self.model, "peft_config"):
+            from wanda_lightning.lora import merge
+
+            self.model = merge(self.model, reprune)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write a Hugging Face folder with model and tokenizer, whole or not at all. Call it in one process only.
+
+        With adapters that are not merged, it is a folder of peft, which holds them alone.
+
+        Args:
+            folder: Loads with `AutoModelForCausalLM.from_pretrained(folder)`.
+            overwrite: Replace a folder that is not empty, with everything in it.
+
+        Raises:
+            FileExistsError: If the folder is not empty and `overwrite` is false.
+        """
+        with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
+            self.model.save_pretrained(new)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(new)
+
+
+def _read_text(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise ValueError(f"A batch of text should have 'input_ids', but it has {', '.join(map(repr, batch))}.")
+        return batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+    input_ids = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return input_ids, None, None

@@ -1,0 +1,95 @@
+"""Perplexity over windows of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+_CHUNK = 2**22  # logits per step of the loss: 16 MiB in float32, whatever the vocabulary and the window
+
+
+def predicted_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which tokens count as predictions: real ones after a real one, so neither padding nor the first token."""
+    predicted = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask != 0
+        predicted = real & real.roll(1, dims=1)
+    predicted[:, 0] = False
+    return predicted
+
+
+def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Mean next-token loss of each window, `logsumexp(logits) - logits[target]`; NaN where nothing is predicted.
+
+    Args:
+        logits: Of shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
+        input_ids: Of shape (batch, tokens).
+        attention_mask: Of shape (batch, tokens), zero at padding.
+    """
+    if logits.shape[:-1] != input_ids.shape:
+        raise ValueError(
+            f"logits should have the shape (batch, tokens, vocabulary) for input_ids of shape (batch, tokens), "
+            f"but they have {tuple(logits.shape)} for {tuple(input_ids.shape)}."
+        )
+    predicted = predicted_tokens(input_ids, attention_mask)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    size = max(1, _CHUNK // logits.shape[-1])
+    losses = []
+    for window, ids, counts in zip(logits, input_ids, predicted, strict=True):
+        chunks = zip(window[:-1].split(size), ids[1:].split(size), counts[1:].split(size), strict=True)
+        total = torch.zeros((), dtype=dtype, device=logits.device)
+        for chunk, targets, count in chunks:
+            chunk = chunk.to(dtype)
+            loss = chunk.logsumexp(-1) - chunk.gather(-1, targets[:, None])[:, 0]
+            total = total + loss.where(count, 0).sum()
+        losses.append(total / counts.sum())
+    return torch.stack(losses)
+
+
+class WindowPerplexity(Metric):
+    r"""Perplexity as pruning papers report it: `exp` of the mean over windows of each window's mean next-token loss.
+
+    It equals the perplexity over all tokens only where all windows are equally long. A window that predicts nothing
+    (only padding, or one token) is ignored; with no other window the result is NaN.
+
+    >>> logits = torch.zeros(1, 5, 50)  # a model that knows nothing hesitates between all 50 words
+    >>> metric = WindowPerplexity()
+    >>> metric.update(logits, torch.randint(50, (1, 5)))
+    >>> round(metric.compute().item(), 4)
+    50.0
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    loss_sum: Tensor
+    windows: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # MPS has no float64, and Lightning moves metrics to the model's device.
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        self.add_state("loss_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("windows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Add windows. The logits are read in chunks; no second tensor of their size is made.
+
+        Args:
+            logits: What the model predicts after each token, of shape (batch, tokens, vocabulary).
+            input_ids: The windows themselves, of shape (batch, tokens).
+            attention_mask: Of shape (batch, tokens), zero at padding.
+        """
+        losses = window_losses(logits, input_ids, attention_mask)
+        counts = predicted_tokens(input_ids, attention_mask).any(dim=1)
+        # Not in place: a state that was reset in inference mode cannot be written outside it.
+        self.loss_sum = self.loss_sum + losses.to(self.loss_sum.dtype).where(counts, 0).sum()
+        self.windows = self.windows + counts.sum()
+
+    def compute(self) -> Tensor:
+        """`exp(loss_sum / windows)`."""
+        return torch.exp(self.loss_sum / self.windows)

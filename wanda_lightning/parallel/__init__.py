@@ -1,0 +1,15 @@
+"""Several processes that prune one model: collectives, and FSDP2."""
+
+from wanda_lightning.parallel.fsdp import ForwardOrderCheck, is_sharded, reset_fsdp_on_exit, reshard
+from wanda_lightning.parallel.processes import SINGLE_PROCESS, Processes, local, zero_counts
+
+__all__ = [
+    "SINGLE_PROCESS",
+    "ForwardOrderCheck",
+    "Processes",
+    "is_sharded",
+    "local",
+    "reset_fsdp_on_exit",
+    "reshard",
+    "zero_counts",
+]

@@ -1,0 +1,1 @@
+"""What trains the kept weights after the masks are chosen."""
