@@ -122,7 +122,7 @@ def test_only_the_first_batches_go_backward():
     every = prune(model(), batches, 0.5, allocation="fisher", progress=False)
     targets = [[layer.target for layer in report.layers] for report in (some, one, every)]
     assert targets[0] == targets[1] != targets[2]
-    assert some.config["allocation"] == {"name": "Fisher", "within": 0.15, "num_batches": 1}
+    assert some.config["allocation"] == {"name": "Fisher", "max_deviation": 0.15, "num_batches": 1}
 
 
 def test_magnitude_may_be_spread_by_it():

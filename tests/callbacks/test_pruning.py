@@ -653,7 +653,7 @@ def test_progress_is_shown_with_the_trainers_bar(capfd, loop):
         ({"sparsity": -0.1}, r"in \[0, 1\)"),
         ({"sparsity": float("nan")}, r"in \[0, 1\)"),
         ({"num_samples": 0}, "num_samples is at least 1, but 0"),
-        ({"sequential": "row"}, "sequential is one of block, layer, model, but 'row'"),
+        ({"sequential": "row"}, "sequential is one of block, layer, none, but 'row'"),
         ({"criterion": "luck"}, "no criterion is called 'luck': use one of magnitude, wanda"),
         ({"allocation": "luck"}, "no allocation is called 'luck': use one of uniform"),
         ({"solver": "luck"}, "no solver is called 'luck': use one of"),

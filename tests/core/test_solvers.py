@@ -138,13 +138,13 @@ def test_one_factorisation_for_layers_with_one_input(monkeypatch):
 @pytest.fixture
 def solved_together(monkeypatch):
     """The shapes of the matrices of each call of SparseGPT."""
-    calls, original = [], SparseGPT.together
+    calls, original = [], SparseGPT.solve_together
 
     def spy(self, weights, *others):
         calls.append([tuple(weight.shape) for weight in weights])
         return original(self, weights, *others)
 
-    monkeypatch.setattr(SparseGPT, "together", spy)
+    monkeypatch.setattr(SparseGPT, "solve_together", spy)
     return calls
 
 
@@ -158,12 +158,12 @@ def test_rows_of_layers_with_one_input_are_solved_together(sequential, solved_to
 
 
 def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeypatch):
-    from wanda_lightning import pruner
+    from wanda_lightning import pruning
 
     torch.manual_seed(0)
     results = []
-    for limit in (pruner._HELD_AT_ONCE, 2 * 8 * 16, 1):
-        monkeypatch.setattr(pruner, "_HELD_AT_ONCE", limit)
+    for limit in (pruning._HELD_AT_ONCE, 2 * 8 * 16, 1):
+        monkeypatch.setattr(pruning, "_HELD_AT_ONCE", limit)
         torch.manual_seed(0)
         blocks = torch.nn.Sequential(Parallel())
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, sequential="none")

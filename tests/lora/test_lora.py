@@ -436,7 +436,7 @@ def test_merge_adapter_and_back_restores_every_bit(dtype):
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     assert layer.merged
     assert not torch.equal(layer.weight, before["base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"])
-    assert bool((layer.weight[layer._unmerged_weight() == 0] == 0).all())
+    assert bool((layer.weight[layer.unmerged_weight() == 0] == 0).all())
     assert relative(logits(model), adapted) < (1e-5 if dtype == torch.float32 else 0.02)
     model.unmerge_adapter()
     for name, parameter in model.named_parameters():
@@ -464,7 +464,7 @@ def test_adapters_merge_one_after_the_other():
     with pytest.warns(UserWarning, match="additionally merging other"):
         model.base_model.model.model.layers[0].self_attn.v_proj.merge(adapter_names=["other"])
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    weight = layer._unmerged_weight()
+    weight = layer.unmerged_weight()
     expected = weight + (layer.get_delta_weight("default") + layer.get_delta_weight("other"))
     torch.testing.assert_close(layer.weight, expected)
     merged = merge(model)  # takes apart what is merged, then merges all that is active

@@ -300,7 +300,10 @@ ONE_LAYER = {
     "convolution": (lambda: nn.Conv2d(8, 8, 3), {}),
     "vector_norm": (lambda: nn.LayerNorm(8), None),
     "matrix_norm": (lambda: nn.LayerNorm((3, 8)), {"part": "weight of LayerNorm", "part.bias": "bias of LayerNorm"}),
-    "patched": (lambda: Overriding(8, 8), {"part": "test_walk.Overriding overrides the forward of Linear"}),
+    "patched": (
+        lambda: Overriding(8, 8),
+        {"part": "tests.models.test_find_layers.Overriding overrides the forward of Linear"},
+    ),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), {"part": "depthwise convolution"}),
     "depthwise_wider": (lambda: nn.Conv2d(8, 16, 3, groups=8), {"part": "depthwise convolution"}),
     "grouped": (lambda: nn.Conv2d(8, 8, 3, groups=2), {"part": "grouped convolution"}),
@@ -402,7 +405,7 @@ def test_a_shared_module_is_there_under_its_first_name():
 
 
 def test_unknown_granularity():
-    with pytest.raises(ValueError, match=r"one of block, layer, model, but 'row' was given"):
+    with pytest.raises(ValueError, match=r"one of block, layer, none, but 'row' was given"):
         find_layers(nn.Linear(8, 8), "row")
 
 

@@ -119,7 +119,7 @@ class TestWindowPerplexity:
     def test_chunks_do_not_change_the_result(self, monkeypatch):
         ids = windows_of_text()
         logits = torch.randn(*ids.shape, 128).double()
-        monkeypatch.setattr("wanda_lightning.modules._CHUNK", 5 * 128)
+        monkeypatch.setattr("wanda_lightning.modules.perplexity._CHUNK", 5 * 128)
         metric = WindowPerplexity()
         metric.update(logits, ids)
         assert metric.compute().item() == pytest.approx(slow_perplexity(logits, ids), rel=1e-12)

@@ -445,7 +445,7 @@ def test_a_strategy_nobody_knows_is_refused_with_several_processes():
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_shares_are_together_what_one_process_takes(world_size, num_samples, batch_size):
     def share(rank, size):
-        processes = SimpleNamespace(world_size=size, rank=rank, share=lambda value, source: value)
+        processes = SimpleNamespace(world_size=size, rank=rank, broadcast=lambda value, source: value)
         loader = DataLoader(torch.arange(10), batch_size=batch_size)
         return [batch.tolist() for batch in calibration_batches(None, None, loader, num_samples, processes)]
 

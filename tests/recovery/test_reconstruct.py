@@ -250,8 +250,8 @@ def test_same_batches_same_weights():
 def test_what_it_cannot_do_is_refused():
     model, batches = blocks(), some_batches(2)
     before = copy.deepcopy(model.state_dict())
-    for sequential in ("layer", "model"):
-        with pytest.raises(ValueError, match=r"trains the parts of blocks, but sequential='(layer|model)' was given"):
+    for sequential in ("layer", "none"):
+        with pytest.raises(ValueError, match=r"trains the parts of blocks, but sequential='(layer|none)' was given"):
             prune(model, batches, solver="reconstruct", sequential=sequential)
     with pytest.raises(ValueError, match=r"Reconstruct\(.* needs calibration batches, but none were given"):
         prune(model, None, criterion="magnitude", solver="reconstruct")

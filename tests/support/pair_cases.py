@@ -99,7 +99,7 @@ def failures(rank, who):
         except KeyError as error:
             return "KeyError", str(error)
 
-    return attempt(quoted), both().minimum(3 + rank)
+    return attempt(quoted), both().all_reduce_min(3 + rank)
 
 
 def replicated(rank, name, shares=None, **choices):

@@ -147,7 +147,7 @@ def prune_model(
         options["prune_method"] = name
     choices = method.choices(_pattern(sparsity_type, method, prune_granularity, use_variant))
     choices |= {} if allocation is None else {"allocation": allocation}
-    choices["sequential"] = sequential or choices.get("sequential") or ("model" if is_image else "block")
+    choices["sequential"] = sequential or choices.get("sequential") or ("none" if is_image else "block")
     callback = PruningCallback(
         sparsity_ratio,
         **choices,
