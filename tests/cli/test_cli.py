@@ -400,8 +400,8 @@ REFUSED = [
     (["--sparsity_ratio", "1"], "in [0, 1), but 1"),
     (["--sparsity_ratio", "-0.5"], "in [0, 1), but -0.5"),
     (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
-    (["--sparsity_type", "4:2"], "1 <= N < M, but 4:2 was given"),
-    (["--sparsity_type", "0:4"], "1 <= N < M, but 0:4 was given"),
+    (["--sparsity_type", "4:2"], "1 <= N < M, but it is 4:2"),
+    (["--sparsity_type", "0:4"], "1 <= N < M, but it is 0:4"),
     (
         ["--sparsity_type", "3:6"],
         "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",

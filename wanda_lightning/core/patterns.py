@@ -145,8 +145,8 @@ class NM(Pattern):
         at_least_1 = Number(minimum=1, whole=True)
         if not at_least_1.accepts(self.n) or not at_least_1.accepts(self.m) or self.n >= self.m:
             raise ValueError(
-                "n and m of NM, which keeps n of every m weights, must be whole numbers with 1 <= n < m, but they are "
-                f"{self.n!r} and {self.m!r}."
+                "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M, but it is "
+                f"{self.n!r}:{self.m!r}."
             )
 
     @property
