@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from wanda_lightning import KeepZeros, Magnitude, WandaPrune, prune
-from wanda_lightning.callbacks.batches import calibration_batches, processes_of
+from wanda_lightning.callbacks.batches import calibration_batches
+from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.parallel import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:num_samples=.* were asked for")  # some tests take all there are
