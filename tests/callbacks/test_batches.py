@@ -1,0 +1,314 @@
+"""Calibration batches: which loader, which samples, and how they run through the module."""
+
+from functools import partial
+from typing import NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support.callbacks import (
+    Net,
+    Recorder,
+    all_at,
+    loader,
+    same,
+    samples,
+    share_of_zeros,
+    tagged,
+    trainer,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+from wanda_lightning import (
+    ImageClassifierModule,
+    ImageDataModule,
+    WandaPrune,
+    prune,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
+]
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, **loaders):
+        super().__init__()
+        self.stages = []
+        for name, tag in loaders.items():
+            setattr(self, name, partial(tagged, tag))
+
+    def setup(self, stage):
+        self.stages.append(stage)
+
+    def val_dataloader(self):
+        return tagged(9)
+
+
+class TrainData(Data):
+    def train_dataloader(self):
+        assert "fit" in self.stages
+        return tagged(5)
+
+
+class Calibrating(Recorder):
+    def calibration_dataloader(self):
+        return tagged(3)
+
+
+class Training(Recorder):
+    def train_dataloader(self):
+        return tagged(6)
+
+
+class TestCalibrationSource:
+    @pytest.mark.parametrize(
+        ("tag", "make", "data", "given"),
+        [
+            (1, Calibrating, lambda: TrainData(calibration_dataloader=2), tagged(1)),
+            (2, Calibrating, lambda: TrainData(calibration_dataloader=2), None),
+            (3, Calibrating, TrainData, None),
+            (5, Training, TrainData, None),
+            (6, Training, Data, None),
+            (9, Recorder, Data, None),
+        ],
+        ids=[
+            "given",
+            "the datamodule's",
+            "the module's",
+            "train of the datamodule",
+            "train of the module",
+            "validation",
+        ],
+    )
+    def test_order_when_validating(self, tag, make, data, given):
+        module = make()
+        trainer(WandaPrune(num_samples=4, dataloader=given)).validate(module, datamodule=data())
+        assert [batch[0].unique().item() for batch in module.seen] == [tag]
+
+    @pytest.mark.parametrize(("tag", "make"), [(3, Calibrating), (7, Recorder), (7, Training)])
+    def test_order_when_training(self, tag, make):
+        module = make()
+        trainer(WandaPrune(num_samples=4), max_steps=1).fit(module, tagged(7), tagged(8))
+        assert [batch[0].unique().item() for batch in module.seen] == [tag]
+
+    @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+    def test_loaders_at_hand(self, loop):
+        module = Recorder()
+        getattr(trainer(WandaPrune(num_samples=4)), loop)(module, tagged(8))
+        assert [batch[0].unique().item() for batch in module.seen] == [8]
+
+    @pytest.mark.parametrize("several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}])
+    def test_several_loaders_are_refused(self, several):
+        module, before = Net(), Net()
+        with pytest.raises(MisconfigurationException, match=r"there are 2 val dataloaders"):
+            trainer(WandaPrune(num_samples=4)).validate(module, several())
+        assert same(module, before)
+        trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
+        assert share_of_zeros(module) == all_at(0.5)
+
+    def test_one_loader_in_a_list_is_no_question(self):
+        module = Recorder()
+        trainer(WandaPrune(num_samples=4)).validate(module, [tagged(8)])
+        assert [batch[0].unique().item() for batch in module.seen] == [8]
+
+    def test_batches_may_be_given_as_a_list(self):
+        module = Recorder()
+        batches = list(loader(12))
+        trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
+        assert all(torch.equal(seen[0], batch[0]) for seen, batch in zip(module.seen, batches, strict=True))
+
+    @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+    def test_samples_are_counted_and_the_last_batch_is_cut(self, sequential):
+        module = Recorder()
+        callback = WandaPrune(num_samples=6, sequential=sequential, dataloader=loader(12))
+        trainer(callback).validate(module, loader())
+        assert [len(x) for x, _ in module.seen] == [4, 2]
+        assert [len(labels) for _, labels in module.seen] == [4, 2]
+        assert torch.equal(torch.cat([x for x, _ in module.seen]), samples(12).tensors[0][:6])
+        assert {layer.tokens for layer in callback.report.layers} == {6}
+        assert callback.report.config["calibration_batches"] == 2
+
+    def test_fewer_samples_than_asked(self):
+        module, callback = Net(), WandaPrune(num_samples=100)
+        with pytest.warns(UserWarning, match=r"num_samples=100 were asked for, but .* has only 12: using these"):
+            trainer(callback).validate(module, loader())
+        assert {layer.tokens for layer in callback.report.layers} == {12}
+
+    def test_no_samples_at_all(self):
+        module = Net()
+        empty = WandaPrune(dataloader=[])
+        with (
+            pytest.warns(UserWarning, match="has only 0"),
+            pytest.raises(ValueError, match="needs calibration batches"),
+        ):
+            trainer(empty).validate(module, loader())
+        assert same(module, Net())
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda rows: (torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])),
+        lambda rows: [torch.stack([x for x, _ in rows])],
+        lambda rows: torch.stack([x for x, _ in rows]),
+        lambda rows: {"x": torch.stack([x for x, _ in rows])},
+        lambda rows: {
+            "file": [str(y) for _, y in rows],
+            "x": torch.stack([x for x, _ in rows]),
+            "total": torch.tensor(4),
+        },
+    ],
+    ids=["tuple", "list", "tensor", "mapping", "keys that forward does not take"],
+)
+def test_batches_of_all_kinds(collate):
+    module, by_hand = Net(), Net()
+    batches = DataLoader(samples(12), 4, collate_fn=collate)
+    trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
+    prune(by_hand, list(loader()), progress=False)
+    assert same(module, by_hand)
+
+
+def test_a_mapping_that_forward_cannot_take():
+    module = Net()
+    with pytest.raises(ValueError, match=r"Net.forward takes \['x'\].*batch has \['image'\].*calibration_step"):
+        trainer(WandaPrune(num_samples=4, dataloader=[{"image": torch.ones(4, 32)}] * 2)).validate(module, loader())
+    assert same(module, Net())
+
+
+@pytest.mark.parametrize("batch", [object(), ("a", "b"), torch.tensor(1.0)])
+def test_a_batch_without_samples(batch):
+    with pytest.raises(MisconfigurationException, match="holds no tensor"):
+        trainer(WandaPrune(num_samples=4, dataloader=[batch, batch])).validate(Net(), loader())
+
+
+def test_a_module_without_forward_is_a_clear_error():
+    class Steps(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+
+        def validation_step(self, batch, batch_idx):
+            self.first(batch[0])
+
+    with pytest.raises(MisconfigurationException, match=r"Steps has no forward .* calibration_step"):
+        trainer(WandaPrune(num_samples=4)).validate(Steps(), loader())
+
+
+def test_transfer_hooks_of_the_module_are_applied():
+    class Transferred(Recorder):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 1, batch[1]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] * 10, batch[1]
+
+    module = Transferred()
+    trainer(WandaPrune(num_samples=4)).validate(module, tagged(2))
+    assert [batch[0].unique().item() for batch in module.seen] == [30]
+
+
+def test_transfer_hooks_of_the_data_module_are_applied():
+    class Shifted(L.LightningDataModule):
+        def calibration_dataloader(self):
+            return loader()
+
+        def val_dataloader(self):
+            return loader()
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 3, batch[1]
+
+    module, expected = Net(), Net()
+    trainer(WandaPrune(num_samples=12)).validate(module, datamodule=Shifted())
+    prune(expected, [(x + 3, y) for x, y in loader()], progress=False)
+    assert same(module, expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64), ("bf16-mixed", torch.float32)]
+)
+def test_inputs_have_the_trainers_precision(precision, dtype):
+    module = Recorder()
+    outputs = []
+    module.layers[0].register_forward_hook(lambda layer, args, output: outputs.append(output.dtype))
+    trainer(WandaPrune(num_samples=4), precision=precision).validate(module, loader())
+    assert [(x.dtype, labels.dtype) for x, labels in module.seen] == [(dtype, torch.int64)]
+    assert set(outputs) == {torch.bfloat16 if precision == "bf16-mixed" else dtype}
+    assert share_of_zeros(module) == all_at(0.5)
+
+
+def test_predict_sees_every_batch_of_the_loader_it_calibrated_on():
+    module = Net()
+    batches = DataLoader(samples(), batch_size=4)  # by keyword: Lightning builds the loader again for predict
+    predictions = trainer(WandaPrune(num_samples=12)).predict(module, batches)
+    assert share_of_zeros(module) == all_at(0.5)
+    assert torch.equal(torch.cat(predictions), module(samples().tensors[0]))
+
+
+def test_predict_with_our_data_modules():
+    images = ImageClassifierModule("test_vit", pretrained=False, num_classes=10, model_kwargs={"in_chans": 1})
+    data = ImageDataModule("digits", images, num_samples=8, image_size=160, batch_size=180)
+    predicting = trainer(WandaPrune(num_samples=8, sequential="none"))
+    assert sum(len(part) for part in predicting.predict(images, data)) == 360
+
+
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+def test_persistent_workers_lose_no_batch(loop):
+    seen = []
+
+    class Counting(Net):
+        def training_step(self, batch, batch_idx):
+            seen.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            seen.append(len(batch[0]))
+
+    batches = DataLoader(samples(20), batch_size=4, num_workers=1, persistent_workers=True)
+    getattr(trainer(WandaPrune(num_samples=6), max_epochs=2), loop)(Counting(), batches)
+    assert len(seen) == (10 if loop == "fit" else 5)
+
+
+def test_the_order_of_a_loader_with_its_own_generator_stays():
+    orders = []
+    for callbacks in ([], [WandaPrune(num_samples=6)]):
+        seen = []
+
+        class Listening(Net):
+            def training_step(self, batch, batch_idx, seen=seen):
+                seen.extend(batch[1].tolist())
+                return super().training_step(batch, batch_idx)
+
+        shuffled = DataLoader(samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+        trainer(*callbacks, max_epochs=1).fit(Listening(), shuffled)
+        orders.append(seen)
+    assert orders[0] == orders[1]
+
+
+def test_a_list_of_one_batch_is_a_dataloader():
+    module, expected = Net(), Net()
+    batch = samples()[:]
+    trainer(WandaPrune(num_samples=12, dataloader=[batch])).validate(module, loader())
+    prune(expected, [batch], progress=False)
+    assert same(module, expected)
+
+
+class Labelled(NamedTuple):
+    x: torch.Tensor
+    label: torch.Tensor
+
+
+def test_a_named_tuple_stays_one_when_it_is_cut():
+    class Named(Net):
+        def calibration_step(self, batch):
+            self(batch.x)
+
+    module = Named()
+    batches = [Labelled(*samples(4).tensors), Labelled(*samples(4, seed=1).tensors)]
+    callback = WandaPrune(num_samples=6, dataloader=batches)
+    trainer(callback).validate(module, loader())
+    assert {layer.tokens for layer in callback.report.layers} == {6}
