@@ -27,6 +27,7 @@ from wanda_lightning import (
     WandaPrune,
     prune,
 )
+from wanda_lightning.callbacks.batches import batch_size
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -104,7 +105,7 @@ class TestCalibrationSource:
     @pytest.mark.parametrize("several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}])
     def test_several_loaders_are_refused(self, several):
         module, before = Net(), Net()
-        with pytest.raises(MisconfigurationException, match=r"there are 2 val dataloaders"):
+        with pytest.raises(MisconfigurationException, match="since there are 2 val dataloaders"):
             trainer(WandaPrune(num_samples=4)).validate(module, several())
         assert same(module, before)
         trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
@@ -134,7 +135,7 @@ class TestCalibrationSource:
 
     def test_fewer_samples_than_asked(self):
         module, callback = Net(), WandaPrune(num_samples=100)
-        with pytest.warns(UserWarning, match=r"num_samples=100 were asked for, but .* has only 12: using these"):
+        with pytest.warns(UserWarning, match=r"num_samples is 100, but .* has only 12\."):
             trainer(callback).validate(module, loader())
         assert {layer.tokens for layer in callback.report.layers} == {12}
 
@@ -181,7 +182,7 @@ def test_a_mapping_that_forward_cannot_take():
 
 @pytest.mark.parametrize("batch", [object(), ("a", "b"), torch.tensor(1.0)])
 def test_a_batch_without_samples(batch):
-    with pytest.raises(MisconfigurationException, match="holds no tensor"):
+    with pytest.raises(MisconfigurationException, match="must make batches that hold tensors"):
         trainer(WandaPrune(num_samples=4, dataloader=[batch, batch])).validate(Net(), loader())
 
 
@@ -194,7 +195,7 @@ def test_a_module_without_forward_is_a_clear_error():
         def validation_step(self, batch, batch_idx):
             self.first(batch[0])
 
-    with pytest.raises(MisconfigurationException, match=r"Steps has no forward .* calibration_step"):
+    with pytest.raises(MisconfigurationException, match=r"Steps must define forward\(\) or calibration_step\(batch\)"):
         trainer(WandaPrune(num_samples=4)).validate(Steps(), loader())
 
 
@@ -312,3 +313,89 @@ def test_a_named_tuple_stays_one_when_it_is_cut():
     callback = WandaPrune(num_samples=6, dataloader=batches)
     trainer(callback).validate(module, loader())
     assert {layer.tokens for layer in callback.report.layers} == {6}
+
+
+def texts_and_patches(samples, lengths):
+    """A batch of a vision-language model: each image has a number of patches of its own."""
+    return {
+        "pixel_values": torch.zeros(sum(lengths), 8),
+        "image_grid_thw": torch.zeros(len(lengths), 3, dtype=torch.long),
+        "input_ids": torch.zeros(samples, 5, dtype=torch.long),
+        "attention_mask": torch.ones(samples, 5, dtype=torch.long),
+        "labels": torch.zeros(samples, 5, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (texts_and_patches(4, (16, 16, 64, 4, 4)), 4),
+        (texts_and_patches(2, (16, 16)), 2),
+        ({"pixel_values": torch.zeros(96, 8), "input_ids": torch.zeros(4, 5), "grid": torch.zeros(6, 3)}, 4),
+        ({"cu_seqlens": torch.zeros(9), "input_ids": torch.zeros(1, 40), "position_ids": torch.zeros(1, 40)}, 1),
+        ((torch.zeros(10, 3), torch.zeros(4, 3), torch.zeros(4)), 4),
+        ((torch.zeros(4, 3), torch.zeros(10)), 4),
+        ({"scale": torch.tensor(1.0), "inputs": {"x": torch.zeros(4, 3)}, "names": ["a"] * 9}, 4),
+        ([torch.zeros(7, 2), torch.tensor(3)], 7),
+    ],
+    ids=["patches", "one image each", "a tie", "packed", "tuple", "first of a tuple", "nested", "list"],
+)
+def test_the_size_of_a_batch(batch, size):
+    assert batch_size(batch) == size
+
+
+def test_a_batch_with_patches_is_counted_by_its_texts_and_not_cut():
+    class Reading(Net):
+        def calibration_step(self, batch):
+            seen.append(batch)
+            return self(batch["input_ids"].float().repeat(1, 7)[:, :32])
+
+    seen = []
+    batches = [texts_and_patches(4, (16, 16, 64, 4)) for _ in range(3)]
+    trainer(WandaPrune(num_samples=6, dataloader=batches)).validate(Reading(), loader())
+    assert [[len(value) for value in batch.values()] for batch in seen] == [[100, 4, 4, 4, 4]] * 2
+
+
+class Listed(DataLoader):
+    """A subclass with a constructor of its own, and a random state of its own."""
+
+    def __init__(self, dataset, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.jitter = torch.Generator().manual_seed(seed)
+        super().__init__(dataset, batch_size=4, shuffle=True, generator=generator)
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x + torch.rand(x.shape, generator=self.jitter), y
+
+
+SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
+
+
+@pytest.mark.filterwarnings(SHUFFLED)
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+def test_a_subclass_of_the_loader_keeps_its_order_and_random_numbers(loop):
+    batches = []
+    for callbacks in ([], [WandaPrune(num_samples=6)]):
+        seen = []
+
+        class Noting(Net):
+            def training_step(self, batch, batch_idx, seen=seen):
+                seen.append(batch[0])
+                return super().training_step(batch, batch_idx)
+
+            def validation_step(self, batch, batch_idx, seen=seen):
+                seen.append(batch[0])
+
+        getattr(trainer(*callbacks, max_epochs=2), loop)(Noting(), Listed(samples(), 3))
+        batches.append(seen)
+    assert len(batches[0]) == (6 if loop == "fit" else 3)
+    assert all(map(torch.equal, *batches))
+
+
+@pytest.mark.filterwarnings(SHUFFLED)
+def test_a_subclass_is_calibrated_on_with_its_own_batches():
+    module = Recorder()
+    expected = list(Listed(samples(), 3))
+    trainer(WandaPrune(num_samples=12)).validate(module, Listed(samples(), 3))
+    assert all(torch.equal(seen[0], x) for seen, (x, _) in zip(module.seen, expected, strict=True))

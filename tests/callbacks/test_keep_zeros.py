@@ -98,7 +98,7 @@ def test_averages_of_a_model_pruned_elsewhere(kind, order):
 
 def test_keep_zeros_on_a_dense_model_warns():
     module = Net(ADAMW)
-    with pytest.warns(UserWarning, match="KeepZeros found no zeros in any prunable layer: load pruned weights, or"):
+    with pytest.warns(UserWarning, match="KeepZeros found no zeros in any prunable layer. Load pruned weights, or"):
         trainer(KeepZeros(), max_steps=2).fit(module, loader())
     assert share_of_zeros(module) == all_at(0.0)
 

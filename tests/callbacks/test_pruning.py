@@ -41,6 +41,7 @@ from support.callbacks import (
 from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
 from support.zoo import ZOO
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -348,7 +349,7 @@ class TestAtStep:
     )
     def test_measuring_before_training_warns_and_sees_the_dense_model(self, loop, when):
         module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
-        with pytest.warns(UserWarning, match=r"WandaPrune prunes while training, by .*: measuring a dense model"):
+        with pytest.warns(UserWarning, match=r"WandaPrune prunes while .*, so the model measured now is dense"):
             measured = getattr(trainer(callback), loop)(module, loader())
         assert same(module, dense)
         assert callback.report is None
@@ -535,9 +536,9 @@ class TestShouldPrune:
                 return False
 
         module, dense, callback = Net(), Net(), Never()
-        with pytest.warns(UserWarning, match="measuring a dense model"):
+        with pytest.warns(UserWarning, match="so the model measured now is dense"):
             trainer(callback).validate(module, loader())
-        with pytest.warns(UserWarning, match=r"ended at optimizer step 3, before .* to 0.5: it reached 0"):
+        with pytest.warns(UserWarning, match="to sparsity 0.5, but to 0: training ended at optimizer step 3"):
             trainer(callback, max_steps=3).fit(module, loader())
         trainer(max_steps=3).fit(dense, loader())
         assert same(module, dense)
@@ -561,20 +562,23 @@ def test_what_a_later_stage_would_refuse_is_refused_at_the_start(when, message):
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        ({"at_step": -1}, r"rise from 0 or later, but OneShot\(step=-1\) has \[-1\]"),
-        ({"at_step": 3, "schedule": OneShot(3)}, r"at_step=3 and schedule=OneShot\(step=3\) are two answers"),
-        ({"schedule": Steps()}, "rise from 0"),
+        ({"at_step": -1}, "at_step must be at least 0, but it is -1"),
+        ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
+        ({"schedule": Steps()}, "increasing optimizer steps"),
         ({"schedule": Steps((3, 0.5), (2, 1.0))}, r"has \[3, 2\]"),
         ({"schedule": Steps((2, 0.5), (2, 1.0))}, r"has \[2, 2\]"),
-        ({"schedule": Steps((1, 0.8), (2, 0.5), (3, 1.0))}, r"never decreases.*but they are \[0.8, 0.5, 1.0\]"),
-        ({"schedule": Steps((1, 0.25), (2, 0.5))}, r"ends at what was asked for.*but they are \[0.25, 0.5\]"),
-        ({"schedule": Steps((1, 0.0), (2, 1.0))}, "should rise to 1"),
-        ({"schedule": Steps((1, 0.5), (2, 1.5))}, "should rise to 1"),
+        (
+            {"schedule": Steps((1, 0.8), (2, 0.5), (3, 1.0))},
+            r"never decrease.*has \[0.8, 0.5, 1.0\]",
+        ),
+        ({"schedule": Steps((1, 0.25), (2, 0.5))}, r"end at 1, but .* has \[0.25, 0.5\]"),
+        ({"schedule": Steps((1, 0.0), (2, 1.0))}, "must have shares of the final sparsity that are above 0"),
+        ({"schedule": Steps((1, 0.5), (2, 1.5))}, "must have shares of the final sparsity that are above 0"),
         (
             {"pattern": NM(2, 4), "schedule": CubicSchedule(0, 4, every=2)},
-            r"has one sparsity.*CubicSchedule\(.*at_step",
+            r"schedule must have one stage for 2:4.*CubicSchedule\(.*at_step",
         ),
-        ({"pattern": "1:4", "sparsity": 0.75, "schedule": Steps((1, 0.5), (2, 1.0))}, "has one sparsity"),
+        ({"pattern": "1:4", "sparsity": 0.75, "schedule": Steps((1, 0.5), (2, 1.0))}, "must have one stage for 1:4"),
     ],
 )
 def test_bad_moments_are_refused_at_once(when, message):
@@ -592,7 +596,14 @@ def test_bad_moments_are_refused_at_once(when, message):
         ({"sparsity": 1.0}, r"in \[0, 1\), but 1"),
         ({"sparsity": -0.1}, r"in \[0, 1\)"),
         ({"sparsity": float("nan")}, r"in \[0, 1\)"),
-        ({"num_samples": 0}, "num_samples is at least 1, but 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
+        *[({"num_samples": value}, "num_samples must be a whole number") for value in ("8", 1.5, None, True, [8])],
+        ({"at_step": 1.5}, "at_step must be a whole number, but it is 1.5"),
+        ({"at_step": "3"}, "at_step must be a whole number, but it is '3'"),
+        ({"schedule": "cubic"}, "schedule must be a Schedule such as CubicSchedule.* but it is 'cubic'"),
+        ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
+        ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
+        ({"schedule": Steps((0.5, 1.0))}, "whole numbers from 0 on"),
         ({"sequential": "row"}, "sequential is one of block, layer, none, but 'row'"),
         ({"criterion": "luck"}, "no criterion is called 'luck': use one of magnitude, wanda"),
         ({"allocation": "luck"}, "no allocation is called 'luck': use one of uniform"),
@@ -811,13 +822,76 @@ def test_a_recipes_schedule_can_be_overridden(fit):
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
-        ({"at_step": 9}, "OneShot(step=9) ends at optimizer step 9, but training ends at 8"),
-        ({"at_step": 3, "schedule": ONE_SHOT}, "two answers to one question"),
-        ({"schedule": CUBIC, "pattern": "2:4"}, "has one sparsity"),
-        ({"schedule": {**CUBIC, "init_args": {"start_step": 5, "end_step": 2, "every": 1}}}, "end_step=2, every=1"),
+        ({"at_step": 9}, "OneShot(step=9) ends at optimizer step 9 and training ends at 8"),
+        ({"at_step": 3, "schedule": ONE_SHOT}, "exclude each other"),
+        ({"schedule": CUBIC, "pattern": "2:4"}, "must have one stage for 2:4"),
+        (
+            {"schedule": {**CUBIC, "init_args": {"start_step": 5, "end_step": 2, "every": 1}}},
+            "end_step must be at least 6",
+        ),
     ],
 )
 def test_a_recipe_is_refused(fit, capsys, pruning, message):
     assert fit(**pruning) in (1, 2)
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+class Routed(Net):
+    """Sends each batch through one of two branches, by the sign of its first number."""
+
+    def __init__(self):
+        super().__init__(ADAMW)
+        self.branches = nn.ModuleDict({"left": nn.Linear(32, 32), "right": nn.Linear(32, 32)})
+
+    def forward(self, x):
+        return self.layers(self.branches["left" if x[0, 0] < 0 else "right"](x))
+
+
+def test_a_layer_that_a_later_stage_does_not_reach_keeps_its_zeros():
+    def batch(sign):
+        (x, y) = next(iter(loader()))
+        return torch.cat([sign * x[:, :1].abs(), x[:, 1:]], dim=1), y
+
+    class ByStage:
+        """Calibration batches for both branches at the first stage, for the left one at the second."""
+
+        stage = 0
+
+        def __iter__(self):
+            self.stage += 1
+            return iter([batch(-1), batch(-1 if self.stage > 1 else 1)])
+
+    module, at_stage = Routed(), {}
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            at_stage[trainer.global_step] = zeros(module)
+
+    training = [batch(sign) for sign in (-1, 1)] * 5
+    callback = WandaPrune(0.5, num_samples=8, dataloader=ByStage(), schedule=LinearSchedule(0, 4, every=2))
+    trainer(callback, Note(), max_steps=10).fit(module, DataLoader(training, batch_size=None))
+    assert [layer.name for layer in callback.report.layers] == ["layers.0", "layers.2", "layers.4", "branches.left"]
+    assert share_of_zeros(module) == {**all_at(0.5), "branches.left.weight": 0.5, "branches.right.weight": 0.25}
+    assert torch.equal(zeros(module)["branches.right.weight"], at_stage[2]["branches.right.weight"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(
+    "when", [{"at_step": 2}, {"schedule": LinearSchedule(0, 40, every=10)}], ids=["step", "linear"]
+)
+def test_a_dry_run_prunes_at_every_stage(when, steps):
+    module, at, stages = Net(), {}, []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            at[trainer.global_step] = share_of_zeros(module)["layers.0.weight"]
+
+    callback = WandaPrune(0.8, num_samples=12, **when)
+    record = callback._record
+    callback._record = lambda report, share, trainer: (stages.append(share), record(report, share, trainer))
+    trainer(callback, Note(), fast_dev_run=steps).fit(module, loader(24), loader())
+    pruned_at = min(steps, 2 if "at_step" in when else steps)
+    assert [step for step, share in at.items() if share] == list(range(pruned_at, steps + 1))
+    assert at[steps] == pytest.approx(0.8, abs=0.03)
+    assert stages == ([1.0] if "at_step" in when else [0.25, 0.5, 0.75, 1.0])

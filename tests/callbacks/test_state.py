@@ -56,7 +56,7 @@ class TestCheckpoints:
         fit.save_checkpoint(tmp_path / "pruned.ckpt")
         resumed, again = Net(ADAMW), WandaPrune(num_samples=12)
         trainer(again, max_epochs=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
-        assert again.report is None
+        assert again.report == callback.report
         assert all(torch.equal(where, pruned[name]) for name, where in zeros(resumed).items())
         assert same(resumed, whole)
 
@@ -98,16 +98,23 @@ class TestCheckpoints:
         module = Net()
         first = WandaPrune(0.5, num_samples=12, skip=["layers.0"])
         second = MagnitudePrune(0.25, skip=["layers.2", "layers.4"])
-        assert first.state_key != second.state_key
-        assert first.state_key != WandaPrune(0.5, skip=["layers.2"]).state_key
-        assert first.state_key == WandaPrune(0.5, skip=["layers.0"]).state_key
-        assert WandaPrune(only=["layers.0"]).state_key != WandaPrune(only=["layers.2"]).state_key
         fit = trainer(first, second, max_epochs=1)
         fit.fit(module, loader())
         assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}
         fit.save_checkpoint(tmp_path / "both.ckpt")
         saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
         assert [list(state["zeros"]) for state in saved.values()] == [["layers.2", "layers.4"], ["layers.0"]]
+        assert list(saved) == [first.state_key, second.state_key]
+
+    def test_the_key_depends_on_the_part_that_is_pruned(self):
+        def key(**part):
+            callback = WandaPrune(0.5, num_samples=12, **part)
+            callback.setup(trainer(callback), Net(), "fit")
+            return callback.state_key
+
+        assert key(skip=["layers.0"]) == key(skip=["layers.0"]) != key(skip=["layers.2"])
+        assert key(only=["layers.0"]) == key(only=["layers.0"]) != key(only=["layers.2"])
+        assert key(skip=["layers.0"]) != key(only=["layers.0"])
 
 
 class Resumable:
@@ -215,7 +222,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
         path = tmp_path / f"{step}.ckpt"
         trainer(*callbacks_of(options, again), **steps).fit(resumed, Resumable(), ckpt_path=path)
         assert again.pruned_at == [at for at in PRUNED_AT[when] if at > step]
-        assert (again.report is None) == (not again.pruned_at)
+        assert again.report.layers == callback.report.layers
+        assert again.pruned_at or again.report == callback.report  # to the last field, from the checkpoint
         assert equal(state(resumed), state(whole)), f"from step {step}"
         assert torch.load(path, weights_only=True)["global_step"] == step
 
@@ -350,7 +358,7 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path, step):
     first, second = both()
     trainer(second, first, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
     assert first.pruned_at == [at for at in [3] if at > step]
-    assert (second.report is None) == (step >= 6)
+    assert [first.report.sparsity, second.report.sparsity] == [0.5, 0.25]  # one of a checkpoint, or of a pruning
     assert equal(state(resumed), state(whole))
 
 
@@ -423,7 +431,7 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, first, second, na
     trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
     callback = WandaPrune(num_samples=12, **second)
     run = getattr(trainer(callback, **({"max_steps": 4} if loop == "fit" else {})), loop)
-    with pytest.raises(ValueError, match=rf"written by WandaPrune with .*{names[0]}.*this one has.*{names[1]}"):
+    with pytest.raises(ValueError, match=rf"WandaPrune wrote with .*{names[0]}.*but they are.*{names[1]}"):
         run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")
     assert callback.report is None
 

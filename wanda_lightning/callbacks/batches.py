@@ -214,7 +214,7 @@ def batch_size(batch: Any) -> int:
 
 
 def _first(batch: Any, size: int, count: int) -> Any:
-    """Return the first samples of a batch of `size`; or all, if it has tensors of other lengths, which cannot be cut."""
+    """Return the first samples of a batch of `size`; or all, if some tensors have other lengths and cannot be cut."""
     return _cut(batch, count) if all(len(tensor) == size for tensor in _tensors(batch)) else batch
 
 

@@ -34,20 +34,28 @@ from wanda_lightning.report import PruningReport
 
 
 class PruningCallback(Callback):
-    """Prune the model: before it is trained or measured, at a step of training, or by a schedule.
+    """Prune a model before it is trained or measured, at a step of training, or by a schedule.
 
-    In `trainer.fit` at the stages of the schedule, counted in optimizer steps (`trainer.global_step`): by default
-    before the first one, after the sanity check of the validation loop. A stage scores all weights anew, with fresh
-    statistics; zeros stay zero. In `trainer.validate`, `test` and `predict` on start, so that the loop that follows
-    measures the pruned model; but not if the schedule begins later than at step 0. A model that this callback has
-    pruned, also before a resume, is not pruned again while its zeros are there. While training, the zeros stay zero
-    (see `KeepZeros`).
+    `trainer.fit` prunes at each stage of the schedule, counted in optimizer steps (`trainer.global_step`); by default
+    there is one, before the first step and after the sanity check of the validation loop. Each stage scores all weights
+    again, with new statistics; zeros stay zero. `trainer.validate`, `test` and `predict` prune when they start, so they
+    measure the pruned model, unless the schedule starts after step 0. A model that this callback has pruned, also
+    before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model trains (see
+    `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step.
 
-    The calibration batches are the first `num_samples` samples of, in this order: `dataloader`; the datamodule's, then
-    the module's `calibration_dataloader()`; the train dataloader; the validation, test or predict dataloader at hand.
-    A batch goes through the model by `pl_module.calibration_step(batch)` where there is one, else as in `prune`.
-    Layers are named as in the module's `pruning_target` where it has one (our modules name their model: the report
-    then has Hugging Face's or timm's names), else as in the LightningModule.
+    The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
+    datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
+    runs. The first `num_samples` samples are used; a batch whose tensors have different lengths is not cut. A batch
+    runs through the module's `calibration_step(batch)` if it has one, else as in `prune`. Layers have the names that
+    they have in the module's `pruning_target` if it has one (those of our modules are the names of Hugging Face and
+    timm), else in the LightningModule.
+
+    `ModelCheckpoint(monitor=...)` also compares checkpoints from before pruning, and prefers them since dense models
+    score better. Let it compare only checkpoints from after the last stage, here at step 1000::
+
+        class BestAfterPruning(ModelCheckpoint):
+            def check_monitor_top_k(self, trainer, current=None):
+                return trainer.global_step > 1000 and super().check_monitor_top_k(trainer, current)
 
     To prune at another moment, override `should_prune`.
 

@@ -67,8 +67,8 @@ class PruningState:
         """
         if saved["choices"] != choices:
             raise ValueError(
-                f"{', '.join(choices)} must be those of the checkpoint, which {name} wrote with {saved['choices']}, but "
-                f"they are {choices}. Use the same, or load only the weights and start a new run."
+                f"{' and '.join(choices)} must be those of the checkpoint, which {name} wrote with {saved['choices']}, "
+                f"but they are {choices}. Use the same, or load only the weights and start a new run."
             )
         report = saved["report"]
         return cls(**{**saved, "report": None if report is None else PruningReport.from_json(report)})
