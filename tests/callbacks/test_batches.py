@@ -18,8 +18,10 @@ from support.callbacks import (
     tagged,
     trainer,
 )
+from support.zoo import ZOO
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from wanda_lightning import (
     ImageClassifierModule,
@@ -399,3 +401,128 @@ def test_a_subclass_is_calibrated_on_with_its_own_batches():
     expected = list(Listed(samples(), 3))
     trainer(WandaPrune(num_samples=12)).validate(module, Listed(samples(), 3))
     assert all(torch.equal(seen[0], x) for seen, (x, _) in zip(module.seen, expected, strict=True))
+
+
+SAMPLES = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Logbook(L.LightningModule):
+    """Notes the batches that it is calibrated and trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = ZOO["plain_mlp"].build().train()
+        self.calibrated, self.trained = [], []
+
+    def calibration_step(self, batch):
+        self.calibrated.append(batch)
+        return self.layers(batch)
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append(batch)
+        return F.mse_loss(self.layers(batch), torch.zeros(len(batch), 16))
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fitted(loader, *callbacks, epochs=1):
+    module = Logbook()
+    trainer(*callbacks, max_epochs=epochs).fit(module, loader)
+    return module
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    assert all(map(torch.equal, batches, expected))
+
+
+class Batched(Dataset):
+    """Its items are batches."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return SAMPLES[4 * index : 4 * index + 4]
+
+
+class BatchedStream(IterableDataset):
+    def __iter__(self):
+        return iter(SAMPLES.split(4))
+
+
+@pytest.mark.parametrize("dataset", [Batched, BatchedStream])
+def test_a_loader_of_batches_made_before(dataset):
+    module = fitted(DataLoader(dataset(), batch_size=None), WandaPrune(num_samples=10))
+    assert_same(module.calibrated, [*SAMPLES[:8].split(4), SAMPLES[8:10]])
+    assert_same(module.trained, SAMPLES.split(4))
+
+
+class Turning(Sampler):
+    """Begins one place further each time that it is read."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def __len__(self):
+        return len(SAMPLES)
+
+    def __iter__(self):
+        self.epoch += 1
+        return iter([(self.epoch + i) % len(SAMPLES) for i in range(len(SAMPLES))])
+
+
+class TurningBatches(Turning):
+    """Batches of 3, 4 and 5."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        order = list(super().__iter__())
+        return iter([order[:3], order[3:7], order[7:]])
+
+
+@pytest.mark.parametrize(
+    ("option", "sampler", "sizes"), [("batch_sampler", TurningBatches, (3, 4, 5)), ("sampler", Turning, (4, 4, 4))]
+)
+def test_a_sampler_is_honoured_and_left_as_it_was(option, sampler, sizes):
+    def loader():
+        return DataLoader(SAMPLES, **{option: sampler()}, **({"batch_size": 4} if option == "sampler" else {}))
+
+    dense, pruned = loader(), loader()
+    without = fitted(dense, epochs=2)
+    module = fitted(pruned, WandaPrune(num_samples=12), epochs=2)
+    first, second = (SAMPLES.roll(-epoch, 0).split(sizes) for epoch in (1, 2))
+    assert_same(module.trained, [*first, *second])
+    # Lightning may have begun its own reading, or not.
+    assert_same(module.calibrated, first if torch.equal(module.calibrated[0], first[0]) else second)
+    assert_same(without.trained, module.trained)
+    assert getattr(pruned, option).epoch == getattr(dense, option).epoch
+
+
+class TrainsOnSetup(Logbook):
+    """Its train loader is there only after `setup("fit")`."""
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.samples = SAMPLES
+
+    def train_dataloader(self):
+        return DataLoader(self.samples, 4)
+
+
+def test_a_train_loader_that_is_there_only_in_fit():
+    module, before = TrainsOnSetup(), TrainsOnSetup().state_dict()
+    with pytest.raises(
+        MisconfigurationException, match=r"dataloader must be given, since TrainsOnSetup\.train_dataloader\(\) fails"
+    ) as caught:
+        trainer(WandaPrune(num_samples=12)).validate(module, DataLoader(SAMPLES, 4))
+    assert isinstance(caught.value.__cause__, AttributeError)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    trainer(WandaPrune(num_samples=12, dataloader=DataLoader(SAMPLES, 4))).validate(module, DataLoader(SAMPLES, 4))
+    assert_same(module.calibrated, SAMPLES.split(4))
