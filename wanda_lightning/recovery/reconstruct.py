@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.calibration.gradients import without_gradients
 from wanda_lightning.calibration.lockstep import Call, clone_arguments
-from wanda_lightning.core.solvers import Reconstruct, masked
+from wanda_lightning.core.masking import masked
+from wanda_lightning.core.solvers import Reconstruct
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 
 _HELD_OUT = 4  # every so many batches one is not trained on
