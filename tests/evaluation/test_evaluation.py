@@ -295,7 +295,7 @@ UNFIT = [
     ("boolq", "[1]", "line 1 is a list"),
     ("boolq", "{", "line 1 is not JSON"),
     ("boolq", "", "is empty. Give another file"),
-    ("boolq", b"\xff", "should be in UTF-8"),
+    ("boolq", b"\xff", "must be in UTF-8"),
     ("arc_easy", '{"question": "a", "choices": ["x", "y"], "answerKey": "A"}', "do not fit lm-eval's definition"),
     (
         "openbookqa",

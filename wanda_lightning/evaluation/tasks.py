@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from wanda_lightning.core.name_patterns import did_you_mean
-from wanda_lightning.data.text_sources import json_rows
+from wanda_lightning.data.text_files import json_rows
 from wanda_lightning.files import whole_file
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import zero_counts
