@@ -351,7 +351,7 @@ def test_the_digits_that_need_no_network(inputs, capsys):
 
 
 def test_fewer_images_than_asked(images):
-    with pytest.warns(UserWarning, match=r"num_samples=50 were asked for, but .* has only 12: using these"):
+    with pytest.warns(UserWarning, match=r"num_samples is 50, but .* has only 12\."):
         assert run(*images, "--nsamples", "50") == 0
 
 
@@ -860,7 +860,7 @@ def test_fit_a_recipe(recipe, inputs, capsys, pruning, n):
     [
         ({"pattern": "2:4", "sparsity": 0.7}, "2:4 has a sparsity of 0.5, but 0.7"),
         ({"pattern": "diagonal"}, "no pattern is called 'diagonal'"),
-        ({"num_samples": 0}, "num_samples is at least 1, but 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
         ({"skip": ["nothing"]}, "skip='nothing' matches no matrix"),
     ],
 )
