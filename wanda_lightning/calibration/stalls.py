@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 
@@ -60,14 +61,15 @@ class StallDetector(threading.Thread):
 
     def run(self) -> None:
         """Look at the watched thread until `stop` is called or the thread stalls."""
-        last, looks = None, 0
+        last: _LockWait | None = None
+        looks = 0
         while not self._done.wait(INTERVAL):
             turn, thread = self._turn, self._running
-            waiting = None if thread is None else _lock_wait(thread)
-            looks = looks + 1 if waiting is not None and (turn, waiting) == last else 0
-            last = turn, waiting
-            if looks == LOOKS and thread is not None and waiting is not None:
-                self.message = self._explain(thread, waiting[0])
+            now = None if thread is None else _LockWait.of(thread, turn)
+            looks = looks + 1 if now is not None and now == last else 0
+            last = now
+            if looks == LOOKS and thread is not None and now is not None:
+                self.message = self._explain(thread, now.place)
                 self._release(thread)
                 return
 
@@ -77,20 +79,37 @@ class StallDetector(threading.Thread):
         self.join()
 
 
-def _lock_wait(thread: threading.Thread) -> tuple[str, int, float] | None:
-    """The place where a thread takes a lock, the instruction, and the CPU time of the thread so far.
+class _LockWait(NamedTuple):
+    """A thread that is at an instruction which takes a lock.
 
-    None if its current instruction does not take a lock.
+    Attributes:
+        turn: Number of the turn in which it runs.
+        frame: Its innermost frame.
+        instruction: Index of the instruction.
+        cpu_time: CPU time of the thread so far, in seconds.
     """
-    frame = sys._current_frames().get(thread.ident or 0)
-    if frame is None or not _takes_lock(frame):
-        return None
-    instruction, caller = frame.f_lasti, frame
-    while caller.f_globals.get("__name__") in _LOCK_MODULES and caller.f_back is not None:
-        caller = caller.f_back
-    place = f"{caller.f_code.co_filename}:{caller.f_lineno} ({caller.f_code.co_name})"
-    times = {item.id: item.user_time + item.system_time for item in psutil.Process().threads()}
-    return place, instruction, times.get(thread.native_id, 0.0)
+
+    turn: int
+    frame: FrameType
+    instruction: int
+    cpu_time: float
+
+    @classmethod
+    def of(cls, thread: threading.Thread, turn: int) -> _LockWait | None:
+        """Look at a thread; None if its current instruction does not take a lock."""
+        frame = sys._current_frames().get(thread.ident or 0)
+        if frame is None or not _takes_lock(frame):
+            return None
+        times = {item.id: item.user_time + item.system_time for item in psutil.Process().threads()}
+        return cls(turn, frame, frame.f_lasti, times.get(thread.native_id, 0.0))
+
+    @property
+    def place(self) -> str:
+        """File, line and function that take the lock."""
+        frame = self.frame
+        while frame.f_globals.get("__name__") in _LOCK_MODULES and frame.f_back is not None:
+            frame = frame.f_back
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
 def _takes_lock(frame: FrameType) -> bool:
