@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.batches import split
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
@@ -126,13 +127,6 @@ def test_only_the_first_samples_go_backward():
     targets = [[layer.target for layer in report.layers] for report in (some, one, every)]
     assert targets[0] == targets[1] != targets[2]
     assert some.config["allocation"]["num_samples"] == size
-
-
-def split(batches, size):
-    """The same samples in batches of another size."""
-    whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    parts = {key: value.split(size) for key, value in whole.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 6, None])
