@@ -7,7 +7,7 @@ from wanda_lightning.models.from_config import model_from_config
 from wanda_lightning.models.inventory import Inventory, Skipped, Unit, left_by_pattern, low_coverage
 from wanda_lightning.models.layers import Layer, LayerKind, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
-from wanda_lightning.models.skips import is_wrapper
+from wanda_lightning.models.quantized import is_quantized, is_wrapper
 
 __all__ = [
     "SEQUENTIAL_CHOICES",
@@ -22,6 +22,7 @@ __all__ = [
     "find_layers",
     "fitting_mask",
     "free_memory",
+    "is_quantized",
     "is_wrapper",
     "layer_kinds",
     "left_by_pattern",

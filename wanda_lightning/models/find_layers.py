@@ -14,7 +14,8 @@ from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.models.experts import stored_by_columns
 from wanda_lightning.models.inventory import Inventory, Skipped, Unit
 from wanda_lightning.models.layers import Layer, layers_of
-from wanda_lightning.models.skips import is_packed, is_packed_weight, packed, quantizer, reasons_to_skip, why_no_layer
+from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
+from wanda_lightning.models.skips import packed, reasons_to_skip, why_no_layer
 
 SequentialChoice = Literal["block", "layer", "none"]
 SEQUENTIAL_CHOICES: tuple[str, ...] = get_args(SequentialChoice)

@@ -7,19 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from wanda_lightning.models.experts import routers, stacked_experts
 from wanda_lightning.models.inventory import Skipped
 from wanda_lightning.models.layers import kind_of, layer_kinds
+from wanda_lightning.models.quantized import quantizer
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
 _STANDARDISED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
-_QUANTISERS = {
-    *("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum"),
-    *("quanto", "torchao", "vptq"),
-}
 _REMOVERS = {  # old hooks of torch that make a weight anew at each forward, by class
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
@@ -27,27 +23,6 @@ _REMOVERS = {  # old hooks of torch that make a weight anew at each forward, by 
 }
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image or signal
-
-
-def is_wrapper(parameter: Tensor) -> bool:
-    """Whether it holds no numbers itself, as quantised tensors that give themselves out as floating-point ones."""
-    return not issubclass(type(parameter), nn.Parameter | DTensor)  # isinstance would ask the tensor
-
-
-def is_packed(parameter: Tensor) -> bool:
-    """Whether its numbers are not floating-point ones of 16 bits or more."""
-    return is_wrapper(parameter) or not parameter.is_floating_point() or parameter.element_size() < 2
-
-
-def quantizer(module: nn.Module, parameter: Tensor) -> str | None:
-    """The library that made a layer, or the type of its weight, where that is one that quantises."""
-    packages = [kind.__module__.partition(".")[0] for kind in (type(parameter), type(module))]
-    return next((package for package in packages if package in _QUANTISERS), None)
-
-
-def is_packed_weight(name: str, buffer: Tensor) -> bool:
-    """Whether a buffer holds packed weights, as those of quantised layers do."""
-    return buffer.ndim >= 2 and not buffer.is_floating_point() and "weight" in name.rpartition(".")[2]
 
 
 def packed(name: str, weight: Tensor, module: nn.Module) -> Skipped:
