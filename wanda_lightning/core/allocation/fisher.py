@@ -26,7 +26,8 @@ class Fisher(Allocation):
 
     Attributes:
         max_deviation: How far from the target a layer's sparsity may be.
-        num_samples: Calibration samples of all processes together that are passed backward, the first ones; None for all.
+        num_samples: Number of calibration samples, the first ones of all processes together, that are passed backward;
+            None for all.
     """
 
     reads_gradients: ClassVar[bool] = True
