@@ -23,7 +23,8 @@ from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.callbacks import SavePretrained
-from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward, processes_of
+from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
+from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.models import find_layers, token_masks
