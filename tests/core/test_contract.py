@@ -339,7 +339,7 @@ def test_ria_without_activations_is_relative_importance():
     assert torch.equal(RIA(a=0.0)(weight, quiet), RIA(a=0.0)(weight, loud))
     assert not torch.equal(RIA()(weight, quiet), RIA()(weight, loud))
     for a in (-0.5, float("nan")):
-        with pytest.raises(ValueError, match="0 or more"):
+        with pytest.raises(ValueError, match="a of RIA must be a number of at least 0"):
             RIA(a=a)
 
 
