@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def matches(name: str, pattern: str, option: str) -> bool:
@@ -25,6 +25,31 @@ def matches(name: str, pattern: str, option: str) -> bool:
             raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from error
     # A glob, too, means everything inside: adapters of peft put the weight itself one level deeper.
     return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
+
+
+def check_patterns(option: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of an option as a tuple; a single string is one pattern.
+
+    Raises:
+        ValueError: If they are not strings, or one is not a regular expression after `re:`.
+    """
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{option} must be a list of layer names or patterns, but it is {given!r}.")
+    for pattern in patterns:
+        matches("", pattern, option)
+    return tuple(patterns)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean ...?` where a known name is close, else an empty string.
+
+    Example:
+        >>> did_you_mean("wikitxt2", ["c4", "wikitext2"])
+        ' Did you mean wikitext2?'
+    """
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
