@@ -379,10 +379,10 @@ def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seqlen": 1}, "seqlen should be at least 2, .* but it is 1"),
-        ({"num_samples": 0}, "num_samples should be at least 1, but it is 0"),
-        ({"batch_size": 0}, "batch_size should be at least 1, but it is 0"),
-        ({"limit": 0}, "limit should be at least 1, but it is 0"),
+        ({"seqlen": 1}, "seqlen must be at least 2, but it is 1"),
+        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, but it is 0"),
+        ({"limit": 0}, "limit must be at least 1, but it is 0"),
         (
             {"calibration": "wikitxt2"},
             r"one of c4, wikitext2, python-docs, or a file .* 'wikitxt2' .* mean wikitext2\?",
@@ -744,10 +744,10 @@ def test_images_from_an_unreachable_hub_are_one_clear_error(tmp_path, offline, d
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size should be at least 1"),
-        ({"num_samples": 0}, "num_samples should be at least 1"),
-        ({"image_size": 0}, "image_size should be at least 1"),
-        ({"num_workers": -1}, "num_workers should be at least 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"data": "cifar"}, r"'cifar' is no folder here and no known data set\. Did you mean cifar10"),
     ],
 )

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from wanda_lightning.checks import check_positive
 from wanda_lightning.cli.measure import measure, measure_all
 from wanda_lightning.cli.options import TIMM, as_patterns, checked_seqlen, refuse_given
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.data.hub import check_positive
 from wanda_lightning.data.text_sources import check_source
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, task_names, zero_shot
 from wanda_lightning.files import refuse_existing

@@ -1,4 +1,4 @@
-"""Patterns that name layers: module names, globs, and `re:` expressions."""
+"""Patterns that name layers: module names, globs and `re:` expressions; and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -66,3 +66,14 @@ def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str,
                 f"{option}={pattern!r} matches no {what} of the model; {nearest}. "
                 "Give a module name, a glob such as '*.down_proj', or 're:' and a regular expression."
             )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does.
+
+    Example:
+        >>> did_you_mean("wikitxt2", ["c4", "wikitext2"])
+        ' Did you mean wikitext2?'
+    """
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-
-
-def check_positive(**values: int | None) -> None:
-    """Refuse numbers below 1; None means that there is no number to check."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} should be at least 1, but it is {value}.")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean ...?` where a known name is near, else an empty string.
-
-    >>> nearest("wikitxt2", ["c4", "wikitext2"])
-    ' Did you mean wikitext2?'
-    """
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:

@@ -8,7 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.data.hub import load_from_hub, nearest
+from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.data.hub import load_from_hub
 
 _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, column of labels
 _NAMES = ("digits", *_HUB)
@@ -52,7 +53,7 @@ def check_source(data: str) -> None:
         found = "is a file" if path.is_file() else "does not exist"
         raise FileNotFoundError(f"A folder of images was asked for, but {data} {found}. {_EXPECTED}")
     elif data.count("/") != 1:
-        raise ValueError(f"{data!r} is no folder here and no known data set.{nearest(data, _NAMES)} {_EXPECTED}")
+        raise ValueError(f"{data!r} is no folder here and no known data set.{did_you_mean(data, _NAMES)} {_EXPECTED}")
 
 
 def open_source(data: str, cache_dir: str | None = None) -> Source:

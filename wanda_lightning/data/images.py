@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from wanda_lightning.data.hub import check_positive, nearest, silence_worker_advice
+from wanda_lightning.checks import check_at_least, check_positive
+from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.data.hub import silence_worker_advice
 from wanda_lightning.data.image_sources import Source, check_source, open_source
 
 _IN_MEMORY_SIDE = 96  # digits up to this side are kept as tensors, at most 200 MB
@@ -69,7 +71,7 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
         if not timm.is_model(name.partition(".")[0]):
             raise ValueError(
                 f"The images are prepared as a timm model wants them, but timm knows no {name!r}."
-                f"{nearest(name, timm.list_models())} Leave model out to take the one that is trained or pruned."
+                f"{did_you_mean(name, timm.list_models())} Leave model out to take the one that is trained or pruned."
             )
         config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
         channels, size = config["input_size"][0], config["input_size"][1:]
@@ -165,8 +167,7 @@ class ImageDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_positive(batch_size=batch_size, num_samples=num_samples, image_size=image_size)
-        if num_workers < 0:
-            raise ValueError(f"num_workers should be at least 0, but it is {num_workers}.")
+        check_at_least(0, num_workers=num_workers)
         check_source(data)
         self.data = data
         self.model = model

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wanda_lightning.data.hub import check_positive, silence_worker_advice
+from wanda_lightning.checks import check_at_least, check_positive
+from wanda_lightning.data.hub import silence_worker_advice
 from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
 
 if TYPE_CHECKING:
@@ -188,8 +189,7 @@ class TextDataModule(L.LightningDataModule):
         train_samples: int | None = None,
     ) -> None:
         super().__init__()
-        if seqlen < 2:
-            raise ValueError(f"seqlen should be at least 2, one token to see and one to predict, but it is {seqlen}.")
+        check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
         check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
         check_source(calibration)
         check_source(evaluation)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.data.hub import load_from_hub, nearest
+from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.data.hub import load_from_hub
 
 _NAMES = ("c4", "wikitext2", "python-docs")
 _EXTENSIONS = (".txt", ".jsonl", ".parquet")
@@ -34,7 +35,7 @@ def check_source(source: str) -> None:
     kinds = f"A text is one of {', '.join(_NAMES)}, or a file that ends in {', '.join(_EXTENSIONS)}"
     if path.exists():
         raise ValueError(f"{kinds}, but {source} ends in {path.suffix or 'nothing'}. Convert it or rename it.")
-    raise ValueError(f"{kinds}, but {source!r} was asked for.{nearest(source, _NAMES)}")
+    raise ValueError(f"{kinds}, but {source!r} was asked for.{did_you_mean(source, _NAMES)}")
 
 
 def calibration_source(source: str, cache_dir: str | None = None) -> str | Sequence[str]:

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from wanda_lightning.data.hub import nearest
+from wanda_lightning.core.name_patterns import did_you_mean
 from wanda_lightning.data.text_sources import json_rows
 from wanda_lightning.files import whole_file
 from wanda_lightning.models import find_layers
@@ -77,7 +77,7 @@ def task_names(asked: Sequence[str]) -> list[str]:
         if name not in PAPER_TASKS and name not in _ALL:
             raise ValueError(
                 f"A task is one of {', '.join(PAPER_TASKS)}, or paper for all of them, but {name!r} was asked for."
-                f"{nearest(name, PAPER_TASKS)} For other tasks run lm-eval itself on the model's folder."
+                f"{did_you_mean(name, PAPER_TASKS)} For other tasks run lm-eval itself on the model's folder."
             )
     return list(dict.fromkeys(one for name in asked for one in (PAPER_TASKS if name in _ALL else [name])))
 
