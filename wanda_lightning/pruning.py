@@ -27,6 +27,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Allocation, DenseLayer, Uniform
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import Reconstruct, Solver, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Weight
@@ -402,7 +403,7 @@ def _dense_layers(
             layer.size,
             cast(Pattern, config.pattern).sparsity_steps(*layer.shape),
             partial(read, layer),
-            dense.statistics.get(layer.name),
+            dense.statistics.get(layer.name, InputStatistics()),
             dense.fisher.get(layer.name),
         )
         for layer in layers
@@ -565,7 +566,7 @@ def _prune_unit(
         key = layer.name if statistics is None or layer.siblings else statistics[layer.name]
         together.setdefault(key, []).append(layer)
     for layers in (part for same in together.values() for part in _held_at_once(same)):
-        inputs = None if statistics is None else statistics[layers[0].name]
+        inputs = InputStatistics() if statistics is None else statistics[layers[0].name]
         for done in _prune_layers(config, layers, inputs, targets):
             pruned.append(done)
             if done.name in observer.pooled:
@@ -586,7 +587,7 @@ def _held_at_once(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
 
 
 def _prune_layers(
-    config: PruningConfig, layers: Sequence[Layer], inputs: InputStatistics | None, targets: LayerTargets
+    config: PruningConfig, layers: Sequence[Layer], inputs: InputStatistics, targets: LayerTargets
 ) -> Iterator[PrunedLayer]:
     """Prune layers with the same inputs."""
     solver, criterion = cast(Solver, config.solver), cast(Criterion, config.criterion)
@@ -596,7 +597,8 @@ def _prune_layers(
     if rows:
         device = next(iter(rows.values())).device
         with torch.autocast(device.type, enabled=False):  # a mixed-precision Trainer's would round it
-            pairs = solver.solve_together([*rows.values()], inputs, criterion, [targets[name] for name in rows])
+            selections = [Selection(criterion, *targets[name]) for name in rows]
+            pairs = solver.solve_together([*rows.values()], inputs, selections)
         solved = {name: weight for name, (weight, _) in zip(rows, pairs, strict=True)}
     for layer in layers:
         before = sparsity = 0.0
@@ -604,7 +606,7 @@ def _prune_layers(
             before = _zeros(weights[layer.name])
             layer.write(solved[layer.name])
             sparsity = _zeros(solved[layer.name])
-        tokens, target = inputs.count if inputs else 0, targets[layer.name][1]
+        tokens, target = inputs.count, targets[layer.name][1]
         yield PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, siblings=layer.siblings, before=before)
 
 

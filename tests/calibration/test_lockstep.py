@@ -684,7 +684,7 @@ def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
     class Exploding(Solver):
         needs = frozenset()
 
-        def __call__(self, weight, inputs, criterion, pattern, sparsity):
+        def __call__(self, weight, inputs, selection):
             bomb()
             return weight, weight != 0
 

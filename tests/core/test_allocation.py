@@ -43,9 +43,8 @@ UNEQUAL = [name for name in ALLOCATIONS if name != "uniform"]
 
 
 def dense(name, block, weight, tokens=None, pattern=Unstructured()):
-    inputs = None
+    inputs = InputStatistics(() if tokens is None else {"square_sum"})
     if tokens is not None:
-        inputs = InputStatistics({"square_sum"})
         inputs.update(tokens)
     fisher = None if tokens is None else tokens.square().sum(dim=0)  # of gradients that are 1 everywhere
     return DenseLayer(

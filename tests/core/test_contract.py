@@ -19,6 +19,7 @@ from support.layers import random_layer, statistics
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation
 from wanda_lightning.core.criteria import CRITERIA, RIA, Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Pattern, Unstructured, keep_largest
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import SOLVERS, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 
@@ -114,9 +115,9 @@ def test_scores_do_not_depend_on_a_sign(criterion):
 
 def test_only_what_has_no_needs_runs_without_inputs():
     weight, _ = random_layer()
-    assert torch.equal(Magnitude()(weight), weight.abs())
-    with pytest.raises(AssertionError, match="Wanda reads the inputs"):
-        Wanda()(weight, None)
+    assert torch.equal(Magnitude()(weight, InputStatistics()), weight.abs())
+    with pytest.raises(KeyError, match="square_sum"):
+        Wanda()(weight, InputStatistics())
 
 
 @pytest.mark.parametrize("criterion", [Wanda(), RIA()], ids=str)
@@ -141,7 +142,7 @@ def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
     before, sparsity, criterion = weight.clone(), sparsity_of(pattern), CRITERIA[criterion]()
     inputs = statistics(tokens, criterion, solver)
     sums = {name: value.clone() for name, value in inputs.sums.items()}
-    pruned, keep = solver(weight, inputs, criterion, pattern, sparsity)
+    pruned, keep = solver(weight, inputs, Selection(criterion, pattern, sparsity))
 
     assert pruned.dtype == dtype
     assert keep.dtype == torch.bool
@@ -153,7 +154,7 @@ def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
     assert torch.equal(weight, before)
     assert pruned.data_ptr() != weight.data_ptr()
     assert all(torch.equal(inputs.sums[name], sums[name]) for name in sums)
-    again, keep_again = solver(weight, inputs, criterion, pattern, sparsity)
+    again, keep_again = solver(weight, inputs, Selection(criterion, pattern, sparsity))
     assert torch.equal(pruned, again)
     assert torch.equal(keep, keep_again)
 
@@ -164,7 +165,7 @@ def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
 def test_zero_out_is_score_keep_zero(criterion, pattern, dtype):
     weight, tokens = random_layer(dtype)
     sparsity, make = sparsity_of(pattern), CRITERIA[criterion]
-    pruned, keep = ZeroOut()(weight, statistics(tokens, make), make(), pattern, sparsity)
+    pruned, keep = ZeroOut()(weight, statistics(tokens, make), Selection(make(), pattern, sparsity))
     scores = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
     expected = reference.keep(pattern, scores, sparsity)
     np.testing.assert_array_equal(keep.numpy(), expected)
@@ -179,8 +180,8 @@ def test_pruning_twice_changes_nothing(criterion, pattern, solver):
     weight, tokens = random_layer()
     sparsity, criterion = sparsity_of(pattern), CRITERIA[criterion]()
     inputs = statistics(tokens, criterion, solver)
-    once, keep_once = solver(weight, inputs, criterion, pattern, sparsity)
-    twice, keep_twice = solver(once, inputs, criterion, pattern, sparsity)
+    once, keep_once = solver(weight, inputs, Selection(criterion, pattern, sparsity))
+    twice, keep_twice = solver(once, inputs, Selection(criterion, pattern, sparsity))
     assert torch.equal(keep_twice, keep_once)
     torch.testing.assert_close(twice, once, rtol=0 if solver == ZeroOut() else 1e-4, atol=0)
 
@@ -199,7 +200,7 @@ def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver, tokens):
     inputs = statistics(tokens, criterion, solver)
 
     def error(some_solver):
-        pruned, _ = some_solver(weight, inputs, criterion, pattern, sparsity)
+        pruned, _ = some_solver(weight, inputs, Selection(criterion, pattern, sparsity))
         return (tokens @ (pruned - weight).T).square().sum().item()
 
     assert error(solver) <= error(ZeroOut()) * (1 + 1e-9)
@@ -223,9 +224,9 @@ def test_layers_with_the_same_inputs_are_pruned_as_each_alone(criterion, targets
     inputs = statistics(tokens, criterion, solver)
     weights = [weight[:5], weight[5:].float()]
     weights[0][:, :30] = 0  # sparser than asked for, on the left
-    both = solver.solve_together(weights, inputs, criterion, targets)
+    both = solver.solve_together(weights, inputs, [Selection(criterion, *target) for target in targets])
     for (pruned, keep), part, (pattern, sparsity) in zip(both, weights, targets, strict=True):
-        alone, keep_alone = solver(part, inputs, criterion, pattern, sparsity)
+        alone, keep_alone = solver(part, inputs, Selection(criterion, pattern, sparsity))
         assert pruned.dtype == part.dtype
         assert torch.equal(keep, keep_alone)
         torch.testing.assert_close(pruned, alone, rtol=1e-6, atol=1e-9)
@@ -235,11 +236,11 @@ def test_layers_with_the_same_inputs_are_pruned_as_each_alone(criterion, targets
 @EVERY_PATTERN
 def test_layout_of_the_weight_does_not_matter(pattern, solver):
     weight, tokens = random_layer()
-    inputs = statistics(tokens, Wanda, solver)
+    inputs, selection = statistics(tokens, Wanda, solver), Selection(Wanda(), pattern, sparsity_of(pattern))
     transposed = weight.t().contiguous().t()  # GPT-2 keeps its weights so
     for got, expected in zip(
-        solver(transposed, inputs, Wanda(), pattern, sparsity_of(pattern)),
-        solver(weight, inputs, Wanda(), pattern, sparsity_of(pattern)),
+        solver(transposed, inputs, selection),
+        solver(weight, inputs, selection),
         strict=True,
     ):
         assert torch.equal(got, expected)
@@ -274,7 +275,7 @@ def test_wanda_prunes_a_dead_input_first():
     weight, tokens = random_layer()
     tokens[:, [5, 40]] = 0
     weight[:, [5, 40]] *= 1e6
-    _, keep = ZeroOut()(weight, statistics(tokens, Wanda), Wanda(), Unstructured(), 2 / 64)
+    _, keep = ZeroOut()(weight, statistics(tokens, Wanda), Selection(Wanda(), Unstructured(), 2 / 64))
     assert keep.all(dim=0).logical_not().nonzero().flatten().tolist() == [5, 40]
 
 
@@ -323,7 +324,9 @@ def test_ria_without_activations_is_relative_importance():
 def test_wrong_shapes_are_refused():
     weight, tokens = random_layer()
     for wrong in (
-        lambda: Magnitude()(torch.ones(2, 3, 4)),  # runs without complaint where shapes are not checked
+        lambda: Magnitude()(
+            torch.ones(2, 3, 4), InputStatistics()
+        ),  # runs without complaint where shapes are not checked
         lambda: InputStatistics({"square_sum"}).update(torch.ones(2, 3, 4)),
         lambda: Wanda()(weight[:, :1], statistics(tokens, Wanda)),  # would broadcast
         lambda: keep_largest(torch.ones(2, 3, dtype=torch.int64), 1),

@@ -12,6 +12,7 @@ from support.layers import random_layer, statistics
 
 from wanda_lightning import NM, SparseGPTPrune, Unstructured, prune
 from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, SOLVERS, Refit, SparseGPT
 from wanda_lightning.core.solvers.refit import refitted
 
@@ -20,7 +21,7 @@ WIDE = (12, 300)  # more than two blocks of columns
 
 def solved(solver, weight, tokens, criterion=None, pattern=Unstructured(), sparsity=0.5):
     criterion = criterion or solver.own_criterion
-    return solver(weight, statistics(tokens, criterion, solver), criterion, pattern, sparsity)
+    return solver(weight, statistics(tokens, criterion, solver), Selection(criterion, pattern, sparsity))
 
 
 def output_error(weight, pruned, tokens):

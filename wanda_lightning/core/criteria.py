@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import PerInput, Score, Weight
 
+Group = Literal["row", "layer"]
+
 
 class Criterion(ABC):
     """How much a weight matters, from its value and what enters its layer."""
 
     needs: ClassVar[frozenset[str]]
+    group: ClassVar[Group] = "row"  # what the method's paper compares where the pattern is unstructured
     spans_rows: ClassVar[bool] = False  # whether a score depends on other rows, so that no process can score its alone
 
     @abstractmethod
-    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+    def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score every weight, in float32 or wider; higher survives."""
 
 
@@ -28,8 +31,9 @@ class Magnitude(Criterion):
     """The absolute value of the weight; needs no calibration data (Han et al. 2015)."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    group: ClassVar[Group] = "layer"
 
-    def __call__(self, weight: Weight, inputs: InputStatistics | None = None) -> Score:
+    def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W|`."""
         return _magnitude(weight)
 
@@ -40,9 +44,8 @@ class Wanda(Criterion):
 
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
 
-    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+    def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W| * ||x||`, the norm taken per input column over all calibration tokens."""
-        assert inputs is not None, "Wanda reads the inputs"
         norm = inputs.norm()
         return with_inactive(_magnitude(weight).mul_(norm), weight, norm)
 
@@ -66,9 +69,8 @@ class RIA(Criterion):
         if not self.a >= 0:
             raise ValueError(f"RIA raises the input norm to a power a of 0 or more, but a={self.a} was given")
 
-    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+    def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by relative importance and activations."""
-        assert inputs is not None, "RIA reads the inputs"
         norm, magnitude = inputs.norm(), _magnitude(weight)
         tiny = torch.finfo(magnitude.dtype).tiny  # where all weights of a row or column are zero, so is their score
         scores = magnitude / magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
@@ -101,10 +103,10 @@ class Saliency(Criterion):
     dampening: float = 0.01
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    group: ClassVar[Group] = "layer"
 
-    def __call__(self, weight: Weight, inputs: InputStatistics | None) -> Score:
+    def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W| / diag(U)`."""
-        assert inputs is not None, "Saliency reads the inputs"
         scores = _magnitude(weight).div_(inputs.inverse_diagonal(self.dampening))
         if "gram" not in inputs.sums:  # some columns of SparseGPT's, which itself drops what was never active
             return scores

@@ -64,7 +64,7 @@ class InputStatistics:
     Only the sums named in `needs` are kept. They are accumulated in float32, or in float64 for float64 inputs.
 
     Args:
-        needs: Names out of `SUMS`.
+        needs: Names out of `SUMS`; without any, the statistics of a method that needs no data.
 
     Attributes:
         count: Number of tokens seen.
@@ -77,7 +77,7 @@ class InputStatistics:
         (2, tensor([5., 1.]))
     """
 
-    def __init__(self, needs: Iterable[str]) -> None:
+    def __init__(self, needs: Iterable[str] = ()) -> None:
         self.needs = frozenset(needs)
         self.count = 0
         self.sums: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -32,7 +32,7 @@ class DenseLayer:
     size: int
     sparsity_steps: int
     read: Callable[[], Weight]
-    inputs: InputStatistics | None = None
+    inputs: InputStatistics = field(default_factory=InputStatistics)
     fisher: PerInput | None = None
 
     @cached_property

@@ -70,5 +70,4 @@ class OWL(Allocation):
 
 def _scores(layer: DenseLayer) -> Score:
     """Wanda's, per token: layers of one block may have seen different numbers of tokens."""
-    assert layer.inputs is not None, "OWL reads the inputs"
     return Wanda()(layer.read(), layer.inputs).div_(layer.inputs.count**0.5)

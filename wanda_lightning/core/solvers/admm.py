@@ -9,7 +9,7 @@ import torch
 
 from wanda_lightning.core.criteria import Criterion, Wanda, with_inactive
 from wanda_lightning.core.gram import cholesky
-from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver, as_numbers, masked
 from wanda_lightning.core.solvers.refit import refitted
 from wanda_lightning.core.statistics import InputStatistics
@@ -58,23 +58,16 @@ class ADMM(Solver):
                 f"that does not fall, but got {self}"
             )
 
-    def __call__(
-        self,
-        weight: Weight,
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Alternate, then fit."""
-        assert inputs is not None, "ADMM reads the inputs"
         scale, gram = inputs.scaled_gram(self.dampening)
         energy = inputs.sums["gram"].diagonal()
         alive = weight != 0
         dense = weight.to(gram.dtype).contiguous() * scale
 
         def choose(scores: Score) -> KeepMask:
-            return pattern(with_inactive(scores.mul_(as_numbers(alive)), weight, energy), sparsity) & alive
+            scores = with_inactive(scores.mul_(as_numbers(alive)), weight, energy)
+            return selection.pattern(scores, selection.sparsity) & alive
 
         target = torch.mm(dense, gram)
         # `wanted` is masked copy plus dual variable: one where it is kept, the other where it is dropped.

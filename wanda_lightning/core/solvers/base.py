@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wanda_lightning.core.criteria import Criterion, Wanda
-from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.criteria import Criterion, Group, Wanda
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
@@ -54,31 +54,22 @@ class Solver(ABC):
         """What chooses the weights where the user names no criterion."""
         return Wanda()
 
+    def group(self, criterion: Criterion) -> Group:
+        """What unstructured pruning compares by default: the weights of a row, or of the layer."""
+        return criterion.group
+
     @abstractmethod
-    def __call__(
-        self,
-        weight: Weight,
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Give the new weight, in the old one's dtype and zero where not kept, and what was kept."""
 
     def solve_together(
-        self,
-        weights: Sequence[OneWeight],
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        targets: Sequence[tuple[Pattern, float]],
+        self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
     ) -> list[tuple[OneWeight, OneMask]]:
         """What becomes of several matrices that have the same inputs, such as queries, keys and values.
 
         Args:
             weights: All of the same width.
             inputs: Of each.
-            criterion: Of each.
-            targets: Pattern and sparsity of each.
+            selections: One for each.
         """
-        pairs = zip(weights, targets, strict=True)
-        return [self(weight, inputs, criterion, pattern, sparsity) for weight, (pattern, sparsity) in pairs]
+        return [self(weight, inputs, selection) for weight, selection in zip(weights, selections, strict=True)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from wanda_lightning.core.criteria import Criterion
-from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.criteria import Criterion, Group
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.solvers.zero_out import ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
@@ -55,23 +55,16 @@ class Reconstruct(Solver):
         """That of the other solver."""
         return self.solver.own_criterion
 
-    def __call__(
-        self,
-        weight: Weight,
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> tuple[Weight, KeepMask]:
+    def group(self, criterion: Criterion) -> Group:
+        """As the other solver."""
+        return self.solver.group(criterion)
+
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """What the other solver gives, to be trained when all layers of the block have it (`reconstruction.train`)."""
-        return self.solver(weight, inputs, criterion, pattern, sparsity)
+        return self.solver(weight, inputs, selection)
 
     def solve_together(
-        self,
-        weights: Sequence[OneWeight],
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        targets: Sequence[tuple[Pattern, float]],
+        self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
     ) -> list[tuple[OneWeight, OneMask]]:
         """As the other solver."""
-        return self.solver.solve_together(weights, inputs, criterion, targets)
+        return self.solver.solve_together(weights, inputs, selections)

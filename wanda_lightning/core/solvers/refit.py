@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wanda_lightning.core.criteria import Criterion
-from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver, as_numbers, masked
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, Weight
@@ -38,17 +37,9 @@ class Refit(Solver):
         if self.dampening < 0 or self.steps < 1:
             raise ValueError(f"Refit needs dampening >= 0 and steps >= 1, but got {self}")
 
-    def __call__(
-        self,
-        weight: Weight,
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose, then fit."""
-        assert inputs is not None, "Refit reads the inputs"
-        keep = pattern(criterion(weight, inputs), sparsity)
+        keep = selection.keep(weight, inputs)
         gram = inputs.dampened_gram(self.dampening)
         dense = weight.to(gram.dtype).contiguous()
         fitted, _ = refitted(dense, masked(dense, keep), keep, gram, self.steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import lcm
 from typing import ClassVar, Literal
@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from wanda_lightning.core.criteria import Criterion, Saliency
-from wanda_lightning.core.patterns import NM, Pattern
+from wanda_lightning.core.criteria import Criterion, Group, Saliency
+from wanda_lightning.core.patterns import NM
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver, as_numbers, mask_
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
@@ -48,31 +49,23 @@ class SparseGPT(Solver):
                 f"SparseGPT needs dampening > 0, block_size >= 1 and mask='block' or 'upfront', but got {self}"
             )
 
+    def group(self, criterion: Criterion) -> Group:
+        """The layer; where the mask is chosen upfront, what the criterion compares."""
+        return "layer" if self.mask == "block" else criterion.group
+
     @property
     def own_criterion(self) -> Criterion:
         """What the update cannot make up for."""
         return Saliency(self.dampening)
 
-    def __call__(
-        self,
-        weight: Weight,
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose and update, block by block."""
-        return self.solve_together([weight], inputs, criterion, [(pattern, sparsity)])[0]
+        return self.solve_together([weight], inputs, [selection])[0]
 
     def solve_together(
-        self,
-        weights: Sequence[OneWeight],
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        targets: Sequence[tuple[Pattern, float]],
+        self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
     ) -> list[tuple[OneWeight, OneMask]]:
         """All rows at once, as those of one matrix: a column costs some small steps, however many rows it has."""
-        assert inputs is not None, "SparseGPT reads the inputs"
         factor = inputs.inverse_factor(self.dampening)
         scaled = factor / factor.diagonal()[:, None]
         # Columns are rows here: each is read and written as one piece of memory.
@@ -84,10 +77,10 @@ class SparseGPT(Solver):
         members = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         choices: list[_Choice] = []
         if self.mask == "upfront":
-            for weight, rows, (pattern, sparsity) in zip(weights, members, targets, strict=True):
-                gone[:, rows] = as_numbers(~(pattern(criterion(weight, inputs), sparsity).t() & alive[:, rows]))
+            for weight, rows, selection in zip(weights, members, selections, strict=True):
+                gone[:, rows] = as_numbers(~(selection.keep(weight, inputs).t() & alive[:, rows]))
         else:
-            choices = _choices(criterion, members, targets)
+            choices = _choices(members, selections)
         whole = lcm(*(choice.group for choice in choices if choice.group))
         size, at_once = _multiple(self.block_size, whole), _multiple(_AT_ONCE, whole)
         for start in range(0, len(columns), size):
@@ -125,10 +118,8 @@ class SparseGPT(Solver):
 class _Choice:
     """How the mask of some rows is chosen: N:M a group at a time, any other pattern a block at a time."""
 
-    criterion: Criterion
+    selection: Selection
     rows: slice
-    pattern: Pattern
-    sparsity: float
     group: int
     pruned: int = 0
 
@@ -137,25 +128,25 @@ class _Choice:
         lives = alive[here, self.rows]
         # Weights that were zero have taken up updates; a zero again, they score lowest.
         weight = columns[here, self.rows].mul(as_numbers(lives)).t().contiguous()
-        share = self.sparsity
+        share = self.selection.sparsity
         if not self.group:
             # What earlier blocks rounded down is made up for, so that whole rows have their exact number.
             share = max(0.0, (share * here.stop * len(weight) - self.pruned + 1e-6) / weight.numel())
-        keep = self.pattern(self.criterion(weight, inputs.columns(here.start, here.stop)), share).t()
+        keep = replace(self.selection, sparsity=share).keep(weight, inputs.columns(here.start, here.stop)).t()
         pruned = gone[here, self.rows].copy_(as_numbers(~(keep & lives)))
         if not self.group:
             self.pruned += int(pruned.count_nonzero())
 
 
-def _choices(criterion: Criterion, members: Sequence[slice], targets: Sequence[tuple[Pattern, float]]) -> list[_Choice]:
+def _choices(members: Sequence[slice], selections: Sequence[Selection]) -> list[_Choice]:
     """One for each layer; layers with the same N:M, which looks at each row for itself, share one."""
     choices: list[_Choice] = []
-    for rows, (pattern, sparsity) in zip(members, targets, strict=True):
-        group = pattern.m if isinstance(pattern, NM) else 0
-        if group and choices and choices[-1].pattern == pattern and not criterion.spans_rows:
+    for rows, selection in zip(members, selections, strict=True):
+        group = selection.pattern.m if isinstance(selection.pattern, NM) else 0
+        if group and choices and choices[-1].selection == selection and not selection.criterion.spans_rows:
             choices[-1].rows = slice(choices[-1].rows.start, rows.stop)
         else:
-            choices.append(_Choice(criterion, rows, pattern, sparsity, group))
+            choices.append(_Choice(selection, rows, group))
     return choices
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from wanda_lightning.core.criteria import Criterion
-from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver, masked
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, Weight
@@ -18,14 +17,7 @@ class ZeroOut(Solver):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(
-        self,
-        weight: Weight,
-        inputs: InputStatistics | None,
-        criterion: Criterion,
-        pattern: Pattern,
-        sparsity: float,
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Score, choose, zero."""
-        keep = pattern(criterion(weight, inputs), sparsity)
+        keep = selection.keep(weight, inputs)
         return masked(weight, keep), keep

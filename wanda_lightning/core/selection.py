@@ -1,0 +1,29 @@
+"""What decides which weights of one layer a solver keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wanda_lightning.core.criteria import Criterion
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import KeepMask, Weight
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Criterion, pattern and sparsity of one layer.
+
+    Attributes:
+        criterion: Scores the weights.
+        pattern: Turns the scores into what is kept.
+        sparsity: Fraction of the layer's weights that become zero, in [0, 1).
+    """
+
+    criterion: Criterion
+    pattern: Pattern
+    sparsity: float
+
+    def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
+        """Return the mask of the weights to keep, given the statistics of what enters the layer."""
+        return self.pattern(self.criterion(weight, inputs), self.sparsity)
