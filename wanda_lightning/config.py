@@ -101,7 +101,7 @@ class PruningConfig:
         if criterion is None and (solver is not None or base.criterion is None):
             criterion = chosen_solver.own_criterion
         chosen_criterion: Criterion = _resolve("criterion", CRITERIA, criterion, base.criterion)
-        chosen_pattern = _resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
+        chosen_pattern = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
         usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else UNIFORM
         return cls(
             sparsity=sparsity,
@@ -179,7 +179,16 @@ def _resolve(option: str, table: Mapping[str, Choice], given: Any, default: Choi
     return given
 
 
-def _resolve_pattern(given: Pattern | str, group: str) -> Pattern:
+def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
+    """The pattern that a name stands for; `"unstructured"` compares within the given group.
+
+    Example:
+        >>> resolve_pattern("1:4")
+        NM(n=1, m=4)
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):

@@ -81,7 +81,7 @@ def of_the_shape(weight, state):
     return [value for value in found if value.shape == weight.shape]
 
 
-class PassiveCalibration(Net):
+class Watched(Net):
     """Looks at its weights right after each optimizer step, and before each batch.
 
     What is zero at the first batch with `from_step` steps done is the pruned set, and has to stay.
@@ -148,7 +148,7 @@ def combinations():
 @pytest.mark.parametrize(("optimizer", "precision", "accumulate", "clip", "at_step"), [*combinations()])
 def test_exactly_the_pruned_weights_are_zero_after_every_step(optimizer, precision, accumulate, clip, at_step):
     torch.manual_seed(0)
-    module = PassiveCalibration(OPTIMIZERS[optimizer], from_step=at_step)
+    module = Watched(OPTIMIZERS[optimizer], from_step=at_step)
     callback = WandaPrune(0.5, num_samples=24, at_step=at_step)
     options = {"accumulate_grad_batches": accumulate, "max_steps": 20, **CLIPPING[clip], **precision_of(precision)}
     trainer(Witness(), callback, **options).fit(module, loader(24))
@@ -161,7 +161,7 @@ def test_exactly_the_pruned_weights_are_zero_after_every_step(optimizer, precisi
 
 
 def test_the_watch_can_fail():
-    module = PassiveCalibration(OPTIMIZERS["momentum"])
+    module = Watched(OPTIMIZERS["momentum"])
     with pytest.raises(AssertionError, match=r"layers.*weight after 0 steps"):
         trainer(WandaPrune(num_samples=12, keep_zeros=False), max_steps=2).fit(module, loader())
     assert not _global_optimizer_post_hooks
@@ -170,7 +170,7 @@ def test_the_watch_can_fail():
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw_foreach", "lion", "noisy"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_keep_zeros_alone_on_a_model_pruned_elsewhere(optimizer, precision):
-    module = PassiveCalibration(OPTIMIZERS[optimizer])
+    module = Watched(OPTIMIZERS[optimizer])
     for name in ("layers.0", "layers.4"):  # any zeros, at random
         with torch.no_grad():
             weight = module.get_parameter(f"{name}.weight")
@@ -184,14 +184,14 @@ def test_keep_zeros_alone_on_a_model_pruned_elsewhere(optimizer, precision):
 
 def test_zeros_under_a_scale_that_overflows():
     """The scaler skips such a step, and the next one is right."""
-    module = PassiveCalibration(OPTIMIZERS["adamw_foreach"], from_step=2)
+    module = Watched(OPTIMIZERS["adamw_foreach"], from_step=2)
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=100))
     trainer(Witness(), WandaPrune(num_samples=24, at_step=2), max_steps=40, plugins=[plugin]).fit(module, loader(24))
     assert plugin.scaler.get_scale() < 2.0**40
     assert all(share > 0.5 for share in module.trained().values())
 
 
-class WatchedBetweenSteps(PassiveCalibration):
+class WatchedBetweenSteps(Watched):
     """LBFGS calls the model several times within a step, to try weights out."""
 
     stepping = False
@@ -217,7 +217,7 @@ def test_lbfgs(at_step):
 
 @pytest.mark.parametrize("at_step", [0, 4])
 def test_rprop(at_step):
-    module = PassiveCalibration(partial(torch.optim.Rprop, lr=0.01), from_step=at_step)
+    module = Watched(partial(torch.optim.Rprop, lr=0.01), from_step=at_step)
     module.look_at_state = lambda: None  # see the next test
     trainer(Witness(), WandaPrune(num_samples=24, at_step=at_step), max_steps=10).fit(module, loader(24))
     assert all(share > 0.5 for share in module.trained().values())
@@ -227,7 +227,7 @@ def test_rprop(at_step):
     strict=True, reason="Rprop's step sizes start at lr and have a floor of 1e-6, also of pruned weights"
 )
 def test_the_state_of_rprop():
-    module = PassiveCalibration(partial(torch.optim.Rprop, lr=0.01), from_step=4)
+    module = Watched(partial(torch.optim.Rprop, lr=0.01), from_step=4)
     trainer(Witness(), WandaPrune(num_samples=24, at_step=4), max_steps=10).fit(module, loader(24))
 
 
@@ -242,13 +242,13 @@ class Bytes(torch.optim.SGD):
 
 
 def test_state_of_one_byte_a_weight():
-    module = PassiveCalibration(partial(Bytes, lr=0.05), from_step=2)
+    module = Watched(partial(Bytes, lr=0.05), from_step=2)
     trainer(Witness(), WandaPrune(num_samples=24, at_step=2), max_steps=6).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
 
 
 def test_stages_of_a_schedule_under_warm_moments():
-    class Steady(PassiveCalibration):
+    class Steady(Watched):
         def training_step(self, batch, batch_idx):
             if self.trainer.global_step in (4, 6):
                 self.pruned = None  # a new stage: a new set
@@ -298,7 +298,7 @@ AVERAGING = {
 @pytest.mark.parametrize("at_step", [0, 5, 12])
 @pytest.mark.parametrize("kind", AVERAGING)
 def test_averages_hold_the_zeros(kind, at_step, first):
-    module, averaging = PassiveCalibration(OPTIMIZERS["adamw_foreach"], from_step=at_step), AVERAGING[kind]()
+    module, averaging = Watched(OPTIMIZERS["adamw_foreach"], from_step=at_step), AVERAGING[kind]()
     callbacks = [averaging, WandaPrune(num_samples=12, at_step=at_step)]
     last = AveragesHoldZeros(averaging)
     options = {"max_epochs": 4, "num_sanity_val_steps": 0}  # of three steps
@@ -324,7 +324,7 @@ def test_averages_hold_the_zeros(kind, at_step, first):
     ],
 )
 def test_averages_of_a_module_that_calls_its_model_module(kind):
-    class Wrapping(PassiveCalibration):
+    class Wrapping(Watched):
         def __init__(self, **options):
             super().__init__(OPTIMIZERS["adamw_foreach"], **options)
             self.module = self.layers
@@ -344,7 +344,7 @@ def test_averages_of_a_module_that_calls_its_model_module(kind):
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("kind", AVERAGING)
 def test_averages_of_a_model_pruned_elsewhere(kind, order):
-    module, averaging = PassiveCalibration(), AVERAGING[kind]()
+    module, averaging = Watched(), AVERAGING[kind]()
     prune(module, criterion="magnitude", progress=False)
     last = AveragesHoldZeros(averaging)
     trainer(*[KeepZeros(), averaging][::order], last, max_epochs=4).fit(module, loader())
@@ -352,7 +352,7 @@ def test_averages_of_a_model_pruned_elsewhere(kind, order):
 
 
 def test_a_checkpoint_beside_an_average_holds_the_zeros_in_both(tmp_path):
-    module = PassiveCalibration(ADAMW, from_step=2)
+    module = Watched(ADAMW, from_step=2)
     fit = trainer(EMAWeightAveraging(decay=0.8), WandaPrune(num_samples=12, at_step=2), max_steps=2)
     fit.fit(module, loader())
     fit.save_checkpoint(tmp_path / "both.ckpt")
@@ -364,7 +364,7 @@ def test_a_checkpoint_beside_an_average_holds_the_zeros_in_both(tmp_path):
 # ---------------------------------------------------------------------------------- how the model is built and trained
 
 
-class Checkpointed(PassiveCalibration):
+class Checkpointed(Watched):
     reentrant = False
 
     def forward(self, x):
@@ -376,25 +376,25 @@ class ReentrantCheckpointed(Checkpointed):
     reentrant = True
 
 
-class Compiled(PassiveCalibration):
+class Compiled(Watched):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.layers = torch.compile(self.layers, backend="eager")
 
 
-class CompiledLayer(PassiveCalibration):
+class CompiledLayer(Watched):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.layers[2].compile(backend="eager")
 
 
-class Tied(PassiveCalibration):
+class Tied(Watched):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.layers = ZOO["tied"].build().train()
 
 
-class Twice(PassiveCalibration):
+class Twice(Watched):
     """One layer in two places of the forward pass: its gradient accumulates twice a batch."""
 
     def forward(self, x):
@@ -419,7 +419,7 @@ def test_other_ways_to_run_a_model(make, at_step):
 
 @pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
 def test_a_compiled_lightning_module():
-    module = PassiveCalibration(OPTIMIZERS["momentum"], from_step=3)
+    module = Watched(OPTIMIZERS["momentum"], from_step=3)
     compiled = torch.compile(module, backend="eager")
     trainer(Witness(), WandaPrune(num_samples=24, at_step=3), max_steps=8).fit(compiled, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
@@ -428,7 +428,7 @@ def test_a_compiled_lightning_module():
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw_foreach", "noisy"])
 def test_an_optimizer_made_after_pruning(optimizer):
-    class NewEveryTime(PassiveCalibration):
+    class NewEveryTime(Watched):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
@@ -476,7 +476,7 @@ class Unfreezing(BaseFinetuning):
     ],
 )
 def test_a_layer_that_is_unfrozen_while_training(looks_at_state):
-    module = PassiveCalibration(lambda _: OPTIMIZERS["momentum"]([*module.layers[2:].parameters()]))
+    module = Watched(lambda _: OPTIMIZERS["momentum"]([*module.layers[2:].parameters()]))
     if not looks_at_state:
         module.look_at_state = lambda: None
     trainer(Witness(), Unfreezing(), WandaPrune(num_samples=12), max_epochs=3).fit(module, loader())
@@ -485,7 +485,7 @@ def test_a_layer_that_is_unfrozen_while_training(looks_at_state):
 
 
 def test_a_frozen_layer_stays_as_it_was_pruned():
-    module = PassiveCalibration(OPTIMIZERS["adamw_foreach"], from_step=3)
+    module = Watched(OPTIMIZERS["adamw_foreach"], from_step=3)
     module.layers[2].requires_grad_(False)
     trainer(Witness(), WandaPrune(num_samples=12, at_step=3), max_steps=8).fit(module, loader())
     assert share_of_zeros(module) == all_at(0.5)
@@ -609,7 +609,7 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
 
 
 def test_keep_zeros_reads_its_layers_anew_at_each_fit():
-    callback, first, second = KeepZeros(), PassiveCalibration(ADAMW), PassiveCalibration(ADAMW)
+    callback, first, second = KeepZeros(), Watched(ADAMW), Watched(ADAMW)
     prune(first, criterion="magnitude", skip=["layers.2", "layers.4"], progress=False)
     prune(second, criterion="magnitude", skip=["layers.0"], progress=False)
     for module in (first, second):
@@ -638,7 +638,7 @@ def test_keep_zeros_is_given_another_kind_of_model():
 
 def test_zeros_by_chance_of_one_model_are_none_of_another():
     optimizer = partial(Lion, lr=0.25, betas=(0.0, 0.0))
-    callback, first, second = KeepZeros(), Net(optimizer), PassiveCalibration(ADAMW)
+    callback, first, second = KeepZeros(), Net(optimizer), Watched(ADAMW)
     to_quarters(first)
     prune(first, criterion="magnitude", progress=False)
     trainer(callback, max_steps=1).fit(first, loader())
@@ -655,7 +655,7 @@ def test_without_keeping_zeros_they_come_back():
 
 
 def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
-    module = PassiveCalibration(OPTIMIZERS["momentum"], from_step=5)
+    module = Watched(OPTIMIZERS["momentum"], from_step=5)
     first, second = MagnitudePrune(0.25), WandaPrune(0.5, num_samples=24, at_step=5)
     trainer(Witness(), first, second, max_steps=12).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
@@ -673,7 +673,7 @@ def test_a_gradient_that_is_no_number_stays_out_of_pruned_weights():
 
 
 def test_loss_goes_down_with_the_zeros_kept():
-    module, batches = PassiveCalibration(OPTIMIZERS["adamw_foreach"]), loader(24)
+    module, batches = Watched(OPTIMIZERS["adamw_foreach"]), loader(24)
     fitted = trainer(WandaPrune(num_samples=24), max_steps=30)
     before = F.cross_entropy(module(batches.dataset.tensors[0]), batches.dataset.tensors[1]).item()
     fitted.fit(module, batches)

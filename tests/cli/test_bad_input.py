@@ -11,7 +11,7 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import NM, Magnitude, PruningConfig, Wanda, prune
-from wanda_lightning.models import SEQUENTIAL_CHOICES
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 
@@ -115,7 +115,7 @@ def test_sparsity_out_of_range(sparsity):
     message = refusal(build(), Untouched(), sparsity)
     assert_says(message, "sparsity", "[0, 1)", f"{sparsity} was given")
     with pytest.raises(ValueError, match="sparsity"):
-        PruningConfig(sparsity)
+        PruningConfig.from_names(sparsity)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_unknown_names(axis):
     message = refusal(build(), Untouched(), **{axis: name})
     assert_says(message, axis, *parts)
     with pytest.raises(ValueError, match=axis):
-        PruningConfig(**{axis: name})
+        PruningConfig.from_names(**{axis: name})
 
 
 # ---- batches

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from wanda_lightning.calibration.passive import PassiveCalibration
 from wanda_lightning.callbacks.batches import (
     batch_size,
     calibration_batches,
@@ -29,13 +30,10 @@ from wanda_lightning.callbacks.batches import (
 from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.schedules import OneShot, Schedule
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.allocation import Allocation, Uniform
-from wanda_lightning.core.criteria import Criterion
-from wanda_lightning.core.patterns import NM, Pattern, Unstructured
-from wanda_lightning.core.solvers import Solver, ZeroOut
-from wanda_lightning.methods import preset_named
-from wanda_lightning.parallel import SINGLE_PROCESS, reshard
-from wanda_lightning.pruning import PassiveCalibration, plan, prune_as
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.plan import Plan, make_plan
+from wanda_lightning.pruning import prune_as, prune_collected
 from wanda_lightning.report import PruningReport
 
 
@@ -59,15 +57,6 @@ class PruningCallback(Callback):
 
     Args:
         sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
-        criterion: Gives scores; an object or its name, by default the solver's own. This and the following as in
-            `prune`.
-        pattern: Where zeros may fall, for example `"unstructured"` or `"2:4"`.
-        allocation: Spreads the sparsity over the layers.
-        solver: Gives the final weights.
-        sequential: What the statistics see: `"block"`, `"layer"` or `"model"`.
-        skip: Layers to leave dense: names, globs, or `re:` expressions.
-        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
-        include_grouped: Prune grouped convolutions, too.
         num_samples: Calibration samples (sequences or images).
         dataloader: Where to take them from.
         keep_zeros: Keep the zeros while training.
@@ -77,8 +66,8 @@ class PruningCallback(Callback):
         calibrate_on: `"validation"` takes the statistics from Lightning's own validation loop while it runs, without an
             extra pass, and prunes when it ends: the next one after the step that is due, or that of `trainer.validate`,
             which then measures the dense model. Needs `sequential="none"`; of `num_samples`, whole batches.
-        min_expert_tokens: Experts to which fewer calibration tokens were routed are pruned by what all experts of their
-            module saw.
+        **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
+            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
 
     Attributes:
         report: What happened last, once it has.
@@ -90,14 +79,7 @@ class PruningCallback(Callback):
     def __init__(
         self,
         sparsity: float = 0.5,
-        criterion: Criterion | str | None = None,
-        pattern: Pattern | str = Unstructured(),
-        allocation: Allocation | str = Uniform(),
-        solver: Solver | str = ZeroOut(),
-        sequential: str = "block",
-        skip: Sequence[str] = (),
-        only: Sequence[str] = (),
-        include_grouped: bool = False,
+        *,
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
@@ -105,29 +87,18 @@ class PruningCallback(Callback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
-        min_expert_tokens: int = 32,
+        **choices: Any,
     ) -> None:
-        self.config = PruningConfig(
-            sparsity,
-            criterion,
-            pattern,
-            allocation,
-            solver,
-            sequential,
-            skip,
-            only,
-            include_grouped,
-            min_expert_tokens,
-        )
+        self.config = PruningConfig.from_names(sparsity, **choices)
         if num_samples < 1:
             raise ValueError(f"num_samples is at least 1, but {num_samples} was given")
         if at_step and schedule is not None:
             raise ValueError(f"at_step={at_step} and schedule={schedule} are two answers to one question: give one")
         self.schedule = schedule or OneShot(at_step)
         self.schedule.check()
-        if isinstance(self.config.pattern, NM) and len(self.schedule.stages) > 1:
+        if self.config.pattern.fixed_sparsity is not None and len(self.schedule.stages) > 1:
             raise ValueError(
-                f"{self.config.pattern.n}:{self.config.pattern.m} has one sparsity, so it cannot rise by "
+                f"{self.config.pattern} has one sparsity, so it cannot rise by "
                 f"{self.schedule}: prune at_step=..., or use pattern='unstructured'"
             )
         if calibrate_on not in ("calibration", "validation"):
@@ -138,7 +109,7 @@ class PruningCallback(Callback):
                 f"sequential='none' and no dataloader, but sequential={self.config.sequential!r} was given"
                 + (" and a dataloader" if dataloader is not None else "")
             )
-        if calibrate_on == "validation" and cast(Allocation, self.config.allocation).reads_gradients:
+        if calibrate_on == "validation" and self.config.allocation.reads_gradients:
             raise ValueError(
                 f"{self.config.allocation} passes batches backward, which a validation loop does not: leave out "
                 "calibrate_on='validation', or use another allocation such as 'owl'"
@@ -157,6 +128,7 @@ class PruningCallback(Callback):
         self._due = False  # at the end of the next validation loop
         self._processes = SINGLE_PROCESS
         self._watched: PassiveCalibration | None = None
+        self._plan: Plan
         self._watching = ExitStack()
         self._seen = 0  # samples of the validation loop
 
@@ -164,23 +136,23 @@ class PruningCallback(Callback):
     def preset(
         cls, name: str, sparsity: float = 0.5, pattern: Pattern | str = "unstructured", **others: Any
     ) -> PruningCallback:
-        """What we recommend: `"fast"`, `"balanced"` or `"best"` (see the README for what each costs and gains).
+        """Construct the callback with a preset: `"fast"`, `"balanced"` or `"best"` (the README says what each costs).
 
         Args:
-            name: Of the preset, which chooses criterion, solver, allocation and sequential.
+            name: The preset, the same as `method=name`.
             sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all of them.
             pattern: Where zeros may fall.
             others: The other arguments of `PruningCallback`, also to replace a choice.
 
         Raises:
             ValueError: If there is no such preset, or a value is out of range.
-            TypeError: Of a subclass that chooses a method itself.
+            TypeError: For a subclass that chooses a method itself.
         """
         if cls.__init__ is not PruningCallback.__init__:
             raise TypeError(
                 f"a preset chooses the method, as {cls.__name__} does: use PruningCallback.preset({name!r})"
             )
-        return cls(sparsity, **{**preset_named(name).choices(pattern), **others})
+        return cls(sparsity, pattern=pattern, **{"method": name, **others})
 
     @property
     def state_key(self) -> str:
@@ -254,10 +226,13 @@ class PruningCallback(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._prune_to_measure(trainer, pl_module)
         if self._due and not trainer.sanity_checking:
-            self._watched, self._seen = (
-                PassiveCalibration(self._now(trainer), pruning_target(pl_module), self._processes),
-                0,
+            config, target = self._now(trainer), pruning_target(pl_module)
+            with self._processes.fail_together():
+                self._plan = make_plan(config, target, self._processes)
+            self._watched = PassiveCalibration(
+                target, self._plan.whole_model, self._plan.observed, config.min_expert_tokens, self._processes
             )
+            self._seen = 0
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -265,7 +240,7 @@ class PruningCallback(Callback):
         """Watch the first `num_samples` samples."""
         if self._watched is not None and self._seen < self.num_samples:
             self._seen += batch_size(batch) * self._processes.world_size
-            self._watching.enter_context(self._watched.batch(batch))
+            self._watching.enter_context(self._watched.collect(batch))
 
     def on_validation_batch_end(self, *_: Any) -> None:
         """Count what the batch brought."""
@@ -274,7 +249,7 @@ class PruningCallback(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune by what was watched."""
         if self._watched is not None:
-            report, self._watched = self._watched.prune(), None
+            report, self._watched = prune_collected(self._plan, self._watched), None
             self._take(report, trainer)
             if trainer.state.fn == TrainerFn.FITTING:
                 self._hold(trainer, pl_module)
@@ -344,8 +319,7 @@ class PruningCallback(Callback):
 
     def _refuse_what_later_stages_would(self, target: nn.Module) -> None:
         with self._processes.fail_together():
-            reshard(target)
-            plan(self.config, target, self._processes)
+            make_plan(self.config, target, self._processes)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._pruned:
@@ -365,7 +339,7 @@ class PruningCallback(Callback):
     def _now(self, trainer: L.Trainer) -> PruningConfig:
         """The choices, at the sparsity that is due."""
         share = self._share_now(trainer)
-        allocation = cast(Allocation, self.config.allocation).scaled(share)
+        allocation = self.config.allocation.scaled(share)
         return replace(self.config, sparsity=self.config.sparsity * share, allocation=allocation)
 
     def _share_now(self, trainer: L.Trainer) -> float:

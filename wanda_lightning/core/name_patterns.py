@@ -41,17 +41,6 @@ def check_patterns(option: str, given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean ...?` where a known name is close, else an empty string.
-
-    Example:
-        >>> did_you_mean("wikitxt2", ["c4", "wikitext2"])
-        ' Did you mean wikitext2?'
-    """
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
     """Refuse a pattern that names nothing.
 

@@ -133,6 +133,11 @@ class Pattern(ABC):
         """Whether what becomes of a row depends on other rows, so that no process can choose in its rows alone."""
         return False
 
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The only sparsity that the pattern can have; None if it can have any."""
+        return None
+
     def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any
         """Refuse a sparsity that the pattern cannot have.
 
@@ -205,8 +210,13 @@ class NM(Pattern):
 
     @property
     def sparsity(self) -> float:
-        """The one sparsity that this pattern has."""
+        """`1 - n/m`."""
         return 1 - self.n / self.m
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """`1 - n/m`."""
+        return self.sparsity
 
     def check(self, sparsity: float) -> None:
         """Refuse another sparsity than `1 - n/m`."""

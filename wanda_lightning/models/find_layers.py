@@ -152,7 +152,9 @@ class _Finder:
         details = [(layer, detail_of(layer)) for layer in self.layers]
         self.layers = [layer for layer, detail in details if detail is None]
         self.skipped += [
-            SkippedMatrix(layer.name, layer.stored_shape, reason, detail) for layer, detail in details if detail is not None
+            SkippedMatrix(layer.name, layer.stored_shape, reason, detail)
+            for layer, detail in details
+            if detail is not None
         ]
 
     def block_of_each_layer(self) -> dict[str, str]:

@@ -92,9 +92,7 @@ def _why_unsupported(module: nn.Module, parameter_name: str) -> str:
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
 
 
-def skip_by_default(
-    modules: Mapping[str, nn.Module], include_grouped: bool
-) -> dict[str, tuple[SkipReason, str]]:
+def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> dict[str, tuple[SkipReason, str]]:
     """Reasons to skip layers of a supported kind, by module name, each with its detail."""
     first = {
         next((name for name, module in modules.items() if isinstance(module, kind)), None) for kind in _CONVOLUTIONS
