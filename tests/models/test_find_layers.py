@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.models import Layer, find_layers, layer_kinds
+from wanda_lightning.models import Layer, SkipReason, find_layers, layer_kinds
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 
@@ -111,7 +111,7 @@ def test_each_matrix_is_there_once(name, sequential):
     for matrix in found.skipped:
         assert matrix.shape == tuple(everything[matrix.name].shape)
         assert matrix.detail
-        assert not matrix.unprunable
+        assert matrix.reason not in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
 
 
 @EVERY_GRANULARITY
@@ -313,9 +313,9 @@ ONE_LAYER = {
     "embedding_bag": (lambda: nn.EmbeddingBag(8, 8), {"part": "embedding"}),
     "int8": (int8_linear, {"part": "int8 weights"}),
     "float8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), {"part": "float8_e4m3fn weights"}),
-    "parametrised": (
+    "parametrized": (
         lambda: weight_norm(nn.Linear(8, 8)),
-        {f"part.parametrizations.weight.original{i}": "parametrised" for i in range(2)},
+        {f"part.parametrizations.weight.original{i}": "parametrized" for i in range(2)},
     ),
     "one_dimensional": (lambda: nn.Conv1d(8, 8, 3), {}),
     "three_dimensional": (lambda: nn.Conv3d(8, 8, 3), {"part": "weight of Conv3d is not the weight of a supported"}),
@@ -335,7 +335,7 @@ def test_one_layer(make, expected):
         assert skipped[name].startswith(start)
 
 
-def test_what_is_parametrised_says_how_to_go_on():
+def test_what_is_parametrized_says_how_to_go_on():
     model = Several(part=weight_norm(nn.Linear(8, 8)))
     assert all("remove_parametrizations" in reason for reason in reasons(model).values())
     parametrize.remove_parametrizations(model.part, "weight")
@@ -345,8 +345,13 @@ def test_what_is_parametrised_says_how_to_go_on():
 @pytest.mark.parametrize("make", [int8_linear, lambda: nn.Linear(8, 8).to(torch.float8_e5m2)])
 def test_packed_weights_are_for_the_user_to_decide(make):
     model = Several(part=make(), other=nn.Linear(8, 8))
-    assert [matrix.unprunable for matrix in find_layers(model).skipped] == [True]
-    assert [matrix.unprunable for matrix in find_layers(model, skip=["part"]).skipped] == [False]
+    assert [matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE) for matrix in find_layers(model).skipped] == [
+        True
+    ]
+    assert [
+        matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
+        for matrix in find_layers(model, skip=["part"]).skipped
+    ] == [False]
 
 
 def test_only_the_first_convolution_can_be_the_image_stem():
@@ -406,7 +411,7 @@ def test_a_shared_module_is_there_under_its_first_name():
 
 
 def test_unknown_granularity():
-    with pytest.raises(ValueError, match=r"one of block, layer, none, but 'row' was given"):
+    with pytest.raises(ValueError, match=r"one of block, layer, none, but it is 'row'"):
         find_layers(nn.Linear(8, 8), "row")
 
 
@@ -670,14 +675,17 @@ def test_an_embedding_is_never_pruned_through_a_tied_layer():
 def test_packed_weights_in_buffers_are_named():
     layer = nn.Linear(8, 8)
     layer.register_buffer("qweight", torch.zeros(8, 1, dtype=torch.int32))
-    assert [(m.name, m.unprunable) for m in find_layers(nn.Sequential(layer)).skipped] == [("0.qweight", True)]
+    assert [
+        (m.name, m.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE))
+        for m in find_layers(nn.Sequential(layer)).skipped
+    ] == [("0.qweight", True)]
 
 
 def test_a_root_layer_has_a_name():
     assert [layer.name for layer in find_layers(nn.Linear(8, 8)).layers] == ["weight"]
 
 
-def test_only_a_parametrised_weight_is_out_of_reach():
+def test_only_a_parametrized_weight_is_out_of_reach():
     layer = nn.Linear(8, 8)
     parametrize.register_parametrization(layer, "bias", nn.Identity())
     assert [found.name for found in find_layers(nn.Sequential(layer)).layers] == ["0"]
@@ -699,7 +707,7 @@ def test_only(pattern, names, sequential):
     assert [layer.name for layer in found.layers] == names
     assert [matrix.name for matrix in found.skipped] == [name for name in EVERYTHING if name not in names]
     assert {matrix.detail for matrix in found.skipped} == {f"not in only=[{pattern!r}]"}
-    assert all(matrix.by_user for matrix in found.skipped)
+    assert all(matrix.reason is SkipReason.USER for matrix in found.skipped)
     assert all(unit.layers for unit in found.units)
 
 
@@ -729,7 +737,7 @@ def test_only_chooses_among_what_can_be_pruned():
     for matrix in default.skipped:
         assert now[matrix.name].detail == matrix.detail
         assert now[matrix.name].by_user == (not matrix.name.startswith(("lm_head", "model.layers.0")))
-    assert not any(matrix.by_user for matrix in default.skipped)
+    assert not any(matrix.reason is SkipReason.USER for matrix in default.skipped)
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -740,8 +748,14 @@ def test_either_name_of_a_tied_pair_chooses_it(name):
 
 def test_packed_weights_outside_of_only_are_decided():
     model = Several(part=int8_linear(), other=nn.Linear(8, 8))
-    assert [matrix.unprunable for matrix in find_layers(model, only=["other"]).skipped] == [False]
-    assert [matrix.unprunable for matrix in find_layers(model, only=["part", "other"]).skipped] == [True]
+    assert [
+        matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
+        for matrix in find_layers(model, only=["other"]).skipped
+    ] == [False]
+    assert [
+        matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
+        for matrix in find_layers(model, only=["part", "other"]).skipped
+    ] == [True]
 
 
 @pytest.mark.parametrize("order", [("signal", "image"), ("image", "signal")])

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
+from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.solvers import mask_
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
@@ -56,7 +56,7 @@ class HeldZeros:
             keep = layer.part(self._keep[weight])
             keep.copy_(layer.weight != 0)
             if layer.name in alive:
-                keep |= _unpacked(alive[layer.name], keep)
+                keep |= unpack(alive[layer.name], keep.shape).to(keep.device)
             self._held_layers.append((layer, weight))
         for weight in self._keep:
             self._mask_gradient(weight)
@@ -98,7 +98,7 @@ class HeldZeros:
             if not isinstance(weight, DTensor):
                 zero = (layer.part(weight.detach()) == 0) & layer.part(self._keep[weight])
                 if zero.any():
-                    found[layer.name] = _packed(zero)
+                    found[layer.name] = pack(zero)
         return found
 
     def load(self, alive: dict[str, Tensor]) -> None:
@@ -142,21 +142,6 @@ def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[st
 def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:
     """All that may have been pruned."""
     return find_layers(model, include_grouped=True).layers
-
-
-def _packed(flags: Tensor) -> Tensor:
-    indices = flags.flatten().nonzero().squeeze(1).cpu()
-    if indices.nbytes * 8 < flags.numel():
-        return indices
-    return torch.from_numpy(np.packbits(flags.cpu().numpy()))
-
-
-def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
-    if packed.dtype == torch.uint8:
-        flags = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=like.numel())).bool()
-    else:
-        flags = torch.zeros(like.numel(), dtype=torch.bool).index_fill_(0, packed.cpu(), True)
-    return flags.view(like.shape).to(like.device)
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:

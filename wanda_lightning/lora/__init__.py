@@ -1,19 +1,28 @@
-"""LoRA that merges into a pruned model without filling its zeros, as one more adapter of PEFT.
+"""LoRA adapters for PEFT that merge into a pruned model without filling its zeros.
 
-Plain LoRA (Hu et al. 2021) merges to W + s B A, which is dense. Sun et al. 2024 therefore keep the adapters of a pruned
-model apart. The adapters here are trained as what they merge to, `W + s (B A) * keep` with `keep = (W != 0)`: the zeros
-of the frozen weight are the mask, nothing else is stored.
+Plain LoRA (Hu et al. 2021) merges to W + s B A, which is dense. For that reason Sun et al. 2024 do not merge the
+adapters of a pruned model. The adapters in this package are trained as `W + s (B A) * keep` with `keep = (W != 0)`,
+which is also what they merge to. The zeros of the frozen weight are the mask, so nothing else is stored.
 
     model = get_peft_model(pruned, KeepZerosLoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    ...  # train, save_pretrained, PeftModel.from_pretrained, set_adapter: as with any adapter of PEFT
+    ...  # train, save_pretrained, PeftModel.from_pretrained, set_adapter: as with any other PEFT adapter
     sparse = merge(model)
 
-Importing this module registers the kind of adapter with PEFT. A process that loads a saved one has to import it too;
-without, PEFT stops with `KeyError: 'WANDA_LIGHTNING_KEEP_ZEROS_LORA'` and does not take it for a plain LoRA.
+Importing this package registers the adapter type with PEFT. A process that loads a saved adapter must import it first:
+
+    import wanda_lightning.lora
+    model = PeftModel.from_pretrained(pruned, "adapter")
+
+Without the import PEFT stops with a `KeyError` that repeats this advice. It never loads the adapter as a plain LoRA.
+The README.md in the saved adapter folder shows these two lines, too.
 """
 
+from wanda_lightning.lora.config import KeepZerosLoraConfig
 from wanda_lightning.lora.layer import KeepZerosLinear
 from wanda_lightning.lora.merge import merge
-from wanda_lightning.lora.register import KEEP_ZEROS_LORA, KeepZerosLoraConfig, KeepZerosLoraModel
+from wanda_lightning.lora.register import KEEP_ZEROS_LORA, register
+from wanda_lightning.lora.tuner import KeepZerosLoraModel
+
+register(KeepZerosLoraConfig, KeepZerosLoraModel)
 
 __all__ = ["KEEP_ZEROS_LORA", "KeepZerosLinear", "KeepZerosLoraConfig", "KeepZerosLoraModel", "merge"]

@@ -1,4 +1,4 @@
-"""A linear layer whose adapters leave its zeros alone."""
+"""A linear layer with LoRA adapters that never change its zeros."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import (
-    check_adapters_to_merge,
-)
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +20,10 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False) -> Tensor:
-    """(W + left @ right) * keep, which is W + (left @ right) * keep, or without W; never in less than float32."""
+    """Return (W + left @ right) * keep, or (left @ right) * keep if `only_delta`, in the dtype of `keep`.
+
+    Since keep = (W != 0), the first equals W + (left @ right) * keep.
+    """
     dtype = keep.dtype
     left, right = left.to(dtype), right.to(dtype)
     total = torch.mm(left, right) if only_delta else torch.addmm(weight.to(dtype), left, right)
@@ -30,7 +31,9 @@ def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only
 
 
 class _KeptProduct(torch.autograd.Function):
-    """x @ (W + (left @ right) * keep)^T + addend, or without W; keeps x and the factors for backward, nothing dense.
+    """Compute x @ (W + (left @ right) * keep)^T + addend, or the same without W if `only_delta`.
+
+    Backward needs only x, W and the two factors, so no second matrix of the size of W stays in memory.
 
     x is (..., d_in) in the dtype of the product. W, left @ right and keep have the layout of the layer: (d_out, d_in),
     or (d_in, d_out) if `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out).
@@ -86,19 +89,19 @@ class _KeptProduct(torch.autograd.Function):
 
 
 class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed by mypy
-    """A linear layer with adapters that leave its zeros alone; what `get_peft_model` puts in for each target.
+    """A linear layer with adapters that never change its zeros. `get_peft_model` replaces each target with one.
 
     `base_layer` holds W, (d_out, d_in) in nn.Linear and (d_in, d_out) in Conv1D. Several active adapters add up.
-    While merged, the weight from before is kept in memory (not in the state dict): a sum that was rounded cannot be
-    taken apart again, and a kept weight that it swallows would become a zero.
+    While adapters are merged, the layer keeps the original weight in memory (not in the state dict). A rounded sum
+    cannot be split again: subtracting the update could turn a small weight into a zero.
     """
 
-    before_merge: tuple[Tensor, Tensor | None] | None = None  # weight and bias, while merged
+    before_merge: tuple[Tensor, Tensor | None] | None = None  # original weight and bias, while merged
     merged_adapters: list[str]
     delta_keeps_zeros = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., d_in) to (..., d_out); `adapter_names`, one for each sample, is PEFT's mixed batch."""
+        """Map (..., d_in) to (..., d_out). `adapter_names`, one per sample, selects an adapter for each (PEFT)."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
@@ -115,9 +118,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
     def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in names if name in self.lora_A]
-        noisy = [
-            name for name in names if self.lora_dropout[name].training and getattr(self.lora_dropout[name], "p", 0)
-        ]
+        noisy = [name for name in names if self._drops(name)]
         steady = [name for name in names if name not in noisy]
         if steady and not args and not kwargs and self._fuses():
             base = self.get_base_layer()
@@ -136,6 +137,11 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
                 result = result + (self.scaling[name] * self.lora_B[name].bias).to(result.dtype)
         return result
 
+    def _drops(self, name: str) -> bool:
+        """Whether dropout is active, so that the adapter sees another input than the layer."""
+        dropout = self.lora_dropout[name]
+        return dropout.training and getattr(dropout, "p", 0) > 0
+
     def _product(self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool) -> Tensor:
         left, right = self._factors(names)
         weight = self.get_base_layer().weight
@@ -143,50 +149,55 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Two thin matrices whose product is the sum of s B A over the adapters, in the layout of the layer."""
+        """Return two thin matrices whose product is the sum of s B A over the adapters, in the layout of the layer."""
         outs = [self.scaling[name] * self.lora_B[name].weight for name in names]
         ins = [self.lora_A[name].weight for name in names]
         b, a = (outs[0], ins[0]) if len(names) == 1 else (torch.cat(outs, 1), torch.cat(ins, 0))
         return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
 
     def _fuses(self) -> bool:
-        """Whether one product may stand for the layer's own forward: no hooks, and W resolves small updates."""
+        """Whether one product may replace the layer's own forward: it has no hooks, and W resolves small updates."""
         base = self.base_layer
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
         return plain and not any(hooks) and base.weight.dtype in (torch.float32, torch.float64)
 
     def unmerged_weight(self) -> Tensor:
+        """Return the weight without adapters."""
         return self.get_base_layer().weight.data if self.before_merge is None else self.before_merge[0]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """S (B A) * keep of one adapter, in the layout of the layer."""
+        """Return s (B A) * keep of one adapter, in the layout of the layer."""
         delta = super().get_delta_weight(adapter)
         return delta * (self.unmerged_weight() != 0).to(delta.device) if self.delta_keeps_zeros else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W + s (B A) * keep in the place of W, for the active or the named adapters.
+        """Replace W with W + s (B A) * keep, for the active or the named adapters.
 
         Raises:
-            ValueError: with `safe_merge`, if the merged weight would not be finite; nothing is merged then.
-            RuntimeError: an adapter has a bias and the layer has none.
+            ValueError: With `safe_merge`, the merged weight would not be finite. Nothing is merged.
+            RuntimeError: An adapter has a bias and the layer has none.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
         base = self.get_base_layer()
-        names = [*self.merged_adapters, *names]  # from the weight before: rounded once, whatever the order
+        names = [*self.merged_adapters, *names]  # start from the original weight: round once, in any order
         weight, bias = self.before_merge or (base.weight.data, None if base.bias is None else base.bias.data)
         keep = weight != 0
         wide = torch.promote_types(weight.dtype, torch.float32)
         merged = torch.where(keep, _kept_sum(weight, *self._factors(names), keep.to(wide)).to(weight.dtype), weight)
         shifts = [self.scaling[name] * self.lora_B[name].bias for name in names if self.lora_bias[name]]
         if shifts and bias is None:
-            raise RuntimeError("The adapter has a bias (lora_bias=True) and the layer has none: it cannot be merged.")
+            raise RuntimeError(
+                "lora_bias must be False to merge into a layer without a bias, but the adapter was trained with it."
+            )
         merged_bias = (bias + sum(shifts)).to(bias.dtype) if shifts and bias is not None else bias
         if safe_merge and not all(tensor is None or torch.isfinite(tensor).all() for tensor in (merged, merged_bias)):
-            raise ValueError(f"NaNs or infinities in the merged weights. The adapters {names} seem to be broken.")
+            raise ValueError(
+                f"safe_merge found NaN or infinity in the merged weights. The adapters {names} seem to be broken."
+            )
         base.weight.data = merged
         if shifts:
             base.bias.data = merged_bias
@@ -194,9 +205,9 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         self.merged_adapters = names
 
     def unmerge(self) -> None:
-        """Put the weight from before back, bit by bit."""
+        """Restore the original weight, bit for bit."""
         if self.before_merge is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("unmerge found no merged adapter, so it changed nothing.", stacklevel=2)
             return
         base = self.get_base_layer()
         (weight, bias), self.before_merge, self.merged_adapters = self.before_merge, None, []
@@ -205,5 +216,5 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             base.bias.data = bias.to(base.bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: what a masked product adds has no low rank, and a plain LoRA would fill the zeros."""
+        """Return False: a masked product has no low rank, and a plain LoRA would fill the zeros."""
         return False

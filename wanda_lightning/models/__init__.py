@@ -6,7 +6,7 @@ from wanda_lightning.models.from_config import model_from_config
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, LayerKind, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
-from wanda_lightning.models.skips import is_wrapper
+from wanda_lightning.models.quantized import is_quantized, is_wrapper
 
 __all__ = [
     "Inventory",
@@ -18,6 +18,7 @@ __all__ = [
     "Unit",
     "find_layers",
     "fitting_mask",
+    "is_quantized",
     "is_wrapper",
     "layer_kinds",
     "model_from_config",

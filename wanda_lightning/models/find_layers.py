@@ -15,14 +15,8 @@ from wanda_lightning.models.blocks import find_blocks
 from wanda_lightning.models.experts import stored_by_columns
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, layers_of
-from wanda_lightning.models.skips import (
-    is_packed,
-    is_packed_weight,
-    quantizer,
-    skip_by_default,
-    skip_packed,
-    skip_unsupported,
-)
+from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
+from wanda_lightning.models.skips import skip_by_default, skip_packed, skip_unsupported
 
 
 def find_layers(

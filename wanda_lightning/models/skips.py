@@ -7,19 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from wanda_lightning.models.experts import routers, stacked_experts
 from wanda_lightning.models.inventory import SkippedMatrix, SkipReason
 from wanda_lightning.models.layers import kind_of, layer_kinds
+from wanda_lightning.models.quantized import quantizer
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
 _STANDARDIZED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
-_QUANTIZERS = {
-    *("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum"),
-    *("quanto", "torchao", "vptq"),
-}
 _REMOVERS = {  # by class: hooks of torch that recompute a weight in each forward
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
@@ -27,27 +23,6 @@ _REMOVERS = {  # by class: hooks of torch that recompute a weight in each forwar
 }
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image or signal
-
-
-def is_wrapper(parameter: Tensor) -> bool:
-    """Whether a tensor only wraps its numbers, such as quantized subclasses that report a floating-point dtype."""
-    return not issubclass(type(parameter), nn.Parameter | DTensor)  # isinstance would ask the tensor
-
-
-def is_packed(parameter: Tensor) -> bool:
-    """Whether the weights are not plain floating-point numbers of at least 16 bits."""
-    return is_wrapper(parameter) or not parameter.is_floating_point() or parameter.element_size() < 2
-
-
-def quantizer(module: nn.Module, parameter: Tensor) -> str | None:
-    """Return the quantization library that defines the layer or the type of its weight, if one does."""
-    packages = [kind.__module__.partition(".")[0] for kind in (type(parameter), type(module))]
-    return next((package for package in packages if package in _QUANTIZERS), None)
-
-
-def is_packed_weight(name: str, buffer: Tensor) -> bool:
-    """Whether a buffer holds packed weights, as in quantized layers."""
-    return buffer.ndim >= 2 and not buffer.is_floating_point() and "weight" in name.rpartition(".")[2]
 
 
 def skip_packed(name: str, weight: Tensor, module: nn.Module) -> SkippedMatrix:

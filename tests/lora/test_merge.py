@@ -1,0 +1,132 @@
+"""Merging keep-zeros and plain adapters: every zero, and the outputs of the adapted model."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from support.lora import (
+    TARGETS,
+    CodesParameter,
+    assert_zeros,
+    config,
+    gpt2,
+    llama,
+    logits,
+    randomise,
+    relative,
+    train,
+    zeros_of,
+)
+from torch import nn
+
+from wanda_lightning import prune
+from wanda_lightning.lora import merge
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropout):
+    base = build()
+    zeros = zeros_of(base)
+    model = get_peft_model(base, config(target_modules="all-linear", lora_dropout=dropout))
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    adapted = logits(model)
+    with model.disable_adapter():
+        assert relative(logits(model), adapted) > 1e-3
+    merged = merge(model)
+    assert type(merged) is type(base)
+    assert not any(isinstance(module, LoraLayer) for module in merged.modules())
+    assert relative(logits(merged), adapted) < 1e-5
+    assert_zeros(merged, zeros)
+
+
+def test_peft_itself_merges_the_same():
+    base = llama()
+    zeros = zeros_of(base)
+    model = randomise(get_peft_model(base, config()))
+    adapted = logits(model)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert relative(logits(merged), adapted) < 1e-5
+    assert_zeros(merged, zeros)
+
+
+def test_nm_zeros_survive():
+    base = llama(sparsity=0)
+    prune(base, None, 0.5, criterion="magnitude", pattern="2:4", progress=False)
+    merged = merge(randomise(get_peft_model(base, config(target_modules="all-linear"))))
+    for name, module in merged.model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert bool(((module.weight.view(-1, 4) != 0).sum(1) <= 2).all()), name
+
+
+def test_bfloat16_merges_within_its_rounding():
+    base = llama(torch.bfloat16)
+    zeros = zeros_of(base)
+    model = get_peft_model(base, config(target_modules="all-linear"))
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    adapted = logits(model)
+    merged = merge(model)
+    assert merged.dtype == torch.bfloat16
+    assert relative(logits(merged), adapted) < 0.02  # two layers of bfloat16, 2^-8 each for weights and activations
+    assert_zeros(merged, zeros)
+
+
+def sparsity_in(message):
+    return [float(number) for number in re.findall(r"([\d.]+)%", message)]
+
+
+def test_merging_plain_lora_warns_with_the_sparsity_before_and_after():
+    model = randomise(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
+    adapted = logits(model)
+    with pytest.warns(UserWarning, match="targeted matrices") as caught:
+        merged = merge(model)
+    assert relative(logits(merged), adapted) < 1e-5
+    before, after = sparsity_in(str(caught[0].message))
+    assert before == pytest.approx(50, abs=1)
+    assert after == 0
+
+
+def test_reprune_puts_the_zeros_back():
+    base = llama()
+    zeros = zeros_of(base)
+    model = randomise(get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS)))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    expected = (layer.weight + layer.get_delta_weight("default")) * (layer.weight != 0)
+    merged = merge(model, reprune=True)
+    assert_zeros(merged, zeros)
+    torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj.weight, expected)
+
+
+def test_reprune_after_merge_adapter_knows_the_zeros_from_before():
+    base = llama()
+    zeros = zeros_of(base)
+    model = randomise(get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS)))
+    model.merge_adapter()
+    assert_zeros(merge(model, reprune=True), zeros)
+
+
+def test_a_pruned_matrix_trained_whole_counts_too():
+    model = randomise(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
+    train(model, steps=1)
+    with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
+        merge(model)
+
+
+def test_merge_refuses_a_quantized_base():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    model.base_model.model[0].base_layer.weight = CodesParameter(
+        torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(ValueError, match="Load the model without quantization"):
+        merge(model)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 4), None])
+def test_merge_of_something_else(model):
+    with pytest.raises(ValueError, match="model must be a PeftModel"):
+        merge(model)

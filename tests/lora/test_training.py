@@ -1,0 +1,85 @@
+"""Adapters of a CausalLMModule, trained in a Trainer."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support.lora import TARGETS, TOKENS, assert_zeros, llama, zeros_of
+from torch.utils.data import DataLoader
+from transformers import LlamaForCausalLM
+
+from wanda_lightning import CausalLMModule, SavePretrained, WandaPrune, prune
+from wanda_lightning.lora import KeepZerosLinear
+
+in_a_trainer = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`", "ignore:.*log_every_n_steps"
+)
+
+
+QUIET = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+
+
+ADAPTERS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+
+
+def fit(module, *callbacks, **options):
+    trainer = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**QUIET, "max_epochs": 3, **options})
+    trainer.fit(module, DataLoader(TOKENS.repeat(4, 1), batch_size=2))
+
+
+@in_a_trainer
+def test_prune_then_train_adapters_then_save(tmp_path):
+    dense = llama(sparsity=0)
+    module = CausalLMModule(copy.deepcopy(dense), lr=1e-2, lora=ADAPTERS)
+    pruning = WandaPrune(0.5, num_samples=8, skip=["model.layers.0.mlp", "*.1.mlp.up_proj"])
+    fit(module, pruning, SavePretrained(tmp_path / "out"))
+    by_hand = copy.deepcopy(dense)
+    batches = list(DataLoader(TOKENS.repeat(4, 1), batch_size=2))
+    report = prune(
+        by_hand,
+        [{"input_ids": batch} for batch in batches],
+        skip=["model.layers.0.mlp", "model.layers.1.mlp.up_proj"],
+        progress=False,
+    )
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert_zeros(saved, zeros_of(by_hand))
+    assert pruning.report.sparsity == report.sparsity
+    assert [layer.name.removesuffix(".base_layer") for layer in pruning.report.layers] == [
+        layer.name for layer in report.layers
+    ]
+    moved = [
+        name
+        for name, weight in saved.named_parameters()
+        if not torch.equal(weight, by_hand.state_dict()[name]) and name.endswith("proj.weight")
+    ]
+    assert moved == [name for name in zeros_of(by_hand) if name.split(".")[-2] in TARGETS]
+
+
+@in_a_trainer
+def test_a_module_gives_plain_adapters_too():
+    module = CausalLMModule(llama(), lr=1e-2)
+    zeros = zeros_of(module.model)
+    module.add_adapters(keep_zeros=False, **ADAPTERS)
+    assert not any(isinstance(layer, KeepZerosLinear) for layer in module.modules())
+    fit(module)
+    module.merge(reprune=True)
+    assert_zeros(module.model, zeros)
+    module.merge()  # there is nothing to merge any more
+
+
+@in_a_trainer
+def test_the_learning_rate_falls_to_zero():
+    module = CausalLMModule(llama(), lr=1e-2, lr_decay=True)
+    rates = []
+    module.on_train_batch_start = lambda *_: rates.append(module.optimizers().param_groups[0]["lr"])
+    fit(module, max_epochs=1)
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+@in_a_trainer
+def test_a_learning_rate_cannot_fall_to_zero_without_an_end():
+    module = CausalLMModule(llama(), lr_decay=True)
+    with pytest.raises(MisconfigurationException, match="has no known end: give the Trainer max_steps"):
+        fit(module, max_epochs=-1)

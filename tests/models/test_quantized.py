@@ -1,0 +1,74 @@
+"""Layers as quantization libraries make them, beside ordinary ones."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from wanda_lightning.models.quantized import is_packed, is_quantized, quantizer
+
+
+def with_buffer(name, dtype):
+    module = nn.Module()
+    module.register_buffer(name, torch.zeros(4, 4, dtype=dtype))
+    return module
+
+
+def with_parameter(dtype):
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(torch.zeros(4, 4, dtype=dtype), requires_grad=False)
+    return module
+
+
+class Linear8bitLt(nn.Linear):
+    __module__ = "bitsandbytes.nn.modules"
+
+
+class Subclass(torch.Tensor):
+    """A tensor that reports float32, whatever it stores."""
+
+
+def with_tensor_subclass():
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(Subclass))
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        with_buffer("qweight", torch.int32),
+        with_buffer("weight", torch.float8_e4m3fn),
+        with_parameter(torch.uint8),
+        with_parameter(torch.float8_e5m2),
+        with_tensor_subclass(),
+        Linear8bitLt(4, 4),
+    ],
+)
+def test_quantized_layers_are_recognized(module):
+    assert is_quantized(module)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(4, 4),
+        nn.Linear(4, 4, dtype=torch.float16),
+        parametrizations.weight_norm(nn.Linear(4, 4)),
+        with_buffer("position_ids", torch.int64),
+        with_buffer("weight", torch.float32),
+        nn.Sequential(with_parameter(torch.uint8)),  # its child is quantized, it is not
+    ],
+)
+def test_ordinary_layers_are_not(module):
+    assert not is_quantized(module)
+
+
+def test_the_library_is_named():
+    assert quantizer(Linear8bitLt(4, 4)) == "bitsandbytes"
+    assert quantizer(nn.Linear(4, 4)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floating_point_parameters_are_not_packed(dtype):
+    assert not is_packed(nn.Parameter(torch.zeros(2, 2, dtype=dtype)))

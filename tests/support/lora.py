@@ -1,0 +1,129 @@
+"""Small pruned models with adapters, and what they are compared with."""
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from wanda_lightning import prune
+from wanda_lightning.lora import KeepZerosLoraConfig
+
+TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def llama(dtype=torch.float32, sparsity=0.5):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return pruned(LlamaForCausalLM(config), sparsity).to(dtype)
+
+
+def gpt2(sparsity=0.5):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, use_cache=False)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return pruned(GPT2LMHeadModel(config), sparsity)
+
+
+def pruned(model, sparsity):
+    if sparsity:
+        prune(model, None, sparsity, criterion="magnitude", progress=False)
+    return model
+
+
+def config(**options):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **options}
+    return KeepZerosLoraConfig(**options)
+
+
+def zeros_of(model):
+    """Where the matrices of a model without adapters are zero, by name."""
+    return {n: p.detach() == 0 for n, p in model.named_parameters() if p.dim() == 2}
+
+
+def randomise(model, seed=0):
+    """Adapters that do something: B starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2
+    return model
+
+
+def train(model, steps=4, lr=1e-2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=TOKENS).logits.float()
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def assert_zeros(model, zeros):
+    now = zeros_of(model)
+    assert now.keys() == zeros.keys()
+    for name in zeros:
+        assert torch.equal(now[name], zeros[name]), name
+
+
+def reference(layer, x, *, dropout_seed=None, names=("default",)):
+    """Plain autograd over dense W + s (B A) * keep; with dropout on what enters the adapter."""
+    base = layer.base_layer
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    out = F.linear(x, weight, base.bias)
+    for name in names:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        delta = layer.scaling[name] * (b @ a) * (weight != 0)
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
+        out = out + F.linear(x if dropout_seed is None else F.dropout(x, layer.lora_dropout[name].p), delta)
+    return out
+
+
+def single(layer, **options):
+    model = get_peft_model(nn.Sequential(layer), config(target_modules=["0"], **options))
+    return model, randomise(model).base_model.model[0]
+
+
+def sparse_layer(kind, d_in=24, d_out=40, bias=True):
+    torch.manual_seed(0)
+    layer = Conv1D(d_out, d_in) if kind == "conv1d" else nn.Linear(d_in, d_out, bias=bias)
+    layer.weight.data = torch.randn_like(layer.weight) * (torch.rand_like(layer.weight) > 0.5)
+    return layer.double()
+
+
+def two_adapters():
+    model = get_peft_model(llama(), config())
+    model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
+    return randomise(model)
+
+
+class CodesParameter(nn.Parameter):
+    """Like bitsandbytes' Params4bit: a class of its own."""

@@ -1,0 +1,76 @@
+"""The options of a keep-zeros adapter."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from wanda_lightning.lora.register import KEEP_ZEROS_LORA
+
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need passes of their own
+_HOW_TO_LOAD = """\
+## How to load this adapter
+
+This adapter merges into a pruned model without filling its zeros. PEFT knows its type only after an import:
+
+```python
+import wanda_lightning.lora  # pip install 'wanda_lightning[lora]'
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(pruned, "this folder")
+```
+"""
+
+
+@dataclasses.dataclass
+class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not followed by mypy
+    """Options for LoRA whose merged weight keeps every zero: W + s (B A) * keep, with keep = (W != 0).
+
+    W is (d_out, d_in), A is (r, d_in), B is (d_out, r), and s is lora_alpha / r (lora_alpha / sqrt(r) with
+    `use_rslora`). Use it like `peft.LoraConfig`, with `peft.get_peft_model`, on a model that is already pruned. The
+    options are those of LoRA. Targets are nn.Linear and transformers' Conv1D. As in LoRA, dropout acts on the input of
+    the adapter.
+
+    A weight in half precision does not resolve small updates: W + s (B A) * keep stays W until an update exceeds half
+    of its last digit. For such weights the layer computes two products, one with W and one with the update, and only
+    merging rounds their sum, once. The merged and the adapted model then differ by that rounding (bfloat16: a relative
+    2^-9 of each weight). With W in float32 and no active dropout the layer computes one product, and the merged model
+    equals the adapted one.
+
+    Source: Hu et al. 2021 (LoRA), eq. 3. Sun et al. 2024 fine-tune with LoRA and do not merge.
+
+    Raises:
+        ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
+            `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is not a linear
+            layer, is quantized, or shares its weight with another target.
+
+    Warns:
+        UserWarning: `get_peft_model` found no zero in the targeted weights, so the adapters are plain LoRA.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = KEEP_ZEROS_LORA
+        refused = [field.name for field in dataclasses.fields(self) if field.metadata.get("is_lora_variant")]
+        refused += ["use_qalora", "target_parameters", "layer_replication", "megatron_config"]
+        if used := [name for name in refused if getattr(self, name, None)]:
+            raise ValueError(
+                f"{used[0]} is not supported by KeepZerosLoraConfig, which trains W + s (B A) * keep, but it is "
+                f"{getattr(self, used[0])!r}. Remove it, or use peft.LoraConfig, whose merged weights are dense."
+            )
+        if self.init_lora_weights not in _INITIALIZATIONS:
+            raise ValueError(
+                f"init_lora_weights must be one of {', '.join(map(repr, _INITIALIZATIONS))}, but it is "
+                f"{self.init_lora_weights!r}, which may write to the base weight and fill its zeros. "
+                "Choose one of these, or use peft.LoraConfig."
+            )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and say in the folder's README.md how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        readme = Path(save_directory) / "README.md"
+        card = readme.read_text(encoding="utf-8") if readme.exists() else ""  # PEFT's, except in subfolders
+        if _HOW_TO_LOAD not in card:
+            metadata, end, text = card.partition("\n---\n") if card.startswith("---\n") else ("", "", card)
+            readme.write_text(f"{metadata}{end}{_HOW_TO_LOAD}\n{text}", encoding="utf-8")

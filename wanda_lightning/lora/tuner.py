@@ -1,0 +1,79 @@
+"""Put keep-zeros adapters into a model."""
+
+import copy
+import warnings
+from typing import Any
+
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from wanda_lightning.lora.layer import KeepZerosLinear
+from wanda_lightning.lora.targets import check_target
+
+
+class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not followed by mypy
+    """PEFT's LoRA with a `KeepZerosLinear` in place of each target.
+
+    `peft.get_peft_model` makes one from a `KeepZerosLoraConfig`.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, and warn if the weights that it targets contain no zeros."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = (layer for layer in model.modules() if isinstance(layer, KeepZerosLinear))
+        weights = [layer.unmerged_weight() for layer in layers if adapter_name in layer.lora_A]
+        if weights and not any(weight.is_meta or bool((weight == 0).any()) for weight in weights):
+            warnings.warn(
+                f"None of the {len(weights)} layers that adapter {adapter_name!r} targets holds a zero, so it is a "
+                "plain LoRA at a higher cost. Prune first, or use peft.LoraConfig.",
+                stacklevel=2,
+            )
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Check all targets before the first one is replaced."""
+        super()._prepare_model(peft_config, model)
+        config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        weights: dict[int, str] = {}
+        for name, module in model.named_modules():
+            if name and not name.startswith(adapted) and self._check_target_module_exists(config, name):
+                weight = check_target(name, module)
+                if (other := weights.setdefault(id(weight), name)) != name:
+                    raise ValueError(
+                        f"target_modules must name layers with weights of their own, but {other} and {name} share one "
+                        "weight, which cannot merge two adapters. "
+                        f"Target one of them, for example with exclude_modules=['{name}']."
+                    )
+
+    def _create_and_replace(
+        self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, current_key: str, **kwargs: Any
+    ) -> None:
+        check_target(current_key, target)
+        super()._create_and_replace(lora_config, adapter_name, target, *args, current_key=current_key, **kwargs)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if getattr(target, "_hf_tp_plan", None) is not None:
+            raise ValueError(
+                "target_modules must name layers that lie whole in each process, but tensor parallelism splits "
+                f"{kwargs['target_name']}. Load the model without tp_plan."
+            )
+        kwargs.pop("parameter_name", None)
+        transposed = isinstance(target, Conv1D)
+        layer = KeepZerosLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs)
+        layer.fan_in_fan_out = transposed  # set by the class of the layer, whatever the config says
+        return layer
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self, combination_type: str, adapters: Any, weights: Any, new_rank: int, target: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # The SVD needs B A, which has a low rank, not (B A) * keep. The new adapter is masked like any other.
+        target.delta_keeps_zeros = False
+        try:
+            return super()._svd_generalized_task_arithmetic_weighted_adapter(
+                combination_type, adapters, weights, new_rank, target, *args, **kwargs
+            )
+        finally:
+            del target.delta_keeps_zeros

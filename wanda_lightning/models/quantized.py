@@ -1,0 +1,45 @@
+"""Recognize quantized layers: the weights that pruning and merging have to refuse."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+_QUANTIZERS = {
+    *("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum"),
+    *("quanto", "torchao", "vptq"),
+}
+
+
+def is_wrapper(parameter: Tensor) -> bool:
+    """Whether a parameter holds no numbers itself, such as a quantized tensor subclass that reports a float dtype."""
+    return not issubclass(type(parameter), nn.Parameter | DTensor)  # isinstance would ask the tensor
+
+
+def is_packed(parameter: Tensor) -> bool:
+    """Whether a parameter holds anything but floating-point numbers of at least 16 bits."""
+    return is_wrapper(parameter) or _holds_codes(parameter)
+
+
+def is_packed_weight(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer, by its name and dtype, holds the packed weights of a quantized layer."""
+    return buffer.ndim >= 2 and _holds_codes(buffer) and "weight" in name.rpartition(".")[2]
+
+
+def quantizer(module: nn.Module, parameter: Tensor | None = None) -> str | None:
+    """Return the quantization library that defines the class of a module or of its parameter, if one does."""
+    packages = [kind.__module__.partition(".")[0] for kind in (type(parameter), type(module))]
+    return next((package for package in packages if package in _QUANTIZERS), None)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module's own parameters or buffers hold quantized weights, or a quantization library defines it."""
+    return (
+        quantizer(module) is not None
+        or any(is_packed(p) or quantizer(module, p) for p in module.parameters(recurse=False))
+        or any(is_packed_weight(name, buffer) for name, buffer in module.named_buffers(recurse=False))
+    )
+
+
+def _holds_codes(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or tensor.element_size() < 2
