@@ -736,7 +736,9 @@ def test_only_chooses_among_what_can_be_pruned():
     default, now = find_layers(model), {matrix.name: matrix for matrix in found.skipped}
     for matrix in default.skipped:
         assert now[matrix.name].detail == matrix.detail
-        assert now[matrix.name].by_user == (not matrix.name.startswith(("lm_head", "model.layers.0")))
+        assert (now[matrix.name].reason is SkipReason.USER) == (
+            not matrix.name.startswith(("lm_head", "model.layers.0"))
+        )
     assert not any(matrix.reason is SkipReason.USER for matrix in default.skipped)
 
 
