@@ -219,7 +219,7 @@ def refused(tmp_path, capsys, inputs, monkeypatch):
         raise AssertionError("something was measured")
 
     for name in ("measure", "measure_all", "zero_shot"):
-        monkeypatch.setattr(f"wanda_lightning.cli.evaluate_command.{name}", measured)
+        monkeypatch.setattr(f"wanda_lightning.cli.evaluate.{name}", measured)
 
     def check(*arguments, message):
         before = everything_in(tmp_path), everything_in(inputs)
@@ -400,7 +400,7 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["text", "images"])
 def test_one_model_in_memory_at_a_time(inputs, kind, monkeypatch):
-    from wanda_lightning.cli import evaluate_command
+    import wanda_lightning.cli.evaluate as evaluate_command
 
     loaded = []
 
@@ -556,7 +556,7 @@ def test_the_json_is_whole_or_not_there(inputs, side_by_side, tmp_path, monkeypa
     tasks = ["--tasks", "boolq", "--tasks_dir", inputs / "tasks"]
     with monkeypatch.context() as patch:
         if moment == "zero_shot":
-            patch.setattr("wanda_lightning.cli.evaluate_command.zero_shot", full)
+            patch.setattr("wanda_lightning.cli.evaluate.zero_shot", full)
         elif moment == "to_json":
             patch.setattr(Evaluation, "to_json", full)
         else:
@@ -607,7 +607,7 @@ def test_a_pruned_model_is_saved_before_its_tasks(inputs, pruning, monkeypatch):
     def fails(*arguments):
         raise OSError("out of patience")
 
-    monkeypatch.setattr("wanda_lightning.cli.prune_command.zero_shot", fails)
+    monkeypatch.setattr("wanda_lightning.cli.prune.zero_shot", fails)
     assert run(*pruning, "--eval_zero_shot", "--tasks_dir", inputs / "tasks", "--save_model", "model") == 1
     assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
 
