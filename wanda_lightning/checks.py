@@ -1,8 +1,10 @@
-"""Checks of option values that need no library."""
+"""Checks of option values and of installed packages, and the text of their errors; they need no library."""
 
 from __future__ import annotations
 
-from numbers import Integral
+from importlib.util import find_spec
+from math import inf
+from numbers import Integral, Real
 
 
 def check_positive(**values: object) -> None:
@@ -27,3 +29,39 @@ def check_at_least(minimum: int, **values: object) -> None:
             raise ValueError(f"{name} must be a whole number, but it is {value!r}.")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, but it is {value}.")
+
+
+def check_not_negative(**values: object) -> None:
+    """Refuse every value that is not a finite number of at least 0.
+
+    Raises:
+        ValueError: Names the option and its value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < inf:
+            raise ValueError(f"{name} must be a number of at least 0, but it is {value!r}.")
+
+
+def require_extra(extra: str, *packages: str, purpose: str) -> None:
+    """Refuse to go on without packages that an extra of wanda_lightning installs.
+
+    Args:
+        extra: Name of the extra.
+        *packages: Import names of the packages.
+        purpose: What needs them, as the plural subject of the message.
+
+    Raises:
+        ImportError: Names the missing packages and the command that installs them.
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ImportError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")
+
+
+def one_line(error: BaseException) -> str:
+    r"""Return the message of an error from another library on one line.
+
+    Example:
+        >>> one_line(ValueError("bad header:\n  at byte 3"))
+        'bad header: at byte 3'
+    """
+    return " ".join(str(error).split())

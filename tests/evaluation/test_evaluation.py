@@ -512,7 +512,7 @@ OF_IMAGES = [
     (["--tasks", "boolq", "--task_limit", "3"], "--tasks, --task_limit has no meaning for an image classifier"),
     (["--trust_remote_code"], "--trust_remote_code has no meaning for an image classifier"),
     (["--data_path", "{}/gone"], "gone does not exist"),
-    (["--model", "timm:local-dir:{}/vit1,timm:test_vitt"], "the nearest names are test_vit"),
+    (["--model", "timm:local-dir:{}/vit1,timm:test_vitt"], "Did you mean test_vit"),
 ]
 
 

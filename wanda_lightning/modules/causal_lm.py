@@ -17,27 +17,35 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wanda_lightning.checks import check_not_negative, require_extra
 from wanda_lightning.files import whole_folder
-from wanda_lightning.modules.loading import DTYPES, bars_on_terminals_only, check_decoder_only, load_causal_lm
+from wanda_lightning.modules.loading import (
+    DTYPES,
+    bars_on_terminals_only,
+    check_causal,
+    check_decoder_only,
+    check_vocabulary,
+    load_causal_lm,
+)
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 
 
 class CausalLMModule(L.LightningModule):
-    """A decoder-only language model: trains on next-token loss, is measured by `WindowPerplexity`.
+    """A decoder-only language model, trained on its next-token loss and measured by `WindowPerplexity`.
 
-    A batch is a mapping with `input_ids`, perhaps `attention_mask` and `labels`; or the ids alone, perhaps as the first
-    element of a tuple. Logged are `train_loss`, `val_perplexity`, `test_perplexity`; `predict` gives each window's
-    mean loss. The model is in training mode, as Lightning wants it before `fit`; call `.eval()` to use it without a
-    trainer.
+    A batch is a mapping with `input_ids` and optionally `attention_mask` and `labels`; or the ids alone, or a tuple
+    that starts with them. All have the shape (batch, tokens). The module logs `train_loss`, `val_perplexity` and
+    `test_perplexity`; `predict` gives the mean loss of each window. The model is in training mode, as Lightning expects
+    before `fit`; call `.eval()` to use it without a trainer.
 
     Args:
-        model: Hub id, local folder, `.gguf` file, or a ready model.
-        tokenizer: For `save_pretrained`; loaded with the model where `model` is a string.
-        dtype: Of the weights: "auto" (as they are stored; a GGUF file becomes float32), "float32", "bfloat16" or
-            "float16".
+        model: Hub id, local folder, `.gguf` file, or a loaded model.
+        tokenizer: For `save_pretrained`; loaded with the model if `model` is a name.
+        dtype: Data type of the weights: "auto" (as they are stored; a GGUF file becomes float32), "float32", "bfloat16"
+            or "float16".
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        lr_decay: Let the learning rate fall linearly to 0 over the training.
+        lr_decay: Let the learning rate fall linearly to 0 during training.
         lora: Train adapters instead of the weights: arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, such as
             `{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}`; see `add_adapters`.
         revision: Branch, tag or commit on the hub.
@@ -45,13 +53,15 @@ class CausalLMModule(L.LightningModule):
         trust_remote_code: Run the model code that comes with the checkpoint.
 
     Raises:
-        ValueError: For an unknown `dtype` or an encoder-decoder model.
+        ValueError: For a wrong option, an encoder or encoder-decoder, a tokenizer of another model, or weights that
+            cannot be used.
         OSError: If neither a local folder nor the hub has the model, in safetensors.
+        ImportError: If a package that reads GGUF files or trains adapters is missing.
     """
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | os.PathLike[str] | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str = "auto",
         lr: float = 1e-4,
@@ -64,17 +74,27 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if dtype != "auto" and dtype not in DTYPES:
-            raise ValueError(f"dtype should be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
-        if isinstance(model, str):
+            raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
+        check_not_negative(lr=lr, weight_decay=weight_decay)
+        if isinstance(model, (str, os.PathLike)):
+            model = os.fspath(model)
             self.save_hyperparameters(ignore=["tokenizer"])
             hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
             self.model, loaded = load_causal_lm(model, dtype, hub, with_tokenizer=tokenizer is None)
             self.tokenizer = tokenizer if tokenizer is not None else loaded
         else:
+            if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+                raise ValueError(
+                    "model must be a hub id, a local folder, a .gguf file or a loaded model of transformers, but it is "
+                    f"of type {type(model).__name__}."
+                )
             self.save_hyperparameters(ignore=["model", "tokenizer"])
             check_decoder_only(model.config)
             self.model = model if dtype == "auto" else model.to(DTYPES[dtype])
             self.tokenizer = tokenizer
+        check_causal(self.model)
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, self.model)
         if lora is not None:
             self.add_adapters(**lora)
         self.model.train()
@@ -86,7 +106,7 @@ class CausalLMModule(L.LightningModule):
 
     @property
     def pruning_target(self) -> nn.Module:
-        """What the pruning callbacks prune: the model under its own names, without peft around it."""
+        """The module that the pruning callbacks prune: the transformers model, without the wrapper of peft."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
@@ -96,11 +116,11 @@ class CausalLMModule(L.LightningModule):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's own output, with `logits`, and `loss` where `labels` are given."""
+        """Return the output of the model, with `logits`, and with `loss` if `labels` are given."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def calibration_predictions(self, batch: Any) -> Any:
-        """Run the batch through the model, for its logits."""
+        """Run the batch through the model and return its output, with `logits`."""
         input_ids, attention_mask, _ = _read_text(batch)
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
@@ -112,11 +132,11 @@ class CausalLMModule(L.LightningModule):
         if not isinstance(model, FSDPModule):
             model = self.pruning_target.base_model
         elif "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            inputs["logits_to_keep"] = 1  # only the call of the whole gathers what belongs to no block
+            inputs["logits_to_keep"] = 1  # only a call of the whole model gathers the weights outside the blocks
         model(**inputs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean next-token loss over the tokens of the batch; padding does not count."""
+        """Return the mean next-token loss over the tokens of the batch, without padding."""
         input_ids, attention_mask, labels = _read_text(batch)
         if labels is None:
             labels = input_ids.masked_fill(~predicted_tokens(input_ids, attention_mask), -100)
@@ -138,15 +158,15 @@ class CausalLMModule(L.LightningModule):
         self.log(name, metric, prog_bar=True, batch_size=len(input_ids))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
+        """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
         input_ids, attention_mask, _ = _read_text(batch)
         return window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the parameters that require a gradient.
+        """Return AdamW over the parameters that require a gradient.
 
         Raises:
-            MisconfigurationException: For `lr_decay` in a training without a known end.
+            MisconfigurationException: For `lr_decay` in a training whose number of steps is not known.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
@@ -155,8 +175,8 @@ class CausalLMModule(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise MisconfigurationException(
-                "lr_decay=True lets the learning rate fall to 0 over the training, but this one has no known end: give "
-                "the Trainer max_steps (or max_epochs, and a train dataloader with a length), or lr_decay=False"
+                "lr_decay=True must know the number of training steps, but the Trainer does not have it. Give the "
+                "Trainer max_steps (or max_epochs, and a train dataloader with a length), or set lr_decay=False."
             )
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
@@ -165,29 +185,28 @@ class CausalLMModule(L.LightningModule):
         """Freeze the model and give it low-rank adapters to train (Hu et al. 2021).
 
         Args:
-            keep_zeros: Adapters that merge without filling a zero; else those of plain `peft.LoraConfig`.
-            **arguments: Of `wanda_lightning.lora.KeepZerosLoraConfig`, which has those of `peft.LoraConfig`.
+            keep_zeros: Use adapters that merge without filling a zero, instead of plain LoRA.
+            **arguments: Arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, the same as of `peft.LoraConfig`.
 
         Raises:
-            ImportError: Without peft.
+            ImportError: If peft is not installed.
         """
-        try:
-            import peft
+        require_extra("lora", "peft", purpose="Adapters")
+        import peft
 
-            from wanda_lightning.lora import KeepZerosLoraConfig
-        except ImportError as error:
-            raise ImportError("Adapters need peft: pip install 'wanda_lightning[lora]'") from error
+        from wanda_lightning.lora import KeepZerosLoraConfig
+
         config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
         with warnings.catch_warnings():
-            # A callback may prune later, when training starts.
+            # A callback may prune later, when the training starts.
             warnings.filterwarnings("ignore", message="None of the .* layers that adapter .* holds a zero")
             self.model = peft.get_peft_model(self.model, config(task_type="CAUSAL_LM", **arguments))
 
     def merge(self, reprune: bool = False) -> None:
-        """Merge the adapters into the weights, if there are any (see `wanda_lightning.lora.merge`).
+        """Merge the adapters into the weights (see `wanda_lightning.lora.merge`); does nothing without adapters.
 
         Args:
-            reprune: Put back the zeros that plain LoRA adapters fill.
+            reprune: Restore the zeros that plain LoRA adapters fill.
         """
         if hasattr(self.model, "peft_config"):
             from wanda_lightning.lora import merge
@@ -197,10 +216,10 @@ class CausalLMModule(L.LightningModule):
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a Hugging Face folder with model and tokenizer, whole or not at all. Call it in one process only.
 
-        With adapters that are not merged, it is a folder of peft, which holds them alone.
+        If adapters are not merged, peft writes the folder, with the adapters alone.
 
         Args:
-            folder: Loads with `AutoModelForCausalLM.from_pretrained(folder)`.
+            folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
 
         Raises:
@@ -215,7 +234,7 @@ class CausalLMModule(L.LightningModule):
 def _read_text(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
-            raise ValueError(f"A batch of text should have 'input_ids', but it has {', '.join(map(repr, batch))}.")
+            raise ValueError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
         return batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
     input_ids = batch[0] if isinstance(batch, (tuple, list)) else batch
     return input_ids, None, None

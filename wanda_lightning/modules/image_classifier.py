@@ -16,32 +16,31 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from wanda_lightning.checks import check_not_negative
 from wanda_lightning.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 
 
 class ImageClassifierModule(L.LightningModule):
-    """An image classifier: trains on cross entropy, is measured by accuracy.
+    """An image classifier, trained on cross entropy and measured by accuracy.
 
-    A batch is `(images, labels)`, or a mapping with `image` or `pixel_values` and `label` or `labels`. Logged are
-    `train_loss`, `val_loss`, `val_accuracy`, with more than 5 classes `val_accuracy_top5`, and the same for `test`;
-    `predict` gives the logits.
+    A batch is `(images, labels)`, or a mapping with `image` or `pixel_values` and `label` or `labels`: images of shape
+    (batch, channels, height, width), labels of shape (batch,). The module logs `train_loss`, `val_loss`,
+    `val_accuracy`, with more than 5 classes `val_accuracy_top5`, and the same for `test`; `predict` gives the logits.
 
     Args:
-        model: A name that timm knows, with or without the prefix `timm:`; `hf-hub:OWNER/NAME`; `local-dir:FOLDER`; or
-            a ready model.
-        pretrained: Load the weights that timm has for the name. Not used where there is a `checkpoint` or the model is
-            ready.
-        num_classes: Another number of classes than the pretrained weights have. For a ready model that has no
-            `num_classes`: how many logits it gives.
+        model: A name that timm knows, with or without the prefix `timm:`; `hf-hub:OWNER/NAME`; `local-dir:FOLDER`, or
+            the folder as a `Path`; or a built model.
+        pretrained: Load the weights that timm has for the name. Ignored with a `checkpoint` and for a built model.
+        num_classes: Number of classes, if it differs from the one of the pretrained weights. For a built model without
+            a `num_classes` attribute: the number of its logits.
         checkpoint: A `.safetensors` file with all the weights of the model.
         model_kwargs: More arguments of `timm.create_model`, such as `img_size`.
         lr: Learning rate of AdamW.
-        weight_decay: Weight decay of AdamW; biases and norms are spared.
+        weight_decay: Weight decay of AdamW; biases and norms do not decay.
 
     Raises:
-        ValueError: For a name that timm does not know, a checkpoint that does not fit or is not in safetensors, or a
-            model that is no classifier.
+        ValueError: For a wrong option, weights that cannot be used, or a model that is no classifier.
         OSError: If weights can neither be downloaded nor found in the cache.
     """
 
@@ -49,26 +48,31 @@ class ImageClassifierModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | os.PathLike[str] | nn.Module,
         pretrained: bool = True,
         num_classes: int | None = None,
-        checkpoint: str | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__()
+        check_not_negative(lr=lr, weight_decay=weight_decay)
         self._model_kwargs = dict(model_kwargs or {})
-        if isinstance(model, str):
+        checkpoint = None if checkpoint is None else os.fspath(checkpoint)
+        if isinstance(model, (str, os.PathLike)):
+            model = model if isinstance(model, str) else f"local-dir:{os.fspath(model)}"
             self.save_hyperparameters()
             if num_classes is not None:
                 self._model_kwargs["num_classes"] = num_classes
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
         else:
+            if not isinstance(model, nn.Module):
+                raise ValueError(f"model must be a name or a built model, but it is of type {type(model).__name__}.")
             self.save_hyperparameters(ignore=["model"])
             if model_kwargs:
                 raise ValueError(
-                    f"model_kwargs are for a model given by name, but a ready {type(model).__name__} came."
+                    f"model_kwargs are for a model given by name, but a built {type(model).__name__} was given."
                 )
             self.model = model
         if checkpoint is not None:
@@ -77,7 +81,7 @@ class ImageClassifierModule(L.LightningModule):
         self._num_classes = getattr(self.model, "num_classes", num_classes) or 0
         if self._num_classes < 2:
             raise ValueError(
-                f"A classifier with at least 2 classes is needed, but {type(self.model).__name__} has "
+                f"model must be a classifier with at least 2 classes, but {type(self.model).__name__} has "
                 f"{self._num_classes or 'no'} classes. Set num_classes."
             )
         self.lr = lr
@@ -93,20 +97,20 @@ class ImageClassifierModule(L.LightningModule):
 
     @property
     def pruning_target(self) -> nn.Module:
-        """What the pruning callbacks prune: the model under its own names."""
+        """The module that the pruning callbacks prune: the model itself."""
         return self.model
 
     @property
     def num_classes(self) -> int:
-        """How many logits the model gives for an image."""
+        """Number of logits for each image."""
         return self._num_classes
 
     def forward(self, images: Tensor) -> Any:
-        """The logits, of shape (batch, num_classes)."""
+        """Return the logits, of shape (batch, num_classes)."""
         return self.model(images)
 
     def calibration_predictions(self, batch: Any) -> Any:
-        """Run the images of the batch through the model, for its logits."""
+        """Run the images of the batch through the model and return the logits."""
         return self(_read_images(batch)[0])
 
     def calibration_step(self, batch: Any) -> None:
@@ -114,7 +118,7 @@ class ImageClassifierModule(L.LightningModule):
         self(_read_images(batch)[0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean cross entropy; of a distilled DeiT with two heads, the mean over the heads."""
+        """Return the mean cross entropy; for a distilled DeiT with two heads, the mean over the heads."""
         images, labels = _read_labelled(batch)
         outputs = self(images)
         heads = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
@@ -141,11 +145,14 @@ class ImageClassifierModule(L.LightningModule):
                 self.log(name, metric, prog_bar=True, batch_size=len(images))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The logits of the batch; labels are not needed."""
+        """Return the logits of the batch; it needs no labels."""
         return self(_read_images(batch)[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the parameters that require a gradient; biases, norms and what the model exempts do not decay."""
+        """Return AdamW over the parameters that require a gradient.
+
+        Biases, norms and the parameters that the model exempts do not decay.
+        """
         exempt: Collection[str] = getattr(self.model, "no_weight_decay", tuple)()
         groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         return torch.optim.AdamW(groups, lr=self.lr)
@@ -154,17 +161,17 @@ class ImageClassifierModule(L.LightningModule):
         """Write a timm folder with weights and configuration, whole or not at all. Call it in one process only.
 
         Args:
-            folder: Loads with `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+            folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If the model is not one of timm's, so that no name could rebuild it.
+            ValueError: If timm did not build the model, so that no name can rebuild it.
         """
         if not hasattr(self.model, "pretrained_cfg"):
             raise ValueError(
-                f"A timm folder was to be written, but {type(self.model).__name__} does not come from "
-                "timm.create_model. Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
+                f"save_pretrained writes models of timm, but {type(self.model).__name__} does not come from timm. "
+                "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
         with whole_folder(folder, overwrite) as new:
             save_for_hf(self.model, str(new), model_args=self._model_kwargs, safe_serialization=True)
@@ -176,12 +183,15 @@ def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:
         return batch[0], batch[1] if len(batch) > 1 else None
     images = next((batch[key] for key in ("image", "pixel_values") if key in batch), None)
     if images is None:
-        raise ValueError(f"A batch should have 'image' or 'pixel_values', but it has {', '.join(map(repr, batch))}.")
+        raise ValueError(f"A batch must have 'image' or 'pixel_values', but it has {', '.join(map(repr, batch))}.")
     return images, next((batch[key] for key in ("label", "labels") if key in batch), None)
 
 
 def _read_labelled(batch: Any) -> tuple[Tensor, Tensor]:
     images, labels = _read_images(batch)
     if labels is None:
-        raise ValueError("A loss needs labels: a batch (images, labels), or a mapping with 'label' or 'labels'.")
+        raise ValueError(
+            "A batch must have labels to measure a loss, but it has none. Give (images, labels), or a mapping with "
+            "'labels'."
+        )
     return images, labels

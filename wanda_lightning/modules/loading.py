@@ -1,88 +1,160 @@
-"""Load language models and image classifiers: hub id, folder, GGUF file or timm name."""
+"""Load language models and image classifiers: hub id, folder, GGUF file or timm name.
+
+Weights are read from safetensors and GGUF files only, since other checkpoint formats can run code. A model with weights
+that are missing, do not fit, are not finite or are packed integers is refused here, before anything is measured.
+"""
 
 from __future__ import annotations
 
-import difflib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
-import timm.optim
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+
+from wanda_lightning.checks import one_line
+from wanda_lightning.model_sources import load_config, load_tokenizer, locate, reading, timm_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHECKED = (*DTYPES.values(), torch.float64)
+
+# -------------------------------------------------------------------------------------------------- language models
+
+_CAUSAL = ("gpt_neox_japanese",)  # masks the future itself, although its configuration says is_decoder=False
+
+
+def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
+    """Load a decoder-only language model and its tokenizer.
+
+    Args:
+        name: Hub id, local folder or `.gguf` file.
+        dtype: "auto" or a key of `DTYPES`.
+        hub: `revision`, `cache_dir` and `trust_remote_code`, as `from_pretrained` takes them.
+        with_tokenizer: Load the tokenizer, too.
+
+    Returns:
+        The model, and its tokenizer or None if there is none or it was not asked for.
+
+    Raises:
+        OSError: If neither a local folder nor the hub has the model in safetensors.
+        ValueError: If files are broken, contradict each other, or hold weights that cannot be used.
+    """
+    path, source = Path(name).expanduser(), locate(name)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    # Since transformers 5.24 weights of some families stay packed unless told otherwise; before, all were unpacked.
+    if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with bars_on_terminals_only():
+        if path.suffix != ".gguf":
+            check_decoder_only(load_config(name, **hub))
+        if path.is_dir():
+            _check_weight_files(path)
+        with reading("weights", name):
+            model, loaded = AutoModelForCausalLM.from_pretrained(**source, **hub, **options, output_loading_info=True)
+        has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
+        tokenizer = load_tokenizer(name, **hub) if with_tokenizer and has_tokenizer else None
+    _check_complete(name, loaded)
+    if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
+        _check_stored_as_float(name, _weight_files(name, hub), model)
+    check_finite(model, name)
+    return model, tokenizer
 
 
 def check_decoder_only(config: Any) -> None:
+    """Refuse the configuration of an encoder-decoder.
+
+    Raises:
+        ValueError: Says how to prune it instead.
+    """
     if config.is_encoder_decoder:
         raise ValueError(
-            f"CausalLMModule holds decoder-only language models, but {config.model_type} is an encoder-decoder. "
+            f"model must be a decoder-only language model, but {config.model_type} is an encoder-decoder. "
             "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
         )
 
 
-def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
-    path = Path(name).expanduser()
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name, **hub}
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"The GGUF file {name} does not exist. Download it and give its local path.")
-        source.update(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
-        # Since transformers 5.24 weights of some families stay packed unless told otherwise; before, all were unpacked.
-        if hasattr(transformers, "GgufConfig"):
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    elif path.exists():
-        _check_folder(path)
-        source["pretrained_model_name_or_path"] = str(path)
-    try:
-        with bars_on_terminals_only():
-            if path.suffix != ".gguf":
-                check_decoder_only(AutoConfig.from_pretrained(**source))
-            model, loaded = AutoModelForCausalLM.from_pretrained(**source, **options, output_loading_info=True)
-            if missing := sorted(loaded["missing_keys"]):
-                raise ValueError(
-                    f"The model {name!r} has no weights for {len(missing)} parameters that its configuration asks for, "
-                    f"{missing[0]} first; they would be random. Check the folder and its config.json."
-                )
-            has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
-            tokenizer = AutoTokenizer.from_pretrained(**source) if with_tokenizer and has_tokenizer else None
-    except OSError as error:
-        raise OSError(
-            f"The model {name!r} was asked for, but neither a local folder nor the Hugging Face hub (revision "
-            f"{hub['revision']!r}, or its cache) has it with safetensors weights. Check the name and the connection, "
-            f"or give a local folder or a .gguf file. The cause: {error}"
-        ) from error
-    except (SafetensorError, RuntimeError) as error:
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model of which a token sees the tokens after it, since it cannot be asked to predict them.
+
+    Raises:
+        ValueError: Says how to prune it instead.
+    """
+    config: Any = model.config
+    fields = getattr(type(config), "__dataclass_fields__", {})
+    if "is_decoder" not in fields or config.is_decoder or config.model_type in _CAUSAL:
+        return
+    if not any(getattr(module, "is_causal", None) is True for module in model.modules()):
         raise ValueError(
-            f"The weights of {name!r} cannot be read, or do not fit its configuration. Download or save them again. "
-            f"The cause: {error}"
-        ) from error
-    return model, tokenizer
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise OSError(
-            f"The model {folder} is a file, and of single files only .gguf is read. Give the folder that holds "
-            "config.json and the safetensors weights."
+            f"model must predict each token from the ones before it, but {config.model_type} is an encoder: it sees "
+            "all tokens, and its perplexity means nothing. Load it with transformers and call "
+            "wanda_lightning.prune(model, batches) on it directly."
         )
-    if not (folder / "config.json").is_file():
-        raise OSError(f"The folder {folder} is no Hugging Face model: it has no config.json.")
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Tokens that were added to the vocabulary do not count, since some models have no embedding for theirs.
+
+    Raises:
+        ValueError: Names both numbers.
+    """
+    size, embeddings = getattr(tokenizer, "vocab_size", None), number_of_embeddings(model)
+    if isinstance(size, int) and embeddings is not None and size > embeddings:
+        raise ValueError(
+            f"tokenizer must belong to the model, but it has {size} tokens and the model only {embeddings} embeddings. "
+            "Use the tokenizer that the model was trained with."
+        )
+
+
+def number_of_embeddings(model: Any) -> int | None:
+    """Return how many token ids a transformers model knows, or None if it does not say."""
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _check_weight_files(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(file.name for file in folder.iterdir()))
         raise OSError(
-            f"The folder {folder} has no weights in safetensors, the only format that is read; it has {found}. "
-            "Convert a checkpoint that you trust with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has "
+            f"{found}. Convert a checkpoint that you trust with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
         )
+
+
+def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
+    if mismatched := sorted(loaded.get("mismatched_keys", ())):
+        key, stored, expected = mismatched[0]
+        raise ValueError(
+            f"The model {name!r} has {len(mismatched)} weights that do not fit its configuration, {key} first: it is "
+            f"stored with the shape {tuple(stored)}, but config.json asks for {tuple(expected)}. Correct config.json."
+        )
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"The model {name!r} has no weights for {len(missing)} parameters that its configuration asks for, "
+            f"{missing[0]} first; they would be random. Check the folder and its config.json."
+        )
+
+
+def _weight_files(name: str, hub: dict[str, Any]) -> list[Path]:
+    """Return the safetensors files of a folder, or of a hub model that was just loaded and so is in the cache."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        options = {key: value for key, value in hub.items() if key in ("revision", "cache_dir")}
+        config = transformers.utils.cached_file(name, "config.json", local_files_only=True, **options)
+        folder = Path(config).parent
+    return sorted(folder.glob("*.safetensors"))
 
 
 @contextmanager
@@ -99,36 +171,69 @@ def bars_on_terminals_only() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def create_classifier(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    name = name.removeprefix("timm:")
-    known = ":" in name or timm.is_model(name.partition(".")[0])  # a source such as hf-hub: is timm's to judge
-    if not known:
-        nearest = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5)
-        raise ValueError(
-            f"timm {timm.__version__} knows no model {name!r}"
-            + (f"; the nearest names are {', '.join(nearest)}" if nearest else "")
-            + ". A model on the hub is hf-hub:OWNER/NAME, one in a folder local-dir:FOLDER."
+# ------------------------------------------------------------------------------------------------ image classifiers
+
+
+def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """Create an image classifier of timm.
+
+    Args:
+        name: As `model_sources.timm_name` takes it.
+        pretrained: Load weights.
+        kwargs: More arguments of `timm.create_model`.
+
+    Raises:
+        OSError: If weights can neither be downloaded nor found.
+        ValueError: If timm does not know the model or an argument, or the weights cannot be used.
+    """
+    checked = timm_name(name)
+    folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
+    if folder is not None and pretrained and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has none. "
+            "Save the weights with safetensors.torch.save_file, or start from random ones with pretrained=False."
         )
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     except OSError as error:
         raise OSError(
-            f"The model {name!r} was asked for, but what it needs is neither in the cache nor can it be downloaded. "
-            "Check the connection, name a local file with checkpoint=..., or start from random weights with "
-            f"pretrained=False. The cause: {error}"
+            f"The model {checked!r} was not found: what it needs is neither in the cache nor can it be downloaded. "
+            "Check the connection, name a local file of weights with checkpoint=..., or start from random weights with "
+            f"pretrained=False. The cause: {one_line(error)}"
         ) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"The weights of {checked!r} cannot be read, or do not fit its configuration. Save them again. "
+            f"The cause: {one_line(error)}"
+        ) from error
+    except TypeError as error:
+        raise ValueError(
+            f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
+        ) from error
+    if folder is not None and pretrained:
+        _check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
+    if pretrained:
+        check_finite(model, checked)
+    return model
 
 
-def load_checkpoint(model: nn.Module, checkpoint: str) -> None:
+def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    """Load all weights of a model from a `.safetensors` file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is in another format or damaged, or does not fit the model.
+    """
     path = Path(checkpoint).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"A checkpoint should be a .safetensors file, but it is {checkpoint}. Convert one that you trust: "
+            f"checkpoint must be a .safetensors file, but it is {checkpoint}. Convert one that you trust: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint {checkpoint} does not exist. Check the path.")
-    weights, expected = load_file(path), model.state_dict()
+    _check_stored_as_float(str(path), [path], model)
+    weights, expected = _read(path), model.state_dict()
     faults = [f"{key} is missing" for key in expected if key not in weights]
     faults += [f"{key} is unknown to the model" for key in weights if key not in expected]
     faults += [
@@ -144,3 +249,61 @@ def load_checkpoint(model: nn.Module, checkpoint: str) -> None:
             "or a folder that holds the whole model as timm:local-dir:FOLDER."
         )
     model.load_state_dict(weights)
+    check_finite(model, str(checkpoint))
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse a model with a weight that is NaN or infinite.
+
+    Raises:
+        ValueError: Names the first one.
+    """
+    for key, weight in model.named_parameters():
+        if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # packed, for example
+            continue
+        # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
+        if weight.sum().isfinite() or weight.isfinite().all():
+            continue
+        advice = (
+            "load it with dtype='bfloat16'" if weight.dtype is torch.float16 else "download or save the model again"
+        )
+        raise ValueError(
+            f"The model {name!r} cannot be used: the weight of {key.removesuffix('.weight')} holds NaN or infinity in "
+            f"{str(weight.dtype).removeprefix('torch.')}. Check the checkpoint, or {advice}."
+        )
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {path} cannot be read: the file is incomplete or damaged ({error}). Download or save it "
+            "again."
+        ) from error
+
+
+def _check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
+    """Refuse integers stored for a floating-point parameter: without their scales they are not its values."""
+    parameters = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
+    parameters |= {key.partition(".")[2] for key in parameters}  # checkpoints of the base model lack the first part
+    for path in files:
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                if not {key, key.partition(".")[2]} & parameters:
+                    continue
+                if (stored := file.get_slice(key).get_dtype()).startswith(("I", "U", "BOOL")):
+                    raise ValueError(
+                        f"The model {name!r} stores {key} as {stored}: packed integers, whose scales are not known. "
+                        "Give the model in float32, bfloat16 or float16."
+                    )

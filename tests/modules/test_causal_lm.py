@@ -1,0 +1,206 @@
+"""The language model module against slow loops and plain Hugging Face."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from support.modules import (
+    MASKS,
+    same_weights,
+    slow_perplexity,
+    tiny_llama,
+    tiny_tokenizer,
+    trainer,
+    windows_of_text,
+)
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from wanda_lightning.modules import CausalLMModule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # Lightning 2.6 under torch 2.13
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("mask", MASKS)
+def test_validate_and_test_equal_the_slow_loop(batch_size, mask):
+    model, ids = tiny_llama(), windows_of_text()
+    attention_mask = MASKS[mask](ids)
+    with torch.no_grad():
+        expected = slow_perplexity(model(ids, attention_mask=attention_mask).logits, ids, attention_mask)
+    if attention_mask is None:
+        windows = [{"input_ids": row} for row in ids]
+    else:
+        windows = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, attention_mask, strict=True)]
+    module, loader = CausalLMModule(model), DataLoader(windows, batch_size=batch_size)
+    (validated,) = trainer().validate(module, loader, verbose=False)
+    (tested,) = trainer().test(module, loader, verbose=False)
+    assert validated == {"val_perplexity": pytest.approx(expected, rel=1e-5)}
+    assert tested == {"test_perplexity": pytest.approx(expected, rel=1e-5)}
+    assert model.training
+    with torch.no_grad():  # outside the inference mode of the loops
+        module.val_perplexity.update(model(ids, attention_mask=attention_mask).logits, ids, attention_mask)
+    assert module.val_perplexity.compute().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_is_off_while_measuring():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=128, max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.5, **sizes)
+    model, ids = OPTForCausalLM(config).eval(), windows_of_text()
+    with torch.no_grad():
+        expected = slow_perplexity(model(ids).logits, ids)
+    (validated,) = trainer().validate(CausalLMModule(model), DataLoader(ids, batch_size=3), verbose=False)
+    assert validated["val_perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_predict_gives_each_windows_loss():
+    model, ids = tiny_llama(), windows_of_text()
+    losses = torch.cat(trainer().predict(CausalLMModule(model), DataLoader(ids, batch_size=3)))
+    assert losses.shape == (7,)
+    with torch.no_grad():
+        each = [math.log(slow_perplexity(model.eval()(ids).logits[w : w + 1], ids[w : w + 1])) for w in range(7)]
+    assert losses.tolist() == pytest.approx(each, rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_training_loss_is_the_mean_over_real_tokens(mask):
+    model, ids = tiny_llama(), windows_of_text()
+    attention_mask = MASKS[mask](ids)
+    logits = model(ids, attention_mask=attention_mask).logits
+    losses = []
+    for w in range(7):
+        for t in range(23):
+            if attention_mask is None or (attention_mask[w, t] and attention_mask[w, t + 1]):
+                losses.append(-logits[w, t].log_softmax(-1)[ids[w, t + 1]].item())
+    module = CausalLMModule(model)
+    module.log = lambda *args, **kwargs: None
+    loss = module.training_step({"input_ids": ids, "attention_mask": attention_mask}, 0)
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_labels_of_the_batch_are_used():
+    model, ids = tiny_llama(), windows_of_text()
+    labels = torch.full_like(ids, -100)
+    labels[0, 5] = ids[0, 5]
+    module = CausalLMModule(model)
+    module.log = lambda *args, **kwargs: None
+    loss = module.training_step({"input_ids": ids, "labels": labels}, 0)
+    assert loss.item() == pytest.approx(-model(ids).logits[0, 4].log_softmax(-1)[ids[0, 5]].item(), rel=1e-5)
+
+
+def test_fit_learns_and_leaves_frozen_parameters():
+    model, ids = tiny_llama(), windows_of_text()
+    frozen = model.model.embed_tokens.weight.requires_grad_(False).clone()
+    module = CausalLMModule(model, lr=1e-2)
+    before = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    fit = trainer(max_epochs=3, log_every_n_steps=1)
+    fit.fit(module, DataLoader(ids, batch_size=4))
+    assert fit.callback_metrics["train_loss"] < before
+    assert torch.equal(model.model.embed_tokens.weight, frozen)
+    assert all(p.requires_grad for g in module.configure_optimizers().param_groups for p in g["params"])
+
+
+def test_calibration_runs_all_blocks_and_no_head():
+    model, calls = tiny_llama(), []
+    for name, part in {"last": model.model.layers[-1], "head": model.lm_head}.items():
+        part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    module = CausalLMModule(model)
+    for batch in (windows_of_text(), [windows_of_text()], {"input_ids": windows_of_text()}):
+        assert module.calibration_step(batch) is None
+    assert calls == ["last"] * 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saves_an_ordinary_folder(tmp_path, tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    CausalLMModule(model, tiny_tokenizer()).save_pretrained(tmp_path / "new" / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model")
+    assert same_weights(loaded, model)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert AutoTokenizer.from_pretrained(tmp_path / "new" / "model")("w3 w7").input_ids == [3, 7]
+    assert [file.suffix for file in (tmp_path / "new" / "model").iterdir() if file.stat().st_size > 20_000] == [
+        ".safetensors"
+    ]
+    again = CausalLMModule(str(tmp_path / "new" / "model"))
+    assert same_weights(again.model, model)
+    assert again.model.training
+    assert again.tokenizer("w3 w7").input_ids == [3, 7]
+
+
+def test_overwrites_the_folder_that_it_was_loaded_from(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    module = CausalLMModule(str(tmp_path))
+    assert module.tokenizer is None
+    with torch.no_grad():
+        module.model.lm_head.weight.zero_()
+    module.save_pretrained(tmp_path, overwrite=True)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    module = CausalLMModule(tiny_llama(), tiny_tokenizer())
+
+    def fail(folder):
+        assert (Path(folder) / "model.safetensors").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.tokenizer, "save_pretrained", fail)
+    for target, overwrite in ((tmp_path / "model", True), (tmp_path / "other", False)):
+        with pytest.raises(KeyboardInterrupt):
+            module.save_pretrained(target, overwrite=overwrite)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+
+
+def test_dtype(tmp_path):
+    tiny_llama().bfloat16().save_pretrained(tmp_path)
+    assert CausalLMModule(str(tmp_path)).model.dtype == torch.bfloat16
+    assert CausalLMModule(str(tmp_path), dtype="float32").model.dtype == torch.float32
+    assert CausalLMModule(tiny_llama(), dtype="float16").model.dtype == torch.float16
+    with pytest.raises(ValueError, match="auto, float32, bfloat16, float16, but it is 'int8'"):
+        CausalLMModule(str(tmp_path), dtype="int8")
+
+
+def test_keeps_what_requires_a_gradient():
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    CausalLMModule(model)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+def test_a_batch_without_ids():
+    with pytest.raises(ValueError, match="'input_ids', but it has 'text', 'n'"):
+        CausalLMModule(tiny_llama()).calibration_step({"text": "", "n": 1})
+
+
+def test_comes_back_from_a_checkpoint(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    module = CausalLMModule(str(tmp_path / "model"), lr=0.5)
+    with torch.no_grad():
+        module.model.lm_head.weight.zero_()
+    run = trainer()
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = CausalLMModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert same_weights(again, module)
+    assert again.lr == 0.5
+
+
+def test_a_ready_model_is_no_hyperparameter():
+    assert set(CausalLMModule(tiny_llama(), tiny_tokenizer()).hparams) & {"model", "tokenizer"} == set()

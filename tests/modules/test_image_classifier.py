@@ -1,0 +1,158 @@
+"""The image classifier module against slow loops and plain timm."""
+
+import json
+
+import pytest
+import timm
+import torch
+from lightning.pytorch.cli import LightningCLI
+from support.modules import (
+    CONVNEXT,
+    VIT,
+    same_weights,
+    tiny_llama,
+    tiny_vit,
+    trainer,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from wanda_lightning.modules import ImageClassifierModule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # Lightning 2.6 under torch 2.13
+]
+
+
+@pytest.mark.parametrize("num_classes", [3, 10])
+@pytest.mark.parametrize("keys", [None, ("image", "label"), ("pixel_values", "labels")])
+def test_validate_and_test_equal_a_slow_loop(num_classes, keys):
+    module = tiny_vit(num_classes=num_classes)
+    images, labels = torch.randn(7, 3, 32, 32), torch.arange(7) % num_classes
+    with torch.no_grad():
+        logits = module.model.eval()(images)
+    module.model.train()
+    ranks = [sum(bool(row[j] > row[y]) for j in range(num_classes)) for row, y in zip(logits, labels, strict=True)]
+    expected = {
+        "accuracy": sum(rank < 1 for rank in ranks) / 7,
+        "accuracy_top5": sum(rank < 5 for rank in ranks) / 7,
+        "loss": sum(-row.log_softmax(0)[y].item() for row, y in zip(logits, labels, strict=True)) / 7,
+    }
+    if num_classes <= 5:
+        del expected["accuracy_top5"]
+    samples = list(zip(images, labels, strict=True))
+    if keys:
+        samples = [dict(zip(keys, sample, strict=True)) for sample in samples]
+    loader = DataLoader(samples, batch_size=3)
+    (validated,) = trainer().validate(module, loader, verbose=False)
+    (tested,) = trainer().test(module, loader, verbose=False)
+    assert validated == {f"val_{name}": pytest.approx(value, rel=1e-5) for name, value in expected.items()}
+    assert tested == {f"test_{name}": pytest.approx(value, rel=1e-5) for name, value in expected.items()}
+
+
+def test_predict_and_calibration_need_no_labels():
+    module, images = tiny_vit(), torch.randn(4, 3, 32, 32)
+    (logits,) = trainer().predict(module, DataLoader(images, batch_size=4))
+    with torch.no_grad():
+        assert torch.equal(logits, module.model.eval()(images))
+    for batch in (images, [images], {"image": images}, (images, torch.zeros(4))):
+        assert module.calibration_step(batch) is None
+    with pytest.raises(ValueError, match="must have labels to measure a loss"):
+        module.validation_step(images, 0)
+    with pytest.raises(ValueError, match="'image' or 'pixel_values', but it has 'x'"):
+        module.calibration_step({"x": images})
+
+
+def test_fit_learns():
+    module = tiny_vit()
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    before = F.cross_entropy(module(images), labels).item()
+    fit = trainer(max_epochs=4, log_every_n_steps=1)
+    fit.fit(module, DataLoader(list(zip(images, labels, strict=True)), batch_size=8))
+    assert fit.callback_metrics["train_loss"] < before
+
+
+def test_biases_and_norms_do_not_decay():
+    module = tiny_vit(weight_decay=0.1)
+    decays = {id(p): g["weight_decay"] for g in module.configure_optimizers().param_groups for p in g["params"]}
+    spared = {name for name, p in module.model.named_parameters() if decays.pop(id(p)) == 0}
+    assert not decays
+    assert spared == {
+        name for name, p in module.model.named_parameters() if p.ndim < 2 or name in ("cls_token", "pos_embed")
+    }
+
+
+def test_two_heads_of_a_distilled_model():
+    torch.manual_seed(0)
+    module = ImageClassifierModule("deit_tiny_distilled_patch16_224", False, 10, model_kwargs=VIT)
+    module.model.set_distilled_training(True)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    one, two = module(images)
+    module.log = lambda *args, **kwargs: None
+    expected = (F.cross_entropy(one, labels) + F.cross_entropy(two, labels)) / 2
+    assert torch.allclose(module.training_step((images, labels), 0), expected)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("timm:vit_tiny_patch16_224", VIT), ("convnext_atto", CONVNEXT)])
+def test_saves_a_timm_folder(tmp_path, name, kwargs):
+    torch.manual_seed(0)
+    module = ImageClassifierModule(name, pretrained=False, num_classes=7, model_kwargs=kwargs)
+    module.save_pretrained(tmp_path / "model")
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert same_weights(loaded, module.model)
+    again = ImageClassifierModule(f"local-dir:{tmp_path / 'model'}")
+    assert same_weights(again.model, module.model)
+    assert again.num_classes == 7
+    with pytest.raises(FileExistsError, match="not empty"):
+        module.save_pretrained(tmp_path / "model")
+
+
+def test_only_timm_models_are_saved(tmp_path):
+    module = ImageClassifierModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), num_classes=2)
+    with pytest.raises(ValueError, match="does not come from timm"):
+        module.save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_must_be_a_classifier():
+    with pytest.raises(ValueError, match="Linear has no classes"):
+        ImageClassifierModule(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="has no classes"):
+        tiny_vit(num_classes=0)
+    with pytest.raises(ValueError, match="model_kwargs are for a model given by name"):
+        ImageClassifierModule(nn.Linear(2, 2), num_classes=2, model_kwargs={"a": 1})
+
+
+def test_comes_back_from_a_checkpoint(tmp_path):
+    module = tiny_vit(lr=0.5)
+    run = trainer()
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = ImageClassifierModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert same_weights(again, module)
+    assert again.lr == 0.5
+
+
+def test_the_command_line_builds_them_from_yaml(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["wanda-lightning"]
+    )  # LightningCLI warns where pytest's arguments are beside its own
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse deprecates
+    tiny_llama().save_pretrained(tmp_path / "model")
+    recipes = {
+        "text": {"class_path": "CausalLMModule", "init_args": {"model": str(tmp_path / "model"), "dtype": "bfloat16"}},
+        "image": {
+            "class_path": "ImageClassifierModule",
+            "init_args": {"model": "timm:vit_tiny_patch16_224", "pretrained": False, "model_kwargs": VIT},
+        },
+    }
+    for name, recipe in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"model": recipe}))  # JSON is YAML
+        arguments = ["--config", str(tmp_path / f"{name}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+        cli = LightningCLI(run=False, args=arguments, save_config_callback=None, seed_everything_default=0)
+        assert type(cli.model).__name__ == recipe["class_path"]
+        assert cli.model.hparams.model == recipe["init_args"]["model"]

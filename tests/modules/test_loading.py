@@ -1,0 +1,364 @@
+"""Loading by name: what comes back whole, and what is refused with one sentence."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from support.gguf import write_gguf
+from support.modules import VIT, same_weights, tiny_llama, tiny_tokenizer, tiny_vit
+from support.tiny import tiny
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPTNeoXConfig,
+    GPTNeoXJapaneseConfig,
+    MptConfig,
+    T5Config,
+)
+
+from wanda_lightning.models import model_from_config
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    # The variables are read when huggingface_hub is imported, so the constant it was read into is set.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_gguf_becomes_an_ordinary_model(tmp_path):
+    tensors = write_gguf(tmp_path / "tiny.gguf")
+    module = CausalLMModule(str(tmp_path / "tiny.gguf"))
+    assert module.model.dtype == torch.float32
+    assert torch.equal(module.model.model.layers[1].mlp.down_proj.weight, torch.tensor(tensors["blk.1.ffn_down"]))
+    assert module.tokenizer("theta").input_ids == [29, 21, 2]
+    module.save_pretrained(tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), module.model)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("theta").input_ids == [29, 21, 2]
+
+
+def test_only_bin_is_refused(tmp_path):
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"weights in safetensors, .*pytorch_model\.bin.*save_pretrained"):
+        CausalLMModule(str(tmp_path))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"weights of .* cannot be used: .* no file named model\.safetensors"):
+        CausalLMModule(str(tmp_path))
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(OSError, match=r"'nobody/nothing'.*neither a local folder nor.*hub") as caught:
+        CausalLMModule("nobody/nothing")
+    assert isinstance(caught.value.__cause__, OSError)
+    with pytest.raises(OSError, match="neither a local folder nor"):
+        CausalLMModule(str(tmp_path / "nothing"))
+    with pytest.raises(OSError, match=r"no config\.json"):
+        CausalLMModule(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"nothing\.gguf does not exist"):
+        CausalLMModule(str(tmp_path / "nothing.gguf"))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(OSError, match=r"a folder or a \.gguf file, but .*model\.safetensors is another file"):
+        CausalLMModule(str(tmp_path / "model.safetensors"))
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    T5Config(d_model=32).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"t5 is an encoder-decoder.*wanda_lightning\.prune"):
+        CausalLMModule(str(tmp_path))
+
+
+def test_bars_are_silent_in_a_file_and_come_back(tmp_path, capsys):
+    transformers.utils.logging.enable_progress_bar()
+    tiny_llama().save_pretrained(tmp_path)
+    capsys.readouterr()
+    CausalLMModule(str(tmp_path)).save_pretrained(tmp_path, overwrite=True)
+    assert capsys.readouterr().err == ""
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_checkpoint(tmp_path):
+    module = tiny_vit()
+    save_file(module.model.state_dict(), tmp_path / "weights.safetensors")
+    torch.manual_seed(1)
+    # pretrained stays true: with a checkpoint nothing is downloaded
+    name, path = "vit_tiny_patch16_224", str(tmp_path / "weights.safetensors")
+    again = ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs=VIT)
+    assert same_weights(again.model, module.model)
+    with pytest.raises(ValueError, match=r"head\.weight has the shape \(10, 32\) instead of \(9, 32\)"):
+        ImageClassifierModule(name, num_classes=9, checkpoint=path, model_kwargs=VIT)
+    weights = load_file(path)
+    weights["extra"] = weights.pop("norm.bias")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"norm\.bias is missing; extra is unknown"):
+        ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs=VIT)
+    with pytest.raises(ValueError, match=r"more\. Check"):
+        ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs={**VIT, "depth": 1})
+
+
+def test_only_safetensors_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"\.safetensors file, but it is .*weights\.pth.*save_file"):
+        tiny_vit(checkpoint=str(tmp_path / "weights.pth"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        tiny_vit(checkpoint=str(tmp_path / "weights.safetensors"))
+
+
+def test_classifiers_that_are_not_there():
+    with pytest.raises(ValueError, match=r"but it is 'convnext_ato'\. Did you mean convnext_atto.*hf-hub:"):
+        ImageClassifierModule("convnext_ato")
+    for name in ("hf-hub:nobody/nothing", "vit_tiny_patch16_224"):
+        with pytest.raises(OSError, match=r"checkpoint=.*pretrained=False") as caught:
+            ImageClassifierModule(name)
+        assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_path_object_is_a_folder(tmp_path):
+    module = CausalLMModule(tiny_llama(), tiny_tokenizer())
+    module.save_pretrained(tmp_path / "llama")
+    again = CausalLMModule(tmp_path / "llama")
+    assert same_weights(again.model, module.model)
+    assert again.hparams.model == str(tmp_path / "llama")
+    module = tiny_vit()
+    module.save_pretrained(tmp_path / "vit")
+    save_file(module.model.state_dict(), tmp_path / "weights.safetensors")
+    assert same_weights(ImageClassifierModule(tmp_path / "vit").model, module.model)
+    again = tiny_vit(checkpoint=tmp_path / "weights.safetensors")
+    assert same_weights(again.model, module.model)
+
+
+@pytest.mark.parametrize("module_class", [CausalLMModule, ImageClassifierModule])
+def test_other_things_are_no_models(module_class):
+    for model in (3, None, ["gpt2"]):
+        with pytest.raises(ValueError, match=rf"^model must be .* of type {type(model).__name__}\."):
+            module_class(model)
+    with pytest.raises(ValueError, match=r"^lr must be a number of at least 0, but it is '1e-3'"):
+        module_class(tiny_llama(), lr="1e-3")
+    with pytest.raises(ValueError, match=r"loaded model of transformers, but it is of type Linear"):
+        CausalLMModule(torch.nn.Linear(2, 2))
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    assert type(model_from_config("~/llama")).__name__ == type(CausalLMModule("~/llama").model).__name__
+    assert ImageClassifierModule("timm:local-dir:~/vit").num_classes == 10
+    write_gguf(tmp_path / "tiny.gguf")
+    assert len(model_from_config("~/tiny.gguf").model.layers) == 2
+
+
+# ----------------------------------------------------------------------------------- files that are broken or disagree
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_llama().save_pretrained(folder / "llama")
+    tiny_tokenizer().save_pretrained(folder / "llama")
+    tiny_vit().save_pretrained(folder / "vit")
+    write_gguf(folder / "tiny.gguf")
+    return folder
+
+
+def cut(size):
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def changed(**fields):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def stored(change):
+    """Change the weights of a file: `change` returns new ones by name."""
+
+    def rewrite(path):
+        weights = load_file(path)
+        save_file({**weights, **change(weights)}, path, metadata={"format": "pt"})
+
+    return rewrite
+
+
+def not_a_number(weights):
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    return {name: weights[name].index_fill(0, torch.tensor([1]), float("nan"))}
+
+
+def integers(weights):
+    return {name: (10 * weight).to(torch.int8) for name, weight in weights.items() if weight.ndim == 2}
+
+
+CAUSE = "cannot be used: a file is incomplete or damaged, or the files contradict each other"
+LLAMAS = [
+    ("config.json", text('{"a": '), r"config\.json is not valid JSON \(Expecting value: line 1 column 7"),
+    ("config.json", text("[" * 100_000), r"config\.json is not valid JSON"),
+    ("config.json", text("[]"), f"configuration of .* {CAUSE}"),
+    (
+        "config.json",
+        changed(num_attention_heads=3),
+        f"configuration of .* {CAUSE}.* multiple of the number of",
+    ),
+    ("config.json", changed(hidden_size="32"), f"{CAUSE}.*expected int, got str"),
+    ("config.json", changed(model_type="lama"), f"{CAUSE}.*model type `lama`"),
+    ("config.json", changed(num_key_value_heads=0), f"weights of .* {CAUSE}.*ZeroDivisionError"),
+    ("config.json", changed(vocab_size=100), r"lm_head\.weight first: .* shape \(128, 32\), .* asks for \(100, 32\)"),
+    ("config.json", changed(num_hidden_layers=3), r"no weights for 9 parameters .* model\.layers\.2\.input_layernorm"),
+    ("tokenizer.json", text('{"a": '), r"tokenizer\.json is not valid JSON"),
+    ("tokenizer.json", text("{}"), f"tokenizer of .* {CAUSE}"),
+    ("tokenizer_config.json", text('{"a": '), r"tokenizer_config\.json is not valid JSON"),
+    ("model.safetensors", cut(5000), f"weights of .* {CAUSE}.*SafetensorError"),
+    ("model.safetensors", cut(0), f"weights of .* {CAUSE}.*SafetensorError"),
+    ("model.safetensors", stored(integers), r"stores lm_head\.weight as I8: packed integers"),
+    ("model.safetensors", stored(not_a_number), r"the weight of model\.\S*norm holds NaN or infinity in float32"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("file", "change", "message"), LLAMAS)
+def test_a_broken_language_model_is_named(folders, tmp_path, file, change, message):
+    shutil.copytree(folders / "llama", tmp_path / "broken")
+    change(tmp_path / "broken" / file)
+    with pytest.raises(ValueError, match=message) as caught:
+        CausalLMModule(str(tmp_path / "broken"))
+    assert str(tmp_path / "broken") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if file == "config.json" and "weights" not in message and "shape" not in message:
+        with pytest.raises(ValueError, match=message):
+            model_from_config(str(tmp_path / "broken"))
+
+
+CLASSIFIERS = [
+    ("config.json", text("{"), r"config\.json is not valid JSON"),
+    (
+        "config.json",
+        text('{"model_type": "llama"}'),
+        r"names no 'architecture'.* leave out the prefix timm:",
+    ),
+    ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "do not fit its configuration.*head"),
+    ("model.safetensors", Path.unlink, "weights in safetensors, the only format that is read, but .* has none"),
+    ("model.safetensors", lambda path: path.rename(path.with_name("pytorch_model.bin")), "only format .* has none"),
+    ("model.safetensors", cut(5000), "weights of .* cannot be read"),
+    ("model.safetensors", cut(0), "weights of .* cannot be read"),
+    ("model.safetensors", stored(integers), r"stores \S+\.weight as I8: packed integers"),
+    ("model.safetensors", stored(not_a_number), "the weight of .*norm holds NaN or infinity in float32"),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "message"), CLASSIFIERS)
+def test_a_broken_classifier_is_named(folders, tmp_path, file, change, message):
+    shutil.copytree(folders / "vit", tmp_path / "broken")
+    change(tmp_path / "broken" / file)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        ImageClassifierModule(f"timm:local-dir:{tmp_path / 'broken'}")
+    assert str(tmp_path / "broken") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_without_a_configuration(folders, tmp_path):
+    with pytest.raises(OSError, match=r"a folder that timm can load, but .*gone has no config\.json"):
+        ImageClassifierModule(f"timm:local-dir:{tmp_path}/gone")
+    with pytest.raises(OSError, match=r"a folder that timm can load, but .*gone has no config\.json"):
+        model_from_config(f"timm:local-dir:{tmp_path}/gone")
+    with pytest.raises(ValueError, match="names no 'architecture'"):
+        ImageClassifierModule(f"timm:local-dir:{folders}/llama")
+
+
+@pytest.mark.parametrize("build", [ImageClassifierModule, model_from_config])
+def test_pretrained_weights_that_timm_does_not_have(build):
+    message = r"weights that timm \S+ has for vit_tiny_patch16_224 \(augreg_in21k, .*\), but it names 'in1k'"
+    with pytest.raises(ValueError, match=message):
+        build("timm:vit_tiny_patch16_224.in1k")
+
+
+def test_arguments_that_the_classifier_does_not_take():
+    with pytest.raises(ValueError, match=r"model_kwargs must be arguments that test_vit takes, but .*'depths'"):
+        ImageClassifierModule("test_vit", pretrained=False, model_kwargs={"depths": 3})
+
+
+@pytest.mark.parametrize("change", [cut(5000), cut(0), stored(integers), stored(not_a_number)])
+def test_a_broken_checkpoint_is_named(tmp_path, change):
+    path = tmp_path / "weights.safetensors"
+    save_file(tiny_vit().model.state_dict(), path)
+    change(path)
+    with pytest.raises(ValueError, match=r"weights\.safetensors.*(damaged|packed integers|NaN or infinity)"):
+        tiny_vit(checkpoint=str(path))
+
+
+def data_of(content):
+    """A GGUF file whose last tensor is cut, but not its header."""
+    return content[: len(content) - 10_000]
+
+
+@pytest.mark.parametrize(
+    "part", [lambda c: b"", lambda c: c[:100], lambda c: c[:1000], data_of, lambda c: b"x" + c[1:]]
+)
+def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(part((folders / "tiny.gguf").read_bytes()))
+    with pytest.raises(ValueError, match=rf"broken\.gguf' {CAUSE}"):
+        CausalLMModule(str(path))
+
+
+def test_gguf_names_the_extra(folders, monkeypatch):
+    for package in ("gguf", "accelerate"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            for build in (CausalLMModule, model_from_config):
+                with pytest.raises(ImportError, match=rf"need {package}: pip install 'wanda_lightning\[demo\]'"):
+                    build(str(folders / "tiny.gguf"))
+
+
+def test_float16_that_overflows_is_named(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path / "large")
+    stored(lambda weights: {"model.norm.weight": weights["model.norm.weight"] * 1e6})(
+        tmp_path / "large/model.safetensors"
+    )
+    CausalLMModule(str(tmp_path / "large"))
+    with pytest.raises(ValueError, match=r"model\.norm holds NaN or infinity in float16.*dtype='bfloat16'"):
+        CausalLMModule(str(tmp_path / "large"), dtype="float16")
+
+
+# --------------------------------------------------------------------------------------- models that predict no text
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_encoders_are_refused(tmp_path, loaded):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=128, **sizes))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"bert is an encoder.*perplexity means nothing.*wanda_lightning\.prune"):
+        CausalLMModule(model if loaded else str(tmp_path))
+
+
+@pytest.mark.parametrize("config_class", [GPTNeoXConfig, GPTNeoXJapaneseConfig, MptConfig, BertConfig])
+def test_decoders_are_not_taken_for_encoders(config_class):
+    extra = {"is_decoder": True} if config_class is BertConfig else {}
+    model = AutoModelForCausalLM.from_config(tiny(config_class, **extra))
+    assert CausalLMModule(model).model is model
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    model = tiny_llama()
+    CausalLMModule(model, tiny_tokenizer(128))
+    with pytest.raises(ValueError, match=r"^tokenizer must belong .* has 129 tokens and the model only 128 embeddings"):
+        CausalLMModule(model, tiny_tokenizer(129))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer(129).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 129 tokens and the model only 128"):
+        CausalLMModule(str(tmp_path))
+    added = tiny_tokenizer(128)
+    added.add_tokens(["<image>"])
+    CausalLMModule(model, added)

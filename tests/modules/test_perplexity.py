@@ -1,0 +1,84 @@
+"""Window perplexity against a loop over single tokens in float64."""
+
+import math
+
+import pytest
+import torch
+from support.modules import MASKS, slow_perplexity, windows_of_text
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wanda_lightning.modules import WindowPerplexity
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
+def test_equals_the_slow_loop(mask, dtype, rel):
+    ids = windows_of_text()
+    logits = (torch.randn(*ids.shape, 128, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
+    attention_mask = MASKS[mask](ids)
+    metric = WindowPerplexity()
+    metric.update(logits, ids, attention_mask)
+    assert metric.compute().item() == pytest.approx(slow_perplexity(logits, ids, attention_mask), rel=rel)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    ids = windows_of_text()
+    logits = torch.randn(*ids.shape, 128).double()
+    monkeypatch.setattr("wanda_lightning.modules.perplexity._CHUNK", 5 * 128)
+    metric = WindowPerplexity()
+    metric.update(logits, ids)
+    assert metric.compute().item() == pytest.approx(slow_perplexity(logits, ids), rel=1e-12)
+
+
+def test_is_a_sum_over_windows():
+    ids = windows_of_text()
+    logits = torch.randn(*ids.shape, 128)
+    whole, parts = WindowPerplexity(), WindowPerplexity()
+    whole.update(logits, ids)
+    for w in range(len(ids)):
+        parts.update(logits[w : w + 1], ids[w : w + 1])
+    assert parts.compute().item() == pytest.approx(whole.compute().item(), rel=1e-12)
+
+
+def test_padding_may_hold_anything():
+    ids = windows_of_text()
+    attention_mask = MASKS["right padding"](ids)
+    logits = torch.randn(*ids.shape, 128)
+    garbage = logits.masked_fill(attention_mask[..., None] == 0, math.nan)
+    metric, clean = WindowPerplexity(), WindowPerplexity()
+    metric.update(garbage, ids, attention_mask)
+    clean.update(logits, ids, attention_mask)
+    assert torch.equal(metric.compute(), clean.compute())
+
+
+def test_only_padding_is_nan():
+    ids = windows_of_text()
+    metric = WindowPerplexity()
+    metric.update(torch.randn(*ids.shape, 128), ids, torch.zeros_like(ids))
+    assert metric.compute().isnan()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_no_second_tensor_of_the_size_of_the_logits(batch):
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+            new = [t for t in tree_leaves(out) if torch.is_tensor(t)]
+            new = [t.numel() for t in new if t.untyped_storage().data_ptr() not in known]
+            self.numel = max([self.numel, *new])
+            return out
+
+    logits = torch.zeros(batch, 600 // batch, 2**15, dtype=torch.bfloat16)
+    ids = torch.zeros(logits.shape[:2], dtype=torch.long)
+    with Largest() as largest:
+        WindowPerplexity().update(logits, ids, torch.ones_like(ids))
+    assert 0 < largest.numel <= 2**22 < logits.numel() / 4
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match=r"\(1, 5, 9\) for \(1, 4\)"):
+        WindowPerplexity().update(torch.zeros(1, 5, 9), torch.zeros(1, 4, dtype=torch.long))

@@ -1,0 +1,69 @@
+"""Tiny models, a tokenizer, text and a quiet Trainer for the tests of the modules."""
+
+import math
+
+import lightning as L
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from wanda_lightning.modules import ImageClassifierModule
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+
+
+def tiny_llama(**kwargs):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=64, **sizes, **kwargs)).eval()
+
+
+def tiny_tokenizer(size=128):
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def tiny_vit(**kwargs):
+    torch.manual_seed(0)
+    return ImageClassifierModule(
+        "vit_tiny_patch16_224", pretrained=False, model_kwargs=VIT, **{"num_classes": 10} | kwargs
+    )
+
+
+def trainer(**kwargs):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **kwargs)
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def slow_perplexity(logits, input_ids, attention_mask=None):
+    """One token at a time, in float64, straight from the definition of perplexity over windows."""
+    windows = []
+    for w, ids in enumerate(input_ids):
+        losses = []
+        for t in range(len(ids) - 1):
+            if attention_mask is None or (attention_mask[w, t] and attention_mask[w, t + 1]):
+                probabilities = logits[w, t].double().softmax(-1)
+                losses.append(-math.log(probabilities[ids[t + 1]].item()))
+        if losses:
+            windows.append(sum(losses) / len(losses))
+    return math.exp(sum(windows) / len(windows))
+
+
+def windows_of_text(n=7, tokens=24):
+    return torch.randint(128, (n, tokens), generator=torch.Generator().manual_seed(1))
+
+
+MASKS = {
+    "none": lambda ids: None,
+    "right padding": lambda ids: (torch.arange(ids.shape[1]) < torch.tensor([24, 9, 2, 1, 0, 24, 5])[:, None]).long(),
+    "left padding": lambda ids: (torch.arange(ids.shape[1]) >= torch.tensor([0, 9, 22, 23, 24, 3, 5])[:, None]).long(),
+}

@@ -1,0 +1,177 @@
+"""What the name of a model refers to: a hub id, a local folder, a GGUF file or a timm model.
+
+Everything that loads or describes a model by its name goes through here, so that a wrong name or a broken file gets the
+same message everywhere. Libraries are imported when they are needed: the checks of local paths cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wanda_lightning.checks import one_line, require_extra
+from wanda_lightning.core.name_patterns import did_you_mean
+
+_LOCAL_FOLDER = "local-dir:"  # timm's prefix of a folder
+
+
+def locate(name: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the arguments of `from_pretrained` that say where the files of a language model or tokenizer are.
+
+    A path that exists is local, with `~` expanded; anything else is a hub id.
+
+    Raises:
+        FileNotFoundError: If a GGUF file does not exist.
+        ImportError: If a package that reads GGUF files is missing.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"The GGUF file {name} does not exist. Download it and give its local path.")
+        require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": str(path if path.exists() else name)}
+
+
+def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
+    """Load the transformers configuration of a language model.
+
+    Args:
+        name: Hub id, local folder or GGUF file.
+        **hub: `revision`, `cache_dir` and `trust_remote_code`, as `from_pretrained` takes them.
+
+    Raises:
+        OSError: If neither a local folder nor the hub has it.
+        ValueError: If the file is broken or contradicts itself.
+    """
+    source = locate(name)
+    path = Path(name).expanduser()
+    if path.exists() and path.suffix != ".gguf":
+        check_folder(path)
+    from transformers import AutoConfig
+
+    with reading("configuration", name):
+        return AutoConfig.from_pretrained(**source, **hub)
+
+
+def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
+    """Load a transformers tokenizer; arguments and errors as for `load_config`."""
+    source = locate(name)
+    from transformers import AutoTokenizer
+
+    with reading("tokenizer", name):
+        return AutoTokenizer.from_pretrained(**source, **hub)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a path that is not a folder with a `config.json`.
+
+    Raises:
+        OSError: Says what was found instead.
+    """
+    if not folder.is_dir():
+        raise OSError(
+            f"model must be a folder or a .gguf file, but {folder} is another file. Give the folder that holds "
+            "config.json and the safetensors weights."
+        )
+    if not (folder / "config.json").is_file():
+        raise OSError(
+            f"model must be a folder that Hugging Face transformers can load, but {folder} has no config.json."
+        )
+
+
+@contextmanager
+def reading(part: str, name: str | os.PathLike[str]) -> Iterator[None]:
+    """Explain every error that a library raises while it reads the `part` of the model `name`.
+
+    The errors have any class, since every model family and every file format has its own. A file that is not there
+    becomes an OSError; a file that is there but cannot be used becomes a ValueError that names it. Missing packages and
+    exhausted memory pass through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ImportError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        raise _explain(error, part, str(name)) from error
+
+
+def _explain(error: Exception, part: str, name: str) -> Exception:
+    path = Path(name).expanduser()
+    if broken := _broken_json(path):
+        return ValueError(f"The {part} of {name!r} cannot be read: {broken}. Download or save the file again.")
+    found = path.exists() or isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError))  # of the hub
+    if isinstance(error, OSError) and not found:
+        return OSError(
+            f"The {part} of {name!r} was not found: neither a local folder nor the Hugging Face hub (or its cache) has "
+            "it. Check the name and the connection, or give a local folder or a .gguf file. "
+            f"The cause: {one_line(error)}"
+        )
+    return ValueError(
+        f"The {part} of {name!r} cannot be used: a file is incomplete or damaged, or the files contradict each other. "
+        f"Download or save them again. The cause: {type(error).__name__}: {one_line(error)}"
+    )
+
+
+def _broken_json(folder: Path) -> str | None:
+    """Name the first JSON file of a folder that cannot be parsed, and why."""
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return f"{file} is not valid JSON ({error})"
+    return None
+
+
+def timm_name(name: str | os.PathLike[str]) -> str:
+    """Check the name of an image classifier, and return it as `timm.create_model` takes it.
+
+    Args:
+        name: A name that timm knows, with or without the prefix `timm:` and a tag of pretrained weights;
+            `hf-hub:OWNER/NAME`; `local-dir:FOLDER`; or a path object of a folder.
+
+    Raises:
+        OSError: If a local folder lacks a file.
+        ValueError: If timm does not know the model or the tag, or a folder holds no timm model.
+    """
+    text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
+    if text.startswith(_LOCAL_FOLDER):
+        return f"{_LOCAL_FOLDER}{_timm_folder(Path(text.removeprefix(_LOCAL_FOLDER)).expanduser())}"
+    if ":" in text:  # hf-hub: the hub decides
+        return text
+    import timm
+
+    architecture, _, tag = text.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"model must be a name that timm {timm.__version__} knows, but it is {text!r}."
+            f"{did_you_mean(architecture, timm.list_models())} For a model on the hub give hf-hub:OWNER/NAME, for a "
+            "folder local-dir:FOLDER."
+        )
+    try:
+        timm.models.get_pretrained_cfg(text)
+    except RuntimeError as error:
+        tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
+        raise ValueError(
+            f"model must name pretrained weights that timm {timm.__version__} has for {architecture} "
+            f"({', '.join(tags) or 'none'}), but it names {tag!r}."
+        ) from error
+    return text
+
+
+def _timm_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise OSError(f"model must be a folder that timm can load, but {folder} has no config.json.")
+    if broken := _broken_json(folder):
+        raise ValueError(f"The configuration of {str(folder)!r} cannot be read: {broken}. Save the file again.")
+    config = json.loads((folder / "config.json").read_bytes())
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(
+            f"model must be a folder that timm can load, but {folder}/config.json names no 'architecture'. For a "
+            "language model leave out the prefix timm:."
+        )
+    return folder
