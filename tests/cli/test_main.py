@@ -20,15 +20,15 @@ COMMANDS = ["prune", "finetune", "evaluate", "inspect", "fit", "validate", "test
 
 
 USAGE = [
-    (["prune"], "required: model"),
-    (["inspect"], "required: model"),
-    (["evaluate"], "required: model"),
+    (["prune"], "--model is required"),
+    (["inspect"], "--model is required"),
+    (["evaluate"], "--model is required"),
     (["fit"], "required"),
     (["prune", "--model", "x", "--sparsity_ratio", "half"], "half"),
     (["prune", "--model", "x", "--prune_method", "luck"], "luck"),
     (["prune", "--model", "x", "--sequential", "row"], "row"),
     (["prune", "--model", "x", "--prune_granularity", "model"], "model"),
-    (["prune", "--model", "x", "--colour", "red"], "--colour"),
+    (["prune", "--model", "x", "--colour", "red"], "--colour is not an option of prune."),
     (["prune", "--config", "gone.yaml"], "gone.yaml"),
     (["validate", "--config", "gone.yaml"], "gone.yaml"),
     (["pruen"], "there is no command 'pruen'"),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,10 +117,6 @@ def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, patter
     assert ("Observing" in shown.err) == (allocation == "owl")
 
 
-def test_an_unknown_allocation(text, refused):
-    refused(*text, "--allocation", "luck", message="luck", code=2)
-
-
 @pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
 def test_a_preset(text, tmp_path, preset):
     assert run(*text, "--preset", preset, "--save", "out", "--save_model", "out/model") == 0
@@ -149,11 +146,6 @@ def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
     assert report.config["sequential"] == "layer"
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert len({layer.target for layer in report.layers}) > 1
-
-
-def test_a_preset_is_a_method(text, refused):
-    refused(*text, "--preset", "best", "--prune_method", "wanda", message="--prune_method has no meaning for a preset")
-    refused(*text, "--preset", "bset", message="bset", code=2)
 
 
 def test_skip_dtype_and_granularity(text, tmp_path):
@@ -236,7 +228,7 @@ def test_the_digits_that_need_no_network(inputs, capsys):
         source = module.open_source("digits")
         few = type(source)(source.train[:8], source.evaluation[:8], source.class_names)
         patch.setattr(module, "open_source", lambda *_: few)
-        assert run("prune", *weights, "--nsamples", "8") == 0
+        assert run("prune", *weights, "--data_path", "digits", "--nsamples", "8") == 0
 
 
 def test_fewer_images_than_asked(images):
@@ -261,54 +253,40 @@ REFUSED = [
     (["--calibration", "{}/short.txt"], f"need a text of at least {SEQLEN + 1}, but"),
     (["--calibration", "{}/short.txt"], "has 9."),
     (["--calibration", "{}/short.jsonl"], f"need a document of at least {SEQLEN + 1}, but the longest"),
-    (["--eval", "{}/short.txt"], f"A window of seqlen={SEQLEN} tokens was asked for, but"),
-    (["--seqlen", "1"], "seqlen must be at least 2"),
-    (["--seqlen", "65"], "--seqlen 65 is more than the model can read at once: give at most 64"),
+    (["--eval", "{}/short.txt"], f"A window of --seqlen {SEQLEN} tokens was asked for, but"),
+    (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "c4"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
-    (["--sparsity_ratio", "1"], "in [0, 1), but 1"),
-    (["--sparsity_ratio", "-0.5"], "in [0, 1), but -0.5"),
     (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "2:4 has a sparsity of 0.5, but 0.7 was asked for"),
-    (["--sparsity_type", "4:2"], "1 <= N < M, but 4:2 was given"),
-    (["--sparsity_type", "0:4"], "1 <= N < M, but 0:4 was given"),
     (
         ["--sparsity_type", "3:6"],
         "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",
     ),
-    (["--sparsity_type", "diagonal"], "--sparsity_type is unstructured or N:M such as 2:4, but diagonal was given"),
-    (["--use_variant", "--prune_method", "magnitude"], "use --prune_method wanda"),
-    (["--use_variant", "--sparsity_type", "2:4"], "--use_variant is for --sparsity_type unstructured, but 2:4"),
-    (["--prune_granularity", "row", "--sparsity_type", "2:4"], "--prune_granularity is for --sparsity_type unstr"),
-    (["--skip", "[down_proj]"], "skip='down_proj' matches no matrix of the model; the nearest is"),
+    (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
     (["--skip", "[model]"], "the model has nothing to prune"),
-    (["--nsamples", "-1"], "at least 1, but -1"),
-    (["--limit", "0"], "limit must be at least 1"),
-    (["--dtype", "int8"], "one of auto, float32, bfloat16, float16, but it is 'int8'"),
-    (["--data_path", "digits"], "--data_path has no meaning for a language model: leave it out"),
-    (["--resume", "{}/test_vit.safetensors"], "--resume has no meaning for a language model: leave it out"),
-    (["--model", "{}/gone"], "neither a local folder nor the Hugging Face hub"),
+    (["--skip", "re:x{1,3}"], "--skip re:x{1,3} matches no matrix"),
+    (["--model", "{}/gone"], "gone does not exist"),
     (["--model", "{}/gone.gguf"], "gone.gguf does not exist"),
     (["--model", "{}/images"], "has no config.json"),
-    (["--model", "{}/long.txt"], "of single files only .gguf is read"),
+    (["--model", "{}/long.txt"], "is another file. Give the folder"),
 ]
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED, ids=[" ".join(more) for more, _ in REFUSED])
 def test_refused_for_a_language_model(inputs, text, refused, more, message):
-    err = refused(*text, *OUT, *(option.format(inputs) for option in more), message=message)
-    assert err.splitlines()[-1].startswith("wanda-lightning: error: ") or "hub" in err
+    err = refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message)
+    assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
 
 
 REFUSED_FOR_IMAGES = [
-    (["--seqlen", "8", "--limit", "2"], "--seqlen, --limit has no meaning for an image classifier: leave it out"),
     (["--data_path", "{}/gone"], "gone does not exist"),
     (["--data_path", "{}/llama"], "Folders of classes were looked for"),
     (["--data_path", "cifar10"], "Use digits, which needs no network"),
     (["--resume", "{}/gone.safetensors"], "gone.safetensors does not exist"),
-    (["--resume", "weights.pth"], "should be a .safetensors file"),
+    (["--resume", "{}/long.txt"], "must be a .safetensors file"),
     (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer"),
-    (["--model", "timm:test_vitt"], "the nearest names are test_vit"),
-    (["--skip", "[blocks.9]"], "skip='blocks.9' matches no matrix"),
+    (["--model", "timm:test_vitt"], "Did you mean test_vit"),
+    (["--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
     (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "2:4 has a sparsity of 0.5"),
 ]
 
@@ -325,10 +303,10 @@ def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     refused(*text, option, "mine", message="The folder mine is not empty")
-    refused(*text, option, "mine/notes.txt", message="which is a file")
+    refused(*text, option, "mine/notes.txt", message="is a file")
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     if option == "--save_model":
-        refused(*text, option, "mine", "--overwrite", message="is no model")
+        refused(*text, option, "mine", "--overwrite", message="is not a model")
         (tmp_path / "mine/config.json").write_text("{}")
     assert run(*text, option, "mine", "--overwrite") == 0
     assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
@@ -348,7 +326,7 @@ def test_a_second_run_into_the_same_folder(text, refused):
     ("layer", "value", "message"),
     [
         ("model.layers.1.mlp.up_proj", math.nan, "the weight of model.layers.1.mlp.up_proj holds NaN or infinity"),
-        ("model.embed_tokens", math.inf, "the input of model.layers.0.self_attn.q_proj"),
+        ("model.embed_tokens", math.inf, "the weight of model.embed_tokens holds NaN or infinity"),
     ],
 )
 def test_numbers_that_are_none(inputs, text, refused, tmp_path, layer, value, message):
@@ -402,11 +380,6 @@ def test_options_from_a_file(inputs, text, tmp_path, capsys):
     assert "\t0.2500\t" in Path("out/log_wanda.txt").read_text()
 
 
-@pytest.mark.parametrize("option", ["--nsamples", "--seqlen", "--batch_size", "--limit"])
-def test_zero_is_not_the_default(text, refused, option):
-    refused(*text, *OUT, option, "0", message="0")
-
-
 def test_a_model_with_missing_weights_is_refused(inputs, tmp_path, capsys):
     folder = tmp_path / "deeper"
     shutil.copytree(inputs / "llama", folder)
@@ -423,12 +396,4 @@ def test_weights_that_cannot_be_read_are_refused(inputs, tmp_path, capsys):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
     assert run("prune", "--model", folder, "--calibration", "python-docs", "--eval", "python-docs") == 1
-    assert "cannot be read, or do not fit its configuration" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "option",
-    [["--trust_remote_code"], ["--dtype", "float32"], ["--calibration", "python-docs"], ["--eval", "python-docs"]],
-)
-def test_options_of_language_models_are_refused_for_images(refused, option):
-    refused("prune", "--model", "timm:test_vit", *OUT, *option, message=f"{option[0]} has no meaning for an image")
+    assert "cannot be used: a file is incomplete or damaged" in capsys.readouterr().err

@@ -22,7 +22,7 @@ PAPER_SEQLEN = 2048
 PAPER_IMAGES, PAPER_SEQUENCES = 4096, 128
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
 ADAPTERS = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
-PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "16", "bf16-true", "bf16-mixed", "bf16")
+PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-true", "bf16-mixed")
 
 _SUFFIXES = (".gguf", ".safetensors", ".txt", ".jsonl", ".parquet")
 _TEXTS = "c4, wikitext2, python-docs (needs no network) or a FILE (.txt, .jsonl, .parquet)"
@@ -153,8 +153,7 @@ class PruneOptions:
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
-        texts = [self.calibration, self.eval]
-        refuse_missing(model=self.model, text=texts, resume=self.resume, tasks_dir=self.tasks_dir)
+        refuse_missing(self, "model calibration eval resume tasks_dir")
         if self.save is not None:
             refuse_nonempty(self.save, self.overwrite)
         if self.save_model is not None:
@@ -223,7 +222,7 @@ class FinetuneOptions:
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
-        refuse_missing(model=[self.model, self.dense], text=[self.data, self.eval])
+        refuse_missing(self, "model dense data eval")
         if self.save_model is not None:
             refuse_replacement(self.save_model, self.overwrite)
         _refuse_too_many("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
@@ -298,7 +297,7 @@ class EvaluateOptions:
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, and a file that cannot be written."""
-        refuse_missing(model=self.models, text=self.eval, resume=self.resume, tasks_dir=self.tasks_dir)
+        refuse_missing(self, "model dense eval resume tasks_dir")
         if self.save is not None:
             refuse_existing(self.save, self.overwrite)
 
@@ -334,7 +333,7 @@ class InspectOptions:
 
     def refuse_early(self) -> None:
         """Refuse a file that does not exist."""
-        refuse_missing(model=self.model)
+        refuse_missing(self, "model")
 
 
 def refuse_given(options: Any, purpose: str, names: str) -> None:
@@ -359,18 +358,19 @@ def _require_images(model: str, data_path: str | None) -> None:
         )
 
 
-def refuse_missing(**given: str | Sequence[str | None] | None) -> None:
+def refuse_missing(options: Any, names: str) -> None:
     """Refuse local files and folders that do not exist; a name that may be a hub id is left to the hub.
 
     Raises:
-        FileNotFoundError: Names the kind and the path.
+        FileNotFoundError: Names the option and the path.
     """
-    for kind, values in given.items():
-        for value in [values] if isinstance(values, str) else values or ():
-            path = Path((value or ".").removeprefix("timm:local-dir:"))
-            is_local = kind in ("resume", "tasks_dir") or path.is_absolute() or path.suffix in _SUFFIXES
+    for name in names.split():
+        given = getattr(options, name)
+        for value in [given] if isinstance(given, str) else given or ():
+            path = Path(value.removeprefix("timm:local-dir:"))
+            is_local = name in ("resume", "tasks_dir") or path.is_absolute() or path.suffix in _SUFFIXES
             if is_local and not path.exists():
-                raise FileNotFoundError(f"The {kind} {value} does not exist. Check the path.")
+                raise FileNotFoundError(f"--{name} {value} does not exist. Check the path.")
 
 
 def _refuse_too_many(name: str, samples: int, seqlen: int) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from wanda_lightning.data.text_sources import check_source
+from wanda_lightning.model_sources import load_config
 
 
 def refuse_early(seqlen: int | None, model: str, hub: dict[str, Any], *texts: str) -> None:
@@ -22,21 +19,12 @@ def refuse_early(seqlen: int | None, model: str, hub: dict[str, Any], *texts: st
 
     Raises:
         ValueError: Names the option and what is allowed.
-        FileNotFoundError: If a file does not exist.
+        OSError: If a file does not exist, or neither a folder nor the hub has the model.
     """
     for text in texts:
         check_source(text)
-    if seqlen is not None and (config := _config(model, hub)) is not None:
-        checked_seqlen(seqlen, config, seqlen)
-
-
-def _config(model: str, hub: dict[str, Any]) -> Any:
-    """The configuration; None if it cannot be read, since loading the model explains that better."""
-    path = Path(model)
-    source = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    with suppress(Exception):
-        return AutoConfig.from_pretrained(str(path.parent) if source else model, **source, **hub)
-    return None
+    if seqlen is not None:
+        checked_seqlen(seqlen, load_config(model, **hub), seqlen)
 
 
 def checked_seqlen(seqlen: int | None, config: Any, default: int) -> int:
