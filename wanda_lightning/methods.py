@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from wanda_lightning.core.allocation import ALLOCATIONS, Allocation, Fisher, Uniform
+from wanda_lightning.core.allocation import Allocation, Fisher, Uniform
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, Pattern, Unstructured, pattern_named
 from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, Solver, SparseGPT, ZeroOut

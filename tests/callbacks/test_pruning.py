@@ -1,70 +1,71 @@
-"""The callbacks in real loops of Lightning, against `prune` by hand and training loops written out."""
+"""PruningCallback in the loops of Lightning, against `prune` and training loops written out."""
 
 import copy
 import gc
 import json
+import math
 import os
 import pickle
 import signal
+import sys
 import threading
-from functools import partial
-from typing import NamedTuple
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
-from support.callbacks import (  # noqa: F401
+from support.callbacks import (
     ADAMW,
     LAYERS,
     SGD,
+    Manual,
     Net,
+    Notes,
+    Steps,
+    TwoOptimizers,
     all_at,
+    equal,
+    hooks_of,
     loader,
-    one_thread,
-    rows_of,
+    pruned_by_hand,
     same,
     samples,
     share_of_zeros,
     train_by_hand,
     trainer,
     zeros,
+    zeros_in,
 )
+from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
 from support.zoo import ZOO
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from wanda_lightning import (
     NM,
     CausalLMModule,
+    CubicSchedule,
     ImageClassifierModule,
     ImageDataModule,
     KeepZeros,
+    LinearSchedule,
     MagnitudePrune,
+    OneShot,
     PruningCallback,
     TextDataModule,
-    Wanda,
     WandaPrune,
     prune,
 )
+from wanda_lightning.cli import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
     pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
 ]
-
-
-def hooks_of(module, optimizer):
-    on_weights = [name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks]
-    on_layers = [name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    replaced = [name for name, m in module.named_modules() if "forward" in vars(m)]
-    on_steps = [*optimizer._optimizer_step_post_hooks, *_global_optimizer_post_hooks]
-    return on_weights + on_layers + replaced + on_steps
 
 
 class TestMeasuring:
@@ -146,9 +147,6 @@ class TestMeasuring:
         assert hooks_of(module, SGD(module.parameters())) == []
         assert all(p.requires_grad and not p.is_inference() for p in module.parameters())
         module(torch.ones(1, 32)).sum().backward()
-
-
-# ------------------------------------------------------------------------------------------------------- training
 
 
 class Diary(Net):
@@ -277,369 +275,315 @@ class TestTraining:
         assert all(map(torch.equal, without.random, with_pruning.random))
 
 
-class TestKeepZeros:
-    @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["momentum", "adamw"])
-    def test_keeps_the_zeros_of_a_pruned_model(self, optimizer):
-        module = Net(optimizer)
-        prune(module, criterion="magnitude", pattern="2:4", skip=["layers.2"], progress=False)
-        pruned, before = zeros(module), copy.deepcopy(module)
-        trainer(KeepZeros(), max_epochs=2).fit(module, loader())
-        assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
-        assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
-        assert not any(map(torch.equal, module.parameters(), before.parameters()))
-        assert hooks_of(module, module.used_optimizer) == []
+class TestAtStep:
+    @pytest.mark.parametrize(
+        ("make", "accumulate", "at_step"),
+        [
+            (Net, 1, 1),
+            (Net, 1, 7),
+            (lambda: Net(ADAMW), 1, 5),
+            (Net, 2, 4),
+            (lambda: Net(ADAMW), 3, 3),
+            (Net, 4, 2),  # six batches an epoch: the last step of an epoch accumulates two
+            (Manual, 1, 4),
+            (TwoOptimizers, 1, 6),
+        ],
+        ids=["first", "next epoch", "adamw", "two batches", "three batches", "short epoch end", "manual", "optimizers"],
+    )
+    def test_dense_training_then_what_prune_does_by_hand(self, make, accumulate, at_step):
+        dense, before, after = Notes(), Notes(), Notes()
+        options = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
+        trainer(dense, **options).fit(make(), loader(24))
+        module, callback = make(), WandaPrune(0.5, num_samples=24, at_step=at_step)
+        trainer(before, callback, after, **options).fit(module, loader(24))
+        assert all(equal(before.at[step], dense.at[step]) for step in before.at if step <= at_step)
+        assert before.at.keys() == dense.at.keys()
+        assert max(before.at) > at_step
+        by_hand = pruned_by_hand(dense.at[at_step], 0.5)
+        assert equal(after.at[at_step], by_hand.state_dict())
+        for step in after.at:
+            expected = zeros(by_hand) if step >= at_step else zeros_in(dense.at[step])
+            assert equal(zeros_in(after.at[step]), expected)
+        assert not equal(after.at[max(after.at)], by_hand.state_dict())
+        assert equal(zeros(module), zeros(by_hand))
 
-    def test_warns_on_a_dense_model(self):
-        module, alone = Net(), Net()
-        with pytest.warns(UserWarning, match="KeepZeros found no zeros in any prunable layer"):
-            trainer(KeepZeros(), max_epochs=1).fit(module, loader())
-        trainer(max_epochs=1).fit(alone, loader())
-        assert same(module, alone)
+    def test_a_step_inside_a_batch_waits_for_its_end(self):
+        dense, before, after = Notes(), Notes(), Notes()
+        trainer(dense, max_epochs=1).fit(TwoOptimizers(), loader(24))
+        trainer(before, WandaPrune(num_samples=24, at_step=3), after, max_epochs=1).fit(TwoOptimizers(), loader(24))
+        assert equal(before.at[4], dense.at[4])
+        assert equal(after.at[4], pruned_by_hand(dense.at[4], 0.5).state_dict())
 
-    def test_layers_that_start_at_zero_train(self):
-        module = Net()
-        prune(module, criterion="magnitude", skip=["layers.4"], progress=False)
-        nn.init.zeros_(module.layers[4].weight)
-        trainer(KeepZeros(), max_epochs=2).fit(module, loader())
-        shares = share_of_zeros(module)
-        assert shares.pop("layers.4.weight") < 0.25  # dead units have no gradient
-        assert set(shares.values()) == {0.5}
+    def test_the_last_step(self):
+        dense, module = Net(), Net()
+        trainer(max_steps=5).fit(dense, loader(24))
+        trainer(WandaPrune(num_samples=24, at_step=5), max_steps=5).fit(module, loader(24))
+        assert same(module, pruned_by_hand(dense.state_dict(), 0.5))
 
-    def test_zeros_read_again_at_each_fit(self):
-        module, callback = Net(), KeepZeros()
-        prune(module, criterion="magnitude", sparsity=0.25, progress=False)
-        trainer(callback, max_steps=1).fit(module, loader())
-        prune(module, criterion="magnitude", sparsity=0.75, progress=False)
-        trainer(callback, max_steps=1).fit(module, loader())
-        assert share_of_zeros(module) == all_at(0.75)
+    @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"sequential": "none"}, {"skip": ["layers.2"]}])
+    def test_other_choices(self, options):
+        dense, after = Notes(), Notes()
+        trainer(dense, max_steps=4).fit(Net(), loader(24))
+        trainer(WandaPrune(num_samples=24, at_step=3, **options), after, max_steps=4).fit(Net(), loader(24))
+        assert equal(after.at[3], pruned_by_hand(dense.at[3], 0.5, **options).state_dict())
 
+    def test_data_without_a_length(self):
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(samples(24))
 
-class TestCheckpoints:
-    def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(self, tmp_path):
-        whole = Net(ADAMW)
-        trainer(WandaPrune(num_samples=12), max_epochs=3).fit(whole, loader())
-        first, callback = Net(ADAMW), WandaPrune(num_samples=12)
-        fit = trainer(callback, max_epochs=1)
-        fit.fit(first, loader())
-        pruned = zeros(first)
-        fit.save_checkpoint(tmp_path / "pruned.ckpt")
-        resumed, again = Net(ADAMW), WandaPrune(num_samples=12)
-        trainer(again, max_epochs=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
-        assert again.report is None
-        assert all(torch.equal(where, pruned[name]) for name, where in zeros(resumed).items())
-        assert same(resumed, whole)
+        after = Notes()
+        batches = DataLoader(Stream(), batch_size=4)
+        callback = WandaPrune(num_samples=24, at_step=3)
+        trainer(callback, after, max_epochs=2).fit(Net(), batches)
+        assert not any(where.any() for where in zeros_in(after.at[2]).values())
+        for step in range(3, 13):
+            assert equal(zeros_in(after.at[step]), zeros_in(after.at[3]))
+        assert {layer.sparsity for layer in callback.report.layers} == {0.5}
+        with pytest.raises(MisconfigurationException, match="training ends at 4"):
+            trainer(WandaPrune(at_step=5), max_steps=4).fit(Net(), batches)
 
-    def test_a_checkpoint_is_ordinary(self, tmp_path):
-        module, callback = Net(), WandaPrune(num_samples=12)
-        fit = trainer(callback, max_epochs=1)
-        fit.fit(module, loader())
-        fit.save_checkpoint(tmp_path / "pruned.ckpt")
-        checkpoint = torch.load(tmp_path / "pruned.ckpt", weights_only=True)
-        assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
-        assert checkpoint["callbacks"].keys() == {callback.state_key}
-        state = checkpoint["callbacks"][callback.state_key]
-        assert state["zeros"] == {
-            name: int(where.sum()) for name, where in zip(LAYERS, zeros(module).values(), strict=True)
-        }
-        assert state["unheld_zeros"] == {}
-        for optimizer_state in checkpoint["optimizer_states"]:
-            assert optimizer_state.keys() == {"state", "param_groups"}
+    @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+    @pytest.mark.parametrize(
+        "when", [{"at_step": 3}, {"schedule": CubicSchedule(0, 4, every=2)}], ids=["at_step", "cubic"]
+    )
+    def test_measuring_before_training_warns_and_sees_the_dense_model(self, loop, when):
+        module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
+        with pytest.warns(UserWarning, match=r"WandaPrune prunes while .*, so the model measured now is dense"):
+            measured = getattr(trainer(callback), loop)(module, loader())
+        assert same(module, dense)
+        assert callback.report is None
+        torch.testing.assert_close(measured, getattr(trainer(), loop)(dense, loader()), rtol=0, atol=0)
 
-    def test_a_pruned_checkpoint_is_measured_as_it_is(self, tmp_path):
-        module = Net()
-        fit = trainer(WandaPrune(num_samples=12), max_epochs=1)
-        fit.fit(module, loader())
-        fit.save_checkpoint(tmp_path / "pruned.ckpt")
-        loaded = Net()
-        trainer(WandaPrune(num_samples=12)).test(loaded, loader(), ckpt_path=tmp_path / "pruned.ckpt")
-        assert same(loaded, module)
+    def test_measuring_after_training_neither_warns_nor_prunes(self):
+        module, callback = Net(), WandaPrune(num_samples=12, at_step=3)
+        trainer(callback, max_steps=5).fit(module, loader())
+        trained, report = copy.deepcopy(module), callback.report
+        trainer(callback).validate(module, loader())
+        assert same(module, trained)
+        assert callback.report is report
 
-    def test_a_dense_checkpoint_is_pruned_when_training_goes_on(self, tmp_path):
-        fit = trainer(max_epochs=1)
-        fit.fit(Net(ADAMW), loader())
-        fit.save_checkpoint(tmp_path / "dense.ckpt")
-        module = Net(ADAMW)
-        callback = WandaPrune(num_samples=12)
-        trainer(callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
-        assert share_of_zeros(module) == all_at(0.5)  # although the moments that were loaded are not zero there
+    def test_a_second_fit_of_the_pruned_model_goes_on_without_pruning(self):
+        module, callback = Net(), WandaPrune(num_samples=12, at_step=3)
+        trainer(callback, max_steps=5).fit(module, loader())
+        pruned, report = zeros(module), callback.report
+        trainer(callback, max_steps=5).fit(module, loader())
+        assert equal(zeros(module), pruned)
+        assert callback.report is report
 
-    def test_two_callbacks_prune_two_parts(self, tmp_path):
-        module = Net()
-        first = WandaPrune(0.5, num_samples=12, skip=["layers.0"])
-        second = MagnitudePrune(0.25, skip=["layers.2", "layers.4"])
-        assert first.state_key != second.state_key
-        assert first.state_key != WandaPrune(0.5, skip=["layers.2"]).state_key
-        assert first.state_key == WandaPrune(0.5, skip=["layers.0"]).state_key
-        assert WandaPrune(only=["layers.0"]).state_key != WandaPrune(only=["layers.2"]).state_key
-        fit = trainer(first, second, max_epochs=1)
-        fit.fit(module, loader())
-        assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}
-        fit.save_checkpoint(tmp_path / "both.ckpt")
-        saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
-        assert [list(state["zeros"]) for state in saved.values()] == [["layers.2", "layers.4"], ["layers.0"]]
+    def test_a_second_model_is_pruned_at_its_own_step(self):
+        callback, before, after = WandaPrune(num_samples=12, at_step=3), Notes(), Notes()
+        trainer(callback, max_steps=5).fit(Net(), loader())
+        trainer(before, callback, after, max_steps=5).fit(Net(ADAMW), loader())
+        assert not any(where.any() for where in zeros_in(before.at[3]).values())
+        assert {where.float().mean().item() for where in zeros_in(after.at[3]).values()} == {0.5}
 
 
-# -------------------------------------------------------------------------------------------- calibration batches
+def cubic(progress):
+    """Zhu & Gupta 2017, eq. 1, from an initial sparsity of 0 to a final one of 1."""
+    initial, final = 0.0, 1.0
+    return final + (initial - final) * (1 - progress) ** 3
 
 
-class Recorder(Net):
-    """Notes the batches that it is calibrated on."""
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+@pytest.mark.parametrize(
+    ("schedule", "stages"),
+    [
+        (CubicSchedule(2, 8, every=2), {4: cubic(1 / 3), 6: cubic(2 / 3), 8: 1.0}),
+        (CubicSchedule(0, 5, every=3), {3: cubic(3 / 5), 5: 1.0}),
+        (LinearSchedule(1, 9, every=2), {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0}),
+        (OneShot(4), {4: 1.0}),
+        (Steps((0, 0.25), (5, 0.25), (9, 1.0)), {0: 0.25, 9: 1.0}),
+    ],
+    ids=["cubic", "uneven", "linear", "one shot", "own"],
+)
+def test_each_stage_scores_anew_and_zeros_stay(schedule, stages, sparsity):
+    before, after, module = Notes(), Notes(), Net(ADAMW)
+    callback = WandaPrune(sparsity, num_samples=24, schedule=schedule)
+    first = pruned_by_hand(module.state_dict(), sparsity * stages[0]) if 0 in stages else Net()
+    trainer(before, callback, after, max_steps=12, accumulate_grad_batches=2).fit(module, loader(24))
+    reached, previous = stages.get(0, 0.0) * sparsity, zeros(first)
+    for step in range(1, 13):
+        if step in stages:
+            reached = stages[step] * sparsity
+            by_hand = pruned_by_hand(before.at[step], reached)
+            assert equal(after.at[step], by_hand.state_dict())
+        now = zeros_in(after.at[step])
+        for name, where in now.items():
+            d_in = where.shape[1]
+            assert where.sum(dim=1).tolist() == [int(d_in * reached)] * len(where)
+            assert not (previous[name] & ~where).any(), f"{name} revived weights at step {step}"
+            assert step in stages or torch.equal(previous[name], where)
+        previous = now
+    assert reached == sparsity
+    assert equal(zeros(module), previous)
+
+
+def test_a_schedule_with_layerwise_groups_and_no_data():
+    after, module = Notes(), Net()
+    trainer(MagnitudePrune(0.6, schedule=LinearSchedule(0, 4, every=2)), after, max_steps=6).fit(module, loader(24))
+    for step, sparsity in {1: 0.0, 2: 0.3, 3: 0.3, 4: 0.6, 6: 0.6}.items():
+        for where in zeros_in(after.at[step]).values():
+            assert where.sum() == int(where.numel() * sparsity)
+
+
+def test_two_of_four_in_one_stage():
+    module = Net()
+    trainer(WandaPrune(num_samples=24, pattern="2:4", schedule=OneShot(2)), max_steps=4).fit(module, loader(24))
+    assert share_of_zeros(module) == all_at(0.5)
+    assert all((where.reshape(-1, 4).sum(dim=1) == 2).all() for where in zeros(module).values())
+
+
+class Asked(WandaPrune):
+    """Notes when it was asked."""
+
+    def __init__(self, **options):
+        super().__init__(num_samples=24, **options)
+        self.asked = []
+
+    def should_prune(self, trainer):
+        self.asked.append(trainer.global_step)
+        return self.answer(trainer)
+
+    def answer(self, trainer):
+        return super().should_prune(trainer)
+
+
+class AtSeven(Asked):
+    def answer(self, trainer):
+        return trainer.global_step == 7
+
+
+class AtPlateau(Asked):
+    """Once the loss that the module logs is no better than it was."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.losses = []
 
-    def calibration_step(self, batch):
-        self.seen.append(batch)
-        return self(batch[0])
-
-
-def tagged(tag, count=4):
-    return DataLoader(TensorDataset(torch.full((count, 32), float(tag)), torch.zeros(count, dtype=torch.long)), count)
+    def answer(self, trainer):
+        self.losses.append(trainer.callback_metrics.get("train_loss", torch.tensor(math.inf)).item())
+        return self.report is None and len(self.losses) > 2 and self.losses[-1] >= self.losses[-2]
 
 
-class Data(L.LightningDataModule):
-    def __init__(self, **loaders):
-        super().__init__()
-        self.stages = []
-        for name, tag in loaders.items():
-            setattr(self, name, partial(tagged, tag))
-
-    def setup(self, stage):
-        self.stages.append(stage)
-
-    def val_dataloader(self):
-        return tagged(9)
+class Always(Asked):
+    def answer(self, trainer):
+        return True
 
 
-class TrainData(Data):
-    def train_dataloader(self):
-        assert "fit" in self.stages
-        return tagged(5)
+class Logging(Net):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
 
 
-class Calibrating(Recorder):
-    def calibration_dataloader(self):
-        return tagged(3)
+class TestShouldPrune:
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    def test_is_asked_once_for_each_optimizer_step(self, accumulate):
+        callback, after = AtSeven(), Notes()
+        trainer(callback, after, max_steps=10, accumulate_grad_batches=accumulate).fit(Net(), loader(24))
+        assert callback.asked == list(range(11))
+        assert [step for step, weights in after.at.items() if zeros_in(weights)["layers.0.weight"].any()] == [
+            step for step in after.at if step >= 7
+        ]
 
+    def test_is_not_asked_by_validation_while_training(self):
+        callback = Asked(at_step=4)
+        options = {"max_steps": 6, "val_check_interval": 2, "num_sanity_val_steps": 1}
+        trainer(callback, **options).fit(Net(), loader(24), loader())
+        assert callback.asked == list(range(7))
 
-class Training(Recorder):
-    def train_dataloader(self):
-        return tagged(6)
-
-
-class TestCalibrationSource:
-    @pytest.mark.parametrize(
-        ("tag", "make", "data", "given"),
-        [
-            (1, Calibrating, lambda: TrainData(calibration_dataloader=2), tagged(1)),
-            (2, Calibrating, lambda: TrainData(calibration_dataloader=2), None),
-            (3, Calibrating, TrainData, None),
-            (5, Training, TrainData, None),
-            (6, Training, Data, None),
-            (9, Recorder, Data, None),
-        ],
-        ids=[
-            "given",
-            "the datamodule's",
-            "the module's",
-            "train of the datamodule",
-            "train of the module",
-            "validation",
-        ],
-    )
-    def test_order_when_validating(self, tag, make, data, given):
-        module = make()
-        trainer(WandaPrune(num_samples=4, dataloader=given)).validate(module, datamodule=data())
-        assert [batch[0].unique().item() for batch in module.seen] == [tag]
-
-    @pytest.mark.parametrize(("tag", "make"), [(3, Calibrating), (7, Recorder), (7, Training)])
-    def test_order_when_training(self, tag, make):
-        module = make()
-        trainer(WandaPrune(num_samples=4), max_steps=1).fit(module, tagged(7), tagged(8))
-        assert [batch[0].unique().item() for batch in module.seen] == [tag]
-
-    @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
-    def test_loaders_at_hand(self, loop):
-        module = Recorder()
-        getattr(trainer(WandaPrune(num_samples=4)), loop)(module, tagged(8))
-        assert [batch[0].unique().item() for batch in module.seen] == [8]
-
-    @pytest.mark.parametrize("several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}])
-    def test_several_loaders_are_refused(self, several):
-        module, before = Net(), Net()
-        with pytest.raises(MisconfigurationException, match=r"there are 2 val dataloaders"):
-            trainer(WandaPrune(num_samples=4)).validate(module, several())
-        assert same(module, before)
-        trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
+    def test_is_asked_by_manual_optimization_after_batches_that_stepped(self):
+        callback = AtSeven()
+        module = Manual()
+        trainer(callback, max_steps=8).fit(module, loader(24))
+        assert callback.asked == list(range(9))
         assert share_of_zeros(module) == all_at(0.5)
 
-    def test_one_loader_in_a_list_is_no_question(self):
-        module = Recorder()
-        trainer(WandaPrune(num_samples=4)).validate(module, [tagged(8)])
-        assert [batch[0].unique().item() for batch in module.seen] == [8]
+    def test_may_look_at_what_is_logged(self):
+        callback, before, after = AtPlateau(), Notes(), Notes()
+        trainer(before, callback, after, max_epochs=3).fit(Logging(), loader(24))
+        (pruned_at,) = [step for step in after.at if not equal(after.at[step], before.at[step])]
+        best = math.inf
+        for step, loss in enumerate(callback.losses):
+            if step >= 2 and loss >= best:
+                break
+            best = loss
+        assert 2 <= step == pruned_at < len(after.at)
+        assert equal(after.at[step], pruned_by_hand(before.at[step], 0.5).state_dict())
 
-    def test_batches_may_be_given_as_a_list(self):
-        module = Recorder()
-        batches = list(loader(12))
-        trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
-        assert all(torch.equal(seen[0], batch[0]) for seen, batch in zip(module.seen, batches, strict=True))
+    def test_pruning_at_every_step_does_not_compound(self):
+        callback, after = Always(sparsity=0.5), Notes()
+        trainer(callback, after, max_steps=5).fit(Net(), loader(24))
+        for weights in after.at.values():
+            assert {where.float().mean().item() for where in zeros_in(weights).values()} == {0.5}
+            assert equal(zeros_in(weights), zeros_in(after.at[1]))  # what is zero scores lowest
 
-    @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-    def test_samples_are_counted_and_the_last_batch_is_cut(self, sequential):
-        module = Recorder()
-        callback = WandaPrune(num_samples=6, sequential=sequential, dataloader=loader(12))
-        trainer(callback).validate(module, loader())
-        assert [len(x) for x, _ in module.seen] == [4, 2]
-        assert [len(labels) for _, labels in module.seen] == [4, 2]
-        assert torch.equal(torch.cat([x for x, _ in module.seen]), samples(12).tensors[0][:6])
-        assert {layer.tokens for layer in callback.report.layers} == {6}
-        assert callback.report.config["calibration_batches"] == 2
+    def test_the_schedule_still_says_how_far(self):
+        class FromThree(Asked):
+            def answer(self, trainer):
+                return trainer.global_step >= 3 and super().answer(trainer)
 
-    def test_fewer_samples_than_asked(self):
-        module, callback = Net(), WandaPrune(num_samples=100)
-        with pytest.warns(UserWarning, match=r"num_samples=100 were asked for, but .* has only 12: using these"):
+        callback, after = FromThree(sparsity=0.5, schedule=LinearSchedule(0, 4, every=1)), Notes()
+        trainer(callback, after, max_steps=6).fit(Net(), loader(24))
+        shares = {step: round(zeros_in(w)["layers.0.weight"].float().mean().item(), 3) for step, w in after.at.items()}
+        assert shares == {1: 0, 2: 0, 3: 0.375, 4: 0.5, 5: 0.5, 6: 0.5}
+
+    def test_never_is_a_dense_model_and_a_warning(self):
+        class Never(Asked):
+            def answer(self, trainer):
+                return False
+
+        module, dense, callback = Net(), Net(), Never()
+        with pytest.warns(UserWarning, match="so the model measured now is dense"):
             trainer(callback).validate(module, loader())
-        assert {layer.tokens for layer in callback.report.layers} == {12}
-
-    def test_no_samples_at_all(self):
-        module = Net()
-        empty = WandaPrune(dataloader=[])
-        with (
-            pytest.warns(UserWarning, match="has only 0"),
-            pytest.raises(ValueError, match="needs calibration batches"),
-        ):
-            trainer(empty).validate(module, loader())
-        assert same(module, Net())
+        with pytest.warns(UserWarning, match="to sparsity 0.5, but to 0: training ended at optimizer step 3"):
+            trainer(callback, max_steps=3).fit(module, loader())
+        trainer(max_steps=3).fit(dense, loader())
+        assert same(module, dense)
 
 
 @pytest.mark.parametrize(
-    "collate",
+    ("when", "message"),
     [
-        lambda rows: (torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])),
-        lambda rows: [torch.stack([x for x, _ in rows])],
-        lambda rows: torch.stack([x for x, _ in rows]),
-        lambda rows: {"x": torch.stack([x for x, _ in rows])},
-        lambda rows: {
-            "file": [str(y) for _, y in rows],
-            "x": torch.stack([x for x, _ in rows]),
-            "total": torch.tensor(4),
-        },
+        ({"at_step": 3, "skip": ["no_such_layer"]}, "skip='no_such_layer' matches no matrix"),
+        ({"at_step": 3, "pattern": "2:5", "sparsity": 0.6}, "is not a multiple of 5"),
+        ({"schedule": CubicSchedule(0, 4, every=2), "skip": ["*"]}, "nothing to prune"),
     ],
-    ids=["tuple", "list", "tensor", "mapping", "keys that forward does not take"],
 )
-def test_batches_of_all_kinds(collate):
-    module, by_hand = Net(), Net()
-    batches = DataLoader(samples(12), 4, collate_fn=collate)
-    trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
-    prune(by_hand, list(loader()), progress=False)
-    assert same(module, by_hand)
-
-
-def test_a_mapping_that_forward_cannot_take():
+def test_what_a_later_stage_would_refuse_is_refused_at_the_start(when, message):
     module = Net()
-    with pytest.raises(ValueError, match=r"Net.forward takes \['x'\].*batch has \['image'\].*calibration_step"):
-        trainer(WandaPrune(num_samples=4, dataloader=[{"image": torch.ones(4, 32)}] * 2)).validate(module, loader())
+    with pytest.raises(ValueError, match=message):
+        trainer(WandaPrune(num_samples=24, **when), max_steps=6).fit(module, loader(24))
     assert same(module, Net())
 
 
-@pytest.mark.parametrize("batch", [object(), ("a", "b"), torch.tensor(1.0)])
-def test_a_batch_without_samples(batch):
-    with pytest.raises(MisconfigurationException, match="holds no tensor"):
-        trainer(WandaPrune(num_samples=4, dataloader=[batch, batch])).validate(Net(), loader())
-
-
-def test_a_module_without_forward_is_a_clear_error():
-    class Steps(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(32, 32)
-
-        def validation_step(self, batch, batch_idx):
-            self.first(batch[0])
-
-    with pytest.raises(MisconfigurationException, match=r"Steps has no forward .* calibration_step"):
-        trainer(WandaPrune(num_samples=4)).validate(Steps(), loader())
-
-
-def test_transfer_hooks_of_the_module_are_applied():
-    class Transferred(Recorder):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] + 1, batch[1]
-
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] * 10, batch[1]
-
-    module = Transferred()
-    trainer(WandaPrune(num_samples=4)).validate(module, tagged(2))
-    assert [batch[0].unique().item() for batch in module.seen] == [30]
-
-
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64), ("bf16-mixed", torch.float32)]
+    ("when", "message"),
+    [
+        ({"at_step": -1}, "at_step must be at least 0, but it is -1"),
+        ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
+        ({"schedule": Steps()}, "increasing optimizer steps"),
+        ({"schedule": Steps((3, 0.5), (2, 1.0))}, r"has \[3, 2\]"),
+        ({"schedule": Steps((2, 0.5), (2, 1.0))}, r"has \[2, 2\]"),
+        (
+            {"schedule": Steps((1, 0.8), (2, 0.5), (3, 1.0))},
+            r"never decrease.*has \[0.8, 0.5, 1.0\]",
+        ),
+        ({"schedule": Steps((1, 0.25), (2, 0.5))}, r"end at 1, but .* has \[0.25, 0.5\]"),
+        ({"schedule": Steps((1, 0.0), (2, 1.0))}, "must have shares of the final sparsity that are above 0"),
+        ({"schedule": Steps((1, 0.5), (2, 1.5))}, "must have shares of the final sparsity that are above 0"),
+        (
+            {"pattern": NM(2, 4), "schedule": CubicSchedule(0, 4, every=2)},
+            r"schedule must have one stage for 2:4.*CubicSchedule\(.*at_step",
+        ),
+        ({"pattern": "1:4", "sparsity": 0.75, "schedule": Steps((1, 0.5), (2, 1.0))}, "must have one stage for 1:4"),
+    ],
 )
-def test_inputs_have_the_trainers_precision(precision, dtype):
-    module = Recorder()
-    outputs = []
-    module.layers[0].register_forward_hook(lambda layer, args, output: outputs.append(output.dtype))
-    trainer(WandaPrune(num_samples=4), precision=precision).validate(module, loader())
-    assert [(x.dtype, labels.dtype) for x, labels in module.seen] == [(dtype, torch.int64)]
-    assert set(outputs) == {torch.bfloat16 if precision == "bf16-mixed" else dtype}
-    assert share_of_zeros(module) == all_at(0.5)
-
-
-def test_layers_are_named_as_in_the_pruning_target():
-    class Wrapper(Net):
-        @property
-        def pruning_target(self):
-            return self.layers
-
-    module, callback = Wrapper(), WandaPrune(num_samples=12, skip=["2"])
-    trainer(callback, max_epochs=1).fit(module, loader())
-    assert [layer.name for layer in callback.report.layers] == ["0", "4"]
-    assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
-
-
-# --------------------------------------------------------------------------------------------- what is told to whom
-
-
-@pytest.mark.parametrize("loop", ["validate", "fit"])
-def test_metrics_reach_the_logger(tmp_path, loop):
-    module, callback = Net(), WandaPrune(num_samples=12, skip=["layers.2"])
-    run = trainer(callback, logger=CSVLogger(tmp_path), max_steps=3, log_every_n_steps=1)
-    getattr(run, loop)(module, loader())
-    (row,) = [row for row in rows_of(tmp_path) if row.get("sparsity/model")]
-    assert row["step"] == "0"
-    assert {name for name in row if name.startswith("sparsity/") and row[name]} == {
-        "sparsity/model",
-        "sparsity/pruned_layers",
-        "sparsity/layers.0",
-        "sparsity/layers.4",
-    }
-    assert float(row["sparsity/layers.0"]) == 0.5
-    size = sum(p.numel() for p in module.parameters())
-    assert float(row["sparsity/model"]) == pytest.approx((64 * 32 / 2 + 16 * 64 / 2) / size)
-
-
-def test_the_report_is_written(tmp_path):
-    callback = WandaPrune(num_samples=12, pattern=NM(2, 4), report_dir=tmp_path / "reports")
-    trainer(callback).validate(Net(), loader())
-    report = json.loads((tmp_path / "reports" / "pruning_report.json").read_text())
-    assert report["sparsity"] == 0.5
-    assert [layer["name"] for layer in report["layers"]] == LAYERS
-    assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
-
-
-@pytest.mark.parametrize("loop", ["validate", "fit"])
-def test_progress_is_shown_with_the_trainers_bar(capfd, loop):
-    options = {"max_steps": 1} if loop == "fit" else {}
-    getattr(trainer(WandaPrune(num_samples=12), **options), loop)(Net(), loader())
-    assert "Pruning" not in "".join(capfd.readouterr())
-    getattr(trainer(WandaPrune(num_samples=12), enable_progress_bar=True, **options), loop)(Net(), loader())
-    assert "Pruning 3/3 done" in capfd.readouterr().err
-
-
-# --------------------------------------------------------------------------------------------------- what is refused
+def test_bad_moments_are_refused_at_once(when, message):
+    with pytest.raises(ValueError, match=message):
+        WandaPrune(**when)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +596,14 @@ def test_progress_is_shown_with_the_trainers_bar(capfd, loop):
         ({"sparsity": 1.0}, r"in \[0, 1\), but 1"),
         ({"sparsity": -0.1}, r"in \[0, 1\)"),
         ({"sparsity": float("nan")}, r"in \[0, 1\)"),
-        ({"num_samples": 0}, "num_samples is at least 1, but 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
+        *[({"num_samples": value}, "num_samples must be a whole number") for value in ("8", 1.5, None, True, [8])],
+        ({"at_step": 1.5}, "at_step must be a whole number, but it is 1.5"),
+        ({"at_step": "3"}, "at_step must be a whole number, but it is '3'"),
+        ({"schedule": "cubic"}, "schedule must be a Schedule such as CubicSchedule.* but it is 'cubic'"),
+        ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
+        ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
+        ({"schedule": Steps((0.5, 1.0))}, "whole numbers from 0 on"),
         ({"sequential": "row"}, "sequential is one of block, layer, none, but 'row'"),
         ({"criterion": "luck"}, "no criterion is called 'luck': use one of magnitude, wanda"),
         ({"allocation": "luck"}, "no allocation is called 'luck': use one of uniform"),
@@ -664,28 +615,11 @@ def test_bad_arguments_are_refused_at_once(options, message):
         PruningCallback(**options)
 
 
-def test_names_and_objects_mean_the_same():
-    assert PruningCallback(0.5, "wanda", "2:4").config == PruningCallback(0.5, Wanda(), NM(2, 4)).config
-    assert WandaPrune(0.75, "1:4").config == PruningCallback(0.75, "wanda", NM(1, 4)).config
-
-
 def test_a_skip_that_matches_nothing_names_the_nearest():
     module = Net()
     with pytest.raises(ValueError, match=r"skip='layers.1' matches no matrix of the model; the nearest is 'layers"):
         trainer(WandaPrune(num_samples=4, skip=["layers.1"]), max_epochs=1).fit(module, loader())
     assert same(module, Net())
-
-
-@pytest.mark.parametrize("callback", [WandaPrune, KeepZeros])
-def test_strategies_that_cannot_be_pruned_are_refused_by_name(callback):
-    class Elsewhere(SingleDeviceStrategy):
-        """Stands for one that spreads the model in a way of its own."""
-
-    spread = trainer(strategy=Elsewhere("cpu"))
-    callback().setup(spread, Net(), "fit")
-    spread.strategy.__class__ = FSDPStrategy  # which itself wants a GPU
-    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy spreads .* use strategy='ddp'"):
-        callback().setup(spread, Net(), "fit")
 
 
 class Interrupting(Net):
@@ -710,9 +644,6 @@ def test_ctrl_c_while_pruning_leaves_no_hooks_and_no_threads():
     assert threading.active_count() == threads
     assert hooks_of(module, SGD(module.parameters())) == []
     assert same(module, Net())
-
-
-# ---------------------------------------------------------------------------------------- with our modules and data
 
 
 def text_module():
@@ -757,57 +688,6 @@ def test_an_image_classifier_is_trained_with_its_zeros():
         assert (groups.sum(dim=1) == 2).all()
 
 
-# ---- what once went wrong: calibration beside the loops of Lightning
-
-
-def test_predict_sees_every_batch_of_the_loader_it_calibrated_on():
-    module = Net()
-    batches = DataLoader(samples(), batch_size=4)  # by keyword: Lightning builds the loader again for predict
-    predictions = trainer(WandaPrune(num_samples=12)).predict(module, batches)
-    assert share_of_zeros(module) == all_at(0.5)
-    assert torch.equal(torch.cat(predictions), module(samples().tensors[0]))
-
-
-def test_predict_with_our_data_modules():
-    images = ImageClassifierModule("test_vit", pretrained=False, num_classes=10, model_kwargs={"in_chans": 1})
-    data = ImageDataModule("digits", images, num_samples=8, image_size=160, batch_size=180)
-    predicting = trainer(WandaPrune(num_samples=8, sequential="none"))
-    assert sum(len(part) for part in predicting.predict(images, data)) == 360
-
-
-@pytest.mark.parametrize("loop", ["fit", "validate"])
-def test_persistent_workers_lose_no_batch(loop):
-    seen = []
-
-    class Counting(Net):
-        def training_step(self, batch, batch_idx):
-            seen.append(len(batch[0]))
-            return super().training_step(batch, batch_idx)
-
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            seen.append(len(batch[0]))
-
-    batches = DataLoader(samples(20), batch_size=4, num_workers=1, persistent_workers=True)
-    getattr(trainer(WandaPrune(num_samples=6), max_epochs=2), loop)(Counting(), batches)
-    assert len(seen) == (10 if loop == "fit" else 5)
-
-
-def test_the_order_of_a_loader_with_its_own_generator_stays():
-    orders = []
-    for callbacks in ([], [WandaPrune(num_samples=6)]):
-        seen = []
-
-        class Listening(Net):
-            def training_step(self, batch, batch_idx, seen=seen):
-                seen.extend(batch[1].tolist())
-                return super().training_step(batch, batch_idx)
-
-        shuffled = DataLoader(samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
-        trainer(*callbacks, max_epochs=1).fit(Listening(), shuffled)
-        orders.append(seen)
-    assert orders[0] == orders[1]
-
-
 def test_dense_weights_loaded_afterwards_are_pruned_again(tmp_path):
     module, callback = Net(), WandaPrune(num_samples=12)
     saving = trainer()
@@ -818,48 +698,6 @@ def test_dense_weights_loaded_afterwards_are_pruned_again(tmp_path):
     assert share_of_zeros(module) == all_at(0.5)
 
 
-def test_transfer_hooks_of_the_data_module_are_applied():
-    class Shifted(L.LightningDataModule):
-        def calibration_dataloader(self):
-            return loader()
-
-        def val_dataloader(self):
-            return loader()
-
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] + 3, batch[1]
-
-    module, expected = Net(), Net()
-    trainer(WandaPrune(num_samples=12)).validate(module, datamodule=Shifted())
-    prune(expected, [(x + 3, y) for x, y in loader()], progress=False)
-    assert same(module, expected)
-
-
-def test_a_list_of_one_batch_is_a_dataloader():
-    module, expected = Net(), Net()
-    batch = samples()[:]
-    trainer(WandaPrune(num_samples=12, dataloader=[batch])).validate(module, loader())
-    prune(expected, [batch], progress=False)
-    assert same(module, expected)
-
-
-class Labelled(NamedTuple):
-    x: torch.Tensor
-    label: torch.Tensor
-
-
-def test_a_named_tuple_stays_one_when_it_is_cut():
-    class Named(Net):
-        def calibration_step(self, batch):
-            self(batch.x)
-
-    module = Named()
-    batches = [Labelled(*samples(4).tensors), Labelled(*samples(4, seed=1).tensors)]
-    callback = WandaPrune(num_samples=6, dataloader=batches)
-    trainer(callback).validate(module, loader())
-    assert {layer.tokens for layer in callback.report.layers} == {6}
-
-
 def test_a_callback_can_be_copied_and_pickled():
     callback = WandaPrune(num_samples=12)
     trainer(callback).validate(Net(), loader())
@@ -867,6 +705,193 @@ def test_a_callback_can_be_copied_and_pickled():
     assert pickle.loads(pickle.dumps(callback)).report == callback.report
 
 
-def test_nothing_is_said_without_a_progress_bar(capsys):
-    trainer(WandaPrune(num_samples=12)).validate(Net(), loader(), verbose=False)
-    assert "WandaPrune" not in "".join(capsys.readouterr())
+def sprinkled(module, share, seed=0):
+    """The same module with a few natural zeros in each layer."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.ndim == 2:
+                weight.mul_(torch.rand(weight.shape, generator=random) >= share)
+    return module
+
+
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
+    callback = WandaPrune(sparsity, num_samples=12)
+    options = {"max_steps": 4} if loop == "fit" else {}
+    for module in (Net(ADAMW), sprinkled(Net(ADAMW), 0.02), sprinkled(Net(ADAMW), 0.1)):
+        getattr(trainer(callback, **options), loop)(module, loader())
+        assert share_of_zeros(module) == all_at(sparsity)
+
+
+def test_without_keeping_zeros_they_come_back():
+    module = Net(ADAMW)
+    trainer(WandaPrune(num_samples=12, at_step=2, keep_zeros=False), max_steps=6).fit(module, loader())
+    assert all(share < 0.25 for share in share_of_zeros(module).values())
+
+
+def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
+    module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
+    first, second = MagnitudePrune(0.25), WandaPrune(0.5, num_samples=24, at_step=5)
+    trainer(Witness(), first, second, max_steps=12).fit(module, loader(24))
+    assert share_of_zeros(module) == all_at(0.5)
+
+
+class Tiny(Net):
+    """What a recipe names by its class path; it brings its data."""
+
+    shares: list
+
+    def __init__(self, lr: float = 0.1):
+        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=lr))
+        Tiny.shares = []
+
+    def train_dataloader(self):
+        return loader(24)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        Tiny.shares.append(share_of_zeros(self)["layers.0.weight"])
+
+
+@pytest.fixture
+def fit(tmp_path, monkeypatch):
+    """Runs `wanda-lightning fit --config` with a pruning callback in an empty folder, and returns its status."""
+    from lightning.pytorch import _logger
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning"])  # LightningCLI warns where there are two command lines
+    monkeypatch.chdir(tmp_path)
+    level = _logger.level
+
+    def run(*arguments, name="wanda_lightning.WandaPrune", **pruning):
+        options = {
+            "model": {"class_path": f"{Tiny.__module__}.{Tiny.__qualname__}"},
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 8,
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "callbacks": [
+                    {"class_path": name, "init_args": {"num_samples": 24, "report_dir": "out", **pruning}},
+                ],
+            },
+        }
+        Path("recipe.yaml").write_text(yaml.safe_dump(options))
+        try:
+            return main(["fit", "--config", "recipe.yaml", *arguments])
+        except SystemExit as stop:
+            return stop.code
+
+    yield run
+    _logger.setLevel(level)
+
+
+CUBIC = {"class_path": "wanda_lightning.CubicSchedule", "init_args": {"start_step": 0, "end_step": 6, "every": 3}}
+
+
+ONE_SHOT = {"class_path": "wanda_lightning.OneShot", "init_args": {"step": 5}}
+
+
+@pytest.mark.parametrize(
+    ("pruning", "shares"),
+    [
+        ({"schedule": CUBIC}, [0, 0, 0.438, 0.438, 0.438, 0.5, 0.5, 0.5]),
+        ({"schedule": ONE_SHOT}, [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5]),
+        ({"at_step": 7}, [0, 0, 0, 0, 0, 0, 0.5, 0.5]),
+        ({"schedule": CUBIC, "name": "wanda_lightning.PruningCallback"}, [0, 0, 0.438, 0.438, 0.438, 0.5, 0.5, 0.5]),
+    ],
+    ids=["cubic", "one shot", "at_step", "base class"],
+)
+def test_a_recipe_prunes_by_its_schedule(fit, pruning, shares):
+    assert fit(**pruning) == 0
+    assert Tiny.shares == shares
+    assert json.loads(Path("out/pruning_report.json").read_text())["sparsity"] == 0.5
+
+
+def test_a_recipes_schedule_can_be_overridden(fit):
+    assert fit("--trainer.callbacks.init_args.schedule.init_args.end_step", "3", schedule=CUBIC) == 0
+    assert Tiny.shares == [0, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        ({"at_step": 9}, "OneShot(step=9) ends at optimizer step 9 and training ends at 8"),
+        ({"at_step": 3, "schedule": ONE_SHOT}, "exclude each other"),
+        ({"schedule": CUBIC, "pattern": "2:4"}, "must have one stage for 2:4"),
+        (
+            {"schedule": {**CUBIC, "init_args": {"start_step": 5, "end_step": 2, "every": 1}}},
+            "end_step must be at least 6",
+        ),
+    ],
+)
+def test_a_recipe_is_refused(fit, capsys, pruning, message):
+    assert fit(**pruning) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+class Routed(Net):
+    """Sends each batch through one of two branches, by the sign of its first number."""
+
+    def __init__(self):
+        super().__init__(ADAMW)
+        self.branches = nn.ModuleDict({"left": nn.Linear(32, 32), "right": nn.Linear(32, 32)})
+
+    def forward(self, x):
+        return self.layers(self.branches["left" if x[0, 0] < 0 else "right"](x))
+
+
+def test_a_layer_that_a_later_stage_does_not_reach_keeps_its_zeros():
+    def batch(sign):
+        (x, y) = next(iter(loader()))
+        return torch.cat([sign * x[:, :1].abs(), x[:, 1:]], dim=1), y
+
+    class ByStage:
+        """Calibration batches for both branches at the first stage, for the left one at the second."""
+
+        stage = 0
+
+        def __iter__(self):
+            self.stage += 1
+            return iter([batch(-1), batch(-1 if self.stage > 1 else 1)])
+
+    module, at_stage = Routed(), {}
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            at_stage[trainer.global_step] = zeros(module)
+
+    training = [batch(sign) for sign in (-1, 1)] * 5
+    callback = WandaPrune(0.5, num_samples=8, dataloader=ByStage(), schedule=LinearSchedule(0, 4, every=2))
+    trainer(callback, Note(), max_steps=10).fit(module, DataLoader(training, batch_size=None))
+    assert [layer.name for layer in callback.report.layers] == ["layers.0", "layers.2", "layers.4", "branches.left"]
+    assert share_of_zeros(module) == {**all_at(0.5), "branches.left.weight": 0.5, "branches.right.weight": 0.25}
+    assert torch.equal(zeros(module)["branches.right.weight"], at_stage[2]["branches.right.weight"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(
+    "when", [{"at_step": 2}, {"schedule": LinearSchedule(0, 40, every=10)}], ids=["step", "linear"]
+)
+def test_a_dry_run_prunes_at_every_stage(when, steps):
+    module, at, stages = Net(), {}, []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            at[trainer.global_step] = share_of_zeros(module)["layers.0.weight"]
+
+    callback = WandaPrune(0.8, num_samples=12, **when)
+    record = callback._record
+    callback._record = lambda report, share, trainer: (stages.append(share), record(report, share, trainer))
+    trainer(callback, Note(), fast_dev_run=steps).fit(module, loader(24), loader())
+    pruned_at = min(steps, 2 if "at_step" in when else steps)
+    assert [step for step, share in at.items() if share] == list(range(pruned_at, steps + 1))
+    assert at[steps] == pytest.approx(0.8, abs=0.03)
+    assert stages == ([1.0] if "at_step" in when else [0.25, 0.5, 0.75, 1.0])

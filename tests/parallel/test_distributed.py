@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from wanda_lightning import KeepZeros, Magnitude, WandaPrune, prune
-from wanda_lightning.callbacks.batches import calibration_batches, processes_of
+from wanda_lightning.callbacks.batches import calibration_batches
+from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.parallel import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:num_samples=.* were asked for")  # some tests take all there are
@@ -415,7 +416,7 @@ def test_pruned_by_the_validation_loop(pair, strategy):
 def test_a_folder_is_not_saved_from_shards(pair, tmp_path):
     for error in pair.run(cases.save_shards, tmp_path / "out"):
         assert error[0] == "MisconfigurationException"
-        assert "ModelParallelStrategy spreads it: use Lightning's ModelCheckpoint" in error[1]
+        assert "ModelParallelStrategy distributes the model. Use Lightning's ModelCheckpoint" in error[1]
     assert not (tmp_path / "out").exists()
 
 
@@ -429,14 +430,14 @@ def test_tensor_parallelism_is_refused(pair):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_other_strategies_are_refused_by_name(strategy, world_size):
     trainer = SimpleNamespace(strategy=object.__new__(strategy), world_size=world_size)
-    with pytest.raises(MisconfigurationException, match=rf"{strategy.__name__} spreads .*strategy='ddp'.*KeepZeros"):
+    with pytest.raises(MisconfigurationException, match=rf"is {strategy.__name__}\. .*strategy='ddp'.*KeepZeros"):
         processes_of(trainer)
 
 
 def test_a_strategy_nobody_knows_is_refused_with_several_processes():
     strategy = object.__new__(SingleDeviceStrategy)
     assert processes_of(SimpleNamespace(strategy=strategy, world_size=1)).world_size == 1
-    with pytest.raises(MisconfigurationException, match="SingleDeviceStrategy spreads"):
+    with pytest.raises(MisconfigurationException, match="but it is SingleDeviceStrategy"):
         processes_of(SimpleNamespace(strategy=strategy, world_size=2))
 
 

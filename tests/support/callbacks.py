@@ -1,5 +1,6 @@
 """A small module and its training, shared by the tests of the callbacks."""
 
+import copy
 import csv
 from functools import partial
 
@@ -9,7 +10,10 @@ import torch
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import DataLoader, TensorDataset
+
+from wanda_lightning import Schedule, prune
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +155,114 @@ def to_quarters(module):
     """Weights that steps of a quarter can make exactly zero: -0.25 and 0.25, and a few zeros."""
     for weight in module.parameters():
         weight.copy_(torch.where(weight < 0, -0.25, 0.25))
+
+
+def hooks_of(module, optimizer):
+    on_weights = [name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks]
+    on_layers = [name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    replaced = [name for name, m in module.named_modules() if "forward" in vars(m)]
+    on_steps = [*optimizer._optimizer_step_post_hooks, *_global_optimizer_post_hooks]
+    return on_weights + on_layers + replaced + on_steps
+
+
+class Notes(L.Callback):
+    """All weights as they are when a batch ends, by the number of optimizer steps done."""
+
+    def __init__(self):
+        self.at = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step not in self.at:  # accumulating
+            self.at[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
+
+
+class Manual(Net):
+    """Steps by hand, after every second batch."""
+
+    def __init__(self, optimizer=SGD):
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self._loss(batch))
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+class TwoOptimizers(Net):
+    """Two optimizers that step one after the other: two steps a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self._loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return ADAMW(self.layers[:2].parameters()), SGD(self.layers[2:].parameters())
+
+
+def pruned_by_hand(weights, sparsity, **options):
+    module = Net()
+    module.load_state_dict(weights)
+    prune(module, list(loader(24)), sparsity, progress=False, **options)
+    return module
+
+
+def zeros_in(weights):
+    return {name: weight == 0 for name, weight in weights.items() if weight.ndim == 2}
+
+
+def equal(a, b):
+    """Whether two nested states are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+class Steps(Schedule):
+    """A user's own."""
+
+    def __init__(self, *stages):
+        self.own = stages
+
+    @property
+    def stages(self):
+        return self.own
+
+
+class SaveAt(L.Callback):
+    """A checkpoint after each of these optimizer steps, as `<step>.ckpt`."""
+
+    def __init__(self, folder, *steps):
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        path = self.folder / f"{trainer.global_step}.ckpt"
+        if trainer.global_step in self.steps and not path.exists():
+            trainer.save_checkpoint(path)
+
+
+class Recorder(Net):
+    """Notes the batches that it is calibrated on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def calibration_step(self, batch):
+        self.seen.append(batch)
+        return self(batch[0])
+
+
+def tagged(tag, count=4):
+    return DataLoader(TensorDataset(torch.full((count, 32), float(tag)), torch.zeros(count, dtype=torch.long)), count)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from wanda_lightning import PerLayer
 from wanda_lightning.callbacks import SavePretrained
-from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward, processes_of
+from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
+from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import find_layers
 from wanda_lightning.modules import CausalLMModule

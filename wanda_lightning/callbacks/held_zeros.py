@@ -1,4 +1,4 @@
-"""Hold zeros at zero through training."""
+"""Hold pruned weights at zero while a model trains."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ from wanda_lightning.refusals import refuse_spread_experts
 
 
 class HeldZeros:
-    """The zeros of some layers, which stay zero through training until they are released.
+    """Hold the zeros of some layers at zero while the model trains, until they are released.
 
-    Gradients are masked as they accumulate, so that clipping and moments see them masked; weights are zeroed right
-    after each step of any optimizer, so that weight decay and momentum cannot revive them.
+    A hook masks each gradient as it accumulates, so clipping and the optimizer's moments see the masked gradient.
+    Another hook zeroes the weights after each step of any optimizer, so weight decay and momentum cannot revive them.
+
+    Attributes:
+        layers: Names of the layers that `hold` was given last.
     """
 
     def __init__(self) -> None:
@@ -37,39 +40,39 @@ class HeldZeros:
         self._at_release: dict[str, Tensor] = {}
 
     def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
-        """From now on, keep what is zero in these layers, and only that.
+        """Hold the weights that are zero now in these layers, and no others.
 
         Args:
-            model: Where the layers are.
-            layers: Their names.
+            model: The model.
+            layers: Names of layers in it.
         """
         self.release()
-        reshard(model)  # FSDP2 leaves its outermost module gathered, and what is held are the shards
-        alive, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
+        reshard(model)  # FSDP2 leaves its outermost module gathered, but the shards are what is trained
+        unheld, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
         found = {layer.name: layer for layer in prunable_layers(model)}
         for layer in (found[name] for name in self.layers):
             refuse_spread_experts(layer)
             weight = layer.parameter
             assert isinstance(weight, nn.Parameter)
-            if weight not in self._keep:  # a parameter may hold many layers, of which some may not be held
+            if weight not in self._keep:  # one parameter may hold many layers, not all of which are held
                 self._keep[weight] = torch.ones_like(local(weight.detach()), dtype=torch.bool)
             keep = layer.part(self._keep[weight])
             keep.copy_(layer.weight != 0)
-            if layer.name in alive:
-                keep |= unpack(alive[layer.name], keep.shape).to(keep.device)
+            if layer.name in unheld:
+                keep |= unpack(unheld[layer.name], keep.shape).to(keep.device)
             self._held_layers.append((layer, weight))
         for weight in self._keep:
             self._mask_gradient(weight)
             trains = weight.requires_grad
-            weight.requires_grad_()  # torch hangs no hook on a frozen weight, but it may be unfrozen later
+            weight.requires_grad_()  # a frozen weight takes no hook, but may be unfrozen later
             self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
             weight.requires_grad_(trains)
-        # Of every optimizer, also one that is made later.
+        # Called after the step of every optimizer, including those that are created later.
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
 
     @torch.no_grad()
     def clear(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Zero what else remembers the weights: the optimizers' moments and the averages of averaging callbacks."""
+        """Zero copies of pruned weights: the optimizers' moments, and the weights that averaging callbacks average."""
         for optimizer in trainer.optimizers:
             for weight in self._held(optimizer):
                 for value in optimizer.state.get(weight, {}).values():
@@ -77,7 +80,7 @@ class HeldZeros:
                         _zero(value, self._keep[weight])
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(callback, "_average_model", None)  # of Lightning's WeightAveraging and SWA
+            average = getattr(callback, "_average_model", None)  # WeightAveraging and StochasticWeightAveraging
             if isinstance(average, nn.Module):
                 averaged = average.module if isinstance(average, AveragedModel) else average
                 averages = dict(averaged.named_parameters())
@@ -86,10 +89,14 @@ class HeldZeros:
                         _zero(averages[names[weight]], keep)
 
     def unheld_zeros(self) -> dict[str, Tensor]:
-        """By layer, weights that are zero by chance and not held: what a resumed run has to `load`.
+        """Return which weights are zero by chance and not held, by layer: a resumed run has to `load` them.
 
-        After a release, those of then; layers without any are left out, and so are sharded ones. Flat indices, or, of
-        many, one bit for each weight.
+        After a release, these are the weights at that time. Layers without such weights are left out, and so are
+        sharded layers.
+
+        Returns:
+            For each layer, the flat indices of the weights (int64), or one bit for each weight of the layer (uint8),
+            whichever is smaller.
         """
         if not self._handles:
             return self._loaded or self._at_release
@@ -101,9 +108,9 @@ class HeldZeros:
                     found[layer.name] = pack(zero)
         return found
 
-    def load(self, alive: dict[str, Tensor]) -> None:
-        """The next `hold` takes up a run that had these."""
-        self._loaded = alive
+    def load(self, unheld: dict[str, Tensor]) -> None:
+        """Leave these zeros free at the next `hold`; they are the `unheld_zeros` of the run that is resumed."""
+        self._loaded = unheld
 
     def release(self) -> None:
         """Remove all hooks."""
@@ -131,16 +138,16 @@ class HeldZeros:
 
 
 def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:
-    """How many weights of each prunable layer are zero."""
+    """Count the zeros of each prunable layer, over all processes."""
     reshard(model)
-    # Experts that are spread over processes are not pruned, see `refuse_spread_experts`.
-    layers = [e for e in prunable_layers(model) if e.expert is None or not isinstance(e.parameter, DTensor)]
+    # Experts that are sharded are never pruned, see `refuse_spread_experts`.
+    layers = [x for x in prunable_layers(model) if x.expert is None or not isinstance(x.parameter, DTensor)]
     counts = zero_counts([layer.part(layer.parameter.detach()) for layer in layers], processes)
     return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
 
 
 def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:
-    """All that may have been pruned."""
+    """Return all layers that may have been pruned."""
     return find_layers(model, include_grouped=True).layers
 
 

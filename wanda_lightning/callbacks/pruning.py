@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from wanda_lightning.callbacks.batches import (
-    batch_size,
-    calibration_batches,
-    calibration_forward,
-    processes_of,
-    pruning_target,
-)
+from wanda_lightning.callbacks.checks import refuse_equal_keys, refuse_late_stages, warn_of_dense_best
 from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
-from wanda_lightning.callbacks.schedules import OneShot, Schedule
+from wanda_lightning.callbacks.run import prune_module, publish
+from wanda_lightning.callbacks.schedules import EndingBy, OneShot, Schedule
+from wanda_lightning.callbacks.state import PruningState
+from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, refuse_pytorch_lightning
+from wanda_lightning.callbacks.validation_loop import ValidationLoop
+from wanda_lightning.checks import check_at_least
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Allocation, Uniform
 from wanda_lightning.core.criteria import Criterion
@@ -35,25 +29,33 @@ from wanda_lightning.core.patterns import NM, Pattern, Unstructured
 from wanda_lightning.core.solvers import Solver, ZeroOut
 from wanda_lightning.methods import preset_named
 from wanda_lightning.parallel import SINGLE_PROCESS, reshard
-from wanda_lightning.pruning import PassiveCalibration, plan, prune_as
+from wanda_lightning.pruning import PassiveCalibration, plan
 from wanda_lightning.report import PruningReport
 
 
 class PruningCallback(Callback):
-    """Prune the model: before it is trained or measured, at a step of training, or by a schedule.
+    """Prune a model before it is trained or measured, at a step of training, or by a schedule.
 
-    In `trainer.fit` at the stages of the schedule, counted in optimizer steps (`trainer.global_step`): by default
-    before the first one, after the sanity check of the validation loop. A stage scores all weights anew, with fresh
-    statistics; zeros stay zero. In `trainer.validate`, `test` and `predict` on start, so that the loop that follows
-    measures the pruned model; but not if the schedule begins later than at step 0. A model that this callback has
-    pruned, also before a resume, is not pruned again while its zeros are there. While training, the zeros stay zero
-    (see `KeepZeros`).
+    `trainer.fit` prunes at each stage of the schedule, counted in optimizer steps (`trainer.global_step`); by default
+    there is one, before the first step and after the sanity check of the validation loop. Each stage scores all weights
+    again, with new statistics; zeros stay zero. `trainer.validate`, `test` and `predict` prune when they start, so they
+    measure the pruned model, unless the schedule starts after step 0. A model that this callback has pruned, also
+    before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model trains (see
+    `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step.
 
-    The calibration batches are the first `num_samples` samples of, in this order: `dataloader`; the datamodule's, then
-    the module's `calibration_dataloader()`; the train dataloader; the validation, test or predict dataloader at hand.
-    A batch goes through the model by `pl_module.calibration_step(batch)` where there is one, else as in `prune`.
-    Layers are named as in the module's `pruning_target` where it has one (our modules name their model: the report
-    then has Hugging Face's or timm's names), else as in the LightningModule.
+    The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
+    datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
+    runs. The first `num_samples` samples are used; a batch whose tensors have different lengths is not cut. A batch
+    runs through the module's `calibration_step(batch)` if it has one, else as in `prune`. Layers have the names that
+    they have in the module's `pruning_target` if it has one (those of our modules are the names of Hugging Face and
+    timm), else in the LightningModule.
+
+    `ModelCheckpoint(monitor=...)` also compares checkpoints from before pruning, and prefers them since dense models
+    score better. Let it compare only checkpoints from after the last stage, here at step 1000::
+
+        class BestAfterPruning(ModelCheckpoint):
+            def check_monitor_top_k(self, trainer, current=None):
+                return trainer.global_step > 1000 and super().check_monitor_top_k(trainer, current)
 
     To prune at another moment, override `should_prune`.
 
@@ -119,46 +121,19 @@ class PruningCallback(Callback):
             include_grouped,
             min_expert_tokens,
         )
-        if num_samples < 1:
-            raise ValueError(f"num_samples is at least 1, but {num_samples} was given")
-        if at_step and schedule is not None:
-            raise ValueError(f"at_step={at_step} and schedule={schedule} are two answers to one question: give one")
-        self.schedule = schedule or OneShot(at_step)
-        self.schedule.check()
-        if isinstance(self.config.pattern, NM) and len(self.schedule.stages) > 1:
-            raise ValueError(
-                f"{self.config.pattern.n}:{self.config.pattern.m} has one sparsity, so it cannot rise by "
-                f"{self.schedule}: prune at_step=..., or use pattern='unstructured'"
-            )
-        if calibrate_on not in ("calibration", "validation"):
-            raise ValueError(f"calibrate_on is 'calibration' or 'validation', but {calibrate_on!r} was given")
-        if calibrate_on == "validation" and (self.config.sequential != "none" or dataloader is not None):
-            raise ValueError(
-                "calibrate_on='validation' sees the dense model on the validation batches: it needs "
-                f"sequential='none' and no dataloader, but sequential={self.config.sequential!r} was given"
-                + (" and a dataloader" if dataloader is not None else "")
-            )
-        if calibrate_on == "validation" and cast(Allocation, self.config.allocation).reads_gradients:
-            raise ValueError(
-                f"{self.config.allocation} passes batches backward, which a validation loop does not: leave out "
-                "calibrate_on='validation', or use another allocation such as 'owl'"
-            )
-        self.calibrate_on = calibrate_on
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
         self.report_dir = report_dir
-        self.report: PruningReport | None = None
+        self.schedule = _resolve_schedule(at_step, schedule)
+        self.calibrate_on = calibrate_on
+        self._check()
         self._zeros = HeldZeros()
-        self._pruned: dict[str, int] = {}  # zeros of each pruned layer
-        self._share = 0.0  # of the sparsity that is reached
-        self._resumed = False  # weights and state are of one checkpoint
-        self._asked_at: int | None = None  # the step at which `should_prune` was asked last
-        self._due = False  # at the end of the next validation loop
+        self._state = PruningState(self._fixed_choices)
+        self._validation: ValidationLoop | None = None  # while one is calibrated on
         self._processes = SINGLE_PROCESS
-        self._watched: PassiveCalibration | None = None
-        self._watching = ExitStack()
-        self._seen = 0  # samples of the validation loop
+        self._is_set_up = False
+        self._resumed = False  # weights and state come from the same checkpoint
 
     @classmethod
     def preset(
@@ -183,26 +158,37 @@ class PruningCallback(Callback):
         return cls(sparsity, **{**preset_named(name).choices(pattern), **others})
 
     @property
+    def report(self) -> PruningReport | None:
+        """What the latest pruning did, also after a resume; None before the first."""
+        return self._state.report
+
+    @property
     def state_key(self) -> str:
-        """One state for each part of the model: two callbacks may prune different ones."""
+        """One state for each part of the model, since two callbacks may prune different parts."""
         only = {"only": list(self.config.only)} if self.config.only else {}
-        return self._generate_state_key(skip=list(self.config.skip), **only)
+        key = self._generate_state_key(skip=list(self.config.skip), **only)
+        # Lightning refuses equal keys when the Trainer is constructed, but cannot say why they are equal: `setup` does.
+        return key if self._is_set_up else f"{key} {id(self)}"
 
     def should_prune(self, trainer: L.Trainer) -> bool:
-        """Whether to prune now; asked before training, after every batch with an optimizer step, and before measuring.
+        """Whether to prune now. Called before training, after every batch with an optimizer step, and before measuring.
 
-        Override it to choose the moment yourself. The model is pruned to the share of the sparsity that the schedule
-        has for `trainer.global_step`, by default all of it.
+        Override it to choose the moment yourself. The model is then pruned to the share of the sparsity that the
+        schedule has at `trainer.global_step`, by default all of it.
         """
-        share = self.schedule.share(trainer.global_step)
-        return share is not None and share > self._share
+        share = self._schedule(trainer).share(trainer.global_step)
+        return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what cannot be pruned right.
+        """Refuse a Trainer that cannot prune correctly.
 
         Raises:
-            MisconfigurationException: If the strategy spreads the model in a way that cannot be pruned.
+            MisconfigurationException: If the strategy distributes the model in a way that cannot be pruned, the Trainer
+                is one of `pytorch_lightning`, or another callback prunes the same part of the model.
         """
+        refuse_pytorch_lightning(trainer)
+        self._is_set_up = True
+        refuse_equal_keys(self, trainer)
         self._processes = processes_of(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -212,70 +198,71 @@ class PruningCallback(Callback):
             MisconfigurationException: If training ends before the last stage of the schedule.
             ValueError: If something cannot be pruned as asked, also at a later stage.
         """
-        _refuse_late_stages(self.schedule, trainer)
+        refuse_late_stages(self._schedule(trainer), trainer)
         if self.calibrate_on == "validation" and not trainer.enable_validation:
             raise MisconfigurationException(
-                "calibrate_on='validation' prunes when a validation loop ends, but this fit has none: give it a "
-                "validation dataloader, or calibrate_on='calibration'"
+                "calibrate_on='validation' prunes at the end of a validation loop, but this fit has none. Give fit a "
+                "validation dataloader, or use calibrate_on='calibration'."
             )
         self._forget_if_dense(pl_module)
-        if self._asked_at != trainer.global_step:
-            self._ask(trainer, pl_module)
-        if self._share < 1:
+        if self._state.asked_at != trainer.global_step:
+            self._prune_if_asked(trainer, pl_module)
+        if self._state.share < 1:
             self._refuse_what_later_stages_would(pruning_target(pl_module))
+            warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Prune after an optimizer step if it is time."""
-        if self._asked_at != trainer.global_step and self._ask(trainer, pl_module):
+        if self._state.asked_at != trainer.global_step and self._prune_if_asked(trainer, pl_module):
             self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let go of the zeros."""
-        if self._due:
-            rank_zero_warn(f"{type(self).__name__} did not prune: no validation loop ended after it was due")
-        elif self._share < 1:
+        """Remove the hooks."""
+        if self._state.due:
+            rank_zero_warn(f"{type(self).__name__} did not prune: no validation loop ended after pruning was due.")
+        elif self._state.share < 1:
             rank_zero_warn(
-                f"training ended at optimizer step {trainer.global_step}, before {type(self).__name__} had pruned to "
-                f"{self.config.sparsity:g}: it reached {self.config.sparsity * self._share:g}"
+                f"{type(self).__name__} did not prune to sparsity {self.config.sparsity:g}, but to "
+                f"{self.config.sparsity * self._state.share:g}: training ended at optimizer step {trainer.global_step}."
             )
         self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no hooks behind."""
-        self._watching.close()
-        self._watched = None
+        """Remove the hooks."""
+        if self._validation is not None:
+            self._validation.end_batch()
+        self._validation = None
         self._zeros.release()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before `trainer.validate` measures, or begin to watch."""
+        """Prune before `trainer.validate` measures, or start to collect statistics."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._prune_to_measure(trainer, pl_module)
-        if self._due and not trainer.sanity_checking:
-            self._watched, self._seen = (
-                PassiveCalibration(self._now(trainer), pruning_target(pl_module), self._processes),
-                0,
-            )
+        if self._state.due and not trainer.sanity_checking:
+            config = self._config_at(self._shares_due(trainer)[-1])
+            calibration = PassiveCalibration(config, pruning_target(pl_module), self._processes)
+            self._validation = ValidationLoop(calibration, self.num_samples, self._processes.world_size)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the first `num_samples` samples."""
-        if self._watched is not None and self._seen < self.num_samples:
-            self._seen += batch_size(batch) * self._processes.world_size
-            self._watching.enter_context(self._watched.batch(batch))
+        """Collect statistics from the first `num_samples` samples."""
+        if self._validation is not None:
+            self._validation.start_batch(batch)
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        """Count what the batch brought."""
-        self._watching.close()
+        """Stop collecting."""
+        if self._validation is not None:
+            self._validation.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune by what was watched."""
-        if self._watched is not None:
-            report, self._watched = self._watched.prune(), None
-            self._take(report, trainer)
+        """Prune with the statistics that were collected."""
+        if self._validation is not None:
+            report, self._validation = self._validation.prune(), None
+            self._record(report, self._shares_due(trainer)[-1], trainer)
             if trainer.state.fn == TrainerFn.FITTING:
                 self._hold(trainer, pl_module)
 
@@ -288,130 +275,138 @@ class PruningCallback(Callback):
         self._prune_to_measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far pruning is, and which zeros are not its own; the others are in the weights."""
-        return {
-            "choices": self._choices,
-            "zeros": self._pruned,
-            "share": self._share,
-            "asked_at": self._asked_at,
-            "due": self._due,
-            "unheld_zeros": self._zeros.unheld_zeros(),
-        }
+        """Return how far the model is pruned; see `PruningState`."""
+        return replace(self._state, unheld_zeros=self._zeros.unheld_zeros()).to_checkpoint()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a run where it was.
+        """Restore the state.
 
         Raises:
-            ValueError: If it prunes to another sparsity or by another pattern.
+            ValueError: If the checkpoint's run pruned to another sparsity or with another pattern.
         """
-        if state_dict["choices"] != self._choices:
+        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, type(self).__name__)
+        self._zeros.load(self._state.unheld_zeros)
+        self._resumed = True
+
+    def _check(self) -> None:
+        """Refuse options that are out of range or contradict each other."""
+        check_at_least(1, num_samples=self.num_samples)
+        if isinstance(pattern := self.config.pattern, NM) and len(self.schedule.stages) > 1:
             raise ValueError(
-                f"the checkpoint was written by {type(self).__name__} with {state_dict['choices']}, but this one has "
-                f"{self._choices}. Give the same, or load the weights alone and start anew."
+                f"schedule must have one stage for {pattern.n}:{pattern.m}, which has one sparsity, but it is "
+                f"{self.schedule}. Prune with at_step=..., or use pattern='unstructured'."
             )
-        self._pruned, self._share = state_dict["zeros"], state_dict["share"]
-        self._asked_at, self._due, self._resumed = state_dict["asked_at"], state_dict["due"], True
-        self._zeros.load(state_dict["unheld_zeros"])
+        if self.calibrate_on not in ("calibration", "validation"):
+            raise ValueError(f"calibrate_on must be one of calibration, validation, but it is {self.calibrate_on!r}.")
+        if self.calibrate_on == "validation" and (self.config.sequential != "none" or self.dataloader is not None):
+            raise ValueError(
+                "calibrate_on='validation' runs the dense model on the validation batches, so it needs "
+                f"sequential='none' and no dataloader, but sequential is {self.config.sequential!r}"
+                + (" and a dataloader is given." if self.dataloader is not None else ".")
+            )
+        if self.calibrate_on == "validation" and cast(Allocation, self.config.allocation).reads_gradients:
+            raise ValueError(
+                f"calibrate_on='validation' has no backward passes, but {self.config.allocation} needs them. Use "
+                "calibrate_on='calibration', or another allocation such as 'owl'."
+            )
 
     @property
-    def _choices(self) -> dict[str, Any]:
-        """What a resumed run cannot change."""
+    def _fixed_choices(self) -> dict[str, Any]:
+        """What a resumed run must not change."""
         choices = self.config.describe()
         return {name: choices[name] for name in ("sparsity", "pattern")}
 
-    def _forget(self) -> None:
-        self._pruned, self._share, self._asked_at, self._due = {}, 0.0, None, False
+    def _schedule(self, trainer: L.Trainer) -> Schedule:
+        """The schedule; in a dry run, one that ends with it."""
+        if trainer.fast_dev_run and trainer.state.fn == TrainerFn.FITTING:  # type: ignore[attr-defined]
+            return EndingBy(self.schedule, int(last_step(trainer)))
+        return self.schedule
+
+    def _shares_due(self, trainer: L.Trainer) -> list[float]:
+        """The shares of the final sparsity to prune to now, one after the other.
+
+        There is one, that of the latest stage; in a dry run, those of all stages at the same step, to try each.
+        """
+        schedule, step = self._schedule(trainer), trainer.global_step
+        if schedule is self.schedule:
+            return [schedule.share(step) or 1.0]
+        return [share for stage, share in schedule.stages if stage <= step and share > self._state.share] or [1.0]
 
     def _forget_if_dense(self, pl_module: L.LightningModule) -> None:
-        """Start anew where the model is another, or has been given dense weights."""
+        """Start again if the model is another, or was given dense weights."""
         resumed, self._resumed = self._resumed, False
-        if resumed or not self._pruned:
+        if resumed or not self._state.zeros:
             return
-        zeros = zeros_of(pruning_target(pl_module), self._processes)
-        if any(2 * zeros.get(name, 0) < count for name, count in self._pruned.items()):
-            self._forget()
+        if not self._state.describes(zeros_of(pruning_target(pl_module), self._processes)):
+            self._state = PruningState(self._fixed_choices)
 
-    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Prune if it is time, and say whether that was done."""
-        self._asked_at = trainer.global_step
+    def _prune_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Prune if `should_prune` says so. Return whether the model was pruned."""
+        self._state.asked_at = trainer.global_step
         if not self.should_prune(trainer):
             return False
         if self.calibrate_on == "validation":
-            self._due = True
+            self._state.due = True
             return False
-        self._prune(trainer, pl_module)
+        for share in self._shares_due(trainer):
+            self._prune(share, trainer, pl_module)
         return True
+
+    def _prune_to_measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._forget_if_dense(pl_module)
+        if not self.should_prune(trainer):
+            if self._state.share == 0:
+                rank_zero_warn(
+                    f"{type(self).__name__} prunes while the model trains, by {self.schedule}, so the model measured "
+                    "now is dense."
+                )
+            return
+        (share,) = self._shares_due(trainer)
+        if share > (self.schedule.share(0) or 0):
+            rank_zero_warn(
+                f"{type(self).__name__} prunes a model now that it should have pruned while it trained, by "
+                f"{self.schedule}. What is measured is a pruned model without training after pruning. To measure the "
+                "trained one, load a checkpoint from after pruning, such as ckpt_path='last'."
+            )
+        if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
+            self._state.due = True
+        else:
+            self._prune(share, trainer, pl_module)
+
+    def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report = prune_module(self._config_at(share), trainer, pl_module, self.dataloader, self.num_samples)
+        self._record(report, share, trainer)
+
+    def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
+        self._state.record(report, share)
+        publish(report, trainer, type(self).__name__, self.report_dir)
+
+    def _config_at(self, share: float) -> PruningConfig:
+        """The choices at a share of the final sparsity."""
+        allocation = cast(Allocation, self.config.allocation).scaled(share)
+        return replace(self.config, sparsity=self.config.sparsity * share, allocation=allocation)
+
+    def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.keep_zeros and self._state.zeros:
+            self._zeros.hold(pruning_target(pl_module), self._state.zeros)
+            self._zeros.clear(trainer, pl_module)
 
     def _refuse_what_later_stages_would(self, target: nn.Module) -> None:
         with self._processes.fail_together():
             reshard(target)
             plan(self.config, target, self._processes)
 
-    def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.keep_zeros and self._pruned:
-            self._zeros.hold(pruning_target(pl_module), self._pruned)
-            self._zeros.clear(trainer, pl_module)
 
-    def _prune_to_measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._forget_if_dense(pl_module)
-        if self.should_prune(trainer):
-            if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
-                self._due = True
-            else:
-                self._prune(trainer, pl_module)
-        elif self._share == 0:
-            rank_zero_warn(f"{type(self).__name__} prunes while training, by {self.schedule}: measuring a dense model")
-
-    def _now(self, trainer: L.Trainer) -> PruningConfig:
-        """The choices, at the sparsity that is due."""
-        share = self._share_now(trainer)
-        allocation = cast(Allocation, self.config.allocation).scaled(share)
-        return replace(self.config, sparsity=self.config.sparsity * share, allocation=allocation)
-
-    def _share_now(self, trainer: L.Trainer) -> float:
-        return self.schedule.share(trainer.global_step) or 1.0
-
-    def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            report = prune_as(
-                self._now(trainer),
-                pruning_target(pl_module),
-                calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
-                forward=partial(calibration_forward, trainer, pl_module),
-                predict=partial(calibration_forward, trainer, pl_module, for_predictions=True),
-                progress=_shows_progress(trainer),
-                processes=self._processes,
-            )
-        self._take(report, trainer)
-
-    def _take(self, report: PruningReport, trainer: L.Trainer) -> None:
-        """Remember, show, log and save what was done."""
-        self.report, self._share, self._due = report, self._share_now(trainer), False
-        # A layer that is zero altogether was not pruned but made so, and may learn.
-        self._pruned = {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
-        if _shows_progress(trainer):
-            rank_zero_info(f"{type(self).__name__}: {report.summary()}")
-        for logger in trainer.loggers:
-            logger.log_metrics(report.metrics(), step=trainer.global_step)
-        if self.report_dir is not None and trainer.is_global_zero:
-            report.save(self.report_dir)
-
-
-def _shows_progress(trainer: L.Trainer) -> bool:
-    bar = trainer.progress_bar_callback
-    return bar is not None and bool(getattr(bar, "is_enabled", True))
-
-
-def _refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a few steps of a longer training
-        return
-    last = schedule.stages[-1][0]
-    known: list[float] = [trainer.max_steps]
-    if trainer.lightning_module.automatic_optimization:
-        known.append(trainer.estimated_stepping_batches)
-    steps = min((count for count in known if count != -1), default=math.inf)
-    if last > steps:
-        raise MisconfigurationException(
-            f"{schedule} ends at optimizer step {last}, but training ends at {steps:.0f}: the model would never have "
-            "the sparsity asked for. Prune earlier, or train longer."
+def _resolve_schedule(at_step: int, schedule: Schedule | None) -> Schedule:
+    check_at_least(0, at_step=at_step)
+    if schedule is None:
+        return OneShot(at_step)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            "schedule must be a Schedule such as CubicSchedule(start_step=0, end_step=1000, every=100), but it is "
+            f"{schedule!r}."
         )
+    if at_step:
+        raise ValueError(f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}.")
+    schedule.check()
+    return schedule

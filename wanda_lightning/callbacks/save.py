@@ -1,4 +1,4 @@
-"""Write the trained model as a folder of its own library."""
+"""Save the trained model as a folder that its own library loads."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from wanda_lightning.callbacks.trainer import refuse_pytorch_lightning
 from wanda_lightning.files import refuse_replacement
 
 
 class SavePretrained(Callback):
-    """Save the model when training ends, by the module's own `save_pretrained(folder, overwrite)`.
+    """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
 
-    Adapters are merged first, by its `merge()` where it has one: what is saved loads without peft, and the module in
-    memory has none any more. Checkpoints that Lightning wrote while there were adapters load into a module with them.
+    If the module has a `merge()` method, it is called first and merges adapters: the saved folder loads without peft,
+    and the module in memory has no adapters any more. Checkpoints that Lightning wrote before load only into a module
+    with adapters.
 
     Args:
-        folder: Where to write it.
-        overwrite: Replace a model that is there.
+        folder: Where to save.
+        overwrite: Replace a model that is there already.
     """
 
     def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -28,29 +30,31 @@ class SavePretrained(Callback):
         self.overwrite = overwrite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written, before anything is trained.
+        """Refuse a folder that cannot be written before anything is trained.
 
         Raises:
-            FileExistsError: If the folder is not empty, see `overwrite`.
-            MisconfigurationException: If the module cannot save itself, or no process holds all of it.
+            FileExistsError: If the folder is not empty and `overwrite` is false.
+            MisconfigurationException: If the module has no `save_pretrained`, no process holds the whole model, or the
+                Trainer is one of `pytorch_lightning`.
         """
+        refuse_pytorch_lightning(trainer)
         if stage != "fit":
             return
         refuse_replacement(self.folder, self.overwrite)
         if not callable(getattr(pl_module, "save_pretrained", None)):
             raise MisconfigurationException(
-                f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has none: "
-                "define it, or use Lightning's ModelCheckpoint"
+                f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has no such "
+                "method. Define it, or use Lightning's ModelCheckpoint."
             )
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"SavePretrained writes a folder from one process that holds the whole model, but "
-                f"{type(trainer.strategy).__name__} spreads it: use Lightning's ModelCheckpoint, with "
-                "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file"
+                f"SavePretrained saves from one process that holds the whole model, but "
+                f"{type(trainer.strategy).__name__} distributes the model. Use Lightning's ModelCheckpoint, with "
+                "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file."
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge and save, in one process."""
+        """Merge the adapters in every process, and save from one."""
         if callable(merge := getattr(pl_module, "merge", None)):
             merge()
         if trainer.is_global_zero:

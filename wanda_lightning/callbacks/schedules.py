@@ -1,17 +1,19 @@
-"""When to prune while training, and how far: the stages of a schedule, in optimizer steps."""
+"""When to prune during training, and how far: the stages of a schedule, in optimizer steps."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from wanda_lightning.checks import check_at_least
+
 
 class Schedule(ABC):
-    """At which optimizer steps to prune, and to which share of the final sparsity.
+    """The optimizer steps at which to prune, each with a share of the final sparsity.
 
-    A stage `(step, share)` prunes as soon as `step` optimizer steps are done, to `share * sparsity`. Steps rise, shares
-    do not fall, and the last share is 1. Where layers differ in sparsity (`OWL`, `AlphaPruning`, `PerLayer`), so do the
-    shares of each; no layer's sparsity falls.
+    A stage `(step, share)` prunes to `share * sparsity` as soon as `step` optimizer steps are done. Steps increase,
+    shares never decrease, and the last share is 1. If an allocation gives each layer a sparsity of its own (`OWL`,
+    `AlphaPruning`, `PerLayer`), the share multiplies each of them; no layer's sparsity decreases.
     """
 
     @property
@@ -20,49 +22,53 @@ class Schedule(ABC):
         """All stages, in order."""
 
     def share(self, step: int) -> float | None:
-        """The share of the final sparsity that is due after so many optimizer steps; None before the first stage."""
+        """Return the share of the final sparsity after this many optimizer steps; None before the first stage."""
         return next((share for stage, share in reversed(self.stages) if stage <= step), None)
 
     def check(self) -> None:
         """Refuse stages that are out of order.
 
         Raises:
-            ValueError: If there are none, steps do not rise, a share falls or leaves (0, 1], or the last is not 1.
+            ValueError: If there are no stages, steps do not increase, a share decreases or is not in (0, 1], or the
+                last share is not 1.
         """
         steps, shares = [step for step, _ in self.stages], [share for _, share in self.stages]
-        if not steps or steps[0] < 0 or steps != sorted(set(steps)):
-            raise ValueError(f"a schedule prunes at steps that rise from 0 or later, but {self} has {steps}")
+        if not steps or any(not isinstance(step, int) or step < 0 for step in steps) or steps != sorted(set(steps)):
+            raise ValueError(
+                f"schedule must have stages at increasing optimizer steps, whole numbers from 0 on, but {self} has "
+                f"{steps}."
+            )
         if not all(share > 0 for share in shares) or shares != sorted(shares) or shares[-1] != 1:
             raise ValueError(
-                f"sparsity never decreases, and ends at what was asked for: the shares of {self} should rise to 1, "
-                f"but they are {shares}"
+                f"schedule must have shares of the final sparsity that are above 0, never decrease, and end at 1, but "
+                f"{self} has {shares}."
             )
 
 
 @dataclass(frozen=True)
 class OneShot(Schedule):
-    """Everything at once.
+    """Prune to the final sparsity at once.
 
     Attributes:
-        step: Optimizer steps before it.
+        step: Number of optimizer steps before pruning.
     """
 
     step: int = 0
 
     @property
     def stages(self) -> tuple[tuple[int, float], ...]:
-        """One stage."""
+        """The only stage."""
         return ((self.step, 1.0),)
 
 
 @dataclass(frozen=True)
 class LinearSchedule(Schedule):
-    """Sparsity rises by the same amount at each stage.
+    """Increase the sparsity by the same amount at each stage.
 
     Attributes:
-        start_step: Optimizer steps at which it is still 0.
-        end_step: Optimizer steps at which it is what was asked for.
-        every: Optimizer steps between stages.
+        start_step: Optimizer step at which the sparsity is still 0.
+        end_step: Optimizer step at which it is final.
+        every: Optimizer steps between two stages.
     """
 
     start_step: int
@@ -70,15 +76,13 @@ class LinearSchedule(Schedule):
     every: int
 
     def __post_init__(self) -> None:
-        if not (0 <= self.start_step < self.end_step and self.every >= 1):
-            raise ValueError(
-                "a schedule needs 0 <= start_step < end_step and every >= 1, but it has "
-                f"start_step={self.start_step}, end_step={self.end_step}, every={self.every}"
-            )
+        check_at_least(0, start_step=self.start_step)
+        check_at_least(1, every=self.every)
+        check_at_least(self.start_step + 1, end_step=self.end_step)
 
     @property
     def stages(self) -> tuple[tuple[int, float], ...]:
-        """Every `every` steps after `start_step`, and at `end_step`."""
+        """One stage every `every` steps after `start_step`, and one at `end_step`."""
         steps = [*range(self.start_step + self.every, self.end_step, self.every), self.end_step]
         length = self.end_step - self.start_step
         return tuple((step, self._curve((step - self.start_step) / length)) for step in steps)
@@ -89,7 +93,7 @@ class LinearSchedule(Schedule):
 
 @dataclass(frozen=True)
 class CubicSchedule(LinearSchedule):
-    """Sparsity rises fast at first and slowly at the end: `1 - (1 - progress)^3` (Zhu & Gupta 2017, eq. 1).
+    """Increase the sparsity fast at first and slowly at the end: `1 - (1 - progress)^3` (Zhu & Gupta 2017, eq. 1).
 
     Example:
         >>> CubicSchedule(0, 100, every=50).stages
@@ -98,3 +102,21 @@ class CubicSchedule(LinearSchedule):
 
     def _curve(self, progress: float) -> float:
         return 1 - (1 - progress) ** 3
+
+
+@dataclass(frozen=True)
+class EndingBy(Schedule):
+    """A schedule whose late stages are moved to the last step of a short training run.
+
+    Attributes:
+        schedule: The schedule.
+        last_step: Stages after this optimizer step are moved to it, so that several may have the same step.
+    """
+
+    schedule: Schedule
+    last_step: int
+
+    @property
+    def stages(self) -> tuple[tuple[int, float], ...]:
+        """The stages of the schedule, none after `last_step`."""
+        return tuple((min(step, self.last_step), share) for step, share in self.schedule.stages)

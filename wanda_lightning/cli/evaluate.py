@@ -43,8 +43,8 @@ def _language_models(options: EvaluateOptions) -> _LanguageModels:
 
 
 def _image_classifiers(options: EvaluateOptions) -> _ImageClassifiers:
-    resumed = options.resume or [None] * len(options.model)
-    sources = [(options.dense, None)] if options.dense else []
+    resumed: Sequence[str | None] = options.resume or [None] * len(options.model)
+    sources: list[tuple[str, str | None]] = [(options.dense, None)] if options.dense else []
     sources += list(zip(options.model, resumed, strict=True))
     # One model with several weights: the file names tell them apart.
     checkpoints = {f"{name} {weights}" if weights else name: (name, weights) for name, weights in sources}

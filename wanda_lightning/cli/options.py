@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import psutil
 
 from wanda_lightning.cli.parser import Rule, option
+from wanda_lightning.core.allocation import ALLOCATIONS
 from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement
-from wanda_lightning.methods import ALLOCATIONS, METHODS, PRESETS
+from wanda_lightning.methods import METHODS, PRESETS
 
 TIMM = "timm:"  # before the name of an image classifier
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -81,7 +81,8 @@ def _callback(options: PruneOptions) -> PruningCallback:
 def _pattern(options: PruneOptions, method: Method) -> Pattern:
     if options.sparsity_type != "unstructured":
         return pattern_named(options.sparsity_type)
-    return EqualShare() if options.use_variant else Unstructured(options.prune_granularity or method.group)
+    group: Any = options.prune_granularity or method.group
+    return EqualShare() if options.use_variant else Unstructured(group)
 
 
 def _classifier(options: PruneOptions) -> tuple[Any, ImageDataModule]:

@@ -54,7 +54,7 @@ def tolerant_streams() -> Iterator[list[TolerantStream]]:
     """Replace stdout and stderr by tolerant streams while the body runs, and yield them."""
     before = sys.stdout, sys.stderr
     streams = [TolerantStream(stream) for stream in before]
-    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    sys.stdout, sys.stderr = streams
     try:
         yield streams
     finally:

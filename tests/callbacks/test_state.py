@@ -1,4 +1,4 @@
-"""Stop and go on: to the last bit as without stopping, through checkpoints that anyone can read and SIGKILL."""
+"""Stop and resume: the same bits as a run that did not stop, also after SIGKILL, from checkpoints that anyone reads."""
 
 import multiprocessing
 import os
@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from support.callbacks import (  # noqa: F401
+from support.callbacks import (
     ADAMW,
+    LAYERS,
     SGD,
     Lion,
     Net,
+    SaveAt,
     all_at,
+    equal,
     loader,
-    one_thread,
-    samples,
+    same,
     share_of_zeros,
     to_quarters,
     trainer,
@@ -29,12 +31,90 @@ from support.callbacks import (  # noqa: F401
 )
 from torch import nn
 
-from wanda_lightning import CubicSchedule, KeepZeros, MagnitudePrune, WandaPrune, prune
+from wanda_lightning import (
+    CubicSchedule,
+    KeepZeros,
+    MagnitudePrune,
+    WandaPrune,
+    prune,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
     pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
 ]
+
+
+class TestCheckpoints:
+    def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(self, tmp_path):
+        whole = Net(ADAMW)
+        trainer(WandaPrune(num_samples=12), max_epochs=3).fit(whole, loader())
+        first, callback = Net(ADAMW), WandaPrune(num_samples=12)
+        fit = trainer(callback, max_epochs=1)
+        fit.fit(first, loader())
+        pruned = zeros(first)
+        fit.save_checkpoint(tmp_path / "pruned.ckpt")
+        resumed, again = Net(ADAMW), WandaPrune(num_samples=12)
+        trainer(again, max_epochs=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+        assert again.report == callback.report
+        assert all(torch.equal(where, pruned[name]) for name, where in zeros(resumed).items())
+        assert same(resumed, whole)
+
+    def test_a_checkpoint_is_ordinary(self, tmp_path):
+        module, callback = Net(), WandaPrune(num_samples=12)
+        fit = trainer(callback, max_epochs=1)
+        fit.fit(module, loader())
+        fit.save_checkpoint(tmp_path / "pruned.ckpt")
+        checkpoint = torch.load(tmp_path / "pruned.ckpt", weights_only=True)
+        assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
+        assert checkpoint["callbacks"].keys() == {callback.state_key}
+        state = checkpoint["callbacks"][callback.state_key]
+        assert state["zeros"] == {
+            name: int(where.sum()) for name, where in zip(LAYERS, zeros(module).values(), strict=True)
+        }
+        assert state["unheld_zeros"] == {}
+        for optimizer_state in checkpoint["optimizer_states"]:
+            assert optimizer_state.keys() == {"state", "param_groups"}
+
+    def test_a_pruned_checkpoint_is_measured_as_it_is(self, tmp_path):
+        module = Net()
+        fit = trainer(WandaPrune(num_samples=12), max_epochs=1)
+        fit.fit(module, loader())
+        fit.save_checkpoint(tmp_path / "pruned.ckpt")
+        loaded = Net()
+        trainer(WandaPrune(num_samples=12)).test(loaded, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+        assert same(loaded, module)
+
+    def test_a_dense_checkpoint_is_pruned_when_training_goes_on(self, tmp_path):
+        fit = trainer(max_epochs=1)
+        fit.fit(Net(ADAMW), loader())
+        fit.save_checkpoint(tmp_path / "dense.ckpt")
+        module = Net(ADAMW)
+        callback = WandaPrune(num_samples=12)
+        trainer(callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
+        assert share_of_zeros(module) == all_at(0.5)  # although the moments that were loaded are not zero there
+
+    def test_two_callbacks_prune_two_parts(self, tmp_path):
+        module = Net()
+        first = WandaPrune(0.5, num_samples=12, skip=["layers.0"])
+        second = MagnitudePrune(0.25, skip=["layers.2", "layers.4"])
+        fit = trainer(first, second, max_epochs=1)
+        fit.fit(module, loader())
+        assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}
+        fit.save_checkpoint(tmp_path / "both.ckpt")
+        saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+        assert [list(state["zeros"]) for state in saved.values()] == [["layers.2", "layers.4"], ["layers.0"]]
+        assert list(saved) == [first.state_key, second.state_key]
+
+    def test_the_key_depends_on_the_part_that_is_pruned(self):
+        def key(**part):
+            callback = WandaPrune(0.5, num_samples=12, **part)
+            callback.setup(trainer(callback), Net(), "fit")
+            return callback.state_key
+
+        assert key(skip=["layers.0"]) == key(skip=["layers.0"]) != key(skip=["layers.2"])
+        assert key(only=["layers.0"]) == key(only=["layers.0"]) != key(only=["layers.2"])
+        assert key(skip=["layers.0"]) != key(only=["layers.0"])
 
 
 class Resumable:
@@ -73,29 +153,6 @@ class Counted(WandaPrune):
         return due
 
 
-class SaveAt(L.Callback):
-    """A checkpoint after each of these optimizer steps, as `<step>.ckpt`."""
-
-    def __init__(self, folder, *steps):
-        self.folder, self.steps = folder, steps
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        path = self.folder / f"{trainer.global_step}.ckpt"
-        if trainer.global_step in self.steps and not path.exists():
-            trainer.save_checkpoint(path)
-
-
-def equal(a, b):
-    """Whether two nested states are the same to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 def state(module):
     return {"weights": module.state_dict(), "optimizer": module.used_optimizer.state_dict()}
 
@@ -120,7 +177,11 @@ WHEN = {
     "at_start": {},
     "cubic": {"schedule": CubicSchedule(0, 9, every=3)},
 }
+
+
 PRUNED_AT = {"at_step": [5], "at_start": [0], "cubic": [3, 6, 9]}
+
+
 OPTIONS = {
     "plain": {},
     "accumulation": {"accumulate_grad_batches": 2},
@@ -161,7 +222,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
         path = tmp_path / f"{step}.ckpt"
         trainer(*callbacks_of(options, again), **steps).fit(resumed, Resumable(), ckpt_path=path)
         assert again.pruned_at == [at for at in PRUNED_AT[when] if at > step]
-        assert (again.report is None) == (not again.pruned_at)
+        assert again.report.layers == callback.report.layers
+        assert again.pruned_at or again.report == callback.report  # to the last field, from the checkpoint
         assert equal(state(resumed), state(whole)), f"from step {step}"
         assert torch.load(path, weights_only=True)["global_step"] == step
 
@@ -284,9 +346,6 @@ def test_calibration_does_not_move_a_loader_that_knows_where_it_is(tmp_path):
     assert equal(module, dense)
 
 
-# ------------------------------------------------------------------------------------------------- two parts, KeepZeros
-
-
 @pytest.mark.parametrize("step", [2, 4, 6, 8])
 def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path, step):
     def both():
@@ -299,7 +358,7 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path, step):
     first, second = both()
     trainer(second, first, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
     assert first.pruned_at == [at for at in [3] if at > step]
-    assert (second.report is None) == (step >= 6)
+    assert [first.report.sparsity, second.report.sparsity] == [0.5, 0.25]  # one of a checkpoint, or of a pruning
     assert equal(state(resumed), state(whole))
 
 
@@ -318,35 +377,6 @@ def pruned_elsewhere(optimizer, skip=()):
     module = made(optimizer)
     prune(module, criterion="magnitude", pattern="unstructured", skip=skip, progress=False)
     return module
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_keep_zeros_alone(tmp_path, optimizer):
-    whole, resumed = pruned_elsewhere(optimizer), made(optimizer)
-    trainer(KeepZeros(), SaveAt(tmp_path, 2, 7), max_steps=10).fit(whole, Resumable())
-    for step in (2, 7):
-        trainer(KeepZeros(), max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
-        assert equal(state(resumed), state(whole))
-
-
-def test_keep_zeros_holds_after_a_resume_what_it_held_before(tmp_path):
-    """A layer that was zero altogether has dead units by now, but its zeros are not held."""
-    whole, resumed = pruned_elsewhere("adamw", skip=["layers.4"]), made("adamw")
-    nn.init.zeros_(whole.layers[4].weight)
-    trainer(KeepZeros(), SaveAt(tmp_path, 1), max_steps=8).fit(whole, Resumable())
-    assert (torch.load(tmp_path / "1.ckpt")["state_dict"]["layers.4.weight"] == 0).any()
-    trainer(KeepZeros(), max_steps=8).fit(resumed, Resumable(), ckpt_path=tmp_path / "1.ckpt")
-    assert equal(state(resumed), state(whole))
-
-
-def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
-    module, callback = pruned_elsewhere("adamw"), KeepZeros()
-    measured = trainer(callback)
-    measured.validate(module, loader(), verbose=False)
-    measured.save_checkpoint(tmp_path / "pruned.ckpt")
-    resumed = made("adamw")
-    trainer(KeepZeros(), max_steps=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
-    assert share_of_zeros(resumed) == all_at(0.5)
 
 
 class Breaking(Net):
@@ -386,9 +416,6 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, callback):
     assert equal(resumed.state_dict(), whole.state_dict())
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
-
-
 @pytest.mark.parametrize(
     ("first", "second", "names"),
     [
@@ -404,7 +431,7 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, first, second, na
     trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
     callback = WandaPrune(num_samples=12, **second)
     run = getattr(trainer(callback, **({"max_steps": 4} if loop == "fit" else {})), loop)
-    with pytest.raises(ValueError, match=rf"written by WandaPrune with .*{names[0]}.*this one has.*{names[1]}"):
+    with pytest.raises(ValueError, match=rf"WandaPrune wrote with .*{names[0]}.*but they are.*{names[1]}"):
         run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")
     assert callback.report is None
 
@@ -419,8 +446,6 @@ def test_what_does_not_matter_once_pruned_may_change(tmp_path, change, monkeypat
     assert callback.pruned_at == []
     assert equal(state(resumed), state(whole))
 
-
-# -------------------------------------------------------------------------------------------- for those without us
 
 READ = """
 import sys
@@ -447,11 +472,8 @@ def test_a_checkpoint_loads_without_this_package(tmp_path):
     assert float(total) == pytest.approx(module(torch.ones(1, 32)).sum().item(), rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------- SIGKILL
-
 # One process imports everything; each attempt is a copy of it, that can be killed.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lightning", "transformers", "timm", "wanda_lightning"])
 
 
 class Killed(Net):
@@ -537,3 +559,32 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, when):
     assert -signal.SIGKILL in exits  # a slow test may send its signal too late
     assert all(steps[0] > 0 for steps in begun[1:] if steps)
     assert equal(result, whole)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_keep_zeros_alone(tmp_path, optimizer):
+    whole, resumed = pruned_elsewhere(optimizer), made(optimizer)
+    trainer(KeepZeros(), SaveAt(tmp_path, 2, 7), max_steps=10).fit(whole, Resumable())
+    for step in (2, 7):
+        trainer(KeepZeros(), max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert equal(state(resumed), state(whole))
+
+
+def test_keep_zeros_holds_after_a_resume_what_it_held_before(tmp_path):
+    """A layer that was zero altogether has dead units by now, but its zeros are not held."""
+    whole, resumed = pruned_elsewhere("adamw", skip=["layers.4"]), made("adamw")
+    nn.init.zeros_(whole.layers[4].weight)
+    trainer(KeepZeros(), SaveAt(tmp_path, 1), max_steps=8).fit(whole, Resumable())
+    assert (torch.load(tmp_path / "1.ckpt")["state_dict"]["layers.4.weight"] == 0).any()
+    trainer(KeepZeros(), max_steps=8).fit(resumed, Resumable(), ckpt_path=tmp_path / "1.ckpt")
+    assert equal(state(resumed), state(whole))
+
+
+def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
+    module, callback = pruned_elsewhere("adamw"), KeepZeros()
+    measured = trainer(callback)
+    measured.validate(module, loader(), verbose=False)
+    measured.save_checkpoint(tmp_path / "pruned.ckpt")
+    resumed = made("adamw")
+    trainer(KeepZeros(), max_steps=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+    assert share_of_zeros(resumed) == all_at(0.5)

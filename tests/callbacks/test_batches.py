@@ -1,0 +1,528 @@
+"""Calibration batches: which loader, which samples, and how they run through the module."""
+
+from functools import partial
+from typing import NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support.callbacks import (
+    Net,
+    Recorder,
+    all_at,
+    loader,
+    same,
+    samples,
+    share_of_zeros,
+    tagged,
+    trainer,
+)
+from support.zoo import ZOO
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from wanda_lightning import (
+    ImageClassifierModule,
+    ImageDataModule,
+    WandaPrune,
+    prune,
+)
+from wanda_lightning.callbacks.batches import batch_size
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
+]
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, **loaders):
+        super().__init__()
+        self.stages = []
+        for name, tag in loaders.items():
+            setattr(self, name, partial(tagged, tag))
+
+    def setup(self, stage):
+        self.stages.append(stage)
+
+    def val_dataloader(self):
+        return tagged(9)
+
+
+class TrainData(Data):
+    def train_dataloader(self):
+        assert "fit" in self.stages
+        return tagged(5)
+
+
+class Calibrating(Recorder):
+    def calibration_dataloader(self):
+        return tagged(3)
+
+
+class Training(Recorder):
+    def train_dataloader(self):
+        return tagged(6)
+
+
+class TestCalibrationSource:
+    @pytest.mark.parametrize(
+        ("tag", "make", "data", "given"),
+        [
+            (1, Calibrating, lambda: TrainData(calibration_dataloader=2), tagged(1)),
+            (2, Calibrating, lambda: TrainData(calibration_dataloader=2), None),
+            (3, Calibrating, TrainData, None),
+            (5, Training, TrainData, None),
+            (6, Training, Data, None),
+            (9, Recorder, Data, None),
+        ],
+        ids=[
+            "given",
+            "the datamodule's",
+            "the module's",
+            "train of the datamodule",
+            "train of the module",
+            "validation",
+        ],
+    )
+    def test_order_when_validating(self, tag, make, data, given):
+        module = make()
+        trainer(WandaPrune(num_samples=4, dataloader=given)).validate(module, datamodule=data())
+        assert [batch[0].unique().item() for batch in module.seen] == [tag]
+
+    @pytest.mark.parametrize(("tag", "make"), [(3, Calibrating), (7, Recorder), (7, Training)])
+    def test_order_when_training(self, tag, make):
+        module = make()
+        trainer(WandaPrune(num_samples=4), max_steps=1).fit(module, tagged(7), tagged(8))
+        assert [batch[0].unique().item() for batch in module.seen] == [tag]
+
+    @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+    def test_loaders_at_hand(self, loop):
+        module = Recorder()
+        getattr(trainer(WandaPrune(num_samples=4)), loop)(module, tagged(8))
+        assert [batch[0].unique().item() for batch in module.seen] == [8]
+
+    @pytest.mark.parametrize("several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}])
+    def test_several_loaders_are_refused(self, several):
+        module, before = Net(), Net()
+        with pytest.raises(MisconfigurationException, match="since there are 2 val dataloaders"):
+            trainer(WandaPrune(num_samples=4)).validate(module, several())
+        assert same(module, before)
+        trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
+        assert share_of_zeros(module) == all_at(0.5)
+
+    def test_one_loader_in_a_list_is_no_question(self):
+        module = Recorder()
+        trainer(WandaPrune(num_samples=4)).validate(module, [tagged(8)])
+        assert [batch[0].unique().item() for batch in module.seen] == [8]
+
+    def test_batches_may_be_given_as_a_list(self):
+        module = Recorder()
+        batches = list(loader(12))
+        trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
+        assert all(torch.equal(seen[0], batch[0]) for seen, batch in zip(module.seen, batches, strict=True))
+
+    @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+    def test_samples_are_counted_and_the_last_batch_is_cut(self, sequential):
+        module = Recorder()
+        callback = WandaPrune(num_samples=6, sequential=sequential, dataloader=loader(12))
+        trainer(callback).validate(module, loader())
+        assert [len(x) for x, _ in module.seen] == [4, 2]
+        assert [len(labels) for _, labels in module.seen] == [4, 2]
+        assert torch.equal(torch.cat([x for x, _ in module.seen]), samples(12).tensors[0][:6])
+        assert {layer.tokens for layer in callback.report.layers} == {6}
+        assert callback.report.config["calibration_batches"] == 2
+
+    def test_fewer_samples_than_asked(self):
+        module, callback = Net(), WandaPrune(num_samples=100)
+        with pytest.warns(UserWarning, match=r"num_samples is 100, but .* has only 12\."):
+            trainer(callback).validate(module, loader())
+        assert {layer.tokens for layer in callback.report.layers} == {12}
+
+    def test_no_samples_at_all(self):
+        module = Net()
+        empty = WandaPrune(dataloader=[])
+        with (
+            pytest.warns(UserWarning, match="has only 0"),
+            pytest.raises(ValueError, match="needs calibration batches"),
+        ):
+            trainer(empty).validate(module, loader())
+        assert same(module, Net())
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda rows: (torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])),
+        lambda rows: [torch.stack([x for x, _ in rows])],
+        lambda rows: torch.stack([x for x, _ in rows]),
+        lambda rows: {"x": torch.stack([x for x, _ in rows])},
+        lambda rows: {
+            "file": [str(y) for _, y in rows],
+            "x": torch.stack([x for x, _ in rows]),
+            "total": torch.tensor(4),
+        },
+    ],
+    ids=["tuple", "list", "tensor", "mapping", "keys that forward does not take"],
+)
+def test_batches_of_all_kinds(collate):
+    module, by_hand = Net(), Net()
+    batches = DataLoader(samples(12), 4, collate_fn=collate)
+    trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
+    prune(by_hand, list(loader()), progress=False)
+    assert same(module, by_hand)
+
+
+def test_a_mapping_that_forward_cannot_take():
+    module = Net()
+    with pytest.raises(ValueError, match=r"Net.forward takes \['x'\].*batch has \['image'\].*calibration_step"):
+        trainer(WandaPrune(num_samples=4, dataloader=[{"image": torch.ones(4, 32)}] * 2)).validate(module, loader())
+    assert same(module, Net())
+
+
+@pytest.mark.parametrize("batch", [object(), ("a", "b"), torch.tensor(1.0)])
+def test_a_batch_without_samples(batch):
+    with pytest.raises(MisconfigurationException, match="must make batches that hold tensors"):
+        trainer(WandaPrune(num_samples=4, dataloader=[batch, batch])).validate(Net(), loader())
+
+
+def test_a_module_without_forward_is_a_clear_error():
+    class Steps(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+
+        def validation_step(self, batch, batch_idx):
+            self.first(batch[0])
+
+    with pytest.raises(MisconfigurationException, match=r"Steps must define forward\(\) or calibration_step\(batch\)"):
+        trainer(WandaPrune(num_samples=4)).validate(Steps(), loader())
+
+
+def test_transfer_hooks_of_the_module_are_applied():
+    class Transferred(Recorder):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 1, batch[1]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] * 10, batch[1]
+
+    module = Transferred()
+    trainer(WandaPrune(num_samples=4)).validate(module, tagged(2))
+    assert [batch[0].unique().item() for batch in module.seen] == [30]
+
+
+def test_transfer_hooks_of_the_data_module_are_applied():
+    class Shifted(L.LightningDataModule):
+        def calibration_dataloader(self):
+            return loader()
+
+        def val_dataloader(self):
+            return loader()
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] + 3, batch[1]
+
+    module, expected = Net(), Net()
+    trainer(WandaPrune(num_samples=12)).validate(module, datamodule=Shifted())
+    prune(expected, [(x + 3, y) for x, y in loader()], progress=False)
+    assert same(module, expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64), ("bf16-mixed", torch.float32)]
+)
+def test_inputs_have_the_trainers_precision(precision, dtype):
+    module = Recorder()
+    outputs = []
+    module.layers[0].register_forward_hook(lambda layer, args, output: outputs.append(output.dtype))
+    trainer(WandaPrune(num_samples=4), precision=precision).validate(module, loader())
+    assert [(x.dtype, labels.dtype) for x, labels in module.seen] == [(dtype, torch.int64)]
+    assert set(outputs) == {torch.bfloat16 if precision == "bf16-mixed" else dtype}
+    assert share_of_zeros(module) == all_at(0.5)
+
+
+def test_predict_sees_every_batch_of_the_loader_it_calibrated_on():
+    module = Net()
+    batches = DataLoader(samples(), batch_size=4)  # by keyword: Lightning builds the loader again for predict
+    predictions = trainer(WandaPrune(num_samples=12)).predict(module, batches)
+    assert share_of_zeros(module) == all_at(0.5)
+    assert torch.equal(torch.cat(predictions), module(samples().tensors[0]))
+
+
+def test_predict_with_our_data_modules():
+    images = ImageClassifierModule("test_vit", pretrained=False, num_classes=10, model_kwargs={"in_chans": 1})
+    data = ImageDataModule("digits", images, num_samples=8, image_size=160, batch_size=180)
+    predicting = trainer(WandaPrune(num_samples=8, sequential="none"))
+    assert sum(len(part) for part in predicting.predict(images, data)) == 360
+
+
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+def test_persistent_workers_lose_no_batch(loop):
+    seen = []
+
+    class Counting(Net):
+        def training_step(self, batch, batch_idx):
+            seen.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            seen.append(len(batch[0]))
+
+    batches = DataLoader(samples(20), batch_size=4, num_workers=1, persistent_workers=True)
+    getattr(trainer(WandaPrune(num_samples=6), max_epochs=2), loop)(Counting(), batches)
+    assert len(seen) == (10 if loop == "fit" else 5)
+
+
+def test_the_order_of_a_loader_with_its_own_generator_stays():
+    orders = []
+    for callbacks in ([], [WandaPrune(num_samples=6)]):
+        seen = []
+
+        class Listening(Net):
+            def training_step(self, batch, batch_idx, seen=seen):
+                seen.extend(batch[1].tolist())
+                return super().training_step(batch, batch_idx)
+
+        shuffled = DataLoader(samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+        trainer(*callbacks, max_epochs=1).fit(Listening(), shuffled)
+        orders.append(seen)
+    assert orders[0] == orders[1]
+
+
+def test_a_list_of_one_batch_is_a_dataloader():
+    module, expected = Net(), Net()
+    batch = samples()[:]
+    trainer(WandaPrune(num_samples=12, dataloader=[batch])).validate(module, loader())
+    prune(expected, [batch], progress=False)
+    assert same(module, expected)
+
+
+class Labelled(NamedTuple):
+    x: torch.Tensor
+    label: torch.Tensor
+
+
+def test_a_named_tuple_stays_one_when_it_is_cut():
+    class Named(Net):
+        def calibration_step(self, batch):
+            self(batch.x)
+
+    module = Named()
+    batches = [Labelled(*samples(4).tensors), Labelled(*samples(4, seed=1).tensors)]
+    callback = WandaPrune(num_samples=6, dataloader=batches)
+    trainer(callback).validate(module, loader())
+    assert {layer.tokens for layer in callback.report.layers} == {6}
+
+
+def texts_and_patches(samples, lengths):
+    """A batch of a vision-language model: each image has a number of patches of its own."""
+    return {
+        "pixel_values": torch.zeros(sum(lengths), 8),
+        "image_grid_thw": torch.zeros(len(lengths), 3, dtype=torch.long),
+        "input_ids": torch.zeros(samples, 5, dtype=torch.long),
+        "attention_mask": torch.ones(samples, 5, dtype=torch.long),
+        "labels": torch.zeros(samples, 5, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (texts_and_patches(4, (16, 16, 64, 4, 4)), 4),
+        (texts_and_patches(2, (16, 16)), 2),
+        ({"pixel_values": torch.zeros(96, 8), "input_ids": torch.zeros(4, 5), "grid": torch.zeros(6, 3)}, 4),
+        ({"cu_seqlens": torch.zeros(9), "input_ids": torch.zeros(1, 40), "position_ids": torch.zeros(1, 40)}, 1),
+        ((torch.zeros(10, 3), torch.zeros(4, 3), torch.zeros(4)), 4),
+        ((torch.zeros(4, 3), torch.zeros(10)), 4),
+        ({"scale": torch.tensor(1.0), "inputs": {"x": torch.zeros(4, 3)}, "names": ["a"] * 9}, 4),
+        ([torch.zeros(7, 2), torch.tensor(3)], 7),
+    ],
+    ids=["patches", "one image each", "a tie", "packed", "tuple", "first of a tuple", "nested", "list"],
+)
+def test_the_size_of_a_batch(batch, size):
+    assert batch_size(batch) == size
+
+
+def test_a_batch_with_patches_is_counted_by_its_texts_and_not_cut():
+    class Reading(Net):
+        def calibration_step(self, batch):
+            seen.append(batch)
+            return self(batch["input_ids"].float().repeat(1, 7)[:, :32])
+
+    seen = []
+    batches = [texts_and_patches(4, (16, 16, 64, 4)) for _ in range(3)]
+    trainer(WandaPrune(num_samples=6, dataloader=batches)).validate(Reading(), loader())
+    assert [[len(value) for value in batch.values()] for batch in seen] == [[100, 4, 4, 4, 4]] * 2
+
+
+class Listed(DataLoader):
+    """A subclass with a constructor of its own, and a random state of its own."""
+
+    def __init__(self, dataset, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.jitter = torch.Generator().manual_seed(seed)
+        super().__init__(dataset, batch_size=4, shuffle=True, generator=generator)
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x + torch.rand(x.shape, generator=self.jitter), y
+
+
+SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
+
+
+@pytest.mark.filterwarnings(SHUFFLED)
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+def test_a_subclass_of_the_loader_keeps_its_order_and_random_numbers(loop):
+    batches = []
+    for callbacks in ([], [WandaPrune(num_samples=6)]):
+        seen = []
+
+        class Noting(Net):
+            def training_step(self, batch, batch_idx, seen=seen):
+                seen.append(batch[0])
+                return super().training_step(batch, batch_idx)
+
+            def validation_step(self, batch, batch_idx, seen=seen):
+                seen.append(batch[0])
+
+        getattr(trainer(*callbacks, max_epochs=2), loop)(Noting(), Listed(samples(), 3))
+        batches.append(seen)
+    assert len(batches[0]) == (6 if loop == "fit" else 3)
+    assert all(map(torch.equal, *batches))
+
+
+@pytest.mark.filterwarnings(SHUFFLED)
+def test_a_subclass_is_calibrated_on_with_its_own_batches():
+    module = Recorder()
+    expected = list(Listed(samples(), 3))
+    trainer(WandaPrune(num_samples=12)).validate(module, Listed(samples(), 3))
+    assert all(torch.equal(seen[0], x) for seen, (x, _) in zip(module.seen, expected, strict=True))
+
+
+SAMPLES = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Logbook(L.LightningModule):
+    """Notes the batches that it is calibrated and trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = ZOO["plain_mlp"].build().train()
+        self.calibrated, self.trained = [], []
+
+    def calibration_step(self, batch):
+        self.calibrated.append(batch)
+        return self.layers(batch)
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append(batch)
+        return F.mse_loss(self.layers(batch), torch.zeros(len(batch), 16))
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fitted(loader, *callbacks, epochs=1):
+    module = Logbook()
+    trainer(*callbacks, max_epochs=epochs).fit(module, loader)
+    return module
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    assert all(map(torch.equal, batches, expected))
+
+
+class Batched(Dataset):
+    """Its items are batches."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return SAMPLES[4 * index : 4 * index + 4]
+
+
+class BatchedStream(IterableDataset):
+    def __iter__(self):
+        return iter(SAMPLES.split(4))
+
+
+@pytest.mark.parametrize("dataset", [Batched, BatchedStream])
+def test_a_loader_of_batches_made_before(dataset):
+    module = fitted(DataLoader(dataset(), batch_size=None), WandaPrune(num_samples=10))
+    assert_same(module.calibrated, [*SAMPLES[:8].split(4), SAMPLES[8:10]])
+    assert_same(module.trained, SAMPLES.split(4))
+
+
+class Turning(Sampler):
+    """Begins one place further each time that it is read."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def __len__(self):
+        return len(SAMPLES)
+
+    def __iter__(self):
+        self.epoch += 1
+        return iter([(self.epoch + i) % len(SAMPLES) for i in range(len(SAMPLES))])
+
+
+class TurningBatches(Turning):
+    """Batches of 3, 4 and 5."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        order = list(super().__iter__())
+        return iter([order[:3], order[3:7], order[7:]])
+
+
+@pytest.mark.parametrize(
+    ("option", "sampler", "sizes"), [("batch_sampler", TurningBatches, (3, 4, 5)), ("sampler", Turning, (4, 4, 4))]
+)
+def test_a_sampler_is_honoured_and_left_as_it_was(option, sampler, sizes):
+    def loader():
+        return DataLoader(SAMPLES, **{option: sampler()}, **({"batch_size": 4} if option == "sampler" else {}))
+
+    dense, pruned = loader(), loader()
+    without = fitted(dense, epochs=2)
+    module = fitted(pruned, WandaPrune(num_samples=12), epochs=2)
+    first, second = (SAMPLES.roll(-epoch, 0).split(sizes) for epoch in (1, 2))
+    assert_same(module.trained, [*first, *second])
+    # Lightning may have begun its own reading, or not.
+    assert_same(module.calibrated, first if torch.equal(module.calibrated[0], first[0]) else second)
+    assert_same(without.trained, module.trained)
+    assert getattr(pruned, option).epoch == getattr(dense, option).epoch
+
+
+class TrainsOnSetup(Logbook):
+    """Its train loader is there only after `setup("fit")`."""
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.samples = SAMPLES
+
+    def train_dataloader(self):
+        return DataLoader(self.samples, 4)
+
+
+def test_a_train_loader_that_is_there_only_in_fit():
+    module, before = TrainsOnSetup(), TrainsOnSetup().state_dict()
+    with pytest.raises(
+        MisconfigurationException, match=r"dataloader must be given, since TrainsOnSetup\.train_dataloader\(\) fails"
+    ) as caught:
+        trainer(WandaPrune(num_samples=12)).validate(module, DataLoader(SAMPLES, 4))
+    assert isinstance(caught.value.__cause__, AttributeError)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    trainer(WandaPrune(num_samples=12, dataloader=DataLoader(SAMPLES, 4))).validate(module, DataLoader(SAMPLES, 4))
+    assert_same(module.calibrated, SAMPLES.split(4))

@@ -1,0 +1,148 @@
+"""What a pruning callback refuses or warns of before training starts."""
+
+import inspect
+import textwrap
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.callbacks import (
+    Manual,
+    Net,
+    SaveAt,
+    Steps,
+    TwoOptimizers,
+    all_at,
+    loader,
+    same,
+    share_of_zeros,
+    trainer,
+)
+
+from wanda_lightning import (
+    CubicSchedule,
+    PruningCallback,
+    WandaPrune,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
+]
+
+
+@pytest.mark.parametrize(
+    ("when", "options", "end"),
+    [
+        ({"at_step": 1000}, {"max_steps": 10}, 10),
+        ({"at_step": 7}, {"max_epochs": 2, "accumulate_grad_batches": 2}, 6),  # three steps an epoch
+        ({"at_step": 5}, {"max_epochs": 2, "accumulate_grad_batches": 4}, 4),  # two, of four batches and of two
+        ({"at_step": 13}, {"max_epochs": 2}, 12),
+        ({"at_step": 5}, {"max_epochs": 2, "limit_train_batches": 2}, 4),
+        ({"at_step": 5}, {"max_epochs": 2, "max_steps": 4}, 4),
+        ({"schedule": CubicSchedule(0, 13, every=2)}, {"max_epochs": 2}, 12),
+        ({"schedule": Steps((1, 0.5), (20, 1.0))}, {"max_epochs": 2}, 12),
+    ],
+)
+def test_a_stage_after_the_end_of_training_is_refused_at_the_start(when, options, end):
+    module = Net()
+    steps = []
+    module.register_forward_pre_hook(lambda *_: steps.append(1))
+    with pytest.raises(MisconfigurationException, match=rf"and training ends at {end}\. Prune earlier"):
+        trainer(WandaPrune(num_samples=24, **when), **options).fit(module, loader(24))
+    assert same(module, Net())
+    assert not steps
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 4}, {"max_epochs": 2, "accumulate_grad_batches": 3}])
+def test_a_stage_at_the_end_of_training_is_not_refused(options):
+    module = Net()
+    trainer(WandaPrune(num_samples=24, at_step=4), **options).fit(module, loader(24))
+    assert share_of_zeros(module) == all_at(0.5)
+
+
+@pytest.mark.parametrize("make", [Manual, TwoOptimizers])
+def test_manual_optimization_is_refused_by_max_steps(make):
+    module = make()
+    with pytest.raises(MisconfigurationException, match="ends at optimizer step 9 and training ends at 8"):
+        trainer(WandaPrune(num_samples=24, at_step=9), max_steps=8).fit(module, loader(24))
+    assert same(module, Net())
+
+
+@pytest.mark.parametrize("max_epochs", [1, 3])
+def test_manual_optimization_is_not_held_to_one_step_a_batch(max_epochs):
+    module = TwoOptimizers()  # twelve steps an epoch of six batches
+    trainer(WandaPrune(num_samples=24, at_step=12), max_epochs=max_epochs).fit(module, loader(24))
+    assert share_of_zeros(module) == all_at(0.5)
+
+
+def test_a_dry_run_is_not_refused_and_prunes_at_its_last_step():
+    module, callback = Net(), WandaPrune(num_samples=24, at_step=1000)
+    trainer(callback, fast_dev_run=True).fit(module, loader(24))
+    assert share_of_zeros(module) == all_at(0.5)
+    assert callback.report.sparsity == 0.5
+
+
+class TestBestFromBeforePruning:
+    @pytest.mark.parametrize("when", [{"at_step": 3}, {"schedule": CubicSchedule(0, 4, every=2)}])
+    def test_is_warned_of_when_training_starts(self, tmp_path, when):
+        monitor = ModelCheckpoint(tmp_path, monitor="loss")
+        run = trainer(WandaPrune(num_samples=12, **when), monitor, max_epochs=2, enable_checkpointing=True)
+        last = when.get("at_step", 4)
+        with pytest.warns(UserWarning, match=rf"monitor='loss'\) also .* before step {last}.*docstring"):
+            run.fit(Net(), loader(), loader())
+
+    @pytest.mark.parametrize(
+        ("when", "monitor"), [({"at_step": 0}, "loss"), ({"at_step": 3}, None)], ids=["at the start", "no monitor"]
+    )
+    def test_is_not_warned_of_where_it_cannot_be(self, tmp_path, when, monitor, recwarn):
+        checkpoint = ModelCheckpoint(tmp_path, monitor=monitor)
+        run = trainer(WandaPrune(num_samples=12, **when), checkpoint, max_epochs=2, enable_checkpointing=True)
+        run.fit(Net(), loader(), loader())
+        assert "ModelCheckpoint" not in "".join(str(warning.message) for warning in recwarn)
+
+    def test_does_not_exist_with_the_recipe_of_the_docstring(self, tmp_path):
+        code = inspect.getdoc(PruningCallback).partition("::\n\n")[2].partition("\n\nTo prune at another")[0]
+        scope = {"ModelCheckpoint": ModelCheckpoint}
+        exec(textwrap.dedent(code).replace("1000", "3"), scope)
+
+        class Worsening(Net):
+            """The best loss is that of the dense model."""
+
+            def validation_step(self, batch, batch_idx):
+                self.log("loss", float(self.trainer.global_step))
+
+        best = scope["BestAfterPruning"](tmp_path, monitor="loss")
+        run = trainer(WandaPrune(num_samples=12, at_step=3), best, max_epochs=4, enable_checkpointing=True)
+        run.fit(Worsening(), loader(), loader())  # three steps an epoch
+        saved = torch.load(best.best_model_path, weights_only=True)
+        assert saved["global_step"] == 6
+        assert (saved["state_dict"]["layers.0.weight"] == 0).float().mean() == 0.5
+
+    def test_is_warned_of_when_testing_prunes_it(self, tmp_path):
+        callback = WandaPrune(num_samples=12, at_step=3)
+        run = trainer(callback, SaveAt(tmp_path, 2), max_steps=6)
+        run.fit(Net(), loader())
+        module = Net()
+        with pytest.warns(UserWarning, match="is a pruned model without training after pruning.*ckpt_path='last'"):
+            run.test(module, loader(), ckpt_path=tmp_path / "2.ckpt")
+        assert share_of_zeros(module) == all_at(0.5)
+
+
+class TestTwoCallbacks:
+    @pytest.mark.parametrize("loop", ["fit", "validate"])
+    @pytest.mark.parametrize("part", [{}, {"skip": ["layers.0"]}, {"only": ["layers.0"]}])
+    def test_that_prune_the_same_layers_are_refused(self, part, loop):
+        first, second = WandaPrune(0.25, num_samples=4, **part), WandaPrune(0.5, num_samples=4, at_step=3, **part)
+        module = Net()
+        message = "skip or only must differ between two callbacks of the class WandaPrune"
+        with pytest.raises(MisconfigurationException, match=message):
+            getattr(trainer(first, second, max_steps=1), loop)(module, loader())
+        assert same(module, Net())
+
+    def test_that_prune_different_layers_are_not(self):
+        module = Net()
+        first, second = WandaPrune(0.25, num_samples=4, only=["layers.0"]), WandaPrune(0.5, skip=["layers.0"])
+        trainer(first, second).validate(module, loader(128))
+        assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}

@@ -1,0 +1,84 @@
+"""What the callbacks read from a Trainer."""
+
+import pytest
+import pytorch_lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from support.callbacks import (
+    Net,
+    all_at,
+    loader,
+    share_of_zeros,
+    trainer,
+)
+from torch import nn
+
+from wanda_lightning import (
+    KeepZeros,
+    SavePretrained,
+    WandaPrune,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
+]
+
+
+@pytest.mark.parametrize("callback", [WandaPrune, KeepZeros])
+def test_strategies_that_cannot_be_pruned_are_refused_by_name(callback):
+    class Elsewhere(SingleDeviceStrategy):
+        """Stands for one that spreads the model in a way of its own."""
+
+    spread = trainer(strategy=Elsewhere("cpu"))
+    callback().setup(spread, Net(), "fit")
+    spread.strategy.__class__ = FSDPStrategy  # which itself wants a GPU
+    with pytest.raises(MisconfigurationException, match=r"but it is FSDPStrategy\. Use strategy='ddp'"):
+        callback().setup(spread, Net(), "fit")
+
+
+def test_layers_are_named_as_in_the_pruning_target():
+    class Wrapper(Net):
+        @property
+        def pruning_target(self):
+            return self.layers
+
+    module, callback = Wrapper(), WandaPrune(num_samples=12, skip=["2"])
+    trainer(callback, max_epochs=1).fit(module, loader())
+    assert [layer.name for layer in callback.report.layers] == ["0", "4"]
+    assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
+
+
+class OldNet(pytorch_lightning.LightningModule):
+    """The module of a user of the older package."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).sum()
+
+    validation_step = test_step = predict_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+
+class OldTrainer(pytorch_lightning.Trainer):
+    """A subclass has a module name of its own."""
+
+
+@pytest.mark.parametrize("loop", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("kind", [pytorch_lightning.Trainer, OldTrainer])
+@pytest.mark.parametrize("make", [WandaPrune, KeepZeros, lambda: SavePretrained("never")])
+def test_a_trainer_of_the_older_package_is_refused(make, kind, loop):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    run = kind(accelerator="cpu", callbacks=[make()], enable_model_summary=False, max_steps=1, **quiet)
+    message = rf"must be a lightning.pytorch.Trainer, but it is a .*{kind.__name__}. Import .* from lightning.pytorch"
+    with pytest.raises(MisconfigurationException, match=message):
+        getattr(run, loop)(OldNet(), loader())

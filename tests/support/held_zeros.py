@@ -1,0 +1,140 @@
+"""Models and callbacks that look at zeros after every optimizer step."""
+
+import copy
+from functools import partial
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from support.callbacks import (
+    SGD,
+    Lion,
+    Net,
+    zeros,
+)
+
+
+class Noisy(Lion):
+    """Shakes every weight at every step (Langevin dynamics), whatever its gradient."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for weight in (weight for group in self.param_groups for weight in group["params"]):
+                weight.add_(torch.randn_like(weight), alpha=0.01)
+        return loss
+
+
+OPTIMIZERS = {
+    "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "adamw_foreach": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5, foreach=True),
+    "adamw_fused": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5, fused=True),
+    "amsgrad": partial(torch.optim.Adam, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.005, momentum=0.9, centered=True, weight_decay=0.1),
+    "adadelta": partial(torch.optim.Adadelta, lr=1.0, weight_decay=0.1),
+    "lion": partial(Lion, lr=0.01, weight_decay=0.1),
+    "noisy": partial(Noisy, lr=0.01, weight_decay=0.1),
+}
+
+
+PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+
+
+def precision_of(name):
+    if name != "16-mixed":
+        return {"precision": name}
+    # Lightning makes bf16-mixed of 16-mixed on a CPU; its plugin and torch can do it.
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def of_the_shape(weight, state):
+    found = [value for value in state.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return [value for value in found if value.shape == weight.shape]
+
+
+class LooksAtZeros(Net):
+    """Looks at its weights right after each optimizer step, and before each batch.
+
+    What is zero at the first batch with `from_step` steps done is the pruned set, and has to stay.
+    """
+
+    def __init__(self, optimizer=SGD, from_step=0):
+        super().__init__(optimizer)
+        self.from_step, self.pruned, self.looks, self.begun = from_step, None, 0, {}
+
+    def look(self):
+        if self.pruned is not None:
+            self.looks += 1
+            for name, where in zeros(self).items():
+                revived, died = (self.pruned[name] & ~where).sum().item(), (where & ~self.pruned[name]).sum().item()
+                by_chance = 0.005 * where.numel() if self.dtype == torch.bfloat16 else 0  # few bits: a sum may cancel
+                assert (revived, max(died - by_chance, 0)) == (0, 0), f"{name} after {self.trainer.global_step} steps"
+
+    def look_at_state(self):
+        for name, weight in self.named_parameters():
+            if self.pruned is not None and name in self.pruned:
+                for optimizer in self.trainer.optimizers:
+                    for value in of_the_shape(weight, optimizer.state[weight]):
+                        assert not value[self.pruned[name]].any(), f"{name} after {self.trainer.global_step} steps"
+
+    def training_step(self, batch, batch_idx):
+        if self.pruned is None and self.trainer.global_step >= self.from_step:
+            self.pruned, self.begun = zeros(self), copy.deepcopy(self.state_dict())
+        self.look()
+        self.look_at_state()
+        return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.look()
+        self.look_at_state()
+
+    def trained(self):
+        """How much of what survived is another weight by now, of each layer."""
+        now = self.state_dict()
+        return {
+            name: (now[name] != self.begun[name])[~where].float().mean().item() for name, where in self.pruned.items()
+        }
+
+
+class Witness(L.Callback):
+    """Looks as other callbacks do."""
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        pl_module.look()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.look()
+
+
+def averages(callback):
+    model = callback._average_model
+    return dict((model.module if isinstance(callback, WeightAveraging) else model).named_parameters())
+
+
+class AveragesHoldZeros(L.Callback):
+    """Last of all: looks at the averages after each batch, and at what is validated."""
+
+    def __init__(self, averaging):
+        self.averaging, self.looks, self.validated = averaging, 0, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if pl_module.pruned is not None:
+            for name, weight in averages(self.averaging).items():
+                if name in pl_module.pruned:
+                    assert not weight[pl_module.pruned[name]].any(), f"{name} at step {trainer.global_step}"
+                    self.looks += 1
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if pl_module.pruned is not None:
+            self.validated.append(zeros(pl_module))
+
+
+AVERAGING = {
+    "ema": lambda: EMAWeightAveraging(decay=0.8),
+    "ema of late start": lambda: EMAWeightAveraging(decay=0.8, update_starting_at_step=7, update_every_n_steps=2),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+}

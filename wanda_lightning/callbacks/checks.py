@@ -1,0 +1,56 @@
+"""What a pruning callback refuses or warns of before training starts."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from wanda_lightning.callbacks.schedules import Schedule
+from wanda_lightning.callbacks.trainer import last_step
+
+
+def refuse_equal_keys(callback: Callback, trainer: L.Trainer) -> None:
+    """Refuse two callbacks whose states a checkpoint cannot tell apart.
+
+    Raises:
+        MisconfigurationException: Says what has to differ.
+    """
+    keys = [other.state_key for other in trainer.callbacks if type(other) is type(callback)]  # type: ignore[attr-defined]
+    if keys.count(callback.state_key) > 1:
+        raise MisconfigurationException(
+            f"skip or only must differ between two callbacks of the class {type(callback).__name__}, but both have the "
+            f"state key {callback.state_key}. Let them prune different layers, or use one callback with a schedule."
+        )
+
+
+def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
+    """Refuse a schedule that ends after training does.
+
+    Raises:
+        MisconfigurationException: Names the schedule and both steps.
+    """
+    last, end = schedule.stages[-1][0], last_step(trainer)
+    if last > end:
+        raise MisconfigurationException(
+            f"schedule must end while the model trains, but {schedule} ends at optimizer step {last} and training ends "
+            f"at {end:.0f}. Prune earlier, or train longer."
+        )
+
+
+def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
+    """Warn where `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after.
+
+    Not for a subclass that decides itself which checkpoints it compares, see `PruningCallback`.
+    """
+    last = schedule.stages[-1][0]
+    for checkpoint in trainer.checkpoint_callbacks:
+        if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None:
+            continue
+        if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={checkpoint.monitor!r}) also compares checkpoints from before step {last}, "
+                "when pruning ends: its best one is likely to be less sparse than asked for, or dense. Let it compare "
+                "only checkpoints from after pruning, as the docstring of PruningCallback shows."
+            )

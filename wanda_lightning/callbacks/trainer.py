@@ -1,0 +1,78 @@
+"""What the callbacks read from a Trainer and its LightningModule."""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+
+
+def refuse_pytorch_lightning(trainer: object) -> None:
+    """Refuse a Trainer of `pytorch_lightning`, a copy of the library whose classes are others.
+
+    Raises:
+        MisconfigurationException: If the Trainer is not a `lightning.pytorch.Trainer`.
+    """
+    if not isinstance(trainer, L.Trainer):
+        kind = type(trainer)
+        raise MisconfigurationException(
+            f"trainer must be a lightning.pytorch.Trainer, but it is a {kind.__module__}.{kind.__qualname__}. Import "
+            "Trainer, LightningModule and everything else from lightning.pytorch: pytorch_lightning is a copy of the "
+            "same library, and objects of the two cannot be mixed."
+        )
+
+
+def pruning_target(pl_module: L.LightningModule) -> nn.Module:
+    """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
+    target = getattr(pl_module, "pruning_target", pl_module)
+    assert isinstance(target, nn.Module)
+    return target
+
+
+def processes_of(trainer: L.Trainer) -> Processes:
+    """Return the processes of a Trainer, which prune together; available from `setup` on.
+
+    Raises:
+        MisconfigurationException: If the strategy distributes the model in a way that cannot be pruned.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh
+        if (tensor_parallel := mesh["tensor_parallel"].size()) > 1:
+            raise MisconfigurationException(
+                f"strategy must not split single matrices, but ModelParallelStrategy has "
+                f"tensor_parallel_size={tensor_parallel}. Use tensor_parallel_size=1, and data_parallel_size=... with "
+                "fully_shard."
+            )
+        return Processes(mesh["data_parallel"].get_group(), strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
+    unsupported = isinstance(strategy, DeepSpeedStrategy | FSDPStrategy)  # these flatten weights even in one process
+    if trainer.world_size == 1 and not unsupported:
+        return SINGLE_PROCESS
+    if isinstance(strategy, DDPStrategy) and not unsupported:
+        return Processes(torch.distributed.group.WORLD, strategy.root_device)
+    raise MisconfigurationException(
+        f"strategy must leave each process the whole model or whole rows of its matrices, but it is "
+        f"{type(strategy).__name__}. Use strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2) if the "
+        "model does not fit on one device. Or prune with Trainer(devices=1), save, and train the pruned model with "
+        "KeepZeros."
+    )
+
+
+def shows_progress(trainer: L.Trainer) -> bool:
+    """Whether the Trainer shows a progress bar."""
+    bar = trainer.progress_bar_callback
+    return bar is not None and bool(getattr(bar, "is_enabled", True))
+
+
+def last_step(trainer: L.Trainer) -> float:
+    """Return the number of optimizer steps after which training ends, as far as it is known; else infinity."""
+    known: list[float] = [trainer.max_steps]
+    if trainer.lightning_module.automatic_optimization:
+        known.append(trainer.estimated_stepping_batches)
+    return min((steps for steps in known if steps != -1), default=math.inf)
