@@ -12,6 +12,7 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import KeepZeros
 from wanda_lightning.callbacks.held_zeros import zeros_of
+from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.tables import print_table
@@ -78,12 +79,15 @@ def _windows(options: FinetuneOptions, module: CausalLMModule) -> TextDataModule
 def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:
     adapters = options.adapters
     targets = adapters.pop("target_modules")
-    module.add_adapters(
-        r=adapters.pop("lora_r"),
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        keep_zeros=options.method == "keep-zeros-lora",
-        **adapters,
-    )
+    try:
+        module.add_adapters(
+            r=adapters.pop("lora_r"),
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            keep_zeros=options.method == "keep-zeros-lora",
+            **adapters,
+        )
+    except ValueError as error:
+        raise ValueError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
 
 
 def _train(module: CausalLMModule, windows: TextDataModule, options: FinetuneOptions) -> float:
