@@ -111,6 +111,9 @@ class OneMore(Unstructured):
     def __call__(self, scores, sparsity):
         return super().__call__(scores, (int(scores.numel() * self.share) + 1.5) / scores.numel())
 
+    def keep_block(self, scores, sparsity, block):
+        return self(scores, sparsity)
+
 
 class Fading(InputStatistics):
     """In the reference's ablations sample j counts 1/j in the norms: it divides by the number so far twice."""

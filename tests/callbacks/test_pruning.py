@@ -589,8 +589,8 @@ def test_bad_moments_are_refused_at_once(when, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "2:4", "sparsity": 0.7}, "2:4 has a sparsity of 0.5, but 0.7"),
-        ({"pattern": NM(4, 8), "sparsity": 0.75}, "4:8 has a sparsity of 0.5"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
+        ({"pattern": NM(4, 8), "sparsity": 0.75}, "sparsity must be 0.5 for the pattern 4:8"),
         ({"pattern": "4:2"}, "4:2"),
         ({"pattern": "diagonal"}, "no pattern is called 'diagonal': use one of unstructured"),
         ({"sparsity": 1.0}, r"in \[0, 1\), but 1"),

@@ -146,10 +146,10 @@ def test_weights_without_a_shape_or_of_inference_mode():
 
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (4, 4), (0, 4), (0, 0), (-1, 4)])
 def test_n_of_m_that_keeps_nothing_or_everything(n, m):
-    with pytest.raises(ValueError, match=rf"1 <= N < M, but {n}:{m} was given"):
+    with pytest.raises(ValueError, match=rf"1 <= N < M, but it is {n}:{m}"):
         NM(n, m)
     if n >= 0:
-        assert_says(refusal(build(), Untouched(), pattern=f"{n}:{m}"), "1 <= N < M", f"{n}:{m} was given")
+        assert_says(refusal(build(), Untouched(), pattern=f"{n}:{m}"), "1 <= N < M", f"it is {n}:{m}")
 
 
 @pytest.mark.parametrize(("pattern", "sparsity", "only"), [("2:4", 0.6, 0.5), ("1:4", 0.5, 0.75), (NM(4, 8), 0.0, 0.5)])
