@@ -130,7 +130,7 @@ def test_fit_a_recipe(recipe, inputs, capsys, pruning, n):
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
-        ({"pattern": "2:4", "sparsity": 0.7}, "2:4 has a sparsity of 0.5, but 0.7"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
         ({"pattern": "diagonal"}, "no pattern is called 'diagonal'"),
         ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
         ({"skip": ["nothing"]}, "skip='nothing' matches no matrix"),

@@ -256,7 +256,7 @@ REFUSED = [
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "c4"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
-    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "2:4 has a sparsity of 0.5, but 0.7 was asked for"),
+    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "--sparsity_ratio must be 0.5 for the pattern 2:4, but it is 0.7"),
     (
         ["--sparsity_type", "3:6"],
         "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",
@@ -286,7 +286,7 @@ REFUSED_FOR_IMAGES = [
     (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer"),
     (["--model", "timm:test_vitt"], "Did you mean test_vit"),
     (["--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
-    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "2:4 has a sparsity of 0.5"),
+    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "--sparsity_ratio must be 0.5 for the pattern 2:4"),
 ]
 
 
