@@ -225,7 +225,7 @@ def test_the_digits_that_need_no_network(inputs, capsys):
         from wanda_lightning.data import images as module
 
         source = module.open_source("digits")
-        few = type(source)(source.train[:8], source.evaluation[:8], source.class_names)
+        few = type(source)(list(source.train)[:8], list(source.evaluation)[:8], source.class_names)
         patch.setattr(module, "open_source", lambda *_: few)
         assert run("prune", *weights, "--data_path", "digits", "--nsamples", "8") == 0
 
@@ -245,8 +245,8 @@ REFUSED = [
     (["--eval", "{}/gone.parquet"], "gone.parquet does not exist"),
     (["--calibration", "{}/table.csv"], "ends in .csv"),
     (["--calibration", "wikitext3"], "Did you mean wikitext2?"),
-    (["--calibration", "{}/latin1.txt"], "should be in UTF-8"),
-    (["--eval", "{}/latin1.txt"], "should be in UTF-8"),
+    (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
+    (["--eval", "{}/latin1.txt"], "must be in UTF-8"),
     (["--calibration", "{}/no_text.jsonl"], "line 1 has 'content'"),
     (["--calibration", "{}/empty.txt"], "there is no text in it"),
     (["--calibration", "{}/short.txt"], f"need a text of at least {SEQLEN + 1}, but"),
@@ -256,7 +256,10 @@ REFUSED = [
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "c4"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
-    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "--sparsity_ratio must be 0.5 for the pattern 2:4, but it is 0.7"),
+    (
+        ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],
+        "--sparsity_ratio must be 0.5 for the pattern 2:4, but it is 0.7",
+    ),
     (
         ["--sparsity_type", "3:6"],
         "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",
@@ -279,7 +282,7 @@ def test_refused_for_a_language_model(inputs, text, refused, more, message):
 
 REFUSED_FOR_IMAGES = [
     (["--data_path", "{}/gone"], "gone does not exist"),
-    (["--data_path", "{}/llama"], "Folders of classes were looked for"),
+    (["--data_path", "{}/llama"], "--data_path must have folders of classes"),
     (["--data_path", "cifar10"], "Use digits, which needs no network"),
     (["--resume", "{}/gone.safetensors"], "gone.safetensors does not exist"),
     (["--resume", "{}/long.txt"], "must be a .safetensors file"),

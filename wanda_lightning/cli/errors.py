@@ -14,6 +14,7 @@ _PACKAGE = os.path.dirname(os.path.abspath(wanda_lightning.__file__)) + os.sep
 _FOR_USERS = (ValueError, TypeError, OSError, ImportError)
 _OPTIONS = {
     "calibration": "calibration",
+    "data": "data_path",
     "checkpoint": "resume",
     "evaluation": "eval",
     "num_samples": "nsamples",
