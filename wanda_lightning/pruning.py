@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -175,11 +174,9 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -
                 inputs = observer(stop.unit, stop.calls)
                 stop.check()
     if allocation.reads_gradients:
-        limit = allocation.gradient_batches
-        length = data.length if limit is None else min(limit, data.length or limit)
-        with pruning_mode(model), ProgressBar("Passing backward", length, progress) as bar:
-            forwards = islice(data.predictions(), limit)
-            gradients = fisher(model, plan.layers, forwards, data.masks, bar.advance, processes)
+        with pruning_mode(model), ProgressBar("Passing backward", data.length, progress) as bar:
+            forwards, samples = data.predictions(), allocation.gradient_samples
+            gradients = fisher(model, plan.layers, forwards, data.masks, bar.advance, processes, samples)
             data.refuse_if_empty()
     return DenseStatistics(inputs, gradients)
 

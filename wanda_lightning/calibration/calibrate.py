@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.batch_thread import Call, park
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
-from wanda_lightning.calibration.lockstep import Call, lockstep, park, whole_model_stop
+from wanda_lightning.calibration.lockstep import lockstep, whole_model_stop
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import ForwardOrderCheck, Processes, reset_fsdp_on_exit
