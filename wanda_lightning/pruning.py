@@ -139,7 +139,9 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
     config = plan.config
     tick = bar.advance if plan.is_one_pass else lambda: None
     observer = Observer(plan.observed, data.masks, tick, plan.processes, config.min_expert_tokens)
-    with closing(calibrate(plan.model, plan.units, data, plan.processes) if plan.observed else _no_data(plan)) as stops:
+    revisited: set[int] = set()
+    stops = calibrate(plan.model, plan.units, data, plan.processes, revisited) if plan.observed else _no_data(plan)
+    with closing(stops):
         for stop in stops:
             unit = stop.unit
             bar.show(unit.name)
@@ -155,6 +157,7 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
                 _note_recovery(outcome, part)
             if not plan.is_one_pass:
                 bar.advance()
+    outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
 
 
 def _no_data(plan: Plan) -> Generator[UnitStop]:
@@ -170,7 +173,7 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -
     if allocation.needs:
         with pruning_mode(model), ProgressBar("Observing", data.length, progress) as bar:
             observer = Observer(allocation.needs, data.masks, bar.advance, processes, plan.config.min_expert_tokens)
-            for stop in calibrate(model, (plan.whole_model,), data, processes):
+            for stop in calibrate(model, (plan.whole_model,), data, processes, set()):
                 inputs = observer(stop.unit, stop.calls)
                 stop.check()
     if allocation.reads_gradients:
