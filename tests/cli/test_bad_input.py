@@ -124,7 +124,7 @@ def test_sparsity_out_of_range(sparsity):
         ({"criterion": Wanda}, "criterion is an object"),
         ({"pattern": (2, 4)}, "(2, 4) was given"),
         ({"sparsity": "0.5"}, "0.5 was given"),
-        ({"skip": ["re:("]}, "'re:(' is not a regular expression"),
+        ({"skip": ["re:("]}, "must be a regular expression after 're:'"),
     ],
 )
 def test_a_value_of_the_wrong_kind(choice, said):
