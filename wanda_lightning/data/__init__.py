@@ -1,4 +1,4 @@
-"""Text and images for calibration_mode, training and measuring, as LightningDataModules."""
+"""Text and images for calibration, training and evaluation, as LightningDataModules."""
 
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
