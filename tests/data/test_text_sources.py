@@ -1,5 +1,9 @@
 """The named texts against a stand-in for the hub, and names that are refused."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -57,3 +61,19 @@ def test_a_missing_file_is_refused_at_once(tmp_path, tokenizer):
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(FileNotFoundError, match="is a folder"):
         TextDataModule(tokenizer, evaluation=str(tmp_path / "folder.txt"))
+
+
+def test_names_are_checked_without_torch():
+    """`import wanda_lightning` aside, which its own test measures."""
+    package = Path(__file__).parents[2] / "wanda_lightning"
+    code = f"""
+import sys, types
+sys.modules["wanda_lightning"] = package = types.ModuleType("wanda_lightning")
+package.__path__ = [{str(package)!r}]
+from wanda_lightning.data.text_sources import check_source
+from wanda_lightning.data.image_sources import check_source as check_images
+from wanda_lightning.model_sources import locate
+check_source("c4"), check_images("cifar10"), locate("owner/name")
+assert not {{"torch", "lightning", "transformers", "timm", "datasets"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
