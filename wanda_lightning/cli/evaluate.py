@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from wanda_lightning.cli.measure import measure, measure_all, quiet_trainer
 from wanda_lightning.cli.options import PAPER_SEQLEN, EvaluateOptions
 from wanda_lightning.cli.parser import as_options
@@ -83,7 +81,7 @@ class _LanguageModels:
             data.setup("validate")
         first = next(iter(self.data.values()))
         for data, theirs in zip(self.data[name], first, strict=True):
-            if not torch.equal(data.evaluation_windows, theirs.evaluation_windows):
+            if not data.evaluation_windows.equal(theirs.evaluation_windows):
                 raise ValueError(
                     "--model must name models with the same tokenizer, since perplexities of other tokens cannot be "
                     f"compared, but {name} splits {data.evaluation} differently than {self.names[0]}. Evaluate them "
