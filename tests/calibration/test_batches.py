@@ -1,5 +1,7 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -57,12 +59,39 @@ def test_a_tuple_for_a_model_that_needs_more():
     assert prune(Two(), [{"x": x, "y": x}], sparsity=0.5, progress=False).sparsity == 0.5
 
 
-def test_an_error_in_the_model_names_the_batch():
-    batches = [torch.ones(2, 8), torch.ones(2, 7)]
-    assert "input of 0 has shape (2, 7) and the layer takes 8 features" in unchanged(mlp(), batches)
-    with pytest.raises(RuntimeError) as caught:
-        prune(mlp(), batches, sequential="none", progress=False)
-    assert any("calibration batch 1 (counted from 0)" in note and "(2, 7)" in note for note in caught.value.__notes__)
+class Fragile(nn.Module):
+    """Its middle fails for some inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if len(x) == 3:
+            raise RuntimeError("three is too many")
+        return self.second(self.first(x))
+
+
+def notes_of(error):
+    return " ".join(getattr(error, "__notes__", ()))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_an_error_in_the_model_names_the_batch(sequential):
+    blocks = nn.Sequential(Fragile(), Fragile())
+    with pytest.raises(RuntimeError, match="three is too many") as caught:
+        prune(blocks, [torch.ones(2, 8), torch.ones(3, 8)], sequential=sequential, progress=False)
+    assert "calibration batch 1 (counted from 0): " in notes_of(caught.value)
+    assert "(3, 8)" in notes_of(caught.value)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_a_batch_of_another_width_names_layer_and_batch(sequential):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"input of 0 has shape \(2, 7\) and the layer takes 8 features") as caught:
+        prune(model, [torch.ones(2, 8), torch.ones(2, 7)], sequential=sequential, progress=False)
+    assert "batch 1" in notes_of(caught.value)
 
 
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
