@@ -1,4 +1,4 @@
-"""The plan of whole models: the sparsities of their layers, with every allocation."""
+"""What is pruned, and to which sparsity, is found once; what cannot be pruned is refused before anything changes."""
 
 import copy
 import itertools
@@ -6,12 +6,14 @@ import itertools
 import lightning as L
 import numpy as np
 import pytest
+import timm
 import torch
 from support import reference
 from support.zoo import ZOO, run
 from torch import nn
 from torch.utils.data import DataLoader
 
+import wanda_lightning.plan as plan_module
 from wanda_lightning import (
     NM,
     OWL,
@@ -26,14 +28,65 @@ from wanda_lightning import (
     WandaPrune,
     prune,
 )
-from wanda_lightning.core.allocation import ALLOCATIONS
-from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.models import find_layers
-from wanda_lightning.pruning import PassiveCalibration
+from wanda_lightning.calibration.passive import PassiveCalibration
+from wanda_lightning.methods import ALLOCATIONS, SEQUENTIAL_CHOICES
+from wanda_lightning.models import SkipReason, find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.plan import make_plan
+from wanda_lightning.pruning import prune_collected
 
-EVERY_ALLOCATION = pytest.mark.parametrize("name", ALLOCATIONS)
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 UNEQUAL = [name for name in ALLOCATIONS if name != "uniform"]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "fisher"])
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_layers_are_found_once(monkeypatch, sequential, allocation):
+    walks = []
+    find_layers = plan_module.find_layers
+
+    def counted(*args, **kwargs):
+        walks.append(args)
+        return find_layers(*args, **kwargs)
+
+    monkeypatch.setattr(plan_module, "find_layers", counted)
+    specimen = ZOO["llama"]
+    prune(specimen.build(), specimen.batches(), sequential=sequential, allocation=allocation, progress=False)
+    assert len(walks) == 1
+
+
+def test_blocks_do_not_depend_on_where_batches_stop():
+    blocks = [
+        make_plan(PruningConfig.from_names(sequential=sequential), ZOO["llama"].build()).inventory.blocks
+        for sequential in ("block", "layer", "none")
+    ]
+    assert blocks[0] == blocks[1] == blocks[2]
+    assert blocks[0]["model.layers.1.mlp.up_proj"] == "model.layers.1"
+
+
+def test_only_that_names_a_head_says_why_it_is_not_pruned():
+    model = timm.create_model("test_vit")
+    with pytest.raises(ValueError, match=r"only=\['head'\] names nothing to prune \(head: output head\)"):
+        make_plan(PruningConfig.from_names(only=["head"]), model)
+
+
+def test_nothing_to_prune():
+    with pytest.raises(ValueError, match="the model has nothing to prune \\(there are no weight matrices\\)"):
+        make_plan(PruningConfig.from_names(), nn.ReLU())
+
+
+def test_a_skipped_matrix_has_a_reason_of_the_enumeration():
+    plan = make_plan(PruningConfig.from_names(skip=["model.layers.0.mlp"]), ZOO["llama"].build())
+    reasons = {matrix.name: matrix.reason for matrix in plan.inventory.skipped}
+    assert reasons["model.embed_tokens"] is SkipReason.EMBEDDING
+    assert reasons["lm_head"] in (SkipReason.OUTPUT_HEAD, SkipReason.TIED)
+    assert reasons["model.layers.0.mlp.up_proj"] is SkipReason.USER
+    assert {matrix.name for matrix in plan.inventory.skipped_for(SkipReason.USER)} == {
+        f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+
+
+# ---- allocations on whole models
 
 
 def test_a_given_zero_leaves_a_layer_dense():
@@ -219,29 +272,31 @@ def test_one_block_has_nothing_to_compare(name, sequential):
 def test_refusals_come_before_the_batches():
     model = ZOO["llama"].build
     assert "matches no pruned layer" in refusal(model(), Untouched(), allocation=PerLayer({"lm_head": 0.5}))
-    assert "of the weights would need a sparsity of" in refusal(model(), Untouched(), allocation=PerLayer({"*.mlp": 0.9}))
+    assert "of the weights would need a sparsity of" in refusal(
+        model(), Untouched(), allocation=PerLayer({"*.mlp": 0.9})
+    )
     assert "sparsity must be 0.5 for the pattern 2:4" in refusal(
         model(), Untouched(), sparsity=0.6, pattern="2:4", allocation="owl"
     )
-    assert "OWL(m=5.0, lambda_=0.08, per='block') needs calibration batches" in refusal(
+    assert "since OWL(m=5.0, lambda_=0.08, per='block') reads calibration data" in refusal(
         model(), None, criterion="magnitude", allocation="owl"
     )
     for sequential in SEQUENTIAL_CHOICES:
         assert "OWL(" in (text := refusal(model(), [], criterion="magnitude", allocation="owl", sequential=sequential))
-        assert "holds none" in text
-    with pytest.raises(ValueError, match="use one of uniform, owl, owl_layer, alpha, alpha_layer, fisher"):
+        assert "there is none" in text
+    with pytest.raises(ValueError, match="must be one of uniform, owl, owl_layer, alpha, alpha_layer, fisher"):
         PruningConfig.from_names(allocation="owll")
 
 
-def test_watching_is_pruning_with_the_model_granularity():
+def test_forward_passes_that_run_anyway_give_the_same_sparsities():
     specimen = ZOO["vit"]
-    config = PruningConfig.from_names(0.5, allocation="owl", sequential="none")
     watched_model, model = specimen.build(), specimen.build()
-    watched = PassiveCalibration(config, watched_model)
+    plan = make_plan(PruningConfig.from_names(allocation="owl", sequential="none"), watched_model)
+    passive = PassiveCalibration(watched_model, plan.whole_model, plan.observed, 0, SINGLE_PROCESS)
     for batch in specimen.batches():
-        with torch.no_grad(), watched.batch(batch):
+        with torch.no_grad(), passive.collect(batch):
             run(watched_model, batch)
-    report = watched.prune()
+    report = prune_collected(plan, passive)
     other = prune(model, specimen.batches(), 0.5, allocation="owl", sequential="none", progress=False)
     assert [layer.target for layer in report.layers] == [layer.target for layer in other.layers]
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in watched_model.state_dict().items())
@@ -291,8 +346,8 @@ def test_a_schedule_ends_at_what_was_asked_for(kind, allocation):
     seen = []
 
     class Noting(kind):
-        def _take(self, report, trainer):
-            super()._take(report, trainer)
+        def _record(self, report, share, trainer):
+            super()._record(report, share, trainer)
             seen.append({layer.name: layer.sparsity for layer in report.layers})
 
     callback = Noting(0.8, allocation=allocation, schedule=CubicSchedule(0, 6, every=2))

@@ -16,6 +16,7 @@ from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
+_GROUP = OneOf(("row", "layer"))
 _ROUNDING = 1e-6  # of a number of weights: 0.7 * 20800 is below 14560
 
 
@@ -97,7 +98,7 @@ class Unstructured(Pattern):
     group: Literal["row", "layer"] = "row"
 
     def __post_init__(self) -> None:
-        check(self, group=OneOf(("row", "layer")))
+        check(self, group=_GROUP)
 
     @property
     def spans_rows(self) -> bool:

@@ -40,7 +40,7 @@ def test_pairs_from_a_file_are_a_mapping():
         ({"re:(": 0.6}, ["PerLayer pattern='re:(' must be a regular expression after 're:', but"]),
         ({"blocks": 0.9}, ["the other 20.0% of the weights", "-1.1000", "from 0.7200 to below 0.9200"]),
         ({"blocks": 0.1}, ["but it is 0.5", "2.1000", "from 0.0800 to below 0.2800"]),
-        ({"*": 0.6}, ["names every layer", "sparsity must be 0.6000, the mean", "but it is 0.5", "Give sparsity=0.6000"]),
+        ({"*": 0.6}, ["names every layer", "must be 0.6000, the mean", "but it is 0.5", "Give sparsity=0.6000"]),
     ],
 )
 def test_per_layer_refuses(sparsities, texts):
@@ -67,5 +67,5 @@ def test_numbers_hold_in_a_model_that_has_zeros_enough():
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
 def test_sparsities_outside_the_range(value):
-    with pytest.raises(ValueError, match="sparsity of 'last' in PerLayer must be a number of at least 0 and below 1, but it is"):
+    with pytest.raises(ValueError, match=r"sparsity of 'last' in PerLayer must be .* at least 0 and below 1, but"):
         PerLayer({"last": value})
