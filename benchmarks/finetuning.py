@@ -1,10 +1,10 @@
-"""What keeping zeros costs in training: time of a step and peak memory, as ratios in one process.
+"""Measure what keeping zeros costs in training: time and peak memory of a step, as ratios in one process.
 
     python benchmarks/finetuning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --batch_size 4 --seqlen 512
 
-The model is pruned by magnitude to 50 %, which costs the same to train as any other pruning. Times are medians over
-`--runs` steps after a warm-up, the two sides of a ratio taking turns. Memory is what a step needs at most above the
-model and the moments: activations, gradients and, with KeepZeros, its masks (one byte for each weight).
+The model is pruned by magnitude to 50 %; training costs the same after any other pruning. Times are medians over
+`--runs` steps after a warm-up, and the two sides of a ratio run alternately. Memory is the peak of a step above the
+model and the moments: activations, gradients and, with KeepZeros, its masks (one byte per weight).
 """
 
 import argparse
@@ -30,7 +30,7 @@ ADAPTERS = {
 
 
 def training(model: nn.Module, ids: torch.Tensor) -> Callable[[], float]:
-    """A step of AdamW on the parameters that can be trained, as a clock."""
+    """Return a clock for one step of AdamW on the trainable parameters."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def step() -> None:
@@ -42,7 +42,7 @@ def training(model: nn.Module, ids: torch.Tensor) -> Callable[[], float]:
 
 
 def peak(clock: Callable[[], float]) -> float:
-    """MiB that one step, not the first one, needs above what lies there before: the median of three."""
+    """Return the peak memory of a step after the first one, in MiB above the start: the median of three."""
 
     def once() -> float:
         with PeakMemory() as memory:
@@ -53,13 +53,13 @@ def peak(clock: Callable[[], float]) -> float:
 
 
 def row(without: float, kept: float, digits: int = 2) -> tuple[str, str, str]:
-    """Two numbers and their ratio."""
+    """Return two numbers and their ratio as table cells."""
     return f"{without:.{digits}f}", f"{kept:.{digits}f}", f"{kept / without:.3f}"
 
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description="What keeping zeros costs in training.")
+    parser = argparse.ArgumentParser(description="Measure what keeping zeros costs in training.")
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)

@@ -13,24 +13,24 @@ MIB = 2**20
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """How long a step takes."""
+    """Return how long a step takes."""
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
 
 
 def medians(*clocks: Callable[[], float], runs: int, warm_up: bool = True) -> list[float]:
-    """Medians of clocks that take turns, after a warm-up of each where asked."""
+    """Return the median of each clock. The clocks run alternately, after one warm-up run each if `warm_up`."""
     rounds = [[clock() for clock in clocks] for _ in range(warm_up + runs)]
     return [statistics.median(times) for times in zip(*rounds[warm_up:], strict=True)]
 
 
 class PeakMemory:
-    """Samples this process's resident memory; what it rose by, in bytes."""
+    """Sample the resident memory of this process. `peak` is its largest increase, in bytes."""
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
-        with suppress(OSError, AttributeError):  # of glibc: gives freed memory back, or the start would hold some
+        with suppress(OSError, AttributeError):  # glibc: return freed memory first, or the start would count it
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.start, self.peak, self._stop = _resident(), 0, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)

@@ -1,9 +1,9 @@
-"""What pruning costs, as ratios to a plain forward pass of the same batches in the same process.
+"""Measure what pruning costs, as ratios to a plain forward pass of the same batches in the same process.
 
     python benchmarks/pruning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --nsamples 16 --seqlen 512
 
-Each number is a median over `--runs` after a warm-up, the two sides of a ratio taking turns. Weights are restored
-between runs, outside the clock.
+Each number is a median over `--runs` after a warm-up, and the two sides of a ratio run alternately. Weights are
+restored between runs, which is not timed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from wanda_lightning.core.patterns import NM
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.Tensor]], Callable[[object], object]]:
-    """The model, its batches (random tokens or images: time does not depend on them), and one forward pass."""
+    """Return the model, random batches (time does not depend on their values), and the module for a forward pass."""
     generator = torch.Generator().manual_seed(0)
     if options.model.startswith("timm:"):
         images = ImageClassifierModule(options.model, pretrained=False)
@@ -36,7 +36,7 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.T
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description="What pruning costs, in forward passes.")
+    parser = argparse.ArgumentParser(description="Measure what pruning costs, in forward passes.")
     parser.add_argument("--model", required=True, help="hub id, folder, .gguf file or timm:NAME")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -67,7 +67,7 @@ def main() -> None:
 
     for sequential, passes in (("block", 2), ("layer", 1), ("none", 1)):
         plain, ours = medians(forward, pruning(sequential), runs=options.runs)
-        name = f"prune at {sequential} / {passes} forward pass{'es' if passes > 1 else ''}"
+        name = f"sequential={sequential} / {passes} forward pass{'es' if passes > 1 else ''}"
         table.add_row(name, f"{passes * plain:.2f}", f"{ours:.2f}", f"{ours / (passes * plain):.3f}")
 
     weight, norm = torch.randn(4096, 11008), torch.rand(11008)
@@ -91,7 +91,7 @@ def main() -> None:
         run = pruning(sequential)
         with PeakMemory() as peak:
             run()
-        memory.add_row(f"prune at {sequential}", f"{peak.peak / MIB:.0f}")
+        memory.add_row(f"sequential={sequential}", f"{peak.peak / MIB:.0f}")
     console.print(memory)
 
 

@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from support import reference
+from support.callbacks import Net, loader, trainer
 from support.zoo import ZOO, matching, matrices, run
 from torch import nn
 
-from wanda_lightning import NM, Magnitude, PruningReport, Unstructured, Wanda, prune
+from wanda_lightning import NM, Magnitude, PruningReport, SparseGPT, SparseGPTPrune, Unstructured, Wanda, prune
 from wanda_lightning.models import find_layers
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
@@ -37,7 +39,7 @@ def test_every_matrix_is_pruned_or_has_a_reason(name, sequential):
     dense = matching(everything, specimen.dense) | matching(everything, specimen.uncalled)
     assert {layer.name for layer in report.layers} == everything.keys() - dense - tied(everything)
     assert {matrix.name for matrix in report.skipped} >= dense
-    assert all(matrix.reason for matrix in report.skipped)
+    assert all(matrix.detail for matrix in report.skipped)
     for layer in report.layers:
         rows = everything[layer.name]
         weight = next(item for item in find_layers(model).layers if item.name == layer.name).read()
@@ -354,7 +356,7 @@ def test_autocast_of_the_caller_reaches_the_batches():
 def test_unreached_layers_stay_dense_and_are_named():
     model = ZOO["unreached"].build()
     report = prune(model, ZOO["unreached"].batches(), 0.5, progress=False)
-    reasons = {matrix.name: matrix.reason for matrix in report.skipped}
+    reasons = {matrix.name: matrix.detail for matrix in report.skipped}
     assert reasons["blocks.1.up"] == "no calibration batch called it"
     assert model.blocks[1].up.weight.all()
     assert any("blocks.1" in note for note in report.notes)
@@ -373,7 +375,7 @@ def test_the_table_shows_brackets_as_they_are():
     skip = ["re:[a-z2]+", "re:[/4]+"]
     report = prune(ZOO["plain_mlp"].build(), criterion="magnitude", skip=skip, progress=False)
     report.layers[0].name, report.layers[0].note, report.notes[:] = "0[red]", "[/b] of it", ["[bold] and [/]"]
-    report.skipped[0].name = "[link]2"
+    report.skipped[0] = replace(report.skipped[0], name="[link]2")
     for text in ("skip='re:[a-z2]+'", "skip='re:[/4]+'", "0[red] ", "[/b] of it", "Note: [bold] and [/]", "[link]2 "):
         assert text in str(report)
 
@@ -394,3 +396,106 @@ def test_report_round_trip_and_table(tmp_path):
     everything = sum(weight.numel() for weight in matrices(ZOO["vit"].build()).values())
     counted = sum(layer.size for layer in report.layers) + sum(int(np.prod(m.shape)) for m in report.skipped)
     assert counted == everything
+
+
+# ---- solvers on whole models
+
+
+class Parallel(torch.nn.Module):
+    """Three layers with one input, and one with another."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.out, self.k, self.v = (torch.nn.Linear(*shape) for shape in ((16, 8), (8, 16), (16, 8), (16, 8)))
+
+    def forward(self, x):
+        return self.out(self.q(x) * self.k(x) + self.v(x))
+
+
+def test_one_factorisation_for_layers_with_one_input(monkeypatch):
+    from wanda_lightning.core import statistics as module
+
+    made = []
+    original = module.inverse_factor
+    monkeypatch.setattr(module, "inverse_factor", lambda *args: made.append(args) or original(*args))
+    torch.manual_seed(0)
+
+    for sequential, expected in {"block": 2, "layer": 2, "none": 2}.items():
+        made.clear()
+        blocks = torch.nn.Sequential(Parallel(), Parallel())
+        prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential=sequential, progress=False)
+        assert len(made) == 2 * expected
+
+
+@pytest.fixture
+def solved_together(monkeypatch):
+    """The shapes of the matrices of each call of SparseGPT."""
+    calls, original = [], SparseGPT.solve_together
+
+    def spy(self, weights, *others):
+        calls.append([tuple(weight.shape) for weight in weights])
+        return original(self, weights, *others)
+
+    monkeypatch.setattr(SparseGPT, "solve_together", spy)
+    return calls
+
+
+@pytest.mark.parametrize("sequential", ["block", "none"])
+def test_rows_of_layers_with_one_input_are_solved_together(sequential, solved_together):
+    blocks = torch.nn.Sequential(Parallel(), Parallel())
+    report = prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential=sequential, progress=False)
+    assert solved_together == [[(8, 16)] * 3, [(16, 8)]] * 2
+    assert [layer.name for layer in report.layers] == [f"{i}.{name}" for i in "01" for name in ("q", "out", "k", "v")]
+    assert {layer.sparsity for layer in report.layers} == {0.5}
+
+
+def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeypatch):
+    from wanda_lightning import pruning
+
+    torch.manual_seed(0)
+    results = []
+    for limit in (pruning._HELD_AT_ONCE, 2 * 8 * 16, 1):
+        monkeypatch.setattr(pruning, "_HELD_AT_ONCE", limit)
+        torch.manual_seed(0)
+        blocks = torch.nn.Sequential(Parallel())
+        prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, sequential="none")
+        results.append(list(blocks.parameters()))
+    assert list(map(len, solved_together)) == [3, 1, 2, 1, 1, 1, 1, 1, 1]
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_gram_matrices_that_cannot_fit_are_refused(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4096), torch.nn.Linear(4096, 64))
+    monkeypatch.setattr("wanda_lightning.refusals.free_memory", lambda device: 2**27)
+    batches = [torch.randn(8, 64)]
+    with pytest.raises(ValueError, match=r"needs at least 0.2 GiB .* widest of 1 with 4096 .* 0.1 GiB are free on cpu"):
+        prune(model, batches, solver="sparsegpt", progress=False)
+    prune(model, batches, solver="sparsegpt", skip=["1"], progress=False)
+    prune(model, batches, progress=False)
+
+
+def test_the_report_says_where_tokens_are_few():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    dense = copy.deepcopy(model)
+    report = prune(model, [torch.randn(16, 32)], solver="refit", progress=False)
+    assert "1 layer saw fewer tokens than they have inputs, 0 first: 16 of 32" in "".join(report.notes)
+    assert not prune(dense, [torch.randn(16, 32)], progress=False).notes
+
+
+def test_the_callback_of_sparsegpt_is_prune_with_its_solver():
+    module, by_hand = Net(), Net()
+    callback = SparseGPTPrune(0.6, num_samples=12, sequential="layer")
+    trainer(callback).validate(module, loader(), verbose=False)
+    batches = [x for x, _ in loader()]
+    options = {"pattern": Unstructured("layer"), "sequential": "layer", "progress": False}
+    prune(by_hand.layers, batches, 0.6, solver=SparseGPT(), **options)
+    for name, weight in module.named_parameters():
+        torch.testing.assert_close(weight, by_hand.get_parameter(name), rtol=1e-4, atol=1e-6)
+    assert callback.report.config["solver"]["name"] == "SparseGPT"
+
+
+def test_a_solver_that_chooses_itself_takes_no_criterion():
+    with pytest.raises(ValueError, match=r"ADMM\(.* chooses the weights itself, but criterion=Magnitude\(\) was given"):
+        prune(torch.nn.Linear(4, 4), [], solver="admm", criterion="magnitude")

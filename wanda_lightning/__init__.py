@@ -16,10 +16,11 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
-from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, SparseGPT, ZeroOut
+from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.pruning import prune
+from wanda_lightning.recovery import NoRecovery, Reconstruct
 from wanda_lightning.report import PruningReport
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LinearSchedule",
     "Magnitude",
     "MagnitudePrune",
+    "NoRecovery",
     "OneShot",
     "PerLayer",
     "PruningCallback",

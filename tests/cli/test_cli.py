@@ -399,9 +399,9 @@ REFUSED = [
     (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--sparsity_ratio", "1"], "in [0, 1), but 1"),
     (["--sparsity_ratio", "-0.5"], "in [0, 1), but -0.5"),
-    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "2:4 has a sparsity of 0.5, but 0.7 was asked for"),
-    (["--sparsity_type", "4:2"], "1 <= N < M, but 4:2 was given"),
-    (["--sparsity_type", "0:4"], "1 <= N < M, but 0:4 was given"),
+    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
+    (["--sparsity_type", "4:2"], "1 <= N < M, but it is 4:2"),
+    (["--sparsity_type", "0:4"], "1 <= N < M, but it is 0:4"),
     (
         ["--sparsity_type", "3:6"],
         "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",
@@ -440,7 +440,7 @@ REFUSED_FOR_IMAGES = [
     (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer"),
     (["--model", "timm:test_vitt"], "Did you mean test_vit"),
     (["--skip", "[blocks.9]"], "skip='blocks.9' matches no matrix"),
-    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "2:4 has a sparsity of 0.5"),
+    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "sparsity must be 0.5 for the pattern 2:4"),
 ]
 
 
@@ -858,7 +858,7 @@ def test_fit_a_recipe(recipe, inputs, capsys, pruning, n):
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
-        ({"pattern": "2:4", "sparsity": 0.7}, "2:4 has a sparsity of 0.5, but 0.7"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
         ({"pattern": "diagonal"}, "no pattern is called 'diagonal'"),
         ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
         ({"skip": ["nothing"]}, "skip='nothing' matches no matrix"),

@@ -534,7 +534,9 @@ def test_refusals_come_before_the_batches():
     model = ZOO["llama"].build
     assert "matches no pruned layer" in refusal(model(), Untouched(), allocation=PerLayer({"lm_head": 0.5}))
     assert "cannot be reached" in refusal(model(), Untouched(), allocation=PerLayer({"*.mlp": 0.9}))
-    assert "2:4 has a sparsity of 0.5" in refusal(model(), Untouched(), sparsity=0.6, pattern="2:4", allocation="owl")
+    assert "sparsity must be 0.5 for the pattern 2:4" in refusal(
+        model(), Untouched(), sparsity=0.6, pattern="2:4", allocation="owl"
+    )
     assert "OWL(m=5.0, lambda_=0.08, per='block') needs calibration batches" in refusal(
         model(), None, criterion="magnitude", allocation="owl"
     )
@@ -542,7 +544,7 @@ def test_refusals_come_before_the_batches():
         assert "OWL(" in (text := refusal(model(), [], criterion="magnitude", allocation="owl", sequential=sequential))
         assert "holds none" in text
     with pytest.raises(ValueError, match="use one of uniform, owl, owl_layer, alpha, alpha_layer, fisher"):
-        PruningConfig(allocation="owll")
+        PruningConfig.from_names(allocation="owll")
 
 
 # ---- in Lightning
@@ -550,7 +552,7 @@ def test_refusals_come_before_the_batches():
 
 def test_watching_is_pruning_with_the_model_granularity():
     specimen = ZOO["vit"]
-    config = PruningConfig(0.5, allocation="owl", sequential="none")
+    config = PruningConfig.from_names(0.5, allocation="owl", sequential="none")
     watched_model, model = specimen.build(), specimen.build()
     watched = PassiveCalibration(config, watched_model)
     for batch in specimen.batches():
@@ -623,6 +625,6 @@ def test_a_schedule_ends_at_what_was_asked_for(kind, allocation):
 
 
 def test_the_callback_refuses_before_training():
-    with pytest.raises(ValueError, match=r"2:4 has a sparsity of 0\.5"):
+    with pytest.raises(ValueError, match=r"sparsity must be 0\.5 for the pattern 2:4"):
         PruningCallback(0.6, pattern="2:4", allocation="owl")
     assert PruningCallback(0.5, criterion="ria", allocation=Uniform()).config.allocation == Uniform()

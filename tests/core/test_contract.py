@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from support import reference
-from support.layers import random_layer, statistics
+from support.layers import correlated_layer, output_error, random_layer, solve, statistics
 
 from wanda_lightning.core.allocation import ALLOCATIONS, Allocation
-from wanda_lightning.core.criteria import CRITERIA, RIA, Criterion, Magnitude, Wanda
-from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Pattern, Unstructured, keep_largest
+from wanda_lightning.core.criteria import CRITERIA, RIA, Criterion, Magnitude, Saliency, Wanda
+from wanda_lightning.core.keep_largest import keep_largest
+from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Pattern, Unstructured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import SOLVERS, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
@@ -244,6 +245,30 @@ def test_layout_of_the_weight_does_not_matter(pattern, solver):
         strict=True,
     ):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
+    weight, tokens = correlated_layer(seed)
+    errors = {
+        name: output_error(weight, solve(make(), weight, tokens, pattern=pattern)[0], tokens)
+        for name, make in SOLVERS.items()
+    }
+    assert errors["reconstruct"] == errors["zero_out"]  # until the block is trained
+    assert errors["refit"] < errors["zero_out"]
+    assert errors["sparsegpt"] < errors["zero_out"]
+    assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
+
+
+def test_every_solver_has_a_criterion_of_its_own():
+    assert {name: make().own_criterion for name, make in SOLVERS.items()} == {
+        "zero_out": Wanda(),
+        "sparsegpt": Saliency(),
+        "refit": Wanda(),
+        "admm": Wanda(),
+        "reconstruct": Wanda(),
+    }
 
 
 # ---- laws of Wanda

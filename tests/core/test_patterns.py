@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import reference
 
-from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Unstructured, keep_largest, pattern_named
+from wanda_lightning.core.keep_largest import keep_largest
+from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Unstructured, pattern_named
 
 N_OF_M = [(2, 4), (4, 8), (1, 4), (3, 4), (2, 8), (1, 2), (5, 32)]
 sparsities = st.floats(0, 1, exclude_max=True)
@@ -278,25 +279,34 @@ def test_unknown_name_is_refused(name):
 
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (0, 4), (5, 4), (-1, 4), (0, 0)])
 def test_impossible_n_of_m_is_refused(n, m):
-    with pytest.raises(ValueError, match=rf"N of every M weights with 1 <= N < M, but {n}:{m} was given"):
+    with pytest.raises(ValueError, match=rf"whole numbers with 1 <= N < M, but it is {n}:{m}\."):
         NM(n, m)
 
 
 @pytest.mark.parametrize("name", ["4:4", "0:4"])
 def test_impossible_n_of_m_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=rf"1 <= N < M, but {name} was given"):
+    with pytest.raises(ValueError, match=rf"1 <= N < M, but it is {name}"):
         pattern_named(name)
 
 
 def test_unknown_group_is_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses it before we do
-    with pytest.raises(ValueError, match=r"'row' or a 'layer', but group='column' was given"):
+    with pytest.raises(ValueError, match=r"group of Unstructured must be one of row, layer, but it is 'column'\."):
         Unstructured(group="column")
+
+
+@pytest.mark.parametrize(("n", "m"), [(1.5, 4), (2, 4.0), ("2", 4), (2, None), (True, 4), (float("nan"), 4)])
+def test_n_and_m_that_are_no_integers_are_refused(monkeypatch, n, m):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=re.escape(f"whole numbers with 1 <= N < M, but it is {n!r}:{m!r}.")):
+        NM(n, m)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.49, 0.51, 0.75])
 def test_n_of_m_has_one_sparsity(sparsity):
-    with pytest.raises(ValueError, match=rf"2:4 .* 0\.5, but {sparsity:g} was asked for\. Use sparsity=0\.5, or"):
+    with pytest.raises(
+        ValueError, match=rf"sparsity must be 0\.5 for the pattern 2:4, but it is {sparsity:g}\. Give sparsity=0\.5, or"
+    ):
         NM(2, 4).check(sparsity)
 
 

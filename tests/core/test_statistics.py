@@ -55,6 +55,42 @@ def test_a_wide_gram_matrix_is_that_of_one_product(width):
     np.testing.assert_allclose(gram.numpy(), tokens.numpy().T @ tokens.numpy(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("legacy", [None, "highest", "high", "medium"])
+@pytest.mark.parametrize("cuda", [None, "ieee", "tf32"])
+@pytest.mark.parametrize("mkldnn", [None, "ieee", "bf16"])
+@pytest.mark.parametrize("every", [None, "tf32"])
+def test_gram_matrices_have_full_precision_whatever_the_user_has_set(legacy, cuda, mkldnn, every, monkeypatch):
+    """PyTorch has an old and a new way to set the precision of matrix products, and refuses to read some mixtures."""
+    backends = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+    def settings():
+        try:
+            old = torch.get_float32_matmul_precision()
+        except RuntimeError as error:
+            old = str(error)
+        return old, [backend.fp32_precision for backend in backends]
+
+    seen, original = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: seen.append(settings()) or original(*args, **kwargs))
+    before = settings()
+    assert before == ("highest", ["none"] * 3)
+    try:
+        if legacy:
+            torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(backends, (every, cuda, mkldnn), strict=True):
+            if precision:
+                backend.fp32_precision = precision
+        by_user = settings()
+        statistics(tokens_of(0))
+        assert settings() == by_user
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "none"
+    assert settings() == before
+    assert [(old, precisions[1:]) for old, precisions in seen] == [("highest", ["ieee", "ieee"])]
+
+
 def test_norm_is_the_root_of_the_square_sum():
     tokens = tokens_of(1)
     np.testing.assert_allclose(
@@ -130,10 +166,11 @@ def test_update_leaves_the_tokens_as_they_were_and_keeps_no_graph():
 
 
 def test_only_what_is_needed_is_kept():
-    inputs = InputStatistics(())
+    inputs = InputStatistics()
     inputs.update(tokens_of(8))
     assert inputs.sums == {}
     assert inputs.count == 24
+    assert inputs.finite()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,4 +1,4 @@
-"""A sample of the families, one of each mechanism (tests/families.py has all), and that its checks can fail."""
+"""A sample of the families in support/families.py, one per mechanism, and proof that its checks can fail."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from wanda_lightning import Magnitude, prune
 
-# Models of transformers and timm warn about themselves: renamed arguments, missing kernels, what they run without.
+# Models of transformers and timm warn about their own renamed arguments and missing kernels.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CAUSAL = {
@@ -35,7 +35,7 @@ CAUSAL = {
     "rwkv": "recurrence",
     "zamba": "shared blocks",
     "zamba2": "shared blocks with adapters",
-    "bert": "a decoder of a bidirectional kind",
+    "bert": "a bidirectional model as a decoder",
 }
 EXPERTS = {
     "mixtral": "experts",
@@ -65,8 +65,8 @@ TIMM = {
     "test_byobnet": "blocks by a table",
     "test_efficientnet": "inverted bottlenecks",
     "test_mambaout": "gates",
-    "test_nfnet": "standardised weights, which are skipped",
-    "test_coatnet": "convolution and attention by turns",
+    "test_nfnet": "standardized weights, which are skipped",
+    "test_coatnet": "alternating convolution and attention",
     "mobilevit_xxs": "patches unfolded inside",
     "levit_128s": "batch norm behind linear layers",
     "test_vit_relpos": "widths that 4 does not divide",
@@ -117,7 +117,7 @@ def sabotaged(monkeypatch, after=lambda model, report: None, **choices):
     monkeypatch.setattr(families, "prune", sabotage)
 
 
-def test_a_zero_too_few_is_seen(monkeypatch):
+def test_a_missing_zero_is_seen(monkeypatch):
     def revive(model, report):
         weight = model.model.layers[1].mlp.up_proj.weight
         weight[3, weight[3] == 0] = 1.0
@@ -128,13 +128,13 @@ def test_a_zero_too_few_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
-def test_another_value_is_seen(monkeypatch, name):
+def test_a_changed_value_is_seen(monkeypatch, name):
     sabotaged(monkeypatch, lambda model, report: model.get_parameter(name).mul_(2))
     with pytest.raises(AssertionError, match=rf"{name} changed"):
         families.check(of("llama"))
 
 
-def test_a_matrix_without_a_word_is_seen(monkeypatch):
+def test_a_matrix_that_the_report_omits_is_seen(monkeypatch):
     sabotaged(monkeypatch, lambda model, report: report.skipped.clear())
     with pytest.raises(AssertionError, match=r"neither pruned nor skipped: model\.embed_tokens"):
         families.check(of("llama"))
@@ -161,7 +161,7 @@ class Endless(nn.Linear):
             pass
 
 
-def test_what_goes_wrong_is_a_result():
+def test_an_error_is_a_result():
     broken = families.Family("timm", "broken", "none", nn.Linear, lambda model: [])
     assert families.examine(broken, 10).status == "cannot be built here"
     endless = families.Family("timm", "endless", "none", lambda: Endless(1, 1), lambda model: [(torch.zeros(1, 1),)])

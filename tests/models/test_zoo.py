@@ -1,4 +1,4 @@
-"""The promises of zoo.py."""
+"""What support/zoo.py promises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ every_specimen = pytest.mark.parametrize("specimen", ZOO.values(), ids=ZOO.keys(
 
 
 def calls(model: nn.Module, batch: Any) -> Counter[str]:
-    """How often a batch calls each module. With gradients: the fused transformer layer is out of the way."""
+    """Count the calls of each module for a batch, with gradients, so that transformer layers are not fused."""
     counts: Counter[str] = Counter()
     hooks = [
         module.register_forward_hook(lambda *_, name=name: counts.update([name]))
@@ -80,7 +80,7 @@ def test_every_glob_names_something(specimen: Specimen):
 
 
 @every_specimen
-def test_what_is_not_dense_is_a_layer_that_fits_n_of_m(specimen: Specimen):
+def test_every_other_matrix_is_a_layer_that_fits_n_of_m(specimen: Specimen):
     model = specimen.build()
     for name in matrices(model).keys() - matching(matrices(model), specimen.dense):
         if (weight := matrices(model)[name]).ndim == 3:

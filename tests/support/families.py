@@ -1,11 +1,12 @@
-"""Prune one small random model of every family that transformers and timm have, check it, and write docs/models.md.
+"""Prune one small random model of every family in transformers and timm, check it, and write docs/models.md.
 
-    python tests/families.py --kind causal --only 'qwen*' --resume families.json --write
+    PYTHONPATH=tests python tests/support/families.py --kind causal --only 'qwen*' --resume families.json --write
 
-A family is a configuration class (transformers) or a module (timm). Of each, one model is built tiny with random
-weights and pruned to 0.5 and to 2:4 at sequential `block` and `layer` (timm: `model` too). It passes if every matrix
-inside its blocks has exactly its sparsity or was skipped with a reason, no skipped weight changed, outputs are finite,
-and `block` gives, in float64, the masks of a slow procedure with statistics of its own (`slow_prune`).
+A family is a configuration class (transformers) or a module (timm). For each one, this script builds a tiny model with
+random weights and prunes it to 50 % and to 2:4, with sequential="block" and "layer" (timm models also with "none").
+The model passes if every matrix inside its blocks has exactly its sparsity or is skipped with a reason, no skipped
+weight changed, all outputs are finite, and the masks for "block" equal, in float64, those of a slow procedure that
+computes its own statistics (`slow_prune`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import timm
 import torch
 import transformers as hf
 from support import tiny
-from support.zoo import _build
+from support.zoo import seeded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -44,24 +45,24 @@ from wanda_lightning.report import versions
 
 aten = torch.ops.aten
 TOKENS, IMAGE, PATCH = 24, 32, 8
-FIRST_WORD = 8  # the ids before it are padding, start, end, images
+FIRST_WORD = 8  # smaller ids are padding, start, end and image tokens
 KINDS = {
     "causal": "Language models: transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`",
     "other": "Encoders, encoder-decoders, vision and vision-language models of transformers",
-    "timm": "Image models: the smallest of each module of `timm.list_models()`",
+    "timm": "Image models: the smallest model of each module in `timm.list_models()`",
 }
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model for all of its kin.
+    """One model that represents its family.
 
     Attributes:
         kind: One of `KINDS`.
-        name: Configuration's model type, or timm's module.
+        name: The model type of the configuration, or the module in timm.
         model: The class, or timm's name of the model.
-        build: The model, in eval mode and float32, with the same weights every time.
-        batches: Small calibration batches for it.
+        build: Returns the model, in eval mode and float32, with the same weights every time.
+        batches: Returns small calibration batches for a model.
     """
 
     kind: str
@@ -71,22 +72,22 @@ class Family:
     batches: Callable[[nn.Module], list[Any]]
 
     @property
-    def granularities(self) -> tuple[str, ...]:
+    def sequential_choices(self) -> tuple[str, ...]:
         return ("block", "layer", "none") if self.kind == "timm" else ("block", "layer")
 
 
 @dataclass
 class Result:
-    """What a family came to.
+    """The outcome for a family.
 
     Attributes:
         status: `passes`, `fails`, or `cannot be built here`.
-        cause: The error's first line, where it does not pass.
-        sparsity: Of the pruned layers, at 0.5 and `block`.
-        coverage: Pruned parameters over those of all matrices inside the blocks that a batch reaches.
-        left_out: Share of those that are left dense, by reason.
+        cause: The first line of the error, if it does not pass.
+        sparsity: The sparsity of the pruned layers, at 0.5 and `block`.
+        coverage: Pruned parameters divided by the parameters of all matrices inside the blocks that a batch reaches.
+        left_out: The fraction of those parameters that stay dense, by reason.
         slow: The dtype in which `block` equals the slow procedure.
-        seconds: For everything.
+        seconds: CPU time for all of it.
     """
 
     kind: str
@@ -102,14 +103,14 @@ class Result:
 
 
 class CannotBuild(Exception):
-    """The installed versions have no such model for us."""
+    """The installed versions cannot build the model."""
 
 
 # ---- the families
 
 
 def families(kinds: Sequence[str] = tuple(KINDS), only: Sequence[str] = ("*",)) -> Iterator[Family]:
-    """Those of some kinds whose name a glob matches; nothing is built yet."""
+    """Yield the families of some kinds whose names a glob matches. Nothing is built yet."""
     chosen = partial(_matches, globs=only)
     if "causal" in kinds:
         for config_class, model_class in tiny.config_classes(MODEL_FOR_CAUSAL_LM_MAPPING).items():
@@ -128,11 +129,11 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 
 
 def causal(config_class: type[hf.PreTrainedConfig], model_class: Any) -> Family:
-    """A language model that is given text alone."""
+    """Return a language model that reads only text."""
 
     def configure() -> hf.PreTrainedConfig:
         config = tiny.tiny(config_class)
-        if not isinstance(config, model_class.config_class):  # the mapping names the language part of several
+        if not isinstance(config, model_class.config_class):  # the mapping names only the language part of some models
             parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
             config = parts[0] if parts else config
         if hasattr(config, "is_decoder"):
@@ -140,15 +141,15 @@ def causal(config_class: type[hf.PreTrainedConfig], model_class: Any) -> Family:
         return config
 
     model_type = config_class.model_type
-    make = partial(_build, partial(_of_transformers, model_class, configure))
+    make = partial(seeded, partial(_of_transformers, model_class, configure))
     return Family("causal", model_type, model_class.__name__, make, _SPECIAL_BATCHES.get(model_type, _text))
 
 
 def other(name: str) -> Family:
-    """One of `OTHERS`."""
+    """Return a family of `OTHERS`."""
     model_class, how = getattr(hf, name), OTHERS[name]
     make = partial(
-        _build, partial(_of_transformers, model_class, lambda: tiny.tiny(model_class.config_class, **how.more))
+        seeded, partial(_of_transformers, model_class, lambda: tiny.tiny(model_class.config_class, **how.more))
     )
     return Family("other", name, name, make, how.batches)
 
@@ -158,7 +159,7 @@ def _of_transformers(model_class: Any, configure: Callable[[], hf.PreTrainedConf
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class._from_config(copy.deepcopy(config)).parameters())
     if size > 10_000_000:
-        raise CannotBuild(f"the smallest that its configuration gives has {size:,} parameters")
+        raise CannotBuild(f"its smallest configuration has {size:,} parameters")
     model = model_class._from_config(config)
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "use_cache"):
@@ -168,7 +169,7 @@ def _of_transformers(model_class: Any, configure: Callable[[], hf.PreTrainedConf
 
 @cache
 def timm_modules() -> dict[str, list[str]]:
-    """Names of models by the module that makes them."""
+    """Return the names of timm's models by the module that builds them."""
     modules: dict[str, list[str]] = {}
     for name in timm.list_models():
         modules.setdefault(timm.models._registry._model_to_module[name], []).append(name)
@@ -176,7 +177,7 @@ def timm_modules() -> dict[str, list[str]]:
 
 
 def of_timm(name: str) -> Family:
-    """A model of timm with as few blocks and on as small images as it takes."""
+    """Return a model of timm with as few blocks and with images as small as it accepts."""
 
     @cache
     def choice() -> tuple[dict[str, Any], int]:
@@ -188,7 +189,7 @@ def of_timm(name: str) -> Family:
         return [(torch.randn(n, 3, size, size, generator=random), torch.arange(n)) for n in (2, 1)]
 
     module = timm.models._registry._model_to_module[name]
-    make = partial(_build, lambda: timm.create_model(name, num_classes=16, **choice()[0]))
+    make = partial(seeded, lambda: timm.create_model(name, num_classes=16, **choice()[0]))
     return Family("timm", module, name, make, images)
 
 
@@ -203,7 +204,7 @@ def _fewer_blocks(name: str) -> dict[str, Any]:
         try:
             if whole > 2_000_000 and _size(name, **more) < whole:
                 return more
-        except Exception:  # it has no such argument, or its stages are not as many
+        except Exception:  # it has no such argument, or another number of stages
             continue
     return {}
 
@@ -219,7 +220,7 @@ def _on_small_images(name: str, more: dict[str, Any]) -> tuple[dict[str, Any], i
             try:
                 with torch.device("meta"), torch.no_grad():
                     timm.create_model(name, num_classes=16, **sized).eval()(torch.zeros(1, 3, size, size))
-            except Exception:  # another size, then
+            except Exception:  # try another size
                 continue
             return sized, size
     return None
@@ -246,7 +247,7 @@ def _codebooks(model: nn.Module) -> list[Any]:
 
 
 def _from_a_target(model: nn.Module) -> list[Any]:
-    """What a drafting model is given by the model that it drafts for."""
+    """Inputs of a draft model, which the target model would compute."""
     attentions = [layer.self_attn for layer in model.model.layers]
     heads = {a.layer_type: (tiny.HEADS // a.num_key_value_groups, TOKENS, a.head_dim) for a in attentions}
     return [
@@ -282,7 +283,7 @@ def _captions(model: nn.Module) -> list[Any]:
 
 
 def _images_in_text(model: nn.Module) -> list[Any]:
-    """As many image tokens as the model makes of one image, in front of the text."""
+    """The image tokens of one image, as many as the model needs, followed by text."""
     image = getattr(model.config, "image_token_id", None) or model.config.image_token_index
     places = int((IMAGE // PATCH * getattr(model.config, "downsample_ratio", 1)) ** 2)
     return [
@@ -295,7 +296,7 @@ def _images_in_text(model: nn.Module) -> list[Any]:
 
 
 def _patches_in_text(model: nn.Module) -> list[Any]:
-    """Qwen-VL: images are patches in one row, with the grid that they form."""
+    """Qwen-VL: images are rows of patches, with the grids that they form."""
     vision, side = model.config.vision_config, IMAGE // PATCH
     width = 3 * vision.temporal_patch_size * vision.patch_size**2
     places = (side // vision.spatial_merge_size) ** 2
@@ -314,7 +315,7 @@ def _patches_in_text(model: nn.Module) -> list[Any]:
 
 
 def _spectra(model: nn.Module) -> list[Any]:
-    """Whisper: twice as many frames as the encoder has positions."""
+    """Whisper: two frames per position of the encoder."""
     frames = 2 * model.config.max_source_positions
     mels = model.config.num_mel_bins
     return [{"input_features": _normal(n, mels, frames), "decoder_input_ids": _ids(n, 16)} for n in (2, 3)]
@@ -326,7 +327,7 @@ def _waves(model: nn.Module) -> list[Any]:
 
 @dataclass(frozen=True)
 class Other:
-    """How a model is fed that is no causal language model, and what its configuration needs more."""
+    """Batches for a model that is not a causal language model, and additional options of its configuration."""
 
     batches: Callable[[nn.Module], list[Any]] = _text
     more: dict[str, Any] = field(default_factory=dict)
@@ -426,13 +427,13 @@ OTHERS: dict[str, Other] = {
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """The plain forward that `prune` makes of such a batch."""
+    """Run the plain forward pass that `prune` runs for such a batch."""
     with torch.no_grad():
         return model(**batch) if isinstance(batch, Mapping) else model(batch[0])
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter with two dimensions or more, a `weight` by its module, a tied one under each."""
+    """Return every parameter with two or more dimensions: a `weight` under its module, a tied one under each module."""
     return {
         f"{module_name}.{name}".removesuffix(".weight").lstrip("."): parameter
         for module_name, module in model.named_modules()
@@ -443,16 +444,16 @@ def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _finite(output: Any) -> bool:
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    assert leaves, "the model has no output to look at"
+    assert leaves, "the model returns no floating-point output"
     return all(bool(leaf.isfinite().all()) for leaf in leaves)
 
 
 def check(family: Family, slowly: bool = True) -> Result:
-    """Prune it in all ways.
+    """Prune a model in every way and check the result.
 
     Raises:
-        AssertionError: If a promise is broken.
-        CannotBuild: If there is no such model, or its plain forward pass fails.
+        AssertionError: A check failed.
+        CannotBuild: The model cannot be built, or its plain forward pass fails.
     """
     result = Result(family.kind, family.name, family.model)
     try:
@@ -464,7 +465,7 @@ def check(family: Family, slowly: bool = True) -> Result:
     except Exception as error:
         raise CannotBuild(_first_line(error)) from error
     assert finite, "outputs of the dense model are not finite"
-    for sequential in family.granularities:
+    for sequential in family.sequential_choices:
         for pattern in ("unstructured", "2:4"):
             model = copy.deepcopy(dense)
             report = prune(model, family.batches(model), 0.5, pattern=pattern, sequential=sequential, progress=False)
@@ -484,7 +485,7 @@ def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: 
     listed = {*pruned, *(matrix.name for matrix in report.skipped)}
     lost = [name for name in _matrices(model) if not any(f"{other}.".startswith(f"{name}.") for other in listed)]
     assert not lost, f"neither pruned nor skipped: {lost[0]}"
-    assert all(matrix.reason for matrix in report.skipped)
+    assert all(matrix.detail for matrix in report.skipped)
     for name, layer in pruned.items():
         zeros = layer.read() == 0
         if pattern == "2:4":
@@ -506,13 +507,13 @@ _OUTSIDE = ("embedding", "output head", "stem", "tied to")
 
 
 def _coverage(model: nn.Module, report: PruningReport, batches: list[Any]) -> tuple[float, dict[str, float]]:
-    """Of the matrices inside the blocks that a batch reaches: which share is pruned, and why the rest is not."""
+    """Return which fraction of the matrices inside the reached blocks is pruned, and why the rest is not."""
     blocks, idle = _reached_blocks(model, batches)
 
     def counts(name: str) -> bool:
         return _inside(name, blocks) and not _inside(name, idle)
 
-    skipped = {matrix.name: matrix.reason for matrix in report.skipped if not matrix.reason.startswith(_OUTSIDE)}
+    skipped = {matrix.name: matrix.detail for matrix in report.skipped if not matrix.detail.startswith(_OUTSIDE)}
     sizes: Counter[str] = Counter()
     for layer in report.layers:
         sizes["pruned"] += layer.size if counts(layer.name) else 0
@@ -530,9 +531,10 @@ def _inside(name: str, modules: set[str]) -> bool:
 
 
 def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set[str]]:
-    """Outermost repeated parts, or the whole model if they hold less than half of it; and parts that no batch enters.
+    """Return the outermost repeated modules, and the modules that no batch enters.
 
-    A layer alone is no part: one whose weight is read past its forward is left out in earnest.
+    If the repeated modules hold less than half of the parameters, the whole model counts as one block. A single layer
+    never counts as a module that no batch enters, since another module may read its weight.
     """
     modules = dict(model.named_modules())
     called: set[str] = set()
@@ -558,20 +560,20 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
 
 
 def _compare(dense: nn.Module, batches: list[Any]) -> str:
-    """In which dtype the masks of sequential `block` equal those of the slow procedure.
+    """Return the dtype in which the masks for sequential="block" equal those of the slow procedure.
 
     Raises:
-        AssertionError: If they differ.
+        AssertionError: They differ.
     """
     model, wide = copy.deepcopy(dense), tree_map_only(Tensor, _double, batches)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products are not overheard, and have no float64
+        model.set_experts_implementation("eager")  # grouped products are not intercepted, and have no float64
     narrow = copy.deepcopy(model)
     try:
         model.double()
         for batch in wide:
             run(model, batch)
-    except RuntimeError:  # something in it is float32 whatever the weights are
+    except RuntimeError:  # some part of it always computes in float32
         model, wide = narrow, batches
     batches, dtype = wide, next(model.parameters()).dtype
     slow = copy.deepcopy(model)
@@ -590,21 +592,22 @@ def _double(x: Tensor) -> Tensor:
 
 
 def slow_prune(model: nn.Module, batches: list[Any], sparsity: float = 0.5) -> None:
-    """For each unit: a forward of each batch through the model as pruned so far, up to it; Wanda by plain code; zero.
+    """Prune with Wanda, unit by unit, in plain code.
 
-    What enters a matrix is overheard where PyTorch multiplies, below all modules. For a convolution, the sum of x² that
-    a weight multiplies is the gradient by that weight of the summed output, for the input x².
+    For each unit, every batch runs through the model as pruned so far, up to that unit. The inputs of a matrix are read
+    where PyTorch multiplies, below all modules. For a convolution, the sum of x² that a weight multiplies is the
+    gradient of the summed output with respect to that weight, for the input x².
     """
     units = find_layers(model, "block").units
     for unit in _in_order(model, units, batches):
         squares: dict[str, Tensor] = {}
-        overheard = _Overheard([layer for layer in unit.layers if _is_matrix(layer)])
+        sums = _InputSquares([layer for layer in unit.layers if _is_matrix(layer)])
         for batch in batches:
-            with _Multiplications(overheard.on_product):
+            with _Multiplications(sums.on_product):
                 _add_squares(model, unit, batch, squares)
         for layer in unit.layers:
             if _is_matrix(layer):
-                overheard.zero_smallest(layer, sparsity)
+                sums.zero_smallest(layer, sparsity)
             elif layer.name in squares:
                 _zero_smallest(layer, squares[layer.name].sqrt(), sparsity)
 
@@ -614,12 +617,12 @@ def _parameter(layer: Layer) -> Tensor:
 
 
 def _is_matrix(layer: Layer) -> bool:
-    """It, or each expert that lies in its parameter."""
+    """Whether the layer, or each expert in its parameter, is a plain matrix."""
     return getattr(layer, "expert", None) is not None or _parameter(layer).ndim == 2
 
 
 class _Multiplications(TorchDispatchMode):
-    """Hears of both factors of each product of matrices, and where in memory the second one starts."""
+    """Call a function for each matrix product, with the address of the second factor and both factors."""
 
     def __init__(self, on_product: Callable[[int, Tensor, Tensor], None]) -> None:
         super().__init__()
@@ -628,16 +631,16 @@ class _Multiplications(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             x, weight = args[-2:]
-            if weight.ndim == 3 and weight.stride(0) == 0:  # one for all
+            if weight.ndim == 3 and weight.stride(0) == 0:  # one matrix for all samples
                 x, weight = x.flatten(0, 1), weight[0]
             self._on_product(weight.untyped_storage().data_ptr(), x.detach(), weight)
         return func(*args, **(kwargs or {}))
 
 
-class _Overheard:
-    """Sums of x² over the tokens that are multiplied with each matrix, in whichever layout it is stored.
+class _InputSquares:
+    """Sum x² over the tokens that are multiplied with each matrix, in whichever layout it is stored.
 
-    Where few tokens come to an expert, those of all count: `prune(min_expert_tokens=32)`.
+    For an expert that few tokens reach, the tokens of all experts count, as in `prune(min_expert_tokens=32)`.
     """
 
     def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:
@@ -654,7 +657,7 @@ class _Overheard:
         self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (one.shape[0], one.stride(0))
         first = weight.storage_offset() // one.numel()
         for place, tokens in enumerate(x if weight.ndim == 3 else [x]):
-            rows = tokens[tokens.any(1)]  # one that is all zero is another expert's token
+            rows = tokens[tokens.any(1)]  # a row of zeros is the token of another expert
             key = (start, first + place)
             self._sums[key] = self._sums.get(key, 0) + rows.square().sum(0)
             self._counts[key] += len(rows)
@@ -676,7 +679,7 @@ class _Overheard:
 
 
 def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> list[Any]:
-    """Next is the first unit, in walk order, that is next for any of the batches."""
+    """Sort units: the next one is the first in model order that is the next for any batch."""
     routes = []
     for batch in batches:
         route: list[int] = []
@@ -684,15 +687,15 @@ def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> lis
             unit.module.register_forward_pre_hook(lambda *_, index=index, route=route: route.append(index))
             for index, unit in enumerate(units)
         ]
-        alone = {
+        single_layers = {
             _parameter(unit.layers[0]).data_ptr(): index
             for index, unit in enumerate(units)
             if unit.layers[0].module is unit.module
         }
 
-        def reached(start: int, *_: Tensor, alone: dict[int, int] = alone, route: list[int] = route) -> None:
-            if start in alone:
-                route.append(alone[start])
+        def reached(start: int, *_: Tensor, indices: dict[int, int] = single_layers, route: list[int] = route) -> None:
+            if start in indices:
+                route.append(indices[start])
 
         with _Multiplications(reached):
             run(model, batch)
@@ -706,12 +709,12 @@ def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> lis
     return [units[index] for index in order]
 
 
-class _Enough(Exception):
-    """The unit has run; what comes after it in the model is of no interest."""
+class _UnitDone(Exception):
+    """The unit has run, so the rest of the model need not."""
 
 
 def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Tensor]) -> None:
-    """Add what a batch brings to the convolutions of a unit, the first time that it gets there."""
+    """Add the squares of a batch to those of the convolutions in a unit, at its first visit."""
 
     def reader(layer: Layer) -> Callable[..., None]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -724,12 +727,12 @@ def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Ten
         return read
 
     def stop(*_: object) -> None:
-        raise _Enough
+        raise _UnitDone
 
     images = [layer for layer in unit.layers if not _is_matrix(layer)]
     handles = [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in images]
     handles.append(unit.module.register_forward_hook(stop))
-    with suppress(_Enough):
+    with suppress(_UnitDone):
         run(model, batch)
     for handle in handles:
         handle.remove()
@@ -738,7 +741,7 @@ def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Ten
 @torch.no_grad()
 def _zero_smallest(layer: Layer, norms: Tensor, sparsity: float) -> None:
     weight = layer.module.weight
-    # Rows first, then kernel positions, then channels: where scores are equal (padding alone), the lower column goes.
+    # Rows, then kernel positions, then channels: of equal scores (where there is only padding) the first goes.
     order = (0, *range(2, weight.ndim), 1)
     scores = (weight.abs() * norms).permute(order)
     zeros = torch.zeros_like(scores.flatten(1), dtype=torch.bool)
@@ -759,7 +762,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _time_limit(seconds: int) -> Iterator[None]:
-    """Of the processor, whatever else it does meanwhile."""
+    """Raise a TimeoutError after some seconds of CPU time."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds} s")
@@ -774,7 +777,7 @@ def _time_limit(seconds: int) -> Iterator[None]:
 
 
 def examine(family: Family, seconds: int, slowly: bool = True) -> Result:
-    """`check`, with whatever goes wrong as a result."""
+    """Call `check`, and return errors as results."""
     result = Result(family.kind, family.name, family.model)
     started = time.process_time()
     try:
@@ -789,20 +792,22 @@ def examine(family: Family, seconds: int, slowly: bool = True) -> Result:
 
 
 def document(results: Sequence[Result]) -> str:
-    """docs/models.md."""
+    """Return the text of docs/models.md."""
     used = {name: version.partition("+")[0] for name, version in versions().items()}
     lines = [
         "# Which models can be pruned",
         "",
-        "One small random model of every family is built, pruned to 0.5 and to 2:4 at `block` and `layer` (timm: "
-        "`model` too) and checked: each matrix inside the blocks has exactly its sparsity or was skipped with a "
-        "reason, skipped weights did not change, outputs are finite, and `block` gives the masks of a slow, "
-        f"independent procedure. Written by `python tests/families.py --write` with torch {used['torch']}, "
+        "For every family, a script builds one small random model, prunes it to 50 % and to 2:4 with "
+        '`sequential="block"` and `"layer"` (timm models also with `"none"`), and checks the result. Each matrix '
+        "inside the blocks has exactly its sparsity or is skipped with a reason, skipped weights have not changed, "
+        'outputs are finite, and the masks for `"block"` equal those of a slow, independent procedure. '
+        f"`PYTHONPATH=tests python tests/support/families.py --write` wrote this page with torch {used['torch']}, "
         f"transformers {used['transformers']} and timm {used['timm']}.",
         "",
-        "Coverage: pruned parameters over those of all matrices inside the blocks that a batch reaches, without "
-        "embeddings, output heads and stems. Slow: the dtype in which the masks equal the slow procedure's. Seconds "
-        "are for all of it, on one CPU thread. Sizes are tiny, so that small matrices weigh more than in real models.",
+        "Coverage is the number of pruned parameters divided by that of all matrices inside the blocks that a batch "
+        "reaches, without embeddings, output heads and stems. Slow is the dtype in which the masks equal those of the "
+        "slow procedure. Seconds are the total on one CPU thread. The sizes are tiny, so small matrices count for more "
+        "than in real models.",
         "",
         "| | families | pass | fail | cannot be built here | median coverage | coverage below 80 % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -824,7 +829,7 @@ def document(results: Sequence[Result]) -> str:
 
 
 def share(results: Sequence[Result]) -> str:
-    """The sentence that is printed last."""
+    """Return the summary sentence."""
     built = [result for result in results if result.status != "cannot be built here"]
     passed = [result for result in built if result.status == "passes"]
     return f"{len(passed)} of {len(built)} families that can be built pass: {len(passed) / max(1, len(built)):.1%}."
@@ -852,14 +857,14 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """See the top of this file."""
+    """Examine the chosen families and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names of families")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by name")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--resume", type=Path, help="JSON of results: those in it are not made again")
-    parser.add_argument("--again", action="store_true", help="make those that did not pass again")
+    parser.add_argument("--resume", type=Path, help="JSON file of results: families in it are not examined again")
+    parser.add_argument("--again", action="store_true", help="examine those again that did not pass")
     parser.add_argument("--write", action="store_true", help="write docs/models.md")
-    parser.add_argument("--seconds", type=int, default=300, help="of the processor, for each family at most")
+    parser.add_argument("--seconds", type=int, default=300, help="CPU time for each family at most")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
@@ -879,7 +884,7 @@ def main() -> None:
     for kind in args.kind:
         names = [name for name in _names(kind) if _matches(name, args.only) and f"{kind}/{name}" not in results]
         for family in (family for name in names for family in families([kind], [name])):
-            # A crash of the process leaves this behind: the next run goes on after it.
+            # If the process crashes, this stays, and the next run continues with the next family.
             keep(Result(family.kind, family.name, family.model, "fails", "the process crashed"))
             result = examine(family, args.seconds)
             keep(result)

@@ -1,10 +1,13 @@
-"""Random layers and their statistics."""
+"""Random layers, their statistics, and solvers applied to them."""
 
 import torch
 
+from wanda_lightning.core.patterns import Unstructured
+from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import InputStatistics
 
 SHAPE = (16, 64)
+WIDE = (12, 300)  # more than two of SparseGPT's blocks of columns
 
 
 def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
@@ -15,7 +18,26 @@ def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
     return weight.to(dtype), (torch.randn(tokens, shape[1], generator=generator) * scale).to(dtype)
 
 
+def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
+    """A layer with correlated inputs, where the kept weights can compensate for the pruned ones."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, tokens = random_layer(dtype, seed=seed, shape=shape, tokens=tokens)
+    return weight, tokens @ torch.randn(shape[1], shape[1], generator=generator).to(dtype) / 10
+
+
 def statistics(tokens, *parts):
+    """The statistics of the tokens that criteria or solvers need."""
     inputs = InputStatistics(frozenset().union(*(part.needs for part in parts)))
     inputs.update(tokens)
     return inputs
+
+
+def solve(solver, weight, tokens, criterion=None, pattern=Unstructured(), sparsity=0.5):
+    """The weight and mask that a solver returns for a layer, by default with its own criterion."""
+    criterion = criterion or solver.own_criterion
+    return solver(weight, statistics(tokens, criterion, solver), Selection(criterion, pattern, sparsity))
+
+
+def output_error(weight, pruned, tokens):
+    """The squared error of a layer's outputs."""
+    return (tokens.double() @ (pruned - weight).double().t()).square().sum().item()

@@ -1,7 +1,7 @@
-"""Any configuration of transformers, shrunk until its model has some ten thousand parameters.
+"""Shrink any configuration of transformers until its model has some ten thousand parameters.
 
-Nothing here knows a family: sizes are recognised by the names that configurations share, and one of each kind of layer
-stays. What that does not fit is in `MORE`.
+The code does not know families. It recognizes sizes by the names that configurations share, and keeps one layer of each
+kind. `MORE` holds the exceptions.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_la
 _AS_MANY_AS_HEADS = {"num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "cls_token_id": 1}
 
-# By model type: what the names do not say.
+# By model type: the exceptions.
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MLA = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 16} | {
     "head_dim": 16,
@@ -153,7 +153,7 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def tiny(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
-    """The smallest configuration of a class that still has each kind of its layers, at least two layers in all."""
+    """Return the smallest configuration of a class with at least two layers and with every kind of its layers."""
     more = {**MORE.get(config_class.model_type, {}), **more}
     return config_class(**{**_shrunk(config_class(**more.pop("_first", {}))), **more})
 
@@ -183,7 +183,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _one_of_each(fields: dict[str, Any], layers: Any) -> tuple[list[int], set[str]]:
-    """Indices of two layers or more, one of each kind by the lists that have one entry for each layer; those lists."""
+    """Return the indices of the layers to keep, one per kind, and the names of the lists with one entry per layer."""
     if not isinstance(layers, int):
         return [0, 1], set()
     lists = {n: v for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == layers > 0 and n not in SIZES}
@@ -196,7 +196,7 @@ def _one_of_each(fields: dict[str, Any], layers: Any) -> tuple[list[int], set[st
 
 
 def config_classes(mapping: Any) -> dict[type[PreTrainedConfig], type[hf.PreTrainedModel]]:
-    """Each configuration class of one of transformers' mappings, with its (first) model class."""
+    """Return the first model class of each configuration class in one of transformers' mappings."""
     classes = {}
     for config_class in mapping:
         model_class = mapping[config_class]

@@ -1,8 +1,8 @@
-"""Tiny random models, built and not downloaded, each with batches that it can be calibrated on.
+"""Tiny random models, built rather than downloaded, each with calibration batches.
 
-Everything is seeded and leaves the global random state alone. A name in `Specimen` is that of the module for a
-parameter called `weight` (`lm_head`), else that of the parameter (`cls_token`), with a number for each expert of a
-parameter that holds several; see `matrices`.
+Everything is seeded and leaves the global random state unchanged. Names in a `Specimen` are those of `matrices`: the
+module's name for a parameter called `weight` (`lm_head`), otherwise the parameter's own (`cls_token`), followed by the
+index of the expert where one parameter stacks several.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ VOCABULARY, TOKENS, WINDOW = 128, 24, 8
 
 @dataclass(frozen=True)
 class Specimen:
-    """A model for tests. Globs are `fnmatch`'s: `*` crosses dots, so blocks are written with `[0-9]`.
+    """A model for tests. In the globs, as in `fnmatch`, `*` crosses dots, so blocks are written with `[0-9]`.
 
     Attributes:
-        build: The model, in eval mode and float32, with the same weights every time.
-        batches: Two or three batches: a mapping is keywords; of a tuple only the first element goes in.
+        build: Returns the model, in eval mode and float32, with the same weights every time.
+        batches: Returns two or three batches. A mapping is passed as keywords, and of a tuple only the first element.
         dense: Matrices that must be skipped by default. All others must be pruned.
-        blocks: Modules that sequential "block" stops at.
-        uncalled: Layers not in `dense` whose own forward no batch calls, so that they keep their weights.
-        read_past: Layers whose weight another module reads, and whose own forward nothing calls.
+        blocks: Modules at which sequential="block" stops.
+        uncalled: Layers outside `dense` that no batch calls, so that they keep their weights.
+        read_past: Layers whose weight another module reads, while nothing calls their own forward.
     """
 
     build: Callable[[], nn.Module]
@@ -50,7 +50,7 @@ class Specimen:
 
 
 def save_llama_of_bytes(folder: Any) -> None:
-    """A tiny Llama and a tokenizer whose tokens are bytes, as a Hugging Face folder."""
+    """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
     alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -64,7 +64,7 @@ def save_llama_of_bytes(folder: Any) -> None:
 
 
 def run(model: nn.Module, batch: Any) -> Tensor:
-    """The main output of a model for a batch; whether with gradients is the caller's choice."""
+    """Return the main output of a model for a batch. The caller decides whether gradients are recorded."""
     if isinstance(batch, Mapping):
         caches = hasattr(getattr(model, "config", None), "use_cache")
         output = model(**batch, use_cache=False) if caches else model(**batch)
@@ -74,7 +74,7 @@ def run(model: nn.Module, batch: Any) -> Tensor:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter with two dimensions or more, a tied one under each of its modules, stacked experts under each."""
+    """Return every parameter with two or more dimensions by name: once per module that shares it, once per expert."""
     found = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -87,12 +87,12 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def matching(names: Iterable[str], globs: Iterable[str]) -> set[str]:
-    """The names that at least one glob matches."""
+    """Return the names that at least one glob matches."""
     globs = tuple(globs)
     return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
 
 
-def _build(make: Callable[[], nn.Module]) -> nn.Module:
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
         model = make()
@@ -102,11 +102,11 @@ def _build(make: Callable[[], nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _enliven(model: nn.Module) -> None:
-    """Move every parameter away from zero, one and what its copies hold, so that the output depends on each."""
+    """Move every parameter away from 0, 1 and its copies in other layers, so that the output depends on each."""
     for parameter in model.parameters():
         d_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1] if parameter.ndim else 1
-        spread = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
-        parameter.add_(spread * torch.randn_like(parameter))
+        scale = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
+        parameter.add_(scale * torch.randn_like(parameter))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -191,7 +191,7 @@ def _qwen3() -> nn.Module:
 
 def _gemma2() -> nn.Module:
     sizes = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16}
-    # Eager: sdpa leaves the soft cap of the attention out.
+    # Eager, since sdpa ignores the soft cap of the attention.
     config = hf.Gemma2Config(**sizes, sliding_window=WINDOW, attn_implementation="eager")
     return hf.Gemma2ForCausalLM(config)
 
@@ -260,14 +260,14 @@ def _deepseek_v3() -> nn.Module:
 
 
 def _gpt_oss() -> nn.Module:
-    """Its experts are stored as (d_in, d_out), and have biases."""
+    """A model that stores its experts as (d_in, d_out), with biases."""
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW}
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     return hf.GptOssForCausalLM(hf.GptOssConfig(**_EXPERTS, **sizes, rope_parameters=rope))
 
 
 def _llama4() -> nn.Module:
-    """All tokens go through all experts, as zeros where they are not theirs."""
+    """A model that passes all tokens to each expert, as zeros where they are routed to another."""
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 64, "head_dim": 16}
     return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**_EXPERTS, **sizes))
 
@@ -299,7 +299,7 @@ def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> nn.Module:
     return ResNet(block, layers=(2, 2, 2, 2), channels=channels, zero_init_last=False, **_IMAGES)
 
 
-# Odd ones
+# Unusual models
 
 
 class _Mlp(nn.Module):
@@ -313,7 +313,7 @@ class _Mlp(nn.Module):
 
 
 class _Blocks(nn.Module):
-    """Blocks one after another; what is odd is up to the subclass."""
+    """Blocks that run one after another."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
@@ -379,7 +379,7 @@ class _InplaceMlp(_Mlp):
 
 class _Inplace(_Blocks):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - 0.1)  # a fresh tensor: only the blocks change their inputs, the model keeps its own
+        return super().forward(x - 0.1)  # a new tensor: the blocks write into their inputs, the model does not
 
 
 class _AutocastInside(_Blocks):
@@ -394,7 +394,7 @@ class _AutocastInside(_Blocks):
 
 
 class _ExpertList(nn.Module):
-    """Experts that are modules; each token goes to one."""
+    """Experts that are modules. Each token goes to one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -413,7 +413,7 @@ class _ExpertList(nn.Module):
 
 
 class _TorchTransformer(nn.Module):
-    """In eval mode without gradients PyTorch takes a fused path past all submodules of a layer."""
+    """Transformer layers that PyTorch fuses in eval mode without gradients, so that it calls no submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -426,7 +426,7 @@ class _TorchTransformer(nn.Module):
 
 
 def _decoder(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _text) -> Specimen:
-    return Specimen(partial(_build, make), batches, ("model.embed_tokens", "lm_head"), ("model.layers.[0-9]",))
+    return Specimen(partial(seeded, make), batches, ("model.embed_tokens", "lm_head"), ("model.layers.[0-9]",))
 
 
 def _with_experts(make: Callable[[], nn.Module], *dense: str, batches: Callable[[], list[Any]] = _text) -> Specimen:
@@ -436,7 +436,7 @@ def _with_experts(make: Callable[[], nn.Module], *dense: str, batches: Callable[
 def _odd(
     make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: tuple[str, ...]
 ) -> Specimen:
-    return Specimen(partial(_build, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
+    return Specimen(partial(seeded, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
 
 
 ZOO: dict[str, Specimen] = {
@@ -455,55 +455,55 @@ ZOO: dict[str, Specimen] = {
     "gpt_oss": _with_experts(_gpt_oss, "*.router", "*_bias"),
     "llama4": _with_experts(_llama4, "*.router"),
     "opt": Specimen(
-        partial(_build, _opt), _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
+        partial(seeded, _opt), _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
     ),
     "gpt2": Specimen(
-        partial(_build, _gpt2), _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
+        partial(seeded, _gpt2), _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
     ),
     "gpt_neox": Specimen(
-        partial(_build, _gpt_neox), _text, ("gpt_neox.embed_in", "lm_head"), ("gpt_neox.layers.[0-9]",)
+        partial(seeded, _gpt_neox), _text, ("gpt_neox.embed_in", "lm_head"), ("gpt_neox.layers.[0-9]",)
     ),
     "t5": Specimen(
-        partial(_build, _t5),
+        partial(seeded, _t5),
         _text_pairs,
         ("shared", "*.embed_tokens", "*.relative_attention_bias", "lm_head"),
         ("encoder.block.[0-9]", "decoder.block.[0-9]"),
     ),
     "vit": Specimen(
-        partial(_build, _vit), _images, ("cls_token", "pos_embed", "patch_embed.proj", "head"), ("blocks.[0-9]",)
+        partial(seeded, _vit), _images, ("cls_token", "pos_embed", "patch_embed.proj", "head"), ("blocks.[0-9]",)
     ),
     "deit": Specimen(
-        partial(_build, _deit),
+        partial(seeded, _deit),
         _images,
         ("cls_token", "dist_token", "pos_embed", "patch_embed.proj", "head", "head_dist"),
         ("blocks.[0-9]",),
     ),
     "convnext": Specimen(
-        partial(_build, partial(_convnext, conv_mlp=False)),
+        partial(seeded, partial(_convnext, conv_mlp=False)),
         _images,
         ("stem.0", "*.conv_dw", "head.fc"),
         ("stages.[0-9].blocks.[0-9]",),
     ),
     "convnext_conv_mlp": Specimen(
-        partial(_build, partial(_convnext, conv_mlp=True)),
+        partial(seeded, partial(_convnext, conv_mlp=True)),
         _images,
         ("stem.0", "*.conv_dw", "head.fc"),
         ("stages.[0-9].blocks.[0-9]",),
     ),
     "swin": Specimen(
-        partial(_build, _swin),
+        partial(seeded, _swin),
         _images,
         ("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
         ("layers.[0-9].blocks.[0-9]",),
     ),
     "resnet18": Specimen(
-        partial(_build, partial(_resnet, BasicBlock, (16, 16, 32, 32))),
+        partial(seeded, partial(_resnet, BasicBlock, (16, 16, 32, 32))),
         _images,
         ("conv1", "fc"),
         ("layer[1-4].[0-9]",),
     ),
     "resnet50": Specimen(
-        partial(_build, partial(_resnet, Bottleneck, (8, 8, 16, 16))), _images, ("conv1", "fc"), ("layer[1-4].[0-9]",)
+        partial(seeded, partial(_resnet, Bottleneck, (8, 8, 16, 16))), _images, ("conv1", "fc"), ("layer[1-4].[0-9]",)
     ),
     "keywords_only": _odd(lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]),
     "block_twice": _odd(_block_twice),

@@ -9,8 +9,10 @@ from rich.table import Table
 from torch import nn
 
 from wanda_lightning.cli.options import as_pattern, as_patterns
-from wanda_lightning.models import find_layers, left_by_pattern, low_coverage, model_from_config
-from wanda_lightning.report import SkippedMatrix, skipped_table
+from wanda_lightning.config import resolve_pattern
+from wanda_lightning.models import find_layers, model_from_config
+from wanda_lightning.notes import low_coverage, unfit_layers
+from wanda_lightning.report import skipped_table
 
 
 def inspect_model(
@@ -36,7 +38,7 @@ def inspect_model(
         trust_remote_code: Run the code that comes with a hub model.
     """
     inspected: nn.Module = model_from_config(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    pattern = as_pattern(sparsity_type)
+    pattern = resolve_pattern(as_pattern(sparsity_type))
     found = find_layers(inspected, sequential, as_patterns(skip), as_patterns(only), include_grouped, pattern)
     table = Table(title=f"{model}: would be pruned", title_justify="left")
     for heading in ("unit", "layers", "weights", "inside"):
@@ -49,13 +51,13 @@ def inspect_model(
         table.add_row(unit.name or "the whole model", str(len(unit.layers)), f"{weights:,}", names)
     console = Console()
     console.print(table)
-    console.print(skipped_table([SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]))
+    console.print(skipped_table(found.skipped))
     parameters = sum(parameter.numel() for parameter in inspected.parameters())
     weights = sum(layer.size for layer in found.layers)
     console.print(
         f"{len(found.layers)} layers in {len(found.units)} units hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters."
     )
-    for note in (left_by_pattern(found), low_coverage(found)):
+    for note in (unfit_layers(found), low_coverage(found)):
         if note is not None:
-            console.print(f"Note: {note}", markup=False)
+            console.print(f"Note: {note.text}", markup=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from wanda_lightning.core.patterns import Pattern, Unstructured, pattern_named
 from wanda_lightning.modules import CausalLMModule
 
 TIMM = "timm:"  # before the name of an image classifier
@@ -21,17 +20,15 @@ def as_patterns(given: str | Sequence[str]) -> list[str]:
     return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else list(given)
 
 
-def as_pattern(sparsity_type: str) -> Pattern:
+def as_pattern(sparsity_type: str) -> str:
     """The pattern that `--sparsity_type` names.
 
     Raises:
         ValueError: If it names none.
     """
-    if sparsity_type == "unstructured":
-        return Unstructured()
-    if not re.fullmatch(r"\d+:\d+", sparsity_type):
+    if sparsity_type != "unstructured" and not re.fullmatch(r"\d+:\d+", sparsity_type):
         raise ValueError(f"--sparsity_type is unstructured or N:M such as 2:4, but {sparsity_type} was given")
-    return pattern_named(sparsity_type)
+    return sparsity_type
 
 
 def checked_seqlen(seqlen: int | None, module: CausalLMModule, default: int) -> int:

@@ -13,13 +13,12 @@ from rich.table import Table
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import measure
 from wanda_lightning.cli.options import TIMM, as_pattern, as_patterns, checked_seqlen, refuse_given
-from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file
-from wanda_lightning.methods import METHODS, PRESETS, Method
+from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.pruning import plan
+from wanda_lightning.plan import make_plan
 from wanda_lightning.report import PruningReport
 
 _PAPER_SEQLEN = 2048
@@ -142,15 +141,15 @@ def prune_model(
     if preset is not None:
         refuse_given("a preset, which chooses the method", prune_method=prune_method)
     name = preset or prune_method or "wanda"
-    method = METHODS[name] if preset is None else PRESETS[name]
     if preset is None:
         options["prune_method"] = name
-    choices = method.choices(_pattern(sparsity_type, method, prune_granularity, use_variant))
-    choices |= {} if allocation is None else {"allocation": allocation}
-    choices["sequential"] = sequential or choices.get("sequential") or ("none" if is_image else "block")
+    usual = {**METHODS, **PRESETS}[name].sequential or ("none" if is_image else "block")
     callback = PruningCallback(
         sparsity_ratio,
-        **choices,
+        method=name,
+        pattern=_pattern(sparsity_type, name, prune_granularity, use_variant),
+        allocation=allocation,
+        sequential=sequential or usual,
         skip=as_patterns(skip),
         only=as_patterns(only),
         include_grouped=include_grouped,
@@ -187,8 +186,8 @@ def prune_model(
             cache_dir=cache_dir,
         )
         metric, heading = "val_perplexity", "perplexity"
-    plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
-    if callback.config.reads_batches and isinstance(data, TextDataModule):
+    make_plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
+    if callback.config.data_reader is not None and isinstance(data, TextDataModule):
         _ = data.calibration_windows
     dense = measure(module, data, metric)
     pruned = measure(module, data, metric, callback)
@@ -209,17 +208,17 @@ def prune_model(
         Console().print(Evaluation({f"{model}, pruned": accuracies}).table())
 
 
-def _pattern(sparsity_type: str, method: Method, group: Literal["row", "layer"] | None, use_variant: bool) -> Pattern:
+def _pattern(sparsity_type: str, method: str, group: Literal["row", "layer"] | None, use_variant: bool) -> str:
     if sparsity_type != "unstructured":
         if use_variant or group:
             option = "--use_variant" if use_variant else "--prune_granularity"
             raise ValueError(f"{option} is for --sparsity_type unstructured, but {sparsity_type} was given")
         return as_pattern(sparsity_type)
     if use_variant:
-        if method != METHODS["wanda"] or group == "layer":
+        if method != "wanda" or group == "layer":
             raise ValueError("--use_variant is a way to compare Wanda's scores within rows: use --prune_method wanda")
-        return EqualShare()
-    return Unstructured(group or method.group)
+        return "equal_share"
+    return f"unstructured_{group}" if group else "unstructured"
 
 
 def _or(value: int | None, default: int) -> int:

@@ -1,4 +1,4 @@
-"""What solvers need of a Gram matrix `X^T X`: dampened, factorised, inverted, scaled."""
+"""What solvers compute from a Gram matrix `X^T X`: dampened, scaled, factorized, inverted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from wanda_lightning.core.types import Gram, PerInput
 
 log = logging.getLogger(__name__)
 
-_TRIES = 5  # each with ten times the dampening of the one before
+_TRIES = 5  # each with ten times the dampening of the previous one
 
 
 def dampened(gram: Gram, dampening: float) -> Gram:
-    """`X^T X` with a share of its mean diagonal added to the diagonal.
+    """Return `X^T X` with `dampening` times its mean diagonal added to the diagonal.
 
     Example:
         >>> dampened(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), 0.5)
@@ -23,46 +23,50 @@ def dampened(gram: Gram, dampening: float) -> Gram:
     """
     mean = gram.diagonal().mean()
     result = gram.clone()
-    result.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # without any active input all are alike
+    result.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # 1: without active inputs, all weigh the same
     return result
 
 
-def cholesky(gram: Gram, dampening: float) -> Gram:
-    """The lower triangular `L` with `L L^T = X^T X + dampening`.
+def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
+    """Factorize a dampened Gram matrix.
 
-    Where rounding makes the matrix indefinite, the dampening grows until it is not, and a warning says so.
+    If rounding makes the matrix indefinite, the dampening grows until it is definite, and a warning is logged.
+
+    Returns:
+        The lower triangular `L` with `L L^T = dampened(X^T X)`, and the dampening that was used.
 
     Raises:
-        ValueError: If it stays indefinite.
+        ValueError: If the matrix stays indefinite.
     """
-    for tried in range(_TRIES):
-        lower, info = torch.linalg.cholesky_ex(dampened(gram, dampening * 10**tried))
+    for attempt in range(_TRIES):
+        used = dampening * 10**attempt
+        lower, info = torch.linalg.cholesky_ex(dampened(gram, used))
         if not info:
-            if tried:
+            if attempt:
                 log.warning(
-                    "a Gram matrix of %d inputs has no Cholesky factor with dampening %g: using %g (more calibration "
-                    "tokens would help)",
+                    "the Gram matrix of %d inputs has no Cholesky factor with dampening %g, so %g is used; more "
+                    "calibration tokens would help",
                     len(gram),
                     dampening,
-                    dampening * 10**tried,
+                    used,
                 )
-            return lower
+            return lower, used
     raise ValueError(
-        f"a Gram matrix of {len(gram)} inputs has no Cholesky factor, not even with dampening "
-        f"{dampening * 10 ** (_TRIES - 1):g}: give more calibration tokens, or a wider dtype"
+        f"the Gram matrix of {len(gram)} inputs has no Cholesky factor, not even with dampening {used:g}. Give more "
+        "calibration samples, or load the model in a wider dtype."
     )
 
 
 def inverse_factor(gram: Gram, dampening: float) -> Gram:
-    """The upper triangular `U` with `U^T U = (X^T X + dampening)^-1`; dampened as in `cholesky`."""
+    """Return the upper triangular `U` with `U^T U = dampened(X^T X)^-1`; the dampening is that of `cholesky`."""
     # With all columns in reverse, the inverse of the lower factor is the upper factor of the inverse.
-    lower = cholesky(gram.flip(0, 1), dampening)
+    lower, _ = cholesky(gram.flip(0, 1), dampening)
     one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
 
 
 def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
-    """The scale of each input, and the dampened matrix of the inputs divided by it: its diagonal is 1."""
-    wide = dampened(gram, dampening)
-    scale = wide.diagonal().sqrt()
-    return scale, wide.div_(scale).div_(scale[:, None])
+    """Return the scale of each input, and the dampened Gram matrix of the inputs divided by it: its diagonal is 1."""
+    result = dampened(gram, dampening)
+    scale = result.diagonal().sqrt()
+    return scale, result.div_(scale).div_(scale[:, None])

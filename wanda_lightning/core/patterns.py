@@ -1,195 +1,137 @@
-"""Patterns turn scores into the mask of what to keep.
+"""Patterns turn scores into the mask of the weights to keep.
 
-Row-wise, layer-wise and N:M are three views of one primitive: see the scores as (groups, size) and keep the largest of
-each group.
+Row-wise, layer-wise and N:M pruning are three views of one operation: see the scores as a matrix of (groups, size), and
+keep the largest scores of each group.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from wanda_lightning.core.types import Groups, KeepGroups, KeepMask, Score
+from wanda_lightning.core.hyperparameters import Number, OneOf, check
+from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
+from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
-_SMALL_GROUP = 16  # up to here, comparing all pairs beats a selection per group (measured on 4096 x 11008)
-_FEW_GROUPS = 1024  # up to here a sort is faster than comparing (on a CPU; 512 groups of 4: two thirds of the time)
-_LARGE_GROUP = 1 << 16  # from here on a sample comes first
-_STRIDE = 61  # of the sample; a prime, as widths are not
-_GROUPS_AT_ONCE = 1 << 16  # what the pairwise comparison holds at a time: it then stays in the cache
+_ROUNDING = 1e-6  # of a number of weights: 0.7 * 20800 is below 14560
 
 
-def keep_largest(scores: Groups, count: int) -> KeepGroups:
-    """Keep the `count` largest scores of each group; among equal scores the later ones stay.
+@dataclass(frozen=True)
+class ColumnBlock:
+    """A block of a layer's columns, for a solver that chooses the columns from left to right, and the zeros beside it.
 
-    Example:
-        >>> keep_largest(torch.tensor([[3.0, 1.0, 2.0, 1.0]]), 2)
-        tensor([[ True, False,  True, False]])
+    Attributes:
+        stop: Number of columns up to the end of the block.
+        d_in: Number of columns of the layer.
+        zeros_left: Zeros of each row left of the block.
+        zeros_right: Zeros of each row right of the block, which are zero whatever is chosen there.
     """
-    scores = scores.detach()
-    size = scores.shape[1]
-    assert 0 <= count <= size, f"cannot keep {count} of {size}"
-    if count == size:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if size <= _SMALL_GROUP:
-        return _keep_by_order(scores, count) if len(scores) <= _FEW_GROUPS else _keep_by_rank(scores, count)
-    return _keep_by_threshold(scores, count)
 
-
-def _keep_by_order(scores: Groups, count: int) -> KeepGroups:
-    pruned = scores.sort(dim=1, stable=True).indices[:, : scores.shape[1] - count]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, pruned, False)
-
-
-def _keep_by_rank(scores: Groups, count: int) -> KeepGroups:
-    size = scores.shape[1]
-    keep = torch.empty_like(scores, dtype=torch.bool)
-    array: Callable[[Tensor], Any] = Tensor.numpy if _is_for_numpy(scores) else Tensor.detach
-    for part, part_keep in zip(scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True):
-        columns = array(scores.new_empty(size, len(part)))
-        columns[:] = array(part).T
-        # How many others are smaller, or equal and before: at first, all that are before.
-        rank = array(torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(1, len(part)))
-        for shift in range(1, size):
-            later_is_smaller = (columns[shift:] < columns[:-shift]).view(rank.dtype)
-            rank[:-shift] += later_is_smaller
-            rank[shift:] -= later_is_smaller
-        array(part_keep)[:] = (rank >= size - count).T
-    return keep
-
-
-def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
-    pruned = scores.shape[1] - count
-    threshold, next_larger = _kth_smallest(scores, pruned)
-    keep = scores > threshold
-    tied = (threshold == next_larger).squeeze(1).nonzero().squeeze(1)
-    if len(tied):
-        some, level = scores[tied], threshold[tied]
-        at_level = some == level
-        missing = pruned - (some < level).sum(dim=1, keepdim=True)
-        keep[tied] |= at_level & (at_level.cumsum(dim=1) > missing)
-    return keep
-
-
-def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
-    """The k-th smallest of each group, and the one after it."""
-    if not _is_for_numpy(scores):
-        with _values_only():
-            smaller, larger = (scores.kthvalue(rank, dim=1, keepdim=True).values for rank in (k, k + 1))
-        return smaller, larger
-    if scores.shape[1] >= _LARGE_GROUP:
-        found = torch.tensor([_kth_of_many(group, k) for group in scores], dtype=scores.dtype, device=scores.device)
-        return found[:, :1], found[:, 1:]
-    values = scores.clone()
-    values.numpy().partition(k - 1, axis=1)
-    return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
-
-
-def _kth_of_many(scores: Float[Tensor, " size"], k: int) -> tuple[float, float]:
-    """Of one large group: a sample tells between which two values to look, where few are."""
-    array = scores.numpy()
-    sample = array[::_STRIDE].copy()
-    sample.sort()
-    middle, margin = k / len(array) * len(sample), 2 * len(sample) ** 0.5  # at least four standard deviations
-    low, high = sample[max(0, int(middle - margin))], sample[min(len(sample) - 1, int(middle + margin))]
-    rank = k - int(torch.from_numpy(array < low).count_nonzero())
-    values = array[(array >= low) & (array <= high)]
-    if not 0 < rank < len(values):  # the sample is not like the whole
-        rank, values = k, array.copy()
-    values.partition(rank - 1)
-    return float(values[rank - 1]), float(values[rank:].min())
-
-
-def _is_for_numpy(scores: Groups) -> bool:
-    """On a CPU it compares, transposes and selects 3 to 6 times as fast as PyTorch (measured on two cores)."""
-    return scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64)
-
-
-@contextmanager
-def _values_only() -> Iterator[None]:
-    """Allow what PyTorch calls nondeterministic on CUDA for its indices or its speed; we read values only."""
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
+    stop: int
+    d_in: int
+    zeros_left: PerRow
+    zeros_right: PerRow
 
 
 class Pattern(ABC):
-    """Where zeros may fall, and how many."""
+    """Where zeros may be, and how many."""
 
     @property
     def spans_rows(self) -> bool:
-        """Whether what becomes of a row depends on other rows, so that no process can choose in its rows alone."""
+        """Whether the mask of a row depends on other rows, so that a process that holds some rows cannot choose it."""
         return False
 
-    def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any
+    @property
+    def group_size(self) -> int:
+        """Number of consecutive columns of a row that form a group; 0 if the pattern has no such groups."""
+        return 0
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The only sparsity that the pattern can have; None if it can have any."""
+        return None
+
+    def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any sparsity
         """Refuse a sparsity that the pattern cannot have.
 
         Raises:
-            ValueError: If it cannot.
+            ValueError: Names the sparsity that it can have.
         """
 
     def why_not(self, d_in: int) -> str | None:
-        """Why a layer with so many inputs cannot have the pattern; None where it can."""
+        """Return why a layer with `d_in` inputs cannot have the pattern, or None if it can."""
         return None
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
-        """In how many equal steps the sparsity of a layer goes from 0 to 1."""
+        """Return the number of equal steps in which the sparsity of a layer can rise from 0 to 1."""
         return d_out * d_in
 
     def for_sparsity(self, sparsity: float) -> Pattern:
-        """The pattern for one layer, where the layers differ in sparsity."""
+        """Return the pattern for one layer with this sparsity, if an allocation gives each layer its own."""
         return self
 
     @abstractmethod
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
-        """Choose what to keep; higher scores survive."""
+        """Return what to keep; higher scores survive."""
+
+    def keep_block(self, scores: Score, sparsity: float, block: ColumnBlock) -> KeepMask:
+        """Return what to keep in a block of columns, so that the layer has the sparsity once all columns are chosen.
+
+        Zeros that are there already score 0 and count. By default, the block makes up for the columns left of it.
+        """
+        missing = sparsity * block.stop * len(scores) - int(block.zeros_left.sum()) + _ROUNDING
+        return self(scores, max(0.0, missing / scores.numel()))
 
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Any weight may go; exactly `int(size * sparsity)` of each comparison group do.
+    """Zeros may be anywhere; exactly `int(size * sparsity)` weights of each comparison group become zero.
 
     Attributes:
-        group: What is compared: each output row for itself (Wanda's choice), or all weights of the layer.
+        group: What is compared: the weights of each row (the paper's choice for Wanda), or all weights of the layer.
     """
 
     group: Literal["row", "layer"] = "row"
 
     def __post_init__(self) -> None:
-        if self.group not in ("row", "layer"):
-            raise ValueError(f"Unstructured compares within a 'row' or a 'layer', but group={self.group!r} was given")
+        check(self, group=OneOf(("row", "layer")))
 
     @property
     def spans_rows(self) -> bool:
-        """Where weights of all rows are compared."""
+        """True if all weights of the layer are compared."""
         return self.group == "layer"
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
-        """One for each weight of a comparison group."""
+        """Return the number of weights of a comparison group."""
         return d_in if self.group == "row" else d_out * d_in
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
-        """Keep the largest of each group."""
-        groups = scores if self.group == "row" else scores.reshape(1, -1)
+        """Keep the largest scores of each group."""
+        groups = self._groups(scores)
         size = groups.shape[1]
         return keep_largest(groups, size - int(size * sparsity)).reshape(scores.shape)
+
+    def keep_block(self, scores: Score, sparsity: float, block: ColumnBlock) -> KeepMask:
+        """Prune each group to its number of zeros up to the end of the block, but leave room for zeros right of it."""
+        groups = self._groups(scores)
+        rows = len(scores) // len(groups)
+        left, right = (zeros.reshape(len(groups), rows).sum(dim=1) for zeros in (block.zeros_left, block.zeros_right))
+        due = int(rows * block.stop * sparsity + _ROUNDING) - left
+        room = int(rows * block.d_in * sparsity + _ROUNDING) - left - right
+        pruned = torch.minimum(due, room).clamp(0, groups.shape[1])
+        return keep_largest_of_each(groups, groups.shape[1] - pruned).reshape(scores.shape)
+
+    def _groups(self, scores: Score) -> Groups:
+        return scores if self.group == "row" else scores.reshape(1, -1)
 
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """N weights survive in every M consecutive inputs of a row, as sparse tensor cores want it (2:4).
+    """N weights survive in every M consecutive inputs of a row, the layout of sparse tensor cores (2:4).
 
     Attributes:
         n: Survivors of each group.
@@ -200,24 +142,38 @@ class NM(Pattern):
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m:
-            raise ValueError(f"N:M keeps N of every M weights with 1 <= N < M, but {self.n}:{self.m} was given")
+        at_least_1 = Number(minimum=1, whole=True)
+        if not at_least_1.accepts(self.n) or not at_least_1.accepts(self.m) or self.n >= self.m:
+            raise ValueError(
+                "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M, but it is "
+                f"{self.n!r}:{self.m!r}."
+            )
+
+    @property
+    def group_size(self) -> int:
+        """`m`."""
+        return self.m
 
     @property
     def sparsity(self) -> float:
-        """The one sparsity that this pattern has."""
+        """`1 - n/m`."""
         return 1 - self.n / self.m
 
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """`1 - n/m`."""
+        return self.sparsity
+
     def check(self, sparsity: float) -> None:
-        """Refuse another sparsity than `1 - n/m`."""
+        """Refuse every sparsity but `1 - n/m`."""
         if abs(sparsity - self.sparsity) > 1e-6:
             raise ValueError(
-                f"{self.n}:{self.m} has a sparsity of {self.sparsity:g}, but {sparsity:g} was asked for. "
-                f"Use sparsity={self.sparsity:g}, or pattern='unstructured' for any sparsity."
+                f"sparsity must be {self.sparsity:g} for the pattern {self.n}:{self.m}, but it is {sparsity:g}. "
+                f"Give sparsity={self.sparsity:g}, or pattern='unstructured' for any sparsity."
             )
 
     def why_not(self, d_in: int) -> str | None:
-        """A width that `m` does not divide; whatever `n` an allocation gives the layer.
+        """Refuse a width that is not a multiple of `m`.
 
         Example:
             >>> NM(2, 4).why_not(27)
@@ -226,11 +182,11 @@ class NM(Pattern):
         return f"input width {d_in} is not a multiple of {self.m}" if d_in % self.m else None
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
-        """One for each member of a group."""
+        """Return the size of a group."""
         return self.m
 
     def for_sparsity(self, sparsity: float) -> Pattern:
-        """The nearest n of the same m, at least 1; where that is all of them, the layer stays dense.
+        """Return the nearest n of the same m, at least 1; if all weights survive, the layer stays dense.
 
         Example:
             >>> NM(4, 8).for_sparsity(0.65), NM(4, 8).for_sparsity(0.0)
@@ -240,7 +196,7 @@ class NM(Pattern):
         return NM(n, self.m) if n < self.m else Unstructured()
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
-        """Keep the `n` largest of every `m`."""
+        """Keep the `n` largest scores of every `m`."""
         return keep_largest(scores.reshape(-1, self.m), self.n).reshape(scores.shape)
 
 
@@ -248,25 +204,25 @@ class NM(Pattern):
 class EqualShare(Pattern):
     """Each row loses the same share of its total score, so rows differ in sparsity: the paper's "variant".
 
-    A row is cut where the running sum of its sorted scores reaches `share` of the row's total; one share for the
-    matrix is found by bisection from 0.4 in [0, 0.8], until the sparsity is within 0.001 of the target or the bracket
-    is narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may fall short of a high sparsity.
+    A row is cut where the cumulative sum of its sorted scores reaches `share` of the row's total. A bisection finds one
+    share for the matrix, from 0.4 in [0, 0.8], until the sparsity is within 0.001 of the target or the bracket is
+    narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may be too small for a high sparsity.
     """
 
     @property
     def spans_rows(self) -> bool:
-        """Always: the share is one for all rows."""
+        """True: all rows have the same share."""
         return True
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
-        """Find the share and keep what lies above each row's cut."""
+        """Find the share, and keep what is above each row's cut."""
         tolerance = 0.001
         if sparsity == 0:
             return torch.ones_like(scores, dtype=torch.bool)
         if abs((scores == 0).float().mean().item() - sparsity) <= tolerance:
-            return scores > 0  # already there: pruning twice changes nothing
+            return scores > 0  # pruned already: pruning twice changes nothing
         ascending = scores.sort(dim=1).values
-        with _values_only():
+        with nondeterministic_kernels():
             running = ascending.cumsum(dim=1)
         total = scores.sum(dim=1, keepdim=True)
         low, share, high = 0.0, 0.4, 0.8
@@ -293,14 +249,14 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def pattern_named(name: str) -> Pattern:
-    """The pattern of a name in `PATTERNS`, or any `N:M`.
+    """Return the pattern of a name in `PATTERNS`, or any `N:M`.
 
     Example:
         >>> pattern_named("1:4")
         NM(n=1, m=4)
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no pattern has the name.
     """
     if name in PATTERNS:
         return PATTERNS[name]

@@ -49,13 +49,22 @@ def _write_gram(tokens: Tokens, gram: Gram) -> None:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32, which would leave ten bits of the Gram matrix."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Multiply float32 matrices in float32: TF32 would leave ten bits of the Gram matrix."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # PyTorch refuses to read it where it is "highest" and a backend's own setting is lower
+        legacy = "highest"
+    torch.set_float32_matmul_precision("highest")  # sets the backends, too; some kernels refuse settings that differ
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = "none"  # follow the setting of all backends, as it does unless it has its own
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 class InputStatistics:

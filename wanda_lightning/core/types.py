@@ -1,20 +1,35 @@
-"""Names for the shapes that the whole package speaks of.
+"""Names of the tensor shapes in this package; tests check them at run time.
 
-Polarity: in a `KeepMask`, True survives and False becomes zero.
+In a `KeepMask`, True marks a weight that survives, and False one that becomes zero.
 """
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Weight = Float[Tensor, "d_out d_in"]
-OneWeight = Float[Tensor, "_ d_in"]  # of several that differ in their rows
+OneWeight = Float[Tensor, "_ d_in"]  # one of several weights with the same inputs, which may differ in d_out
 Score = Float[Tensor, "d_out d_in"]
 KeepMask = Bool[Tensor, "d_out d_in"]
 OneMask = Bool[Tensor, "_ d_in"]
 Tokens = Float[Tensor, "tokens d_in"]
 PerInput = Float[Tensor, " d_in"]
+PerRow = Int[Tensor, " d_out"]
 Gram = Float[Tensor, "d_in d_in"]
 Groups = Float[Tensor, "groups size"]
 KeepGroups = Bool[Tensor, "groups size"]
+Counts = Int[Tensor, " groups"]
 
-__all__ = ["Gram", "Groups", "KeepGroups", "KeepMask", "OneMask", "OneWeight", "PerInput", "Score", "Tokens", "Weight"]
+__all__ = [
+    "Counts",
+    "Gram",
+    "Groups",
+    "KeepGroups",
+    "KeepMask",
+    "OneMask",
+    "OneWeight",
+    "PerInput",
+    "PerRow",
+    "Score",
+    "Tokens",
+    "Weight",
+]

@@ -6,7 +6,6 @@ is the special case `ZeroOut`.
 
 from wanda_lightning.core.solvers.admm import ADMM
 from wanda_lightning.core.solvers.base import Solver, mask_, masked
-from wanda_lightning.core.solvers.reconstruct import Reconstruct
 from wanda_lightning.core.solvers.refit import Refit
 from wanda_lightning.core.solvers.sparsegpt import SparseGPT
 from wanda_lightning.core.solvers.zero_out import ZeroOut
@@ -14,7 +13,6 @@ from wanda_lightning.core.solvers.zero_out import ZeroOut
 __all__ = [
     "ADMM",
     "SOLVERS",
-    "Reconstruct",
     "Refit",
     "Solver",
     "SparseGPT",
@@ -28,5 +26,4 @@ SOLVERS: dict[str, type[Solver]] = {
     "sparsegpt": SparseGPT,
     "refit": Refit,
     "admm": ADMM,
-    "reconstruct": Reconstruct,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,11 +10,12 @@ import torch
 
 from wanda_lightning.core.criteria import Criterion, Wanda, with_inactive
 from wanda_lightning.core.gram import cholesky
+from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver, as_numbers, masked
 from wanda_lightning.core.solvers.refit import refitted
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, Score, Weight
+from wanda_lightning.core.types import Gram, KeepMask, Score, Weight
 
 _LEAST_RHO = 0.001  # with less, rounding may leave a Gram matrix without a Cholesky factor
 
@@ -45,17 +47,17 @@ class ADMM(Solver):
     takes_any_criterion: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rho", tuple(self.rho))  # a list, from YAML
-        counts = (self.iterations, self.refit_steps)
+        object.__setattr__(self, "rho", tuple(self.rho))  # a file gives a list
+        at_least_1 = Number(minimum=1, whole=True)
+        check(self, dampening=Number(above=0), iterations=at_least_1, refit_steps=at_least_1)
         if (
-            not self.dampening > 0
-            or min(counts) < 1
-            or len(self.rho) != 2
-            or not _LEAST_RHO <= self.rho[0] <= self.rho[1]
+            len(self.rho) != 2
+            or not all(map(Number(minimum=_LEAST_RHO).accepts, self.rho))
+            or self.rho[0] > self.rho[1]
         ):
             raise ValueError(
-                f"ADMM needs dampening > 0, turns and refit_steps >= 1, and rho=(first, last) from {_LEAST_RHO} on "
-                f"that does not fall, but got {self}"
+                f"rho of ADMM must be two numbers of at least {_LEAST_RHO}, the first and a last that is not smaller, "
+                f"but it is {self.rho}."
             )
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
@@ -69,23 +71,8 @@ class ADMM(Solver):
             scores = with_inactive(scores.mul_(as_numbers(alive)), weight, energy)
             return selection.pattern(scores, selection.sparsity) & alive
 
-        target = torch.mm(dense, gram)
-        # `wanted` is masked copy plus dual variable: one where it is kept, the other where it is dropped.
-        keep, dropped = choose(dense.abs()), torch.zeros_like(dense)
-        rho, last = self.rho
-        pull = torch.add(target, masked(dense, keep), alpha=rho)
-        growth = (last / rho) ** (1 / max(1, self.iterations - 1))
-        for _ in range(self.iterations):
-            lower = cholesky(gram, rho)
-            free = torch.linalg.solve_triangular(lower.t(), pull, upper=True, left=False)
-            free = torch.linalg.solve_triangular(lower, free, upper=False, left=False)
-            wanted = free.add_(dropped, alpha=1 / growth)  # the dual, in units of rho
-            keep = choose(torch.abs(wanted, out=pull))
-            dropped = masked(wanted, ~keep)
-            rho *= growth
-            # Masked copy minus dual variable, of the next turn.
-            torch.add(target, wanted, alpha=rho, out=pull).add_(dropped, alpha=-rho * (1 + 1 / growth))
-        fitted, error = refitted(dense, wanted.sub_(dropped), keep, gram, self.refit_steps)
+        wanted, keep = self._alternate(dense, gram, choose)
+        fitted, error = refitted(dense, masked(wanted, keep), keep, gram, self.refit_steps)
         wanda = choose(dense.abs().mul_(energy.sqrt() / scale))
         lost = masked(dense, ~wanda)
         wanda_error = (torch.mm(lost, gram) * lost).sum()
@@ -97,6 +84,31 @@ class ADMM(Solver):
             keep = wanda
             fitted, _ = refitted(dense, masked(dense, keep), keep, gram, self.refit_steps)
         return masked(fitted.div_(scale), keep).to(weight.dtype), keep
+
+    def _alternate(self, dense: Weight, gram: Gram, choose: Callable[[Score], KeepMask]) -> tuple[Weight, KeepMask]:
+        """Alternate between the fit and the mask.
+
+        Returns:
+            The last fit plus the dual variable, to be masked, and the mask.
+        """
+        rho, last = self.rho
+        growth = (last / rho) ** (1 / max(1, self.iterations - 1))
+        target, pulled = torch.mm(dense, gram), torch.empty_like(dense)
+        keep = choose(dense.abs())
+        # The sum is the masked copy where it is kept, and the dual variable, in units of rho, where it is dropped.
+        total, dual = masked(dense, keep), torch.zeros_like(dense)
+        for _ in range(self.iterations):
+            lower, used = cholesky(gram, rho)
+            ratio = growth * (used / rho)  # of this iteration's rho to the previous one
+            # The fit is pulled toward the masked copy minus the dual variable.
+            torch.add(target, total, alpha=used, out=pulled).add_(dual, alpha=-used * (1 + 1 / ratio))
+            fit = torch.linalg.solve_triangular(lower.t(), pulled, upper=True, left=False)
+            fit = torch.linalg.solve_triangular(lower, fit, upper=False, left=False)
+            total = fit.add_(dual, alpha=1 / ratio)
+            keep = choose(torch.abs(total, out=pulled))
+            dual = masked(total, ~keep)
+            rho = used * growth
+        return total, keep
 
     @property
     def own_criterion(self) -> Criterion:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver, as_numbers, masked
 from wanda_lightning.core.statistics import InputStatistics
@@ -34,8 +35,7 @@ class Refit(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
-        if self.dampening < 0 or self.steps < 1:
-            raise ValueError(f"Refit needs dampening >= 0 and steps >= 1, but got {self}")
+        check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose, then fit."""

@@ -1,9 +1,9 @@
-"""Choose column block by column block, and let the columns behind make up for what is lost."""
+"""Choose weights column block by column block; the columns on the right compensate for what is pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from math import lcm
 from typing import ClassVar, Literal
@@ -12,29 +12,31 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion, Group, Saliency
-from wanda_lightning.core.patterns import NM
+from wanda_lightning.core.hyperparameters import Number, OneOf, check
+from wanda_lightning.core.patterns import ColumnBlock
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver, as_numbers, mask_
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
-_AT_ONCE = 32  # columns whose updates are made one by one; those behind them get one product
+_AT_ONCE = 32  # columns that are updated one by one; the columns right of them get one matrix product
 
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
-    """Prune from left to right; what each pruned weight did is made up for by the weights right of it.
+    """Prune the columns from left to right, and update the columns on the right to compensate for the pruned weights.
 
-    With `U` the upper triangle of `U^T U = (X^T X + dampening)^-1`, pruning weight q of a row changes the others of the
-    row by `-w_q / U_qq * U_q`, the optimal brain surgeon's update (Frantar & Alistarh 2023, algorithm 1). Its own
-    criterion is `Saliency`, what this update cannot make up for; with `Magnitude` or `Wanda` it is the weight-update
-    ablation of Sun et al. 2024 (section 5). Weights that are zero before stay so; inputs that are never active lose
-    all their weights.
+    With the upper triangular `U` of `U^T U = (X^T X + dampening)^-1`, pruning weight q changes the rest of its row by
+    `-w_q / U_qq * U_q`, the update of the optimal brain surgeon (Frantar & Alistarh 2023, algorithm 1). The default
+    criterion is `Saliency`, the error that remains after this update; with `Magnitude` or `Wanda` it is the
+    weight-update ablation of Sun et al. 2024 (section 5). Weights that are zero stay zero, and inputs that are never
+    active lose all their weights.
 
     Attributes:
-        dampening: Added to the diagonal, as a share of its mean.
-        block_size: Columns that are chosen together, after all columns left of them are done.
-        mask: Chosen block by block from the updated weights (`"block"`), or all before the first update (`"upfront"`).
+        dampening: Added to the diagonal, as a fraction of its mean.
+        block_size: Number of columns that are chosen together, from the weights as updated by all columns left of them.
+        mask: Choose block by block from the updated weights (`"block"`), or everything before the first update
+            (`"upfront"`).
     """
 
     dampening: float = 0.01
@@ -44,18 +46,20 @@ class SparseGPT(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
-        if not self.dampening > 0 or self.block_size < 1 or self.mask not in ("block", "upfront"):
-            raise ValueError(
-                f"SparseGPT needs dampening > 0, block_size >= 1 and mask='block' or 'upfront', but got {self}"
-            )
+        check(
+            self,
+            dampening=Number(above=0),
+            block_size=Number(minimum=1, whole=True),
+            mask=OneOf(("block", "upfront")),
+        )
 
     def group(self, criterion: Criterion) -> Group:
-        """The layer; where the mask is chosen upfront, what the criterion compares."""
+        """The layer; if the mask is chosen upfront, what the criterion compares."""
         return "layer" if self.mask == "block" else criterion.group
 
     @property
     def own_criterion(self) -> Criterion:
-        """What the update cannot make up for."""
+        """The error that remains after the update."""
         return Saliency(self.dampening)
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
@@ -65,94 +69,107 @@ class SparseGPT(Solver):
     def solve_together(
         self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
     ) -> list[tuple[OneWeight, OneMask]]:
-        """All rows at once, as those of one matrix: a column costs some small steps, however many rows it has."""
+        """Stack the rows of all weights: the cost of a column hardly depends on the number of rows."""
         factor = inputs.inverse_factor(self.dampening)
-        scaled = factor / factor.diagonal()[:, None]
-        # Columns are rows here: each is read and written as one piece of memory.
+        # Columns are stored as rows, so that each is contiguous in memory.
         columns = torch.cat([weight.to(factor.dtype).t() for weight in weights], dim=1)
         alive = (columns != 0) & (inputs.sums["gram"].diagonal() != 0)[:, None]
         columns.mul_(as_numbers(alive))
-        gone = torch.empty_like(columns)  # 1 or 0: a product with booleans is many times as slow
+        pruned = torch.empty_like(columns)  # 1 or 0: multiplying by booleans is many times slower
         ends = list(accumulate(len(weight) for weight in weights))
-        members = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
-        choices: list[_Choice] = []
+        rows = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+        choosers: list[_Chooser] = []
         if self.mask == "upfront":
-            for weight, rows, selection in zip(weights, members, selections, strict=True):
-                gone[:, rows] = as_numbers(~(selection.keep(weight, inputs).t() & alive[:, rows]))
+            for weight, own, selection in zip(weights, rows, selections, strict=True):
+                pruned[:, own] = as_numbers(~(selection.keep(weight, inputs).t() & alive[:, own]))
         else:
-            choices = _choices(members, selections)
-        whole = lcm(*(choice.group for choice in choices if choice.group))
-        size, at_once = _multiple(self.block_size, whole), _multiple(_AT_ONCE, whole)
-        for start in range(0, len(columns), size):
-            stop = min(start + size, len(columns))
-            here = slice(start, stop)
-            block, errors = columns[here], torch.empty_like(columns[here])
-            for choice in choices:
-                if not choice.group:
-                    choice(here, columns, alive, gone, inputs)
-            for first in range(start, stop, at_once):
-                last = min(first + at_once, stop)
-                now = slice(first, last)
-                steps = zip(columns[now].unbind(), gone[now].unbind(), scaled[now, now].unbind(), strict=True)
-                for index, (column, pruned, row) in enumerate(steps):
-                    for choice in choices:
-                        if choice.group and index % choice.group == 0:
-                            group = slice(first + index, first + index + choice.group)
-                            choice(group, columns, alive, gone, inputs)
-                    error = torch.mul(column, pruned, out=errors[first - start + index])
-                    columns[first + index + 1 : last].addr_(row[index + 1 :], error, alpha=-1)
-                _subtract(block[last - start :], scaled[now, last:stop], errors[first - start : last - start])
-            _subtract(columns[stop:], scaled[here, stop:], errors)
-        keep = gone == 0
+            choosers = [
+                _Chooser(selection, inputs, columns[:, own], alive[:, own], pruned[:, own])
+                for own, selection in _merge_same_groups(rows, selections)
+            ]
+        self._prune_columns(columns, pruned, factor / factor.diagonal()[:, None], choosers)
+        keep = pruned == 0
         mask_(columns, keep)
         return [
             (
-                columns[:, rows].t().to(weight.dtype, memory_format=torch.contiguous_format),
-                keep[:, rows].t().contiguous(),
+                columns[:, own].t().to(weight.dtype, memory_format=torch.contiguous_format),
+                keep[:, own].t().contiguous(),
             )
-            for weight, rows in zip(weights, members, strict=True)
+            for weight, own in zip(weights, rows, strict=True)
         ]
 
+    def _prune_columns(self, columns: Tensor, pruned: Tensor, scaled: Tensor, choosers: Sequence[_Chooser]) -> None:
+        """Update `columns` in place, for the weights in `pruned`, which the choosers fill in on the way."""
+        by_block = [chooser for chooser in choosers if not chooser.group_size]
+        by_group = [chooser for chooser in choosers if chooser.group_size]
+        multiple = lcm(*(chooser.group_size for chooser in by_group))
+        block_size, at_once = (max(1, size // multiple) * multiple for size in (self.block_size, _AT_ONCE))
+        for start in range(0, len(columns), block_size):
+            stop = min(start + block_size, len(columns))
+            block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
+            for chooser in by_block:
+                chooser.choose(start, stop)
+            for first in range(start, stop, at_once):
+                last = min(first + at_once, stop)
+                now = slice(first, last)
+                steps = zip(columns[now].unbind(), pruned[now].unbind(), scaled[now, now].unbind(), strict=True)
+                for index, (column, column_pruned, row) in enumerate(steps):
+                    for chooser in by_group:
+                        if index % chooser.group_size == 0:
+                            chooser.choose(first + index, first + index + chooser.group_size)
+                    error = torch.mul(column, column_pruned, out=errors[first - start + index])
+                    columns[first + index + 1 : last].addr_(row[index + 1 :], error, alpha=-1)
+                _subtract(block[last - start :], scaled[now, last:stop], errors[first - start : last - start])
+            _subtract(columns[stop:], scaled[start:stop, stop:], errors)
 
-@dataclass
-class _Choice:
-    """How the mask of some rows is chosen: N:M a group at a time, any other pattern a block at a time."""
 
-    selection: Selection
-    rows: slice
-    group: int
-    pruned: int = 0
+class _Chooser:
+    """Chooses the mask of some rows: one group of columns at a time for N:M, one block at a time otherwise.
 
-    def __call__(self, here: slice, columns: Tensor, alive: Tensor, gone: Tensor, inputs: InputStatistics) -> None:
-        """Choose in some columns, all before which are done."""
-        lives = alive[here, self.rows]
-        # Weights that were zero have taken up updates; a zero again, they score lowest.
-        weight = columns[here, self.rows].mul(as_numbers(lives)).t().contiguous()
-        share = self.selection.sparsity
-        if not self.group:
-            # What earlier blocks rounded down is made up for, so that whole rows have their exact number.
-            share = max(0.0, (share * here.stop * len(weight) - self.pruned + 1e-6) / weight.numel())
-        keep = replace(self.selection, sparsity=share).keep(weight, inputs.columns(here.start, here.stop)).t()
-        pruned = gone[here, self.rows].copy_(as_numbers(~(keep & lives)))
-        if not self.group:
-            self.pruned += int(pruned.count_nonzero())
+    Args:
+        selection: What to choose by.
+        inputs: Statistics of all columns.
+        columns: The weights, one row for each column; the solver updates them.
+        alive: Which weights are not zero from the start.
+        pruned: Receives 1 for each weight that is pruned and 0 for each that is kept.
+    """
+
+    def __init__(
+        self, selection: Selection, inputs: InputStatistics, columns: Tensor, alive: Tensor, pruned: Tensor
+    ) -> None:
+        self.group_size = selection.pattern.group_size
+        self._selection, self._inputs = selection, inputs
+        self._columns, self._alive, self._pruned = columns, alive, pruned
+        self._zeros_left = torch.zeros(columns.shape[1], dtype=torch.int64, device=columns.device)
+        self._zeros_right = (~alive).sum(dim=0)
+
+    def choose(self, start: int, stop: int) -> None:
+        """Choose in some columns, after all columns left of them were chosen and updated."""
+        alive = self._alive[start:stop]
+        # Weights that were zero have received updates; set to zero again, they score lowest.
+        weight = self._columns[start:stop].mul(as_numbers(alive)).t().contiguous()
+        scores = self._selection.criterion(weight, self._inputs.columns(start, stop))
+        pattern, sparsity = self._selection.pattern, self._selection.sparsity
+        if self.group_size:
+            self._pruned[start:stop] = as_numbers(~(pattern(scores, sparsity).t() & alive))
+            return
+        self._zeros_right = self._zeros_right - (~alive).sum(dim=0)
+        block = ColumnBlock(stop, len(self._columns), self._zeros_left, self._zeros_right)
+        pruned = ~(pattern.keep_block(scores, sparsity, block).t() & alive)
+        self._zeros_left = self._zeros_left + pruned.sum(dim=0)
+        self._pruned[start:stop] = as_numbers(pruned)
 
 
-def _choices(members: Sequence[slice], selections: Sequence[Selection]) -> list[_Choice]:
-    """One for each layer; layers with the same N:M, which looks at each row for itself, share one."""
-    choices: list[_Choice] = []
-    for rows, selection in zip(members, selections, strict=True):
-        group = selection.pattern.m if isinstance(selection.pattern, NM) else 0
-        if group and choices and choices[-1].selection == selection and not selection.criterion.spans_rows:
-            choices[-1].rows = slice(choices[-1].rows.start, rows.stop)
+def _merge_same_groups(rows: Sequence[slice], selections: Sequence[Selection]) -> list[tuple[slice, Selection]]:
+    """Merge neighbors with the same N:M, whose rows are chosen independently of each other."""
+    merged: list[tuple[slice, Selection]] = []
+    for own, selection in zip(rows, selections, strict=True):
+        independent = selection.pattern.group_size and not selection.criterion.spans_rows
+        if independent and merged and merged[-1][1] == selection:
+            merged[-1] = slice(merged[-1][0].start, own.stop), selection
         else:
-            choices.append(_Choice(selection, rows, group))
-    return choices
-
-
-def _multiple(size: int, group: int) -> int:
-    """About `size`, in whole groups."""
-    return max(1, size // group) * group
+            merged.append((own, selection))
+    return merged
 
 
 def _subtract(columns: Tensor, factor: Tensor, errors: Tensor) -> None:

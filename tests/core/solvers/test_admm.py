@@ -1,0 +1,104 @@
+"""ADMM against its iterations written out in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from support import reference
+from support.layers import WIDE, correlated_layer, output_error, random_layer, solve
+
+from wanda_lightning.core.patterns import NM, Unstructured
+from wanda_lightning.core.solvers import ADMM, ZeroOut
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("iterations", [1, 6, 10])
+def test_the_mask_of_admm_is_that_of_its_turns_one_by_one(pattern, iterations):
+    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
+    solver = ADMM(iterations=iterations)
+    _, keep = solve(solver, weight, tokens, pattern=pattern)
+    first, last = solver.rho
+    rhos = [first * (last / first) ** (turn / max(1, iterations - 1)) for turn in range(iterations)]
+    expected = reference.admm(
+        weight.numpy(), tokens.numpy(), solver.dampening, rhos, lambda scores: reference.keep(pattern, scores, 0.5)
+    )
+    np.testing.assert_array_equal(keep.numpy(), expected)
+
+
+def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
+    """The factor and the pull toward the masked copy must have the same rho."""
+    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
+    original, calls = torch.linalg.cholesky_ex, []
+
+    def fail_first(matrix):
+        calls.append(matrix)
+        lower, info = original(matrix)
+        return lower, torch.ones_like(info) if len(calls) == 1 else info
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fail_first)
+    solver = ADMM(iterations=3)
+    _, keep = solve(solver, weight, tokens)
+    first, last = solver.rho
+    rhos = [10 * first * (last / first) ** (turn / 2) for turn in range(3)]
+    assert len(calls) == 4
+    expected = reference.admm(
+        weight.numpy(), tokens.numpy(), solver.dampening, rhos, lambda scores: reference.keep_by_row(scores, 0.5)
+    )
+    np.testing.assert_array_equal(keep.numpy(), expected)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+def test_admm_leaves_the_zeros_of_before(pattern):
+    weight, tokens = correlated_layer(3)
+    weight[:, ::5] = 0
+    weight[:, 8:16] = 0
+    weight[3] = 0
+    pruned, keep = solve(ADMM(), weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.6))
+    assert torch.equal(keep, pruned != 0)
+    assert not keep[weight == 0].any()
+    if pattern == Unstructured():
+        assert {int(row.sum()) for row in ~keep} == {int(0.6 * 96), 96}
+    if pattern == Unstructured("layer"):
+        assert (~keep).sum() == int(0.6 * keep.numel())
+
+
+@pytest.mark.parametrize("solver", [ADMM()], ids=str)
+def test_more_sparsity_leaves_the_zeros_where_they_are(solver):
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    some, _ = solve(solver, weight, tokens, sparsity=0.3)
+    more, _ = solve(solver, some, tokens, sparsity=0.7)
+    assert not more[some == 0].any()
+    assert (more == 0).sum() == 12 * 210
+
+
+def test_admm_takes_wandas_mask_where_inputs_do_not_correlate():
+    weight, _ = random_layer(torch.float64, shape=(6, 32))
+    norms = torch.logspace(-2, 1, 32, dtype=torch.float64)
+    tokens = torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double()).Q * norms
+    tokens[0] += 1e-3  # a little, and ADMM errs
+    pruned, keep = solve(ADMM(), weight, tokens)
+    zeroed, wanda = solve(ZeroOut(), weight, tokens)
+    assert torch.equal(keep, wanda)
+    assert output_error(weight, pruned, tokens) <= output_error(weight, zeroed, tokens)
+
+
+def test_admm_ends_at_the_least_squares_of_its_mask():
+    weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
+    pruned, keep = solve(ADMM(dampening=0.05, refit_steps=200), weight, tokens)
+    expected = reference.least_squares(weight.numpy(), tokens.numpy(), 0.05, keep.numpy())
+    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"rho": (0.0, 1.0)}, "rho of ADMM must be two numbers"),
+        ({"rho": (0.0009, 1.0)}, "numbers of at least 0.001"),
+        ({"rho": (0.5, 0.1)}, "a last that is not smaller"),
+        ({"dampening": 0.0}, "dampening of ADMM must be a number above 0, but it is 0.0"),
+        ({"iterations": 0}, "iterations of ADMM must be a whole number of at least 1, but it is 0"),
+        ({"refit_steps": 0}, "refit_steps of ADMM must be a whole number of at least 1, but it is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(values, text):
+    with pytest.raises(ValueError, match=text):
+        ADMM(**values)

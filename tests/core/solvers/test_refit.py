@@ -1,0 +1,50 @@
+"""Refit against NumPy's least squares."""
+
+import numpy as np
+import pytest
+import torch
+from support import reference
+from support.layers import correlated_layer, random_layer, solve, statistics
+
+from wanda_lightning.core.criteria import Wanda
+from wanda_lightning.core.patterns import NM, Unstructured
+from wanda_lightning.core.solvers import Refit
+from wanda_lightning.core.solvers.refit import refitted
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("dampening", [0.01, 0.3])
+def test_a_refit_is_numpys_least_squares(pattern, dampening):
+    weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
+    pruned, keep = solve(Refit(dampening, steps=200), weight, tokens, pattern=pattern)
+    assert torch.equal(keep, pattern(Wanda()(weight, statistics(tokens, Wanda)), 0.5))
+    expected = reference.least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy())
+    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 200])
+def test_a_refit_knows_its_error(steps):
+    weight, tokens = correlated_layer(4, torch.float64, shape=(6, 32), tokens=200)
+    gram, keep = tokens.t() @ tokens, NM(2, 4)(weight.abs(), 0.5)
+    fitted, error = refitted(weight, weight * keep, keep, gram, steps)
+    difference = fitted - weight
+    np.testing.assert_allclose(error.squeeze(1), (difference @ gram * difference).sum(dim=1), rtol=1e-9)
+
+
+def test_without_enough_tokens_a_refit_stays_near_the_weights():
+    weight, tokens = random_layer(tokens=2)
+    pruned, keep = solve(Refit(), weight, tokens)
+    assert pruned.isfinite().all()
+    assert (pruned - weight * keep).abs().max() < 10 * weight.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"dampening": -1.0}, "dampening of Refit must be a number of at least 0, but it is -1.0"),
+        ({"steps": 0}, "steps of Refit must be a whole number of at least 1, but it is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(values, text):
+    with pytest.raises(ValueError, match=text):
+        Refit(**values)

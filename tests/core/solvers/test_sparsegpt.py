@@ -1,0 +1,162 @@
+"""SparseGPT against the optimal brain surgeon's update, computed with NumPy's inverse for each column."""
+
+import numpy as np
+import pytest
+import torch
+from support import reference
+from support.layers import WIDE, random_layer, solve
+
+from wanda_lightning.core.criteria import RIA, Magnitude, Saliency, Wanda
+from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+from wanda_lightning.core.solvers import SparseGPT, ZeroOut
+
+
+@pytest.mark.parametrize("shape", [(6, 64), WIDE])
+@pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()])
+def test_a_mask_of_before_gets_the_surgeons_update(criterion, shape):
+    weight, tokens = random_layer(torch.float64, shape=shape, tokens=500)
+    pruned, keep = solve(SparseGPT(mask="upfront"), weight, tokens, criterion)
+    scores = reference.SCORES[type(criterion).__name__.lower()](weight.numpy(), tokens.numpy())
+    np.testing.assert_array_equal(keep.numpy(), reference.keep_by_row(scores, 0.5))
+    expected = reference.surgeon(weight.numpy(), tokens.numpy(), 0.01, keep.numpy())
+    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(3, 5), NM(1, 2)], ids=str)
+@pytest.mark.parametrize("block_size", [128, 20, 1000])
+def test_what_is_chosen_on_the_way_gets_the_surgeons_update(pattern, block_size):
+    weight, tokens = random_layer(torch.float64, shape=WIDE, tokens=500)
+    solver = SparseGPT(block_size=block_size)
+    pruned, keep = solve(solver, weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.5))
+    expected = reference.surgeon(weight.numpy(), tokens.numpy(), 0.01, keep.numpy())
+    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
+    if isinstance(pattern, NM):
+        # Each group by the weights as they are when it is reached.
+        start = pattern.m * 7
+        others = keep.numpy().copy()
+        others[:, start:] = True
+        then = reference.surgeon(weight.numpy(), tokens.numpy(), 0.01, others)
+        scores = reference.saliency(then, tokens.numpy())[:, start : start + pattern.m]
+        group = reference.keep_n_of_m(scores, pattern.n, pattern.m)
+        np.testing.assert_array_equal(keep.numpy()[:, start : start + pattern.m], group)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.6, 0.9])
+@pytest.mark.parametrize("block_size", [128, 7])
+def test_rows_have_their_exact_number_whatever_the_blocks(sparsity, block_size):
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    _, keep = solve(SparseGPT(block_size=block_size), weight, tokens, sparsity=sparsity)
+    assert (~keep).sum(dim=1).tolist() == [int(300 * sparsity)] * 12
+    _, keep = solve(SparseGPT(block_size=block_size), weight, tokens, None, Unstructured("layer"), sparsity)
+    assert (~keep).sum() == int(3600 * sparsity)
+
+
+def test_a_row_of_zeros_does_not_change_the_number_of_zeros_of_another_row():
+    weight, tokens = random_layer(shape=(2, 256), tokens=600)
+    weight[0] = 0
+    _, keep = solve(SparseGPT(), weight, tokens, sparsity=0.25)
+    assert (~keep).sum(dim=1).tolist() == [256, 64]
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()], ids=str)
+@pytest.mark.parametrize(("before", "after"), [(0.3, 0.3), (0.3, 0.6), (0.5, 0.5), (0.5, 0.51)])
+def test_rows_that_wanda_pruned_have_their_exact_number(criterion, before, after):
+    """The zeros of a row are unevenly distributed over its blocks of columns."""
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    pruned, _ = solve(ZeroOut(), weight, tokens, sparsity=before)
+    again, keep = solve(SparseGPT(), pruned, tokens, criterion, sparsity=after)
+    assert (~keep).sum(dim=1).tolist() == [int(300 * after)] * 12
+    assert not again[pruned == 0].any()
+    if before == after:
+        assert torch.equal(again, pruned)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.8])
+def test_a_layer_that_has_zeros_gets_its_exact_number(sparsity):
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    weight[:4] = 0
+    weight[:, 250:] = 0
+    zeros = int((weight == 0).sum())
+    _, keep = solve(SparseGPT(), weight, tokens, pattern=Unstructured("layer"), sparsity=sparsity)
+    assert (~keep).sum() == max(zeros, int(3600 * sparsity))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()], ids=str)
+def test_rows_that_are_solved_apart_are_solved_as_together(criterion, pattern):
+    """Processes that hold some rows each must choose what one process would."""
+    weight, tokens = random_layer(torch.float64, shape=(8, 300), tokens=500)
+    weight[0] = 0
+    weight[1, :200] = 0
+    weight[5:, ::3] = 0
+    together, _ = solve(SparseGPT(), weight, tokens, criterion, pattern)
+    apart = [solve(SparseGPT(), rows, tokens, criterion, pattern)[0] for rows in weight.split([1, 3, 4])]
+    assert torch.equal(together == 0, torch.cat(apart) == 0)
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
+def test_other_patterns_make_up_for_the_blocks_before():
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    _, keep = solve(SparseGPT(), weight, tokens, pattern=EqualShare(), sparsity=0.5)
+    assert (~keep).float().mean().item() == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+def test_what_is_sparser_than_asked_for_on_the_left_stays_so(pattern):
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    weight[:, :128] = 0
+    pruned, _ = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.3))
+    assert not pruned[:, :128].any()
+    dense_on_the_right = isinstance(pattern, Unstructured)  # what is zero already is more than was asked for
+    assert bool(pruned[:, 128:256].all()) == dense_on_the_right
+
+
+def test_an_input_that_is_never_active_loses_its_weights():
+    weight, tokens = random_layer()
+    tokens[:, [3, 40]] = 0
+    pruned, keep = solve(SparseGPT(), weight, tokens)
+    assert not pruned[:, [3, 40]].any()
+    assert torch.equal(keep, pruned != 0)
+    assert pruned.isfinite().all()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer")], ids=str)
+def test_inputs_that_are_never_active_count(pattern):
+    """They are all in the last block, and leave less to prune left of it."""
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    tokens[:, 200:] = 0
+    _, keep = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=0.4)
+    assert not keep[:, 200:].any()
+    assert (~keep).sum() == 12 * 120
+
+
+@pytest.mark.parametrize("solver", [SparseGPT(), SparseGPT(mask="upfront")], ids=str)
+def test_more_sparsity_leaves_the_zeros_where_they_are(solver):
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    some, _ = solve(solver, weight, tokens, sparsity=0.3)
+    more, _ = solve(solver, some, tokens, sparsity=0.7)
+    assert not more[some == 0].any()
+    assert (more == 0).sum() == 12 * 210
+
+
+def test_what_unstructured_pruning_compares():
+    assert SparseGPT().group(Wanda()) == "layer"
+    upfront = SparseGPT(mask="upfront")
+    assert [upfront.group(each) for each in (Wanda(), RIA(), Magnitude(), Saliency())] == [
+        "row",
+        "row",
+        "layer",
+        "layer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"dampening": 0.0}, "dampening of SparseGPT must be a number above 0, but it is 0.0"),
+        ({"block_size": 0}, "block_size of SparseGPT must be a whole number of at least 1, but it is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(values, text):
+    with pytest.raises(ValueError, match=text):
+        SparseGPT(**values)

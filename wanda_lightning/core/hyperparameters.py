@@ -1,0 +1,68 @@
+"""Checks of the values that a method is constructed with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a range, whose lower bound is `above` (exclusive) or `minimum` (inclusive), or that has none.
+
+    Attributes:
+        above: Exclusive lower bound.
+        minimum: Inclusive lower bound.
+        below: Exclusive upper bound.
+        maximum: Inclusive upper bound.
+        whole: Whether it must be an integer.
+    """
+
+    above: int | float | None = None
+    minimum: int | float | None = None
+    below: int | float | None = None
+    maximum: int | float | None = None
+    whole: bool = False
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is a number in the range."""
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+            return False
+        number = float(value)
+        return (
+            (self.above is None or number > self.above)
+            and (self.minimum is None or number >= self.minimum)
+            and (self.below is None or number < self.below)
+            and (self.maximum is None or number <= self.maximum)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
+        range_ = " and ".join(f"{text} {bound:g}" for text, bound in bounds.items() if bound is not None)
+        return f"a {'whole ' if self.whole else ''}number {range_}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of several names."""
+
+    names: tuple[str, ...]
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is one of the names."""
+        return isinstance(value, str) and value in self.names
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.names)}"
+
+
+def check(method: object, **rules: Number | OneOf) -> None:
+    """Check attributes of a method, each against its rule.
+
+    Raises:
+        ValueError: Names the attribute, the method, the rule and the value.
+    """
+    for name, rule in rules.items():
+        value = getattr(method, name)
+        if not rule.accepts(value):
+            raise ValueError(f"{name} of {type(method).__name__} must be {rule}, but it is {value!r}.")

@@ -1,0 +1,140 @@
+"""Keep the largest scores of each group: the kernel behind row-wise, layer-wise and N:M pruning.
+
+Every implementation returns what a stable sort would select; they differ in speed only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wanda_lightning.core.types import Counts, Groups, KeepGroups
+
+_SMALL_GROUP = 16  # up to this size, comparing all pairs is faster than a selection per group (4096 x 11008 scores)
+_FEW_GROUPS = 1024  # up to this number of groups, sorting is faster than comparing (on a CPU: 2/3 of the time)
+_LARGE_GROUP = 1 << 16  # from this size on, a sample narrows down the threshold first
+_STRIDE = 61  # of the sample; prime, so that it does not divide a layer's width
+_GROUPS_AT_ONCE = 1 << 16  # so many groups of the pairwise comparison fit into the cache
+
+
+def keep_largest(scores: Groups, count: int) -> KeepGroups:
+    """Keep the `count` largest scores of each group; among equal scores, keep the later ones.
+
+    Example:
+        >>> keep_largest(torch.tensor([[3.0, 1.0, 2.0, 1.0]]), 2)
+        tensor([[ True, False,  True, False]])
+    """
+    scores = scores.detach()
+    size = scores.shape[1]
+    assert 0 <= count <= size, f"cannot keep {count} of {size}"
+    if count == size:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if size <= _SMALL_GROUP:
+        return _keep_by_sorting(scores, count) if len(scores) <= _FEW_GROUPS else _keep_by_comparing(scores, count)
+    return _keep_by_threshold(scores, count)
+
+
+def keep_largest_of_each(scores: Groups, counts: Counts) -> KeepGroups:
+    """Keep the `counts[i]` largest scores of group `i`; ties as in `keep_largest`.
+
+    Example:
+        >>> keep_largest_of_each(torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]]), torch.tensor([1, 2]))
+        tensor([[ True, False, False],
+                [ True, False,  True]])
+    """
+    distinct = counts.unique().tolist()
+    if len(distinct) == 1:
+        return keep_largest(scores, distinct[0])
+    keep = torch.empty_like(scores, dtype=torch.bool)
+    for count in distinct:
+        groups = counts == count
+        keep[groups] = keep_largest(scores[groups], count)
+    return keep
+
+
+def _keep_by_sorting(scores: Groups, count: int) -> KeepGroups:
+    pruned = scores.sort(dim=1, stable=True).indices[:, : scores.shape[1] - count]
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, pruned, False)
+
+
+def _keep_by_comparing(scores: Groups, count: int) -> KeepGroups:
+    """Rank each score by comparing all pairs of a group."""
+    size = scores.shape[1]
+    keep = torch.empty_like(scores, dtype=torch.bool)
+    array: Callable[[Tensor], Any] = Tensor.numpy if _numpy_is_faster(scores) else Tensor.detach
+    for chunk, chunk_keep in zip(scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True):
+        columns = array(scores.new_empty(size, len(chunk)))
+        columns[:] = array(chunk).T
+        # The rank is the number of scores that are smaller, or equal and earlier. Start as if all earlier ones counted.
+        rank = array(torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(1, len(chunk)))
+        for shift in range(1, size):
+            later_is_smaller = (columns[shift:] < columns[:-shift]).view(rank.dtype)
+            rank[:-shift] += later_is_smaller
+            rank[shift:] -= later_is_smaller
+        array(chunk_keep)[:] = (rank >= size - count).T
+    return keep
+
+
+def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
+    pruned = scores.shape[1] - count
+    threshold, next_larger = _kth_smallest(scores, pruned)
+    keep = scores > threshold
+    tied = (threshold == next_larger).squeeze(1).nonzero().squeeze(1)
+    if len(tied):
+        some, limit = scores[tied], threshold[tied]
+        at_limit = some == limit
+        missing = pruned - (some < limit).sum(dim=1, keepdim=True)
+        keep[tied] |= at_limit & (at_limit.cumsum(dim=1) > missing)
+    return keep
+
+
+def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
+    """Return the k-th smallest score of each group and the next larger one."""
+    if not _numpy_is_faster(scores):
+        with nondeterministic_kernels():
+            smaller, larger = (scores.kthvalue(rank, dim=1, keepdim=True).values for rank in (k, k + 1))
+        return smaller, larger
+    if scores.shape[1] >= _LARGE_GROUP:
+        pairs = torch.tensor([_kth_by_sample(group, k) for group in scores], dtype=scores.dtype, device=scores.device)
+        return pairs[:, :1], pairs[:, 1:]
+    values = scores.clone()
+    values.numpy().partition(k - 1, axis=1)
+    return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
+
+
+def _kth_by_sample(scores: Float[Tensor, " size"], k: int) -> tuple[float, float]:
+    """The same for one large group: select among the few scores between two quantiles of a sample."""
+    array = scores.numpy()
+    sample = array[::_STRIDE].copy()
+    sample.sort()
+    middle, margin = k / len(array) * len(sample), 2 * len(sample) ** 0.5  # at least four standard deviations
+    low, high = sample[max(0, int(middle - margin))], sample[min(len(sample) - 1, int(middle + margin))]
+    rank = k - int(torch.from_numpy(array < low).count_nonzero())
+    values = array[(array >= low) & (array <= high)]
+    if not 0 < rank < len(values):  # the sample does not represent the group
+        rank, values = k, array.copy()
+    values.partition(rank - 1)
+    return float(values[rank - 1]), float(values[rank:].min())
+
+
+def _numpy_is_faster(scores: Groups) -> bool:
+    # On a CPU, NumPy compares, transposes and selects 3 to 6 times as fast as PyTorch (measured on two cores).
+    return scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64)
+
+
+@contextmanager
+def nondeterministic_kernels() -> Iterator[None]:
+    """Allow CUDA kernels that PyTorch lists as nondeterministic, where the values that are read do not depend on it."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
