@@ -10,6 +10,7 @@ from support.callbacks import (
     Net,
     loader,
     rows_of,
+    same,
     trainer,
 )
 
@@ -50,6 +51,18 @@ def test_the_report_is_written(tmp_path):
     assert report["sparsity"] == 0.5
     assert [layer["name"] for layer in report["layers"]] == LAYERS
     assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_file_where_the_report_folder_should_be_is_refused_at_the_start(tmp_path, loop, at_step):
+    (tmp_path / "file").write_text("mine")
+    module = Net()
+    callback = WandaPrune(num_samples=12, report_dir=tmp_path / "file", at_step=at_step)
+    with pytest.raises(FileExistsError, match="file"):
+        getattr(trainer(callback, max_steps=3), loop)(module, loader())
+    assert same(module, Net())
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("loop", ["validate", "fit"])

@@ -81,7 +81,7 @@ def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
     Not for a subclass that decides itself which checkpoints it compares, see `PruningCallback`.
     """
     last = schedule.stages[-1][0]
-    for checkpoint in trainer.checkpoint_callbacks:
+    for checkpoint in () if trainer.fast_dev_run else trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
         if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None:
             continue
         if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:

@@ -29,6 +29,7 @@ from wanda_lightning.callbacks.validation_loop import ValidationLoop
 from wanda_lightning.checks import check_at_least
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.files import refuse_nonempty
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import PruningReport
@@ -154,9 +155,10 @@ class PruningCallback(Callback):
         return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a Trainer that cannot prune correctly.
+        """Refuse a Trainer that cannot prune correctly, and a folder that cannot hold the report.
 
         Raises:
+            OSError: If `report_dir` cannot be written.
             MisconfigurationException: If the strategy distributes the model in a way that cannot be pruned, the Trainer
                 is one of `pytorch_lightning`, or another callback prunes the same part of the model.
         """
@@ -164,6 +166,9 @@ class PruningCallback(Callback):
         self._is_set_up = True
         refuse_equal_keys(self, trainer)
         self._processes = processes_of(trainer)
+        with self._processes.fail_together():
+            if self.report_dir is not None and trainer.is_global_zero:
+                refuse_nonempty(self.report_dir, overwrite=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if it is time, and hold the zeros from then on.
@@ -313,6 +318,9 @@ class PruningCallback(Callback):
                     "now is dense."
                 )
             return
+        if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
+            self._state.due = True
+            return
         (share,) = self._shares_due(trainer)
         if share > (self.schedule.share(0) or 0):
             rank_zero_warn(
@@ -320,10 +328,7 @@ class PruningCallback(Callback):
                 f"{self.schedule}. What is measured is a pruned model without training after pruning. To measure the "
                 "trained one, load a checkpoint from after pruning, such as ckpt_path='last'."
             )
-        if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
-            self._state.due = True
-        else:
-            self._prune(share, trainer, pl_module)
+        self._prune(share, trainer, pl_module)
 
     def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         report = prune_module(self._config_at(share), trainer, pl_module, self.dataloader, self.num_samples)
