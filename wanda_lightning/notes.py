@@ -39,6 +39,7 @@ class Outcome:
         skipped: Layers that were left dense, by name.
         few_tokens: Experts that were pruned with the statistics of all experts of their module, each with the number of
             tokens that it saw itself.
+        revisited: Layers to which batches came again after they were pruned.
         seconds: Time by stage.
     """
 
@@ -47,6 +48,7 @@ class Outcome:
     layers: dict[str, PrunedLayer] = field(default_factory=dict)
     skipped: dict[str, SkippedMatrix] = field(default_factory=dict)
     few_tokens: Mapping[str, int] = field(default_factory=dict)
+    revisited: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def in_model_order(self) -> list[PrunedLayer]:
@@ -77,6 +79,16 @@ def _few_expert_tokens(outcome: Outcome) -> Note | None:
         f"{_counted(few, 'expert')} saw fewer than {max(1, outcome.plan.config.min_expert_tokens)} tokens, {least} "
         f"fewest: {outcome.layers[least].tokens}. They are pruned with the statistics of all experts: give more "
         "calibration samples"
+    )
+
+
+def _revisited(outcome: Outcome) -> Note | None:
+    names = [name for name in outcome.layers if name in outcome.revisited]
+    if not names:
+        return None
+    return Note(
+        f"the model calls {_layers(names)} more than once, {names[0]} first, and the statistics are those of the first "
+        "call: use sequential='none', which sees all calls"
     )
 
 
@@ -170,6 +182,7 @@ _NOTES: Sequence[Callable[[Outcome], Note | None]] = (
     _left_dense(SkipReason.UNROUTED, "no calibration token was seen in"),
     _left_dense(SkipReason.INACTIVE, "all inputs were zero of"),
     _few_expert_tokens,
+    _revisited,
     _already_sparse,
     _unfit,
     _low_coverage,

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -140,7 +139,9 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
     config = plan.config
     tick = bar.advance if plan.is_one_pass else lambda: None
     observer = Observer(plan.observed, data.masks, tick, plan.processes, config.min_expert_tokens)
-    with closing(calibrate(plan.model, plan.units, data, plan.processes) if plan.observed else _no_data(plan)) as stops:
+    revisited: set[int] = set()
+    stops = calibrate(plan.model, plan.units, data, plan.processes, revisited) if plan.observed else _no_data(plan)
+    with closing(stops):
         for stop in stops:
             unit = stop.unit
             bar.show(unit.name)
@@ -156,6 +157,7 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
                 _note_recovery(outcome, part)
             if not plan.is_one_pass:
                 bar.advance()
+    outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
 
 
 def _no_data(plan: Plan) -> Generator[UnitStop]:
@@ -171,15 +173,13 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -
     if allocation.needs:
         with pruning_mode(model), ProgressBar("Observing", data.length, progress) as bar:
             observer = Observer(allocation.needs, data.masks, bar.advance, processes, plan.config.min_expert_tokens)
-            for stop in calibrate(model, (plan.whole_model,), data, processes):
+            for stop in calibrate(model, (plan.whole_model,), data, processes, set()):
                 inputs = observer(stop.unit, stop.calls)
                 stop.check()
     if allocation.reads_gradients:
-        limit = allocation.gradient_batches
-        length = data.length if limit is None else min(limit, data.length or limit)
-        with pruning_mode(model), ProgressBar("Passing backward", length, progress) as bar:
-            forwards = islice(data.predictions(), limit)
-            gradients = fisher(model, plan.layers, forwards, data.masks, bar.advance, processes)
+        with pruning_mode(model), ProgressBar("Passing backward", data.length, progress) as bar:
+            forwards, samples = data.predictions(), allocation.gradient_samples
+            gradients = fisher(model, plan.layers, forwards, data.masks, bar.advance, processes, samples)
             data.refuse_if_empty()
     return DenseStatistics(inputs, gradients)
 

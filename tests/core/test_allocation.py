@@ -34,7 +34,8 @@ from wanda_lightning import (
 from wanda_lightning.core.allocation import ALLOCATIONS, DenseLayer, match_target, tail_exponent
 from wanda_lightning.core.patterns import PATTERNS
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers
 from wanda_lightning.pruning import PassiveCalibration
 
 EVERY_ALLOCATION = pytest.mark.parametrize("name", ALLOCATIONS)

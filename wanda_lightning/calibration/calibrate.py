@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.batch_thread import Call, park
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
-from wanda_lightning.calibration.lockstep import Call, lockstep, park, whole_model_stop
+from wanda_lightning.calibration.lockstep import lockstep, whole_model_stop
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import ForwardOrderCheck, Processes, reset_fsdp_on_exit
@@ -35,7 +36,7 @@ class UnitStop(NamedTuple):
 
 
 def calibrate(
-    model: nn.Module, units: Sequence[Unit], batches: CalibrationBatches, processes: Processes
+    model: nn.Module, units: Sequence[Unit], batches: CalibrationBatches, processes: Processes, revisited: set[int]
 ) -> Generator[UnitStop]:
     """Stop at each unit, with all batches that reach it; the batches go on through the unit as it is then.
 
@@ -44,6 +45,7 @@ def calibrate(
         units: All units; a single one without a module stands for the whole model.
         batches: The calibration batches.
         processes: All processes that calibrate together.
+        revisited: Indices of units to which a batch came again are added to this set.
     """
     with ForwardOrderCheck(model, processes) as path, reset_fsdp_on_exit(model):
         if units[0].module is None:
@@ -56,8 +58,8 @@ def calibrate(
             return
         forwards = list(batches)
         batches.refuse_if_empty()
-        modules = [unit.module for unit in units if unit.module is not None]
-        for stop in lockstep(_parking_at_products(forwards, units), modules, processes):
+        modules, names = [unit.module for unit in units if unit.module is not None], [unit.name for unit in units]
+        for stop in lockstep(_parking_at_products(forwards, units), modules, processes, names, revisited):
             unit, calls = units[stop.unit], stop.calls
             del stop  # or its parked activations would outlive the run of the pruned unit
             path.check(unit.name, len(tuple(calls)))

@@ -45,7 +45,7 @@ class PassiveCalibration:
         with (
             calibration_mode(self._model),
             uncompiled(),
-            self.observer.watching(self._unit, len(self._masks) - 1),
+            self.observer.collect(self._unit, len(self._masks) - 1),
         ):
             yield
 
@@ -55,7 +55,7 @@ class PassiveCalibration:
         Raises:
             ValueError: If there was no batch, or an activation held NaN or infinity.
         """
-        statistics = self.observer.watched(self._unit)
+        statistics = self.observer.finish(self._unit)
         batches = torch.tensor(len(self._masks))
         self._processes.all_reduce_sum([batches])
         if not batches:

@@ -24,9 +24,9 @@ from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.run import prune_module, publish
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
-from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, refuse_pytorch_lightning
+from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target
 from wanda_lightning.callbacks.validation_loop import ValidationLoop
-from wanda_lightning.checks import check_at_least
+from wanda_lightning.checks import check_at_least, refuse_pytorch_lightning
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.files import refuse_nonempty
