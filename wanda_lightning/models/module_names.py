@@ -20,3 +20,8 @@ def uncompiled_name(name: str) -> str:
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by name; wrappers of `torch.compile` are left out, and so are their parts of the names."""
     return {uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules}
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wraps, or the module itself."""
+    return module._modules.get(_COMPILED) or module
