@@ -155,7 +155,7 @@ def test_n_of_m_that_keeps_nothing_or_everything(n, m):
 @pytest.mark.parametrize(("pattern", "sparsity", "only"), [("2:4", 0.6, 0.5), ("1:4", 0.5, 0.75), (NM(4, 8), 0.0, 0.5)])
 def test_n_of_m_with_another_sparsity(pattern, sparsity, only):
     message = refusal(build(), Untouched(), sparsity, pattern=pattern)
-    assert_says(message, f"sparsity of {only:g}", f"{sparsity:g} was asked", f"Use sparsity={only:g}", "unstructured")
+    assert_says(message, f"sparsity must be {only:g}", f"it is {sparsity:g}", f"Give sparsity={only:g}", "unstructured")
     prune(build(), vectors(), only, pattern=pattern, progress=False)  # its advice
 
 

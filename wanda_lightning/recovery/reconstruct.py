@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.gradients import without_gradients
-from wanda_lightning.core.solvers import masked
+from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.core.masking import masked
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 from wanda_lightning.recovery.base import RecoveredPart, Recovery, UnitRecovery
 
@@ -45,8 +46,7 @@ class Reconstruct(Recovery):
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not self.learning_rate > 0:
-            raise ValueError(f"Reconstruct needs epochs of at least 1 and learning_rate above 0, but it is {self}.")
+        check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
     def check(self, sequential: str) -> None:
         """Require whole blocks."""
