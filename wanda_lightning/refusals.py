@@ -34,7 +34,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
             f"{unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
         )
-    asked = [m for m in inventory.skipped if config.only and not m.detail.startswith("not in only=")]
+    asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]
     reasons = "; ".join(dict.fromkeys(f"{m.name}: {m.detail}" for m in (asked or inventory.skipped)[:5]))
     which = f"only={list(config.only)} names" if config.only else "the model has"
     raise ValueError(
