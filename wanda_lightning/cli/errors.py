@@ -42,7 +42,7 @@ _OPTIONS = {
     },
 }
 _NAMES = "|".join(_OPTIONS)
-_KEYWORD = re.compile(rf"(?<![\w.])({_NAMES})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|[\w:.*+-]*[\w*])?")
+_KEYWORD = re.compile(rf"(?<![\w.])({_NAMES})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|\.\.\.|[\w:.*+-]*[\w*])?")
 _SUBJECT = re.compile(rf"^({_NAMES})(?= must | should )")
 
 
