@@ -11,6 +11,7 @@ from wanda_lightning import PruningConfig
 from wanda_lightning.cli import COMMANDS, command_parser, options
 from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.evaluation import PAPER_TASKS
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.modules.loading import DTYPES
 
 CLASSES = {command: getattr(options, name) for command, (name, _) in COMMANDS.items()}
@@ -117,7 +118,7 @@ def test_every_option_has_help_without_docstrings(command):  # python -OO strips
 @pytest.mark.parametrize("command", ["prune", "inspect"])
 def test_the_defaults_of_pruning_are_those_of_the_config(command):
     ours = command_parser(command).parse_args(["--model", "x"])
-    config = PruningConfig()
+    config = PruningConfig.from_names()
     assert list(ours.skip) == list(config.skip)
     assert list(ours.only) == list(config.only)
     assert ours.include_grouped == config.include_grouped
@@ -129,8 +130,8 @@ def test_the_defaults_of_pruning_are_those_of_the_config(command):
 
 def test_the_choices_are_those_of_the_package():
     assert set(options.DTYPES) == {"auto", *DTYPES}
-    for sequential in options.SEQUENTIAL:
-        PruningConfig(sequential=sequential)
+    for sequential in SEQUENTIAL_CHOICES:
+        PruningConfig.from_names(sequential=sequential)
 
 
 @pytest.mark.parametrize("precision", options.PRECISIONS)

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import psutil
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from wanda_lightning.checks import check_at_least, check_positive
 from wanda_lightning.data.hub import silence_worker_advice
+from wanda_lightning.data.module import DataModule
 from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
 from wanda_lightning.model_sources import load_tokenizer, locate
 
@@ -164,7 +164,7 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.windows[index]}
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(DataModule):
     """Windows of `seqlen` tokens: drawn at random for calibration and training, adjacent for perplexity.
 
     A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. A seed
