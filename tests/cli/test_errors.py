@@ -94,6 +94,7 @@ def test_memory_that_runs_out_is_no_fault(capsys):
         ("Use sparsity=0.5, or pattern='unstructured'.", "Use --sparsity_ratio 0.5, or --sparsity_type unstructured."),
         ("skip='x' matches no matrix", "--skip x matches no matrix"),
         ("The file a=b.json exists; nothing is skip.", "The file a=b.json exists; nothing is skip."),
+        ("pattern=NM(n=3, m=6) fits none", "--sparsity_type 3:6 fits none"),
         ("Give checkpoint=... of it", "Give --resume ... of it"),
     ],
 )
