@@ -302,13 +302,7 @@ class ImageDataModule(DataModule):
         """Return the evaluation images, in their order."""
         return self._loader(self._dataset("evaluation"))
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the same images as for validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the same images as for validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, dataset: Dataset[Any], shuffle: torch.Generator | None = None) -> DataLoader[Any]:
         if self._in_memory:

@@ -324,13 +324,7 @@ class TextDataModule(DataModule):
         """Return the windows of the evaluation text, in its order."""
         return self._loader(self.evaluation_windows)
 
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the same windows as for validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the same windows as for validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
         silence_worker_advice()
