@@ -50,7 +50,7 @@ TEXT = {
     **{name: method for name, method in METHODS.items() if not name.startswith("ablate_")},
     "variant": METHODS["wanda"],
     "owl": METHODS["wanda"]._replace(allocation=OWL()),
-    "fisher": METHODS["wanda"]._replace(allocation=Fisher(num_batches=1)),
+    "fisher": METHODS["wanda"]._replace(allocation=Fisher(num_samples=8)),
     **PRESETS,
 }
 UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M

@@ -68,7 +68,7 @@ PRESETS: Mapping[str, Method] = MappingProxyType(
     {
         "fast": Method(Wanda(), sequential="layer"),
         "balanced": Method(solver=ADMM(iterations=6), group="layer", sequential="layer"),
-        "best": Method(solver=ADMM(), group="layer", sequential="layer", allocation=Fisher(num_batches=1)),
+        "best": Method(solver=ADMM(), group="layer", sequential="layer", allocation=Fisher(num_samples=8)),
     }
 )
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
+from wanda_lightning.calibration.batch_thread import park
 from wanda_lightning.calibration.gradients import fisher
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
-from wanda_lightning.calibration.lockstep import Stop, lockstep, park, whole_model_stop
+from wanda_lightning.calibration.lockstep import Stop, lockstep, whole_model_stop
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Allocation, DenseLayer, Uniform
@@ -248,7 +248,7 @@ class PassiveCalibration:
     def batch(self, batch: Any) -> Iterator[None]:
         """Read the inputs of all layers while the batch runs."""
         self._masks.append(token_masks(self._model, batch))
-        with calibration_mode(self._model), self._observer.watching(self._found.units[0], len(self._masks) - 1):
+        with calibration_mode(self._model), self._observer.collect(self._found.units[0], len(self._masks) - 1):
             yield
 
     def prune(self) -> PruningReport:
@@ -262,7 +262,7 @@ class PassiveCalibration:
         pruned: list[PrunedLayer] = []
         dense: dict[str, str] = {}
         with torch.inference_mode(False), torch.no_grad(), _naming_what_was_written(pruned), _timed(seconds, "prune"):
-            statistics = self._observer.watched(unit)
+            statistics = self._observer.finish(unit)
             batches = torch.tensor(len(self._masks))
             processes.all_reduce_sum([batches])
             if not batches:
@@ -342,11 +342,9 @@ def _see_dense(
             path.check("", 0)
             calibration.refuse_if_empty(config)
     if allocation.reads_gradients:
-        limit = allocation.gradient_batches
-        length = calibration.length if limit is None else min(limit, calibration.length or limit)
-        with _running(model), ProgressBar("Passing backward", length, progress) as bar:
-            forwards = islice(calibration.predictions(), limit)
-            gradients = fisher(model, found.layers, forwards, calibration.masks, bar.advance, processes)
+        with _running(model), ProgressBar("Passing backward", calibration.length, progress) as bar:
+            forwards, samples = calibration.predictions(), allocation.gradient_samples
+            gradients = fisher(model, found.layers, forwards, calibration.masks, bar.advance, processes, samples)
             calibration.refuse_if_empty(config)
     return _Dense(statistics, gradients)
 

@@ -4,28 +4,31 @@ import copy
 
 import pytest
 import torch
+from support.batches import split
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
 from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 
-def measured(model, batches, masks=None):
+def measured(model, batches, masks=None, samples=None):
     layers = find_layers(model, "layer").layers
     forwards = [lambda batch=batch: run(model, batch) for batch in batches]
     masks = masks or [token_masks(model, batch) for batch in batches]
-    with torch.no_grad():
-        return fisher(model, layers, forwards, masks, lambda: None, SINGLE_PROCESS)
+    with calibration_mode(model), torch.no_grad():
+        return fisher(model, layers, forwards, masks, lambda: None, SINGLE_PROCESS, samples)
 
 
-def drawn(logits, batch):
-    """What is drawn from the predictions of a batch."""
-    generator = torch.Generator().manual_seed(batch)
-    return torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+def drawn(logits, first):
+    """The labels that are drawn from the predictions of a batch, which begins with sample number `first`."""
+    generators = [torch.Generator().manual_seed(first + index) for index in range(len(logits))]
+    rows = logits.detach().softmax(-1).split(1)
+    return torch.cat([torch.multinomial(p, 1, generator=g)[:, 0] for p, g in zip(rows, generators, strict=True)])
 
 
 def test_the_sums_are_those_of_autograd():
@@ -34,11 +37,11 @@ def test_the_sums_are_those_of_autograd():
     model = nn.Sequential(first, nn.ReLU(inplace=True), second)
     batches = [torch.randn(3, 5), torch.randn(6, 5)]
     expected = {"0": torch.zeros(5), "2": torch.zeros(7)}
-    for index, x in enumerate(batches):
+    for number, x in ((0, batches[0]), (3, batches[1])):
         inner = first(x)
         hidden = inner.relu()
         logits = second(hidden)
-        loss = F.cross_entropy(logits, drawn(logits, index), reduction="sum")
+        loss = F.cross_entropy(logits, drawn(logits, number), reduction="sum")
         for name, seen, output in (("0", x, inner), ("2", hidden, logits)):
             (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
             for token in range(len(x)):  # each alone
@@ -115,14 +118,34 @@ def test_every_granularity_gives_the_same_sparsities(name, sequential):
     assert reports[0].sparsity == pytest.approx(0.5, abs=0.01)
 
 
-def test_only_the_first_batches_go_backward():
+def test_only_the_first_samples_go_backward():
     model, batches = ZOO["llama"].build, ZOO["llama"].batches()
-    some = prune(model(), batches, 0.5, allocation=Fisher(num_batches=1), progress=False)
+    size = len(batches[0]["input_ids"])
+    some = prune(model(), batches, 0.5, allocation=Fisher(num_samples=size), progress=False)
     one = prune(model(), batches[:1], 0.5, allocation="fisher", progress=False)
     every = prune(model(), batches, 0.5, allocation="fisher", progress=False)
     targets = [[layer.target for layer in report.layers] for report in (some, one, every)]
     assert targets[0] == targets[1] != targets[2]
-    assert some.config["allocation"] == {"name": "Fisher", "max_deviation": 0.15, "num_batches": 1}
+    assert some.config["allocation"]["num_samples"] == size
+
+
+@pytest.mark.parametrize("samples", [1, 3, 6, None])
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "mixtral"])
+def test_the_size_of_the_batches_does_not_matter(name, samples):
+    """Also where the limit lies inside a batch; a draw depends on the sample alone."""
+    batches = split(ZOO[name].batches(), 8)
+    sums = [measured(ZOO[name].build().double(), split(batches, size), samples=samples) for size in (1, 2, 4, 8)]
+    for other in sums[1:]:
+        assert other.keys() == sums[0].keys()
+        for layer, value in sums[0].items():
+            torch.testing.assert_close(other[layer], value, rtol=1e-4, atol=1e-12)
+
+
+def test_a_limit_takes_the_first_samples():
+    model, x = ZOO["plain_mlp"].build(), torch.randn(9, 32)
+    some, first = measured(model, [x[:4], x[4:]], samples=6), measured(model, [x[:6]])
+    for layer, value in first.items():
+        torch.testing.assert_close(some[layer], value)
 
 
 def test_magnitude_may_be_spread_by_it():
@@ -153,7 +176,7 @@ def test_a_gradient_that_is_no_number_is_refused():
         return run(model, batch) * torch.tensor(float("inf"))
 
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"the predictions for calibration batch 0 .* hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"finite predictions, but those of batch 0 .* hold NaN or infinity"):
         prune(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=forward, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -181,7 +204,7 @@ def test_an_input_that_is_changed_after_the_layer_counts_as_it_was():
 
 
 def test_a_validation_loop_has_no_gradients():
-    with pytest.raises(ValueError, match="passes batches backward, which a validation loop does not"):
+    with pytest.raises(ValueError, match="calibrate_on='validation' has no backward passes"):
         WandaPrune(allocation=Fisher(), sequential="none", calibrate_on="validation")
     assert isinstance(MagnitudePrune().config.allocation, Uniform)
     assert PruningCallback(allocation="fisher").config.reads_batches

@@ -345,7 +345,7 @@ def test_the_digits_that_need_no_network(inputs, capsys):
         from wanda_lightning.data import images as module
 
         source = module.open_source("digits")
-        few = type(source)(source.train[:8], source.evaluation[:8], source.class_names)
+        few = type(source)(list(source.train)[:8], list(source.evaluation)[:8], source.class_names)
         patch.setattr(module, "open_source", lambda *_: few)
         assert run("prune", *weights, "--nsamples", "8") == 0
 
@@ -385,8 +385,8 @@ REFUSED = [
     (["--eval", "{}/gone.parquet"], "gone.parquet does not exist"),
     (["--calibration", "{}/table.csv"], "ends in .csv"),
     (["--calibration", "wikitext3"], "Did you mean wikitext2?"),
-    (["--calibration", "{}/latin1.txt"], "should be in UTF-8"),
-    (["--eval", "{}/latin1.txt"], "should be in UTF-8"),
+    (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
+    (["--eval", "{}/latin1.txt"], "must be in UTF-8"),
     (["--calibration", "{}/no_text.jsonl"], "line 1 has 'content'"),
     (["--calibration", "{}/empty.txt"], "there is no text in it"),
     (["--calibration", "{}/short.txt"], f"need a text of at least {SEQLEN + 1}, but"),
@@ -412,7 +412,7 @@ REFUSED = [
     (["--prune_granularity", "row", "--sparsity_type", "2:4"], "--prune_granularity is for --sparsity_type unstr"),
     (["--skip", "[down_proj]"], "skip='down_proj' matches no matrix of the model; the nearest is"),
     (["--skip", "[model]"], "the model has nothing to prune"),
-    (["--nsamples", "-1"], "at least 1, but -1"),
+    (["--nsamples", "-1"], "at least 1, but it is -1"),
     (["--limit", "0"], "limit must be at least 1"),
     (["--dtype", "int8"], "one of auto, float32, bfloat16, float16, but it is 'int8'"),
     (["--data_path", "digits"], "--data_path has no meaning for a language model: leave it out"),
@@ -433,7 +433,7 @@ def test_refused_for_a_language_model(inputs, text, refused, more, message):
 REFUSED_FOR_IMAGES = [
     (["--seqlen", "8", "--limit", "2"], "--seqlen, --limit has no meaning for an image classifier: leave it out"),
     (["--data_path", "{}/gone"], "gone does not exist"),
-    (["--data_path", "{}/llama"], "Folders of classes were looked for"),
+    (["--data_path", "{}/llama"], "data must have folders of classes"),
     (["--data_path", "cifar10"], "Use digits, which needs no network"),
     (["--resume", "{}/gone.safetensors"], "gone.safetensors does not exist"),
     (["--resume", "weights.pth"], "must be a .safetensors file"),

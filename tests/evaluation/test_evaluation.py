@@ -295,13 +295,13 @@ UNFIT = [
     ("boolq", "[1]", "line 1 is a list"),
     ("boolq", "{", "line 1 is not JSON"),
     ("boolq", "", "is empty. Give another file"),
-    ("boolq", b"\xff", "should be in UTF-8"),
+    ("boolq", b"\xff", "must be in UTF-8"),
     ("arc_easy", '{"question": "a", "choices": ["x", "y"], "answerKey": "A"}', "do not fit lm-eval's definition"),
     (
         "openbookqa",
         '{"question_stem": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"}\n'
         '{"question_stem": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}',
-        "of document 2, ValueError",
+        "document 2 raises ValueError",
     ),
     ("winogrande", '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "do not fit"),
     (
@@ -323,7 +323,7 @@ def test_documents_that_do_not_fit(tmp_path, name, content, message):
 def test_names_of_tasks():
     assert task_names([]) == []
     assert task_names(["paper"]) == task_names(["all"]) == task_names(["boolq", "paper"]) == list(PAPER_TASKS)
-    with pytest.raises(ValueError, match=r"'arc_eazy' was asked for. Did you mean arc_easy"):
+    with pytest.raises(ValueError, match=r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"):
         task_names(["boolq", "arc_eazy"])
 
 
@@ -388,7 +388,7 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys):
     shutil.copytree(inputs / "dense", tmp_path / "copy")
     several = [f"{inputs}/pruned, {inputs}/dense,copy", "--eval", f"{inputs}/text.txt,python-docs"]
     assert run("evaluate", "--model", *several, "--limit", "2", "--save", "results.json") == 0
-    assert "(" not in capsys.readouterr().out
+    assert not re.search(r"\([+-]", capsys.readouterr().out)
     written = json.loads(Path("results.json").read_text())
     assert list(written["models"]) == [f"{inputs}/pruned", f"{inputs}/dense", "copy"]
     assert written["dense"] is None
@@ -542,7 +542,7 @@ def test_a_model_without_a_tokenizer(side_by_side, refused, tmp_path):
 def test_without_lm_eval_the_extra_is_named(inputs, side_by_side, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     tasks = ["--tasks", "boolq", "--tasks_dir", inputs / "tasks"]
-    refused(*side_by_side, *tasks, message="Zero-shot tasks need lm-eval: pip install 'wanda_lightning[eval]'")
+    refused(*side_by_side, *tasks, message="Zero-shot tasks need lm_eval: pip install 'wanda_lightning[eval]'")
 
 
 @needs_lm_eval

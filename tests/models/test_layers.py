@@ -446,6 +446,61 @@ def test_a_forward_of_its_own_that_is_something_else(kind):
     assert reason == f"tests.models.test_layers.{kind.__name__} overrides the forward of Linear"
 
 
+class Counting(nn.Linear):
+    """Writes into everything that it has: a buffer, a list, a module inside it, and a parameter."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.register_buffer("steps", torch.zeros(3))
+        self.history, self.inner, self.scale = [], nn.BatchNorm1d(1), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        self.steps += 1
+        self.history.append(x)
+        self.inner.num_batches_tracked.add_(1)
+        self.scale.data.add_(1)
+        return super().forward(x)
+
+
+def test_trying_out_a_forward_changes_nothing_in_the_module():
+    module = Counting(12, 8)
+    model = nn.Sequential(nn.Linear(6, 12), module)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        assert [layer.name for layer in find_layers(model).layers] == ["0", "1"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert module.history == []
+    assert (module.in_features, module.out_features) == (12, 8)
+
+
+def test_a_class_is_tried_out_once():
+    calls = []
+
+    class Tracing(nn.Linear):
+        def forward(self, x):
+            calls.append(self)
+            return super().forward(x)
+
+    model = nn.Sequential(Tracing(6, 12), Tracing(12, 8), Tracing(8, 8, bias=False))
+    model[0].prepared = True  # as transformers marks modules that it has initialized
+    for _ in range(3):
+        assert len(find_layers(model).layers) == 3
+    assert len(calls) == 3  # with the mark, without it, and without a bias
+
+
+def test_instances_of_one_class_may_differ():
+    class Switchable(nn.Linear):
+        def __init__(self, factor):
+            super().__init__(6, 6)
+            self.factor = factor
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    model = nn.Sequential(nn.Linear(6, 6), Switchable(1), Switchable(2), Switchable(1))
+    assert [layer.name for layer in find_layers(model).layers] == ["0", "1", "3"]
+
+
 # ---- standardised weights
 
 STANDARDISED = [StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, WeightStandardizedConv2d]

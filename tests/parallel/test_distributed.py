@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import lightning as L
@@ -10,15 +11,19 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from support import pair_cases as cases
+from support.batches import split
 from support.pair import Pair
 from support.zoo import ZOO, run
 from torch import nn
 from torch.utils.data import DataLoader
 
-from wanda_lightning import KeepZeros, Magnitude, WandaPrune, prune
+from wanda_lightning import Fisher, KeepZeros, Magnitude, WandaPrune, prune
+from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.callbacks.batches import calibration_batches
 from wanda_lightning.callbacks.trainer import processes_of
-from wanda_lightning.parallel import Processes
+from wanda_lightning.models import find_layers, token_masks
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:num_samples=.* were asked for")  # some tests take all there are
 
@@ -74,6 +79,7 @@ def test_the_collectives(pair):
             "add": [[3.0, 6.0], 21, [[1.0]], [], [[6.0], [8.0]]],
             "minimum": 4,
             "share": ["of 0", "of 1"],
+            "gather": [[0, 5], [1, 5]],
         }, rank
 
 
@@ -170,6 +176,81 @@ def test_allocations_are_of_the_batches_of_all(pair, sequential, allocation):
     assert_equal_everywhere(first, second)
     assert_same_weights(first, dict(model.named_parameters()))
     assert_same_report(report, expected)
+
+
+# ------------------------------------------------------------------------------------- statistics by distinct input
+
+
+def test_layers_with_one_input_are_added_up_once(pair):
+    (found, groups, sent), (_, others, _) = pair.run(cases.statistics_of, "llama")
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    assert groups == others
+    assert [f"{attention}{name}_proj" for name in "qkv"] in groups
+    assert [f"{mlp}gate_proj", f"{mlp}up_proj"] in groups
+    assert len(groups) == 2 * 4
+    distinct = [found[names[0]][1] for names in groups]
+    numbers = sum(value.numel() for sums in distinct for value in sums.values())
+    assert numbers <= sent <= numbers + 100  # besides some counts
+
+
+@pytest.mark.parametrize(
+    ("shares", "groups"),
+    [
+        (([0], [1]), [["first", "second"], ["third"]]),
+        (([0, 1], [2, 3]), [["first"], ["second"], ["third"]]),
+        (([0, 2], [1]), [["first"], ["second"], ["third"]]),
+        (([0], []), [["first", "second"], ["third"]]),
+        (([4], [1]), [["first"], ["second"], ["third"]]),
+        (([4], [4]), [["first", "third"], ["second"]]),
+        (([0, 1, 2], [3, 4]), [["first"], ["second"], ["third"]]),
+    ],
+)
+def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shares, groups):
+    expected = {}
+    model, batches = cases.Fork(), cases.fork_batches()
+    for name in ("first", "second", "third"):
+        getattr(model, name).register_forward_pre_hook(
+            lambda _, args, name=name: expected.setdefault(name, []).append(args[0])
+        )
+    for index in [*shares[0], *shares[1]]:
+        model(batches[index])
+    for found, found_groups, _ in pair.run(cases.statistics_of, "fork", shares):
+        assert found_groups == groups
+        for name, (count, sums) in found.items():
+            tokens = torch.cat(expected.get(name, [torch.zeros(0, 8)]))
+            assert count == len(tokens)
+            torch.testing.assert_close(sums["gram"], (tokens.T @ tokens).detach(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(sums["square_sum"], tokens.square().sum(0).detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [None, 1, 3, 5])
+@pytest.mark.parametrize("shares", [None, ([0, 1, 2], []), ([0], [1, 2])])
+@pytest.mark.parametrize("name", ["llama", "llama_padded"])
+def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples):
+    """In turns, as a loader that is the same for all is divided; the labels are those of one process."""
+    batches = split(ZOO[name].batches(), 1)
+    first, second = (cases.share_of(batches, rank, shares) for rank in (0, 1))
+    turns = [batch for turn in zip_longest(first, second) for batch in turn if batch is not None]
+    model = ZOO[name].build().double()
+    masks = [token_masks(model, batch) for batch in turns]
+    forwards = [partial(run, model, batch) for batch in turns]
+    layers = find_layers(model).layers
+    with calibration_mode(model), torch.no_grad():
+        expected = fisher(model, layers, forwards, masks, lambda: None, SINGLE_PROCESS, samples)
+    for sums in pair.run(cases.fisher_of, name, shares, samples):
+        assert sums.keys() == expected.keys()
+        for layer, value in expected.items():
+            torch.testing.assert_close(sums[layer], value, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [3, None])
+def test_masks_with_fisher_are_those_of_one_process(pair, samples):
+    (first, report), (second, _) = pair.run(cases.best, samples)
+    model, expected = alone("llama", allocation=Fisher(num_samples=samples), solver="admm")
+    assert_equal_everywhere(first, second)
+    assert [layer.target for layer in report.layers] == pytest.approx([layer.target for layer in expected.layers])
+    zeros = [(first[name] == 0, value == 0) for name, value in model.named_parameters()]
+    assert sum(int((one != other).sum()) for one, other in zeros) <= 1e-3 * sum(one.numel() for one, _ in zeros)
 
 
 def test_only_the_first_process_shows_progress(pair):

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+from functools import partial
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from support.batches import split
 from support.zoo import ZOO, run
 from torch import distributed as dist
 from torch import nn
@@ -15,12 +17,17 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wanda_lightning import PerLayer
+from wanda_lightning import Fisher, PerLayer
+from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.mode import calibration_mode
+from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.models import find_layers
+from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.models import find_layers, token_masks
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.parallel import Processes
 from wanda_lightning.pruning import prune_as
@@ -77,6 +84,7 @@ def collectives(rank):
         "add": [tensor.tolist() for tensor in tensors],
         "minimum": processes.all_reduce_min(5 - rank),
         "share": [processes.broadcast(f"of {rank}", source) for source in (0, 1)],
+        "gather": processes.all_gather([rank, 5]),
     }
 
 
@@ -109,6 +117,62 @@ def replicated(rank, name, shares=None, **choices):
     config = PruningConfig(**choices)
     stream = iter(share_of(batches, rank, shares))
     report = prune_as(config, model, stream, progress=False, processes=both())
+    return whole(model), report
+
+
+class Fork(nn.Module):
+    """Two layers with one input, which some batches copy before the second one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        y = x + 1
+        total = self.first(y) + self.second(y.clone() if x.mean() > 0 else y)
+        return self.third(y) if x.mean() > 1 else total
+
+
+def statistics_of(rank, name, shares=None):
+    """The sums that the processes have together, by layer; which layers share them; how many numbers were sent."""
+    model = Fork() if name == "fork" else ZOO[name].build()
+    batches = share_of(fork_batches() if name == "fork" else ZOO[name].batches(), rank, shares)
+    processes, sent = both(), []
+    add = processes.all_reduce_sum
+    processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
+    observer = Observer(frozenset(SUMS), [()] * len(batches), processes=processes)
+    unit = find_layers(model, "none").units[0]
+    forwards = [partial(run, model, batch) for batch in batches]
+    with torch.no_grad():
+        found = observer(unit, whole_model_stop(forwards).calls)
+    groups = {}
+    for layer, statistics in found.items():
+        groups.setdefault(id(statistics), []).append(layer)
+    return {layer: (value.count, value.sums) for layer, value in found.items()}, list(groups.values()), sum(sent)
+
+
+def fork_batches():
+    """The first two share the input of both layers, the third and fourth do not, the fifth reaches only the last."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 8, generator=generator) * 0.1 + mean for mean in (-0.5, -0.5, 0.5, 0.5, 2.0)]
+
+
+def fisher_of(rank, name, shares, samples):
+    """The Fisher sums of both processes."""
+    model = ZOO[name].build().double()
+    batches = share_of(split(ZOO[name].batches(), 1), rank, shares)
+    forwards = [partial(run, model, batch) for batch in batches]
+    masks = [token_masks(model, batch) for batch in batches]
+    with calibration_mode(model), torch.no_grad():
+        return fisher(model, find_layers(model).layers, forwards, masks, lambda: None, both(), samples)
+
+
+def best(rank, samples, shares=None):
+    """What each layer's sparsity and zeros are with the Fisher allocation."""
+    model = ZOO["llama"].build()
+    config = PruningConfig(allocation=Fisher(num_samples=samples), solver="admm")
+    report = prune_as(config, model, share_of(ZOO["llama"].batches(), rank, shares), progress=False, processes=both())
     return whole(model), report
 
 

@@ -1,4 +1,4 @@
-"""How much the model's predictions depend on what each layer gives: backward passes through the dense model."""
+"""Measure how much the predictions of the dense model depend on the output of each layer, by backward passes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,26 @@ def fisher(
     masks: Sequence[tuple[TokenMask, ...] | None],
     tick: Callable[[], None],
     processes: Processes,
+    samples: int | None = None,
 ) -> dict[str, PerInput]:
-    """For each layer that a batch reaches, the sum over tokens of `x² * mean(g²)`, one number for each input.
+    """For each layer, sum `x² * mean(g²)` over the tokens, one value for each input.
 
-    x is what enters the layer, g the gradient of `log p(y)` by what it gives out, with y drawn from the predictions
-    p of the model itself, so that no labels are needed; times `W²` the diagonal of the Fisher information, its rows
-    averaged. Takes the memory of a training step of one batch, without gradients of weights.
+    x is the layer's input and g the gradient of `log p(y)` by the layer's output. The label y is drawn from the model's
+    own predictions p, so no labels are needed. Times `W²` this is the diagonal of the Fisher information, averaged over
+    the rows. The label of a sample depends on its index in the calibration data and on its predictions, but not on the
+    batch or the process that it is in. Takes the memory of a training step of one batch, without gradients of weights.
 
     Args:
-        model: The model, in evaluation mode; its weights get no gradients.
-        layers: Those to look at.
-        forwards: Passes through the model, each of which returns logits or something with `logits`.
-        masks: The padding of each batch, which does not count; grows with `forwards`.
-        tick: Called after each.
-        processes: Those whose batches are added up.
+        model: The model in evaluation mode; its weights get no gradients.
+        layers: The layers to measure.
+        forwards: Forward passes of this process; each returns the logits, or an object or mapping with `logits`.
+        masks: The padding of each batch, which does not count; grows as `forwards` is iterated.
+        tick: Called after each batch.
+        processes: Processes whose batches are added up, as if their batches followed each other in turns.
+        samples: Pass only so many samples of all processes together backward; None for all.
+
+    Returns:
+        The sums of each layer that a batch reached.
 
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
@@ -44,47 +50,106 @@ def fisher(
     }
     reached = torch.zeros(len(layers), dtype=torch.int64)
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
-    with processes.fail_together(), without_gradients(model), intercept(layers, on_product), torch.enable_grad():
-        for batch, forward in enumerate(forwards):
-            _backward(forward(), masks[batch], batch, seed=batch * processes.world_size + processes.rank)
-            tick()
+    with without_gradients(model), intercept(layers, on_product), torch.enable_grad():
+        _pass_backward(forwards, masks, tick, processes, samples)
     processes.all_reduce_sum([reached, *sums.values()])
-    for layer in layers:
-        if not sums[layer.name].isfinite().all():
-            raise ValueError(
-                f"the gradients at {layer.name} hold NaN or infinity, so they cannot say how much it matters: load the "
-                "model in a wider dtype (float32 or bfloat16), or use another allocation"
-            )
+    _refuse_nonfinite(sums)
     if reached.any() and not any(total.any() for total in sums.values()):
         raise ValueError(
-            "the predictions depend on no layer: all gradients are 0, as behind a head of zeros or where one class is "
-            "certain. Give a model that is trained, or use another allocation"
+            "allocation must be another one than Fisher() for this model: its predictions depend on no layer, because "
+            "all gradients are 0, as behind an output head of zeros or where one class is certain. Give a trained "
+            "model, or use another allocation such as 'owl'."
         )
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
-def _backward(output: object, padding: tuple[TokenMask, ...] | None, batch: int, seed: int) -> None:
-    """Pass one batch backward; that it is over when this returns frees its graph."""
-    logits = _logits(output)
-    if padding is None:
-        return
-    rows = logits.flatten(0, -2)
-    if mask := fitting_mask(padding, "", logits):  # that of the whole model, not of its encoder
-        rows = rows[mask.keep.flatten().to(rows.device)]
-    if not rows.isfinite().all():
-        raise ValueError(
-            f"the predictions for calibration batch {batch} (counted from 0) hold NaN or infinity: check that batch, "
-            "or load the model in a wider dtype (float32 or bfloat16 rather than float16)"
-        )
-    rows.backward(_by_logits(rows.detach(), seed))
+def _pass_backward(
+    forwards: Iterable[Callable[[], object]],
+    masks: Sequence[tuple[TokenMask, ...] | None],
+    tick: Callable[[], None],
+    processes: Processes,
+    limit: int | None,
+) -> None:
+    """Pass batch after batch backward, one of each process in turn, until `limit` samples are done or no batch is left.
+
+    The index of a sample is its position in this order, which is the order of the batches in one process.
+    """
+    iterator, batch, done = iter(forwards), 0, 0
+    while limit is None or done < limit:
+        with processes.fail_together():
+            forward = next(iterator, None)
+            predictions = None if forward is None else _Predictions.of(forward(), masks[batch], batch)
+        sizes = processes.all_gather([predictions is not None, 0 if predictions is None else predictions.size])
+        if not any(has_batch for has_batch, _ in sizes):
+            return
+        with processes.fail_together():
+            if predictions is not None:
+                first = done + sum(size for _, size in sizes[: processes.rank])
+                predictions.backward(first, predictions.size if limit is None else limit - first)
+                tick()
+        del predictions  # the graph
+        done += sum(size for _, size in sizes)
+        batch += 1
+
+
+class _Predictions:
+    """The logits of one batch, samples first.
+
+    Attributes:
+        size: Number of samples that count.
+    """
+
+    def __init__(self, logits: Tensor, keep: Tensor | None, counts: bool) -> None:
+        self._logits, self._keep = logits, keep
+        self.size = len(logits) if counts else 0
+
+    @classmethod
+    def of(cls, output: object, padding: tuple[TokenMask, ...] | None, batch: int) -> _Predictions:
+        """Read the output of a forward pass."""
+        logits, keep = _logits(output), None
+        if mask := fitting_mask(padding or (), "", logits):  # the mask of the whole model, not of its encoder
+            keep = mask.keep.to(logits.device)
+            logits = logits.view(*keep.shape, -1)
+        if not (logits if keep is None else logits[keep]).isfinite().all():
+            raise ValueError(
+                f"calibration batches must give finite predictions, but those of batch {batch} (counted from 0) hold "
+                "NaN or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather "
+                "than float16)."
+            )
+        return cls(logits, keep, padding is not None)
+
+    def backward(self, first: int, count: int) -> None:
+        """Pass the gradient of `-log p(y)` by the logits backward: `p - onehot(y)`, for the first `count` samples.
+
+        The gradient is written out, because cross entropy would hold three more tensors of this size.
+
+        Args:
+            first: Index of the first sample in the calibration data, the seed of its label.
+            count: Number of samples that are passed backward; the others have a gradient of 0.
+        """
+        gradient = torch.zeros_like(self._logits)
+        for index in range(min(self.size, count)):
+            rows = self._logits[index].detach() if self._keep is None else self._logits[index][self._keep[index]]
+            slopes = rows.detach().reshape(-1, rows.shape[-1]).float().softmax(dim=-1)
+            generator = torch.Generator(rows.device).manual_seed(first + index)
+            if len(slopes):
+                labels = torch.multinomial(slopes, 1, generator=generator)
+                slopes.scatter_add_(1, labels, slopes.new_full(labels.shape, -1))
+            values = slopes.to(gradient.dtype)
+            if self._keep is None:
+                gradient[index] = values.view(gradient[index].shape)
+            else:
+                gradient[index, self._keep[index]] = values
+        if count > 0 and self.size:
+            self._logits.backward(gradient)
 
 
 def _on_product(indices: Mapping[str, int], sums: Mapping[str, PerInput], reached: Tensor) -> OnProduct:
     def on_product(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
-        if not torch.is_grad_enabled():  # nothing comes back here
+        if not torch.is_grad_enabled():  # no gradient comes back here
             return multiply()
         squares = [product.layer.tokens(product.tokens.detach()).float().square() for product in products]
-        output = _in_a_graph(multiply())
+        output = _with_graph(multiply())
 
         def add(gradient: Tensor) -> None:
             for product, each in zip(products, squares, strict=True):
@@ -97,15 +162,13 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, PerInput], reache
     return on_product
 
 
-def _in_a_graph(output: Tensor) -> Tensor:
-    if output.requires_grad:
-        return output
-    # The first layer: from here on there is a graph. Not a leaf, which no later step may write into.
-    return output.detach().requires_grad_().clone()
+def _with_graph(output: Tensor) -> Tensor:
+    """Begin the graph at the first layer: the result is not a leaf, because later steps may write into it."""
+    return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
 def _add(layer: Layer, squares: Tensor, gradient: Tensor, total: PerInput) -> None:
-    # Not the mean: an expert's rows may be multiplied in several pieces.
+    # A sum over d_out: the mean would be wrong where the rows of an expert are multiplied in several pieces.
     weights = gradient.flatten(0, -2).float().square().sum(dim=-1) / layer.shape[0]
     total.add_(torch.mv(squares.t(), weights))
 
@@ -116,27 +179,25 @@ def _logits(output: object) -> Tensor:
         found = found[0]
     if not isinstance(found, Tensor) or found.ndim < 2 or not found.requires_grad:
         raise ValueError(
-            f"Fisher() needs predictions to see what matters for them, but a batch gave {type(output).__name__} "
-            "without logits that depend on the pruned layers: let forward= (or calibration_step) return the logits, "
-            "or use another allocation such as 'owl'"
+            f"allocation=Fisher() needs the model's predictions, but a batch gave {type(output).__name__} without "
+            "logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or use "
+            "another allocation such as 'owl'."
         )
     return found
 
 
-def _by_logits(rows: Tensor, seed: int) -> Tensor:
-    """The gradient of `-log p(y)` by the logits, `p - onehot(y)`, with each label y drawn from p.
-
-    Written out, because cross entropy would hold three more tensors of this size.
-    """
-    gradient = rows.float().softmax(dim=-1)
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    drawn = torch.multinomial(gradient, 1, generator=generator)
-    return gradient.scatter_add_(1, drawn, gradient.new_full(drawn.shape, -1)).to(rows.dtype)
+def _refuse_nonfinite(sums: Mapping[str, PerInput]) -> None:
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise ValueError(
+                f"allocation=Fisher() needs finite gradients, but those at {name} hold NaN or infinity. Load the model "
+                "in a wider dtype (float32 or bfloat16), or use another allocation."
+            )
 
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient meanwhile."""
+    """Let no parameter require a gradient in this block."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

@@ -1,8 +1,8 @@
-"""What a model needs around it to be calibrated."""
+"""Put a model into the state that calibration needs, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,14 @@ _EXPERTS = "_experts_implementation_internal"
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """The model as calibration needs it: evaluation mode, no key-value cache, no layers fused into one kernel.
+    """Switch to evaluation mode, without key-value caches and kernels that fuse several layers.
 
-    Experts multiply one after the other, by views of their parameter: see `products.WeightInterceptor`.
+    Experts are multiplied one after the other by views of their parameter, see `WeightInterceptor`.
     """
-    training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
     caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
-    # Not by the property without the last word, whose setter also writes into the configurations inside.
+    # The public property has a setter that also writes into nested configurations.
     experts = [(c, vars(c)[_EXPERTS]) for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -31,11 +31,10 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
             config.use_cache = False  # a block that runs twice would append its keys twice
         for config, _ in experts:
             setattr(config, _EXPERTS, "eager")
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer reads weights past its layers
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer bypasses its layers
         yield
     finally:
-        for module in training:
-            module.training = True
+        _restore(modes)
         for config, use_cache in caching:
             config.use_cache = use_cache
         for config, implementation in experts:
@@ -43,8 +42,18 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
+def _restore(modes: Mapping[nn.Module, bool]) -> None:
+    """Give each module its mode back, by its own `train` if it overrides that, as loralib does to unmerge weights."""
+    for module, mode in modes.items():  # outer modules first: an override may set the modules inside
+        overrides = getattr(module.train, "__func__", None) is not nn.Module.train
+        if overrides and module.training != mode:
+            module.train(mode)
+    for module, mode in modes.items():
+        module.training = mode
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device."""
+    """Free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available

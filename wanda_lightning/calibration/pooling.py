@@ -1,4 +1,4 @@
-"""Help experts that saw few tokens."""
+"""Give experts that saw few tokens the statistics of all experts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from wanda_lightning.models import Layer
 def pool(
     layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], minimum: int
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
-    """Give experts that saw too few tokens the sums over all that are their siblings.
+    """Replace the statistics of each expert that saw too few tokens by the sum over all its siblings.
 
     Args:
-        layers: Of one unit: siblings in another one are not known.
-        statistics: Of each layer that was reached.
-        minimum: How many tokens are enough; with 0 only experts that saw none are helped.
+        layers: Layers of one unit; siblings in another unit are unknown.
+        statistics: Statistics of each layer that a batch reached.
+        minimum: Number of tokens that are enough; with 0, only experts that saw none are pooled.
 
     Returns:
-        The statistics of all; and of those that were helped, how many tokens they had seen themselves.
+        The statistics of all layers, and the number of tokens that each pooled expert saw itself.
     """
     families: dict[str, list[str]] = {}
     for layer in layers:
         if layer.siblings:
             families.setdefault(layer.siblings, []).append(layer.name)
-    result, helped = dict(statistics), {}
+    result, pooled = dict(statistics), {}
     for names in families.values():
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
         everything = sum(counts.values())
@@ -36,5 +36,5 @@ def pool(
             for part in reached:
                 total.merge(part)
             result.update(dict.fromkeys(few, total))
-            helped.update(few)
-    return result, helped
+            pooled.update(few)
+    return result, pooled

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -262,21 +264,47 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return kept[0] if kept else None
 
 
-@torch.no_grad()
-def _acts_as_linear(module: nn.Linear) -> bool:
-    """Whether a forward of its own gives `x W^T + b` all the same, tried on a small stand-in of the module.
+_OF_LINEAR = frozenset(vars(nn.Linear(1, 1, device="meta")))  # attributes of every instance
+_known: dict[object, bool] = {}  # by the class, and the attributes that its instance adds
 
-    Like timm's Linear, which once cast for autocast, or Falcon's. What quantises, scales or routes does not.
+
+def _acts_as_linear(module: nn.Linear) -> bool:
+    """Whether the forward of a subclass still computes `x W^T + b`, as those of timm, which casts, and Falcon do.
+
+    A forward that quantizes, scales or routes does not.
     """
+    own = {name: value for name, value in vars(module).items() if name not in _OF_LINEAR}
+    is_simple = all(value is None or isinstance(value, bool | int | float | str) for value in own.values())
+    if module._buffers or module._modules or len(module._parameters) > 2 or not is_simple:
+        return _computes_linear(module)
+    key = type(module), module.bias is None, frozenset(own.items())
+    if key not in _known:
+        _known[key] = _computes_linear(module)
+    return _known[key]
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Try the forward of a subclass on a small copy of the module, so that it cannot change the module's own state."""
     weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], device="cpu")
     bias = None if module.bias is None else torch.tensor([0.6, -1.1], device="cpu")
     x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], device="cpu")
-    stand_in = object.__new__(type(module))
-    stand_in.__dict__ = {**module.__dict__, "in_features": 3, "out_features": 2}
-    stand_in.__dict__["_parameters"] = {**module._parameters, "weight": weight, "bias": bias}
     try:
+        stand_in = object.__new__(type(module))
+        for name, value in vars(module).items():
+            shared = name in _OF_LINEAR and name not in ("_buffers", "_modules", "_parameters")  # hooks do not run
+            stand_in.__dict__[name] = (
+                value if shared else _copy(value, {id(module.weight): weight, id(module.bias): bias})
+            )
+        stand_in.__dict__ |= {"in_features": 3, "out_features": 2}
         with torch.autocast("cpu", enabled=False):
-            given, expected = type(module).forward(stand_in, x), F.linear(x, weight, bias)
-            return given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-5)
-    except Exception:  # whatever it needs, it is not the weight and the bias alone
+            output, expected = type(module).forward(stand_in, x), F.linear(x, weight, bias)
+            return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-5)
+    except Exception:  # it needs more than a weight and a bias
         return False
+
+
+def _copy(value: Any, replacements: dict[int, Any]) -> Any:
+    """Copy what a forward could write into: tensors, modules and containers of them."""
+    is_mutable = isinstance(value, Tensor | nn.Module | dict | list | set | deque)
+    return copy.deepcopy(value, replacements) if is_mutable else value

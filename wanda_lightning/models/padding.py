@@ -1,4 +1,4 @@
-"""Which tokens of a batch are real."""
+"""Which tokens of a batch are padding."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NO_LABEL = -100  # what transformers pads labels with
+_NO_LABEL = -100  # transformers pads labels with it
 
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Which tokens of a batch are real.
+    """Which tokens of a batch count.
 
     Attributes:
         inside: Name of the module whose tokens these are; `""` for the whole model.
@@ -25,9 +25,9 @@ class TokenMask:
     keep: Tensor
 
     def rank(self, layer: str) -> int:
-        """Lowest for the mask of the smallest part of the model that holds the layer."""
-        holds = not self.inside or f"{layer}.".startswith(f"{self.inside}.")
-        return -len(self.inside) if holds else 1
+        """Lowest for the mask of the smallest part of the model that contains the layer."""
+        contains = not self.inside or f"{layer}.".startswith(f"{self.inside}.")
+        return -len(self.inside) if contains else 1
 
     def fits(self, x: Tensor) -> bool:
         """Whether a layer's input has one row for each token of this mask."""
@@ -35,31 +35,83 @@ class TokenMask:
 
 
 def fitting_mask(masks: Sequence[TokenMask], name: str, x: Tensor) -> TokenMask | None:
-    """Of the masks that line up with a tensor, that of the smallest part of the model around `name`."""
+    """Return the mask that lines up with a tensor, of the smallest part of the model around `name`."""
     return next((mask for mask in sorted(masks, key=lambda mask: mask.rank(name)) if mask.fits(x)), None)
 
 
 def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
-    """The padding of a batch, from its `attention_mask` (an encoder's) and `decoder_attention_mask`.
+    """Read the padding of a batch from its `attention_mask` (an encoder's) and `decoder_attention_mask`.
 
-    Empty where the batch has none, or no padding.
+    An attention mask is (samples, tokens); or it has a row for each query, as in (samples, heads, queries, keys),
+    boolean or additive, where a key that no query attends to is padding; or it is a dictionary of such masks, one for
+    each type of layer. Any other mask does not show the padding. Then the result fits no input, so that each layer
+    notes that padding counts.
+
+    Returns:
+        Nothing if the batch has no padding.
+
+    Raises:
+        ValueError: If an attention mask has another shape than the tokens.
     """
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("attention_mask"), Tensor):
+    if not isinstance(batch, Mapping) or (attention := batch.get("attention_mask")) is None:
         return ()
-    masks = [TokenMask("", batch["attention_mask"].bool())]
+    _check_shape(attention, batch)
+    keep = _attended(attention)
+    masks = [] if keep is None else [TokenMask("", keep)]
     for name, module in model.named_modules():
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
             encoder = next(inner for inner, other in model.named_modules() if other is module.get_encoder())
-            masks = [TokenMask(encoder, masks[0].keep)]
-            real_tokens: dict[str, Callable[[Tensor], Tensor]] = {
-                "decoder_attention_mask": Tensor.bool,
-                "decoder_input_ids": lambda ids: torch.ones_like(ids, dtype=torch.bool),
-                "labels": lambda labels: labels != _NO_LABEL,
-            }
-            for key, real in real_tokens.items():
-                if isinstance(batch.get(key), Tensor):
-                    masks.append(TokenMask(name, real(batch[key])))
-                    break
+            masks = [TokenMask(encoder, mask.keep) for mask in masks] + _decoder_masks(name, batch)
             break
     usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
-    return usable if any(not mask.keep.all() for mask in usable) else ()
+    return usable if any(not (mask.keep.numel() and mask.keep.all()) for mask in usable) else ()
+
+
+def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:
+    """Refuse a mask of two dimensions with another shape than the tokens; a cache adds keys before them."""
+    tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch.get(key), Tensor)), None)
+    if not isinstance(attention, Tensor) or attention.ndim != 2 or tokens is None or "past_key_values" in batch:
+        return
+    if attention.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask must have the shape of the tokens, {tuple(tokens.shape[:2])}, but its shape is "
+            f"{tuple(attention.shape)}. Give one entry for each token of each sample."
+        )
+
+
+_UNKNOWN = torch.zeros(0, 0, dtype=torch.bool)
+_MASKED = (
+    -100.0
+)  # an additive mask leaves less than exp(-100) of the attention; biases such as ALiBi's are near 0 nearby
+
+
+def _attended(attention: Any) -> Tensor | None:
+    """Which tokens are attended to by any query, (samples, tokens); None if all are."""
+    if isinstance(attention, Mapping):
+        masks = [_attended(mask) for mask in attention.values()]
+        known = [mask for mask in masks if mask is not None]
+        if len(known) < len(masks) or not known:  # None instead of a mask: attention without padding
+            return None
+        return torch.stack(known).any(dim=0) if len({mask.shape for mask in known}) == 1 else _UNKNOWN
+    if attention is None:
+        return None
+    if not isinstance(attention, Tensor) or attention.ndim < 2:
+        return _UNKNOWN
+    if attention.ndim == 2:
+        return attention.bool()
+    is_additive = attention.is_floating_point() and (attention.amin() < 0 or attention.amax() <= 0)
+    attends = attention > _MASKED if is_additive else attention.bool()
+    return attends.flatten(1, -2).any(dim=1)
+
+
+def _decoder_masks(name: str, batch: Mapping[str, Any]) -> list[TokenMask]:
+    """The padding of a decoder's tokens, from the first of its inputs that shows it."""
+    real_tokens: dict[str, Callable[[Tensor], Tensor]] = {
+        "decoder_attention_mask": Tensor.bool,
+        "decoder_input_ids": lambda ids: torch.ones_like(ids, dtype=torch.bool),
+        "labels": lambda labels: labels != _NO_LABEL,
+    }
+    for key, real in real_tokens.items():
+        if isinstance(batch.get(key), Tensor):
+            return [TokenMask(name, real(batch[key]))]
+    return []

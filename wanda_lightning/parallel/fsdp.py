@@ -1,10 +1,14 @@
-"""Everything that touches the internals of FSDP2 (`fully_shard`)."""
+"""Everything that touches the internals of FSDP2 (`fully_shard`).
+
+FSDP2 gathers a module's weights in its forward hooks and frees them after the call. Calibration interrupts forward
+passes between these points, so it must know where a call begins, that all processes make the same calls, and how to
+bring FSDP2 back to its initial state after a pass that did not end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -12,20 +16,29 @@ from torch.distributed.fsdp import FSDPModule
 from wanda_lightning.parallel.processes import Processes
 
 
-class ForwardOrderCheck:
-    """Sees to it that all processes call the same FSDP2 modules in the same order: each call gathers weights.
+def entry_point(module: nn.Module) -> str:
+    """The attribute to replace in order to intercept every call of a module before its inputs are used.
 
-    Where a model routes its batches they would not, and a process would get another module's weights, or wait for ever.
+    For an FSDP2 module this is the call around the hooks: they gather its weights, which must not happen while other
+    batches wait. For others it is the forward, so that the module's hooks run once, before its inputs are read.
+    """
+    return "_call_impl" if isinstance(module, FSDPModule) else "forward"
+
+
+class ForwardOrderCheck:
+    """Checks that all processes call the same FSDP2 modules in the same order, because each call gathers weights.
+
+    If a model routes its batches, they do not. A process would then get the weights of another module, or wait forever.
     """
 
     def __init__(self, model: nn.Module, processes: Processes) -> None:
         self._processes = processes
-        self._path = 0
+        self._calls = 0  # a hash of all calls so far
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._handles = [
-            cast(nn.Module, module).register_forward_pre_hook(self._step(index))
+            module.register_forward_pre_hook(self._recorder(index))
             for index, module in enumerate(modules)
-            if processes.world_size > 1
+            if processes.world_size > 1 and isinstance(module, nn.Module)
         ]
 
     def __enter__(self) -> ForwardOrderCheck:
@@ -36,61 +49,56 @@ class ForwardOrderCheck:
             handle.remove()
 
     def check(self, unit: str, calls: int) -> None:
-        """Refuse to go on where the paths differ, or the number of calls that wait at a unit.
+        """Compare the calls so far, and the number of parked calls, between all processes.
+
+        Args:
+            unit: Name of the unit, for the message.
+            calls: Number of batches that are parked there.
 
         Raises:
-            ValueError: In all processes.
+            ValueError: In all processes, if they differ.
         """
         if not self._handles:
             return
-        here = hash((self._path, calls)) % _HASHES
+        here = hash((self._calls, calls)) % _HASHES
         if self._processes.all_reduce_min(here) != _HASHES - self._processes.all_reduce_min(_HASHES - here):
             raise ValueError(
-                f"the batches of the {self._processes.world_size} processes do not call the same parts of the model in "
-                f"the same order (seen at {unit or 'the end of the model'}), but FSDP2 communicates in each call. "
-                "Prune a model that routes its batches with DDPStrategy, or in one process (devices=1)."
+                f"strategy must be DDPStrategy for a model that routes its batches: the {self._processes.world_size} "
+                "processes do not call the same parts of the model in the same order (found at "
+                f"{unit or 'the end of the model'}), but FSDP2 communicates in each call. Use DDPStrategy, or "
+                "prune in one process (devices=1)."
             )
 
-    def _step(self, index: int) -> Callable[..., None]:
-        def step(*_: object) -> None:
-            self._path = hash((self._path, index))
+    def _recorder(self, index: int) -> Callable[..., None]:
+        def record(*_: object) -> None:
+            self._calls = hash((self._calls, index))
 
-        return step
+        return record
 
 
-_HASHES = 1 << 62  # of integers alone, for which Python's hashes are the same in all processes
+_HASHES = 1 << 62  # Python's hashes of integers are the same in all processes
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 (`fully_shard`) manages parts of a model."""
+    """Whether FSDP2 manages any part of a model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
-    """Let every FSDP2 module hold its shards: only what is written there stays."""
+    """Free the gathered weights of every FSDP2 module: only writes to the shards persist."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def _end_forward(model: nn.Module) -> None:
-    """Bring all FSDP2 modules back to rest after a forward pass that did not come to its end."""
-    inner = {
-        module
-        for outer in model.modules()
-        if isinstance(outer, FSDPModule)
-        for module in outer.modules()
-        if module is not outer
-    }
-    for root in model.modules():
-        if isinstance(root, FSDPModule) and root not in inner:
-            root.reset_iter_state()
-
-
 @contextmanager
 def reset_fsdp_on_exit(model: nn.Module) -> Iterator[None]:
-    """Forward passes that are left in the middle leave no trace in FSDP2 modules."""
+    """Reset all FSDP2 modules at the end, because forward passes may have stopped in the middle."""
     try:
         yield
     finally:
-        _end_forward(model)
+        managed = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        inner = {module for outer in managed for module in outer.modules() if module is not outer}
+        for root in managed:
+            if root not in inner:
+                root.reset_iter_state()

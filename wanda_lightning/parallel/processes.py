@@ -1,7 +1,8 @@
 """The collectives by which several processes prune one model.
 
-Every process calls the same collectives in the same order, or all wait for each other for ever. So whatever can fail in
-one process alone runs inside `Processes.together`, and every `minimum` also hears that a process failed.
+All processes must call the same collectives in the same order, otherwise they wait for each other forever. Therefore
+code that may fail in one process alone runs inside `Processes.fail_together`, and `all_reduce_min` and `broadcast` also
+report the failure of another process.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-Shared = TypeVar("Shared")
+Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes that prune together; by default this one alone, for which nothing is ever sent.
+    """The processes that prune one model; by default a single one, which communicates with nobody.
 
     Args:
         group: The `torch.distributed` process group.
-        device: Where its backend wants tensors; None is the CPU.
+        device: The device that its backend needs; None is the CPU.
 
     Attributes:
-        world_size: How many there are.
-        rank: Which one this is, from 0.
+        world_size: Number of processes.
+        rank: Index of this process.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
@@ -37,35 +38,45 @@ class Processes:
         self._known_failure: BaseException | None = None
 
     def all_reduce_min(self, value: int) -> int:
-        """The smallest of the values that the processes give; at least 0.
+        """Return the smallest value of all processes.
+
+        Args:
+            value: The value of this process, at least 0.
 
         Raises:
-            ValueError: If another process failed with one.
-            RuntimeError: If another process failed with something else.
+            ValueError: If another process failed with a ValueError.
+            RuntimeError: If another process failed with any other error.
         """
-        assert value >= 0, "negative values say that a process failed"
+        assert value >= 0, "negative values announce a failure"
         lowest = self._lowest(value)
         if lowest < 0:
             self._fail_with(-1 - lowest)
         return lowest
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in place; one message for each dtype."""
+        """Replace each tensor in place by its sum over the processes; one message for each dtype."""
         if self.world_size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            parts = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([part.to(self._device).flatten() for part in parts])
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.to(self._device).flatten() for tensor in same])
             dist.all_reduce(flat, group=self._group)
-            for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-                part.copy_(total.view_as(part))
+            for tensor, total in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(total.view_as(tensor))
 
-    def broadcast(self, value: Shared, source: int) -> Shared:
-        """What the process `source` has for `value`."""
+    def all_gather(self, values: Sequence[int]) -> list[list[int]]:
+        """Return the values of every process by rank; each gives equally many."""
+        table = torch.zeros(self.world_size, len(values), dtype=torch.int64)
+        table[self.rank] = torch.tensor(values, dtype=torch.int64)
+        self.all_reduce_sum([table])
+        return table.tolist()
+
+    def broadcast(self, value: Value, source: int) -> Value:
+        """Return the value of the process with rank `source`."""
         self.all_reduce_min(0)
         return self._broadcast(value, source)
 
-    def _broadcast(self, value: Shared, source: int) -> Shared:
+    def _broadcast(self, value: Value, source: int) -> Value:
         if self.world_size == 1:
             return value
         box: list[Any] = [value]
@@ -75,9 +86,11 @@ class Processes:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """All processes get through this block, or all raise: the failing ones what they raised, the others who it was.
+        """Make all processes complete this block, or all raise: an error in one of them ends it in all.
 
-        Inside, another `together`, `minimum` and `share` are welcome, as they on_product of a failure; `add` does not.
+        The failed process raises its own error, the others one that names the failed process. Inside the block,
+        `all_reduce_min`, `broadcast` and another `fail_together` are allowed, because they report a failure of another
+        process. `all_reduce_sum` and `all_gather` are not.
         """
         if self.world_size == 1:
             yield
@@ -87,8 +100,8 @@ class Processes:
         except Exception as error:
             if error is not self._known_failure:
                 self._known_failure = error
-                what = isinstance(error, ValueError), f"{type(error).__name__}: {error}"
-                self._broadcast(what, -1 - self._lowest(-1 - self.rank))
+                cause = isinstance(error, ValueError), f"{type(error).__name__}: {error}"
+                self._broadcast(cause, -1 - self._lowest(-1 - self.rank))
             raise
         self.all_reduce_min(0)
 
@@ -100,9 +113,9 @@ class Processes:
         return int(tensor)
 
     def _fail_with(self, rank: int) -> None:
-        for_the_user, what = self._broadcast((False, ""), rank)
-        failure = ValueError if for_the_user else RuntimeError
-        self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {what}")
+        is_value_error, cause = self._broadcast((False, ""), rank)
+        failure = ValueError if is_value_error else RuntimeError
+        self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
         raise self._known_failure
 
 
@@ -110,12 +123,12 @@ SINGLE_PROCESS = Processes()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor is in this process: of a sharded one its shard, else the tensor itself."""
+    """Return the shard of this process of a sharded tensor, and any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def zero_counts(tensors: Sequence[Tensor], processes: Processes = SINGLE_PROCESS) -> list[int]:
-    """How many zeros each tensor has, over all processes; what every process has a copy of counts once."""
+    """Count the zeros of each tensor over all processes; a tensor that every process has a copy of counts once."""
     counts = torch.zeros(len(tensors), dtype=torch.int64)
     for index, tensor in enumerate(tensors):
         if processes.rank == 0 or isinstance(tensor, DTensor):

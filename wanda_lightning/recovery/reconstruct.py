@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.gradients import without_gradients
-from wanda_lightning.calibration.lockstep import Call, clone_arguments
 from wanda_lightning.core.solvers import Reconstruct, masked
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 

@@ -49,8 +49,8 @@ class Allocation(ABC):
     reads_weights: ClassVar[bool] = True  # of whole layers, so that no process can do with its rows
 
     @property
-    def gradient_batches(self) -> int | None:
-        """How many calibration batches are passed backward, where gradients are read; None for all."""
+    def gradient_samples(self) -> int | None:
+        """How many calibration samples of all processes together are passed backward; None for all."""
         return None
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model

@@ -26,21 +26,22 @@ class Fisher(Allocation):
 
     Attributes:
         max_deviation: How far from the target a layer's sparsity may be.
-        num_batches: Calibration batches that are passed backward, the first ones of each process; None for all.
+        num_samples: Number of calibration samples, the first ones of all processes together, that are passed backward;
+            None for all.
     """
 
     reads_gradients: ClassVar[bool] = True
     max_deviation: float = 0.15
-    num_batches: int | None = None
+    num_samples: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_deviation <= 1 or (self.num_batches is not None and self.num_batches < 1):
-            raise ValueError(f"Fisher needs max_deviation in [0, 1] and num_batches of at least 1, but got {self}")
+        if not 0 <= self.max_deviation <= 1 or (self.num_samples is not None and self.num_samples < 1):
+            raise ValueError(f"Fisher needs max_deviation in [0, 1] and num_samples of at least 1, but got {self}")
 
     @property
-    def gradient_batches(self) -> int | None:
-        """As asked for."""
-        return self.num_batches
+    def gradient_samples(self) -> int | None:
+        """`num_samples`."""
+        return self.num_samples
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
         """Refuse a model with one layer."""

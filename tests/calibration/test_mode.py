@@ -1,0 +1,99 @@
+"""Each module has its mode back after calibration, by its own `train` where it overrides that."""
+
+import pytest
+import torch
+from torch import nn
+
+from wanda_lightning import prune
+from wanda_lightning.calibration.mode import calibration_mode
+
+
+class Merging(nn.Linear):
+    """As in loralib: the low-rank product is part of the weight in evaluation mode, and apart from it in training."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.a, self.b = nn.Parameter(torch.randn(2, d_in)), nn.Parameter(torch.randn(d_out, 2))
+        self.merged, self.calls = False, []
+
+    def train(self, mode=True):
+        self.calls.append(mode)
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.b @ self.a).detach()
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.a.T @ self.b.T
+
+
+class Frozen(nn.Module):
+    """A part of it stays in evaluation mode whatever happens."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(4), Merging(4, 4)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Merging(4, 4), Frozen(), nn.Sequential(nn.Dropout(), Merging(4, 4)))
+    return model.train()
+
+
+def modes(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def merged(model):
+    return {name: module.merged for name, module in model.named_modules() if isinstance(module, Merging)}
+
+
+@pytest.mark.parametrize("set_up", [lambda model: model, lambda model: model.eval(), lambda model: model[3].eval()])
+def test_merged_weights_are_as_before(set_up):
+    model = build()
+    set_up(model)
+    before = modes(model), merged(model)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with calibration_mode(model):
+        assert not any(modes(model).values())
+        assert all(merged(model).values())
+    assert (modes(model), merged(model)) == before
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name])
+
+
+def test_what_was_merged_before_is_not_touched():
+    model = build()
+    model[3].eval()
+    weight, calls = model[3][1].weight.detach().clone(), model[3][1].calls
+    calls.clear()
+    with calibration_mode(model):
+        pass
+    assert calls == [False]
+    assert torch.equal(model[3][1].weight, weight)
+
+
+def test_modes_that_are_mixed_come_back():
+    model = build()
+    model[0].eval()
+    model[2].layer.eval()
+    model[2].norm.train()
+    shared = nn.Sequential(model, nn.ModuleList([model[3]]))
+    before = modes(shared)
+    with calibration_mode(shared):
+        pass
+    assert modes(shared) == before
+
+
+def test_pruning_leaves_it_unmerged_too():
+    model = nn.Sequential(build()[1], nn.Linear(4, 4))
+    prune(model, [torch.randn(8, 4)], skip=["0"], progress=False)
+    assert model[0].training
+    assert not model[0].merged

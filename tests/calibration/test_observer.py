@@ -1,0 +1,115 @@
+"""Statistics of the layers of a unit, against sums by hand."""
+
+from functools import partial
+
+import pytest
+import torch
+from support.chains import travel
+from support.elsewhere import Elsewhere
+from support.zoo import ZOO, run
+from torch import nn
+
+from wanda_lightning import prune
+from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.models import find_layers
+
+NEEDS = frozenset(SUMS)
+
+
+class Scaling(nn.Module):
+    """A block that centers its input if that is large, in place or not: only some batches are written into."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.up, self.down, self.in_place = nn.Linear(8, 16), nn.Linear(16, 8), in_place
+
+    def forward(self, x):
+        if x.abs().max() > 5:
+            x = x.mul_(0.1).sub_(1) if self.in_place else x * 0.1 - 1
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("large", [[1], [0], [0, 2], [2]])
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_batches_that_a_unit_writes_into_are_pruned_as_any_other(large, sequential):
+    models = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(Scaling(in_place), Scaling(in_place))
+        batches = [torch.randn(2, 3, 8) * (20 if index in large else 1) for index in range(3)]
+        prune(model, batches, sequential=sequential, progress=False)
+        models.append(model.state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def observed(model, batches, sequential="none"):
+    observer = Observer(NEEDS, [()] * len(batches))
+    units = find_layers(model, sequential).units
+    forwards = [partial(run, model, batch) for batch in batches]
+    found = {}
+    with torch.no_grad():
+        if sequential == "none":
+            return observer(units[0], whole_model_stop(forwards).calls)
+        for stop in travel(model, batches, [unit.module for unit in units]):
+            found.update(observer(units[stop.unit], stop.calls))
+    return found
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_sums_are_those_of_the_tokens(sequential):
+    model, batches, seen = ZOO["llama"].build(), ZOO["llama"].batches(), {}
+    found = observed(model, batches, sequential)
+    for name, module in model.named_modules():
+        if name in found:
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    assert found.keys() == seen.keys()
+    for name, inputs in seen.items():
+        tokens = torch.cat([x.flatten(0, -2) for x in inputs])
+        assert found[name].count == len(tokens)
+        torch.testing.assert_close(found[name].sums["square_sum"], tokens.square().sum(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name].sums["gram"], tokens.T @ tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_layers_with_one_input_share_one_object(sequential):
+    found = observed(ZOO["llama"].build(), ZOO["llama"].batches(), sequential)
+    attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
+    assert found[f"{attention}q_proj"] is found[f"{attention}k_proj"] is found[f"{attention}v_proj"]
+    assert found[f"{mlp}gate_proj"] is found[f"{mlp}up_proj"]
+    assert len({id(statistics) for statistics in found.values()}) == 2 * 4
+
+
+def test_collect_and_finish_give_what_a_call_gives():
+    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    (unit,), observer = find_layers(model, "none").units, Observer(NEEDS, [()] * len(batches))
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            with observer.collect(unit, index):
+                run(model, batch)
+    expected, found = observed(model, batches), observer.finish(unit)
+    assert found.keys() == expected.keys()
+    for name, statistics in expected.items():
+        assert torch.equal(found[name].sums["gram"], statistics.sums["gram"])
+    assert observer.finish(unit) == {}
+
+
+class Move(nn.Module):
+    def forward(self, x):
+        return x.as_subclass(Elsewhere)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_a_model_that_is_spread_over_devices(sequential):
+    """As by device_map: the second half gets its inputs on another device."""
+    models = []
+    for move in (nn.Identity(), Move()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), move, nn.Linear(16, 8), nn.Linear(8, 8))
+        prune(model, [torch.randn(4, 8) for _ in range(2)], sequential=sequential, progress=False)
+        models.append(model.state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

@@ -1,0 +1,252 @@
+"""The state of a thread, and the switches of the process, are those of a plain forward pass."""
+
+import contextlib
+import threading
+from functools import partial
+
+import pytest
+import torch
+from support.chains import Chain, Mlp, through, travel, vectors
+from support.zoo import ZOO, run
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wanda_lightning import prune
+from wanda_lightning.calibration.thread_state import ThreadState
+
+
+def autocast():
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+def precisions(model, act):
+    """What each layer sees while `act` runs: type in, type out, autocast."""
+    seen = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, output, name=name: seen.setdefault(name, set()).add(
+                (args[0].dtype, output.dtype, autocast())
+            )
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "head"
+    ]
+    act()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+OUTER = {
+    "none": contextlib.nullcontext,
+    "bfloat16": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+    "float16": partial(torch.autocast, "cpu", dtype=torch.float16),
+    "off": partial(torch.autocast, "cpu", enabled=False),
+}
+
+
+@pytest.mark.parametrize("outer", OUTER.values(), ids=OUTER)
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_autocast_is_that_of_a_plain_forward(sequential, outer):
+    """The model switches it in the middle of its forward, and the caller may have it on."""
+    specimen = ZOO["autocast_inside"]
+    model, batches = specimen.build(), specimen.batches()
+    with outer(), torch.no_grad():
+        plain = precisions(model, lambda: [run(model, batch) for batch in batches])
+        before = autocast()
+        locked = precisions(model, lambda: prune(model, batches, sequential=sequential, skip=["head"], progress=False))
+        assert autocast() == before
+    assert locked == plain
+    types = {out for layer in locked.values() for _, out, _ in layer}
+    assert {torch.float32, torch.bfloat16} <= types
+
+
+@pytest.mark.parametrize("caller", ["cpu", "meta"])
+def test_the_default_device_is_that_of_a_plain_forward(caller):
+    """PyTorch keeps it for each thread; the model switches it around its second block."""
+    seen = []
+
+    class Switching(Chain):
+        def forward(self, x):
+            look()
+            x = self.blocks[0](x)
+            with torch.device("cpu" if caller == "meta" else "meta"):
+                x = self.blocks[1](x)
+                look()
+            return self.blocks[2](x)
+
+    def look():
+        seen.append(torch.empty(1).device.type)
+
+    model, never, (batch,) = Switching(*(Mlp(before=look) for _ in range(3))), Mlp(), vectors(1)
+    with torch.device(caller):
+        through([model], batch)
+        plain = seen.copy()
+        assert plain[:2] == plain[-1:] * 2 == [caller] * 2 != plain[2:4]
+        seen.clear()
+        for _ in travel(model, [batch], [*model.blocks, never]):
+            assert torch.empty(1).device.type == caller
+    assert seen == plain
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def process_wide():
+    attention = torch.backends.cuda
+    backends = attention.flash_sdp_enabled, attention.mem_efficient_sdp_enabled, attention.math_sdp_enabled
+    return torch.get_default_dtype(), *(enabled() for enabled in backends)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+@pytest.mark.parametrize(
+    "context",
+    [partial(default_dtype, torch.float64), partial(sdpa_kernel, SDPBackend.MATH)],
+    ids=["default_dtype", "sdpa_kernel"],
+)
+def test_process_wide_contexts_around_the_units_are_undone(context, sequential):
+    """Each batch enters what the one before it has entered, so the last must leave first."""
+
+    class Held(Chain):
+        def forward(self, x):
+            with context():
+                return super().forward(x)
+
+    before = process_wide()
+    with context():
+        assert process_wide() != before
+    with default_dtype(before[0]), sdpa_kernel(list(SDPBackend.__members__.values())):  # whatever comes, put it back
+        before = process_wide()
+        prune(Held(Mlp(), Mlp()), vectors(3), sequential=sequential, skip=["head"], progress=False)
+        assert process_wide() == before
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+@pytest.mark.parametrize("inside", [torch.float64, torch.float32])
+def test_a_process_wide_context_that_ends_before_the_last_unit(sequential, inside):
+    """The first batch leaves its context while the others are still inside theirs."""
+    seen = []
+
+    class Held(Chain):
+        def forward(self, x):
+            with default_dtype(inside):
+                look("inside")
+                x = self.blocks[1](self.blocks[0](x))
+            look("outside")
+            return self.blocks[2](x)
+
+    def look(place):
+        seen.append((place, torch.get_default_dtype()))
+
+    model = Held(*(Mlp(before=lambda: look("block")) for _ in range(3)))
+    outside = torch.get_default_dtype()
+    prune(model, vectors(3), sequential=sequential, skip=["head"], progress=False)
+    assert torch.get_default_dtype() == outside
+    assert {dtype for place, dtype in seen if place == "inside"} == {inside}
+    assert {dtype for place, dtype in seen if place == "outside"} == {outside}
+
+
+def test_a_unit_sees_the_process_wide_switches_of_its_batch():
+    seen = []
+
+    class Held(Chain):
+        def forward(self, x):
+            with default_dtype(torch.float64):
+                x = self.blocks[0](x)
+            return self.blocks[1](x)
+
+    model, never = Held(*(Mlp(before=lambda: seen.append(torch.get_default_dtype())) for _ in range(2))), Mlp()
+    for stop in travel(model, vectors(2), [*model.blocks, never]):
+        assert torch.get_default_dtype() == torch.float32
+        seen.append(stop.unit)
+    assert seen == [0, torch.float64, torch.float64, 1, torch.float32, torch.float32]
+
+
+# ---- CUDA streams
+
+
+class FakeCuda:
+    """Streams as torch.cuda keeps them, one current stream for each thread, without a GPU."""
+
+    def __init__(self):
+        self.local, self.entered = threading.local(), []
+
+    def current_stream(self, device=None):
+        return getattr(self.local, "stream", "default")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.local.stream = self.current_stream(), stream
+        self.entered.append((threading.current_thread(), stream))
+        yield
+        self.local.stream = before
+
+    def patch(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+
+
+def streams(cuda_stream, side, current):
+    """The streams that the glue and the blocks of a model see, in lockstep and in a plain forward."""
+    seen = []
+
+    class Switching(Chain):
+        def forward(self, x):
+            seen.append(current())
+            x = self.blocks[0](x)
+            with cuda_stream(side):
+                x = self.blocks[1](x)
+            return self.blocks[2](x)
+
+    model, never, (batch,) = (
+        Switching(*(Mlp(before=lambda: seen.append(current())) for _ in range(3))),
+        Mlp(),
+        vectors(1),
+    )
+    through([model], batch)
+    plain = seen.copy()
+    seen.clear()
+    for _ in travel(model, [batch], [*model.blocks, never]):
+        seen.append("stop")
+    return [stream for stream in seen if stream != "stop"], plain
+
+
+@pytest.mark.parametrize("caller", ["default", "callers"])
+def test_the_stream_of_the_caller_and_of_the_model_is_entered(monkeypatch, caller):
+    fake = FakeCuda()
+    fake.patch(monkeypatch)
+    with fake.stream(caller) if caller != "default" else contextlib.nullcontext():
+        locked, plain = streams(fake.stream, "side", fake.current_stream)
+        assert fake.current_stream() == caller
+    assert locked == plain == [caller, caller, "side", caller]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_stream_on_a_gpu():
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        locked, plain = streams(torch.cuda.stream, torch.cuda.Stream(), torch.cuda.current_stream)
+    assert locked == plain
+    assert len(set(plain)) == 2
+
+
+def test_a_state_is_left_as_it_was_entered():
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        state = ThreadState()
+    with state.entered():
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()

@@ -1,0 +1,53 @@
+"""Which layer a tensor is a view of."""
+
+import pytest
+import torch
+from torch import nn
+
+from wanda_lightning.calibration.weight_memory import WeightMemory
+from wanda_lightning.models import find_layers
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(4, 6, 8))
+        self.num_experts, self.hidden_size = 4, 8
+
+
+@pytest.fixture
+def model():
+    return nn.ModuleDict({"first": nn.Linear(8, 6), "second": nn.Linear(8, 6), "experts": Experts()})
+
+
+def matched(memory, weight):
+    return [(match.layer.name, match.slot, match.first) for match in memory.matches(weight.detach())]
+
+
+def test_views_of_a_weight_are_recognized_and_nothing_else(model):
+    memory = WeightMemory(find_layers(model).layers)
+    weight = model["second"].weight
+    assert matched(memory, weight.mT) == [("second", None, True)]
+    assert matched(memory, weight[:2].mT) == [("second", None, True)]
+    assert matched(memory, weight[2:].mT) == [("second", None, False)]
+    assert matched(memory, weight[:, :4].mT) == []  # some inputs only
+    assert matched(memory, weight.clone().mT) == []
+    assert matched(memory, weight) == []
+    assert weight in memory
+    assert weight.clone() not in memory
+
+
+def test_experts_alone_and_together(model):
+    memory, stack = WeightMemory(find_layers(model).layers), model["experts"].up_proj
+    assert matched(memory, stack[2].mT) == [("experts.up_proj.2", None, True)]
+    assert matched(memory, stack[1:3].mT) == [("experts.up_proj.1", 0, True), ("experts.up_proj.2", 1, True)]
+    assert matched(memory, stack[3].expand(5, -1, -1).mT) == [("experts.up_proj.3", None, True)]
+    assert memory.has_experts
+
+
+def test_without_plain_matrices_there_is_nothing_to_recognize():
+    with torch.device("meta"):
+        abstract = nn.Sequential(nn.Linear(8, 6))
+    images = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    for each in (abstract, images):
+        assert len(WeightMemory(find_layers(each).layers)) == 0

@@ -1,0 +1,87 @@
+"""Small chains of blocks, and ways to run them in lockstep."""
+
+import os
+import signal
+from contextlib import closing
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from support.zoo import run
+from torch import nn
+
+from wanda_lightning.calibration.lockstep import lockstep
+
+WIDTH = 8
+
+
+class Mlp(nn.Module):
+    """A block; `before` runs inside it, before its layers."""
+
+    def __init__(self, before=None):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.before = before
+
+    def forward(self, x):
+        if self.before is not None:
+            self.before()
+        return x + self.down(F.relu(self.up(x)))
+
+
+class Chain(nn.Module):
+    """Blocks one after another, with the model's own code, `glue(index)`, before each and after the last."""
+
+    def __init__(self, *blocks, glue=lambda index: None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(WIDTH, 4)
+        self.glue = glue
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            self.glue(index)
+            x = block(x)
+        self.glue(len(self.blocks))
+        return self.head(x)
+
+
+def vectors(count=3):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, WIDTH, generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def through(blocks, x):
+    """A plain forward through some blocks."""
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def forwards(model, batches):
+    return [partial(run, model, batch) for batch in batches]
+
+
+def travel(model, batches, units, **options):
+    """The stops of all batches at some units."""
+    with closing(lockstep(forwards(model, batches), units, **options)) as stops:
+        yield from stops
+
+
+def route(model, batches, units, **options):
+    """Each stop as the index of its unit and the batches there."""
+    return [(stop.unit, [call.batch for call in stop.calls]) for stop in travel(model, batches, units, **options)]
+
+
+def overrides(model):
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def hooks(model):
+    return [name for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+
+
+def interrupt(process):
+    """Send the signal of Ctrl-C."""
+    os.kill(process, signal.SIGINT)

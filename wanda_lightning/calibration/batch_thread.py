@@ -1,0 +1,138 @@
+"""Run one calibration batch in a thread of its own, which waits at each unit until the scheduler continues it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from wanda_lightning.calibration.cloning import clone_arguments
+from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
+
+Forward = Callable[..., Any]
+Watch = Callable[[threading.Thread], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch that is parked at the entry of a unit, with the arguments of the call.
+
+    Attributes:
+        batch: Index of the batch.
+        forward: The unit's own forward.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        thread_state: State of the batch's thread at the call.
+        watch: Watches the thread that runs the call.
+    """
+
+    batch: int
+    forward: Forward
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    thread_state: ThreadState
+    watch: Watch = nullcontext
+
+    def run(self) -> Any:
+        """Run the unit and return its output."""
+        with self.watch(threading.current_thread()), self.thread_state.entered():
+            return self.forward(*self.args, **self.kwargs)
+
+    def run_on_copies(self) -> None:
+        """Run the unit on clones of its arguments, so that it can be run again on the same values."""
+        with self.watch(threading.current_thread()), self.thread_state.entered():
+            args, kwargs = clone_arguments((self.args, self.kwargs))
+            self.forward(*args, **kwargs)
+
+
+class StopForward(BaseException):
+    """Ends a batch's thread at its next unit; not an `Exception`, so that few models catch it."""
+
+
+class BatchThread(threading.Thread):
+    """The forward pass of one batch.
+
+    Attributes:
+        call: The call at which the batch is parked; None while it runs and after its end.
+        unit: Index of the unit at which it is, or was last, parked.
+    """
+
+    def __init__(self, batch: int, forward: Callable[[], object], thread_state: ThreadState, watch: Watch) -> None:
+        super().__init__(name=f"calibration batch {batch}", daemon=True)
+        self.batch = batch
+        self.call: Call | None = None
+        self.unit = -1
+        self._forward: Callable[[], object] | None = forward
+        self._thread_state, self._watch = thread_state, watch
+        self._output: Any = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(self) -> None:
+        """Run the model's forward, whenever the scheduler waits."""
+        self._go.acquire()
+        try:
+            if not self._cancelled:
+                assert self._forward is not None
+                with self._thread_state.entered():
+                    self._forward()
+        except StopForward:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.call = self._forward = None
+            self._back.release()
+
+    def park(self, unit: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Wait at a unit for its output (called in the batch's thread)."""
+        if self._cancelled:  # the model caught StopForward, or calls a unit in a `finally` block
+            raise StopForward
+        thread_state = ThreadState()
+        self.unit, self.call = unit, Call(self.batch, forward, args, kwargs, thread_state, self._watch)
+        self._back.release()
+        self._go.acquire()
+        thread_state.switches.restore()
+        if self._cancelled:
+            raise StopForward
+        output, self._output = self._output, None
+        return output
+
+    def advance(self, output: Any = None) -> None:
+        """Let the batch run to its next unit, or to its end (called in the scheduler's thread).
+
+        Raises:
+            BaseException: The error that the forward pass raised.
+        """
+        self.call, self._output = None, output
+        del output
+        switches = ProcessSwitches()
+        with self._watch(self):
+            self._go.release()
+            self._back.acquire()
+        switches.restore()
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self, timeout: float | None = None) -> None:
+        """End the thread, and wait for its end, at most `timeout` seconds."""
+        switches = ProcessSwitches()
+        self._cancelled = True
+        self._go.release()
+        self.join(timeout)
+        switches.restore()
+
+    def abandon(self) -> None:
+        """Let the scheduler go on although the thread does not: it waits for a lock that nobody releases."""
+        self._back.release()
+
+
+def park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Park the batch whose thread calls this, and return the unit's output; in any other thread, run the forward."""
+    thread = threading.current_thread()
+    if isinstance(thread, BatchThread):
+        return thread.park(unit, forward, args, kwargs)
+    return forward(*args, **kwargs)

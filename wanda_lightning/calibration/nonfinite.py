@@ -1,0 +1,85 @@
+"""Find NaN, infinity and overflow in activations, and name the place.
+
+Checking each input at once would make the CPU wait for the device once per batch and layer. The checks of a unit are
+therefore collected on the device and read together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.core.types import Tokens
+from wanda_lightning.parallel import Processes
+
+
+class Location(NamedTuple):
+    """Location of the largest or first non-finite activation in a layer's input.
+
+    Attributes:
+        row: Index of the token among those that count, on the input's device.
+        shape: Shape of all tokens: samples first, if there is more than one dimension.
+        keep: Which tokens count; None if all of them do.
+    """
+
+    row: Tensor
+    shape: tuple[int, ...]
+    keep: Tensor | None
+
+    def __str__(self) -> str:
+        row = self.row if self.keep is None else self.keep.flatten().nonzero()[int(self.row), 0]
+        sample, *token = (int(index) for index in torch.unravel_index(row, self.shape))
+        return f"sample {sample}, token {', '.join(map(str, token))}" if token else f"row {sample}"
+
+
+def locate(tokens: Tokens, shape: tuple[int, ...], keep: Tensor | None) -> Location:
+    """Find the token with the largest absolute value, where NaN counts as infinity.
+
+    Args:
+        tokens: The tokens that count, at least one.
+        shape: Shape of all tokens.
+        keep: Which of all tokens count.
+    """
+    # Two reductions take a tenth of the time of the sums; a norm would take a third.
+    largest = torch.maximum(tokens.amax(dim=1), -tokens.amin(dim=1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return Location(largest.argmax(), shape, keep)
+
+
+class Check(NamedTuple):
+    """Whether the sums over one input of one batch are finite.
+
+    Attributes:
+        layers: Layers with this input.
+        batch: Index of the batch.
+        finite: A boolean scalar on the input's device, not read yet.
+        location: Where to look if they are not.
+    """
+
+    layers: list[str]
+    batch: int
+    finite: Tensor
+    location: Location
+
+
+def refuse_nonfinite(checks: Sequence[Check], processes: Processes) -> None:
+    """Read all checks.
+
+    Raises:
+        ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}  # a model may be spread over several
+    for check in checks:
+        by_device.setdefault(check.finite.device, []).append(check.finite)
+    if all(torch.stack(flags).all() for flags in by_device.values()):
+        return
+    bad = next(check for check in checks if not check.finite)
+    whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
+    raise ValueError(
+        f"calibration batches must give finite activations, but the input of {', '.join(bad.layers)} holds NaN or "
+        f"infinity, or its squares overflow float32, in calibration batch {bad.batch}{whose} (counted from 0), at "
+        f"{bad.location}. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than "
+        "float16)."
+    )

@@ -1,0 +1,36 @@
+"""Find out, at almost no cost, whether a model calls a unit again after all units were visited.
+
+ALBERT and looped models apply one block many times. The engine ends after the first pass over the units, so it would
+not notice that the statistics miss the later visits. Therefore one batch continues behind the last unit. A global
+forward hook ends it before it computes anything large: at the first module that has a matrix of its own and contains no
+unit, such as the output head. Only a global hook sees the calls of all modules without changing each of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from wanda_lightning.calibration.batch_thread import StopForward
+
+
+@contextmanager
+def stop_at_other_matrices(units: Sequence[nn.Module], thread: threading.Thread) -> Iterator[None]:
+    """End the forward pass in a thread at the first module with a matrix that contains no unit."""
+    inside = set(units)
+
+    def stop(module: nn.Module, args: object) -> None:
+        if threading.current_thread() is not thread or not inside.isdisjoint(module.modules()):
+            return
+        if any(parameter.ndim > 1 for parameter in module.parameters()):
+            raise StopForward
+
+    hook = register_module_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,123 @@
+"""Detect that a forward pass waits for a lock which a parked batch holds.
+
+While batches take turns, a batch that is parked keeps every lock that its model has taken. If another batch needs the
+same lock, it waits forever. No exception shows this, so a watchdog thread looks at the stack of the one thread that
+should run. It reports a stall only if the thread stays at one instruction that takes a lock, in ten consecutive looks,
+and uses no CPU time in between. Loading data, sleeping and waiting for a GPU or another process are not lock
+instructions of Python, so they never count, however long they take.
+"""
+
+from __future__ import annotations
+
+import dis
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NamedTuple
+
+import psutil
+
+INTERVAL = 3.0  # seconds between two looks
+LOOKS = 10
+_LOCK_MODULES = {"threading", "queue", "multiprocessing.synchronize"}  # they take locks on behalf of their caller
+
+
+class StallDetector(threading.Thread):
+    """Watches the thread that should run.
+
+    Args:
+        explain: Given the thread and the place (file, line and function) where it waits, returns the error message.
+        release: Ends the batches that are parked, which releases their locks.
+    """
+
+    def __init__(
+        self, explain: Callable[[threading.Thread, str], str], release: Callable[[threading.Thread], None]
+    ) -> None:
+        super().__init__(name="calibration watchdog", daemon=True)
+        self._explain, self._release = explain, release
+        self._running: threading.Thread | None = None
+        self._turn = 0
+        self._done = threading.Event()
+        self.message = ""
+
+    @contextmanager
+    def watching(self, thread: threading.Thread) -> Iterator[None]:
+        """Watch a thread during this block.
+
+        Raises:
+            ValueError: If it stalled.
+        """
+        self._turn += 1
+        self._running = thread
+        try:
+            yield
+        finally:
+            self._running = None
+        if self.message:
+            raise ValueError(self.message)
+
+    def run(self) -> None:
+        """Look at the watched thread until `stop` is called or the thread stalls."""
+        last: _LockWait | None = None
+        looks = 0
+        while not self._done.wait(INTERVAL):
+            turn, thread = self._turn, self._running
+            now = None if thread is None else _LockWait.of(thread, turn)
+            looks = looks + 1 if now is not None and now == last else 0
+            last = now
+            if looks == LOOKS and thread is not None and now is not None:
+                self.message = self._explain(thread, now.place)
+                self._release(thread)
+                return
+
+    def stop(self) -> None:
+        """End the watchdog."""
+        self._done.set()
+        self.join()
+
+
+class _LockWait(NamedTuple):
+    """A thread that is at an instruction which takes a lock.
+
+    Attributes:
+        turn: Number of the turn in which it runs.
+        frame: Its innermost frame.
+        instruction: Index of the instruction.
+        cpu_time: CPU time of the thread so far, in seconds.
+    """
+
+    turn: int
+    frame: FrameType
+    instruction: int
+    cpu_time: float
+
+    @classmethod
+    def of(cls, thread: threading.Thread, turn: int) -> _LockWait | None:
+        """Look at a thread; None if its current instruction does not take a lock."""
+        frame = sys._current_frames().get(thread.ident or 0)
+        if frame is None or not _takes_lock(frame):
+            return None
+        times = {item.id: item.user_time + item.system_time for item in psutil.Process().threads()}
+        return cls(turn, frame, frame.f_lasti, times.get(thread.native_id, 0.0))
+
+    @property
+    def place(self) -> str:
+        """File, line and function that take the lock."""
+        frame = self.frame
+        while frame.f_globals.get("__name__") in _LOCK_MODULES and frame.f_back is not None:
+            frame = frame.f_back
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _takes_lock(frame: FrameType) -> bool:
+    """Whether the instruction that a frame is at enters a `with` block or is part of a line that calls `acquire`."""
+    if frame.f_globals.get("__name__") in _LOCK_MODULES:
+        return True
+    current = [i for i in dis.get_instructions(frame.f_code) if i.offset <= frame.f_lasti and i.opname != "CACHE"]
+    # An `__enter__` that is written in Python has a frame of its own, so here it is one written in C.
+    if current and current[-1].opname in ("BEFORE_WITH", "SETUP_WITH"):
+        return True
+    return "acquire" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)

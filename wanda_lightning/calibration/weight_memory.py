@@ -1,0 +1,95 @@
+"""Find out which layer's weight a tensor is a view of, by its memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from wanda_lightning.models import Layer
+
+
+class _Stack(NamedTuple):
+    """The memory of one parameter, which holds one matrix, or one for each of several experts."""
+
+    end: int
+    weight: Tensor
+    layers: dict[int, Layer]
+
+
+class Match(NamedTuple):
+    """A layer whose matrix a tensor is a view of.
+
+    Attributes:
+        layer: The layer.
+        slot: Which matrix of a batch of matrices; None if the tensor is a single matrix.
+        first: Whether the view includes the matrix's first row.
+    """
+
+    layer: Layer
+    slot: int | None
+    first: bool
+
+
+class WeightMemory:
+    """The memory ranges of the weights of some layers.
+
+    Convolutions, sharded weights and weights on the meta device have no plain matrix in memory and are left out.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        stacks: dict[int, _Stack] = {}
+        for layer in layers:
+            weight = layer.parameter.detach()
+            if type(weight) is not Tensor or weight.is_meta or weight.ndim != (2 if layer.expert is None else 3):
+                continue
+            if not weight.numel():
+                continue
+            end = weight.data_ptr() + weight.numel() * weight.element_size()
+            matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
+            stack = stacks.setdefault(weight.data_ptr(), _Stack(end, matrices, {}))
+            stack.layers[layer.expert or 0] = layer
+        self._starts = sorted(stacks)
+        self._stacks = [stacks[start] for start in self._starts]
+        self.has_experts = any(len(stack.weight) > 1 for stack in self._stacks)
+
+    def __len__(self) -> int:
+        return len(self._stacks)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return self._stack_of(tensor) is not None
+
+    def matches(self, weight: Tensor) -> list[Match]:
+        """Return the layers whose matrices a right factor is made of: some or all rows of each, with all inputs.
+
+        Args:
+            weight: The right factor of a product, (d_in, rows) or (experts, d_in, rows).
+        """
+        if weight.ndim == 3 and weight.stride(0) == 0:
+            weight = weight[0]  # one matrix, expanded
+        stack = self._stack_of(weight)
+        if stack is None or weight.ndim not in (2, 3):
+            return []
+        stride = stack.weight.stride(0)
+        number, rest = divmod((weight.data_ptr() - stack.weight.data_ptr()) // weight.element_size(), stride)
+        matrix = next(iter(stack.layers.values())).kind.read(stack.weight[0])
+        all_inputs = weight.shape[-2] == matrix.shape[1] and weight.stride(-2) == matrix.stride(1)
+        if not all_inputs or rest % matrix.stride(0) or (weight.ndim == 3 and weight.stride(0) != stride):
+            return []
+        if weight.ndim == 2:
+            return [Match(stack.layers[number], None, not rest)] if number in stack.layers else []
+        return [
+            Match(stack.layers[number + index], index, not rest)
+            for index in range(len(weight))
+            if number + index in stack.layers
+        ]
+
+    def _stack_of(self, tensor: Tensor) -> _Stack | None:
+        if not self._stacks:
+            return None
+        pointer = tensor.data_ptr()
+        index = bisect_right(self._starts, pointer) - 1
+        stack = self._stacks[index] if index >= 0 else None
+        return stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
