@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
     from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
     from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
-    from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, SparseGPT, ZeroOut
+    from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
     from wanda_lightning.data import ImageDataModule, TextDataModule
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
     from wanda_lightning.pruning import prune
+    from wanda_lightning.recovery import NoRecovery, Reconstruct
     from wanda_lightning.report import PruningReport
 
 _HOMES = {
@@ -39,10 +40,11 @@ _HOMES = {
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
     "core.criteria": "Magnitude RIA Wanda",
     "core.patterns": "EqualShare NM Unstructured",
-    "core.solvers": "ADMM Reconstruct Refit SparseGPT ZeroOut",
+    "core.solvers": "ADMM Refit SparseGPT ZeroOut",
     "data": "ImageDataModule TextDataModule",
     "modules": "CausalLMModule ImageClassifierModule",
     "pruning": "prune",
+    "recovery": "NoRecovery Reconstruct",
     "report": "PruningReport",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -63,6 +65,7 @@ __all__ = [
     "LinearSchedule",
     "Magnitude",
     "MagnitudePrune",
+    "NoRecovery",
     "OneShot",
     "PerLayer",
     "PruningCallback",

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from wanda_lightning import PruningCallback, PruningReport, Reconstruct, SparseGPTPrune, WandaPrune, prune
 from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.evaluation import sparsity_of
-from wanda_lightning.models import SEQUENTIAL_CHOICES, calibration_mode, find_layers, token_masks
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers, token_masks
 
 SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4"]
 BY_COLUMNS = ("gpt_oss", "llama4")
@@ -39,7 +41,7 @@ def experts_of(model):
 
 
 def reasons(model, **choices):
-    return {matrix.name: matrix.reason for matrix in find_layers(model, **choices).skipped}
+    return {matrix.name: matrix.detail for matrix in find_layers(model, **choices).skipped}
 
 
 # ---- what is found
@@ -142,7 +144,7 @@ def test_only_what_declares_itself_is_taken_for_experts(stack, expected):
     found = find_layers(nn.ModuleDict({"experts": stack, "other": nn.Linear(8, 8)}))
     if isinstance(expected, str):
         assert [layer.name for layer in found.layers] == ["other"]
-        assert all(expected in matrix.reason for matrix in found.skipped)
+        assert all(expected in matrix.detail for matrix in found.skipped)
         assert [matrix.name for matrix in found.skipped] == ["experts.up_proj", "experts.down_proj"]
     else:
         assert [layer.shape for layer in found.layers[::4]][:2] == expected
@@ -392,7 +394,7 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum)
     layers = [layer for layer in report.layers if layer.siblings]
     assert len(layers) == 16
     assert report.sparsity == 0.5
-    assert not any("no calibration" in matrix.reason for matrix in report.skipped)
+    assert not any("no calibration" in matrix.detail for matrix in report.skipped)
     counts = {layer.name: layer.tokens for layer in layers}
     assert counts["model.layers.0.mlp.experts.gate_up_proj.2"] == 0
     few = {name for name, count in counts.items() if count < max(minimum, 1)}
@@ -546,7 +548,7 @@ def test_what_cannot_be_heard_stays_dense_with_a_reason(sequential):
     report = prune(model, some_vectors(), sequential=sequential, progress=False)
     assert [layer.name for layer in report.layers] == ["1"]
     reason = "no calibration token was seen to go through any expert of the module"
-    assert [matrix.reason for matrix in report.skipped] == [reason] * 8
+    assert [matrix.detail for matrix in report.skipped] == [reason] * 8
     assert [matrix.shape for matrix in report.skipped[::4]] == [(48, 32), (32, 48)]
     assert torch.equal(model[0].up_proj, dense[0].up_proj)
     assert any("no calibration token was seen in 8 layers" in note for note in report.notes)

@@ -117,7 +117,7 @@ def test_every_option_has_help_without_docstrings(command):  # python -OO strips
 @pytest.mark.parametrize("command", ["prune", "inspect"])
 def test_the_defaults_of_pruning_are_those_of_the_config(command):
     ours = command_parser(command).parse_args(["--model", "x"])
-    config = PruningConfig()
+    config = PruningConfig.from_names()
     assert list(ours.skip) == list(config.skip)
     assert list(ours.only) == list(config.only)
     assert ours.include_grouped == config.include_grouped
@@ -130,7 +130,7 @@ def test_the_defaults_of_pruning_are_those_of_the_config(command):
 def test_the_choices_are_those_of_the_package():
     assert set(options.DTYPES) == {"auto", *DTYPES}
     for sequential in options.SEQUENTIAL:
-        PruningConfig(sequential=sequential)
+        PruningConfig.from_names(sequential=sequential)
 
 
 @pytest.mark.parametrize("precision", options.PRECISIONS)

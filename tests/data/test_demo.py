@@ -56,3 +56,8 @@ def test_digits_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"^The digits need sklearn: pip install 'wanda_lightning\[demo\]'$"):
         ImageDataModule("digits")
+
+
+def test_digits_must_be_asked_for():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'data'"):
+        ImageDataModule(model=vit())

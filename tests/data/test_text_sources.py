@@ -1,5 +1,8 @@
 """The named texts against a stand-in for the hub, and names that are refused."""
 
+import subprocess
+import sys
+
 import datasets
 import pytest
 import torch
@@ -57,3 +60,15 @@ def test_a_missing_file_is_refused_at_once(tmp_path, tokenizer):
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(FileNotFoundError, match="is a folder"):
         TextDataModule(tokenizer, evaluation=str(tmp_path / "folder.txt"))
+
+
+def test_names_are_checked_without_torch():
+    code = """
+import sys
+from wanda_lightning.data.text_sources import check_source
+from wanda_lightning.data.image_sources import check_source as check_images
+from wanda_lightning.model_sources import locate
+check_source("c4"), check_images("cifar10"), locate("owner/name")
+assert not {"torch", "lightning", "transformers", "timm", "datasets"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

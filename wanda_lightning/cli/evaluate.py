@@ -79,6 +79,14 @@ class _LanguageModels:
         ]
         for data in self.data[name]:
             data.setup("validate")
+        first = next(iter(self.data.values()))
+        for data, theirs in zip(self.data[name], first, strict=True):
+            if not data.evaluation_windows.equal(theirs.evaluation_windows):
+                raise ValueError(
+                    "--model must name models with the same tokenizer, since perplexities of other tokens cannot be "
+                    f"compared, but {name} splits {data.evaluation} differently than {self.names[0]}. Evaluate them "
+                    "one by one, or give --eval '' to measure tasks alone."
+                )
 
     @property
     def batch_size(self) -> int:

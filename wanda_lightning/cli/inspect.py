@@ -8,19 +8,20 @@ from rich.table import Table
 
 from wanda_lightning.cli.options import InspectOptions
 from wanda_lightning.cli.tables import print_note, print_table
-from wanda_lightning.core.patterns import pattern_named
-from wanda_lightning.models import Inventory, find_layers, left_by_pattern, low_coverage, model_from_config
-from wanda_lightning.report import SkippedMatrix, skipped_table
+from wanda_lightning.config import resolve_pattern
+from wanda_lightning.models import Inventory, find_layers, model_from_config
+from wanda_lightning.notes import low_coverage, unfit_layers
+from wanda_lightning.report import skipped_table
 
 
 def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by units, and the other matrices, by reasons."""
     model = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
-    pattern = pattern_named(options.sparsity_type)
+    pattern = resolve_pattern(options.sparsity_type)
     choices = (options.sequential, options.skip, options.only, options.include_grouped, pattern)
     found = find_layers(model, *choices)
     print_table(_units_table(found, options.model))
-    print_table(skipped_table([SkippedMatrix(matrix.name, matrix.shape, matrix.reason) for matrix in found.skipped]))
+    print_table(skipped_table(found.skipped))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(layer.size for layer in found.layers)
     Console().print(
@@ -28,9 +29,9 @@ def run(options: InspectOptions) -> None:
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters.",
         soft_wrap=True,
     )
-    for note in (left_by_pattern(found), low_coverage(found)):
+    for note in (unfit_layers(found), low_coverage(found)):
         if note is not None:
-            print_note(note)
+            print_note(note.text)
 
 
 def _units_table(found: Inventory, model: str) -> Table:

@@ -11,13 +11,11 @@ from typing import Any
 import psutil
 
 from wanda_lightning.cli.parser import Rule, option
-from wanda_lightning.core.allocation import ALLOCATIONS
 from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement
-from wanda_lightning.methods import METHODS, PRESETS
+from wanda_lightning.methods import ALLOCATIONS, METHODS, PRESETS, SEQUENTIAL_CHOICES
 
 TIMM = "timm:"  # before the name of an image classifier
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SEQUENTIAL = ("block", "layer", "none")
 PAPER_SEQLEN = 2048
 PAPER_IMAGES, PAPER_SEQUENCES = 4096, 128
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
@@ -92,7 +90,7 @@ class PruneOptions:
     sequential: str | None = option(
         "What the statistics see: pruned blocks before a dense block (block, the default for language models), pruned "
         "layers (layer), or the dense model (none, the default for image classifiers).",
-        choices=SEQUENTIAL,
+        choices=SEQUENTIAL_CHOICES,
     )
     allocation: str | None = option(
         "How layers share the sparsity: all alike (uniform, the default); less where more scores are outliers (owl) or "
@@ -319,7 +317,7 @@ class InspectOptions:
     model: str = option(
         "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.", MISSING
     )
-    sequential: str = option("What calibration batches stop at.", "block", choices=SEQUENTIAL)
+    sequential: str = option("What calibration batches stop at.", "block", choices=SEQUENTIAL_CHOICES)
     skip: list[str] = option(_SKIP, [], rule=_PATTERNS)
     only: list[str] = option(_ONLY, [], rule=_PATTERNS)
     include_grouped: bool = option(_INCLUDE_GROUPED, False)

@@ -15,13 +15,12 @@ from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUEN
 from wanda_lightning.cli.parser import as_options
 from wanda_lightning.cli.tables import print_note, print_table
 from wanda_lightning.cli.windows import checked_seqlen, refuse_early
-from wanda_lightning.core.patterns import EqualShare, Pattern, Unstructured, pattern_named
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import whole_file
-from wanda_lightning.methods import METHODS, PRESETS, Method
+from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.pruning import plan
+from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport
 
 
@@ -37,9 +36,9 @@ def run(options: PruneOptions) -> None:
     quiet_trainer()
     module, data = _classifier(options) if options.is_image else _language_model(options)
     metric, heading = ("val_accuracy", "top-1") if options.is_image else ("val_perplexity", "perplexity")
-    plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
+    make_plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
     refuse_no_space(options.save_model, module)
-    if callback.config.reads_batches and isinstance(data, TextDataModule):
+    if callback.config.data_reader is not None and isinstance(data, TextDataModule):
         _ = data.calibration_windows
     dense = measure(module, data, metric)
     pruned = measure(module, data, metric, callback)
@@ -61,15 +60,13 @@ def run(options: PruneOptions) -> None:
 
 
 def _callback(options: PruneOptions) -> PruningCallback:
-    method = METHODS[options.name] if options.preset is None else PRESETS[options.preset]
-    choices = method.choices(_pattern(options, method))
-    if options.allocation is not None:
-        choices["allocation"] = options.allocation
-    usual = "none" if options.is_image else "block"
-    choices["sequential"] = options.sequential or choices.get("sequential") or usual
+    usual = {**METHODS, **PRESETS}[options.name].sequential or ("none" if options.is_image else "block")
     return PruningCallback(
         options.sparsity_ratio,
-        **choices,
+        method=options.name,
+        pattern=_pattern(options),
+        allocation=options.allocation,
+        sequential=options.sequential or usual,
         skip=options.skip,
         only=options.only,
         include_grouped=options.include_grouped,
@@ -78,11 +75,12 @@ def _callback(options: PruneOptions) -> PruningCallback:
     )
 
 
-def _pattern(options: PruneOptions, method: Method) -> Pattern:
-    if options.sparsity_type != "unstructured":
-        return pattern_named(options.sparsity_type)
-    group: Any = options.prune_granularity or method.group
-    return EqualShare() if options.use_variant else Unstructured(group)
+def _pattern(options: PruneOptions) -> str:
+    if options.use_variant:
+        return "equal_share"
+    if options.sparsity_type == "unstructured" and options.prune_granularity is not None:
+        return f"unstructured_{options.prune_granularity}"
+    return options.sparsity_type
 
 
 def _classifier(options: PruneOptions) -> tuple[Any, ImageDataModule]:

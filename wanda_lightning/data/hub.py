@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-
 from wanda_lightning.checks import one_line
 
 
@@ -48,4 +46,6 @@ def silence_worker_advice() -> None:
 
     Lightning has no other switch for it. The filter matches this one message; calling this twice adds it once.
     """
+    from lightning.fabric.utilities.warnings import PossibleUserWarning
+
     warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers", category=PossibleUserWarning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,82 +23,42 @@ _EXPECTED = (
 )
 
 
-class Images(Sequence[tuple[Any, int]], ABC):
-    """A sequence of (PIL image, label). An image that cannot be read raises a ValueError that names it."""
+@dataclass(frozen=True)
+class Images(Sequence[tuple[Any, int]]):
+    """A sequence of (PIL image, label). An image that cannot be read raises a ValueError that names it.
 
-    @abstractmethod
-    def read(self, index: int) -> tuple[Any, int]:
-        """Return image and label."""
+    Attributes:
+        samples: Pairs or rows with an image or its path, and a label.
+        name: The data set, in an error message.
+        keys: Where image and label are in a sample.
+    """
 
-    @abstractmethod
-    def describe(self, index: int) -> str:
-        """Name an image in an error message."""
+    samples: Any
+    name: str
+    keys: tuple[Any, Any] = (0, 1)
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: Any) -> Any:
+        from torchvision.datasets.folder import pil_loader
+
+        where = f"in row {index} of {self.name}"
         try:
-            image, label = self.read(index)
+            sample = self.samples[index]
+            image, label = sample[self.keys[0]], sample[self.keys[1]]
+            if isinstance(image, str):
+                where = image
+                image = pil_loader(image)
             image.load()
         except IndexError:
             raise
         except Exception as error:  # of any class: each image format has its own
             raise ValueError(
-                f"The image {self.describe(index)} cannot be read ({type(error).__name__}: {one_line(error)}). Remove "
-                "it, replace it, or scale it down if it is too large."
+                f"The image {where} cannot be read ({type(error).__name__}: {one_line(error)}). Remove it, replace it, "
+                "or scale it down if it is too large."
             ) from error
         return image, label
-
-
-@dataclass(frozen=True)
-class _InMemory(Images):
-    samples: Sequence[tuple[Any, int]]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, index: int) -> tuple[Any, int]:
-        return self.samples[index]
-
-    def describe(self, index: int) -> str:
-        return f"number {index}"
-
-
-@dataclass(frozen=True)
-class _Files(Images):
-    """Images in files, as (path, label)."""
-
-    samples: Sequence[tuple[str, int]]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, index: int) -> tuple[Any, int]:
-        from torchvision.datasets.folder import pil_loader
-
-        path, label = self.samples[index]
-        return pil_loader(path), label
-
-    def describe(self, index: int) -> str:
-        return self.samples[index][0]
-
-
-@dataclass(frozen=True)
-class _Table(Images):
-    """Images and labels in two columns of a table of `datasets`."""
-
-    rows: Any
-    image: str
-    label: str
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> tuple[Any, int]:
-        row = self.rows[index]
-        return row[self.image], row[self.label]
-
-    def describe(self, index: int) -> str:
-        return f"in row {index} of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +115,7 @@ def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence
     path = Path(data).expanduser()
     if data == "digits":
         train, evaluation = digits()
-        return Source(_InMemory(train), _InMemory(evaluation), tuple(map(str, range(10))))
+        return Source(Images(train, data), Images(evaluation, data), tuple(map(str, range(10))))
     if data not in _HUB and path.is_dir() and not _is_parquet(path):
         return _from_folder(path, model_classes)
     name, label_column = _HUB.get(data, (data, None))
@@ -228,7 +187,7 @@ def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -
             f"data must have images in the class folders of {folder}, but {len(empty)} have none: {_few(empty)}. "
             f"Images end in {', '.join(IMG_EXTENSIONS)}."
         )
-    return _Files(samples)
+    return Images(samples, str(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -266,7 +225,7 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
     features = splits[evaluation].features
     columns = find_columns(features, name, label)
     return Source(
-        None if train is None else _Table(train, *columns, name),
-        _Table(splits[evaluation], *columns, name),
+        None if train is None else Images(train, name, columns),
+        Images(splits[evaluation], name, columns),
         tuple(features[columns[1]].names),
     )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from wanda_lightning.checks import check_at_least, check_positive
 from wanda_lightning.data.hub import silence_worker_advice
 from wanda_lightning.data.image_sources import Images, Source, check_source, open_source
+from wanda_lightning.data.module import DataModule
 from wanda_lightning.model_sources import timm_name
 
 _IN_MEMORY_SIDE = 96  # pixels; digits up to this side are kept as tensors, at most 200 MB
@@ -149,7 +149,7 @@ def _stacked(dataset: _Images) -> TensorDataset:
     return TensorDataset(torch.stack(images), torch.tensor(labels))
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(DataModule):
     """Labeled images, prepared for a timm model: its size, channels, mean and standard deviation.
 
     A batch is `(images, labels)`: float32 of shape (batch, channels, height, width), int64 of shape (batch,).
@@ -302,13 +302,7 @@ class ImageDataModule(L.LightningDataModule):
         """Return the evaluation images, in their order."""
         return self._loader(self._dataset("evaluation"))
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the same images as for validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the same images as for validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, dataset: Dataset[Any], shuffle: torch.Generator | None = None) -> DataLoader[Any]:
         if self._in_memory:

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import psutil
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from wanda_lightning.checks import check_at_least, check_positive
 from wanda_lightning.data.hub import silence_worker_advice
+from wanda_lightning.data.module import DataModule
 from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
 from wanda_lightning.model_sources import load_tokenizer, locate
 
@@ -164,7 +164,7 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.windows[index]}
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(DataModule):
     """Windows of `seqlen` tokens: drawn at random for calibration and training, adjacent for perplexity.
 
     A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. A seed
@@ -324,13 +324,7 @@ class TextDataModule(L.LightningDataModule):
         """Return the windows of the evaluation text, in its order."""
         return self._loader(self.evaluation_windows)
 
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the same windows as for validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the same windows as for validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
         silence_worker_advice()

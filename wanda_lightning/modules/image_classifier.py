@@ -126,7 +126,7 @@ class ImageClassifierModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean cross entropy; for a distilled DeiT with two heads, the mean over the heads."""
-        images, labels = _read_labelled(batch)
+        images, labels = _read_labeled(batch)
         outputs = self(images)
         heads = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         loss = torch.stack([F.cross_entropy(logits, labels) for logits in heads]).mean()
@@ -142,7 +142,7 @@ class ImageClassifierModule(L.LightningModule):
         self._measure("test", batch)
 
     def _measure(self, stage: str, batch: Any) -> None:
-        images, labels = _read_labelled(batch)
+        images, labels = _read_labeled(batch)
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(images))
         for name, metric in self.metrics.items():
@@ -199,7 +199,7 @@ def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:
     return images, next((batch[key] for key in ("label", "labels") if key in batch), None)
 
 
-def _read_labelled(batch: Any) -> tuple[Tensor, Tensor]:
+def _read_labeled(batch: Any) -> tuple[Tensor, Tensor]:
     images, labels = _read_images(batch)
     if labels is None:
         raise ValueError(
