@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 from sparsegpt_by_hand import prune_by_hand
 from torch import Tensor, nn
-from wanda_lightning.plan import make_plan
 
 from wanda_lightning import (
     NM,
@@ -46,6 +45,7 @@ from wanda_lightning.data.text_sources import calibration_source
 from wanda_lightning.files import whole_file
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.plan import make_plan
 
 Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
 
