@@ -67,7 +67,7 @@ def check_memory(option: str, count: int, seqlen: int) -> None:
     size, free = 8 * seqlen, psutil.virtual_memory().available
     if count * size > free:
         raise ValueError(
-            f"{option} must fit in memory, but {count} windows of {seqlen} tokens need {count * size / 2**30:,.1f} GiB, "
+            f"{option} must fit in memory, but {count} windows of {seqlen} tokens need {count * size / 2**30:,.1f} GiB "
             f"and {free / 2**30:,.1f} GiB are free. Use at most {free // size}."
         )
 
