@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import Processes
 
 
@@ -123,7 +124,9 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
         )
     if not managed:
         return
-    outer = {inside: module for inside, module in model.named_modules() if f"{name}.".startswith(_prefix(inside))}
+    outer = {
+        inside: module for inside, module in named_modules(model).items() if f"{name}.".startswith(_prefix(inside))
+    }
     managers = [inside for inside, module in outer.items() if isinstance(module, FSDPModule)]
     if not managers:
         raise ValueError(
