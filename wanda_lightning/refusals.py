@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import psutil
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import Processes
 
 
@@ -21,7 +22,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     if undecided:
         first = undecided[0]
         raise ValueError(
-            f"skip does not name {_counted(undecided)} that cannot be pruned in place, {first.name} first: "
+            f"skip does not name {_counted(undecided, 'matrix', 'matrices')} that cannot be pruned in place, {first.name} first: "
             f"{first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be "
             f"pruned dense with skip=['{first.name}']."
         )
@@ -29,7 +30,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
         return
     if unfit := inventory.skipped_for(SkipReason.PATTERN):
         raise ValueError(
-            f"pattern={config.pattern} fits none of {_counted(unfit)} that would be pruned; the largest is "
+            f"pattern={config.pattern} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest is "
             f"{unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
         )
@@ -62,9 +63,8 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
             )
 
 
-def _counted(matrices: Iterable[SkippedMatrix]) -> str:
-    number = len(list(matrices))
-    return "1 matrix" if number == 1 else f"{number} matrices"
+def _counted(matrices: Sequence[SkippedMatrix], one: str, many: str = "layers") -> str:
+    return f"{len(matrices)} {one if len(matrices) == 1 else many}"
 
 
 def refuse_spread_experts(layer: Layer) -> None:
@@ -124,7 +124,9 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
         )
     if not managed:
         return
-    outer = {inside: module for inside, module in model.named_modules() if f"{name}.".startswith(_prefix(inside))}
+    outer = {
+        inside: module for inside, module in named_modules(model).items() if f"{name}.".startswith(_prefix(inside))
+    }
     managers = [inside for inside, module in outer.items() if isinstance(module, FSDPModule)]
     if not managers:
         raise ValueError(
