@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wanda_lightning.data.images import class_names_of
+from wanda_lightning.data.preprocessing import class_names_of
 from wanda_lightning.modules import ImageClassifierModule
 
 pytestmark = [
