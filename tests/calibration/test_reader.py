@@ -1,4 +1,4 @@
-"""Statistics one can trust: packed and padded batches, inputs that are never active, numbers that are none."""
+"""What is read of the inputs: packed documents, inputs that are never active, NaN, and the precision of the sums."""
 
 import math
 
