@@ -143,7 +143,7 @@ def test_it_must_be_a_classifier():
         ImageClassifierModule(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="has no classes"):
         tiny_vit(num_classes=0)
-    with pytest.raises(ValueError, match="model_kwargs are for a model given by name"):
+    with pytest.raises(ValueError, match="model_kwargs must be left out unless model is a name"):
         ImageClassifierModule(nn.Linear(2, 2), num_classes=2, model_kwargs={"a": 1})
 
 
