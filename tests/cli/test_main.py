@@ -103,7 +103,8 @@ import sys
 from wanda_lightning.cli import main
 commands = ["prune", "finetune", "evaluate", "inspect"]
 lines = [[], ["--version"], ["pruen"]] + [[c, o] for c in commands for o in ("--help", "--print_config")]
-lines += [["prune", "--model", "x", *more.split()] for more in ("--prune_method wnada", "--skip re:(", "--seqlen 1")]
+wrong = ("--prune_method wnada", "--skip re:(", "--eval wikitext3")
+lines += [["prune", "--model", "x", *more.split()] for more in wrong]
 for arguments in lines:
     main(arguments)
 print({"torch", "lightning", "transformers", "timm", "datasets", "peft"} & set(sys.modules), file=sys.stderr)
