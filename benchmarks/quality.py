@@ -123,7 +123,7 @@ class Results:
 def refusal(model: nn.Module, chosen: Mapping[str, Any]) -> str:
     """Why a model cannot be pruned so, in short; empty if it can."""
     try:
-        plan(PruningConfig(**chosen), model)
+        plan(PruningConfig.from_names(**chosen), model)
     except ValueError as error:
         return str(error).partition(", but ")[0].partition(". ")[0]
     return ""

@@ -73,7 +73,7 @@ def test_refusals(tmp_path, monkeypatch):
     refuse_nonempty(tmp_path / "none")
     refuse_nonempty(tmp_path / "x", True)
     for refuse in (refuse_replacement, lambda *args: whole_folder(*args).__enter__()):
-        with pytest.raises(FileExistsError, match="is no model"):
+        with pytest.raises(FileExistsError, match="is not a model"):
             refuse(tmp_path / "x", True)
         with pytest.raises(FileExistsError, match=r"x is not empty.*overwrite"):
             refuse(tmp_path / "x")

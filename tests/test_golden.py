@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from wanda_lightning import EqualShare, Magnitude, Unstructured, Wanda, prune
-from wanda_lightning.core.patterns import pattern_named
+from wanda_lightning.config import resolve_pattern
 from wanda_lightning.core.solvers import SparseGPT
 from wanda_lightning.core.statistics import InputStatistics
 
@@ -85,7 +85,7 @@ def test_language_models(name, run):
     model = load_dense(name)
     ids = load_file(GOLDEN / "calibration.safetensors")["input_ids"]
     if kind != "unstructured":
-        pattern = pattern_named(kind)
+        pattern = resolve_pattern(kind)
     elif variant:
         pattern = EqualShare()
     else:
@@ -130,7 +130,7 @@ def test_weight_updates(name, run, monkeypatch):
     *method, sparsity, kind = run["tag"].split("_")
     before = method[-1] == "seq"
     one_more = kind == "unstructured" and method[1:] != ["wanda", "seq"]  # this one compares rows, with `<`
-    pattern = OneMore("layer", float(sparsity)) if one_more else pattern_named(kind)
+    pattern = OneMore("layer", float(sparsity)) if one_more else resolve_pattern(kind)
     criterion = {"mag": Magnitude(), "wanda": Wanda()}.get(method[1]) if len(method) > 1 else None
     if "wanda" in method:
         monkeypatch.setattr("wanda_lightning.calibration.observer.InputStatistics", Fading)

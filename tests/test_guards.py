@@ -17,7 +17,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from wanda_lightning import NM, OWL, PerLayer, WandaPrune, prune
 from wanda_lightning.cli import main
-from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers, low_coverage
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import SkipReason, find_layers
+from wanda_lightning.notes import low_coverage
 
 
 class Block(nn.Module):
@@ -74,8 +76,8 @@ def test_low_coverage_is_said(share, percent, caplog):
         return
     (note,) = coverage_notes(report)
     assert note == (
-        f"only {percent}% of the weights besides embeddings, stem and head are in pruned layers; left out are most of "
-        f"all blocks.0.mix and 1 more, {2 * mix:,} weights: mix of Block is not the weight of a supported layer "
+        f"only {percent}% of the weights besides embeddings, stem and head are in pruned layers; the largest parts "
+        f"left out are blocks.0.mix and 1 more, {2 * mix:,} weights: mix of Block is not the weight of a supported layer "
         "(Linear, Conv1D, Conv1d, Conv2d, Conv2dSame)"
     )
     assert note in caplog.text
@@ -86,7 +88,7 @@ def test_what_the_user_left_out_is_no_surprise():
     for choices in ({"skip": ["blocks.1", "*.mix"]}, {"only": ["*.up"]}, {"only": ["blocks.0"], "skip": ["*.mix"]}):
         assert coverage_notes(prune(build(0.9), [IDS], **choices, progress=False)) == []
     (note,) = coverage_notes(prune(build(0.9), [IDS], only=["blocks.0"], progress=False))
-    assert "left out are most of all blocks.0.mix, 1,800 weights" in note
+    assert "the largest parts left out are blocks.0.mix, 1,800 weights" in note
 
 
 def test_what_no_batch_reached_is_left_out_too():
@@ -109,7 +111,7 @@ def test_inspect_says_it(capsys, monkeypatch):
     assert main(["inspect", "--model", "timm:nfnet_f0"]) == 0
     out = capsys.readouterr().out
     assert "Note: only 32% of the weights" in out
-    assert "standardises its weight at each forward" in out
+    assert "standardizes its weight in each forward" in out
     assert main(["inspect", "--model", "timm:test_vit"]) == 0
     assert "Note:" not in capsys.readouterr().out
 
@@ -164,7 +166,7 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
     assert [(matrix.name, matrix.shape) for matrix in report.skipped] == [(name, (16, 6)) for name in MISFITS[:3]] + [
         ("last", (40, 6))
     ]
-    assert {matrix.reason for matrix in report.skipped} == {"input width 6 is not a multiple of 4"}
+    assert {matrix.detail for matrix in report.skipped} == {"input width 6 is not a multiple of 4"}
     assert report.notes == [SAID, *coverage_notes(report)]
     assert coverage_notes(report)[0].startswith("only 35% of the weights")  # 3 x 96 of 3 x 192 + 240
     assert [record.getMessage() for record in caplog.records] == report.notes
@@ -178,16 +180,16 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
 def test_few_misfits_are_said_without_low_coverage():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 80))
     report = prune(model, rows(), pattern="2:4", progress=False)
-    note = "the pattern does not fit 1 layers, 0 largest (input width 6 is not a multiple of 4): left dense"
+    note = "the pattern does not fit 1 layer, 0 largest (input width 6 is not a multiple of 4): left dense"
     assert report.notes == [note]
 
 
 def test_what_the_user_left_out_is_no_misfit():
     report = prune(uneven(), rows(), pattern="2:4", skip=MISFITS, progress=False)
     assert report.notes == []
-    assert {matrix.reason for matrix in report.skipped} == {f"skip={name!r}" for name in MISFITS}
+    assert {matrix.detail for matrix in report.skipped} == {f"skip={name!r}" for name in MISFITS}
     report = prune(uneven(), rows(), pattern="2:4", only=["blocks.1"], progress=False)
-    assert [matrix.name for matrix in report.skipped if matrix.reason.startswith("input width")] == ["blocks.1.up"]
+    assert [matrix.name for matrix in report.skipped if matrix.detail.startswith("input width")] == ["blocks.1.up"]
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "torch_transformer"])
@@ -201,7 +203,7 @@ def test_units_do_not_depend_on_what_fits(name, m):
         assert [[layer.name for layer in unit.layers] for unit in found.units] == [names for names in fitting if names]
         assert {unit.name for unit in found.units} <= {unit.name for unit in every.units}
         misfits = [layer.name for layer in every.layers if layer.shape[1] % m]
-        assert [matrix.name for matrix in found.skipped if matrix.why_not] == misfits
+        assert [matrix.name for matrix in found.skipped if matrix.reason is SkipReason.PATTERN] == misfits
         assert found.skipped[: len(every.skipped)] == every.skipped
 
 
@@ -212,7 +214,7 @@ def test_experts_that_the_pattern_does_not_fit(name, sequential):
     model, dense = ZOO[name].build(), dict(ZOO[name].build().named_parameters())
     choices = {"pattern": "32:64", "only": ["*.experts"], "sequential": sequential}
     report = prune(model, ZOO[name].batches(), **choices, progress=False)
-    reasons = {matrix.name: matrix.reason for matrix in report.skipped}
+    reasons = {matrix.name: matrix.detail for matrix in report.skipped}
     count = 0
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("experts.gate_up_proj"):
@@ -234,7 +236,7 @@ def test_groups_that_the_pattern_does_not_fit():
     batch = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
     report = prune(model, [batch], pattern="2:4", include_grouped=True, progress=False)
     assert [layer.name for layer in report.layers] == ["0", "2"]  # 8 channels; 6 channels at 4 places
-    assert [(matrix.name, matrix.reason) for matrix in report.skipped] == [
+    assert [(matrix.name, matrix.detail) for matrix in report.skipped] == [
         (f"1.group{group}", "input width 27 is not a multiple of 4") for group in (0, 1)
     ]
 
@@ -293,13 +295,11 @@ def test_a_model_that_is_sparse_already_says_so():
         model.blocks[1].down.weight[0, :5] = 0  # 5 of 100
     report = prune(model, [IDS], progress=False)
     assert [layer.before for layer in report.layers] == [0.3, 0.0, 0.1, 0.05]
-    said = "2 layers were sparse already, blocks.0.up most: 30.0% zeros, which count towards their target"
+    said = "2 layers were sparse already, blocks.0.up most: 30.0% zeros, which count toward the target"
     assert said in report.notes
     assert {layer.sparsity for layer in report.layers} == {0.5}
     again = prune(model, [IDS], progress=False)
-    assert (
-        "4 layers were sparse already, blocks.0.up most: 50.0% zeros, which count towards their target" in again.notes
-    )
+    assert "4 layers were sparse already, blocks.0.up most: 50.0% zeros, which count toward the target" in again.notes
     assert not any("already" in note for note in prune(build(), [IDS], progress=False).notes)
 
 
@@ -308,10 +308,10 @@ def test_tied_weights_count_once():
     report = prune(model, ZOO["tied"].batches(), progress=False)
     assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert report.zeros == sum(int((parameter == 0).sum()) for parameter in model.parameters())
-    assert {matrix.name: matrix.reason for matrix in report.skipped} == {"second": "tied to first"}
+    assert {matrix.name: matrix.detail for matrix in report.skipped} == {"second": "tied to first"}
 
 
-# ---- weights that are made anew at each forward
+# ---- weights that are recomputed in each forward
 
 OLD = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
 
@@ -346,10 +346,10 @@ def test_weights_that_are_made_anew_say_how_to_go_on(name, make):
     model = nn.Sequential(nn.Conv2d(1, 1, 1), wrap(make()))
     found = find_layers(model)
     assert not [layer for layer in found.layers if layer.name.startswith("1")]
-    reasons = {matrix.reason for matrix in found.skipped if matrix.name.startswith("1")}
+    reasons = {matrix.detail for matrix in found.skipped if matrix.name.startswith("1")}
     assert len(reasons) == 1
     assert f"by {kind}: make it an ordinary weight" in reasons.pop()
-    assert all(matrix.is_a_surprise for matrix in found.skipped if matrix.name.startswith("1"))
+    assert all(not matrix.reason.is_expected for matrix in found.skipped if matrix.name.startswith("1"))
     unwrap(model[1])
     assert "1" in [layer.name for layer in find_layers(model).layers]
 
@@ -360,7 +360,7 @@ def test_what_the_reasons_say_is_how_it_is_done(name):
     """The remover that is named exists and does what is promised."""
     wrap, _, _ = MADE_ANEW[name]
     model = nn.Sequential(wrap(nn.Linear(6, 8)))
-    reason = find_layers(model).skipped[0].reason
+    reason = find_layers(model).skipped[0].detail
     if "remove_parametrizations" in reason:
         parametrize.remove_parametrizations(model[0], "weight")
     else:
@@ -451,27 +451,27 @@ def wrapped(kind):
 
 
 QUANTISED = {
-    "bitsandbytes 8 bits": (Linear8bitLt, "q", "quantised by bitsandbytes (Linear8bitLt, Parameter)"),
-    "bitsandbytes 4 bits": (Linear4bit, "q", "quantised by bitsandbytes (Linear4bit, Params4bit)"),
-    "auto_gptq": (QuantLinear, "q.qweight", "quantised by auto_gptq (QuantLinear, Tensor)"),
-    "gptqmodel": (TorchQuantLinear, "q.qweight", "quantised by gptqmodel (TorchQuantLinear, Tensor)"),
-    "awq": (WQLinear_GEMM, "q.qweight", "quantised by awq (WQLinear_GEMM, Tensor)"),
-    "hqq": (HQQLinear, "q.W_q", "quantised by hqq (HQQLinear, Parameter)"),
-    "torchao": (wrapped(Int8Tensor), "q", "quantised by torchao (Linear, Int8Tensor)"),
+    "bitsandbytes 8 bits": (Linear8bitLt, "q", "quantized by bitsandbytes (Linear8bitLt, Parameter)"),
+    "bitsandbytes 4 bits": (Linear4bit, "q", "quantized by bitsandbytes (Linear4bit, Params4bit)"),
+    "auto_gptq": (QuantLinear, "q.qweight", "quantized by auto_gptq (QuantLinear, Tensor)"),
+    "gptqmodel": (TorchQuantLinear, "q.qweight", "quantized by gptqmodel (TorchQuantLinear, Tensor)"),
+    "awq": (WQLinear_GEMM, "q.qweight", "quantized by awq (WQLinear_GEMM, Tensor)"),
+    "hqq": (HQQLinear, "q.W_q", "quantized by hqq (HQQLinear, Parameter)"),
+    "torchao": (wrapped(Int8Tensor), "q", "quantized by torchao (Linear, Int8Tensor)"),
     "another": (wrapped(Wrapper), "q", "weights of type Wrapper cannot be pruned in place"),
 }
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_quantised_layers_are_refused_by_name(name):
+def test_quantized_layers_are_refused_by_name(name):
     make, matrix, reason = QUANTISED[name]
     model = nn.ModuleDict({"plain": nn.Linear(16, 16), "q": make(16, 16)})
     before = model["plain"].weight.clone()
-    with pytest.raises(ValueError, match="1 matrices cannot be pruned in place") as caught:
+    with pytest.raises(ValueError, match="1 matrix that cannot be pruned in place") as caught:
         prune(model, [torch.randn(2, 16)], progress=False)
     assert f"{matrix} first: {reason}" in str(caught.value)
     assert (
-        f"Load the model unquantised (float32, bfloat16 or float16), or leave them out with skip=['{matrix}']"
+        f"Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be pruned dense with skip=['{matrix}']"
         in str(caught.value)
     )
     assert torch.equal(model["plain"].weight, before)
@@ -498,7 +498,7 @@ def test_of_a_layer_with_adapters_the_base_is_pruned():
     assert [name for name in names if name.endswith(".base_layer")] == [
         f"model.layers.{i}.{part}.base_layer" for i in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")
     ]
-    reasons = {matrix.name: matrix.reason for matrix in report.skipped}
+    reasons = {matrix.name: matrix.detail for matrix in report.skipped}
     assert len(adapters) == 2 * 2 * 2
     for name, before in adapters.items():
         assert reasons[name.removesuffix(".weight")] == "adapter: trained, not pruned"

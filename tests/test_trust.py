@@ -16,8 +16,9 @@ from wanda_lightning import NM, OWL, RIA, Unstructured, Wanda, prune
 from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.criteria import Saliency
-from wanda_lightning.core.solvers import SOLVERS, SparseGPT, ZeroOut
+from wanda_lightning.core.solvers import SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.methods import SOLVERS
 from wanda_lightning.models import Unit, find_layers, token_masks
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
@@ -207,8 +208,8 @@ def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplo
     before = model.blocks[0].down.weight.clone()
     report = prune(model, vectors(), solver=solver, sequential=sequential, progress=False)
     assert torch.equal(model.blocks[0].down.weight, before)
-    assert {m.name: m.reason for m in report.skipped} == {"blocks.0.down": "all its inputs were zero"}
-    note = "all inputs were zero of 1 layers, blocks.0.down first: left dense"
+    assert {m.name: m.detail for m in report.skipped} == {"blocks.0.down": "all its inputs were zero"}
+    note = "all inputs were zero of 1 layer, blocks.0.down first: left dense"
     assert note in report.notes
     assert note in caplog.text
     assert {layer.name for layer in report.layers} == {"blocks.0.up", "blocks.1.up", "blocks.1.down"}
@@ -236,7 +237,7 @@ def test_a_group_whose_inputs_are_all_zero_stays_dense():
     model = build(make=DeadGroup)
     report = prune(model, [torch.randn(2, 3, 5, 5)], include_grouped=True, progress=False)
     assert [layer.name for layer in report.layers] == ["conv.group0"]
-    assert {m.name: m.shape for m in report.skipped if "zero" in m.reason} == {"conv.group1": (4, 4, 3, 3)}
+    assert {m.name: m.shape for m in report.skipped if "zero" in m.detail} == {"conv.group1": (4, 4, 3, 3)}
     assert model.conv.weight[4:].all()
     assert report.parameters == sum(p.numel() for p in model.parameters())
     assert report.zeros == 4 * 18 == int((model.conv.weight == 0).sum())

@@ -1,26 +1,53 @@
-"""One-shot pruning for PyTorch Lightning, Hugging Face and timm models."""
+"""One-shot pruning for PyTorch Lightning, Hugging Face and timm models.
 
-from wanda_lightning.callbacks import (
-    CubicSchedule,
-    KeepZeros,
-    LinearSchedule,
-    MagnitudePrune,
-    OneShot,
-    PruningCallback,
-    SavePretrained,
-    Schedule,
-    SparseGPTPrune,
-    WandaPrune,
-)
-from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
-from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
-from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
-from wanda_lightning.core.solvers import ADMM, Reconstruct, Refit, SparseGPT, ZeroOut
-from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.pruning import prune
-from wanda_lightning.report import PruningReport
+Public names are imported on first use (PEP 562), so that `import wanda_lightning` loads neither torch nor a model
+library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wanda_lightning.callbacks import (
+        CubicSchedule,
+        KeepZeros,
+        LinearSchedule,
+        MagnitudePrune,
+        OneShot,
+        PruningCallback,
+        SavePretrained,
+        Schedule,
+        SparseGPTPrune,
+        WandaPrune,
+    )
+    from wanda_lightning.config import PruningConfig
+    from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
+    from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
+    from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+    from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
+    from wanda_lightning.data import ImageDataModule, TextDataModule
+    from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+    from wanda_lightning.pruning import prune
+    from wanda_lightning.recovery import NoRecovery, Reconstruct
+    from wanda_lightning.report import PruningReport
+
+_HOMES = {
+    "callbacks": (
+        "CubicSchedule KeepZeros LinearSchedule MagnitudePrune OneShot PruningCallback SavePretrained Schedule "
+        "SparseGPTPrune WandaPrune"
+    ),
+    "config": "PruningConfig",
+    "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
+    "core.criteria": "Magnitude RIA Wanda",
+    "core.patterns": "EqualShare NM Unstructured",
+    "core.solvers": "ADMM Refit SparseGPT ZeroOut",
+    "data": "ImageDataModule TextDataModule",
+    "modules": "CausalLMModule ImageClassifierModule",
+    "pruning": "prune",
+    "recovery": "NoRecovery Reconstruct",
+    "report": "PruningReport",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "ADMM",
@@ -38,6 +65,7 @@ __all__ = [
     "LinearSchedule",
     "Magnitude",
     "MagnitudePrune",
+    "NoRecovery",
     "OneShot",
     "PerLayer",
     "PruningCallback",
@@ -57,3 +85,15 @@ __all__ = [
     "ZeroOut",
     "prune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

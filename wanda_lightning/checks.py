@@ -42,6 +42,20 @@ def check_not_negative(**values: object) -> None:
             raise ValueError(f"{name} must be a number of at least 0, but it is {value!r}.")
 
 
+def refuse_pytorch_lightning(trainer: object) -> None:
+    """Refuse a Trainer of `pytorch_lightning`, a copy of Lightning that fails with objects of the other copy.
+
+    Raises:
+        ValueError: Says what to import.
+    """
+    if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in type(trainer).__mro__):
+        raise ValueError(
+            f"trainer must be a lightning.pytorch.Trainer, but it is a {type(trainer).__name__} of pytorch_lightning. "
+            "Import Trainer, LightningModule and everything else from lightning.pytorch: pytorch_lightning is a copy "
+            "of the same library, and objects of the two cannot be mixed."
+        )
+
+
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """Refuse to go on without packages that an extra of wanda_lightning installs.
 

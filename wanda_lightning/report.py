@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.files import whole_file
+from wanda_lightning.models import SkippedMatrix, SkipReason
 
 REPORT_NAME = "pruning_report.json"
 _LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets", "lm_eval")
@@ -56,15 +57,6 @@ class PrunedLayer:
 
 
 @dataclass
-class SkippedMatrix:
-    """One matrix that was left as it is, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass
 class PruningReport:
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
 
@@ -93,8 +85,7 @@ class PruningReport:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over the pruned layers."""
-        size = sum(layer.size for layer in self.layers)
-        return sum(layer.zeros for layer in self.layers) / size if size else 0.0
+        return _sparsity(self.layers)
 
     @property
     def model_sparsity(self) -> float:
@@ -116,12 +107,22 @@ class PruningReport:
         )
 
     def metrics(self) -> dict[str, float]:
-        """`sparsity/model`, `sparsity/pruned_layers` and `sparsity/<layer>`, for a logger."""
+        """The metrics for a logger: `sparsity/model`, `sparsity/pruned_layers` and `sparsity/<layer>`.
+
+        All experts of a module share one metric.
+        """
         return {
             "sparsity/model": self.model_sparsity,
             "sparsity/pruned_layers": self.sparsity,
-            **{f"sparsity/{layer.name}": layer.sparsity for layer in self.layers},
+            **{f"sparsity/{name}": _sparsity(layers) for name, layers in self._rows().items()},
         }
+
+    def _rows(self) -> dict[str, list[PrunedLayer]]:
+        """The pruned layers by name; all experts of a module share one name."""
+        rows: dict[str, list[PrunedLayer]] = {}
+        for layer in self.layers:
+            rows.setdefault(layer.siblings or layer.name, []).append(layer)
+        return rows
 
     def to_json(self) -> str:
         """The whole report as JSON."""
@@ -135,7 +136,10 @@ class PruningReport:
         for derived in ("sparsity", "model_sparsity", "coverage"):
             fields.pop(derived)
         layers = [PrunedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields.pop("layers")]
-        skipped = [SkippedMatrix(**{**matrix, "shape": tuple(matrix["shape"])}) for matrix in fields.pop("skipped")]
+        skipped = [
+            SkippedMatrix(matrix["name"], tuple(matrix["shape"]), SkipReason(matrix["reason"]), matrix["detail"])
+            for matrix in fields.pop("skipped")
+        ]
         return cls(layers=layers, skipped=skipped, **fields)
 
     def save(self, folder: str | Path) -> Path:
@@ -151,10 +155,7 @@ class PruningReport:
         pruned = Table(title="Pruned layers", title_justify="left")
         for heading in ("layer", "shape", "target", "sparsity", "tokens", "note"):
             pruned.add_column(heading, justify="left" if heading in ("layer", "note") else "right", overflow="fold")
-        rows: dict[str, list[PrunedLayer]] = {}
-        for layer in self.layers:
-            rows.setdefault(layer.siblings or layer.name, []).append(layer)
-        for name, layers in rows.items():
+        for name, layers in self._rows().items():
             shape = " x ".join(map(str, layers[0].shape))
             targets = _range([layer.target for layer in layers], ".2%")
             sparsities = _range([layer.sparsity for layer in layers], ".2%")
@@ -169,6 +170,11 @@ class PruningReport:
                 console.print(f"Note: {note}", markup=False)
             console.print(self.summary())
         return capture.get()
+
+
+def _sparsity(layers: Sequence[PrunedLayer]) -> float:
+    size = sum(layer.size for layer in layers)
+    return sum(layer.zeros for layer in layers) / size if size else 0.0
 
 
 def _range(values: Sequence[float], form: str) -> str:
@@ -190,25 +196,18 @@ def _note(layers: Sequence[PrunedLayer]) -> str:
     return "; ".join([f"{len(layers)} experts", *notes])
 
 
-def skipped_table(skipped: list[SkippedMatrix]) -> Table:
+def skipped_table(skipped: Sequence[SkippedMatrix]) -> Table:
     """The skipped matrices, those of one reason together."""
     table = Table(title="Left as they are", title_justify="left")
     for heading in ("reason", "matrices", "parameters", "first"):
         table.add_column(heading, justify="left" if heading in ("reason", "first") else "right", overflow="fold")
     by_reason: dict[str, list[SkippedMatrix]] = {}
     for matrix in skipped:
-        by_reason.setdefault(matrix.reason, []).append(matrix)
+        by_reason.setdefault(matrix.detail, []).append(matrix)
     for reason, matrices in by_reason.items():
-        size = sum(_numel(matrix.shape) for matrix in matrices)
+        size = sum(matrix.size for matrix in matrices)
         table.add_row(escape(reason), str(len(matrices)), f"{size:,}", escape(matrices[0].name))
     return table
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def versions() -> dict[str, str]:

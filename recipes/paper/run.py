@@ -175,7 +175,7 @@ def check(cells: Sequence[Cell], out: Path, overwrite: bool) -> None:
     for cell in cells:
         for command, *arguments in cell.commands(out):
             try:
-                command_parser(command, exit_on_error=False).parse_args(arguments)
+                command_parser(command).parse_args(arguments)
             except argparse.ArgumentError as error:
                 raise ValueError(f"{cell.path}: {error}") from error
         now = cell.options

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
 from wanda_lightning.calibration.gradients import fisher
 from wanda_lightning.calibration.mode import calibration_mode
-from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers, token_masks
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 

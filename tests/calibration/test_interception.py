@@ -16,7 +16,8 @@ from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.patterns import NM
 from wanda_lightning.core.statistics import SUMS
-from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers
 
 WIDTH, HEADS = 16, 2
 

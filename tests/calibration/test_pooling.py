@@ -15,7 +15,8 @@ from torch import nn
 
 from wanda_lightning import PruningCallback, SparseGPTPrune, WandaPrune, prune
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
@@ -27,7 +28,7 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum)
     layers = [layer for layer in report.layers if layer.siblings]
     assert len(layers) == 16
     assert report.sparsity == 0.5
-    assert not any("no calibration" in matrix.reason for matrix in report.skipped)
+    assert not any("no calibration" in matrix.detail for matrix in report.skipped)
     counts = {layer.name: layer.tokens for layer in layers}
     assert counts["model.layers.0.mlp.experts.gate_up_proj.2"] == 0
     few = {name for name, count in counts.items() if count < max(minimum, 1)}

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import prune
-from wanda_lightning.models import SEQUENTIAL_CHOICES
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 
 
 def by_hand(model, batches):
@@ -193,7 +193,7 @@ def test_what_cannot_be_heard_stays_dense_with_a_reason(sequential):
     report = prune(model, some_vectors(), sequential=sequential, progress=False)
     assert [layer.name for layer in report.layers] == ["1"]
     reason = "no calibration token was seen to go through any expert of the module"
-    assert [matrix.reason for matrix in report.skipped] == [reason] * 8
+    assert [matrix.detail for matrix in report.skipped] == [reason] * 8
     assert [matrix.shape for matrix in report.skipped[::4]] == [(48, 32), (32, 48)]
     assert torch.equal(model[0].up_proj, dense[0].up_proj)
     assert any("no calibration token was seen in 8 layers" in note for note in report.notes)

@@ -34,7 +34,8 @@ from wanda_lightning import (
 from wanda_lightning.core.allocation import ALLOCATIONS, DenseLayer, match_target, tail_exponent
 from wanda_lightning.core.patterns import PATTERNS
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.models import SEQUENTIAL_CHOICES, find_layers
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers
 from wanda_lightning.pruning import PassiveCalibration
 
 EVERY_ALLOCATION = pytest.mark.parametrize("name", ALLOCATIONS)
@@ -544,7 +545,7 @@ def test_refusals_come_before_the_batches():
         assert "OWL(" in (text := refusal(model(), [], criterion="magnitude", allocation="owl", sequential=sequential))
         assert "holds none" in text
     with pytest.raises(ValueError, match="use one of uniform, owl, owl_layer, alpha, alpha_layer, fisher"):
-        PruningConfig(allocation="owll")
+        PruningConfig.from_names(allocation="owll")
 
 
 # ---- in Lightning
@@ -552,7 +553,7 @@ def test_refusals_come_before_the_batches():
 
 def test_watching_is_pruning_with_the_model_granularity():
     specimen = ZOO["vit"]
-    config = PruningConfig(0.5, allocation="owl", sequential="none")
+    config = PruningConfig.from_names(0.5, allocation="owl", sequential="none")
     watched_model, model = specimen.build(), specimen.build()
     watched = PassiveCalibration(config, watched_model)
     for batch in specimen.batches():

@@ -255,7 +255,6 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
         name: output_error(weight, solve(make(), weight, tokens, pattern=pattern)[0], tokens)
         for name, make in SOLVERS.items()
     }
-    assert errors["reconstruct"] == errors["zero_out"]  # until the block is trained
     assert errors["refit"] < errors["zero_out"]
     assert errors["sparsegpt"] < errors["zero_out"]
     assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
@@ -267,7 +266,6 @@ def test_every_solver_has_a_criterion_of_its_own():
         "sparsegpt": Saliency(),
         "refit": Wanda(),
         "admm": Wanda(),
-        "reconstruct": Wanda(),
     }
 
 
@@ -339,7 +337,7 @@ def test_ria_without_activations_is_relative_importance():
     assert torch.equal(RIA(a=0.0)(weight, quiet), RIA(a=0.0)(weight, loud))
     assert not torch.equal(RIA()(weight, quiet), RIA()(weight, loud))
     for a in (-0.5, float("nan")):
-        with pytest.raises(ValueError, match="0 or more"):
+        with pytest.raises(ValueError, match="a of RIA must be a number of at least 0"):
             RIA(a=a)
 
 

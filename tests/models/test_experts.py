@@ -98,7 +98,7 @@ def test_only_what_declares_itself_is_taken_for_experts(stack, expected):
     found = find_layers(nn.ModuleDict({"experts": stack, "other": nn.Linear(8, 8)}))
     if isinstance(expected, str):
         assert [layer.name for layer in found.layers] == ["other"]
-        assert all(expected in matrix.reason for matrix in found.skipped)
+        assert all(expected in matrix.detail for matrix in found.skipped)
         assert [matrix.name for matrix in found.skipped] == ["experts.up_proj", "experts.down_proj"]
     else:
         assert [layer.shape for layer in found.layers[::4]][:2] == expected

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning.models import SEQUENTIAL_CHOICES, Layer, find_layers, layer_kinds
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import Layer, SkipReason, find_layers, layer_kinds
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 
@@ -69,7 +70,7 @@ def on_meta(name):
 
 
 def reasons(model, **choices):
-    return {matrix.name: matrix.reason for matrix in find_layers(model, **choices).skipped}
+    return {matrix.name: matrix.detail for matrix in find_layers(model, **choices).skipped}
 
 
 class Wrapper(nn.Module):
@@ -100,7 +101,7 @@ def test_each_matrix_is_there_once(name, sequential):
         list(everything)
     )
     once = [(id(layer.parameter), layer.expert) for layer in found.layers]
-    once += [(id(everything[m.name]), None) for m in found.skipped if not m.reason.startswith("tied to ")]
+    once += [(id(everything[m.name]), None) for m in found.skipped if not m.detail.startswith("tied to ")]
     assert len(once) == len(set(once))
     assert {parameter for parameter, _ in once} == {id(p) for p in model.parameters() if p.ndim >= 2}
     for layer in found.layers:
@@ -109,8 +110,8 @@ def test_each_matrix_is_there_once(name, sequential):
         assert layer.parameter.numel() == layer.size * (1 if layer.expert is None else len(layer.parameter))
     for matrix in found.skipped:
         assert matrix.shape == tuple(everything[matrix.name].shape)
-        assert matrix.reason
-        assert not matrix.unprunable
+        assert matrix.detail
+        assert matrix.reason not in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
 
 
 @EVERY_GRANULARITY
@@ -153,7 +154,7 @@ def test_blocks_of_the_zoo(name):
     model = ZOO[name].build()
     blocks = {unit.name for unit in find_layers(model).units if unit.module is not unit.layers[0].module}
     assert blocks == matching(dict(model.named_modules()), ZOO[name].blocks)
-    dense = {matrix.name for matrix in find_layers(model).skipped if not matrix.reason.startswith("tied to ")}
+    dense = {matrix.name for matrix in find_layers(model).skipped if not matrix.detail.startswith("tied to ")}
     assert dense <= matching(matrices(model), ZOO[name].dense)
 
 
@@ -163,7 +164,7 @@ def test_a_model_inside_another_is_found_the_same(name):
     alone, inside = find_layers(model), find_layers(Wrapper(model))
     assert [f"net.{unit.name}" for unit in alone.units] == [unit.name for unit in inside.units]
     assert [f"net.{matrix.name}" for matrix in alone.skipped] == [matrix.name for matrix in inside.skipped]
-    assert [m.reason for m in alone.skipped] == [m.reason.replace("tied to net.", "tied to ") for m in inside.skipped]
+    assert [m.detail for m in alone.skipped] == [m.detail.replace("tied to net.", "tied to ") for m in inside.skipped]
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "convnext"])
@@ -175,7 +176,7 @@ def test_a_compiled_model_is_found_the_same(name):
     for found in ("units", "layers", "skipped"):
         names = [item.name.removeprefix("_orig_mod.") for item in getattr(compiled, found)]
         assert names == [item.name for item in getattr(alone, found)]
-    assert [matrix.reason for matrix in compiled.skipped] == [matrix.reason for matrix in alone.skipped]
+    assert [matrix.detail for matrix in compiled.skipped] == [matrix.detail for matrix in alone.skipped]
 
 
 UNTIED = [name for name in ZOO if name not in ("gemma2", "gemma3", "opt", "gpt2", "t5", "tied")]
@@ -243,7 +244,7 @@ REASONS = {
     "resnext50_32x4d": {"conv1": "stem: reads the raw image", "layer1.0.conv2": "grouped convolution"},
     "efficientnet_b0": {"conv_stem": "stem: reads the raw image", "blocks.0.0.conv_dw": "depthwise convolution"},
     "levit_128s": {"head.linear": "output head", "head_dist.linear": "output head", "stem.conv4.linear": "stem"},
-    "nfnet_f0": {"stages.0.0.conv1": "ScaledStdConv2d standardises its weight at each forward"},
+    "nfnet_f0": {"stages.0.0.conv1": "ScaledStdConv2d standardizes its weight in each forward"},
     "sequencer2d_s": {
         "stages.0.blocks.0.rnn_tokens.rnn_v.weight_hh_l0": f"weight_hh_l0 of LSTM {NO_LAYER}",
         "head.fc": "output head",
@@ -312,9 +313,9 @@ ONE_LAYER = {
     "embedding_bag": (lambda: nn.EmbeddingBag(8, 8), {"part": "embedding"}),
     "int8": (int8_linear, {"part": "int8 weights"}),
     "float8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), {"part": "float8_e4m3fn weights"}),
-    "parametrised": (
+    "parametrized": (
         lambda: weight_norm(nn.Linear(8, 8)),
-        {f"part.parametrizations.weight.original{i}": "parametrised" for i in range(2)},
+        {f"part.parametrizations.weight.original{i}": "parametrized" for i in range(2)},
     ),
     "one_dimensional": (lambda: nn.Conv1d(8, 8, 3), {}),
     "three_dimensional": (lambda: nn.Conv3d(8, 8, 3), {"part": "weight of Conv3d is not the weight of a supported"}),
@@ -328,13 +329,13 @@ def test_one_layer(make, expected):
     """{} is pruned, None is not listed at all, else each matrix and how its reason starts."""
     found = find_layers(Several(part=make(), other=nn.Linear(8, 8)))
     assert [layer.name for layer in found.layers] == ["part", "other"] if expected == {} else ["other"]
-    skipped = {matrix.name: matrix.reason for matrix in found.skipped}
+    skipped = {matrix.name: matrix.detail for matrix in found.skipped}
     assert skipped.keys() == (expected or {}).keys()
     for name, start in (expected or {}).items():
         assert skipped[name].startswith(start)
 
 
-def test_what_is_parametrised_says_how_to_go_on():
+def test_what_is_parametrized_says_how_to_go_on():
     model = Several(part=weight_norm(nn.Linear(8, 8)))
     assert all("remove_parametrizations" in reason for reason in reasons(model).values())
     parametrize.remove_parametrizations(model.part, "weight")
@@ -344,8 +345,13 @@ def test_what_is_parametrised_says_how_to_go_on():
 @pytest.mark.parametrize("make", [int8_linear, lambda: nn.Linear(8, 8).to(torch.float8_e5m2)])
 def test_packed_weights_are_for_the_user_to_decide(make):
     model = Several(part=make(), other=nn.Linear(8, 8))
-    assert [matrix.unprunable for matrix in find_layers(model).skipped] == [True]
-    assert [matrix.unprunable for matrix in find_layers(model, skip=["part"]).skipped] == [False]
+    assert [matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE) for matrix in find_layers(model).skipped] == [
+        True
+    ]
+    assert [
+        matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
+        for matrix in find_layers(model, skip=["part"]).skipped
+    ] == [False]
 
 
 def test_only_the_first_convolution_can_be_the_image_stem():
@@ -372,13 +378,13 @@ def test_a_patch_embedding_of_many_channels():
 def test_tied_weights_belong_to_the_first():
     found = find_layers(ZOO["tied"].build())
     assert [layer.name for layer in found.layers] == ["first", "third"]
-    assert [(m.name, m.reason, m.shape) for m in found.skipped] == [("second", "tied to first", (32, 32))]
+    assert [(m.name, m.detail, m.shape) for m in found.skipped] == [("second", "tied to first", (32, 32))]
 
 
 def test_skipping_one_of_a_tied_pair_leaves_both_dense():
     found = find_layers(ZOO["tied"].build(), skip=["second"])
     assert [layer.name for layer in found.layers] == ["third"]
-    assert {matrix.name: matrix.reason for matrix in found.skipped} == {
+    assert {matrix.name: matrix.detail for matrix in found.skipped} == {
         "first": "skip='second'",
         "second": "tied to first",
     }
@@ -391,7 +397,7 @@ def test_a_layer_tied_to_an_output_head_is_left_dense():
 
     found = find_layers(Classifier())
     assert [layer.name for layer in found.layers] == ["third"]
-    assert {matrix.name: matrix.reason for matrix in found.skipped} == {
+    assert {matrix.name: matrix.detail for matrix in found.skipped} == {
         "first": "tied to second: output head",
         "second": "tied to first",
     }
@@ -405,7 +411,7 @@ def test_a_shared_module_is_there_under_its_first_name():
 
 
 def test_unknown_granularity():
-    with pytest.raises(ValueError, match=r"one of block, layer, none, but 'row' was given"):
+    with pytest.raises(ValueError, match=r"one of block, layer, none, but it is 'row'"):
         find_layers(nn.Linear(8, 8), "row")
 
 
@@ -436,7 +442,7 @@ SKIPS = {
 def test_skip(pattern, names, sequential):
     found = find_layers(twelve(), sequential, [pattern])
     assert [matrix.name for matrix in found.skipped] == names
-    assert {matrix.reason for matrix in found.skipped} == {f"skip={pattern!r}"}
+    assert {matrix.detail for matrix in found.skipped} == {f"skip={pattern!r}"}
     assert [layer.name for layer in found.layers] == [name for name in EVERYTHING if name not in names]
     assert all(unit.layers for unit in found.units)
 
@@ -659,7 +665,7 @@ def test_an_embedding_is_never_pruned_through_a_tied_layer():
     model = nn.ModuleDict({"decoder": nn.Linear(8, 12, bias=False), "embed": nn.Embedding(12, 8)})
     model["embed"].weight = model["decoder"].weight
     found = find_layers(model)
-    assert {(matrix.name, matrix.reason) for matrix in found.skipped} == {
+    assert {(matrix.name, matrix.detail) for matrix in found.skipped} == {
         ("decoder", "tied to embed"),
         ("embed", "embedding"),
     }
@@ -669,14 +675,17 @@ def test_an_embedding_is_never_pruned_through_a_tied_layer():
 def test_packed_weights_in_buffers_are_named():
     layer = nn.Linear(8, 8)
     layer.register_buffer("qweight", torch.zeros(8, 1, dtype=torch.int32))
-    assert [(m.name, m.unprunable) for m in find_layers(nn.Sequential(layer)).skipped] == [("0.qweight", True)]
+    assert [
+        (m.name, m.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE))
+        for m in find_layers(nn.Sequential(layer)).skipped
+    ] == [("0.qweight", True)]
 
 
 def test_a_root_layer_has_a_name():
     assert [layer.name for layer in find_layers(nn.Linear(8, 8)).layers] == ["weight"]
 
 
-def test_only_a_parametrised_weight_is_out_of_reach():
+def test_only_a_parametrized_weight_is_out_of_reach():
     layer = nn.Linear(8, 8)
     parametrize.register_parametrization(layer, "bias", nn.Identity())
     assert [found.name for found in find_layers(nn.Sequential(layer)).layers] == ["0"]
@@ -697,15 +706,15 @@ def test_only(pattern, names, sequential):
     found = find_layers(twelve(), sequential, only=[pattern])
     assert [layer.name for layer in found.layers] == names
     assert [matrix.name for matrix in found.skipped] == [name for name in EVERYTHING if name not in names]
-    assert {matrix.reason for matrix in found.skipped} == {f"not in only=[{pattern!r}]"}
-    assert all(matrix.by_user for matrix in found.skipped)
+    assert {matrix.detail for matrix in found.skipped} == {f"not in only=[{pattern!r}]"}
+    assert all(matrix.reason is SkipReason.USER for matrix in found.skipped)
     assert all(unit.layers for unit in found.units)
 
 
 def test_several_only_add_up_and_skip_wins():
     found = find_layers(twelve(), only=["blocks.0", "blocks.3.up"], skip=["*.0.down"])
     assert [layer.name for layer in found.layers] == ["blocks.0.up", "blocks.3.up"]
-    reasons = {matrix.name: matrix.reason for matrix in found.skipped}
+    reasons = {matrix.name: matrix.detail for matrix in found.skipped}
     assert reasons["blocks.0.down"] == "skip='*.0.down'"
     assert reasons["blocks.3.down"] == "not in only=['blocks.0', 'blocks.3.up']"
 
@@ -726,9 +735,11 @@ def test_only_chooses_among_what_can_be_pruned():
     assert {layer.name for layer in found.layers} == {f"model.layers.0.{name}" for name in inside}
     default, now = find_layers(model), {matrix.name: matrix for matrix in found.skipped}
     for matrix in default.skipped:
-        assert now[matrix.name].reason == matrix.reason
-        assert now[matrix.name].by_user == (not matrix.name.startswith(("lm_head", "model.layers.0")))
-    assert not any(matrix.by_user for matrix in default.skipped)
+        assert now[matrix.name].detail == matrix.detail
+        assert (now[matrix.name].reason is SkipReason.USER) == (
+            not matrix.name.startswith(("lm_head", "model.layers.0"))
+        )
+    assert not any(matrix.reason is SkipReason.USER for matrix in default.skipped)
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -739,13 +750,19 @@ def test_either_name_of_a_tied_pair_chooses_it(name):
 
 def test_packed_weights_outside_of_only_are_decided():
     model = Several(part=int8_linear(), other=nn.Linear(8, 8))
-    assert [matrix.unprunable for matrix in find_layers(model, only=["other"]).skipped] == [False]
-    assert [matrix.unprunable for matrix in find_layers(model, only=["part", "other"]).skipped] == [True]
+    assert [
+        matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
+        for matrix in find_layers(model, only=["other"]).skipped
+    ] == [False]
+    assert [
+        matrix.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
+        for matrix in find_layers(model, only=["part", "other"]).skipped
+    ] == [True]
 
 
 @pytest.mark.parametrize("order", [("signal", "image"), ("image", "signal")])
 def test_a_model_of_signals_and_images_has_two_stems(order):
     inputs = {"signal": nn.Conv1d(2, 8, 3), "image": nn.Conv2d(3, 8, 3)}
     model = nn.ModuleDict({**{name: inputs[name] for name in order}, "later": nn.Conv2d(3, 8, 3)})
-    reasons = {matrix.name: matrix.reason for matrix in find_layers(model, "none").skipped}
+    reasons = {matrix.name: matrix.detail for matrix in find_layers(model, "none").skipped}
     assert reasons == {name: f"stem: reads the raw {name}" for name in order}

@@ -161,7 +161,7 @@ def test_groups_are_pruned_by_their_own_inputs(sequential):
 
 def test_grouped_convolutions_in_the_report():
     model = build()
-    assert {m.name: m.reason for m in find_layers(model).skipped}["blocks.0.conv"].startswith(
+    assert {m.name: m.detail for m in find_layers(model).skipped}["blocks.0.conv"].startswith(
         "grouped convolution: include_"
     )
     report = prune(model, images(), 0.5, include_grouped=True, progress=False)
@@ -209,7 +209,7 @@ def test_along_one_dimension_like_images_of_one_row(sequential, choices, grouped
     other = prune(images, [x.unsqueeze(2) for x in signals], 0.5, **options)
     assert len(one.layers) == (3, 11)[grouped]
     assert [(x.name, x.tokens, x.target) for x in one.layers] == [(x.name, x.tokens, x.target) for x in other.layers]
-    assert {"stem: reads the raw signal"} == {x.reason for x in one.skipped if x.name == "stem"}
+    assert {"stem: reads the raw signal"} == {x.detail for x in one.skipped if x.name == "stem"}
     for (name, mine), theirs in zip(rows.named_parameters(), images.parameters(), strict=True):
         assert torch.equal(mine != 0, theirs.reshape(mine.shape) != 0), name
         torch.testing.assert_close(mine, theirs.reshape(mine.shape), rtol=1e-9, atol=1e-9)
@@ -233,7 +233,7 @@ def test_padding_does_not_count_along_one_dimension():
 
 
 def test_a_depthwise_convolution_stays_dense():
-    reasons = {m.name: m.reason for m in find_layers(build(lambda: Grouped(groups=16)), include_grouped=True).skipped}
+    reasons = {m.name: m.detail for m in find_layers(build(lambda: Grouped(groups=16)), include_grouped=True).skipped}
     assert reasons["blocks.1.conv"] == "depthwise convolution"
 
 
@@ -363,7 +363,7 @@ def test_ports_of_tensorflow_leave_only_the_usual_out(name):
         model = timm.create_model(name)
     assert any(isinstance(module, Conv2dSame) and module.groups > 1 for module in model.modules())
     usual = {"stem: reads the raw image", "depthwise convolution", "output head"}
-    assert {matrix.reason for matrix in find_layers(model).skipped} == usual
+    assert {matrix.detail for matrix in find_layers(model).skipped} == usual
 
 
 # ---- standardised weights
@@ -382,6 +382,6 @@ def test_zeros_of_a_standardised_weight_would_not_stay(kind):
         nothing = module(x)
         x[:, :2] = 1
         assert not torch.allclose(module(x), nothing)
-    (reason,) = [m.reason for m in find_layers(Holding(module)).skipped if m.name == "part"]
-    assert reason.startswith(f"{kind.__name__} standardises its weight at each forward")
+    (reason,) = [m.detail for m in find_layers(Holding(module)).skipped if m.name == "part"]
+    assert reason.startswith(f"{kind.__name__} standardizes its weight in each forward")
     assert "Make it a Conv2d" in reason

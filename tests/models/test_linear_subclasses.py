@@ -84,7 +84,7 @@ def test_a_forward_of_its_own_that_is_a_linear_layer(kind, bias):
 
 @pytest.mark.parametrize("kind", [Scaled, Quantising, Clipping, Normalised, Routing, Decoupled])
 def test_a_forward_of_its_own_that_is_something_else(kind):
-    (reason,) = [m.reason for m in find_layers(nn.Sequential(nn.Linear(6, 12), kind(12, 8))).skipped]
+    (reason,) = [m.detail for m in find_layers(nn.Sequential(nn.Linear(6, 12), kind(12, 8))).skipped]
     assert reason == f"tests.models.test_linear_subclasses.{kind.__name__} overrides the forward of Linear"
 
 

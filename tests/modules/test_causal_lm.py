@@ -204,3 +204,14 @@ def test_comes_back_from_a_checkpoint(tmp_path):
 
 def test_a_ready_model_is_no_hyperparameter():
     assert set(CausalLMModule(tiny_llama(), tiny_tokenizer()).hparams) & {"model", "tokenizer"} == set()
+
+
+@pytest.mark.parametrize("form", [lambda ids: ids, lambda ids: [ids], lambda ids: {"input_ids": ids}])
+def test_token_ids_without_an_embedding_are_refused(form):
+    module, ids = CausalLMModule(tiny_llama()), windows_of_text()
+    for index, wrong in ((5, 128), (6, -1)):
+        bad = ids.clone()
+        bad[index, 7] = wrong
+        loader = DataLoader([form(row) for row in bad], batch_size=3)
+        with pytest.raises(ValueError, match=rf"^input_ids must be from 0 to 127, .* but they have {wrong}\."):
+            trainer().validate(module, loader, verbose=False)

@@ -2,6 +2,7 @@
 
 import json
 
+import lightning as L
 import pytest
 import timm
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from wanda_lightning.data.images import class_names_of
 from wanda_lightning.modules import ImageClassifierModule
 
 pytestmark = [
@@ -109,6 +111,24 @@ def test_saves_a_timm_folder(tmp_path, name, kwargs):
     assert again.num_classes == 7
     with pytest.raises(FileExistsError, match="not empty"):
         module.save_pretrained(tmp_path / "model")
+
+
+class Pictures(L.LightningDataModule):
+    class_names = tuple("abcdefghij")
+
+    def train_dataloader(self):
+        return DataLoader(list(zip(torch.randn(8, 3, 32, 32), torch.arange(8), strict=True)), batch_size=8)
+
+
+def test_the_saved_model_knows_its_classes(tmp_path):
+    module = tiny_vit()
+    trainer(max_steps=1, log_every_n_steps=1).fit(module, Pictures())
+    module.save_pretrained(tmp_path / "model")
+    again = ImageClassifierModule(f"local-dir:{tmp_path / 'model'}")
+    assert class_names_of(again) == class_names_of(module) == tuple("abcdefghij")
+    again.save_pretrained(tmp_path / "again")
+    assert class_names_of(ImageClassifierModule(f"local-dir:{tmp_path / 'again'}")) == tuple("abcdefghij")
+    assert class_names_of(tiny_vit()) == class_names_of("test_vit") == ()
 
 
 def test_only_timm_models_are_saved(tmp_path):

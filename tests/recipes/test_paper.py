@@ -120,7 +120,7 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
     for cell in cells:
         (command, *arguments), *later = cell.commands(Path("out"))
         assert command == "prune"
-        values = cli.command_parser("prune").parse_args(arguments)
+        values = vars(cli.command_parser("prune").parse_args(arguments))
         assert values["model"] == content["models"][cell.model]
         method, *_, last = cell.name.split("_")
         if method in ("magnitude", "sparsegpt", "wanda"):

@@ -7,12 +7,13 @@ import torch
 from support.zoo import ZOO, run
 from torch import nn
 
-from wanda_lightning import ADMM, NM, Reconstruct, Wanda, prune
+from wanda_lightning import ADMM, NM, Reconstruct, prune
 from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.solvers import ZeroOut
 from wanda_lightning.models import find_layers, token_masks
 from wanda_lightning.parallel import Processes
-from wanda_lightning.recovery.reconstruct import recorded
+from wanda_lightning.plan import make_plan
 
 
 def parts_of(name):
@@ -23,9 +24,10 @@ def parts_of(name):
     found = {}
     with torch.no_grad():
         for stop in lockstep(forwards, [unit.module for unit in units]):
-            parts, calls = recorded(units[stop.unit], stop.calls, masks)
-            for call in calls:
+            recovery = Reconstruct().start(units[stop.unit], masks)
+            for call in recovery.record(stop.calls):
                 call.run()
+            parts = getattr(recovery, "parts", [])
             assert all(len(part.runs) == len(tuple(stop.calls)) for part in parts)
             for part in parts:
                 found[part.name] = {layer.name.removeprefix(f"{part.name}.") for layer in part.layers}
@@ -117,7 +119,7 @@ def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
     model, batches = blocks(), some_batches(count)
     dense, start = copy.deepcopy(model), copy.deepcopy(model)
     prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, solver=Reconstruct(epochs=epochs, learning_rate=0.001), progress=False)
+    prune(model, batches, 0.5, recovery=Reconstruct(epochs=epochs, learning_rate=0.001), progress=False)
     trained = [x for index, x in enumerate(batches) if index != 3]  # the fourth is held out
     layers = [(start[0].mlp[place].weight, start[0].mlp[place].bias) for place in (0, 2)]
     expected = adam(dense[0].mlp, layers, trained, epochs, 0.001)
@@ -138,7 +140,7 @@ def test_it_stops_early_and_goes_back():
     model, batches = blocks(), some_batches(8)
     start = copy.deepcopy(model)
     prune(start, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, solver=Reconstruct(epochs=50, learning_rate=100.0), progress=False)
+    report = prune(model, batches, 0.5, recovery=Reconstruct(epochs=50, learning_rate=100.0), progress=False)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, start.get_parameter(name))
     before, after = report.layers[0].note.removeprefix("error of 0.mlp ").split(", trained ")
@@ -157,7 +159,7 @@ def test_what_fails_in_training_leaves_the_pruned_weights():
 
     model[0].mlp.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="enough"):
-        prune(model, batches, 0.5, solver="reconstruct", progress=False)
+        prune(model, batches, 0.5, recovery="reconstruct", progress=False)
     for before, after in zip(start[0].parameters(), model[0].parameters(), strict=True):
         assert torch.equal(before, after)
 
@@ -180,7 +182,7 @@ def test_a_layer_that_some_batches_do_not_reach():
         block.mlp = Sometimes().to(torch.float64)
     start = copy.deepcopy(model)
     prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, solver="reconstruct", progress=False)
+    prune(model, batches, 0.5, recovery="reconstruct", progress=False)
     for name in ("first", "second"):
         before, after = start[0].mlp.get_submodule(name).weight, model[0].mlp.get_submodule(name).weight
         assert torch.equal(before == 0, after == 0)
@@ -194,7 +196,7 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(name, solver):
     batches = ZOO[name].batches() * 2
     prune(start, batches, 0.5, solver=solver, progress=False)
     hooks = sum(len(module._forward_hooks) for module in model.modules())
-    report = prune(model, batches, 0.5, solver=Reconstruct(solver), progress=False)
+    report = prune(model, batches, 0.5, solver=solver, recovery=Reconstruct(), progress=False)
     first, *_ = find_layers(model).units
     moved = 0
     for layer in first.layers:  # later blocks see other inputs
@@ -223,7 +225,7 @@ def test_padding_teaches_nothing():
     results = []
     for some in (batches, others):
         model = ZOO["llama_padded"].build()
-        prune(model, some, 0.5, solver="reconstruct", progress=False)
+        prune(model, some, 0.5, recovery="reconstruct", progress=False)
         results.append(model.state_dict())
     for key, value in results[0].items():
         torch.testing.assert_close(value, results[1][key], msg=key)
@@ -233,7 +235,7 @@ def test_a_model_in_half_precision_learns_in_float32():
     model, start, batches = blocks(torch.bfloat16), blocks(torch.bfloat16), some_batches(4, torch.bfloat16)
     prune(start, batches, pattern=NM(2, 4), progress=False)
     # A step of a thousandth is lost in bfloat16, which has 8 bits; thirty of them are not.
-    prune(model, batches, pattern=NM(2, 4), solver=Reconstruct(epochs=10, learning_rate=1e-3), progress=False)
+    prune(model, batches, pattern=NM(2, 4), recovery=Reconstruct(epochs=10, learning_rate=1e-3), progress=False)
     weight, before = model[0].mlp[0].weight, start[0].mlp[0].weight
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight == 0, before == 0)
@@ -243,7 +245,7 @@ def test_a_model_in_half_precision_learns_in_float32():
 def test_same_batches_same_weights():
     twins = [blocks(torch.float32), blocks(torch.float32)]
     for model in twins:
-        prune(model, some_batches(5, torch.float32), 0.5, solver="reconstruct", progress=False)
+        prune(model, some_batches(5, torch.float32), 0.5, recovery="reconstruct", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in twins), strict=True))
 
 
@@ -252,29 +254,26 @@ def test_what_it_cannot_do_is_refused():
     before = copy.deepcopy(model.state_dict())
     for sequential in ("layer", "none"):
         with pytest.raises(ValueError, match=r"trains the parts of blocks, but sequential='(layer|none)' was given"):
-            prune(model, batches, solver="reconstruct", sequential=sequential)
-    with pytest.raises(ValueError, match=r"Reconstruct\(.* needs calibration batches, but none were given"):
-        prune(model, None, criterion="magnitude", solver="reconstruct")
-    for values in ({"epochs": 0}, {"learning_rate": 0.0}, {"solver": Reconstruct()}):
-        with pytest.raises(ValueError, match="Reconstruct needs epochs"):
+            prune(model, batches, recovery="reconstruct", sequential=sequential)
+    with pytest.raises(
+        ValueError, match=r"batches must be a list .* since Reconstruct\(.* reads calibration data, but none were given"
+    ):
+        prune(model, None, criterion="magnitude", recovery="reconstruct")
+    for values in ({"epochs": 0}, {"learning_rate": 0.0}):
+        with pytest.raises(ValueError, match="of Reconstruct must be a"):
             Reconstruct(**values)
-    with pytest.raises(ValueError, match=r"ADMM\(.*chooses the weights itself, but criterion=Magnitude"):
-        prune(model, batches, solver=Reconstruct(ADMM()), criterion="magnitude")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_several_processes_are_refused():
-    from wanda_lightning.config import PruningConfig
-    from wanda_lightning.refusals import refuse_training_together
-
     two = Processes()
     two.world_size = 2
     with pytest.raises(ValueError, match="trains in one process, but 2 prune together"):
-        refuse_training_together(PruningConfig(solver="reconstruct"), two)
+        make_plan(PruningConfig.from_names(recovery="reconstruct"), blocks(), two)
 
 
 def test_the_report_says_how_it_was_made():
-    report = prune(blocks(), some_batches(2), 0.5, solver=Reconstruct(ADMM(iterations=3)), progress=False)
-    solver = report.config["solver"]
-    assert (solver["name"], solver["solver"]["name"], solver["solver"]["iterations"]) == ("Reconstruct", "ADMM", 3)
-    assert Reconstruct(ADMM()).own_criterion == Wanda()
+    report = prune(blocks(), some_batches(2), 0.5, recovery=Reconstruct(epochs=3), progress=False)
+    assert report.config["recovery"] == {"name": "Reconstruct", "epochs": 3, "learning_rate": 0.01}
+    plain = prune(blocks(), some_batches(2), 0.5, progress=False)
+    assert plain.config["recovery"] == {"name": "NoRecovery"}

@@ -6,9 +6,10 @@ from support.zoo import ZOO, run
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.statistics import SUMS
-from wanda_lightning.models import calibration_mode, find_layers, token_masks
+from wanda_lightning.models import find_layers, token_masks
 
 SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4"]
 BY_COLUMNS = ("gpt_oss", "llama4")
@@ -29,7 +30,7 @@ def experts_of(model):
 
 
 def reasons(model, **choices):
-    return {matrix.name: matrix.reason for matrix in find_layers(model, **choices).skipped}
+    return {matrix.name: matrix.detail for matrix in find_layers(model, **choices).skipped}
 
 
 def on_meta(make):

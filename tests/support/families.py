@@ -485,7 +485,7 @@ def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: 
     listed = {*pruned, *(matrix.name for matrix in report.skipped)}
     lost = [name for name in _matrices(model) if not any(f"{other}.".startswith(f"{name}.") for other in listed)]
     assert not lost, f"neither pruned nor skipped: {lost[0]}"
-    assert all(matrix.reason for matrix in report.skipped)
+    assert all(matrix.detail for matrix in report.skipped)
     for name, layer in pruned.items():
         zeros = layer.read() == 0
         if pattern == "2:4":
@@ -513,7 +513,7 @@ def _coverage(model: nn.Module, report: PruningReport, batches: list[Any]) -> tu
     def counts(name: str) -> bool:
         return _inside(name, blocks) and not _inside(name, idle)
 
-    skipped = {matrix.name: matrix.reason for matrix in report.skipped if not matrix.reason.startswith(_OUTSIDE)}
+    skipped = {matrix.name: matrix.detail for matrix in report.skipped if not matrix.detail.startswith(_OUTSIDE)}
     sizes: Counter[str] = Counter()
     for layer in report.layers:
         sizes["pruned"] += layer.size if counts(layer.name) else 0

@@ -114,7 +114,7 @@ def failures(rank, who):
 def replicated(rank, name, shares=None, **choices):
     """Prune a specimen that both processes have."""
     model, batches = ZOO[name].build(), ZOO[name].batches()
-    config = PruningConfig(**choices)
+    config = PruningConfig.from_names(**choices)
     stream = iter(share_of(batches, rank, shares))
     report = prune_as(config, model, stream, progress=False, processes=both())
     return whole(model), report
@@ -171,7 +171,7 @@ def fisher_of(rank, name, shares, samples):
 def best(rank, samples, shares=None):
     """What each layer's sparsity and zeros are with the Fisher allocation."""
     model = ZOO["llama"].build()
-    config = PruningConfig(allocation=Fisher(num_samples=samples), solver="admm")
+    config = PruningConfig.from_names(allocation=Fisher(num_samples=samples), solver="admm")
     report = prune_as(config, model, share_of(ZOO["llama"].batches(), rank, shares), progress=False, processes=both())
     return whole(model), report
 
@@ -179,7 +179,7 @@ def best(rank, samples, shares=None):
 def progress(rank):
     model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        prune_as(PruningConfig(), model, batches[rank::2], progress=True, processes=both())
+        prune_as(PruningConfig.from_names(), model, batches[rank::2], progress=True, processes=both())
     return shown.getvalue()
 
 
@@ -204,7 +204,12 @@ def spoilt(rank, sequential, spoil):
 
     error = attempt_any(
         lambda: prune_as(
-            PruningConfig(sequential=sequential), model, batches, forward=forward, progress=False, processes=both()
+            PruningConfig.from_names(sequential=sequential),
+            model,
+            batches,
+            forward=forward,
+            progress=False,
+            processes=both(),
         )
     )
     same = all(torch.equal(value, before[name]) for name, value in whole(model).items())
@@ -258,7 +263,11 @@ def sharded(rank, name, shares=None, compiled=False, dtype=None, **choices):
     with torch.no_grad():
         run(model, batches[0])  # the root module holds all its weights after this
     report = prune_as(
-        PruningConfig(**choices), model, iter(share_of(batches, rank, shares)), progress=False, processes=both()
+        PruningConfig.from_names(**choices),
+        model,
+        iter(share_of(batches, rank, shares)),
+        progress=False,
+        processes=both(),
     )
     asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     pruned = whole(model)
@@ -286,7 +295,7 @@ def ends_early(rank):
         model(**batch)
         raise OSError("no more disk")
 
-    config = PruningConfig(sequential="none")
+    config = PruningConfig.from_names(sequential="none")
     error = attempt_any(lambda: prune_as(config, model, batches[:2], forward=forward, progress=False, processes=both()))
     asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     after = whole(model)
@@ -332,7 +341,9 @@ def refused(rank, case):
     else:
         shard(model, [unit for unit in find_layers(model).units if unit.module in blocks])
     error = attempt(
-        lambda: prune_as(PruningConfig(**choices), target, batches[rank::2], progress=False, processes=processes)
+        lambda: prune_as(
+            PruningConfig.from_names(**choices), target, batches[rank::2], progress=False, processes=processes
+        )
     )
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -347,7 +358,7 @@ def evaluation_of_ignored(rank):
     mesh = init_device_mesh("cpu", (2,))
     for block in model:
         fully_shard(block, mesh=mesh, ignored_params={block.up.weight})
-    report = prune_as(PruningConfig(), model, vectors()[rank::2], progress=False, processes=both())
+    report = prune_as(PruningConfig.from_names(), model, vectors()[rank::2], progress=False, processes=both())
     return whole(model), report
 
 
@@ -424,7 +435,7 @@ def fit(rank, strategy, num_samples, given, shuffle=False):
     """Prune in a Trainer; the samples that this process took, and the weights."""
     torch.manual_seed(5 + rank)
     calibration = DataLoader(SAMPLES, batch_size=3, shuffle=shuffle) if given else None
-    callback = PruneAtStart(PruningConfig(), num_samples, calibration)
+    callback = PruneAtStart(PruningConfig.from_names(), num_samples, calibration)
     module = Regression(strategy == "fsdp2")
     trainer(strategy_named(strategy), callback).fit(module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES))
     return callback.batches, callback.weights, callback.report
@@ -482,7 +493,7 @@ class Llama(CausalLMModule):
 
 def fit_llama(rank, sequential):
     windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
-    callback = PruneAtStart(PruningConfig(sequential=sequential), 1000, windows)
+    callback = PruneAtStart(PruningConfig.from_names(sequential=sequential), 1000, windows)
     trainer(strategy_named("fsdp2"), callback).fit(Llama(), DataLoader(windows, batch_size=None))
     return callback.weights, callback.report
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from wanda_lightning.calibration.batches import forward_batch, rebuild
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.pruning import forward_batch, rebuild
 
 log = logging.getLogger(__name__)
 

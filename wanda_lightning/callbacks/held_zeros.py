@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.core.bits import pack, unpack
-from wanda_lightning.core.solvers import mask_
+from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
 from wanda_lightning.refusals import refuse_spread_experts

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.held_zeros import HeldZeros, prunable_layers, zeros_of
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target, refuse_pytorch_lightning
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.checks import refuse_pytorch_lightning
 from wanda_lightning.refusals import refuse_spread_experts
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,17 +19,13 @@ from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.run import prune_module, publish
 from wanda_lightning.callbacks.schedules import EndingBy, OneShot, Schedule
 from wanda_lightning.callbacks.state import PruningState
-from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, refuse_pytorch_lightning
+from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target
 from wanda_lightning.callbacks.validation_loop import ValidationLoop
-from wanda_lightning.checks import check_at_least
+from wanda_lightning.checks import check_at_least, refuse_pytorch_lightning
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.allocation import Allocation, Uniform
-from wanda_lightning.core.criteria import Criterion
-from wanda_lightning.core.patterns import NM, Pattern, Unstructured
-from wanda_lightning.core.solvers import Solver, ZeroOut
-from wanda_lightning.methods import preset_named
-from wanda_lightning.parallel import SINGLE_PROCESS, reshard
-from wanda_lightning.pruning import PassiveCalibration, plan
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.plan import make_plan
 from wanda_lightning.report import PruningReport
 
 
@@ -61,15 +57,6 @@ class PruningCallback(Callback):
 
     Args:
         sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
-        criterion: Gives scores; an object or its name, by default the solver's own. This and the following as in
-            `prune`.
-        pattern: Where zeros may fall, for example `"unstructured"` or `"2:4"`.
-        allocation: Spreads the sparsity over the layers.
-        solver: Gives the final weights.
-        sequential: What the statistics see: `"block"`, `"layer"` or `"model"`.
-        skip: Layers to leave dense: names, globs, or `re:` expressions.
-        only: The layers to prune, likewise, where not all; what `skip` names stays dense.
-        include_grouped: Prune grouped convolutions, too.
         num_samples: Calibration samples (sequences or images).
         dataloader: Where to take them from.
         keep_zeros: Keep the zeros while training.
@@ -79,8 +66,8 @@ class PruningCallback(Callback):
         calibrate_on: `"validation"` takes the statistics from Lightning's own validation loop while it runs, without an
             extra pass, and prunes when it ends: the next one after the step that is due, or that of `trainer.validate`,
             which then measures the dense model. Needs `sequential="none"`; of `num_samples`, whole batches.
-        min_expert_tokens: Experts to which fewer calibration tokens were routed are pruned by what all experts of their
-            module saw.
+        **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
+            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
 
     Attributes:
         report: What happened last, once it has.
@@ -92,14 +79,7 @@ class PruningCallback(Callback):
     def __init__(
         self,
         sparsity: float = 0.5,
-        criterion: Criterion | str | None = None,
-        pattern: Pattern | str = Unstructured(),
-        allocation: Allocation | str = Uniform(),
-        solver: Solver | str = ZeroOut(),
-        sequential: str = "block",
-        skip: Sequence[str] = (),
-        only: Sequence[str] = (),
-        include_grouped: bool = False,
+        *,
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
@@ -107,20 +87,9 @@ class PruningCallback(Callback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
-        min_expert_tokens: int = 32,
+        **choices: Any,
     ) -> None:
-        self.config = PruningConfig(
-            sparsity,
-            criterion,
-            pattern,
-            allocation,
-            solver,
-            sequential,
-            skip,
-            only,
-            include_grouped,
-            min_expert_tokens,
-        )
+        self.config = PruningConfig.from_names(sparsity, **choices)
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
@@ -155,7 +124,7 @@ class PruningCallback(Callback):
             raise TypeError(
                 f"a preset chooses the method, as {cls.__name__} does: use PruningCallback.preset({name!r})"
             )
-        return cls(sparsity, **{**preset_named(name).choices(pattern), **others})
+        return cls(sparsity, pattern=pattern, **{"method": name, **others})
 
     @property
     def report(self) -> PruningReport | None:
@@ -243,8 +212,9 @@ class PruningCallback(Callback):
             self._prune_to_measure(trainer, pl_module)
         if self._state.due and not trainer.sanity_checking:
             config = self._config_at(self._shares_due(trainer)[-1])
-            calibration = PassiveCalibration(config, pruning_target(pl_module), self._processes)
-            self._validation = ValidationLoop(calibration, self.num_samples, self._processes.world_size)
+            with self._processes.fail_together():
+                plan = make_plan(config, pruning_target(pl_module), self._processes)
+            self._validation = ValidationLoop(plan, self.num_samples)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -291,9 +261,9 @@ class PruningCallback(Callback):
     def _check(self) -> None:
         """Refuse options that are out of range or contradict each other."""
         check_at_least(1, num_samples=self.num_samples)
-        if isinstance(pattern := self.config.pattern, NM) and len(self.schedule.stages) > 1:
+        if self.config.pattern.fixed_sparsity is not None and len(self.schedule.stages) > 1:
             raise ValueError(
-                f"schedule must have one stage for {pattern.n}:{pattern.m}, which has one sparsity, but it is "
+                f"schedule must have one stage for {self.config.pattern}, which has one sparsity, but it is "
                 f"{self.schedule}. Prune with at_step=..., or use pattern='unstructured'."
             )
         if self.calibrate_on not in ("calibration", "validation"):
@@ -304,7 +274,7 @@ class PruningCallback(Callback):
                 f"sequential='none' and no dataloader, but sequential is {self.config.sequential!r}"
                 + (" and a dataloader is given." if self.dataloader is not None else ".")
             )
-        if self.calibrate_on == "validation" and cast(Allocation, self.config.allocation).reads_gradients:
+        if self.calibrate_on == "validation" and self.config.allocation.reads_gradients:
             raise ValueError(
                 f"calibrate_on='validation' has no backward passes, but {self.config.allocation} needs them. Use "
                 "calibrate_on='calibration', or another allocation such as 'owl'."
@@ -383,7 +353,7 @@ class PruningCallback(Callback):
 
     def _config_at(self, share: float) -> PruningConfig:
         """The choices at a share of the final sparsity."""
-        allocation = cast(Allocation, self.config.allocation).scaled(share)
+        allocation = self.config.allocation.scaled(share)
         return replace(self.config, sparsity=self.config.sparsity * share, allocation=allocation)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -393,8 +363,7 @@ class PruningCallback(Callback):
 
     def _refuse_what_later_stages_would(self, target: nn.Module) -> None:
         with self._processes.fail_together():
-            reshard(target)
-            plan(self.config, target, self._processes)
+            make_plan(self.config, target, self._processes)
 
 
 def _resolve_schedule(at_step: int, schedule: Schedule | None) -> Schedule:

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from wanda_lightning.callbacks.trainer import refuse_pytorch_lightning
+from wanda_lightning.checks import refuse_pytorch_lightning
 from wanda_lightning.files import refuse_replacement
 
 

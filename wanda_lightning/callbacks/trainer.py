@@ -13,21 +13,6 @@ from torch import nn
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
-def refuse_pytorch_lightning(trainer: object) -> None:
-    """Refuse a Trainer of `pytorch_lightning`, a copy of the library whose classes are others.
-
-    Raises:
-        MisconfigurationException: If the Trainer is not a `lightning.pytorch.Trainer`.
-    """
-    if not isinstance(trainer, L.Trainer):
-        kind = type(trainer)
-        raise MisconfigurationException(
-            f"trainer must be a lightning.pytorch.Trainer, but it is a {kind.__module__}.{kind.__qualname__}. Import "
-            "Trainer, LightningModule and everything else from lightning.pytorch: pytorch_lightning is a copy of the "
-            "same library, and objects of the two cannot be mixed."
-        )
-
-
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:
     """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
     target = getattr(pl_module, "pruning_target", pl_module)

@@ -1,31 +1,33 @@
-"""The command `wanda-lightning`."""
+"""The command `wanda-lightning`.
+
+This file imports nothing but the standard library until it knows what to do, so that help, refusals and Ctrl-C answer
+at once.
+"""
 
 from __future__ import annotations
 
-import inspect
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+if TYPE_CHECKING:
+    from wanda_lightning.cli.parser import CommandParser
+    from wanda_lightning.cli.signals import Signals
 
-from wanda_lightning.cli.evaluate_command import evaluate_models
-from wanda_lightning.cli.finetune_command import finetune_model
-from wanda_lightning.cli.inspect_command import inspect_model
-from wanda_lightning.cli.lightning_command import SUBCOMMANDS, run_lightning
-from wanda_lightning.cli.prune_command import prune_model
-
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "prune": prune_model,
-    "finetune": finetune_model,
-    "evaluate": evaluate_models,
-    "inspect": inspect_model,
+COMMANDS = {
+    "prune": ("PruneOptions", "Prune a language model or an image classifier, and measure it before and after."),
+    "finetune": ("FinetuneOptions", "Fine-tune a pruned language model without losing a zero, and measure it."),
+    "evaluate": (
+        "EvaluateOptions",
+        "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and their sparsity.",
+    ),
+    "inspect": ("InspectOptions", "Show what would be pruned, what not, and why; no weight is loaded."),
 }
-_FLAGS = ("use_variant", "eval_zero_shot", "overwrite", "trust_remote_code")  # given by name alone
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 _USAGE = """\
-usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [options]
+usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [--debug] [options]
+       wanda-lightning --version
 
 commands:
   prune       prune a language model or an image classifier, and measure it before and after
@@ -40,77 +42,101 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        argv: The arguments; None reads those of the shell.
+
     Returns:
-        The exit status: 0; 1 for an error that is explained in one message; 2 for wrong usage; 130 after Ctrl-C.
+        The exit status: 0; 1 for an error; 2 for wrong usage; 128 plus the number of the signal that ended the command
+        (130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP); 141 if the output was closed before its end.
     """
-    # Lightning 2.6 asks torch 2.13 in an old way, at every dataloader.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
-    # peft 0.21 asks transformers 5.24 in an old way, at every model that gets adapters.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(_USAGE, end="")
-        return 0
-    if command not in (*_COMMANDS, *SUBCOMMANDS):
-        print(f"{_USAGE}wanda-lightning: error: there is no command {command!r}", file=sys.stderr)
-        return 2
     try:
-        if command in SUBCOMMANDS:
-            run_lightning(argv)
-        else:
-            _run(command, arguments[1:])
+        from wanda_lightning.cli.signals import Signals
+        from wanda_lightning.cli.streams import tolerant_streams
+
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        # The Trainer ends fit and its relatives on SIGTERM itself, at the end of a step, as schedulers expect.
+        names = ("SIGINT",) if arguments[:1] and arguments[0] in LIGHTNING_COMMANDS else ("SIGINT", "SIGTERM", "SIGHUP")
+        with tolerant_streams() as streams, Signals(names) as signals:
+            status = _run(arguments, signals, in_shell=argv is None)
     except KeyboardInterrupt:
-        return _interrupted()
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # the Trainer turns Ctrl-C into exit(1)
-            return _interrupted()
-        raise
-    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+        print("wanda-lightning: interrupted", file=sys.stderr)
+        return 130
+    return 141 if status == 0 and any(stream.is_broken for stream in streams) else status
+
+
+def command_parser(command: str) -> CommandParser[Any]:
+    """The parser of `wanda-lightning prune`, `finetune`, `evaluate` or `inspect`; it raises `UsageError`."""
+    from wanda_lightning.cli import options
+    from wanda_lightning.cli.parser import CommandParser
+
+    name, description = COMMANDS[command]
+    return CommandParser(command, getattr(options, name), description)
+
+
+def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
+    """Run one command; say in one line why it ended early."""
+    from wanda_lightning.cli.errors import explain
+    from wanda_lightning.cli.parser import UsageError
+
+    command = arguments[0] if arguments else "--help"
+    try:
+        if command in COMMANDS:
+            _run_command(command, arguments[1:])
+        elif command in LIGHTNING_COMMANDS:
+            _run_lightning([argument for argument in arguments if argument != "--debug"], in_shell)
+        else:
+            _say(command)
+    except UsageError as error:
         print(f"wanda-lightning: error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        if signals.received is None:  # else the Trainer turned Ctrl-C into exit(1)
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException as error:
+        if signals.received is None:
+            explain(error, "--debug" in arguments, translate=command in COMMANDS)
+            return 1
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
-        return 1
-    return 0
+    if signals.received is None:
+        return 0
+    what = "interrupted" if signals.received.name == "SIGINT" else f"ended by {signals.received.name}"
+    print(f"wanda-lightning: {what}. Files that were not finished are not there.", file=sys.stderr)
+    return 128 + signals.received
 
 
-def command_parser(command: str, exit_on_error: bool = True) -> ArgumentParser:
-    """The parser of `wanda-lightning prune`, `finetune`, `evaluate` or `inspect`.
+def _say(command: str) -> None:
+    from wanda_lightning.cli.parser import UsageError
+    from wanda_lightning.core.name_patterns import did_you_mean
 
-    Args:
-        command: The name of one.
-        exit_on_error: End the process on wrong usage; else raise `argparse.ArgumentError`.
-    """
-    function = _COMMANDS[command]
-    parser = ArgumentParser(
-        prog=f"wanda-lightning {command}",
-        description=(function.__doc__ or "").splitlines()[0],
-        allow_abbrev=False,
-        exit_on_error=exit_on_error,
-    )
-    parser.add_argument("--config", action="config", help="Read options from a YAML file.")
-    flags = [flag for flag in _FLAGS if flag in function.__annotations__]
-    parser.add_function_arguments(function, as_group=False, skip=set(flags))
-    for name in flags:
-        parser.add_argument(f"--{name}", action="store_true", help=_FLAG_HELP[name])
-    return parser
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+    elif command == "--version":
+        from importlib.metadata import version
+
+        print(f"wanda_lightning {version('wanda_lightning')}")
+    else:
+        known = (*COMMANDS, *LIGHTNING_COMMANDS)
+        raise UsageError(f"there is no command {command!r}.{did_you_mean(command, known)}")
 
 
-def _run(command: str, arguments: Sequence[str]) -> None:
-    function = _COMMANDS[command]
-    values = command_parser(command).parse_args(list(arguments))
-    function(**{name: values[name] for name in inspect.signature(function).parameters})
+def _run_command(command: str, arguments: list[str]) -> None:
+    from importlib import import_module
+
+    options = command_parser(command).parse_args(arguments)
+    options.refuse_early()
+    module = import_module(f"wanda_lightning.cli.{command}")
+    from wanda_lightning.cli.measure import readable_messages
+
+    with readable_messages():
+        module.run(options)
 
 
-_FLAG_HELP = {
-    "use_variant": "Let rows differ in sparsity: each loses the same share of its score (the paper's variant).",
-    "eval_zero_shot": "Measure the pruned model on the paper's seven zero-shot tasks, too (needs lm-eval).",
-    "overwrite": "Add to a --save folder that is not empty; replace a --save file, or a --save_model folder and all "
-    "that is in it.",
-    "trust_remote_code": "Run the code that comes with a hub model.",
-}
+def _run_lightning(arguments: list[str], in_shell: bool) -> None:
+    from wanda_lightning.cli.lightning import run
+    from wanda_lightning.cli.measure import readable_messages
 
-
-def _interrupted() -> int:
-    print("wanda-lightning: interrupted; what was not written whole is not there", file=sys.stderr)
-    return 130
+    with readable_messages():
+        if in_shell:  # LightningCLI reads sys.argv, and so do the processes that its strategies start
+            sys.argv[1:] = arguments
+        run(None if in_shell else arguments)

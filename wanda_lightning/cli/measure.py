@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+
+from wanda_lightning.files import refuse_full
 
 
 def measure(
     module: L.LightningModule, data: L.LightningDataModule, metric: str, callback: Callback | None = None
 ) -> float:
-    """One number of one validation loop, which the callback may prune for first."""
+    """Run one validation loop, before which the callback may prune, and return one of its numbers."""
     return measure_all(module, data, callback)[metric]
 
 
 def measure_all(
     module: L.LightningModule, data: L.LightningDataModule, callback: Callback | None = None
 ) -> dict[str, float]:
-    """All numbers of it."""
+    """Run one validation loop and return all numbers."""
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
@@ -27,3 +35,34 @@ def measure_all(
     )
     (metrics,) = trainer.validate(module, data, verbose=False)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def refuse_no_space(folder: str | None, module: L.LightningModule) -> None:
+    """Refuse a folder on a disk that cannot hold the module's weights."""
+    if folder is not None:
+        tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+        refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+
+
+@contextmanager
+def readable_messages() -> Iterator[None]:
+    """Print warnings as one line without a path of the source, and none that the user cannot act on."""
+    form = warnings.formatwarning
+    warnings.formatwarning = _one_line
+    # Lightning 2.6 asks torch 2.13 in an old way, at every dataloader.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+    # peft 0.21 asks transformers 5.24 in an old way, at every model that gets adapters.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = form
+
+
+def quiet_trainer() -> None:
+    """Silence what the Trainer says about itself at every start."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def _one_line(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    return f"wanda-lightning: warning: {message}\n"

@@ -1,4 +1,4 @@
-"""Criteria give each weight a score; the smallest scores are pruned."""
+"""Criteria score the weights of a layer; the smallest scores are pruned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import PerInput, Score, Weight
 
@@ -15,15 +16,22 @@ Group = Literal["row", "layer"]
 
 
 class Criterion(ABC):
-    """How much a weight matters, from its value and what enters its layer."""
+    """How much each weight matters, from its value and the inputs of its layer.
+
+    Attributes:
+        needs: The input statistics that it reads, by their names in `core.statistics.SUMS`.
+        group: What the method's paper compares in unstructured pruning: the weights of a row, or those of the layer.
+        spans_rows: Whether the score of a weight depends on other rows, so that a process that holds some rows cannot
+            compute it.
+    """
 
     needs: ClassVar[frozenset[str]]
-    group: ClassVar[Group] = "row"  # what the method's paper compares where the pattern is unstructured
-    spans_rows: ClassVar[bool] = False  # whether a score depends on other rows, so that no process can score its alone
+    group: ClassVar[Group] = "row"
+    spans_rows: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
-        """Score every weight, in float32 or wider; higher survives."""
+        """Return the score of every weight, in float32 or wider; higher scores survive."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,20 @@ class Wanda(Criterion):
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
 
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
-        """Score by `|W| * ||x||`, the norm taken per input column over all calibration tokens."""
+        """Score by `|W| * ||x||`, with the norm of each input over all calibration tokens."""
         norm = inputs.norm()
-        return with_inactive(_magnitude(weight).mul_(norm), weight, norm)
+        return lower_inactive(_magnitude(weight).mul_(norm), weight, norm)
 
 
 @dataclass(frozen=True)
 class RIA(Criterion):
     """How large a weight is within its row and its column, times the norm of its input (Zhang et al. 2024).
 
-    `(|W| / sum of |W| over its row + |W| / sum of |W| over its column) * ||x||^a`: a column of small weights is not
-    lost as a whole. The paper's permutation of channels for N:M is not part of it.
+    `(|W| / sum of |W| over its row + |W| / sum of |W| over its column) * ||x||^a`, so that a column of small weights is
+    not pruned as a whole. The paper's channel permutation for N:M is not included.
 
     Attributes:
-        a: How much activations count; 0 leaves the relative importance alone.
+        a: Exponent of the input norm; 0 leaves the relative importance alone.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
@@ -66,38 +74,26 @@ class RIA(Criterion):
     a: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.a >= 0:
-            raise ValueError(f"RIA raises the input norm to a power a of 0 or more, but a={self.a} was given")
+        check(self, a=Number(minimum=0))
 
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
-        """Score by relative importance and activations."""
+        """Score by relative importance and input norm."""
         norm, magnitude = inputs.norm(), _magnitude(weight)
-        tiny = torch.finfo(magnitude.dtype).tiny  # where all weights of a row or column are zero, so is their score
+        tiny = torch.finfo(magnitude.dtype).tiny  # the scores of a row or column of zeros are 0, not NaN
         scores = magnitude / magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
         scores += magnitude.div_(magnitude.sum(dim=0, keepdim=True).clamp(min=tiny))
-        return with_inactive(scores.mul_(norm**self.a), weight, norm)
-
-
-def with_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
-    """Scores, in place, where inputs of norm 0 have the lowest, and of these zeros lower ones than other weights.
-
-    Otherwise pruning again would take other weights of such an input than at first.
-    """
-    inactive = norm == 0
-    if inactive.any():
-        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * torch.finfo(scores.dtype).tiny
-    return scores
+        return lower_inactive(scores.mul_(norm**self.a), weight, norm)
 
 
 @dataclass(frozen=True)
 class Saliency(Criterion):
-    """What is lost by pruning a weight when the weights right of it make up for it as well as they can.
+    """The output error of pruning a weight when the weights right of it compensate for it as well as they can.
 
-    `|w_q| / U_qq` with `U` the upper factor of the inverse Gram matrix: the root of the optimal brain surgeon's
+    `|w_q| / U_qq` with the upper factor `U` of the inverse Gram matrix, the square root of the optimal brain surgeon's
     saliency (Hassibi & Stork 1993; Frantar & Alistarh 2023, eq. 5). Made for `SparseGPT`.
 
     Attributes:
-        dampening: Added to the diagonal of the Gram matrix, as a share of its mean.
+        dampening: Added to the diagonal of the Gram matrix, as a fraction of its mean.
     """
 
     dampening: float = 0.01
@@ -105,16 +101,30 @@ class Saliency(Criterion):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
     group: ClassVar[Group] = "layer"
 
+    def __post_init__(self) -> None:
+        check(self, dampening=Number(above=0))
+
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W| / diag(U)`."""
         scores = _magnitude(weight).div_(inputs.inverse_diagonal(self.dampening))
-        if "gram" not in inputs.sums:  # some columns of SparseGPT's, which itself drops what was never active
+        if "gram" not in inputs.sums:  # a block of columns of SparseGPT, which prunes inactive inputs itself
             return scores
-        return with_inactive(scores, weight, inputs.sums["gram"].diagonal())
+        return lower_inactive(scores, weight, inputs.sums["gram"].diagonal())
+
+
+def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
+    """Give inputs of norm 0 the lowest scores, in place: 0 for weights that are zero, and a tiny number for the others.
+
+    If all of them scored 0, pruning a second time would choose other weights of such an input than the first time.
+    """
+    inactive = norm == 0
+    if inactive.any():
+        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * torch.finfo(scores.dtype).tiny
+    return scores
 
 
 def _magnitude(weight: Weight) -> Score:
-    # float32 whatever the weight's dtype: in bf16 products of different weights fall together.
+    # float32 at least: in bfloat16, products of different weights would be equal.
     return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
 
 

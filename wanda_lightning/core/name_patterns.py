@@ -27,6 +27,20 @@ def matches(name: str, pattern: str, option: str) -> bool:
     return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
 
 
+def check_patterns(option: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of an option as a tuple; a single string is one pattern.
+
+    Raises:
+        ValueError: If they are not strings, or one is not a regular expression after `re:`.
+    """
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{option} must be a list of layer names or patterns, but it is {given!r}.")
+    for pattern in patterns:
+        matches("", pattern, option)
+    return tuple(patterns)
+
+
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
     """Refuse a pattern that names nothing.
 

@@ -1,4 +1,4 @@
-"""What decides which weights of one layer a solver keeps."""
+"""The choices that decide which weights of one layer are kept."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class Selection:
     sparsity: float
 
     def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
-        """Return the mask of the weights to keep, given the statistics of what enters the layer."""
+        """Return the mask of the weights to keep."""
         return self.pattern(self.criterion(weight, inputs), self.sparsity)

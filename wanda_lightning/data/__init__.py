@@ -1,6 +1,24 @@
-"""Text and images for calibration_mode, training and measuring, as LightningDataModules."""
+"""Text and images for calibration, training and evaluation, as LightningDataModules."""
 
-from wanda_lightning.data.images import ImageDataModule
-from wanda_lightning.data.text import TextDataModule
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wanda_lightning.data.images import ImageDataModule
+    from wanda_lightning.data.text import TextDataModule
 
 __all__ = ["ImageDataModule", "TextDataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a data module on first use, so that the names of data sets can be checked without torch."""
+    if name == "TextDataModule":
+        from wanda_lightning.data.text import TextDataModule
+
+        return TextDataModule
+    if name == "ImageDataModule":
+        from wanda_lightning.data.images import ImageDataModule
+
+        return ImageDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The labelled images: their names, where they come from, and which part is for what."""
+"""Labeled images by name: where they come from, which part is for what, and which label each class has."""
 
 from __future__ import annotations
 
@@ -8,32 +8,74 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.checks import one_line
 from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.data.demo import check_digits, digits
 from wanda_lightning.data.hub import load_from_hub
 
-_HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, column of labels
+_HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, label column
 _NAMES = ("digits", *_HUB)
-_INSTEAD = "digits, which needs no network, or a FOLDER with train/CLASS and val/CLASS"
-_EVALUATION_SPLITS = ("validation", "val", "test")  # the first that a hub data set has
+_ALTERNATIVE = "digits, which needs no network, or a FOLDER with train/CLASS and val/CLASS"
+_EVALUATION_SPLITS = ("validation", "val", "test")  # the first one that a hub data set has
 _EXPECTED = (
-    f"Images are {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or a folder with train/CLASS and "
-    "val/CLASS, or with classes only."
+    f"Give {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or a folder with train/CLASS and val/CLASS, or "
+    "with classes only."
 )
 
 
 @dataclass(frozen=True)
-class Source:
-    """Labelled images before any transform: sequences of (PIL image, label).
+class Images(Sequence[tuple[Any, int]]):
+    """A sequence of (PIL image, label). An image that cannot be read raises a ValueError that names it.
 
     Attributes:
-        train: None where there is only one part.
-        evaluation: What accuracy is measured on.
-        class_names: By label.
+        samples: Pairs or rows with an image or its path, and a label.
+        name: The data set, in an error message.
+        keys: Where image and label are in a sample.
     """
 
-    train: Sequence[tuple[Any, int]] | None
-    evaluation: Sequence[tuple[Any, int]]
+    samples: Any
+    name: str
+    keys: tuple[Any, Any] = (0, 1)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        from torchvision.datasets.folder import pil_loader
+
+        where = f"in row {index} of {self.name}"
+        try:
+            sample = self.samples[index]
+            image, label = sample[self.keys[0]], sample[self.keys[1]]
+            if isinstance(image, str):
+                where = image
+                image = pil_loader(image)
+            image.load()
+        except IndexError:
+            raise
+        except Exception as error:  # of any class: each image format has its own
+            raise ValueError(
+                f"The image {where} cannot be read ({type(error).__name__}: {one_line(error)}). Remove it, replace it, "
+                "or scale it down if it is too large."
+            ) from error
+        return image, label
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labeled images before any transform.
+
+    Attributes:
+        train: None if there is only one part.
+        evaluation: The images on which accuracy is measured.
+        class_names: Names of the classes, by label.
+        sorted_by_name: The labels were made here, as positions in the sorted names of the class folders.
+    """
+
+    train: Images | None
+    evaluation: Images
     class_names: tuple[str, ...]
+    sorted_by_name: bool = False
 
 
 def check_source(data: str) -> None:
@@ -42,47 +84,50 @@ def check_source(data: str) -> None:
     Raises:
         ValueError: For an unknown name, or a folder without class folders.
         FileNotFoundError: For a path that does not exist.
+        ImportError: If digits are asked for without scikit-learn.
     """
     path = Path(data).expanduser()
-    if data in _NAMES:
+    if data == "digits":
+        check_digits()
+    elif data in _NAMES:
         return
-    if path.is_dir():
+    elif path.is_dir():
         if not _is_parquet(path):
             _image_folders(path)
     elif path.is_file() or data.startswith(("/", ".", "~")) or path.is_absolute():
         found = "is a file" if path.is_file() else "does not exist"
-        raise FileNotFoundError(f"A folder of images was asked for, but {data} {found}. {_EXPECTED}")
+        raise FileNotFoundError(f"data must be a folder of images, but {data} {found}. {_EXPECTED}")
     elif data.count("/") != 1:
-        raise ValueError(f"{data!r} is no folder here and no known data set.{did_you_mean(data, _NAMES)} {_EXPECTED}")
+        raise ValueError(
+            f"data must be a folder or a known data set, but it is {data!r}.{did_you_mean(data, _NAMES)} {_EXPECTED}"
+        )
 
 
-def open_source(data: str, cache_dir: str | None = None) -> Source:
-    """Open digits, a folder or a hub data set; images are decoded when they are used."""
+def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence[str] = ()) -> Source:
+    """Open digits, a folder or a hub data set; images are decoded when they are used.
+
+    Args:
+        data: As `check_source` accepts it.
+        cache_dir: Where downloads from the hub are kept.
+        model_classes: Names of the model's classes, by output, if they are known. Folders that are all named after them
+            get their labels.
+    """
     path = Path(data).expanduser()
     if data == "digits":
-        return _digits()
+        train, evaluation = digits()
+        return Source(Images(train, data), Images(evaluation, data), tuple(map(str, range(10))))
     if data not in _HUB and path.is_dir() and not _is_parquet(path):
-        return _folder(path)
+        return _from_folder(path, model_classes)
     name, label_column = _HUB.get(data, (data, None))
-    splits = load_from_hub(str(path) if path.is_dir() else name, instead=_INSTEAD, cache_dir=cache_dir)
+    splits = load_from_hub(str(path) if path.is_dir() else name, instead=_ALTERNATIVE, cache_dir=cache_dir)
     return _from_splits(splits, name, label_column)
 
 
-def _digits() -> Source:
-    """1,797 scanned digits of 8x8 pixels (`sklearn.datasets.load_digits`), 80/20 by class, whatever the seed."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype("uint8")
-    samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
-    train, evaluation = train_test_split(samples, test_size=0.2, random_state=0, stratify=digits.target)
-    return Source(train, evaluation, tuple(map(str, range(10))))
+# ---------------------------------------------------------------------------------------------------------- folders
 
 
 def _is_parquet(folder: Path) -> bool:
-    # As `Dataset.to_parquet` and clones from the hub have it. Not rglob: it would list the whole of an ImageNet.
+    # As `Dataset.to_parquet` writes and hub clones have it. Not rglob: it would list the whole of an ImageNet.
     return any(chain(folder.glob("*.parquet"), folder.glob("*/*.parquet")))
 
 
@@ -91,52 +136,65 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _image_folders(root: Path) -> tuple[Path | None, Path]:
-    """The folders of training and evaluation; the first is None where the root holds the classes itself."""
+    """Return the folders of training and evaluation; the first is None if the root holds the classes itself."""
     found = _subfolders(root)
     train, evaluation = (root / "train", root / "val") if {"train", "val"} & set(found) else (None, root)
     for folder in (train, evaluation):
         if folder is not None and not _subfolders(folder):
             files = sum(entry.is_file() for entry in root.iterdir())
             raise ValueError(
-                f"Folders of classes were looked for in {folder}, but there are none: {root} has the folders "
-                f"{', '.join(found) or '(none)'} and {files} files. {_EXPECTED}"
+                f"data must have folders of classes in {folder}, but there are none: {root} has the folders "
+                f"{_few(found)} and {files} files. {_EXPECTED}"
             )
-    if train is not None and _subfolders(train) != _subfolders(evaluation):
-        differing = sorted({*_subfolders(train)} ^ {*_subfolders(evaluation)})
+    if train is not None and (unknown := sorted({*_subfolders(evaluation)} - {*_subfolders(train)})):
         raise ValueError(
-            f"{train} and {evaluation} should have the same classes, since labels are their positions, but only one of "
-            f"them has {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}. Complete or remove these."
+            f"data must have training images for each class, but {evaluation} has {len(unknown)} classes that {train} "
+            f"does not have: {_few(unknown)}. Rename or remove them."
         )
     return train, evaluation
 
 
-def _folder(root: Path) -> Source:
-    from torchvision.datasets import ImageFolder
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "(none)"
 
+
+def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
     train, evaluation = _image_folders(root)
-    try:
-        opened = ImageFolder(str(evaluation))
-        return Source(None if train is None else ImageFolder(str(train)), opened, tuple(opened.classes))
-    except FileNotFoundError as error:
-        raise ValueError(f"Each class of {root} should have images, but that is not so: {error}") from error
+    folders = _subfolders(evaluation if train is None else train)
+    by_model = {*folders} <= {*model_classes}
+    classes = tuple(model_classes if by_model else folders)
+    labels = {name: label for label, name in enumerate(classes)}
+    opened = None if train is None else _class_folders(train, labels, allow_empty=False)
+    return Source(opened, _class_folders(evaluation, labels, allow_empty=True), classes, sorted_by_name=not by_model)
 
 
-class _Columns(Sequence[tuple[Any, int]]):
-    """(image, label) of the rows of a table."""
+def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -> Images:
+    """Open the images of the class folders that exist.
 
-    def __init__(self, table: Any, image: str, label: str) -> None:
-        self.table, self.image, self.label = table, image, label
+    Args:
+        folder: The folder that holds them.
+        labels: By name of the class folder.
+        allow_empty: Allow class folders without images, as long as another one has some.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    def __len__(self) -> int:
-        return len(self.table)
+    present = {name: labels[name] for name in _subfolders(folder)}
+    samples = make_dataset(str(folder), present, extensions=IMG_EXTENSIONS, allow_empty=True)
+    empty = sorted(present.keys() - {Path(path).relative_to(folder).parts[0] for path, _ in samples})
+    if empty and not (allow_empty and samples):
+        raise ValueError(
+            f"data must have images in the class folders of {folder}, but {len(empty)} have none: {_few(empty)}. "
+            f"Images end in {', '.join(IMG_EXTENSIONS)}."
+        )
+    return Images(samples, str(folder))
 
-    def __getitem__(self, index: Any) -> Any:
-        row = self.table[index]
-        return row[self.image], row[self.label]
+
+# ----------------------------------------------------------------------------------------------------------- tables
 
 
 def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:
-    """The names of the image column and of the label column: the only `Image`, the only `ClassLabel`.
+    """Return the names of the image column and of the label column: the only `Image`, the only `ClassLabel`.
 
     Raises:
         ValueError: If there is none or more than one and `label` does not decide.
@@ -149,7 +207,7 @@ def find_columns(features: Mapping[str, Any], name: str, label: str | None = Non
         return images[0], labels[0]
     columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
     raise ValueError(
-        f"{name} should have one column of type Image and one of type ClassLabel, but it has {columns}. "
+        f"{name} must have one column of type Image and one of type ClassLabel, but it has {columns}. "
         "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
     )
 
@@ -159,7 +217,7 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
     if evaluation is None:
         if len(splits) > 1 or not splits:
             raise ValueError(
-                f"{name} should have a split named {', '.join(_EVALUATION_SPLITS)}, but it has {', '.join(splits)}. "
+                f"{name} must have a split named {', '.join(_EVALUATION_SPLITS)}, but it has {', '.join(splits)}. "
                 "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
             )
         (evaluation,) = splits
@@ -167,7 +225,7 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
     features = splits[evaluation].features
     columns = find_columns(features, name, label)
     return Source(
-        None if train is None else _Columns(train, *columns),
-        _Columns(splits[evaluation], *columns),
+        None if train is None else Images(train, name, columns),
+        Images(splits[evaluation], name, columns),
         tuple(features[columns[1]].names),
     )

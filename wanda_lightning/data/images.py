@@ -1,23 +1,23 @@
-"""Labelled images as the model wants them: the transforms come from the model's own timm configuration."""
+"""Labeled images, prepared as the timm configuration of the model says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from wanda_lightning.checks import check_at_least, check_positive
-from wanda_lightning.core.name_patterns import did_you_mean
 from wanda_lightning.data.hub import silence_worker_advice
-from wanda_lightning.data.image_sources import Source, check_source, open_source
+from wanda_lightning.data.image_sources import Images, Source, check_source, open_source
+from wanda_lightning.data.module import DataModule
+from wanda_lightning.model_sources import timm_name
 
-_IN_MEMORY_SIDE = 96  # digits up to this side are kept as tensors, at most 200 MB
+_IN_MEMORY_SIDE = 96  # pixels; digits up to this side are kept as tensors, at most 200 MB
 
 
 # ---------------------------------------------------------------------------------------------------- preprocessing
@@ -25,15 +25,15 @@ _IN_MEMORY_SIDE = 96  # digits up to this side are kept as tensors, at most 200 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model expects of an image, in the terms of `timm.data.create_transform`.
+    """What a model expects of an image, in arguments of `timm.data.create_transform`.
 
     Attributes:
         input_size: Channels (1 for gray, 3 for RGB), height, width.
-        mean: Of each channel, for pixels in [0, 1].
-        std: Likewise.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel.
         interpolation: How images are resized.
-        crop_pct: The part of the side that is kept when an image is cropped for evaluation.
-        crop_mode: center (of the shorter side's square), squash or border.
+        crop_pct: Fraction of the side that evaluation crops an image to.
+        crop_mode: center (of the square on the shorter side), squash or border.
     """
 
     input_size: tuple[int, int, int]
@@ -44,49 +44,50 @@ class Preprocessing:
     crop_mode: str
 
     def transform(self, is_training: bool) -> Callable[[Any], Tensor]:
-        """From a PIL image of the right channels to a normalised tensor of `input_size`; for training, at random."""
+        """Return the transform of a PIL image with the right channels to a normalized tensor of `input_size`.
+
+        With `is_training` it augments at random.
+        """
         from timm.data import create_transform
 
         return create_transform(**asdict(self), is_training=is_training)
 
 
 def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> Preprocessing:
-    """Read from a timm model, or a name that timm knows, how its images are prepared.
+    """Return how the images of a timm model are prepared.
 
-    timm's configuration describes the pretrained weights. Where the model was built otherwise, the model counts: the
-    channels of its first convolution (one channel gets the average mean and std) and the size of its patch embedding.
+    timm's configuration describes the pretrained weights. If the model was built with other arguments, the model
+    decides: the channels of its first convolution (one channel gets the average mean and std) and the size of its patch
+    embedding.
 
     Args:
-        model: A timm model, a module that has one as `.model`, or a name.
-        image_size: Another side than the model's.
+        model: A timm model, a module that has one as `.model`, or the name of one.
+        image_size: Height and width in pixels, instead of the model's.
 
     Raises:
-        ValueError: If it is not a model of timm's, or one for neither gray nor RGB images.
+        ValueError: If timm does not know the model, or its images are neither gray nor RGB.
     """
     import timm
     from timm.data import resolve_data_config
 
     if isinstance(model, str):
-        name = model.removeprefix("timm:")
-        if not timm.is_model(name.partition(".")[0]):
-            raise ValueError(
-                f"The images are prepared as a timm model wants them, but timm knows no {name!r}."
-                f"{did_you_mean(name, timm.list_models())} Leave model out to take the one that is trained or pruned."
-            )
-        config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        known = timm.get_pretrained_cfg(timm_name(model))
+        if known is None:
+            raise ValueError(f"model must be a name whose transforms timm knows, but it is {model!r}. Leave it out.")
+        config = resolve_data_config(pretrained_cfg=known.to_dict())
         channels, size = config["input_size"][0], config["input_size"][1:]
     else:
-        inner: Any = model if hasattr(model, "pretrained_cfg") else getattr(model, "model", None)
-        if not hasattr(inner, "pretrained_cfg"):
+        inner = _timm_model(model)
+        if inner is None:
             raise ValueError(
-                "The images are prepared as a timm model wants them, but neither "
-                f"{type(model).__name__} nor its .model has timm's pretrained_cfg. Name a similar one with model=."
+                f"model must be of timm, so that the transforms of its images are known, but neither "
+                f"{type(model).__name__} nor its .model has a pretrained_cfg. Name a similar timm model with model=."
             )
         config = resolve_data_config(model=inner)
         channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), config["input_size"][0])
         size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     if channels != 1 and channels % 3:  # space-to-depth stems see a multiple of 3
-        raise ValueError(f"Images have 1 or 3 channels, but {type(model).__name__} wants {channels}.")
+        raise ValueError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
     height, width = (image_size, image_size) if image_size else size
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if channels == 1:
@@ -101,11 +102,36 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
     )
 
 
+def _timm_model(model: nn.Module) -> Any:
+    """Return the timm model, which may be the `.model` of a module, or None."""
+    inner = model if hasattr(model, "pretrained_cfg") else getattr(model, "model", None)
+    return inner if hasattr(inner, "pretrained_cfg") else None
+
+
+def class_names_of(model: str | nn.Module) -> tuple[str, ...]:
+    """Return the names of the classes of a timm model, by output; () if they are not known.
+
+    They come from the configuration of the model, or from ImageNet if it has as many outputs.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    inner = None if isinstance(model, str) else _timm_model(model)
+    if inner is None:
+        return ()
+    names = inner.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, Mapping):
+        names = [names.get(label, names.get(str(label))) for label in range(len(names))]
+    if names and len(names) == inner.num_classes and None not in names:
+        return tuple(names)
+    subset = infer_imagenet_subset(inner)
+    return tuple(ImageNetInfo(subset).label_names()) if subset else ()
+
+
 # ------------------------------------------------------------------------------------------------- the data module
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
-    def __init__(self, samples: Sequence[tuple[Any, int]], preprocessing: Preprocessing, is_training: bool) -> None:
+    def __init__(self, samples: Images, preprocessing: Preprocessing, is_training: bool) -> None:
         self.samples = samples
         self.mode = "L" if preprocessing.input_size[0] == 1 else "RGB"
         self.transform = preprocessing.transform(is_training)
@@ -123,40 +149,44 @@ def _stacked(dataset: _Images) -> TensorDataset:
     return TensorDataset(torch.stack(images), torch.tensor(labels))
 
 
-class ImageDataModule(L.LightningDataModule):
-    """Labelled images, prepared as the timm model at hand wants them: its size, channels, mean and std.
+class ImageDataModule(DataModule):
+    """Labeled images, prepared for a timm model: its size, channels, mean and standard deviation.
 
     A batch is `(images, labels)`: float32 of shape (batch, channels, height, width), int64 of shape (batch,).
-    Calibration has training images, as in Sun et al. 2024 (4096 of ImageNet): the first `num_samples` of a seeded
-    permutation, all if there are fewer, prepared as for evaluation. Training has timm's augmentations for the model,
-    from the global generators that `seed_everything` sets. Digits are not augmented, since mirrored digits are no
-    digits, and are resized whole.
+    Calibration uses training images, as in Sun et al. 2024 (4096 of ImageNet): the first `num_samples` of a seeded
+    permutation, or all if there are fewer, prepared as for evaluation. Training augments them as timm does for the
+    model, with the global random generators that `seed_everything` sets. Digits are resized without cropping and not
+    augmented, since a mirrored digit is no digit.
 
-    Without a training part (a folder of classes, a hub data set with one split) calibration uses the evaluation images,
-    and there is nothing to train on.
+    Without training images (a folder of classes, a hub data set with one split) calibration uses the evaluation images,
+    and training is refused.
+
+    Labels of class folders are the outputs of the model with the same names, if the model knows its class names and has
+    all of the folders; else positions in the sorted names of the class folders. A class may be missing among the
+    evaluation images.
 
     Args:
         data: digits (needs no network), cifar10, cifar100, a folder DIR/train/CLASS with DIR/val/CLASS or DIR/CLASS, a
             folder of Parquet files, or the id of a hub data set with one Image and one ClassLabel column.
-        model: The timm model, a module that has it as `.model`, or a name; by default the one that the trainer runs.
+        model: The timm model, a module that has it as `.model`, or a name; by default the model that the trainer runs.
         batch_size: Images in a batch.
         num_samples: Images to calibrate on.
-        num_workers: Processes that decode images; digits up to 96 pixels wide are kept in memory and need none.
+        num_workers: Processes that decode images; digits of at most 96 pixels are kept in memory and need none.
         seed: Draws the calibration images and shuffles for training.
         cache_dir: Where downloads from the hub are kept.
-        image_size: Another side than the model's. A convolutional model takes any, and its configuration gives the one
-            of the pretrained weights, usually 224.
+        image_size: Height and width in pixels. By default those of the pretrained weights, usually 224; a convolutional
+            model takes any.
 
     Raises:
-        ValueError: For a number out of range, an unknown source, a folder or table that is not as it should be, more
-            classes than the model has, or a model whose transforms are not known.
+        ValueError: For a number out of range, an unknown source, a folder or table with other contents, an image that
+            cannot be read, more classes than the model has, or a model whose transforms are not known.
         FileNotFoundError: For a path that does not exist.
         OSError: If the hub is needed and cannot be reached.
     """
 
     def __init__(
         self,
-        data: str = "digits",
+        data: str,
         model: str | nn.Module | None = None,
         batch_size: int = 64,
         num_samples: int = 4096,
@@ -179,16 +209,17 @@ class ImageDataModule(L.LightningDataModule):
         self.image_size = image_size
         self.preprocessing: Preprocessing | None = None
         self._source: Source | None = None
+        self._model_classes: tuple[str, ...] = ()
         self._kept: dict[str, TensorDataset] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes, by label; known after `setup`."""
+        """Names of the classes, by label; known after `setup`."""
         return self._opened().class_names
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; known after `setup`."""
+        """Number of classes; known after `setup`."""
         return len(self.class_names)
 
     def setup(self, stage: str | None = None) -> None:
@@ -196,8 +227,8 @@ class ImageDataModule(L.LightningDataModule):
         model = self.model if self.model is not None else getattr(self.trainer, "lightning_module", None)
         if model is None:
             raise ValueError(
-                "The images are prepared as a timm model wants them, but there is none: give model=, or let a Trainer "
-                "run its own."
+                "model must be given, since no Trainer runs one, and the transforms of the images depend on it. Name a "
+                "timm model."
             )
         preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
@@ -205,22 +236,35 @@ class ImageDataModule(L.LightningDataModule):
         if preprocessing != self.preprocessing:
             self._kept.clear()
         self.preprocessing = preprocessing
-        self._source = self._source or open_source(self.data, self.cache_dir)
-        outputs = getattr(model, "num_classes", None)
-        if isinstance(outputs, int) and 0 < outputs < self.num_classes:
+        names = class_names_of(model)
+        if self._source is None or names != self._model_classes:
+            self._source, self._model_classes = open_source(self.data, self.cache_dir, names), names
+            self._kept.clear()
+        self._check_classes(getattr(model, "num_classes", None), self._source)
+
+    def _check_classes(self, outputs: Any, source: Source) -> None:
+        """Refuse more classes than outputs; warn if the classes may not be the outputs."""
+        classes = source.class_names
+        if not isinstance(outputs, int) or outputs < 1:
+            return
+        if outputs < len(classes):
             raise ValueError(
-                f"{self.data} has {self.num_classes} classes, but the model tells only {outputs} apart. "
-                "Build it with the right num_classes."
+                f"data must have at most as many classes as the model, but {self.data} has {len(classes)} classes, and "
+                f"the model tells only {outputs} apart. Build the model with num_classes={len(classes)}."
             )
-        if isinstance(outputs, int) and outputs > self.num_classes:
+        unnamed = [name for name in classes if name not in self._model_classes]
+        misnamed = source.sorted_by_name and len(self._model_classes) == outputs and unnamed
+        if outputs > len(classes) or misnamed:
+            reason = f", and its classes have other names than {unnamed[0]!r}" if misnamed else ""
             rank_zero_warn(
-                f"{self.data} has {self.num_classes} classes, but the model tells {outputs} apart: its accuracy means "
-                "something only if it was trained on these classes, in this order"
+                f"{self.data} has {len(classes)} classes, but the model tells {outputs} apart{reason}. Class number i, "
+                f"counted from {classes[0]!r} = 0, is taken for output i of the model: the accuracy means something "
+                "only if the model was trained on these classes in this order."
             )
 
     def _opened(self) -> Source:
         if self._source is None:
-            raise RuntimeError("The images are not open yet. Call setup() first; a Trainer does.")
+            raise RuntimeError("The images are opened by setup(), but it was not called. Call setup() first.")
         return self._source
 
     @property
@@ -234,8 +278,8 @@ class ImageDataModule(L.LightningDataModule):
         samples = source.train if part == "train" else source.evaluation
         if samples is None:
             raise ValueError(
-                f"{self.data} has nothing to train on, only one part to measure and calibrate on. Use a folder with "
-                "DIR/train/CLASS and DIR/val/CLASS."
+                f"data must have training images to train on, but {self.data} has evaluation images alone. Use a "
+                "folder with DIR/train/CLASS and DIR/val/CLASS."
             )
         images = _Images(samples, preprocessing, augment and self.data != "digits")
         if not self._in_memory:
@@ -245,26 +289,20 @@ class ImageDataModule(L.LightningDataModule):
         return self._kept[part]
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """The first `num_samples` images of a seeded permutation, prepared as for evaluation."""
+        """Return the first `num_samples` images of a seeded permutation, prepared as for evaluation."""
         images = self._dataset("evaluation" if self._opened().train is None else "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))  # type: ignore[arg-type]
         return self._loader(Subset(images, order[: self.num_samples].tolist()))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The training images, augmented, in an order that the seed gives, another one each epoch."""
+        """Return the training images, augmented, shuffled by the seed, in another order each epoch."""
         return self._loader(self._dataset("train", augment=True), torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The evaluation images, in their order."""
+        """Return the evaluation images, in their order."""
         return self._loader(self._dataset("evaluation"))
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The same as for validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The same as for validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, dataset: Dataset[Any], shuffle: torch.Generator | None = None) -> DataLoader[Any]:
         if self._in_memory:

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wanda_lightning.checks import check_at_least, check_positive
 from wanda_lightning.data.hub import silence_worker_advice
+from wanda_lightning.data.module import DataModule
 from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
+from wanda_lightning.model_sources import load_tokenizer, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _C4_EVALUATION_WINDOWS = 256
+_SAMPLE = 2000  # characters by which two tokenizers are compared
 
 
 # ------------------------------------------------------------------------------------------------------ protocols
 
 
 def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str = "the text") -> Tensor:
-    """Windows that start anywhere in one text: `start = randint(0, len(ids) - seqlen - 1)`.
+    """Draw windows that start anywhere in one text: `start = randint(0, len(ids) - seqlen - 1)`.
 
-    The draws are the reference's for WikiText-2, with a `random.Random(seed)` of their own.
+    A seed draws the same windows as in the reference for WikiText-2, from a `random.Random(seed)` of its own.
 
     Returns:
         Token ids of shape (num_samples, seqlen).
@@ -43,9 +47,12 @@ def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int,
             "Choose a smaller seqlen or a longer text."
         )
     rng = random.Random(seed)
-    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(num_samples)]
     tokens = torch.tensor(ids, dtype=torch.long)
-    return torch.stack([tokens[start : start + seqlen] for start in starts])
+    windows = torch.empty(num_samples, seqlen, dtype=torch.long)
+    for window in windows:
+        start = rng.randint(0, len(ids) - seqlen - 1)
+        window.copy_(tokens[start : start + seqlen])
+    return windows
 
 
 def draw_from_documents(
@@ -56,10 +63,11 @@ def draw_from_documents(
     seed: int,
     source: str = "the source",
 ) -> Tensor:
-    """Windows that lie in one document each: draw documents until one is longer than `seqlen`, then where it starts.
+    """Draw windows that lie in one document each: draw documents until one is longer than `seqlen`, then the start.
 
-    The draws are the reference's for C4, with a `random.Random(seed)` of their own. Only documents that are drawn are
-    tokenized, unless as many draws as there are documents found none that is long enough: then all are.
+    A seed draws the same windows as in the reference for C4, from a `random.Random(seed)` of its own. Only documents
+    that are drawn are tokenized, unless as many draws as there are documents found none that is long enough: then all
+    are.
 
     Returns:
         Token ids of shape (num_samples, seqlen).
@@ -68,20 +76,22 @@ def draw_from_documents(
         ValueError: If no document has more than `seqlen` tokens.
     """
     rng = random.Random(seed)
-    too_short: dict[int, int] = {}  # tokens by document
-    windows: list[Tensor] = []
-    while len(windows) < num_samples:
+    too_short: dict[int, int] = {}  # number of tokens by document
+    windows = torch.empty(num_samples, seqlen, dtype=torch.long)
+    drawn = 0
+    while drawn < num_samples:
         for _ in range(len(documents)):
             i = rng.randint(0, len(documents) - 1)
             ids = [] if i in too_short else tokenize(documents[i])
             if len(ids) > seqlen:
                 start = rng.randint(0, len(ids) - seqlen - 1)
-                windows.append(torch.tensor(ids[start : start + seqlen], dtype=torch.long))
+                windows[drawn] = torch.tensor(ids[start : start + seqlen], dtype=torch.long)
+                drawn += 1
                 break
             too_short.setdefault(i, len(ids))
         else:
             _require_long_document(documents, tokenize, seqlen, too_short, source)
-    return torch.stack(windows)
+    return windows
 
 
 def _require_long_document(
@@ -105,7 +115,7 @@ def _require_long_document(
 
 
 def cut(ids: Sequence[int], seqlen: int, limit: int | None = None, source: str = "the text") -> Tensor:
-    """Windows side by side, as perplexity is measured on; what is left at the end is dropped.
+    """Cut a text into adjacent windows, as perplexity is measured on; the rest at the end is dropped.
 
     >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3)
     tensor([[1, 2, 3],
@@ -126,6 +136,20 @@ def cut(ids: Sequence[int], seqlen: int, limit: int | None = None, source: str =
     return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]
 
 
+def check_memory(option: str, count: int, seqlen: int) -> None:
+    """Refuse windows that do not fit in the free memory, before any is drawn.
+
+    Raises:
+        ValueError: Names the option, the memory that the windows need, and the largest number that fits.
+    """
+    size, free = 8 * seqlen, psutil.virtual_memory().available
+    if count * size > free:
+        raise ValueError(
+            f"{option} must be at most {free // size} for windows of seqlen={seqlen} tokens, but it is {count}: the "
+            f"windows need {count * size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free."
+        )
+
+
 # ------------------------------------------------------------------------------------------------- the data module
 
 
@@ -140,37 +164,38 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.windows[index]}
 
 
-class TextDataModule(L.LightningDataModule):
-    """Windows of `seqlen` tokens: drawn at random to calibrate and train, cut side by side to measure perplexity.
+class TextDataModule(DataModule):
+    """Windows of `seqlen` tokens: drawn at random for calibration and training, adjacent for perplexity.
 
-    A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. The
-    protocol is the one of Sun et al. 2024 and their code, so that a seed draws the windows that it draws there:
+    A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. A seed
+    draws the same windows as the code of Sun et al. 2024:
 
     - calibration on documents (c4, .jsonl, .parquet): draw documents until one is longer than `seqlen`, then the start;
     - calibration on one text (wikitext2, python-docs, .txt): draw the start;
-    - evaluation: everything joined to one text, cut into windows, the rest dropped. Of c4 the first 1100 documents of
-      the validation file, at most 256 windows.
+    - evaluation: join everything to one text, cut it into windows and drop the rest. For c4 that is the first 1100
+      documents of the validation file, at most 256 windows.
 
-    Calibration and evaluation are each read and tokenized once, when first needed. A file given for both is measured on
-    what it was calibrated on; python-docs has two parts without a common paragraph.
+    Calibration and evaluation data are each read and tokenized once, when they are first needed. If both name the same
+    file, the model is measured on the text that it was calibrated on; python-docs has two parts without a common
+    paragraph.
 
     Args:
-        tokenizer: A ready one; or a hub id, a folder or a `.gguf` file; by default that of the module which the trainer
-            runs.
+        tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
+            module that the trainer runs.
         calibration: c4, wikitext2, python-docs (needs no network) or a FILE: .txt is one text; .jsonl and .parquet hold
             documents in the field `text`.
-        evaluation: The same choice, for perplexity.
-        seqlen: Tokens in a window, special tokens of the tokenizer included.
+        evaluation: Text to measure perplexity on, with the same choices.
+        seqlen: Tokens in a window, including the special tokens of the tokenizer.
         num_samples: Windows to draw for calibration.
-        train_samples: Windows to draw for training, those of calibration among them; by default the same.
         batch_size: Windows in a batch.
-        limit: Windows to measure on, from the start; by default all.
+        limit: Windows to measure on, from the start of the text; by default all.
         seed: Draws the windows and shuffles for training.
         cache_dir: Where downloads from the hub are kept.
+        train_samples: Windows to draw for training, which start with the ones for calibration; by default the same.
 
     Raises:
-        ValueError: For a number out of range, an unknown source, or (once it is read) a source that is not as it should
-            be or too short for one window.
+        ValueError: For a number out of range, an unknown source, or (when it is read) a source that is damaged or too
+            short for one window.
         FileNotFoundError: For a file that does not exist.
         OSError: If the hub is needed and cannot be reached.
     """
@@ -191,9 +216,16 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
         check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
-        check_source(calibration)
-        check_source(evaluation)
-        self._check_tokenizer(tokenizer)
+        check_memory("num_samples", num_samples, seqlen)
+        check_memory("train_samples", train_samples or 0, seqlen)
+        check_source(calibration, "calibration")
+        check_source(evaluation, "evaluation")
+        if isinstance(tokenizer, (str, os.PathLike)):
+            locate(tokenizer)
+        elif tokenizer is not None and not callable(tokenizer):
+            raise ValueError(
+                f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {tokenizer!r}."
+            )
         self._given_tokenizer = tokenizer
         self.calibration = calibration
         self.evaluation = evaluation
@@ -204,48 +236,28 @@ class TextDataModule(L.LightningDataModule):
         self.seed = seed
         self.cache_dir = cache_dir
         self.train_samples = num_samples if train_samples is None else train_samples
+        self._sample = ""
 
-    @staticmethod
-    def _check_tokenizer(tokenizer: Any) -> None:
-        if isinstance(tokenizer, (str, Path)):
-            path = Path(tokenizer).expanduser()
-            if path.suffix == ".gguf" and not path.is_file():
-                raise FileNotFoundError(f"The GGUF file {tokenizer} does not exist. Check the path.")
-        elif tokenizer is not None and not callable(tokenizer):
-            raise ValueError(
-                f"A tokenizer is needed to read text, but {type(tokenizer).__name__} was given. "
-                "Name one: a hub id, a folder or a .gguf file."
-            )
+    @property
+    def _module(self) -> Any:
+        """The module that the trainer runs, or None."""
+        return getattr(self.trainer, "lightning_module", None)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded at first use."""
         given = self._given_tokenizer
         if given is None:
-            given = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+            given = getattr(self._module, "tokenizer", None)
             if given is None:
                 raise ValueError(
-                    "A tokenizer is needed to read text, but none was given, and no Trainer runs a module that has "
-                    "one. Name one: a hub id, a folder or a .gguf file; or save it into the model's folder."
+                    "tokenizer must be given, since no Trainer runs a module that has one. Give a hub id, a folder or "
+                    "a .gguf file; or save the tokenizer into the model's folder."
                 )
-        if not isinstance(given, (str, Path)):
-            return given
-        from transformers import AutoTokenizer
-
-        path = Path(given).expanduser()
-        name, options = str(path) if path.exists() else str(given), {}
-        if path.suffix == ".gguf":
-            name, options = str(path.parent), {"gguf_file": path.name}
-        try:
-            return AutoTokenizer.from_pretrained(name, cache_dir=self.cache_dir, **options)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"The tokenizer {str(given)!r} was asked for, but neither a local folder nor the Hugging Face hub (or "
-                f"its cache) has it. Check the name and the connection. The cause: {error}"
-            ) from error
+        return load_tokenizer(given, cache_dir=self.cache_dir) if isinstance(given, (str, os.PathLike)) else given
 
     def _tokenize(self, text: str) -> list[int]:
-        # verbose=False: the warning that a text is longer than the context; windows never are.
+        # verbose=False: no warning that a text is longer than the context; windows never are.
         return self.tokenizer(text, verbose=False).input_ids
 
     @cached_property
@@ -268,7 +280,9 @@ class TextDataModule(L.LightningDataModule):
     @cached_property
     def evaluation_windows(self) -> Tensor:
         """Token ids of shape (windows, seqlen), in the order of the text."""
-        ids = self._tokenize(evaluation_text(self.evaluation, self.cache_dir))
+        text = evaluation_text(self.evaluation, self.cache_dir)
+        self._sample = text[:_SAMPLE]
+        ids = self._tokenize(text)
         if self.evaluation == "c4":
             ids = ids[: _C4_EVALUATION_WINDOWS * self.seqlen]
         return cut(ids, self.seqlen, self.limit, self.evaluation)
@@ -276,31 +290,41 @@ class TextDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs, so that a bad source is refused before anything is trained or pruned.
 
-        Only `fit` reads what is trained on; elsewhere it is read when `calibration_dataloader()` is called.
+        Only `fit` reads the training data; calibration data is read when `calibration_dataloader()` is called.
+
+        Raises:
+            ValueError: If the module that the trainer runs has another tokenizer, or no embedding for a token.
         """
-        _ = self.evaluation_windows
+        self._check_tokens(self.evaluation_windows)
         if stage in (None, "fit"):
-            _ = self.train_windows
+            self._check_tokens(self.train_windows)
+        theirs = getattr(self._module, "tokenizer", None)
+        if theirs is None or theirs is self.tokenizer:
+            return
+        if theirs(self._sample, verbose=False).input_ids != self._tokenize(self._sample):
+            raise ValueError(
+                "tokenizer must be the one of the model, but the model's own tokenizer splits the text differently, so "
+                "that its perplexity would mean nothing. Leave tokenizer out to use the one of the model."
+            )
+
+    def _check_tokens(self, windows: Tensor) -> Tensor:
+        if hasattr(self._module, "check_tokens"):
+            self._module.check_tokens(windows)
+        return windows
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The drawn windows, in the order in which they were drawn."""
-        return self._loader(self.calibration_windows)
+        """Return the drawn windows, in the order in which they were drawn."""
+        return self._loader(self._check_tokens(self.calibration_windows))
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The drawn windows, in an order that the seed gives, another one each epoch."""
+        """Return the drawn windows, shuffled by the seed, in another order each epoch."""
         return self._loader(self.train_windows, torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The windows of the evaluation text, in its order."""
+        """Return the windows of the evaluation text, in its order."""
         return self._loader(self.evaluation_windows)
 
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The same as for validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The same as for validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
         silence_worker_advice()

@@ -1,13 +1,6 @@
 """Measurements of a pruned model: zero-shot tasks, sparsity, and several models side by side."""
 
-from wanda_lightning.evaluation.tasks import (
-    PAPER_TASKS,
-    Evaluation,
-    Results,
-    load_tasks,
-    sparsity_of,
-    task_names,
-    zero_shot,
-)
+from wanda_lightning.evaluation.results import Evaluation, Results, sparsity_of
+from wanda_lightning.evaluation.tasks import PAPER_TASKS, load_tasks, task_names, zero_shot
 
 __all__ = ["PAPER_TASKS", "Evaluation", "Results", "load_tasks", "sparsity_of", "task_names", "zero_shot"]

@@ -1,4 +1,4 @@
-"""Why a matrix is left as it is."""
+"""Decide which matrices are left dense by default, and why."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wanda_lightning.models.experts import routers, stacked_experts
-from wanda_lightning.models.inventory import Skipped
+from wanda_lightning.models.inventory import SkippedMatrix, SkipReason
 from wanda_lightning.models.layers import kind_of, layer_kinds
 from wanda_lightning.models.quantized import quantizer
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
-_STANDARDISED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
-_REMOVERS = {  # old hooks of torch that make a weight anew at each forward, by class
+_STANDARDIZED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
+_REMOVERS = {  # by class: hooks of torch that recompute a weight in each forward
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
     "BasePruningMethod": "torch.nn.utils.prune.remove(layer, 'weight')",
@@ -25,80 +25,85 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image or signal
 
 
-def packed(name: str, weight: Tensor, module: nn.Module) -> Skipped:
-    """The matrix of such a weight, which the user must decide about."""
+def skip_packed(name: str, weight: Tensor, module: nn.Module) -> SkippedMatrix:
+    """Skip a matrix of packed or quantized weights; the user must decide what to do with it."""
     dtype, kind = str(weight.dtype).removeprefix("torch."), type(weight).__name__
     if library := quantizer(module, weight):
-        reason = f"quantised by {library} ({type(module).__name__}, {kind}): prune first, then quantise"
+        detail = f"quantized by {library} ({type(module).__name__}, {kind}): prune first, then quantize"
     elif weight.is_floating_point() and weight.element_size() >= 2:
-        reason = f"weights of type {kind} cannot be pruned in place"
+        detail = f"weights of type {kind} cannot be pruned in place"
     else:
-        reason = f"{dtype} weights cannot be pruned in place"
-    return Skipped(name, tuple(weight.shape), reason, True)
+        detail = f"{dtype} weights cannot be pruned in place"
+    return SkippedMatrix(name, tuple(weight.shape), SkipReason.QUANTIZED, detail)
 
 
-def why_no_layer(module: nn.Module, parameter_name: str) -> str:
-    """Why a parameter of two dimensions or more is no layer that can be pruned."""
-    kind = type(module).__name__
+def skip_unsupported(name: str, shape: tuple[int, ...], module: nn.Module, parameter_name: str) -> SkippedMatrix:
+    """Skip a parameter of two dimensions or more that is not the weight of a supported layer."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
+        return SkippedMatrix(name, shape, SkipReason.EMBEDDING, "embedding")
+    return SkippedMatrix(name, shape, SkipReason.UNSUPPORTED, _why_unsupported(module, parameter_name))
+
+
+def _why_unsupported(module: nn.Module, parameter_name: str) -> str:
+    kind = type(module).__name__
     if isinstance(module, parametrize.ParametrizationList):
         by = ", ".join(type(parametrization).__name__ for parametrization in module)
-        return f"parametrised by {by}: make it an ordinary weight first, with parametrize.remove_parametrizations"
+        return f"parametrized by {by}: make it an ordinary weight first, with parametrize.remove_parametrizations"
     for hook in module._forward_pre_hooks.values():
         for base in type(hook).__mro__:
             if base.__module__.startswith("torch.nn.utils.") and base.__name__ in _REMOVERS:
                 remover = _REMOVERS[base.__name__]
-                return f"made anew at each forward by {type(hook).__name__}: make it an ordinary weight with {remover}"
+                return f"recomputed in each forward by {type(hook).__name__}: make it an ordinary weight with {remover}"
     for known in layer_kinds().values():
         if isinstance(module, known.layer_type) and parameter_name == "weight":
-            if _STANDARDISED.search(kind):
+            if _STANDARDIZED.search(kind):
                 return (
-                    f"{kind} standardises its weight at each forward: what is zero in the stored weight is not zero in "
-                    f"the used one. Make it a {known.layer_type.__name__} of the standardised weight first"
+                    f"{kind} standardizes its weight in each forward: a zero of the stored weight is not a zero of the "
+                    f"one in use. Make it a {known.layer_type.__name__} of the standardized weight first"
                 )
             return f"{type(module).__module__}.{kind} overrides the forward of {known.layer_type.__name__}"
     if parameter_name in stacked_experts(module):
-        return f"{parameter_name} of {kind} does not say which side of its experts' matrices is the input"
+        return f"{parameter_name} of {kind} does not say which dimension of its experts' matrices is the input"
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
 
 
-def reasons_to_skip(model: nn.Module, modules: dict[str, nn.Module], include_grouped: bool) -> dict[str, str]:
-    """Default reasons by module name, for layers of a prunable kind."""
-    reasons: dict[str, str] = {}
+def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> dict[str, tuple[SkipReason, str]]:
+    """Reasons to skip layers of a supported kind, by module name, each with its detail."""
     first = {
         next((name for name, module in modules.items() if isinstance(module, kind)), None) for kind in _CONVOLUTIONS
     }
     heads = set().union(*(_heads(module) for module in modules.values()))
+    all_routers = routers(modules)
     stems = [(name, pattern) for name, module in modules.items() for pattern in _timm_stems(module)]
-    of_experts = routers(modules)
-    adapters = [
+    adapters = tuple(
         f"{name}.{part}."
         for name, module in modules.items()
         for part in getattr(type(module), "adapter_layer_names", ())  # of peft's layers
-    ]
+    )
+    reasons: dict[str, tuple[SkipReason, str]] = {}
     for name, module in modules.items():
         if module in heads:
-            reasons[name] = "output head"
-        elif any(name.startswith(adapter) for adapter in adapters):
-            reasons[name] = "adapter: trained, not pruned"
-        elif module in of_experts:
-            reasons[name] = "router"
+            reasons[name] = SkipReason.OUTPUT_HEAD, "output head"
+        elif name.startswith(adapters):
+            reasons[name] = SkipReason.ADAPTER, "adapter: trained, not pruned"
+        elif module in all_routers:
+            reasons[name] = SkipReason.ROUTER, "router"
         elif isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels:
-            reasons[name] = "depthwise convolution"
+            reasons[name] = SkipReason.DEPTHWISE, "depthwise convolution"
         elif isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not include_grouped and kind_of(module):
-            reasons[name] = "grouped convolution: include_grouped=True prunes each group"
+            reasons[name] = SkipReason.GROUPED, "grouped convolution: include_grouped=True prunes each group"
         elif isinstance(module, _CONVOLUTIONS) and name in first and module.in_channels <= _IMAGE_CHANNELS:
-            reasons[name] = f"stem: reads the raw {'image' if isinstance(module, nn.Conv2d) else 'signal'}"
+            raw = "image" if isinstance(module, nn.Conv2d) else "signal"
+            reasons[name] = SkipReason.STEM, f"stem: reads the raw {raw}"
         elif _STEM.search(name) or any(
             name.startswith(prefix) and pattern.match(name[len(prefix) :].lstrip(".")) for prefix, pattern in stems
         ):
-            reasons[name] = "stem or patch embedding"
+            reasons[name] = SkipReason.STEM, "stem or patch embedding"
     return reasons
 
 
 def _heads(module: nn.Module) -> set[nn.Module]:
-    """Modules that belong to the output head which this (sub)model declares."""
+    """The modules of the output head that a model or submodel declares."""
     tops: list[Any] = []
     if callable(get_output_embeddings := _method(module, "get_output_embeddings")):
         tops.append(get_output_embeddings())
@@ -112,12 +117,12 @@ def _heads(module: nn.Module) -> set[nn.Module]:
 
 
 def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """A method of the module's own class: a wrapper that hands on every attribute does not have it."""
+    """Return a method that the module's class defines; a wrapper that forwards attribute access does not count."""
     return getattr(module, name) if hasattr(type(module), name) else None
 
 
 def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
-    """How a timm model itself names its stem, as expressions that match at the start of a parameter's name."""
+    """Regular expressions by which a timm model identifies its stem; they match the start of a parameter's name."""
     if not callable(group_matcher := _method(module, "group_matcher")):
         return []
     groups = group_matcher(coarse=False)

@@ -1,7 +1,7 @@
-"""Language models and image classifiers as LightningModules: load, train, measure, save.
+"""Language models and image classifiers as LightningModules, to load, train, measure and save.
 
-Both save an ordinary folder of their own library (`AutoModelForCausalLM.from_pretrained`,
-`timm.create_model("local-dir:...")`), and both read weights from safetensors only.
+Both save an ordinary folder of their own library, which `AutoModelForCausalLM.from_pretrained` and
+`timm.create_model("local-dir:...")` load.
 """
 
 from wanda_lightning.modules.causal_lm import CausalLMModule

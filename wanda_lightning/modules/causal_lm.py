@@ -26,6 +26,7 @@ from wanda_lightning.modules.loading import (
     check_decoder_only,
     check_vocabulary,
     load_causal_lm,
+    number_of_embeddings,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 
@@ -121,12 +122,12 @@ class CausalLMModule(L.LightningModule):
 
     def calibration_predictions(self, batch: Any) -> Any:
         """Run the batch through the model and return its output, with `logits`."""
-        input_ids, attention_mask, _ = _read_text(batch)
+        input_ids, attention_mask, _ = self._read(batch)
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def calibration_step(self, batch: Any) -> None:
         """Run the batch through all blocks; the logits are not computed."""
-        input_ids, attention_mask, _ = _read_text(batch)
+        input_ids, attention_mask, _ = self._read(batch)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         model: Any = self.model
         if not isinstance(model, FSDPModule):
@@ -135,9 +136,34 @@ class CausalLMModule(L.LightningModule):
             inputs["logits_to_keep"] = 1  # only a call of the whole model gathers the weights outside the blocks
         model(**inputs)
 
+    def check_tokens(self, input_ids: Tensor) -> None:
+        """Refuse token ids for which the model has no embedding. On a CUDA device they would end the process.
+
+        Args:
+            input_ids: Token ids of any shape.
+
+        Raises:
+            ValueError: Names the largest id and the number of embeddings.
+        """
+        embeddings = number_of_embeddings(self.model)
+        if embeddings is None or input_ids.numel() == 0:
+            return
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= embeddings:
+            raise ValueError(
+                f"input_ids must be from 0 to {embeddings - 1}, one for each embedding of the model, but they have "
+                f"{low if low < 0 else high}. Use the tokenizer that the model was trained with."
+            )
+
+    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        input_ids, attention_mask, labels = _read_text(batch)
+        if input_ids.device.type == "cpu":  # elsewhere it would wait for the device; TextDataModule checks before
+            self.check_tokens(input_ids)
+        return input_ids, attention_mask, labels
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean next-token loss over the tokens of the batch, without padding."""
-        input_ids, attention_mask, labels = _read_text(batch)
+        input_ids, attention_mask, labels = self._read(batch)
         if labels is None:
             labels = input_ids.masked_fill(~predicted_tokens(input_ids, attention_mask), -100)
         loss: Tensor = self(input_ids, attention_mask, labels, use_cache=False).loss
@@ -153,13 +179,13 @@ class CausalLMModule(L.LightningModule):
         self._measure("test_perplexity", self.test_perplexity, batch)
 
     def _measure(self, name: str, metric: WindowPerplexity, batch: Any) -> None:
-        input_ids, attention_mask, _ = _read_text(batch)
+        input_ids, attention_mask, _ = self._read(batch)
         metric.update(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
         self.log(name, metric, prog_bar=True, batch_size=len(input_ids))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
-        input_ids, attention_mask, _ = _read_text(batch)
+        input_ids, attention_mask, _ = self._read(batch)
         return window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
 
     def configure_optimizers(self) -> Any:

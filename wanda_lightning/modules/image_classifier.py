@@ -117,9 +117,16 @@ class ImageClassifierModule(L.LightningModule):
         """Run the images of the batch through the model."""
         self(_read_images(batch)[0])
 
+    def on_fit_start(self) -> None:
+        """Note the class names of the data, so that the saved model knows them."""
+        model: Any = self.model
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ())
+        if hasattr(model, "pretrained_cfg") and len(names) == self._num_classes:
+            model.pretrained_cfg["label_names"] = list(names)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean cross entropy; for a distilled DeiT with two heads, the mean over the heads."""
-        images, labels = _read_labelled(batch)
+        images, labels = _read_labeled(batch)
         outputs = self(images)
         heads = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         loss = torch.stack([F.cross_entropy(logits, labels) for logits in heads]).mean()
@@ -135,7 +142,7 @@ class ImageClassifierModule(L.LightningModule):
         self._measure("test", batch)
 
     def _measure(self, stage: str, batch: Any) -> None:
-        images, labels = _read_labelled(batch)
+        images, labels = _read_labeled(batch)
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(images))
         for name, metric in self.metrics.items():
@@ -173,8 +180,13 @@ class ImageClassifierModule(L.LightningModule):
                 f"save_pretrained writes models of timm, but {type(self.model).__name__} does not come from timm. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
+        model: Any = self.model
+        names = model.pretrained_cfg.get("label_names") or ()
+        labels = {"label_names": names} if len(names) == self._num_classes else None
         with whole_folder(folder, overwrite) as new:
-            save_for_hf(self.model, str(new), model_args=self._model_kwargs, safe_serialization=True)
+            save_for_hf(
+                self.model, str(new), model_config=labels, model_args=self._model_kwargs, safe_serialization=True
+            )
 
 
 def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +199,7 @@ def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:
     return images, next((batch[key] for key in ("label", "labels") if key in batch), None)
 
 
-def _read_labelled(batch: Any) -> tuple[Tensor, Tensor]:
+def _read_labeled(batch: Any) -> tuple[Tensor, Tensor]:
     images, labels = _read_images(batch)
     if labels is None:
         raise ValueError(

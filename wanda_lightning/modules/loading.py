@@ -17,6 +17,7 @@ import timm
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ _CHECKED = (*DTYPES.values(), torch.float64)
 
 # -------------------------------------------------------------------------------------------------- language models
 
+_OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
 _CAUSAL = ("gpt_neox_japanese",)  # masks the future itself, although its configuration says is_decoder=False
 
 
@@ -69,24 +71,15 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
 
 
 def check_decoder_only(config: Any) -> None:
-    """Refuse the configuration of an encoder-decoder.
-
-    Raises:
-        ValueError: Says how to prune it instead.
-    """
+    """Raise a ValueError for the configuration of an encoder-decoder."""
     if config.is_encoder_decoder:
         raise ValueError(
-            f"model must be a decoder-only language model, but {config.model_type} is an encoder-decoder. "
-            "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
+            f"model must be a decoder-only language model, but {config.model_type} is an encoder-decoder. {_OTHERS}"
         )
 
 
 def check_causal(model: nn.Module) -> None:
-    """Refuse a model of which a token sees the tokens after it, since it cannot be asked to predict them.
-
-    Raises:
-        ValueError: Says how to prune it instead.
-    """
+    """Raise a ValueError for an encoder, whose tokens see the tokens after them: it cannot be asked to predict them."""
     config: Any = model.config
     fields = getattr(type(config), "__dataclass_fields__", {})
     if "is_decoder" not in fields or config.is_decoder or config.model_type in _CAUSAL:
@@ -94,18 +87,14 @@ def check_causal(model: nn.Module) -> None:
     if not any(getattr(module, "is_causal", None) is True for module in model.modules()):
         raise ValueError(
             f"model must predict each token from the ones before it, but {config.model_type} is an encoder: it sees "
-            "all tokens, and its perplexity means nothing. Load it with transformers and call "
-            "wanda_lightning.prune(model, batches) on it directly."
+            f"all tokens, and its perplexity means nothing. {_OTHERS}"
         )
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings.
+    """Raise a ValueError for a tokenizer with more tokens than the model has embeddings.
 
     Tokens that were added to the vocabulary do not count, since some models have no embedding for theirs.
-
-    Raises:
-        ValueError: Names both numbers.
     """
     size, embeddings = getattr(tokenizer, "vocab_size", None), number_of_embeddings(model)
     if isinstance(size, int) and embeddings is not None and size > embeddings:
@@ -233,7 +222,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint {checkpoint} does not exist. Check the path.")
     _check_stored_as_float(str(path), [path], model)
-    weights, expected = _read(path), model.state_dict()
+    weights, expected = load_file(path), model.state_dict()
     faults = [f"{key} is missing" for key in expected if key not in weights]
     faults += [f"{key} is unknown to the model" for key in weights if key not in expected]
     faults += [
@@ -256,11 +245,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Refuse a model with a weight that is NaN or infinite.
-
-    Raises:
-        ValueError: Names the first one.
-    """
+    """Raise a ValueError that names the first weight with NaN or infinity."""
     for key, weight in model.named_parameters():
         if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # packed, for example
             continue
@@ -276,34 +261,16 @@ def check_finite(model: nn.Module, name: str) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights in {path} cannot be read: the file is incomplete or damaged ({error}). Download or save it "
-            "again."
-        ) from error
-
-
 def _check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
     """Refuse integers stored for a floating-point parameter: without their scales they are not its values."""
     parameters = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     parameters |= {key.partition(".")[2] for key in parameters}  # checkpoints of the base model lack the first part
     for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 (it is no mapping)
-                if not {key, key.partition(".")[2]} & parameters:
-                    continue
-                if (stored := file.get_slice(key).get_dtype()).startswith(("I", "U", "BOOL")):
-                    raise ValueError(
-                        f"The model {name!r} stores {key} as {stored}: packed integers, whose scales are not known. "
-                        "Give the model in float32, bfloat16 or float16."
-                    )
+        with reading("weights", path), safe_open(path, framework="pt") as file:
+            stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        for key, dtype in stored.items():
+            if dtype.startswith(("I", "U", "BOOL")) and {key, key.partition(".")[2]} & parameters:
+                raise ValueError(
+                    f"The model {name!r} stores {key} as {dtype}: packed integers, whose scales are not known. Give "
+                    "the model in float32, bfloat16 or float16."
+                )

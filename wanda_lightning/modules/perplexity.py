@@ -12,7 +12,10 @@ _CHUNK = 2**22  # logits per step of the loss: 16 MiB in float32, whatever the v
 
 
 def predicted_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Which tokens count as predictions: real ones after a real one, so neither padding nor the first token."""
+    """Return which tokens count as predictions: real tokens after a real one, so neither padding nor the first token.
+
+    Input and output have the shape (batch, tokens); the attention mask is zero at padding.
+    """
     predicted = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         real = attention_mask != 0
@@ -22,16 +25,18 @@ def predicted_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor
 
 
 def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean next-token loss of each window, `logsumexp(logits) - logits[target]`; NaN where nothing is predicted.
+    """Return the mean next-token loss of each window, of shape (batch,): `logsumexp(logits) - logits[target]`.
+
+    It is NaN for a window that predicts nothing.
 
     Args:
-        logits: Of shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
-        input_ids: Of shape (batch, tokens).
-        attention_mask: Of shape (batch, tokens), zero at padding.
+        logits: Shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
+        input_ids: Shape (batch, tokens).
+        attention_mask: Shape (batch, tokens), zero at padding.
     """
     if logits.shape[:-1] != input_ids.shape:
         raise ValueError(
-            f"logits should have the shape (batch, tokens, vocabulary) for input_ids of shape (batch, tokens), "
+            f"logits must have the shape (batch, tokens, vocabulary) for input_ids of shape (batch, tokens), "
             f"but they have {tuple(logits.shape)} for {tuple(input_ids.shape)}."
         )
     predicted = predicted_tokens(input_ids, attention_mask)
@@ -52,10 +57,10 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
 class WindowPerplexity(Metric):
     r"""Perplexity as pruning papers report it: `exp` of the mean over windows of each window's mean next-token loss.
 
-    It equals the perplexity over all tokens only where all windows are equally long. A window that predicts nothing
-    (only padding, or one token) is ignored; with no other window the result is NaN.
+    It equals the perplexity over all tokens only if all windows have the same length. A window that predicts nothing
+    (only padding, or one token) is ignored; without any other window the result is NaN.
 
-    >>> logits = torch.zeros(1, 5, 50)  # a model that knows nothing hesitates between all 50 words
+    >>> logits = torch.zeros(1, 5, 50)  # all 50 words are equally likely
     >>> metric = WindowPerplexity()
     >>> metric.update(logits, torch.randint(50, (1, 5)))
     >>> round(metric.compute().item(), 4)
@@ -77,12 +82,12 @@ class WindowPerplexity(Metric):
         self.add_state("windows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Add windows. The logits are read in chunks; no second tensor of their size is made.
+        """Add windows. It reads the logits in chunks, without a second tensor of their size.
 
         Args:
-            logits: What the model predicts after each token, of shape (batch, tokens, vocabulary).
-            input_ids: The windows themselves, of shape (batch, tokens).
-            attention_mask: Of shape (batch, tokens), zero at padding.
+            logits: Predictions of the model after each token, of shape (batch, tokens, vocabulary).
+            input_ids: The windows, of shape (batch, tokens).
+            attention_mask: Shape (batch, tokens), zero at padding.
         """
         losses = window_losses(logits, input_ids, attention_mask)
         counts = predicted_tokens(input_ids, attention_mask).any(dim=1)
@@ -91,5 +96,5 @@ class WindowPerplexity(Metric):
         self.windows = self.windows + counts.sum()
 
     def compute(self) -> Tensor:
-        """`exp(loss_sum / windows)`."""
+        """Return `exp(loss_sum / windows)`."""
         return torch.exp(self.loss_sum / self.windows)

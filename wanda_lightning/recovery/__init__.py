@@ -1,1 +1,6 @@
-"""What trains the kept weights after the masks are chosen."""
+"""Recoveries train the kept weights after the masks are chosen; the masks stay fixed."""
+
+from wanda_lightning.recovery.base import NoRecovery, RecoveredPart, Recovery, UnitRecovery
+from wanda_lightning.recovery.reconstruct import Reconstruct
+
+__all__ = ["NoRecovery", "Reconstruct", "RecoveredPart", "Recovery", "UnitRecovery"]

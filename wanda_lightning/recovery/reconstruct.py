@@ -1,4 +1,4 @@
-"""Train the parts of a pruned block to give again what they gave when it was dense."""
+"""Train the parts of a pruned block to reproduce the outputs of the dense block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,62 @@ from torch.utils._pytree import tree_leaves
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.gradients import without_gradients
-from wanda_lightning.core.solvers import Reconstruct, masked
+from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.core.masking import masked
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
+from wanda_lightning.recovery.base import RecoveredPart, Recovery, UnitRecovery
 
-_HELD_OUT = 4  # every so many batches one is not trained on
+_HELD_OUT = 4  # one batch in so many is not trained on
+
+TokenMasks = Sequence[tuple[TokenMask, ...] | None]  # of each batch
+
+
+@dataclass(frozen=True)
+class Reconstruct(Recovery):
+    """Train the kept weights of each part of a block to reproduce the outputs of the dense part.
+
+    The attention and the MLP of a block are trained separately, on the inputs that they had in the dense block: Adam on
+    the squared error, with the mask fixed. From four calibration batches on, every fourth is held out; when the error
+    on the held-out batches stops falling, training ends and the best weights are kept. If layers lie in the block
+    itself, outside of its parts, the block is trained as a whole. While a block is trained, the inputs and outputs of
+    its parts are in memory for all batches.
+
+    Attributes:
+        epochs: Passes over the calibration batches, at most.
+        learning_rate: Of Adam, relative to the root mean square of the layer's kept weights.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
+    epochs: int = 4
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
+
+    def check(self, sequential: str) -> None:
+        """Require whole blocks."""
+        if sequential != "block":
+            raise ValueError(
+                f"recovery={self} trains the parts of blocks, but sequential={sequential!r} was given. Use "
+                "sequential='block', or another recovery."
+            )
+
+    def check_processes(self, world_size: int) -> None:
+        """Require a single process: each would train on its own batches alone."""
+        if world_size > 1:
+            raise ValueError(
+                f"recovery={self} trains in one process, but {world_size} prune together. Prune with devices=1, or "
+                "without recovery."
+            )
+
+    def start(self, unit: Unit, masks: TokenMasks) -> UnitRecovery:
+        """Find the parts of the unit; a unit that is a single layer has none."""
+        parts = _parts(unit)
+        return _BlockReconstruction(self, unit, parts, masks) if parts else UnitRecovery()
 
 
 class _Run(NamedTuple):
-    """One call of a part: what entered (arguments and keywords), and what the dense part gave."""
+    """One call of a part: its inputs (arguments and keywords), and the output of the dense part."""
 
     call: Call
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,14 +79,14 @@ class _Run(NamedTuple):
 
 
 @dataclass
-class Part:
-    """A module of a block that is trained for itself.
+class _Part:
+    """A module of a block that is trained separately.
 
     Attributes:
-        name: As in the model.
+        name: Its name in the model.
         module: An attention, an MLP, or the block.
-        layers: Those in it that are pruned.
-        runs: What went through it.
+        layers: The pruned layers inside it.
+        runs: One for each batch.
     """
 
     name: str
@@ -47,129 +95,153 @@ class Part:
     runs: list[_Run] = field(default_factory=list)
 
 
-def recorded(
-    unit: Unit, calls: Iterable[Call], masks: Sequence[tuple[TokenMask, ...] | None]
-) -> tuple[list[Part], Iterator[Call]]:
-    """The parts of a dense unit, and its calls: to be run once each, which records what the parts see and give."""
-    parts = _parts(unit)
+@dataclass
+class _BlockReconstruction(UnitRecovery):
+    """Records what the parts of a dense block compute, and trains the pruned parts on it."""
 
-    def watched() -> Iterator[Call]:
+    config: Reconstruct
+    unit: Unit
+    parts: list[_Part]
+    masks: TokenMasks
+
+    def record(self, calls: Iterable[Call]) -> Iterator[Call]:
+        """Record the parts during each call; a batch that does not count is not recorded."""
         for call in calls:
-            counts = parts and masks[call.batch] is not None
-            yield replace(call, forward=partial(_record, parts, unit, call)) if counts else call
+            if self.masks[call.batch] is None:
+                yield call
+            else:
+                yield replace(call, forward=partial(self._run, call))
 
-    return parts, watched()
+    def _run(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        if self.parts[0].module is self.unit.module:  # the call parks inside the module: its hooks do not run
+            inputs = clone_arguments((args, kwargs))
+            output = call.forward(*args, **kwargs)
+            self.parts[0].runs.append(_Run(call, inputs, _first_output(output).clone()))
+            return output
+        with ExitStack() as hooks:
+            for part in self.parts:
+                hook = part.module.register_forward_hook(_recording_hook(part, call), with_kwargs=True)
+                hooks.callback(hook.remove)
+            return call.forward(*args, **kwargs)
+
+    def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
+        """Train part by part; the recorded tensors of a part are freed after its training."""
+        while self.parts:
+            part = self.parts.pop(0)
+            if part.runs:
+                show(part.name)
+                yield _PartTraining(part, self.config, self.masks).train()
 
 
-def _record(parts: Sequence[Part], unit: Unit, call: Call, *args: Any, **kwargs: Any) -> Any:
-    if parts[0].module is unit.module:  # parked: its own hooks do not run
-        inputs = clone_arguments((args, kwargs))
-        output = call.forward(*args, **kwargs)
-        parts[0].runs.append(_Run(call, inputs, _output(output).clone()))
-        return output
-    with ExitStack() as hooks:
-        for part in parts:
-            hook = part.module.register_forward_hook(_hook(part, call), with_kwargs=True)
-            hooks.callback(hook.remove)
-        return call.forward(*args, **kwargs)
+class _PartTraining:
+    """Trains the nonzero weights of one part, and writes them when training is over.
 
-
-def train(part: Part, solver: Reconstruct, masks: Sequence[tuple[TokenMask, ...] | None]) -> tuple[float, float]:
-    """Train the weights of a part that are not zero, and write them when all is done.
-
-    Returns:
-        The squared error before and after, as a share of what the dense part gave, on batches that were held out.
+    The part runs outside of the block, by `functional_call` with float32 copies of its weights, so nothing in the model
+    changes before that.
     """
-    trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
-    held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or trained
-    inside = {module: name for name, module in part.module.named_modules()}
-    paths = {layer.name: f"{inside[layer.module]}.{layer.parameter_name}" for layer in part.layers}
-    weights = {paths[layer.name]: layer.parameter.detach() for layer in part.layers}
-    # Wider than bfloat16, where small steps would be lost.
-    masters = {
-        name: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).requires_grad_()
-        for name, weight in weights.items()
-    }
-    trains = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    for layer in part.layers:  # of a parameter that holds many, some may be left dense
-        layer.part(trains[paths[layer.name]]).copy_(layer.weight != 0)
 
-    def squares(x: Tensor, run: _Run) -> Tensor:
-        if mask := fitting_mask(masks[run.call.batch] or (), part.name, x):
+    def __init__(self, part: _Part, config: Reconstruct, masks: TokenMasks) -> None:
+        self._part, self._config, self._masks = part, config, masks
+        self._trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
+        self._held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
+        names = {module: name for name, module in part.module.named_modules()}
+        paths = {layer.name: f"{names[layer.module]}.{layer.parameter_name}" for layer in part.layers}
+        self._weights = {paths[layer.name]: layer.parameter.detach() for layer in part.layers}
+        # float32: bfloat16 would lose small steps.
+        self._copies = {
+            path: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).requires_grad_()
+            for path, weight in self._weights.items()
+        }
+        self._keep = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in self._weights.items()}
+        for layer in part.layers:  # a parameter may hold several layers, some of which are dense and stay as they are
+            layer.part(self._keep[paths[layer.name]]).copy_(layer.weight != 0)
+
+    def train(self) -> RecoveredPart:
+        """Train for at most `epochs`, as long as the held-out error falls."""
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [copy], "lr": self._config.learning_rate * _root_mean_square(copy.detach()[keep])}
+                for copy, keep in zip(self._copies.values(), self._keep.values(), strict=True)
+            ]
+        )
+        with without_gradients(self._part.module):
+            first = least = self._held_out_error()
+            best = self._snapshot()
+            for _ in range(self._config.epochs):
+                self._train_epoch(optimizer)
+                if not (error := self._held_out_error()) < least:
+                    break
+                least, best = error, self._snapshot()
+        for path, weight in self._weights.items():
+            weight.copy_(best[path])
+        energy = float(sum(self._square_sum(run.output, run) for run in self._held_out))
+        energy = max(energy, torch.finfo(torch.float32).tiny)
+        names = frozenset(layer.name for layer in self._part.layers)
+        return RecoveredPart(self._part.name, names, first / energy, least / energy)
+
+    def _train_epoch(self, optimizer: torch.optim.Optimizer) -> None:
+        for run in self._trained:
+            optimizer.zero_grad()
+            self._error(run, training=True).backward()
+            for copy, keep in zip(self._copies.values(), self._keep.values(), strict=True):
+                if copy.grad is not None:  # without a gradient Adam leaves a weight as it is
+                    copy.grad = masked(copy.grad, keep)
+            optimizer.step()
+
+    def _held_out_error(self) -> float:
+        return float(torch.stack([self._error(run) for run in self._held_out]).sum())
+
+    def _error(self, run: _Run, training: bool = False) -> Tensor:
+        with run.call.thread_state.entered(), torch.set_grad_enabled(training):
+            values = {path: copy.to(self._weights[path].dtype) for path, copy in self._copies.items()}
+            args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
+            output = _first_output(functional_call(self._part.module, values, args, kwargs))
+            return self._square_sum(output - run.output, run)
+
+    def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
+        """Sum of squares over the tokens that count."""
+        if mask := fitting_mask(self._masks[run.call.batch] or (), self._part.name, x):
             x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
         return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
 
-    def error(run: _Run, training: bool = False) -> Tensor:
-        with run.call.thread_state.entered(), torch.set_grad_enabled(training):
-            values = {name: master.to(weights[name].dtype) for name, master in masters.items()}
-            args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-            output = _output(functional_call(part.module, values, args, kwargs))
-            return squares(output - run.output, run)
-
-    def errors() -> float:
-        return float(torch.stack([error(run) for run in held_out]).sum())
-
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [master], "lr": solver.learning_rate * _root_mean_square(master.detach()[trains[name]])}
-            for name, master in masters.items()
-        ]
-    )
-    with without_gradients(part.module):
-        first = least = errors()
-        best = {name: master.detach().clone() for name, master in masters.items()}
-        for _ in range(solver.epochs):
-            for run in trained:
-                optimizer.zero_grad()
-                error(run, training=True).backward()
-                for name, master in masters.items():
-                    if master.grad is not None:  # without a gradient Adam leaves a weight as it is
-                        master.grad = masked(master.grad, trains[name])
-                optimizer.step()
-            if not (now := errors()) < least:
-                break
-            least = now
-            best = {name: master.detach().clone() for name, master in masters.items()}
-    for name, weight in weights.items():
-        weight.copy_(best[name])
-    energy = max(float(sum(squares(run.output, run) for run in held_out)), torch.finfo(torch.float32).tiny)
-    return first / energy, least / energy
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {path: copy.detach().clone() for path, copy in self._copies.items()}
 
 
-def _parts(unit: Unit) -> list[Part]:
-    """The children of a block that hold all its layers; else the block; of a layer alone none."""
+def _parts(unit: Unit) -> list[_Part]:
+    """The children of a block if they hold all its layers, else the block itself; a layer has no parts."""
     if unit.module is None or any(layer.module is unit.module for layer in unit.layers):
         return []
-    parts = [_part(f"{unit.name}.{name}", module, unit.layers) for name, module in _called(unit.module)]
+    parts = [_part(f"{unit.name}.{name}", module, unit.layers) for name, module in _called_children(unit.module)]
     parts = [part for part in parts if part.layers]
     if sum(len(part.layers) for part in parts) < len(unit.layers):
         return [_part(unit.name, unit.module, unit.layers)]
     return parts
 
 
-def _called(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Children that have a forward: those of a list instead of the list."""
+def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children that have a forward: the members of a list or dictionary in place of the container."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _called(child))
+            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _called_children(child))
         else:
             yield name, child
 
 
-def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> Part:
+def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> _Part:
     inside = {child for child in module.modules() if child is not module}
-    return Part(name, module, tuple(layer for layer in layers if layer.module in inside))
+    return _Part(name, module, tuple(layer for layer in layers if layer.module in inside))
 
 
-def _hook(part: Part, call: Call) -> Callable[..., None]:
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        part.runs.append(_Run(call, clone_arguments((args, kwargs)), _output(output).clone()))
+def _recording_hook(part: _Part, call: Call) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        part.runs.append(_Run(call, clone_arguments((args, kwargs)), _first_output(output).clone()))
 
-    return keep
+    return record
 
 
-def _output(output: object) -> Tensor:
-    """The first floating-point tensor of what a part gives."""
+def _first_output(output: object) -> Tensor:
+    """The first floating-point tensor that a part returns."""
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 

@@ -9,7 +9,7 @@ from support.layers import correlated_layer, random_layer, solve, statistics
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.patterns import NM, Unstructured
 from wanda_lightning.core.solvers import Refit
-from wanda_lightning.core.solvers.refit import refitted
+from wanda_lightning.core.solvers.refit import refit
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
@@ -26,7 +26,7 @@ def test_a_refit_is_numpys_least_squares(pattern, dampening):
 def test_a_refit_knows_its_error(steps):
     weight, tokens = correlated_layer(4, torch.float64, shape=(6, 32), tokens=200)
     gram, keep = tokens.t() @ tokens, NM(2, 4)(weight.abs(), 0.5)
-    fitted, error = refitted(weight, weight * keep, keep, gram, steps)
+    fitted, error = refit(weight, weight * keep, keep, gram, steps)
     difference = fitted - weight
     np.testing.assert_allclose(error.squeeze(1), (difference @ gram * difference).sum(dim=1), rtol=1e-9)
 

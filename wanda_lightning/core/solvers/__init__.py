@@ -1,12 +1,11 @@
-"""Solvers give the final weights of a layer, zeros included.
+"""Solvers compute the final weights of a layer, zeros included.
 
-A solver gets criterion *and* pattern, because some choose and update column block by column block; "score, keep, zero"
-is the special case `ZeroOut`.
+A solver receives the whole selection (criterion, pattern and sparsity), because some choose and update column block by
+column block. `ZeroOut` is the special case that scores once and sets weights to zero.
 """
 
 from wanda_lightning.core.solvers.admm import ADMM
-from wanda_lightning.core.solvers.base import Solver, mask_, masked
-from wanda_lightning.core.solvers.reconstruct import Reconstruct
+from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.solvers.refit import Refit
 from wanda_lightning.core.solvers.sparsegpt import SparseGPT
 from wanda_lightning.core.solvers.zero_out import ZeroOut
@@ -14,13 +13,10 @@ from wanda_lightning.core.solvers.zero_out import ZeroOut
 __all__ = [
     "ADMM",
     "SOLVERS",
-    "Reconstruct",
     "Refit",
     "Solver",
     "SparseGPT",
     "ZeroOut",
-    "mask_",
-    "masked",
 ]
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -28,5 +24,4 @@ SOLVERS: dict[str, type[Solver]] = {
     "sparsegpt": SparseGPT,
     "refit": Refit,
     "admm": ADMM,
-    "reconstruct": Reconstruct,
 }

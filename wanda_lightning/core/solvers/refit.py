@@ -1,4 +1,4 @@
-"""Fit the kept weights anew to what the dense layer gave."""
+"""Refit the kept weights to the outputs of the dense layer."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.solvers.base import Solver, as_numbers, masked
+from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, Weight
 
 
 @dataclass(frozen=True)
 class Refit(Solver):
-    """Choose as `ZeroOut` does, then give the kept weights their least-squares values.
+    """Choose like `ZeroOut`, then give the kept weights their least-squares values.
 
-    Each row minimises `||(w - w') X^T||^2 + dampening * mean(diag(X^T X)) * ||w - w'||^2` over what is kept of it, by
-    conjugate gradients on all rows at once, preconditioned with the diagonal. The mask does not change.
+    Each row minimizes `||(w - w') X^T||^2 + dampening * mean(diag(X^T X)) * ||w - w'||^2` over its kept weights, by
+    conjugate gradients on all rows at once with the diagonal as preconditioner. The mask does not change.
 
     Attributes:
-        dampening: Pull towards the weights as they were, as a share of the mean diagonal; more where there are few
-            calibration tokens.
-        steps: Of conjugate gradients, at the most.
+        dampening: Pull toward the dense weights, as a fraction of the mean diagonal; raise it for few calibration
+            tokens.
+        steps: Maximum number of conjugate gradient steps.
     """
 
     dampening: float = 0.1
@@ -38,23 +39,23 @@ class Refit(Solver):
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
-        """Choose, then fit."""
+        """Choose, then refit."""
         keep = selection.keep(weight, inputs)
         gram = inputs.dampened_gram(self.dampening)
         dense = weight.to(gram.dtype).contiguous()
-        fitted, _ = refitted(dense, masked(dense, keep), keep, gram, self.steps)
+        fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.steps)
         return fitted.to(weight.dtype), keep
 
 
-def refitted(
+def refit(
     dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: int
 ) -> tuple[Weight, Float[Tensor, "d_out 1"]]:
-    """The kept weights that come nearest to `dense` in the norm of `gram`, from `start` on.
+    """Find the kept weights that are nearest to `dense` in the norm of `gram`, from `start` on.
 
-    Rows whose residual has become a millionth of what it was stop; so do all after `steps`.
+    A row stops when its residual energy has fallen to 1e-12 of the initial one; all rows stop after `steps`.
 
     Returns:
-        The weights, and the square of how far each row still is from `dense` in that norm.
+        The weights, and the squared distance of each row to `dense` in that norm.
     """
     inverse_diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
     fitted = start.clone()
@@ -76,6 +77,6 @@ def refitted(
         error -= step * energy
         residual.addcmul_(step, image.mul_(as_numbers(keep)), value=-1)
         scaled = residual * inverse_diagonal
-        before, energy = energy, (residual * scaled).sum(dim=1, keepdim=True)
-        direction = scaled.addcmul_(torch.where(active, energy / before, 0), direction)
+        previous, energy = energy, (residual * scaled).sum(dim=1, keepdim=True)
+        direction = scaled.addcmul_(torch.where(active, energy / previous, 0), direction)
     return fitted, error

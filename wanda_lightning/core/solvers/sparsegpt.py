@@ -13,9 +13,10 @@ from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion, Group, Saliency
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
+from wanda_lightning.core.masking import as_numbers, mask_
 from wanda_lightning.core.patterns import ColumnBlock
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.solvers.base import Solver, as_numbers, mask_
+from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 

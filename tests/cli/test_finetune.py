@@ -1,0 +1,74 @@
+"""`wanda-lightning finetune`: zeros stay, and perplexity is measured again by hand."""
+
+import sys
+
+import pytest
+import torch
+from support.cli import SEQLEN, perplexity_by_hand, run, zeros_by_layer
+from transformers import AutoModelForCausalLM
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*tells .* apart"),  # tiny classifiers are made without regard to the images
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
+]
+
+
+@pytest.fixture
+def tuned(text, inputs):
+    """The options of a fast run on the language model, pruned."""
+    assert run(*text, "--save_model", "pruned") == 0
+    texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "6"]
+    sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01", "--lora_dropout", "0"]
+    return ["finetune", "--model", "pruned", *texts, *sizes]
+
+
+@pytest.mark.parametrize("method", ["full", "keep-zeros-lora", "lora"])
+def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method):
+    assert run(*tuned, "--method", method, "--dense", inputs / "llama", "--save_model", "tuned") == 0
+    dense, pruned, new = (AutoModelForCausalLM.from_pretrained(f) for f in (inputs / "llama", "pruned", "tuned"))
+    before, after = zeros_by_layer(pruned), zeros_by_layer(new)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    trained = [name for name, weight in new.state_dict().items() if not torch.equal(weight, pruned.state_dict()[name])]
+    targets = [name for name in before if name.endswith(("q_proj", "v_proj"))]
+    assert trained == list(new.state_dict()) if method == "full" else trained == [f"{name}.weight" for name in targets]
+    printed = capsys.readouterr().out
+    other = (inputs / "other.txt").read_text()
+    for name, model in {"dense": dense, "pruned": pruned, "fine-tuned": new}.items():
+        assert f"│ {name:<{26 if method == 'lora' else 10}} │ {perplexity_by_hand(model, other, 6):10.2f} │" in printed
+    zeros = sum(int(where.sum()) for where in before.values())
+    assert f"Zeros before: {zeros:,}, after: {zeros:,}." in printed
+
+
+def test_all_linear_adapters(tuned):
+    assert run(*tuned, "--target_modules", "all-linear", "--save_model", "tuned") == 0
+    pruned, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("pruned", "tuned"))
+    for name in zeros_by_layer(pruned):
+        assert not torch.equal(pruned.get_submodule(name).weight, new.get_submodule(name).weight)
+
+
+def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
+    AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.bfloat16).save_pretrained("pruned")
+    assert run(*tuned, "--lr", "1e-6", "--method", "full", "--save_model", "tuned") == 0
+    pruned, new = AutoModelForCausalLM.from_pretrained("pruned"), AutoModelForCausalLM.from_pretrained("tuned")
+    assert (pruned.dtype, new.dtype) == (torch.bfloat16, torch.float32)
+    before, after = zeros_by_layer(pruned), zeros_by_layer(new)
+    for name in before:
+        assert torch.equal(before[name], after[name])
+        assert not torch.equal(pruned.get_submodule(name).weight.float(), new.get_submodule(name).weight)
+
+
+def test_adapters_without_peft_are_explained(tuned, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(*tuned, message="Adapters need peft: pip install 'wanda_lightning[lora]'")
+
+
+def test_what_cannot_be_fine_tuned(tuned, inputs, refused, tmp_path):
+    refused(*tuned, "--model", inputs / "llama", message="has no zeros to keep. Prune it first")
+    refused(*tuned, "--steps", "0", message="--steps must be at least 1, but it is 0", code=2)
+    refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65")
+    refused(*tuned, "--target_modules", "no_such", message="no_such")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    refused(*tuned, "--save_model", "mine", message="The folder mine is not empty")
+    refused(*tuned, "--save_model", "mine", "--overwrite", message="is not a model")

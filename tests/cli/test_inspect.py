@@ -1,0 +1,120 @@
+"""`wanda-lightning inspect`: what it counts, and that no weight is allocated."""
+
+import shutil
+
+import pytest
+import torch
+from support.cli import run
+from support.gguf import write_gguf
+from support.zoo import ZOO
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wanda_lightning import CausalLMModule
+from wanda_lightning.models import find_layers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*tells .* apart"),  # tiny classifiers are made without regard to the images
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
+]
+
+
+def test_inspect_a_folder(inputs, capsys, tmp_path):
+    shutil.copytree(inputs / "llama", "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert run("inspect", "--model", "weightless", "--skip", "[model.layers.0.mlp]") == 0
+    out = capsys.readouterr().out
+    assert "11 layers in 2 units hold 14,336 weights" in out  # 8 attention matrices of 32 x 32, three of 32 x 64
+    for line in (
+        ("model.layers.1", "self_attn.q_proj"),
+        ("output head", "lm_head"),
+        ("skip='model.layers.0.mlp'", "3"),
+    ):
+        assert any(all(part in row for part in line) for row in out.splitlines()), line
+    assert run("inspect", "--model", "weightless", "--sequential", "layer") == 0
+    assert "14 layers in 14 units" in capsys.readouterr().out
+
+
+def test_inspect_only(inputs, capsys):
+    folder = str(inputs / "llama")
+    assert run("inspect", "--model", folder, "--only", "*.mlp,model.layers.0.self_attn", "--skip", "*.down_proj") == 0
+    out = capsys.readouterr().out
+    assert "8 layers in 2 units hold 12,288 weights" in out  # four of 32 x 32, four of 32 x 64
+    assert "not in only=['*.mlp'," in out
+    assert "skip='*.down_proj'" in out
+
+
+class LargestOnDevice(TorchDispatchMode):
+    """How many numbers the largest tensor holds that is computed meanwhile, outside of the meta device."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self.size = max(self.size, leaf.numel())
+        return output
+
+
+@pytest.mark.parametrize("name", ["folder", "tiny.gguf", "timm:convnext_tiny"])
+def test_inspect_allocates_no_weights(inputs, capsys, name):
+    if name == "folder":
+        shutil.copytree(inputs / "llama", name, ignore=shutil.ignore_patterns("*.safetensors"))
+    elif name == "tiny.gguf":
+        write_gguf(name)
+    with LargestOnDevice() as largest:
+        assert run("inspect", "--model", name) == 0
+    assert "layers in" in capsys.readouterr().out
+    assert largest.size < 32 * 32  # the smallest matrix
+
+
+def test_inspect_a_gguf_file_as_its_model(capsys):
+    write_gguf("tiny.gguf")
+    assert run("inspect", "--model", "tiny.gguf") == 0
+    rows = capsys.readouterr().out
+    assert "14 layers in 2 units hold 17,408 weights" in rows  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
+    assert find_layers(CausalLMModule("tiny.gguf").model).units[0].name in rows
+
+
+def test_inspect_a_mixture_of_experts(capsys):
+    ZOO["mixtral"].build().config.save_pretrained("experts")
+    assert run("inspect", "--model", "experts") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "24 layers in 2 units" in out
+    assert "router" in out
+    assert "gate_up_proj.*" in out
+    assert "gate_up_proj.0" not in out
+
+
+def test_inspect_a_timm_model(capsys):
+    assert run("inspect", "--model", "timm:test_convnext", "--sequential", "none") == 0
+    out = capsys.readouterr().out
+    assert "depthwise convolution" in out
+    assert "output head" in out
+    assert "in 1 unit hold" in out
+
+
+def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    folder = str(inputs / "llama")
+    assert run("inspect", "--model", folder, "--sparsity_type", "16:64") == 0
+    out = capsys.readouterr().out
+    assert "2 layers in 2 units hold 4,096 weights" in out
+    assert any("input width 32 is not a multiple of 64" in row and " 12 " in row for row in out.splitlines())
+    assert "Note: the pattern does not fit 12 layers, model.layers.0.mlp.gate_proj largest (input width 32 is" in out
+    assert "Note: only 20% of the weights" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "gone"], "couldn't connect to 'https://huggingface.co'"),
+        (["--model", "gone.gguf"], "gone.gguf does not exist"),
+        (["--model", "timm:test_vitt"], "Did you mean test_vit"),
+        (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
+        (["--model", "timm:test_vit", "--only", "blocks.9"], "--only blocks.9 matches no matrix"),
+    ],
+)
+def test_inspect_refuses(refused, more, message):
+    refused("inspect", *more, message=message)

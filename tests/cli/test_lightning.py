@@ -1,0 +1,177 @@
+"""`wanda-lightning fit|validate|test`: recipes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support.cli import SEQLEN, run
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*tells .* apart"),  # tiny classifiers are made without regard to the images
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
+]
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(inputs):
+    """Writes a recipe of LightningCLI and returns its path."""
+
+    def write(**pruning):
+        options = {
+            "model": {"class_path": "wanda_lightning.CausalLMModule", "init_args": {"model": f"{inputs}/llama"}},
+            "data": {
+                "class_path": "wanda_lightning.TextDataModule",
+                "init_args": {
+                    "calibration": f"{inputs}/long.txt",
+                    "evaluation": f"{inputs}/other.txt",
+                    "seqlen": SEQLEN,
+                    "num_samples": 6,
+                    "limit": 6,
+                },
+            },
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_epochs": 1,
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "callbacks": [
+                    {
+                        "class_path": "wanda_lightning.WandaPrune",
+                        "init_args": {"num_samples": 6, "report_dir": "out", **pruning},
+                    }
+                ],
+            },
+        }
+        Path("recipe.yaml").write_text(yaml.safe_dump(options))
+        return "recipe.yaml"
+
+    return write
+
+
+ONE_OF_FOUR = {"pattern": {"class_path": "wanda_lightning.NM", "init_args": {"n": 1, "m": 4}}, "sparsity": 0.75}
+
+
+PATTERNS = [({"pattern": "2:4"}, 2), (ONE_OF_FOUR, 1)]
+
+
+def pruned_as():
+    report = json.loads(Path("out/pruning_report.json").read_text())
+    return report["config"]["pattern"], report["sparsity"], report["config"]["sparsity"]
+
+
+@pytest.mark.parametrize(("pruning", "n"), PATTERNS, ids=["name", "class_path"])
+def test_validate_a_recipe(recipe, capsys, inputs, tmp_path, pruning, n):
+    assert run("validate", "--config", recipe(**pruning)) == 0
+    assert "val_perplexity" in capsys.readouterr().out
+    assert pruned_as() == ({"name": "NM", "n": n, "m": 4}, 1 - n / 4, 1 - n / 4)
+    assert sorted(os.listdir(tmp_path)) == ["out", "recipe.yaml"]
+
+
+def test_a_recipe_of_choices_within_choices(recipe):
+    of_ours = "wanda_lightning.{}".format
+    admm = {"class_path": of_ours("ADMM"), "init_args": {"iterations": 2, "rho": [0.2, 0.4]}}
+    allocation = {"class_path": of_ours("PerLayer"), "init_args": {"sparsities": {"*.mlp": 0.75}}}
+    solver = {"class_path": of_ours("Reconstruct"), "init_args": {"solver": admm, "epochs": 1}}
+    path = Path(recipe(allocation=allocation))
+    options = yaml.safe_load(path.read_text())
+    (callback,) = options["trainer"]["callbacks"]
+    callback["class_path"], callback["init_args"]["solver"] = of_ours("PruningCallback"), solver
+    path.write_text(yaml.safe_dump(options))
+    assert run("validate", "--config", str(path)) == 0
+    report = json.loads(Path("out/pruning_report.json").read_text())
+    inner = report["config"]["solver"].pop("solver")
+    assert (inner["name"], inner["iterations"], inner["rho"]) == ("ADMM", 2, [0.2, 0.4])
+    assert report["config"]["solver"] == {"name": "Reconstruct", "epochs": 1, "learning_rate": 0.01}
+    assert all((layer["sparsity"] == 0.75) == (".mlp." in layer["name"]) for layer in report["layers"])
+    assert report["sparsity"] == 0.5
+
+
+def test_test_a_recipe_with_dotted_overrides(recipe, capsys):
+    callback = [
+        "--trainer.callbacks.init_args.pattern",
+        "unstructured",
+        "--trainer.callbacks.init_args.sparsity",
+        "0.25",
+    ]
+    assert run("test", "--config", recipe(pattern="2:4"), *callback, "--data.init_args.limit", "2") == 0
+    assert "test_perplexity" in capsys.readouterr().out
+    assert pruned_as() == ({"name": "Unstructured", "group": "row"}, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(("pruning", "n"), PATTERNS, ids=["name", "class_path"])
+def test_fit_a_recipe(recipe, inputs, capsys, pruning, n):
+    checkpoints = ["--trainer.enable_checkpointing", "true", "--trainer.default_root_dir", "root"]
+    options = ["--model.init_args.lr", "0.01", "--model.init_args.weight_decay", "0.1"]
+    path = recipe(**pruning)
+    assert run("fit", "--config", path, *checkpoints, *options) == 0
+    assert pruned_as()[0] == {"name": "NM", "n": n, "m": 4}
+    (checkpoint,) = Path("root/checkpoints").iterdir()
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    dense = load_file(inputs / "llama/model.safetensors")
+    for name, weight in dense.items():
+        trained = weights[f"model.{name}"]
+        assert not torch.equal(trained, weight)
+        if name.endswith("proj.weight"):
+            assert ((trained != 0).reshape(-1, 4).sum(dim=1) == n).all()
+    capsys.readouterr()
+    assert run("test", "--config", path, *checkpoints, "--ckpt_path", checkpoint) == 0
+    assert "test_perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
+        ({"pattern": "diagonal"}, "no pattern is called 'diagonal'"),
+        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
+        ({"skip": ["nothing"]}, "skip='nothing' matches no matrix"),
+    ],
+)
+def test_a_recipe_is_refused(recipe, refused, pruning, message):
+    refused("validate", "--config", recipe(**pruning), message=message)
+
+
+def test_a_recipe_on_a_missing_file_is_refused(recipe, refused, inputs):
+    more = ["--data.init_args.calibration", f"{inputs}/gone.txt"]
+    refused("validate", "--config", recipe(), *more, message="gone.txt does not exist")
+
+
+def test_print_config_of_a_recipe(recipe, capsys):
+    assert run("validate", "--config", recipe(pattern="2:4"), "--print_config") == 0
+    (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert callback["class_path"] == "wanda_lightning.WandaPrune"
+    assert callback["init_args"]["pattern"] == "2:4"
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name != "paper"],  # see test_paper_recipes.py
+    ids=lambda path: path.stem,
+)
+def test_every_recipe_says_how_it_is_run_and_parses(capsys, path):
+    root = RECIPES.parent
+    (line,) = [line for line in path.read_text().splitlines() if line.startswith("#   wanda-lightning ")]
+    command, option, name = line.split()[2:]
+    assert option == "--config"
+    assert root / name == path
+    assert run(command, "--config", path, "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(path.read_text())
+    if command == "prune":
+        assert printed.items() >= written.items()
+    else:
+        assert printed["model"]["init_args"].items() >= written["model"]["init_args"].items()
+
+
+def test_there_are_recipes():
+    assert list(RECIPES.rglob("*.yaml"))

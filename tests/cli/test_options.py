@@ -1,0 +1,188 @@
+"""Every option: its help, its default, and what is refused before a library is loaded."""
+
+import inspect
+from dataclasses import fields
+
+import psutil
+import pytest
+from support.cli import run
+
+from wanda_lightning import PruningConfig
+from wanda_lightning.cli import COMMANDS, command_parser, options
+from wanda_lightning.cli.parser import UsageError
+from wanda_lightning.evaluation import PAPER_TASKS
+from wanda_lightning.modules.loading import DTYPES
+
+CLASSES = {command: getattr(options, name) for command, (name, _) in COMMANDS.items()}
+VIT = ["--model", "timm:test_vit", "--data_path", "digits"]
+
+REFUSED = {
+    "prune": [
+        (["--sparsity_ratio", "1"], "--sparsity_ratio must be in [0, 1), but it is 1.0."),
+        (["--sparsity_ratio", "-0.5"], "--sparsity_ratio must be in [0, 1), but it is -0.5."),
+        (["--sparsity_ratio", "nan"], "--sparsity_ratio must be in [0, 1), but it is nan."),
+        (["--sparsity_ratio", "half"], "--sparsity_ratio must be a number, but it is 'half'."),
+        (["--sparsity_type", "diagonal"], "--sparsity_type must be unstructured, or N:M with 1 <= N < M such as 2:4,"),
+        (["--sparsity_type", "4:2"], "such as 2:4, but it is '4:2'."),
+        (["--sparsity_type", "0:4"], "such as 2:4, but it is '0:4'."),
+        (["--sparsity_type", ""], "such as 2:4, but it is ''."),
+        (["--prune_method", "wnada"], "reconstruct, but it is 'wnada'. Did you mean wanda?"),
+        (["--preset", "bset"], "--preset must be one of fast, balanced, best, but it is 'bset'. Did you mean best?"),
+        (["--allocation", "luck"], "--allocation must be one of uniform, "),
+        (["--sequential", "row"], "--sequential must be one of block, layer, none, but it is 'row'."),
+        (["--prune_granularity", "model"], "--prune_granularity must be one of row, layer, but it is 'model'."),
+        (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, but it is 'int8'."),
+        (["--seed", "-1"], "--seed must be in [0, 4294967295], but it is -1."),
+        (["--nsamples", "-1"], "--nsamples must be at least 1, but it is -1."),
+        (["--nsamples", "many"], "--nsamples must be a whole number, but it is 'many'."),
+        (["--seqlen", "1"], "--seqlen must be at least 2, but it is 1."),
+        (["--batch_size", "0"], "--batch_size must be at least 1, but it is 0."),
+        (["--limit", "0"], "--limit must be at least 1, but it is 0."),
+        (["--min_expert_tokens", "-1"], "--min_expert_tokens must be at least 0, but it is -1."),
+        (["--skip", "re:("], "--skip must hold names, globs or re: with a regular expression, but it is 're:('."),
+        (["--use_variant", "--prune_method", "magnitude"], "Use --prune_method wanda within rows"),
+        (["--use_variant", "--sparsity_type", "2:4"], "--use_variant has no meaning for --sparsity_type 2:4. Leave it"),
+        (
+            ["--prune_granularity", "row", "--sparsity_type", "2:4"],
+            "--prune_granularity has no meaning for --sparsity_",
+        ),
+        (["--preset", "best", "--prune_method", "wanda"], "--prune_method has no meaning for a preset, which chooses"),
+        (["--preset", "fast", "--use_variant"], "--use_variant has no meaning for a preset, which chooses"),
+        (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
+        (["--resume", "a.safetensors"], "--resume has no meaning for a language model. Leave it out."),
+        (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
+        ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit have no meaning for an image classifier. Leave"),
+        ([*VIT, "--trust_remote_code"], "--trust_remote_code has no meaning for an image classifier. Leave it out."),
+        ([*VIT, "--dtype", "float32"], "--dtype has no meaning for an image classifier. Leave it out."),
+        ([*VIT, "--calibration", "python-docs"], "--calibration has no meaning for an image classifier."),
+        ([*VIT, "--eval", "python-docs"], "--eval has no meaning for an image classifier."),
+        ([*VIT, "--eval_zero_shot"], "--eval_zero_shot has no meaning for an image classifier."),
+        (["--model", "timm:vit_base"], "--data_path is required for the image classifier timm:vit_base: give a folder"),
+        (["--colour", "red"], "--colour is not an option of prune."),
+        (["--nsample", "3"], "--nsample is not an option of prune. Did you mean --nsamples"),
+        (["red"], "prune takes only options, but 'red' is none."),
+        (["--seqlen"], "--seqlen: expected one argument."),
+        (["--config", "gone.yaml"], "--config gone.yaml cannot be read: No such file or directory."),
+    ],
+    "finetune": [
+        (["--steps", "0"], "--steps must be at least 1, but it is 0."),
+        (["--lr", "-1"], "--lr must be above 0, but it is -1.0."),
+        (["--lora_r", "0"], "--lora_r must be at least 1, but it is 0."),
+        (["--lora_dropout", "1"], "--lora_dropout must be in [0, 1), but it is 1.0."),
+        (["--precision", "fp8"], "--precision must be one of 32-true, "),
+        (["--method", "keep-zeros"], "but it is 'keep-zeros'. Did you mean keep-zeros-lora?"),
+        (["--method", "full", "--lora_r", "4"], "--lora_r has no meaning for --method full, which trains no adapters."),
+        (["--method", "full", "--target_modules", "q"], "--target_modules has no meaning for --method full"),
+    ],
+    "evaluate": [
+        (["--limit", "0"], "--limit must be at least 1, but it is 0."),
+        (["--task_limit", "0"], "--task_limit must be at least 1, but it is 0."),
+        (["--batch_size", "0"], "--batch_size must be at least 1, but it is 0."),
+        (["--dtype", "int8"], "--dtype must be one of auto, "),
+        (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
+        (["--tasks_dir", "x"], "--tasks_dir has no meaning for an evaluation without --tasks."),
+        (["--task_limit", "2"], "--task_limit has no meaning for an evaluation without --tasks."),
+        (["--model", "x,timm:test_vit"], "language models or image classifiers, but both were given."),
+        (["--model", ""], "language models or image classifiers, but none was given."),
+        ([*VIT, "--eval", "python-docs", "--limit", "2"], "--eval, --limit have no meaning for an image classifier."),
+        ([*VIT, "--tasks", "boolq", "--task_limit", "3"], "--tasks, --task_limit have no meaning for an image class"),
+        ([*VIT, "--trust_remote_code"], "--trust_remote_code has no meaning for an image classifier."),
+        ([*VIT, "--resume", "a,b"], "--resume must have one file for each --model, but it has 2 for 1."),
+        (["--model", "timm:test_vit"], "--data_path is required for the image classifier timm:test_vit"),
+    ],
+    "inspect": [
+        (["--sparsity_type", "diagonal"], "--sparsity_type must be unstructured, or N:M"),
+        (["--only", "re:["], "--only must hold names, globs or re: with a regular expression, but it is 're:['."),
+    ],
+}
+CASES = [(command, *case) for command, cases in REFUSED.items() for case in cases]
+
+
+@pytest.mark.parametrize(("command", "more", "message"), CASES, ids=[f"{c} {' '.join(m)}" for c, m, _ in CASES])
+def test_a_wrong_value_is_one_line(command, more, message):
+    with pytest.raises(UsageError) as caught:
+        command_parser(command).parse_args(["--model", "x", *more])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith((".", "?"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_help_without_docstrings(command):  # python -OO strips these
+    for field in fields(CLASSES[command]):
+        assert field.metadata["help"].rstrip().endswith(".")
+        assert field.name in inspect.signature(CLASSES[command]).parameters
+
+
+@pytest.mark.parametrize("command", ["prune", "inspect"])
+def test_the_defaults_of_pruning_are_those_of_the_config(command):
+    ours = command_parser(command).parse_args(["--model", "x"])
+    config = PruningConfig.from_names()
+    assert list(ours.skip) == list(config.skip)
+    assert list(ours.only) == list(config.only)
+    assert ours.include_grouped == config.include_grouped
+    if command == "prune":
+        assert (ours.min_expert_tokens, ours.sparsity_ratio) == (config.min_expert_tokens, config.sparsity)
+    else:
+        assert ours.sequential == config.sequential
+
+
+def test_the_choices_are_those_of_the_package():
+    assert set(options.DTYPES) == {"auto", *DTYPES}
+    for sequential in options.SEQUENTIAL:
+        PruningConfig.from_names(sequential=sequential)
+
+
+@pytest.mark.parametrize("precision", options.PRECISIONS)
+def test_the_precisions_are_those_of_the_trainer(precision):
+    from lightning.fabric.connector import _convert_precision_to_unified_args
+
+    assert _convert_precision_to_unified_args(precision)
+
+
+def test_the_fields_of_the_task_files_are_in_the_help():
+    (text,) = [field.metadata["help"] for field in fields(options.EvaluateOptions) if field.name == "tasks_dir"]
+    described = text.split("fields: ")[1].rstrip(".")
+    found = {}
+    for part in described.split("; "):
+        names, rest = [], part.replace(",", " ").split()
+        while rest[0] in PAPER_TASKS or rest[0] == "and":
+            names.append(rest.pop(0))
+        found |= {name: tuple(rest) for name in names if name != "and"}
+    assert found == PAPER_TASKS
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("prune", ["--model", "gone.gguf"], "--model gone.gguf does not exist"),
+        ("prune", ["--model", "/gone"], "--model /gone does not exist"),
+        ("prune", ["--model", "x", "--calibration", "gone.txt"], "--calibration gone.txt does not exist"),
+        ("prune", [*VIT, "--resume", "gone"], "--resume gone does not exist"),
+        (
+            "prune",
+            ["--model", "x", "--nsamples", "1000000000"],
+            "--nsamples must fit in memory, but 1000000000 windows",
+        ),
+        ("finetune", ["--model", "x", "--dense", "/gone"], "--dense /gone does not exist"),
+        ("finetune", ["--model", "x", "--steps", "1000000000"], "--steps times --batch_size must fit in memory"),
+        ("evaluate", ["--model", "x,gone.gguf"], "--model gone.gguf does not exist"),
+        ("evaluate", [*VIT, "--resume", "gone.safetensors"], "--resume gone.safetensors does not exist"),
+        ("inspect", ["--model", "timm:local-dir:/gone"], "--model timm:local-dir:/gone does not exist"),
+    ],
+)
+def test_missing_files_and_too_many_samples_are_refused_early(command, more, message, capsys):
+    assert run(command, *more) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
+    memory = psutil.virtual_memory()._replace(available=8 * 100 * 32)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    for count, fits in ((100, True), (101, False)):
+        ours = command_parser("prune").parse_args(["--model", "x", "--nsamples", str(count), "--seqlen", "32"])
+        if fits:
+            ours.refuse_early()
+        else:
+            with pytest.raises(ValueError, match="must fit in memory"):
+                ours.refuse_early()

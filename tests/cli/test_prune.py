@@ -1,0 +1,401 @@
+"""`wanda-lightning prune`: the flags of the reference, every refusal; what it writes is measured again by hand."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+from support.cli import OUT, SEQLEN, everything_in, perplexity_by_hand, run, zeros_by_layer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from wanda_lightning import PruningReport
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*tells .* apart"),  # tiny classifiers are made without regard to the images
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
+]
+
+METHODS = [
+    ("wanda", "unstructured", "0.5", []),
+    ("wanda", "2:4", "0.5", []),
+    ("wanda", "unstructured", "0.25", ["--use_variant"]),
+    ("magnitude", "4:8", "0.5", []),
+    ("magnitude", "unstructured", "0.25", []),
+    ("sparsegpt", "unstructured", "0.5", []),
+    ("sparsegpt", "2:4", "0.5", []),
+    ("ablate_wanda_seq", "unstructured", "0.5", []),
+    ("ablate_mag_iter", "4:8", "0.5", []),
+    ("refit", "unstructured", "0.5", []),
+    ("admm", "unstructured", "0.5", []),
+    ("reconstruct", "unstructured", "0.5", []),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "ratio", "more"), METHODS)
+def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, method, kind, ratio, more):
+    flags = f"--model {inputs}/llama --seed 0 --nsamples 4 --sparsity_ratio {ratio} --sparsity_type {kind} "
+    flags += f"--prune_method {method} --cache_dir llm_weights --save out/logs --save_model out/model"
+    ours = f"--calibration {inputs}/long.txt --eval {inputs}/other.txt --seqlen {SEQLEN} --limit 6"
+    assert run("prune", *flags.split(), *more, *ours.split()) == 0
+    out, err = capsys.readouterr()
+
+    dense = AutoModelForCausalLM.from_pretrained(inputs / "llama")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    zeros = zeros_by_layer(pruned)
+    assert len(zeros) == 14
+    reached = torch.cat([where.flatten() for where in zeros.values()]).float().mean().item()
+    assert reached == pytest.approx(float(ratio), abs=0.01 if more else 1e-9)
+    text = (inputs / "other.txt").read_text()
+    measured, before = perplexity_by_hand(pruned, text, 6), perplexity_by_hand(dense, text, 6)
+    assert measured != pytest.approx(before, rel=1e-3)
+
+    header, row, end = (tmp_path / f"out/logs/log_{method}.txt").read_text().split("\n")
+    assert header == "method\tactual_sparsity\tppl_test"
+    assert row.split("\t")[:2] == [method, f"{reached:.4f}"]
+    assert row.split("\t")[2] == f"{float(row.split()[2]):.4f}"
+    assert float(row.split("\t")[2]) == pytest.approx(measured, rel=1e-6)
+    assert end == ""
+    report = PruningReport.from_json((tmp_path / "out/logs/pruning_report.json").read_text())
+    assert {layer.name: layer.sparsity for layer in report.layers} == {
+        name: pytest.approx(where.float().mean().item()) for name, where in zeros.items()
+    }
+    assert {layer.tokens for layer in report.layers} == {0 if method == "magnitude" else 4 * SEQLEN}
+    given = {"model": f"{inputs}/llama", "seed": 0, "nsamples": 4, "seqlen": SEQLEN, "limit": 6}
+    given |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "save": "out/logs"}
+    given |= {"prune_method": method, "sparsity_type": kind, "sparsity_ratio": float(ratio), "use_variant": bool(more)}
+    assert given.items() <= report.config["command"].items()
+    both = {"dense": pytest.approx(before, rel=1e-6), "pruned": pytest.approx(measured, rel=1e-6)}
+    assert report.config["measured"] == {"metric": "val_perplexity", **both}
+    (shown,) = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith(f"│ {method} ")]
+    assert shown[1].strip() == f"{reached:.2%}"
+    assert [float(cell) for cell in shown[3:5]] == [pytest.approx(before, abs=0.01), pytest.approx(measured, abs=0.01)]
+    assert "Pruning 2/2 done" in err
+    assert sorted(os.listdir(tmp_path / "out/logs")) == [f"log_{method}.txt", "pruning_report.json"]
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+    for name, where in zeros.items():
+        weight = dense.get_submodule(name).weight
+        if kind != "unstructured":
+            size = int(kind[-1])
+            assert (where.reshape(-1, size).sum(dim=1) == size // 2).all()
+        elif method == "magnitude":  # the smallest of the layer
+            assert weight[where].abs().max() < weight[~where].abs().min()
+        elif not more and method != "sparsegpt":
+            assert (where.sum(dim=1) == where.shape[1] // 2).all()
+        kept_as_they_were = torch.equal(pruned.get_submodule(name).weight[~where], weight[~where])
+        assert kept_as_they_were == (method in ("wanda", "magnitude"))
+    assert torch.equal(pruned.lm_head.weight, dense.lm_head.weight)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/model")("ab").input_ids
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "8:16"])
+@pytest.mark.parametrize(("method", "allocation"), [("ria", "owl"), ("wanda", "alpha_layer"), ("magnitude", "owl")])
+def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, pattern):
+    choices = ["--prune_method", method, "--allocation", allocation, "--sparsity_type", pattern]
+    assert run(*text, *choices, "--save", "out", "--save_model", "out/model") == 0
+    shown = capsys.readouterr()
+    zeros = zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
+    assert torch.cat([where.flatten() for where in zeros.values()]).float().mean() == pytest.approx(0.5, abs=0.01)
+    sparsities = {where.float().mean().item() for where in zeros.values()}
+    assert len(sparsities) > 1
+    report = json.loads(Path("out/pruning_report.json").read_text())
+    assert sorted({layer["sparsity"] for layer in report["layers"]}) == pytest.approx(sorted(sparsities))
+    assert report["config"]["command"]["allocation"] == allocation
+    assert report["config"]["allocation"]["name"] == ("OWL" if allocation == "owl" else "AlphaPruning")
+    assert ("Note: mixed N:M: " in shown.out) == (pattern == "8:16")
+    assert ("Observing" in shown.err) == (allocation == "owl")
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+def test_a_preset(text, tmp_path, preset):
+    assert run(*text, "--preset", preset, "--save", "out", "--save_model", "out/model") == 0
+    assert (tmp_path / f"out/log_{preset}.txt").read_text().splitlines()[1].startswith(f"{preset}\t0.5")
+    command = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text()).config["command"]
+    assert command["preset"] == preset
+    assert "prune_method" not in command
+    zeros = zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
+    sparsities = [where.float().mean() for where in zeros.values()]
+    assert (max(sparsities) - min(sparsities) > 0.02) == (preset == "best")
+
+
+def test_a_preset_keeps_to_n_of_m(text):
+    assert run(*text, "--preset", "best", "--sparsity_type", "2:4", "--save_model", "out/model") == 0
+    for where in zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model")).values():
+        assert (where.reshape(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
+    refused(*images, "--preset", "best", message="all gradients are 0")  # one class is certain
+    weights = load_file(inputs / "test_vit.safetensors")
+    torch.manual_seed(0)
+    weights["head.bias"].zero_()
+    save_file(weights, tmp_path / "trained.safetensors")
+    assert run(*images, "--resume", "trained.safetensors", "--preset", "best", "--save", "out") == 0
+    report = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text())
+    assert report.config["sequential"] == "layer"
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert len({layer.target for layer in report.layers}) > 1
+
+
+def test_skip_dtype_and_granularity(text, tmp_path):
+    more = ["--skip", '["*.down_proj", "model.layers.0.self_attn"]', "--dtype", "bfloat16", "--sequential", "layer"]
+    assert run(*text, *more, "--batch_size", "2", "--save", "out", "--save_model", "out/model") == 0
+    pruned = AutoModelForCausalLM.from_pretrained("out/model")
+    assert pruned.dtype == torch.bfloat16
+    for name, where in zeros_by_layer(pruned).items():
+        skipped = name.endswith("down_proj") or name.startswith("model.layers.0.self_attn")
+        assert where.float().mean() == (0 if skipped else 0.5), name
+    config = json.loads(Path("out/pruning_report.json").read_text())["config"]
+    assert config["sequential"] == "layer"
+    assert config["calibration_batches"] == 2
+
+
+def test_only_some_layers(text):
+    assert run(*text, "--only", "re:.*layers.1.*", "--skip", "*.k_proj", "--save_model", "out/model") == 0
+    for name, where in zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model")).items():
+        chosen = name.startswith("model.layers.1.") and not name.endswith("k_proj")
+        assert where.float().mean() == (0.5 if chosen else 0), name
+
+
+def test_the_seed_draws_the_calibration(text):
+    def masks(name, *more):
+        assert run(*text, "--save_model", name, *more) == 0
+        return zeros_by_layer(AutoModelForCausalLM.from_pretrained(name))
+
+    first, again, other = masks("a"), masks("b", "--seed", "0"), masks("c", "--seed", "1")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_nothing_is_written_that_was_not_asked_for(text, tmp_path, capsys):
+    assert run(*text) == 0
+    assert "wanda" in capsys.readouterr().out
+    assert everything_in(tmp_path) == []
+
+
+def test_python_docs_need_no_network(inputs, capsys):
+    sources = ["--calibration", "python-docs", "--eval", "python-docs", "--limit", "2", "--nsamples", "2"]
+    assert run("prune", "--model", inputs / "llama", *sources, "--save", "out") == 0
+    command = json.loads(Path("out/pruning_report.json").read_text())["config"]["command"]
+    assert command["calibration"] == command["eval"] == "python-docs"
+    assert command["seqlen"] == 64  # the model's context
+
+
+@pytest.mark.parametrize("group", ["row", "layer"])
+@pytest.mark.parametrize(("name", "method"), [("test_vit", "wanda"), ("test_convnext", "magnitude")])
+def test_an_image_classifier(inputs, images, tmp_path, capsys, name, method, group):
+    options = [str(option).replace("test_vit", name) for option in images]
+    more = ["--prune_granularity", group, "--prune_method", method, "--save", "out", "--save_model", "out/model"]
+    assert run(*options, *more) == 0
+    out = capsys.readouterr().out
+    assert "top-1" in out
+    assert out.count("25.00%") == 2  # dense and pruned: it says "bee" to all of four classes
+
+    pruned = timm.create_model(f"local-dir:{tmp_path}/out/model", pretrained=True)
+    dense = load_file(inputs / f"{name}.safetensors")
+    report = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text())
+    assert report.layers
+    assert {layer.tokens > 0 for layer in report.layers} == {method == "wanda"}
+    rowwise = []
+    for layer in report.layers:
+        zeros = pruned.get_submodule(layer.name).weight.flatten(1) == 0
+        assert int(zeros.sum()) == pytest.approx(zeros.numel() / 2, abs=zeros.shape[0] if group == "row" else 1)
+        rowwise.append(bool((zeros.sum(dim=1) == zeros.shape[1] // 2).all()))
+    assert all(rowwise) if group == "row" else not any(rowwise)
+    assert torch.equal(pruned.get_classifier().weight, dense["head.weight" if name == "test_vit" else "head.fc.weight"])
+    _, row, _ = (tmp_path / f"out/log_{method}.txt").read_text().split("\n")
+    assert row == f"{method}\t{report.sparsity:.4f}\t0.2500"
+    assert {"data_path": f"{inputs}/images", "nsamples": 6}.items() <= report.config["command"].items()
+    assert report.config["measured"] == {"metric": "val_accuracy", "dense": 0.25, "pruned": 0.25}
+
+
+def test_the_digits_that_need_no_network(inputs, capsys):
+    weights = ["--model", "timm:test_vit", "--resume", inputs / "test_vit.safetensors"]
+    with pytest.MonkeyPatch.context() as patch:  # all 360 take a minute
+        from wanda_lightning.data import images as module
+
+        source = module.open_source("digits")
+        few = type(source)(list(source.train)[:8], list(source.evaluation)[:8], source.class_names)
+        patch.setattr(module, "open_source", lambda *_: few)
+        assert run("prune", *weights, "--data_path", "digits", "--nsamples", "8") == 0
+
+
+def test_fewer_images_than_asked(images):
+    with pytest.warns(UserWarning, match=r"num_samples is 50, but .* has only 12\."):
+        assert run(*images, "--nsamples", "50") == 0
+
+
+def test_more_logits_than_classes(images):
+    with pytest.warns(UserWarning, match="images has 4 classes, but the model tells 1000 apart"):
+        assert run(*images) == 0
+
+
+REFUSED = [
+    (["--calibration", "{}/gone.txt"], "gone.txt does not exist"),
+    (["--eval", "{}/gone.parquet"], "gone.parquet does not exist"),
+    (["--calibration", "{}/table.csv"], "ends in .csv"),
+    (["--calibration", "wikitext3"], "Did you mean wikitext2?"),
+    (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
+    (["--eval", "{}/latin1.txt"], "must be in UTF-8"),
+    (["--calibration", "{}/no_text.jsonl"], "line 1 has 'content'"),
+    (["--calibration", "{}/empty.txt"], "there is no text in it"),
+    (["--calibration", "{}/short.txt"], f"need a text of at least {SEQLEN + 1}, but"),
+    (["--calibration", "{}/short.txt"], "has 9."),
+    (["--calibration", "{}/short.jsonl"], f"need a document of at least {SEQLEN + 1}, but the longest"),
+    (["--eval", "{}/short.txt"], f"A window of --seqlen {SEQLEN} tokens was asked for, but"),
+    (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
+    (["--calibration", "c4"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
+    (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
+    (
+        ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],
+        "--sparsity_ratio must be 0.5 for the pattern 2:4, but it is 0.7",
+    ),
+    (
+        ["--sparsity_type", "3:6"],
+        "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",
+    ),
+    (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
+    (["--skip", "[model]"], "the model has nothing to prune"),
+    (["--skip", "re:x{1,3}"], "--skip re:x{1,3} matches no matrix"),
+    (["--model", "{}/gone"], "gone does not exist"),
+    (["--model", "{}/gone.gguf"], "gone.gguf does not exist"),
+    (["--model", "{}/images"], "has no config.json"),
+    (["--model", "{}/long.txt"], "is another file. Give the folder"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED, ids=[" ".join(more) for more, _ in REFUSED])
+def test_refused_for_a_language_model(inputs, text, refused, more, message):
+    err = refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message)
+    assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
+
+
+REFUSED_FOR_IMAGES = [
+    (["--data_path", "{}/gone"], "gone does not exist"),
+    (["--data_path", "{}/llama"], "--data_path must have folders of classes"),
+    (["--data_path", "cifar10"], "Use digits, which needs no network"),
+    (["--resume", "{}/gone.safetensors"], "gone.safetensors does not exist"),
+    (["--resume", "{}/long.txt"], "must be a .safetensors file"),
+    (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer"),
+    (["--model", "timm:test_vitt"], "Did you mean test_vit"),
+    (["--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
+    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "--sparsity_ratio must be 0.5 for the pattern 2:4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), REFUSED_FOR_IMAGES, ids=[" ".join(more) for more, _ in REFUSED_FOR_IMAGES]
+)
+def test_refused_for_an_image_classifier(inputs, images, refused, more, message):
+    refused(*images, *OUT, *(option.format(inputs) for option in more), message=message)
+
+
+@pytest.mark.parametrize("option", ["--save", "--save_model"])
+def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    refused(*text, option, "mine", message="The folder mine is not empty")
+    refused(*text, option, "mine/notes.txt", message="is a file")
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+    if option == "--save_model":
+        refused(*text, option, "mine", "--overwrite", message="is not a model")
+        (tmp_path / "mine/config.json").write_text("{}")
+    assert run(*text, option, "mine", "--overwrite") == 0
+    assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
+
+
+def test_a_second_run_into_the_same_folder(text, refused):
+    assert run(*text, *OUT) == 0
+    first = Path("out/log_wanda.txt").read_text()
+    refused(*text, *OUT, "--sparsity_ratio", "0.25", message="The folder out is not empty")
+    assert Path("out/log_wanda.txt").read_text() == first
+    assert run(*text, *OUT, "--sparsity_ratio", "0.25", "--overwrite") == 0
+    assert "\t0.2500\t" in Path("out/log_wanda.txt").read_text()
+    assert zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "value", "message"),
+    [
+        ("model.layers.1.mlp.up_proj", math.nan, "the weight of model.layers.1.mlp.up_proj holds NaN or infinity"),
+        ("model.embed_tokens", math.inf, "the weight of model.embed_tokens holds NaN or infinity"),
+    ],
+)
+def test_numbers_that_are_none(inputs, text, refused, tmp_path, layer, value, message):
+    shutil.copytree(inputs / "llama", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights[f"{layer}.weight"][:, 0] = value
+    save_file(weights, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
+    refused(*text, *OUT, "--model", tmp_path / "broken", message=message)
+
+
+def test_a_failed_write_leaves_nothing_behind(text, tmp_path, monkeypatch):
+    def fill_the_disk(model, folder):
+        (Path(folder) / "half.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fill_the_disk)
+    assert run(*text, *OUT) == 1
+    assert [path for path in everything_in(tmp_path) if path != "out"] == []
+
+
+def test_an_unreachable_hub_in_a_real_shell(inputs, tmp_path):
+    script = Path(sys.executable).with_name("wanda-lightning")
+    sources = ["--calibration", "c4", "--eval", str(inputs / "other.txt"), "--limit", "1", "--save", "out"]
+    command = [str(script), "prune", "--model", str(inputs / "llama"), *sources]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("wanda-lightning: error: The data set allenai/c4 was asked for")
+    assert "python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)" in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_from_a_file(inputs, text, tmp_path, capsys):
+    options = {"model": f"{inputs}/llama", "nsamples": 4, "seqlen": SEQLEN, "limit": 6, "sparsity_type": "2:4"}
+    options |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "skip": ["*.down_proj"]}
+    options |= {"min_expert_tokens": 7}
+    Path("recipe.yaml").write_text(yaml.safe_dump(options))
+    assert run("prune", "--config", "recipe.yaml", "--print_config") == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed).items() >= options.items()
+    Path("printed.yaml").write_text(printed)
+    assert run("prune", "--config", "printed.yaml", "--save", "out") == 0
+    report = json.loads(Path("out/pruning_report.json").read_text())
+    assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert report["config"]["min_expert_tokens"] == 7
+    assert len(report["layers"]) == 12
+    over = ["--sparsity_type", "unstructured", "--sparsity_ratio", "0.25", "--overwrite"]
+    assert run("prune", "--config", "recipe.yaml", *over, "--save", "out") == 0
+    assert "\t0.2500\t" in Path("out/log_wanda.txt").read_text()
+
+
+def test_a_model_with_missing_weights_is_refused(inputs, tmp_path, capsys):
+    folder = tmp_path / "deeper"
+    shutil.copytree(inputs / "llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run("prune", "--model", folder, "--calibration", "python-docs", "--eval", "python-docs") == 1
+    assert "they would be random" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_read_are_refused(inputs, tmp_path, capsys):
+    folder = tmp_path / "truncated"
+    shutil.copytree(inputs / "llama", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    assert run("prune", "--model", folder, "--calibration", "python-docs", "--eval", "python-docs") == 1
+    assert "cannot be used: a file is incomplete or damaged" in capsys.readouterr().err

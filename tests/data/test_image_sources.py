@@ -1,0 +1,159 @@
+"""Labeled images from folders and tables: their labels, and what is refused."""
+
+import io
+import shutil
+import struct
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.data import (
+    images_of,
+    paint,
+    vit,
+)
+
+from wanda_lightning.data import ImageDataModule
+from wanda_lightning.data.image_sources import _from_splits, find_columns
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_folder_in_the_manner_of_imagenet(imagenet, in_chans):
+    data = ImageDataModule(str(imagenet), vit(in_chans), batch_size=3, num_samples=5)
+    data.setup("fit")
+    assert data.class_names == ("blue", "green")
+    images, labels = images_of(data.val_dataloader())
+    assert images.shape == (4, in_chans, 16, 16)
+    assert labels.tolist() == [0, 0, 1, 1]
+    colours = [np.array([0, green, blue]) for green in (0, 255) for blue in (0, 10)]
+    if in_chans == 1:  # ITU-R 601
+        colours = [np.array([round(0.587 * green + 0.114 * blue)]) for _, green, blue in colours]
+    expected = torch.tensor(np.stack(colours) / 255 * 2 - 1, dtype=torch.float32)
+    torch.testing.assert_close(images, expected[:, :, None, None].expand_as(images), atol=0.01, rtol=0)
+    assert images_of(data.calibration_dataloader())[0].shape[0] == 5
+    train, labels = images_of(data.train_dataloader())
+    assert train.shape == (8, in_chans, 16, 16)
+    assert labels.bincount().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "validation", "test"), ("train",)])
+def test_a_hub_data_set_shows_its_columns_by_type(tmp_path, splits):
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for part, split in enumerate(splits):
+        pictures = [Image.new("RGB", (8, 8), (0, 0, 100 * part + i)) for i in range(3)]
+        table = datasets.Dataset.from_dict({"picture": pictures, "kind": [0, 1, 1]}, features=features)
+        table.to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+    data = ImageDataModule(str(tmp_path / "set"), vit(), cache_dir=str(tmp_path / "cache"))
+    data.setup("fit")
+    assert data.class_names == ("cat", "dog")
+    images, labels = images_of(data.val_dataloader())
+    assert labels.tolist() == [0, 1, 1]
+    blue = images[:, 2].mean(dim=(1, 2))
+    first = 100 * min(1, len(splits) - 1)  # the second split, or the only one
+    torch.testing.assert_close(blue, torch.tensor([first, first + 1, first + 2]) / 255 * 2 - 1, atol=0.01, rtol=0)
+    if len(splits) > 1:
+        assert len(images_of(data.train_dataloader())[0]) == 3
+
+
+def test_columns_that_do_not_decide_are_refused():
+    image, label, text = datasets.Image(), datasets.ClassLabel(names=["a"]), datasets.Value("string")
+    cifar100 = {"img": image, "fine_label": label, "coarse_label": label}
+    assert find_columns(cifar100, "cifar100", "fine_label") == ("img", "fine_label")
+    for features, found in (
+        (cifar100, r"img \(Image\), fine_label \(ClassLabel\), coarse_label \(ClassLabel\)"),
+        ({"img": image, "text": text}, r"img \(Image\), text \(Value\)"),
+        ({"a": image, "b": image, "label": label}, r"a \(Image\), b \(Image\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"some/set must have one column of type Image .* it has {found}"):
+            find_columns(features, "some/set")
+
+
+def test_splits_that_cannot_be_told_apart_are_refused(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    table = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8))], "label": [0]}, features=features)
+    with pytest.raises(ValueError, match="named validation, val, test, but it has left, right"):
+        _from_splits({"left": table, "right": table}, "some/set", None)
+
+
+def test_bad_folders_are_refused(tmp_path, imagenet):
+    with pytest.raises(FileNotFoundError, match="missing does not exist"):
+        ImageDataModule(str(tmp_path / "missing"))
+    (tmp_path / "list.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"list\.txt is a file"):
+        ImageDataModule(str(tmp_path / "list.txt"))
+    paint(tmp_path / "flat", (0, 0), 3)
+    with pytest.raises(ValueError, match=r"there are none: .* has the folders \(none\) and 3 files"):
+        ImageDataModule(str(tmp_path / "flat"))
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"images in the class folders of .*empty, but 1 have none: cat"):
+        ImageDataModule(str(tmp_path / "empty"), vit()).setup("fit")
+    paint(tmp_path / "half" / "train" / "cat", (0, 0), 1)
+    with pytest.raises(
+        ValueError, match=r"folders of classes in .*val, but there are none: .* has the folders train and 0 files"
+    ):
+        ImageDataModule(str(tmp_path / "half"))
+    (imagenet / "train" / "red").mkdir()
+    with pytest.raises(ValueError, match=r"class folders of .*train, but 1 have none: red"):
+        ImageDataModule(str(imagenet), vit()).setup("fit")
+
+
+def test_evaluation_may_lack_classes(imagenet):
+    paint(imagenet / "train" / "azure", (128, 255), 1)
+    (imagenet / "val" / "azure").mkdir()
+    shutil.rmtree(imagenet / "val" / "blue")
+    data = ImageDataModule(str(imagenet), vit())
+    data.setup("fit")
+    assert data.class_names == ("azure", "blue", "green")
+    assert images_of(data.val_dataloader())[1].tolist() == [2, 2]
+    assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
+
+
+def test_evaluation_with_unknown_classes_is_refused_with_a_few_names(imagenet):
+    for i in range(700):
+        (imagenet / "val" / f"x{i:03}").mkdir()
+    message = r"has 700 classes that .*train does not have: x000, x001, x002, x003, x004 and 695 more\. Rename"
+    with pytest.raises(ValueError, match=message) as caught:
+        ImageDataModule(str(imagenet))
+    assert len(str(caught.value)) < 500
+
+
+def huge_png():
+    """The beginning of a PNG file of 225 megapixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 15_000, 15_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 100) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("broken", "cause"),
+    [
+        (lambda content: content[:60], "OSError|SyntaxError"),
+        (lambda content: b"", "UnidentifiedImageError"),
+        (lambda content: b"<html>", "UnidentifiedImageError"),
+        (lambda content: huge_png(), r"DecompressionBombError: Image size \(225000000 pixels\)"),
+    ],
+)
+def test_a_broken_image_is_named(imagenet, broken, cause):
+    path = imagenet / "val" / "green" / "1.png"
+    path.write_bytes(broken(path.read_bytes()))
+    data = ImageDataModule(str(imagenet), vit())
+    data.setup("validate")
+    with pytest.raises(ValueError, match=rf"The image .*val/green/1\.png cannot be read \(({cause}).* Remove"):
+        images_of(data.val_dataloader())
+
+
+def test_a_broken_image_in_a_table_is_named(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    picture = io.BytesIO()
+    Image.new("L", (8, 8)).save(picture, "PNG")
+    pictures = [{"bytes": picture.getvalue(), "path": None}, {"bytes": picture.getvalue()[:45], "path": None}]
+    table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 0]}, features=features)
+    images = _from_splits({"test": table}, "some/set", None).evaluation
+    assert images[0][1] == 0
+    with pytest.raises(ValueError, match=r"The image in row 1 of some/set cannot be read \("):
+        _ = images[1]

@@ -1,0 +1,227 @@
+"""Images against transforms by hand, and what the data module refuses."""
+
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from support.data import (
+    Wrapped,
+    images_of,
+    paint,
+    quiet_trainer,
+    runs_a_trainer,
+    vit,
+)
+from torch import nn
+
+from wanda_lightning.data import ImageDataModule
+from wanda_lightning.data.images import resolve_preprocessing
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_digits_are_resized_whole_and_normalized_for_the_model(in_chans):
+    model = vit(in_chans)
+    data = ImageDataModule("digits", model, batch_size=7)
+    data.setup("validate")
+    images, labels = next(iter(data.val_dataloader()))
+    assert images.shape == (7, in_chans, 16, 16)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    pixels, target = load_digits().images, load_digits().target
+    candidates = []
+    for scan in pixels[target == labels[0].item()]:
+        picture = Image.fromarray((scan * 255 / 16).round().astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
+        candidates.append((np.asarray(picture) / 255 - 0.5) / 0.5)
+    distances = [np.abs(images[0].numpy() - candidate).max() for candidate in candidates]
+    assert min(distances) < 1e-5
+    assert model(images).shape == (7, 10)
+
+
+def test_calibration_images_are_a_seeded_choice_of_training_images():
+    def calibration(seed, num_samples=64):
+        data = ImageDataModule("digits", vit(), num_samples=num_samples, seed=seed)
+        data.setup("validate")
+        return images_of(data.calibration_dataloader()), data
+
+    (images, labels), data = calibration(0)
+    assert len(images) == 64
+    assert len(labels.unique()) == 10
+    assert torch.equal(calibration(0)[0][0], images)
+    assert not torch.equal(calibration(1)[0][0], images)
+    train = data.train_dataloader().dataset.tensors[0]
+    order = torch.randperm(1437, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(images, train[order[:64]])
+
+
+def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
+    def epoch(seed):
+        data = ImageDataModule("digits", vit(), seed=seed)
+        data.setup("fit")
+        return images_of(data.train_dataloader())[0], images_of(data.calibration_dataloader())[0]
+
+    (train, calibration), (again, _), (other, _) = epoch(0), epoch(0), epoch(1)
+    assert torch.equal(train, again)
+    assert not torch.equal(train, other)
+    assert sorted(t.numpy().tobytes() for t in train) == sorted(t.numpy().tobytes() for t in calibration)
+
+
+def test_digits_are_prepared_once_and_large_ones_on_the_fly():
+    data = ImageDataModule("digits", vit())
+    data.setup("validate")
+    kept = data.val_dataloader().dataset
+    data.setup("validate")
+    assert data.val_dataloader().dataset is kept
+    data.model = vit(img_size=8)
+    data.setup("validate")
+    assert data.val_dataloader().dataset[0][0].shape == (3, 8, 8)
+    data = ImageDataModule("digits", "resnet18", num_workers=2)
+    data.setup("validate")
+    loader = data.val_dataloader()
+    assert loader.num_workers == 2
+    assert loader.dataset[0][0].shape == (3, 224, 224)
+
+
+@runs_a_trainer
+def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
+    from lightning.pytorch.trainer.connectors import data_connector
+
+    monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)
+    module = Wrapped(vit(in_chans=1))
+    data = ImageDataModule("digits", batch_size=300)
+    quiet_trainer().validate(module, data, verbose=False)
+    assert module.shapes == [(300, 1, 16, 16), (60, 1, 16, 16)]
+    quiet_trainer().validate(other := Wrapped(vit()), data, verbose=False)
+    assert other.shapes[0] == (300, 3, 16, 16)
+
+
+def test_preprocessing_is_the_models_own():
+    found = resolve_preprocessing(timm.create_model("convnext_atto", num_classes=10))
+    assert found.input_size == (3, 224, 224)
+    assert found.mean == (0.485, 0.456, 0.406)
+    assert found.crop_pct == 0.875
+    assert resolve_preprocessing("convnext_atto") == resolve_preprocessing("timm:convnext_atto.d2_in1k") == found
+    assert resolve_preprocessing("convnext_atto", image_size=64).input_size == (3, 64, 64)
+    gray = resolve_preprocessing(Wrapped(timm.create_model("resnet18", in_chans=1)))
+    assert gray.input_size == (1, 224, 224)
+    assert gray.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
+    assert gray.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("convnext_ato", r"^model must be a name that timm .* 'convnext_ato'\. Did you mean convnext_atto"),
+        (nn.Linear(2, 2), r"neither Linear nor its \.model has a pretrained_cfg"),
+        (vit(in_chans=4), "1 or 3 channels, but VisionTransformer reads 4"),
+        (None, "^model must be given, since no Trainer runs one"),
+    ],
+)
+def test_a_model_without_known_transforms_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        ImageDataModule("digits", model).setup("fit")
+
+
+def test_more_classes_than_logits_are_refused():
+    with pytest.raises(ValueError, match="digits has 10 classes, and the model tells only 3 apart"):
+        ImageDataModule("digits", vit(num_classes=3)).setup("validate")
+
+
+def test_calibration_is_not_augmented_but_training_is(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        (tmp_path / part / "noise").mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(tmp_path / part / "noise" / "0.png")
+    data = ImageDataModule(str(tmp_path), vit())
+    data.setup("fit")
+    calibration = [images_of(data.calibration_dataloader())[0] for _ in range(2)]
+    assert torch.equal(*calibration)
+    torch.manual_seed(0)
+    random.seed(0)
+    assert not torch.equal(*[images_of(data.train_dataloader())[0] for _ in range(2)])
+
+
+def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet):
+    data = ImageDataModule(str(imagenet / "val"), vit())
+    data.setup("validate")
+    images, labels = images_of(data.val_dataloader())
+    assert len(images) == 4
+    assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == sorted(labels.tolist())
+    with pytest.raises(ValueError, match="has evaluation images alone"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": "64"}, "num_samples must be a whole number, but it is '64'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"data": "cifar"}, r"^data must be a folder or a known data set, but it is 'cifar'\. Did you mean cifar10"),
+    ],
+)
+def test_bad_image_arguments_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageDataModule(**{"data": "digits", **options})
+
+
+def test_images_are_not_there_before_setup():
+    with pytest.raises(RuntimeError, match=r"Call setup\(\) first"):
+        _ = ImageDataModule("digits", vit()).num_classes
+
+
+# -------------------------------------------------------------------------- which output of the model each class is
+
+
+def named_vit(*names):
+    model = vit(num_classes=len(names))
+    model.pretrained_cfg["label_names"] = list(names)
+    return model
+
+
+def labels_of(folder, model, train=False):
+    data = ImageDataModule(str(folder), model)
+    data.setup("fit")
+    return images_of(data.train_dataloader() if train else data.val_dataloader())[1].tolist(), data
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_folders_are_the_outputs_with_their_names(imagenet):
+    model = named_vit("red", "green", "azure", "blue")
+    labels, data = labels_of(imagenet / "val", model)
+    assert labels == [3, 3, 1, 1]
+    assert data.class_names == ("red", "green", "azure", "blue")
+    assert sorted(labels_of(imagenet, model, train=True)[0]) == [1] * 4 + [3] * 4
+    model.pretrained_cfg["label_names"] = {"0": "green", "1": "blue", "2": "red", "3": "azure"}
+    data.model = model  # another model, other labels
+    data.setup("validate")
+    assert images_of(data.val_dataloader())[1].tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
+    for name in ("n01443537", "n15075141"):  # the second and the last of the 1000
+        paint(tmp_path / name, (0, 0), 1)
+    assert labels_of(tmp_path, vit(num_classes=1000))[0] == [1, 999]
+
+
+@pytest.mark.filterwarnings("default:.*tells .* apart")
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (vit(num_classes=5), "has 2 classes, but the model tells 5 apart. Class number i, counted from 'blue' = 0"),
+        (vit(num_classes=1000), "tells 1000 apart, and its classes have other names than 'blue'"),
+        (named_vit("cat", "green"), "tells 2 apart, and its classes have other names than 'blue'"),
+        (vit(num_classes=2), None),
+    ],
+)
+def test_an_assumed_order_of_classes_is_said(imagenet, model, said, recwarn):
+    assert labels_of(imagenet / "val", model)[0] == [0, 0, 1, 1]
+    messages = [str(warning.message) for warning in recwarn if "apart" in str(warning.message)]
+    assert [said in message for message in messages] == ([] if said is None else [True])

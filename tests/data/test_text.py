@@ -1,0 +1,311 @@
+"""Windows of text against slow versions of the two protocols, and what the data module refuses."""
+
+import json
+import logging
+
+import lightning as L
+import pytest
+import torch
+from jsonargparse import auto_cli
+from support.data import (
+    byte_tokenizer,
+    documents,
+    ids_of,
+    quiet_trainer,
+    runs_a_trainer,
+    slow_document_windows,
+    slow_text_windows,
+    write_jsonl,
+    write_parquet,
+)
+from tokenizers import pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from wanda_lightning.data import ImageDataModule, TextDataModule
+from wanda_lightning.data.demo import python_docs
+from wanda_lightning.data.text import draw_from_documents
+from wanda_lightning.modules import CausalLMModule
+
+BOS = 256
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_calibration_on_documents_draws_the_references_windows(tmp_path, tokenizer, kind, seed):
+    texts = documents([3, 40, 19, 20, 200, 0, 21])  # with <s>, 19 gives 20 tokens: not more than seqlen
+    file = tmp_path / f"texts.{kind}"
+    source = write_jsonl(file, texts) if kind == "jsonl" else write_parquet(file, text=texts)
+    data = TextDataModule(tokenizer, source, seqlen=20, num_samples=9, batch_size=4, seed=seed)
+    loader = data.calibration_dataloader()
+    assert [tuple(batch["input_ids"].shape) for batch in loader] == [(4, 20), (4, 20), (1, 20)]
+    assert all(batch.keys() == {"input_ids"} and batch["input_ids"].dtype == torch.int64 for batch in loader)
+    assert torch.equal(ids_of(loader), slow_document_windows(texts, tokenizer, 20, 9, seed))
+
+
+def test_calibration_on_one_text_draws_the_references_windows(tmp_path, tokenizer):
+    (text,) = documents([500])
+    (tmp_path / "a.txt").write_text(text)
+    data = TextDataModule(tokenizer, str(tmp_path / "a.txt"), seqlen=16, num_samples=10, seed=3)
+    expected = slow_text_windows(tokenizer(text).input_ids, 16, 10, 3)
+    assert torch.equal(ids_of(data.calibration_dataloader()), expected)
+
+
+def test_calibration_on_python_docs_draws_from_its_part(tokenizer):
+    data = TextDataModule(tokenizer, seqlen=64, num_samples=5, seed=2)
+    ids = tokenizer("\n\n".join(python_docs()[0].values())).input_ids
+    assert torch.equal(data.calibration_windows, slow_text_windows(ids, 64, 5, 2))
+
+
+def test_drawing_tokenizes_only_what_is_drawn(tokenizer):
+    texts = documents([100] * 1000)
+    seen = []
+
+    def tokenize(text):
+        seen.append(text)
+        return tokenizer(text).input_ids
+
+    draw_from_documents(texts, tokenize, seqlen=20, num_samples=5, seed=0)
+    assert len(seen) == 5
+
+
+def test_drawing_ends_where_one_document_of_many_is_long_enough(tokenizer):
+    texts = documents([5] * 300 + [100])
+    windows = draw_from_documents(texts, lambda text: tokenizer(text).input_ids, seqlen=50, num_samples=3, seed=0)
+    assert torch.equal(windows, slow_document_windows(texts, tokenizer, 50, 3, 0))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_evaluation_cuts_the_joined_text(tmp_path, tokenizer, kind):
+    texts = documents([30, 41, 10])
+    file = tmp_path / f"texts.{kind}"
+    if kind == "txt":
+        file.write_text("\n\n".join(texts))
+    elif kind == "jsonl":
+        write_jsonl(file, texts)
+    else:
+        write_parquet(file, text=texts)
+    ids = tokenizer("\n\n".join(texts)).input_ids
+    assert len(ids) == 1 + 81 + 4
+    expected = torch.tensor([ids[k : k + 20] for k in (0, 20, 40, 60)])
+    data = TextDataModule(tokenizer, evaluation=str(file), seqlen=20, batch_size=3)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        assert torch.equal(ids_of(loader), expected)
+    data = TextDataModule(tokenizer, evaluation=str(file), seqlen=20, limit=3)
+    assert torch.equal(ids_of(data.val_dataloader()), expected[:3])
+
+
+def test_long_texts_do_not_warn_about_the_context_of_the_model(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text(documents([100])[0])
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        TextDataModule(byte_tokenizer(), evaluation=str(tmp_path / "a.txt"), seqlen=20).setup("validate")
+        assert caplog.text == ""
+        byte_tokenizer()("x" * 100)
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_only_what_is_needed_is_read_and_only_once(monkeypatch, tokenizer):
+    from wanda_lightning.data import text
+
+    reads = []
+    for name in ("calibration_source", "evaluation_text"):
+        original = getattr(text, name)
+        monkeypatch.setattr(text, name, lambda *a, name=name, original=original: (reads.append(name), original(*a))[1])
+    data = TextDataModule(tokenizer, seqlen=32, num_samples=2)
+    assert reads == []
+    for stage in ("validate", "test", "predict"):
+        data.setup(stage)
+    data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()
+    assert reads == ["evaluation_text"]
+    data.setup("fit")
+    data.setup("fit")
+    data.train_dataloader(), data.calibration_dataloader()
+    assert reads == ["evaluation_text", "calibration_source"]
+    calibration_mode = TextDataModule(tokenizer, seqlen=32, num_samples=2)
+    calibration_mode.calibration_dataloader()
+    assert reads[2:] == ["calibration_source"]
+
+
+def test_training_shuffles_the_calibration_windows_by_the_seed(tokenizer):
+    def epochs(seed):
+        loader = TextDataModule(tokenizer, seqlen=16, num_samples=20, seed=seed).train_dataloader()
+        return [ids_of(loader) for _ in range(2)]
+
+    first, second = epochs(5)
+    drawn = TextDataModule(tokenizer, seqlen=16, num_samples=20, seed=5).calibration_windows
+    assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(drawn.tolist())
+    assert not torch.equal(first, drawn)
+    assert not torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(epochs(5), (first, second), strict=True))
+
+
+class Embedding(L.LightningModule):
+    """Small enough to go through a Trainer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Embedding(300, 4)
+        self.shapes = []
+
+    def validation_step(self, batch, batch_idx):
+        self.shapes.append(tuple(batch["input_ids"].shape))
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch["input_ids"]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@runs_a_trainer
+def test_a_trainer_runs_it_without_advice_on_workers(monkeypatch, tokenizer):
+    from lightning.pytorch.trainer.connectors import data_connector
+
+    monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)  # a machine with 32 cores
+    module, data = Embedding(), TextDataModule(tokenizer, seqlen=32, num_samples=4, batch_size=2, limit=3)
+    quiet_trainer().validate(module, data, verbose=False)
+    assert module.shapes == [(2, 32), (1, 32)]
+    quiet_trainer(max_epochs=1).fit(module, data)
+
+
+def test_the_tokenizer_may_be_a_folder(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "saved")
+    data = TextDataModule(str(tmp_path / "saved"), seqlen=32, num_samples=2)
+    assert torch.equal(
+        data.calibration_windows, TextDataModule(tokenizer, seqlen=32, num_samples=2).calibration_windows
+    )
+
+
+def test_the_tokenizer_may_be_a_gguf_file(tmp_path):
+    import gguf
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<|endoftext|>"]
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "gpt2")
+    writer.add_context_length(16)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 257 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(257)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "a.txt").write_text("ab" * 10)
+    data = TextDataModule(str(tmp_path / "tiny.gguf"), evaluation=str(tmp_path / "a.txt"), seqlen=10)
+    assert data.evaluation_windows.tolist() == [[256] * 10]
+
+
+def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
+    with pytest.raises(FileNotFoundError, match=r"missing\.gguf does not exist"):
+        TextDataModule(str(tmp_path / "missing.gguf"))
+    with pytest.raises(ValueError, match=r"^tokenizer must be a tokenizer, a hub id, .* but it is 3"):
+        TextDataModule(3)
+    with pytest.raises(ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"):
+        TextDataModule().setup("validate")
+    with pytest.raises(OSError, match=r"tokenizer of 'no/such' was not found: neither a local folder nor") as error:
+        TextDataModule("no/such").setup("validate")
+    assert error.value.__cause__ is not None
+    with pytest.raises(ValueError, match=r"tokenizer of .* cannot be used"):
+        TextDataModule(str(tmp_path)).setup("validate")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seqlen": 1}, "seqlen must be at least 2, but it is 1"),
+        ({"seqlen": "512"}, "^seqlen must be a whole number, but it is '512'"),
+        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, but it is 0"),
+        ({"limit": 0}, "limit must be at least 1, but it is 0"),
+        (
+            {"calibration": "wikitxt2"},
+            r"^calibration must be one of c4, wikitext2, python-docs, or a file .* 'wikitxt2'\. .* mean wikitext2\?",
+        ),
+        ({"evaluation": "ptb"}, r"^evaluation must be .* but it is 'ptb'\.$"),
+        ({"evaluation": "{tmp}/a.csv"}, r"ends in \.txt, \.jsonl, \.parquet, but .*a\.csv ends in \.csv"),
+        ({"evaluation": "{tmp}"}, "ends in nothing"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(tmp_path, tokenizer, options, message):
+    (tmp_path / "a.csv").write_text("text\nhello")
+    options = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        TextDataModule(tokenizer, **options)
+
+
+def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("x" * 19)  # 20 tokens with <s>
+    text, table = str(tmp_path / "a.txt"), write_jsonl(tmp_path / "a.jsonl", documents([5, 19, 12]))
+    with pytest.raises(ValueError, match=r"need a text of at least 21, but .*a\.txt has 20"):
+        TextDataModule(tokenizer, calibration=text, seqlen=20).calibration_dataloader()
+    with pytest.raises(ValueError, match=r"at least 21, but the longest of the 3 documents of .* has 20.*\.txt file"):
+        TextDataModule(tokenizer, calibration=table, seqlen=20).calibration_dataloader()
+    assert TextDataModule(tokenizer, text, text, seqlen=19, num_samples=2).calibration_windows.shape == (2, 19)
+    assert TextDataModule(tokenizer, evaluation=text, seqlen=20).evaluation_windows.shape == (1, 20)
+    with pytest.raises(ValueError, match=r"seqlen=21 tokens was asked for, but .*a\.txt has only 20"):
+        TextDataModule(tokenizer, evaluation=text, seqlen=21).setup("validate")
+
+
+def built(data: L.LightningDataModule) -> L.LightningDataModule:
+    return data
+
+
+def test_both_can_be_built_from_yaml(tmp_path, tokenizer):
+    def build(name, **arguments):
+        config = tmp_path / "config.yaml"  # JSON is YAML
+        config.write_text(json.dumps({"data": {"class_path": f"wanda_lightning.data.{name}", "init_args": arguments}}))
+        return auto_cli(built, args=[f"--config={config}"])
+
+    tokenizer.save_pretrained(tmp_path / "saved")
+    data = build("TextDataModule", tokenizer=str(tmp_path / "saved"), seqlen=32, num_samples=3)
+    assert isinstance(data, TextDataModule)
+    assert data.calibration_windows.shape == (3, 32)
+    data = build("ImageDataModule", data="digits", model="convnext_atto", image_size=32)
+    assert isinstance(data, ImageDataModule)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader()))[0].shape == (64, 3, 32, 32)
+    assert build("ImageDataModule", data="digits").model is None
+
+
+@pytest.mark.parametrize("option", ["num_samples", "train_samples"])
+def test_windows_that_do_not_fit_in_memory_are_refused_before_anything_is_read(tokenizer, option, monkeypatch):
+    for name in ("calibration_source", "evaluation_text"):
+        monkeypatch.setattr(f"wanda_lightning.data.text.{name}", None)
+    message = rf"^{option} must be at most \d+ for windows of seqlen=2048 tokens, but it is 1000000000: .* 15258.8 GiB"
+    with pytest.raises(ValueError, match=message):
+        TextDataModule(tokenizer, **{option: 10**9})
+
+
+def language_model(embeddings, tokenizer=None):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=embeddings, **sizes)), tokenizer)
+
+
+@runs_a_trainer
+def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
+    module, data = language_model(97), TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
+    message = r"^input_ids must be from 0 to 96, one for each embedding of the model, but they have \d+"
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer().validate(module, data, verbose=False)
+    data = TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
+    data.evaluation_windows = torch.zeros(2, 32, dtype=torch.long)
+    quiet_trainer().validate(module, data, verbose=False)
+    with pytest.raises(ValueError, match=message):
+        data.calibration_dataloader()
+    quiet_trainer().validate(language_model(257), TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
+
+
+@runs_a_trainer
+def test_another_tokenizer_than_the_models_own_is_refused(tokenizer):
+    reverse = byte_tokenizer(reverse=True)
+    module = language_model(257, reverse)
+    for given in (None, reverse, byte_tokenizer(reverse=True)):
+        quiet_trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
+    with pytest.raises(ValueError, match=r"^tokenizer must be the one of the model, but .* splits the text diff"):
+        quiet_trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)

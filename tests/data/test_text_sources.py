@@ -1,0 +1,74 @@
+"""The named texts against a stand-in for the hub, and names that are refused."""
+
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from support.data import (
+    documents,
+    slow_document_windows,
+    slow_text_windows,
+)
+
+from wanda_lightning.data import TextDataModule
+
+
+def hub_of(tables):
+    """A stand-in for `datasets.load_dataset` over the two text sets, which also notes how it was asked."""
+    asked = []
+
+    def load_dataset(name, config=None, *, split, data_files=None, cache_dir=None, **options):
+        asked.append((name, config, split, data_files, cache_dir))
+        return datasets.Dataset.from_dict({"text": tables[name, split]})
+
+    return load_dataset, asked
+
+
+def test_c4_is_read_as_the_reference_reads_it(monkeypatch, tokenizer):
+    train, validation = documents([50, 90, 10]), documents([7] * 1105)
+    load, asked = hub_of({("allenai/c4", "train"): train, ("allenai/c4", "validation"): validation})
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = TextDataModule(tokenizer, "c4", "c4", seqlen=30, num_samples=4, cache_dir="cache")
+    assert torch.equal(data.calibration_windows, slow_document_windows(train, tokenizer, 30, 4, 0))
+    ids = tokenizer(" ".join(validation[:1100])).input_ids
+    assert len(ids) == 8800  # 1100 documents of 7 bytes, 1099 spaces, <s>
+    assert torch.equal(data.evaluation_windows, torch.tensor(ids)[: 256 * 30].view(256, 30))
+    assert asked == [
+        ("allenai/c4", None, "train", {"train": "en/c4-train.00000-of-01024.json.gz"}, "cache"),
+        ("allenai/c4", None, "validation", {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "cache"),
+    ]
+    data = TextDataModule(tokenizer, "c4", "c4", seqlen=64)  # 137 windows are fewer than 256
+    assert torch.equal(data.evaluation_windows, torch.tensor(ids)[: 137 * 64].view(137, 64))
+
+
+def test_wikitext2_is_read_as_the_reference_reads_it(monkeypatch, tokenizer):
+    train, test = documents([50, 0, 90]), documents([30, 0, 71])
+    load, asked = hub_of({("Salesforce/wikitext", "train"): train, ("Salesforce/wikitext", "test"): test})
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = TextDataModule(tokenizer, "wikitext2", "wikitext2", seqlen=30, num_samples=4)
+    assert torch.equal(data.calibration_windows, slow_text_windows(tokenizer(" ".join(train)).input_ids, 30, 4, 0))
+    ids = tokenizer("\n\n".join(test)).input_ids
+    assert torch.equal(data.evaluation_windows, torch.tensor(ids[:90]).view(3, 30))
+    assert [call[:3] for call in asked] == [("Salesforce/wikitext", "wikitext-2-raw-v1", s) for s in ("train", "test")]
+
+
+def test_a_missing_file_is_refused_at_once(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl does not exist"):
+        TextDataModule(tokenizer, calibration=str(tmp_path / "missing.jsonl"))
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        TextDataModule(tokenizer, evaluation=str(tmp_path / "folder.txt"))
+
+
+def test_names_are_checked_without_torch():
+    code = """
+import sys
+from wanda_lightning.data.text_sources import check_source
+from wanda_lightning.data.image_sources import check_source as check_images
+from wanda_lightning.model_sources import locate
+check_source("c4"), check_images("cifar10"), locate("owner/name")
+assert not {"torch", "lightning", "transformers", "timm", "datasets"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

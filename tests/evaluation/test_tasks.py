@@ -1,0 +1,147 @@
+"""Zero-shot accuracy against prompts and log-likelihoods written by hand, and documents that are refused."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tasks import (
+    DOCUMENTS,
+    accuracies_by_hand,
+    needs_lm_eval,
+    tiny_llama,
+    tiny_tokenizer,
+    write_tasks,
+)
+
+from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, task_names, zero_shot
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
+    write_tasks(tmp_path / "tasks")
+    (task,) = load_tasks([name], tmp_path / "tasks").values()
+    tokenizer, seen = tiny_tokenizer(), set()
+    for seed in range(8):
+        model = tiny_llama(seed)
+        found = zero_shot(model, tokenizer, {name: task}, batch_size=2)[name]
+        expected = accuracies_by_hand(model, tokenizer, name, DOCUMENTS[name])
+        assert {"acc": found["acc"], "acc_norm": found.get("acc_norm", expected["acc_norm"])} == expected
+        assert ("acc_norm" in found) == (name not in ("boolq", "rte", "winogrande"))
+        assert found["documents"] == 2
+        assert found["acc_stderr"] == pytest.approx(math.sqrt(expected["acc"] * (1 - expected["acc"])))  # n - 1 = 1
+        seen.add(found["acc"])
+    assert len(seen) > 1  # else these models could not tell one way of counting from another
+
+
+@needs_lm_eval
+def test_a_limit_takes_the_first_documents(tmp_path):
+    write_tasks(tmp_path)
+    model, tokenizer = tiny_llama(3), tiny_tokenizer()
+    found = zero_shot(model, tokenizer, load_tasks(["arc_easy", "rte"], tmp_path), limit=1)
+    for name in ("arc_easy", "rte"):
+        assert found[name]["documents"] == 1
+        assert found[name]["acc"] == accuracies_by_hand(model, tokenizer, name, DOCUMENTS[name][:1])["acc"]
+    assert found["mean"] == {"acc": (found["arc_easy"]["acc"] + found["rte"]["acc"]) / 2}
+
+
+@needs_lm_eval
+def test_model_and_tokenizer_are_as_they_were(tmp_path):
+    write_tasks(tmp_path)
+    tasks = load_tasks(["boolq"], tmp_path)
+    model, tokenizer = tiny_llama(0).train(), tiny_tokenizer()
+    tokenizer.eos_token = "!"
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    zero_shot(model, tokenizer, tasks)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert tokenizer.pad_token is None
+
+
+@needs_lm_eval
+def test_fields_that_are_not_needed_may_be_anything(tmp_path):
+    rows = [{**row, "id": [1, "a"][i], "source": None} for i, row in enumerate(DOCUMENTS["boolq"])]
+    write_tasks(tmp_path, {"boolq": [*rows, {**rows[0], "more": 1}]})
+    (tmp_path / "boolq.jsonl").write_text("\n" + (tmp_path / "boolq.jsonl").read_text() + "\n\n")
+    (task,) = load_tasks(["boolq"], tmp_path).values()
+    assert len(task.eval_docs) == 3
+
+
+FITS = '{"passage": "a", "question": "b", "label": 1}\n'
+UNFIT = [
+    ("boolq", '{"passage": "a", "question": "b", "answer": 1}', "line 1 has 'passage', 'question', 'answer'"),
+    ("boolq", '{"passage": "a", "question": "b", "label": null}', "line 1 has no value for label"),
+    ("boolq", FITS + '{"passage": "a", "question": "b", "label": 2}', "the answer of document 2 is 2, but there are 2"),
+    ("boolq", FITS + '{"passage": "a", "question": "b", "label": -1}', "the answer of document 2 is -1, but there are"),
+    ("boolq", "[1]", "line 1 is a list"),
+    ("boolq", "{", "line 1 is not JSON"),
+    ("boolq", "", "is empty. Give another file"),
+    ("boolq", b"\xff", "must be in UTF-8"),
+    ("arc_easy", '{"question": "a", "choices": ["x", "y"], "answerKey": "A"}', "do not fit lm-eval's definition"),
+    (
+        "openbookqa",
+        '{"question_stem": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"}\n'
+        '{"question_stem": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}',
+        "document 2 raises ValueError",
+    ),
+    ("winogrande", '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "do not fit"),
+    (
+        "hellaswag",
+        '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": ""}',
+        "do not fit lm-eval's definition of hellaswag",
+    ),
+]
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(("name", "content", "message"), UNFIT, ids=[f"{n} {m[:30]}" for n, _, m in UNFIT])
+def test_documents_that_do_not_fit(tmp_path, name, content, message):
+    (tmp_path / f"{name}.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_tasks([name], tmp_path)
+
+
+def test_names_of_tasks():
+    assert task_names([]) == []
+    assert task_names(["paper"]) == task_names(["all"]) == task_names(["boolq", "paper"]) == list(PAPER_TASKS)
+    with pytest.raises(ValueError, match=r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"):
+        task_names(["boolq", "arc_eazy"])
+
+
+def test_the_documented_fields_are_the_ones_that_are_read():
+    text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    table, tasks = {}, ""
+    for task, _, field, _ in rows[2:]:
+        tasks = task or tasks
+        for name in tasks.split(", "):
+            table[name] = (*table.get(name, ()), field.strip("`"))
+    assert table == PAPER_TASKS
+
+
+@needs_lm_eval
+def test_the_documented_examples_can_be_used(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    examples = {json.loads(line)["task"]: line for line in text.splitlines() if line.startswith('{"task"')}
+    for name, line in examples.items():
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    assert list(load_tasks(list(PAPER_TASKS), tmp_path)) == list(examples) == list(PAPER_TASKS)
+
+
+@needs_lm_eval
+def test_the_mean_has_the_error_of_independent_tasks(tmp_path):
+    write_tasks(tmp_path)
+    found = zero_shot(tiny_llama(3), tiny_tokenizer(), load_tasks(["arc_easy", "rte", "boolq"], tmp_path))
+    each = [found[name] for name in ("arc_easy", "rte", "boolq")]
+    assert found["mean"]["acc"] == pytest.approx(np.mean([one["acc"] for one in each]))
+    assert found["mean"]["acc_stderr"] == pytest.approx(np.sqrt(sum(one["acc_stderr"] ** 2 for one in each)) / 3)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "limit"])
+def test_numbers_below_one_are_refused(option):
+    with pytest.raises(ValueError, match=rf"^{option} must be at least 1, but it is 0"):
+        zero_shot(None, None, {}, **{option: 0})

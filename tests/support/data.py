@@ -1,0 +1,119 @@
+"""Tokenizers, texts, tables, pictures and a quiet Trainer for the tests of the data modules."""
+
+import json
+import random
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+BOS = 256
+runs_a_trainer = pytest.mark.filterwarnings(  # Lightning 2.6 under torch 2.13
+    "ignore:.*LeafSpec.* is deprecated:FutureWarning"
+)
+
+
+def byte_tokenizer(reverse=False):
+    """One token a byte, and <s> before every text; its model has a context of 16."""
+    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<s>": BOS}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=16)
+
+
+def documents(lengths):
+    """Texts of so many bytes, no two windows alike."""
+    rng = random.Random(7)
+    return ["".join(chr(rng.randint(97, 122)) for _ in range(length)) for length in lengths]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    return str(path)
+
+
+def write_parquet(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def ids_of(loader):
+    return torch.cat([batch["input_ids"] for batch in loader])
+
+
+def quiet_trainer(**options):
+    return L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def vit(in_chans=3, **options):
+    options = {
+        "img_size": 16,
+        "patch_size": 4,
+        "num_classes": 10,
+        "depth": 1,
+        "embed_dim": 24,
+        "num_heads": 2,
+        **options,
+    }
+    return timm.create_model("vit_tiny_patch16_224", in_chans=in_chans, **options)
+
+
+def images_of(loader):
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+class Wrapped(L.LightningModule):
+    """As ImageClassifierModule: the timm model is `.model`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.shapes = []
+
+    def validation_step(self, batch, batch_idx):
+        images, _ = batch
+        assert self.model(images).shape == (len(images), 10)
+        self.shapes.append(tuple(images.shape))
+
+
+def paint(folder, colour, count):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (20, 20), (*colour, 10 * i)).save(folder / f"{i}.png")
+
+
+def slow_text_windows(ids, seqlen, num_samples, seed):
+    random.seed(seed)  # the reference seeds the global generator
+    windows = []
+    for _ in range(num_samples):
+        start = random.randint(0, len(ids) - seqlen - 1)
+        windows.append([ids[k] for k in range(start, start + seqlen)])
+    return torch.tensor(windows)
+
+
+def slow_document_windows(texts, tokenizer, seqlen, num_samples, seed):
+    random.seed(seed)
+    windows = []
+    for _ in range(num_samples):
+        while True:
+            ids = tokenizer(texts[random.randint(0, len(texts) - 1)]).input_ids
+            if len(ids) > seqlen:
+                break
+        start = random.randint(0, len(ids) - seqlen - 1)
+        windows.append([ids[k] for k in range(start, start + seqlen)])
+    return torch.tensor(windows)

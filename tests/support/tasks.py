@@ -1,0 +1,131 @@
+"""Documents of the zero-shot tasks, their accuracy counted by hand, and tiny models to measure."""
+
+import json
+import re
+from importlib.util import find_spec
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+SEQLEN, VOCABULARY = 32, 400
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPECIAL = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+
+DOCUMENTS = {
+    "boolq": [
+        {"passage": "A cat is an animal.", "question": "is a cat an animal", "label": 1},
+        {"passage": "Stones sink.", "question": "do stones swim", "label": 0},
+    ],
+    "rte": [
+        {"sentence1": "A cat sleeps.", "sentence2": "An animal sleeps.", "label": 0},
+        {"sentence1": "It rains.", "sentence2": "It is dry.", "label": 1},
+    ],
+    "hellaswag": [
+        {
+            "activity_label": "Cooking",
+            "ctx_a": "A man cuts an onion.",
+            "ctx_b": "he",
+            "endings": ["flies [step] away and is not seen again.", "cries.", "sings  a song.", "[title] ends"],
+            "label": "1",
+        },
+        {
+            "activity_label": "Sleeping",
+            "ctx_a": "[header] A cat lies down.",
+            "ctx_b": "",
+            "endings": ["it sleeps.", "it writes a long letter to its sister in London."],
+            "label": "0",
+        },
+    ],
+    "winogrande": [
+        {"sentence": "The cup did not fit; _ was too big.", "option1": "the cup", "option2": "a box", "answer": "1"},
+        {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"},
+    ],
+    "arc_easy": [
+        {"question": "What do plants need?", "choices": {"text": ["light", "a hammer"], "label": ["A", "B"]}},
+        {"question": "What is hot?", "choices": {"text": ["ice", "the sun", "deep snow"], "label": ["1", "2", "3"]}},
+    ],
+    "arc_challenge": [
+        {"question": "What is 2 + 2?", "choices": {"text": ["four", "a large number"], "label": ["A", "B"]}},
+        {"question": "Which is wet?", "choices": {"text": ["dust", "the sea"], "label": ["A", "B"]}},
+    ],
+    "openbookqa": [
+        {"question_stem": "A magnet attracts", "choices": {"text": ["iron", "dry wood"], "label": ["A", "B"]}},
+        {"question_stem": "Frogs begin as", "choices": {"text": ["eagles", "tadpoles"], "label": ["A", "B"]}},
+    ],
+}
+for name in ("arc_easy", "arc_challenge", "openbookqa"):
+    DOCUMENTS[name][0]["answerKey"] = "A"
+    DOCUMENTS[name][1]["answerKey"] = DOCUMENTS[name][1]["choices"]["label"][1]
+
+
+def by_hand(name, doc):
+    """What is scored: (prompt, continuation) of each choice, the choices themselves, and which one is right."""
+    if name == "boolq":
+        prompt, choices = f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:", ["no", "yes"]
+    elif name == "rte":
+        prompt = f"{doc['sentence1']}\nQuestion: {doc['sentence2']} True or False?\nAnswer:"
+        choices = ["True", "False"]
+    elif name == "hellaswag":
+        text = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
+        prompt, *choices = (
+            re.sub(r"\[.*?\]", "", part.strip().replace(" [title]", ". ")).replace("  ", " ")
+            for part in [text, *doc["endings"]]
+        )
+    elif name == "winogrande":
+        before, after = doc["sentence"].split("_")
+        choices = [before + doc["option1"], before + doc["option2"]]
+        return [(choice, f" {after.strip()}") for choice in choices], choices, int(doc["answer"]) - 1
+    else:
+        prompt = doc["question_stem"] if name == "openbookqa" else f"Question: {doc['question']}\nAnswer:"
+        choices = doc["choices"]["text"]
+    gold = int(doc["label"]) if "label" in doc else doc["choices"]["label"].index(doc["answerKey"])
+    # Blanks at the end of a prompt belong to what follows: tokens begin with them.
+    blanks = prompt[len(prompt.rstrip()) :]
+    return [(prompt.rstrip(), f"{blanks} {choice}") for choice in choices], choices, gold
+
+
+def log_likelihood(model, tokenizer, prompt, continuation):
+    given, ids = len(tokenizer(prompt).input_ids), tokenizer(prompt + continuation).input_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logits[i - 1, ids[i]].item() for i in range(given, len(ids)))
+
+
+def accuracies_by_hand(model, tokenizer, name, documents):
+    hits = {"acc": 0, "acc_norm": 0}
+    for doc in documents:
+        pairs, choices, gold = by_hand(name, doc)
+        scores = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
+        normed = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+        hits["acc"] += scores.index(max(scores)) == gold
+        hits["acc_norm"] += normed.index(max(normed)) == gold
+    return {metric: count / len(documents) for metric, count in hits.items()}
+
+
+def tiny_llama(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.3, **SIZES, **SPECIAL)
+        ).eval()
+
+
+def tiny_tokenizer():
+    """Whole words are tokens, so that short choices are not always the likelier ones."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([json.dumps(DOCUMENTS), " yes no True False" * 20], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def write_tasks(folder, documents=DOCUMENTS):
+    folder.mkdir(exist_ok=True)
+    for name, rows in documents.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

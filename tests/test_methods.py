@@ -1,0 +1,147 @@
+"""Methods and presets, as the callback and `prune` take them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.callbacks import Net, loader, trainer
+from support.zoo import ZOO
+
+from wanda_lightning import (
+    KeepZeros,
+    Magnitude,
+    MagnitudePrune,
+    PruningCallback,
+    PruningConfig,
+    SparseGPT,
+    SparseGPTPrune,
+    Uniform,
+    Unstructured,
+    WandaPrune,
+    prune,
+)
+from wanda_lightning.methods import METHODS, PATTERNS, PRESETS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
+]
+EVERY_PRESET = pytest.mark.parametrize("name", PRESETS)
+
+
+@EVERY_PRESET
+@pytest.mark.parametrize("pattern", ["unstructured", "1:4", *PATTERNS])
+def test_every_preset_takes_every_pattern(name, pattern):
+    specimen = ZOO["llama"]
+    sparsity = 0.75 if pattern == "1:4" else 0.5
+    report = prune(specimen.build(), specimen.batches(), sparsity, method=name, pattern=pattern, progress=False)
+    assert report.sparsity == pytest.approx(sparsity, abs=0.01)
+    if ":" in pattern:
+        assert report.config["allocation"] == {"name": "Uniform"}
+        assert {layer.target for layer in report.layers} == {sparsity}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_prunes(name):
+    specimen = ZOO["llama"]
+    report = prune(specimen.build(), specimen.batches(), 0.5, method=name, progress=False)
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+# What the reference compares: rows for Wanda, the whole layer for magnitude, a layer's block of columns for SparseGPT.
+COMPARED = {
+    "wanda": "row",
+    "magnitude": "layer",
+    "ria": "row",
+    "sparsegpt": "layer",
+    "ablate_mag_seq": "layer",
+    "ablate_wanda_seq": "row",
+    "ablate_mag_iter": "layer",
+    "ablate_wanda_iter": "layer",
+    "refit": "row",
+    "admm": "row",
+    "reconstruct": "row",
+    "fast": "row",
+    "balanced": "layer",
+    "best": "layer",
+}
+
+
+def test_unstructured_means_what_the_method_compares():
+    assert COMPARED.keys() == {*METHODS, *PRESETS}
+    for name, group in COMPARED.items():
+        assert PruningConfig.from_names(method=name).pattern == Unstructured(group)
+        assert PruningConfig.from_names(method=name, pattern="unstructured_row").pattern == Unstructured("row")
+        assert PruningConfig.from_names(method=name, pattern=Unstructured("layer")).pattern == Unstructured("layer")
+
+
+@pytest.mark.parametrize(
+    ("callback", "choices"),
+    [
+        (WandaPrune, {}),
+        (WandaPrune, {"criterion": "wanda"}),
+        (MagnitudePrune, {"criterion": "magnitude"}),
+        (MagnitudePrune, {"criterion": Magnitude()}),
+        (SparseGPTPrune, {"solver": "sparsegpt"}),
+        (SparseGPTPrune, {"solver": SparseGPT()}),
+        (SparseGPTPrune, {"method": "sparsegpt"}),
+    ],
+)
+def test_unstructured_is_the_same_by_every_way_to_ask_for_a_method(callback, choices):
+    expected = PruningConfig.from_names(0.5, **choices)
+    for options in ({}, {"pattern": "unstructured"}):
+        assert callback(0.5, **options).config == expected
+        assert PruningConfig.from_names(0.5, **choices, **options) == expected
+
+
+def test_importing_the_names_loads_no_torch():
+    code = "import sys, wanda_lightning.methods, wanda_lightning.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@EVERY_PRESET
+def test_a_preset_before_training(name):
+    module = Net()
+    callback = PruningCallback.preset(name, 0.5, num_samples=8)
+    trainer(callback, max_steps=3).fit(module, loader())
+    by_hand = Net()
+    batches = [x for x, _ in loader()][:2]
+    prune(by_hand, batches, 0.5, method=name, progress=False)
+    zeros = {key: value == 0 for key, value in by_hand.state_dict().items() if key.endswith("weight")}
+    assert all(torch.equal(module.state_dict()[key] == 0, where) for key, where in zeros.items())
+    assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@EVERY_PRESET
+def test_a_preset_before_measuring(name):
+    module = Net()
+    trainer(PruningCallback.preset(name, pattern="2:4", num_samples=4)).validate(module, loader(), verbose=False)
+    weight = module.layers[0].weight
+    assert ((weight != 0).view(len(weight), -1, 4).sum(dim=2) == 2).all()
+
+
+@EVERY_PRESET
+def test_mixed_precision_rounds_no_solver(name):
+    reports, modules = [], [Net(), Net()]
+    for module, precision in zip(modules, ("32-true", "bf16-mixed"), strict=True):
+        callback = PruningCallback.preset(name, 0.5, allocation="uniform", num_samples=8)
+        trainer(callback, precision=precision).validate(module, loader(), verbose=False)
+        reports.append(callback.report)
+    first, second = (module.layers[0].weight for module in modules)  # its inputs are the same
+    assert torch.equal(first, second)
+    assert reports[0].sparsity == reports[1].sparsity
+
+
+def test_a_choice_of_a_preset_may_be_replaced():
+    callback = PruningCallback.preset("best", 0.6, sequential="block", allocation="uniform", skip="lm_head")
+    assert (callback.config.sequential, callback.config.allocation) == ("block", Uniform())
+    assert callback.config.skip == ("lm_head",)
+
+
+def test_what_is_no_preset_is_refused():
+    with pytest.raises(ValueError, match=r"method must be one of .*best, but it is 'bset'. Did you mean best"):
+        PruningCallback.preset("bset")
+    with pytest.raises(TypeError, match=r"as WandaPrune does: use PruningCallback.preset\('fast'\)"):
+        WandaPrune.preset("fast")
+    assert not hasattr(KeepZeros, "preset")

@@ -1,0 +1,219 @@
+"""The calibration batches, as forward passes through the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.models import TokenMask, token_masks
+from wanda_lightning.parallel import Processes, is_sharded
+from wanda_lightning.progress import ProgressBar
+
+
+class CalibrationBatches:
+    """The calibration batches of one process as forward passes, each with its padding.
+
+    Args:
+        model: The model.
+        batches: The batches.
+        forward: Runs one batch through the model; by default `forward_batch`, on the model's device.
+        predict: The same, and returns the logits; by default as `forward`.
+        processes: All processes that calibrate together.
+        reader: The choice that reads the batches, for messages.
+
+    Attributes:
+        masks: For each batch that was run, its padding; None for a batch that runs but does not count.
+        length: Number of batches of this process; None if it is not known yet.
+        total: Number of batches of all processes; known after `refuse_if_empty`.
+
+    Raises:
+        ValueError: If `batches` is no collection of batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        forward: Callable[[Any], object] | None,
+        predict: Callable[[Any], object] | None,
+        processes: Processes,
+        reader: object,
+    ) -> None:
+        if reader is not None and (not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)):
+            given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
+            raise ValueError(
+                f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
+                f"{given}. Only Magnitude() with Uniform() needs no data."
+            )
+        self._model, self._processes, self._reader = model, processes, reader
+        self._batches: Iterable[Any] = () if reader is None or batches is None else batches
+        self._forward = forward or self._forward_on_device
+        self._predict = predict or self._forward
+        # FSDP2 communicates in every forward pass: all processes must run equally many.
+        self._padded_to_equal = processes.world_size > 1 and is_sharded(model)
+        self.masks: list[tuple[TokenMask, ...] | None] = []
+        self.total = 0
+        self.length = len(self._batches) if isinstance(self._batches, Sized) else None
+
+    def _forward_on_device(self, batch: Any) -> object:
+        device = next(self._model.parameters()).device
+        return forward_batch(self._model, _to_device(batch, device))
+
+    def read_all(self, progress: bool) -> None:
+        """Keep all batches in memory; a bar counts those of an iterator, whose number is not known."""
+        with ProgressBar("Reading batches", self.length, progress and self.length is None) as bar:
+            held = []
+            for batch in self._batches:
+                held.append(batch)
+                bar.advance()
+                bar.show("")
+        self._batches, self.length = held, len(held)
+
+    def __iter__(self) -> Iterator[Callable[[], object]]:
+        """One forward pass for each batch; `masks` grows with them."""
+        return self._passes(self._forward)
+
+    def predictions(self) -> Iterator[Callable[[], object]]:
+        """The same, where each forward pass returns the logits."""
+        return self._passes(self._predict)
+
+    def _passes(self, forward: Callable[[Any], object]) -> Iterator[Callable[[], object]]:
+        batches: Iterable[tuple[Any, bool]] = ((batch, True) for batch in self._batches)
+        if self._padded_to_equal:
+            batches = _pad_to_equal(self._batches, self._processes)
+        self.masks.clear()
+        for index, (batch, counts) in enumerate(batches):
+            self.masks.append(token_masks(self._model, batch) if counts else None)
+            yield partial(_run, forward, batch, index)
+
+    def refuse_if_empty(self) -> None:
+        """Count the batches of all processes.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        total = torch.tensor(sum(mask is not None for mask in self.masks))
+        self._processes.all_reduce_sum([total])
+        self.total = int(total)
+        if not self.total:
+            raise ValueError(
+                f"batches must hold at least one calibration batch for {self._reader}, but there is none. An iterator "
+                "that was read before is empty: give a list or a dataloader."
+            )
+
+
+def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
+    try:
+        return forward(batch)
+    except Exception as error:
+        add_note(error, f"This happened in calibration batch {index} (counted from 0): {_describe(batch)}.")
+        raise
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a sentence to an error that is shown below its message (from Python 3.11 on)."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+
+
+def _describe(batch: Any) -> str:
+    """The shapes of a batch's tensors, in a few words."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_describe(value)}" for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {', '.join(map(_describe, batch)) or 'nothing'}"
+    return f"a {type(batch).__name__}"
+
+
+_NONE_LEFT = object()
+
+
+def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
+    """Pad every process to the same number of batches, by repeating its last one, and flag what is not padding.
+
+    A process without any batch repeats one of another process.
+    """
+    iterator = iter(batches)
+    last: Any = _NONE_LEFT
+    while True:
+        with processes.fail_together():
+            batch = next(iterator, _NONE_LEFT)
+        holder = processes.all_reduce_min(processes.world_size if batch is _NONE_LEFT else processes.rank)
+        if holder == processes.world_size:
+            return
+        if last is _NONE_LEFT and processes.all_reduce_min(batch is not _NONE_LEFT) == 0:
+            last = processes.broadcast(batch if processes.rank == holder else None, holder)
+        last = last if batch is _NONE_LEFT else batch
+        yield last, batch is not _NONE_LEFT
+
+
+def forward_batch(model: nn.Module, batch: Any) -> object:
+    """Call a model on a batch.
+
+    A mapping becomes keyword arguments, of which the model gets those that its forward takes; of a tuple or list the
+    model gets the first element; anything else is passed as it is.
+
+    Raises:
+        ValueError: If the batch is text, a number or a NumPy array, or the model cannot be called with it.
+    """
+    if isinstance(batch, Mapping):
+        return model(**_accepted(model, batch))
+    if isinstance(batch, tuple | list):
+        _refuse_more_arguments(model, batch)
+        batch = batch[0]
+    if isinstance(batch, str | bytes | Number) or type(batch).__module__ == "numpy":
+        raise ValueError(
+            f"batches must hold tensors, or mappings or tuples of tensors, but one is a {type(batch).__name__}. "
+            "Convert it to tensors, or give forward=."
+        )
+    return model(batch)
+
+
+def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return batch
+    accepted = {parameter.name for parameter in parameters}
+    if not accepted & batch.keys():
+        raise ValueError(
+            f"batches hold {sorted(batch)}, but {type(model).__name__}.forward takes {sorted(accepted)}. Give "
+            "forward=, or, in a LightningModule, define calibration_step(batch)."
+        )
+    return {key: value for key, value in batch.items() if key in accepted}
+
+
+def _refuse_more_arguments(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> None:
+    """Refuse a tuple for a model whose forward needs more than its first element."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*batch[:1])
+    except TypeError as error:
+        needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
+        raise ValueError(
+            f"batches are tuples or lists of {len(batch)} elements, of which the first is passed to the model, but "
+            f"{type(model).__name__}.forward needs {', '.join(needed)}. Give mappings with these names, or forward=."
+        ) from error
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        # Outside of inference mode, a model cannot write into a tensor that was made inside.
+        return batch.clone().to(device) if batch.is_inference() else batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return rebuild(batch, [_to_device(value, device) for value in batch])
+    return batch
+
+
+def rebuild(sequence: Any, values: list[Any]) -> Any:
+    """A list or tuple of the same type with other values; named tuples included."""
+    return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)

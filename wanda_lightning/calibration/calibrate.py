@@ -1,0 +1,101 @@
+"""Bring all calibration batches to one unit after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.batch_thread import Call, park
+from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.calibration.interception import Product, WeightInterceptor
+from wanda_lightning.calibration.lockstep import lockstep, whole_model_stop
+from wanda_lightning.calibration.mode import calibration_mode
+from wanda_lightning.models import Unit
+from wanda_lightning.parallel import ForwardOrderCheck, Processes, reset_fsdp_on_exit
+
+
+class UnitStop(NamedTuple):
+    """The calibration batches at one unit that is about to be pruned.
+
+    Attributes:
+        unit: The unit.
+        calls: One call for each batch, to be read once.
+        check: To be called after the calls were read; refuses batches that took different paths in different processes,
+            and data without any batch.
+    """
+
+    unit: Unit
+    calls: Iterable[Call]
+    check: Callable[[], None]
+
+
+def calibrate(
+    model: nn.Module, units: Sequence[Unit], batches: CalibrationBatches, processes: Processes, revisited: set[int]
+) -> Generator[UnitStop]:
+    """Stop at each unit, with all batches that reach it; the batches go on through the unit as it is then.
+
+    Args:
+        model: The model, in `pruning_mode`.
+        units: All units; a single one without a module stands for the whole model.
+        batches: The calibration batches.
+        processes: All processes that calibrate together.
+        revisited: Indices of units to which a batch came again are added to this set.
+    """
+    with ForwardOrderCheck(model, processes) as path, reset_fsdp_on_exit(model):
+        if units[0].module is None:
+
+            def check() -> None:
+                path.check("", 0)
+                batches.refuse_if_empty()
+
+            yield UnitStop(units[0], whole_model_stop(batches).calls, check)
+            return
+        forwards = list(batches)
+        batches.refuse_if_empty()
+        modules, names = [unit.module for unit in units if unit.module is not None], [unit.name for unit in units]
+        for stop in lockstep(_parking_at_products(forwards, units), modules, processes, names, revisited):
+            unit, calls = units[stop.unit], stop.calls
+            del stop  # or its parked activations would outlive the run of the pruned unit
+            path.check(unit.name, len(tuple(calls)))
+            yield UnitStop(unit, calls, lambda: None)
+            del calls
+
+
+def _parking_at_products(forwards: list[Callable[[], object]], units: Sequence[Unit]) -> list[Callable[[], object]]:
+    """Let batches park also where the weight of a unit that is a layer is multiplied outside of its forward."""
+    index_of = {
+        layer: index
+        for index, unit in enumerate(units)
+        for layer in unit.layers
+        if layer.module is unit.module and layer.expert is None
+    }
+
+    def stop(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+        product = products[0]
+        return park(index_of[product.layer], lambda tokens: multiply(), product.tokens) if product.first else multiply()
+
+    def watched(forward: Callable[[], object]) -> object:
+        interceptor = WeightInterceptor(index_of, stop)  # each thread has its own
+        with interceptor if interceptor.watches else nullcontext():
+            return forward()
+
+    return [partial(watched, forward) for forward in forwards] if index_of else forwards
+
+
+@contextmanager
+def pruning_mode(model: nn.Module) -> Iterator[None]:
+    """The state in which a model is calibrated and pruned: evaluation mode, uncompiled, without gradients."""
+    with calibration_mode(model), uncompiled(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run modules under `torch.compile` as they are written: compiled code would trace the interception."""
+    # Where this module is not imported, which takes seconds, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,0 +1,59 @@
+"""`wanda-lightning fit|validate|test|predict`: the Trainer on a YAML recipe."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import wanda_lightning
+from wanda_lightning.core.name_patterns import did_you_mean
+
+_NO_CAUSE = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
+
+
+class _SaveConfigBesideLogs(SaveConfigCallback):
+    """Without a logger there is no folder of this run, and the working directory is not ours to write to."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
+class _Parser(LightningArgumentParser):
+    """Refuse in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.stderr.write(f"wanda-lightning: error: {one_line(message)}\n")
+        self.exit(2)
+
+
+def one_line(message: str) -> str:
+    """Name the option and the first cause in a message of jsonargparse, which goes on to list every type it tried."""
+    first, *lines = [line.strip() for line in message.splitlines() if line.strip()]
+    key = re.fullmatch(r'Parser key "([^"]+)":', first)
+    causes = [line for line in lines if not line.startswith(_NO_CAUSE)] if key else [first, *lines]
+    following = [number for number, line in enumerate(causes) if number and line.startswith(("- ", "Given value"))]
+    cause = " ".join(causes[: following[0]] if following else causes).removeprefix("- ").rstrip(".")
+    class_name = re.search(r"module 'wanda_lightning[\w.]*' has no attribute '(\w+)'", cause)
+    near = did_you_mean(class_name[1], wanda_lightning.__all__) if class_name else ""
+    return f"{key[1]}: {cause}.{near}" if key else f"{cause}.{near}"
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Run LightningCLI; class paths name the model, the data and the callbacks, ours or anyone's.
+
+    Args:
+        arguments: The command line; None reads the shell's.
+    """
+    LightningCLI(
+        args=None if arguments is None else list(arguments),
+        seed_everything_default=0,
+        parser_class=_Parser,
+        parser_kwargs={"prog": "wanda-lightning"},
+        save_config_callback=_SaveConfigBesideLogs,
+    )

@@ -1,0 +1,158 @@
+"""`wanda-lightning prune`: the reference's flags, on any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.markup import escape
+from rich.table import Table
+
+from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space
+from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUENCES, PruneOptions
+from wanda_lightning.cli.parser import as_options
+from wanda_lightning.cli.tables import print_note, print_table
+from wanda_lightning.cli.windows import checked_seqlen, refuse_early
+from wanda_lightning.data import ImageDataModule, TextDataModule
+from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
+from wanda_lightning.files import whole_file
+from wanda_lightning.methods import METHODS, PRESETS
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.plan import make_plan
+from wanda_lightning.report import REPORT_NAME, PruningReport
+
+
+def run(options: PruneOptions) -> None:
+    """Prune a model, measure it before and after, and save what was asked for.
+
+    Raises:
+        ValueError: If the options do not fit together or the model; before anything is written.
+    """
+    callback = _callback(options)
+    tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
+    L.seed_everything(options.seed, verbose=False)
+    quiet_trainer()
+    module, data = _classifier(options) if options.is_image else _language_model(options)
+    metric, heading = ("val_accuracy", "top-1") if options.is_image else ("val_perplexity", "perplexity")
+    make_plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
+    refuse_no_space(options.save_model, module)
+    if callback.config.data_reader is not None and isinstance(data, TextDataModule):
+        _ = data.calibration_windows
+    dense = measure(module, data, metric)
+    pruned = measure(module, data, metric, callback)
+    report = callback.report
+    assert report is not None
+    report.config["command"] = as_options(options) | {"prune_method": None, **_as_used(options, data)}
+    report.config["command"] = {name: value for name, value in report.config["command"].items() if value is not None}
+    report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
+    if options.save_model is not None:
+        module.save_pretrained(options.save_model, overwrite=options.overwrite)
+    if tasks:  # hours for a large model, which is safe by now
+        accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
+        report.config["measured"]["zero_shot"] = accuracies
+    if options.save is not None:
+        _write_results(options, "top1_test" if options.is_image else "ppl_test", pruned, report)
+    _print_results(options.name, heading, dense, pruned, report)
+    if tasks:
+        print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
+
+
+def _callback(options: PruneOptions) -> PruningCallback:
+    usual = {**METHODS, **PRESETS}[options.name].sequential or ("none" if options.is_image else "block")
+    return PruningCallback(
+        options.sparsity_ratio,
+        method=options.name,
+        pattern=_pattern(options),
+        allocation=options.allocation,
+        sequential=options.sequential or usual,
+        skip=options.skip,
+        only=options.only,
+        include_grouped=options.include_grouped,
+        num_samples=options.nsamples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES),
+        min_expert_tokens=options.min_expert_tokens,
+    )
+
+
+def _pattern(options: PruneOptions) -> str:
+    if options.use_variant:
+        return "equal_share"
+    if options.sparsity_type == "unstructured" and options.prune_granularity is not None:
+        return f"unstructured_{options.prune_granularity}"
+    return options.sparsity_type
+
+
+def _classifier(options: PruneOptions) -> tuple[Any, ImageDataModule]:
+    assert options.data_path is not None
+    module = ImageClassifierModule(options.model, pretrained=options.resume is None, checkpoint=options.resume)
+    data = ImageDataModule(
+        options.data_path,
+        module,
+        batch_size=options.batch_size or 64,
+        num_samples=options.nsamples or PAPER_IMAGES,
+        seed=options.seed,
+        cache_dir=options.cache_dir,
+    )
+    return module, data
+
+
+def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
+    hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
+    calibration, evaluation = options.calibration or "c4", options.eval or "wikitext2"
+    refuse_early(options.seqlen, options.model, hub, calibration, evaluation)
+    module = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub)
+    data = TextDataModule(
+        module.tokenizer,
+        calibration,
+        evaluation,
+        seqlen=checked_seqlen(options.seqlen, module.model.config, PAPER_SEQLEN),
+        num_samples=options.nsamples or PAPER_SEQUENCES,
+        batch_size=options.batch_size or 4,
+        limit=options.limit,
+        seed=options.seed,
+        cache_dir=options.cache_dir,
+    )
+    return module, data
+
+
+def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:
+    """The options without a fixed default, with the values that were used."""
+    used: dict[str, Any] = {"nsamples": data.num_samples, "batch_size": data.batch_size}
+    if options.preset is None:
+        used["prune_method"] = options.name
+    if isinstance(data, ImageDataModule):
+        return used
+    return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
+
+
+def _write_results(options: PruneOptions, column: str, measured: float, report: PruningReport) -> None:
+    folder = _own_folder(Path(options.save or ""), options.overwrite)
+    report.save(folder)
+    with whole_file(folder / f"log_{options.name}.txt") as temporary:
+        temporary.write_text(
+            f"method\tactual_sparsity\t{column}\n{options.name}\t{report.sparsity:.4f}\t{measured:.4f}\n",
+            encoding="utf-8",
+        )
+
+
+def _own_folder(folder: Path, overwrite: bool) -> Path:
+    """The folder, or one beside it if another run has finished there meanwhile."""
+    if overwrite or not (folder / REPORT_NAME).exists():
+        return folder
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))
+    free = next(place for place in numbered if not (place / REPORT_NAME).exists())
+    print_note(f"another run has written to {folder} meanwhile. The results are in {free}.")
+    return free
+
+
+def _print_results(method: str, heading: str, dense: float, pruned: float, report: PruningReport) -> None:
+    table = Table()
+    for column in ("method", "sparsity", "of the model", f"dense {heading}", f"pruned {heading}", "seconds to prune"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    numbers: list[Any] = [f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%}"]
+    numbers += [f"{value:.2%}" if heading == "top-1" else f"{value:.2f}" for value in (dense, pruned)]
+    table.add_row(escape(method), *numbers, f"{report.seconds['prune']:.1f}")
+    print_table(table)
+    for note in report.notes:
+        print_note(note)

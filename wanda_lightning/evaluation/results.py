@@ -1,0 +1,113 @@
+"""Results of several models side by side: sparsity, the table and the JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from wanda_lightning.files import whole_file
+from wanda_lightning.models import find_layers
+from wanda_lightning.parallel import zero_counts
+from wanda_lightning.report import versions
+
+Results = dict[str, dict[str, float]]
+"""What was measured on (a text, a task, a data set) -> metric -> value; fractions are in [0, 1]."""
+
+_COUNTS = ("windows", "documents", "images")  # how much was measured
+_ERROR = "_stderr"  # after the name of a metric: its standard error
+_SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
+
+
+def sparsity_of(model: nn.Module) -> dict[str, float]:
+    """Return the fractions of zeros: `layers`, of the weights that can be pruned; `model`, of all parameters."""
+    # By parameter, since many experts are one parameter.
+    layers = {id(layer.parameter): layer.parameter for layer in find_layers(model).layers}
+    return {"layers": _zeros(layers.values()), "model": _zeros(model.parameters())}
+
+
+def _zeros(parameters: Iterable[torch.Tensor]) -> float:
+    parameters = list(parameters)
+    return sum(zero_counts(parameters)) / max(1, sum(parameter.numel() for parameter in parameters))
+
+
+@dataclass
+class Evaluation:
+    """Results of several models, measured in the same way. `table()` shows them side by side; `save()` writes JSON.
+
+    Attributes:
+        models: Results of each model, in order.
+        dense: Name of the model that the others are compared with.
+        config: The options.
+        versions: Versions of Python and the libraries.
+    """
+
+    models: dict[str, Results]
+    dense: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_json(self) -> str:
+        """Return all numbers, unrounded."""
+        return json.dumps(asdict(self), indent=1, default=str)
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, whole or not at all."""
+        with whole_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def table(self) -> Table:
+        """Return a table with a row for each metric and a column for each model.
+
+        A row says on how many windows, documents or images its metric was measured. A number is followed by its
+        standard error, if it has one, and in brackets by its difference to the dense model.
+        """
+        table = Table()
+        table.add_column("")
+        for name in self.models:
+            table.add_column(escape(name), justify="right", overflow="fold")
+        rows = dict.fromkeys(
+            (what, metric) for results in self.models.values() for what in results for metric in results[what]
+        )
+        for what, metric in rows:
+            if metric in _COUNTS or metric.endswith(_ERROR):
+                continue
+            found = {name: results.get(what, {}) for name, results in self.models.items()}
+            dense = found.get(self.dense or "", {}).get(metric)
+            cells = [
+                _cell(metric, values.get(metric), values.get(metric + _ERROR), None if name == self.dense else dense)
+                for name, values in found.items()
+            ]
+            table.add_row(escape(_heading(what, metric, found.values())), *cells)
+        return table
+
+
+def _heading(what: str, metric: str, found: Iterable[dict[str, float]]) -> str:
+    """Name a row, and how much was measured.
+
+    >>> _heading("rte", "acc", [{"acc": 0.5, "documents": 277}])
+    'rte acc (277 documents)'
+    """
+    counts = {f"{int(values[count]):,} {count}" for values in found for count in _COUNTS if count in values}
+    return f"{what} {_SPARSITY.get(metric, metric)}" + (f" ({' or '.join(sorted(counts))})" if counts else "")
+
+
+def _cell(metric: str, value: float | None, error: float | None = None, dense: float | None = None) -> str:
+    """Format a number with its standard error and its difference to the dense model.
+
+    >>> _cell("acc", 0.5, 0.0125, 0.625), _cell("perplexity", 65.291)
+    ('50.00% ± 1.25 (-12.50)', '65.29')
+    """
+    if value is None:
+        return ""
+    scale, unit = (1, "") if metric == "perplexity" else (100, "%")
+    uncertainty = "" if error is None else f" ± {scale * error:.2f}"
+    difference = "" if dense is None else f" ({scale * (value - dense):+.2f})"
+    return f"{scale * value:.2f}{unit}{uncertainty}{difference}"

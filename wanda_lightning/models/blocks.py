@@ -1,0 +1,58 @@
+"""Find the blocks of a model: its repeated parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from wanda_lightning.models.layers import Layer
+
+
+def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:
+    """The names of the blocks, none of which lies inside another.
+
+    transformers marks its blocks by a class, as the modules that can be gradient-checkpointed. Elsewhere a block is a
+    member of a list or sequence that holds at least two layers and no smaller such member: a stage that consists of
+    blocks is not a block.
+
+    Args:
+        modules: All modules of the model, by name.
+        layers: The layers to prune.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    counts = _layers_inside(modules, layers)
+    marked = [name for name, m in modules.items() if isinstance(m, GradientCheckpointingLayer) and counts[name]]
+    listed = [
+        name for name in _members_of_lists(modules) if counts.get(name, 0) >= 2 and not _overlaps_any(name, marked)
+    ]
+    candidates = marked + [name for name in listed if name not in marked]
+    return [name for name in candidates if not any(other.startswith(f"{name}.") for other in candidates)]
+
+
+def _layers_inside(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> dict[str, int]:
+    """How many distinct modules with layers lie inside each module."""
+    counts = dict.fromkeys(modules, 0)
+    for layer in {id(layer.module): layer for layer in layers}.values():
+        parts = layer.name.split(".")
+        for length in range(len(parts)):
+            prefix = ".".join(parts[:length])
+            if prefix in counts:
+                counts[prefix] += 1
+    return counts
+
+
+def _members_of_lists(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [
+        f"{name}.{child}" if name else child
+        for name, container in modules.items()
+        if isinstance(container, nn.ModuleList | nn.Sequential) and not name.endswith("experts")
+        for child, member in container.named_children()
+        if not isinstance(member, nn.ModuleList | nn.Sequential)
+    ]
+
+
+def _overlaps_any(name: str, others: Iterable[str]) -> bool:
+    """Whether a module lies inside one of the others, or one of them inside it."""
+    return any(name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in others)

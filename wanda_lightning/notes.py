@@ -1,0 +1,204 @@
+"""What the user should be told about a pruning: one function for each note."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from wanda_lightning.core.patterns import NM
+from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
+from wanda_lightning.plan import Plan, Selections
+from wanda_lightning.report import PrunedLayer
+
+_ALREADY_SPARSE = 0.05  # share of zeros before pruning
+_ENOUGH_COVERAGE = 0.8  # of the weights that a user would expect to be pruned
+
+
+class Note(NamedTuple):
+    """A sentence for the report.
+
+    Attributes:
+        text: The sentence.
+        is_warning: Whether it is also logged.
+    """
+
+    text: str
+    is_warning: bool = True
+
+
+@dataclass
+class Outcome:
+    """What happened to the layers of a plan.
+
+    Attributes:
+        plan: The plan.
+        selections: What was asked for, by layer.
+        layers: The pruned layers by name, in the order in which they were pruned.
+        skipped: Layers that were left dense, by name.
+        few_tokens: Experts that were pruned with the statistics of all experts of their module, each with the number of
+            tokens that it saw itself.
+        revisited: Layers to which batches came again after they were pruned.
+        seconds: Time by stage.
+    """
+
+    plan: Plan
+    selections: Selections = field(default_factory=dict)
+    layers: dict[str, PrunedLayer] = field(default_factory=dict)
+    skipped: dict[str, SkippedMatrix] = field(default_factory=dict)
+    few_tokens: Mapping[str, int] = field(default_factory=dict)
+    revisited: set[str] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def in_model_order(self) -> list[PrunedLayer]:
+        """The pruned layers as they lie in the model."""
+        return [self.layers[layer.name] for layer in self.plan.layers if layer.name in self.layers]
+
+
+def notes_on(outcome: Outcome) -> list[Note]:
+    """All notes on a pruning."""
+    notes = [note(outcome) for note in _NOTES]
+    return [note for note in notes if note is not None]
+
+
+def _left_dense(reason: SkipReason, why: str) -> Callable[[Outcome], Note | None]:
+    def note(outcome: Outcome) -> Note | None:
+        names = [name for name, matrix in outcome.skipped.items() if matrix.reason is reason]
+        return Note(f"{why} {_layers(names)}, {names[0]} first: left dense") if names else None
+
+    return note
+
+
+def _few_expert_tokens(outcome: Outcome) -> Note | None:
+    few = {name: tokens for name, tokens in outcome.few_tokens.items() if name in outcome.layers}
+    if not few:
+        return None
+    least = min(few, key=lambda name: outcome.layers[name].tokens)
+    return Note(
+        f"{_counted(few, 'expert')} saw fewer than {max(1, outcome.plan.config.min_expert_tokens)} tokens, {least} "
+        f"fewest: {outcome.layers[least].tokens}. They are pruned with the statistics of all experts: give more "
+        "calibration samples"
+    )
+
+
+def _revisited(outcome: Outcome) -> Note | None:
+    names = [name for name in outcome.layers if name in outcome.revisited]
+    if not names:
+        return None
+    return Note(
+        f"the model calls {_layers(names)} more than once, {names[0]} first, and the statistics are those of the first "
+        "call: use sequential='none', which sees all calls"
+    )
+
+
+def _already_sparse(outcome: Outcome) -> Note | None:
+    sparse = [layer for layer in outcome.layers.values() if layer.before > _ALREADY_SPARSE]
+    if not sparse:
+        return None
+    most = max(sparse, key=lambda layer: layer.before)
+    were = "was" if len(sparse) == 1 else "were"
+    return Note(
+        f"{_layers(sparse)} {were} sparse already, {most.name} most: {most.before:.1%} zeros, which count toward the "
+        "target",
+        is_warning=False,
+    )
+
+
+def _unfit(outcome: Outcome) -> Note | None:
+    return unfit_layers(outcome.plan.inventory)
+
+
+def unfit_layers(inventory: Inventory) -> Note | None:
+    """Layers that the pattern does not fit."""
+    if not (unfit := inventory.skipped_for(SkipReason.PATTERN)):
+        return None
+    return Note(f"the pattern does not fit {_layers(unfit)}, {unfit[0].name} largest ({unfit[0].detail}): left dense")
+
+
+def _low_coverage(outcome: Outcome) -> Note | None:
+    return low_coverage(outcome.plan.inventory, outcome.skipped)
+
+
+def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}) -> Note | None:
+    """Many weights that are not pruned, besides embeddings, stems, heads and what the user left out.
+
+    Args:
+        inventory: Every matrix of the model.
+        skipped: Layers to prune that were left dense after all.
+    """
+    left = [matrix for matrix in inventory.skipped if not matrix.reason.is_expected]
+    left += [skipped[layer.name] for layer in inventory.layers if layer.name in skipped]
+    pruned = sum(layer.size for layer in inventory.layers if layer.name not in skipped)
+    total = pruned + sum(matrix.size for matrix in left)
+    if pruned >= _ENOUGH_COVERAGE * total:
+        return None
+    alike: dict[str, list[SkippedMatrix]] = {}
+    for matrix in left:
+        alike.setdefault(matrix.detail, []).append(matrix)
+    largest = sorted(alike.items(), key=lambda item: -_size(item[1]))[:3]
+    texts = []
+    for detail, matrices in largest:
+        more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
+        texts.append(f"{matrices[0].name}{more}, {_size(matrices):,} weights: {detail}")
+    share = f"{pruned / total:.0%} of the weights besides embeddings, stem and head"
+    return Note(f"only {share} are in pruned layers; the largest parts left out are {'; '.join(texts)}")
+
+
+def _few_tokens(outcome: Outcome) -> Note | None:
+    layers = outcome.layers.values()
+    few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in outcome.few_tokens]
+    if "gram" not in outcome.plan.config.needs or not few:
+        return None
+    least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
+    return Note(
+        f"{_layers(few)} saw fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
+        f"{least.shape[1]}. Their Gram matrices depend on the dampening: give more calibration samples"
+    )
+
+
+def _short_of_target(outcome: Outcome) -> Note | None:
+    short = [layer for layer in outcome.layers.values() if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
+    if not short:
+        return None
+    worst = min(short, key=lambda layer: layer.sparsity)
+    return Note(
+        f"{outcome.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
+        f"{worst.sparsity:.1%} of {worst.target:.1%}"
+    )
+
+
+def _mixed_nm(outcome: Outcome) -> Note | None:
+    kinds = Counter(outcome.selections[name].pattern for name in outcome.layers)
+    if outcome.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
+        return None
+    counts = {f"{kind.n}:{kind.m}" if isinstance(kind, NM) else "dense": kinds[kind] for kind in kinds}
+    listed = ", ".join(f"{counts[kind]} layers {kind}" for kind in sorted(counts))
+    return Note(f"mixed N:M: {listed}", is_warning=False)
+
+
+_NOTES: Sequence[Callable[[Outcome], Note | None]] = (
+    _left_dense(SkipReason.UNREACHED, "no calibration batch called"),
+    _left_dense(SkipReason.UNROUTED, "no calibration token was seen in"),
+    _left_dense(SkipReason.INACTIVE, "all inputs were zero of"),
+    _few_expert_tokens,
+    _revisited,
+    _already_sparse,
+    _unfit,
+    _low_coverage,
+    _few_tokens,
+    _short_of_target,
+    _mixed_nm,
+)
+
+
+def _size(matrices: Sequence[SkippedMatrix]) -> int:
+    return sum(matrix.size for matrix in matrices)
+
+
+def _layers(things: Sequence[object]) -> str:
+    return _counted(things, "layer")
+
+
+def _counted(things: Sequence[object] | Mapping[str, object], what: str) -> str:
+    return f"{len(things)} {what}" if len(things) == 1 else f"{len(things)} {what}s"

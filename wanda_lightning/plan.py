@@ -1,0 +1,153 @@
+"""What will be pruned, and to which sparsity: found once, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.allocation import DenseLayer
+from wanda_lightning.core.selection import Selection
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.models import Inventory, Layer, Unit, find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, reshard
+from wanda_lightning.progress import ProgressBar
+from wanda_lightning.refusals import refuse_nothing_to_prune, refuse_sharding, refuse_too_wide, refuse_unprunable
+
+Selections = Mapping[str, Selection]  # by layer
+
+
+class DenseStatistics(NamedTuple):
+    """What an allocation may read of the dense model, by layer; a layer that no batch reaches is missing.
+
+    Attributes:
+        inputs: Statistics of the inputs.
+        fisher: See `calibration.gradients.fisher`.
+    """
+
+    inputs: Mapping[str, InputStatistics] = MappingProxyType({})
+    fisher: Mapping[str, Tensor] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers of a model, in units, and the choices by which they are pruned.
+
+    Attributes:
+        config: The choices.
+        model: The model.
+        processes: All processes that prune together.
+        inventory: Every matrix of the model.
+    """
+
+    config: PruningConfig
+    model: nn.Module
+    processes: Processes
+    inventory: Inventory
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Where the calibration batches stop."""
+        return self.inventory.units
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers to prune."""
+        return self.inventory.layers
+
+    @property
+    def whole_model(self) -> Unit:
+        """All layers as one unit."""
+        return Unit("", None, self.layers)
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether the pass in which the model is pruned sees the dense model: then the allocation reads it, too."""
+        return self.config.sequential == "none" and bool(self.config.needs)
+
+    @property
+    def observed(self) -> frozenset[str]:
+        """The statistics that are collected before a unit is pruned."""
+        return self.config.needs if self.is_one_pass else self.config.unit_needs
+
+    def dense_layers(
+        self,
+        layers: Sequence[Layer],
+        seen: DenseStatistics = DenseStatistics(),
+        reading: Callable[[str], None] = lambda name: None,
+    ) -> list[DenseLayer]:
+        """Layers as an allocation sees them; `reading` is called with the name of each weight that is read."""
+
+        def read(layer: Layer) -> Tensor:
+            reading(layer.name)
+            return layer.read()
+
+        return [
+            DenseLayer(
+                layer.name,
+                self.inventory.blocks[layer.name],
+                layer.size,
+                self.config.pattern.sparsity_steps(*layer.shape),
+                partial(read, layer),
+                seen.inputs.get(layer.name, InputStatistics()),
+                seen.fisher.get(layer.name),
+            )
+            for layer in layers
+        ]
+
+    def allocate(self, seen: DenseStatistics, progress: bool) -> Selections:
+        """Give each layer its sparsity, the same in all processes; an unseen layer gets the target."""
+        allocation, processes = self.config.allocation, self.processes
+        layers = [layer for layer in self.layers if self._is_seen(layer, seen)]
+        sparsities: dict[str, float] = {}
+        shown: set[str] = set()
+
+        def reading(name: str) -> None:
+            bar.show(name)
+            bar.advance(name not in shown)
+            shown.add(name)
+
+        progress = progress and allocation.reads_weights
+        with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
+            if processes.rank == 0 and layers:
+                sparsities = allocation(self.dense_layers(layers, seen, reading), self.config.sparsity)
+            # Computed once: a singular value that differs in its last digit could lead to other masks.
+            sparsities = processes.broadcast(sparsities, 0)
+        every = {layer.name: sparsities.get(layer.name, self.config.sparsity) for layer in self.layers}
+        criterion, pattern = self.config.criterion, self.config.pattern
+        return {
+            name: Selection(criterion, pattern.for_sparsity(sparsity), sparsity) for name, sparsity in every.items()
+        }
+
+    def _is_seen(self, layer: Layer, seen: DenseStatistics) -> bool:
+        allocation = self.config.allocation
+        if allocation.reads_gradients and layer.name not in seen.fisher:
+            return False
+        return not allocation.needs or (layer.name in seen.inputs and seen.inputs[layer.name].count > 0)
+
+
+def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> Plan:
+    """Find what will be pruned; nothing is changed.
+
+    Raises:
+        ValueError: If something cannot be pruned as asked.
+    """
+    reshard(model)
+    inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
+    plan = Plan(config, model, processes, inventory)
+    config.recovery.check_processes(processes.world_size)
+    with torch.inference_mode(False), torch.no_grad():
+        refuse_nothing_to_prune(config, inventory)
+        refuse_unprunable(inventory.layers)
+        refuse_too_wide(config, inventory)
+        for unit in plan.units:
+            for layer in unit.layers:
+                refuse_sharding(config, model, unit, layer, processes)
+        config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
+    return plan

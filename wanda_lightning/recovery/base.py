@@ -1,0 +1,82 @@
+"""The interface of a recovery, and the one that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import nn
+
+from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.models import TokenMask, Unit
+
+
+class RecoveredPart(NamedTuple):
+    """A part of a unit after its training.
+
+    Attributes:
+        name: The module's name in the model.
+        layers: Names of the pruned layers inside it.
+        before: Relative squared error on held-out batches before training.
+        after: The same after training.
+    """
+
+    name: str
+    layers: frozenset[str]
+    before: float
+    after: float
+
+
+class UnitRecovery:
+    """The recovery of one unit. This one records nothing and trains nothing."""
+
+    def record(self, calls: Iterable[Call]) -> Iterable[Call]:
+        """Return the calls of the dense unit; running each of them once records what training needs."""
+        return calls
+
+    def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
+        """Train the kept weights of the pruned unit, part by part; `show` is told the name of each part."""
+        return iter(())
+
+
+class Recovery:
+    """Trains the kept weights of each pruned unit, of the whole model at the end, or both."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()  # statistics: with any, calibration batches are required
+
+    def check(self, sequential: str) -> None:
+        """Refuse a `sequential` that the recovery cannot work with.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+
+    def check_processes(self, world_size: int) -> None:
+        """Refuse a number of processes that the recovery cannot work with.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+
+    def start(self, unit: Unit, masks: Sequence[tuple[TokenMask, ...] | None]) -> UnitRecovery:
+        """Begin with a unit that is still dense.
+
+        Args:
+            unit: The unit.
+            masks: Which tokens of each batch count; None for a batch that does not count at all.
+        """
+        return UnitRecovery()
+
+    def finish(self, model: nn.Module, forwards: Iterable[Callable[[], object]]) -> None:
+        """Train the kept weights of the whole model, after its last unit is pruned.
+
+        Args:
+            model: The pruned model.
+            forwards: One forward pass for each calibration batch.
+        """
+
+
+@dataclass(frozen=True)
+class NoRecovery(Recovery):
+    """Leave the weights as the solver computed them."""
