@@ -90,7 +90,7 @@ def test_reconstruct_trains_experts_but_those_left_dense():
     model, masks_alone = ZOO["mixtral"].build(), ZOO["mixtral"].build()
     dense, batches = copy.deepcopy(model), ZOO["mixtral"].batches() * 2
     skipped = "model.layers.0.mlp.experts.down_proj.1"
-    report = prune(model, batches, solver=Reconstruct(), skip=[skipped], progress=False)
+    report = prune(model, batches, recovery=Reconstruct(), skip=[skipped], progress=False)
     prune(masks_alone, batches, skip=[skipped], progress=False)
     first, others = experts_of(model), experts_of(masks_alone)
     experts, other = first["model.layers.0.mlp.experts"], others["model.layers.0.mlp.experts"]

@@ -49,14 +49,20 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum)
 
 
 def test_the_minimum_has_one_name_everywhere():
-    for make in (PruningCallback, WandaPrune, SparseGPTPrune, PruningConfig, partial(PruningCallback.preset, "fast")):
+    for make in (
+        PruningCallback,
+        WandaPrune,
+        SparseGPTPrune,
+        PruningConfig.from_names,
+        partial(PruningCallback.preset, "fast"),
+    ):
         made = make(min_expert_tokens=7)
         assert getattr(made, "config", made).min_expert_tokens == 7
 
 
 @pytest.mark.parametrize("value", [-1, 2.5, "32"])
 def test_a_minimum_that_is_no_number_of_tokens(value):
-    with pytest.raises(ValueError, match=r"min_expert_tokens is a number of tokens, 0 or more"):
+    with pytest.raises(ValueError, match=r"min_expert_tokens must be a number of tokens, 0 or more"):
         prune(nn.Linear(4, 4), [torch.ones(1, 4)], min_expert_tokens=value, progress=False)
 
 

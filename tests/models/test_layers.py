@@ -262,7 +262,7 @@ def test_a_convolution_is_no_block_for_its_groups():
     [
         {"solver": SparseGPT()},
         {"solver": "admm"},
-        {"solver": "reconstruct"},
+        {"recovery": "reconstruct"},
         {"allocation": "fisher"},
         {"allocation": "owl"},
         {"pattern": "2:4"},
@@ -277,7 +277,7 @@ def test_groups_with_every_other_choice(choices):
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
     if "allocation" not in choices:
         assert {layer.sparsity for layer in report.layers} == {0.5}
-    if choices.get("solver") == "reconstruct":
+    if choices.get("recovery") == "reconstruct":
         assert all(layer.note.startswith("error of ") for layer in report.layers)
     assert all(model(x).isfinite().all() for x in batches)
 

@@ -52,8 +52,8 @@ def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
     return _rows(x)
 
 
-# Columns are ordered by kernel position, then by channel. If M divides the number of channels,
-# an N:M group has consecutive channels at one kernel position: the reduction order of sparse implicit-GEMM convolutions.
+# Columns are ordered by kernel position, then by channel. If M divides the channels, an N:M group has consecutive
+# channels at one position, which is the reduction order of sparse implicit-GEMM convolutions.
 def _read_convolution(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1)
 
