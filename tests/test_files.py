@@ -1,11 +1,25 @@
 """Files and folders that appear whole or not at all, on a file system that fails."""
 
+import errno
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from wanda_lightning.files import refuse_nonempty, refuse_replacement, whole_file, whole_folder
+from wanda_lightning import files
+from wanda_lightning.files import (
+    refuse_existing,
+    refuse_full,
+    refuse_nonempty,
+    refuse_replacement,
+    unclaimed,
+    whole_file,
+    whole_folder,
+)
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -86,3 +100,178 @@ def test_refusals(tmp_path, monkeypatch):
                 refuse(".", True)
             (tmp_path / "x" / "config.json").unlink()
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+# ---- places that cannot be written
+
+
+PLACES = {
+    "file as parent": (lambda folder: folder / "file" / "x", "file is a file, not a folder"),
+    "name too long": (lambda folder: folder / ("x" * 256), "File name too long"),
+    "name too long inside": (lambda folder: folder / ("y" * 300) / "x", "File name too long"),
+}
+
+
+@pytest.mark.parametrize("refuse", [refuse_existing, refuse_nonempty, refuse_replacement])
+@pytest.mark.parametrize("place", PLACES)
+def test_places_that_cannot_be_written_are_named(tmp_path, refuse, place):
+    (tmp_path / "file").touch()
+    make, reason = PLACES[place]
+    with pytest.raises(OSError, match=f"cannot be written: .*{reason}. Choose another path.") as caught:
+        refuse(make(tmp_path))
+    assert str(make(tmp_path)) in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("refuse", [refuse_existing, refuse_nonempty, refuse_replacement])
+def test_a_read_only_file_system_is_refused(tmp_path, refuse, monkeypatch):
+    def fail(self, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(OSError, match=r"new/x cannot be written: Read-only file system\. Choose another path\."):
+        refuse(tmp_path / "new" / "x")
+
+
+def test_names_near_the_limit(tmp_path):
+    with whole_file(tmp_path / ("x" * 250 + ".json")) as temporary:
+        temporary.write_text("1")
+    with whole_folder(tmp_path / ("y" * 255)) as temporary:
+        (temporary / "a").touch()
+    assert sorted(len(entry.name) for entry in tmp_path.iterdir()) == [255, 255]
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with whole_file("~/a.json") as temporary:
+        temporary.write_text("1")
+    with whole_folder("~/b") as temporary:
+        (temporary / "c").touch()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "b"]
+
+
+# ---- folders that cannot be renamed
+
+
+@pytest.fixture(params=["mounted", "simulated"])
+def mount_point(request, tmp_path, monkeypatch):
+    """A folder that cannot be renamed: a real mount where that is allowed, else one that only says so."""
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if request.param == "mounted" and subprocess.run(command, capture_output=True).returncode == 0:
+        yield folder
+        subprocess.run(["umount", str(folder)], check=True)
+        return
+    rename, is_mount = os.replace, os.path.ismount
+
+    def busy(source, target):
+        if folder in (Path(source), Path(target)):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder or is_mount(path))
+    yield folder
+
+
+def test_a_mount_point_is_written_into(mount_point):
+    (mount_point / "lost+found").mkdir()
+    for text in ("first", "second"):
+        with whole_folder(mount_point, overwrite=text == "second") as temporary:
+            (temporary / "config.json").write_text(text)
+            (temporary / f"{text}.bin").touch()
+        assert {entry.name for entry in mount_point.iterdir()} == {"config.json", f"{text}.bin", "lost+found"}
+        assert (mount_point / "config.json").read_text() == text
+
+
+def test_a_failed_write_into_a_mount_point_brings_the_old_files_back(mount_point, monkeypatch):
+    for name in ("config.json", "old"):
+        (mount_point / name).write_text("old")
+    rename = os.replace
+
+    def fail(source, target):
+        if Path(target) == mount_point / "config.json" and Path(source).read_text() == "new":
+            raise OSError("disk gone")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk gone"), whole_folder(mount_point, overwrite=True) as temporary:
+            _ = [(temporary / name).write_text("new") for name in ("config.json", "added")]
+    assert {entry.name: entry.read_text() for entry in mount_point.iterdir()} == {"config.json": "old", "old": "old"}
+
+
+# ---- full disks
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refuse_full(tmp_path / "new" / "x", 2_000_000)
+    with pytest.raises(OSError, match=r"x needs 3\.0 MB, but 2\.0 MB are free on its disk"):
+        refuse_full(tmp_path / "new" / "x", 3_000_000)
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path):
+    def fill(folder):
+        (folder / "half").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    message = r"its disk is full: after 0\.0 MB only .* MB are free"
+    with pytest.raises(OSError, match=message), whole_folder(tmp_path / "x") as temporary:
+        fill(temporary)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- killed runs
+
+
+KILLED = """
+import sys, time
+from wanda_lightning.files import whole_file, whole_folder
+with whole_folder(sys.argv[1]) as folder, whole_file(sys.argv[2]) as file:
+    (folder / "half").write_text("half")
+    file.write_text("half")
+    print("in the middle", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    places = [str(tmp_path / "model"), str(tmp_path / "results.json")]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *places], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "in the middle\n"
+        half = sorted(entry.name for entry in tmp_path.iterdir())
+        refuse_replacement(places[0])  # its process lives
+        refuse_existing(places[1])
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == half
+        assert len(half) == 2
+    finally:
+        process.kill()
+        process.communicate()
+    refuse_existing(places[1])
+    with whole_folder(places[0]) as temporary:
+        (temporary / "whole").touch()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert [entry.name for entry in (tmp_path / "model").iterdir()] == ["whole"]
+
+
+def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
+    aside = tmp_path / f"{files._label(tmp_path / 'model')}12345678"
+    (aside / "model").mkdir(parents=True)
+    (aside / "model" / "config.json").write_text("old")
+    with pytest.raises(FileExistsError, match="not empty"):
+        refuse_replacement(tmp_path / "model")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == ["model/config.json"]
+
+
+def test_two_runs_do_not_replace_each_other(tmp_path):
+    assert unclaimed(tmp_path / "out", "report.json") == tmp_path / "out"
+    for name in ("out", "out-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").touch()
+    assert unclaimed(tmp_path / "out", "report.json") == tmp_path / "out-3"
+    assert unclaimed(tmp_path / "out", "report.json", overwrite=True) == tmp_path / "out"

@@ -194,7 +194,7 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
         return choice("core.patterns.NM", n=int(match[1]), m=int(match[2]))()
     names = dict.fromkeys(["unstructured", *PATTERNS, "N:M"])
-    if isinstance(given, str) and given not in PATTERNS:
+    if given is None or (isinstance(given, str) and given not in PATTERNS):
         raise ValueError(_not_one_of("pattern", given, names))
     return _resolve("pattern", PATTERNS, given, None)
 

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
@@ -42,6 +43,7 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
     """
     target = _resolved(path)
     with _naming(path):
+        _clean_up(target.parent, target)
         if target.is_dir():
             raise IsADirectoryError(f"A file was to be written to {path}, but it is a folder. Name a file inside it.")
         if os.path.lexists(target) and not overwrite:
@@ -59,6 +61,8 @@ def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> No
     """
     target = _resolved(path)
     with _naming(path):
+        for home in (target.parent, target):
+            _clean_up(home, target)
         if os.path.lexists(target) and not target.is_dir():
             raise FileExistsError(f"A folder was to be written to {path}, but it is a file. Choose another path.")
         if _entries(target) and not overwrite:
@@ -164,7 +168,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = _resolved(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(target.parent, target) as new:
-        yield new
+        with _explaining_a_full_disk(path, new):
+            yield new
         os.replace(new, target)
 
 
@@ -189,7 +194,8 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     home = target if inside else target.parent
     home.mkdir(parents=True, exist_ok=True)
     with _temporary(home, target, is_folder=True) as new:
-        yield new
+        with _explaining_a_full_disk(path, new):
+            yield new
         if inside:
             _move_into(target, new, overwrite)
         elif overwrite and target.exists():
@@ -198,6 +204,38 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
             if target.exists():
                 target.rmdir()  # Windows does not rename onto an empty folder; a folder filled meanwhile is refused.
             os.replace(new, target)
+
+
+@contextmanager
+def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator[None]:
+    """Say in one sentence that the disk is full; safetensors, for one, has an error of its own for that."""
+    try:
+        yield
+    except Exception as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        files = new.rglob("*") if new.is_dir() else [new]
+        written = sum(file.stat().st_size for file in files if file.is_file())
+        free = shutil.disk_usage(_existing(new)).free
+        raise OSError(
+            f"{path} cannot be written, because its disk is full: after {_megabytes(written)} only {_megabytes(free)} "
+            "are free. Free some space, or choose another path."
+        ) from error
+
+
+def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> Path:
+    """The folder itself; or, if another run has finished there meanwhile, a free one beside it, such as `out-2`.
+
+    Args:
+        path: The folder.
+        marker: The file that a finished run leaves in it.
+        overwrite: Take the folder in any case.
+    """
+    target = _resolved(path)
+    if overwrite or not (target / marker).exists():
+        return Path(path)
+    numbered = (target.with_name(f"{target.name}-{number}") for number in count(2))
+    return next(place for place in numbered if not (place / marker).exists())
 
 
 def _can_be_renamed(folder: Path) -> bool:

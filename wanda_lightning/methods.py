@@ -80,7 +80,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "ablate_wanda_iter": Method(choice("core.criteria.Wanda"), choice("core.solvers.SparseGPT")),
         "refit": Method(solver=choice("core.solvers.Refit")),
         "admm": Method(solver=ADMM),
-        "reconstruct": Method(solver=ADMM, recovery=RECONSTRUCT),
+        "reconstruct": Method(solver=ADMM, sequential="block", recovery=RECONSTRUCT),
     }
 )
 

@@ -1,4 +1,4 @@
-"""Show how far a long step is: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a long task: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Counts steps of one long task on stderr.
+    """Count the steps of one long task on stderr.
 
     Args:
-        title: What is going on.
+        title: Name of the task.
         total: Number of steps; None if it is not known.
         enabled: False shows nothing.
     """
@@ -72,4 +72,4 @@ class ProgressBar:
             steps += f"/{self._total}"
             if 0 < self._done < self._total:
                 left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"
-        self._console.print(f"{self._title} {steps} {name} ({elapsed:.0f} s{left})", highlight=False)
+        self._console.print(f"{self._title} {steps} {name} ({elapsed:.0f} s{left})", highlight=False, soft_wrap=True)

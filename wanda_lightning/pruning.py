@@ -13,8 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.calibration.batches import CalibrationBatches, add_note
+from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.calibrate import UnitStop, calibrate, pruning_mode
+from wanda_lightning.calibration.error_notes import add_note
 from wanda_lightning.calibration.gradients import fisher
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.passive import PassiveCalibration

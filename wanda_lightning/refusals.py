@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import Processes
 
 
@@ -33,7 +34,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
             f"{unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
         )
-    asked = [m for m in inventory.skipped if config.only and not m.detail.startswith("not in only=")]
+    asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]
     reasons = "; ".join(dict.fromkeys(f"{m.name}: {m.detail}" for m in (asked or inventory.skipped)[:5]))
     which = f"only={list(config.only)} names" if config.only else "the model has"
     raise ValueError(
@@ -124,7 +125,9 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
         )
     if not managed:
         return
-    outer = {inside: module for inside, module in model.named_modules() if f"{name}.".startswith(_prefix(inside))}
+    outer = {
+        inside: module for inside, module in named_modules(model).items() if f"{name}.".startswith(_prefix(inside))
+    }
     managers = [inside for inside, module in outer.items() if isinstance(module, FSDPModule)]
     if not managers:
         raise ValueError(

@@ -93,12 +93,12 @@ class TestBestFromBeforePruning:
         with pytest.warns(UserWarning, match=rf"monitor='loss'\) also .* before step {last}.*docstring"):
             run.fit(Net(), loader(), loader())
 
-    @pytest.mark.parametrize(
-        ("when", "monitor"), [({"at_step": 0}, "loss"), ({"at_step": 3}, None)], ids=["at the start", "no monitor"]
-    )
-    def test_is_not_warned_of_where_it_cannot_be(self, tmp_path, when, monitor, recwarn):
-        checkpoint = ModelCheckpoint(tmp_path, monitor=monitor)
-        run = trainer(WandaPrune(num_samples=12, **when), checkpoint, max_epochs=2, enable_checkpointing=True)
+    @pytest.mark.parametrize(("at_step", "monitor", "dry"), [(0, "loss", False), (3, None, False), (3, "loss", True)])
+    def test_is_not_warned_of_where_it_cannot_be(self, tmp_path, at_step, monitor, dry, recwarn):
+        options = {"max_epochs": 2, "enable_checkpointing": True, "fast_dev_run": dry}
+        run = trainer(
+            WandaPrune(num_samples=12, at_step=at_step), ModelCheckpoint(tmp_path, monitor=monitor), **options
+        )
         run.fit(Net(), loader(), loader())
         assert "ModelCheckpoint" not in "".join(str(warning.message) for warning in recwarn)
 

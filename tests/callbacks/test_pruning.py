@@ -576,9 +576,12 @@ def test_what_a_later_stage_would_refuse_is_refused_at_the_start(when, message):
         ({"schedule": Steps((1, 0.5), (2, 1.5))}, "must have shares of the final sparsity that are above 0"),
         (
             {"pattern": NM(2, 4), "schedule": CubicSchedule(0, 4, every=2)},
-            r"schedule must have one stage for 2:4.*CubicSchedule\(.*at_step",
+            r"must have one stage for NM\(n=2, m=4\).*CubicSchedule\(.*at_step",
         ),
-        ({"pattern": "1:4", "sparsity": 0.75, "schedule": Steps((1, 0.5), (2, 1.0))}, "must have one stage for 1:4"),
+        (
+            {"pattern": "1:4", "sparsity": 0.75, "schedule": Steps((1, 0.5), (2, 1.0))},
+            r"for NM\(n=1, m=4\)",
+        ),
     ],
 )
 def test_bad_moments_are_refused_at_once(when, message):
@@ -592,10 +595,10 @@ def test_bad_moments_are_refused_at_once(when, message):
         ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
         ({"pattern": NM(4, 8), "sparsity": 0.75}, "sparsity must be 0.5 for the pattern 4:8"),
         ({"pattern": "4:2"}, "4:2"),
-        ({"pattern": "diagonal"}, "pattern must be one of unstructured.* but it is 'diagonal'"),
-        ({"sparsity": 1.0}, r"in \[0, 1\), but 1"),
-        ({"sparsity": -0.1}, r"in \[0, 1\)"),
-        ({"sparsity": float("nan")}, r"in \[0, 1\)"),
+        ({"pattern": "diagonal"}, "pattern must be one of unstructured, .* but it is 'diagonal'"),
+        ({"sparsity": 1.0}, "at least 0 and below 1, but it is 1.0"),
+        ({"sparsity": -0.1}, "at least 0 and below 1"),
+        ({"sparsity": float("nan")}, "at least 0 and below 1"),
         ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
         *[({"num_samples": value}, "num_samples must be a whole number") for value in ("8", 1.5, None, True, [8])],
         ({"at_step": 1.5}, "at_step must be a whole number, but it is 1.5"),
@@ -605,9 +608,9 @@ def test_bad_moments_are_refused_at_once(when, message):
         ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
         ({"schedule": Steps((0.5, 1.0))}, "whole numbers from 0 on"),
         ({"sequential": "row"}, "sequential must be one of block, layer, none, but it is 'row'"),
-        ({"criterion": "luck"}, "criterion must be one of wanda, magnitude.* but it is 'luck'"),
-        ({"allocation": "luck"}, "allocation must be one of uniform.* but it is 'luck'"),
-        ({"solver": "luck"}, "solver must be one of .* but it is 'luck'"),
+        ({"criterion": "luck"}, "criterion must be one of wanda, magnitude"),
+        ({"allocation": "luck"}, "allocation must be one of uniform"),
+        ({"solver": "luck"}, "solver must be one of"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(options, message):
@@ -824,7 +827,7 @@ def test_a_recipes_schedule_can_be_overridden(fit):
     [
         ({"at_step": 9}, "OneShot(step=9) ends at optimizer step 9 and training ends at 8"),
         ({"at_step": 3, "schedule": ONE_SHOT}, "exclude each other"),
-        ({"schedule": CUBIC, "pattern": "2:4"}, "must have one stage for 2:4"),
+        ({"schedule": CUBIC, "pattern": "2:4"}, "must have one stage for NM(n=2, m=4)"),
         (
             {"schedule": {**CUBIC, "init_args": {"start_step": 5, "end_step": 2, "every": 1}}},
             "end_step must be at least 6",

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from support.callbacks import (
     LAYERS,
     Net,
     loader,
     rows_of,
+    same,
     trainer,
 )
 
@@ -52,6 +54,18 @@ def test_the_report_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("loop", ["validate", "fit"])
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_file_where_the_report_folder_should_be_is_refused_at_the_start(tmp_path, loop, at_step):
+    (tmp_path / "file").write_text("mine")
+    module = Net()
+    callback = WandaPrune(num_samples=12, report_dir=tmp_path / "file", at_step=at_step)
+    with pytest.raises(FileExistsError, match="file"):
+        getattr(trainer(callback, max_steps=3), loop)(module, loader())
+    assert same(module, Net())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
 def test_progress_is_shown_with_the_trainers_bar(capfd, loop):
     options = {"max_steps": 1} if loop == "fit" else {}
     getattr(trainer(WandaPrune(num_samples=12), **options), loop)(Net(), loader())
@@ -70,3 +84,23 @@ def test_each_stage_reaches_the_logger(tmp_path):
     trainer(callback, logger=CSVLogger(tmp_path), max_steps=6, log_every_n_steps=1).fit(Net(), loader())
     rows = [row for row in rows_of(tmp_path) if row.get("sparsity/pruned_layers")]
     assert [(int(row["step"]), float(row["sparsity/pruned_layers"])) for row in rows] == [(2, 0.25), (4, 0.5)]
+
+
+@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_layers_of_a_compiled_part_have_the_names_that_they_have_without_it(tmp_path, sequential):
+    def run(folder, compiles):
+        module = Net()
+        if compiles:
+            module.layers = torch.compile(module.layers, backend="eager")
+        callback = WandaPrune(num_samples=12, skip=["layers.2"], sequential=sequential, at_step=1)
+        trainer(callback, logger=CSVLogger(folder), max_steps=4, log_every_n_steps=1).fit(module, loader())
+        names = [layer.name for layer in callback.report.layers]
+        (logged,) = [row for row in rows_of(folder) if row.get("sparsity/model")]
+        return names, list(logged), callback.state_dict()["zeros"], [*module.parameters()]
+
+    *told, weights = run(tmp_path / "compiled", True)
+    *expected, without = run(tmp_path / "plain", False)
+    assert told == expected
+    assert told[0] == ["layers.0", "layers.4"]
+    assert all(map(torch.equal, weights, without))

@@ -1,9 +1,14 @@
 """Calibration on Lightning's own validation loop, against `prune` on the same batches."""
 
+import copy
+
 import lightning as L
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support.callbacks import Net, loader, same, share_of_zeros, trainer
+from support.zoo import ZOO
+from torch.utils.data import DataLoader
 
 from wanda_lightning import LinearSchedule, WandaPrune, prune
 
@@ -88,3 +93,61 @@ def test_what_cannot_be_calibrated_on_validation():
         trainer(on_validation(), max_epochs=1).fit(Net(), loader())
     with pytest.warns(UserWarning, match="no validation loop ended after pruning was due"):
         trainer(on_validation(at_step=3), max_epochs=1, check_val_every_n_epoch=2).fit(Net(), loader(), loader())
+
+
+class OfZoo(L.LightningModule):
+    """A model of the zoo, on its own batches."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.pruning_target = ZOO[name].build().train()
+
+    def validation_step(self, batch, batch_idx):
+        self.pruning_target(batch[0])
+
+    def training_step(self, batch, batch_idx):
+        return self.pruning_target(batch[0]).square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+class CopyBefore(L.Callback):
+    """The weights before the validation loop runs."""
+
+    def on_validation_start(self, trainer, pl_module):
+        with torch.inference_mode(False):
+            self.copy = copy.deepcopy(pl_module.pruning_target)
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
+@pytest.mark.parametrize("name", ["convnext", "convnext_conv_mlp", "resnet18"])
+def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loop):
+    module, batches, before = OfZoo(name), ZOO[name].batches(), CopyBefore()
+    run = trainer(before, on_validation(), max_epochs=1, num_sanity_val_steps=0)
+    data = DataLoader(batches, batch_size=None)
+    getattr(run, loop)(module, *[data] * (2 if loop == "fit" else 1))
+    prune(before.copy, batches, sequential="none", progress=False)
+    assert same(module.pruning_target, before.copy)
+    assert any(layer.ndim == 4 and (layer == 0).any() for layer in module.parameters())
+    assert not any(parameter.is_inference() for parameter in module.parameters())
+
+
+@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
+def test_a_compiled_model_runs_as_it_is_written_while_it_is_calibrated():
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    module, expected, callback = Net(), by_hand(Net(), 8), on_validation(num_samples=8)
+    module.layers = torch.compile(module.layers, backend=backend)
+    trainer(callback).validate(module, loader(), verbose=False)
+    assert len(runs) == 1  # the third batch
+    assert [layer.tokens for layer in callback.report.layers] == [8] * 3
+    weights = {name.replace("._orig_mod", ""): weight for name, weight in module.state_dict().items()}
+    assert all(torch.equal(weight, weights[name]) for name, weight in expected.state_dict().items())

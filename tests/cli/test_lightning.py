@@ -80,17 +80,18 @@ def test_a_recipe_of_choices_within_choices(recipe):
     of_ours = "wanda_lightning.{}".format
     admm = {"class_path": of_ours("ADMM"), "init_args": {"iterations": 2, "rho": [0.2, 0.4]}}
     allocation = {"class_path": of_ours("PerLayer"), "init_args": {"sparsities": {"*.mlp": 0.75}}}
-    solver = {"class_path": of_ours("Reconstruct"), "init_args": {"solver": admm, "epochs": 1}}
+    recovery = {"class_path": of_ours("Reconstruct"), "init_args": {"epochs": 1}}
     path = Path(recipe(allocation=allocation))
     options = yaml.safe_load(path.read_text())
     (callback,) = options["trainer"]["callbacks"]
-    callback["class_path"], callback["init_args"]["solver"] = of_ours("PruningCallback"), solver
+    callback["class_path"] = of_ours("PruningCallback")
+    callback["init_args"] |= {"solver": admm, "recovery": recovery}
     path.write_text(yaml.safe_dump(options))
     assert run("validate", "--config", str(path)) == 0
     report = json.loads(Path("out/pruning_report.json").read_text())
-    inner = report["config"]["solver"].pop("solver")
+    inner = report["config"]["solver"]
     assert (inner["name"], inner["iterations"], inner["rho"]) == ("ADMM", 2, [0.2, 0.4])
-    assert report["config"]["solver"] == {"name": "Reconstruct", "epochs": 1, "learning_rate": 0.01}
+    assert report["config"]["recovery"] == {"name": "Reconstruct", "epochs": 1, "learning_rate": 0.01}
     assert all((layer["sparsity"] == 0.75) == (".mlp." in layer["name"]) for layer in report["layers"])
     assert report["sparsity"] == 0.5
 
@@ -131,7 +132,7 @@ def test_fit_a_recipe(recipe, inputs, capsys, pruning, n):
     ("pruning", "message"),
     [
         ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
-        ({"pattern": "diagonal"}, "no pattern is called 'diagonal'"),
+        ({"pattern": "diagonal"}, "it is 'diagonal'"),
         ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
         ({"skip": ["nothing"]}, "skip='nothing' matches no matrix"),
     ],

@@ -4,11 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from support.cli import OUT, everything_in, run
 from transformers import LlamaForCausalLM
+
+import wanda_lightning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -41,58 +45,22 @@ def test_wrong_usage_is_exit_2(refused, arguments, message):
 
 
 @pytest.mark.parametrize("moment", ["forward", "save_pretrained"])
-def test_ctrl_c_is_exit_130(text, tmp_path, capsys, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")]
+)
+def test_a_signal_is_an_exit_status(text, tmp_path, capsys, monkeypatch, moment, number, status, said):
     original = getattr(LlamaForCausalLM, moment)
 
     def interrupted(model, *args, **kwargs):
         if moment == "save_pretrained":
             original(model, *args, **kwargs)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return original(model, *args, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, moment, interrupted)
-    assert run(*text, *OUT) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert run(*text, *OUT) == status
+    assert said in capsys.readouterr().err
     assert [path for path in everything_in(tmp_path) if path != "out"] == []
-
-
-SLOWED = """
-import sys, time
-import wanda_lightning.pruning as pruner
-from wanda_lightning.cli import main
-
-prune_layers, done = pruner._prune_layers, []
-
-def slowly(*arguments):
-    for layer in prune_layers(*arguments):
-        done.append(layer)
-        if len(done) == 9:  # in the second block
-            print("in the middle", flush=True)
-            time.sleep(60)
-        yield layer
-
-pruner._prune_layers = slowly
-sys.exit(main())
-"""
-
-
-def test_ctrl_c_in_the_middle_of_pruning_in_a_real_shell(text, tmp_path):
-    command = [sys.executable, "-c", SLOWED, *map(str, text), *OUT]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
-    )
-    try:
-        assert any("in the middle" in line for line in process.stdout)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "8 layers are already pruned, model.layers.0.self_attn.q_proj first and" in err
-    assert "wanda-lightning: interrupted" in err
-    assert "Traceback" not in err
-    assert everything_in(tmp_path) == []
 
 
 def test_help_of_the_whole(capsys):
@@ -123,3 +91,83 @@ def test_python_m_in_a_real_shell(tmp_path):
 def test_an_unknown_option_in_a_file(refused):
     Path("recipe.yaml").write_text("modle: x\n")
     refused("prune", "--config", "recipe.yaml", message="modle", code=2)
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"wanda_lightning {version('wanda_lightning')}\n"
+
+
+LIGHT = """
+import sys
+from wanda_lightning.cli import main
+commands = ["prune", "finetune", "evaluate", "inspect"]
+lines = [[], ["--version"], ["pruen"]] + [[c, o] for c in commands for o in ("--help", "--print_config")]
+lines += [["prune", "--model", "x", *more.split()] for more in ("--prune_method wnada", "--skip re:(", "--seqlen 1")]
+for arguments in lines:
+    main(arguments)
+print({"torch", "lightning", "transformers", "timm", "datasets", "peft"} & set(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-OO"]], ids=["plain", "-OO"])
+def test_help_and_refusals_load_no_library(tmp_path, flags):
+    done = subprocess.run([sys.executable, *flags, "-c", LIGHT], capture_output=True, text=True, cwd=tmp_path)
+    *said, loaded = done.stderr.splitlines()
+    assert loaded == "set()"
+    assert len(said) == 4  # one line for each refusal
+    assert done.stdout.count("usage: wanda-lightning") == 5
+    assert "Fraction of each pruned layer's weights that become" in done.stdout
+
+
+def test_the_package_loads_no_library(tmp_path):
+    code = "import sys, wanda_lightning; print(sorted({'torch', 'lightning', 'rich', 'yaml'} & set(sys.modules)))\n"
+    code += "assert set(wanda_lightning.__all__) <= set(dir(wanda_lightning)); wanda_lightning.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "[]\n"
+    assert done.stderr.splitlines()[-1].startswith(
+        "AttributeError: module 'wanda_lightning' has no attribute 'nothing'"
+    )
+
+
+def test_every_public_name_is_there():
+    for name in wanda_lightning.__all__:
+        assert getattr(wanda_lightning, name).__name__ == name
+    assert set(wanda_lightning._HOME_OF) == set(wanda_lightning.__all__)
+
+
+@pytest.mark.parametrize("option", [[], ["--debug"]])
+def test_debug_shows_the_traceback_of_a_refusal(text, capsys, option):
+    assert run(*text, "--skip", "no_such", *option) == 1
+    err = capsys.readouterr().err
+    assert "wanda-lightning: error: --skip no_such matches no matrix of the model" in err
+    assert ("Traceback" in err) == bool(option)
+
+
+def test_a_fault_keeps_its_traceback(text, capsys, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *arguments, **options: int("x"))
+    assert run(*text) == 1
+    err = capsys.readouterr().err
+    assert "ValueError: invalid literal for int()" in err
+    assert "Please report it" in err
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5])
+def test_ctrl_c_during_the_imports(text, tmp_path, seconds):
+    command = [sys.executable, "-m", "wanda_lightning", *map(str, text), "--save", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert everything_in(tmp_path) == []
+
+
+def test_a_closed_pipe_still_saves(text, tmp_path):
+    command = [sys.executable, "-m", "wanda_lightning", *map(str, text), "--save", "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **pipes)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    assert (tmp_path / "out/pruning_report.json").is_file()

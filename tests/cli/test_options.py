@@ -11,6 +11,7 @@ from wanda_lightning import PruningConfig
 from wanda_lightning.cli import COMMANDS, command_parser, options
 from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.evaluation import PAPER_TASKS
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.modules.loading import DTYPES
 
 CLASSES = {command: getattr(options, name) for command, (name, _) in COMMANDS.items()}
@@ -129,7 +130,7 @@ def test_the_defaults_of_pruning_are_those_of_the_config(command):
 
 def test_the_choices_are_those_of_the_package():
     assert set(options.DTYPES) == {"auto", *DTYPES}
-    for sequential in options.SEQUENTIAL:
+    for sequential in SEQUENTIAL_CHOICES:
         PruningConfig.from_names(sequential=sequential)
 
 

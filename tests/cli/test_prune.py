@@ -262,7 +262,7 @@ REFUSED = [
     ),
     (
         ["--sparsity_type", "3:6"],
-        "fits none of the 14 layers that would be pruned, model.layers.0.mlp.gate_proj largest",
+        "--sparsity_type 3:6 fits none of 14 matrices that would be pruned; the largest is model.layers.0.mlp.gate_proj",
     ),
     (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
     (["--skip", "[model]"], "the model has nothing to prune"),

@@ -167,16 +167,27 @@ def test_a_model_inside_another_is_found_the_same(name):
     assert [m.detail for m in alone.skipped] == [m.detail.replace("tied to net.", "tied to ") for m in inside.skipped]
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "convnext"])
-def test_a_compiled_model_is_found_the_same(name):
-    """The wrapper hands on every attribute of the model, its head among them."""
-    model = ALL[name]()
-    alone, compiled = find_layers(model), find_layers(torch.compile(model, backend="eager"))
+def compile_parts(model):
+    """Compile every child that holds other modules, and the members of lists."""
+    for name, child in [*model.named_children()]:
+        if isinstance(child, nn.ModuleList):
+            compile_parts(child)
+        elif [*child.children()]:
+            setattr(model, name, torch.compile(child, backend="eager"))
+    return model
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("compiled", [lambda model: torch.compile(model, backend="eager"), compile_parts])
+@pytest.mark.parametrize("name", ["llama", "vit", "convnext", "plain_mlp", "tied"])
+def test_a_compiled_model_is_found_the_same(name, compiled, sequential):
+    """With the names that it has without `torch.compile`."""
+    alone, found = find_layers(ALL[name](), sequential), find_layers(compiled(ALL[name]()), sequential)
     assert alone.layers
-    for found in ("units", "layers", "skipped"):
-        names = [item.name.removeprefix("_orig_mod.") for item in getattr(compiled, found)]
-        assert names == [item.name for item in getattr(alone, found)]
-    assert [matrix.detail for matrix in compiled.skipped] == [matrix.detail for matrix in alone.skipped]
+    assert [unit.name for unit in found.units] == [unit.name for unit in alone.units]
+    assert [layer.name for layer in found.layers] == [layer.name for layer in alone.layers]
+    assert found.skipped == alone.skipped
+    assert found.blocks == alone.blocks
 
 
 UNTIED = [name for name in ZOO if name not in ("gemma2", "gemma3", "opt", "gpt2", "t5", "tied")]

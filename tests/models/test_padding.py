@@ -149,3 +149,15 @@ def test_the_report_says_where_padding_counted():
 
     report = prune(Text(), [{"x": torch.randn(2, 5, 8), "attention_mask": torch.ones(5)}], progress=False)
     assert all("padding counted" in layer.note for layer in report.layers)
+
+
+@pytest.mark.parametrize("compiled", ["model", "encoder"])
+def test_the_encoder_of_a_compiled_model_is_found_under_its_own_name(compiled):
+    model = ZOO["t5"].build()
+    batch = {"input_ids": IDS, "attention_mask": RIGHT, "labels": IDS.clone().fill_diagonal_(-100)}
+    expected = token_masks(model, batch)
+    if compiled == "encoder":
+        model.encoder = torch.compile(model.encoder, backend="eager")
+    found = token_masks(torch.compile(model, backend="eager") if compiled == "model" else model, batch)
+    assert [mask.inside for mask in found] == [mask.inside for mask in expected] == ["encoder", ""]
+    assert all(torch.equal(a.keep, b.keep) for a, b in zip(found, expected, strict=True))

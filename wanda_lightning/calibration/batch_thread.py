@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from wanda_lightning.calibration.cloning import clone_arguments
+from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
 
 Forward = Callable[..., Any]
@@ -37,14 +38,23 @@ class Call:
 
     def run(self) -> Any:
         """Run the unit and return its output."""
-        with self.watch(threading.current_thread()), self.thread_state.entered():
+        with self._entered():
             return self.forward(*self.args, **self.kwargs)
 
     def run_on_copies(self) -> None:
         """Run the unit on clones of its arguments, so that it can be run again on the same values."""
-        with self.watch(threading.current_thread()), self.thread_state.entered():
+        with self._entered():
             args, kwargs = clone_arguments((self.args, self.kwargs))
             self.forward(*args, **kwargs)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        with (
+            naming_batch(self.batch, (self.args, self.kwargs)),
+            self.watch(threading.current_thread()),
+            self.thread_state.entered(),
+        ):
+            yield
 
 
 class StopForward(BaseException):

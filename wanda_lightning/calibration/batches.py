@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.models import TokenMask, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
 from wanda_lightning.progress import ProgressBar
@@ -109,28 +110,8 @@ class CalibrationBatches:
 
 
 def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
-    try:
+    with naming_batch(index, batch):
         return forward(batch)
-    except Exception as error:
-        add_note(error, f"This happened in calibration batch {index} (counted from 0): {_describe(batch)}.")
-        raise
-
-
-def add_note(error: BaseException, text: str) -> None:
-    """Add a sentence to an error that is shown below its message (from Python 3.11 on)."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
-
-
-def _describe(batch: Any) -> str:
-    """The shapes of a batch's tensors, in a few words."""
-    if isinstance(batch, Tensor):
-        return f"a tensor of shape {tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return ", ".join(f"{key}: {_describe(value)}" for key, value in batch.items())
-    if isinstance(batch, tuple | list):
-        return f"a {type(batch).__name__} of {', '.join(map(_describe, batch)) or 'nothing'}"
-    return f"a {type(batch).__name__}"
 
 
 _NONE_LEFT = object()

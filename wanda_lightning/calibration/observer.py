@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import input_of, intercept
 from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
 from wanda_lightning.calibration.pooling import pool
@@ -123,7 +124,8 @@ class Observer:
         checks: list[Check] = []
         identities, padding_counted = [], False
         for call, x in zip(calls, inputs, strict=True):
-            entry = BatchReader(self.needs, self.masks[call.batch] or ()).read(layer, x)
+            with naming_batch(call.batch, x):
+                entry = BatchReader(self.needs, self.masks[call.batch] or ()).read(layer, x)
             checks.extend(entry.checks(call.batch))
             statistics.merge(entry.statistics)
             identities.append(entry.identity)

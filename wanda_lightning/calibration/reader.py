@@ -104,8 +104,17 @@ class BatchReader:
             self._read_expert(product)
 
     def read(self, layer: Layer, x: Tensor) -> Entry:
-        """Sum up the tokens that enter a layer which is no expert."""
+        """Sum up the tokens that enter a layer which is no expert.
+
+        Raises:
+            ValueError: If they do not have the width of the layer.
+        """
         tokens = layer.tokens(x)
+        if tokens.shape[1] != layer.shape[1]:
+            raise ValueError(
+                f"batches must fit the model, but the input of {layer.name} has shape {tuple(x.shape)} and the layer "
+                f"takes {layer.shape[1]} features. Check how the batches are made."
+            )
         shape, keep = _token_shape(layer, x, tokens), None
         padding_counted = False
         if self._masks and layer.kind.channels > -3:  # images have no padding

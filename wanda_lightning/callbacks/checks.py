@@ -1,4 +1,4 @@
-"""What a pruning callback refuses or warns of before training starts."""
+"""What a pruning callback refuses, or warns of, before it prunes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,42 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.schedules import Schedule
 from wanda_lightning.callbacks.trainer import last_step
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.patterns import Pattern
+
+
+def check_stages(schedule: Schedule, pattern: Pattern) -> None:
+    """Refuse several stages for a pattern with one sparsity.
+
+    Raises:
+        ValueError: Names both.
+    """
+    if pattern.fixed_sparsity is not None and len(schedule.stages) > 1:
+        raise ValueError(
+            f"schedule must have one stage for {pattern}, which has one sparsity, but it is {schedule}. Prune with "
+            "at_step=..., or use pattern='unstructured'."
+        )
+
+
+def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: object) -> None:
+    """Refuse what calibration on a validation loop cannot do.
+
+    Raises:
+        ValueError: If the name is unknown, or a choice needs more than the dense model's inputs.
+    """
+    if calibrate_on not in ("calibration", "validation"):
+        raise ValueError(f"calibrate_on must be one of calibration, validation, but it is {calibrate_on!r}.")
+    if calibrate_on == "validation" and (config.sequential != "none" or dataloader is not None):
+        raise ValueError(
+            "calibrate_on='validation' runs the dense model on the validation batches, so it needs sequential='none' "
+            f"and no dataloader, but sequential is {config.sequential!r}"
+            + (" and a dataloader is given." if dataloader is not None else ".")
+        )
+    if calibrate_on == "validation" and config.allocation.reads_gradients:
+        raise ValueError(
+            f"calibrate_on='validation' has no backward passes, but {config.allocation} needs them. Use "
+            "calibrate_on='calibration', or another allocation such as 'owl'."
+        )
 
 
 def refuse_equal_keys(callback: Callback, trainer: L.Trainer) -> None:
@@ -45,7 +81,7 @@ def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
     Not for a subclass that decides itself which checkpoints it compares, see `PruningCallback`.
     """
     last = schedule.stages[-1][0]
-    for checkpoint in trainer.checkpoint_callbacks:
+    for checkpoint in () if trainer.fast_dev_run else trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
         if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None:
             continue
         if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:

@@ -12,18 +12,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
-from wanda_lightning.callbacks.checks import refuse_equal_keys, refuse_late_stages, warn_of_dense_best
+from wanda_lightning.callbacks.checks import (
+    check_calibrate_on,
+    check_stages,
+    refuse_equal_keys,
+    refuse_late_stages,
+    warn_of_dense_best,
+)
 from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.run import prune_module, publish
-from wanda_lightning.callbacks.schedules import EndingBy, OneShot, Schedule
+from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target
 from wanda_lightning.callbacks.validation_loop import ValidationLoop
 from wanda_lightning.checks import check_at_least, refuse_pytorch_lightning
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.files import refuse_nonempty
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import PruningReport
@@ -56,21 +62,19 @@ class PruningCallback(Callback):
     To prune at another moment, override `should_prune`.
 
     Args:
-        sparsity: Fraction of each pruned layer's weights that become zero, in [0, 1).
-        num_samples: Calibration samples (sequences or images).
-        dataloader: Where to take them from.
-        keep_zeros: Keep the zeros while training.
-        report_dir: Write `pruning_report.json` there.
-        at_step: Optimizer steps of training before pruning.
+        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
+        num_samples: Number of calibration samples (sequences or images).
+        dataloader: The calibration data.
+        keep_zeros: Keep the zeros while the model trains.
+        report_dir: Folder to save `pruning_report.json` in.
+        at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
-        calibrate_on: `"validation"` takes the statistics from Lightning's own validation loop while it runs, without an
-            extra pass, and prunes when it ends: the next one after the step that is due, or that of `trainer.validate`,
-            which then measures the dense model. Needs `sequential="none"`; of `num_samples`, whole batches.
+        calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
+            and prunes at its end: at the end of the next validation loop after the step of the schedule, or of
+            `trainer.validate`, which then measures the dense model. It needs `sequential="none"`, and uses whole
+            batches, until they hold `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
-
-    Attributes:
-        report: What happened last, once it has.
 
     Raises:
         ValueError: If a value is out of range, or choices contradict each other.
@@ -90,41 +94,43 @@ class PruningCallback(Callback):
         **choices: Any,
     ) -> None:
         self.config = PruningConfig.from_names(sparsity, **choices)
+        self.schedule = schedule_of(at_step, schedule)
+        check_at_least(1, num_samples=num_samples)
+        check_stages(self.schedule, self.config.pattern)
+        check_calibrate_on(calibrate_on, self.config, dataloader)
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
         self.report_dir = report_dir
-        self.schedule = _resolve_schedule(at_step, schedule)
         self.calibrate_on = calibrate_on
-        self._check()
         self._zeros = HeldZeros()
         self._state = PruningState(self._fixed_choices)
-        self._validation: ValidationLoop | None = None  # while one is calibrated on
+        self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
         self._processes = SINGLE_PROCESS
         self._is_set_up = False
         self._resumed = False  # weights and state come from the same checkpoint
 
     @classmethod
     def preset(
-        cls, name: str, sparsity: float = 0.5, pattern: Pattern | str = "unstructured", **others: Any
+        cls, name: str, sparsity: float = 0.5, pattern: Pattern | str = "unstructured", **options: Any
     ) -> PruningCallback:
-        """What we recommend: `"fast"`, `"balanced"` or `"best"` (see the README for what each costs and gains).
+        """Construct the callback with a preset: `"fast"`, `"balanced"` or `"best"` (the README says what each costs).
 
         Args:
-            name: Of the preset, which chooses criterion, solver, allocation and sequential.
-            sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all of them.
+            name: The preset, the same as `method=name`.
+            sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all layers together.
             pattern: Where zeros may fall.
-            others: The other arguments of `PruningCallback`, also to replace a choice.
+            **options: The other arguments of `PruningCallback`; they replace choices of the preset.
 
         Raises:
             ValueError: If there is no such preset, or a value is out of range.
-            TypeError: Of a subclass that chooses a method itself.
+            TypeError: If a subclass chooses a method itself.
         """
         if cls.__init__ is not PruningCallback.__init__:
             raise TypeError(
-                f"a preset chooses the method, as {cls.__name__} does: use PruningCallback.preset({name!r})"
+                f"preset={name!r} chooses a method, but so does {cls.__name__}. Use PruningCallback.preset({name!r})."
             )
-        return cls(sparsity, pattern=pattern, **{"method": name, **others})
+        return cls(sparsity, pattern=pattern, **{"method": name, **options})
 
     @property
     def report(self) -> PruningReport | None:
@@ -149,9 +155,10 @@ class PruningCallback(Callback):
         return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a Trainer that cannot prune correctly.
+        """Refuse a Trainer that cannot prune correctly, and a folder that cannot hold the report.
 
         Raises:
+            OSError: If `report_dir` cannot be written.
             MisconfigurationException: If the strategy distributes the model in a way that cannot be pruned, the Trainer
                 is one of `pytorch_lightning`, or another callback prunes the same part of the model.
         """
@@ -159,6 +166,9 @@ class PruningCallback(Callback):
         self._is_set_up = True
         refuse_equal_keys(self, trainer)
         self._processes = processes_of(trainer)
+        with self._processes.fail_together():
+            if self.report_dir is not None and trainer.is_global_zero:
+                refuse_nonempty(self.report_dir, overwrite=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if it is time, and hold the zeros from then on.
@@ -177,7 +187,8 @@ class PruningCallback(Callback):
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
-            self._refuse_what_later_stages_would(pruning_target(pl_module))
+            with self._processes.fail_together():  # refuse now what a later stage would
+                make_plan(self.config, pruning_target(pl_module), self._processes)
             warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
@@ -212,9 +223,7 @@ class PruningCallback(Callback):
             self._prune_to_measure(trainer, pl_module)
         if self._state.due and not trainer.sanity_checking:
             config = self._config_at(self._shares_due(trainer)[-1])
-            with self._processes.fail_together():
-                plan = make_plan(config, pruning_target(pl_module), self._processes)
-            self._validation = ValidationLoop(plan, self.num_samples)
+            self._validation = ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -257,28 +266,6 @@ class PruningCallback(Callback):
         self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, type(self).__name__)
         self._zeros.load(self._state.unheld_zeros)
         self._resumed = True
-
-    def _check(self) -> None:
-        """Refuse options that are out of range or contradict each other."""
-        check_at_least(1, num_samples=self.num_samples)
-        if self.config.pattern.fixed_sparsity is not None and len(self.schedule.stages) > 1:
-            raise ValueError(
-                f"schedule must have one stage for {self.config.pattern}, which has one sparsity, but it is "
-                f"{self.schedule}. Prune with at_step=..., or use pattern='unstructured'."
-            )
-        if self.calibrate_on not in ("calibration", "validation"):
-            raise ValueError(f"calibrate_on must be one of calibration, validation, but it is {self.calibrate_on!r}.")
-        if self.calibrate_on == "validation" and (self.config.sequential != "none" or self.dataloader is not None):
-            raise ValueError(
-                "calibrate_on='validation' runs the dense model on the validation batches, so it needs "
-                f"sequential='none' and no dataloader, but sequential is {self.config.sequential!r}"
-                + (" and a dataloader is given." if self.dataloader is not None else ".")
-            )
-        if self.calibrate_on == "validation" and self.config.allocation.reads_gradients:
-            raise ValueError(
-                f"calibrate_on='validation' has no backward passes, but {self.config.allocation} needs them. Use "
-                "calibrate_on='calibration', or another allocation such as 'owl'."
-            )
 
     @property
     def _fixed_choices(self) -> dict[str, Any]:
@@ -331,6 +318,9 @@ class PruningCallback(Callback):
                     "now is dense."
                 )
             return
+        if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
+            self._state.due = True
+            return
         (share,) = self._shares_due(trainer)
         if share > (self.schedule.share(0) or 0):
             rank_zero_warn(
@@ -338,10 +328,7 @@ class PruningCallback(Callback):
                 f"{self.schedule}. What is measured is a pruned model without training after pruning. To measure the "
                 "trained one, load a checkpoint from after pruning, such as ckpt_path='last'."
             )
-        if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
-            self._state.due = True
-        else:
-            self._prune(share, trainer, pl_module)
+        self._prune(share, trainer, pl_module)
 
     def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         report = prune_module(self._config_at(share), trainer, pl_module, self.dataloader, self.num_samples)
@@ -360,22 +347,3 @@ class PruningCallback(Callback):
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
             self._zeros.clear(trainer, pl_module)
-
-    def _refuse_what_later_stages_would(self, target: nn.Module) -> None:
-        with self._processes.fail_together():
-            make_plan(self.config, target, self._processes)
-
-
-def _resolve_schedule(at_step: int, schedule: Schedule | None) -> Schedule:
-    check_at_least(0, at_step=at_step)
-    if schedule is None:
-        return OneShot(at_step)
-    if not isinstance(schedule, Schedule):
-        raise ValueError(
-            "schedule must be a Schedule such as CubicSchedule(start_step=0, end_step=1000, every=100), but it is "
-            f"{schedule!r}."
-        )
-    if at_step:
-        raise ValueError(f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}.")
-    schedule.check()
-    return schedule

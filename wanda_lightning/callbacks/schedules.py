@@ -120,3 +120,23 @@ class EndingBy(Schedule):
     def stages(self) -> tuple[tuple[int, float], ...]:
         """The stages of the schedule, none after `last_step`."""
         return tuple((min(step, self.last_step), share) for step, share in self.schedule.stages)
+
+
+def schedule_of(at_step: int, schedule: Schedule | None) -> Schedule:
+    """Return the schedule for the two options of a callback.
+
+    Raises:
+        ValueError: If both are given, or one is not valid.
+    """
+    check_at_least(0, at_step=at_step)
+    if schedule is None:
+        return OneShot(at_step)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            "schedule must be a Schedule such as CubicSchedule(start_step=0, end_step=1000, every=100), but it is "
+            f"{schedule!r}."
+        )
+    if at_step:
+        raise ValueError(f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}.")
+    schedule.check()
+    return schedule

@@ -5,33 +5,44 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from torch import nn
+
 from wanda_lightning.calibration.passive import PassiveCalibration
 from wanda_lightning.callbacks.batches import batch_size
-from wanda_lightning.plan import Plan
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.parallel import Processes
+from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_collected
 from wanda_lightning.report import PruningReport
 
 
 class ValidationLoop:
-    """Collects statistics from the first batches of one validation loop.
+    """Collects statistics from the first batches of one validation loop, and prunes with them.
 
     Args:
-        plan: What will be pruned.
+        config: The choices.
+        model: The model that the loop runs.
+        processes: The processes that run the loop, each on a part of the samples.
         num_samples: Collection stops with the batch that reaches this many samples.
+
+    Raises:
+        ValueError: If something cannot be pruned as asked.
     """
 
-    def __init__(self, plan: Plan, num_samples: int) -> None:
-        self._plan, self._num_samples = plan, num_samples
+    def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
+        with processes.fail_together():
+            self._plan = make_plan(config, model, processes)
         self._calibration = PassiveCalibration(
-            plan.model, plan.whole_model, plan.observed, plan.config.min_expert_tokens, plan.processes
+            model, self._plan.whole_model, self._plan.observed, config.min_expert_tokens, processes
         )
-        self._samples = 0
+        self._samples_left = num_samples
+        self._world_size = processes.world_size
         self._batch = ExitStack()
 
     def start_batch(self, batch: Any) -> None:
         """Collect while the batch runs, until `end_batch`."""
-        if self._samples < self._num_samples:
-            self._samples += batch_size(batch) * self._plan.processes.world_size
+        if self._samples_left > 0:
+            self._samples_left -= batch_size(batch) * self._world_size
             self._batch.enter_context(self._calibration.collect(batch))
 
     def end_batch(self) -> None:
@@ -39,5 +50,9 @@ class ValidationLoop:
         self._batch.close()
 
     def prune(self) -> PruningReport:
-        """Prune with the statistics collected."""
+        """Prune with the statistics collected.
+
+        Raises:
+            ValueError: If no batch ran, or an activation was NaN or infinite; before any weight is written.
+        """
         return prune_collected(self._plan, self._calibration)

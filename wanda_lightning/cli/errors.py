@@ -45,7 +45,7 @@ _OPTIONS = {
     },
 }
 _NAMES = "|".join(_OPTIONS)
-_KEYWORD = re.compile(rf"(?<![\w.])({_NAMES})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|[\w:.*+-]*[\w*])?")
+_KEYWORD = re.compile(rf"(?<![\w.])({_NAMES})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|\.\.\.|[\w:.*+-]*[\w*])?")
 _SUBJECT = re.compile(rf"^({_NAMES})(?= must | should )")
 
 
@@ -93,6 +93,7 @@ def in_options(message: str) -> str:
         value = value.strip("'\"")
         return f"--{_OPTIONS[found[1]]}" + (f" {value}" if value and value != "True" else "")
 
+    message = re.sub(r"NM\(n=(\d+), m=(\d+)\)", r"\1:\2", message)
     return _KEYWORD.sub(option, _SUBJECT.sub(lambda found: f"--{_OPTIONS[found[1]]}", message))
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from wanda_lightning.callbacks import KeepZeros
 from wanda_lightning.callbacks.held_zeros import zeros_of
 from wanda_lightning.checks import one_line
-from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space
+from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.tables import print_table
 from wanda_lightning.cli.windows import checked_seqlen, refuse_early
@@ -54,8 +54,7 @@ def run(options: FinetuneOptions) -> None:
         perplexity["fine-tuned, adapters apart"] = measure(module, windows, "val_perplexity")
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows, "val_perplexity")
-    if options.save_model is not None:
-        module.save_pretrained(options.save_model, overwrite=options.overwrite)
+    save_model(module, options.save_model, options.overwrite)
     _print_results(perplexity)
     steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
     totals = f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}."

@@ -6,12 +6,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from wanda_lightning.files import refuse_full
+from wanda_lightning.cli.tables import print_note
+from wanda_lightning.files import refuse_full, unclaimed
 
 
 def measure(
@@ -42,6 +44,17 @@ def refuse_no_space(folder: str | None, module: L.LightningModule) -> None:
     if folder is not None:
         tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
         refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+
+
+def save_model(module: Any, folder: str | None, overwrite: bool) -> None:
+    """Save a model, beside the folder if another run has saved one there meanwhile."""
+    if folder is None:
+        return
+    refuse_no_space(folder, module)
+    place = unclaimed(folder, "config.json", overwrite)
+    module.save_pretrained(place, overwrite=overwrite)
+    if place != Path(folder):
+        print_note(f"another run has written to {folder} meanwhile. The model is in {place}.")
 
 
 @contextmanager

@@ -103,7 +103,8 @@ class CommandParser(Generic[Options]):
         texts |= {name: getattr(given, name) for name in self._fields if getattr(given, name) is not None}
         values = {name: self._value(name, text) for name, text in texts.items()}
         if given.print_config:
-            print(_yaml().safe_dump(self._defaults() | values, sort_keys=False), end="")
+            known = {name: None if value is MISSING else value for name, value in (self._defaults() | values).items()}
+            print(_yaml().safe_dump(known, sort_keys=False), end="")
             raise SystemExit(0)
         missing = [n for n, each in self._fields.items() if n not in values and self._defaults()[n] is MISSING]
         for name in missing:

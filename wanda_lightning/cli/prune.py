@@ -10,14 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
-from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space
+from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space, save_model
 from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUENCES, PruneOptions
 from wanda_lightning.cli.parser import as_options
 from wanda_lightning.cli.tables import print_note, print_table
 from wanda_lightning.cli.windows import checked_seqlen, refuse_early
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
-from wanda_lightning.files import whole_file
+from wanda_lightning.files import unclaimed, whole_file
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.plan import make_plan
@@ -47,8 +47,7 @@ def run(options: PruneOptions) -> None:
     report.config["command"] = as_options(options) | {"prune_method": None, **_as_used(options, data)}
     report.config["command"] = {name: value for name, value in report.config["command"].items() if value is not None}
     report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
-    if options.save_model is not None:
-        module.save_pretrained(options.save_model, overwrite=options.overwrite)
+    save_model(module, options.save_model, options.overwrite)
     if tasks:  # hours for a large model, which is safe by now
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.config["measured"]["zero_shot"] = accuracies
@@ -127,23 +126,15 @@ def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> d
 
 
 def _write_results(options: PruneOptions, column: str, measured: float, report: PruningReport) -> None:
-    folder = _own_folder(Path(options.save or ""), options.overwrite)
+    folder = unclaimed(options.save or "", REPORT_NAME, options.overwrite)
     report.save(folder)
     with whole_file(folder / f"log_{options.name}.txt") as temporary:
         temporary.write_text(
             f"method\tactual_sparsity\t{column}\n{options.name}\t{report.sparsity:.4f}\t{measured:.4f}\n",
             encoding="utf-8",
         )
-
-
-def _own_folder(folder: Path, overwrite: bool) -> Path:
-    """The folder, or one beside it if another run has finished there meanwhile."""
-    if overwrite or not (folder / REPORT_NAME).exists():
-        return folder
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))
-    free = next(place for place in numbered if not (place / REPORT_NAME).exists())
-    print_note(f"another run has written to {folder} meanwhile. The results are in {free}.")
-    return free
+    if folder != Path(options.save or ""):
+        print_note(f"another run has written to {options.save} meanwhile. The results are in {folder}.")
 
 
 def _print_results(method: str, heading: str, dense: float, pruned: float, report: PruningReport) -> None:

@@ -27,7 +27,7 @@ def matches(name: str, pattern: str, option: str) -> bool:
     return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
 
 
-def check_patterns(option: str, given: str | Sequence[str]) -> tuple[str, ...]:
+def check_patterns(option: str, given: object) -> tuple[str, ...]:
     """The patterns of an option as a tuple; a single string is one pattern.
 
     Raises:

@@ -15,6 +15,7 @@ from wanda_lightning.models.blocks import find_blocks
 from wanda_lightning.models.experts import stored_by_columns
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, layers_of
+from wanda_lightning.models.module_names import named_modules, uncompiled_name
 from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
 from wanda_lightning.models.skips import skip_by_default, skip_packed, skip_unsupported
 
@@ -60,7 +61,7 @@ class _Finder:
 
     def __init__(self, model: nn.Module, include_grouped: bool) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
+        self.modules = named_modules(model)
         self.layers: list[Layer] = []
         self.skipped: list[SkippedMatrix] = []
         self._defaults = skip_by_default(self.modules, include_grouped)
@@ -73,10 +74,12 @@ class _Finder:
 
     def sort_parameters(self) -> None:
         """Decide for every matrix whether it is a layer, by everything but the user's choices."""
-        for name, buffer in self.model.named_buffers():
+        for full_name, buffer in self.model.named_buffers():
+            name = uncompiled_name(full_name)
             if is_packed_weight(name, buffer):
                 self.skipped.append(skip_packed(name, buffer, self.modules[name.rpartition(".")[0]]))
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        for full_name, parameter in self.model.named_parameters(remove_duplicate=False):
+            name = uncompiled_name(full_name)
             module_name = name.rpartition(".")[0]
             if isinstance(parameter, UninitializedParameter):
                 detail = "has no shape yet: run one batch through the model first"

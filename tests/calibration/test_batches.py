@@ -1,0 +1,144 @@
+"""Calibration batches as forward passes: which are refused, and what an error in one says."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support.zoo import ZOO
+from torch import nn
+
+from wanda_lightning import prune
+from wanda_lightning.calibration.batches import forward_batch, rebuild
+
+
+class Two(nn.Module):
+    """A model of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        return self.second(self.first(x) + y)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def unchanged(model, *args, **kwargs):
+    """The message of the refusal; the model must not have changed."""
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # its message is what is looked at
+        prune(model, *args, progress=False, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("batch", ["some text", 3, 0.5, b"bytes", np.ones((2, 8), np.float32)], ids=str)
+def test_batches_that_hold_no_tensors(batch):
+    message = unchanged(mlp(), [batch])
+    assert (
+        f"batches must hold tensors, or mappings or tuples of tensors, but one is a {type(batch).__name__}" in message
+    )
+    assert f"one is a {type(batch).__name__}" in unchanged(mlp(), [(batch, 1)])
+
+
+def test_a_forward_of_ones_own_may_take_anything():
+    model = mlp()
+    report = prune(
+        model, ["3", "4"], forward=lambda text: model(torch.full((2, 8), float(text))), sparsity=0.5, progress=False
+    )
+    assert report.sparsity == 0.5
+
+
+def test_a_tuple_for_a_model_that_needs_more():
+    x = torch.ones(2, 8)
+    assert "Two.forward needs x, y" in unchanged(Two(), [(x, x)])
+    assert prune(Two(), [{"x": x, "y": x}], sparsity=0.5, progress=False).sparsity == 0.5
+
+
+class Fragile(nn.Module):
+    """Its middle fails for some inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if len(x) == 3:
+            raise RuntimeError("three is too many")
+        return self.second(self.first(x))
+
+
+def notes_of(error):
+    return " ".join(getattr(error, "__notes__", ()))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_an_error_in_the_model_names_the_batch(sequential):
+    blocks = nn.Sequential(Fragile(), Fragile())
+    with pytest.raises(RuntimeError, match="three is too many") as caught:
+        prune(blocks, [torch.ones(2, 8), torch.ones(3, 8)], sequential=sequential, progress=False)
+    assert "calibration batch 1 (counted from 0): " in notes_of(caught.value)
+    assert "(3, 8)" in notes_of(caught.value)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_a_batch_of_another_width_names_layer_and_batch(sequential):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"input of 0 has shape \(2, 7\) and the layer takes 8 features") as caught:
+        prune(model, [torch.ones(2, 8), torch.ones(2, 7)], sequential=sequential, progress=False)
+    assert "batch 1" in notes_of(caught.value)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize(
+    ("batches", "forward"),
+    [
+        ([torch.ones(0, 8)], None),
+        ([torch.ones(2, 8)], lambda batch: None),
+    ],
+    ids=["empty tensors", "a forward that does nothing"],
+)
+def test_nothing_that_reaches_the_layers_is_an_error(sequential, batches, forward):
+    message = unchanged(mlp(), batches, forward=forward, sequential=sequential)
+    assert "no token that counts reached any of the 2 layers, so nothing was pruned" in message
+
+
+def test_padding_alone_is_an_error():
+    specimen = ZOO["llama_padded"]
+    batch = {**specimen.batches()[0]}
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    assert "so nothing was pruned" in unchanged(specimen.build(), [batch])
+
+
+def test_the_number_of_batches_that_were_read_is_shown(capsys):
+    prune(mlp(), (torch.ones(2, 8) for _ in range(5)), sparsity=0.5)
+    assert "Reading batches 5" in capsys.readouterr().err
+    prune(mlp(), [torch.ones(2, 8)], sparsity=0.5)
+    assert "Reading batches" not in capsys.readouterr().err
+
+
+def test_one_batch_in_place_of_a_list():
+    assert "batches must be a list of batches or a dataloader" in unchanged(mlp(), torch.ones(2, 8))
+    assert "but a str was given" in unchanged(mlp(), "text")
+    assert "but none were given" in unchanged(mlp())
+
+
+def test_what_a_mapping_holds_beyond_the_forward_is_left_out():
+    x = torch.ones(2, 8)
+    model = Two()
+    assert torch.equal(forward_batch(model, {"x": x, "y": x, "labels": x}), model(x, x))
+    with pytest.raises(ValueError, match=r"batches hold \['labels'\], but Two.forward takes \['x', 'y'\]"):
+        forward_batch(model, {"labels": x})
+
+
+def test_named_tuples_are_rebuilt():
+    from collections import namedtuple
+
+    Pair = namedtuple("Pair", "a b")
+    assert rebuild(Pair(1, 2), [3, 4]) == Pair(3, 4)
+    assert rebuild([1], [2]) == [2]

@@ -1,0 +1,102 @@
+"""Which errors are meant for the user, and how they are printed."""
+
+import errno
+import os
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from wanda_lightning import prune
+from wanda_lightning.checks import check_positive
+from wanda_lightning.cli.errors import explain, in_options, refusal_in
+from wanda_lightning.core.name_patterns import did_you_mean
+
+
+def caught(function, *arguments):
+    try:
+        function(*arguments)
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def refused():
+    check_positive(num_samples=0)
+
+
+def wrapped():
+    try:
+        refused()
+    except ValueError as error:
+        raise RuntimeError("a library wraps it") from error
+
+
+def misconfigured():
+    raise MisconfigurationException("Lightning says so")
+
+
+REFUSALS = {
+    "a raise statement of ours": refused,
+    "wrapped by a library": wrapped,
+    "Lightning": misconfigured,
+    "the operating system": lambda: os.stat("/gone/file"),
+    "a full disk": lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "pruning": lambda: prune(torch.nn.Linear(2, 2), None, 2.0),
+}
+FAULTS = {
+    "ours, by an operation": lambda: did_you_mean(3, ["a"]),
+    "not ours": lambda: int("x"),
+    "a library": lambda: torch.zeros(2).view(3),
+    "a test": lambda: (_ for _ in ()).throw(ValueError("not raised by the package")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_is_one_line(case, capsys):
+    error = caught(REFUSALS[case])
+    assert refusal_in(error) is not None
+    explain(error, debug=False, translate=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("wanda-lightning: error: ")
+    assert err.count("\n") == 1
+    explain(error, debug=True, translate=True)
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_keeps_its_traceback(case, capsys):
+    error = caught(FAULTS[case])
+    assert refusal_in(error) is None
+    explain(error, debug=False, translate=True)
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert "this is a fault of wanda_lightning or of a library" in err
+    assert "Please report it" in err
+
+
+def test_memory_that_runs_out_is_no_fault(capsys):
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")):
+        explain(error, debug=False, translate=True)
+        err = capsys.readouterr().err
+        assert "memory ran out" in err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("python", "shell"),
+    [
+        ("num_samples must be at least 1, but it is 0.", "--nsamples must be at least 1, but it is 0."),
+        ("Leave it dense with skip=['a.b'].", "Leave it dense with --skip a.b."),
+        ("Use skip=['a', 'b'], or include_grouped=True.", "Use --skip a,b, or --include_grouped."),
+        ("Use sequential='layer' where it is not.", "Use --sequential layer where it is not."),
+        ("Use sparsity=0.5, or pattern='unstructured'.", "Use --sparsity_ratio 0.5, or --sparsity_type unstructured."),
+        ("skip='x' matches no matrix", "--skip x matches no matrix"),
+        ("The file a=b.json exists; nothing is skip.", "The file a=b.json exists; nothing is skip."),
+        ("pattern=NM(n=3, m=6) fits none", "--sparsity_type 3:6 fits none"),
+        ("Give checkpoint=... of it", "Give --resume ... of it"),
+    ],
+)
+def test_keywords_become_options(python, shell):
+    assert in_options(python) == shell

@@ -1,0 +1,41 @@
+"""Tables keep their numbers on terminals of every width."""
+
+import re
+
+import pytest
+from rich.table import Table
+
+from wanda_lightning.cli.tables import print_note, print_table
+
+
+def table():
+    made = Table()
+    for heading in ("method", "sparsity", "dense perplexity", "pruned perplexity", "seconds to prune"):
+        made.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
+    made.add_row("ablate_wanda_iter", "50.00%", "13243.37", "1234567.89", "1234.5")
+    return made
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
+def test_no_number_is_cut(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(table())
+    out = capsys.readouterr().out
+    for number in ("50.00%", "13243.37", "1234567.89", "1234.5"):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}", out)
+    assert ("sparsity: 50.00%" in out.splitlines()) == (width < 100)
+    assert "…" not in out
+
+
+def test_markup_in_names_is_text(capsys, monkeypatch):
+    from rich.markup import escape
+
+    monkeypatch.setenv("COLUMNS", "30")
+    made = Table("name")
+    made.add_column("weights", justify="right")
+    made.add_row(escape("[red]a[/red]:smile:"), "1234567890123456789012345")
+    print_table(made)
+    print_note("layers [bold]x[/bold] of a name that is longer than the terminal is wide")
+    out = capsys.readouterr().out
+    assert "name: [red]a[/red]:smile:" in out
+    assert "Note: layers [bold]x[/bold] of a name that is longer than the terminal is wide\n" in out

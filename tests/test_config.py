@@ -1,0 +1,121 @@
+"""Names become objects in one place, and what does not fit together is refused there."""
+
+import dataclasses
+
+import pytest
+
+from wanda_lightning import (
+    ADMM,
+    NM,
+    OWL,
+    EqualShare,
+    Magnitude,
+    NoRecovery,
+    PruningConfig,
+    Reconstruct,
+    SparseGPT,
+    Uniform,
+    Unstructured,
+    Wanda,
+    ZeroOut,
+)
+from wanda_lightning.core.criteria import Criterion, Saliency
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.solvers import Solver
+from wanda_lightning.methods import ALLOCATIONS, CRITERIA, METHODS, PATTERNS, PRESETS, RECOVERIES, SOLVERS
+
+TABLES = {
+    "criterion": CRITERIA,
+    "pattern": PATTERNS,
+    "allocation": ALLOCATIONS,
+    "solver": SOLVERS,
+    "recovery": RECOVERIES,
+}
+
+
+def test_the_defaults_are_wanda():
+    expected = PruningConfig(
+        0.5, Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), "block", (), (), False, 32
+    )
+    assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
+
+
+@pytest.mark.parametrize(("option", "name"), [(option, name) for option, table in TABLES.items() for name in table])
+def test_a_name_and_its_object_are_the_same(option, name):
+    sparsity = {"2:4": 0.5, "4:8": 0.5}.get(name, 0.3)
+    made = TABLES[option][name]()
+    by_name = PruningConfig.from_names(sparsity, **{option: name})
+    assert by_name == PruningConfig.from_names(sparsity, **{option: made})
+    assert getattr(by_name, option) == made
+
+
+@pytest.mark.parametrize("name", [*METHODS, *PRESETS])
+def test_every_field_has_one_type(name):
+    config = PruningConfig.from_names(method=name)
+    assert isinstance(config.criterion, Criterion)
+    assert isinstance(config.pattern, Pattern)
+    assert isinstance(config.solver, Solver)
+    assert not any(value is None for value in vars(config).values())
+
+
+def test_the_solver_brings_its_criterion_unless_one_is_given():
+    assert PruningConfig.from_names(solver=SparseGPT(0.1)).criterion == Saliency(0.1)
+    assert PruningConfig.from_names(solver="sparsegpt", criterion="wanda").criterion == Wanda()
+    assert PruningConfig.from_names(method="magnitude", solver="refit").criterion == Wanda()
+    assert PruningConfig.from_names(method="magnitude").criterion == Magnitude()
+
+
+def test_choices_replace_those_of_the_method():
+    config = PruningConfig.from_names(0.6, method="best", solver=ADMM(iterations=2), allocation="owl", skip="lm_head")
+    assert (config.solver, config.allocation, config.sequential) == (ADMM(iterations=2), OWL(), "layer")
+    assert config.skip == ("lm_head",)
+    assert PruningConfig.from_names(method="reconstruct").recovery == Reconstruct()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("1:4", NM(1, 4)), ("2:4", NM(2, 4)), ("equal_share", EqualShare()), (NM(3, 4), NM(3, 4))]
+)
+def test_patterns(pattern, expected):
+    assert PruningConfig.from_names(getattr(expected, "sparsity", 0.5), pattern=pattern).pattern == expected
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must be .* at least 0 and below 1, but it is 1\.0"),
+        ({"sparsity": "half"}, "sparsity must be .* but it is 'half'"),
+        ({"sparsity": True}, "sparsity must be .* but it is True"),
+        ({"criterion": "wnda"}, "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?"),
+        ({"criterion": Wanda}, "criterion must be a Criterion or one of wanda, .*, but it is <class"),
+        ({"criterion": ZeroOut()}, r"criterion must be a Criterion or one of .* but it is ZeroOut\(\)"),
+        ({"pattern": "2;4"}, "pattern must be one of unstructured, .* N:M, but it is '2;4'"),
+        ({"pattern": None}, "pattern must be one of unstructured, .* but it is None"),
+        ({"solver": "sparsgpt"}, "Did you mean sparsegpt"),
+        ({"allocation": 3}, "allocation must be a Allocation or one of uniform, .* but it is 3"),
+        ({"recovery": "distill"}, "recovery must be one of none, reconstruct, but it is 'distill'"),
+        ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
+        ({"sequential": "model"}, "sequential must be one of block, layer, none, but it is 'model'"),
+        ({"min_expert_tokens": 1.5}, r"min_expert_tokens must be a number of tokens, 0 or more, but it is 1\.5"),
+        ({"skip": None}, "skip must be a list of layer names or patterns, but it is None"),
+        ({"only": [3]}, r"only must be a list of layer names or patterns, but it is \[3\]"),
+        ({"skip": ["re:("]}, r"skip=.* is not a regular expression"),
+        ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
+        ({"solver": "admm", "criterion": "magnitude"}, r"criterion=Magnitude\(\) cannot be combined with solver=ADMM"),
+        ({"recovery": "reconstruct", "sequential": "layer"}, "trains the parts of blocks, but sequential='layer'"),
+    ],
+)
+def test_what_is_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        PruningConfig.from_names(**choices)
+
+
+def test_a_misspelled_option_is_an_error():
+    with pytest.raises(TypeError, match="sparsty"):
+        PruningConfig.from_names(sparsty=0.5)
+
+
+def test_the_description_is_plain_data():
+    described = PruningConfig.from_names(pattern="2:4", skip=["a"]).describe()
+    assert described["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert described["skip"] == ["a"]
+    assert described.keys() == {field.name for field in dataclasses.fields(PruningConfig)}

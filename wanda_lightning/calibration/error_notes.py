@@ -1,0 +1,39 @@
+"""Say in which calibration batch an error happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+_START = "This happened in calibration batch"
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a sentence to an error, which Python shows below the message (from 3.11 on)."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+
+
+@contextmanager
+def naming_batch(index: int, values: Any) -> Iterator[None]:
+    """Add to an error in which batch it happened and the shapes of its values, unless a note says so already."""
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(_START) for note in getattr(error, "__notes__", ())):
+            add_note(error, f"{_START} {index} (counted from 0): {_describe(values)}.")
+        raise
+
+
+def _describe(value: Any) -> str:
+    """The shapes of the tensors in a value, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_describe(inner)}" for key, inner in value.items()) or "nothing"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(_describe, value)) or "nothing"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,27 @@
+"""Names of modules and parameters, also inside modules under `torch.compile`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_COMPILED = "_orig_mod"  # where `torch.compile` keeps the module that it wraps
+
+
+def uncompiled_name(name: str) -> str:
+    """Return the name that a module or parameter would have without `torch.compile`.
+
+    Example:
+        >>> uncompiled_name("blocks.0._orig_mod.mlp")
+        'blocks.0.mlp'
+    """
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by name; wrappers of `torch.compile` are left out, and so are their parts of the names."""
+    return {uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules}
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wraps, or the module itself."""
+    return module._modules.get(_COMPILED) or module
