@@ -10,6 +10,7 @@ from support.zoo import ZOO, run
 from torch import nn
 
 from wanda_lightning import prune
+from wanda_lightning.core.patterns import Unstructured
 
 
 def check_sharded(results, name, **choices):
@@ -55,7 +56,7 @@ def test_blocks_that_are_compiled(pair):
 
 
 def test_magnitude_needs_no_forward_and_any_layout(pair):
-    choices = {"criterion": "magnitude", "sequential": "layer"}
+    choices = {"criterion": "magnitude", "pattern": Unstructured("row"), "sequential": "layer"}
     check_sharded(pair.run(cases.sharded, "llama", **choices), "llama", **choices)
 
 

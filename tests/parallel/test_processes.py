@@ -209,7 +209,7 @@ def test_only_the_first_process_shows_progress(pair):
     ("spoil", "kinds", "text"),
     [
         ("input", ("ValueError", "ValueError"), "NaN or infinity"),
-        ("weight", ("ValueError", "ValueError"), "holds NaN or infinity"),
+        ("weight", ("ValueError", "ValueError"), "has weights that are NaN or infinite"),
         ("iterator", ("RuntimeError", "OSError"), "no more disk"),
         ("forward", ("RuntimeError", "OSError"), "no more disk"),
     ],
@@ -230,7 +230,7 @@ def test_what_is_wrong_in_one_process_ends_all(pair, sequential, spoil, kinds, t
 def test_no_batches_in_any_process(pair, sequential):
     for error, unchanged in pair.run(cases.spoilt, sequential, "nothing"):
         assert error[0] == "ValueError"
-        assert "holds none" in error[1]
+        assert "there is none" in error[1]
         assert unchanged
 
 
