@@ -1,4 +1,4 @@
-"""Every method on one model and data: perplexity, seconds and memory of each at several sparsities, in one table.
+"""Compare all methods with one model and its data: perplexity, seconds and memory at several sparsities, in one table.
 
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --nsamples 16 --seqlen 512 --limit 40 --save results.json
@@ -6,10 +6,10 @@
     python benchmarks/quality.py --model M.gguf --baseline --goals 50 2:4
     python benchmarks/quality.py --images --save images.json
 
-Windows are those of `wanda-lightning prune`, seed 0, in batches of 4, in float32. With `--save` the same command again
-measures only what the file lacks or what was made with other choices. `--held_out` measures on what the calibration
-windows leave of their own text, to choose hyperparameters by. `--baseline` times our SparseGPT and `balanced` against a
-SparseGPT written out by hand. `--images` trains the two models of recipes/vision/demo.py and prunes those.
+Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, the same command
+again measures only the cells that the file lacks or that used other choices. `--held_out` measures on the part of the
+calibration text that calibration does not use, to choose hyperparameters. `--baseline` compares our SparseGPT and
+`balanced` with a plain implementation of SparseGPT. `--images` trains and prunes the models of recipes/vision/demo.py.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from sparsegpt_by_hand import prune_by_hand
 from torch import Tensor, nn
 
 from wanda_lightning import (
+    NM,
     OWL,
     CausalLMModule,
     EqualShare,
@@ -37,51 +38,53 @@ from wanda_lightning import (
     PruningCallback,
     PruningConfig,
     TextDataModule,
+    Unstructured,
     prune,
 )
-from wanda_lightning.core.patterns import pattern_named
 from wanda_lightning.data.text_sources import calibration_source
 from wanda_lightning.files import whole_file
-from wanda_lightning.methods import METHODS, PRESETS, Method
+from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.pruning import plan
+from wanda_lightning.plan import make_plan
 
-TEXT = {
-    **{name: method for name, method in METHODS.items() if not name.startswith("ablate_")},
-    "variant": METHODS["wanda"],
-    "owl": METHODS["wanda"]._replace(allocation=OWL()),
-    "fisher": METHODS["wanda"]._replace(allocation=Fisher(num_samples=8)),
-    **PRESETS,
+Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
+
+TEXT: dict[str, Choices] = {
+    **{name: {"method": name} for name in METHODS if not name.startswith("ablate_")},
+    "variant": {"method": "wanda", "pattern": EqualShare()},
+    "owl": {"method": "wanda", "allocation": OWL()},
+    "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
+    **{name: {"method": name} for name in PRESETS},
 }
 UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M
-IMAGES = {
-    "magnitude": METHODS["magnitude"]._replace(sequential="none"),
-    "wanda, row": METHODS["wanda"]._replace(sequential="none"),
-    "wanda, layer": METHODS["wanda"]._replace(sequential="none", group="layer"),
-    "sparsegpt": METHODS["sparsegpt"]._replace(sequential="none"),
-    "best": PRESETS["best"],
+IMAGES: dict[str, Choices] = {
+    "magnitude": {"method": "magnitude", "sequential": "none"},
+    "wanda, row": {"method": "wanda", "sequential": "none"},
+    "wanda, layer": {"method": "wanda", "sequential": "none", "pattern": Unstructured("layer")},
+    "sparsegpt": {"method": "sparsegpt", "sequential": "none"},
+    "best": {"method": "best"},
 }
 GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "2:4")}  # by whether they are images
 BASELINE = "sparsegpt by hand"
-AGAINST_BASELINE = {
-    "sparsegpt": METHODS["sparsegpt"],
-    "sparsegpt at layer": METHODS["sparsegpt"]._replace(sequential="layer"),
-    "balanced": PRESETS["balanced"],
+AGAINST_BASELINE: dict[str, Choices] = {
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt at layer": {"method": "sparsegpt", "sequential": "layer"},
+    "balanced": {"method": "balanced"},
 }
 
 Cell = dict[str, Any]
 
 
-def choices(name: str, method: Method, goal: str) -> dict[str, Any]:
-    """What `prune` is given for a goal: a percentage, or N:M."""
-    if ":" in goal:
-        return {"sparsity": pattern_named(goal).sparsity, **method.choices(goal)}
-    pattern = EqualShare() if name == "variant" else "unstructured"
-    return {"sparsity": float(goal) / 100, **method.choices(pattern)}
+def choices(method: Choices, goal: str) -> Choices:
+    """Return the arguments of `prune` for a goal: a percentage, or N:M."""
+    if ":" not in goal:
+        return {**method, "sparsity": float(goal) / 100}
+    pattern = NM(*map(int, goal.split(":")))
+    return {**method, "sparsity": pattern.sparsity, "pattern": pattern}
 
 
 def in_short(cell: Cell) -> str:
-    """The figures of a cell, on one line."""
+    """Return the figures of a cell on one line."""
     figures = (
         f"({in_short(x)})" if isinstance(x, dict) else f"{x:.4g}" if isinstance(x, float) else x for x in cell.values()
     )
@@ -89,10 +92,10 @@ def in_short(cell: Cell) -> str:
 
 
 class Results:
-    """Cells by method and goal, on disk after each.
+    """Cells by method and goal, written to a file after each measurement.
 
     Raises:
-        ValueError: If the file holds what was made with other options.
+        ValueError: The file holds measurements with other options.
     """
 
     def __init__(self, file: str | None, options: Mapping[str, object]) -> None:
@@ -101,13 +104,13 @@ class Results:
             found = json.loads(Path(file).read_text(encoding="utf-8"))
             if found["options"] != self.options:
                 raise ValueError(
-                    f"{file} holds what was measured with {found['options']}, but {self.options} was asked for. "
-                    "Give those options again, or --save to another file."
+                    f"--save must name a file with the same options, but {file} has {found['options']} instead of "
+                    f"{self.options}. Use those options, or another file."
                 )
             self.cells = found["cells"]
 
     def __call__(self, name: str, goal: str, made: object, measure: Callable[[], Cell]) -> Cell:
-        """A cell of the file, or measured now; `made` is with what."""
+        """Return a cell of the file if it has the same choices (`made`), otherwise measure it."""
         cells = self.cells.setdefault(name, {})
         if cells.get(goal, {}).get("made") != str(made):
             measured = measure()
@@ -121,16 +124,16 @@ class Results:
 
 
 def refusal(model: nn.Module, chosen: Mapping[str, Any]) -> str:
-    """Why a model cannot be pruned so, in short; empty if it can."""
+    """Return in short why a model cannot be pruned with these choices, or an empty string."""
     try:
-        plan(PruningConfig.from_names(**chosen), model)
+        make_plan(PruningConfig.from_names(**chosen), model)
     except ValueError as error:
         return str(error).partition(", but ")[0].partition(". ")[0]
     return ""
 
 
 def held_out(data: TextDataModule) -> Tensor:
-    """Windows side by side in what the calibration windows leave of their text, as many as the limit allows."""
+    """Return windows of the calibration text that no calibration window overlaps, at most `limit`."""
     text, seqlen = calibration_source(data.calibration), data.seqlen
     if not isinstance(text, str):
         raise ValueError(f"--held_out needs a calibration text (.txt), but {data.calibration} holds documents.")
@@ -155,7 +158,7 @@ def held_out(data: TextDataModule) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Of the windows of all batches."""
+    """Return the perplexity over the windows of all batches."""
     metric = WindowPerplexity()
     for batch in batches:
         metric.update(model(**batch, use_cache=False).logits, batch["input_ids"])
@@ -163,7 +166,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
 
 
 class LanguageModel:
-    """A model and its windows; each measurement starts from the dense weights."""
+    """A model and its windows. Each measurement starts from the dense weights."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         module = CausalLMModule(options.model, dtype="float32")
@@ -177,7 +180,7 @@ class LanguageModel:
         self.dense = copy.deepcopy(self.model.state_dict())
 
     def prune(self, chosen: Mapping[str, Any]) -> float:
-        """The sparsity of the pruned layers."""
+        """Prune, and return the sparsity of the pruned layers."""
 
         def forward(batch: Mapping[str, Tensor]) -> object:
             return self.model(**batch, use_cache=False)
@@ -185,11 +188,11 @@ class LanguageModel:
         return prune(self.model, self.calibration, **chosen, forward=forward, progress=False).sparsity
 
     def measure_dense(self) -> Cell:
-        """Of the model as it came."""
+        """Measure the dense model."""
         return {"perplexity": perplexity(self.model, self.evaluation)}
 
     def measure(self, chosen: Mapping[str, Any]) -> Cell:
-        """One cell of the table."""
+        """Prune, and return one cell of the table."""
         self.model.load_state_dict(self.dense)
         if reason := refusal(self.model, chosen):
             return {"refused": reason}
@@ -200,10 +203,10 @@ class LanguageModel:
         return {**measured, "MiB": memory.peak / MIB, "sparsity": sparsities[0]}
 
     def against_baseline(self, methods: Mapping[str, Mapping[str, Any]], runs: int, warm_up: bool) -> Cell:
-        """Seconds and perplexity of SparseGPT by hand and of the methods, taking turns."""
+        """Measure the plain SparseGPT and the methods alternately: seconds and perplexity."""
         perplexities: dict[str, float] = {}
         first = next(iter(methods.values()))
-        group = {name: getattr(first["pattern"], name, 0) for name in ("n", "m")}
+        group = {name: getattr(first.get("pattern"), name, 0) for name in ("n", "m")}
 
         def clock(name: str, step: Callable[[], object]) -> Callable[[], float]:
             def run() -> float:
@@ -223,7 +226,7 @@ class LanguageModel:
 
 
 def columns(title: str, *headings: str) -> Table:
-    """A table whose numbers are on the right."""
+    """Return an empty table with numbers aligned to the right."""
     table = Table(title=title)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
@@ -231,7 +234,7 @@ def columns(title: str, *headings: str) -> Table:
 
 
 def measure_text(options: argparse.Namespace, results: Results, console: Console) -> None:
-    """All methods on a language model."""
+    """Measure all methods with a language model."""
     language = LanguageModel(options)
     table = columns(f"{options.model}: perplexity (seconds of pruning)", "method", *options.goals, "peak MiB")
     dense = results("dense", "", "", language.measure_dense)
@@ -240,7 +243,7 @@ def measure_text(options: argparse.Namespace, results: Results, console: Console
     for name in options.methods:
         for goal in options.goals:
             if not (":" in goal and name in UNSTRUCTURED):
-                chosen = choices(name, TEXT[name], goal)
+                chosen = choices(TEXT[name], goal)
                 cells[name, goal] = results(name, goal, chosen, partial(language.measure, chosen))
         row = [text_cell(cells.get((name, goal)), goal) for goal in options.goals]
         peaks = [cells[name, goal]["MiB"] for goal in options.goals if "MiB" in cells.get((name, goal), {})]
@@ -250,11 +253,11 @@ def measure_text(options: argparse.Namespace, results: Results, console: Console
         pairs = {goal: (cells.get((name, goal), {}), cells.get(("wanda", goal), {})) for goal in options.goals}
         lost = [goal for goal, (a, b) in pairs.items() if a.get("perplexity", 0) > b.get("perplexity", torch.inf)]
         if lost:
-            console.print(f"{name} loses to wanda at {', '.join(lost)}", highlight=False)
+            console.print(f"{name} is worse than wanda at {', '.join(lost)}", highlight=False)
 
 
 def text_cell(cell: Cell | None, goal: str) -> str:
-    """Perplexity and seconds; and the sparsity, where a method missed its goal."""
+    """Return perplexity and seconds, and the sparsity if it is not that of the goal."""
     if cell is None or "refused" in cell:
         return "-" if cell is None else cell["refused"]
     missed = ":" not in goal and abs(cell["sparsity"] - float(goal) / 100) > 0.005
@@ -263,11 +266,11 @@ def text_cell(cell: Cell | None, goal: str) -> str:
 
 
 def measure_baseline(options: argparse.Namespace, results: Results, console: Console) -> None:
-    """SparseGPT by hand, and ours."""
+    """Compare our SparseGPT with the plain implementation."""
     language = LanguageModel(options)
     table = columns(f"{options.model}: SparseGPT by hand, and ours", "method", "goal", "seconds", "ratio", "perplexity")
     for goal in options.goals:
-        methods = {name: choices(name, method, goal) for name, method in AGAINST_BASELINE.items()}
+        methods = {name: choices(method, goal) for name, method in AGAINST_BASELINE.items()}
         if reason := refusal(language.model, methods["sparsegpt"]):
             raise ValueError(reason)
         made = {**methods, "runs": options.runs, "warm_up": options.warm_up}
@@ -280,7 +283,7 @@ def measure_baseline(options: argparse.Namespace, results: Results, console: Con
 
 
 def measure_images(options: argparse.Namespace, results: Results, console: Console) -> None:
-    """A ViT and a ConvNeXt, trained on digits."""
+    """Measure all methods with a ViT and a ConvNeXt that are trained on digits."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from recipes.vision import demo
 
@@ -298,7 +301,7 @@ def measure_images(options: argparse.Namespace, results: Results, console: Conso
         for method in options.methods:
             row = []
             for goal in options.goals:
-                chosen = choices(method, IMAGES[method], goal)
+                chosen = choices(IMAGES[method], goal)
                 made = {**chosen, "dense": accuracy}
                 cell = results(f"{name}, {method}", goal, made, partial(measure, chosen))
                 row.append(cell.get("refused") or f"{cell['accuracy']:.2%}")
@@ -307,37 +310,37 @@ def measure_images(options: argparse.Namespace, results: Results, console: Conso
 
 
 def main() -> None:
-    """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description="The quality of every method, in one table.")
+    """Measure the missing cells and print the table."""
+    parser = argparse.ArgumentParser(description="Compare the quality of all methods in one table.")
     parser.add_argument("--model", help="hub id, folder or .gguf file")
     parser.add_argument("--calibration", default="python-docs")
     parser.add_argument("--eval", default="python-docs")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
-    parser.add_argument("--held_out", action="store_true", help="measure on the rest of the calibration text")
+    parser.add_argument("--held_out", action="store_true", help="measure on the unused part of the calibration text")
     parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M")
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(TEXT)}; with --images {', '.join(IMAGES)}")
-    parser.add_argument("--baseline", action="store_true", help="only against a SparseGPT by hand")
-    parser.add_argument("--runs", type=int, default=1, help="of --baseline, medians of which count")
-    parser.add_argument("--warm_up", action="store_true", help="one more run of each before those of --baseline")
+    parser.add_argument("--baseline", action="store_true", help="only compare with a plain SparseGPT")
+    parser.add_argument("--runs", type=int, default=1, help="runs of --baseline, of which medians count")
+    parser.add_argument("--warm_up", action="store_true", help="run each once before those of --baseline")
     parser.add_argument("--images", action="store_true", help="image classifiers instead of a language model")
-    parser.add_argument("--epochs", type=int, default=30, help="of the training of --images")
-    parser.add_argument("--save", help="FILE.json, written after each cell and read at the start")
+    parser.add_argument("--epochs", type=int, default=30, help="training epochs of --images")
+    parser.add_argument("--save", help="FILE.json, read at the start and written after each cell")
     options = parser.parse_args()
     if options.baseline and (options.methods or options.images):
         parser.error(
-            f"--baseline measures {', '.join(AGAINST_BASELINE)} on a language model: without --methods, --images"
+            f"--baseline compares {', '.join(AGAINST_BASELINE)} with a language model. Remove --methods and --images."
         )
     known = IMAGES if options.images else TEXT
     options.methods, options.goals = options.methods or list(known), options.goals or GOALS[options.images]
     if unknown := [name for name in options.methods if name not in known]:
-        parser.error(f"no method is called {unknown[0]!r}: use some of {', '.join(known)}")
+        parser.error(f"--methods must be from {', '.join(known)}, but {unknown[0]!r} is not.")
     for goal in options.goals:
         if not re.fullmatch(r"\d+:\d+", goal) and not (re.fullmatch(r"\d+(\.\d+)?", goal) and 0 < float(goal) < 100):
-            parser.error(f"a goal is a percentage such as 50, or N:M such as 2:4, but {goal!r} was given")
+            parser.error(f"--goals must be percentages such as 50, or N:M such as 2:4, but one is {goal!r}.")
     if not (options.model or options.images):
-        parser.error("give --model, or --images")
+        parser.error("--model must be given, except with --images.")
     used = ("epochs",) if options.images else ("model", "calibration", "nsamples", "seqlen", "limit", "held_out")
     used += () if options.images or options.held_out else ("eval",)
     try:

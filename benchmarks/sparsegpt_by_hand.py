@@ -1,4 +1,4 @@
-"""SparseGPT as one would write it down for Llama: the baseline that ours is timed against."""
+"""A plain implementation of SparseGPT for Llama, the baseline for the time of ours."""
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,14 @@ def prune_by_hand(model: nn.Module, samples: Tensor, sparsity: float, n: int = 0
     """Prune a Llama-like model in place, block by block, one sample at a time.
 
     Args:
-        model: With `model.embed_tokens`, `model.rotary_emb` and `model.layers`, and attention that is causal by itself.
+        model: Has `model.embed_tokens`, `model.rotary_emb` and `model.layers`. Its attention is causal without a mask.
         samples: Token ids of shape (samples, tokens).
-        sparsity: Of each linear layer of the blocks.
-        n: Weights that survive of every m; 0 is unstructured.
-        m: Size of a group.
+        sparsity: The sparsity of each linear layer in the blocks.
+        n: The number of weights that survive of every m. 0 is unstructured.
+        m: The size of a group.
     """
     if model.config._attn_implementation != "sdpa":
-        raise ValueError("The baseline gives blocks no mask, so it needs a model with attn_implementation='sdpa'.")
+        raise ValueError("model must have attn_implementation='sdpa', since the baseline passes no mask to its blocks.")
     body = model.model
     hidden = [body.embed_tokens(sample[None]) for sample in samples]
     position_embeddings = body.rotary_emb(hidden[0], torch.arange(samples.shape[1])[None])
@@ -39,7 +39,7 @@ def prune_by_hand(model: nn.Module, samples: Tensor, sparsity: float, n: int = 0
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float, n: int = 0, m: int = 0, size: int = 128) -> Tensor:
-    """Algorithm 1 of Frantar & Alistarh 2023, which writes into its arguments; all rows of a block are compared."""
+    """Run algorithm 1 of Frantar & Alistarh 2023, which compares all rows of a block. It modifies its arguments."""
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1

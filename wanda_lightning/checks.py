@@ -56,6 +56,22 @@ def refuse_pytorch_lightning(trainer: object) -> None:
         )
 
 
+def check_memory(option: str, count: int, seqlen: int) -> None:
+    """Refuse more windows of `seqlen` tokens (8 bytes each) than fit in the free memory.
+
+    Raises:
+        ValueError: Names the option, the memory that is needed and the largest number that fits.
+    """
+    import psutil
+
+    size, free = 8 * seqlen, psutil.virtual_memory().available
+    if count * size > free:
+        raise ValueError(
+            f"{option} must fit in memory, but {count} windows of {seqlen} tokens need {count * size / 2**30:,.1f} GiB "
+            f"and {free / 2**30:,.1f} GiB are free. Use at most {free // size}."
+        )
+
+
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """Refuse to go on without packages that an extra of wanda_lightning installs.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import psutil
 import torch
@@ -22,7 +22,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     if undecided:
         first = undecided[0]
         raise ValueError(
-            f"skip does not name {_counted(undecided)} that cannot be pruned in place, {first.name} first: "
+            f"skip does not name {_counted(undecided, 'matrix', 'matrices')} that cannot be pruned in place, {first.name} first: "
             f"{first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be "
             f"pruned dense with skip=['{first.name}']."
         )
@@ -30,7 +30,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
         return
     if unfit := inventory.skipped_for(SkipReason.PATTERN):
         raise ValueError(
-            f"pattern={config.pattern} fits none of {_counted(unfit)} that would be pruned; the largest is "
+            f"pattern={config.pattern} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest is "
             f"{unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
         )
@@ -63,9 +63,8 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
             )
 
 
-def _counted(matrices: Iterable[SkippedMatrix]) -> str:
-    number = len(list(matrices))
-    return "1 matrix" if number == 1 else f"{number} matrices"
+def _counted(matrices: Sequence[SkippedMatrix], one: str, many: str = "layers") -> str:
+    return f"{len(matrices)} {one if len(matrices) == 1 else many}"
 
 
 def refuse_spread_experts(layer: Layer) -> None:

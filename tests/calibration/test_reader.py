@@ -1,208 +1,380 @@
-"""Tokens of experts: against routing by hand, and whatever formula multiplies them."""
+"""What is read of the inputs: packed documents, inputs that are never active, NaN, and the precision of the sums."""
 
-import copy
+import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from support import reference
-from support.experts import (
-    SPECIMENS,
-    Stack,
-    double,
-    experts_of,
-    jetmoe,
-    observed,
-)
 from support.zoo import ZOO, run
 from torch import nn
-from torch.nn import functional as F
 
-from wanda_lightning import prune
-from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning import NM, OWL, RIA, Unstructured, Wanda, prune
+from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.core.criteria import Saliency
+from wanda_lightning.core.solvers import SparseGPT, ZeroOut
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.methods import SOLVERS
+from wanda_lightning.models import Unit, find_layers, token_masks
 
-
-def by_hand(model, batches):
-    """The tokens routed to each expert's matrix by the model's own router, without padding, one by one."""
-    found = {}
-    for batch in batches:
-        mask = batch.get("attention_mask")
-        real = None if mask is None else mask.flatten().bool().numpy()
-
-        def route(module, args, name, real=real):
-            for (parameter, expert), (tokens, rows) in reference.routed_tokens(module, *args).items():
-                kept = tokens if real is None else tokens[real[rows]]
-                found.setdefault(f"{name}.{parameter}.{expert}", []).extend(kept)
-
-        hooks = [
-            module.register_forward_pre_hook(lambda module, args, name=name: route(module, args, name))
-            for name, module in experts_of(model).items()
-        ]
-        with torch.no_grad():
-            run(model, batch)
-        for hook in hooks:
-            hook.remove()
-    return {name: torch.tensor([list(token) for token in tokens]) for name, tokens in found.items() if tokens}
+SEQUENTIAL_CHOICES = ("block", "layer", "none")
+EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 
 
-@pytest.mark.parametrize("name", SPECIMENS)
-def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
-    model, batches = double(name), ZOO[name].batches()
-    expected = by_hand(model, batches)
-    found, observer = observed(model, batches)
-    assert found.keys() >= expected.keys()
-    for expert, tokens in expected.items():
-        assert found[expert].count == len(tokens), expert
-        torch.testing.assert_close(found[expert].sums["square_sum"], tokens.square().sum(0))
-        torch.testing.assert_close(found[expert].sums["gram"], tokens.T @ tokens)
-    assert all(not found[expert].count for expert in found.keys() - expected.keys())
-    assert not any(".experts." in expert for expert in observer.padding_counted | observer.not_routed)
+def statistics_of(model, batches, needs=("square_sum", "gram")):
+    """What enters each layer of the dense model, as pruning would read it."""
+    layers = find_layers(model).layers
+    masks = [token_masks(model, batch) for batch in batches]
+    forwards = [lambda batch=batch: run(model, batch) for batch in batches]
+    with torch.no_grad():
+        return Observer(frozenset(needs), masks)(Unit("", None, layers), whole_model_stop(forwards).calls)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
-def test_padding_does_not_count(name):
-    """Right padding under a causal mask cannot reach the tokens: the masks are those of the cut sequences."""
-    model, cut, batches = double(name), double(name), ZOO["llama_padded"].batches()
-    report = prune(model, batches, progress=False)
-    sequences = [
-        {"input_ids": ids[mask.bool()][None]}
-        for batch in batches
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+# ---- packed batches
+
+
+def documents():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 128, (1, length), generator=generator) for length in (9, 4, 11)]
+
+
+def packed(filler=0):
+    ids = torch.cat([*documents(), torch.full((1, filler), 5)], dim=1)
+    position = torch.cat([torch.arange(d.shape[1]) for d in documents()] + [torch.arange(filler)])[None]
+    return {"input_ids": ids, "position_ids": position}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_packed_documents_give_the_statistics_of_the_documents(name):
+    """transformers takes position_ids that start again for documents, and lets none see the others."""
+    model = ZOO[name].build().double()
+    alone = statistics_of(model, [{"input_ids": ids} for ids in documents()])
+    together = statistics_of(model, [packed()])
+    assert alone.keys() == together.keys() != set()
+    for layer, expected in alone.items():
+        assert together[layer].count == expected.count == 9 + 4 + 11
+        for sums in ("square_sum", "gram"):
+            torch.testing.assert_close(together[layer].sums[sums], expected.sums[sums], rtol=1e-9, atol=1e-12)
+
+
+@EVERY_GRANULARITY
+def test_packed_documents_are_pruned_as_the_documents(sequential):
+    models = [ZOO["llama"].build().double() for _ in range(2)]
+    choices = {"sequential": sequential, "progress": False}
+    reports = [
+        prune(models[0], [packed()], **choices),
+        prune(models[1], [{"input_ids": ids} for ids in documents()], **choices),
     ]
-    expected = prune(cut, sequences, progress=False)
-    assert [layer.tokens for layer in report.layers] == [layer.tokens for layer in expected.layers]
-    for (key, value), other in zip(model.named_parameters(), cut.parameters(), strict=True):
-        assert torch.equal(value, other), key
+    assert [layer.tokens for layer in reports[0].layers] == [24] * 14 == [layer.tokens for layer in reports[1].layers]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one == 0, other == 0)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_whatever_the_model_multiplies_by(sequential, implementation):
-    reports, weights = [], []
-    for chosen in ("eager", implementation):
-        model = ZOO["mixtral"].build()
-        model.set_experts_implementation(chosen)
-        reports.append(prune(model, ZOO["mixtral"].batches(), sequential=sequential, progress=False))
-        weights.append(model.state_dict())
-        assert model.config._experts_implementation == chosen
-        assert all(module.config._experts_implementation == chosen for module in experts_of(model).values())
-    assert reports[0].layers == reports[1].layers
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+def test_only_the_attention_mask_says_what_is_padding():
+    """A tail whose positions start again may be one more document: it counts, unless the mask leaves it out."""
+    model = ZOO["llama"].build()
+    assert {s.count for s in statistics_of(model, [packed(filler=6)]).values()} == {24 + 6}
+    batch = packed(filler=6)
+    batch["attention_mask"] = (torch.arange(30) < 24).long()[None]
+    assert {s.count for s in statistics_of(model, [batch]).values()} == {24}
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_the_implementation_is_put_back_after_an_error(sequential):
-    model, seen = ZOO["qwen3_moe"].build(), []
+class Masked(nn.Module):
+    """Takes whatever stands in a batch."""
 
-    def forward(batch):
-        seen.append(model.config._experts_implementation)
-        model(**batch)
-        raise OSError("no more disk")
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
 
-    model.set_experts_implementation("batched_mm")
-    granularities = {"sequential": sequential, "progress": False}
-    with pytest.raises(OSError, match="no more disk"):
-        prune(model, ZOO["qwen3_moe"].batches(), forward=forward, allocation="owl", **granularities)
-    assert set(seen) == {"eager"}
-    assert model.config._experts_implementation == "batched_mm"
+    def forward(self, x, attention_mask, position_ids=None):
+        return self.layer(x)
 
 
-class Formula(Stack):
-    """Experts of remote code, by a formula of its own."""
+def test_a_mask_of_document_numbers_leaves_out_its_zeros():
+    x = torch.randn(2, 5, 4)
+    mask = torch.tensor([[1, 1, 2, 2, 0], [0, 1, 1, 2, 3]])
+    report = prune(Masked(), [{"x": x, "attention_mask": mask}], progress=False)
+    assert report.layers[0].tokens == 4 + 4
 
-    def __init__(self, formula):
-        super().__init__(num_experts=4, hidden_size=32)
-        self.formula = formula
+
+# ---- inputs that are never active
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 12)
 
     def forward(self, x):
-        return self.formula(self, x)
+        return self.down(F.relu(self.up(x)))
 
 
-def all_tokens(self, x):
-    return torch.bmm(torch.bmm(x.expand(4, -1, -1), self.up_proj.mT).relu(), self.down_proj.mT).mean(0)
+class Blocks(nn.Module):
+    """Of what enters blocks.0.down, some inputs are never active; where `closed`, none is."""
+
+    DEAD = (0, 1, 6, 9, 14, 15)
+
+    def __init__(self, closed=False):
+        super().__init__()
+        self.blocks = nn.ModuleList([Gated(), Gated()])
+        with torch.no_grad():
+            self.blocks[0].up.bias[list(range(16) if closed else self.DEAD)] = -100
+            self.blocks[0].down.weight[:, list(self.DEAD)] *= 50  # the largest weights, for nothing
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x)[..., :8])
 
 
-def broadcast(self, x):
-    return ((x[None] @ self.up_proj.transpose(1, 2)).relu() @ self.down_proj.transpose(1, 2)).mean(0)
+def build(closed=False, make=Blocks):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return make(closed)
 
 
-def by_halves(self, x):
-    """The rows of an expert in two pieces."""
-    parts = []
-    for expert in range(4):
-        first, second = self.up_proj[expert].chunk(2)
-        hidden = torch.cat([F.linear(x[expert::4], first), x[expert::4].matmul(second.T)], dim=-1)
-        parts.append(torch.mm(hidden.relu(), self.down_proj[expert].t()))
-    return torch.cat(parts)
+def vectors():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 7, 8, generator=generator) for n in (3, 2)]
 
 
-def by_copies(self, x):
-    chosen = torch.arange(len(x)) % 4
-    hidden = torch.bmm(self.up_proj[chosen], x[:, :, None]).relu()
-    return torch.bmm(self.down_proj[chosen], hidden)[:, :, 0]
+CHOOSERS = {
+    "wanda": {},
+    "ria": {"criterion": RIA()},
+    "saliency": {"criterion": Saliency()},
+    "owl": {"allocation": OWL()},
+    **{name: {"solver": name} for name in SOLVERS},
+}
 
 
-def some_vectors():
-    return [torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", CHOOSERS)
+def test_inputs_that_are_never_active_go_first(name, pattern):
+    model = build()
+    report = prune(model, vectors(), 0.5, pattern=pattern, **CHOOSERS[name], progress=False)
+    kept = model.blocks[0].down.weight != 0
+    assert not kept[:, list(Blocks.DEAD)].any()
+    if name != "owl":
+        assert kept.float().mean() == 0.5
+    (entry,) = [layer for layer in report.layers if layer.name == "blocks.0.down"]
+    assert entry.note.startswith("6 inputs never active")
 
 
-@pytest.mark.parametrize(("formula", "tokens"), [(all_tokens, 120), (broadcast, 120), (by_halves, 30)])
-@pytest.mark.parametrize("allocation", ["uniform", "fisher"])
-def test_other_formulas(formula, tokens, allocation):
-    torch.manual_seed(0)
-    model = nn.Sequential(Formula(formula), nn.Linear(32, 8)).double()
-    dense, batches = copy.deepcopy(model), [x.double() for x in some_vectors()]
-    options = {"sequential": "none", "allocation": allocation, "min_expert_tokens": 0}
-    report = prune(model, batches, progress=False, **options)
-    layers = [layer for layer in report.layers if layer.siblings]
-    assert [layer.tokens for layer in layers] == [tokens] * 8
-    everything = formula is not by_halves
-    assert all(("every token counted" in layer.note) == everything for layer in layers)
-    for expert in range(4):
-        x = torch.cat([x if everything else x[expert::4] for x in batches])
-        weight = dense[0].up_proj[expert].detach()
-        target = next(layer.target for layer in layers if layer.name == f"0.up_proj.{expert}")
-        keep = reference.keep_by_row(reference.array(weight.abs() * x.square().sum(0).sqrt()), target)
-        assert ((model[0].up_proj[expert] != 0).numpy() == keep).all()
+def test_inactive_inputs_are_counted_over_all_batches():
+    model, active = build(), {}
+    for name in (layers := [f"blocks.{i}.{part}" for i in range(2) for part in ("up", "down")]):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: active.setdefault(name, []).append((args[0] != 0).any(dim=(0, 1)))
+        )
+    report = prune(model, vectors(), sequential="none", progress=False)
+    inactive = {name: int((~torch.stack(active[name]).any(dim=0)).sum()) for name in layers}
+    assert inactive["blocks.0.down"] == 6 < sum(inactive.values())
+    notes = {name: f"{count} inputs never active" if count else "" for name, count in inactive.items()}
+    assert {layer.name: layer.note for layer in report.layers} == notes
 
 
-def test_the_fisher_information_of_pieces_is_that_of_the_whole():
-    torch.manual_seed(0)
-    pieces = nn.Sequential(Formula(by_halves), nn.Linear(32, 8))
-    experts = pieces[0]
-
-    def whole(self, x):
-        parts = [F.linear(F.linear(x[e::4], self.up_proj[e]).relu(), self.down_proj[e]) for e in range(4)]
-        return torch.cat(parts)
-
-    other = copy.deepcopy(pieces)
-    other[0].formula = whole
-    assert experts is not other[0]
-    targets = [
-        [layer.target for layer in prune(m, some_vectors(), 0.5, allocation="fisher", progress=False).layers]
-        for m in (pieces, other)
-    ]
-    assert targets[0] == targets[1]
-    assert len(set(targets[0])) > 1
+def test_a_layer_without_inactive_inputs_has_no_note():
+    report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), progress=False)
+    assert {layer.note for layer in report.layers} == {""}
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_what_cannot_be_heard_stays_dense_with_a_reason(sequential):
-    torch.manual_seed(0)
-    model = nn.Sequential(Formula(by_copies), nn.Linear(32, 8))
-    dense = copy.deepcopy(model)
-    report = prune(model, some_vectors(), sequential=sequential, progress=False)
-    assert [layer.name for layer in report.layers] == ["1"]
-    reason = "no calibration token was seen to go through any expert of the module"
-    assert [matrix.detail for matrix in report.skipped] == [reason] * 8
-    assert [matrix.shape for matrix in report.skipped[::4]] == [(48, 32), (32, 48)]
-    assert torch.equal(model[0].up_proj, dense[0].up_proj)
-    assert any("no calibration token was seen in 8 layers" in note for note in report.notes)
+def test_notes_of_a_layer_add_up():
+    model = build(make=lambda closed: _Shortened(Blocks(closed)))
+    x = vectors()[0]
+    batch = {"x": x, "attention_mask": torch.ones(x.shape[:2]).tril()}
+    report = prune(model, [batch], progress=False)
+    (entry,) = [layer for layer in report.layers if layer.name == "net.blocks.0.down"]
+    assert entry.note == "6 inputs never active; padding counted: inputs do not line up with the attention_mask"
 
 
-def test_padding_that_counts_is_noted():
-    """JetMoE sorts its tokens outside of its experts."""
-    torch.manual_seed(0)
-    batches = [{key: value % 64 for key, value in batch.items()} for batch in ZOO["llama_padded"].batches()]
-    report = prune(jetmoe().eval(), batches, min_expert_tokens=0, progress=False)
-    notes = {layer.note.partition(":")[0] for layer in report.layers if layer.siblings}
-    assert notes == {"padding counted"}
+class _Shortened(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, attention_mask):
+        return self.net(x[:, 1:])
+
+
+# ---- layers that nothing can be said of
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("solver", [ZeroOut(), SparseGPT()], ids=str)
+def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplog):
+    model = build(closed=True)
+    before = model.blocks[0].down.weight.clone()
+    report = prune(model, vectors(), solver=solver, sequential=sequential, progress=False)
+    assert torch.equal(model.blocks[0].down.weight, before)
+    assert {m.name: m.detail for m in report.skipped} == {"blocks.0.down": "all its inputs were zero"}
+    note = "all inputs were zero of 1 layer, blocks.0.down first: left dense"
+    assert note in report.notes
+    assert note in caplog.text
+    assert {layer.name for layer in report.layers} == {"blocks.0.up", "blocks.1.up", "blocks.1.down"}
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_magnitude_prunes_it_all_the_same():
+    """It does not look at inputs."""
+    model = build(closed=True)
+    assert len(prune(model, None, criterion="magnitude", progress=False).layers) == 4
+
+
+class DeadGroup(nn.Module):
+    """The second group of the convolution never sees anything."""
+
+    def __init__(self, closed=False):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2)
+
+    def forward(self, x):
+        return self.conv(self.first(x) * (torch.arange(8) < 4)[:, None, None])
+
+
+def test_a_group_whose_inputs_are_all_zero_stays_dense():
+    model = build(make=DeadGroup)
+    report = prune(model, [torch.randn(2, 3, 5, 5)], include_grouped=True, progress=False)
+    assert [layer.name for layer in report.layers] == ["conv.group0"]
+    assert {m.name: m.shape for m in report.skipped if "zero" in m.detail} == {"conv.group1": (4, 4, 3, 3)}
+    assert model.conv.weight[4:].all()
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert report.zeros == 4 * 18 == int((model.conv.weight == 0).sum())
+
+
+# ---- numbers that are none
+
+
+class Spoiling(nn.Module):
+    """Linear layers and a convolution; one number between them is spoiled."""
+
+    def __init__(self, spoil, between):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.conv = nn.Conv2d(8, 8, (1, 2))
+        self.spoil, self.between = spoil, between
+
+    def forward(self, x, attention_mask=None):
+        y = self.first(x)
+        if self.between == "flat":
+            y = y.flatten(0, 1)
+        if self.between == "images":
+            return self.conv(self.spoil(y.unsqueeze(1).expand(-1, 3, -1, -1)).permute(0, 3, 1, 2))
+        return self.second(self.spoil(y))
+
+
+def spoiled(*index, value=math.nan, when=3):
+    def spoil(x):
+        if x.shape[0] % when:  # another batch
+            return x
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return spoil
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize(
+    ("between", "index", "mask", "place"),
+    [
+        ("", (2, 4, 1), False, "sample 2, token 4"),
+        ("", (2, 4, 1), True, "sample 2, token 4"),
+        ("flat", (10, 3), False, "row 10"),
+        ("flat", (10, 3), True, "sample 2, token 0"),
+        ("images", (1, 0, 3, 2), False, "sample 1, token 2"),  # the first of two windows that hold it
+        ("images", (2, 2, 0, 0), False, "sample 2, token 8"),
+    ],
+)
+@EVERY_GRANULARITY
+def test_a_number_that_is_none_is_found(sequential, between, index, mask, place, value):
+    model = Spoiling(spoiled(*index, value=value), between).float()
+    batches = [{"x": torch.randn(n, 5, 4)} for n in (2, 3)]
+    if mask:  # left padding: rows among the tokens that count are not rows of the batch
+        batches[1]["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="holds NaN or infinity") as caught:
+        prune(model, batches, sequential=sequential, progress=False)
+    where = f"in calibration batch 1 (counted from 0), at {place}."
+    assert where in str(caught.value)
+    assert f"the input of {'conv' if between == 'images' else 'second'} holds" in str(caught.value)
+
+
+# ---- wide enough
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 60),
+    d_in=st.integers(1, 9),
+    batches=st.integers(1, 4),
+    massive=st.floats(100, 60000),
+)
+def test_massive_activations_in_half_precision(dtype, seed, count, d_in, batches, massive):
+    """One channel whose squares overflow float16 beside ordinary ones, in both kinds of sum."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(count, d_in, generator=generator)
+    tokens[:, seed % d_in] = massive * (1 + 0.05 * tokens[:, seed % d_in].clamp(-1, 1))
+    tokens = tokens.clamp(-65000, 65000).to(dtype)
+    inputs = InputStatistics({"square_sum", "gram"})
+    for part in tokens.tensor_split(batches):
+        inputs.update(part)
+    exact = reference.array(tokens)
+    assert inputs.count == count
+    assert inputs.finite()
+    assert {value.dtype for value in inputs.sums.values()} == {torch.float32}
+    np.testing.assert_allclose(reference.array(inputs.sums["square_sum"]), reference.square_sum(exact), rtol=1e-5)
+    scale = np.sqrt(np.outer(reference.square_sum(exact), reference.square_sum(exact)))
+    np.testing.assert_allclose(
+        reference.array(inputs.sums["gram"]) / scale, reference.gram(exact) / scale, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@EVERY_GRANULARITY
+def test_a_massive_channel_is_pruned_by(sequential, dtype):
+    """Its weights survive in every row, however small: 1e5² is beyond float16, and bfloat16 would lose the others."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6)).to(dtype)
+    x = torch.randn(4, 50, 8).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(8))
+        model[0].bias.zero_()
+        model[1].weight[:, 3] = 0.01
+    x[..., 3] = 30000
+    prune(model, [x], only=["1"], sequential=sequential, progress=False)
+    assert model[1].weight.dtype == dtype
+    assert model[1].weight[:, 3].all()
+    assert (model[1].weight == 0).sum(dim=1).eq(4).all()
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_float64_models_stay_float64(sequential, solver):
+    if solver == "reconstruct" and sequential != "block":
+        pytest.skip("trains blocks")
+    model, seen = ZOO["llama"].build().double(), []
+
+    class Spy(Wanda):
+        def __call__(self, weight, inputs):
+            seen.extend([weight.dtype, *(value.dtype for value in inputs.sums.values())])
+            return super().__call__(weight, inputs)
+
+    choices = {} if SOLVERS[solver]().own_criterion != Wanda() else {"criterion": Spy()}
+    if not SOLVERS[solver]().takes_any_criterion:
+        choices = {}
+    prune(model, ZOO["llama"].batches(), solver=solver, sequential=sequential, **choices, progress=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert set(seen) <= {torch.float64}
+    if choices:
+        assert seen
+
+
+def test_a_difference_that_float32_cannot_see():
+    """Two inputs whose norms differ in the tenth digit: float64 decides between their weights."""
+    layer = nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    x = torch.tensor([[1 + 1e-10, 1.0]], dtype=torch.float64)
+    prune(nn.Sequential(layer), [x], progress=False)
+    assert layer.weight.tolist() == [[1.0, 0.0]]

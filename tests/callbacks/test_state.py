@@ -474,6 +474,7 @@ def test_a_checkpoint_loads_without_this_package(tmp_path):
 
 # One process imports everything; each attempt is a copy of it, that can be killed.
 FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning", "transformers", "timm", "wanda_lightning.callbacks"])
 
 
 class Killed(Net):

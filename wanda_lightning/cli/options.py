@@ -8,8 +8,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from wanda_lightning.checks import check_memory
 from wanda_lightning.cli.parser import Rule, option
 from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement
 from wanda_lightning.methods import ALLOCATIONS, METHODS, PRESETS, SEQUENTIAL_CHOICES
@@ -157,7 +156,7 @@ class PruneOptions:
         if self.save_model is not None:
             refuse_replacement(self.save_model, self.overwrite)
         if not self.is_image:
-            _refuse_too_many("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
+            check_memory("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
 
     @property
     def is_image(self) -> bool:
@@ -223,7 +222,7 @@ class FinetuneOptions:
         refuse_missing(self, "model dense data eval")
         if self.save_model is not None:
             refuse_replacement(self.save_model, self.overwrite)
-        _refuse_too_many("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
+        check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
 
     @property
     def adapters(self) -> dict[str, Any]:
@@ -369,13 +368,3 @@ def refuse_missing(options: Any, names: str) -> None:
             is_local = name in ("resume", "tasks_dir") or path.is_absolute() or path.suffix in _SUFFIXES
             if is_local and not path.exists():
                 raise FileNotFoundError(f"--{name} {value} does not exist. Check the path.")
-
-
-def _refuse_too_many(name: str, samples: int, seqlen: int) -> None:
-    """Refuse samples that cannot fit in memory as token ids of 8 bytes."""
-    needed, free = 8 * samples * seqlen, psutil.virtual_memory().available
-    if needed > free:
-        raise ValueError(
-            f"{name} must fit in memory, but {samples} windows of {seqlen} tokens need {needed / 2**30:,.1f} GiB and "
-            f"{free / 2**30:,.1f} GiB are free. Use fewer."
-        )

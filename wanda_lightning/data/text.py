@@ -9,12 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wanda_lightning.checks import check_at_least, check_positive
+from wanda_lightning.checks import check_at_least, check_memory, check_positive
 from wanda_lightning.data.hub import silence_worker_advice
 from wanda_lightning.data.module import DataModule
 from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
@@ -134,20 +133,6 @@ def cut(ids: Sequence[int], seqlen: int, limit: int | None = None, source: str =
             "Choose a smaller seqlen or a longer text."
         )
     return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]
-
-
-def check_memory(option: str, count: int, seqlen: int) -> None:
-    """Refuse windows that do not fit in the free memory, before any is drawn.
-
-    Raises:
-        ValueError: Names the option, the memory that the windows need, and the largest number that fits.
-    """
-    size, free = 8 * seqlen, psutil.virtual_memory().available
-    if count * size > free:
-        raise ValueError(
-            f"{option} must be at most {free // size} for windows of seqlen={seqlen} tokens, but it is {count}: the "
-            f"windows need {count * size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free."
-        )
 
 
 # ------------------------------------------------------------------------------------------------- the data module

@@ -87,7 +87,7 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     assert set(threading.enumerate()) <= threads
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
-    notes = getattr(caught.value, "__notes__", [])
+    notes = [note for note in getattr(caught.value, "__notes__", []) if "already pruned" in note]
     assert len(notes) == (bool(written) and sys.version_info >= (3, 11))
     if notes:
         assert f"{len(written)} layers are already pruned, {written[0]} first and {written[-1]} last" in notes[0]
@@ -113,7 +113,7 @@ class Untouched:
 @pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 1.5, math.nan, math.inf, -math.inf])
 def test_sparsity_out_of_range(sparsity):
     message = refusal(build(), Untouched(), sparsity)
-    assert_says(message, "sparsity", "[0, 1)", f"{sparsity} was given")
+    assert_says(message, "sparsity must be", "at least 0 and below 1", f"it is {sparsity!r}")
     with pytest.raises(ValueError, match="sparsity"):
         PruningConfig.from_names(sparsity)
 
@@ -121,9 +121,9 @@ def test_sparsity_out_of_range(sparsity):
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        ({"criterion": Wanda}, "criterion is an object"),
-        ({"pattern": (2, 4)}, "(2, 4) was given"),
-        ({"sparsity": "0.5"}, "0.5 was given"),
+        ({"criterion": Wanda}, "criterion must be a Criterion or one of wanda"),
+        ({"pattern": (2, 4)}, "it is (2, 4)"),
+        ({"sparsity": "0.5"}, "it is '0.5'"),
         ({"skip": ["re:("]}, "'re:(' is not a regular expression"),
     ],
 )
@@ -162,12 +162,14 @@ def test_n_of_m_with_another_sparsity(pattern, sparsity, only):
 @EVERY_GRANULARITY
 def test_n_of_m_that_fits_no_layer(sequential):
     message = refusal(build(), Untouched(), 0.6, pattern="2:5", sequential=sequential)
-    assert_says(message, "NM(n=2, m=5) fits none of the 9 layers", "blocks.0.up largest", "width 8 ", "multiple of 5")
+    assert_says(
+        message, "NM(n=2, m=5) fits none of the 9 layers", "largest is blocks.0.up", "width 8 ", "multiple of 5"
+    )
     assert_says(message, "an N:M whose M divides the input widths", "pattern='unstructured'")
     prune(build(), vectors(), pattern="4:8", sequential=sequential, progress=False)
     prune(build(), vectors(), pattern="unstructured", sequential=sequential, progress=False)
     message = refusal(build(lambda: Chain(6)), Untouched(), pattern="2:4", only=["head"], sequential=sequential)
-    assert_says(message, "none of the 1 layers", "head largest: input width 6 is not a multiple of 4")
+    assert_says(message, "none of the 1 layer", "the largest is head: input width 6 is not a multiple of 4")
 
 
 @EVERY_GRANULARITY
@@ -201,7 +203,7 @@ def test_nothing_to_prune(sequential):
 
 UNKNOWN = {
     "criterion": ("wandaa", ["'wandaa'", "magnitude", "wanda"]),
-    "pattern": ("2-4", ["'2-4'", "unstructured", "2:4", "any N:M"]),
+    "pattern": ("2-4", ["'2-4'", "unstructured", "2:4", "N:M"]),
     "allocation": ("owll", ["'owll'", "uniform"]),
     "solver": ("zero", ["'zero'", "zero_out"]),
     "sequential": ("row", ["'row'", "block", "layer", "none"]),
@@ -225,10 +227,10 @@ def test_unknown_names(axis):
     ("batches", "found"),
     [
         (lambda: None, "none were given"),
-        (lambda: [], "holds none"),
-        (lambda: iter(()), "holds none"),
-        (lambda: (x for x in vectors() if x is None), "holds none"),
-        (lambda: {}, "one dict was given"),
+        (lambda: [], "there is none"),
+        (lambda: iter(()), "there is none"),
+        (lambda: (x for x in vectors() if x is None), "there is none"),
+        (lambda: {}, "a dict was given"),
     ],
     ids=["None", "list", "iterator", "generator", "mapping"],
 )
@@ -257,8 +259,9 @@ def test_a_mapping_that_the_model_does_not_take(sequential):
 
 @EVERY_GRANULARITY
 def test_a_batch_of_the_wrong_width(sequential):
-    """The model's own error, not ours; the first batch is fine."""
-    refusal(build(), [vectors()[0], vectors(5)[1]], error=RuntimeError, sequential=sequential)
+    """The first batch is fine."""
+    message = refusal(build(), [vectors()[0], vectors(5)[1]], sequential=sequential)
+    assert_says(message, "the input of blocks.0.up has shape (3, 3, 5) and the layer takes 8 features")
 
 
 @EVERY_GRANULARITY
@@ -292,7 +295,7 @@ def before(unit, sequential):
 @EVERY_GRANULARITY
 def test_not_finite_in_a_batch(sequential, value):
     message = refusal(build(), [spoil(x, value) for x in vectors()], sequential=sequential)
-    assert_says(message, "input of blocks.0.up holds NaN or infinity", "batch 1 ", "check that batch", "wider dtype")
+    assert_says(message, "input of blocks.0.up holds NaN or infinity", "batch 1 ", "Check that batch", "wider dtype")
 
 
 @NOT_FINITE
@@ -363,7 +366,7 @@ def test_a_weight_that_is_not_finite(criterion, sequential, value):
     model = build()
     model.blocks[3].down.weight.data[1, 2] = value
     message = refusal(model, Untouched(), criterion=criterion, sequential=sequential)
-    assert_says(message, "the weight of blocks.3.down holds NaN or infinity", "check the checkpoint")
+    assert_says(message, "blocks.3.down has weights that are NaN or infinite", "Check the checkpoint")
 
 
 def test_a_weight_that_is_not_finite_but_left_dense():
@@ -377,17 +380,17 @@ def test_the_meta_device(sequential):
     with torch.device("meta"):
         model = Chain()
     message = refusal(model, Untouched(), sequential=sequential)
-    assert_says(message, "blocks.0.up is on the meta device", "load the weights")
+    assert_says(message, "blocks.0.up is on the meta device", "Load the weights")
 
 
 def test_one_layer_on_the_meta_device():
     model = build()
     model.blocks[2].down.to("meta")
-    assert_says(refusal(model, Untouched()), "blocks.2.down is on the meta device", "load the weights")
+    assert_says(refusal(model, Untouched()), "blocks.2.down is on the meta device", "Load the weights")
 
 
 class Int8Linear(nn.Linear):
-    """As quantising libraries have it: integers, and a forward that scales them."""
+    """Like those of quantization libraries: integers, and a forward that scales them."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out)
@@ -408,7 +411,7 @@ def test_integer_weights(sequential):
         return model
 
     message = refusal(build(make), Untouched(), sequential=sequential)
-    assert_says(message, "2 matrices cannot be pruned in place", "blocks.1.up", "int8", "unquantised")
+    assert_says(message, "2 matrices that cannot be pruned in place", "blocks.1.up", "int8", "unquantized")
     assert "skip=['blocks.1.up']" in message
     assert_says(refusal(build(make), Untouched(), skip=["blocks.1.up"], sequential=sequential), "blocks.1.down")
 
@@ -423,7 +426,7 @@ def test_integer_weights(sequential):
 def test_eight_bit_floats():
     model = build()
     model.head.to(torch.float8_e4m3fn)
-    assert_says(refusal(model, Untouched()), "head", "float8_e4m3fn", "unquantised", "skip=['head']")
+    assert_says(refusal(model, Untouched()), "head", "float8_e4m3fn", "unquantized", "skip=['head']")
 
 
 # ---- errors on the way

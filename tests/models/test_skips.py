@@ -1,0 +1,225 @@
+"""Which matrices are skipped or refused, and what their reasons say."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from support.zoo import ZOO
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils import parametrizations, parametrize
+
+from wanda_lightning import prune
+from wanda_lightning.models import find_layers
+
+OLD = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
+
+
+def masked(layer):
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+MADE_ANEW = {
+    "old weight norm": (torch.nn.utils.weight_norm, torch.nn.utils.remove_weight_norm, "WeightNorm"),
+    "old spectral norm": (torch.nn.utils.spectral_norm, torch.nn.utils.remove_spectral_norm, "SpectralNorm"),
+    "mask": (masked, lambda layer: torch.nn.utils.prune.remove(layer, "weight"), "L1Unstructured"),
+    "weight norm": (
+        parametrizations.weight_norm,
+        lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+        "_WeightNorm",
+    ),
+    "spectral norm": (
+        parametrizations.spectral_norm,
+        lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+        "_SpectralNorm",
+    ),
+}
+
+
+@OLD
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 8), lambda: nn.Conv2d(6, 8, 3)], ids=["linear", "convolution"])
+@pytest.mark.parametrize("name", MADE_ANEW)
+def test_weights_that_are_made_anew_say_how_to_go_on(name, make):
+    wrap, unwrap, kind = MADE_ANEW[name]
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), wrap(make()))
+    found = find_layers(model)
+    assert not [layer for layer in found.layers if layer.name.startswith("1")]
+    reasons = {matrix.detail for matrix in found.skipped if matrix.name.startswith("1")}
+    assert len(reasons) == 1
+    assert f"by {kind}: make it an ordinary weight" in reasons.pop()
+    assert all(not matrix.reason.is_expected for matrix in found.skipped if matrix.name.startswith("1"))
+    unwrap(model[1])
+    assert "1" in [layer.name for layer in find_layers(model).layers]
+
+
+@OLD
+@pytest.mark.parametrize("name", MADE_ANEW)
+def test_what_the_reasons_say_is_how_it_is_done(name):
+    """The remover that is named exists and does what is promised."""
+    wrap, _, _ = MADE_ANEW[name]
+    model = nn.Sequential(wrap(nn.Linear(6, 8)))
+    reason = find_layers(model).skipped[0].detail
+    if "remove_parametrizations" in reason:
+        parametrize.remove_parametrizations(model[0], "weight")
+    else:
+        eval(reason.rpartition(" with ")[2], {"torch": torch, "layer": model[0]})
+    assert [layer.name for layer in find_layers(model).layers] == ["0"]
+
+
+class Linear8bitLt(nn.Linear):
+    """Of bitsandbytes, before it is moved to a GPU: its weight is still in float16."""
+
+    __module__ = "bitsandbytes.nn.modules"
+
+
+class Params4bit(nn.Parameter):
+    __module__ = "bitsandbytes.nn.modules"
+
+
+class Linear4bit(nn.Linear):
+    __module__ = "bitsandbytes.nn.modules"
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        packed = torch.zeros(d_in * d_out // 2, 1, dtype=torch.uint8)
+        self.weight = torch.Tensor._make_subclass(Params4bit, packed, False)
+
+
+class PackedLinear(nn.Module):
+    """GPTQ and AWQ: integers in buffers, no parameter that is a matrix."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(d_in // 8, d_out, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(1, d_out // 8, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(1, d_out, dtype=torch.float16))
+
+
+class QuantLinear(PackedLinear):
+    __module__ = "auto_gptq.nn_modules.qlinear.qlinear_cuda"
+
+
+class TorchQuantLinear(PackedLinear):
+    __module__ = "gptqmodel.nn_modules.qlinear.torch"
+
+
+class WQLinear_GEMM(PackedLinear):
+    __module__ = "awq.modules.linear.gemm"
+
+
+class HQQLinear(nn.Module):
+    __module__ = "hqq.core.quantize"
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.W_q = nn.Parameter(torch.zeros(d_in, d_out // 2, dtype=torch.uint8), requires_grad=False)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that says it is bfloat16 and holds integers, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16, requires_grad=False)
+
+    def __init__(self, data):
+        self.data_in_int8 = data
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].data_in_int8)
+        raise NotImplementedError(function)
+
+
+class Int8Tensor(Wrapper):
+    __module__ = "torchao.quantization.quantize_.workflows.int8.int8_tensor"
+
+
+def wrapped(kind):
+    def make(d_in, d_out):
+        layer = nn.Linear(d_in, d_out)
+        layer.weight = nn.Parameter(kind(torch.zeros(d_out, d_in, dtype=torch.int8)), requires_grad=False)
+        return layer
+
+    return make
+
+
+QUANTISED = {
+    "bitsandbytes 8 bits": (Linear8bitLt, "q", "quantized by bitsandbytes (Linear8bitLt, Parameter)"),
+    "bitsandbytes 4 bits": (Linear4bit, "q", "quantized by bitsandbytes (Linear4bit, Params4bit)"),
+    "auto_gptq": (QuantLinear, "q.qweight", "quantized by auto_gptq (QuantLinear, Tensor)"),
+    "gptqmodel": (TorchQuantLinear, "q.qweight", "quantized by gptqmodel (TorchQuantLinear, Tensor)"),
+    "awq": (WQLinear_GEMM, "q.qweight", "quantized by awq (WQLinear_GEMM, Tensor)"),
+    "hqq": (HQQLinear, "q.W_q", "quantized by hqq (HQQLinear, Parameter)"),
+    "torchao": (wrapped(Int8Tensor), "q", "quantized by torchao (Linear, Int8Tensor)"),
+    "another": (wrapped(Wrapper), "q", "weights of type Wrapper cannot be pruned in place"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantized_layers_are_refused_by_name(name):
+    make, matrix, reason = QUANTISED[name]
+    model = nn.ModuleDict({"plain": nn.Linear(16, 16), "q": make(16, 16)})
+    before = model["plain"].weight.clone()
+    with pytest.raises(ValueError, match="1 matrix that cannot be pruned in place") as caught:
+        prune(model, [torch.randn(2, 16)], progress=False)
+    assert f"{matrix} first: {reason}" in str(caught.value)
+    assert (
+        f"Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be pruned dense with skip=['{matrix}']"
+        in str(caught.value)
+    )
+    assert torch.equal(model["plain"].weight, before)
+    for choice in ({"skip": ["q"]}, {"only": ["plain"]}):
+        report = prune(model, None, criterion="magnitude", **choice, progress=False)
+        assert [layer.name for layer in report.layers] == ["plain"]
+        assert matrix in [matrix.name for matrix in report.skipped]
+        assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_of_a_layer_with_adapters_the_base_is_pruned():
+    model = ZOO["llama"].build()
+    plain = copy.deepcopy(model)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    adapters = {name: p.detach().clone() for name, p in adapted.named_parameters() if "lora_" in name}
+    report = prune(adapted, ZOO["llama"].batches(), progress=False)
+    expected = prune(plain, ZOO["llama"].batches(), progress=False)
+
+    names = [layer.name.removeprefix("base_model.model.") for layer in report.layers]
+    assert [name.removesuffix(".base_layer") for name in names] == [layer.name for layer in expected.layers]
+    assert [name for name in names if name.endswith(".base_layer")] == [
+        f"model.layers.{i}.{part}.base_layer" for i in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")
+    ]
+    reasons = {matrix.name: matrix.detail for matrix in report.skipped}
+    assert len(adapters) == 2 * 2 * 2
+    for name, before in adapters.items():
+        assert reasons[name.removesuffix(".weight")] == "adapter: trained, not pruned"
+        assert torch.equal(adapted.get_parameter(name), before)
+    merged = adapted.merge_and_unload()  # B is zero still
+    for name, weight in plain.named_parameters():
+        assert torch.equal(merged.get_parameter(name), weight)
+
+
+@pytest.fixture
+def one_process():
+    """A group of one process, in which tensors can be spread all the same."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_tensor_parallelism_is_refused_by_name(one_process):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    parallelize_module(model, one_process, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    with pytest.raises(ValueError, match=r"the weight of 0 is spread over processes by .*Shard\(dim=0\)") as caught:
+        prune(model, [torch.randn(2, 8)], progress=False)
+    for part in ("tensor parallelism is not supported", "before parallelize_module", "without tp_plan="):
+        assert part in str(caught.value)

@@ -1,0 +1,63 @@
+"""The sample method in CONTRIBUTING.md, applied to a copy of the package, and the lists of files there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+(DIFF,) = re.findall(r"^```diff\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+
+PRUNE = """
+import torch
+from torch import nn
+from wanda_lightning import WandaPrune, prune
+from wanda_lightning.cli import command_parser
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 6))
+x = torch.randn(50, 16) * torch.linspace(0.1, 5, 16)
+dense = model[0].weight.detach().clone()
+report = prune(model, [x], 0.5, method="soft_wanda", skip=["2"], progress=False)
+expected = dense.clone()
+scores = dense.abs() * x.norm(dim=0).sqrt()
+for row, score in zip(expected, scores):
+    row[score.argsort()[:8]] = 0
+assert torch.equal(model[0].weight, expected)
+assert "SoftWanda" in str(report.config["criterion"])
+command_parser("prune").parse_args(["--model=any", "--prune_method=soft_wanda"])
+"""
+
+
+def test_the_sample_method_takes_twelve_lines_and_one_in_the_table():
+    files = re.findall(r"^\+\+\+ b/(.*)$", DIFF, flags=re.MULTILINE)
+    assert [file for file in files if file != "wanda_lightning/methods.py"] == files[:1]
+    added = [line[1:].strip() for line in DIFF.splitlines() if re.match(r"\+(?!\+\+)", line)]
+    code = [line for line in added if line and not line.startswith('"""')]
+    assert len(code) <= 12 + 1
+    assert not re.search(r"^-(?!--)", DIFF, flags=re.MULTILINE)  # nothing else changes
+
+
+def test_the_sample_method_prunes(tmp_path):
+    package = tmp_path / "wanda_lightning"
+    shutil.copytree(ROOT / "wanda_lightning", package, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["git", "apply", "-"], input=DIFF, text=True, check=True, cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PRUNE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_every_file_that_a_document_names_exists(name):
+    text = (ROOT / name).read_text(encoding="utf-8").replace(DIFF, "")
+    named = set(re.findall(r"[`(]((?:[\w-]+/)*\w+\.(?:py|md|yaml|cff))[`)]", text))
+    assert len(named) > 5
+    for file in named - {"FILE.yaml"}:
+        assert (ROOT / file).exists() or (ROOT / "wanda_lightning" / file).exists(), file
