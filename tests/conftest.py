@@ -2,8 +2,10 @@
 
 import signal
 
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from support.pair import Pair
 
 install_import_hook("wanda_lightning.core", "beartype.beartype")  # before anything imports wanda_lightning
 
@@ -12,3 +14,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two processes, started when the first test runs something in them."""
+    with Pair() as processes:
+        yield processes

@@ -98,7 +98,7 @@ def test_patterns(pattern, expected):
         ({"min_expert_tokens": 1.5}, r"min_expert_tokens must be a number of tokens, 0 or more, but it is 1\.5"),
         ({"skip": None}, "skip must be a list of layer names or patterns, but it is None"),
         ({"only": [3]}, r"only must be a list of layer names or patterns, but it is \[3\]"),
-        ({"skip": ["re:("]}, r"skip=.* is not a regular expression"),
+        ({"skip": ["re:("]}, r"skip=.* must be a regular expression after"),
         ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
         ({"solver": "admm", "criterion": "magnitude"}, r"criterion=Magnitude\(\) cannot be combined with solver=ADMM"),
         ({"recovery": "reconstruct", "sequential": "layer"}, "trains the parts of blocks, but sequential='layer'"),

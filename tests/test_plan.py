@@ -1,14 +1,42 @@
-"""What will be pruned is found once, and what cannot be pruned is refused before anything is written."""
+"""What is pruned, and to which sparsity, is found once; what cannot be pruned is refused before anything changes."""
 
+import copy
+import itertools
+
+import lightning as L
+import numpy as np
 import pytest
 import timm
-from support.zoo import ZOO
+import torch
+from support import reference
+from support.zoo import ZOO, run
 from torch import nn
+from torch.utils.data import DataLoader
 
 import wanda_lightning.plan as plan_module
-from wanda_lightning import PruningConfig, prune
-from wanda_lightning.models import SkipReason
+from wanda_lightning import (
+    NM,
+    OWL,
+    AlphaPruning,
+    CubicSchedule,
+    Magnitude,
+    MagnitudePrune,
+    PerLayer,
+    PruningCallback,
+    PruningConfig,
+    Uniform,
+    WandaPrune,
+    prune,
+)
+from wanda_lightning.calibration.passive import PassiveCalibration
+from wanda_lightning.methods import ALLOCATIONS, SEQUENTIAL_CHOICES
+from wanda_lightning.models import SkipReason, find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.plan import make_plan
+from wanda_lightning.pruning import prune_collected
+
+EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+UNEQUAL = [name for name in ALLOCATIONS if name != "uniform"]
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "owl", "fisher"])
@@ -56,3 +84,285 @@ def test_a_skipped_matrix_has_a_reason_of_the_enumeration():
     assert {matrix.name for matrix in plan.inventory.skipped_for(SkipReason.USER)} == {
         f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
     }
+
+
+# ---- allocations on whole models
+
+
+def test_a_given_zero_leaves_a_layer_dense():
+    model = ZOO["llama"].build()
+    allocation = PerLayer({"model.layers.0.self_attn.q_proj": 0.0})
+    report = prune(model, ZOO["llama"].batches(), 0.5, pattern="4:8", allocation=allocation, progress=False)
+    assert report.layers[0].sparsity == 0
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert any(note.startswith("mixed N:M: ") and "1 layers dense" in note for note in report.notes)
+
+
+MODELS = ["llama", "gpt2", "t5", "vit", "convnext", "resnet18", "unreached"]
+
+
+def unpadded(specimen):
+    """Batches of which every token counts."""
+    return [
+        {key: value for key, value in batch.items() if not key.endswith("mask")} if isinstance(batch, dict) else batch
+        for batch in specimen.batches()
+    ]
+
+
+def reached(model, batches):
+    """Name, block, weight and all tokens of each layer that the dense model calls."""
+    blocks = {layer.name: unit.name for unit in find_layers(model).units for layer in unit.layers}
+    tokens, handles = {}, []
+    for layer in find_layers(model).layers:
+
+        def read(module, args, layer=layer):
+            tokens.setdefault(layer.name, []).append(layer.tokens(args[0]))
+
+        handles.append(layer.module.register_forward_pre_hook(read))
+    with torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    for handle in handles:
+        handle.remove()
+    for layer in find_layers(model).layers:
+        if layer.name in tokens:
+            yield (
+                layer.name,
+                blocks[layer.name],
+                reference.array(layer.read()),
+                reference.array(torch.cat(tokens[layer.name])),
+            )
+
+
+@pytest.mark.parametrize("name", ["owl", "owl_layer"])
+@pytest.mark.parametrize("model_name", MODELS)
+def test_owl_sees_the_dense_model_at_every_granularity(model_name, name):
+    specimen = ZOO[model_name]
+    given_out = {}
+    for sequential in SEQUENTIAL_CHOICES:
+        model = specimen.build()
+        dense_model = copy.deepcopy(model)
+        options = {"allocation": OWL(m=2.0, per="layer" if name == "owl_layer" else "block"), "progress": False}
+        report = prune(model, unpadded(specimen), 0.5, sequential=sequential, **options)
+        given_out[sequential] = {layer.name: layer.target for layer in report.layers}
+        for layer in report.layers:
+            assert layer.sparsity == pytest.approx(layer.target, abs=1e-6)
+    assert given_out["block"] == given_out["layer"] == given_out["none"]
+    assert len(set(given_out["none"].values())) > 1
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+    layers = list(reached(dense_model, unpadded(specimen)))
+    scores = {}
+    for layer, block, weight, tokens in layers:
+        mean_square = (tokens**2).mean(axis=0)
+        group = layer if name == "owl_layer" else block
+        scores.setdefault(group, []).append((np.abs(weight) * np.sqrt(mean_square)).ravel())
+    outliers = {group: np.concatenate(values) for group, values in scores.items()}
+    fraction = {group: (values > 2 * values.mean()).mean() for group, values in outliers.items()}
+    for one, one_block, weight, _ in layers:
+        for other, other_block, _, _ in layers:
+            keys = (one, other) if name == "owl_layer" else (one_block, other_block)
+            if fraction[keys[0]] > fraction[keys[1]]:
+                assert given_out["block"][one] <= given_out["block"][other] + 1 / min(weight.shape[1], 8)
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("name", UNEQUAL)
+@pytest.mark.parametrize("pattern", ["unstructured", "unstructured_layer", "4:8"])
+def test_pruning_twice_changes_nothing(name, pattern, sequential):
+    model, options = ZOO["llama"].build(), {"allocation": name, "pattern": pattern, "sequential": sequential}
+    first = prune(model, ZOO["llama"].batches(), 0.5, progress=False, **options)
+    once = copy.deepcopy(model.state_dict())
+    second = prune(model, ZOO["llama"].batches(), 0.5, progress=False, **options)
+    assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
+    assert first.sparsity == second.sparsity
+
+
+@pytest.mark.parametrize("allocation", [AlphaPruning(), PerLayer({"*.mlp": 0.6}), OWL(m=2.0)], ids=str)
+@pytest.mark.parametrize("model_name", ["llama", "vit"])
+def test_mixed_n_of_m(model_name, allocation):
+    specimen = ZOO[model_name]
+    model = specimen.build()
+    report = prune(model, specimen.batches(), 0.5, pattern=NM(8, 16), allocation=allocation, progress=False)
+    counts = {}
+    for layer in find_layers(model).layers:
+        kept = (layer.read().reshape(-1, 16) != 0).sum(dim=1).unique().tolist()
+        assert len(kept) == 1
+        counts[kept[0]] = counts.get(kept[0], 0) + 1
+        assert next(pruned for pruned in report.layers if pruned.name == layer.name).sparsity == 1 - kept[0] / 16
+    assert len(counts) > 1
+    expected = "mixed N:M: " + ", ".join(f"{counts[n]} layers {n}:16" for n in sorted(counts, key=lambda n: f"{n}:16"))
+    assert expected in report.notes
+    largest = max(layer.size for layer in report.layers)
+    assert abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2
+
+
+def test_uniform_n_of_m_is_not_mixed():
+    report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), 0.5, pattern="2:4", progress=False)
+    assert not report.notes
+
+
+@EVERY_GRANULARITY
+def test_batches_are_read_once(sequential):
+    """A generator is as good as a list, though `block` and `layer` need a pass more."""
+    kept = []
+    for batches in (ZOO["llama"].batches(), iter(ZOO["llama"].batches())):
+        model = ZOO["llama"].build()
+        report = prune(model, batches, allocation="owl", sequential=sequential, progress=False)
+        assert report.config["calibration_batches"] == len(ZOO["llama"].batches())
+        kept.append(model.state_dict())
+    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize(
+    ("criterion", "passes"),
+    [("wanda", {"block": 3, "layer": 2, "none": 1}), ("magnitude", dict.fromkeys(SEQUENTIAL_CHOICES, 1))],
+)
+def test_how_often_each_layer_runs(criterion, passes, sequential):
+    model, calls = ZOO["llama"].build(), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    options = {"allocation": "owl", "sequential": sequential, "progress": False}
+    prune(model, ZOO["llama"].batches(), criterion=criterion, **options)
+    assert len(calls) == passes[sequential] * len(ZOO["llama"].batches())
+
+
+def test_alpha_pruning_needs_no_data():
+    model = ZOO["llama"].build()
+    report = prune(model, None, 0.5, criterion=Magnitude(), allocation=AlphaPruning(), progress=False)
+    assert len({layer.target for layer in report.layers}) > 1
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert report.config["allocation"] == {"name": "AlphaPruning", "epsilon": 0.3, "per": "block"}
+
+
+class Untouched:
+    def __iter__(self):
+        raise AssertionError("the batches were touched before the refusal")
+
+
+def refusal(model, batches, **choices):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        prune(model, batches, progress=False, **choices)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return str(caught.value)
+
+
+def one_block():
+    model = ZOO["llama"].build()
+    del model.model.layers[1:]
+    return model
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_one_block_has_nothing_to_compare(name, sequential):
+    if name.endswith("layer") or name == "fisher":
+        assert "the model has one, 0" in refusal(
+            nn.Sequential(nn.Linear(8, 8)), Untouched(), allocation=name, sequential=sequential
+        )
+        return
+    message = refusal(one_block(), Untouched(), allocation=name, sequential=sequential)
+    kind = type(ALLOCATIONS[name]()).__name__
+    assert "compares blocks with each other, but the model has one, model.layers.0" in message
+    assert f"Use allocation={kind}(per='layer') or Uniform()" in message
+    prune(one_block(), ZOO["llama"].batches(), allocation=f"{name}_layer", sequential=sequential, progress=False)
+
+
+def test_refusals_come_before_the_batches():
+    model = ZOO["llama"].build
+    assert "matches no pruned layer" in refusal(model(), Untouched(), allocation=PerLayer({"lm_head": 0.5}))
+    assert "of the weights would need a sparsity of" in refusal(
+        model(), Untouched(), allocation=PerLayer({"*.mlp": 0.9})
+    )
+    assert "sparsity must be 0.5 for the pattern 2:4" in refusal(
+        model(), Untouched(), sparsity=0.6, pattern="2:4", allocation="owl"
+    )
+    assert "since OWL(m=5.0, lambda_=0.08, per='block') reads calibration data" in refusal(
+        model(), None, criterion="magnitude", allocation="owl"
+    )
+    for sequential in SEQUENTIAL_CHOICES:
+        assert "OWL(" in (text := refusal(model(), [], criterion="magnitude", allocation="owl", sequential=sequential))
+        assert "there is none" in text
+    with pytest.raises(ValueError, match="must be one of uniform, owl, owl_layer, alpha, alpha_layer, fisher"):
+        PruningConfig.from_names(allocation="owll")
+
+
+def test_forward_passes_that_run_anyway_give_the_same_sparsities():
+    specimen = ZOO["vit"]
+    watched_model, model = specimen.build(), specimen.build()
+    plan = make_plan(PruningConfig.from_names(allocation="owl", sequential="none"), watched_model)
+    passive = PassiveCalibration(watched_model, plan.whole_model, plan.observed, 0, SINGLE_PROCESS)
+    for batch in specimen.batches():
+        with torch.no_grad(), passive.collect(batch):
+            run(watched_model, batch)
+    report = prune_collected(plan, passive)
+    other = prune(model, specimen.batches(), 0.5, allocation="owl", sequential="none", progress=False)
+    assert [layer.target for layer in report.layers] == [layer.target for layer in other.layers]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in watched_model.state_dict().items())
+
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.blocks = nn.Sequential(
+                *(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(3))
+            )
+            with torch.no_grad():
+                self.blocks[1][0].weight.pow_(3)
+
+    def forward(self, x):
+        return self.blocks(x)
+
+    def training_step(self, batch):
+        return self(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def fit(callback, steps):
+    model = Net()
+    data = torch.randn(128, 32, generator=torch.Generator().manual_seed(0))
+    trainer = L.Trainer(
+        max_steps=steps,
+        callbacks=[callback],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(data, 8))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("allocation", [OWL(m=2.0), AlphaPruning(), PerLayer({"blocks.1": 0.6})], ids=str)
+@pytest.mark.parametrize("kind", [WandaPrune, MagnitudePrune])
+def test_a_schedule_ends_at_what_was_asked_for(kind, allocation):
+    seen = []
+
+    class Noting(kind):
+        def _record(self, report, share, trainer):
+            super()._record(report, share, trainer)
+            seen.append({layer.name: layer.sparsity for layer in report.layers})
+
+    callback = Noting(0.8, allocation=allocation, schedule=CubicSchedule(0, 6, every=2))
+    fit(callback, 7)
+    assert len(seen) == 3
+    for earlier, later in itertools.pairwise(seen):
+        assert all(earlier[name] <= later[name] for name in earlier)
+    assert callback.report.sparsity == pytest.approx(0.8, abs=0.01)
+    assert len(set(seen[-1].values())) > 1
+    if isinstance(allocation, PerLayer):
+        for sparsities, (_, share) in zip(seen, callback.schedule.stages, strict=True):
+            assert sparsities["blocks.1.0"] == pytest.approx(0.6 * share, abs=1 / 32)
+
+
+def test_the_callback_refuses_before_training():
+    with pytest.raises(ValueError, match=r"sparsity must be 0\.5 for the pattern 2:4"):
+        PruningCallback(0.6, pattern="2:4", allocation="owl")
+    assert PruningCallback(0.5, criterion="ria", allocation=Uniform()).config.allocation == Uniform()

@@ -124,7 +124,7 @@ def test_sparsity_out_of_range(sparsity):
         ({"criterion": Wanda}, "criterion must be a Criterion or one of wanda"),
         ({"pattern": (2, 4)}, "it is (2, 4)"),
         ({"sparsity": "0.5"}, "it is '0.5'"),
-        ({"skip": ["re:("]}, "'re:(' is not a regular expression"),
+        ({"skip": ["re:("]}, "must be a regular expression after 're:'"),
     ],
 )
 def test_a_value_of_the_wrong_kind(choice, said):

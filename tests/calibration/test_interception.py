@@ -286,7 +286,7 @@ def test_padding_inside_of_attention_is_left_out(sequential, mask):
 def test_reconstruction_trains_what_is_read_past():
     called, past = (build(formula) for formula in PAIRS["separate"])
     for model in (called, past):
-        prune(model, vectors(), 0.5, solver=Reconstruct(epochs=3), progress=False)
+        prune(model, vectors(), 0.5, recovery=Reconstruct(epochs=3), progress=False)
     for (name, one), other in zip(called.named_parameters(), past.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6), name
     kept = past[0].out.weight != 0

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from support.cli import run
 from support.tasks import (
     DOCUMENTS,
@@ -233,6 +234,21 @@ def test_image_classifiers_side_by_side(inputs, capsys):
             "images": 24,
         }
         assert found[name]["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
+
+
+def test_weights_of_image_classifiers_from_files(inputs, tmp_path):
+    files = [tmp_path / f"weights{seed}.safetensors" for seed in (1, 2)]
+    models = [timm.create_model(f"local-dir:{inputs}/vit{seed}", pretrained=True) for seed in (1, 2)]
+    for model, file in zip(models, files, strict=True):
+        save_file(model.state_dict(), file)
+    folder = f"timm:local-dir:{inputs}/vit1"
+    options = ["--data_path", inputs / "images", "--resume", ",".join(map(str, files)), "--save", "results.json"]
+    assert run("evaluate", "--model", f"{folder},{folder}", *options) == 0
+    found = json.loads(Path("results.json").read_text())["models"]
+    assert list(found) == [f"{folder} {file}" for file in files]
+    names = ",".join(f"timm:local-dir:{inputs}/vit{seed}" for seed in (1, 2))
+    assert run("evaluate", "--model", names, *options[:2], "--save", "folders.json") == 0
+    assert list(found.values()) == list(json.loads(Path("folders.json").read_text())["models"].values())
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and how

@@ -118,3 +118,11 @@ def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch)
 )
 def test_inspect_refuses(refused, more, message):
     refused("inspect", *more, message=message)
+
+
+def test_markup_in_names_is_text(inputs, capsys):
+    shutil.copytree(inputs / "llama", "[red]x[/green]", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert run("inspect", "--model", "[red]x[/green]", "--skip", "re:.*[k]_proj") == 0
+    out = capsys.readouterr().out
+    assert "[red]x[/green]: would be pruned" in out
+    assert "skip='re:.*[k]_proj'" in out

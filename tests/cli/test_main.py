@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -103,7 +102,8 @@ import sys
 from wanda_lightning.cli import main
 commands = ["prune", "finetune", "evaluate", "inspect"]
 lines = [[], ["--version"], ["pruen"]] + [[c, o] for c in commands for o in ("--help", "--print_config")]
-lines += [["prune", "--model", "x", *more.split()] for more in ("--prune_method wnada", "--skip re:(", "--seqlen 1")]
+wrong = ("--prune_method wnada", "--skip re:(", "--eval wikitext3")
+lines += [["prune", "--model", "x", *more.split()] for more in wrong]
 for arguments in lines:
     main(arguments)
 print({"torch", "lightning", "transformers", "timm", "datasets", "peft"} & set(sys.modules), file=sys.stderr)
@@ -152,14 +152,31 @@ def test_a_fault_keeps_its_traceback(text, capsys, monkeypatch):
     assert "Please report it" in err
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5])
-def test_ctrl_c_during_the_imports(text, tmp_path, seconds):
-    command = [sys.executable, "-m", "wanda_lightning", *map(str, text), "--save", "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    time.sleep(seconds)
+WATCHED = """
+import sys
+from importlib.abc import MetaPathFinder
+from wanda_lightning.cli import main
+
+class Watch(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            print("importing", flush=True)
+
+sys.meta_path.insert(0, Watch())
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("library", ["torch._C", "lightning.pytorch", "transformers"])
+def test_ctrl_c_during_the_imports(text, tmp_path, library):
+    command = [sys.executable, "-c", WATCHED, library, *map(str, text), "--save", "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "wanda-lightning: interrupted" in err
     assert "Traceback" not in err
     assert everything_in(tmp_path) == []
 

@@ -158,7 +158,15 @@ def test_the_fields_of_the_task_files_are_in_the_help():
     [
         ("prune", ["--model", "gone.gguf"], "--model gone.gguf does not exist"),
         ("prune", ["--model", "/gone"], "--model /gone does not exist"),
-        ("prune", ["--model", "x", "--calibration", "gone.txt"], "--calibration gone.txt does not exist"),
+        ("prune", ["--model", "x", "--calibration", "gone.txt"], "The text file gone.txt does not exist"),
+        ("prune", ["--model", "x", "--eval", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
+        ("evaluate", ["--model", "x", "--eval", "python-docs,wikitext3"], "--eval must be one of c4, wikitext2, "),
+        ("finetune", ["--model", "x", "--data", "wikitext3"], "--data must be one of c4, wikitext2, python-docs"),
+        ("prune", ["--model", "timm:x", "--data_path", "digts"], "--data_path must be a folder or a known data set"),
+        ("prune", ["--model", "x", "--save", "/dev/null/x"], "/dev/null is a file, not a folder"),
+        ("prune", ["--model", "x", "--save_model", "/dev/null/x"], "/dev/null is a file, not a folder"),
+        ("finetune", ["--model", "x", "--save_model", "/dev/null"], "but it is a file"),
+        ("evaluate", ["--model", "x", "--save", "/dev/null/r.json"], "/dev/null is a file, not a folder"),
         ("prune", [*VIT, "--resume", "gone"], "--resume gone does not exist"),
         (
             "prune",

@@ -1,8 +1,6 @@
-"""What every criterion, pattern and solver promises; a new entry is tested on the day it is added.
+"""What every criterion, pattern, solver and allocation promises; a new entry of a table is tested when it is added."""
 
-For allocations see also `test_allocation.py`.
-"""
-
+import copy
 import dataclasses
 import itertools
 import sys
@@ -10,28 +8,43 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from support import reference
-from support.layers import correlated_layer, output_error, random_layer, solve, statistics
+from support.layers import (
+    allocate,
+    correlated_layer,
+    mean_of,
+    output_error,
+    random_layer,
+    random_layers,
+    solve,
+    statistics,
+)
 
-from wanda_lightning.core.allocation import ALLOCATIONS, Allocation
-from wanda_lightning.core.criteria import CRITERIA, RIA, Criterion, Magnitude, Saliency, Wanda
+from wanda_lightning.core.allocation import Allocation
+from wanda_lightning.core.criteria import Criterion, Magnitude, Saliency, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
-from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Pattern, Unstructured
+from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.solvers import SOLVERS, Solver, SparseGPT, ZeroOut
+from wanda_lightning.core.solvers import Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.methods import ALLOCATIONS, CRITERIA, SOLVERS
+from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
+
+PATTERNS = {name: make() for name, make in PATTERN_CHOICES.items()}
 
 EVERY_CRITERION = pytest.mark.parametrize("criterion", CRITERIA)
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 EVERY_SOLVER = pytest.mark.parametrize("solver", [SOLVERS[name]() for name in SOLVERS], ids=SOLVERS)
+EVERY_ALLOCATION = pytest.mark.parametrize("name", ALLOCATIONS)
+UNEQUAL = [name for name in ALLOCATIONS if name != "uniform"]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 ENTRIES = [
     *((Criterion, CRITERIA[name]) for name in CRITERIA),
-    *((Pattern, lambda pattern=pattern: dataclasses.replace(pattern)) for pattern in PATTERNS.values()),
+    *((Pattern, PATTERN_CHOICES[name]) for name in PATTERNS),
     *((Allocation, ALLOCATIONS[name]) for name in ALLOCATIONS),
     *((Solver, SOLVERS[name]) for name in SOLVERS),
 ]
@@ -79,7 +92,7 @@ def test_repr_makes_the_entry_again(protocol, make):
     assert eval(repr(entry), vars(sys.modules[type(entry).__module__])) == entry
 
 
-def test_entries_of_one_dict_differ():
+def test_entries_of_one_table_differ():
     for table in (CRITERIA, SOLVERS, ALLOCATIONS):
         assert len({make() for make in table.values()}) == len(table)
     assert len(set(PATTERNS.values())) == len(PATTERNS)
@@ -99,7 +112,7 @@ def test_every_needed_statistic_exists():
 def test_scores_are_those_of_a_loop(criterion, dtype):
     weight, tokens = random_layer(dtype)
     before = weight.clone()
-    scores = CRITERIA[criterion]()(weight, statistics(tokens, CRITERIA[criterion]))
+    scores = CRITERIA[criterion]()(weight, statistics(tokens, CRITERIA[criterion]()))
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
     np.testing.assert_allclose(reference.array(scores), expected, rtol=1e-5)
@@ -114,21 +127,11 @@ def test_scores_do_not_depend_on_a_sign(criterion):
     assert torch.equal(criterion(weight, inputs), criterion(-weight, negated))
 
 
-def test_only_what_has_no_needs_runs_without_inputs():
+def test_only_a_criterion_without_needs_runs_without_statistics():
     weight, _ = random_layer()
     assert torch.equal(Magnitude()(weight, InputStatistics()), weight.abs())
     with pytest.raises(KeyError, match="square_sum"):
         Wanda()(weight, InputStatistics())
-
-
-@pytest.mark.parametrize("criterion", [Wanda(), RIA()], ids=str)
-@pytest.mark.parametrize(("dtype", "faint"), [(torch.float32, 1e-20), (torch.float64, 1e-150)], ids=str)
-def test_inputs_that_are_never_active_score_below_the_faintest(criterion, dtype, faint):
-    weight, tokens = random_layer(dtype)
-    tokens[:, :20] = 0
-    tokens[:, 20:40] *= faint
-    scores = criterion(weight, statistics(tokens, criterion))
-    assert 0 < scores[:, :20].min() <= scores[:, :20].max() < scores[:, 20:].min()
 
 
 # ---- criterion x pattern x solver
@@ -163,10 +166,10 @@ def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
 @EVERY_DTYPE
 @EVERY_PATTERN
 @EVERY_CRITERION
-def test_zero_out_is_score_keep_zero(criterion, pattern, dtype):
+def test_zero_out_scores_chooses_and_zeroes(criterion, pattern, dtype):
     weight, tokens = random_layer(dtype)
-    sparsity, make = sparsity_of(pattern), CRITERIA[criterion]
-    pruned, keep = ZeroOut()(weight, statistics(tokens, make), Selection(make(), pattern, sparsity))
+    sparsity, chosen = sparsity_of(pattern), CRITERIA[criterion]()
+    pruned, keep = ZeroOut()(weight, statistics(tokens, chosen), Selection(chosen, pattern, sparsity))
     scores = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
     expected = reference.keep(pattern, scores, sparsity)
     np.testing.assert_array_equal(keep.numpy(), expected)
@@ -219,7 +222,7 @@ TOGETHER = {
 @EVERY_SOLVER
 @pytest.mark.parametrize("targets", TOGETHER.values(), ids=TOGETHER)
 @EVERY_CRITERION
-def test_layers_with_the_same_inputs_are_pruned_as_each_alone(criterion, targets, solver):
+def test_layers_solved_together_equal_layers_solved_alone(criterion, targets, solver):
     weight, tokens = random_layer(torch.float64)
     criterion = CRITERIA[criterion]()
     inputs = statistics(tokens, criterion, solver)
@@ -269,76 +272,92 @@ def test_every_solver_has_a_criterion_of_its_own():
     }
 
 
-# ---- laws of Wanda
+# ---- allocations
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(-10, 10), st.integers(-10, 10), st.integers(0, 7))
-def test_wanda_rows_do_not_change_with_the_scale_of_all_inputs_or_of_a_row(seed, input_power, row_power, row):
-    weight, tokens = random_layer(seed=seed, shape=(8, 24), tokens=10)
-    inputs = statistics(tokens, Wanda)
-    keep = Unstructured()(Wanda()(weight, inputs), 0.5)
-    scaled = weight.clone()
-    scaled[row] *= 2.0**row_power
-    assert torch.equal(Unstructured()(Wanda()(scaled, inputs), 0.5), keep)
-    louder = statistics(tokens * 2.0**input_power, Wanda)
-    assert torch.equal(Unstructured()(Wanda()(weight, louder), 0.5), keep)
-    assert torch.equal(NM(2, 4)(Wanda()(scaled, louder), 0.5), NM(2, 4)(Wanda()(weight, inputs), 0.5))
+@EVERY_ALLOCATION
+@pytest.mark.parametrize("seed", range(3))
+def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
+    layers = list(random_layers(seed))
+    got = allocate(ALLOCATIONS[name](), layers, 0.5)
+    arrays = [(n, block, reference.array(weight), reference.array(tokens)) for n, block, weight, tokens in layers]
+    expected = reference.SPARSITIES[name](arrays, 0.5)
+    assert list(got) == list(expected)
+    for layer, _, weight, _ in layers:
+        assert abs(got[layer] - expected[layer]) < 1 / weight.shape[1], layer
+    assert len(set(expected.values())) >= {"uniform": 1, "owl": 4, "alpha": 4}.get(name, 5)
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_permuted_inputs_permute_the_scores_of_wanda(seed):
-    weight, tokens = random_layer(seed=seed, shape=(4, 24), tokens=10)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
-    scores = Wanda()(weight, statistics(tokens, Wanda))
-    permuted = Wanda()(weight[:, order], statistics(tokens[:, order], Wanda))
-    torch.testing.assert_close(permuted, scores[:, order], rtol=1e-6, atol=0)
+@pytest.mark.parametrize("name", UNEQUAL)
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@given(
+    seed=st.integers(0, 2**31),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=3),
+    blocks=st.integers(2, 5),
+    sparsity=st.floats(0, 0.99),
+)
+@settings(max_examples=15)
+def test_the_mean_is_the_target_as_near_as_the_pattern_allows(name, pattern, seed, shapes, blocks, sparsity):
+    layers = list(random_layers(seed, [(d_out, 8 * d_in) for d_out, d_in in shapes], blocks))
+    sparsity = getattr(pattern, "sparsity", sparsity)
+    before = copy.deepcopy(layers)
+    got = allocate(ALLOCATIONS[name](), layers, sparsity, pattern)
+    assert all(0 <= value < 1 for value in got.values())
+    assert all(torch.equal(a[2], b[2]) and torch.equal(a[3], b[3]) for a, b in zip(layers, before, strict=True))
+    if len(set(got.values())) == 1 and next(iter(got.values())) == sparsity:
+        return  # equal blocks: as Uniform
+    steps = [weight.numel() / pattern.sparsity_steps(*weight.shape) for _, _, weight, _ in layers]
+    size = sum(weight.numel() for _, _, weight, _ in layers)
+    reachable = [(1 - 1 / pattern.sparsity_steps(*weight.shape)) * weight.numel() for _, _, weight, _ in layers]
+    missing = min(sparsity * size, sum(reachable)) - mean_of(got, layers) * size
+    assert abs(missing) <= max(steps) / 2 + 1e-6 * size
 
 
-def test_wanda_prunes_a_dead_input_first():
-    weight, tokens = random_layer()
-    tokens[:, [5, 40]] = 0
-    weight[:, [5, 40]] *= 1e6
-    _, keep = ZeroOut()(weight, statistics(tokens, Wanda), Selection(Wanda(), Unstructured(), 2 / 64))
-    assert keep.all(dim=0).logical_not().nonzero().flatten().tolist() == [5, 40]
+@EVERY_ALLOCATION
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(4, 8)], ids=str)
+def test_patterns_reach_the_allocated_sparsity(name, pattern):
+    layers = list(random_layers(shapes=((6, 24), (24, 8))))
+    for layer, sparsity in allocate(ALLOCATIONS[name](), layers, 0.5, pattern).items():
+        weight = next(weight for other, _, weight, _ in layers if other == layer)
+        assert (~pattern.for_sparsity(sparsity)(weight.abs(), sparsity)).sum() == round(sparsity * weight.numel())
 
 
-def test_wanda_of_half_precision_tells_apart_what_bf16_would_not():
-    weight = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
-    tokens = torch.tensor([[1.0, 1.0], [0.0, 0.05]], dtype=torch.bfloat16)
-    scores = Wanda()(weight, statistics(tokens, Wanda))
-    assert scores[0, 0] < scores[0, 1]
-    assert scores.bfloat16()[0, 0] == scores.bfloat16()[0, 1]
+@EVERY_ALLOCATION
+def test_equal_blocks_give_uniform(name):
+    weight, tokens = torch.randn(6, 24), torch.randn(9, 24)
+    layers = [(f"{block}.up", str(block), weight, tokens) for block in range(3)]
+    assert allocate(ALLOCATIONS[name](), layers, 0.43) == dict.fromkeys(["0.up", "1.up", "2.up"], 0.43)
 
 
-# ---- laws of RIA
+@pytest.mark.parametrize("name", UNEQUAL)
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(4, 8)], ids=str)
+@given(seed=st.integers(0, 2**31), sparsity=st.floats(0.01, 0.95), rise=st.floats(0, 1))
+@settings(max_examples=15)
+def test_zeros_stay_and_pruning_twice_changes_nothing(name, pattern, seed, sparsity, rise):
+    """In the second pruning, statistics and spectra differ, which must not change the sparsities."""
+    layers = list(random_layers(seed, ((6, 24), (24, 8))))
+    sparsity = getattr(pattern, "sparsity", sparsity)
 
+    def pruned(layers, sparsity):
+        given_out = allocate(ALLOCATIONS[name](), layers, sparsity, pattern)
+        for layer, block, weight, tokens in layers:
+            keep = pattern.for_sparsity(given_out[layer])(weight.abs(), given_out[layer])
+            yield layer, block, weight * keep, tokens
 
-def test_ria_of_a_row_and_a_column_of_zeros():
-    """They score 0, not NaN, and what else an inactive input has scores above them."""
-    weight, tokens = random_layer()
-    weight[3], weight[:, 7], weight[5, 9] = 0, 0, 0
-    tokens[:, 9] = 0
-    scores = RIA()(weight, statistics(tokens, RIA))
-    assert scores.isfinite().all()
-    assert torch.equal(scores != 0, weight != 0)
-    assert scores[weight != 0].min() == scores[:, 9].max()
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(-10, 10))
-def test_ria_does_not_change_with_the_scale_of_the_weights(seed, power):
-    weight, tokens = random_layer(seed=seed, shape=(8, 24), tokens=10)
-    inputs = statistics(tokens, RIA)
-    assert torch.equal(RIA()(weight * 2.0**power, inputs), RIA()(weight, inputs))
-
-
-def test_ria_without_activations_is_relative_importance():
-    weight, tokens = random_layer()
-    quiet, loud = statistics(tokens, RIA), statistics(tokens * torch.arange(1, 65), RIA)
-    assert torch.equal(RIA(a=0.0)(weight, quiet), RIA(a=0.0)(weight, loud))
-    assert not torch.equal(RIA()(weight, quiet), RIA()(weight, loud))
-    for a in (-0.5, float("nan")):
-        with pytest.raises(ValueError, match="a of RIA must be a number of at least 0"):
-            RIA(a=a)
+    once = list(pruned(layers, sparsity))
+    if not 0 < (once[0][2] == 0).float().mean() < 1:
+        return
+    twice = list(pruned(once, sparsity))
+    assert len(set(allocate(ALLOCATIONS[name](), layers, sparsity, pattern).values())) == 1 or all(
+        torch.equal(a[2], b[2]) for a, b in zip(once, twice, strict=True)
+    )
+    if not isinstance(pattern, NM):
+        higher = sparsity + rise * (0.95 - sparsity)
+        more = list(pruned(once, higher))
+        assert all(not b[2][a[2] == 0].any() for a, b in zip(once, more, strict=True))
+        size = sum(layer[2].numel() for layer in layers)
+        zeros = sum(int((layer[2] == 0).sum()) for layer in more)
+        assert abs(zeros - higher * size) <= size / 8  # one weight per row
 
 
 # ---- shapes are checked

@@ -3,27 +3,20 @@
 import re
 
 import jaxtyping
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import reference
+from support.scores import assert_keeps, non_contiguous_views, score_matrices
 
-from wanda_lightning.core.keep_largest import keep_largest
-from wanda_lightning.core.patterns import NM, PATTERNS, EqualShare, Unstructured, pattern_named
+from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
+
+PATTERNS = {name: make() for name, make in PATTERN_CHOICES.items()}
 
 N_OF_M = [(2, 4), (4, 8), (1, 4), (3, 4), (2, 8), (1, 2), (5, 32)]
 sparsities = st.floats(0, 1, exclude_max=True)
-
-
-@st.composite
-def score_matrices(draw, multiple_of=1, multiples=40):
-    """Scores of few or many levels: 1 makes all equal, 3 makes many ties, 10000 almost none."""
-    rows, d_in = draw(st.integers(1, 6)), multiple_of * draw(st.integers(1, multiples))
-    levels = draw(st.sampled_from([1, 3, 10_000]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    return torch.randint(0, levels, (rows, d_in), generator=generator).float()
 
 
 def distinct_scores(seed, rows, d_in, dtype=torch.float32):
@@ -32,99 +25,13 @@ def distinct_scores(seed, rows, d_in, dtype=torch.float32):
     return (1 + torch.randperm(rows * d_in, generator=generator)).to(dtype).reshape(rows, d_in)
 
 
-def assert_keeps(keep, expected):
-    assert keep.dtype == torch.bool
-    np.testing.assert_array_equal(keep.numpy(), expected)
-
-
-def non_contiguous_views(scores):
-    """The same scores laid out in other ways."""
-    yield scores.t().contiguous().t()
-    yield scores.repeat_interleave(2, dim=1)[:, ::2]
-    yield torch.cat([scores, scores], dim=1)[:, scores.shape[1] :]
-
-
-# ---- keep_largest
-
-
-@given(score_matrices(), st.data())
-@settings(max_examples=150)
-def test_keep_largest_is_a_stable_sort(scores, data):
-    count = data.draw(st.integers(0, scores.shape[1]))
-    keep = keep_largest(scores, count)
-    assert (keep.sum(dim=1) == count).all()
-    assert_keeps(keep, reference.keep_largest(scores.numpy(), count))
-
-
-@pytest.mark.parametrize("size", [15, 16, 17, 18])  # pairwise comparison up to 16, a selection above
-@pytest.mark.parametrize("levels", [1, 3, 10_000])
-@pytest.mark.parametrize("groups", [20, 1025])  # up to 1024, a sort instead of the comparison
-def test_keep_largest_on_both_sides_of_the_small_group(groups, size, levels):
-    scores = torch.randint(0, levels, (groups, size), generator=torch.Generator().manual_seed(size)).float()
-    for count in range(size + 1):
-        expected = reference.keep_largest(scores.numpy(), count)
-        for view in [scores, *non_contiguous_views(scores)]:
-            assert_keeps(keep_largest(view, count), expected)
-
-
-@pytest.mark.parametrize(("groups", "size"), [(5, 8), (5, 24), (2000, 8), (2, 66_000)])
-def test_keep_largest_of_rows_that_share_memory(groups, size):
-    scores = torch.rand(size, generator=torch.Generator().manual_seed(0)).expand(groups, size)
-    assert_keeps(keep_largest(scores, 3), reference.keep_largest(scores.numpy(), 3))
-
-
-def test_keep_largest_of_more_groups_than_are_compared_at_once():
-    scores = torch.randint(0, 4, (70_000, 4), generator=torch.Generator().manual_seed(0)).float()
-    assert_keeps(keep_largest(scores, 2), reference.keep_largest(scores.numpy(), 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("groups", "size"), [(10, 8), (10, 24), (2000, 8)])
-def test_keep_largest_of_any_float_type(dtype, groups, size):
-    scores = torch.rand(groups, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert_keeps(keep_largest(scores, 5), reference.keep_largest(reference.array(scores), 5))
-
-
-def _large_groups() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    size = 66_000  # from 65536 on, a sample tells where the threshold is
-    sampled = torch.arange(size) % 61 == 0
-    others = (~sampled).nonzero()[:, 0]
-    return {
-        "random": torch.rand(size, generator=generator),
-        "few levels": torch.randint(0, 4, (size,), generator=generator).float(),
-        "all alike": torch.ones(size),
-        "all but the sample larger": torch.rand(size, generator=generator) + (~sampled).float(),
-        "all but the sample smaller": torch.rand(size, generator=generator) + sampled.float(),
-        "one dtype wider": torch.rand(size, generator=generator, dtype=torch.float64),
-        "ascending": torch.arange(size).float(),
-        "infinite": torch.rand(size, generator=generator).masked_fill_(~sampled, torch.inf),
-        "two levels": torch.ones(size).index_fill_(0, torch.cat([sampled.nonzero()[:, 0], others])[:33_000], 0.0),
-        "less than the sample": (1.0 + torch.rand(size, generator=generator))
-        .index_fill_(0, torch.tensor(610), 1.0)
-        .index_fill_(0, others[:2000], 0.0),
-    }
-
-
-@pytest.mark.parametrize("count", [1, 2, 600, 26_400, 33_000, 64_000, 65_500, 65_999])
-@pytest.mark.parametrize("scores", [pytest.param(scores, id=name) for name, scores in _large_groups().items()])
-def test_keep_largest_of_a_large_group(scores, count):
-    both = torch.stack([scores, scores.flip(0)])
-    assert_keeps(keep_largest(both, count), reference.keep_largest(both.numpy(), count))
-
-
-def test_keep_largest_with_infinite_scores():
-    scores = torch.tensor([[float("inf"), 1.0, float("inf"), 0.0]])
-    assert keep_largest(scores, 1).tolist() == [[False, False, True, False]]
-
-
 # ---- unstructured
 
 
 @given(score_matrices(), sparsities)
 @example(torch.ones(2, 10), 0.7)
 @example(torch.ones(2, 100), 0.29)  # 100 * 0.29 is 28.999999999999996
-def test_unstructured_prunes_exactly_so_many_of_each_group(scores, sparsity):
+def test_unstructured_prunes_the_exact_number_of_each_group(scores, sparsity):
     by_row = Unstructured()(scores, sparsity)
     assert ((~by_row).sum(dim=1) == int(scores.shape[1] * sparsity)).all()
     assert_keeps(by_row, reference.keep_by_row(scores.numpy(), sparsity))
@@ -188,7 +95,7 @@ def test_equal_share_gives_rows_their_own_sparsity():
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
-def test_equal_share_leaves_a_matrix_that_is_already_there(sparsity):
+def test_equal_share_leaves_a_pruned_matrix_as_it_is(sparsity):
     scores = torch.rand(4, 4096, generator=torch.Generator().manual_seed(0))  # a thousandth is 4 weights of a row
     keep = EqualShare()(scores, sparsity)
     assert torch.equal(EqualShare()(scores * keep, sparsity), keep)
@@ -233,8 +140,8 @@ def test_permuted_rows_permute_what_is_kept(pattern, seed):
 
 @pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=["off", "strict", "warn_only"])
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), NM(5, 32)], ids=repr)
-def test_deterministic_mode_is_lifted_for_values_only_and_as_before(pattern, mode, monkeypatch):
-    """What it refuses on CUDA, kthvalue and cumsum of floats, runs without it; on a CPU it refuses nothing."""
+def test_deterministic_mode_is_off_only_where_values_are_read(pattern, mode, monkeypatch):
+    """On CUDA, deterministic mode refuses kthvalue and cumsum of floats; on a CPU it refuses nothing."""
 
     def strict():
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -257,36 +164,13 @@ def test_deterministic_mode_is_lifted_for_values_only_and_as_before(pattern, mod
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-# ---- names and errors
-
-
-@pytest.mark.parametrize(("n", "m"), N_OF_M)
-def test_any_n_of_m_has_a_name(n, m):
-    assert pattern_named(f"{n}:{m}") == NM(n, m)
-    assert NM(n, m).sparsity == pytest.approx(1 - n / m)
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_a_name_gives_its_pattern(name):
-    assert pattern_named(name) is PATTERNS[name]
-
-
-@pytest.mark.parametrize("name", ["2-4", "2:4:8", "", "rows", "-1:4", " 2:4"])
-def test_unknown_name_is_refused(name):
-    with pytest.raises(ValueError, match=rf"no pattern is called {re.escape(repr(name))}: use one of .*2:4.* any N:M"):
-        pattern_named(name)
+# ---- errors
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (0, 4), (5, 4), (-1, 4), (0, 0)])
 def test_impossible_n_of_m_is_refused(n, m):
     with pytest.raises(ValueError, match=rf"whole numbers with 1 <= N < M, but it is {n}:{m}\."):
         NM(n, m)
-
-
-@pytest.mark.parametrize("name", ["4:4", "0:4"])
-def test_impossible_n_of_m_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=rf"1 <= N < M, but it is {name}"):
-        pattern_named(name)
 
 
 def test_unknown_group_is_refused(monkeypatch):

@@ -4,7 +4,6 @@ import random
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -19,7 +18,6 @@ from support.data import (
 from torch import nn
 
 from wanda_lightning.data import ImageDataModule
-from wanda_lightning.data.images import resolve_preprocessing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
 
@@ -97,19 +95,6 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     assert module.shapes == [(300, 1, 16, 16), (60, 1, 16, 16)]
     quiet_trainer().validate(other := Wrapped(vit()), data, verbose=False)
     assert other.shapes[0] == (300, 3, 16, 16)
-
-
-def test_preprocessing_is_the_models_own():
-    found = resolve_preprocessing(timm.create_model("convnext_atto", num_classes=10))
-    assert found.input_size == (3, 224, 224)
-    assert found.mean == (0.485, 0.456, 0.406)
-    assert found.crop_pct == 0.875
-    assert resolve_preprocessing("convnext_atto") == resolve_preprocessing("timm:convnext_atto.d2_in1k") == found
-    assert resolve_preprocessing("convnext_atto", image_size=64).input_size == (3, 64, 64)
-    gray = resolve_preprocessing(Wrapped(timm.create_model("resnet18", in_chans=1)))
-    assert gray.input_size == (1, 224, 224)
-    assert gray.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
-    assert gray.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.demo import python_docs
-from wanda_lightning.data.text import draw_from_documents
 from wanda_lightning.modules import CausalLMModule
 
 BOS = 256
@@ -55,24 +54,6 @@ def test_calibration_on_python_docs_draws_from_its_part(tokenizer):
     data = TextDataModule(tokenizer, seqlen=64, num_samples=5, seed=2)
     ids = tokenizer("\n\n".join(python_docs()[0].values())).input_ids
     assert torch.equal(data.calibration_windows, slow_text_windows(ids, 64, 5, 2))
-
-
-def test_drawing_tokenizes_only_what_is_drawn(tokenizer):
-    texts = documents([100] * 1000)
-    seen = []
-
-    def tokenize(text):
-        seen.append(text)
-        return tokenizer(text).input_ids
-
-    draw_from_documents(texts, tokenize, seqlen=20, num_samples=5, seed=0)
-    assert len(seen) == 5
-
-
-def test_drawing_ends_where_one_document_of_many_is_long_enough(tokenizer):
-    texts = documents([5] * 300 + [100])
-    windows = draw_from_documents(texts, lambda text: tokenizer(text).input_ids, seqlen=50, num_samples=3, seed=0)
-    assert torch.equal(windows, slow_document_windows(texts, tokenizer, 50, 3, 0))
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -208,7 +189,7 @@ def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
         TextDataModule(3)
     with pytest.raises(ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"):
         TextDataModule().setup("validate")
-    with pytest.raises(OSError, match=r"tokenizer of 'no/such' was not found: neither a local folder nor") as error:
+    with pytest.raises(OSError, match=r"tokenizer of 'no/such' cannot be found: neither a local folder nor") as error:
         TextDataModule("no/such").setup("validate")
     assert error.value.__cause__ is not None
     with pytest.raises(ValueError, match=r"tokenizer of .* cannot be used"):

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wanda_lightning.data.images import class_names_of
+from wanda_lightning.data.preprocessing import class_names_of
 from wanda_lightning.modules import ImageClassifierModule
 
 pytestmark = [
@@ -143,7 +143,7 @@ def test_it_must_be_a_classifier():
         ImageClassifierModule(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="has no classes"):
         tiny_vit(num_classes=0)
-    with pytest.raises(ValueError, match="model_kwargs are for a model given by name"):
+    with pytest.raises(ValueError, match="model_kwargs must be left out unless model is a name"):
         ImageClassifierModule(nn.Linear(2, 2), num_classes=2, model_kwargs={"a": 1})
 
 

@@ -1,7 +1,8 @@
-"""Random layers, their statistics, and solvers applied to them."""
+"""Random layers, their statistics, and solvers and allocations applied to them."""
 
 import torch
 
+from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.patterns import Unstructured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import InputStatistics
@@ -41,3 +42,34 @@ def solve(solver, weight, tokens, criterion=None, pattern=Unstructured(), sparsi
 def output_error(weight, pruned, tokens):
     """The squared error of a layer's outputs."""
     return (tokens.double() @ (pruned - weight).double().t()).square().sum().item()
+
+
+def dense_layer(name, block, weight, tokens=None, pattern=Unstructured()):
+    inputs = InputStatistics(() if tokens is None else {"square_sum"})
+    if tokens is not None:
+        inputs.update(tokens)
+    fisher = None if tokens is None else tokens.square().sum(dim=0)  # of gradients that are 1 everywhere
+    return DenseLayer(
+        name, block, weight.numel(), pattern.sparsity_steps(*weight.shape), lambda: weight, inputs, fisher
+    )
+
+
+def random_layers(seed=0, shapes=((6, 24), (24, 6)), blocks=4, heavy=True):
+    """Name, block, weight and tokens of each layer; the tails of weights and inputs differ from block to block."""
+    generator = torch.Generator().manual_seed(seed)
+    for block in range(blocks):
+        for index, shape in enumerate(shapes):
+            weight = torch.randn(shape, generator=generator)
+            tokens = torch.randn(5 + index, shape[1], generator=generator)
+            if heavy:
+                weight = weight * weight.abs() ** (block + 0.3 * index)
+            yield f"{block}.{index}", str(block), weight, tokens
+
+
+def allocate(allocation, layers, sparsity, pattern=Unstructured()):
+    return allocation([dense_layer(*layer, pattern) for layer in layers], sparsity)
+
+
+def mean_of(sparsities, layers):
+    size = sum(weight.numel() for _, _, weight, _ in layers)
+    return sum(sparsities[name] * weight.numel() for name, _, weight, _ in layers) / size

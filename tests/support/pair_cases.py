@@ -1,4 +1,4 @@
-"""What two processes do together in `test_distributed.py`; each function runs in both."""
+"""What two processes do together in tests with the fixture `pair`; each function runs in both."""
 
 import contextlib
 import io

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.schedules import Schedule
+from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import last_step
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
@@ -75,6 +76,19 @@ def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
         )
 
 
+def refuse_fit_without_validation(trainer: L.Trainer) -> None:
+    """Refuse calibration on the validation loop of a fit that has none.
+
+    Raises:
+        MisconfigurationException: Says what to give.
+    """
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            "calibrate_on='validation' prunes at the end of a validation loop, but this fit has none. Give fit a "
+            "validation dataloader, or use calibrate_on='calibration'."
+        )
+
+
 def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
     """Warn where `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after.
 
@@ -90,3 +104,30 @@ def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
                 "when pruning ends: its best one is likely to be less sparse than asked for, or dense. Let it compare "
                 "only checkpoints from after pruning, as the docstring of PruningCallback shows."
             )
+
+
+def warn_if_dense(name: str, state: PruningState, schedule: Schedule) -> None:
+    """Warn that a model is measured before its first stage."""
+    if state.share == 0:
+        rank_zero_warn(f"{name} prunes while the model trains, by {schedule}, so the model measured now is dense.")
+
+
+def warn_if_late(name: str, share: float, schedule: Schedule) -> None:
+    """Warn that a model is pruned and measured at once which should have been pruned during training."""
+    if share > (schedule.share(0) or 0):
+        rank_zero_warn(
+            f"{name} prunes a model now that it should have pruned while it trained, by {schedule}. What is measured "
+            "is a pruned model without training after pruning. To measure the trained one, load a checkpoint from "
+            "after pruning, such as ckpt_path='last'."
+        )
+
+
+def warn_if_unfinished(name: str, state: PruningState, sparsity: float, step: int) -> None:
+    """Warn that training ended before the model had its final sparsity."""
+    if state.due:
+        rank_zero_warn(f"{name} did not prune: no validation loop ended after pruning was due.")
+    elif state.share < 1:
+        rank_zero_warn(
+            f"{name} did not prune to sparsity {sparsity:g}, but to {sparsity * state.share:g}: training ended at "
+            f"optimizer step {step}."
+        )

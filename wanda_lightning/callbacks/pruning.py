@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.checks import (
     check_calibrate_on,
     check_stages,
     refuse_equal_keys,
+    refuse_fit_without_validation,
     refuse_late_stages,
+    warn_if_dense,
+    warn_if_late,
+    warn_if_unfinished,
     warn_of_dense_best,
 )
 from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
@@ -178,11 +180,8 @@ class PruningCallback(Callback):
             ValueError: If something cannot be pruned as asked, also at a later stage.
         """
         refuse_late_stages(self._schedule(trainer), trainer)
-        if self.calibrate_on == "validation" and not trainer.enable_validation:
-            raise MisconfigurationException(
-                "calibrate_on='validation' prunes at the end of a validation loop, but this fit has none. Give fit a "
-                "validation dataloader, or use calibrate_on='calibration'."
-            )
+        if self.calibrate_on == "validation":
+            refuse_fit_without_validation(trainer)
         self._forget_if_dense(pl_module)
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
@@ -201,13 +200,7 @@ class PruningCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hooks."""
-        if self._state.due:
-            rank_zero_warn(f"{type(self).__name__} did not prune: no validation loop ended after pruning was due.")
-        elif self._state.share < 1:
-            rank_zero_warn(
-                f"{type(self).__name__} did not prune to sparsity {self.config.sparsity:g}, but to "
-                f"{self.config.sparsity * self._state.share:g}: training ended at optimizer step {trainer.global_step}."
-            )
+        warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
         self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -263,9 +256,13 @@ class PruningCallback(Callback):
         Raises:
             ValueError: If the checkpoint's run pruned to another sparsity or with another pattern.
         """
-        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, type(self).__name__)
+        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, self._name)
         self._zeros.load(self._state.unheld_zeros)
         self._resumed = True
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     @property
     def _fixed_choices(self) -> dict[str, Any]:
@@ -312,22 +309,13 @@ class PruningCallback(Callback):
     def _prune_to_measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget_if_dense(pl_module)
         if not self.should_prune(trainer):
-            if self._state.share == 0:
-                rank_zero_warn(
-                    f"{type(self).__name__} prunes while the model trains, by {self.schedule}, so the model measured "
-                    "now is dense."
-                )
+            warn_if_dense(self._name, self._state, self.schedule)
             return
         if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
             self._state.due = True
             return
         (share,) = self._shares_due(trainer)
-        if share > (self.schedule.share(0) or 0):
-            rank_zero_warn(
-                f"{type(self).__name__} prunes a model now that it should have pruned while it trained, by "
-                f"{self.schedule}. What is measured is a pruned model without training after pruning. To measure the "
-                "trained one, load a checkpoint from after pruning, such as ckpt_path='last'."
-            )
+        warn_if_late(self._name, share, self.schedule)
         self._prune(share, trainer, pl_module)
 
     def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -336,7 +324,7 @@ class PruningCallback(Callback):
 
     def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
         self._state.record(report, share)
-        publish(report, trainer, type(self).__name__, self.report_dir)
+        publish(report, trainer, self._name, self.report_dir)
 
     def _config_at(self, share: float) -> PruningConfig:
         """The choices at a share of the final sparsity."""

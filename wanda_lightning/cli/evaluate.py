@@ -11,7 +11,7 @@ from wanda_lightning.cli.measure import measure, measure_all, quiet_trainer
 from wanda_lightning.cli.options import PAPER_SEQLEN, EvaluateOptions
 from wanda_lightning.cli.parser import as_options
 from wanda_lightning.cli.tables import print_table
-from wanda_lightning.cli.windows import checked_seqlen, refuse_early
+from wanda_lightning.cli.windows import checked_seqlen, refuse_long_windows
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, task_names, zero_shot
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
@@ -37,7 +37,7 @@ def _language_models(options: EvaluateOptions) -> _LanguageModels:
     texts = ["wikitext2"] if options.eval is None else options.eval
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     for name in options.models:
-        refuse_early(options.seqlen, name, hub, *texts)
+        refuse_long_windows(options.seqlen, name, hub)
     tasks = load_tasks(task_names(options.tasks), options.tasks_dir, options.cache_dir)
     return _LanguageModels(options.models, options, hub, texts, tasks)
 

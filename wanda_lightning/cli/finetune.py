@@ -16,7 +16,7 @@ from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.tables import print_table
-from wanda_lightning.cli.windows import checked_seqlen, refuse_early
+from wanda_lightning.cli.windows import checked_seqlen, refuse_long_windows
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.modules import CausalLMModule
 
@@ -30,7 +30,7 @@ def run(options: FinetuneOptions) -> None:
         ValueError: If the options do not fit together or the model; before anything is written.
     """
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
-    refuse_early(options.seqlen, options.model, hub, options.data, options.eval)
+    refuse_long_windows(options.seqlen, options.model, hub)
     hub["dtype"] = options.dtype or ("float32" if options.method == "full" else "auto")
     L.seed_everything(options.seed, verbose=False)
     quiet_trainer()

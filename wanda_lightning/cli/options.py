@@ -10,6 +10,7 @@ from typing import Any
 
 from wanda_lightning.checks import check_memory
 from wanda_lightning.cli.parser import Rule, option
+from wanda_lightning.data import image_sources, text_sources
 from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement
 from wanda_lightning.methods import ALLOCATIONS, METHODS, PRESETS, SEQUENTIAL_CHOICES
 
@@ -21,7 +22,7 @@ LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
 ADAPTERS = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-true", "bf16-mixed")
 
-_SUFFIXES = (".gguf", ".safetensors", ".txt", ".jsonl", ".parquet")
+_SUFFIXES = (".gguf", ".safetensors")
 _TEXTS = "c4, wikitext2, python-docs (needs no network) or a FILE (.txt, .jsonl, .parquet)"
 _LAYERS = "names, globs or re: expressions, separated by commas"
 
@@ -150,7 +151,12 @@ class PruneOptions:
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
-        refuse_missing(self, "model calibration eval resume tasks_dir")
+        refuse_missing(self, "model resume tasks_dir")
+        if self.is_image:
+            image_sources.check_source(self.data_path or "")
+        else:
+            text_sources.check_source(self.calibration or "c4", "--calibration")
+            text_sources.check_source(self.eval or "wikitext2", "--eval")
         if self.save is not None:
             refuse_nonempty(self.save, self.overwrite)
         if self.save_model is not None:
@@ -219,7 +225,9 @@ class FinetuneOptions:
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
-        refuse_missing(self, "model dense data eval")
+        refuse_missing(self, "model dense")
+        text_sources.check_source(self.data, "--data")
+        text_sources.check_source(self.eval, "--eval")
         if self.save_model is not None:
             refuse_replacement(self.save_model, self.overwrite)
         check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
@@ -294,7 +302,11 @@ class EvaluateOptions:
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, and a file that cannot be written."""
-        refuse_missing(self, "model dense eval resume tasks_dir")
+        refuse_missing(self, "model dense resume tasks_dir")
+        if self.is_image:
+            image_sources.check_source(self.data_path or "")
+        for text in self.eval or ():
+            text_sources.check_source(text, "--eval")
         if self.save is not None:
             refuse_existing(self.save, self.overwrite)
 

@@ -14,7 +14,7 @@ from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space,
 from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUENCES, PruneOptions
 from wanda_lightning.cli.parser import as_options
 from wanda_lightning.cli.tables import print_note, print_table
-from wanda_lightning.cli.windows import checked_seqlen, refuse_early
+from wanda_lightning.cli.windows import checked_seqlen, refuse_long_windows
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import unclaimed, whole_file
@@ -98,13 +98,12 @@ def _classifier(options: PruneOptions) -> tuple[Any, ImageDataModule]:
 
 def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
-    calibration, evaluation = options.calibration or "c4", options.eval or "wikitext2"
-    refuse_early(options.seqlen, options.model, hub, calibration, evaluation)
+    refuse_long_windows(options.seqlen, options.model, hub)
     module = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub)
     data = TextDataModule(
         module.tokenizer,
-        calibration,
-        evaluation,
+        options.calibration or "c4",
+        options.eval or "wikitext2",
         seqlen=checked_seqlen(options.seqlen, module.model.config, PAPER_SEQLEN),
         num_samples=options.nsamples or PAPER_SEQUENCES,
         batch_size=options.batch_size or 4,

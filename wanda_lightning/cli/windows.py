@@ -1,28 +1,24 @@
-"""Check texts and the length of windows, before the model is loaded where its configuration tells."""
+"""Check the length of windows against the context of a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from wanda_lightning.data.text_sources import check_source
 from wanda_lightning.model_sources import load_config
 
 
-def refuse_early(seqlen: int | None, model: str, hub: dict[str, Any], *texts: str) -> None:
-    """Refuse texts that do not exist, and windows that are longer than the model's context.
+def refuse_long_windows(seqlen: int | None, model: str, hub: dict[str, Any]) -> None:
+    """Refuse windows that are longer than the model's context, before its weights are loaded.
 
     Args:
         seqlen: Tokens in a window, if given.
         model: Hub id, folder or .gguf file.
         hub: Options of `from_pretrained`.
-        texts: Names or files.
 
     Raises:
         ValueError: Names the option and what is allowed.
-        OSError: If a file does not exist, or neither a folder nor the hub has the model.
+        OSError: If neither a folder nor the hub has the model.
     """
-    for text in texts:
-        check_source(text)
     if seqlen is not None:
         checked_seqlen(seqlen, load_config(model, **hub), seqlen)
 

@@ -126,6 +126,3 @@ def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
 def _magnitude(weight: Weight) -> Score:
     # float32 at least: in bfloat16, products of different weights would be equal.
     return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
-
-
-CRITERIA: dict[str, type[Criterion]] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "saliency": Saliency}

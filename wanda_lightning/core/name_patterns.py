@@ -9,21 +9,26 @@ from collections.abc import Iterable, Sequence
 
 
 def matches(name: str, pattern: str, option: str) -> bool:
-    """Whether a pattern, given for `option`, names a layer or a module that it lies in.
+    """Whether a pattern names a layer or a module that holds the layer.
+
+    Args:
+        name: Name of the layer.
+        pattern: A name, a glob, or `re:` and a regular expression, which must match the whole name.
+        option: The option that the pattern was given for, for the error message.
 
     Example:
         >>> matches("blocks.0.mlp.down", "*.mlp", "skip"), matches("blocks.0.mlp.down", "mlp", "skip")
         (True, False)
 
     Raises:
-        ValueError: If what follows `re:` is not a regular expression.
+        ValueError: If the text after `re:` is not a regular expression.
     """
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
-            raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from error
-    # A glob, too, means everything inside: adapters of peft put the weight itself one level deeper.
+            raise ValueError(f"{option}={pattern!r} must be a regular expression after 're:', but {error}.") from error
+    # A glob also matches everything inside: PEFT's adapters put the weight itself one level deeper.
     return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
 
 
@@ -42,10 +47,16 @@ def check_patterns(option: str, given: object) -> tuple[str, ...]:
 
 
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
-    """Refuse a pattern that names nothing.
+    """Refuse a pattern that matches no name.
+
+    Args:
+        patterns: The patterns.
+        names: All names that they may match.
+        option: The option that they were given for, for the error message.
+        what: What the names name, such as "module".
 
     Raises:
-        ValueError: Names the nearest.
+        ValueError: Names the pattern and the nearest name.
     """
     for pattern in patterns:
         if not any(matches(name, pattern, option) for name in names):

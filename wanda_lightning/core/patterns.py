@@ -6,7 +6,6 @@ keep the largest scores of each group.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,7 @@ from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
+_GROUP = OneOf(("row", "layer"))
 _ROUNDING = 1e-6  # of a number of weights: 0.7 * 20800 is below 14560
 
 
@@ -98,7 +98,7 @@ class Unstructured(Pattern):
     group: Literal["row", "layer"] = "row"
 
     def __post_init__(self) -> None:
-        check(self, group=OneOf(("row", "layer")))
+        check(self, group=_GROUP)
 
     @property
     def spans_rows(self) -> bool:
@@ -237,29 +237,3 @@ class EqualShare(Pattern):
                 share, high = (share + low) / 2, share
             else:
                 share, low = (share + high) / 2, share
-
-
-PATTERNS: dict[str, Pattern] = {
-    "unstructured": Unstructured(),
-    "unstructured_layer": Unstructured(group="layer"),
-    "equal_share": EqualShare(),
-    "2:4": NM(2, 4),
-    "4:8": NM(4, 8),
-}
-
-
-def pattern_named(name: str) -> Pattern:
-    """Return the pattern of a name in `PATTERNS`, or any `N:M`.
-
-    Example:
-        >>> pattern_named("1:4")
-        NM(n=1, m=4)
-
-    Raises:
-        ValueError: If no pattern has the name.
-    """
-    if name in PATTERNS:
-        return PATTERNS[name]
-    if match := re.fullmatch(r"(\d+):(\d+)", name):
-        return NM(int(match[1]), int(match[2]))
-    raise ValueError(f"no pattern is called {name!r}: use one of {', '.join(PATTERNS)}, or any N:M such as 1:4")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,119 +14,9 @@ from wanda_lightning.checks import check_at_least, check_positive
 from wanda_lightning.data.hub import silence_worker_advice
 from wanda_lightning.data.image_sources import Images, Source, check_source, open_source
 from wanda_lightning.data.module import DataModule
-from wanda_lightning.model_sources import timm_name
+from wanda_lightning.data.preprocessing import Preprocessing, class_names_of, resolve_preprocessing
 
 _IN_MEMORY_SIDE = 96  # pixels; digits up to this side are kept as tensors, at most 200 MB
-
-
-# ---------------------------------------------------------------------------------------------------- preprocessing
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a model expects of an image, in arguments of `timm.data.create_transform`.
-
-    Attributes:
-        input_size: Channels (1 for gray, 3 for RGB), height, width.
-        mean: Mean of each channel, for pixels in [0, 1].
-        std: Standard deviation of each channel.
-        interpolation: How images are resized.
-        crop_pct: Fraction of the side that evaluation crops an image to.
-        crop_mode: center (of the square on the shorter side), squash or border.
-    """
-
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-
-    def transform(self, is_training: bool) -> Callable[[Any], Tensor]:
-        """Return the transform of a PIL image with the right channels to a normalized tensor of `input_size`.
-
-        With `is_training` it augments at random.
-        """
-        from timm.data import create_transform
-
-        return create_transform(**asdict(self), is_training=is_training)
-
-
-def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> Preprocessing:
-    """Return how the images of a timm model are prepared.
-
-    timm's configuration describes the pretrained weights. If the model was built with other arguments, the model
-    decides: the channels of its first convolution (one channel gets the average mean and std) and the size of its patch
-    embedding.
-
-    Args:
-        model: A timm model, a module that has one as `.model`, or the name of one.
-        image_size: Height and width in pixels, instead of the model's.
-
-    Raises:
-        ValueError: If timm does not know the model, or its images are neither gray nor RGB.
-    """
-    import timm
-    from timm.data import resolve_data_config
-
-    if isinstance(model, str):
-        known = timm.get_pretrained_cfg(timm_name(model))
-        if known is None:
-            raise ValueError(f"model must be a name whose transforms timm knows, but it is {model!r}. Leave it out.")
-        config = resolve_data_config(pretrained_cfg=known.to_dict())
-        channels, size = config["input_size"][0], config["input_size"][1:]
-    else:
-        inner = _timm_model(model)
-        if inner is None:
-            raise ValueError(
-                f"model must be of timm, so that the transforms of its images are known, but neither "
-                f"{type(model).__name__} nor its .model has a pretrained_cfg. Name a similar timm model with model=."
-            )
-        config = resolve_data_config(model=inner)
-        channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), config["input_size"][0])
-        size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-    if channels != 1 and channels % 3:  # space-to-depth stems see a multiple of 3
-        raise ValueError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
-    height, width = (image_size, image_size) if image_size else size
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    if channels == 1:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return Preprocessing(
-        (1 if channels == 1 else 3, height, width),
-        mean,
-        std,
-        config["interpolation"],
-        config["crop_pct"],
-        config["crop_mode"],
-    )
-
-
-def _timm_model(model: nn.Module) -> Any:
-    """Return the timm model, which may be the `.model` of a module, or None."""
-    inner = model if hasattr(model, "pretrained_cfg") else getattr(model, "model", None)
-    return inner if hasattr(inner, "pretrained_cfg") else None
-
-
-def class_names_of(model: str | nn.Module) -> tuple[str, ...]:
-    """Return the names of the classes of a timm model, by output; () if they are not known.
-
-    They come from the configuration of the model, or from ImageNet if it has as many outputs.
-    """
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    inner = None if isinstance(model, str) else _timm_model(model)
-    if inner is None:
-        return ()
-    names = inner.pretrained_cfg.get("label_names") or ()
-    if isinstance(names, Mapping):
-        names = [names.get(label, names.get(str(label))) for label in range(len(names))]
-    if names and len(names) == inner.num_classes and None not in names:
-        return tuple(names)
-    subset = infer_imagenet_subset(inner)
-    return tuple(ImageNetInfo(subset).label_names()) if subset else ()
-
-
-# ------------------------------------------------------------------------------------------------- the data module
 
 
 class _Images(Dataset[tuple[Tensor, int]]):

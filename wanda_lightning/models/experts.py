@@ -1,4 +1,4 @@
-"""Where the experts of a mixture are, and which side of their matrices is the input."""
+"""Find the experts of a mixture, and which dimension of their matrices is the input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 
 def siblings_of(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """A glob for what this layer is in each module of a list of experts; `""` where it is in none."""
+    """Return a glob that matches this layer in every module of a list of experts; `""` if it is in no such list."""
     parts = name.split(".")
     for end in range(1, len(parts) - 1):
         container = modules.get(".".join(parts[:end]))
@@ -20,10 +20,10 @@ def siblings_of(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def stacked_experts(module: nn.Module) -> set[str]:
-    """The parameters of a module of which each holds one matrix for each expert, one behind the other.
+    """Return the names of a module's parameters that hold one matrix for each expert.
 
-    Recognised by the number of experts, which the module declares, or its `config` where its class says that it is
-    of experts.
+    Such a parameter has three dimensions, and the first is the number of experts that the module declares, or its
+    `config` if the name of its class contains "expert".
     """
     declaring: list[object] = [module]
     if "expert" in type(module).__name__.lower():
@@ -44,15 +44,15 @@ def stacked_experts(module: nn.Module) -> set[str]:
     }
 
 
-_ENTRY = re.compile(r"(^|_)(gate|up|in|input|w1|w3|fc1|wi)(_|$)")  # names of what reads the hidden states,
-_EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")  # and of what gives them
+_ENTRY = re.compile(r"(^|_)(gate|up|in|input|w1|w3|fc1|wi)(_|$)")  # names of matrices that read the hidden states
+_EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")  # names of matrices that return to the hidden states
 _HIDDEN = ("hidden_size", "hidden_dim", "d_model")
 
 
 def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module], bool]:
-    """Of each class of experts, whether it stores their matrices as (d_in, d_out); missing where nothing says so.
+    """Return, for each class of experts, whether it stores their matrices as (d_in, d_out).
 
-    All modules of a class are asked, because square matrices do not tell.
+    A square matrix does not tell, so all modules of a class are compared. A class is missing if none of them tells.
     """
     found: dict[type[nn.Module], set[bool]] = {}
     for module_name, module in modules.items():
@@ -63,7 +63,7 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
             sizes = [getattr(module, size, None) for size in ("input_size", "output_size")]
             enters, leaves = bool(_ENTRY.search(name)), bool(_EXIT.search(name))
             hidden = _hidden_size(module, module_name, modules)
-            if isinstance(declared, bool):  # transformers' own word
+            if isinstance(declared, bool):  # by transformers
                 votes.add(declared)
             elif first != second and sorted(sizes, key=str) == sorted([first, second], key=str):
                 votes.add(sizes == [first, second])
@@ -73,7 +73,7 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
 
 
 def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]) -> int | None:
-    """The width of the hidden states, as the module declares it, or the configuration of what it is in."""
+    """Return the width of the hidden states, as declared by the module or the configuration of a module around it."""
     parts = module_name.split(".")
     outer = [modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1)]
     for declares in (module, *(getattr(m, "config", None) for m in (module, *outer))):
@@ -84,7 +84,7 @@ def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.M
 
 
 def routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
-    """What decides which experts a token goes to: it stands next to them."""
+    """Return the modules that route tokens to experts: they are siblings of the experts."""
     found: set[nn.Module] = set()
     for module in modules.values():
         children = dict(module.named_children())
@@ -93,7 +93,7 @@ def routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
             for name, child in children.items()
             if name.endswith(("expert", "experts")) or stacked_experts(child)
         }
-        numbers = {1}  # a gate of the experts that all tokens go to
+        numbers = {1}  # rows of a gate for shared experts
         for child in experts.values():
             numbers |= {len(getattr(child, name)) for name in stacked_experts(child)}
             numbers |= {len(child)} if isinstance(child, nn.ModuleList | nn.ModuleDict) else set()

@@ -1,10 +1,8 @@
-"""How layers are seen as matrices, and which matrices a parameter holds."""
+"""Treat every supported layer as a matrix, and find the matrices that a parameter holds."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,23 +14,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wanda_lightning.models.experts import siblings_of, stacked_experts
+from wanda_lightning.models.linear_subclasses import computes_linear
 from wanda_lightning.parallel import local
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How one type of layer is seen as a matrix product `tokens @ weight.T`.
+    """Expresses one type of layer as a matrix product `tokens @ weight.T`.
 
     Attributes:
-        layer_type: The class; subclasses count if they keep its forward.
-        read: A weight in the layer's own layout as (d_out, d_in), a view where the layout allows.
-        write: Puts such a matrix back into the weight.
-        tokens: What the layer was called with, as (tokens, d_in).
-        outputs: What it gave, as (tokens, d_out).
-        window: What else than the tensor itself decides its tokens; layers with one input and one window share
+        layer_type: The class; subclasses are included if they keep its forward.
+        read: Converts a weight from the layer's layout to (d_out, d_in); a view if the layout allows it.
+        write: Writes such a matrix into the weight.
+        tokens: Converts the input of a layer to (tokens, d_in).
+        outputs: Converts its output to (tokens, d_out).
+        window: The settings, besides the input, that determine the tokens; layers with equal input and window share
             statistics.
-        rows_first: Whether the weight's first dimension is d_out, so that some of its rows can be read alone.
-        channels: Which dimension of what enters and what comes out is that of d_in and d_out, counted from the last.
+        rows_first: Whether the weight's first dimension is d_out, so that a part of it consists of whole rows.
+        channels: The dimension of inputs and outputs that is d_in and d_out, counted from the last.
     """
 
     layer_type: type[nn.Module]
@@ -53,8 +52,8 @@ def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
     return _rows(x)
 
 
-# Kernel positions outside, input channels inside: where M divides the channels, an N:M group is consecutive channels of
-# one kernel position, the reduction order of sparse implicit-GEMM convolutions.
+# Columns are ordered by kernel position, then by channel. If M divides the channels, an N:M group has consecutive
+# channels at one position, which is the reduction order of sparse implicit-GEMM convolutions.
 def _read_convolution(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1)
 
@@ -86,7 +85,7 @@ def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
     from timm.layers.padding import pad_same
 
     padded = pad_same(images, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
-    return _convolution_tokens(layer, padded)  # its own padding is 0
+    return _convolution_tokens(layer, padded)  # the padding of the layer itself is 0
 
 
 def _window(layer: Any) -> object:
@@ -108,7 +107,7 @@ def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
 
 @cache
 def layer_kinds() -> dict[str, LayerKind]:
-    """The layer types that can be pruned, by name."""
+    """Return the layer types that can be pruned, by name."""
     from timm.layers.conv2d_same import Conv2dSame
     from transformers.pytorch_utils import Conv1D
 
@@ -130,7 +129,7 @@ def layer_kinds() -> dict[str, LayerKind]:
     }
 
 
-# An expert's matrix in a parameter (experts, d_out, d_in), or (experts, d_in, d_out).
+# The matrix of one expert in a parameter (experts, d_out, d_in) or (experts, d_in, d_out).
 EXPERT_BY_ROWS = LayerKind(nn.Module, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ())
 EXPERT_BY_COLUMNS = replace(
     EXPERT_BY_ROWS, read=Tensor.t, write=lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False
@@ -138,7 +137,7 @@ EXPERT_BY_COLUMNS = replace(
 
 
 def of_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
-    """What a group of a convolution sees and gives: its channels."""
+    """Restrict a convolution to the channels of one group."""
 
     def part(images: Tensor) -> Tensor:
         return images.chunk(groups, kind.channels)[group]
@@ -153,16 +152,16 @@ def of_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable matrix and the module that it lives in.
+    """One prunable matrix and the module that contains it.
 
     Attributes:
-        name: Its module, or an expert's number in the parameter (`experts.down_proj.3`), or a group (`conv.group3`).
-        module: Where it lives.
-        kind: How it is seen as a matrix.
-        parameter_name: What the module calls the parameter that holds it.
-        expert: Its number in a parameter of three dimensions, which holds a matrix for each expert; else None.
-        group: Which group of a grouped convolution it is, and of how many; else None.
-        siblings: The experts' matrices of which this is one, as a glob; `""` where it is no expert's.
+        name: Name of its module; of an expert in a parameter, `experts.down_proj.3`; of a group, `conv.group3`.
+        module: The module.
+        kind: Expresses it as a matrix.
+        parameter_name: Name of the parameter in the module.
+        expert: Index of the expert, if the parameter holds one matrix for each expert.
+        group: Index of the group and number of groups, if it belongs to a grouped convolution.
+        siblings: A glob that matches this matrix of every expert; `""` if it does not belong to an expert.
     """
 
     name: str
@@ -174,19 +173,19 @@ class Layer:
     siblings: str = ""
 
     def read(self) -> Tensor:
-        """The weight as (d_out, d_in); of a sharded one, the rows of this process."""
+        """Return the weight as (d_out, d_in); if it is sharded, the rows of this process."""
         return self.kind.read(self.weight)
 
     def write(self, matrix: Tensor) -> None:
-        """Put such a matrix back, in place."""
+        """Write a matrix (d_out, d_in) into the weight."""
         self.kind.write(self.weight, matrix)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """What the layer was called with, as (tokens, d_in)."""
+        """Convert the layer's input to (tokens, d_in)."""
         return self.kind.tokens(self.module, x)
 
     def outputs(self, y: Tensor) -> Tensor:
-        """What the layer gave, as (tokens, d_out)."""
+        """Convert the layer's output to (tokens, d_out)."""
         return self.kind.outputs(y)
 
     @property
@@ -196,13 +195,13 @@ class Layer:
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter itself, in its own shape; it may hold other experts or groups, too."""
+        """The parameter in its own shape, with all experts or groups."""
         weight = getattr(self.module, self.parameter_name)
         assert isinstance(weight, Tensor)
         return weight
 
     def part(self, tensor: Tensor) -> Tensor:
-        """What belongs to this layer of a tensor that has the shape of its parameter."""
+        """Return this layer's part of a tensor with the shape of its parameter."""
         if self.group is not None:
             which, groups = self.group
             return tensor.chunk(groups)[which]
@@ -210,23 +209,23 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The values without gradients; of a sharded parameter, those of this process."""
+        """The values without gradients; if the parameter is sharded, the shard of this process."""
         return self.part(local(self.parameter.detach()))
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the weight in its own layout, over all processes."""
+        """The shape of the weight in its own layout, unsharded."""
         return tuple(self.part(torch.empty(self.parameter.shape, device="meta")).shape)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in) of the whole matrix, over all processes."""
+        """(d_out, d_in), unsharded."""
         d_out, d_in = self.kind.read(torch.empty(self.stored_shape, device="meta")).shape
         return d_out, d_in
 
     @property
     def size(self) -> int:
-        """Number of weights, over all processes."""
+        """Number of weights, unsharded."""
         return math.prod(self.stored_shape)
 
 
@@ -237,7 +236,7 @@ def layers_of(
     modules: Mapping[str, nn.Module],
     by_columns: Mapping[type[nn.Module], bool],
 ) -> list[Layer]:
-    """The layers that a parameter holds: one, or one for each expert or group, or none."""
+    """Return the layers that a parameter holds: one, one for each expert or group, or none."""
     if parameter_name == "weight" and any(isinstance(module, kind.layer_type) for kind in layer_kinds().values()):
         kind = kind_of(module)
         if kind is None:
@@ -254,57 +253,11 @@ def layers_of(
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """How a module is seen as a matrix, if it is a product with its weight."""
+    """Return how to express a module as a matrix, or None if its forward is not a product with its weight."""
     if parametrize.is_parametrized(module, "weight"):
         return None
     kinds = [kind for kind in layer_kinds().values() if isinstance(module, kind.layer_type)]
     kept = [kind for kind in kinds if type(module).forward is kind.layer_type.forward]
-    if not kept and isinstance(module, nn.Linear) and _acts_as_linear(module):
+    if not kept and isinstance(module, nn.Linear) and computes_linear(module):
         kept = kinds
     return kept[0] if kept else None
-
-
-_OF_LINEAR = frozenset(vars(nn.Linear(1, 1, device="meta")))  # attributes of every instance
-_known: dict[object, bool] = {}  # by the class, and the attributes that its instance adds
-
-
-def _acts_as_linear(module: nn.Linear) -> bool:
-    """Whether the forward of a subclass still computes `x W^T + b`, as those of timm, which casts, and Falcon do.
-
-    A forward that quantizes, scales or routes does not.
-    """
-    own = {name: value for name, value in vars(module).items() if name not in _OF_LINEAR}
-    is_simple = all(value is None or isinstance(value, bool | int | float | str) for value in own.values())
-    if module._buffers or module._modules or len(module._parameters) > 2 or not is_simple:
-        return _computes_linear(module)
-    key = type(module), module.bias is None, frozenset(own.items())
-    if key not in _known:
-        _known[key] = _computes_linear(module)
-    return _known[key]
-
-
-@torch.no_grad()
-def _computes_linear(module: nn.Linear) -> bool:
-    """Try the forward of a subclass on a small copy of the module, so that it cannot change the module's own state."""
-    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], device="cpu")
-    bias = None if module.bias is None else torch.tensor([0.6, -1.1], device="cpu")
-    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], device="cpu")
-    try:
-        stand_in = object.__new__(type(module))
-        for name, value in vars(module).items():
-            shared = name in _OF_LINEAR and name not in ("_buffers", "_modules", "_parameters")  # hooks do not run
-            stand_in.__dict__[name] = (
-                value if shared else _copy(value, {id(module.weight): weight, id(module.bias): bias})
-            )
-        stand_in.__dict__ |= {"in_features": 3, "out_features": 2}
-        with torch.autocast("cpu", enabled=False):
-            output, expected = type(module).forward(stand_in, x), F.linear(x, weight, bias)
-            return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-5)
-    except Exception:  # it needs more than a weight and a bias
-        return False
-
-
-def _copy(value: Any, replacements: dict[int, Any]) -> Any:
-    """Copy what a forward could write into: tensors, modules and containers of them."""
-    is_mutable = isinstance(value, Tensor | nn.Module | dict | list | set | deque)
-    return copy.deepcopy(value, replacements) if is_mutable else value

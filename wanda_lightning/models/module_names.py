@@ -22,6 +22,6 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules}
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def unwrap_compiled(module: nn.Module) -> nn.Module:
     """Return the module that `torch.compile` wraps, or the module itself."""
     return module._modules.get(_COMPILED) or module

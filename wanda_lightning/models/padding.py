@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.models.module_names import named_modules, uncompiled
+from wanda_lightning.models.module_names import named_modules, unwrap_compiled
 
 _NO_LABEL = -100  # transformers pads labels with it
 
@@ -63,7 +63,7 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     modules = named_modules(model)
     for name, module in modules.items():
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-            encoder = uncompiled(module.get_encoder())  # type: ignore[operator]
+            encoder = unwrap_compiled(module.get_encoder())  # type: ignore[operator]
             inside = next(inner for inner, other in modules.items() if other is encoder)
             masks = [TokenMask(inside, mask.keep) for mask in masks] + _decoder_masks(name, batch)
             break

@@ -1,4 +1,4 @@
-"""What an allocation is, what it sees, and the plainest one."""
+"""The interface of every allocation, what it sees of a layer, and the simplest one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from wanda_lightning.core.types import PerInput, Weight
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer before it is pruned, as an allocation sees it.
+    """What an allocation sees of a layer before it is pruned.
 
     Attributes:
-        name: Its name in the model.
-        block: The repeated part of the model that it lies in; its own name where it lies in none.
+        name: Name in the model.
+        block: Name of the repeated part of the model that holds the layer; without one, the layer's own name.
         size: Number of weights.
-        sparsity_steps: In how many equal steps the pattern can take its sparsity from 0 to 1.
-        read: Gives the weight, which is not held.
-        inputs: Statistics of the dense model, for an allocation that needs some.
-        fisher: For one that reads gradients, of each input the sum over tokens of its square times the mean square of
-            the gradients at the layer's outputs.
+        sparsity_steps: Number of equal steps in which the pattern can raise the sparsity from 0 to 1.
+        read: Returns the weight, which is not kept in memory.
+        inputs: Input statistics of the dense model, for an allocation that needs some.
+        fisher: For an allocation that reads gradients: for each input, the sum over tokens of its square times the mean
+            square of the gradients at the layer's outputs.
     """
 
     name: str
@@ -37,36 +37,42 @@ class DenseLayer:
 
     @cached_property
     def zeros(self) -> int:
-        """How many weights are zero already; they stay zero."""
+        """Number of weights that are zero already; they stay zero."""
         return int((self.read() == 0).count_nonzero())
 
 
 class Allocation(ABC):
-    """How the target sparsity is spread over the layers."""
+    """Distributes the target sparsity over the layers.
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # statistics of the dense model
-    reads_gradients: ClassVar[bool] = False  # of the dense model
-    reads_weights: ClassVar[bool] = True  # of whole layers, so that no process can do with its rows
+    Attributes:
+        needs: The input statistics of the dense model that it reads.
+        reads_gradients: Whether it reads gradients of the dense model.
+        reads_weights: Whether it reads whole layers, so that a process that holds some rows cannot compute it.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads_gradients: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = True
 
     @property
     def gradient_samples(self) -> int | None:
-        """How many calibration samples of all processes together are passed backward; None for all."""
+        """Number of calibration samples, of all processes together, that are passed backward; None for all."""
         return None
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
         """Refuse a model that the allocation does not fit, before weights or statistics are read.
 
         Raises:
-            ValueError: If names, blocks or sizes of the layers make it impossible.
+            ValueError: If names, blocks or sizes of the layers make the allocation impossible.
         """
 
-    def scaled(self, share: float) -> Allocation:
-        """For a stage of a schedule: gives each layer this share of what it gets in the end."""
+    def scaled(self, fraction: float) -> Allocation:
+        """Return the allocation for a stage of a schedule that gives this fraction of the final sparsities."""
         return self
 
     @abstractmethod
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
-        """Give each layer, by name, a sparsity in [0, 1)."""
+        """Return the sparsity of each layer, by name, in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -76,5 +82,5 @@ class Uniform(Allocation):
     reads_weights: ClassVar[bool] = False
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
-        """Give every layer the target itself."""
+        """Give every layer the target."""
         return {layer.name: sparsity for layer in layers}

@@ -1,4 +1,4 @@
-"""Sparsity from what the model's predictions depend on."""
+"""Sparsity from the gradients of the model's predictions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
 from wanda_lightning.core.allocation.groups import refuse_one_group
 from wanda_lightning.core.allocation.match_target import match_target, mean_of
+from wanda_lightning.core.hyperparameters import Number, check
 
 
 @dataclass(frozen=True)
 class Fisher(Allocation):
-    """Less sparsity where weights matter more for the predictions, weights of all layers compared.
+    """Less sparsity where the weights matter more for the predictions, with the weights of all layers compared.
 
-    The score of a weight is `W² * sum of x² * mean(g²)` over the tokens, x its input and g the gradient of the
-    model's own predictions by the outputs of the layer: what the loss rises by when the weight goes, to second order,
-    with the diagonal of the Fisher information for the curvature (LeCun et al. 1989). Under one threshold for the
-    whole model, each layer gets the share of its weights that lie below, at most `max_deviation` from the target. Costs a
-    forward and a backward pass of the dense model; no labels.
+    The score of a weight is `W² * sum of x² * mean(g²)` over the tokens, with its input x and the gradient g of the
+    log-likelihood of the model's own predictions at the layer's outputs. It is the increase of the loss if the weight
+    becomes zero, to second order and with the diagonal of the Fisher information as curvature (LeCun et al. 1989). One
+    threshold for the whole model gives each layer the fraction of its weights that are below, at most `max_deviation`
+    from the target. The cost is one forward and backward pass of the dense model; no labels are needed.
 
     Attributes:
-        max_deviation: How far from the target a layer's sparsity may be.
+        max_deviation: Maximum difference between a layer's sparsity and the target.
         num_samples: Number of calibration samples, the first ones of all processes together, that are passed backward;
             None for all.
     """
@@ -35,8 +36,9 @@ class Fisher(Allocation):
     num_samples: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_deviation <= 1 or (self.num_samples is not None and self.num_samples < 1):
-            raise ValueError(f"Fisher needs max_deviation in [0, 1] and num_samples of at least 1, but got {self}")
+        check(self, max_deviation=Number(minimum=0, maximum=1))
+        if self.num_samples is not None:
+            check(self, num_samples=Number(minimum=1, whole=True))
 
     @property
     def gradient_samples(self) -> int | None:
@@ -44,23 +46,24 @@ class Fisher(Allocation):
         return self.num_samples
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
-        """Refuse a model with one layer."""
+        """Refuse a model with a single layer."""
         refuse_one_group(self, layers, "layer")
 
-    def scaled(self, share: float) -> Fisher:
-        """Layers differ by the same share of what they do in the end."""
-        return replace(self, max_deviation=self.max_deviation * share)
+    def scaled(self, fraction: float) -> Fisher:
+        """Scale the differences between layers."""
+        return replace(self, max_deviation=self.max_deviation * fraction)
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Compare the weights of all layers."""
-        below = {layer.name: _distribution(layer) for layer in layers}
+        distributions = {layer.name: _distribution(layer) for layer in layers}
+        least, most = sparsity - self.max_deviation, sparsity + self.max_deviation
         low, high = 0.0, float(_BINS)
         wanted: Mapping[str, float] = {}
         for _ in range(_HALVINGS):
             threshold = (low + high) / 2
             wanted = {
-                name: min(max(_share(shares, threshold), sparsity - self.max_deviation), sparsity + self.max_deviation)
-                for name, shares in below.items()
+                name: min(max(_fraction_below(distribution, threshold), least), most)
+                for name, distribution in distributions.items()
             }
             low, high = (threshold, high) if mean_of(layers, wanted) < sparsity else (low, threshold)
         return match_target(layers, wanted, sparsity)
@@ -71,7 +74,7 @@ _HALVINGS = 50
 
 
 def _distribution(layer: DenseLayer) -> Tensor:
-    """The share of the layer's weights that lie below the end of each bin."""
+    """The fraction of the layer's scores that are below the end of each bin."""
     assert layer.fisher is not None, "Fisher reads gradients"
     weight = layer.read()
     scores = weight.abs().to(torch.promote_types(weight.dtype, torch.float32)).log_().mul_(2)
@@ -80,8 +83,8 @@ def _distribution(layer: DenseLayer) -> Tensor:
     return bins.flatten().bincount(minlength=_BINS).cpu().double().cumsum(0).div_(layer.size)
 
 
-def _share(shares: Tensor, threshold: float) -> float:
-    """Linear within a bin."""
+def _fraction_below(distribution: Tensor, threshold: float) -> float:
+    """Interpolate linearly within the bin of the threshold, which is a number of bins."""
     whole = min(int(threshold), _BINS - 1)
-    before = float(shares[whole - 1]) if whole else 0.0
-    return before + (threshold - whole) * (float(shares[whole]) - before)
+    before = float(distribution[whole - 1]) if whole else 0.0
+    return before + (threshold - whole) * (float(distribution[whole]) - before)

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
 from wanda_lightning.core.allocation.match_target import match_target
+from wanda_lightning.core.hyperparameters import Number
 from wanda_lightning.core.name_patterns import matches, refuse_unmatched
+
+_OPTION = "PerLayer pattern"
+_SPARSITY = Number(minimum=0, below=1)
+_AS_PRINTED = 1e-4  # accept a mean with the four digits that the error message shows
 
 
 @dataclass(frozen=True)
 class PerLayer(Allocation):
-    """The sparsities of some layers, given by name; the others share one, so that the mean is the target.
+    """Sparsities of some layers, given by name; the other layers get one sparsity that makes the mean the target.
 
-    The numbers are final sparsities: a schedule's earlier stages take the same share of them as of the target. Of
-    patterns that match one layer the first counts. With N:M a layer gets an N near its number; 0 leaves it dense.
+    The sparsities are final: earlier stages of a schedule take the same fraction of them as of the target. If several
+    names match a layer, the first one counts. With N:M, a layer gets the N nearest to its sparsity; 0 leaves it dense.
 
     Attributes:
-        sparsities: By layer names, globs (with everything inside) or `re:` expressions. Kept as a tuple of pairs.
+        sparsities: By layer name, glob (with everything inside) or `re:` expression. Stored as a tuple of pairs.
 
     Example:
         >>> PerLayer({"*.mlp.*": 0.6, "blocks.0": 0.2})
@@ -31,20 +36,20 @@ class PerLayer(Allocation):
     def __post_init__(self) -> None:
         pairs = tuple(dict(self.sparsities).items())
         for pattern, sparsity in pairs:
-            if not 0 <= sparsity < 1:
-                raise ValueError(f"PerLayer gives {pattern!r} a sparsity of {sparsity}, but it is in [0, 1)")
+            if not _SPARSITY.accepts(sparsity):
+                raise ValueError(f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}.")
         object.__setattr__(self, "sparsities", pairs)
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
-        """Refuse patterns that name nothing, and a target that the other layers cannot make up for."""
+        """Refuse names that match no layer, and a target that the other layers cannot reach."""
         names = [layer.name for layer in layers]
         patterns = list(dict(self.sparsities))
         refuse_unmatched(patterns, names, _OPTION, "pruned layer")
         effective = {self._pattern_of(name) for name in names}
         if hidden := [pattern for pattern in patterns if pattern not in effective]:
             raise ValueError(
-                f"{_OPTION}={hidden[0]!r} names only layers that patterns before it name: the first that matches "
-                "counts, so give it earlier, or leave it out"
+                f"{_OPTION}={hidden[0]!r} matches only layers that earlier patterns match, and the first match counts. "
+                "Give it earlier, or leave it out."
             )
         given = self._given(layers)
         pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
@@ -52,22 +57,22 @@ class PerLayer(Allocation):
         if not rest:
             if abs(pruned / size - sparsity) > _AS_PRINTED:
                 raise ValueError(
-                    f"PerLayer names every layer, and their mean sparsity is {pruned / size:.4f}, but {sparsity:g} was "
-                    f"asked for. Use sparsity={pruned / size:.4f}, or leave some layers to make up the difference."
+                    f"sparsity must be {pruned / size:.4f}, the mean of PerLayer, which names every layer, but it is "
+                    f"{sparsity:g}. Give sparsity={pruned / size:.4f}, or leave some layers to make up the difference."
                 )
         elif not -1e-9 <= (wanted := (sparsity * size - pruned) / rest) < 1:
             raise ValueError(
-                f"a mean sparsity of {sparsity:g} cannot be reached: PerLayer leaves {rest / size:.1%} of the weights, "
-                f"which would need a sparsity of {wanted:.4f}. Use a sparsity from {pruned / size:.4f} to "
-                f"below {(pruned + rest) / size:.4f}, or give other values."
+                f"sparsity must be from {pruned / size:.4f} to below {(pruned + rest) / size:.4f} with this PerLayer, "
+                f"but it is {sparsity:g}: the other {rest / size:.1%} of the weights would need a sparsity of "
+                f"{wanted:.4f}. Give another sparsity, or other values in PerLayer."
             )
 
-    def scaled(self, share: float) -> PerLayer:
-        """The same share of each number."""
-        return PerLayer({pattern: sparsity * share for pattern, sparsity in dict(self.sparsities).items()})
+    def scaled(self, fraction: float) -> PerLayer:
+        """Scale every sparsity."""
+        return PerLayer({pattern: sparsity * fraction for pattern, sparsity in dict(self.sparsities).items()})
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
-        """Give what was given, and the rest what remains."""
+        """Give the named layers their sparsities, and the other layers what remains."""
         given = self._given(layers)
         rest = sum(layer.size for layer in layers if layer.name not in given)
         pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
@@ -83,7 +88,3 @@ class PerLayer(Allocation):
 
     def _pattern_of(self, name: str) -> str | None:
         return next((pattern for pattern in dict(self.sparsities) if matches(name, pattern, _OPTION)), None)
-
-
-_OPTION = "PerLayer pattern"
-_AS_PRINTED = 1e-4  # a mean that was clone_arguments from an error's four digits is the mean

@@ -12,16 +12,8 @@ from wanda_lightning.core.solvers.zero_out import ZeroOut
 
 __all__ = [
     "ADMM",
-    "SOLVERS",
     "Refit",
     "Solver",
     "SparseGPT",
     "ZeroOut",
 ]
-
-SOLVERS: dict[str, type[Solver]] = {
-    "zero_out": ZeroOut,
-    "sparsegpt": SparseGPT,
-    "refit": Refit,
-    "admm": ADMM,
-}

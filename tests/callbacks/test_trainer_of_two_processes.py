@@ -1,0 +1,158 @@
+"""Trainers with two processes: each gets its share of the samples, and all prune alike."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from support import pair_cases as cases
+from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from torch.utils.data import DataLoader
+
+from wanda_lightning import KeepZeros, WandaPrune, prune
+from wanda_lightning.callbacks.batches import calibration_batches
+from wanda_lightning.callbacks.trainer import processes_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:num_samples is")  # some tests take all there are
+
+
+def assert_samples(shares, expected):
+    """Together, whatever the order, the processes have these samples."""
+    found = torch.cat([batch for share in shares for batch in share])
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("num_samples", [7, 2, 16])
+def test_a_given_loader_is_divided(pair, strategy, num_samples):
+    (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, strategy, num_samples, True)
+    samples = cases.SAMPLES[:num_samples]
+    if strategy == "ddp" or num_samples == 7:  # with fsdp2 one process repeats a batch where it has fewer
+        own = [list(samples.split(3))[rank::2] for rank in (0, 1)]
+        assert all(map(torch.equal, batches, own[0]))
+        assert all(map(torch.equal, others, own[1]))
+    module = cases.Regression()
+    expected = prune(module, list(samples.split(3)), progress=False)
+    assert_equal_everywhere(weights, other_weights)
+    assert_same_weights(weights, dict(module.named_parameters()))
+    assert_same_report(report, expected)
+
+
+def test_a_given_loader_is_shuffled_alike(pair):
+    (batches, *_), (others, *_) = pair.run(cases.fit, "ddp", 16, True, shuffle=True)
+    assert_samples([batches, others], cases.SAMPLES)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_lightnings_own_loader_is_a_share_already(pair, strategy):
+    (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, strategy, 7, False)
+    assert (sum(map(len, batches)), sum(map(len, others))) == (4, 3)
+    assert report.layers[0].tokens == 7
+    assert_equal_everywhere(weights, other_weights)
+    found = torch.cat([*batches, *others]).tolist()
+    assert len({tuple(sample) for sample in found}) == 7  # no sample twice
+
+
+@pytest.mark.parametrize("sequential", ["block", "none"])
+def test_a_language_model_of_ours_under_fsdp2(pair, sequential):
+    (weights, report), (others, _) = pair.run(cases.fit_llama, sequential)
+    model, expected = alone("llama", sequential=sequential)
+    assert_equal_everywhere(weights, others)
+    assert_same_weights(weights, dict(model.named_parameters()))
+    assert [layer.tokens for layer in report.layers] == [layer.tokens for layer in expected.layers]
+
+
+def moved(before, after):
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+@pytest.mark.parametrize("sequential", ["block", "none"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_callback_prunes_and_keeps_the_zeros(pair, strategy, sequential):
+    loader = DataLoader(cases.SAMPLES, batch_size=2)
+    make = partial(WandaPrune, num_samples=16, dataloader=loader, sequential=sequential)
+    results = pair.run(cases.fit_with, strategy, make)
+    module = cases.Regression()
+    expected = prune(module, list(cases.SAMPLES.split(2)), progress=False, sequential=sequential)
+    for pruned, trained, report in results:
+        assert_same_weights(pruned, dict(module.named_parameters()))
+        assert_same_report(report, expected)
+        assert_equal_everywhere(trained, results[0][1])
+        assert len(moved(pruned, trained)) == len(pruned)
+        for layer in report.layers:
+            name = f"{layer.name}.weight"
+            assert torch.equal(trained[name] == 0, pruned[name] == 0), name
+
+
+@pytest.mark.parametrize(("strategy", "blocks"), [("ddp", True), ("fsdp2", True), ("fsdp2", False)])
+def test_zeros_of_before_are_kept(pair, strategy, blocks):
+    for pruned, trained, _ in pair.run(cases.fit_with, strategy, KeepZeros, zeros_in=1, blocks=blocks):
+        zeros = trained["layers.1.up.weight"] == 0
+        assert zeros[:, ::2].all()
+        assert not zeros[:, 1::2].any()
+        assert len(moved(pruned, trained)) == len(pruned)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_pruned_by_the_validation_loop(pair, strategy):
+    make = partial(WandaPrune, num_samples=16, sequential="none", calibrate_on="validation")
+    (weights, report), (others, _) = pair.run(cases.validate_with, strategy, make)
+    module = cases.Regression()
+    expected = prune(module, [cases.SAMPLES], progress=False, sequential="none")
+    assert_equal_everywhere(weights, others)
+    assert_same_weights(weights, dict(module.named_parameters()))
+    assert [(layer.name, layer.tokens, layer.zeros) for layer in report.layers] == [
+        (layer.name, layer.tokens, layer.zeros) for layer in expected.layers
+    ]
+
+
+def test_a_folder_is_not_saved_from_shards(pair, tmp_path):
+    for error in pair.run(cases.save_shards, tmp_path / "out"):
+        assert error[0] == "MisconfigurationException"
+        assert "ModelParallelStrategy distributes the model. Use Lightning's ModelCheckpoint" in error[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensor_parallelism_is_refused(pair):
+    for error in pair.run(cases.tensor_parallel):
+        assert error[0] == "MisconfigurationException"
+        assert "tensor_parallel_size=2" in error[1]
+
+
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_other_strategies_are_refused_by_name(strategy, world_size):
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), world_size=world_size)
+    with pytest.raises(MisconfigurationException, match=rf"is {strategy.__name__}\. .*strategy='ddp'.*KeepZeros"):
+        processes_of(trainer)
+
+
+def test_a_strategy_nobody_knows_is_refused_with_several_processes():
+    strategy = object.__new__(SingleDeviceStrategy)
+    assert processes_of(SimpleNamespace(strategy=strategy, world_size=1)).world_size == 1
+    with pytest.raises(MisconfigurationException, match="but it is SingleDeviceStrategy"):
+        processes_of(SimpleNamespace(strategy=strategy, world_size=2))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("num_samples", [1, 4, 7, 10, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_shares_are_together_what_one_process_takes(world_size, num_samples, batch_size):
+    def share(rank, size):
+        processes = SimpleNamespace(world_size=size, rank=rank, broadcast=lambda value, source: value)
+        loader = DataLoader(torch.arange(10), batch_size=batch_size)
+        return [batch.tolist() for batch in calibration_batches(None, None, loader, num_samples, processes)]
+
+    whole = share(0, 1)
+    shares = [share(rank, world_size) for rank in range(world_size)]
+    assert [
+        batch for turn in range(len(whole)) for batch in shares[turn % world_size][turn // world_size :][:1]
+    ] == whole
+    assert sum(map(len, shares)) == len(whole)
+
+
+def test_a_trainer_in_one_process_sends_nothing():
+    assert processes_of(L.Trainer(accelerator="cpu", devices=1, logger=False)).world_size == 1

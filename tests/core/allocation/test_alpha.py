@@ -1,0 +1,65 @@
+"""AlphaPruning: where the tail of the spectrum is heavier, sparsity is lower."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support import reference
+from support.layers import allocate
+
+from wanda_lightning.core.allocation import AlphaPruning, tail_exponent
+from wanda_lightning.core.patterns import Unstructured
+
+
+@pytest.mark.parametrize("exponent", [2.0, 3.5])
+def test_tail_exponent_of_a_pareto_spectrum(exponent):
+    rng = np.random.default_rng(0)
+    eigenvalues = rng.pareto(exponent - 1, 400) + 1
+    basis = [np.linalg.qr(rng.standard_normal((400, 400)))[0] for _ in range(2)]
+    weight = torch.from_numpy(basis[0] @ np.diag(eigenvalues**0.5) @ basis[1])
+    got = tail_exponent(weight)
+    assert got == pytest.approx(reference.hill(reference.array(weight)), rel=1e-9)
+    assert got == pytest.approx(exponent, rel=0.15)
+    assert tail_exponent(weight.float()) == pytest.approx(got, rel=1e-4)
+    assert tail_exponent(7 * weight) == pytest.approx(got, rel=1e-9)
+    assert tail_exponent(weight[:, :100].T) == pytest.approx(tail_exponent(weight[:, :100]), rel=1e-9)
+
+
+def spectrum(singular_values):
+    """A matrix with these singular values and without zeros."""
+    generator = torch.Generator().manual_seed(0)
+    size = len(singular_values)
+    left, right = (torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for _ in range(2))
+    return left @ torch.diag(singular_values) @ right
+
+
+def test_heavier_tails_get_less_sparsity():
+    weights = [spectrum(torch.arange(1.0, 9) ** power) for power in (0.5, 1, 2)]
+    assert sorted(map(tail_exponent, weights), reverse=True) == list(map(tail_exponent, weights))
+    layers = [(name, name, weight, None) for name, weight in zip("abc", weights, strict=True)]
+    got = allocate(AlphaPruning(), layers, 0.5, Unstructured("layer"))
+    assert got["a"] > got["b"] > got["c"]
+    assert got["a"] / got["c"] == pytest.approx(1.3 / 0.7, rel=0.05)
+
+
+def test_matrices_without_a_tail():
+    assert math.isnan(tail_exponent(torch.ones(4, 8)))
+    assert math.isnan(tail_exponent(torch.zeros(4, 8)))
+    assert math.isfinite(tail_exponent(torch.eye(8)))
+    flat = [("a", "a", torch.ones(4, 8), None), ("b", "b", torch.ones(8, 4), None)]
+    assert allocate(AlphaPruning(), flat, 0.3) == {"a": 0.3, "b": 0.3}
+    spectra = [("c", "c", spectrum(torch.ones(8)), None), ("d", "d", spectrum(torch.arange(1.0, 9)), None)]
+    got = allocate(AlphaPruning(), flat + spectra, 0.5, Unstructured("layer"))
+    assert got["d"] < got["a"] < got["c"]
+    assert got["a"] == pytest.approx(got["b"], abs=1 / 32)
+
+
+def test_a_stage_of_a_schedule_is_scaled_with_the_target():
+    assert AlphaPruning().scaled(0.5) == AlphaPruning()
+
+
+@pytest.mark.parametrize("epsilon", [1.0, -0.1, math.nan])
+def test_values_out_of_range_are_refused(epsilon):
+    with pytest.raises(ValueError, match="epsilon of AlphaPruning must be a number of at least 0 and below 1"):
+        AlphaPruning(epsilon=epsilon)

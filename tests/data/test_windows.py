@@ -1,0 +1,42 @@
+"""Drawing and cutting windows against loops over the two protocols."""
+
+import random
+
+import pytest
+import torch
+from support.data import documents, slow_document_windows, slow_text_windows
+
+from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
+
+
+def test_drawing_tokenizes_only_what_is_drawn(tokenizer):
+    texts = documents([100] * 1000)
+    seen = []
+
+    def tokenize(text):
+        seen.append(text)
+        return tokenizer(text).input_ids
+
+    draw_from_documents(texts, tokenize, seqlen=20, num_samples=5, seed=0)
+    assert len(seen) == 5
+
+
+def test_drawing_ends_where_one_document_of_many_is_long_enough(tokenizer):
+    texts = documents([5] * 300 + [100])
+    windows = draw_from_documents(texts, lambda text: tokenizer(text).input_ids, seqlen=50, num_samples=3, seed=0)
+    assert torch.equal(windows, slow_document_windows(texts, tokenizer, 50, 3, 0))
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_one_text_is_drawn_from_as_the_reference_does(seed):
+    ids = random.Random(1).choices(range(100), k=200)
+    assert torch.equal(draw_from_text(ids, 20, 9, seed), slow_text_windows(ids, 20, 9, seed))
+    with pytest.raises(ValueError, match=r"seqlen=200 tokens need a text of at least 201, but a\.txt has 200"):
+        draw_from_text(ids, 200, 1, seed, "a.txt")
+
+
+def test_cutting_drops_the_rest_and_stops_at_the_limit():
+    assert cut(range(7), 2).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert cut(range(7), 2, limit=1).tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match=r"A window of seqlen=8 tokens was asked for, but a\.txt has only 7"):
+        cut(range(7), 8, source="a.txt")

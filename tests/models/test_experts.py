@@ -1,0 +1,122 @@
+"""Experts that are one parameter are found, and their matrices read and written in place."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from support.experts import (
+    BY_COLUMNS,
+    HEADS,
+    SIZES,
+    SPECIMENS,
+    Stack,
+    experts_of,
+    jetmoe,
+    on_meta,
+    reasons,
+)
+from support.zoo import ZOO
+from torch import nn
+
+from wanda_lightning.models import find_layers
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_each_expert_is_a_layer_that_lies_in_its_parameter(name):
+    model = ZOO[name].build()
+    layers = [layer for layer in find_layers(model).layers if layer.expert is not None]
+    assert len(layers) == 2 * 4 * len(experts_of(model))
+    for layer in layers:
+        whole = layer.parameter[layer.expert].detach()
+        assert layer.name == f"{layer.siblings[:-2]}.{layer.expert}"
+        assert dict(model.named_parameters())[layer.siblings[:-2]] is layer.parameter
+        assert torch.equal(layer.read(), whole.T if name in BY_COLUMNS else whole)
+        width = model.config.hidden_size if "gate_up" in layer.name else layer.module.down_proj[0].numel() // 32
+        assert layer.read().shape == layer.shape == (layer.size // width, width)
+        assert layer.read().data_ptr() == whole.data_ptr()
+        others = copy.deepcopy(layer.parameter.detach())
+        with torch.no_grad():
+            layer.write(torch.zeros(layer.shape))
+        assert not layer.read().any()
+        others[layer.expert] = 0
+        assert torch.equal(layer.parameter, others)
+
+
+def qwen2_moe():
+    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**SIZES, **HEADS, **sizes))
+
+
+def dbrx():
+    config = hf.DbrxConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=64, attn_config={"rope_theta": 1e4})
+    config.ffn_config.ffn_hidden_size, config.ffn_config.moe_num_experts, config.ffn_config.hidden_size = 48, 4, 32
+    return hf.DbrxForCausalLM(config)
+
+
+def test_square_experts_are_read_as_those_of_their_class():
+    """JetMoE's attention has experts of 32 x 32, which do not say which side is the input; those of its MLP do."""
+    found = {layer.name: layer for layer in find_layers(on_meta(jetmoe)).layers}
+    assert found["model.layers.0.mlp.input_linear.3"].shape == (96, 32)
+    square = found["model.layers.0.self_attention.experts.output_linear.0"]
+    assert square.kind is found["model.layers.0.mlp.input_linear.3"].kind
+    assert square.kind.rows_first
+
+
+def test_routers_are_left_dense():
+    found = reasons(on_meta(qwen2_moe))
+    routers = {name for name, reason in found.items() if reason == "router"}
+    assert routers == {f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")}
+    found = reasons(on_meta(jetmoe))
+    assert {name.removeprefix("model.layers.1.") for name, reason in found.items() if reason == "router"} >= {
+        "mlp.router.layer",
+        "self_attention.experts.router.layer",
+    }
+    found = reasons(on_meta(dbrx))
+    assert found["transformer.blocks.0.ffn.router.layer"] == "router"
+    assert found["transformer.blocks.0.ffn.experts.mlp.w1"].startswith("w1 of DbrxExpertGLU is not")
+
+
+UNSAID = "does not say which dimension of its experts' matrices is the input"
+
+
+@pytest.mark.parametrize(
+    ("stack", "expected"),
+    [
+        (Stack(num_experts=4, hidden_size=32), [(48, 32), (32, 48)]),
+        (Stack((4, 32, 48), (4, 48, 32), num_experts=4, hidden_size=32), [(48, 32), (32, 48)]),
+        (Stack((4, 32, 32), (4, 32, 32), num_experts=4, hidden_size=32, is_transposed=True), [(32, 32), (32, 32)]),
+        (Stack((4, 32, 32), (4, 32, 32), num_experts=4, hidden_size=32), UNSAID),
+        (Stack(num_experts=4), UNSAID),
+        (Stack(num_experts=4, hidden_size=16), UNSAID),
+        (Stack(num_experts=3, hidden_size=32), "is not the weight of a supported layer"),
+        (Stack(num_experts_per_tok=4, hidden_size=32), "is not the weight of a supported layer"),
+        (Stack(num_groups=4, hidden_size=32), "is not the weight of a supported layer"),
+    ],
+)
+def test_only_what_declares_itself_is_taken_for_experts(stack, expected):
+    found = find_layers(nn.ModuleDict({"experts": stack, "other": nn.Linear(8, 8)}))
+    if isinstance(expected, str):
+        assert [layer.name for layer in found.layers] == ["other"]
+        assert all(expected in matrix.detail for matrix in found.skipped)
+        assert [matrix.name for matrix in found.skipped] == ["experts.up_proj", "experts.down_proj"]
+    else:
+        assert [layer.shape for layer in found.layers[::4]][:2] == expected
+
+
+def test_skip_names_experts_one_by_one_or_together():
+    model = ZOO["mixtral"].build()
+    whole, one = "*.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj.2"
+    found = reasons(model, skip=[whole, one])
+    named = {name for name, reason in found.items() if reason == f"skip={whole!r}"}
+    assert named == {f"model.layers.{i}.mlp.experts.gate_up_proj.{e}" for i in range(2) for e in range(4)}
+    assert found[one] == f"skip={one!r}"
+
+
+def test_experts_tied_to_others_are_pruned_once():
+    model = nn.ModuleDict(
+        {"first": Stack(num_experts=4, hidden_size=32), "second": Stack(num_experts=4, hidden_size=32)}
+    )
+    model["second"].up_proj = model["first"].up_proj
+    assert reasons(model) == {"second.up_proj": "tied to first.up_proj"}
+    assert reasons(model, skip=["second.up_proj"])["first.up_proj.1"] == "skip='second.up_proj'"

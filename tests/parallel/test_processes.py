@@ -1,0 +1,241 @@
+"""Several processes prune one model: the same masks everywhere, those of one process on all samples, and no hanging."""
+
+import re
+from functools import partial
+from itertools import zip_longest
+
+import pytest
+import torch
+from support import pair_cases as cases
+from support.batches import split
+from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.zoo import ZOO, run
+
+from wanda_lightning import Fisher, Magnitude
+from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning.calibration.mode import calibration_mode
+from wanda_lightning.models import find_layers, token_masks
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+
+
+def test_the_collectives(pair):
+    for rank, found in enumerate(pair.run(cases.collectives)):
+        assert found == {
+            "add": [[3.0, 6.0], 21, [[1.0]], [], [[6.0], [8.0]]],
+            "minimum": 4,
+            "share": ["of 0", "of 1"],
+            "gather": [[0, 5], [1, 5]],
+        }, rank
+
+
+@pytest.mark.parametrize(
+    ("who", "first", "second"),
+    [
+        ({"inner": [], "outer": []}, "fine", "fine"),
+        ({"inner": [1], "outer": []}, ("RuntimeError", "process 1 of 2 .* KeyError: 1"), ("KeyError", "1")),
+        ({"inner": [], "outer": [0]}, ("ValueError", "bad 0"), ("ValueError", "process 0 of 2 .* bad 0")),
+        ({"inner": [], "outer": [0, 1]}, ("ValueError", "bad 0"), ("ValueError", "bad 1")),
+        ({"inner": [0, 1], "outer": []}, ("KeyError", "0"), ("KeyError", "1")),
+    ],
+)
+def test_all_fail_together(pair, who, first, second):
+    for (outcome, in_step), expected in zip(pair.run(cases.failures, who), (first, second), strict=True):
+        assert in_step == 3
+        if expected == "fine":
+            assert outcome == expected
+        else:
+            assert outcome[0] == expected[0]
+            assert re.search(expected[1], outcome[1])
+
+
+def test_one_process_sends_nothing():
+    processes, tensor = Processes(), torch.tensor([1.0])
+    processes.all_reduce_sum([tensor])
+    with processes.fail_together():
+        assert (processes.all_reduce_min(3), processes.broadcast("mine", 0), tensor.item()) == (3, "mine", 1.0)
+    with pytest.raises(KeyError, match="mine"), processes.fail_together():
+        raise KeyError("mine")
+    assert (processes.world_size, processes.rank) == (1, 0)
+
+
+# ------------------------------------------------------------------------------------------------- replicated (DDP)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_masks_are_those_of_one_process(pair, sequential, pattern):
+    (first, report), (second, other) = pair.run(cases.replicated, "llama", sequential=sequential, pattern=pattern)
+    model, expected = alone("llama", sequential=sequential, pattern=pattern)
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()))
+    assert_same_report(report, expected)
+    assert_same_report(other, expected)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize(
+    "name", ["llama_padded", "t5", "convnext", "resnet18", "block_twice", "unreached", "mixtral_padded"]
+)
+def test_other_architectures(pair, name, sequential):
+    (first, report), (second, _) = pair.run(cases.replicated, name, sequential=sequential)
+    model, expected = alone(name, sequential=sequential)
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()))
+    assert_same_report(report, expected)
+
+
+@pytest.mark.parametrize("shares", [([0, 1, 2], []), ([], [0, 1, 2]), ([2], [0, 1])])
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_uneven_and_empty_shares(pair, sequential, shares):
+    (first, report), (second, _) = pair.run(cases.replicated, "plain_mlp", shares, sequential=sequential)
+    model, expected = alone("plain_mlp", sequential=sequential)
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()))
+    assert_same_report(report, expected)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_a_process_may_have_no_batch_at_a_unit(pair, sequential):
+    (first, report), (second, _) = pair.run(cases.replicated, "routed", sequential=sequential)
+    model, expected = alone("routed", sequential=sequential)
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()))
+    assert_same_report(report, expected)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured_layer", "equal_share"])
+def test_patterns_over_all_rows(pair, pattern):
+    (first, _), (second, _) = pair.run(cases.replicated, "plain_mlp", pattern=pattern)
+    model, _ = alone("plain_mlp", pattern=pattern)
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("allocation", ["owl", "alpha"])
+def test_allocations_are_of_the_batches_of_all(pair, sequential, allocation):
+    choices = {"sequential": sequential, "allocation": allocation, "criterion": "ria"}
+    (first, report), (second, _) = pair.run(cases.replicated, "vit", **choices)
+    model, expected = alone("vit", **choices)
+    assert len({layer.target for layer in report.layers}) > 1
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()))
+    assert_same_report(report, expected)
+
+
+# ------------------------------------------------------------------------------------- statistics by distinct input
+
+
+def test_layers_with_one_input_are_added_up_once(pair):
+    (found, groups, sent), (_, others, _) = pair.run(cases.statistics_of, "llama")
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    assert groups == others
+    assert [f"{attention}{name}_proj" for name in "qkv"] in groups
+    assert [f"{mlp}gate_proj", f"{mlp}up_proj"] in groups
+    assert len(groups) == 2 * 4
+    distinct = [found[names[0]][1] for names in groups]
+    numbers = sum(value.numel() for sums in distinct for value in sums.values())
+    assert numbers <= sent <= numbers + 100  # besides some counts
+
+
+@pytest.mark.parametrize(
+    ("shares", "groups"),
+    [
+        (([0], [1]), [["first", "second"], ["third"]]),
+        (([0, 1], [2, 3]), [["first"], ["second"], ["third"]]),
+        (([0, 2], [1]), [["first"], ["second"], ["third"]]),
+        (([0], []), [["first", "second"], ["third"]]),
+        (([4], [1]), [["first"], ["second"], ["third"]]),
+        (([4], [4]), [["first", "third"], ["second"]]),
+        (([0, 1, 2], [3, 4]), [["first"], ["second"], ["third"]]),
+    ],
+)
+def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shares, groups):
+    expected = {}
+    model, batches = cases.Fork(), cases.fork_batches()
+    for name in ("first", "second", "third"):
+        getattr(model, name).register_forward_pre_hook(
+            lambda _, args, name=name: expected.setdefault(name, []).append(args[0])
+        )
+    for index in [*shares[0], *shares[1]]:
+        model(batches[index])
+    for found, found_groups, _ in pair.run(cases.statistics_of, "fork", shares):
+        assert found_groups == groups
+        for name, (count, sums) in found.items():
+            tokens = torch.cat(expected.get(name, [torch.zeros(0, 8)]))
+            assert count == len(tokens)
+            torch.testing.assert_close(sums["gram"], (tokens.T @ tokens).detach(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(sums["square_sum"], tokens.square().sum(0).detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [None, 1, 3, 5])
+@pytest.mark.parametrize("shares", [None, ([0, 1, 2], []), ([0], [1, 2])])
+@pytest.mark.parametrize("name", ["llama", "llama_padded"])
+def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples):
+    """In turns, as a loader that is the same for all is divided; the labels are those of one process."""
+    batches = split(ZOO[name].batches(), 1)
+    first, second = (cases.share_of(batches, rank, shares) for rank in (0, 1))
+    turns = [batch for turn in zip_longest(first, second) for batch in turn if batch is not None]
+    model = ZOO[name].build().double()
+    masks = [token_masks(model, batch) for batch in turns]
+    forwards = [partial(run, model, batch) for batch in turns]
+    layers = find_layers(model).layers
+    with calibration_mode(model), torch.no_grad():
+        expected = fisher(model, layers, forwards, masks, lambda: None, SINGLE_PROCESS, samples)
+    for sums in pair.run(cases.fisher_of, name, shares, samples):
+        assert sums.keys() == expected.keys()
+        for layer, value in expected.items():
+            torch.testing.assert_close(sums[layer], value, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [3, None])
+def test_masks_with_fisher_are_those_of_one_process(pair, samples):
+    (first, report), (second, _) = pair.run(cases.best, samples)
+    model, expected = alone("llama", allocation=Fisher(num_samples=samples), solver="admm")
+    assert_equal_everywhere(first, second)
+    assert [layer.target for layer in report.layers] == pytest.approx([layer.target for layer in expected.layers])
+    zeros = [(first[name] == 0, value == 0) for name, value in model.named_parameters()]
+    assert sum(int((one != other).sum()) for one, other in zeros) <= 1e-3 * sum(one.numel() for one, _ in zeros)
+
+
+def test_only_the_first_process_shows_progress(pair):
+    first, second = pair.run(cases.progress)
+    assert "done" in first
+    assert second == ""
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize(
+    ("spoil", "kinds", "text"),
+    [
+        ("input", ("ValueError", "ValueError"), "NaN or infinity"),
+        ("weight", ("ValueError", "ValueError"), "has weights that are NaN or infinite"),
+        ("iterator", ("RuntimeError", "OSError"), "no more disk"),
+        ("forward", ("RuntimeError", "OSError"), "no more disk"),
+    ],
+)
+def test_what_is_wrong_in_one_process_ends_all(pair, sequential, spoil, kinds, text):
+    (other, unchanged), (own, _) = pair.run(cases.spoilt, sequential, spoil)
+    assert (other[0], own[0]) == kinds
+    assert "process 1 of 2" in other[1]
+    assert text in other[1]
+    assert text in own[1]
+    assert "process 1 of 2" not in own[1]
+    assert unchanged or spoil == "forward"
+    if spoil == "input":
+        assert "batch 0 of process 1" in own[1]
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_no_batches_in_any_process(pair, sequential):
+    for error, unchanged in pair.run(cases.spoilt, sequential, "nothing"):
+        assert error[0] == "ValueError"
+        assert "there is none" in error[1]
+        assert unchanged
+
+
+def test_criteria_without_statistics_send_no_batches(pair):
+    (first, _), (second, _) = pair.run(cases.replicated, "plain_mlp", criterion=Magnitude())
+    model, _ = alone("plain_mlp", criterion=Magnitude())
+    assert_equal_everywhere(first, second)
+    assert_same_weights(first, dict(model.named_parameters()), tolerance=0)

@@ -1,0 +1,81 @@
+"""Models whose experts are one parameter, and what is seen of them."""
+
+import torch
+import transformers as hf
+from support.zoo import ZOO, run
+from torch import nn
+
+from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.mode import calibration_mode
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.models import find_layers, token_masks
+
+SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4"]
+BY_COLUMNS = ("gpt_oss", "llama4")
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def experts_of(model):
+    """Modules that hold experts, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Experts")}
+
+
+def reasons(model, **choices):
+    return {matrix.name: matrix.detail for matrix in find_layers(model, **choices).skipped}
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def jetmoe():
+    config = hf.JetMoeConfig(**SIZES, num_key_value_heads=2, kv_channels=16, num_local_experts=4)
+    return hf.JetMoeForCausalLM(config)
+
+
+class Stack(nn.Module):
+    """Experts of remote code: what says what they are is up to the test."""
+
+    def __init__(self, first=(4, 48, 32), second=(4, 32, 48), **declared):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(first) / 6)
+        self.down_proj = nn.Parameter(torch.randn(second) / 6)
+        for name, value in declared.items():
+            setattr(self, name, value)
+
+
+def observed(model, batches, needs=frozenset(SUMS), minimum=0):
+    unit = find_layers(model, "none").units[0]
+    masks = [token_masks(model, batch) for batch in batches]
+    observer = Observer(needs, masks, min_expert_tokens=minimum)
+    with calibration_mode(model), torch.no_grad():
+        statistics = observer(
+            unit, whole_model_stop([lambda batch=batch: run(model, batch) for batch in batches]).calls
+        )
+    return {name: value for name, value in statistics.items() if ".experts." in name}, observer
+
+
+def double(name, implementation="batched_mm"):
+    model = ZOO[name].build().double()
+    model.config._experts_implementation = implementation  # grouped_mm takes no float64
+    return model
+
+
+def starved():
+    """To one expert of the first block, number 2, no token is routed."""
+    model = ZOO["mixtral"].build()
+    gate = model.model.layers[0].mlp.gate
+    gate.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
+    with torch.no_grad():
+        gate.weight[2] = -10
+    return model
