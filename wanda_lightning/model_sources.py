@@ -107,8 +107,8 @@ def _explain(error: Exception, part: str, name: str) -> Exception:
     found = path.exists() or isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError))  # of the hub
     if isinstance(error, OSError) and not found:
         return OSError(
-            f"The {part} of {name!r} was not found: neither a local folder nor the Hugging Face hub (or its cache) has "
-            "it. Check the name and the connection, or give a local folder or a .gguf file. "
+            f"The {part} of {name!r} cannot be found: neither a local folder nor the Hugging Face hub (or its cache) "
+            f"has the {part}. Check the name and the connection, or give a local folder or a .gguf file. "
             f"The cause: {one_line(error)}"
         )
     return ValueError(

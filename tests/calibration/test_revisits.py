@@ -7,6 +7,7 @@ from support.chains import Chain, Mlp, route, through, travel, vectors
 from support.zoo import ZOO
 from torch import nn
 
+from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
 
@@ -61,6 +62,15 @@ def test_albert_shares_its_block(sequential):
     inside = {unit.name for unit in find_layers(model, sequential).units if "albert_layers" in unit.name}
     assert inside
     assert found == inside
+
+
+@pytest.mark.parametrize(("sequential", "noted"), [("block", True), ("layer", True), ("none", False)])
+def test_the_report_says_that_the_statistics_are_those_of_the_first_call(sequential, noted):
+    model = Looped(Mlp(), Mlp())
+    report = prune(model, vectors(), sequential=sequential, skip=["head"], progress=False)
+    notes = [note for note in report.notes if "more than once" in note and "blocks.0.up" in note]
+    assert len(notes) == noted
+    assert [layer.tokens for layer in report.layers] == [18 * (1 if noted else 3)] * 4
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "convnext", "t5", "routed", "unreached", "plain_mlp", "resnet18"])

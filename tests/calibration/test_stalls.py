@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.chains import Chain, Mlp, route, travel, vectors
@@ -124,14 +125,27 @@ def test_a_lock_that_nobody_releases_ends_too():
     time.sleep(0.1)  # the thread that waited ends at its next unit
 
 
+def wait_for_a_thread():
+    thread = threading.Thread(target=time.sleep, args=(0.6,))
+    thread.start()
+    thread.join()
+
+
+def wait_for_a_future():
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(time.sleep, 0.6).result()
+
+
 @pytest.mark.parametrize(
     "wait",
     [
         lambda: time.sleep(0.6),
         lambda: [x for x in range(3_000_000) if x < 0],
         lambda: [threading.Event().wait(0.05) for _ in range(12)],
+        lambda: wait_for_a_thread(),
+        lambda: wait_for_a_future(),
     ],
-    ids=["sleeping", "computing", "waiting briefly again and again"],
+    ids=["sleeping", "computing", "waiting briefly again and again", "a thread", "a future"],
 )
 def test_a_slow_model_is_no_stall(wait):
     model = Chain(Mlp(), Mlp(before=wait), glue=lambda index: wait() if index == 1 else None)

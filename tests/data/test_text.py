@@ -189,7 +189,7 @@ def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
         TextDataModule(3)
     with pytest.raises(ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"):
         TextDataModule().setup("validate")
-    with pytest.raises(OSError, match=r"tokenizer of 'no/such' was not found: neither a local folder nor") as error:
+    with pytest.raises(OSError, match=r"tokenizer of 'no/such' cannot be found: neither a local folder nor") as error:
         TextDataModule("no/such").setup("validate")
     assert error.value.__cause__ is not None
     with pytest.raises(ValueError, match=r"tokenizer of .* cannot be used"):

@@ -362,3 +362,19 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     added = tiny_tokenizer(128)
     added.add_tokens(["<image>"])
     CausalLMModule(model, added)
+
+
+def test_a_model_of_the_hub_is_checked_like_a_folder(folders, tmp_path):
+    for name in ("good", "integers"):
+        snapshot = tmp_path / f"models--owner--{name}" / "snapshots" / ("a" * 40)
+        shutil.copytree(folders / "llama", snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    stored(integers)(snapshot / "model.safetensors")
+    module = CausalLMModule("owner/good", cache_dir=str(tmp_path))
+    assert same_weights(module.model, tiny_llama())
+    assert module.tokenizer("w3 w7").input_ids == [3, 7]
+    with pytest.raises(ValueError, match=r"'owner/integers' stores lm_head\.weight as I8"):
+        CausalLMModule("owner/integers", cache_dir=str(tmp_path))
+    with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be found: neither a local folder nor"):
+        CausalLMModule("owner/none", cache_dir=str(tmp_path))

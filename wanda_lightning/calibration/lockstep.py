@@ -18,7 +18,7 @@ from threading import Thread
 
 from torch import nn
 
-from wanda_lightning.calibration.batch_thread import BatchThread, Call, StopForward, park
+from wanda_lightning.calibration.batch_thread import BatchThread, Call, park
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import stop_at_other_matrices
 from wanda_lightning.calibration.stalls import INTERVAL, LOOKS, StallDetector
@@ -166,6 +166,3 @@ def whole_model_stop(forwards: Iterable[Callable[[], object]]) -> Stop:
     """The stop at the whole model: every batch at its entry, drawn one by one, nothing computed yet."""
     thread_state = ThreadState()
     return Stop(0, (Call(batch, forward, (), {}, thread_state) for batch, forward in enumerate(forwards)))
-
-
-__all__ = ["Call", "Stop", "StopForward", "lockstep", "park", "whole_model_stop"]

@@ -3,8 +3,8 @@
 While batches take turns, a batch that is parked keeps every lock that its model has taken. If another batch needs the
 same lock, it waits forever. No exception shows this, so a watchdog thread looks at the stack of the one thread that
 should run. It reports a stall only if the thread stays at one instruction that takes a lock, in ten consecutive looks,
-and uses no CPU time in between. Loading data, sleeping and waiting for a GPU or another process are not lock
-instructions of Python, so they never count, however long they take.
+and uses no CPU time in between. Loading data, sleeping and waiting for a GPU, another process or the end of another
+thread are not lock instructions of Python, so they never count, however long they take.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import psutil
 
-INTERVAL = 3.0  # seconds between two looks
+INTERVAL = 6.0  # seconds between two looks
 LOOKS = 10
 _LOCK_MODULES = {"threading", "queue", "multiprocessing.synchronize"}  # they take locks on behalf of their caller
+_WAITS_FOR_THREADS = {"join", "result", "_wait_for_tstate_lock"}  # of threads and futures, also by means of locks
 
 
 class StallDetector(threading.Thread):
@@ -98,7 +99,7 @@ class _LockWait(NamedTuple):
     def of(cls, thread: threading.Thread, turn: int) -> _LockWait | None:
         """Look at a thread; None if its current instruction does not take a lock."""
         frame = sys._current_frames().get(thread.ident or 0)
-        if frame is None or not _takes_lock(frame):
+        if frame is None or not _takes_lock(frame) or _outside(frame).f_code.co_name in _WAITS_FOR_THREADS:
             return None
         times = {item.id: item.user_time + item.system_time for item in psutil.Process().threads()}
         return cls(turn, frame, frame.f_lasti, times.get(thread.native_id, 0.0))
@@ -106,10 +107,17 @@ class _LockWait(NamedTuple):
     @property
     def place(self) -> str:
         """File, line and function that take the lock."""
-        frame = self.frame
-        while frame.f_globals.get("__name__") in _LOCK_MODULES and frame.f_back is not None:
-            frame = frame.f_back
+        frame = _outside(self.frame)
         return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _outside(frame: FrameType) -> FrameType:
+    """Return the frame that called into the modules that take locks, or one inside them that waits for a thread."""
+    while frame.f_globals.get("__name__") in _LOCK_MODULES and frame.f_code.co_name not in _WAITS_FOR_THREADS:
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return frame
 
 
 def _takes_lock(frame: FrameType) -> bool:
