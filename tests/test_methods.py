@@ -142,6 +142,6 @@ def test_a_choice_of_a_preset_may_be_replaced():
 def test_what_is_no_preset_is_refused():
     with pytest.raises(ValueError, match=r"method must be one of .*best, but it is 'bset'. Did you mean best"):
         PruningCallback.preset("bset")
-    with pytest.raises(TypeError, match=r"as WandaPrune does: use PruningCallback.preset\('fast'\)"):
+    with pytest.raises(TypeError, match=r"so does WandaPrune. Use PruningCallback.preset\('fast'\)"):
         WandaPrune.preset("fast")
     assert not hasattr(KeepZeros, "preset")

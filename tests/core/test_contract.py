@@ -92,7 +92,7 @@ def test_repr_makes_the_entry_again(protocol, make):
     assert eval(repr(entry), vars(sys.modules[type(entry).__module__])) == entry
 
 
-def test_entries_of_one_dict_differ():
+def test_entries_of_one_table_differ():
     for table in (CRITERIA, SOLVERS, ALLOCATIONS):
         assert len({make() for make in table.values()}) == len(table)
     assert len(set(PATTERNS.values())) == len(PATTERNS)
@@ -127,7 +127,7 @@ def test_scores_do_not_depend_on_a_sign(criterion):
     assert torch.equal(criterion(weight, inputs), criterion(-weight, negated))
 
 
-def test_only_what_has_no_needs_runs_without_inputs():
+def test_only_a_criterion_without_needs_runs_without_statistics():
     weight, _ = random_layer()
     assert torch.equal(Magnitude()(weight, InputStatistics()), weight.abs())
     with pytest.raises(KeyError, match="square_sum"):
@@ -166,7 +166,7 @@ def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
 @EVERY_DTYPE
 @EVERY_PATTERN
 @EVERY_CRITERION
-def test_zero_out_is_score_keep_zero(criterion, pattern, dtype):
+def test_zero_out_scores_chooses_and_zeroes(criterion, pattern, dtype):
     weight, tokens = random_layer(dtype)
     sparsity, chosen = sparsity_of(pattern), CRITERIA[criterion]()
     pruned, keep = ZeroOut()(weight, statistics(tokens, chosen), Selection(chosen, pattern, sparsity))
@@ -222,7 +222,7 @@ TOGETHER = {
 @EVERY_SOLVER
 @pytest.mark.parametrize("targets", TOGETHER.values(), ids=TOGETHER)
 @EVERY_CRITERION
-def test_layers_with_the_same_inputs_are_pruned_as_each_alone(criterion, targets, solver):
+def test_layers_solved_together_equal_layers_solved_alone(criterion, targets, solver):
     weight, tokens = random_layer(torch.float64)
     criterion = CRITERIA[criterion]()
     inputs = statistics(tokens, criterion, solver)
@@ -277,7 +277,7 @@ def test_every_solver_has_a_criterion_of_its_own():
 
 @EVERY_ALLOCATION
 @pytest.mark.parametrize("seed", range(3))
-def test_sparsities_are_those_of_the_formula_to_within_a_weight_per_row(name, seed):
+def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     layers = list(random_layers(seed))
     got = allocate(ALLOCATIONS[name](), layers, 0.5)
     arrays = [(n, block, reference.array(weight), reference.array(tokens)) for n, block, weight, tokens in layers]
@@ -315,7 +315,7 @@ def test_the_mean_is_the_target_as_near_as_the_pattern_allows(name, pattern, see
 
 @EVERY_ALLOCATION
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(4, 8)], ids=str)
-def test_patterns_have_the_sparsity_that_is_given_out(name, pattern):
+def test_patterns_reach_the_allocated_sparsity(name, pattern):
     layers = list(random_layers(shapes=((6, 24), (24, 8))))
     for layer, sparsity in allocate(ALLOCATIONS[name](), layers, 0.5, pattern).items():
         weight = next(weight for other, _, weight, _ in layers if other == layer)
@@ -333,8 +333,8 @@ def test_equal_blocks_give_uniform(name):
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(4, 8)], ids=str)
 @given(seed=st.integers(0, 2**31), sparsity=st.floats(0.01, 0.95), rise=st.floats(0, 1))
 @settings(max_examples=15)
-def test_what_is_zero_stays_and_enough_zeros_are_enough(name, pattern, seed, sparsity, rise):
-    """The second time statistics and spectra are others, and so would be the sparsities."""
+def test_zeros_stay_and_pruning_twice_changes_nothing(name, pattern, seed, sparsity, rise):
+    """In the second pruning, statistics and spectra differ, which must not change the sparsities."""
     layers = list(random_layers(seed, ((6, 24), (24, 8))))
     sparsity = getattr(pattern, "sparsity", sparsity)
 

@@ -66,7 +66,7 @@ def test_wanda_prunes_a_dead_input_first():
     assert keep.all(dim=0).logical_not().nonzero().flatten().tolist() == [5, 40]
 
 
-def test_wanda_of_half_precision_tells_apart_what_bf16_would_not():
+def test_scores_of_half_precision_are_in_float32():
     weight = torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16)
     tokens = torch.tensor([[1.0, 1.0], [0.0, 0.05]], dtype=torch.bfloat16)
     scores = Wanda()(weight, statistics(tokens, Wanda))
@@ -78,7 +78,7 @@ def test_wanda_of_half_precision_tells_apart_what_bf16_would_not():
 
 
 def test_ria_of_a_row_and_a_column_of_zeros():
-    """They score 0, not NaN, and what else an inactive input has scores above them."""
+    """They score 0, not NaN; the other weights of an inactive input score above 0."""
     weight, tokens = random_layer()
     weight[3], weight[:, 7], weight[5, 9] = 0, 0, 0
     tokens[:, 9] = 0

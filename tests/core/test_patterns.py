@@ -31,7 +31,7 @@ def distinct_scores(seed, rows, d_in, dtype=torch.float32):
 @given(score_matrices(), sparsities)
 @example(torch.ones(2, 10), 0.7)
 @example(torch.ones(2, 100), 0.29)  # 100 * 0.29 is 28.999999999999996
-def test_unstructured_prunes_exactly_so_many_of_each_group(scores, sparsity):
+def test_unstructured_prunes_the_exact_number_of_each_group(scores, sparsity):
     by_row = Unstructured()(scores, sparsity)
     assert ((~by_row).sum(dim=1) == int(scores.shape[1] * sparsity)).all()
     assert_keeps(by_row, reference.keep_by_row(scores.numpy(), sparsity))
@@ -95,7 +95,7 @@ def test_equal_share_gives_rows_their_own_sparsity():
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
-def test_equal_share_leaves_a_matrix_that_is_already_there(sparsity):
+def test_equal_share_leaves_a_pruned_matrix_as_it_is(sparsity):
     scores = torch.rand(4, 4096, generator=torch.Generator().manual_seed(0))  # a thousandth is 4 weights of a row
     keep = EqualShare()(scores, sparsity)
     assert torch.equal(EqualShare()(scores * keep, sparsity), keep)
@@ -140,8 +140,8 @@ def test_permuted_rows_permute_what_is_kept(pattern, seed):
 
 @pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=["off", "strict", "warn_only"])
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), NM(5, 32)], ids=repr)
-def test_deterministic_mode_is_lifted_for_values_only_and_as_before(pattern, mode, monkeypatch):
-    """What it refuses on CUDA, kthvalue and cumsum of floats, runs without it; on a CPU it refuses nothing."""
+def test_deterministic_mode_is_off_only_where_values_are_read(pattern, mode, monkeypatch):
+    """On CUDA, deterministic mode refuses kthvalue and cumsum of floats; on a CPU it refuses nothing."""
 
     def strict():
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

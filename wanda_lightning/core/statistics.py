@@ -1,6 +1,6 @@
-"""What a layer's inputs looked like, as sums over tokens.
+"""Statistics of a layer's inputs, as sums over tokens.
 
-Everything is a sum, so merging batches, ranks and resumed runs is `+`.
+All of them are sums, so the statistics of several batches or processes are added.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from wanda_lightning.core.gram import dampened, inverse_factor, scaled
 from wanda_lightning.core.types import Gram, PerInput, Tokens
 
-Made = TypeVar("Made")
+Derived = TypeVar("Derived")
 
 
 def _square_sum(tokens: Tokens) -> PerInput:
@@ -24,7 +24,7 @@ def _square_sum(tokens: Tokens) -> PerInput:
     return tokens.square().sum(dim=0)
 
 
-_WIDE = 512  # inputs from which on a Gram matrix is made of halves
+_WIDE = 512  # from this number of inputs on, a Gram matrix is computed in halves
 
 
 def _gram(tokens: Tokens) -> Gram:
@@ -35,7 +35,7 @@ def _gram(tokens: Tokens) -> Gram:
 
 
 def _write_gram(tokens: Tokens, gram: Gram) -> None:
-    """What is above the diagonal is below it too, so that it takes to multiply little more than half."""
+    """Compute little more than half of the products: what is above the diagonal is copied below it."""
     if len(gram) < _WIDE:
         torch.mm(tokens.t(), tokens, out=gram)
         return
@@ -73,7 +73,7 @@ class InputStatistics:
     Only the sums named in `needs` are kept. They are accumulated in float32, or in float64 for float64 inputs.
 
     Args:
-        needs: Names out of `SUMS`; without any, the statistics of a method that needs no data.
+        needs: Names from `SUMS`; a method that needs no data gets `InputStatistics()`.
 
     Attributes:
         count: Number of tokens seen.
@@ -90,11 +90,10 @@ class InputStatistics:
         self.needs = frozenset(needs)
         self.count = 0
         self.sums: dict[str, Tensor] = {}
-        self._made: dict[tuple[str, float], Any] = {}  # from the sums; layers with one input share it
+        self._derived: dict[tuple[str, float], Any] = {}  # computed from the sums, once for all layers with this input
         self._part_of: tuple[InputStatistics, slice] | None = None
-        unknown = self.needs - SUMS.keys()
-        if unknown:
-            raise ValueError(f"unknown statistics {sorted(unknown)}: the known ones are {sorted(SUMS)}")
+        if unknown := self.needs - SUMS.keys():
+            raise ValueError(f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}.")
 
     def update(self, tokens: Tokens) -> None:
         """Add a batch of tokens, one row each."""
@@ -105,59 +104,59 @@ class InputStatistics:
         self._add(tokens.shape[0], {name: SUMS[name](tokens) for name in self.needs})
 
     def merge(self, other: InputStatistics) -> None:
-        """Add what another set of tokens gave."""
-        assert other.needs == self.needs, "only statistics of one kind add up"
+        """Add the sums over another set of tokens."""
+        assert other.needs == self.needs, "statistics of different kinds cannot be added"
         self._add(other.count, other.sums)
 
     def _add(self, count: int, sums: dict[str, Tensor]) -> None:
         self.count += count
-        self._made.clear()
+        self._derived.clear()
         for name, value in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def norm(self) -> PerInput:
-        """The L2 norm of each input column over all tokens, `sqrt(sum of x²)`."""
+        """Return the L2 norm of each input over all tokens, `sqrt(sum of x²)`."""
         return self.sums["square_sum"].sqrt()
 
     def inactive(self) -> Bool[Tensor, " d_in"]:
-        """Which inputs were zero in every token."""
+        """Return which inputs were zero in every token."""
         energy = self.sums["square_sum"] if "square_sum" in self.sums else self.sums["gram"].diagonal()
         return energy == 0
 
     def dampened_gram(self, dampening: float) -> Gram:
-        """The sum of `x x^T` over all tokens, with `dampening` times its mean diagonal added to the diagonal."""
+        """Return the sum of `x x^T` over all tokens, with `dampening` times its mean diagonal added to the diagonal."""
         return dampened(self.sums["gram"], dampening)
 
     def inverse_factor(self, dampening: float) -> Gram:
-        """The upper triangular `U` with `U^T U = dampened_gram^-1`; made once (see `core.gram`)."""
+        """Return the upper triangular `U` with `U^T U = dampened_gram^-1`, computed once (see `core.gram`)."""
         return self._once(("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening))
 
     def inverse_diagonal(self, dampening: float) -> PerInput:
-        """The diagonal of `inverse_factor`."""
+        """Return the diagonal of `inverse_factor`."""
         if self._part_of is not None:
             whole, part = self._part_of
             return whole.inverse_diagonal(dampening)[part]
         return self.inverse_factor(dampening).diagonal()
 
     def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
-        """The scale of each input, and the dampened Gram matrix with a diagonal of 1; made once (see `core.gram`)."""
+        """Return the scale of each input and the Gram matrix scaled to a diagonal of 1, computed once (`core.gram`)."""
         return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
     def columns(self, start: int, stop: int) -> InputStatistics:
-        """What criteria read, of some inputs alone."""
+        """Return what criteria read, for the inputs from `start` to `stop`."""
         part = InputStatistics(self.needs - {"gram"})
         part.count, part._part_of = self.count, (self, slice(start, stop))
         part.sums = {name: self.sums[name][start:stop] for name in part.needs}
         return part
 
-    def _once(self, key: tuple[str, float], make: Callable[[], Made]) -> Made:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _once(self, key: tuple[str, float], compute: Callable[[], Derived]) -> Derived:
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     def finite(self) -> Tensor:
-        """Whether no token held NaN or infinity: a boolean scalar that stays on the inputs' device."""
-        # No number of a Gram matrix is larger than the largest of its diagonal.
+        """Return whether no token held NaN or infinity, as a boolean scalar on the inputs' device."""
+        # No entry of a Gram matrix is larger than the largest entry of its diagonal.
         values = [value.diagonal() if value.ndim == 2 else value for value in self.sums.values()]
         flags = [value.isfinite().all() for value in values]
         return torch.stack(flags).all() if flags else torch.tensor(True)

@@ -27,7 +27,7 @@ def test_tail_exponent_of_a_pareto_spectrum(exponent):
 
 
 def spectrum(singular_values):
-    """A matrix that has them, and no zeros."""
+    """A matrix with these singular values and without zeros."""
     generator = torch.Generator().manual_seed(0)
     size = len(singular_values)
     left, right = (torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for _ in range(2))

@@ -13,7 +13,7 @@ def test_the_unit_range():
 
 
 @pytest.mark.parametrize("kind", [OWL, AlphaPruning])
-def test_neither_blocks_nor_layers(kind, monkeypatch):
+def test_groups_are_blocks_or_layers(kind, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses it before we do
     with pytest.raises(ValueError, match=f"per of {kind.__name__} must be one of block, layer, but it is 'row'"):
         kind(per="row")

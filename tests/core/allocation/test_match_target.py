@@ -10,7 +10,7 @@ from wanda_lightning.core.patterns import NM
 
 
 @given(st.integers(1, 300), st.data())
-def test_a_level_is_not_lost_to_rounding(levels, data):
+def test_a_step_is_not_lost_to_rounding(levels, data):
     step = data.draw(st.integers(0, levels - 1))
     weight = torch.ones(1, levels)
     layers = [dense_layer("a", "a", weight), dense_layer("b", "b", weight)]

@@ -16,13 +16,13 @@ def plain_layers(shape=(4, 100), names=NAMES):
     return [(name, name, torch.randn(shape, generator=generator), None) for name in names]
 
 
-def test_the_given_and_the_rest():
+def test_the_other_layers_share_what_remains():
     got = allocate(PerLayer({"*.up": 0.8, "re:l.st": 0.1, "blocks.1": 0.2}), plain_layers(), 0.5)
     assert got == pytest.approx(dict(zip(NAMES, [0.8, 0.6, 0.8, 0.2, 0.1], strict=True)))
     assert allocate(PerLayer(), plain_layers(), 0.3) == dict.fromkeys(NAMES, 0.3)
 
 
-def test_half_of_everything_is_half_of_each():
+def test_a_stage_of_a_schedule_scales_every_sparsity():
     assert PerLayer({"*.up": 0.8, "last": 0.2}).scaled(0.5) == PerLayer({"*.up": 0.4, "last": 0.1})
 
 
@@ -57,7 +57,7 @@ def test_all_layers_may_be_named():
     assert allocate(allocation, layers, 0.3941)["blocks.0.up"] == 0.8
 
 
-def test_numbers_hold_in_a_model_that_has_zeros_enough():
+def test_given_sparsities_hold_in_a_model_with_enough_zeros():
     layers = plain_layers()
     for _, _, weight, _ in layers:
         weight[:, :50] = 0

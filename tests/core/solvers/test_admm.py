@@ -12,7 +12,7 @@ from wanda_lightning.core.solvers import ADMM, ZeroOut
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("iterations", [1, 6, 10])
-def test_the_mask_of_admm_is_that_of_its_turns_one_by_one(pattern, iterations):
+def test_the_mask_is_that_of_the_iterations_one_by_one(pattern, iterations):
     weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
     solver = ADMM(iterations=iterations)
     _, keep = solve(solver, weight, tokens, pattern=pattern)
@@ -47,7 +47,7 @@ def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
-def test_admm_leaves_the_zeros_of_before(pattern):
+def test_present_zeros_stay(pattern):
     weight, tokens = correlated_layer(3)
     weight[:, ::5] = 0
     weight[:, 8:16] = 0
@@ -62,7 +62,7 @@ def test_admm_leaves_the_zeros_of_before(pattern):
 
 
 @pytest.mark.parametrize("solver", [ADMM()], ids=str)
-def test_more_sparsity_leaves_the_zeros_where_they_are(solver):
+def test_pruning_further_keeps_the_zeros(solver):
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     some, _ = solve(solver, weight, tokens, sparsity=0.3)
     more, _ = solve(solver, some, tokens, sparsity=0.7)
@@ -70,7 +70,7 @@ def test_more_sparsity_leaves_the_zeros_where_they_are(solver):
     assert (more == 0).sum() == 12 * 210
 
 
-def test_admm_takes_wandas_mask_where_inputs_do_not_correlate():
+def test_wandas_mask_is_used_if_inputs_do_not_correlate():
     weight, _ = random_layer(torch.float64, shape=(6, 32))
     norms = torch.logspace(-2, 1, 32, dtype=torch.float64)
     tokens = torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double()).Q * norms
@@ -81,7 +81,7 @@ def test_admm_takes_wandas_mask_where_inputs_do_not_correlate():
     assert output_error(weight, pruned, tokens) <= output_error(weight, zeroed, tokens)
 
 
-def test_admm_ends_at_the_least_squares_of_its_mask():
+def test_the_weights_are_the_least_squares_of_the_mask():
     weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
     pruned, keep = solve(ADMM(dampening=0.05, refit_steps=200), weight, tokens)
     expected = reference.least_squares(weight.numpy(), tokens.numpy(), 0.05, keep.numpy())

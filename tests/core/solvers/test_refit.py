@@ -23,7 +23,7 @@ def test_a_refit_is_numpys_least_squares(pattern, dampening):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 200])
-def test_a_refit_knows_its_error(steps):
+def test_the_returned_error_is_that_of_the_weights(steps):
     weight, tokens = correlated_layer(4, torch.float64, shape=(6, 32), tokens=200)
     gram, keep = tokens.t() @ tokens, NM(2, 4)(weight.abs(), 0.5)
     fitted, error = refit(weight, weight * keep, keep, gram, steps)

@@ -13,7 +13,7 @@ from wanda_lightning.core.solvers import SparseGPT, ZeroOut
 
 @pytest.mark.parametrize("shape", [(6, 64), WIDE])
 @pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()])
-def test_a_mask_of_before_gets_the_surgeons_update(criterion, shape):
+def test_an_upfront_mask_gets_the_surgeons_update(criterion, shape):
     weight, tokens = random_layer(torch.float64, shape=shape, tokens=500)
     pruned, keep = solve(SparseGPT(mask="upfront"), weight, tokens, criterion)
     scores = reference.SCORES[type(criterion).__name__.lower()](weight.numpy(), tokens.numpy())
@@ -24,7 +24,7 @@ def test_a_mask_of_before_gets_the_surgeons_update(criterion, shape):
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(3, 5), NM(1, 2)], ids=str)
 @pytest.mark.parametrize("block_size", [128, 20, 1000])
-def test_what_is_chosen_on_the_way_gets_the_surgeons_update(pattern, block_size):
+def test_a_mask_chosen_by_blocks_gets_the_surgeons_update(pattern, block_size):
     weight, tokens = random_layer(torch.float64, shape=WIDE, tokens=500)
     solver = SparseGPT(block_size=block_size)
     pruned, keep = solve(solver, weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.5))
@@ -95,14 +95,14 @@ def test_rows_that_are_solved_apart_are_solved_as_together(criterion, pattern):
     torch.testing.assert_close(together, torch.cat(apart))
 
 
-def test_other_patterns_make_up_for_the_blocks_before():
+def test_other_patterns_make_up_for_earlier_blocks():
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     _, keep = solve(SparseGPT(), weight, tokens, pattern=EqualShare(), sparsity=0.5)
     assert (~keep).float().mean().item() == pytest.approx(0.5, abs=0.005)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
-def test_what_is_sparser_than_asked_for_on_the_left_stays_so(pattern):
+def test_zeros_on_the_left_stay_even_if_they_exceed_the_target(pattern):
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     weight[:, :128] = 0
     pruned, _ = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.3))
@@ -131,7 +131,7 @@ def test_inputs_that_are_never_active_count(pattern):
 
 
 @pytest.mark.parametrize("solver", [SparseGPT(), SparseGPT(mask="upfront")], ids=str)
-def test_more_sparsity_leaves_the_zeros_where_they_are(solver):
+def test_pruning_further_keeps_the_zeros(solver):
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     some, _ = solve(solver, weight, tokens, sparsity=0.3)
     more, _ = solve(solver, some, tokens, sparsity=0.7)
