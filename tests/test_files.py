@@ -210,7 +210,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refuse_full(tmp_path / "new" / "x", 2_000_000)
-    with pytest.raises(OSError, match=r"x needs 3\.0 MB, but 2\.0 MB are free on its disk"):
+    with pytest.raises(OSError, match=r"x needs 3\.00 MB, but 2\.00 MB are free on its disk"):
         refuse_full(tmp_path / "new" / "x", 3_000_000)
 
 
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path):
         (folder / "half").write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    message = r"its disk is full: after 0\.0 MB only .* MB are free"
+    message = r"its disk is full: after 0\.00 MB only .* MB are free"
     with pytest.raises(OSError, match=message), whole_folder(tmp_path / "x") as temporary:
         fill(temporary)
     assert list(tmp_path.iterdir()) == []

@@ -470,7 +470,7 @@ def test_gram_matrices_that_cannot_fit_are_refused(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(64, 4096), torch.nn.Linear(4096, 64))
     monkeypatch.setattr("wanda_lightning.refusals.free_memory", lambda device: 2**27)
     batches = [torch.randn(8, 64)]
-    with pytest.raises(ValueError, match=r"needs at least 0.2 GiB .* widest of 1 with 4096 .* 0.1 GiB are free on cpu"):
+    with pytest.raises(ValueError, match=r"needs at least 0.2 GiB .* largest for 1 with 4096 .* 0.1 GiB are free on cpu"):
         prune(model, batches, solver="sparsegpt", progress=False)
     prune(model, batches, solver="sparsegpt", skip=["1"], progress=False)
     prune(model, batches, progress=False)
@@ -497,5 +497,5 @@ def test_the_callback_of_sparsegpt_is_prune_with_its_solver():
 
 
 def test_a_solver_that_chooses_itself_takes_no_criterion():
-    with pytest.raises(ValueError, match=r"ADMM\(.* chooses the weights itself, but criterion=Magnitude\(\) was given"):
+    with pytest.raises(ValueError, match=r"criterion=Magnitude\(\) cannot be combined with solver=ADMM\("):
         prune(torch.nn.Linear(4, 4), [], solver="admm", criterion="magnitude")

@@ -108,7 +108,7 @@ def refuse_full(path: str | os.PathLike[str], size: int) -> None:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e6:,.2f} MB"
 
 
 def _entries(folder: Path) -> list[Path]:

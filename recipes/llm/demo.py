@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prune a language model with magnitude and with Wanda.")
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--pattern", default=None, help="such as 2:4; by default unstructured")
+    parser.add_argument("--pattern", default="unstructured", help="unstructured, or N:M such as 2:4")
     parser.add_argument("--nsamples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
@@ -39,11 +39,10 @@ def main() -> None:
     data = TextDataModule(
         module.tokenizer, seqlen=options.seqlen, num_samples=options.nsamples, limit=options.limit, batch_size=4
     )
-    pattern = {} if options.pattern is None else {"pattern": options.pattern}
     methods: dict[str, PruningCallback | None] = {
         "dense": None,
-        "magnitude": MagnitudePrune(options.sparsity, **pattern),
-        "wanda": WandaPrune(options.sparsity, num_samples=options.nsamples, **pattern),
+        "magnitude": MagnitudePrune(options.sparsity, pattern=options.pattern),
+        "wanda": WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.nsamples),
     }
     dense = copy.deepcopy(module.state_dict())
     table = Table(title=f"{options.model}, perplexity on {options.limit} windows of {options.seqlen} tokens")

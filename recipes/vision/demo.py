@@ -69,11 +69,10 @@ def main() -> None:
         module, data, accuracy = train(name, options.epochs)
         table.add_row(name, "dense", "", "", "", f"{accuracy:.2%}", f"{time.perf_counter() - started:.1f}")
         dense = copy.deepcopy(module.state_dict())
-        for pattern in ("50 %", "2:4"):
-            chosen = {"pattern": "2:4"} if pattern == "2:4" else {}
+        for pattern in ("unstructured", "2:4"):
             callbacks = {
-                "magnitude": MagnitudePrune(0.5, **chosen),
-                "wanda": WandaPrune(0.5, sequential="none", num_samples=1024, **chosen),
+                "magnitude": MagnitudePrune(0.5, pattern=pattern),
+                "wanda": WandaPrune(0.5, pattern=pattern, sequential="none", num_samples=1024),
             }
             for method, callback in callbacks.items():
                 module.load_state_dict(dense)

@@ -46,5 +46,5 @@ def test_a_disk_that_is_too_small_for_the_weights(tmp_path, monkeypatch):
         if fits:
             measure.refuse_no_space(str(tmp_path / "out"), Model())
         else:
-            with pytest.raises(OSError, match=r"out needs 1\.0 MB, but 1\.0 MB are free on its disk"):
+            with pytest.raises(OSError, match=r"out needs 1\.00 MB, but 1\.00 MB are free on its disk"):
                 measure.refuse_no_space(str(tmp_path / "out"), Model())

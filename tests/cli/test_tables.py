@@ -23,7 +23,7 @@ def test_no_number_is_cut(width, capsys, monkeypatch):
     out = capsys.readouterr().out
     for number in ("50.00%", "13243.37", "1234567.89", "1234.5"):
         assert re.search(rf"(?<![\d.]){re.escape(number)}", out)
-    assert ("sparsity: 50.00%" in out.splitlines()) == (width < 100)
+    assert ("sparsity: 50.00%" in out.splitlines()) == (width < 80)
     assert "…" not in out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from support.lora import assert_zeros, config, llama, logits, randomise, two_adapters, zeros_of
+from support.lora import assert_zeros, config, llama, logits, randomize, two_adapters, zeros_of
 
 from wanda_lightning.lora import KeepZerosLoraConfig, merge
 
@@ -27,7 +27,7 @@ def test_options_that_cannot_keep_zeros_are_refused_by_name(options, message):
 
 
 def test_a_saved_adapter_can_be_loaded(tmp_path):
-    model = randomise(get_peft_model(llama(), config(target_modules="all-linear", lora_dropout=0.1)))
+    model = randomize(get_peft_model(llama(), config(target_modules="all-linear", lora_dropout=0.1)))
     expected = logits(model)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())

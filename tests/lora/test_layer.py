@@ -9,7 +9,7 @@ from support.lora import (
     config,
     llama,
     logits,
-    randomise,
+    randomize,
     reference,
     relative,
     single,
@@ -53,14 +53,14 @@ def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
     model, layer = single(sparse_layer(kind, bias=kind != "no bias"), lora_dropout=dropout)
     model.double()
     x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
-    towards = torch.randn(3, 5, 40, dtype=torch.float64)
+    direction = torch.randn(3, 5, 40, dtype=torch.float64)
     wanted_for = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
 
     torch.manual_seed(7)
     out = model(x)
-    got = torch.autograd.grad((out * towards).sum(), wanted_for)
+    got = torch.autograd.grad((out * direction).sum(), wanted_for)
     expected = reference(layer, x, dropout_seed=7 if dropout else None)
-    want = torch.autograd.grad((expected * towards).sum(), wanted_for)
+    want = torch.autograd.grad((expected * direction).sum(), wanted_for)
 
     torch.testing.assert_close(out, expected)
     for mine, theirs in zip(got, want, strict=True):
@@ -103,12 +103,12 @@ def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
     options = {"r": 4, "lora_alpha": 8, "use_rslora": True, "lora_bias": True, "target_modules": ["0"]}
     torch.manual_seed(0)
     dense = nn.Linear(24, 40)
-    plain = randomise(get_peft_model(nn.Sequential(dense), LoraConfig(**options)))
+    plain = randomize(get_peft_model(nn.Sequential(dense), LoraConfig(**options)))
     x = torch.randn(7, 24)
     expected = plain(x)
     plain.unload()
     with pytest.warns(UserWarning, match="plain LoRA"):
-        model = randomise(get_peft_model(nn.Sequential(dense), KeepZerosLoraConfig(**options)))
+        model = randomize(get_peft_model(nn.Sequential(dense), KeepZerosLoraConfig(**options)))
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(merge(model)(x), expected)
 
@@ -136,7 +136,7 @@ def test_autocast_computes_in_its_dtype_and_gives_float32_gradients(dropout):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     def gradients(checkpointing):
-        model = randomise(get_peft_model(llama(), config(lora_dropout=0.2))).train()
+        model = randomize(get_peft_model(llama(), config(lora_dropout=0.2))).train()
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -198,7 +198,7 @@ def test_each_sample_may_have_its_own_adapter():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_adapter_and_back_restores_every_bit(dtype):
-    model = randomise(get_peft_model(llama(dtype), config(target_modules="all-linear")))
+    model = randomize(get_peft_model(llama(dtype), config(target_modules="all-linear")))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapted = logits(model)
     model.merge_adapter()

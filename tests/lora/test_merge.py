@@ -14,7 +14,7 @@ from support.lora import (
     gpt2,
     llama,
     logits,
-    randomise,
+    randomize,
     relative,
     train,
     zeros_of,
@@ -46,7 +46,7 @@ def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropo
 def test_peft_itself_merges_the_same():
     base = llama()
     zeros = zeros_of(base)
-    model = randomise(get_peft_model(base, config()))
+    model = randomize(get_peft_model(base, config()))
     adapted = logits(model)
     merged = model.merge_and_unload(safe_merge=True)
     assert relative(logits(merged), adapted) < 1e-5
@@ -56,7 +56,7 @@ def test_peft_itself_merges_the_same():
 def test_nm_zeros_survive():
     base = llama(sparsity=0)
     prune(base, None, 0.5, criterion="magnitude", pattern="2:4", progress=False)
-    merged = merge(randomise(get_peft_model(base, config(target_modules="all-linear"))))
+    merged = merge(randomize(get_peft_model(base, config(target_modules="all-linear"))))
     for name, module in merged.model.named_modules():
         if isinstance(module, nn.Linear):
             assert bool(((module.weight.view(-1, 4) != 0).sum(1) <= 2).all()), name
@@ -81,7 +81,7 @@ def sparsity_in(message):
 
 
 def test_merging_plain_lora_warns_with_the_sparsity_before_and_after():
-    model = randomise(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
+    model = randomize(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
     adapted = logits(model)
     with pytest.warns(UserWarning, match="targeted matrices") as caught:
         merged = merge(model)
@@ -94,7 +94,7 @@ def test_merging_plain_lora_warns_with_the_sparsity_before_and_after():
 def test_reprune_puts_the_zeros_back():
     base = llama()
     zeros = zeros_of(base)
-    model = randomise(get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS)))
+    model = randomize(get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS)))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     expected = (layer.weight + layer.get_delta_weight("default")) * (layer.weight != 0)
     merged = merge(model, reprune=True)
@@ -105,13 +105,13 @@ def test_reprune_puts_the_zeros_back():
 def test_reprune_after_merge_adapter_knows_the_zeros_from_before():
     base = llama()
     zeros = zeros_of(base)
-    model = randomise(get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS)))
+    model = randomize(get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS)))
     model.merge_adapter()
     assert_zeros(merge(model, reprune=True), zeros)
 
 
 def test_a_pruned_matrix_trained_whole_counts_too():
-    model = randomise(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
+    model = randomize(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
     train(model, steps=1)
     with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
         merge(model)

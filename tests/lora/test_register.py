@@ -5,13 +5,13 @@ import sys
 
 import torch
 from peft import get_peft_model
-from support.lora import TOKENS, config, llama, logits, randomise
+from support.lora import TOKENS, config, llama, logits, randomize
 
 
 def test_a_second_process_loads_an_adapter_as_its_folder_says_or_stops_with_that_advice(tmp_path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
-    model = randomise(get_peft_model(base, config()))
+    model = randomize(get_peft_model(base, config()))
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model)
 

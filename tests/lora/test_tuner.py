@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.lora import TARGETS, config, llama, logits, randomise, two_adapters
+from support.lora import TARGETS, config, llama, logits, randomize, two_adapters
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,7 +21,7 @@ def test_deleting_an_adapter_leaves_the_other():
 def test_weighted_adapters_are_the_weighted_sum(kind, options):
     model = get_peft_model(llama(), config())
     model.add_adapter("other", config(r=2))
-    randomise(model)
+    randomize(model)
     model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", combination_type=kind, **options)
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
     expected = 0.5 * layer.get_delta_weight("default") + 2.0 * layer.get_delta_weight("other")

@@ -55,7 +55,7 @@ def zeros_of(model):
     return {n: p.detach() == 0 for n, p in model.named_parameters() if p.dim() == 2}
 
 
-def randomise(model, seed=0):
+def randomize(model, seed=0):
     """Adapters that do something: B starts at zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -109,7 +109,7 @@ def reference(layer, x, *, dropout_seed=None, names=("default",)):
 
 def single(layer, **options):
     model = get_peft_model(nn.Sequential(layer), config(target_modules=["0"], **options))
-    return model, randomise(model).base_model.model[0]
+    return model, randomize(model).base_model.model[0]
 
 
 def sparse_layer(kind, d_in=24, d_out=40, bias=True):
@@ -122,7 +122,7 @@ def sparse_layer(kind, d_in=24, d_out=40, bias=True):
 def two_adapters():
     model = get_peft_model(llama(), config())
     model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
-    return randomise(model)
+    return randomize(model)
 
 
 class CodesParameter(nn.Parameter):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SIZE = 2
-PATIENCE = 60.0  # seconds; whoever needs longer hangs
+PATIENCE = 150.0  # seconds; longer than a loaded machine takes to import torch in each process
 
 
 class Pair:

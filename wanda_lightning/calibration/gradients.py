@@ -109,7 +109,7 @@ class _Predictions:
         logits, keep = _logits(output), None
         if mask := fitting_mask(padding or (), "", logits):  # the mask of the whole model, not of its encoder
             keep = mask.keep.to(logits.device)
-            logits = logits.view(*keep.shape, -1)
+            logits = logits.reshape(*keep.shape, -1)
         if not (logits if keep is None else logits[keep]).isfinite().all():
             raise ValueError(
                 f"calibration batches must give finite predictions, but those of batch {batch} (counted from 0) hold "

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -50,10 +49,3 @@ def _restore(modes: Mapping[nn.Module, bool]) -> None:
             module.train(mode)
     for module, mode in modes.items():
         module.training = mode
-
-
-def free_memory(device: torch.device) -> int:
-    """Free memory of a device in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -88,8 +88,8 @@ class PruneOptions:
     eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
     limit: int | None = option("Number of windows to measure on; by default all.", rule=_at_least(1))
     sequential: str | None = option(
-        "What the statistics see: pruned blocks before a dense block (block, the default for language models), pruned "
-        "layers (layer), or the dense model (none, the default for image classifiers).",
+        "Whose pruning the statistics see: that of earlier blocks (block, the default for language models), of all "
+        "earlier layers (layer), or of none (none, the default for image classifiers).",
         choices=SEQUENTIAL_CHOICES,
     )
     allocation: str | None = option(
@@ -328,7 +328,9 @@ class InspectOptions:
     model: str = option(
         "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.", MISSING
     )
-    sequential: str = option("What calibration batches stop at.", "block", choices=SEQUENTIAL_CHOICES)
+    sequential: str = option(
+        "Where calibration batches stop: at blocks, at layers, or nowhere (none).", "block", choices=SEQUENTIAL_CHOICES
+    )
     skip: list[str] = option(_SKIP, [], rule=_PATTERNS)
     only: list[str] = option(_ONLY, [], rule=_PATTERNS)
     include_grouped: bool = option(_INCLUDE_GROUPED, False)

@@ -13,8 +13,6 @@ _NARROW = 16  # text columns fold down to this width
 def print_table(table: Table) -> None:
     """Print a table; where its numbers would be cut off, print one `heading: value` per line instead."""
     console = Console(emoji=False)  # `N:M:` would hold one
-    for column in table.columns:
-        column.no_wrap = column.justify == "right"
     if _width(console, table) <= console.width:
         console.print(table)
         return
@@ -31,11 +29,13 @@ def print_note(note: str) -> None:
 
 
 def _width(console: Console, table: Table) -> int:
-    """The narrowest width in which every number is whole."""
+    """Keep numbers from being cut, and return the narrowest width of the table in which they are whole."""
     wide = console.options.update(max_width=10_000)
     width = 1
     for column in table.columns:
-        cells = [column.header, *column.cells]
-        widest = max(Measurement.get(console, wide, cell).maximum for cell in cells)
+        heading = Measurement.get(console, wide, column.header).minimum  # headings may break between words
+        widest = max([heading, *(Measurement.get(console, wide, cell).maximum for cell in column.cells)])
+        if column.justify == "right":
+            column.min_width = widest
         width += (widest if column.justify == "right" else min(widest, _NARROW)) + 3
     return width
