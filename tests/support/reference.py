@@ -1,6 +1,6 @@
-"""Slow, obviously right versions of what the package computes: plain loops over numpy arrays in float64.
+"""Slow versions that are obviously right of what the package computes: plain loops over NumPy arrays in float64.
 
-Nothing here is shared with the package, and nothing here is clever. `keep` arrays are True where a weight survives.
+Nothing here is shared with the package. `keep` arrays are True where a weight survives.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def array(tensor):
 
 
 def square_sum(tokens, padding=None):
-    """The sum over tokens of x², per column. `padding` is True for the rows that are no tokens."""
+    """The sum over tokens of x², for each column. `padding` is True for the rows that are not tokens."""
     total = np.zeros(tokens.shape[1])
     for row in range(tokens.shape[0]):
         if padding is not None and padding[row]:
@@ -36,10 +36,10 @@ def gram(tokens):
 
 
 def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
-    """What a Conv2d multiplies with its weight, as (tokens, d_in): one token for each image and output position.
+    """The inputs that a Conv2d multiplies by its weight, (tokens, d_in): one token for each image and output position.
 
     Columns run over kernel rows, then kernel columns, then input channels, as `weight.permute(0, 2, 3, 1)` does.
-    All arguments but the images, (batch, channels, height, width), are pairs (vertical, horizontal).
+    `images` are (batch, channels, height, width); the other arguments are pairs (vertical, horizontal).
     """
     batch, channels, height, width = images.shape
     out_height = (height + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
@@ -61,7 +61,7 @@ def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
 
 
 def routed_tokens(module, x, *routing):
-    """What enters each expert's matrices, and which of the tokens these are: one token after the other, by hand."""
+    """The inputs of each expert's matrices and the indices of their tokens, computed one token after the other."""
     found = {}
     columns = type(module).__name__ in ("GptOssExperts", "Llama4TextExperts")
     experts = len(module.down_proj)
@@ -69,7 +69,7 @@ def routed_tokens(module, x, *routing):
         chosen = routing[0].numpy()
         pairs = [(token, int(e)) for token in range(len(x)) for e in chosen[token]]
         inputs = [x[token] for token, _ in pairs]
-    else:  # Llama-4: one block of tokens for each expert, and what is not its own is zero
+    else:  # Llama-4: a copy of all tokens for each expert, in which the tokens of other experts are zero
         tokens = len(x) // experts
         pairs = [(row % tokens, row // tokens) for row in range(len(x)) if x[row].any()]
         inputs = [x[expert * tokens + token] for token, expert in pairs]
@@ -112,7 +112,7 @@ def wanda(weight, tokens):
 
 
 def ria(weight, tokens):
-    """The weight's share of its row plus its share of its column, times the square root of the norm of its input."""
+    """The weight relative to its row plus relative to its column, times the square root of the norm of its input."""
     sums = square_sum(tokens)
     scores = np.zeros(weight.shape)
     for row in range(weight.shape[0]):
@@ -125,7 +125,7 @@ def ria(weight, tokens):
 
 
 def saliency(weight, tokens, dampening=0.01):
-    """The root of w_q^2 over the first diagonal entry of the inverse Gram matrix of the columns from q on."""
+    """The root of w_q^2 / d; d is the first diagonal entry of the inverse Gram matrix of the columns from q on."""
     matrix = damped_gram(tokens, dampening)
     scores = np.zeros(weight.shape)
     for column in range(weight.shape[1]):
@@ -142,13 +142,13 @@ SCORES = {"magnitude": magnitude, "wanda": wanda, "ria": ria, "saliency": salien
 
 
 def damped_gram(tokens, dampening):
-    """The Gram matrix, plus a share of its mean diagonal."""
+    """The Gram matrix plus `dampening` times its mean diagonal."""
     matrix = gram(tokens)
     return matrix + dampening * np.mean(np.diag(matrix)) * np.eye(len(matrix))
 
 
 def surgeon(weight, tokens, dampening, keep):
-    """Go through the columns; what each pruned weight did is taken up by those right of it (optimal brain surgeon)."""
+    """Go through the columns; the weights right of a pruned one compensate for it (optimal brain surgeon)."""
     weight, matrix = weight.copy(), damped_gram(tokens, dampening)
     for column in range(weight.shape[1]):
         inverse = np.linalg.inv(matrix[column:, column:])
@@ -160,7 +160,7 @@ def surgeon(weight, tokens, dampening, keep):
 
 
 def least_squares(weight, tokens, dampening, keep):
-    """Row by row, the kept weights nearest to the dense outputs, by lstsq on the tokens and the pull."""
+    """The kept weights of each row that give the nearest outputs, by lstsq on the tokens and the pull."""
     pull = np.sqrt(dampening * np.mean(np.sum(tokens**2, axis=0)))
     design = np.concatenate([tokens, pull * np.eye(tokens.shape[1])])
     fitted = np.zeros(weight.shape)
@@ -171,10 +171,10 @@ def least_squares(weight, tokens, dampening, keep):
 
 
 def admm(weight, tokens, dampening, rhos, choose):
-    """The mask after turns of: fit towards copy minus dual; mask fit plus dual; dual takes up the rest (Boyd 2011).
+    """The mask after iterations that fit toward copy minus dual, mask fit plus dual, and update the dual (Boyd 2011).
 
-    All in the scale in which the dampened Gram matrix has a diagonal of 1; `choose(scores)` is the pattern. The dual
-    is that of the problem itself, not divided by rho.
+    Inputs are scaled so that the dampened Gram matrix has a diagonal of 1; `choose(scores)` is the pattern. The dual
+    variable is not divided by rho.
     """
     matrix = damped_gram(tokens, dampening)
     scale = np.sqrt(np.diag(matrix))
@@ -192,7 +192,7 @@ def admm(weight, tokens, dampening, rhos, choose):
 
 
 def keep_largest(groups, count):
-    """Prune the smallest of each row until `count` are left; among equal ones the lower column goes first."""
+    """Prune the smallest scores of each row until `count` are left; among equal scores, the lower column first."""
     keep = np.ones(groups.shape, dtype=bool)
     for row in range(groups.shape[0]):
         smallest_first = sorted(range(groups.shape[1]), key=lambda column: (groups[row, column], column))
@@ -202,18 +202,18 @@ def keep_largest(groups, count):
 
 
 def keep_by_row(scores, sparsity):
-    """Exactly int(d_in * sparsity) of each row go."""
+    """Prune exactly int(d_in * sparsity) of each row."""
     return keep_largest(scores, scores.shape[1] - int(scores.shape[1] * sparsity))
 
 
 def keep_by_layer(scores, sparsity):
-    """Exactly int(numel * sparsity) of the matrix go."""
+    """Prune exactly int(numel * sparsity) of the matrix."""
     flat = np.array([[score for row in scores for score in row]])
     return keep_largest(flat, flat.shape[1] - int(flat.shape[1] * sparsity)).reshape(scores.shape)
 
 
 def keep_n_of_m(scores, n, m):
-    """Of every m consecutive inputs of a row, n survive."""
+    """Keep n of every m consecutive inputs of a row."""
     keep = np.zeros(scores.shape, dtype=bool)
     for row in range(scores.shape[0]):
         for start in range(0, scores.shape[1], m):
@@ -223,7 +223,7 @@ def keep_n_of_m(scores, n, m):
 
 
 def keep_above_share(scores, share):
-    """Cut each row where its sorted scores sum up to `share` of their total; scores equal to the cut go too."""
+    """Cut each row where its sorted scores sum up to `share` of the total; prune scores equal to the cut, too."""
     keep = np.ones(scores.shape, dtype=bool)
     for row in range(scores.shape[0]):
         allowed = share * sum(scores[row])
@@ -268,10 +268,10 @@ def keep(pattern, scores, sparsity):
             return keep_n_of_m(scores, n, m)
         case EqualShare():
             return keep_equal_share(scores, sparsity)
-    raise NotImplementedError(f"write the slow version of {pattern} in tests/reference.py")
+    raise NotImplementedError(f"write the slow version of {pattern} in tests/support/reference.py")
 
 
-# ---- allocations: of (name, block, weight, tokens) the sparsity by the formula, not yet on any pattern's grid
+# ---- allocations: the sparsity of each (name, block, weight, tokens) by the formula, not rounded to a pattern's steps
 
 
 def uniform(layers, sparsity):
@@ -280,7 +280,7 @@ def uniform(layers, sparsity):
 
 
 def owl(layers, sparsity, per_block=True):
-    """Outliers among Wanda's scores, those of a block together, scaled to [0, 0.16] and taken from the target."""
+    """The fraction of outliers among the Wanda scores of a block, mapped to [0, 0.16], subtracted from the target."""
     scores = {}
     for name, block, weight, tokens in layers:
         mean_square = square_sum(tokens) / len(tokens)
@@ -324,8 +324,8 @@ def alpha(layers, sparsity, per_block=True):
     return {name: value * factor for name, value in mapped.items()}
 
 
-def fisher(layers, sparsity, within=0.15):
-    """One threshold for w² times the square sum of its input, in all layers; each at most 0.15 from the target."""
+def fisher(layers, sparsity, max_deviation=0.15):
+    """One threshold for w² times the square sum of its input in all layers, each at most 0.15 from the target."""
     scores = {}
     for name, _, weight, tokens in layers:
         sums = square_sum(tokens)
@@ -334,7 +334,9 @@ def fisher(layers, sparsity, within=0.15):
     best = None
     for threshold in everything:
         shares = {name: sum(1 for s in of_layer if s < threshold) / len(of_layer) for name, of_layer in scores.items()}
-        clipped = {name: min(max(share, sparsity - within), sparsity + within) for name, share in shares.items()}
+        clipped = {
+            name: min(max(share, sparsity - max_deviation), sparsity + max_deviation) for name, share in shares.items()
+        }
         mean = sum(clipped[name] * len(scores[name]) for name in scores) / len(everything)
         if best is None or abs(mean - sparsity) < best[0]:
             best = abs(mean - sparsity), clipped

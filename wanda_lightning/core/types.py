@@ -18,18 +18,3 @@ Gram = Float[Tensor, "d_in d_in"]
 Groups = Float[Tensor, "groups size"]
 KeepGroups = Bool[Tensor, "groups size"]
 Counts = Int[Tensor, " groups"]
-
-__all__ = [
-    "Counts",
-    "Gram",
-    "Groups",
-    "KeepGroups",
-    "KeepMask",
-    "OneMask",
-    "OneWeight",
-    "PerInput",
-    "PerRow",
-    "Score",
-    "Tokens",
-    "Weight",
-]

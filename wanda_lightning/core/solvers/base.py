@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from wanda_lightning.core.criteria import Criterion, Group, Wanda
 from wanda_lightning.core.selection import Selection
@@ -12,17 +13,15 @@ from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
 
 class Solver(ABC):
-    """Computes the final weights of a layer, zeros included."""
+    """Computes the final weights of a layer, zeros included.
 
-    @property
-    @abstractmethod
-    def needs(self) -> frozenset[str]:
-        """The input statistics that it reads, besides those of the criterion."""
+    Attributes:
+        needs: The input statistics that it reads, besides those of the criterion.
+        takes_any_criterion: Whether the user may choose the criterion.
+    """
 
-    @property
-    def takes_any_criterion(self) -> bool:
-        """Whether the user may choose the criterion."""
-        return True
+    needs: ClassVar[frozenset[str]]
+    takes_any_criterion: ClassVar[bool] = True
 
     @property
     def own_criterion(self) -> Criterion:
