@@ -66,8 +66,8 @@ def test_low_coverage_is_said(share, percent, caplog):
     (note,) = coverage_notes(report)
     assert note == (
         f"only {percent}% of the weights besides embeddings, stem and head are in pruned layers; the largest parts "
-        f"left out are blocks.0.mix and 1 more, {2 * mix:,} weights: mix of Block is not the weight of a supported layer "
-        "(Linear, Conv1D, Conv1d, Conv2d, Conv2dSame)"
+        f"left out are blocks.0.mix and 1 more, {2 * mix:,} weights: mix of Block is not the weight of a supported "
+        "layer (Linear, Conv1D, Conv1d, Conv2d, Conv2dSame)"
     )
     assert note in caplog.text
     assert f"Note: {note[:40]}" in str(report)

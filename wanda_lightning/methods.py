@@ -92,7 +92,7 @@ PRESETS: Mapping[str, Method] = MappingProxyType(
             solver=ADMM,
             group="layer",
             sequential="layer",
-            allocation=choice("core.allocation.Fisher", num_samples=4),
+            allocation=choice("core.allocation.Fisher", num_samples=8),
         ),
     }
 )

@@ -22,16 +22,16 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     if undecided:
         first = undecided[0]
         raise ValueError(
-            f"skip does not name {_counted(undecided, 'matrix', 'matrices')} that cannot be pruned in place, {first.name} first: "
-            f"{first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be "
-            f"pruned dense with skip=['{first.name}']."
+            f"skip does not name {_counted(undecided, 'matrix', 'matrices')} that cannot be pruned in place, "
+            f"{first.name} first: {first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave "
+            f"what cannot be pruned dense with skip=['{first.name}']."
         )
     if inventory.layers:
         return
     if unfit := inventory.skipped_for(SkipReason.PATTERN):
         raise ValueError(
-            f"pattern={config.pattern} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest is "
-            f"{unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
+            f"pattern={config.pattern} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest "
+            f"is {unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
         )
     asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]

@@ -170,10 +170,10 @@ def test_quantized_layers_are_refused_by_name(name):
     with pytest.raises(ValueError, match="1 matrix that cannot be pruned in place") as caught:
         prune(model, [torch.randn(2, 16)], progress=False)
     assert f"{matrix} first: {reason}" in str(caught.value)
-    assert (
-        f"Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be pruned dense with skip=['{matrix}']"
-        in str(caught.value)
+    assert "Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be pruned" in str(
+        caught.value
     )
+    assert f"dense with skip=['{matrix}']" in str(caught.value)
     assert torch.equal(model["plain"].weight, before)
     for choice in ({"skip": ["q"]}, {"only": ["plain"]}):
         report = prune(model, None, criterion="magnitude", **choice, progress=False)

@@ -72,7 +72,7 @@ class ImageClassifierModule(L.LightningModule):
             self.save_hyperparameters(ignore=["model"])
             if model_kwargs:
                 raise ValueError(
-                    f"model_kwargs must be left out unless model is a name, but model is a built {type(model).__name__}."
+                    f"model_kwargs must be left out unless model is a name, but it is a built {type(model).__name__}."
                 )
             self.model = model
         if checkpoint is not None:
