@@ -87,7 +87,7 @@ def test_refusals(tmp_path, monkeypatch):
     refuse_nonempty(tmp_path / "none")
     refuse_nonempty(tmp_path / "x", True)
     for refuse in (refuse_replacement, lambda *args: whole_folder(*args).__enter__()):
-        with pytest.raises(FileExistsError, match="is not a model"):
+        with pytest.raises(FileExistsError, match="are not a model"):
             refuse(tmp_path / "x", True)
         with pytest.raises(FileExistsError, match=r"x is not empty.*overwrite"):
             refuse(tmp_path / "x")
@@ -96,7 +96,7 @@ def test_refusals(tmp_path, monkeypatch):
         with monkeypatch.context() as inside:
             (tmp_path / "x" / "config.json").touch()
             inside.chdir(tmp_path / "x")
-            with pytest.raises(FileExistsError, match="holds the working directory"):
+            with pytest.raises(FileExistsError, match="contains the working directory"):
                 refuse(".", True)
             (tmp_path / "x" / "config.json").unlink()
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]

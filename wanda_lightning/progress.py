@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Count the steps of one long task on stderr.
+    """Progress of one long task on stderr.
 
     Args:
         title: Name of the task.
@@ -52,7 +52,7 @@ class ProgressBar:
             self._line("done" if error is None else "stopped")
 
     def show(self, name: str) -> None:
-        """Name what the next step works on."""
+        """Show the name of the next step."""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{self._title} {name}")
         elif self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:

@@ -125,7 +125,9 @@ class TestBestFromBeforePruning:
         run = trainer(callback, SaveAt(tmp_path, 2), max_steps=6)
         run.fit(Net(), loader())
         module = Net()
-        with pytest.warns(UserWarning, match="is a pruned model without training after pruning.*ckpt_path='last'"):
+        with pytest.warns(
+            UserWarning, match="is that of a pruned model without training after pruning.*ckpt_path='last'"
+        ):
             run.test(module, loader(), ckpt_path=tmp_path / "2.ckpt")
         assert share_of_zeros(module) == all_at(0.5)
 

@@ -349,7 +349,9 @@ class TestAtStep:
     )
     def test_measuring_before_training_warns_and_sees_the_dense_model(self, loop, when):
         module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
-        with pytest.warns(UserWarning, match=r"WandaPrune prunes while .*, so the model measured now is dense"):
+        with pytest.warns(
+            UserWarning, match=r"WandaPrune prunes during training, by .*, so the model evaluated now is dense"
+        ):
             measured = getattr(trainer(callback), loop)(module, loader())
         assert same(module, dense)
         assert callback.report is None
@@ -536,7 +538,7 @@ class TestShouldPrune:
                 return False
 
         module, dense, callback = Net(), Net(), Never()
-        with pytest.warns(UserWarning, match="so the model measured now is dense"):
+        with pytest.warns(UserWarning, match="so the model evaluated now is dense"):
             trainer(callback).validate(module, loader())
         with pytest.warns(UserWarning, match="to sparsity 0.5, but to 0: training ended at optimizer step 3"):
             trainer(callback, max_steps=3).fit(module, loader())

@@ -263,7 +263,7 @@ OF_TASKS = [
 OF_LANGUAGE_MODELS = [
     (["--eval", "wikitext3"], "Did you mean wikitext2?"),
     (["--eval", "{}/text.txt,{}/gone.txt"], "gone.txt does not exist"),
-    (["--eval", "{}/short.txt"], f"A window of --seqlen {SEQLEN} tokens was asked for"),
+    (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens"),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network"),
     (["--seqlen", "257"], "--seqlen must be at most 256, the model's context, but it is 257"),
     (["--model", "{}/pruned,{}/gone"], "gone does not exist"),

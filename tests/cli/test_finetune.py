@@ -71,4 +71,4 @@ def test_what_cannot_be_fine_tuned(tuned, inputs, refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     refused(*tuned, "--save_model", "mine", message="The folder mine is not empty")
-    refused(*tuned, "--save_model", "mine", "--overwrite", message="is not a model")
+    refused(*tuned, "--save_model", "mine", "--overwrite", message="are not a model")

@@ -213,5 +213,5 @@ def test_token_ids_without_an_embedding_are_refused(form):
         bad = ids.clone()
         bad[index, 7] = wrong
         loader = DataLoader([form(row) for row in bad], batch_size=3)
-        with pytest.raises(ValueError, match=rf"^input_ids must be from 0 to 127, .* but they have {wrong}\."):
+        with pytest.raises(ValueError, match=rf"^input_ids must be from 0 to 127, .* but one is {wrong}\."):
             trainer().validate(module, loader, verbose=False)
