@@ -58,6 +58,6 @@ def test_digits_name_the_extra(monkeypatch):
         ImageDataModule("digits")
 
 
-def test_digits_must_be_asked_for():
+def test_digits_are_only_used_by_name():
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'data'"):
         ImageDataModule(model=vit())

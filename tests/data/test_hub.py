@@ -1,4 +1,4 @@
-"""Data sets of the hub that cannot be had are one clear error."""
+"""Unreachable data sets of the hub raise one clear error."""
 
 import pytest
 from support.data import (

@@ -156,7 +156,7 @@ def test_bad_image_arguments_are_refused_at_once(options, message):
         ImageDataModule(**{"data": "digits", **options})
 
 
-def test_images_are_not_there_before_setup():
+def test_images_are_not_available_before_setup():
     with pytest.raises(RuntimeError, match=r"^setup\(\) opens the images"):
         _ = ImageDataModule("digits", vit()).num_classes
 
@@ -206,7 +206,7 @@ def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
         (vit(num_classes=2), None),
     ],
 )
-def test_an_assumed_order_of_classes_is_said(imagenet, model, said, recwarn):
+def test_an_assumed_class_order_warns(imagenet, model, said, recwarn):
     assert labels_of(imagenet / "val", model)[0] == [0, 0, 1, 1]
     messages = [str(warning.message) for warning in recwarn if "apart" in str(warning.message)]
     assert [said in message for message in messages] == ([] if said is None else [True])

@@ -1,4 +1,4 @@
-"""Text files: what is read to the letter, and what is refused with its line or row."""
+"""Text files are read exactly, and errors name the line or row."""
 
 import codecs
 import json

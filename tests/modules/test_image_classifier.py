@@ -147,7 +147,7 @@ def test_it_must_be_a_classifier():
         ImageClassifierModule(nn.Linear(2, 2), num_classes=2, model_kwargs={"a": 1})
 
 
-def test_comes_back_from_a_checkpoint(tmp_path):
+def test_loads_from_a_checkpoint(tmp_path):
     module = tiny_vit(lr=0.5)
     run = trainer()
     run.strategy.connect(module)

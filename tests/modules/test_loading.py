@@ -1,4 +1,4 @@
-"""Loading by name: what comes back whole, and what is refused with one sentence."""
+"""Loading by name: models load completely, and broken ones raise one clear error."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_only_bin_is_refused(tmp_path):
         CausalLMModule(str(tmp_path))
 
 
-def test_what_is_not_there(tmp_path):
+def test_missing_models_are_refused(tmp_path):
     with pytest.raises(OSError, match=r"'nobody/nothing'.*neither a local folder nor.*hub") as caught:
         CausalLMModule("nobody/nothing")
     assert isinstance(caught.value.__cause__, OSError)
@@ -113,7 +113,7 @@ def test_only_safetensors_are_read(tmp_path):
         tiny_vit(checkpoint=str(tmp_path / "weights.safetensors"))
 
 
-def test_classifiers_that_are_not_there():
+def test_missing_classifiers_are_refused():
     with pytest.raises(ValueError, match=r"but it is 'convnext_ato'\. Did you mean convnext_atto.*hf-hub:"):
         ImageClassifierModule("convnext_ato")
     for name in ("hf-hub:nobody/nothing", "vit_tiny_patch16_224"):
@@ -137,7 +137,7 @@ def test_a_path_object_is_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("module_class", [CausalLMModule, ImageClassifierModule])
-def test_other_things_are_no_models(module_class):
+def test_other_objects_are_refused(module_class):
     for model in (3, None, ["gpt2"]):
         with pytest.raises(ValueError, match=rf"^model must be .* but it is a {type(model).__name__}\."):
             module_class(model)

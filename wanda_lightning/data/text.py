@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from wanda_lightning.checks import check_at_least, check_memory, check_positive
 from wanda_lightning.data.module import DataModule, silence_worker_advice
@@ -22,17 +22,6 @@ if TYPE_CHECKING:
 
 _C4_EVALUATION_WINDOWS = 256
 _SAMPLE = 2000  # number of characters on which two tokenizers are compared
-
-
-class _Windows(Dataset[dict[str, Tensor]]):
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index]}
 
 
 class TextDataModule(DataModule):
@@ -199,4 +188,5 @@ class TextDataModule(DataModule):
 
     def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
         silence_worker_advice()
-        return DataLoader(_Windows(windows), batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)
+        dataset: Any = [{"input_ids": window} for window in windows]
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)

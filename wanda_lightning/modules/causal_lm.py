@@ -111,11 +111,7 @@ class CausalLMModule(L.LightningModule):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Return the output of the model, with `logits`, and with `loss` if `labels` are given."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
@@ -153,10 +149,15 @@ class CausalLMModule(L.LightningModule):
             )
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        input_ids, attention_mask, labels = _read_text(batch)
+        """Return the input ids, attention mask and labels of a batch."""
+        if not isinstance(batch, Mapping):
+            batch = {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
+        elif "input_ids" not in batch:
+            raise ValueError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
+        input_ids = batch["input_ids"]
         if input_ids.device.type == "cpu":  # on a GPU it would wait for the device; TextDataModule checks in setup()
             self.check_tokens(input_ids)
-        return input_ids, attention_mask, labels
+        return input_ids, batch.get("attention_mask"), batch.get("labels")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean next-token loss over the tokens of the batch, without padding."""
@@ -252,12 +253,3 @@ class CausalLMModule(L.LightningModule):
             self.model.save_pretrained(new)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
-
-
-def _read_text(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if isinstance(batch, Mapping):
-        if "input_ids" not in batch:
-            raise ValueError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
-        return batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
-    input_ids = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return input_ids, None, None

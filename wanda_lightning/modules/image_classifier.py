@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import timm
@@ -44,8 +44,6 @@ class ImageClassifierModule(L.LightningModule):
         OSError: If weights can neither be downloaded nor found in the cache.
     """
 
-    _TOP: ClassVar = {"accuracy": 1, "accuracy_top5": 5}
-
     def __init__(
         self,
         model: str | os.PathLike[str] | nn.Module,
@@ -78,20 +76,20 @@ class ImageClassifierModule(L.LightningModule):
         if checkpoint is not None:
             load_checkpoint(self.model, checkpoint)
         self.model.train()
-        self._num_classes = getattr(self.model, "num_classes", num_classes) or 0
-        if self._num_classes < 2:
+        self.num_classes: int = getattr(self.model, "num_classes", num_classes) or 0
+        if self.num_classes < 2:
             raise ValueError(
                 f"model must be a classifier with at least 2 classes, but {type(self.model).__name__} has "
-                f"{self._num_classes or 'no'} classes. Set num_classes."
+                f"{self.num_classes or 'no'} classes. Set num_classes."
             )
         self.lr = lr
         self.weight_decay = weight_decay
         self.metrics = nn.ModuleDict(
             {
-                f"{stage}_{name}": MulticlassAccuracy(self._num_classes, top_k=k, average="micro")
+                f"{stage}_{name}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro")
                 for stage in ("val", "test")
-                for name, k in self._TOP.items()
-                if k < self._num_classes
+                for name, k in (("accuracy", 1), ("accuracy_top5", 5))
+                if k < self.num_classes
             }
         )
 
@@ -99,11 +97,6 @@ class ImageClassifierModule(L.LightningModule):
     def pruning_target(self) -> nn.Module:
         """The module that the pruning callbacks prune: the model itself."""
         return self.model
-
-    @property
-    def num_classes(self) -> int:
-        """Number of logits for each image."""
-        return self._num_classes
 
     def forward(self, images: Tensor) -> Any:
         """Return the logits, of shape (batch, num_classes)."""
@@ -121,7 +114,7 @@ class ImageClassifierModule(L.LightningModule):
         """Store the class names of the data in the model, so that they are saved with it."""
         model: Any = self.model
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ())
-        if hasattr(model, "pretrained_cfg") and len(names) == self._num_classes:
+        if hasattr(model, "pretrained_cfg") and len(names) == self.num_classes:
             model.pretrained_cfg["label_names"] = list(names)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -182,7 +175,7 @@ class ImageClassifierModule(L.LightningModule):
             )
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
-        labels = {"label_names": names} if len(names) == self._num_classes else None
+        labels = {"label_names": names} if len(names) == self.num_classes else None
         with whole_folder(folder, overwrite) as new:
             save_for_hf(
                 self.model, str(new), model_config=labels, model_args=self._model_kwargs, safe_serialization=True
