@@ -58,6 +58,6 @@ def test_digits_name_the_extra(monkeypatch):
         ImageDataModule("digits")
 
 
-def test_digits_are_only_used_by_name():
+def test_data_has_no_default():
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'data'"):
         ImageDataModule(model=vit())
