@@ -51,7 +51,15 @@ def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
     source = locate(name)
     path = Path(name).expanduser()
     if path.exists() and path.suffix != ".gguf":
-        check_folder(path)
+        if not path.is_dir():
+            raise OSError(
+                f"model must be a folder or a .gguf file, but {path} is another file. Give the folder with config.json "
+                "and the safetensors weights."
+            )
+        if not (path / "config.json").is_file():
+            raise OSError(
+                f"model must be a folder that Hugging Face transformers can load, but {path} has no config.json."
+            )
     from transformers import AutoConfig
 
     with reading("configuration", name):
@@ -65,19 +73,6 @@ def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
 
     with reading("tokenizer", name):
         return AutoTokenizer.from_pretrained(**source, **hub)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise an OSError for a path that is not a folder with a `config.json`."""
-    if not folder.is_dir():
-        raise OSError(
-            f"model must be a folder or a .gguf file, but {folder} is another file. Give the folder with config.json "
-            "and the safetensors weights."
-        )
-    if not (folder / "config.json").is_file():
-        raise OSError(
-            f"model must be a folder that Hugging Face transformers can load, but {folder} has no config.json."
-        )
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from torch import nn
 
 from wanda_lightning.data import ImageDataModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*but the model has .* outputs"
+)  # models are made without regard to the images
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -112,7 +114,7 @@ def test_a_model_without_known_transforms_is_refused(model, message):
 
 
 def test_more_classes_than_logits_are_refused():
-    with pytest.raises(ValueError, match="digits has 10 classes, and the model tells only 3 apart"):
+    with pytest.raises(ValueError, match="digits has 10 classes, and the model has only 3 outputs"):
         ImageDataModule("digits", vit(num_classes=3)).setup("validate")
 
 
@@ -196,17 +198,17 @@ def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
     assert labels_of(tmp_path, vit(num_classes=1000))[0] == [1, 999]
 
 
-@pytest.mark.filterwarnings("default:.*tells .* apart")
+@pytest.mark.filterwarnings("default:.*but the model has .* outputs")
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (vit(num_classes=5), "has 2 classes, but the model tells 5 apart. Class i, counted from 'blue' = 0"),
-        (vit(num_classes=1000), "tells 1000 apart, and its classes have other names than 'blue'"),
-        (named_vit("cat", "green"), "tells 2 apart, and its classes have other names than 'blue'"),
+        (vit(num_classes=5), "has 2 classes, but the model has 5 outputs. Class i, counted from 'blue' = 0"),
+        (vit(num_classes=1000), "but the model has 1000 outputs, and its classes have other names than 'blue'"),
+        (named_vit("cat", "green"), "but the model has 2 outputs, and its classes have other names than 'blue'"),
         (vit(num_classes=2), None),
     ],
 )
 def test_an_assumed_class_order_warns(imagenet, model, said, recwarn):
     assert labels_of(imagenet / "val", model)[0] == [0, 0, 1, 1]
-    messages = [str(warning.message) for warning in recwarn if "apart" in str(warning.message)]
+    messages = [str(warning.message) for warning in recwarn if "outputs" in str(warning.message)]
     assert [said in message for message in messages] == ([] if said is None else [True])

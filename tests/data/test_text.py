@@ -225,7 +225,9 @@ def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
     text, table = str(tmp_path / "a.txt"), write_jsonl(tmp_path / "a.jsonl", documents([5, 19, 12]))
     with pytest.raises(ValueError, match=r"needs a text of at least 21 tokens, but .*a\.txt has 20"):
         TextDataModule(tokenizer, calibration=text, seqlen=20).calibration_dataloader()
-    with pytest.raises(ValueError, match=r"at least 21 tokens, but the longest of the 3 documents of .* has 20.*\.txt file"):
+    with pytest.raises(
+        ValueError, match=r"at least 21 tokens, but the longest of the 3 documents of .* has 20.*\.txt file"
+    ):
         TextDataModule(tokenizer, calibration=table, seqlen=20).calibration_dataloader()
     assert TextDataModule(tokenizer, text, text, seqlen=19, num_samples=2).calibration_windows.shape == (2, 19)
     assert TextDataModule(tokenizer, evaluation=text, seqlen=20).evaluation_windows.shape == (1, 20)

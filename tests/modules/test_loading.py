@@ -214,7 +214,11 @@ LLAMAS = [
     ("config.json", changed(hidden_size="32"), f"{CAUSE}.*expected int, got str"),
     ("config.json", changed(model_type="lama"), f"{CAUSE}.*model type `lama`"),
     ("config.json", changed(num_key_value_heads=0), f"weights of .* {CAUSE}.*ZeroDivisionError"),
-    ("config.json", changed(vocab_size=100), r"lm_head\.weight first: .* shape is \(128, 32\), .* requires \(100, 32\)"),
+    (
+        "config.json",
+        changed(vocab_size=100),
+        r"lm_head\.weight first: .* shape is \(128, 32\), .* requires \(100, 32\)",
+    ),
     ("config.json", changed(num_hidden_layers=3), r"no weights for 9 parameters .* model\.layers\.2\.input_layernorm"),
     ("tokenizer.json", text('{"a": '), r"tokenizer\.json is not valid JSON"),
     ("tokenizer.json", text("{}"), f"tokenizer of .* {CAUSE}"),

@@ -22,8 +22,8 @@ class WandaPrune(PruningCallback):
 class SparseGPTPrune(PruningCallback):
     """Prune column by column, and compensate in the later columns for each error (Frantar & Alistarh 2023).
 
-    It takes the arguments of `PruningCallback`, except `solver`, and `dampening`: the number added to the diagonal of
-    the Gram matrix, as a fraction of its mean.
+    It takes the arguments of `PruningCallback`, except `solver`, and `dampening`, the number that is added to the
+    diagonal of the Gram matrix, as a fraction of its mean.
     """
 
     def __init__(self, sparsity: float = 0.5, dampening: float = 0.01, **options: Any) -> None:

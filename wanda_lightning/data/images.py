@@ -137,14 +137,14 @@ class ImageDataModule(DataModule):
         if outputs < len(classes):
             raise ValueError(
                 f"data must have at most as many classes as the model, but {self.data} has {len(classes)} classes, and "
-                f"the model tells only {outputs} apart. Build the model with num_classes={len(classes)}."
+                f"the model has only {outputs} outputs. Build the model with num_classes={len(classes)}."
             )
         unnamed = [name for name in classes if name not in self._model_classes]
         misnamed = source.sorted_by_name and len(self._model_classes) == outputs and unnamed
         if outputs > len(classes) or misnamed:
             reason = f", and its classes have other names than {unnamed[0]!r}" if misnamed else ""
             rank_zero_warn(
-                f"{self.data} has {len(classes)} classes, but the model tells {outputs} apart{reason}. Class i, "
+                f"{self.data} has {len(classes)} classes, but the model has {outputs} outputs{reason}. Class i, "
                 f"counted from {classes[0]!r} = 0, is compared with output i of the model: the accuracy is valid only "
                 "if the model was trained on these classes in this order."
             )

@@ -68,7 +68,7 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
         inner = _timm_model(model)
         if inner is None:
             raise ValueError(
-                f"model must be a timm model, whose pretrained_cfg tells the transforms of its images, but neither "
+                f"model must be a timm model, whose pretrained_cfg defines the transforms of its images, but neither "
                 f"{type(model).__name__} nor its .model has one. Name a similar timm model with model=."
             )
         config = resolve_data_config(model=inner)

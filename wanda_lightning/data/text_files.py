@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,9 @@ def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator
             raise ValueError(f"{where} is a {type(row).__name__}. Correct the line.")
         if missing := [name for name in fields if name not in row]:
             raise ValueError(f"{where} has {_listed(row)}. Rename the field that holds the {missing[0]}.")
-        if "\\ud" in line.lower() and not _is_unicode(json.dumps(row, ensure_ascii=False)):
+        if "\\ud" in line.lower() and re.search(r"[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
             raise ValueError(f"{where} has half of a surrogate pair, which is not a character. Correct the line.")
         yield where, row
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_jsonl(path: Path) -> list[str]:

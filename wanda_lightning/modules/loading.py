@@ -39,7 +39,7 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
     Args:
         name: Hub id, local folder or `.gguf` file.
         dtype: "auto" or a key of `DTYPES`.
-        hub: `revision`, `cache_dir` and `trust_remote_code`, as `from_pretrained` takes them.
+        hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         with_tokenizer: Load the tokenizer, too.
 
     Returns:
@@ -66,7 +66,7 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
     _check_complete(name, loaded)
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         _check_stored_as_float(name, _weight_files(name, hub), model)
-    check_finite(model, name)
+    _check_finite(model, name)
     return model, tokenizer
 
 
@@ -202,7 +202,7 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     if folder is not None and pretrained:
         _check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
-        check_finite(model, checked)
+        _check_finite(model, checked)
     return model
 
 
@@ -238,13 +238,13 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
             "or a folder that holds the whole model as timm:local-dir:FOLDER."
         )
     model.load_state_dict(weights)
-    check_finite(model, str(checkpoint))
+    _check_finite(model, str(checkpoint))
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def _check_finite(model: nn.Module, name: str) -> None:
     """Raise a ValueError that names the first weight with NaN or infinity."""
     for key, weight in model.named_parameters():
         if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # packed, for example
