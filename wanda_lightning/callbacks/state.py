@@ -68,7 +68,7 @@ class PruningState:
         if saved["choices"] != choices:
             raise ValueError(
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
-                f"{saved['choices']}, but they are {choices}. Use the same, or load only the weights and start a new run."
+                f"{saved['choices']}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
         report = saved["report"]
         return cls(**{**saved, "report": None if report is None else PruningReport.from_json(report)})
