@@ -258,9 +258,9 @@ def test_weights_of_image_classifiers_from_files(inputs, tmp_path):
 
 OF_TASKS = [
     (["--tasks", "arc_eazy"], "Did you mean arc_easy?"),
-    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "there is no rte.jsonl, boolq.jsonl"),
+    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl"),
     (["--tasks", "paper", "--tasks_dir", "{}/gone"], "gone does not exist"),
-    (["--tasks", "boolq"], "cannot be had from the Hugging Face hub. Put them into files: --tasks_dir DIR"),
+    (["--tasks", "boolq"], "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR"),
 ]
 OF_LANGUAGE_MODELS = [
     (["--eval", "wikitext3"], "Did you mean wikitext2?"),
@@ -402,4 +402,4 @@ def test_zero_shot_is_refused_before_pruning(inputs, pruning, refused, monkeypat
 @needs_lm_eval
 def test_missing_tasks_are_refused_before_pruning(inputs, pruning, refused):
     options = ["--eval_zero_shot", "--tasks_dir", inputs, "--save", "log"]
-    refused(*pruning, *options, message="there is no boolq.jsonl, rte.jsonl")
+    refused(*pruning, *options, message="does not have boolq.jsonl, rte.jsonl")
