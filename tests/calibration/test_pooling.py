@@ -72,7 +72,7 @@ def test_experts_in_a_list_help_each_other():
         model.blocks[0].gate.bias[1] = -100
     dense = copy.deepcopy(model)
     report = prune(model, ZOO["expert_list"].batches(), min_expert_tokens=0, progress=False)
-    few = "few tokens: pruned with those of all experts"
+    few = "few tokens: pruned with the statistics of all experts"
     helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}
     assert helped == {"blocks.0.experts.1.up": 0, "blocks.0.experts.1.down": 0}
     seen = []
