@@ -44,10 +44,10 @@ def prune(
 ) -> PruningReport:
     """Prune any model in place: the weights with the smallest scores become zero.
 
-    `forward(batch)` runs one batch through the model. The default is `model(**batch)` for a mapping, without entries that
-    the model's forward does not take, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. The zeros
-    of an `attention_mask` in a mapping mark padding, which does not count. Nothing else marks padding: `position_ids`
-    that restart (packed documents) exclude no token.
+    `forward(batch)` runs one batch through the model. The default is `model(**batch)` for a mapping, without what the
+    model's forward does not take, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. The zeros of
+    an `attention_mask` in a mapping mark padding, which does not count. Nothing else marks padding: `position_ids` that
+    restart (packed documents) exclude no token.
 
     Args:
         model: The model; its weights change in place, everything else stays as it is.

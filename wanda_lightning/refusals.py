@@ -76,7 +76,8 @@ def refuse_spread_experts(layer: Layer) -> None:
         module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]
         raise ValueError(
             f"model must hold all experts of a module in one process, but {layer.siblings} are sharded across "
-            f"processes. Prune before sharding (devices=1, or DDPStrategy), or leave them dense with skip=['*.{module}']."
+            "processes. Prune before sharding (devices=1, or DDPStrategy), or leave them dense with "
+            f"skip=['*.{module}']."
         )
 
 
@@ -172,8 +173,8 @@ def _refuse_layout(layer: Layer, weight: DTensor, processes: Processes) -> None:
     if not layer.kind.rows_first:
         raise ValueError(
             f"model must be sharded by rows, but {name}, a {type(layer.module).__name__}, stores its weight by "
-            f"columns, so fully_shard leaves no process whole rows. Prune before sharding (devices=1), or leave it dense with "
-            f"skip=['{name}']."
+            "columns, so fully_shard leaves no process whole rows. Prune before sharding (devices=1), or leave it "
+            f"dense with skip=['{name}']."
         )
 
 
