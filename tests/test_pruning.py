@@ -454,8 +454,8 @@ def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeyp
 
     torch.manual_seed(0)
     results = []
-    for limit in (pruning._HELD_AT_ONCE, 2 * 8 * 16, 1):
-        monkeypatch.setattr(pruning, "_HELD_AT_ONCE", limit)
+    for limit in (pruning._MAX_GROUP, 2 * 8 * 16, 1):
+        monkeypatch.setattr(pruning, "_MAX_GROUP", limit)
         torch.manual_seed(0)
         blocks = torch.nn.Sequential(Parallel())
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, sequential="none")

@@ -58,8 +58,8 @@ def fisher(
     if reached.any() and not any(total.any() for total in sums.values()):
         raise ValueError(
             "allocation=Fisher() needs predictions that depend on the layers, but all gradients are 0, as with an "
-            "output head of zeros or with predictions of probability 1. Give a trained model, or use another allocation such "
-            "as 'owl'."
+            "output head of zeros or with predictions of probability 1. Give a trained model, or use another "
+            "allocation such as 'owl'."
         )
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
