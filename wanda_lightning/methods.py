@@ -85,10 +85,7 @@ PRESETS: Mapping[str, Method] = {
     "fast": Method(choice("core.criteria.Wanda"), sequential="layer"),
     "balanced": Method(solver=choice("core.solvers.ADMM", iterations=6), group="layer", sequential="layer"),
     "best": Method(
-        solver=ADMM,
-        group="layer",
-        sequential="layer",
-        allocation=choice("core.allocation.Fisher", num_samples=8)
+        solver=ADMM, group="layer", sequential="layer", allocation=choice("core.allocation.Fisher", num_samples=8)
     ),
 }
 

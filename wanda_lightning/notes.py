@@ -51,10 +51,6 @@ class Outcome:
     revisited: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def in_model_order(self) -> list[PrunedLayer]:
-        """The pruned layers in the order of the model."""
-        return [self.layers[layer.name] for layer in self.plan.layers if layer.name in self.layers]
-
 
 def notes_on(outcome: Outcome) -> list[Note]:
     """All notes on a pruning."""

@@ -37,14 +37,7 @@ class DenseStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers of a model, grouped into units, and the choices by which they are pruned.
-
-    Attributes:
-        config: The choices.
-        model: The model.
-        processes: All processes that prune together.
-        inventory: Every matrix of the model.
-    """
+    """A model with its layers grouped into units, and the choices and processes that prune it."""
 
     config: PruningConfig
     model: nn.Module

@@ -307,7 +307,7 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
     parameters, all_zeros = _count_parameters(outcome)
     outcome.seconds["report"] = time.perf_counter() - started
     return PruningReport(
-        layers=outcome.in_model_order(),
+        layers=[outcome.layers[n.name] for n in plan.layers if n.name in outcome.layers],
         skipped=[*plan.inventory.skipped, *(outcome.skipped[n.name] for n in plan.layers if n.name in outcome.skipped)],
         parameters=parameters,
         zeros=all_zeros,

@@ -36,7 +36,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
         )
     asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]
     reasons = "; ".join(dict.fromkeys(f"{m.name}: {m.detail}" for m in (asked or inventory.skipped)[:5]))
-    which = f"only={list(config.only)} names" if config.only else "the model has"
+    which = f"only={list(config.only)} names" if config.only else "model has"
     raise ValueError(
         f"{which} nothing to prune ({reasons or 'there are no weight matrices'}). Give a model with linear or "
         "convolution layers, or choose others with skip= and only=."

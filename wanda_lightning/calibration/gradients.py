@@ -79,7 +79,7 @@ def _pass_backward(
     while limit is None or done < limit:
         with processes.fail_together():
             forward = next(iterator, None)
-            predictions = None if forward is None else _Predictions.of(forward(), masks[batch], batch)
+            predictions = None if forward is None else _Predictions(forward(), masks[batch], batch)
         sizes = processes.all_gather([predictions is not None, 0 if predictions is None else predictions.size])
         if not any(has_batch for has_batch, _ in sizes):
             return
@@ -100,13 +100,7 @@ class _Predictions:
         size: Number of samples that count.
     """
 
-    def __init__(self, logits: Tensor, keep: Tensor | None, counts: bool) -> None:
-        self._logits, self._keep = logits, keep
-        self.size = len(logits) if counts else 0
-
-    @classmethod
-    def of(cls, output: object, padding: tuple[TokenMask, ...] | None, batch: int) -> _Predictions:
-        """Read the output of a forward pass."""
+    def __init__(self, output: object, padding: tuple[TokenMask, ...] | None, batch: int) -> None:
         logits, keep = _logits(output), None
         if mask := fitting_mask(padding or (), "", logits):  # the mask of the whole model, not of its encoder
             keep = mask.keep.to(logits.device)
@@ -117,7 +111,8 @@ class _Predictions:
                 "NaN or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather "
                 "than float16)."
             )
-        return cls(logits, keep, padding is not None)
+        self._logits, self._keep = logits, keep
+        self.size = 0 if padding is None else len(logits)
 
     def backward(self, first: int, count: int) -> None:
         """Pass the gradient of `-log p(y)` with respect to the logits backward: `p - onehot(y)`.

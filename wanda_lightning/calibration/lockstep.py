@@ -78,8 +78,12 @@ def lockstep(
                 for thread in threads:
                     thread.start()
                     thread.advance()
-            while (unit := processes.all_reduce_min(_first_unit(threads, len(units)))) < len(units):
-                here = [thread for thread in threads if thread.call is not None and thread.unit == unit]
+            while True:
+                parked = [thread for thread in threads if thread.call is not None]
+                unit = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
+                if unit == len(units):
+                    return
+                here = [thread for thread in parked if thread.unit == unit]
                 if unit in pending:
                     yield Stop(unit, tuple(thread.call for thread in here if thread.call is not None))
                     pending.remove(unit)
@@ -99,10 +103,6 @@ def lockstep(
 def _run_unit(thread: BatchThread) -> None:
     assert thread.call is not None, "the batch is parked"
     thread.advance(thread.call.run())
-
-
-def _first_unit(threads: Sequence[BatchThread], default: int) -> int:
-    return min((thread.unit for thread in threads if thread.call is not None), default=default)
 
 
 def _find_revisits(thread: BatchThread, units: Sequence[nn.Module], revisited: set[int]) -> None:

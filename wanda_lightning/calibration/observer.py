@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import input_of, intercept
 from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
-from wanda_lightning.calibration.pooling import pool
+from wanda_lightning.calibration.pooling import merged, pool
 from wanda_lightning.calibration.reader import BatchReader, Identity
 from wanda_lightning.calibration.reduction import all_reduce_statistics
 from wanda_lightning.core.statistics import InputStatistics
@@ -75,9 +75,8 @@ class Observer:
         """Read the inputs of the unit's layers while a batch runs in this block."""
         masks = self.masks[batch]
         reader = BatchReader(self.needs, masks or ())
-        with ExitStack() as intercepted:
-            if masks is not None:
-                reader.rows_of = intercepted.enter_context(intercept(unit.layers, reader)).rows_of
+        with intercept(() if masks is None else unit.layers, reader) as interceptor:
+            reader.rows_of = interceptor.rows_of
             yield
         for entry in reader.entries:
             self._checks.extend(entry.checks(batch))
@@ -142,13 +141,8 @@ class Observer:
         for names, statistics in sums.items():
             for name in names:
                 by_layer.setdefault(name, []).append(statistics)
-        return {layer.name: _total(by_layer[layer.name]) for layer in unit.layers if layer.name in by_layer}
-
-
-def _total(parts: list[InputStatistics]) -> InputStatistics:
-    if len(parts) == 1:
-        return parts[0]
-    total = InputStatistics(parts[0].needs)
-    for part in parts:
-        total.merge(part)
-    return total
+        return {
+            layer.name: parts[0] if len(parts) == 1 else merged(parts)
+            for layer in unit.layers
+            if (parts := by_layer.get(layer.name))
+        }

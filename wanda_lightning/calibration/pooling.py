@@ -8,6 +8,14 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer
 
 
+def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
+    """Return the sum of at least one part."""
+    total = InputStatistics(parts[0].needs)
+    for part in parts:
+        total.merge(part)
+    return total
+
+
 def pool(
     layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], minimum: int
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
@@ -31,10 +39,7 @@ def pool(
         everything = sum(counts.values())
         few = {name: count for name, count in counts.items() if count < max(minimum, 1) and count < everything}
         if few:
-            reached = [statistics[name] for name, count in counts.items() if count]
-            total = InputStatistics(reached[0].needs)
-            for part in reached:
-                total.merge(part)
+            total = merged([statistics[name] for name, count in counts.items() if count])
             result.update(dict.fromkeys(few, total))
             pooled.update(few)
     return result, pooled

@@ -52,7 +52,7 @@ def find_layers(
     finder.apply_user_patterns(check_patterns("skip", skip), check_patterns("only", only))
     # Find blocks before the pattern removes layers: blocks must not depend on the pattern.
     blocks = finder.block_of_each_layer()
-    finder.skip_what_does_not_fit(pattern)
+    finder.skip(SkipReason.PATTERN, lambda layer: pattern.why_not(layer.shape[1]))
     return Inventory(finder.units(sequential, blocks), tuple(finder.skipped), blocks)
 
 
@@ -118,7 +118,7 @@ class _Finder:
             other = next((name for name in self._aliases.get(layer.name, ()) if name in self._defaults), None)
             return None if other is None else f"tied to {other}: {self._defaults[other][1]}"
 
-        self._skip(SkipReason.TIED, tied)
+        self.skip(SkipReason.TIED, tied)
 
     def apply_user_patterns(self, skip: Sequence[str], only: Sequence[str]) -> None:
         """Skip the matrices that `skip` names and those that `only` does not name."""
@@ -139,13 +139,9 @@ class _Finder:
         self.skipped = [
             replace(matrix, reason=SkipReason.USER) if by_user(matrix) else matrix for matrix in self.skipped
         ]
-        self._skip(SkipReason.USER, by_user)
+        self.skip(SkipReason.USER, by_user)
 
-    def skip_what_does_not_fit(self, pattern: Pattern) -> None:
-        """Skip layers whose input width the pattern does not fit."""
-        self._skip(SkipReason.PATTERN, lambda layer: pattern.why_not(layer.shape[1]))
-
-    def _skip(self, reason: SkipReason, detail_of: Callable[[Layer], str | None]) -> None:
+    def skip(self, reason: SkipReason, detail_of: Callable[[Layer], str | None]) -> None:
         """Skip the layers for which `detail_of` returns a detail."""
         details = [(layer, detail_of(layer)) for layer in self.layers]
         self.layers = [layer for layer, detail in details if detail is None]

@@ -80,14 +80,7 @@ class _Run(NamedTuple):
 
 @dataclass
 class _Part:
-    """A module of a block that is trained separately.
-
-    Attributes:
-        name: The module's name in the model.
-        module: An attention, an MLP, or the block.
-        layers: The pruned layers inside it.
-        runs: One run for each batch.
-    """
+    """A module of a block (attention, MLP, or the block itself) with its pruned layers, and one run for each batch."""
 
     name: str
     module: nn.Module
