@@ -87,11 +87,15 @@ class _Part:
     layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
 
-    def record(
-        self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
-    ) -> None:
-        """Forward hook of the module during a call of the block."""
-        self.runs.append(_Run(call, clone_arguments((args, kwargs)), _first_output(output).clone()))
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook before the forward of the module, which may write into its inputs."""
+        self.inputs = clone_arguments((args, kwargs))
+
+    def record_output(self, call: Call, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Hook after the forward of the module."""
+        self.runs.append(_Run(call, self.inputs, _first_output(output).clone()))
 
 
 @dataclass
@@ -113,14 +117,16 @@ class _BlockReconstruction(UnitRecovery):
 
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         if self.parts[0].module is self.unit.module:  # the batch is parked inside the module, so its hooks do not run
-            inputs = clone_arguments((args, kwargs))
+            self.parts[0].record_inputs(self.unit.module, args, kwargs)
             output = call.forward(*args, **kwargs)
-            self.parts[0].runs.append(_Run(call, inputs, _first_output(output).clone()))
+            self.parts[0].record_output(call, self.unit.module, args, output)
             return output
         with ExitStack() as hooks:
             for part in self.parts:
-                hook = part.module.register_forward_hook(partial(part.record, call), with_kwargs=True)
-                hooks.callback(hook.remove)
+                before = part.module.register_forward_pre_hook(part.record_inputs, with_kwargs=True)
+                after = part.module.register_forward_hook(partial(part.record_output, call))
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
             return call.forward(*args, **kwargs)
 
     def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
