@@ -9,8 +9,11 @@ from support.pair import Pair
 
 install_import_hook("wanda_lightning.core", "beartype.beartype")  # before anything imports wanda_lightning
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and nohup makes them ignore SIGHUP; the
+# processes that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("tests")

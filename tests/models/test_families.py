@@ -7,7 +7,7 @@ from support import families, tiny
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from wanda_lightning import Magnitude, prune
+from wanda_lightning import RIA, prune
 
 # Models of transformers and timm warn about their own renamed arguments and missing kernels.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,7 +140,7 @@ def test_a_matrix_that_the_report_omits_is_seen(monkeypatch):
         families.check(of("llama"))
 
 
-@pytest.mark.parametrize("choices", [{"criterion": Magnitude()}, {"sequential": "none"}])
+@pytest.mark.parametrize("choices", [{"criterion": RIA()}, {"sequential": "none"}])
 def test_other_masks_are_seen(monkeypatch, choices):
     sabotaged(monkeypatch, **choices)
     with pytest.raises(AssertionError, match=r"float64: \d+ of \d+ zeros are not those of the slow procedure"):

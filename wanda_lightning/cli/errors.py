@@ -6,43 +6,23 @@ import os
 import re
 import sys
 import traceback
+from dataclasses import fields
 from opcode import opmap
 
 import wanda_lightning
+from wanda_lightning.cli.options import EvaluateOptions, PruneOptions
 
 _PACKAGE = os.path.dirname(os.path.abspath(wanda_lightning.__file__)) + os.sep
 _FOR_USERS = (ValueError, TypeError, OSError, ImportError)
-_OPTIONS = {
-    "calibration": "calibration",
-    "data": "data_path",
+_OPTIONS = {field.name: field.name for command in (PruneOptions, EvaluateOptions) for field in fields(command)} | {
     "checkpoint": "resume",
+    "data": "data_path",
     "evaluation": "eval",
+    "lr": "lr",
+    "method": "prune_method",
     "num_samples": "nsamples",
     "pattern": "sparsity_type",
     "sparsity": "sparsity_ratio",
-    **{
-        name: name
-        for name in (
-            "allocation",
-            "batch_size",
-            "cache_dir",
-            "dtype",
-            "include_grouped",
-            "limit",
-            "lr",
-            "min_expert_tokens",
-            "model",
-            "only",
-            "overwrite",
-            "seed",
-            "seqlen",
-            "sequential",
-            "skip",
-            "tasks",
-            "tasks_dir",
-            "trust_remote_code",
-        )
-    },
 }
 _NAMES = "|".join(_OPTIONS)
 _KEYWORD = re.compile(rf"(?<![\w.])({_NAMES})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|\.\.\.|[\w:.*+-]*[\w*])?")

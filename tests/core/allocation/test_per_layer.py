@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from support.layers import allocate, dense_layer
@@ -69,3 +70,10 @@ def test_given_sparsities_hold_in_a_model_with_enough_zeros():
 def test_sparsities_outside_the_range(value):
     with pytest.raises(ValueError, match=r"sparsity of 'last' in PerLayer must be .* at least 0 and below 1, but"):
         PerLayer({"last": value})
+
+
+@pytest.mark.parametrize("value", [3, "last", {3: 0.5}, [0.5], None])
+def test_what_is_no_mapping_is_refused(value, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses it before we do
+    with pytest.raises(ValueError, match="sparsities of PerLayer must map names of layers to sparsities, but they are"):
+        PerLayer(value)

@@ -34,7 +34,13 @@ class PerLayer(Allocation):
     sparsities: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        pairs = tuple(dict(self.sparsities).items())
+        message = f"sparsities of PerLayer must map names of layers to sparsities, but they are {self.sparsities!r}."
+        try:
+            pairs = tuple(dict(self.sparsities).items())
+        except (TypeError, ValueError) as error:
+            raise ValueError(message) from error
+        if not all(isinstance(pattern, str) for pattern, _ in pairs):
+            raise ValueError(message)
         for pattern, sparsity in pairs:
             if not _SPARSITY.accepts(sparsity):
                 raise ValueError(f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}.")
