@@ -17,12 +17,7 @@ _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be
 
 
 class Note(NamedTuple):
-    """A sentence for the report.
-
-    Attributes:
-        text: The sentence.
-        is_warning: Whether it is also logged.
-    """
+    """A sentence for the report; a warning is logged, too."""
 
     text: str
     is_warning: bool = True

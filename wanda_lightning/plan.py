@@ -24,15 +24,10 @@ Selections = Mapping[str, Selection]  # by layer
 
 
 class DenseStatistics(NamedTuple):
-    """What an allocation may read about the dense model, by layer. Layers that no batch reaches are missing.
-
-    Attributes:
-        inputs: Statistics of the inputs.
-        fisher: See `calibration.gradients.fisher`.
-    """
+    """What an allocation may read about the dense model, by layer. Layers that no batch reaches are missing."""
 
     inputs: Mapping[str, InputStatistics] = MappingProxyType({})
-    fisher: Mapping[str, Tensor] = MappingProxyType({})
+    fisher: Mapping[str, Tensor] = MappingProxyType({})  # see `calibration.gradients.fisher`
 
 
 @dataclass(frozen=True)

@@ -18,23 +18,14 @@ Watch = Callable[[threading.Thread], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Call:
-    """The call at which a batch is parked: a unit, before it runs, with its arguments.
+    """The call of a unit at which a batch is parked, before the unit runs."""
 
-    Attributes:
-        batch: Index of the batch.
-        forward: The unit's own forward.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        thread_state: State of the batch's thread at the call.
-        watch: Watches the thread that runs the call.
-    """
-
-    batch: int
-    forward: Forward
+    batch: int  # index of the batch
+    forward: Forward  # the unit's own forward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    thread_state: ThreadState
-    watch: Watch = nullcontext
+    thread_state: ThreadState  # of the batch's thread at the call
+    watch: Watch = nullcontext  # watches the thread that runs the call
 
     def run(self) -> Any:
         """Run the unit and return its output."""

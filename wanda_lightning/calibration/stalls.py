@@ -81,19 +81,12 @@ class StallDetector(threading.Thread):
 
 
 class _LockWait(NamedTuple):
-    """A thread that is at an instruction that acquires a lock.
+    """A thread that is at an instruction that acquires a lock."""
 
-    Attributes:
-        turn: Number of the `watching` block in which it runs.
-        frame: Its innermost frame.
-        instruction: Index of the instruction.
-        cpu_time: CPU time of the thread so far, in seconds.
-    """
-
-    turn: int
-    frame: FrameType
-    instruction: int
-    cpu_time: float
+    turn: int  # number of the `watching` block in which the thread runs
+    frame: FrameType  # its innermost frame
+    instruction: int  # index in the code of the frame
+    cpu_time: float  # of the thread so far, in seconds
 
     @classmethod
     def of(cls, thread: threading.Thread, turn: int) -> _LockWait | None:
