@@ -66,7 +66,7 @@ def _few_expert_tokens(outcome: Outcome) -> Note | None:
         return None
     least = min(few, key=lambda name: outcome.layers[name].tokens)
     return Note(
-        f"{_layers(few, 'expert')} saw fewer than {max(1, outcome.plan.config.min_expert_tokens)} tokens, {least} "
+        f"{_layers(few, 'expert')} received fewer than {max(1, outcome.plan.config.min_expert_tokens)} tokens, {least} "
         f"fewest: {outcome.layers[least].tokens}. They are pruned with the statistics of all experts: give more "
         "calibration samples"
     )
@@ -134,7 +134,7 @@ def _few_tokens(outcome: Outcome) -> Note | None:
         return None
     least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
     return Note(
-        f"{_layers(few)} saw fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
+        f"{_layers(few)} received fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
         f"{least.shape[1]}. Their Gram matrices depend on the dampening: give more calibration samples"
     )
 
@@ -161,7 +161,7 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
 
 _NOTES: Sequence[Callable[[Outcome], Note | None]] = (
     _left_dense(SkipReason.UNREACHED, "no calibration batch called"),
-    _left_dense(SkipReason.UNROUTED, "no calibration token was seen in"),
+    _left_dense(SkipReason.UNROUTED, "no calibration token was observed in"),
     _left_dense(SkipReason.INACTIVE, "all inputs were zero in"),
     _few_expert_tokens,
     _revisited,

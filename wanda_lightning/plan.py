@@ -67,7 +67,7 @@ class Plan:
     def dense_layers(
         self,
         layers: Sequence[Layer],
-        seen: DenseStatistics = DenseStatistics(),
+        dense: DenseStatistics = DenseStatistics(),
         reading: Callable[[str], None] = lambda name: None,
     ) -> list[DenseLayer]:
         """Describe layers to an allocation; calls `reading` with the layer's name whenever it reads a weight."""
@@ -83,16 +83,16 @@ class Plan:
                 layer.size,
                 self.config.pattern.sparsity_steps(*layer.shape),
                 partial(read, layer),
-                seen.inputs.get(layer.name, InputStatistics()),
-                seen.fisher.get(layer.name),
+                dense.inputs.get(layer.name, InputStatistics()),
+                dense.fisher.get(layer.name),
             )
             for layer in layers
         ]
 
-    def allocate(self, seen: DenseStatistics, progress: bool) -> Selections:
+    def allocate(self, dense: DenseStatistics, progress: bool) -> Selections:
         """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target."""
         allocation, processes = self.config.allocation, self.processes
-        layers = [layer for layer in self.layers if self._is_seen(layer, seen)]
+        layers = [layer for layer in self.layers if self._has_statistics(layer, dense)]
         sparsities: dict[str, float] = {}
         shown: set[str] = set()
 
@@ -104,7 +104,7 @@ class Plan:
         progress = progress and allocation.reads_weights
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
             if processes.rank == 0 and layers:
-                sparsities = allocation(self.dense_layers(layers, seen, reading), self.config.sparsity)
+                sparsities = allocation(self.dense_layers(layers, dense, reading), self.config.sparsity)
             # One process computes them: singular values that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
         selections: dict[str, Selection] = {}
@@ -114,11 +114,11 @@ class Plan:
             selections[layer.name] = Selection(self.config.criterion, pattern, sparsity)
         return selections
 
-    def _is_seen(self, layer: Layer, seen: DenseStatistics) -> bool:
+    def _has_statistics(self, layer: Layer, dense: DenseStatistics) -> bool:
         allocation = self.config.allocation
-        if allocation.reads_gradients and layer.name not in seen.fisher:
+        if allocation.reads_gradients and layer.name not in dense.fisher:
             return False
-        return not allocation.needs or (layer.name in seen.inputs and seen.inputs[layer.name].count > 0)
+        return not allocation.needs or (layer.name in dense.inputs and dense.inputs[layer.name].count > 0)
 
 
 def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> Plan:

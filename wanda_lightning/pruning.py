@@ -50,7 +50,7 @@ def prune(
     restart (packed documents) exclude no token.
 
     Args:
-        model: The model; its weights change in place, everything else stays as it is.
+        model: The model; only its weights change, in place.
         batches: Calibration batches; all of them are used. `Magnitude` needs none.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
         forward: Runs one batch through the model.
@@ -207,7 +207,7 @@ def _prune_unit(outcome: Outcome, unit: Unit, inputs: Mapping[str, InputStatisti
 
 def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
     if inputs.count == 0 and layer.expert is not None:
-        detail = "no calibration token was seen to go through any expert of the module"
+        detail = "no calibration token was observed in any expert of the module"
         return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNROUTED, detail)
     if inputs.count == 0:
         return _unreached(layer)

@@ -33,8 +33,8 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum)
     assert counts["model.layers.0.mlp.experts.gate_up_proj.2"] == 0
     few = {name for name, count in counts.items() if count < max(minimum, 1)}
     assert {layer.name for layer in layers if "few tokens" in layer.note} == few
-    note = next(note for note in report.notes if "experts saw fewer" in note)
-    assert note.startswith(f"{len(few)} experts saw fewer than {max(minimum, 1)} tokens")
+    note = next(note for note in report.notes if "experts received fewer" in note)
+    assert note.startswith(f"{len(few)} experts received fewer than {max(minimum, 1)} tokens")
     if sequential == "none":
         own, _ = observed(dense, batches)
         for layer in find_layers(dense).layers:

@@ -29,7 +29,7 @@ class Observer:
         masks: The padding of each batch; None for a batch that runs through the model but does not count.
         tick: Called after each batch.
         processes: Processes that calibrate together; the statistics are sums over the batches of all processes.
-        min_expert_tokens: Experts that saw fewer tokens get the statistics of all their siblings in the unit.
+        min_expert_tokens: Experts with fewer tokens get the statistics of all their siblings in the unit.
 
     Attributes:
         padding_counted: Layers whose statistics include padding, because the masks do not show it in their inputs.
@@ -93,7 +93,7 @@ class Observer:
         return self._of_all(unit, statistics)
 
     def _of_all(self, unit: Unit, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
-        """Sum the statistics over all processes, and pool those of experts that saw few tokens."""
+        """Sum the statistics over all processes, and pool the statistics of experts with few tokens."""
         if self.processes.world_size > 1:
             statistics, padding_counted = all_reduce_statistics(
                 unit.layers, statistics, self.padding_counted, self.needs, self.processes

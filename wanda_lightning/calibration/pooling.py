@@ -1,4 +1,4 @@
-"""Pool the statistics of experts that saw few tokens."""
+"""Pool the statistics of experts with few tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
 def pool(
     layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], minimum: int
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
-    """Replace the statistics of each expert that saw too few tokens with the sum over all its siblings.
+    """Replace the statistics of each expert with too few tokens with the sum over all its siblings.
 
     Args:
         layers: Layers of one unit; siblings in other units are not included.

@@ -118,7 +118,7 @@ def _takes_lock(frame: FrameType) -> bool:
     if frame.f_globals.get("__name__") in _LOCK_MODULES:
         return True
     current = [i for i in dis.get_instructions(frame.f_code) if i.offset <= frame.f_lasti and i.opname != "CACHE"]
-    # An `__enter__` in Python would have a frame of its own, so this one is in C, such as that of a lock.
+    # An `__enter__` in Python would have a frame of its own, so this one is written in C, as for locks.
     if current and current[-1].opname in ("BEFORE_WITH", "SETUP_WITH"):
         return True
     return "acquire" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)

@@ -72,7 +72,7 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
 
 
 def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:
-    """Refuse a two-dimensional mask whose shape is not that of the tokens, unless a cache adds keys before them."""
+    """Refuse a mask (samples, tokens) with another shape than the tokens, unless a cache adds keys before them."""
     tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch.get(key), Tensor)), None)
     if not isinstance(attention, Tensor) or attention.ndim != 2 or tokens is None or "past_key_values" in batch:
         return

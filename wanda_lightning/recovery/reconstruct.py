@@ -158,7 +158,7 @@ class _PartTraining:
             for path, weight in self._weights.items()
         }
         self._keep = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in self._weights.items()}
-        for layer in part.layers:  # a parameter may hold several layers, some of which are dense and stay as they are
+        for layer in part.layers:  # a parameter may also hold dense layers, which do not change
             layer.part(self._keep[paths[layer.name]]).copy_(layer.weight != 0)
 
     def train(self) -> RecoveredPart:
@@ -189,7 +189,7 @@ class _PartTraining:
             optimizer.zero_grad()
             self._error(run, training=True).backward()
             for copy, keep in zip(self._copies.values(), self._keep.values(), strict=True):
-                if copy.grad is not None:  # without a gradient Adam leaves a weight as it is
+                if copy.grad is not None:  # Adam skips weights without a gradient
                     copy.grad = masked(copy.grad, keep)
             optimizer.step()
 
