@@ -264,7 +264,7 @@ REFUSED = [
     ),
     (["--sparsity_type", "3:6"], "--sparsity_type 3:6 fits none of"),
     (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
-    (["--skip", "[model]"], "the model has nothing to prune"),
+    (["--skip", "[model]"], "model has nothing to prune"),
     (["--skip", "re:x{1,3}"], "--skip re:x{1,3} matches no matrix"),
     (["--model", "{}/gone"], "gone does not exist"),
     (["--model", "{}/gone.gguf"], "gone.gguf does not exist"),
