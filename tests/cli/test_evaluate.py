@@ -36,7 +36,7 @@ from wanda_lightning.modules import ImageClassifierModule
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
     pytest.mark.filterwarnings(
-        "ignore:.*but the model has .* outputs"
+        "ignore:.*and the model has .* outputs"
     ),  # tiny classifiers are made without regard to the images
 ]
 

@@ -22,7 +22,7 @@ from wanda_lightning import PruningReport
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
     pytest.mark.filterwarnings(
-        "ignore:.*but the model has .* outputs"
+        "ignore:.*and the model has .* outputs"
     ),  # tiny classifiers are made without regard to the images
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
 ]
@@ -238,7 +238,7 @@ def test_fewer_images_than_asked(images):
 
 
 def test_more_logits_than_classes(images):
-    with pytest.warns(UserWarning, match="images has 4 classes, but the model has 1000 outputs"):
+    with pytest.warns(UserWarning, match="images has 4 classes, and the model has 1000 outputs"):
         assert run(*images) == 0
 
 

@@ -15,7 +15,7 @@ from wanda_lightning.data import ImageDataModule
 from wanda_lightning.data.demo import python_docs
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*but the model has .* outputs"
+    "ignore:.*and the model has .* outputs"
 )  # models are made without regard to the images
 
 

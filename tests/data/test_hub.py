@@ -8,7 +8,7 @@ from support.data import (
 from wanda_lightning.data import ImageDataModule, TextDataModule
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*but the model has .* outputs"
+    "ignore:.*and the model has .* outputs"
 )  # models are made without regard to the images
 
 

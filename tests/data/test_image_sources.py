@@ -20,7 +20,7 @@ from wanda_lightning.data import ImageDataModule
 from wanda_lightning.data.image_sources import _from_splits, find_columns
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*but the model has .* outputs"
+    "ignore:.*and the model has .* outputs"
 )  # models are made without regard to the images
 
 

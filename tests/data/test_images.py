@@ -20,7 +20,7 @@ from torch import nn
 from wanda_lightning.data import ImageDataModule
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*but the model has .* outputs"
+    "ignore:.*and the model has .* outputs"
 )  # models are made without regard to the images
 
 
@@ -198,13 +198,13 @@ def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
     assert labels_of(tmp_path, vit(num_classes=1000))[0] == [1, 999]
 
 
-@pytest.mark.filterwarnings("default:.*but the model has .* outputs")
+@pytest.mark.filterwarnings("default:.*and the model has .* outputs")
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (vit(num_classes=5), "has 2 classes, but the model has 5 outputs. Class i, counted from 'blue' = 0"),
-        (vit(num_classes=1000), "but the model has 1000 outputs, and its classes have other names than 'blue'"),
-        (named_vit("cat", "green"), "but the model has 2 outputs, and its classes have other names than 'blue'"),
+        (vit(num_classes=5), "has 2 classes, and the model has 5 outputs. Class i, counted from 'blue' = 0"),
+        (vit(num_classes=1000), "and the model has 1000 outputs, and its classes have other names than 'blue'"),
+        (named_vit("cat", "green"), "and the model has 2 outputs, and its classes have other names than 'blue'"),
         (vit(num_classes=2), None),
     ],
 )

@@ -32,11 +32,6 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image.convert(self.mode)), label
 
 
-def _stacked(dataset: _Images) -> TensorDataset:
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    return TensorDataset(torch.stack(images), torch.tensor(labels))
-
-
 class ImageDataModule(DataModule):
     """Labeled images, resized and normalized for a timm model.
 
@@ -144,7 +139,7 @@ class ImageDataModule(DataModule):
         if outputs > len(classes) or misnamed:
             reason = f", and its classes have other names than {unnamed[0]!r}" if misnamed else ""
             rank_zero_warn(
-                f"{self.data} has {len(classes)} classes, but the model has {outputs} outputs{reason}. Class i, "
+                f"{self.data} has {len(classes)} classes, and the model has {outputs} outputs{reason}. Class i, "
                 f"counted from {classes[0]!r} = 0, is compared with output i of the model: the accuracy is valid only "
                 "if the model was trained on these classes in this order."
             )
@@ -172,7 +167,8 @@ class ImageDataModule(DataModule):
         if not self._in_memory:
             return images
         if part not in self._kept:
-            self._kept[part] = _stacked(images)
+            tensors, labels = zip(*(images[i] for i in range(len(images))), strict=True)
+            self._kept[part] = TensorDataset(torch.stack(tensors), torch.tensor(labels))
         return self._kept[part]
 
     def calibration_dataloader(self) -> DataLoader[Any]:
