@@ -180,14 +180,14 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     if folder is not None and pretrained and not any(folder.glob("*.safetensors")):
         raise OSError(
             f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has none. "
-            "Save the weights with safetensors.torch.save_file, or start from random ones with pretrained=False."
+            "Save the weights with safetensors.torch.save_file; in Python, pretrained=False starts from random ones."
         )
     try:
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     except OSError as error:
         raise OSError(
             f"The weights of {checked!r} are not in the cache and cannot be downloaded. Check the connection, give a "
-            "local file of weights with checkpoint=..., or start from random weights with pretrained=False. "
+            "local file of weights with checkpoint=..., or, in Python, start from random ones with pretrained=False. "
             f"The cause: {one_line(error)}"
         ) from error
     except (SafetensorError, RuntimeError) as error:
