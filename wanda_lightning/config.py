@@ -76,8 +76,7 @@ class PruningConfig:
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
             method: Name of a method or preset, which chooses what the following arguments leave open.
-            criterion: Scores the weights: `Wanda()`, `Magnitude()`, `RIA()`, or a name; by default the solver's own
-                (of `ZeroOut()` it is Wanda).
+            criterion: Scores the weights: `Wanda()`, `Magnitude()`, `RIA()`, or a name; by default the solver's own.
             pattern: Where zeros may fall: `"unstructured"` compares what the method compares in its paper (rows for
                 Wanda, the whole layer for magnitude and SparseGPT); or `Unstructured("row")`, `NM(2, 4)`,
                 `EqualShare()`, or a name such as `"2:4"`.
@@ -175,7 +174,9 @@ def _resolve(option: str, table: Mapping[str, Choice], given: Any, default: Choi
             raise ValueError(_not_one_of(option, given, table))
         return table[given]()
     if not isinstance(given, (base := _base_class(option))):
-        raise ValueError(f"{option} must be a {base.__name__} or one of {', '.join(table)}, but it is {given!r}.")
+        raise ValueError(
+            f"{option} must be of class {base.__name__} or one of {', '.join(table)}, but it is {given!r}."
+        )
     return given
 
 

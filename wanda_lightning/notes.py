@@ -152,8 +152,8 @@ def _few_tokens(outcome: Outcome) -> Note | None:
         return None
     least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
     return Note(
-        f"{_layers(few)} saw fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
-        f"{least.shape[1]}. Their Gram matrices depend on the dampening: give more calibration samples"
+        f"{_layers(few)} saw fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for {least.shape[1]} "
+        "inputs. A Gram matrix of so few tokens depends on the dampening: give more calibration samples"
     )
 
 
@@ -173,7 +173,7 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
     if outcome.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
         return None
     counts = {f"{kind.n}:{kind.m}" if isinstance(kind, NM) else "dense": kinds[kind] for kind in kinds}
-    listed = ", ".join(f"{counts[kind]} layers {kind}" for kind in sorted(counts))
+    listed = ", ".join(f"{counts[kind]} layer{'s' * (counts[kind] > 1)} {kind}" for kind in sorted(counts))
     return Note(f"mixed N:M: {listed}", is_warning=False)
 
 
