@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, on a file system that fails."""
+"""Files and folders are written atomically, also on a file system that fails."""
 
 import errno
 import os
@@ -87,7 +87,7 @@ def test_refusals(tmp_path, monkeypatch):
     refuse_nonempty(tmp_path / "none")
     refuse_nonempty(tmp_path / "x", True)
     for refuse in (refuse_replacement, lambda *args: whole_folder(*args).__enter__()):
-        with pytest.raises(FileExistsError, match="is not a model"):
+        with pytest.raises(FileExistsError, match="are not a model"):
             refuse(tmp_path / "x", True)
         with pytest.raises(FileExistsError, match=r"x is not empty.*overwrite"):
             refuse(tmp_path / "x")
@@ -96,7 +96,7 @@ def test_refusals(tmp_path, monkeypatch):
         with monkeypatch.context() as inside:
             (tmp_path / "x" / "config.json").touch()
             inside.chdir(tmp_path / "x")
-            with pytest.raises(FileExistsError, match="holds the working directory"):
+            with pytest.raises(FileExistsError, match="contains the working directory"):
                 refuse(".", True)
             (tmp_path / "x" / "config.json").unlink()
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
@@ -156,7 +156,7 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["mounted", "simulated"])
 def mount_point(request, tmp_path, monkeypatch):
-    """A folder that cannot be renamed: a real mount where that is allowed, else one that only says so."""
+    """A folder that cannot be renamed: a real mount where that is allowed, else a simulated one."""
     folder = tmp_path / "volume"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
@@ -214,7 +214,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
         refuse_full(tmp_path / "new" / "x", 3_000_000)
 
 
-def test_a_disk_that_fills_up_is_one_sentence(tmp_path):
+def test_a_full_disk_is_one_clear_error(tmp_path):
     def fill(folder):
         (folder / "half").write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

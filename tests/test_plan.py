@@ -71,7 +71,7 @@ def test_only_that_names_a_head_says_why_it_is_not_pruned():
 
 
 def test_nothing_to_prune():
-    with pytest.raises(ValueError, match="the model has nothing to prune \\(there are no weight matrices\\)"):
+    with pytest.raises(ValueError, match="model has nothing to prune \\(there are no weight matrices\\)"):
         make_plan(PruningConfig.from_names(), nn.ReLU())
 
 

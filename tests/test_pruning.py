@@ -454,8 +454,8 @@ def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeyp
 
     torch.manual_seed(0)
     results = []
-    for limit in (pruning._HELD_AT_ONCE, 2 * 8 * 16, 1):
-        monkeypatch.setattr(pruning, "_HELD_AT_ONCE", limit)
+    for limit in (pruning._MAX_GROUP, 2 * 8 * 16, 1):
+        monkeypatch.setattr(pruning, "_MAX_GROUP", limit)
         torch.manual_seed(0)
         blocks = torch.nn.Sequential(Parallel())
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, sequential="none")
@@ -480,7 +480,7 @@ def test_the_report_says_where_tokens_are_few():
     model = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
     dense = copy.deepcopy(model)
     report = prune(model, [torch.randn(16, 32)], solver="refit", progress=False)
-    assert "1 layer saw fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs" in "".join(report.notes)
+    assert "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs" in "".join(report.notes)
     assert not prune(dense, [torch.randn(16, 32)], progress=False).notes
 
 

@@ -90,8 +90,8 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     notes = [note for note in getattr(caught.value, "__notes__", []) if "already pruned" in note]
     assert len(notes) == (bool(written) and sys.version_info >= (3, 11))
     if notes:
-        assert f"{len(written)} layers are already pruned, {written[0]} first and {written[-1]} last" in notes[0]
-        assert "Load the model again" in notes[0]
+        assert f"{len(written)} layers are already pruned, from {written[0]} to {written[-1]};" in notes[0]
+        assert "Reload the model" in notes[0]
     return str(caught.value)
 
 

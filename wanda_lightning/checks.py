@@ -1,4 +1,4 @@
-"""Checks of option values and of installed packages, and the text of their errors; they need no library."""
+"""Checks of option values and installed packages, which import no library."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ from numbers import Integral, Real
 
 
 def check_positive(**values: object) -> None:
-    """Refuse every value that is not a whole number of at least 1; None stands for an option that was not given.
-
-    Raises:
-        ValueError: Names the option and its value.
-    """
+    """Raise a ValueError for a value that is not a whole number of at least 1; None stands for an unset option."""
     for name, value in values.items():
         if value is not None:
             check_at_least(1, **{name: value})
 
 
 def check_at_least(minimum: int, **values: object) -> None:
-    """Refuse every value that is not a whole number of at least `minimum`.
-
-    Raises:
-        ValueError: Names the option and its value.
-    """
+    """Raise a ValueError for a value that is not a whole number of at least `minimum`."""
     for name, value in values.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name} must be a whole number, but it is {value!r}.")
@@ -32,22 +24,14 @@ def check_at_least(minimum: int, **values: object) -> None:
 
 
 def check_not_negative(**values: object) -> None:
-    """Refuse every value that is not a finite number of at least 0.
-
-    Raises:
-        ValueError: Names the option and its value.
-    """
+    """Raise a ValueError for a value that is not a finite number of at least 0."""
     for name, value in values.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < inf:
             raise ValueError(f"{name} must be a number of at least 0, but it is {value!r}.")
 
 
 def refuse_pytorch_lightning(trainer: object) -> None:
-    """Refuse a Trainer of `pytorch_lightning`, a copy of Lightning that fails with objects of the other copy.
-
-    Raises:
-        ValueError: Says what to import.
-    """
+    """Raise a ValueError for a Trainer of `pytorch_lightning`, a copy of Lightning whose objects cannot be mixed."""
     if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in type(trainer).__mro__):
         raise ValueError(
             f"trainer must be a lightning.pytorch.Trainer, but it is a {type(trainer).__name__} of pytorch_lightning. "
@@ -57,11 +41,7 @@ def refuse_pytorch_lightning(trainer: object) -> None:
 
 
 def check_memory(option: str, count: int, seqlen: int) -> None:
-    """Refuse more windows of `seqlen` tokens (8 bytes each) than fit in the free memory.
-
-    Raises:
-        ValueError: Names the option, the memory that is needed and the largest number that fits.
-    """
+    """Raise a ValueError if `count` windows of `seqlen` tokens (8 bytes each) do not fit in the free memory."""
     import psutil
 
     size, free = 8 * seqlen, psutil.virtual_memory().available
@@ -73,15 +53,12 @@ def check_memory(option: str, count: int, seqlen: int) -> None:
 
 
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
-    """Refuse to go on without packages that an extra of wanda_lightning installs.
+    """Raise an ImportError if a package that an extra of wanda_lightning installs is missing.
 
     Args:
         extra: Name of the extra.
         *packages: Import names of the packages.
-        purpose: What needs them, as the plural subject of the message.
-
-    Raises:
-        ImportError: Names the missing packages and the command that installs them.
+        purpose: Plural subject of the error message, such as "Adapters".
     """
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")

@@ -1,4 +1,4 @@
-"""The choices that make one pruning: `PruningConfig`. Importing this loads neither torch nor a model library."""
+"""`PruningConfig`, the choices of one pruning. Importing this file loads neither torch nor a model library."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The independent choices, and what to leave out, every field of one type; `from_names` constructs it.
-
-    The attributes are described by the arguments of `from_names`.
+    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes.
 
     Raises:
         ValueError: If a value is out of range, or two choices contradict each other.
@@ -71,31 +69,31 @@ class PruningConfig:
         include_grouped: bool = False,
         min_expert_tokens: int = 32,
     ) -> PruningConfig:
-        """Turn names into objects, and fill in what is not given. This is the only place that does.
+        """Resolve names to objects, and fill in the defaults. No other function does either.
 
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-            method: Name of a method or preset, which chooses what the following arguments leave open.
+            method: Name of a method or preset, which sets the defaults of the following arguments.
             criterion: Scores the weights: `Wanda()`, `Magnitude()`, `RIA()`, or a name; by default the solver's own.
-            pattern: Where zeros may fall: `"unstructured"` compares what the method compares in its paper (rows for
-                Wanda, the whole layer for magnitude and SparseGPT); or `Unstructured("row")`, `NM(2, 4)`,
+            pattern: Where zeros may fall: `"unstructured"` compares the same weights as the method's paper (within rows
+                for Wanda, within layers for magnitude and SparseGPT); or `Unstructured("row")`, `NM(2, 4)`,
                 `EqualShare()`, or a name such as `"2:4"`.
             allocation: Distributes the sparsity over the layers: `Uniform()`, `Fisher()`, `OWL()`, `AlphaPruning()`,
                 `PerLayer({...})`, or a name such as `"owl"`.
             solver: Computes the final weights: `ZeroOut()`, `SparseGPT()`, `Refit()`, `ADMM()`, or a name.
             recovery: Trains the kept weights afterwards: `NoRecovery()`, `Reconstruct()`, or a name.
-            sequential: Whose pruning the statistics see: `"block"` (earlier blocks are pruned, the block itself is
-                dense), `"layer"` (everything before the layer is pruned) or `"none"` (the whole model is dense).
+            sequential: What is pruned before the statistics are collected: `"block"` (the earlier blocks), `"layer"`
+                (all earlier layers) or `"none"` (nothing).
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
-            only: The layers to prune, named likewise; by default all. Layers that `skip` names stay dense.
-            include_grouped: Prune grouped convolutions, too: each group as a matrix of its own, by its own inputs.
-            min_expert_tokens: An expert to which fewer calibration tokens were routed is pruned with the statistics of
-                all experts of its module. A norm over n Gaussian inputs is off by 0.7 / sqrt(n), 12 % at 32.
+            only: The layers to prune, named in the same way; by default all. `skip` takes precedence.
+            include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
+            min_expert_tokens: Experts with fewer calibration tokens are pruned with the statistics of all experts of
+                their module. A norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n), 12 % for n = 32.
 
         Raises:
             ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
         """
-        base = Method() if method is None else _method(method)
+        base: Method = Method() if method is None else _named("method", method, {**METHODS, **PRESETS})
         chosen_solver: Solver = _resolve("solver", SOLVERS, solver, base.solver)
         if criterion is None and (solver is not None or base.criterion is None):
             criterion = chosen_solver.own_criterion
@@ -143,37 +141,43 @@ class PruningConfig:
 
     @property
     def needs(self) -> frozenset[str]:
-        """All statistics that are read, those of the allocation included, which are of the dense model."""
+        """All statistics that any choice reads, including those of the dense model for the allocation."""
         return self.unit_needs | self.allocation.needs
 
     @property
     def data_reader(self) -> object | None:
-        """The choice for which calibration data are needed, for messages; None if no choice needs any."""
+        """The first choice that needs calibration data, for messages; None if no choice needs any."""
         choices = (self.criterion, self.solver, self.allocation, self.recovery)
         return next((one for one in choices if one.needs or getattr(one, "reads_gradients", False)), None)
 
     def describe(self) -> dict[str, Any]:
-        """Every value as plain data, for the report."""
+        """Return every value as plain data, for the report."""
         return {field.name: _describe(getattr(self, field.name)) for field in fields(self)}
 
 
-def _method(name: str) -> Method:
-    methods = {**METHODS, **PRESETS}
-    if name not in methods:
-        raise ValueError(_not_one_of("method", name, methods))
-    return methods[name]
+_BASES = {
+    "criterion": choice("core.criteria.Criterion"),
+    "pattern": choice("core.patterns.Pattern"),
+    "allocation": choice("core.allocation.Allocation"),
+    "solver": choice("core.solvers.Solver"),
+    "recovery": choice("recovery.Recovery"),
+}
+
+
+def _named(option: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise ValueError(_not_one_of(option, name, table))
+    return table[name]
 
 
 def _resolve(option: str, table: Mapping[str, Choice], given: Any, default: Choice | None) -> Any:
-    """The object for an option: the one given, the one that a name stands for, or the default."""
+    """Return the object for an option, which is given as an object, as a name, or not at all."""
     if given is None:
         assert default is not None
         return default()
     if isinstance(given, str):
-        if given not in table:
-            raise ValueError(_not_one_of(option, given, table))
-        return table[given]()
-    if not isinstance(given, (base := _base_class(option))):
+        return _named(option, given, table)()
+    if not isinstance(given, (base := _BASES[option].load())):
         raise ValueError(
             f"{option} must be of class {base.__name__} or one of {', '.join(table)}, but it is {given!r}."
         )
@@ -181,34 +185,22 @@ def _resolve(option: str, table: Mapping[str, Choice], given: Any, default: Choi
 
 
 def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
-    """The pattern that a name stands for; `"unstructured"` compares within the given group.
+    """Resolve the name of a pattern; `"unstructured"` compares the weights within the given group.
 
     Example:
         >>> resolve_pattern("1:4")
         NM(n=1, m=4)
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If the name is unknown.
     """
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
         return choice("core.patterns.NM", n=int(match[1]), m=int(match[2]))()
-    names = dict.fromkeys(["unstructured", *PATTERNS, "N:M"])
     if given is None or (isinstance(given, str) and given not in PATTERNS):
-        raise ValueError(_not_one_of("pattern", given, names))
+        raise ValueError(_not_one_of("pattern", given, ["unstructured", *PATTERNS, "N:M"]))
     return _resolve("pattern", PATTERNS, given, None)
-
-
-def _base_class(option: str) -> type[Any]:
-    paths = {
-        "criterion": "core.criteria.Criterion",
-        "pattern": "core.patterns.Pattern",
-        "allocation": "core.allocation.Allocation",
-        "solver": "core.solvers.Solver",
-        "recovery": "recovery.Recovery",
-    }
-    return choice(paths[option]).load()
 
 
 def _not_one_of(option: str, given: object, names: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""Write files and folders whole or not at all, and refuse places that cannot be written before the work begins.
+"""Write files and folders atomically, and check that a path can be written before the work begins.
 
-A file or a folder is written under a temporary name and then renamed. The temporary name starts with `.wanda-` and is
-locked while its process lives, so the next run into the same place can remove what a killed run left behind.
+A file or a folder is written under a temporary name and then renamed. The temporary name starts with `.wanda-`, and its
+process holds a lock on it, so that a later run can remove the leftovers of a killed run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from uuid import uuid4
 
 try:
     import fcntl
-except ImportError:  # Windows: leftovers of killed runs stay
+except ImportError:  # Windows, where leftovers of killed runs are not removed
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".wanda-"
-_NOT_OURS = ("lost+found",)  # every fresh ext4 file system has one
-_LAST = "config.json"  # a folder without it is not a model, so it arrives last
+_CONFIG = "config.json"  # a folder without it is not a model, so it is moved last
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
@@ -34,18 +33,12 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a file that `whole_file` could not write.
-
-    Raises:
-        IsADirectoryError: If `path` is a folder.
-        FileExistsError: If the file exists and `overwrite` is false.
-        OSError: If nothing can be written there.
-    """
+    """Raise an OSError for a file that `whole_file` could not write, or that exists without `overwrite`."""
     target = _resolved(path)
     with _naming(path):
         _clean_up(target.parent, target)
         if target.is_dir():
-            raise IsADirectoryError(f"A file was to be written to {path}, but it is a folder. Name a file inside it.")
+            raise IsADirectoryError(f"{path} must be a file, but it is a folder. Name a file inside it.")
         if os.path.lexists(target) and not overwrite:
             raise FileExistsError(f"The file {path} exists. Choose another name, or replace it with overwrite=True.")
         _check_name(target)
@@ -53,55 +46,42 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
 
 
 def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a folder into which files cannot be written, or that holds something and `overwrite` is false.
-
-    Raises:
-        FileExistsError: If `path` is a file, or a folder that is not empty (without `overwrite`).
-        OSError: If nothing can be written there.
-    """
+    """Raise an OSError for a folder to which files cannot be written, or that is not empty without `overwrite`."""
     target = _resolved(path)
     with _naming(path):
         for home in (target.parent, target):
             _clean_up(home, target)
         if os.path.lexists(target) and not target.is_dir():
-            raise FileExistsError(f"A folder was to be written to {path}, but it is a file. Choose another path.")
+            raise FileExistsError(f"{path} must be a folder, but it is a file. Choose another path.")
         if _entries(target) and not overwrite:
-            raise FileExistsError(
-                f"The folder {path} is not empty. Choose another one, or allow it with overwrite=True."
-            )
+            raise FileExistsError(f"The folder {path} is not empty. Choose another, or allow it with overwrite=True.")
         _check_name(target)
         _try_to_write(target)
 
 
 def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a folder that `whole_folder` could not write.
+    """Raise an OSError for a folder that `whole_folder` could not write.
 
-    Raises:
-        FileExistsError: As `refuse_nonempty`; also for a folder that holds something but is not a model (it has no
-            `config.json`), or that contains the working directory.
-        OSError: If nothing can be written there.
+    Even with `overwrite`, a folder that is not empty is refused if it is not a model (it has no `config.json`), or
+    contains the working directory.
     """
     refuse_nonempty(path, overwrite)
     target = _resolved(path)
     if not _entries(target):
         return
-    if not (target / "config.json").is_file():
+    if not (target / _CONFIG).is_file():
         raise FileExistsError(
-            f"Overwriting {path} would delete its files, but it is not a model (it has no config.json). "
-            "Choose another folder, or empty this one."
+            f"Overwriting {path} would delete files that are not a model (there is no config.json). Choose another "
+            "folder, or empty this one."
         )
     if Path.cwd().is_relative_to(target):
         raise FileExistsError(
-            f"Overwriting {path} would replace the folder that holds the working directory. Choose a folder inside it."
+            f"Overwriting {path} would replace a folder that contains the working directory. Choose a folder inside it."
         )
 
 
 def refuse_full(path: str | os.PathLike[str], size: int) -> None:
-    """Refuse a place on a disk with less than `size` bytes of free space.
-
-    Raises:
-        OSError: Names the path, the space that is needed and the space that is free.
-    """
+    """Raise an OSError for a path on a disk with less than `size` bytes of free space."""
     free = shutil.disk_usage(_existing(_resolved(path))).free
     if free < size:
         raise OSError(f"{path} needs {_megabytes(size)}, but {_megabytes(free)} are free on its disk. Free some space.")
@@ -112,26 +92,26 @@ def _megabytes(size: int) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What a folder holds besides our own leftovers; nothing if there is no such folder."""
+    """List a folder without our leftovers and the `lost+found` of an ext4 file system; [] if there is no folder."""
     if not folder.is_dir():
         return []
-    return [entry for entry in folder.iterdir() if not entry.name.startswith((_PREFIX, *_NOT_OURS))]
+    return [entry for entry in folder.iterdir() if not entry.name.startswith((_PREFIX, "lost+found"))]
 
 
 def _existing(path: Path) -> Path:
-    """The path itself or its nearest parent that exists."""
+    """Return the path itself or its nearest parent that exists."""
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _check_name(target: Path) -> None:
-    """Let the operating system refuse a name that is too long."""
+    """Raise the error of the operating system for a name that is too long."""
     limit = os.pathconf(_existing(target), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if any(len(os.fsencode(part)) > limit for part in target.parts):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def _try_to_write(folder: Path) -> None:
-    """Make and remove a folder in the nearest existing parent: neither permissions nor quotas tell beforehand."""
+    """Create and remove a folder in the nearest existing parent, since permissions and quotas cannot be checked."""
     place = _existing(folder)
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file, not a folder")
@@ -142,7 +122,7 @@ def _try_to_write(folder: Path) -> None:
 
 @contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the path in an error of the operating system."""
+    """Add the path to an error of the operating system."""
     try:
         yield
     except OSError as error:
@@ -156,10 +136,9 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path to write to; the file takes the place of `path` if the body ends without an error.
+    """Yield a temporary path to write to; the file replaces `path` if the body ends without an error.
 
-    Args:
-        path: The file to write. An existing file is replaced; missing parent folders are made.
+    Missing parent folders are created.
 
     Raises:
         IsADirectoryError: If `path` is a folder.
@@ -175,18 +154,17 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder to fill; it takes the place of `path` if the body ends without an error.
+    """Yield a temporary folder to fill; it replaces `path` if the body ends without an error.
 
-    A folder that cannot be renamed (a mount point, such as every Docker volume, or a folder in a parent that cannot be
-    written) is kept, and the files are moved into it, `config.json` last.
+    A folder that cannot be renamed (a mount point such as a Docker volume, or a folder in a read-only parent) is kept,
+    and the files are moved into it, `config.json` last. Missing parent folders are created.
 
     Args:
-        path: The folder to write. Missing parent folders are made.
-        overwrite: Replace a model's folder, with everything in it. The old one is deleted only after the new one has
-            taken its place.
+        path: The folder to write.
+        overwrite: Replace a model's folder, with everything in it. The old one is deleted last.
 
     Raises:
-        FileExistsError: As `refuse_replacement` does, before anything is written.
+        OSError: If `refuse_replacement` refuses the folder.
     """
     refuse_replacement(path, overwrite)
     target = _resolved(path)
@@ -202,13 +180,13 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
             _swap(new, target)
         else:
             if target.exists():
-                target.rmdir()  # Windows does not rename onto an empty folder; a folder filled meanwhile is refused.
+                target.rmdir()  # Windows cannot rename to an existing folder; fails if the folder is no longer empty
             os.replace(new, target)
 
 
 @contextmanager
 def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full; safetensors, for one, has an error of its own for that."""
+    """Turn any error about a full disk (safetensors has its own class) into an OSError that explains it."""
     try:
         yield
     except Exception as error:
@@ -224,12 +202,12 @@ def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator
 
 
 def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> Path:
-    """The folder itself; or, if another run has finished there meanwhile, a free one beside it, such as `out-2`.
+    """Return the folder, or a free one next to it, such as `out-2`, if another run has finished in it meanwhile.
 
     Args:
         path: The folder.
         marker: The file that a finished run leaves in it.
-        overwrite: Take the folder in any case.
+        overwrite: Always return the folder.
     """
     target = _resolved(path)
     if overwrite or not (target / marker).exists():
@@ -241,7 +219,7 @@ def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False
 def _can_be_renamed(folder: Path) -> bool:
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK):
         return False
-    try:  # a bind mount on the same device looks like a folder to os.path.ismount
+    try:  # os.path.ismount does not detect a bind mount on the same device
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return True
@@ -261,14 +239,14 @@ def _swap(new: Path, target: Path) -> None:
 
 def _move_into(target: Path, new: Path, overwrite: bool) -> None:
     if (found := _entries(target)) and not overwrite:
-        raise FileExistsError(f"The folder {target} is not empty any more: something was written to it meanwhile.")
+        raise FileExistsError(f"The folder {target} is no longer empty: another process has written to it.")
     with _temporary(target, target, is_folder=True) as old:
         moved: list[tuple[Path, Path]] = []
         try:
-            for entry in sorted(found, key=lambda entry: entry.name != _LAST):
+            for entry in sorted(found, key=lambda entry: entry.name != _CONFIG):
                 moved.append((entry, old / entry.name))
                 os.replace(*moved[-1])
-            for entry in sorted(new.iterdir(), key=lambda entry: entry.name == _LAST):
+            for entry in sorted(new.iterdir(), key=lambda entry: entry.name == _CONFIG):
                 moved.append((entry, target / entry.name))
                 os.replace(*moved[-1])
         except BaseException:
@@ -286,13 +264,13 @@ def _label(target: Path) -> str:
 
 
 def _temporary_name(home: Path, target: Path) -> Path:
-    """A new hidden name that is short, since names have a limit, and keeps the suffix of a file."""
+    """Return a new hidden name that is short, since names have a limit, and has the suffix of the file."""
     return home / f"{_label(target)}{uuid4().hex[:8]}{target.suffix[:16]}"
 
 
 @contextmanager
 def _temporary(home: Path, target: Path, is_folder: bool = False) -> Iterator[Path]:
-    """Make and lock an empty file or folder, and remove it in the end if it is still there."""
+    """Create and lock an empty file or folder, and remove it at the end if it still exists."""
     _clean_up(home, target)
     new = _temporary_name(home, target)
     new.mkdir() if is_folder else new.touch(exist_ok=False)
@@ -306,9 +284,9 @@ def _temporary(home: Path, target: Path, is_folder: bool = False) -> Iterator[Pa
 
 
 def _clean_up(home: Path, target: Path) -> None:
-    """Remove what killed runs left of this target: temporary files and folders that no living process has locked.
+    """Remove the leftovers of killed runs for this target: temporary files and folders that no process has locked.
 
-    A run that was killed while it replaced a folder has moved the old one aside: it comes back.
+    If a run was killed while it replaced a folder, the old folder is moved back first.
     """
     for leftover in home.glob(f"{_label(target)}*"):
         if fcntl is None or (lock := _lock(leftover)) is None:
@@ -320,7 +298,7 @@ def _clean_up(home: Path, target: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file or folder until it is closed; None if another process has it."""
+    """Lock a file or folder; return the descriptor that holds the lock, or None if another process has locked it."""
     if fcntl is None:
         return None
     try:

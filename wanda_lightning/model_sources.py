@@ -1,7 +1,7 @@
-"""What the name of a model refers to: a hub id, a local folder, a GGUF file or a timm model.
+"""Resolve the name of a model: a hub id, a local folder, a GGUF file or a timm model.
 
-Everything that loads or describes a model by its name goes through here, so that a wrong name or a broken file gets the
-same message everywhere. Libraries are imported when they are needed: the checks of local paths cost nothing.
+All code that loads or describes a model by name uses this module, so that a wrong name or a broken file always raises
+the same error. Libraries are imported inside functions, so that checking a local path is fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOCAL_FOLDER = "local-dir:"  # timm's prefix of a folder
 
 
 def locate(name: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the arguments of `from_pretrained` that say where the files of a language model or tokenizer are.
+    """Return the arguments of `from_pretrained` that locate the files of a language model or tokenizer.
 
     A path that exists is local, with `~` expanded; anything else is a hub id.
 
@@ -42,16 +42,24 @@ def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
 
     Args:
         name: Hub id, local folder or GGUF file.
-        **hub: `revision`, `cache_dir` and `trust_remote_code`, as `from_pretrained` takes them.
+        **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
 
     Raises:
         OSError: If neither a local folder nor the hub has it.
-        ValueError: If the file is broken or contradicts itself.
+        ValueError: If the file is damaged or inconsistent.
     """
     source = locate(name)
     path = Path(name).expanduser()
     if path.exists() and path.suffix != ".gguf":
-        check_folder(path)
+        if not path.is_dir():
+            raise OSError(
+                f"model must be a folder or a .gguf file, but {path} is another file. Give the folder with config.json "
+                "and the safetensors weights."
+            )
+        if not (path / "config.json").is_file():
+            raise OSError(
+                f"model must be a folder that Hugging Face transformers can load, but {path} has no config.json."
+            )
     from transformers import AutoConfig
 
     with reading("configuration", name):
@@ -67,30 +75,12 @@ def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
         return AutoTokenizer.from_pretrained(**source, **hub)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a path that is not a folder with a `config.json`.
-
-    Raises:
-        OSError: Says what was found instead.
-    """
-    if not folder.is_dir():
-        raise OSError(
-            f"model must be a folder or a .gguf file, but {folder} is another file. Give the folder that holds "
-            "config.json and the safetensors weights."
-        )
-    if not (folder / "config.json").is_file():
-        raise OSError(
-            f"model must be a folder that Hugging Face transformers can load, but {folder} has no config.json."
-        )
-
-
 @contextmanager
 def reading(part: str, name: str | os.PathLike[str]) -> Iterator[None]:
-    """Explain every error that a library raises while it reads the `part` of the model `name`.
+    """Turn the errors that a library raises while it reads the `part` of the model `name` into errors for the user.
 
-    The errors have any class, since every model family and every file format has its own. A file that is not there
-    becomes an OSError; a file that is there but cannot be used becomes a ValueError that names it. Missing packages and
-    exhausted memory pass through.
+    The libraries raise many classes. A missing file becomes an OSError, and a file that cannot be used a ValueError.
+    Errors about missing packages and exhausted memory are not changed.
     """
     try:
         yield
@@ -118,7 +108,7 @@ def _explain(error: Exception, part: str, name: str) -> Exception:
 
 
 def _broken_json(folder: Path) -> str | None:
-    """Name the first JSON file of a folder that cannot be parsed, and why."""
+    """Return the name of the first JSON file of a folder that cannot be parsed, with the reason."""
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             json.loads(file.read_bytes())
@@ -128,7 +118,7 @@ def _broken_json(folder: Path) -> str | None:
 
 
 def timm_name(name: str | os.PathLike[str]) -> str:
-    """Check the name of an image classifier, and return it as `timm.create_model` takes it.
+    """Check the name of an image classifier, and return the name for `timm.create_model`.
 
     Args:
         name: A name that timm knows, with or without the prefix `timm:` and a tag of pretrained weights;
@@ -136,12 +126,12 @@ def timm_name(name: str | os.PathLike[str]) -> str:
 
     Raises:
         OSError: If a local folder lacks a file.
-        ValueError: If timm does not know the model or the tag, or a folder holds no timm model.
+        ValueError: If timm does not know the model or the tag, or a folder is not a timm model.
     """
     text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
     if text.startswith(_LOCAL_FOLDER):
         return f"{_LOCAL_FOLDER}{_timm_folder(Path(text.removeprefix(_LOCAL_FOLDER)).expanduser())}"
-    if ":" in text:  # hf-hub: the hub decides
+    if ":" in text:  # hf-hub:OWNER/NAME is checked by the hub
         return text
     import timm
 
@@ -149,8 +139,8 @@ def timm_name(name: str | os.PathLike[str]) -> str:
     if not timm.is_model(architecture):
         raise ValueError(
             f"model must be a name that timm {timm.__version__} knows, but it is {text!r}."
-            f"{did_you_mean(architecture, timm.list_models())} For a model on the hub give hf-hub:OWNER/NAME, for a "
-            "folder local-dir:FOLDER."
+            f"{did_you_mean(architecture, timm.list_models())} For a model on the hub, give hf-hub:OWNER/NAME; for "
+            "a folder, local-dir:FOLDER."
         )
     try:
         timm.models.get_pretrained_cfg(text)
@@ -171,7 +161,7 @@ def _timm_folder(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_bytes())
     if not isinstance(config, dict) or "architecture" not in config:
         raise ValueError(
-            f"model must be a folder that timm can load, but {folder}/config.json names no 'architecture'. For a "
-            "language model leave out the prefix timm:."
+            f"model must be a folder that timm can load, but {folder}/config.json has no 'architecture'. For a "
+            "language model, leave out the prefix timm:."
         )
     return folder

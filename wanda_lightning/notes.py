@@ -1,9 +1,9 @@
-"""What the user should be told about a pruning: one function for each note."""
+"""The notes of a report: one function for each thing that a user should know about a pruning."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,17 +12,12 @@ from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
 from wanda_lightning.plan import Plan, Selections
 from wanda_lightning.report import PrunedLayer
 
-_ALREADY_SPARSE = 0.05  # share of zeros before pruning
-_ENOUGH_COVERAGE = 0.8  # of the weights that a user would expect to be pruned
+_ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
+_ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
 
 
 class Note(NamedTuple):
-    """A sentence for the report.
-
-    Attributes:
-        text: The sentence.
-        is_warning: Whether it is also logged.
-    """
+    """A sentence for the report; a warning is logged, too."""
 
     text: str
     is_warning: bool = True
@@ -34,12 +29,12 @@ class Outcome:
 
     Attributes:
         plan: The plan.
-        selections: What was asked for, by layer.
+        selections: The sparsity, criterion and pattern of each layer.
         layers: The pruned layers by name, in the order in which they were pruned.
         skipped: Layers that were left dense, by name.
-        few_tokens: Experts that were pruned with the statistics of all experts of their module, each with the number of
-            tokens that it saw itself.
-        revisited: Layers to which batches came again after they were pruned.
+        few_tokens: Experts that were pruned with the statistics of all experts of their module, each with its own
+            number of tokens.
+        revisited: Layers that the model called again after they were pruned.
         seconds: Time by stage.
     """
 
@@ -51,15 +46,10 @@ class Outcome:
     revisited: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def in_model_order(self) -> list[PrunedLayer]:
-        """The pruned layers as they lie in the model."""
-        return [self.layers[layer.name] for layer in self.plan.layers if layer.name in self.layers]
-
 
 def notes_on(outcome: Outcome) -> list[Note]:
     """All notes on a pruning."""
-    notes = [note(outcome) for note in _NOTES]
-    return [note for note in notes if note is not None]
+    return [note for make in _NOTES if (note := make(outcome))]
 
 
 def _left_dense(reason: SkipReason, why: str) -> Callable[[Outcome], Note | None]:
@@ -76,7 +66,7 @@ def _few_expert_tokens(outcome: Outcome) -> Note | None:
         return None
     least = min(few, key=lambda name: outcome.layers[name].tokens)
     return Note(
-        f"{_counted(few, 'expert')} saw fewer than {max(1, outcome.plan.config.min_expert_tokens)} tokens, {least} "
+        f"{_layers(few, 'expert')} received fewer than {max(1, outcome.plan.config.min_expert_tokens)} tokens, {least} "
         f"fewest: {outcome.layers[least].tokens}. They are pruned with the statistics of all experts: give more "
         "calibration samples"
     )
@@ -87,8 +77,8 @@ def _revisited(outcome: Outcome) -> Note | None:
     if not names:
         return None
     return Note(
-        f"the model calls {_layers(names)} more than once, {names[0]} first, and the statistics are those of the first "
-        "call: use sequential='none', which sees all calls"
+        f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the first "
+        "call: use sequential='none', which includes all calls"
     )
 
 
@@ -105,27 +95,19 @@ def _already_sparse(outcome: Outcome) -> Note | None:
     )
 
 
-def _unfit(outcome: Outcome) -> Note | None:
-    return unfit_layers(outcome.plan.inventory)
-
-
 def unfit_layers(inventory: Inventory) -> Note | None:
-    """Layers that the pattern does not fit."""
+    """Name the layers that the pattern does not fit."""
     if not (unfit := inventory.skipped_for(SkipReason.PATTERN)):
         return None
     return Note(f"the pattern does not fit {_layers(unfit)}, {unfit[0].name} largest ({unfit[0].detail}): left dense")
 
 
-def _low_coverage(outcome: Outcome) -> Note | None:
-    return low_coverage(outcome.plan.inventory, outcome.skipped)
-
-
 def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}) -> Note | None:
-    """Many weights that are not pruned, besides embeddings, stems, heads and what the user left out.
+    """Warn if many weights are not pruned, apart from embeddings, stems, heads and what the user left out.
 
     Args:
         inventory: Every matrix of the model.
-        skipped: Layers to prune that were left dense after all.
+        skipped: Layers of the inventory that were left dense after all.
     """
     left = [matrix for matrix in inventory.skipped if not matrix.reason.is_expected]
     left += [skipped[layer.name] for layer in inventory.layers if layer.name in skipped]
@@ -152,8 +134,8 @@ def _few_tokens(outcome: Outcome) -> Note | None:
         return None
     least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
     return Note(
-        f"{_layers(few)} saw fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for {least.shape[1]} "
-        "inputs. A Gram matrix of so few tokens depends on the dampening: give more calibration samples"
+        f"{_layers(few)} received fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for "
+        f"{least.shape[1]} inputs. A Gram matrix of so few tokens depends on the dampening: give more calibration samples"
     )
 
 
@@ -172,20 +154,20 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
     kinds = Counter(outcome.selections[name].pattern for name in outcome.layers)
     if outcome.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
         return None
-    counts = {f"{kind.n}:{kind.m}" if isinstance(kind, NM) else "dense": kinds[kind] for kind in kinds}
-    listed = ", ".join(f"{counts[kind]} layer{'s' * (counts[kind] > 1)} {kind}" for kind in sorted(counts))
+    counts = {f"{kind.n}:{kind.m}" if isinstance(kind, NM) else "dense": number for kind, number in kinds.items()}
+    listed = ", ".join(f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(counts.items()))
     return Note(f"mixed N:M: {listed}", is_warning=False)
 
 
 _NOTES: Sequence[Callable[[Outcome], Note | None]] = (
     _left_dense(SkipReason.UNREACHED, "no calibration batch called"),
-    _left_dense(SkipReason.UNROUTED, "no calibration token was seen in"),
-    _left_dense(SkipReason.INACTIVE, "all inputs were zero of"),
+    _left_dense(SkipReason.UNROUTED, "no calibration token was observed in"),
+    _left_dense(SkipReason.INACTIVE, "all inputs were zero in"),
     _few_expert_tokens,
     _revisited,
     _already_sparse,
-    _unfit,
-    _low_coverage,
+    lambda outcome: unfit_layers(outcome.plan.inventory),
+    lambda outcome: low_coverage(outcome.plan.inventory, outcome.skipped),
     _few_tokens,
     _short_of_target,
     _mixed_nm,
@@ -196,9 +178,5 @@ def _size(matrices: Sequence[SkippedMatrix]) -> int:
     return sum(matrix.size for matrix in matrices)
 
 
-def _layers(things: Sequence[object]) -> str:
-    return _counted(things, "layer")
-
-
-def _counted(things: Sequence[object] | Mapping[str, object], what: str) -> str:
-    return f"{len(things)} {what}" if len(things) == 1 else f"{len(things)} {what}s"
+def _layers(counted: Sized, noun: str = "layer") -> str:
+    return f"{len(counted)} {noun}{'' if len(counted) == 1 else 's'}"

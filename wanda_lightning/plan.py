@@ -1,4 +1,4 @@
-"""What will be pruned, and to which sparsity: found once, before anything is changed."""
+"""The plan of a pruning: the layers, their units and their sparsities, found before any weight changes."""
 
 from __future__ import annotations
 
@@ -24,27 +24,15 @@ Selections = Mapping[str, Selection]  # by layer
 
 
 class DenseStatistics(NamedTuple):
-    """What an allocation may read of the dense model, by layer; a layer that no batch reaches is missing.
-
-    Attributes:
-        inputs: Statistics of the inputs.
-        fisher: See `calibration.gradients.fisher`.
-    """
+    """What an allocation may read about the dense model, by layer. Layers that no batch reaches are missing."""
 
     inputs: Mapping[str, InputStatistics] = MappingProxyType({})
-    fisher: Mapping[str, Tensor] = MappingProxyType({})
+    fisher: Mapping[str, Tensor] = MappingProxyType({})  # see `calibration.gradients.fisher`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers of a model, in units, and the choices by which they are pruned.
-
-    Attributes:
-        config: The choices.
-        model: The model.
-        processes: All processes that prune together.
-        inventory: Every matrix of the model.
-    """
+    """A model with its layers grouped into units, and the choices and processes that prune it."""
 
     config: PruningConfig
     model: nn.Module
@@ -68,7 +56,7 @@ class Plan:
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether the pass in which the model is pruned sees the dense model: then the allocation reads it, too."""
+        """Whether one pass through the dense model collects all statistics, those for the allocation included."""
         return self.config.sequential == "none" and bool(self.config.needs)
 
     @property
@@ -79,10 +67,10 @@ class Plan:
     def dense_layers(
         self,
         layers: Sequence[Layer],
-        seen: DenseStatistics = DenseStatistics(),
+        dense: DenseStatistics = DenseStatistics(),
         reading: Callable[[str], None] = lambda name: None,
     ) -> list[DenseLayer]:
-        """Layers as an allocation sees them; `reading` is called with the name of each weight that is read."""
+        """Describe layers to an allocation; calls `reading` with the layer's name whenever it reads a weight."""
 
         def read(layer: Layer) -> Tensor:
             reading(layer.name)
@@ -95,16 +83,16 @@ class Plan:
                 layer.size,
                 self.config.pattern.sparsity_steps(*layer.shape),
                 partial(read, layer),
-                seen.inputs.get(layer.name, InputStatistics()),
-                seen.fisher.get(layer.name),
+                dense.inputs.get(layer.name, InputStatistics()),
+                dense.fisher.get(layer.name),
             )
             for layer in layers
         ]
 
-    def allocate(self, seen: DenseStatistics, progress: bool) -> Selections:
-        """Give each layer its sparsity, the same in all processes; an unseen layer gets the target."""
+    def allocate(self, dense: DenseStatistics, progress: bool) -> Selections:
+        """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target."""
         allocation, processes = self.config.allocation, self.processes
-        layers = [layer for layer in self.layers if self._is_seen(layer, seen)]
+        layers = [layer for layer in self.layers if self._has_statistics(layer, dense)]
         sparsities: dict[str, float] = {}
         shown: set[str] = set()
 
@@ -116,27 +104,28 @@ class Plan:
         progress = progress and allocation.reads_weights
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
             if processes.rank == 0 and layers:
-                sparsities = allocation(self.dense_layers(layers, seen, reading), self.config.sparsity)
-            # Computed once: a singular value that differs in its last digit could lead to other masks.
+                sparsities = allocation(self.dense_layers(layers, dense, reading), self.config.sparsity)
+            # One process computes them: singular values that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
-        every = {layer.name: sparsities.get(layer.name, self.config.sparsity) for layer in self.layers}
-        criterion, pattern = self.config.criterion, self.config.pattern
-        return {
-            name: Selection(criterion, pattern.for_sparsity(sparsity), sparsity) for name, sparsity in every.items()
-        }
+        selections: dict[str, Selection] = {}
+        for layer in self.layers:
+            sparsity = sparsities.get(layer.name, self.config.sparsity)
+            pattern = self.config.pattern.for_sparsity(sparsity)
+            selections[layer.name] = Selection(self.config.criterion, pattern, sparsity)
+        return selections
 
-    def _is_seen(self, layer: Layer, seen: DenseStatistics) -> bool:
+    def _has_statistics(self, layer: Layer, dense: DenseStatistics) -> bool:
         allocation = self.config.allocation
-        if allocation.reads_gradients and layer.name not in seen.fisher:
+        if allocation.reads_gradients and layer.name not in dense.fisher:
             return False
-        return not allocation.needs or (layer.name in seen.inputs and seen.inputs[layer.name].count > 0)
+        return not allocation.needs or (layer.name in dense.inputs and dense.inputs[layer.name].count > 0)
 
 
 def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> Plan:
-    """Find what will be pruned; nothing is changed.
+    """Find what will be pruned, without changing the model.
 
     Raises:
-        ValueError: If something cannot be pruned as asked.
+        ValueError: If the model cannot be pruned as asked.
     """
     reshard(model)
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Count the steps of one long task on stderr.
+    """Progress of one long task on stderr.
 
     Args:
         title: Name of the task.
@@ -27,7 +25,6 @@ class ProgressBar:
         self._enabled = enabled and total != 0
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        self._task = TaskID(0)
 
     def __enter__(self) -> ProgressBar:
         if self._enabled and self._console.is_terminal:
@@ -36,23 +33,21 @@ class ProgressBar:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TimeLeftColumn(),
+                TimeRemainingColumn(),
                 console=self._console,
             )
             self._task = self._bar.add_task(self._title, total=self._total)
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, error_class: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif self._enabled:
-            self._line("done" if error is None else "stopped")
+            self._line("done" if error_class is None else "stopped")
 
     def show(self, name: str) -> None:
-        """Name what the next step works on."""
+        """Show the name of the next step."""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{self._title} {name}")
         elif self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:

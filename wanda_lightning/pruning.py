@@ -1,4 +1,4 @@
-"""Prune a model in one shot. This is the only place that knows the order of the steps."""
+"""Prune a model in one shot. This file alone defines the order of the steps."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def prune(
 ) -> PruningReport:
     """Prune any model in place: the weights with the smallest scores become zero.
 
-    One batch goes through the model by `forward(batch)`, by default `model(**batch)` for a mapping, of which the model
-    gets what its forward takes, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. If a mapping
-    has an `attention_mask`, its zeros are padding, which does not count. Nothing else is padding: `position_ids` that
-    start again (packed documents) exclude no token.
+    `forward(batch)` runs one batch through the model. The default is `model(**batch)` for a mapping, without what the
+    model's forward does not take, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. The zeros of
+    an `attention_mask` in a mapping mark padding, which does not count. Nothing else marks padding: `position_ids` that
+    restart (packed documents) exclude no token.
 
     Args:
-        model: The model; its weights change in place, everything else stays as it is.
-        batches: Calibration batches, all of which are used; `Magnitude` needs none.
+        model: The model; only its weights change, in place.
+        batches: Calibration batches; all of them are used. `Magnitude` needs none.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
@@ -59,10 +59,10 @@ def prune(
             `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
 
     Returns:
-        What happened to every matrix.
+        The report, which lists every matrix as pruned or skipped.
 
     Raises:
-        ValueError: If something cannot be pruned as asked, before any weight is written; or if an activation is NaN or
+        ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
     config = PruningConfig.from_names(sparsity, **choices)
@@ -79,27 +79,28 @@ def prune_as(
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
 ) -> PruningReport:
-    """Prune with resolved choices, also by several processes together.
+    """Prune with resolved choices, in one process or several.
 
     Args:
         config: The choices.
-        model: The model; in each process the same, or the same sharded by FSDP2 (`fully_shard`) on dimension 0.
+        model: The model: a full copy in each process, or sharded on dimension 0 by FSDP2 (`fully_shard`).
         batches: Calibration batches of this process.
         forward: Runs one batch through the model.
-        predict: Runs one batch and returns the logits, for an allocation that reads gradients; by default as `forward`.
-        progress: Show a bar, in the first process.
-        processes: The processes that all call this, with the same choices. The statistics are sums over the batches of
-            all processes, so the masks are the same; an error in one process ends all.
+        predict: Runs one batch and returns the logits, for an allocation that reads gradients; by default `forward`.
+        progress: Show a bar in the first process.
+        processes: All processes that call this, with the same choices. The statistics are sums over the batches of all
+            processes, so every process chooses the same masks; an error in one process ends all of them.
     """
     seconds: dict[str, float] = {}
     progress = progress and processes.rank == 0
     with _timed(seconds, "prepare"), processes.fail_together():
         plan = make_plan(config, model, processes)
         data = CalibrationBatches(model, batches, forward, predict, processes, config.data_reader)
-        if not plan.is_one_pass or config.allocation.reads_gradients:
-            data.read_all(progress)  # they go through the model more than once, or together
+        allocate_first = not plan.is_one_pass or config.allocation.reads_gradients
+        if allocate_first:
+            data.read_all(progress)  # the batches run several times, or side by side
     outcome = Outcome(plan, seconds=seconds)
-    if not plan.is_one_pass or config.allocation.reads_gradients:
+    if allocate_first:
         with _timed(seconds, "allocate") if config.allocation.reads_weights else nullcontext():
             outcome.selections = plan.allocate(_observe_dense_model(plan, data, progress), progress)
     total = data.length if plan.is_one_pass else len(plan.units)
@@ -116,10 +117,10 @@ def prune_as(
 
 
 def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
-    """Prune by statistics that forward passes of the dense model left behind.
+    """Prune with the statistics that were collected from forward passes of the dense model.
 
     Raises:
-        ValueError: If there was no batch, or an activation is NaN or infinite; before any weight is written.
+        ValueError: Before any weight is written, if there was no batch or an activation is NaN or infinite.
     """
     outcome = Outcome(plan)
     with (
@@ -136,12 +137,16 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
 
 
 def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: ProgressBar) -> None:
-    """Let all batches wait at one unit after the other; observe, prune and recover each."""
+    """Stop all batches at each unit in turn; observe, prune and recover the unit."""
     config = plan.config
     tick = bar.advance if plan.is_one_pass else lambda: None
     observer = Observer(plan.observed, data.masks, tick, plan.processes, config.min_expert_tokens)
     revisited: set[int] = set()
-    stops = calibrate(plan.model, plan.units, data, plan.processes, revisited) if plan.observed else _no_data(plan)
+    stops: Generator[UnitStop]
+    if plan.observed:
+        stops = calibrate(plan.model, plan.units, data, plan.processes, revisited)
+    else:
+        stops = (UnitStop(unit, (), lambda: None) for unit in plan.units)
     with closing(stops):
         for stop in stops:
             unit = stop.unit
@@ -161,13 +166,8 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
     outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
 
 
-def _no_data(plan: Plan) -> Generator[UnitStop]:
-    """Stop at every unit, without any batch."""
-    yield from (UnitStop(unit, (), lambda: None) for unit in plan.units)
-
-
 def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -> DenseStatistics:
-    """What the allocation needs to know about all layers, from passes before anything is pruned."""
+    """Collect what the allocation reads about the dense model, before anything is pruned."""
     allocation, model, processes = plan.config.allocation, plan.model, plan.processes
     inputs: Mapping[str, InputStatistics] = {}
     gradients: Mapping[str, torch.Tensor] = {}
@@ -186,29 +186,28 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -
 
 
 def _prune_unit(outcome: Outcome, unit: Unit, inputs: Mapping[str, InputStatistics], observer: Observer) -> None:
-    """Prune the layers that the batches reached; the others are left dense, with a reason."""
+    """Prune the layers that the batches reached, and leave the others dense with a reason."""
     plan = outcome.plan
     reshard(unit.module or plan.model)
     with plan.processes.fail_together():
         reached: list[Layer] = []
         for layer in unit.layers:
-            if left := _why_left_dense(layer, inputs.get(layer.name, InputStatistics())) if plan.observed else None:
-                outcome.skipped[layer.name] = left
+            if skipped := _left_dense(layer, inputs.get(layer.name, InputStatistics())) if plan.observed else None:
+                outcome.skipped[layer.name] = skipped
             else:
                 reached.append(layer)
         for layers in _by_input(reached, inputs):
             statistics = inputs.get(layers[0].name, InputStatistics())
             for pruned in _prune_layers(outcome, layers, statistics):
-                own_tokens = observer.pooled.get(pruned.name)
-                pruned.tokens = pruned.tokens if own_tokens is None else own_tokens
+                pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
                 pruned.note = "; ".join(_layer_notes(pruned, statistics, observer))
                 outcome.layers[pruned.name] = pruned
         outcome.few_tokens = observer.pooled
 
 
-def _why_left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
+def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
     if inputs.count == 0 and layer.expert is not None:
-        detail = "no calibration token was seen to go through any expert of the module"
+        detail = "no calibration token was observed in any expert of the module"
         return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNROUTED, detail)
     if inputs.count == 0:
         return _unreached(layer)
@@ -221,20 +220,20 @@ def _unreached(layer: Layer) -> SkippedMatrix:
     return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNREACHED, "no calibration batch called it")
 
 
-_HELD_AT_ONCE = 1 << 28  # weights: 1 GiB in float32, and up to four times that while they are solved
+_MAX_GROUP = 1 << 28  # weights: 1 GiB in float32, and up to four times that in the solver
 
 
 def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics]) -> Iterator[list[Layer]]:
-    """Group layers that share one input; a group that is too large to be held at once is split."""
+    """Group layers that share one input; split a group that is too large for memory."""
     groups: dict[object, list[Layer]] = {}
     for layer in layers:
-        # Experts stay apart: a hundred of them may share the statistics of all.
+        # Each expert is a group of its own: a hundred of them may share pooled statistics.
         shared = layer.name if layer.siblings else inputs.get(layer.name, layer.name)
         groups.setdefault(shared, []).append(layer)
     for group in groups.values():
         part: list[Layer] = []
         for layer in group:
-            if part and sum(other.size for other in (*part, layer)) > _HELD_AT_ONCE:
+            if part and sum(other.size for other in (*part, layer)) > _MAX_GROUP:
                 yield part
                 part = []
             part.append(layer)
@@ -244,11 +243,13 @@ def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics]) ->
 def _prune_layers(outcome: Outcome, layers: Sequence[Layer], inputs: InputStatistics) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
     weights = {layer.name: layer.read() for layer in layers}
-    rows = {name: weight for name, weight in weights.items() if len(weight)}  # a process may hold no row of a small one
+    rows = {
+        name: weight for name, weight in weights.items() if len(weight)
+    }  # a process may hold no row of a small layer
     solved: dict[str, Weight] = {}
     if rows:
         device = next(iter(rows.values())).device
-        with torch.autocast(device.type, enabled=False):  # that of a mixed-precision Trainer would round the statistics
+        with torch.autocast(device.type, enabled=False):  # a mixed-precision Trainer's would round the statistics
             selections = [outcome.selections[name] for name in rows]
             pairs = outcome.plan.config.solver.solve_together([*rows.values()], inputs, selections)
         solved = {name: weight for name, (weight, _) in zip(rows, pairs, strict=True)}
@@ -271,11 +272,11 @@ def _layer_notes(pruned: PrunedLayer, inputs: InputStatistics, observer: Observe
     if inputs.count and (inactive := int(inputs.inactive().count_nonzero())):
         yield f"{inactive} inputs never active"
     if pruned.name in observer.padding_counted:
-        yield "padding counted: inputs do not line up with the attention_mask"
+        yield "padding counted: the attention_mask does not show which inputs are padding"
     if pruned.name in observer.not_routed:
-        yield "every token counted: the model passes each to all experts"
+        yield "every token counted: the model passes all tokens to every expert"
     if pruned.name in observer.pooled:
-        yield "few tokens: pruned with those of all experts"
+        yield "few tokens: pruned with the statistics of all experts"
 
 
 def _note_recovery(outcome: Outcome, part: RecoveredPart) -> None:
@@ -289,12 +290,12 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
     started = time.perf_counter()
     plan = outcome.plan
     for layer in plan.layers:
-        if layer.name not in outcome.layers and layer.name not in outcome.skipped:  # of a unit that no batch reached
+        if layer.name not in outcome.layers and layer.name not in outcome.skipped:  # no batch reached its unit
             outcome.skipped[layer.name] = _unreached(layer)
     if not outcome.layers and plan.config.sparsity > 0:
         raise ValueError(
-            f"batches must reach the layers, but no token that counts reached any of the {len(plan.layers)} layers, so "
-            "nothing was pruned. Check that the batches hold more than padding, and what forward= does."
+            f"batches must reach the layers, but no token except padding reached any of the {len(plan.layers)} layers, "
+            "so nothing was pruned. Check that the batches hold more than padding and that forward= runs the model."
         )
     shards = [layer for layer in plan.layers if layer.name in outcome.layers and isinstance(layer.parameter, DTensor)]
     for layer, zeros in zip(shards, zero_counts([s.parameter for s in shards], plan.processes), strict=True):
@@ -306,7 +307,7 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
     parameters, all_zeros = _count_parameters(outcome)
     outcome.seconds["report"] = time.perf_counter() - started
     return PruningReport(
-        layers=outcome.in_model_order(),
+        layers=[outcome.layers[n.name] for n in plan.layers if n.name in outcome.layers],
         skipped=[*plan.inventory.skipped, *(outcome.skipped[n.name] for n in plan.layers if n.name in outcome.skipped)],
         parameters=parameters,
         zeros=all_zeros,
@@ -317,15 +318,15 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
 
 
 def _count_parameters(outcome: Outcome) -> tuple[int, int]:
-    """Number of parameters of the model, and of zeros among them; the zeros of pruned layers are known already."""
+    """Count the model's parameters and the zeros among them; the zeros of pruned layers are known already."""
     plan, pruned = outcome.plan, outcome.layers
-    # A parameter that also holds a dense layer is counted as a whole, and so are experts, which are many.
-    partly = {id(layer.parameter) for layer in plan.layers if layer.name not in pruned or layer.expert is not None}
-    whole = {layer.name: layer.parameter for layer in plan.layers if id(layer.parameter) not in partly}
-    counted = {id(parameter) for parameter in whole.values()}
+    # Parameters that also hold a dense layer, and stacked experts, which are many, are counted again as a whole.
+    recount = {id(layer.parameter) for layer in plan.layers if layer.name not in pruned or layer.expert is not None}
+    known = {layer.name: id(layer.parameter) for layer in plan.layers if id(layer.parameter) not in recount}
+    counted = set(known.values())
     parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
     others = [p for p in parameters if id(p) not in counted and not is_wrapper(p)]
-    zeros = sum(pruned[name].zeros for name in whole) + sum(zero_counts(others, plan.processes))
+    zeros = sum(pruned[name].zeros for name in known) + sum(zero_counts(others, plan.processes))
     return sum(parameter.numel() for parameter in parameters), zeros
 
 
@@ -340,14 +341,14 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @contextmanager
 def _naming_what_was_written(outcome: Outcome) -> Iterator[None]:
-    """If pruning fails in the middle, say which layers are pruned already."""
+    """If pruning fails halfway, add to the error which layers are already pruned."""
     try:
         yield
     except BaseException as error:
         if names := list(outcome.layers):
             text = (
-                f"{len(names)} layers are already pruned, {names[0]} first and {names[-1]} last; the others are dense. "
-                "Load the model again before another try."
+                f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}; the others are dense. "
+                "Reload the model before you try again."
             )
             add_note(error, text)
             log.error(text)

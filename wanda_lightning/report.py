@@ -1,4 +1,4 @@
-"""What happened to every matrix of a model, or why it was left alone."""
+"""The report of a pruning: every matrix of the model, pruned or skipped with a reason."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class PrunedLayer:
     Attributes:
         name: The layer's name in the model.
         shape: (d_out, d_in) of the matrix view.
-        target: The sparsity asked for.
+        target: The sparsity that was asked for.
         sparsity: The fraction of its weights that are zero.
         tokens: How many calibration tokens entered it; 0 where none were needed.
-        note: What else is worth knowing, or empty.
-        siblings: Of an expert's matrix, a glob for those of all experts of its module.
-        before: The fraction that was zero before.
+        note: Anything else worth knowing; empty if there is nothing.
+        siblings: For a matrix of an expert, a glob that matches this matrix of every expert of its module.
+        before: The fraction of its weights that were zero before pruning.
     """
 
     name: str
@@ -60,7 +60,7 @@ class PrunedLayer:
 class PruningReport:
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
 
-    `str()` is a table, with one row for all experts of a module; `save()` writes `pruning_report.json`.
+    `str()` gives a table with one row for all experts of a module; `save()` writes `pruning_report.json`.
 
     Attributes:
         layers: The pruned matrices.
@@ -70,7 +70,7 @@ class PruningReport:
         seconds: Time per stage.
         config: The configuration, in full.
         versions: Versions of Python and the libraries.
-        notes: What a reader of the totals should know.
+        notes: Sentences about the pruning as a whole.
     """
 
     layers: list[PrunedLayer]
@@ -98,7 +98,7 @@ class PruningReport:
         return sum(layer.size for layer in self.layers) / self.parameters if self.parameters else 0.0
 
     def summary(self) -> str:
-        """The totals in one sentence each."""
+        """The totals as text."""
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         return (
             f"{len(self.layers)} layers hold {self.coverage:.1%} of {self.parameters:,} parameters. "
@@ -131,7 +131,7 @@ class PruningReport:
 
     @classmethod
     def from_json(cls, text: str) -> PruningReport:
-        """Read back what `to_json` wrote."""
+        """Construct a report from the JSON that `to_json` returned."""
         fields: dict[str, Any] = json.loads(text)
         for derived in ("sparsity", "model_sparsity", "coverage"):
             fields.pop(derived)
@@ -143,7 +143,7 @@ class PruningReport:
         return cls(layers=layers, skipped=skipped, **fields)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `pruning_report.json` into a folder, whole or not at all."""
+        """Write `pruning_report.json` into a folder, atomically, and return its path."""
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -161,7 +161,9 @@ class PruningReport:
             sparsities = _range([layer.sparsity for layer in layers], ".2%")
             tokens = _range([layer.tokens for layer in layers], ",")
             pruned.add_row(escape(name), shape, targets, sparsities, tokens, escape(_note(layers)))
-        console = Console(width=140, color_system=None, highlight=False, emoji=False)  # `N:M:` would hold one
+        console = Console(
+            width=140, color_system=None, highlight=False, emoji=False
+        )  # emoji=False: `N:M:` would contain one
         with console.capture() as capture:
             console.print(pruned)
             if self.skipped:
@@ -183,7 +185,7 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def _note(layers: Sequence[PrunedLayer]) -> str:
-    """That of one layer, or of experts those that have one, with their numbers."""
+    """The note of a layer; for experts, each distinct note with the numbers of the experts that have it."""
     if not (siblings := layers[0].siblings):
         return layers[0].note
     before, _, after = siblings.partition("*")
@@ -197,7 +199,7 @@ def _note(layers: Sequence[PrunedLayer]) -> str:
 
 
 def skipped_table(skipped: Sequence[SkippedMatrix]) -> Table:
-    """The skipped matrices, those of one reason together."""
+    """A table of the skipped matrices with one row for each reason."""
     table = Table(title="Left as they are", title_justify="left")
     for heading in ("reason", "matrices", "parameters", "first"):
         table.add_column(heading, justify="left" if heading in ("reason", "first") else "right", overflow="fold")

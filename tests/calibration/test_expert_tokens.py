@@ -192,11 +192,11 @@ def test_what_cannot_be_heard_stays_dense_with_a_reason(sequential):
     dense = copy.deepcopy(model)
     report = prune(model, some_vectors(), sequential=sequential, progress=False)
     assert [layer.name for layer in report.layers] == ["1"]
-    reason = "no calibration token was seen to go through any expert of the module"
+    reason = "no calibration token was observed in any expert of the module"
     assert [matrix.detail for matrix in report.skipped] == [reason] * 8
     assert [matrix.shape for matrix in report.skipped[::4]] == [(48, 32), (32, 48)]
     assert torch.equal(model[0].up_proj, dense[0].up_proj)
-    assert any("no calibration token was seen in 8 layers" in note for note in report.notes)
+    assert any("no calibration token was observed in 8 layers" in note for note in report.notes)
 
 
 def test_padding_that_counts_is_noted():

@@ -33,8 +33,8 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum)
     assert counts["model.layers.0.mlp.experts.gate_up_proj.2"] == 0
     few = {name for name, count in counts.items() if count < max(minimum, 1)}
     assert {layer.name for layer in layers if "few tokens" in layer.note} == few
-    note = next(note for note in report.notes if "experts saw fewer" in note)
-    assert note.startswith(f"{len(few)} experts saw fewer than {max(minimum, 1)} tokens")
+    note = next(note for note in report.notes if "experts received fewer" in note)
+    assert note.startswith(f"{len(few)} experts received fewer than {max(minimum, 1)} tokens")
     if sequential == "none":
         own, _ = observed(dense, batches)
         for layer in find_layers(dense).layers:
@@ -72,7 +72,7 @@ def test_experts_in_a_list_help_each_other():
         model.blocks[0].gate.bias[1] = -100
     dense = copy.deepcopy(model)
     report = prune(model, ZOO["expert_list"].batches(), min_expert_tokens=0, progress=False)
-    few = "few tokens: pruned with those of all experts"
+    few = "few tokens: pruned with the statistics of all experts"
     helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}
     assert helped == {"blocks.0.experts.1.up": 0, "blocks.0.experts.1.down": 0}
     seen = []

@@ -186,7 +186,8 @@ def test_notes_of_a_layer_add_up():
     batch = {"x": x, "attention_mask": torch.ones(x.shape[:2]).tril()}
     report = prune(model, [batch], progress=False)
     (entry,) = [layer for layer in report.layers if layer.name == "net.blocks.0.down"]
-    assert entry.note == "6 inputs never active; padding counted: inputs do not line up with the attention_mask"
+    padding = "padding counted: the attention_mask does not show which inputs are padding"
+    assert entry.note == f"6 inputs never active; {padding}"
 
 
 class _Shortened(nn.Module):
@@ -209,7 +210,7 @@ def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplo
     report = prune(model, vectors(), solver=solver, sequential=sequential, progress=False)
     assert torch.equal(model.blocks[0].down.weight, before)
     assert {m.name: m.detail for m in report.skipped} == {"blocks.0.down": "all its inputs were zero"}
-    note = "all inputs were zero of 1 layer, blocks.0.down first: left dense"
+    note = "all inputs were zero in 1 layer, blocks.0.down first: left dense"
     assert note in report.notes
     assert note in caplog.text
     assert {layer.name for layer in report.layers} == {"blocks.0.up", "blocks.1.up", "blocks.1.down"}

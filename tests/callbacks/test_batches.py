@@ -99,7 +99,7 @@ class TestCalibrationSource:
         assert [batch[0].unique().item() for batch in module.seen] == [tag]
 
     @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
-    def test_loaders_at_hand(self, loop):
+    def test_evaluation_calibrates_on_its_own_loader(self, loop):
         module = Recorder()
         getattr(trainer(WandaPrune(num_samples=4)), loop)(module, tagged(8))
         assert [batch[0].unique().item() for batch in module.seen] == [8]
@@ -113,7 +113,7 @@ class TestCalibrationSource:
         trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
         assert share_of_zeros(module) == all_at(0.5)
 
-    def test_one_loader_in_a_list_is_no_question(self):
+    def test_one_loader_in_a_list_is_accepted(self):
         module = Recorder()
         trainer(WandaPrune(num_samples=4)).validate(module, [tagged(8)])
         assert [batch[0].unique().item() for batch in module.seen] == [8]
@@ -318,7 +318,7 @@ def test_a_named_tuple_stays_one_when_it_is_cut():
 
 
 def texts_and_patches(samples, lengths):
-    """A batch of a vision-language model: each image has a number of patches of its own."""
+    """A batch of a vision-language model, whose images have different numbers of patches."""
     return {
         "pixel_values": torch.zeros(sum(lengths), 8),
         "image_grid_thw": torch.zeros(len(lengths), 3, dtype=torch.long),
@@ -359,7 +359,7 @@ def test_a_batch_with_patches_is_counted_by_its_texts_and_not_cut():
 
 
 class Listed(DataLoader):
-    """A subclass with a constructor of its own, and a random state of its own."""
+    """A subclass with another constructor and a random state."""
 
     def __init__(self, dataset, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -407,7 +407,7 @@ SAMPLES = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
 
 
 class Logbook(L.LightningModule):
-    """Notes the batches that it is calibrated and trained on."""
+    """Records the batches that it is calibrated and trained on."""
 
     def __init__(self):
         super().__init__()
@@ -456,14 +456,14 @@ class BatchedStream(IterableDataset):
 
 
 @pytest.mark.parametrize("dataset", [Batched, BatchedStream])
-def test_a_loader_of_batches_made_before(dataset):
+def test_a_loader_of_precomputed_batches(dataset):
     module = fitted(DataLoader(dataset(), batch_size=None), WandaPrune(num_samples=10))
     assert_same(module.calibrated, [*SAMPLES[:8].split(4), SAMPLES[8:10]])
     assert_same(module.trained, SAMPLES.split(4))
 
 
 class Turning(Sampler):
-    """Begins one place further each time that it is read."""
+    """Starts one place later in each epoch."""
 
     def __init__(self):
         self.epoch = 0
@@ -490,7 +490,7 @@ class TurningBatches(Turning):
 @pytest.mark.parametrize(
     ("option", "sampler", "sizes"), [("batch_sampler", TurningBatches, (3, 4, 5)), ("sampler", Turning, (4, 4, 4))]
 )
-def test_a_sampler_is_honoured_and_left_as_it_was(option, sampler, sizes):
+def test_a_sampler_is_used_and_not_changed(option, sampler, sizes):
     def loader():
         return DataLoader(SAMPLES, **{option: sampler()}, **({"batch_size": 4} if option == "sampler" else {}))
 
@@ -506,7 +506,7 @@ def test_a_sampler_is_honoured_and_left_as_it_was(option, sampler, sizes):
 
 
 class TrainsOnSetup(Logbook):
-    """Its train loader is there only after `setup("fit")`."""
+    """Its train loader exists only after `setup("fit")`."""
 
     def setup(self, stage):
         if stage == "fit":
@@ -516,7 +516,7 @@ class TrainsOnSetup(Logbook):
         return DataLoader(self.samples, 4)
 
 
-def test_a_train_loader_that_is_there_only_in_fit():
+def test_a_train_loader_that_exists_only_in_fit():
     module, before = TrainsOnSetup(), TrainsOnSetup().state_dict()
     with pytest.raises(
         MisconfigurationException, match=r"dataloader must be given, since TrainsOnSetup\.train_dataloader\(\) fails"

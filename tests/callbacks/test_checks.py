@@ -71,7 +71,7 @@ def test_manual_optimization_is_refused_by_max_steps(make):
 
 
 @pytest.mark.parametrize("max_epochs", [1, 3])
-def test_manual_optimization_is_not_held_to_one_step_a_batch(max_epochs):
+def test_manual_optimization_may_take_several_steps_for_each_batch(max_epochs):
     module = TwoOptimizers()  # twelve steps an epoch of six batches
     trainer(WandaPrune(num_samples=24, at_step=12), max_epochs=max_epochs).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
@@ -108,7 +108,7 @@ class TestBestFromBeforePruning:
         exec(textwrap.dedent(code).replace("1000", "3"), scope)
 
         class Worsening(Net):
-            """The best loss is that of the dense model."""
+            """The dense model has the best loss."""
 
             def validation_step(self, batch, batch_idx):
                 self.log("loss", float(self.trainer.global_step))
@@ -125,7 +125,9 @@ class TestBestFromBeforePruning:
         run = trainer(callback, SaveAt(tmp_path, 2), max_steps=6)
         run.fit(Net(), loader())
         module = Net()
-        with pytest.warns(UserWarning, match="is a pruned model without training after pruning.*ckpt_path='last'"):
+        with pytest.warns(
+            UserWarning, match="is that of a pruned model without training after pruning.*ckpt_path='last'"
+        ):
             run.test(module, loader(), ckpt_path=tmp_path / "2.ckpt")
         assert share_of_zeros(module) == all_at(0.5)
 

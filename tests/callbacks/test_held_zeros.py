@@ -1,4 +1,4 @@
-"""Zeros stay zero: looked at after every optimizer step, under everything that moves weights."""
+"""Zeros stay zero: checked after every optimizer step, with everything that changes weights."""
 
 import itertools
 from functools import partial
@@ -84,7 +84,7 @@ def test_exactly_the_pruned_weights_are_zero_after_every_step(optimizer, precisi
             assert of_the_shape(weight, module.used_optimizer.state[weight])
 
 
-def test_the_watch_can_fail():
+def test_the_check_for_zeros_can_fail():
     module = LooksAtZeros(OPTIMIZERS["momentum"])
     with pytest.raises(AssertionError, match=r"layers.*weight after 0 steps"):
         trainer(WandaPrune(num_samples=12, keep_zeros=False), max_steps=2).fit(module, loader())
@@ -141,7 +141,7 @@ def test_the_state_of_rprop():
 
 
 class Bytes(torch.optim.SGD):
-    """Keeps the sign of the last gradient in one byte a weight, as quantised moments are."""
+    """Stores the sign of the last gradient in one byte for each weight, as quantized moments do."""
 
     def step(self, closure=None):
         loss = super().step(closure)
@@ -357,7 +357,7 @@ def test_a_frozen_layer_stays_as_it_was_pruned():
 
 
 @pytest.mark.parametrize("callback", ["prune", "keep"])
-def test_a_weight_that_becomes_zero_by_chance_moves_on(callback):
+def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
     class Counting(Net):
         died, moved = 0, 0
 
@@ -388,7 +388,7 @@ def test_a_weight_that_becomes_zero_by_chance_moves_on(callback):
 
 @pytest.mark.parametrize("count", [0, 2, 500])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_zeros_by_chance_are_told_apart_in_any_layout_and_number(layout, count):
+def test_zeros_by_chance_are_distinguished_in_any_layout_and_number(layout, count):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3)).to(memory_format=layout)
     weight = model[1].weight
@@ -415,7 +415,7 @@ def test_zeros_by_chance_are_told_apart_in_any_layout_and_number(layout, count):
     assert torch.equal(weight == 0, torch.arange(8).view(1, 8, 1, 1).expand_as(weight) % 2 == 0)
 
 
-def test_an_error_while_letting_go_leaves_no_hook(monkeypatch):
+def test_an_error_during_release_leaves_no_hook(monkeypatch):
     model = Net()
     prune(model, criterion="magnitude", progress=False)
     before = len(_global_optimizer_post_hooks)
@@ -427,7 +427,7 @@ def test_an_error_while_letting_go_leaves_no_hook(monkeypatch):
     assert len(_global_optimizer_post_hooks) == before
 
 
-def test_a_gradient_that_is_no_number_stays_out_of_pruned_weights():
+def test_a_nan_gradient_does_not_change_pruned_weights():
     class Broken(Net):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)

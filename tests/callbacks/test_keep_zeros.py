@@ -104,7 +104,7 @@ def test_keep_zeros_on_a_dense_model_warns():
 
 
 @pytest.mark.parametrize("callback", ["prune", "keep"])
-def test_a_layer_that_is_zero_altogether_trains(callback):
+def test_a_layer_of_all_zeros_trains(callback):
     module = Net(ADAMW)
     nn.init.zeros_(module.layers[4].weight)
     if callback == "keep":
@@ -128,7 +128,7 @@ def test_keep_zeros_reads_its_layers_anew_at_each_fit():
     assert share_of_zeros(first) == all_at(0.5)
 
 
-def test_keep_zeros_is_given_another_kind_of_model():
+def test_keep_zeros_works_with_another_kind_of_model():
     class Other(Net):
         def __init__(self):
             super().__init__(ADAMW)
@@ -144,7 +144,7 @@ def test_keep_zeros_is_given_another_kind_of_model():
         assert set(share_of_zeros(module).values()) == {0.5}
 
 
-def test_zeros_by_chance_of_one_model_are_none_of_another():
+def test_zeros_by_chance_of_one_model_do_not_affect_another():
     optimizer = partial(Lion, lr=0.25, betas=(0.0, 0.0))
     callback, first, second = KeepZeros(), Net(optimizer), LooksAtZeros(ADAMW)
     to_quarters(first)

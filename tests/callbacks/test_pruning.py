@@ -1,4 +1,4 @@
-"""PruningCallback in the loops of Lightning, against `prune` and training loops written out."""
+"""PruningCallback in the loops of Lightning, against `prune` and training loops by hand."""
 
 import copy
 import gc
@@ -150,7 +150,7 @@ class TestMeasuring:
 
 
 class Diary(Net):
-    """Notes what it looks like before the sanity check, and before and at each step."""
+    """Records its weights before the sanity check, and before and at each step."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -307,7 +307,7 @@ class TestAtStep:
         assert not equal(after.at[max(after.at)], by_hand.state_dict())
         assert equal(zeros(module), zeros(by_hand))
 
-    def test_a_step_inside_a_batch_waits_for_its_end(self):
+    def test_a_step_inside_a_batch_prunes_at_its_end(self):
         dense, before, after = Notes(), Notes(), Notes()
         trainer(dense, max_epochs=1).fit(TwoOptimizers(), loader(24))
         trainer(before, WandaPrune(num_samples=24, at_step=3), after, max_epochs=1).fit(TwoOptimizers(), loader(24))
@@ -349,7 +349,9 @@ class TestAtStep:
     )
     def test_measuring_before_training_warns_and_sees_the_dense_model(self, loop, when):
         module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
-        with pytest.warns(UserWarning, match=r"WandaPrune prunes while .*, so the model measured now is dense"):
+        with pytest.warns(
+            UserWarning, match=r"WandaPrune prunes during training, by .*, so the model evaluated now is dense"
+        ):
             measured = getattr(trainer(callback), loop)(module, loader())
         assert same(module, dense)
         assert callback.report is None
@@ -435,7 +437,7 @@ def test_two_of_four_in_one_stage():
 
 
 class Asked(WandaPrune):
-    """Notes when it was asked."""
+    """Records the steps at which it is called."""
 
     def __init__(self, **options):
         super().__init__(num_samples=24, **options)
@@ -455,7 +457,7 @@ class AtSeven(Asked):
 
 
 class AtPlateau(Asked):
-    """Once the loss that the module logs is no better than it was."""
+    """Prunes when the logged loss has stopped improving."""
 
     def __init__(self):
         super().__init__()
@@ -480,7 +482,7 @@ class Logging(Net):
 
 class TestShouldPrune:
     @pytest.mark.parametrize("accumulate", [1, 3])
-    def test_is_asked_once_for_each_optimizer_step(self, accumulate):
+    def test_is_called_once_for_each_optimizer_step(self, accumulate):
         callback, after = AtSeven(), Notes()
         trainer(callback, after, max_steps=10, accumulate_grad_batches=accumulate).fit(Net(), loader(24))
         assert callback.asked == list(range(11))
@@ -488,20 +490,20 @@ class TestShouldPrune:
             step for step in after.at if step >= 7
         ]
 
-    def test_is_not_asked_by_validation_while_training(self):
+    def test_is_not_called_by_validation_during_training(self):
         callback = Asked(at_step=4)
         options = {"max_steps": 6, "val_check_interval": 2, "num_sanity_val_steps": 1}
         trainer(callback, **options).fit(Net(), loader(24), loader())
         assert callback.asked == list(range(7))
 
-    def test_is_asked_by_manual_optimization_after_batches_that_stepped(self):
+    def test_is_called_after_each_batch_in_which_manual_optimization_steps(self):
         callback = AtSeven()
         module = Manual()
         trainer(callback, max_steps=8).fit(module, loader(24))
         assert callback.asked == list(range(9))
         assert share_of_zeros(module) == all_at(0.5)
 
-    def test_may_look_at_what_is_logged(self):
+    def test_may_read_logged_metrics(self):
         callback, before, after = AtPlateau(), Notes(), Notes()
         trainer(before, callback, after, max_epochs=3).fit(Logging(), loader(24))
         (pruned_at,) = [step for step in after.at if not equal(after.at[step], before.at[step])]
@@ -520,7 +522,7 @@ class TestShouldPrune:
             assert {where.float().mean().item() for where in zeros_in(weights).values()} == {0.5}
             assert equal(zeros_in(weights), zeros_in(after.at[1]))  # what is zero scores lowest
 
-    def test_the_schedule_still_says_how_far(self):
+    def test_the_schedule_still_gives_the_sparsity(self):
         class FromThree(Asked):
             def answer(self, trainer):
                 return trainer.global_step >= 3 and super().answer(trainer)
@@ -530,15 +532,17 @@ class TestShouldPrune:
         shares = {step: round(zeros_in(w)["layers.0.weight"].float().mean().item(), 3) for step, w in after.at.items()}
         assert shares == {1: 0, 2: 0, 3: 0.375, 4: 0.5, 5: 0.5, 6: 0.5}
 
-    def test_never_is_a_dense_model_and_a_warning(self):
+    def test_never_pruning_leaves_a_dense_model_and_warns(self):
         class Never(Asked):
             def answer(self, trainer):
                 return False
 
         module, dense, callback = Net(), Net(), Never()
-        with pytest.warns(UserWarning, match="so the model measured now is dense"):
+        with pytest.warns(UserWarning, match="so the model evaluated now is dense"):
             trainer(callback).validate(module, loader())
-        with pytest.warns(UserWarning, match="to sparsity 0.5, but to 0: training ended at optimizer step 3"):
+        with pytest.warns(
+            UserWarning, match="to sparsity 0 instead of 0.5, because training ended at optimizer step 3"
+        ):
             trainer(callback, max_steps=3).fit(module, loader())
         trainer(max_steps=3).fit(dense, loader())
         assert same(module, dense)
@@ -552,7 +556,7 @@ class TestShouldPrune:
         ({"schedule": CubicSchedule(0, 4, every=2), "skip": ["*"]}, "nothing to prune"),
     ],
 )
-def test_what_a_later_stage_would_refuse_is_refused_at_the_start(when, message):
+def test_errors_of_a_later_stage_are_raised_at_the_start(when, message):
     module = Net()
     with pytest.raises(ValueError, match=message):
         trainer(WandaPrune(num_samples=24, **when), max_steps=6).fit(module, loader(24))
@@ -584,7 +588,7 @@ def test_what_a_later_stage_would_refuse_is_refused_at_the_start(when, message):
         ),
     ],
 )
-def test_bad_moments_are_refused_at_once(when, message):
+def test_bad_pruning_steps_are_refused_at_once(when, message):
     with pytest.raises(ValueError, match=message):
         WandaPrune(**when)
 
@@ -606,7 +610,7 @@ def test_bad_moments_are_refused_at_once(when, message):
         ({"schedule": "cubic"}, "schedule must be a Schedule such as CubicSchedule.* but it is 'cubic'"),
         ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
         ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
-        ({"schedule": Steps((0.5, 1.0))}, "whole numbers from 0 on"),
+        ({"schedule": Steps((0.5, 1.0))}, "whole numbers of at least 0"),
         ({"sequential": "row"}, "sequential must be one of block, layer, none, but it is 'row'"),
         ({"criterion": "luck"}, "criterion must be one of wanda, magnitude"),
         ({"allocation": "luck"}, "allocation must be one of uniform"),
@@ -742,7 +746,7 @@ def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
 
 
 class Tiny(Net):
-    """What a recipe names by its class path; it brings its data."""
+    """A module with its own data, which a recipe names by its class path."""
 
     shares: list
 

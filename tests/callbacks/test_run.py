@@ -74,7 +74,7 @@ def test_progress_is_shown_with_the_trainers_bar(capfd, loop):
     assert "Pruning 3/3 done" in capfd.readouterr().err
 
 
-def test_nothing_is_said_without_a_progress_bar(capsys):
+def test_nothing_is_printed_without_a_progress_bar(capsys):
     trainer(WandaPrune(num_samples=12)).validate(Net(), loader(), verbose=False)
     assert "WandaPrune" not in "".join(capsys.readouterr())
 
@@ -88,7 +88,7 @@ def test_each_stage_reaches_the_logger(tmp_path):
 
 @pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_layers_of_a_compiled_part_have_the_names_that_they_have_without_it(tmp_path, sequential):
+def test_layers_of_a_compiled_part_keep_their_names(tmp_path, sequential):
     def run(folder, compiles):
         module = Net()
         if compiles:

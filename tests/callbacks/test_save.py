@@ -15,7 +15,7 @@ pytestmark = [
 
 
 class Saving(Net):
-    """Notes how it is saved."""
+    """Records how it is saved."""
 
     def __init__(self):
         super().__init__()

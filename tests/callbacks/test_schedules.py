@@ -65,7 +65,7 @@ class TestLaws:
             st.tuples(st.integers(-2, 8), st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0, 1.5])), min_size=0, max_size=4
         )
     )
-    def test_check_takes_what_rises_to_one_and_refuses_the_rest(self, stages):
+    def test_check_accepts_only_stages_that_increase_to_one(self, stages):
         fine = bool(stages) and stages[0][0] >= 0 and stages[-1][1] == 1
         for (step, share), (next_step, next_share) in pairwise(stages):
             fine = fine and step < next_step and share <= next_share
@@ -83,7 +83,7 @@ class TestLaws:
         assert WandaPrune(at_step=7).schedule == OneShot(7)
 
 
-def test_a_share_that_is_no_number_is_refused_at_once():
+def test_a_nan_share_is_refused_at_once():
     with pytest.raises(ValueError, match="end at 1"):
         WandaPrune(schedule=Steps((1, math.nan), (2, 1.0)))
 

@@ -1,4 +1,4 @@
-"""Stop and resume: the same bits as a run that did not stop, also after SIGKILL, from checkpoints that anyone reads."""
+"""A resumed run equals an uninterrupted one to the bit, also after SIGKILL, and its checkpoints are plain data."""
 
 import multiprocessing
 import os
@@ -118,7 +118,7 @@ class TestCheckpoints:
 
 
 class Resumable:
-    """Batches that know where they are: a checkpoint within an epoch goes on with the next one."""
+    """A stateful loader: a run resumed within an epoch continues with the next batch."""
 
     def __init__(self, count=24, batch_size=4):
         self.batches = list(loader(count, batch_size))
@@ -141,7 +141,7 @@ class Resumable:
 
 
 class Counted(WandaPrune):
-    """Notes at which steps it pruned."""
+    """Records the steps at which it pruned."""
 
     def __init__(self, sparsity=0.5, **options):
         super().__init__(sparsity, num_samples=24, dataloader=list(loader(24)), **options)
@@ -230,7 +230,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed runs write no checkpoints
 @pytest.mark.parametrize("when", ["at_step", "cubic"])
-def test_from_the_ends_of_epochs(tmp_path, when):
+def test_resuming_at_the_end_of_an_epoch(tmp_path, when):
     """With an ordinary loader, and the checkpoints that Lightning writes by itself."""
     steps = {"max_epochs": 4, "enable_checkpointing": True}
     whole, callback = made("adamw"), Counted(**WHEN[when])
@@ -244,7 +244,7 @@ def test_from_the_ends_of_epochs(tmp_path, when):
 
 
 def test_zeros_by_chance_at_the_time_of_the_checkpoint_are_free(tmp_path):
-    """The sign optimizer makes many; a resumed run must not take them for pruned ones."""
+    """The sign optimizer makes many; a resumed run must not treat them as pruned."""
     module, callback = made("sign"), Counted(at_step=2)
     trainer(callback, SaveAt(tmp_path, 2, 4), max_steps=5).fit(module, Resumable())
     pruned, later = (torch.load(tmp_path / f"{step}.ckpt", weights_only=True) for step in (2, 4))
@@ -292,7 +292,7 @@ class Stop(L.Callback):
             raise RuntimeError("enough")
 
 
-def test_interrupted_again_and_again(tmp_path):
+def test_resuming_several_times(tmp_path):
     whole = made("momentum")
     trainer(Counted(**WHEN["cubic"]), max_steps=12).fit(whole, Resumable())
     path = None
@@ -306,7 +306,7 @@ def test_interrupted_again_and_again(tmp_path):
     assert equal(state(module), state(whole))
 
 
-def test_should_prune_of_ones_own_is_asked_once_for_each_step_across_a_resume(tmp_path):
+def test_a_custom_should_prune_is_called_once_for_each_step_across_a_resume(tmp_path):
     class Asked(Counted):
         def should_prune(self, trainer):
             asked.append(trainer.global_step)
@@ -331,7 +331,7 @@ def test_without_keeping_zeros_pruning_is_not_repeated_either(tmp_path):
     assert equal(state(resumed), state(whole))
 
 
-def test_calibration_does_not_move_a_loader_that_knows_where_it_is(tmp_path):
+def test_calibration_does_not_advance_a_stateful_loader(tmp_path):
     dense, module = [], []
 
     class Seen(Net):
@@ -437,7 +437,7 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, first, second, na
 
 
 @pytest.mark.parametrize("change", [{"at_step": 4}, {"sequential": "none"}, {"report_dir": "reports"}])
-def test_what_does_not_matter_once_pruned_may_change(tmp_path, change, monkeypatch):
+def test_options_that_do_not_matter_after_pruning_may_change(tmp_path, change, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole, resumed = made("adamw"), made("adamw")
     trainer(Counted(at_step=2), SaveAt(tmp_path, 3), max_steps=6).fit(whole, Resumable())
@@ -478,7 +478,7 @@ FORKS.set_forkserver_preload(["lightning", "transformers", "timm", "wanda_lightn
 
 
 class Killed(Net):
-    """Kills its own process while it is calibrated, or in a step; and says when a step begins."""
+    """Kills its own process during calibration or a step, and prints when a step begins."""
 
     def __init__(self, steps, kill):
         super().__init__(ADAMW)
@@ -507,7 +507,7 @@ class KillAfterStep(L.Callback):
 
 
 def attempt(folder, steps, kill, when):
-    """Train on from the last checkpoint, if there is one; write what came out."""
+    """Continue from the last checkpoint, if there is one, and write the result."""
     torch.set_num_threads(1)
     module = Killed(steps, kill)
     callback = WandaPrune(num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN[when])
@@ -518,7 +518,7 @@ def attempt(folder, steps, kill, when):
 
 
 def attempts(folder, kills, when):
-    """Start until it ends; each is killed as said, by itself or (at a number) from outside when that step begins."""
+    """Start runs until one ends. Each kills itself, or (for a number) is killed from outside when that step begins."""
     folder.mkdir()
     begun, exits = [], []
     for kill in (*kills, None):
@@ -547,7 +547,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("when", ["at_step", "cubic"])
-def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, when):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, when):
     _, exits, whole = attempts(tmp_path / "whole", (), when)
     assert exits == [0]
     shares = {(weight == 0).float().mean().item() for weight in whole["weights"].values() if weight.ndim == 2}
@@ -572,7 +572,7 @@ def test_keep_zeros_alone(tmp_path, optimizer):
 
 
 def test_keep_zeros_holds_after_a_resume_what_it_held_before(tmp_path):
-    """A layer that was zero altogether has dead units by now, but its zeros are not held."""
+    """A layer that was all zeros has dead units now, but its zeros are not held."""
     whole, resumed = pruned_elsewhere("adamw", skip=["layers.4"]), made("adamw")
     nn.init.zeros_(whole.layers[4].weight)
     trainer(KeepZeros(), SaveAt(tmp_path, 1), max_steps=8).fit(whole, Resumable())

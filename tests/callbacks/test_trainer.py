@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.mark.parametrize("callback", [WandaPrune, KeepZeros])
 def test_strategies_that_cannot_be_pruned_are_refused_by_name(callback):
     class Elsewhere(SingleDeviceStrategy):
-        """Stands for one that spreads the model in a way of its own."""
+        """Stands for a strategy that distributes the model in an unknown way."""
 
     spread = trainer(strategy=Elsewhere("cpu"))
     callback().setup(spread, Net(), "fit")
@@ -51,7 +51,7 @@ def test_layers_are_named_as_in_the_pruning_target():
 
 
 class OldNet(pytorch_lightning.LightningModule):
-    """The module of a user of the older package."""
+    """A module of a user of pytorch_lightning."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Trainers with two processes: each gets its share of the samples, and all prune alike."""
+"""Trainers with two processes: each calibrates on a part of the samples, and all get the same weights."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:num_samples is")  # some tests t
 
 
 def assert_samples(shares, expected):
-    """Together, whatever the order, the processes have these samples."""
+    """The processes have these samples in total, in any order."""
     found = torch.cat([batch for share in shares for batch in share])
     assert sorted(found.tolist()) == sorted(expected.tolist())
 
@@ -41,13 +41,13 @@ def test_a_given_loader_is_divided(pair, strategy, num_samples):
     assert_same_report(report, expected)
 
 
-def test_a_given_loader_is_shuffled_alike(pair):
+def test_a_given_loader_is_shuffled_in_the_same_order(pair):
     (batches, *_), (others, *_) = pair.run(cases.fit, "ddp", 16, True, shuffle=True)
     assert_samples([batches, others], cases.SAMPLES)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_lightnings_own_loader_is_a_share_already(pair, strategy):
+def test_lightnings_own_loader_is_already_divided(pair, strategy):
     (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, strategy, 7, False)
     assert (sum(map(len, batches)), sum(map(len, others))) == (4, 3)
     assert report.layers[0].tokens == 7
@@ -88,7 +88,7 @@ def test_the_callback_prunes_and_keeps_the_zeros(pair, strategy, sequential):
 
 
 @pytest.mark.parametrize(("strategy", "blocks"), [("ddp", True), ("fsdp2", True), ("fsdp2", False)])
-def test_zeros_of_before_are_kept(pair, strategy, blocks):
+def test_earlier_zeros_are_kept(pair, strategy, blocks):
     for pruned, trained, _ in pair.run(cases.fit_with, strategy, KeepZeros, zeros_in=1, blocks=blocks):
         zeros = trained["layers.1.up.weight"] == 0
         assert zeros[:, ::2].all()
@@ -130,7 +130,7 @@ def test_other_strategies_are_refused_by_name(strategy, world_size):
         processes_of(trainer)
 
 
-def test_a_strategy_nobody_knows_is_refused_with_several_processes():
+def test_an_unknown_strategy_is_refused_with_several_processes():
     strategy = object.__new__(SingleDeviceStrategy)
     assert processes_of(SimpleNamespace(strategy=strategy, world_size=1)).world_size == 1
     with pytest.raises(MisconfigurationException, match="but it is SingleDeviceStrategy"):
@@ -140,7 +140,7 @@ def test_a_strategy_nobody_knows_is_refused_with_several_processes():
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("num_samples", [1, 4, 7, 10, 100])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_shares_are_together_what_one_process_takes(world_size, num_samples, batch_size):
+def test_all_processes_use_the_samples_of_one_process(world_size, num_samples, batch_size):
     def share(rank, size):
         processes = SimpleNamespace(world_size=size, rank=rank, broadcast=lambda value, source: value)
         loader = DataLoader(torch.arange(10), batch_size=batch_size)
@@ -154,5 +154,5 @@ def test_shares_are_together_what_one_process_takes(world_size, num_samples, bat
     assert sum(map(len, shares)) == len(whole)
 
 
-def test_a_trainer_in_one_process_sends_nothing():
+def test_a_trainer_in_one_process_does_not_communicate():
     assert processes_of(L.Trainer(accelerator="cpu", devices=1, logger=False)).world_size == 1

@@ -84,7 +84,7 @@ def test_a_schedule_on_validation():
     assert [layer.sparsity for layer in callback.report.layers] == pytest.approx([0.8] * 3, abs=0.02)
 
 
-def test_what_cannot_be_calibrated_on_validation():
+def test_options_that_validation_does_not_support_are_refused():
     with pytest.raises(ValueError, match="sequential='none' and no dataloader, but sequential is 'block'"):
         WandaPrune(calibrate_on="validation")
     with pytest.raises(ValueError, match="calibrate_on must be one of calibration, validation, but it is 'test'"):

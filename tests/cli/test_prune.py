@@ -21,7 +21,9 @@ from wanda_lightning import PruningReport
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*tells .* apart"),  # tiny classifiers are made without regard to the images
+    pytest.mark.filterwarnings(
+        "ignore:.*and the model has .* outputs"
+    ),  # tiny classifiers are made without regard to the images
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
 ]
 
@@ -236,7 +238,7 @@ def test_fewer_images_than_asked(images):
 
 
 def test_more_logits_than_classes(images):
-    with pytest.warns(UserWarning, match="images has 4 classes, but the model tells 1000 apart"):
+    with pytest.warns(UserWarning, match="images has 4 classes, and the model has 1000 outputs"):
         assert run(*images) == 0
 
 
@@ -248,11 +250,11 @@ REFUSED = [
     (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
     (["--eval", "{}/latin1.txt"], "must be in UTF-8"),
     (["--calibration", "{}/no_text.jsonl"], "line 1 has 'content'"),
-    (["--calibration", "{}/empty.txt"], "there is no text in it"),
-    (["--calibration", "{}/short.txt"], f"need a text of at least {SEQLEN + 1}, but"),
+    (["--calibration", "{}/empty.txt"], "must have text, but it has none"),
+    (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
     (["--calibration", "{}/short.txt"], "has 9."),
-    (["--calibration", "{}/short.jsonl"], f"need a document of at least {SEQLEN + 1}, but the longest"),
-    (["--eval", "{}/short.txt"], f"A window of --seqlen {SEQLEN} tokens was asked for, but"),
+    (["--calibration", "{}/short.jsonl"], f"needs a document of at least {SEQLEN + 1} tokens, but the longest"),
+    (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens, but"),
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "c4"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
@@ -262,7 +264,7 @@ REFUSED = [
     ),
     (["--sparsity_type", "3:6"], "--sparsity_type 3:6 fits none of"),
     (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
-    (["--skip", "[model]"], "the model has nothing to prune"),
+    (["--skip", "[model]"], "model has nothing to prune"),
     (["--skip", "re:x{1,3}"], "--skip re:x{1,3} matches no matrix"),
     (["--model", "{}/gone"], "gone does not exist"),
     (["--model", "{}/gone.gguf"], "gone.gguf does not exist"),
@@ -305,7 +307,7 @@ def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
     refused(*text, option, "mine/notes.txt", message="is a file")
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     if option == "--save_model":
-        refused(*text, option, "mine", "--overwrite", message="is not a model")
+        refused(*text, option, "mine", "--overwrite", message="are not a model")
         (tmp_path / "mine/config.json").write_text("{}")
     assert run(*text, option, "mine", "--overwrite") == 0
     assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
@@ -354,7 +356,7 @@ def test_an_unreachable_hub_in_a_real_shell(inputs, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("wanda-lightning: error: The data set allenai/c4 was asked for")
+    assert last.startswith("wanda-lightning: error: The data set allenai/c4 is not in the cache")
     assert "python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)" in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

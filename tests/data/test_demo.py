@@ -14,7 +14,9 @@ from support.data import (
 from wanda_lightning.data import ImageDataModule
 from wanda_lightning.data.demo import python_docs
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*and the model has .* outputs"
+)  # models are made without regard to the images
 
 
 def test_python_docs_has_two_parts_without_a_common_paragraph():
@@ -58,6 +60,6 @@ def test_digits_name_the_extra(monkeypatch):
         ImageDataModule("digits")
 
 
-def test_digits_must_be_asked_for():
+def test_data_has_no_default():
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'data'"):
         ImageDataModule(model=vit())

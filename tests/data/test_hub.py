@@ -1,4 +1,4 @@
-"""Data sets of the hub that cannot be had are one clear error."""
+"""Unreachable data sets of the hub raise one clear error."""
 
 import pytest
 from support.data import (
@@ -7,13 +7,15 @@ from support.data import (
 
 from wanda_lightning.data import ImageDataModule, TextDataModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*and the model has .* outputs"
+)  # models are made without regard to the images
 
 
 @pytest.mark.parametrize(("source", "name"), [("c4", "allenai/c4"), ("wikitext2", "Salesforce/wikitext")])
 def test_an_unreachable_hub_is_one_clear_error(tmp_path, offline, tokenizer, source, name):
     data = TextDataModule(tokenizer, source, source, cache_dir=str(tmp_path))
-    message = rf"{name} was asked for, but .* cannot be reached\. Use python-docs"
+    message = rf"{name} is not in the cache, and .* cannot be reached\. Use python-docs"
     with pytest.raises(OSError, match=message) as error:
         data.setup("validate")
     assert isinstance(error.value.__cause__, ConnectionError)
@@ -24,6 +26,6 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path, offline, tokenizer, sou
 @pytest.mark.parametrize("data", ["cifar10", "cifar100", "some/images"])
 def test_images_from_an_unreachable_hub_are_one_clear_error(tmp_path, offline, data):
     module = ImageDataModule(data, vit(num_classes=100), cache_dir=str(tmp_path))
-    with pytest.raises(OSError, match=r"was asked for, but .* cannot be reached\. Use digits") as error:
+    with pytest.raises(OSError, match=r"is not in the cache, and .* cannot be reached\. Use digits") as error:
         module.setup("fit")
     assert isinstance(error.value.__cause__, ConnectionError)

@@ -19,7 +19,9 @@ from torch import nn
 
 from wanda_lightning.data import ImageDataModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*tells .* apart")  # models are made without regard to the images
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*and the model has .* outputs"
+)  # models are made without regard to the images
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -101,9 +103,9 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     ("model", "message"),
     [
         ("convnext_ato", r"^model must be a name that timm .* 'convnext_ato'\. Did you mean convnext_atto"),
-        (nn.Linear(2, 2), r"neither Linear nor its \.model has a pretrained_cfg"),
+        (nn.Linear(2, 2), r"pretrained_cfg .* neither Linear nor its \.model has one"),
         (vit(in_chans=4), "1 or 3 channels, but VisionTransformer reads 4"),
-        (None, "^model must be given, since no Trainer runs one"),
+        (None, "^model must be given, .* no Trainer runs a model"),
     ],
 )
 def test_a_model_without_known_transforms_is_refused(model, message):
@@ -112,7 +114,7 @@ def test_a_model_without_known_transforms_is_refused(model, message):
 
 
 def test_more_classes_than_logits_are_refused():
-    with pytest.raises(ValueError, match="digits has 10 classes, and the model tells only 3 apart"):
+    with pytest.raises(ValueError, match="digits has 10 classes, and the model has only 3 outputs"):
         ImageDataModule("digits", vit(num_classes=3)).setup("validate")
 
 
@@ -136,7 +138,7 @@ def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet
     images, labels = images_of(data.val_dataloader())
     assert len(images) == 4
     assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == sorted(labels.tolist())
-    with pytest.raises(ValueError, match="has evaluation images alone"):
+    with pytest.raises(ValueError, match="has only evaluation images"):
         data.train_dataloader()
 
 
@@ -156,8 +158,8 @@ def test_bad_image_arguments_are_refused_at_once(options, message):
         ImageDataModule(**{"data": "digits", **options})
 
 
-def test_images_are_not_there_before_setup():
-    with pytest.raises(RuntimeError, match=r"Call setup\(\) first"):
+def test_images_are_not_available_before_setup():
+    with pytest.raises(RuntimeError, match=r"^setup\(\) opens the images"):
         _ = ImageDataModule("digits", vit()).num_classes
 
 
@@ -196,17 +198,17 @@ def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
     assert labels_of(tmp_path, vit(num_classes=1000))[0] == [1, 999]
 
 
-@pytest.mark.filterwarnings("default:.*tells .* apart")
+@pytest.mark.filterwarnings("default:.*and the model has .* outputs")
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (vit(num_classes=5), "has 2 classes, but the model tells 5 apart. Class number i, counted from 'blue' = 0"),
-        (vit(num_classes=1000), "tells 1000 apart, and its classes have other names than 'blue'"),
-        (named_vit("cat", "green"), "tells 2 apart, and its classes have other names than 'blue'"),
+        (vit(num_classes=5), "has 2 classes, and the model has 5 outputs. Class i, counted from 'blue' = 0"),
+        (vit(num_classes=1000), "and the model has 1000 outputs, and its classes have other names than 'blue'"),
+        (named_vit("cat", "green"), "and the model has 2 outputs, and its classes have other names than 'blue'"),
         (vit(num_classes=2), None),
     ],
 )
-def test_an_assumed_order_of_classes_is_said(imagenet, model, said, recwarn):
+def test_an_assumed_class_order_warns(imagenet, model, said, recwarn):
     assert labels_of(imagenet / "val", model)[0] == [0, 0, 1, 1]
-    messages = [str(warning.message) for warning in recwarn if "apart" in str(warning.message)]
+    messages = [str(warning.message) for warning in recwarn if "outputs" in str(warning.message)]
     assert [said in message for message in messages] == ([] if said is None else [True])

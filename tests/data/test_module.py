@@ -1,4 +1,4 @@
-"""Our LightningDataModules in a Trainer of the older package."""
+"""Our LightningDataModules in a Trainer of pytorch_lightning."""
 
 import pytest
 import pytorch_lightning
@@ -10,7 +10,7 @@ from wanda_lightning import ImageDataModule, TextDataModule
 
 
 class OldModule(pytorch_lightning.LightningModule):
-    """The module of a user of the older package."""
+    """A module of a user of pytorch_lightning."""
 
     def __init__(self):
         super().__init__()

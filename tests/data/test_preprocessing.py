@@ -24,7 +24,7 @@ def test_preprocessing_is_the_models_own():
 def test_a_name_without_a_configuration_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "test_vit"}')
-    with pytest.raises(ValueError, match=r"^model must be a name whose transforms timm knows, but it is"):
+    with pytest.raises(ValueError, match=r"^model must be a name for which timm has transforms, but it is"):
         resolve_preprocessing(name)
 
 

@@ -223,13 +223,15 @@ def test_bad_arguments_are_refused_at_once(tmp_path, tokenizer, options, message
 def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("x" * 19)  # 20 tokens with <s>
     text, table = str(tmp_path / "a.txt"), write_jsonl(tmp_path / "a.jsonl", documents([5, 19, 12]))
-    with pytest.raises(ValueError, match=r"need a text of at least 21, but .*a\.txt has 20"):
+    with pytest.raises(ValueError, match=r"needs a text of at least 21 tokens, but .*a\.txt has 20"):
         TextDataModule(tokenizer, calibration=text, seqlen=20).calibration_dataloader()
-    with pytest.raises(ValueError, match=r"at least 21, but the longest of the 3 documents of .* has 20.*\.txt file"):
+    with pytest.raises(
+        ValueError, match=r"at least 21 tokens, but the longest of the 3 documents of .* has 20.*\.txt file"
+    ):
         TextDataModule(tokenizer, calibration=table, seqlen=20).calibration_dataloader()
     assert TextDataModule(tokenizer, text, text, seqlen=19, num_samples=2).calibration_windows.shape == (2, 19)
     assert TextDataModule(tokenizer, evaluation=text, seqlen=20).evaluation_windows.shape == (1, 20)
-    with pytest.raises(ValueError, match=r"seqlen=21 tokens was asked for, but .*a\.txt has only 20"):
+    with pytest.raises(ValueError, match=r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."):
         TextDataModule(tokenizer, evaluation=text, seqlen=21).setup("validate")
 
 
@@ -271,7 +273,7 @@ def language_model(embeddings, tokenizer=None):
 @runs_a_trainer
 def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
     module, data = language_model(97), TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
-    message = r"^input_ids must be from 0 to 96, one for each embedding of the model, but they have \d+"
+    message = r"^input_ids must be from 0 to 96, since the model has 97 embeddings, but one is \d+"
     with pytest.raises(ValueError, match=message):
         quiet_trainer().validate(module, data, verbose=False)
     data = TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
@@ -288,5 +290,5 @@ def test_another_tokenizer_than_the_models_own_is_refused(tokenizer):
     module = language_model(257, reverse)
     for given in (None, reverse, byte_tokenizer(reverse=True)):
         quiet_trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
-    with pytest.raises(ValueError, match=r"^tokenizer must be the one of the model, but .* splits the text diff"):
+    with pytest.raises(ValueError, match=r"^tokenizer must be the tokenizer of the model, but .* splits the text diff"):
         quiet_trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)

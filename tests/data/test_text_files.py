@@ -1,4 +1,4 @@
-"""Text files: what is read to the letter, and what is refused with its line or row."""
+"""Text files are read exactly, and errors name the line or row."""
 
 import codecs
 import json
@@ -54,9 +54,9 @@ def test_files_keep_their_characters(tmp_path, tokenizer):
         ("a.jsonl", b'{"text": "a", "n": ["\\uDE00"]}', "but line 1 has half of a surrogate pair"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 100_000, "but line 2 is nested too deep"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "but line 1 is not JSON"),
-        ("a.txt", b" \n", "there is no text in it"),
-        ("a.jsonl", b"\n", "there is no text in it"),
-        ("a.jsonl", b'{"text": ""}\n', "there is no text in it"),
+        ("a.txt", b" \n", "must have text, but it has none"),
+        ("a.jsonl", b"\n", "must have text, but it has none"),
+        ("a.jsonl", b'{"text": ""}\n', "must have text, but it has none"),
         ("a.parquet", b"PAR? no", r"a\.parquet must be in the format Parquet, but it cannot be read as such"),
     ],
 )
@@ -75,7 +75,7 @@ def test_bad_files_are_refused_when_read(tmp_path, tokenizer, name, content, mes
         ({"body": ["a"], "id": [1]}, "must have a column 'text', but it has 'body', 'id'"),
         ({"text": ["a", None]}, "row 1 has a NoneType"),
         ({"text": [1, 2]}, "row 0 has a int"),
-        ({"text": pa.array([], pa.string())}, "there is no text in it"),
+        ({"text": pa.array([], pa.string())}, "must have text, but it has none"),
     ],
 )
 def test_bad_tables_are_refused_when_read(tmp_path, tokenizer, columns, message):

@@ -16,7 +16,7 @@ from wanda_lightning.data import TextDataModule
 
 
 def hub_of(tables):
-    """A stand-in for `datasets.load_dataset` over the two text sets, which also notes how it was asked."""
+    """A stand-in for `datasets.load_dataset` with the two text sets, which also records its arguments."""
     asked = []
 
     def load_dataset(name, config=None, *, split, data_files=None, cache_dir=None, **options):

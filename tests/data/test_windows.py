@@ -31,12 +31,12 @@ def test_drawing_ends_where_one_document_of_many_is_long_enough(tokenizer):
 def test_one_text_is_drawn_from_as_the_reference_does(seed):
     ids = random.Random(1).choices(range(100), k=200)
     assert torch.equal(draw_from_text(ids, 20, 9, seed), slow_text_windows(ids, 20, 9, seed))
-    with pytest.raises(ValueError, match=r"seqlen=200 tokens need a text of at least 201, but a\.txt has 200"):
+    with pytest.raises(ValueError, match=r"seqlen=200 needs a text of at least 201 tokens, but a\.txt has 200"):
         draw_from_text(ids, 200, 1, seed, "a.txt")
 
 
 def test_cutting_drops_the_rest_and_stops_at_the_limit():
     assert cut(range(7), 2).tolist() == [[0, 1], [2, 3], [4, 5]]
     assert cut(range(7), 2, limit=1).tolist() == [[0, 1]]
-    with pytest.raises(ValueError, match=r"A window of seqlen=8 tokens was asked for, but a\.txt has only 7"):
+    with pytest.raises(ValueError, match=r"seqlen=8 needs a text of at least 8 tokens, but a\.txt has 7"):
         cut(range(7), 8, source="a.txt")

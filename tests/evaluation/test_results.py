@@ -52,7 +52,7 @@ def test_the_table_shows_errors_counts_and_differences():
     }
 
 
-def test_a_model_may_lack_a_measurement():
+def test_a_model_may_lack_a_result():
     models = {**MODELS, "other": {"rte": {"acc": 0.5, "documents": 2}, "dog [pictures]": {"top-1": 0.1, "images": 3}}}
     rows = rows_of(Evaluation(models))
     assert rows["rte acc (1,277 documents or 2 documents)"] == ["50.00% ± 3.00", "25.00% ± 2.50", "50.00%"]

@@ -219,7 +219,7 @@ def one_process():
 def test_tensor_parallelism_is_refused_by_name(one_process):
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     parallelize_module(model, one_process, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    with pytest.raises(ValueError, match=r"the weight of 0 is spread over processes by .*Shard\(dim=0\)") as caught:
+    with pytest.raises(ValueError, match=r"the weight of 0 is sharded by .*Shard\(dim=0\)") as caught:
         prune(model, [torch.randn(2, 8)], progress=False)
     for part in ("tensor parallelism is not supported", "before parallelize_module", "without tp_plan="):
         assert part in str(caught.value)

@@ -189,7 +189,7 @@ def test_a_batch_without_ids():
         CausalLMModule(tiny_llama()).calibration_step({"text": "", "n": 1})
 
 
-def test_comes_back_from_a_checkpoint(tmp_path):
+def test_loads_from_a_checkpoint(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     module = CausalLMModule(str(tmp_path / "model"), lr=0.5)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_comes_back_from_a_checkpoint(tmp_path):
     assert again.lr == 0.5
 
 
-def test_a_ready_model_is_no_hyperparameter():
+def test_a_loaded_model_is_not_a_hyperparameter():
     assert set(CausalLMModule(tiny_llama(), tiny_tokenizer()).hparams) & {"model", "tokenizer"} == set()
 
 
@@ -213,5 +213,5 @@ def test_token_ids_without_an_embedding_are_refused(form):
         bad = ids.clone()
         bad[index, 7] = wrong
         loader = DataLoader([form(row) for row in bad], batch_size=3)
-        with pytest.raises(ValueError, match=rf"^input_ids must be from 0 to 127, .* but they have {wrong}\."):
+        with pytest.raises(ValueError, match=rf"^input_ids must be from 0 to 127, .* but one is {wrong}\."):
             trainer().validate(module, loader, verbose=False)

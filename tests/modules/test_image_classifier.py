@@ -62,7 +62,7 @@ def test_predict_and_calibration_need_no_labels():
         assert torch.equal(logits, module.model.eval()(images))
     for batch in (images, [images], {"image": images}, (images, torch.zeros(4))):
         assert module.calibration_step(batch) is None
-    with pytest.raises(ValueError, match="must have labels to measure a loss"):
+    with pytest.raises(ValueError, match="must have labels for a loss"):
         module.validation_step(images, 0)
     with pytest.raises(ValueError, match="'image' or 'pixel_values', but it has 'x'"):
         module.calibration_step({"x": images})
@@ -133,7 +133,7 @@ def test_the_saved_model_knows_its_classes(tmp_path):
 
 def test_only_timm_models_are_saved(tmp_path):
     module = ImageClassifierModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), num_classes=2)
-    with pytest.raises(ValueError, match="does not come from timm"):
+    with pytest.raises(ValueError, match="must be a timm model for save_pretrained"):
         module.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +147,7 @@ def test_it_must_be_a_classifier():
         ImageClassifierModule(nn.Linear(2, 2), num_classes=2, model_kwargs={"a": 1})
 
 
-def test_comes_back_from_a_checkpoint(tmp_path):
+def test_loads_from_a_checkpoint(tmp_path):
     module = tiny_vit(lr=0.5)
     run = trainer()
     run.strategy.connect(module)

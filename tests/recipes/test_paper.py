@@ -22,7 +22,7 @@ from wanda_lightning import cli
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*tells .* apart"),
+    pytest.mark.filterwarnings("ignore:.*and the model has .* outputs"),
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
 ]
 

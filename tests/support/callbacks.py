@@ -19,7 +19,7 @@ from wanda_lightning import Schedule, prune
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what is as small as this is slower with more
+    torch.set_num_threads(1)  # such small operations are slower with more
     yield
     torch.set_num_threads(threads)
 
@@ -34,7 +34,7 @@ ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
 
 
 class Net(L.LightningModule):
-    """A user's own module, which knows nothing of pruning."""
+    """A user's own module, without any code for pruning."""
 
     def __init__(self, optimizer=SGD):
         super().__init__()
@@ -104,7 +104,7 @@ def same(a, b):
 
 
 def train_by_hand(module, batches, optimizer, accumulate, clip):
-    """The model is pruned: mask gradients and weights at each step, in a loop written out."""
+    """Train a pruned model in a loop that masks gradients and weights at each step."""
     keep = {weight: weight != 0 for weight in module.parameters() if weight.ndim == 2}
     for number, batch in enumerate(batches, start=1):
         (module._loss(batch) / accumulate).backward()
@@ -128,7 +128,7 @@ def rows_of(folder):
 
 
 class Lion(torch.optim.Optimizer):
-    """Steps of one size by the sign of a momentum, with decoupled weight decay (Chen et al. 2023)."""
+    """Fixed-size steps by the sign of a momentum, with decoupled weight decay (Chen et al. 2023)."""
 
     def __init__(self, params, lr=0.01, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -166,7 +166,7 @@ def hooks_of(module, optimizer):
 
 
 class Notes(L.Callback):
-    """All weights as they are when a batch ends, by the number of optimizer steps done."""
+    """Records all weights when a batch ends, by the number of optimizer steps."""
 
     def __init__(self):
         self.at = {}
@@ -230,7 +230,7 @@ def equal(a, b):
 
 
 class Steps(Schedule):
-    """A user's own."""
+    """A user's own schedule."""
 
     def __init__(self, *stages):
         self.own = stages
@@ -241,7 +241,7 @@ class Steps(Schedule):
 
 
 class SaveAt(L.Callback):
-    """A checkpoint after each of these optimizer steps, as `<step>.ckpt`."""
+    """Saves a checkpoint after each of these optimizer steps, as `<step>.ckpt`."""
 
     def __init__(self, folder, *steps):
         self.folder, self.steps = folder, steps
@@ -253,7 +253,7 @@ class SaveAt(L.Callback):
 
 
 class Recorder(Net):
-    """Notes the batches that it is calibrated on."""
+    """Records the batches that it is calibrated on."""
 
     def __init__(self):
         super().__init__()

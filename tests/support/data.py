@@ -20,7 +20,7 @@ runs_a_trainer = pytest.mark.filterwarnings(  # Lightning 2.6 under torch 2.13
 
 
 def byte_tokenizer(reverse=False):
-    """One token a byte, and <s> before every text; its model has a context of 16."""
+    """One token for each byte, and <s> before each text, for a model with a context of 16."""
     vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse))}
     tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<s>": BOS}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -29,7 +29,7 @@ def byte_tokenizer(reverse=False):
 
 
 def documents(lengths):
-    """Texts of so many bytes, no two windows alike."""
+    """Texts of these lengths in bytes, whose windows all differ."""
     rng = random.Random(7)
     return ["".join(chr(rng.randint(97, 122)) for _ in range(length)) for length in lengths]
 
@@ -78,7 +78,7 @@ def images_of(loader):
 
 
 class Wrapped(L.LightningModule):
-    """As ImageClassifierModule: the timm model is `.model`."""
+    """Like ImageClassifierModule, it has the timm model as `.model`."""
 
     def __init__(self, model):
         super().__init__()

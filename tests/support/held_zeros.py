@@ -1,4 +1,4 @@
-"""Models and callbacks that look at zeros after every optimizer step."""
+"""Models and callbacks that check the zeros after every optimizer step."""
 
 import copy
 from functools import partial
@@ -16,7 +16,7 @@ from support.callbacks import (
 
 
 class Noisy(Lion):
-    """Shakes every weight at every step (Langevin dynamics), whatever its gradient."""
+    """Adds noise to every weight at every step (Langevin dynamics), whatever its gradient."""
 
     def step(self, closure=None):
         loss = super().step(closure)
@@ -55,9 +55,9 @@ def of_the_shape(weight, state):
 
 
 class LooksAtZeros(Net):
-    """Looks at its weights right after each optimizer step, and before each batch.
+    """Checks its zeros right after each optimizer step, and before each batch.
 
-    What is zero at the first batch with `from_step` steps done is the pruned set, and has to stay.
+    The weights that are zero at the first batch after `from_step` steps are the pruned ones, and must stay zero.
     """
 
     def __init__(self, optimizer=SGD, from_step=0):
@@ -92,7 +92,7 @@ class LooksAtZeros(Net):
         self.look_at_state()
 
     def trained(self):
-        """How much of what survived is another weight by now, of each layer."""
+        """The fraction of the kept weights of each layer that have changed."""
         now = self.state_dict()
         return {
             name: (now[name] != self.begun[name])[~where].float().mean().item() for name, where in self.pruned.items()
@@ -100,7 +100,7 @@ class LooksAtZeros(Net):
 
 
 class Witness(L.Callback):
-    """Looks as other callbacks do."""
+    """Checks the zeros in the hooks of another callback."""
 
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
         pl_module.look()
@@ -115,7 +115,7 @@ def averages(callback):
 
 
 class AveragesHoldZeros(L.Callback):
-    """Last of all: looks at the averages after each batch, and at what is validated."""
+    """The last callback: checks the averages after each batch, and the validated weights."""
 
     def __init__(self, averaging):
         self.averaging, self.looks, self.validated = averaging, 0, []

@@ -63,7 +63,7 @@ for name in ("arc_easy", "arc_challenge", "openbookqa"):
 
 
 def by_hand(name, doc):
-    """What is scored: (prompt, continuation) of each choice, the choices themselves, and which one is right."""
+    """Return (prompt, continuation) of each choice, the choices, and the index of the right one."""
     if name == "boolq":
         prompt, choices = f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:", ["no", "yes"]
     elif name == "rte":

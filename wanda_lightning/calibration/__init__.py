@@ -1,1 +1,1 @@
-"""How batches pass through a model, and what is measured on the way."""
+"""Run calibration batches through a model, and measure what enters its layers."""

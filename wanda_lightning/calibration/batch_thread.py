@@ -1,4 +1,4 @@
-"""Run one calibration batch in a thread of its own, which waits at each unit until the scheduler continues it."""
+"""Run one calibration batch in a thread of its own, which waits at each unit until the scheduler resumes it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,14 @@ Watch = Callable[[threading.Thread], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Call:
-    """A batch that is parked at the entry of a unit, with the arguments of the call.
+    """The call of a unit at which a batch is parked, before the unit runs."""
 
-    Attributes:
-        batch: Index of the batch.
-        forward: The unit's own forward.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        thread_state: State of the batch's thread at the call.
-        watch: Watches the thread that runs the call.
-    """
-
-    batch: int
-    forward: Forward
+    batch: int  # index of the batch
+    forward: Forward  # the unit's own forward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    thread_state: ThreadState
-    watch: Watch = nullcontext
+    thread_state: ThreadState  # of the batch's thread at the call
+    watch: Watch = nullcontext  # watches the thread that runs the call
 
     def run(self) -> Any:
         """Run the unit and return its output."""
@@ -42,7 +33,7 @@ class Call:
             return self.forward(*self.args, **self.kwargs)
 
     def run_on_copies(self) -> None:
-        """Run the unit on clones of its arguments, so that it can be run again on the same values."""
+        """Run the unit on clones of its arguments, so that it can run again on the same values."""
         with self._entered():
             args, kwargs = clone_arguments((self.args, self.kwargs))
             self.forward(*args, **kwargs)
@@ -58,7 +49,7 @@ class Call:
 
 
 class StopForward(BaseException):
-    """Ends a batch's thread at its next unit; not an `Exception`, so that few models catch it."""
+    """Ends a batch's thread at its next unit. Models rarely catch it, because it is no `Exception`."""
 
 
 class BatchThread(threading.Thread):
@@ -66,7 +57,7 @@ class BatchThread(threading.Thread):
 
     Attributes:
         call: The call at which the batch is parked; None while it runs and after its end.
-        unit: Index of the unit at which it is, or was last, parked.
+        unit: Index of the unit at which the batch is parked, or was parked last.
     """
 
     def __init__(self, batch: int, forward: Callable[[], object], thread_state: ThreadState, watch: Watch) -> None:
@@ -82,7 +73,7 @@ class BatchThread(threading.Thread):
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
-        """Run the model's forward, whenever the scheduler waits."""
+        """Run the model's forward while the scheduler waits."""
         self._go.acquire()
         try:
             if not self._cancelled:
@@ -128,7 +119,7 @@ class BatchThread(threading.Thread):
             raise self._error
 
     def cancel(self, timeout: float | None = None) -> None:
-        """End the thread, and wait for its end, at most `timeout` seconds."""
+        """End the thread, and wait at most `timeout` seconds until it has ended."""
         switches = ProcessSwitches()
         self._cancelled = True
         self._go.release()
@@ -136,12 +127,12 @@ class BatchThread(threading.Thread):
         switches.restore()
 
     def abandon(self) -> None:
-        """Let the scheduler go on although the thread does not: it waits for a lock that nobody releases."""
+        """Resume the scheduler although the thread has not stopped: it waits for a lock that nobody releases."""
         self._back.release()
 
 
 def park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Park the batch whose thread calls this, and return the unit's output; in any other thread, run the forward."""
+    """Park the batch of the current thread and return the unit's output; outside a batch's thread, run the forward."""
     thread = threading.current_thread()
     if isinstance(thread, BatchThread):
         return thread.park(unit, forward, args, kwargs)

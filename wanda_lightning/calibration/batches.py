@@ -1,4 +1,4 @@
-"""The calibration batches, as forward passes through the model."""
+"""Turn calibration batches into forward passes through the model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class CalibrationBatches:
         model: The model.
         batches: The batches.
         forward: Runs one batch through the model; by default `forward_batch`, on the model's device.
-        predict: The same, and returns the logits; by default as `forward`.
+        predict: Runs one batch and returns the logits; by default `forward`.
         processes: All processes that calibrate together.
-        reader: The choice that reads the batches, for messages.
+        reader: The choice that reads the batches, for messages; None if no choice does.
 
     Attributes:
-        masks: For each batch that was run, its padding; None for a batch that runs but does not count.
-        length: Number of batches of this process; None if it is not known yet.
+        masks: The padding of each batch that was run; None for a batch that runs but does not count.
+        length: Number of batches of this process; None if it is unknown.
         total: Number of batches of all processes; known after `refuse_if_empty`.
 
     Raises:
-        ValueError: If `batches` is no collection of batches.
+        ValueError: If the batches are needed but `batches` is not a collection of batches.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CalibrationBatches:
         self._batches: Iterable[Any] = () if reader is None or batches is None else batches
         self._forward = forward or self._forward_on_device
         self._predict = predict or self._forward
-        # FSDP2 communicates in every forward pass: all processes must run equally many.
+        # FSDP2 communicates in every forward pass, so all processes must run the same number of them.
         self._padded_to_equal = processes.world_size > 1 and is_sharded(model)
         self.masks: list[tuple[TokenMask, ...] | None] = []
         self.total = 0
@@ -67,7 +67,7 @@ class CalibrationBatches:
         return forward_batch(self._model, _to_device(batch, device))
 
     def read_all(self, progress: bool) -> None:
-        """Keep all batches in memory; a bar counts those of an iterator, whose number is not known."""
+        """Load all batches into memory; a bar counts them if their number is unknown."""
         with ProgressBar("Reading batches", self.length, progress and self.length is None) as bar:
             held = []
             for batch in self._batches:
@@ -77,11 +77,11 @@ class CalibrationBatches:
         self._batches, self.length = held, len(held)
 
     def __iter__(self) -> Iterator[Callable[[], object]]:
-        """One forward pass for each batch; `masks` grows with them."""
+        """Yield one forward pass for each batch; each adds an entry to `masks`."""
         return self._passes(self._forward)
 
     def predictions(self) -> Iterator[Callable[[], object]]:
-        """The same, where each forward pass returns the logits."""
+        """Yield one forward pass for each batch that returns the logits; each adds an entry to `masks`."""
         return self._passes(self._predict)
 
     def _passes(self, forward: Callable[[Any], object]) -> Iterator[Callable[[], object]]:
@@ -104,8 +104,8 @@ class CalibrationBatches:
         self.total = int(total)
         if not self.total:
             raise ValueError(
-                f"batches must hold at least one calibration batch for {self._reader}, but there is none. An iterator "
-                "that was read before is empty: give a list or a dataloader."
+                f"batches must hold at least one calibration batch for {self._reader}, but there is none. Give a "
+                "list or a dataloader: an iterator can be read only once."
             )
 
 
@@ -118,9 +118,9 @@ _NONE_LEFT = object()
 
 
 def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
-    """Pad every process to the same number of batches, by repeating its last one, and flag what is not padding.
+    """Pad every process to the same number of batches with repetitions of its last batch.
 
-    A process without any batch repeats one of another process.
+    Yields each batch and whether it counts. A process without any batch repeats a batch of another process.
     """
     iterator = iter(batches)
     last: Any = _NONE_LEFT
@@ -139,8 +139,8 @@ def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tupl
 def forward_batch(model: nn.Module, batch: Any) -> object:
     """Call a model on a batch.
 
-    A mapping becomes keyword arguments, of which the model gets those that its forward takes; of a tuple or list the
-    model gets the first element; anything else is passed as it is.
+    A mapping becomes keyword arguments, without those that the model's forward does not take. A tuple or list is
+    replaced by its first element. Anything else is passed unchanged.
 
     Raises:
         ValueError: If the batch is text, a number or a NumPy array, or the model cannot be called with it.
@@ -179,14 +179,14 @@ def _refuse_more_arguments(model: nn.Module, batch: tuple[Any, ...] | list[Any])
     except TypeError as error:
         needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
         raise ValueError(
-            f"batches are tuples or lists of {len(batch)} elements, of which the first is passed to the model, but "
+            f"batches are tuples or lists of {len(batch)} elements, and the model gets the first, but "
             f"{type(model).__name__}.forward needs {', '.join(needed)}. Give mappings with these names, or forward=."
         ) from error
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        # Outside of inference mode, a model cannot write into a tensor that was made inside.
+        # A model outside of inference mode cannot write into a tensor that was created in inference mode.
         return batch.clone().to(device) if batch.is_inference() else batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device) for key, value in batch.items()}
@@ -196,5 +196,5 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 
 def rebuild(sequence: Any, values: list[Any]) -> Any:
-    """A list or tuple of the same type with other values; named tuples included."""
+    """Build a list, tuple or named tuple of the same type from other values."""
     return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)

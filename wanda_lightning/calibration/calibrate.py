@@ -1,4 +1,4 @@
-"""Bring all calibration batches to one unit after the other."""
+"""Stop all calibration batches at each unit in turn."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class UnitStop(NamedTuple):
 
     Attributes:
         unit: The unit.
-        calls: One call for each batch, to be read once.
-        check: To be called after the calls were read; refuses batches that took different paths in different processes,
-            and data without any batch.
+        calls: One call for each batch; can be iterated once.
+        check: Call it after iterating `calls`. It refuses empty data, and batches that took different paths in
+            different processes.
     """
 
     unit: Unit
@@ -38,14 +38,14 @@ class UnitStop(NamedTuple):
 def calibrate(
     model: nn.Module, units: Sequence[Unit], batches: CalibrationBatches, processes: Processes, revisited: set[int]
 ) -> Generator[UnitStop]:
-    """Stop at each unit, with all batches that reach it; the batches go on through the unit as it is then.
+    """Stop at each unit with all batches that reach it; after each stop the batches run through the pruned unit.
 
     Args:
         model: The model, in `pruning_mode`.
-        units: All units; a single one without a module stands for the whole model.
+        units: All units; a single unit without a module stands for the whole model.
         batches: The calibration batches.
         processes: All processes that calibrate together.
-        revisited: Indices of units to which a batch came again are added to this set.
+        revisited: Set to which the indices of units are added that a batch reaches again.
     """
     with ForwardOrderCheck(model, processes) as path, reset_fsdp_on_exit(model):
         if units[0].module is None:
@@ -68,7 +68,7 @@ def calibrate(
 
 
 def _parking_at_products(forwards: list[Callable[[], object]], units: Sequence[Unit]) -> list[Callable[[], object]]:
-    """Let batches park also where the weight of a unit that is a layer is multiplied outside of its forward."""
+    """Park batches also where a model multiplies by the weight of a unit that is a layer outside of its forward."""
     index_of = {
         layer: index
         for index, unit in enumerate(units)
@@ -90,12 +90,12 @@ def _parking_at_products(forwards: list[Callable[[], object]], units: Sequence[U
 
 @contextmanager
 def pruning_mode(model: nn.Module) -> Iterator[None]:
-    """The state in which a model is calibrated and pruned: evaluation mode, uncompiled, without gradients."""
+    """Put the model into evaluation mode, without compiled code and gradients, for calibration and pruning."""
     with calibration_mode(model), uncompiled(), torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Run modules under `torch.compile` as they are written: compiled code would trace the interception."""
-    # Where this module is not imported, which takes seconds, nothing is compiled.
+    """Run modules under `torch.compile` eagerly: compiled code would trace the interception."""
+    # Without torch._dynamo, whose import takes seconds, nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,4 +1,4 @@
-"""Clone the arguments of a call, so that the callee can write into them without a trace."""
+"""Clone the arguments of a call, so that the callee may write into them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ _DEPTH = 6  # arguments, a cache, its list of layers, a layer, its entries for e
 def clone_arguments(value: Any, known: dict[int, Any] | None = None, depth: int = _DEPTH) -> Any:
     """Clone tensors and copy the containers and objects that hold them, such as a key-value cache.
 
-    Modules, classes, functions, objects that cannot be copied and everything below the depth of a cache are returned
-    as they are.
+    Modules, classes, functions, objects that cannot be copied and everything below `depth` levels are not copied.
 
     Args:
         value: Any nesting of tensors, containers and objects.
         known: Clones by the id of their original, so that two references to one object remain references to one object.
-        depth: How many levels to copy.
+        depth: Number of levels to copy.
     """
     known = {} if known is None else known
     if id(value) in known:

@@ -1,9 +1,9 @@
 """Let a torch-function mode see the calls inside a function of `torch.nn.functional`.
 
-Such a function passes itself to the mode as a whole, and the mode is disabled while it runs. Attention multiplies by
-four weights inside `multi_head_attention_forward`, so the mode has to see these products. PyTorch has no switch for
-this. A copy of the function in whose namespace `has_torch_function` is always false does the same computation, and the
-mode sees the calls inside it.
+Such a function passes itself to the mode as a whole, and PyTorch disables the mode while the function runs. Attention
+multiplies by four weights inside `multi_head_attention_forward`, so the mode has to see the calls there. PyTorch has no
+switch for this. A copy of the function, in whose namespace `has_torch_function` is always false, computes the same, and
+the mode sees the calls inside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Say in which calibration batch an error happened."""
+"""Add to an error the calibration batch in which it happened."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _START = "This happened in calibration batch"
 
 
 def add_note(error: BaseException, text: str) -> None:
-    """Add a sentence to an error, which Python shows below the message (from 3.11 on)."""
+    """Add a sentence to an error; Python 3.11 and later show it below the message."""
     if hasattr(error, "add_note"):
         error.add_note(text)
 
 
 @contextmanager
 def naming_batch(index: int, values: Any) -> Iterator[None]:
-    """Add to an error in which batch it happened and the shapes of its values, unless a note says so already."""
+    """Add a note to an error with the batch and the shapes of its values, unless it has such a note already."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Measure how much the predictions of the dense model depend on the output of each layer, by backward passes."""
+"""Measure by backward passes how much the predictions of the dense model depend on the output of each layer."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def fisher(
 ) -> dict[str, PerInput]:
     """For each layer, sum `x² * mean(g²)` over the tokens, one value for each input.
 
-    x is the layer's input and g the gradient of `log p(y)` by the layer's output. The label y is drawn from the model's
-    own predictions p, so no labels are needed. Times `W²` this is the diagonal of the Fisher information, averaged over
-    the rows. The label of a sample depends on its index in the calibration data and on its predictions, but not on the
-    batch or the process that it is in. Takes the memory of a training step of one batch, without gradients of weights.
+    x is the layer's input and g the gradient of `log p(y)` with respect to its output. The label y is drawn from the
+    model's own predictions p, so no labels are needed. Multiplied by `W²`, the result is the diagonal of the Fisher
+    information, averaged over the rows. The label of a sample depends on its index in the calibration data and on its
+    predictions, but not on its batch or process. Needs as much memory as a training step on one batch, without the
+    gradients of the weights.
 
     Args:
         model: The model in evaluation mode; its weights get no gradients.
         layers: The layers to measure.
         forwards: Forward passes of this process; each returns the logits, or an object or mapping with `logits`.
-        masks: The padding of each batch, which does not count; grows as `forwards` is iterated.
+        masks: The padding of each batch, which does not count; filled while `forwards` is iterated.
         tick: Called after each batch.
-        processes: Processes whose batches are added up, as if their batches followed each other in turns.
-        samples: Pass only so many samples of all processes together backward; None for all.
+        processes: Processes whose batches are summed. Batch i of all processes precedes batch i + 1 of any.
+        samples: Number of samples, over all processes, that are passed backward; None for all.
 
     Returns:
-        The sums of each layer that a batch reached.
+        The sums, by name of each layer that a batch reached.
 
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
@@ -56,9 +57,9 @@ def fisher(
     _refuse_nonfinite(sums)
     if reached.any() and not any(total.any() for total in sums.values()):
         raise ValueError(
-            "allocation must be another one than Fisher() for this model: its predictions depend on no layer, because "
-            "all gradients are 0, as behind an output head of zeros or where one class is certain. Give a trained "
-            "model, or use another allocation such as 'owl'."
+            "allocation=Fisher() needs predictions that depend on the layers, but all gradients are 0, as with an "
+            "output head of zeros or with predictions of probability 1. Give a trained model, or use another "
+            "allocation such as 'owl'."
         )
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
@@ -70,15 +71,15 @@ def _pass_backward(
     processes: Processes,
     limit: int | None,
 ) -> None:
-    """Pass batch after batch backward, one of each process in turn, until `limit` samples are done or no batch is left.
+    """Pass one batch of each process backward, then the next, until `limit` samples are done or no batch is left.
 
-    The index of a sample is its position in this order, which is the order of the batches in one process.
+    The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
     iterator, batch, done = iter(forwards), 0, 0
     while limit is None or done < limit:
         with processes.fail_together():
             forward = next(iterator, None)
-            predictions = None if forward is None else _Predictions.of(forward(), masks[batch], batch)
+            predictions = None if forward is None else _Predictions(forward(), masks[batch], batch)
         sizes = processes.all_gather([predictions is not None, 0 if predictions is None else predictions.size])
         if not any(has_batch for has_batch, _ in sizes):
             return
@@ -87,7 +88,7 @@ def _pass_backward(
                 first = done + sum(size for _, size in sizes[: processes.rank])
                 predictions.backward(first, predictions.size if limit is None else limit - first)
                 tick()
-        del predictions  # the graph
+        del predictions  # frees the graph
         done += sum(size for _, size in sizes)
         batch += 1
 
@@ -99,13 +100,7 @@ class _Predictions:
         size: Number of samples that count.
     """
 
-    def __init__(self, logits: Tensor, keep: Tensor | None, counts: bool) -> None:
-        self._logits, self._keep = logits, keep
-        self.size = len(logits) if counts else 0
-
-    @classmethod
-    def of(cls, output: object, padding: tuple[TokenMask, ...] | None, batch: int) -> _Predictions:
-        """Read the output of a forward pass."""
+    def __init__(self, output: object, padding: tuple[TokenMask, ...] | None, batch: int) -> None:
         logits, keep = _logits(output), None
         if mask := fitting_mask(padding or (), "", logits):  # the mask of the whole model, not of its encoder
             keep = mask.keep.to(logits.device)
@@ -116,16 +111,17 @@ class _Predictions:
                 "NaN or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather "
                 "than float16)."
             )
-        return cls(logits, keep, padding is not None)
+        self._logits, self._keep = logits, keep
+        self.size = 0 if padding is None else len(logits)
 
     def backward(self, first: int, count: int) -> None:
-        """Pass the gradient of `-log p(y)` by the logits backward: `p - onehot(y)`, for the first `count` samples.
+        """Pass the gradient of `-log p(y)` with respect to the logits backward: `p - onehot(y)`.
 
-        The gradient is written out, because cross entropy would hold three more tensors of this size.
+        The gradient is computed by hand, because cross entropy would hold three more tensors of this size.
 
         Args:
-            first: Index of the first sample in the calibration data, the seed of its label.
-            count: Number of samples that are passed backward; the others have a gradient of 0.
+            first: Index of the first sample in the calibration data; the index of a sample is the seed of its label.
+            count: Number of samples, from the first on, that are passed backward; the others have a gradient of 0.
         """
         gradient = torch.zeros_like(self._logits)
         for index in range(min(self.size, count)):
@@ -146,7 +142,7 @@ class _Predictions:
 
 def _on_product(indices: Mapping[str, int], sums: Mapping[str, PerInput], reached: Tensor) -> OnProduct:
     def on_product(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
-        if not torch.is_grad_enabled():  # no gradient comes back here
+        if not torch.is_grad_enabled():  # no gradient reaches this product
             return multiply()
         squares = [product.layer.tokens(product.tokens.detach()).float().square() for product in products]
         output = _with_graph(multiply())
@@ -163,12 +159,12 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, PerInput], reache
 
 
 def _with_graph(output: Tensor) -> Tensor:
-    """Begin the graph at the first layer: the result is not a leaf, because later steps may write into it."""
+    """Start the graph at the first layer, with a result that is no leaf, because the model may write into it."""
     return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
 def _add(layer: Layer, squares: Tensor, gradient: Tensor, total: PerInput) -> None:
-    # A sum over d_out: the mean would be wrong where the rows of an expert are multiplied in several pieces.
+    # Not the mean over the rows of this product: a model may multiply the rows of an expert in several pieces.
     weights = gradient.flatten(0, -2).float().square().sum(dim=-1) / layer.shape[0]
     total.add_(torch.mv(squares.t(), weights))
 
@@ -197,7 +193,7 @@ def _refuse_nonfinite(sums: Mapping[str, PerInput]) -> None:
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient in this block."""
+    """Turn off `requires_grad` of all parameters in this block."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

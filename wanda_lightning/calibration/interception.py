@@ -1,8 +1,8 @@
 """Intercept every multiplication by a layer's weight, including those outside the layer's own forward.
 
-Many models read the weight of a layer that they do not call: attention passes its projections to one fused function,
-Mamba multiplies from the left, and experts are slices of one parameter. Hooks of modules cannot see these products. A
-torch-function mode sees every call of a PyTorch function, so it recognizes them, by the memory of the weight.
+Many models read the weight of a layer without calling the layer: attention passes its projections to one fused
+function, Mamba multiplies from the left, and experts are slices of one parameter. Hooks of modules do not see these
+products. A torch-function mode sees every call of a PyTorch function, and recognizes a weight by its memory.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from wanda_lightning.models import Layer
 
 
 class Product(NamedTuple):
-    """Tokens times the matrix of one layer, alone or as one of several experts in a batched product.
+    """A multiplication of tokens by the matrix of one layer, possibly one expert of a batched product.
 
     Attributes:
         layer: The layer.
         tokens: The tensor that the matrix multiplies, or this layer's slice of it.
-        slot: Which slice of the output belongs to the layer; None if all of it does. In a product of several experts
-            each of them gets all tokens, and those of other experts are zeros or are removed afterwards.
-        first: Whether the product includes the matrix's first row; of several pieces of a matrix, one counts.
+        slot: Index of the layer's slice of the output; None if the whole output is the layer's. In a product of several
+            experts each expert gets all tokens; the model zeroes the tokens of other experts before, or their outputs
+            afterwards.
+        first: Whether the product includes the matrix's first row. If a model multiplies by pieces of a matrix, only
+            the piece with the first row counts.
         left: Whether the matrix is the left factor, so that the columns of the output are tokens.
         time_first: (steps, samples) if the rows of the output are ordered by step, then by sample.
     """
@@ -60,11 +62,11 @@ OnProduct = Callable[[list[Product], Callable[[], Tensor]], Tensor]
 _PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
 _PRODUCTS_WITH_BIAS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
 _GATHERS = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
-_GATHERED = 8  # how many of the latest gathered tensors may still be multiplied
+_GATHERED = 8  # number of gathered tensors that are tracked
 
 
 class WeightInterceptor(TorchFunctionMode):
-    """While entered, calls `on_product` in place of each product of tokens and a layer's matrix.
+    """Mode that calls `on_product` in place of each product of tokens and a layer's matrix.
 
     A product is recognized if one factor is the parameter or a view of it, as in every loop over experts of
     transformers and wherever a module reads the weight of a layer that it does not call. Products with copies of a
@@ -72,7 +74,7 @@ class WeightInterceptor(TorchFunctionMode):
 
     Args:
         layers: Layers whose products are intercepted.
-        on_product: Called with the products of one multiplication and a function that performs it; returns its result.
+        on_product: Called with the products of one multiplication and a function that computes it; returns its result.
     """
 
     def __init__(self, layers: Iterable[Layer], on_product: OnProduct) -> None:
@@ -131,7 +133,7 @@ class WeightInterceptor(TorchFunctionMode):
                 self._gathered.append((weakref.ref(output), weakref.ref(args[0]), index))
 
     def by_forward(self, layers: Sequence[Layer], forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Treat the forward of a module as one product of its layers: a single one, or the groups of a convolution."""
+        """Treat the forward of a module as the product with its layer, or with all groups of a convolution."""
         x = input_of(args, kwargs)
         outer, self._in_a_forward = self._in_a_forward, True
         try:
@@ -147,7 +149,7 @@ class WeightInterceptor(TorchFunctionMode):
         return None
 
     def _products(self, x: Tensor, weight: Tensor) -> list[Product]:
-        """Return the products that `x @ weight` consists of, if the weight is the memory of layers."""
+        """Return the products in `x @ weight`; none if the weight is no view of a layer's weight."""
         matches = self._memory.matches(weight)
         if not matches or x in self._memory:  # a product of two weights has no tokens
             return []
@@ -164,7 +166,7 @@ class WeightInterceptor(TorchFunctionMode):
 
 
 def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the two factors of a product, positional or by any of their keywords."""
+    """Return the two factors of a product, from positional or keyword arguments."""
     names = ("input", "mat1", "mat2") if func in _PRODUCTS_WITH_BIAS else ("input", "mat2")
     others = {"weight": "mat2", "other": "mat2", "batch1": "mat1", "batch2": "mat2", "self": "input"}
     given = dict(zip(names, args, strict=False)) | {others.get(name, name): value for name, value in kwargs.items()}
@@ -172,7 +174,7 @@ def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def _is_plain(x: object) -> TypeGuard[Tensor]:
-    """Whether it is a dense tensor with memory: not sharded, quantized, sparse, on the meta device or under `vmap`."""
+    """Whether x is a dense tensor with memory: not sharded, quantized, sparse, on the meta device or under `vmap`."""
     if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
     return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -180,7 +182,7 @@ def _is_plain(x: object) -> TypeGuard[Tensor]:
 
 @contextmanager
 def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[WeightInterceptor]:
-    """While entered, call `on_product` in place of each product with a layer's weight.
+    """Call `on_product` in place of each product with a layer's weight in this block.
 
     This includes the forward of the layer's module and every product outside it (see `WeightInterceptor`).
     """

@@ -3,9 +3,9 @@
 The model's own forward runs unchanged, once for each batch, each in a thread of its own. While the engine is active,
 the `forward` of every unit parks the batch that calls it. Only one thread runs at a time: the scheduler, which is the
 caller's thread, or one batch. The scheduler advances each batch until it is parked or finished, and passes the parked
-calls of one unit to the caller, who may run the unit on them, change its weights, or both. Then the scheduler runs the
-unit on each call, hands the outputs back, and continues. If several processes do this together, each with its own
-batches, all of them stop at the same units.
+calls of one unit to the caller, which may run the unit on them, change its weights, or both. Then the scheduler runs
+the unit on each call, returns the outputs to the batches, and continues. Several processes with their own batches stop
+at the same units.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Stop:
 
     Attributes:
         unit: Index of the unit.
-        calls: One call for each batch at the unit, to be iterated once. Batches that are elsewhere or have finished are
-            missing; empty if only batches of other processes are here.
+        calls: One call for each batch at the unit; can be iterated once. Empty if only other processes have batches
+            there.
     """
 
     unit: int
@@ -47,20 +47,20 @@ def lockstep(
     names: Sequence[str] = (),
     revisited: set[int] | None = None,
 ) -> Iterator[Stop]:
-    """Stop once at each unit that a batch reaches, with all batches that are there.
+    """Stop once at each unit that a batch reaches, with all batches that are parked there.
 
-    After a stop, the unit runs with the weights that it then has, and the batches continue. Batches may be at different
-    units; the next stop is at the first of these in the given order. A batch that comes to a unit again, because the
-    model shares its weights, runs through it without a stop. After the last unit every batch ends where it is, so
-    nothing behind it is computed, except that one batch continues, up to the next module with a matrix of its own, to
-    find out whether the model comes to a unit again.
+    After a stop, the unit runs with its current weights, and the batches continue. If batches are parked at different
+    units, the next stop is at the first of these in the given order. A batch that reaches a unit again, because the
+    model applies it several times, runs through it without a stop. After the last unit every batch ends, so the rest of
+    the model is not computed. Only one batch continues, up to the next module with a matrix of its own, to find out
+    whether the model calls a unit again.
 
     Args:
         forwards: One forward pass for each batch.
         units: Disjoint modules in the order of the stops.
         processes: The processes that run the same units, each with its own forward passes.
         names: Names of the units for error messages.
-        revisited: Indices of units to which a batch came again are added to this set.
+        revisited: Set to which the indices of units are added that a batch reaches again.
 
     Yields:
         The stops. Closing the generator, or an exception, ends all threads and restores the modules.
@@ -78,8 +78,12 @@ def lockstep(
                 for thread in threads:
                     thread.start()
                     thread.advance()
-            while (unit := processes.all_reduce_min(_first_unit(threads, len(units)))) < len(units):
-                here = [thread for thread in threads if thread.call is not None and thread.unit == unit]
+            while True:
+                parked = [thread for thread in threads if thread.call is not None]
+                unit = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
+                if unit == len(units):
+                    return
+                here = [thread for thread in parked if thread.unit == unit]
                 if unit in pending:
                     yield Stop(unit, tuple(thread.call for thread in here if thread.call is not None))
                     pending.remove(unit)
@@ -101,12 +105,8 @@ def _run_unit(thread: BatchThread) -> None:
     thread.advance(thread.call.run())
 
 
-def _first_unit(threads: Sequence[BatchThread], default: int) -> int:
-    return min((thread.unit for thread in threads if thread.call is not None), default=default)
-
-
 def _find_revisits(thread: BatchThread, units: Sequence[nn.Module], revisited: set[int]) -> None:
-    """Continue one batch behind the last unit as long as it comes to units again."""
+    """Continue one batch after the last unit as long as it reaches units again."""
     # The output of the model does not matter here, so neither do its errors.
     with stop_at_other_matrices(units, thread), suppress(Exception):
         _run_unit(thread)
@@ -117,7 +117,7 @@ def _find_revisits(thread: BatchThread, units: Sequence[nn.Module], revisited: s
 
 @contextmanager
 def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
-    """Wrap the entry point of every unit, so that batches park there."""
+    """Replace the entry point of every unit, so that batches park there."""
     with ExitStack() as restored:
         for index, unit in enumerate(units):
             entry = entry_point(unit)
@@ -128,7 +128,7 @@ def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _batch_threads(forwards: Sequence[Callable[[], object]], names: Sequence[str]) -> Iterator[list[BatchThread]]:
-    """One thread for each batch, not started yet, under the eyes of a stall detector; at the end all are ended."""
+    """Construct one thread for each batch, with a stall detector; end all threads at the end of this block."""
 
     def explain(blocked: Thread, place: str) -> str:
         parked = {thread.batch: names[thread.unit] for thread in threads if thread.call is not None}
@@ -136,7 +136,7 @@ def _batch_threads(forwards: Sequence[Callable[[], object]], names: Sequence[str
         return (
             f"sequential must be 'none' for this model: it seems to keep a lock from one unit to the next, so its "
             f"batches cannot run side by side. In {blocked.name}, {place} has waited for a lock for "
-            f"{INTERVAL * LOOKS:.0f} seconds, while these are parked inside the model: {holders}. Choose "
+            f"{INTERVAL * LOOKS:.0f} seconds, while these are parked inside the model: {holders}. Use "
             "sequential='none', which runs one batch after the other, or let the model release the lock in each unit."
         )
 
@@ -156,13 +156,13 @@ def _batch_threads(forwards: Sequence[Callable[[], object]], names: Sequence[str
         yield threads
     finally:
         detector.stop()
-        # In reverse, as nested contexts: each batch may have entered one around a unit inside that of the one before.
+        # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
         for thread in reversed(threads):
             if thread.is_alive():
                 thread.cancel(timeout=1 if detector.message else None)
 
 
 def whole_model_stop(forwards: Iterable[Callable[[], object]]) -> Stop:
-    """The stop at the whole model: every batch at its entry, drawn one by one, nothing computed yet."""
+    """Return the stop at the whole model: one call for each batch, drawn one by one, which runs its whole forward."""
     thread_state = ThreadState()
     return Stop(0, (Call(batch, forward, (), {}, thread_state) for batch, forward in enumerate(forwards)))

@@ -1,4 +1,4 @@
-"""Put a model into the state that calibration needs, and back."""
+"""Put a model into the state that calibration needs, and restore it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _EXPERTS = "_experts_implementation_internal"
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, without key-value caches and kernels that fuse several layers.
+    """Switch to evaluation mode, and turn off key-value caches and kernels that fuse several layers.
 
-    Experts are multiplied one after the other by views of their parameter, see `WeightInterceptor`.
+    Models of transformers multiply by one expert at a time, through views of the parameter that `WeightInterceptor`
+    recognizes.
     """
     modes = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
@@ -42,7 +43,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _restore(modes: Mapping[nn.Module, bool]) -> None:
-    """Give each module its mode back, by its own `train` if it overrides that, as loralib does to unmerge weights."""
+    """Restore the mode of each module, through its own `train` if it overrides that, as loralib does."""
     for module, mode in modes.items():  # outer modules first: an override may set the modules inside
         overrides = getattr(module.train, "__func__", None) is not nn.Module.train
         if overrides and module.training != mode:

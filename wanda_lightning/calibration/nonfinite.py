@@ -1,7 +1,7 @@
-"""Find NaN, infinity and overflow in activations, and name the place.
+"""Find NaN, infinity and overflow in activations, and report their location.
 
-Checking each input at once would make the CPU wait for the device once per batch and layer. The checks of a unit are
-therefore collected on the device and read together.
+Reading each check immediately would make the CPU wait for the device once per batch and layer. Therefore the checks of
+a unit stay on the device and are read together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def locate(tokens: Tokens, shape: tuple[int, ...], keep: Tensor | None) -> Locat
         shape: Shape of all tokens.
         keep: Which of all tokens count.
     """
-    # Two reductions take a tenth of the time of the sums; a norm would take a third.
+    # These two reductions take a tenth of the time of the sums; a norm would take a third.
     largest = torch.maximum(tokens.amax(dim=1), -tokens.amin(dim=1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return Location(largest.argmax(), shape, keep)
 
@@ -54,8 +54,8 @@ class Check(NamedTuple):
     Attributes:
         layers: Layers with this input.
         batch: Index of the batch.
-        finite: A boolean scalar on the input's device, not read yet.
-        location: Where to look if they are not.
+        finite: A boolean scalar on the input's device.
+        location: The token to report if they are not.
     """
 
     layers: list[str]
@@ -65,12 +65,12 @@ class Check(NamedTuple):
 
 
 def refuse_nonfinite(checks: Sequence[Check], processes: Processes) -> None:
-    """Read all checks.
+    """Read all checks, and refuse sums that are not finite.
 
     Raises:
         ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
     """
-    by_device: dict[torch.device, list[Tensor]] = {}  # a model may be spread over several
+    by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
     for check in checks:
         by_device.setdefault(check.finite.device, []).append(check.finite)
     if all(torch.stack(flags).all() for flags in by_device.values()):

@@ -1,16 +1,16 @@
-"""Collect the statistics of the inputs of all layers of a unit."""
+"""Collect input statistics of all layers of a unit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import input_of, intercept
 from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
-from wanda_lightning.calibration.pooling import pool
+from wanda_lightning.calibration.pooling import merged, pool
 from wanda_lightning.calibration.reader import BatchReader, Identity
 from wanda_lightning.calibration.reduction import all_reduce_statistics
 from wanda_lightning.core.statistics import InputStatistics
@@ -28,13 +28,13 @@ class Observer:
         needs: Names of the sums.
         masks: The padding of each batch; None for a batch that runs through the model but does not count.
         tick: Called after each batch.
-        processes: Processes that calibrate together; the statistics are of the batches of all.
-        min_expert_tokens: Experts that saw fewer tokens get the statistics of all their siblings in the unit.
+        processes: Processes that calibrate together; the statistics are sums over the batches of all processes.
+        min_expert_tokens: Experts with fewer tokens get the statistics of all their siblings in the unit.
 
     Attributes:
-        padding_counted: Layers whose statistics include padding, because it cannot be located in their inputs.
-        pooled: Experts with the statistics of all siblings, with the number of tokens that they saw themselves.
-        not_routed: Experts that the model gives every token, so that all tokens count.
+        padding_counted: Layers whose statistics include padding, because the masks do not show it in their inputs.
+        pooled: Experts with the statistics of all siblings, each with its own number of tokens.
+        not_routed: Experts to which the model passes every token, so that all tokens count.
     """
 
     needs: frozenset[str]
@@ -56,7 +56,7 @@ class Observer:
             ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
         """
         with self.processes.fail_together():
-            # The unit is a layer, or the groups of one; experts are multiplied inside their module.
+            # A unit that is a layer, or all groups of a convolution, need not run: its input is in the parked calls.
             if all(layer.module is unit.module and layer.expert is None for layer in unit.layers):
                 calls = tuple(calls)
                 statistics = {layer.name: self._read_parked(layer, calls) for layer in unit.layers}
@@ -65,19 +65,18 @@ class Observer:
                     with self.collect(unit, call.batch):
                         if unit.module is None:
                             call.run()
-                        else:  # it runs again once it is pruned, and may write into its inputs
+                        else:  # the unit may write into its inputs, and runs again after it is pruned
                             call.run_on_copies()
                 statistics = self._take(unit)
         return self._of_all(unit, statistics)
 
     @contextmanager
     def collect(self, unit: Unit, batch: int) -> Iterator[None]:
-        """Read the inputs of the layers of a unit while a batch runs in this block."""
+        """Read the inputs of the unit's layers while a batch runs in this block."""
         masks = self.masks[batch]
         reader = BatchReader(self.needs, masks or ())
-        with ExitStack() as intercepted:
-            if masks is not None:
-                reader.rows_of = intercepted.enter_context(intercept(unit.layers, reader)).rows_of
+        with intercept(() if masks is None else unit.layers, reader) as interceptor:
+            reader.rows_of = interceptor.rows_of
             yield
         for entry in reader.entries:
             self._checks.extend(entry.checks(batch))
@@ -88,17 +87,13 @@ class Observer:
         self.tick()
 
     def finish(self, unit: Unit) -> dict[str, InputStatistics]:
-        """Return the statistics of the batches that ran in `collect`, as a call does.
-
-        Raises:
-            ValueError: As in a call.
-        """
+        """Return the statistics of the batches that ran in `collect`; otherwise the same as `__call__`."""
         with self.processes.fail_together():
             statistics = self._take(unit)
         return self._of_all(unit, statistics)
 
     def _of_all(self, unit: Unit, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
-        """Return the statistics of all processes; experts that saw few tokens get those of all siblings."""
+        """Sum the statistics over all processes, and pool the statistics of experts with few tokens."""
         if self.processes.world_size > 1:
             statistics, padding_counted = all_reduce_statistics(
                 unit.layers, statistics, self.padding_counted, self.needs, self.processes
@@ -109,7 +104,7 @@ class Observer:
         return result
 
     def _read_parked(self, layer: Layer, calls: Iterable[Call]) -> InputStatistics:
-        """Read the inputs of a unit that is a layer from its parked calls; nothing runs."""
+        """Read the inputs of a unit that is a layer from its parked calls, without running it."""
         calls = [call for call in calls if self.masks[call.batch] is not None]
         inputs = [input_of(call.args, call.kwargs) for call in calls]
         if self._last is not None:
@@ -138,7 +133,7 @@ class Observer:
         return statistics
 
     def _take(self, unit: Unit) -> dict[str, InputStatistics]:
-        """Return the sums of this process for each layer, and start anew."""
+        """Return the sums of this process for each layer, and reset them."""
         sums, checks = self._sums, self._checks
         self._sums, self._checks = {}, []
         refuse_nonfinite(checks, self.processes)
@@ -146,13 +141,8 @@ class Observer:
         for names, statistics in sums.items():
             for name in names:
                 by_layer.setdefault(name, []).append(statistics)
-        return {layer.name: _total(by_layer[layer.name]) for layer in unit.layers if layer.name in by_layer}
-
-
-def _total(parts: list[InputStatistics]) -> InputStatistics:
-    if len(parts) == 1:
-        return parts[0]
-    total = InputStatistics(parts[0].needs)
-    for part in parts:
-        total.merge(part)
-    return total
+        return {
+            layer.name: parts[0] if len(parts) == 1 else merged(parts)
+            for layer in unit.layers
+            if (parts := by_layer.get(layer.name))
+        }

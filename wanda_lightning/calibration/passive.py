@@ -18,17 +18,17 @@ from wanda_lightning.parallel import Processes
 
 
 class PassiveCalibration:
-    """Statistics of all layers of a dense model from forward passes such as those of a validation loop.
+    """Collects statistics of all layers of a dense model, for example during a validation loop.
 
     Args:
         model: The model.
-        unit: All its layers.
+        unit: All layers of the model.
         needs: Names of the statistics.
         min_expert_tokens: See `Observer`.
         processes: All processes that calibrate together.
 
     Attributes:
-        observer: What collects the statistics.
+        observer: Collects the statistics.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PassiveCalibration:
             yield
 
     def finish(self) -> tuple[dict[str, InputStatistics], int]:
-        """The statistics by layer, and the number of batches of all processes.
+        """Return the statistics by layer, and the number of batches of all processes.
 
         Raises:
             ValueError: If there was no batch, or an activation held NaN or infinity.

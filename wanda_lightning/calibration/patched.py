@@ -1,4 +1,4 @@
-"""Replace an attribute of one module instance for a while.
+"""Replace an attribute of one module instance temporarily.
 
 `nn.Module` offers no hook that can delay, replace or skip a module's forward, so the engine replaces `forward` in the
 instance's own `__dict__`. This bypasses `nn.Module.__setattr__`, which would register a module or parameter, and leaves
@@ -15,7 +15,7 @@ from torch import nn
 
 @contextmanager
 def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Set an attribute of the instance; restore, or remove, it at the end."""
+    """Set an attribute of the instance; restore or remove it at the end."""
     missing = object()
     before = module.__dict__.get(name, missing)
     module.__dict__[name] = value

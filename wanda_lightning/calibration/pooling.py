@@ -1,4 +1,4 @@
-"""Give experts that saw few tokens the statistics of all experts."""
+"""Pool the statistics of experts with few tokens."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer
 
 
+def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
+    """Return the sum of at least one part."""
+    total = InputStatistics(parts[0].needs)
+    for part in parts:
+        total.merge(part)
+    return total
+
+
 def pool(
     layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], minimum: int
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
-    """Replace the statistics of each expert that saw too few tokens by the sum over all its siblings.
+    """Replace the statistics of each expert with too few tokens with the sum over all its siblings.
 
     Args:
-        layers: Layers of one unit; siblings in another unit are unknown.
+        layers: Layers of one unit; siblings in other units are not included.
         statistics: Statistics of each layer that a batch reached.
-        minimum: Number of tokens that are enough; with 0, only experts that saw none are pooled.
+        minimum: Experts with fewer tokens are pooled; experts without any token always are.
 
     Returns:
-        The statistics of all layers, and the number of tokens that each pooled expert saw itself.
+        The statistics of all layers, and each pooled expert's own number of tokens.
     """
     families: dict[str, list[str]] = {}
     for layer in layers:
@@ -31,10 +39,7 @@ def pool(
         everything = sum(counts.values())
         few = {name: count for name, count in counts.items() if count < max(minimum, 1) and count < everything}
         if few:
-            reached = [statistics[name] for name, count in counts.items() if count]
-            total = InputStatistics(reached[0].needs)
-            for part in reached:
-                total.merge(part)
+            total = merged([statistics[name] for name, count in counts.items() if count])
             result.update(dict.fromkeys(few, total))
             pooled.update(few)
     return result, pooled

@@ -1,4 +1,4 @@
-"""Sum up the tokens that enter the layers of a unit while one batch runs."""
+"""Sum the tokens that enter the layers of a unit while one batch runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wanda_lightning.models import Layer, TokenMask, fitting_mask
 
 @dataclass(frozen=True)
 class Identity:
-    """Identifies an input without keeping it alive, because layers with the same input (q, k, v) share statistics."""
+    """Identifies an input without keeping it alive, so that layers with the same input (q, k, v) share statistics."""
 
     reference: weakref.ref[Tensor]
     version: int
@@ -28,7 +28,7 @@ class Identity:
         return cls(weakref.ref(tensor), _version(tensor), layer.window)
 
     def matches(self, tensor: Tensor, layer: Layer) -> bool:
-        """Whether a layer's input is the same tensor, unchanged, and gives the same tokens."""
+        """Whether a layer's input is the same tensor, unmodified, with the same tokens."""
         unchanged = self.reference() is tensor and self.version == _version(tensor)
         return unchanged and self.window == layer.window
 
@@ -43,10 +43,10 @@ class Entry:
 
     Attributes:
         identity: Identifies the tensor.
-        layers: Names of the layers that it entered.
-        statistics: Sums over its tokens that count.
-        location: Location of the largest activation; None if no token counts.
-        padding_counted: Whether the batch has padding that could not be left out.
+        layers: Names of the layers with this input.
+        statistics: Sums over its tokens, except padding.
+        location: Location of the largest activation; None if there is no token except padding.
+        padding_counted: Whether the batch may have padding that could not be left out.
     """
 
     identity: Identity
@@ -56,7 +56,7 @@ class Entry:
     padding_counted: bool
 
     def checks(self, batch: int) -> list[Check]:
-        """Return what has to be checked for NaN and infinity."""
+        """Return the check for NaN and infinity, if there is any token."""
         if self.location is None:
             return []
         return [Check(self.layers, batch, self.statistics.finite(), self.location)]
@@ -71,7 +71,7 @@ class BatchReader:
 
     Attributes:
         entries: One for each distinct input.
-        not_routed: Experts that the model gives every token.
+        not_routed: Experts to which the model passes every token.
         rows_of: See `WeightInterceptor.rows_of`.
     """
 
@@ -80,10 +80,10 @@ class BatchReader:
         self.not_routed: set[str] = set()
         self.rows_of: Callable[[Tensor], tuple[Tensor, Tensor] | None] = lambda x: None
         self._needs, self._masks = needs, masks
-        self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # which tokens of each expert were no padding
+        self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # the last `keep` of each expert
 
     def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
-        """Read the tokens of the products, and return what the multiplication gives."""
+        """Read the tokens of the products, and return the result of the multiplication."""
         for product in products:
             if product.first:
                 self._read_product(product)
@@ -93,7 +93,7 @@ class BatchReader:
 
     def _read_product(self, product: Product) -> None:
         layer, x = product.layer, product.tokens
-        # Experts are many, each with an input of its own, so only the latest entry can match.
+        # A search through the entries of many experts is slow, and only the latest entry can match.
         for entry in self.entries if layer.expert is None else self.entries[-1:]:
             if entry.identity.matches(x, layer):
                 entry.layers.append(layer.name)
@@ -104,7 +104,7 @@ class BatchReader:
             self._read_expert(product)
 
     def read(self, layer: Layer, x: Tensor) -> Entry:
-        """Sum up the tokens that enter a layer which is no expert.
+        """Sum the tokens that enter a layer that is not an expert.
 
         Raises:
             ValueError: If they do not have the width of the layer.
@@ -145,7 +145,7 @@ class BatchReader:
         keep: Tensor | None,
         padding_counted: bool,
     ) -> Entry:
-        """Add an entry for the tokens that count: those of `keep` out of `shape`."""
+        """Add an entry for the tokens that count: from all tokens of shape `shape`, those in `keep`."""
         statistics = InputStatistics(self._needs)
         statistics.update(tokens)
         location = locate(tokens, shape, keep) if tokens.numel() else None
@@ -154,9 +154,9 @@ class BatchReader:
         return entry
 
     def _real_rows(self, layer: Layer, x: Tensor, tokens: Tensor) -> Tensor | None:
-        """Which tokens of an expert are no padding; None if that is unknown.
+        """Return which tokens of an expert are not padding; None if that is unknown.
 
-        An expert gets some rows of all tokens, so the mask tells only together with the rows that were gathered.
+        An expert gets a subset of the tokens, so the mask applies only through the indices of the gathered rows.
         """
         keep = None
         if gathered := self.rows_of(x):
@@ -164,7 +164,7 @@ class BatchReader:
             if mask := fitting_mask(self._masks, layer.name, whole):
                 keep = mask.keep.flatten().to(rows.device)[rows]
         elif (last := self._last.get((layer.module, layer.expert))) is not None and len(last) == len(tokens):
-            keep = last  # the hidden activations of an expert have the rows of its input
+            keep = last  # the second matrix of an expert gets the same tokens as the first
         elif mask := fitting_mask(self._masks, layer.name, x):
             keep = mask.keep.flatten().to(tokens.device)
         if keep is not None:

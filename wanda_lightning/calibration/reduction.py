@@ -1,4 +1,4 @@
-"""Add up the statistics of several processes."""
+"""Sum the statistics of several processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def all_reduce_statistics(
     needs: frozenset[str],
     processes: Processes,
 ) -> tuple[dict[str, InputStatistics], set[str]]:
-    """Add up the statistics of all processes, one object for each distinct input.
+    """Sum the statistics over all processes, in one object for each distinct input.
 
-    All processes send a message of the same layout, whatever their batches reached.
+    The layout of the message does not depend on which layers the batches of a process reached.
 
     Args:
         layers: Layers of a unit.
@@ -39,7 +39,7 @@ def all_reduce_statistics(
     totals: dict[str, InputStatistics] = {}
     for group in groups:
         first = group[0]
-        # The weight's dtype and device: a process that has seen no input does not know those of the inputs.
+        # From the weight: a process whose batches did not reach the layer does not know the dtype of its input.
         dtype = torch.promote_types(first.weight.dtype, torch.float32)
         token = first.weight.new_zeros(1, first.shape[1], dtype=dtype)
         total = InputStatistics(needs)
@@ -61,7 +61,7 @@ def all_reduce_statistics(
 def _same_inputs(
     layers: Sequence[Layer], own: Mapping[str, InputStatistics], processes: Processes
 ) -> list[list[Layer]]:
-    """Group the layers that have the same input in every process, or are reached in none of its batches together."""
+    """Group the layers that have the same input in every process, or are unreached together in it."""
     first: dict[int, int] = {}
     here = [
         first.setdefault(id(own[layer.name]), index) if layer.name in own else _UNREACHED

@@ -1,9 +1,9 @@
-"""Find out, at almost no cost, whether a model calls a unit again after all units were visited.
+"""Find out cheaply whether a model calls a unit again after all units were visited.
 
 ALBERT and looped models apply one block many times. The engine ends after the first pass over the units, so it would
-not notice that the statistics miss the later visits. Therefore one batch continues behind the last unit. A global
-forward hook ends it before it computes anything large: at the first module that has a matrix of its own and contains no
-unit, such as the output head. Only a global hook sees the calls of all modules without changing each of them.
+not notice that the statistics miss later visits. Therefore one batch continues after the last unit. A global forward
+hook ends it before an expensive computation, at the first module that has a matrix and contains no unit, such as the
+output head. Only a global hook sees the calls of all modules without changing each of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wanda_lightning.calibration.batch_thread import StopForward
 
 @contextmanager
 def stop_at_other_matrices(units: Sequence[nn.Module], thread: threading.Thread) -> Iterator[None]:
-    """End the forward pass in a thread at the first module with a matrix that contains no unit."""
+    """End a thread's forward pass at the first module that has a matrix and contains no unit."""
     inside = set(units)
 
     def stop(module: nn.Module, args: object) -> None:

@@ -1,10 +1,10 @@
-"""Detect that a forward pass waits for a lock which a parked batch holds.
+"""Detect that a forward pass waits for a lock that a parked batch holds.
 
-While batches take turns, a batch that is parked keeps every lock that its model has taken. If another batch needs the
-same lock, it waits forever. No exception shows this, so a watchdog thread looks at the stack of the one thread that
-should run. It reports a stall only if the thread stays at one instruction that takes a lock, in ten consecutive looks,
-and uses no CPU time in between. Loading data, sleeping and waiting for a GPU, another process or the end of another
-thread are not lock instructions of Python, so they never count, however long they take.
+A parked batch keeps every lock that its model has acquired. If another batch needs the same lock, it waits forever. No
+exception reports this, so a watchdog thread inspects the stack of the one thread that should run. It reports a stall
+only if the thread stays at one instruction that acquires a lock in ten consecutive inspections, and uses no CPU time in
+between. Loading data, sleeping, and waiting for a GPU, for another process or for the end of a thread do not count,
+however long they take, because they are no lock instructions of Python.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import NamedTuple
 
 import psutil
 
-INTERVAL = 6.0  # seconds between two looks
+INTERVAL = 6.0  # seconds between two inspections
 LOOKS = 10
-_LOCK_MODULES = {"threading", "queue", "multiprocessing.synchronize"}  # they take locks on behalf of their caller
-_WAITS_FOR_THREADS = {"join", "result", "_wait_for_tstate_lock"}  # of threads and futures, also by means of locks
+_LOCK_MODULES = {"threading", "queue", "multiprocessing.synchronize"}  # they acquire locks on behalf of their caller
+_WAITS_FOR_THREADS = {"join", "result", "_wait_for_tstate_lock"}  # functions that wait for threads and futures
 
 
 class StallDetector(threading.Thread):
     """Watches the thread that should run.
 
     Args:
-        explain: Given the thread and the place (file, line and function) where it waits, returns the error message.
-        release: Ends the batches that are parked, which releases their locks.
+        explain: Returns the error message, given the thread and the place (file, line and function) where it waits.
+        release: Ends the parked batches, which releases their locks.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class StallDetector(threading.Thread):
             raise ValueError(self.message)
 
     def run(self) -> None:
-        """Look at the watched thread until `stop` is called or the thread stalls."""
+        """Inspect the watched thread until `stop` is called or the thread stalls."""
         last: _LockWait | None = None
         looks = 0
         while not self._done.wait(INTERVAL):
@@ -81,23 +81,16 @@ class StallDetector(threading.Thread):
 
 
 class _LockWait(NamedTuple):
-    """A thread that is at an instruction which takes a lock.
+    """A thread that is at an instruction that acquires a lock."""
 
-    Attributes:
-        turn: Number of the turn in which it runs.
-        frame: Its innermost frame.
-        instruction: Index of the instruction.
-        cpu_time: CPU time of the thread so far, in seconds.
-    """
-
-    turn: int
-    frame: FrameType
-    instruction: int
-    cpu_time: float
+    turn: int  # number of the `watching` block in which the thread runs
+    frame: FrameType  # its innermost frame
+    instruction: int  # index in the code of the frame
+    cpu_time: float  # of the thread so far, in seconds
 
     @classmethod
     def of(cls, thread: threading.Thread, turn: int) -> _LockWait | None:
-        """Look at a thread; None if its current instruction does not take a lock."""
+        """Inspect a thread; return None if its current instruction does not acquire a lock."""
         frame = sys._current_frames().get(thread.ident or 0)
         if frame is None or not _takes_lock(frame) or _outside(frame).f_code.co_name in _WAITS_FOR_THREADS:
             return None
@@ -106,13 +99,13 @@ class _LockWait(NamedTuple):
 
     @property
     def place(self) -> str:
-        """File, line and function that take the lock."""
+        """File, line and function that acquire the lock."""
         frame = _outside(self.frame)
         return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
 def _outside(frame: FrameType) -> FrameType:
-    """Return the frame that called into the modules that take locks, or one inside them that waits for a thread."""
+    """Return the first caller outside of `_LOCK_MODULES`, or a function inside them that waits for a thread."""
     while frame.f_globals.get("__name__") in _LOCK_MODULES and frame.f_code.co_name not in _WAITS_FOR_THREADS:
         if frame.f_back is None:
             break
@@ -121,11 +114,11 @@ def _outside(frame: FrameType) -> FrameType:
 
 
 def _takes_lock(frame: FrameType) -> bool:
-    """Whether the instruction that a frame is at enters a `with` block or is part of a line that calls `acquire`."""
+    """Whether a frame's current instruction enters a `with` block, or is on a line that calls `acquire`."""
     if frame.f_globals.get("__name__") in _LOCK_MODULES:
         return True
     current = [i for i in dis.get_instructions(frame.f_code) if i.offset <= frame.f_lasti and i.opname != "CACHE"]
-    # An `__enter__` that is written in Python has a frame of its own, so here it is one written in C.
+    # An `__enter__` in Python would have a frame of its own, so this one is written in C, as for locks.
     if current and current[-1].opname in ("BEFORE_WITH", "SETUP_WITH"):
         return True
     return "acquire" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)

@@ -1,9 +1,9 @@
-"""Give one thread the PyTorch state of another.
+"""Copy the PyTorch state of one thread to another.
 
 PyTorch keeps grad mode, autocast, inference mode, the default device, the current CUDA device and the current CUDA
 streams per thread, and a few switches per process. A forward pass depends on all of them, and a model may change them
-between two units, for example in a `with torch.autocast(...)` block. Calibration batches take turns in threads of their
-own, and their units run in the scheduler's thread, so this state must move with each call.
+between two units, for example in a `with torch.autocast(...)` block. Calibration batches run in threads of their own,
+and their units run in the scheduler's thread, so each call must carry this state along.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# Switches of the process. In interleaved batches, each would see the values that another batch has set.
+# Process-wide switches: without restoring them, a batch would see the values that another batch has set.
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),

@@ -1,4 +1,4 @@
-"""Find out which layer's weight a tensor is a view of, by its memory."""
+"""Identify by its memory the layer whose weight a tensor is a view of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wanda_lightning.models import Layer
 
 
 class _Stack(NamedTuple):
-    """The memory of one parameter, which holds one matrix, or one for each of several experts."""
+    """The memory of one parameter, which holds one matrix or one for each expert."""
 
     end: int
     weight: Tensor
@@ -24,7 +24,7 @@ class Match(NamedTuple):
 
     Attributes:
         layer: The layer.
-        slot: Which matrix of a batch of matrices; None if the tensor is a single matrix.
+        slot: Index in a batch of matrices; None if the tensor is a single matrix.
         first: Whether the view includes the matrix's first row.
     """
 
@@ -62,7 +62,7 @@ class WeightMemory:
         return self._stack_of(tensor) is not None
 
     def matches(self, weight: Tensor) -> list[Match]:
-        """Return the layers whose matrices a right factor is made of: some or all rows of each, with all inputs.
+        """Return the layers whose matrices, or whole rows of them, form the right factor of a product.
 
         Args:
             weight: The right factor of a product, (d_in, rows) or (experts, d_in, rows).

@@ -1,4 +1,4 @@
-"""The thin Lightning shell: when to prune, and keeping the zeros."""
+"""Lightning callbacks that prune a model, keep its zeros during training, and save it."""
 
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
 from wanda_lightning.callbacks.methods import MagnitudePrune, SparseGPTPrune, WandaPrune

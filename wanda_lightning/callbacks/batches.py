@@ -1,4 +1,4 @@
-"""Where a callback gets its calibration batches, and how one batch runs through the module."""
+"""Find the calibration batches of a callback, and run one batch through the module."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ def calibration_batches(
 ) -> Iterator[Any]:
     """Yield the first `num_samples` samples of the calibration data, in the batches that the loader makes.
 
-    With several processes, each gets a part of them: every `world_size`-th batch of a loader that is the same in all
-    processes, or the first samples of a loader that reads its own part of the data (with a `DistributedSampler`, which
-    Lightning adds to its loaders). All processes continue with the random state of the first, so that loaders that
-    shuffle do so alike.
+    With several processes, each gets a part of the samples: every `world_size`-th batch if the loader yields the same
+    batches in each process, or the first samples if the loader has a `DistributedSampler` (as Lightning's loaders
+    have). All processes continue with the random state of the first, so that their loaders shuffle in the same order.
 
-    Warns if there are fewer samples.
+    Warns if the data has fewer samples.
 
     Raises:
         MisconfigurationException: If there is no data, or more than one loader to choose from.
@@ -62,7 +61,9 @@ def calibration_batches(
         if seen == wanted:
             return
     if seen < wanted:
-        rank_zero_warn(f"num_samples is {wanted}, but {source} has only {seen}. The model is calibrated on these.")
+        rank_zero_warn(
+            f"num_samples is {wanted}, but {source} has only {seen}. The model is calibrated on all of them."
+        )
 
 
 def _reads_own_part(loader: Any) -> bool:
@@ -72,7 +73,7 @@ def _reads_own_part(loader: Any) -> bool:
 
 
 def _find(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, str]:
-    """Return the calibration loader and its name, in the order that the docstring of `PruningCallback` gives."""
+    """Return the first calibration loader that exists, in the order that `PruningCallback` documents, and its name."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     for holder in (datamodule, pl_module):
         if callable(calibration_dataloader := getattr(holder, "calibration_dataloader", None)):
@@ -121,10 +122,10 @@ _RANDOM_STATES = (Sampler, torch.Generator, np.random.Generator, np.random.Rando
 
 
 def _private(loader: Any) -> Any:
-    """Return a loader of the same data that leaves Lightning's own alone: its workers, samplers and generators."""
+    """Copy a loader, but not its data, so that Lightning's loader keeps its workers, samplers and generators."""
     if not isinstance(loader, DataLoader):
         return copy.copy(loader)
-    # Copies of samplers, not of the data that they refer to.
+    # Samplers are copied, but not the data set that they refer to.
     clone = partial(copy.deepcopy, memo={id(loader.dataset): loader.dataset})
     if type(loader) is not DataLoader:  # its constructor is unknown
         private = copy.copy(loader)
@@ -155,13 +156,13 @@ def _private(loader: Any) -> Any:
 def calibration_forward(
     trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, for_predictions: bool = False
 ) -> object:
-    """Run a batch through the module as Lightning's loops would: precision, transfer hooks, device.
+    """Run a batch through the module with the precision, transfer hooks and device of Lightning's loops.
 
-    Calls the module's `calibration_step(batch)` if it has one, which may leave out what comes after the last layer,
-    else its `forward`. For predictions, calls `calibration_predictions(batch)` if it has one, else its `forward`.
+    Calls the module's `calibration_step(batch)` if it has one, which may stop after the last layer, else its `forward`.
+    For predictions, calls `calibration_predictions(batch)` if it has one, else its `forward`.
 
     Returns:
-        What the method returns; for predictions, the logits or an output that holds them.
+        The output of the called method; for predictions, the logits or an output that holds them.
     """
     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     batch = trainer.strategy.batch_to_device(batch)
@@ -180,7 +181,7 @@ def calibration_forward(
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield all tensors of a batch that have a length."""
+    """Yield all tensors of a batch that have at least one dimension."""
     if isinstance(batch, Tensor):
         if batch.ndim:
             yield batch
@@ -189,19 +190,19 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+# Tensors to which transformers gives one row for each sample.
 _ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
 
 
 def batch_size(batch: Any) -> int:
     """Return the number of samples in a batch.
 
-    This is the most common length of its tensors, since some may have other lengths: `pixel_values` may have one row
-    for each patch and `image_grid_thw` one for each image. If several lengths are equally common, the length of
-    `input_ids`, `inputs_embeds`, `decoder_input_ids`, `attention_mask` or `labels` decides (transformers gives these
-    one row for each sample), then the length of the first tensor.
+    This is the most common length of its tensors. Some tensors may have another length: `pixel_values` may have one row
+    for each patch and `image_grid_thw` one for each image. If several lengths are equally common, the length of a
+    tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the length of the first tensor.
 
     Raises:
-        MisconfigurationException: If the batch has no tensor with a length.
+        MisconfigurationException: If the batch has no tensor with at least one dimension.
     """
     lengths = Counter(len(tensor) for tensor in _tensors(batch))
     if not lengths:
@@ -214,7 +215,7 @@ def batch_size(batch: Any) -> int:
 
 
 def _first(batch: Any, size: int, count: int) -> Any:
-    """Return the first samples of a batch of `size`; or all, if some tensors have other lengths and cannot be cut."""
+    """Return the first `count` samples of a batch of `size`, or all samples if its tensors have different lengths."""
     return _cut(batch, count) if all(len(tensor) == size for tensor in _tensors(batch)) else batch
 
 

@@ -1,4 +1,4 @@
-"""What a pruning callback refuses, or warns of, before it prunes."""
+"""Errors and warnings of the pruning callback about its options, the schedule and the Trainer."""
 
 from __future__ import annotations
 
@@ -15,24 +15,16 @@ from wanda_lightning.core.patterns import Pattern
 
 
 def check_stages(schedule: Schedule, pattern: Pattern) -> None:
-    """Refuse several stages for a pattern with one sparsity.
-
-    Raises:
-        ValueError: Names both.
-    """
+    """Raise a ValueError for a schedule with several stages and a pattern whose sparsity is fixed, such as 2:4."""
     if pattern.fixed_sparsity is not None and len(schedule.stages) > 1:
         raise ValueError(
-            f"schedule must have one stage for {pattern}, which has one sparsity, but it is {schedule}. Prune with "
+            f"schedule must have one stage for {pattern}, whose sparsity is fixed, but it is {schedule}. Prune with "
             "at_step=..., or use pattern='unstructured'."
         )
 
 
 def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: object) -> None:
-    """Refuse what calibration on a validation loop cannot do.
-
-    Raises:
-        ValueError: If the name is unknown, or a choice needs more than the dense model's inputs.
-    """
+    """Raise a ValueError for an unknown name, or options that calibration on a validation loop does not support."""
     if calibrate_on not in ("calibration", "validation"):
         raise ValueError(f"calibrate_on must be one of calibration, validation, but it is {calibrate_on!r}.")
     if calibrate_on == "validation" and (config.sequential != "none" or dataloader is not None):
@@ -49,11 +41,7 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
 
 
 def refuse_equal_keys(callback: Callback, trainer: L.Trainer) -> None:
-    """Refuse two callbacks whose states a checkpoint cannot tell apart.
-
-    Raises:
-        MisconfigurationException: Says what has to differ.
-    """
+    """Raise an error if two callbacks of one class have the same state key: a checkpoint would mix up their states."""
     keys = [other.state_key for other in trainer.callbacks if type(other) is type(callback)]  # type: ignore[attr-defined]
     if keys.count(callback.state_key) > 1:
         raise MisconfigurationException(
@@ -63,11 +51,7 @@ def refuse_equal_keys(callback: Callback, trainer: L.Trainer) -> None:
 
 
 def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
-    """Refuse a schedule that ends after training does.
-
-    Raises:
-        MisconfigurationException: Names the schedule and both steps.
-    """
+    """Raise an error if training ends before the last stage of the schedule."""
     last, end = schedule.stages[-1][0], last_step(trainer)
     if last > end:
         raise MisconfigurationException(
@@ -77,11 +61,7 @@ def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
 
 
 def refuse_fit_without_validation(trainer: L.Trainer) -> None:
-    """Refuse calibration on the validation loop of a fit that has none.
-
-    Raises:
-        MisconfigurationException: Says what to give.
-    """
+    """Raise an error if `fit` runs no validation loop to calibrate on."""
     if not trainer.enable_validation:
         raise MisconfigurationException(
             "calibrate_on='validation' prunes at the end of a validation loop, but this fit has none. Give fit a "
@@ -90,9 +70,9 @@ def refuse_fit_without_validation(trainer: L.Trainer) -> None:
 
 
 def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
-    """Warn where `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after.
+    """Warn if a `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after it.
 
-    Not for a subclass that decides itself which checkpoints it compares, see `PruningCallback`.
+    A subclass that overrides `check_monitor_top_k` chooses which checkpoints it compares, as `PruningCallback` shows.
     """
     last = schedule.stages[-1][0]
     for checkpoint in () if trainer.fast_dev_run else trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
@@ -101,33 +81,33 @@ def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
         if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={checkpoint.monitor!r}) also compares checkpoints from before step {last}, "
-                "when pruning ends: its best one is likely to be less sparse than asked for, or dense. Let it compare "
+                "when pruning ends, so its best one is probably less sparse than requested. Let it compare "
                 "only checkpoints from after pruning, as the docstring of PruningCallback shows."
             )
 
 
 def warn_if_dense(name: str, state: PruningState, schedule: Schedule) -> None:
-    """Warn that a model is measured before its first stage."""
+    """Warn that a model is evaluated before its first stage."""
     if state.share == 0:
-        rank_zero_warn(f"{name} prunes while the model trains, by {schedule}, so the model measured now is dense.")
+        rank_zero_warn(f"{name} prunes during training, by {schedule}, so the model evaluated now is dense.")
 
 
 def warn_if_late(name: str, share: float, schedule: Schedule) -> None:
-    """Warn that a model is pruned and measured at once which should have been pruned during training."""
+    """Warn that a model is pruned right before it is evaluated, although the schedule prunes during training."""
     if share > (schedule.share(0) or 0):
         rank_zero_warn(
-            f"{name} prunes a model now that it should have pruned while it trained, by {schedule}. What is measured "
-            "is a pruned model without training after pruning. To measure the trained one, load a checkpoint from "
-            "after pruning, such as ckpt_path='last'."
+            f"{name} prunes this model right before it is evaluated, but the schedule {schedule} prunes it during "
+            "training, so the result is that of a pruned model without training after pruning. To evaluate the trained "
+            "model, load a checkpoint from after pruning, such as ckpt_path='last'."
         )
 
 
 def warn_if_unfinished(name: str, state: PruningState, sparsity: float, step: int) -> None:
-    """Warn that training ended before the model had its final sparsity."""
+    """Warn that training ended before the model reached its final sparsity."""
     if state.due:
         rank_zero_warn(f"{name} did not prune: no validation loop ended after pruning was due.")
     elif state.share < 1:
         rank_zero_warn(
-            f"{name} did not prune to sparsity {sparsity:g}, but to {sparsity * state.share:g}: training ended at "
+            f"{name} pruned to sparsity {sparsity * state.share:g} instead of {sparsity:g}, because training ended at "
             f"optimizer step {step}."
         )

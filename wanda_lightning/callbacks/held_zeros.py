@@ -22,13 +22,13 @@ from wanda_lightning.refusals import refuse_spread_experts
 
 
 class HeldZeros:
-    """Hold the zeros of some layers at zero while the model trains, until they are released.
+    """Hold the zeros of some layers at zero while the model trains, until `release`.
 
-    A hook masks each gradient as it accumulates, so clipping and the optimizer's moments see the masked gradient.
-    Another hook zeroes the weights after each step of any optimizer, so weight decay and momentum cannot revive them.
+    A hook masks each gradient as it accumulates, so that clipping and the optimizer's moments use the masked gradient.
+    Another hook zeroes the weights after each step of any optimizer, since weight decay and momentum could change them.
 
     Attributes:
-        layers: Names of the layers that `hold` was given last.
+        layers: Names of the layers of the latest `hold`.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,9 @@ class HeldZeros:
         self._at_release: dict[str, Tensor] = {}
 
     def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
-        """Hold the weights that are zero now in these layers, and no others.
-
-        Args:
-            model: The model.
-            layers: Names of layers in it.
-        """
+        """Hold the weights of the named layers that are zero now; release all others."""
         self.release()
-        reshard(model)  # FSDP2 leaves its outermost module gathered, but the shards are what is trained
+        reshard(model)  # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards
         unheld, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
         found = {layer.name: layer for layer in prunable_layers(model)}
         for layer in (found[name] for name in self.layers):
@@ -64,10 +59,10 @@ class HeldZeros:
         for weight in self._keep:
             self._mask_gradient(weight)
             trains = weight.requires_grad
-            weight.requires_grad_()  # a frozen weight takes no hook, but may be unfrozen later
+            weight.requires_grad_()  # torch refuses the hook on a frozen weight, which may be unfrozen later
             self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
             weight.requires_grad_(trains)
-        # Called after the step of every optimizer, including those that are created later.
+        # A global hook, which also covers optimizers that are created later.
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
 
     @torch.no_grad()
@@ -89,14 +84,13 @@ class HeldZeros:
                         _zero(averages[names[weight]], keep)
 
     def unheld_zeros(self) -> dict[str, Tensor]:
-        """Return which weights are zero by chance and not held, by layer: a resumed run has to `load` them.
+        """Return which weights are zero by chance and not held, so that a resumed run can `load` them.
 
-        After a release, these are the weights at that time. Layers without such weights are left out, and so are
-        sharded layers.
+        After `release`, these are the weights at the time of the release. Sharded layers are left out.
 
         Returns:
-            For each layer, the flat indices of the weights (int64), or one bit for each weight of the layer (uint8),
-            whichever is smaller.
+            For each layer with such weights, their flat indices (int64) or one bit for each weight of the layer
+            (uint8), whichever is smaller.
         """
         if not self._handles:
             return self._loaded or self._at_release
@@ -109,7 +103,7 @@ class HeldZeros:
         return found
 
     def load(self, unheld: dict[str, Tensor]) -> None:
-        """Leave these zeros free at the next `hold`; they are the `unheld_zeros` of the run that is resumed."""
+        """Do not hold these zeros at the next `hold`: the `unheld_zeros` of the run that is resumed."""
         self._loaded = unheld
 
     def release(self) -> None:
@@ -140,7 +134,7 @@ class HeldZeros:
 def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:
     """Count the zeros of each prunable layer, over all processes."""
     reshard(model)
-    # Experts that are sharded are never pruned, see `refuse_spread_experts`.
+    # Sharded experts are never pruned, see `refuse_spread_experts`.
     layers = [x for x in prunable_layers(model) if x.expert is None or not isinstance(x.parameter, DTensor)]
     counts = zero_counts([layer.part(layer.parameter.detach()) for layer in layers], processes)
     return {layer.name: count for layer, count in zip(layers, counts, strict=True)}

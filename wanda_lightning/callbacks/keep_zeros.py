@@ -17,27 +17,21 @@ from wanda_lightning.refusals import refuse_spread_experts
 class KeepZeros(Callback):
     """Keep every zero of a model that was pruned earlier at zero while the model trains.
 
-    `PruningCallback` does this by itself for the layers that it prunes. `KeepZeros` looks at every layer that `prune`
-    would prune, and keeps the zeros that it has when training starts, unless the layer is all zeros (as some layers are
-    initialized).
+    `PruningCallback` does this for the layers that it prunes. `KeepZeros` keeps the zeros that each prunable layer has
+    when training starts. A layer that is all zeros is skipped, since some layers are initialized to zero.
     """
 
     def __init__(self) -> None:
         self._zeros = HeldZeros()
-        self._resumed: list[str] = []  # layers whose zeros the checkpoint's run kept
+        self._resumed: list[str] = []  # layers of a loaded checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what would lose zeros.
-
-        Raises:
-            MisconfigurationException: If the strategy distributes the model in a way in which zeros cannot be kept, or
-                the Trainer is one of `pytorch_lightning`.
-        """
+        """Refuse a Trainer of `pytorch_lightning`, or a strategy that distributes the model in an unsupported way."""
         refuse_pytorch_lightning(trainer)
         processes_of(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the zeros, and keep them from now on."""
+        """Find the zeros and hold them."""
         target = pruning_target(pl_module)
         layers, self._resumed = self._resumed, []
         if not layers:
@@ -61,7 +55,7 @@ class KeepZeros(Callback):
         self._zeros.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the layers, and which of their zeros are not kept; the weights hold the zeros."""
+        """Return the names of the layers and which of their zeros are not kept; the kept zeros are in the weights."""
         return {"layers": self._resumed or self._zeros.layers, "unheld_zeros": self._zeros.unheld_zeros()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

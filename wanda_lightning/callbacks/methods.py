@@ -1,4 +1,4 @@
-"""The pruning callback under the names of its methods."""
+"""Pruning callbacks named after their methods."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from wanda_lightning.core.solvers import SparseGPT
 class WandaPrune(PruningCallback):
     """Prune by weight magnitude times input norm, within each output row (Sun et al. 2024).
 
-    Args:
-        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-        **options: The other arguments of `PruningCallback`.
+    It takes the arguments of `PruningCallback`, except `criterion`.
     """
 
     def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
@@ -22,12 +20,10 @@ class WandaPrune(PruningCallback):
 
 
 class SparseGPTPrune(PruningCallback):
-    """Prune column by column, where later columns make up for earlier ones (Frantar & Alistarh 2023).
+    """Prune column by column, and compensate in the later columns for each error (Frantar & Alistarh 2023).
 
-    Args:
-        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-        dampening: Added to the diagonal of the Gram matrix, as a share of its mean.
-        **options: The other arguments of `PruningCallback`.
+    It takes the arguments of `PruningCallback`, except `solver`, and `dampening`, the number that is added to the
+    diagonal of the Gram matrix, as a fraction of its mean.
     """
 
     def __init__(self, sparsity: float = 0.5, dampening: float = 0.01, **options: Any) -> None:
@@ -37,9 +33,7 @@ class SparseGPTPrune(PruningCallback):
 class MagnitudePrune(PruningCallback):
     """Prune the smallest weights of each layer (Han et al. 2015); only an allocation such as `OWL` reads data.
 
-    Args:
-        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-        **options: The other arguments of `PruningCallback`.
+    It takes the arguments of `PruningCallback`, except `criterion`.
     """
 
     def __init__(self, sparsity: float = 0.5, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Prune inside Lightning's loops."""
+"""The callback that prunes a model inside Lightning's loops."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from wanda_lightning.report import PruningReport
 
 
 class PruningCallback(Callback):
-    """Prune a model before it is trained or measured, at a step of training, or by a schedule.
+    """Prune a model before it is trained or evaluated, at a step of training, or by a schedule.
 
-    `trainer.fit` prunes at each stage of the schedule, counted in optimizer steps (`trainer.global_step`); by default
-    there is one, before the first step and after the sanity check of the validation loop. Each stage scores all weights
-    again, with new statistics; zeros stay zero. `trainer.validate`, `test` and `predict` prune when they start, so they
-    measure the pruned model, unless the schedule starts after step 0. A model that this callback has pruned, also
-    before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model trains (see
-    `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step.
+    `trainer.fit` prunes at each stage of the schedule, counted in optimizer steps (`trainer.global_step`). The default
+    schedule has one stage, before the first step and after the sanity check of the validation loop. Each stage scores
+    all weights again, with new statistics, and zeros stay zero. `trainer.validate`, `test` and `predict` prune when
+    they start, and so evaluate the pruned model, unless the schedule starts after step 0. A model that this callback
+    has pruned, also before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model
+    trains (see `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step.
 
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
-    runs. The first `num_samples` samples are used; a batch whose tensors have different lengths is not cut. A batch
-    runs through the module's `calibration_step(batch)` if it has one, else as in `prune`. Layers have the names that
-    they have in the module's `pruning_target` if it has one (those of our modules are the names of Hugging Face and
-    timm), else in the LightningModule.
+    runs. The callback uses the first `num_samples` samples, and does not cut a batch whose tensors have different
+    lengths. A batch runs through the module's `calibration_step(batch)` if it has one, else as in `prune`. Layer names
+    are relative to the module's `pruning_target` if it has one (our modules give the names of Hugging Face and timm),
+    else to the LightningModule.
 
     `ModelCheckpoint(monitor=...)` also compares checkpoints from before pruning, and prefers them since dense models
     score better. Let it compare only checkpoints from after the last stage, here at step 1000::
@@ -68,13 +68,13 @@ class PruningCallback(Callback):
         num_samples: Number of calibration samples (sequences or images).
         dataloader: The calibration data.
         keep_zeros: Keep the zeros while the model trains.
-        report_dir: Folder to save `pruning_report.json` in.
+        report_dir: Folder to which `pruning_report.json` is saved.
         at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
-            and prunes at its end: at the end of the next validation loop after the step of the schedule, or of
-            `trainer.validate`, which then measures the dense model. It needs `sequential="none"`, and uses whole
-            batches, until they hold `num_samples` samples.
+            and prunes at the end of the loop: of the next validation loop after the step of the schedule, or of
+            `trainer.validate`, which then evaluates the dense model. It needs `sequential="none"`, and uses whole
+            batches until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
 
@@ -116,48 +116,48 @@ class PruningCallback(Callback):
     def preset(
         cls, name: str, sparsity: float = 0.5, pattern: Pattern | str = "unstructured", **options: Any
     ) -> PruningCallback:
-        """Construct the callback with a preset: `"fast"`, `"balanced"` or `"best"` (the README says what each costs).
+        """Construct the callback with a preset: `"fast"`, `"balanced"` or `"best"` (the README gives their costs).
 
         Args:
             name: The preset, the same as `method=name`.
-            sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all layers together.
-            pattern: Where zeros may fall.
+            sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all layers.
+            pattern: Constraint on the positions of the zeros.
             **options: The other arguments of `PruningCallback`; they replace choices of the preset.
 
         Raises:
             ValueError: If there is no such preset, or a value is out of range.
-            TypeError: If a subclass chooses a method itself.
+            TypeError: If it is called on a subclass that chooses a method.
         """
         if cls.__init__ is not PruningCallback.__init__:
             raise TypeError(
-                f"preset={name!r} chooses a method, but so does {cls.__name__}. Use PruningCallback.preset({name!r})."
+                f"preset {name!r} chooses a method, but so does {cls.__name__}. Use PruningCallback.preset({name!r})."
             )
         return cls(sparsity, pattern=pattern, **{"method": name, **options})
 
     @property
     def report(self) -> PruningReport | None:
-        """What the latest pruning did, also after a resume; None before the first."""
+        """The report of the latest pruning, also after a resume; None before the first."""
         return self._state.report
 
     @property
     def state_key(self) -> str:
-        """One state for each part of the model, since two callbacks may prune different parts."""
+        """A key with `skip` and `only`, since two callbacks may prune different layers."""
         only = {"only": list(self.config.only)} if self.config.only else {}
         key = self._generate_state_key(skip=list(self.config.skip), **only)
-        # Lightning refuses equal keys when the Trainer is constructed, but cannot say why they are equal: `setup` does.
+        # Equal keys would make the constructor of the Trainer raise an error that does not explain them; `setup` does.
         return key if self._is_set_up else f"{key} {id(self)}"
 
     def should_prune(self, trainer: L.Trainer) -> bool:
-        """Whether to prune now. Called before training, after every batch with an optimizer step, and before measuring.
+        """Whether to prune now; called before training, after each optimizer step, and before an evaluation.
 
-        Override it to choose the moment yourself. The model is then pruned to the share of the sparsity that the
-        schedule has at `trainer.global_step`, by default all of it.
+        Override it to prune at other moments. The callback then prunes to the share of the sparsity that the schedule
+        has at `trainer.global_step`, by default all of it.
         """
         share = self._schedule(trainer).share(trainer.global_step)
         return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a Trainer that cannot prune correctly, and a folder that cannot hold the report.
+        """Refuse an unsupported Trainer, and a folder to which the report cannot be written.
 
         Raises:
             OSError: If `report_dir` cannot be written.
@@ -173,11 +173,11 @@ class PruningCallback(Callback):
                 refuse_nonempty(self.report_dir, overwrite=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before the first step if it is time, and hold the zeros from then on.
+        """Prune before the first step if the schedule says so, and hold the zeros from then on.
 
         Raises:
             MisconfigurationException: If training ends before the last stage of the schedule.
-            ValueError: If something cannot be pruned as asked, also at a later stage.
+            ValueError: If a layer cannot be pruned as requested, now or at a later stage.
         """
         refuse_late_stages(self._schedule(trainer), trainer)
         if self.calibrate_on == "validation":
@@ -186,7 +186,7 @@ class PruningCallback(Callback):
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
-            with self._processes.fail_together():  # refuse now what a later stage would
+            with self._processes.fail_together():  # raise now the errors of a later stage
                 make_plan(self.config, pruning_target(pl_module), self._processes)
             warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
@@ -194,12 +194,12 @@ class PruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prune after an optimizer step if it is time."""
+        """Prune after an optimizer step if the schedule says so."""
         if self._state.asked_at != trainer.global_step and self._prune_if_asked(trainer, pl_module):
             self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and warn if the final sparsity was not reached."""
         warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
         self._zeros.release()
 
@@ -211,9 +211,9 @@ class PruningCallback(Callback):
         self._zeros.release()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before `trainer.validate` measures, or start to collect statistics."""
+        """Prune before `trainer.validate`, or start to collect statistics."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._prune_to_measure(trainer, pl_module)
+            self._prune_to_evaluate(trainer, pl_module)
         if self._state.due and not trainer.sanity_checking:
             config = self._config_at(self._shares_due(trainer)[-1])
             self._validation = ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
@@ -221,7 +221,7 @@ class PruningCallback(Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Collect statistics from the first `num_samples` samples."""
+        """Collect statistics while the batch runs."""
         if self._validation is not None:
             self._validation.start_batch(batch)
 
@@ -231,7 +231,7 @@ class PruningCallback(Callback):
             self._validation.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune with the statistics that were collected."""
+        """Prune with the collected statistics."""
         if self._validation is not None:
             report, self._validation = self._validation.prune(), None
             self._record(report, self._shares_due(trainer)[-1], trainer)
@@ -239,12 +239,10 @@ class PruningCallback(Callback):
                 self._hold(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before `trainer.test` measures."""
-        self._prune_to_measure(trainer, pl_module)
+        """Prune before `trainer.test` or `trainer.predict`."""
+        self._prune_to_evaluate(trainer, pl_module)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before `trainer.predict` predicts."""
-        self._prune_to_measure(trainer, pl_module)
+    on_predict_start = on_test_start
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
@@ -266,12 +264,12 @@ class PruningCallback(Callback):
 
     @property
     def _fixed_choices(self) -> dict[str, Any]:
-        """What a resumed run must not change."""
+        """The choices that a resumed run must not change."""
         choices = self.config.describe()
         return {name: choices[name] for name in ("sparsity", "pattern")}
 
     def _schedule(self, trainer: L.Trainer) -> Schedule:
-        """The schedule; in a dry run, one that ends with it."""
+        """The schedule; with `fast_dev_run`, its late stages are moved to the last step."""
         if trainer.fast_dev_run and trainer.state.fn == TrainerFn.FITTING:  # type: ignore[attr-defined]
             return EndingBy(self.schedule, int(last_step(trainer)))
         return self.schedule
@@ -279,7 +277,7 @@ class PruningCallback(Callback):
     def _shares_due(self, trainer: L.Trainer) -> list[float]:
         """The shares of the final sparsity to prune to now, one after the other.
 
-        There is one, that of the latest stage; in a dry run, those of all stages at the same step, to try each.
+        Usually there is one, of the latest stage; with `fast_dev_run`, all stages at the same step are run.
         """
         schedule, step = self._schedule(trainer), trainer.global_step
         if schedule is self.schedule:
@@ -287,7 +285,7 @@ class PruningCallback(Callback):
         return [share for stage, share in schedule.stages if stage <= step and share > self._state.share] or [1.0]
 
     def _forget_if_dense(self, pl_module: L.LightningModule) -> None:
-        """Start again if the model is another, or was given dense weights."""
+        """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
         resumed, self._resumed = self._resumed, False
         if resumed or not self._state.zeros:
             return
@@ -295,7 +293,7 @@ class PruningCallback(Callback):
             self._state = PruningState(self._fixed_choices)
 
     def _prune_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Prune if `should_prune` says so. Return whether the model was pruned."""
+        """Prune if `should_prune` returns True, and return whether the model was pruned."""
         self._state.asked_at = trainer.global_step
         if not self.should_prune(trainer):
             return False
@@ -306,7 +304,7 @@ class PruningCallback(Callback):
             self._prune(share, trainer, pl_module)
         return True
 
-    def _prune_to_measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget_if_dense(pl_module)
         if not self.should_prune(trainer):
             warn_if_dense(self._name, self._state, self.schedule)
@@ -327,7 +325,7 @@ class PruningCallback(Callback):
         publish(report, trainer, self._name, self.report_dir)
 
     def _config_at(self, share: float) -> PruningConfig:
-        """The choices at a share of the final sparsity."""
+        """Return the configuration that prunes to a share of the final sparsity."""
         allocation = self.config.allocation.scaled(share)
         return replace(self.config, sparsity=self.config.sparsity * share, allocation=allocation)
 

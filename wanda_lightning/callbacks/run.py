@@ -1,4 +1,4 @@
-"""Prune the model of a Trainer, and publish the report."""
+"""Prune the model of a Trainer, and show, log and save the report."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def prune_module(
     dataloader: Iterable[Any] | None,
     num_samples: int,
 ) -> PruningReport:
-    """Prune a LightningModule inside its Trainer, without a trace in the random numbers that training draws.
+    """Prune a LightningModule inside its Trainer, without changing the random numbers that training draws.
 
     Args:
         config: The choices.
-        trainer: The Trainer; its precision, strategy and dataloaders are used.
+        trainer: The Trainer, whose precision, strategy and dataloaders are used.
         pl_module: The module.
-        dataloader: The calibration data, by default those that `calibration_batches` finds.
+        dataloader: The calibration data; if None, `calibration_batches` finds them.
         num_samples: Number of calibration samples.
     """
     processes = processes_of(trainer)
@@ -49,14 +49,7 @@ def prune_module(
 
 
 def publish(report: PruningReport, trainer: L.Trainer, name: str, folder: str | Path | None) -> None:
-    """Show a summary, log the metrics, and save the report.
-
-    Args:
-        report: The report.
-        trainer: The Trainer, whose loggers are used.
-        name: Who pruned, for the summary.
-        folder: Where to save `pruning_report.json`; None does not save it.
-    """
+    """Show a summary that starts with `name`, log the metrics, and save `pruning_report.json` if `folder` is given."""
     if shows_progress(trainer):
         rank_zero_info(f"{name}: {report.summary()}")
     for logger in trainer.loggers:

@@ -16,13 +16,13 @@ from wanda_lightning.files import refuse_replacement
 class SavePretrained(Callback):
     """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
 
-    If the module has a `merge()` method, it is called first and merges adapters: the saved folder loads without peft,
-    and the module in memory has no adapters any more. Checkpoints that Lightning wrote before load only into a module
-    with adapters.
+    If the module has a `merge()` method, it is called first, to merge adapters: the saved folder loads without peft,
+    and the module in memory no longer has adapters. Checkpoints from before the merge load only into a module with
+    adapters.
 
     Args:
         folder: Where to save.
-        overwrite: Replace a model that is there already.
+        overwrite: Replace a model that is already in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -30,7 +30,7 @@ class SavePretrained(Callback):
         self.overwrite = overwrite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written before anything is trained.
+        """Refuse a folder that cannot be written, or a model that cannot be saved, before training starts.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
@@ -54,7 +54,7 @@ class SavePretrained(Callback):
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge the adapters in every process, and save from one."""
+        """Merge the adapters in every process, and save in the first."""
         if callable(merge := getattr(pl_module, "merge", None)):
             merge()
         if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""When to prune during training, and how far: the stages of a schedule, in optimizer steps."""
+"""Pruning schedules: the optimizer steps at which to prune, and the sparsity at each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from wanda_lightning.checks import check_at_least
 class Schedule(ABC):
     """The optimizer steps at which to prune, each with a share of the final sparsity.
 
-    A stage `(step, share)` prunes to `share * sparsity` as soon as `step` optimizer steps are done. Steps increase,
-    shares never decrease, and the last share is 1. If an allocation gives each layer a sparsity of its own (`OWL`,
-    `AlphaPruning`, `PerLayer`), the share multiplies each of them; no layer's sparsity decreases.
+    A stage `(step, share)` prunes to `share * sparsity` after `step` optimizer steps. Steps increase, shares never
+    decrease, and the last share is 1. If an allocation gives layers different sparsities (`OWL`, `AlphaPruning`,
+    `PerLayer`), the share multiplies each of them; no layer's sparsity decreases.
     """
 
     @property
@@ -26,16 +26,11 @@ class Schedule(ABC):
         return next((share for stage, share in reversed(self.stages) if stage <= step), None)
 
     def check(self) -> None:
-        """Refuse stages that are out of order.
-
-        Raises:
-            ValueError: If there are no stages, steps do not increase, a share decreases or is not in (0, 1], or the
-                last share is not 1.
-        """
+        """Raise a ValueError if steps or shares are out of range or out of order, or the last share is not 1."""
         steps, shares = [step for step, _ in self.stages], [share for _, share in self.stages]
         if not steps or any(not isinstance(step, int) or step < 0 for step in steps) or steps != sorted(set(steps)):
             raise ValueError(
-                f"schedule must have stages at increasing optimizer steps, whole numbers from 0 on, but {self} has "
+                f"schedule must have stages at increasing optimizer steps, whole numbers of at least 0, but {self} has "
                 f"{steps}."
             )
         if not all(share > 0 for share in shares) or shares != sorted(shares) or shares[-1] != 1:
@@ -57,7 +52,7 @@ class OneShot(Schedule):
 
     @property
     def stages(self) -> tuple[tuple[int, float], ...]:
-        """The only stage."""
+        """One stage, at `step`."""
         return ((self.step, 1.0),)
 
 
@@ -106,28 +101,19 @@ class CubicSchedule(LinearSchedule):
 
 @dataclass(frozen=True)
 class EndingBy(Schedule):
-    """A schedule whose late stages are moved to the last step of a short training run.
-
-    Attributes:
-        schedule: The schedule.
-        last_step: Stages after this optimizer step are moved to it, so that several may have the same step.
-    """
+    """A schedule that moves the stages after `last_step` to that step, where several stages may then coincide."""
 
     schedule: Schedule
     last_step: int
 
     @property
     def stages(self) -> tuple[tuple[int, float], ...]:
-        """The stages of the schedule, none after `last_step`."""
+        """All stages, in order."""
         return tuple((min(step, self.last_step), share) for step, share in self.schedule.stages)
 
 
 def schedule_of(at_step: int, schedule: Schedule | None) -> Schedule:
-    """Return the schedule for the two options of a callback.
-
-    Raises:
-        ValueError: If both are given, or one is not valid.
-    """
+    """Return the schedule for two options of a callback; raise a ValueError if both are given, or one is not valid."""
     check_at_least(0, at_step=at_step)
     if schedule is None:
         return OneShot(at_step)

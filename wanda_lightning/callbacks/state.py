@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a pruning callback."""
+"""The state of a pruning callback, as checkpoints store it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from wanda_lightning.report import PruningReport
 
 @dataclass
 class PruningState:
-    """How far a callback has pruned. Which weights are zero is not part of it: the weights themselves say so.
+    """The progress of a callback. It does not store which weights are zero, since the weights show it.
 
     Attributes:
         choices: The choices that a resumed run must not change.
         zeros: Number of zeros of each pruned layer.
-        share: Fraction of the final sparsity that is reached.
-        asked_at: Optimizer step at which `should_prune` was called last.
+        share: Share of the final sparsity that has been reached.
+        asked_at: Optimizer step of the latest call of `should_prune`.
         due: Whether to prune at the end of the next validation loop.
         unheld_zeros: Weights that are zero by chance, see `HeldZeros.unheld_zeros`.
-        report: What the latest pruning did.
+        report: The report of the latest pruning.
     """
 
     choices: dict[str, Any]
@@ -36,39 +36,39 @@ class PruningState:
     def record(self, report: PruningReport, share: float) -> None:
         """Record that the model was pruned to a share of the final sparsity.
 
-        Layers that this pruning did not reach keep their zeros from an earlier stage. A layer that is all zeros was
-        initialized so, not pruned, and may train.
+        Layers that this stage did not prune keep their counts from an earlier stage. A layer that is all zeros is left
+        out: it was initialized to zero, not pruned, and may train.
         """
         self.zeros |= {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
         self.report, self.share, self.due = report, share, False
 
     def describes(self, zeros: Mapping[str, int]) -> bool:
-        """Whether a model with these zeros can be the one that was pruned, perhaps trained since then.
+        """Whether a model with these zeros can be the one that was pruned, perhaps after more training.
 
-        It is not if a layer has lost more than half of its zeros: the model is another, or got dense weights.
+        If a layer has lost more than half of its zeros, this is another model, or dense weights were loaded into it.
         """
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Return plain data and tensors, which `torch.load(weights_only=True)` reads without this package."""
+        """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
         return {**vars(self), "report": None if self.report is None else self.report.to_json()}
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str) -> PruningState:
-        """Read what `to_checkpoint` wrote.
+        """Restore the state that `to_checkpoint` returned.
 
         Args:
-            saved: What `to_checkpoint` returned.
+            saved: The data from `to_checkpoint`.
             choices: The choices of the callback that resumes.
-            name: Its class, for the message.
+            name: The class name of that callback, for the error message.
 
         Raises:
-            ValueError: If the choices are others.
+            ValueError: If the choices differ from the saved ones.
         """
         if saved["choices"] != choices:
             raise ValueError(
-                f"{' and '.join(choices)} must be those of the checkpoint, which {name} wrote with {saved['choices']}, "
-                f"but they are {choices}. Use the same, or load only the weights and start a new run."
+                f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
+                f"{saved['choices']}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
         report = saved["report"]
         return cls(**{**saved, "report": None if report is None else PruningReport.from_json(report)})

@@ -1,4 +1,4 @@
-"""What the callbacks read from a Trainer and its LightningModule."""
+"""Functions that read from a Trainer and its LightningModule: model, processes, progress bar, last step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pruning_target(pl_module: L.LightningModule) -> nn.Module:
 
 
 def processes_of(trainer: L.Trainer) -> Processes:
-    """Return the processes of a Trainer, which prune together; available from `setup` on.
+    """Return the processes of a Trainer; call it in `setup` or later.
 
     Raises:
         MisconfigurationException: If the strategy distributes the model in a way that cannot be pruned.
@@ -36,7 +36,7 @@ def processes_of(trainer: L.Trainer) -> Processes:
                 "fully_shard."
             )
         return Processes(mesh["data_parallel"].get_group(), strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
-    unsupported = isinstance(strategy, DeepSpeedStrategy | FSDPStrategy)  # these flatten weights even in one process
+    unsupported = isinstance(strategy, DeepSpeedStrategy | FSDPStrategy)  # flatten weights even in one process
     if trainer.world_size == 1 and not unsupported:
         return SINGLE_PROCESS
     if isinstance(strategy, DDPStrategy) and not unsupported:
@@ -56,7 +56,7 @@ def shows_progress(trainer: L.Trainer) -> bool:
 
 
 def last_step(trainer: L.Trainer) -> float:
-    """Return the number of optimizer steps after which training ends, as far as it is known; else infinity."""
+    """Return the number of optimizer steps after which training ends, or infinity if it is not known."""
     known: list[float] = [trainer.max_steps]
     if trainer.lightning_module.automatic_optimization:
         known.append(trainer.estimated_stepping_batches)

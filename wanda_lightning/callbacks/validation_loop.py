@@ -23,10 +23,10 @@ class ValidationLoop:
         config: The choices.
         model: The model that the loop runs.
         processes: The processes that run the loop, each on a part of the samples.
-        num_samples: Collection stops with the batch that reaches this many samples.
+        num_samples: Number of samples after which collection stops; batches are not cut.
 
     Raises:
-        ValueError: If something cannot be pruned as asked.
+        ValueError: If a layer cannot be pruned as requested.
     """
 
     def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
@@ -46,13 +46,13 @@ class ValidationLoop:
             self._batch.enter_context(self._calibration.collect(batch))
 
     def end_batch(self) -> None:
-        """Stop collecting, also after an error."""
+        """Stop collecting; called after an error as well."""
         self._batch.close()
 
     def prune(self) -> PruningReport:
-        """Prune with the statistics collected.
+        """Prune with the collected statistics.
 
         Raises:
-            ValueError: If no batch ran, or an activation was NaN or infinite; before any weight is written.
+            ValueError: If no batch ran, or an activation was NaN or infinite. No weight has been changed then.
         """
         return prune_collected(self._plan, self._calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,12 +14,6 @@ __all__ = ["ImageDataModule", "TextDataModule"]
 
 def __getattr__(name: str) -> Any:
     """Import a data module on first use, so that the names of data sets can be checked without torch."""
-    if name == "TextDataModule":
-        from wanda_lightning.data.text import TextDataModule
-
-        return TextDataModule
-    if name == "ImageDataModule":
-        from wanda_lightning.data.images import ImageDataModule
-
-        return ImageDataModule
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'text' if name == 'TextDataModule' else 'images'}"), name)

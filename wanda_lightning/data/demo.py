@@ -1,4 +1,4 @@
-"""Two small data sets that need no network: the documentation of Python, and scanned digits."""
+"""Two small data sets that need no network: the Python documentation, and scanned digits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 from wanda_lightning.checks import require_extra
 
 _EVALUATION_FRACTION = 0.3  # of the characters of the documentation
-_QUOTATION = 80  # characters from which a paragraph that two topics share is a quotation and no coincidence
+_QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics by chance
 
 
 def python_docs() -> tuple[dict[str, str], dict[str, str]]:
     """Return the language reference that comes with Python (`help("topics")`), split for calibration and evaluation.
 
-    It has about 465 kB in 79 topics. The split is the same at every call in one version of Python: 70 % of the
-    characters for calibration, 30 % for evaluation. Many topics quote others ("specialnames" contains
-    "customization"), so topics that share a paragraph stay together, and no paragraph of 80 characters or more is in
-    both parts.
+    It has about 465 kB in 79 topics: 70 % of the characters for calibration, 30 % for evaluation. One version of Python
+    always gives the same split. Many topics quote others ("specialnames" contains "customization"), so topics that
+    share a paragraph of 80 characters or more are in the same part.
     """
     from pydoc_data.topics import topics
 
@@ -53,11 +52,7 @@ def _quoting_groups(topics: Mapping[str, str]) -> list[list[str]]:
 
 
 def check_digits() -> None:
-    """Refuse digits without scikit-learn.
-
-    Raises:
-        ImportError: Names the extra that installs it.
-    """
+    """Raise an ImportError if scikit-learn, which contains the digits, is not installed."""
     require_extra("demo", "sklearn", purpose="The digits")
 
 

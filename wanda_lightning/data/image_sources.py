@@ -1,4 +1,4 @@
-"""Labeled images by name: where they come from, which part is for what, and which label each class has."""
+"""Open labeled images from digits, a folder or the hub, and split them for training and evaluation."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Images(Sequence[tuple[Any, int]]):
 
     Attributes:
         samples: Pairs or rows with an image or its path, and a label.
-        name: The data set, in an error message.
-        keys: Where image and label are in a sample.
+        name: Name of the data set, for error messages.
+        keys: Keys of the image and the label in a sample.
     """
 
     samples: Any
@@ -53,7 +53,7 @@ class Images(Sequence[tuple[Any, int]]):
             image.load()
         except IndexError:
             raise
-        except Exception as error:  # of any class: each image format has its own
+        except Exception as error:  # each image format raises its own classes
             raise ValueError(
                 f"The image {where} cannot be read ({type(error).__name__}: {one_line(error)}). Remove it, replace it, "
                 "or scale it down if it is too large."
@@ -66,10 +66,10 @@ class Source:
     """Labeled images before any transform.
 
     Attributes:
-        train: None if there is only one part.
+        train: The training images, or None if there are none.
         evaluation: The images on which accuracy is measured.
         class_names: Names of the classes, by label.
-        sorted_by_name: The labels were made here, as positions in the sorted names of the class folders.
+        sorted_by_name: The labels are positions in the sorted names of the class folders.
     """
 
     train: Images | None
@@ -79,12 +79,12 @@ class Source:
 
 
 def check_source(data: str) -> None:
-    """Refuse what cannot be a source, without reading images or asking the hub.
+    """Check the name of a source without reading images or connecting to the hub.
 
     Raises:
         ValueError: For an unknown name, or a folder without class folders.
         FileNotFoundError: For a path that does not exist.
-        ImportError: If digits are asked for without scikit-learn.
+        ImportError: For digits if scikit-learn is not installed.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -107,10 +107,10 @@ def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence
     """Open digits, a folder or a hub data set; images are decoded when they are used.
 
     Args:
-        data: As `check_source` accepts it.
-        cache_dir: Where downloads from the hub are kept.
-        model_classes: Names of the model's classes, by output, if they are known. Folders that are all named after them
-            get their labels.
+        data: A name that `check_source` accepts.
+        cache_dir: Folder for downloads from the hub.
+        model_classes: Names of the model's classes, by output, if they are known. If all class folders have such names,
+            their labels are the outputs.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -127,7 +127,7 @@ def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence
 
 
 def _is_parquet(folder: Path) -> bool:
-    # As `Dataset.to_parquet` writes and hub clones have it. Not rglob: it would list the whole of an ImageNet.
+    # The layouts of `Dataset.to_parquet` and of hub clones. rglob would list all files of an ImageNet folder.
     return any(chain(folder.glob("*.parquet"), folder.glob("*/*.parquet")))
 
 
@@ -136,7 +136,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _image_folders(root: Path) -> tuple[Path | None, Path]:
-    """Return the folders of training and evaluation; the first is None if the root holds the classes itself."""
+    """Return the folders of training and evaluation images; the first is None if the class folders are in the root."""
     found = _subfolders(root)
     train, evaluation = (root / "train", root / "val") if {"train", "val"} & set(found) else (None, root)
     for folder in (train, evaluation):
@@ -170,11 +170,11 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
 
 
 def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -> Images:
-    """Open the images of the class folders that exist.
+    """Open the images of the class folders in a folder.
 
     Args:
-        folder: The folder that holds them.
-        labels: By name of the class folder.
+        folder: The folder that contains the class folders.
+        labels: Label of each class folder, by name.
         allow_empty: Allow class folders without images, as long as another one has some.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -194,10 +194,10 @@ def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -
 
 
 def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:
-    """Return the names of the image column and of the label column: the only `Image`, the only `ClassLabel`.
+    """Return the names of the only column of type `Image` and the only one of type `ClassLabel` (`label` if given).
 
     Raises:
-        ValueError: If there is none or more than one and `label` does not decide.
+        ValueError: If either does not exist or is not the only one.
     """
     from datasets import ClassLabel, Image
 

@@ -1,4 +1,4 @@
-"""Labeled images, prepared as the timm configuration of the model says."""
+"""Labeled images as a LightningDataModule, with the preprocessing of the timm model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from wanda_lightning.checks import check_at_least, check_positive
-from wanda_lightning.data.hub import silence_worker_advice
 from wanda_lightning.data.image_sources import Images, Source, check_source, open_source
-from wanda_lightning.data.module import DataModule
+from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.preprocessing import Preprocessing, class_names_of, resolve_preprocessing
 
 _IN_MEMORY_SIDE = 96  # pixels; digits up to this side are kept as tensors, at most 200 MB
@@ -33,44 +32,38 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image.convert(self.mode)), label
 
 
-def _stacked(dataset: _Images) -> TensorDataset:
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    return TensorDataset(torch.stack(images), torch.tensor(labels))
-
-
 class ImageDataModule(DataModule):
-    """Labeled images, prepared for a timm model: its size, channels, mean and standard deviation.
+    """Labeled images, resized and normalized for a timm model.
 
     A batch is `(images, labels)`: float32 of shape (batch, channels, height, width), int64 of shape (batch,).
     Calibration uses training images, as in Sun et al. 2024 (4096 of ImageNet): the first `num_samples` of a seeded
-    permutation, or all if there are fewer, prepared as for evaluation. Training augments them as timm does for the
-    model, with the global random generators that `seed_everything` sets. Digits are resized without cropping and not
-    augmented, since a mirrored digit is no digit.
+    permutation, or all if there are fewer, preprocessed as for evaluation. Training augments images as timm does for
+    the model, with the global random generators that `seed_everything` sets. Digits are resized without cropping and
+    not augmented, since a mirrored digit is not a digit.
 
-    Without training images (a folder of classes, a hub data set with one split) calibration uses the evaluation images,
-    and training is refused.
+    If there are no training images (one folder of classes, or a hub data set with one split), calibration uses the
+    evaluation images, and training raises an error.
 
-    Labels of class folders are the outputs of the model with the same names, if the model knows its class names and has
-    all of the folders; else positions in the sorted names of the class folders. A class may be missing among the
-    evaluation images.
+    The label of a class folder is the model's output of the same name if the model has class names and they include all
+    folders, else the position in the sorted names of the folders. The evaluation images may lack a class.
 
     Args:
         data: digits (needs no network), cifar10, cifar100, a folder DIR/train/CLASS with DIR/val/CLASS or DIR/CLASS, a
             folder of Parquet files, or the id of a hub data set with one Image and one ClassLabel column.
-        model: The timm model, a module that has it as `.model`, or a name; by default the model that the trainer runs.
-        batch_size: Images in a batch.
-        num_samples: Images to calibrate on.
-        num_workers: Processes that decode images; digits of at most 96 pixels are kept in memory and need none.
-        seed: Draws the calibration images and shuffles for training.
-        cache_dir: Where downloads from the hub are kept.
+        model: A timm model, a module that has it as `.model`, or a name; by default the model that the Trainer runs.
+        batch_size: Number of images in a batch.
+        num_samples: Number of calibration images.
+        num_workers: Number of processes that decode images. Digits of at most 96 pixels are kept in memory instead.
+        seed: Seed of the calibration images and of the shuffling for training.
+        cache_dir: Folder for downloads from the hub.
         image_size: Height and width in pixels. By default those of the pretrained weights, usually 224; a convolutional
             model takes any.
 
     Raises:
-        ValueError: For a number out of range, an unknown source, a folder or table with other contents, an image that
-            cannot be read, more classes than the model has, or a model whose transforms are not known.
+        ValueError: For a number out of range, an unknown source, a folder or table without images and labels, an image
+            that cannot be read, more classes than the model has, or a model whose transforms timm does not know.
         FileNotFoundError: For a path that does not exist.
-        OSError: If the hub is needed and cannot be reached.
+        OSError: If the hub cannot be reached.
     """
 
     def __init__(
@@ -103,21 +96,21 @@ class ImageDataModule(DataModule):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, by label; known after `setup`."""
+        """Names of the classes, by label; available after `setup`."""
         return self._opened().class_names
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; known after `setup`."""
+        """Number of classes; available after `setup`."""
         return len(self.class_names)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the images and find the transforms, so that nothing is trained or pruned on data that does not fit."""
+        """Open the images, find the transforms, and check that the classes fit the model."""
         model = self.model if self.model is not None else getattr(self.trainer, "lightning_module", None)
         if model is None:
             raise ValueError(
-                "model must be given, since no Trainer runs one, and the transforms of the images depend on it. Name a "
-                "timm model."
+                "model must be given, since the transforms of the images depend on it and no Trainer runs a model. "
+                "Name a timm model."
             )
         preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
@@ -132,28 +125,28 @@ class ImageDataModule(DataModule):
         self._check_classes(getattr(model, "num_classes", None), self._source)
 
     def _check_classes(self, outputs: Any, source: Source) -> None:
-        """Refuse more classes than outputs; warn if the classes may not be the outputs."""
+        """Raise an error if the model has too few outputs; warn if its outputs may be other classes."""
         classes = source.class_names
         if not isinstance(outputs, int) or outputs < 1:
             return
         if outputs < len(classes):
             raise ValueError(
                 f"data must have at most as many classes as the model, but {self.data} has {len(classes)} classes, and "
-                f"the model tells only {outputs} apart. Build the model with num_classes={len(classes)}."
+                f"the model has only {outputs} outputs. Build the model with num_classes={len(classes)}."
             )
         unnamed = [name for name in classes if name not in self._model_classes]
         misnamed = source.sorted_by_name and len(self._model_classes) == outputs and unnamed
         if outputs > len(classes) or misnamed:
             reason = f", and its classes have other names than {unnamed[0]!r}" if misnamed else ""
             rank_zero_warn(
-                f"{self.data} has {len(classes)} classes, but the model tells {outputs} apart{reason}. Class number i, "
-                f"counted from {classes[0]!r} = 0, is taken for output i of the model: the accuracy means something "
-                "only if the model was trained on these classes in this order."
+                f"{self.data} has {len(classes)} classes, and the model has {outputs} outputs{reason}. Class i, "
+                f"counted from {classes[0]!r} = 0, is compared with output i of the model: the accuracy is valid only "
+                "if the model was trained on these classes in this order."
             )
 
     def _opened(self) -> Source:
         if self._source is None:
-            raise RuntimeError("The images are opened by setup(), but it was not called. Call setup() first.")
+            raise RuntimeError("setup() opens the images, but it was not called. Call it first.")
         return self._source
 
     @property
@@ -167,24 +160,25 @@ class ImageDataModule(DataModule):
         samples = source.train if part == "train" else source.evaluation
         if samples is None:
             raise ValueError(
-                f"data must have training images to train on, but {self.data} has evaluation images alone. Use a "
-                "folder with DIR/train/CLASS and DIR/val/CLASS."
+                f"data must have training images, but {self.data} has only evaluation images. Use a folder with "
+                "DIR/train/CLASS and DIR/val/CLASS."
             )
         images = _Images(samples, preprocessing, augment and self.data != "digits")
         if not self._in_memory:
             return images
         if part not in self._kept:
-            self._kept[part] = _stacked(images)
+            tensors, labels = zip(*(images[i] for i in range(len(images))), strict=True)
+            self._kept[part] = TensorDataset(torch.stack(tensors), torch.tensor(labels))
         return self._kept[part]
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """Return the first `num_samples` images of a seeded permutation, prepared as for evaluation."""
+        """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
         images = self._dataset("evaluation" if self._opened().train is None else "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))  # type: ignore[arg-type]
         return self._loader(Subset(images, order[: self.num_samples].tolist()))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training images, augmented, shuffled by the seed, in another order each epoch."""
+        """Return the training images, augmented, and shuffled anew in each epoch."""
         return self._loader(self._dataset("train", augment=True), torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:

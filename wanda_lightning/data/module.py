@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from wanda_lightning.checks import refuse_pytorch_lightning
 
 
 class DataModule(L.LightningDataModule):
-    """Refuses a Trainer of `pytorch_lightning`, which would say no more than "Expected a parent"."""
+    """Refuses a Trainer of `pytorch_lightning`, whose own error would only be "Expected a parent"."""
 
     @property
     def trainer(self) -> L.Trainer | None:
@@ -19,3 +22,11 @@ class DataModule(L.LightningDataModule):
     def trainer(self, trainer: L.Trainer | None) -> None:
         refuse_pytorch_lightning(trainer)
         self._trainer = trainer
+
+
+def silence_worker_advice() -> None:
+    """Stop Lightning from recommending worker processes: a loader over data in memory is slower with them.
+
+    Lightning has no option for this. The filter matches only this message; a second call does not add it again.
+    """
+    warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers", category=PossibleUserWarning)

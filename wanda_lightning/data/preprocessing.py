@@ -1,4 +1,4 @@
-"""What a timm model says about its images and classes: size, channels, normalization and names."""
+"""The image preprocessing and the class names of a timm model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wanda_lightning.model_sources import timm_name
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model expects of an image, in arguments of `timm.data.create_transform`.
+    """The preprocessing that a model needs, as arguments of `timm.data.create_transform`.
 
     Attributes:
         input_size: Channels (1 for gray, 3 for RGB), height, width.
@@ -32,9 +32,9 @@ class Preprocessing:
     crop_mode: str
 
     def transform(self, is_training: bool) -> Callable[[Any], Tensor]:
-        """Return the transform of a PIL image with the right channels to a normalized tensor of `input_size`.
+        """Return the transform of a PIL image to a normalized tensor of `input_size`; for training, it augments.
 
-        With `is_training` it augments at random.
+        The image must already be gray or RGB, as the model needs it.
         """
         from timm.data import create_transform
 
@@ -42,11 +42,11 @@ class Preprocessing:
 
 
 def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> Preprocessing:
-    """Return how the images of a timm model are prepared.
+    """Return the preprocessing of a timm model.
 
-    timm's configuration describes the pretrained weights. If the model was built with other arguments, the model
-    decides: the channels of its first convolution (one channel gets the average mean and std) and the size of its patch
-    embedding.
+    timm's configuration describes the pretrained weights, but the model may have been built with other arguments, so
+    its first convolution gives the channels (one channel gets the average mean and std), and its patch embedding the
+    size.
 
     Args:
         model: A timm model, a module that has one as `.model`, or the name of one.
@@ -61,20 +61,20 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
     if isinstance(model, str):
         known = timm.get_pretrained_cfg(timm_name(model))
         if known is None:
-            raise ValueError(f"model must be a name whose transforms timm knows, but it is {model!r}. Leave it out.")
+            raise ValueError(f"model must be a name for which timm has transforms, but it is {model!r}. Leave it out.")
         config = resolve_data_config(pretrained_cfg=known.to_dict())
         channels, size = config["input_size"][0], config["input_size"][1:]
     else:
         inner = _timm_model(model)
         if inner is None:
             raise ValueError(
-                f"model must be of timm, so that the transforms of its images are known, but neither "
-                f"{type(model).__name__} nor its .model has a pretrained_cfg. Name a similar timm model with model=."
+                f"model must be a timm model, whose pretrained_cfg defines the transforms of its images, but neither "
+                f"{type(model).__name__} nor its .model has one. Name a similar timm model with model=."
             )
         config = resolve_data_config(model=inner)
         channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), config["input_size"][0])
         size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-    if channels != 1 and channels % 3:  # space-to-depth stems see a multiple of 3
+    if channels != 1 and channels % 3:  # space-to-depth stems read a multiple of 3
         raise ValueError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
     height, width = (image_size, image_size) if image_size else size
     mean, std = tuple(config["mean"]), tuple(config["std"])
@@ -97,9 +97,9 @@ def _timm_model(model: nn.Module) -> Any:
 
 
 def class_names_of(model: str | nn.Module) -> tuple[str, ...]:
-    """Return the names of the classes of a timm model, by output; () if they are not known.
+    """Return the class names of a timm model, by output, or () if they are not known.
 
-    They come from the configuration of the model, or from ImageNet if it has as many outputs.
+    They come from the configuration of the model, or from ImageNet if the number of outputs matches.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from wanda_lightning.checks import check_at_least, check_memory, check_positive
-from wanda_lightning.data.hub import silence_worker_advice
-from wanda_lightning.data.module import DataModule
+from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
 from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
 from wanda_lightning.model_sources import load_tokenizer, locate
@@ -22,54 +21,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _C4_EVALUATION_WINDOWS = 256
-_SAMPLE = 2000  # characters by which two tokenizers are compared
-
-
-class _Windows(Dataset[dict[str, Tensor]]):
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index]}
+_SAMPLE = 2000  # number of characters on which two tokenizers are compared
 
 
 class TextDataModule(DataModule):
-    """Windows of `seqlen` tokens: drawn at random for calibration and training, adjacent for perplexity.
+    """Windows of `seqlen` tokens, drawn at random for calibration and training, adjacent for perplexity.
 
     A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. A seed
     draws the same windows as the code of Sun et al. 2024:
 
-    - calibration on documents (c4, .jsonl, .parquet): draw documents until one is longer than `seqlen`, then the start;
-    - calibration on one text (wikitext2, python-docs, .txt): draw the start;
-    - evaluation: join everything to one text, cut it into windows and drop the rest. For c4 that is the first 1100
-      documents of the validation file, at most 256 windows.
+    - calibration on documents (c4, .jsonl, .parquet): draw documents until one is longer than `seqlen`, then draw the
+      start of the window in it;
+    - calibration on one text (wikitext2, python-docs, .txt): draw the start of the window;
+    - evaluation: join the documents to one text, cut it into windows and drop the rest. c4 stands for the first 1100
+      documents of the validation file, and at most 256 windows.
 
-    Calibration and evaluation data are each read and tokenized once, when they are first needed. If both name the same
-    file, the model is measured on the text that it was calibrated on; python-docs has two parts without a common
-    paragraph.
+    Calibration and evaluation data are each read and tokenized once, at first use. If both are the same file, the model
+    is evaluated on the text that it was calibrated on; the two parts of python-docs have no paragraph in common.
 
     Args:
         tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
-            module that the trainer runs.
-        calibration: c4, wikitext2, python-docs (needs no network) or a FILE: .txt is one text; .jsonl and .parquet hold
-            documents in the field `text`.
-        evaluation: Text to measure perplexity on, with the same choices.
-        seqlen: Tokens in a window, including the special tokens of the tokenizer.
-        num_samples: Windows to draw for calibration.
-        batch_size: Windows in a batch.
-        limit: Windows to measure on, from the start of the text; by default all.
-        seed: Draws the windows and shuffles for training.
-        cache_dir: Where downloads from the hub are kept.
-        train_samples: Windows to draw for training, which start with the ones for calibration; by default the same.
+            module that the Trainer runs.
+        calibration: c4, wikitext2, python-docs (needs no network) or a FILE: a .txt file is one text; .jsonl and
+            .parquet files have documents in the field `text`.
+        evaluation: Text for perplexity, with the same choices.
+        seqlen: Number of tokens in a window, including the special tokens of the tokenizer.
+        num_samples: Number of calibration windows.
+        batch_size: Number of windows in a batch.
+        limit: Number of evaluation windows, from the start of the text; by default all.
+        seed: Seed of the drawn windows and of the shuffling for training.
+        cache_dir: Folder for downloads from the hub.
+        train_samples: Number of training windows, of which the calibration windows are the first; by default the same.
 
     Raises:
         ValueError: For a number out of range, an unknown source, or (when it is read) a source that is damaged or too
             short for one window.
         FileNotFoundError: For a file that does not exist.
-        OSError: If the hub is needed and cannot be reached.
+        OSError: If the hub cannot be reached.
     """
 
     def __init__(
@@ -124,12 +112,12 @@ class TextDataModule(DataModule):
             if given is None:
                 raise ValueError(
                     "tokenizer must be given, since no Trainer runs a module that has one. Give a hub id, a folder or "
-                    "a .gguf file; or save the tokenizer into the model's folder."
+                    "a .gguf file, or save the tokenizer in the model's folder."
                 )
         return load_tokenizer(given, cache_dir=self.cache_dir) if isinstance(given, (str, os.PathLike)) else given
 
     def _tokenize(self, text: str) -> list[int]:
-        # verbose=False: no warning that a text is longer than the context; windows never are.
+        # verbose=False: the tokenizer would warn that the text is longer than the context, which the windows are not.
         return self.tokenizer(text, verbose=False).input_ids
 
     @cached_property
@@ -160,12 +148,12 @@ class TextDataModule(DataModule):
         return cut(ids, self.seqlen, self.limit, self.evaluation)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read what the stage needs, so that a bad source is refused before anything is trained or pruned.
+        """Read and check the data of the stage: the evaluation windows, and for `fit` the training windows.
 
-        Only `fit` reads the training data; calibration data is read when `calibration_dataloader()` is called.
+        Calibration windows are read when `calibration_dataloader()` is called.
 
         Raises:
-            ValueError: If the module that the trainer runs has another tokenizer, or no embedding for a token.
+            ValueError: If the module that the Trainer runs has another tokenizer, or no embedding for a token.
         """
         self._check_tokens(self.evaluation_windows)
         if stage in (None, "fit"):
@@ -175,8 +163,8 @@ class TextDataModule(DataModule):
             return
         if theirs(self._sample, verbose=False).input_ids != self._tokenize(self._sample):
             raise ValueError(
-                "tokenizer must be the one of the model, but the model's own tokenizer splits the text differently, so "
-                "that its perplexity would mean nothing. Leave tokenizer out to use the one of the model."
+                "tokenizer must be the tokenizer of the model, but that one splits the text differently, so the "
+                "perplexity would be meaningless. Leave tokenizer out to use the tokenizer of the model."
             )
 
     def _check_tokens(self, windows: Tensor) -> Tensor:
@@ -185,19 +173,20 @@ class TextDataModule(DataModule):
         return windows
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the drawn windows, in the order in which they were drawn."""
+        """Return the calibration windows, in the order in which they were drawn."""
         return self._loader(self._check_tokens(self.calibration_windows))
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the drawn windows, shuffled by the seed, in another order each epoch."""
+        """Return the training windows, shuffled anew in each epoch."""
         return self._loader(self.train_windows, torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the windows of the evaluation text, in its order."""
+        """Return the evaluation windows, in the order of the text."""
         return self._loader(self.evaluation_windows)
 
     test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
         silence_worker_advice()
-        return DataLoader(_Windows(windows), batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)
+        dataset: Any = [{"input_ids": window} for window in windows]
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from wanda_lightning.checks import one_line
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
-_BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with the one of UTF-16
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -20,15 +21,15 @@ _BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with the on
 
 
 def read_file(path: Path) -> str | Sequence[str]:
-    """Return the one text of a .txt file, or the documents of a .jsonl or .parquet file.
+    """Return the text of a .txt file, or the documents of a .jsonl or .parquet file.
 
     Raises:
-        ValueError: If the file is damaged, in another encoding or format than its extension says, or without text.
+        ValueError: If the file is damaged, has another format than its extension, is not in UTF-8, or has no text.
     """
     read = {".txt": _decode, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix]
     content: str | Sequence[str] = read(path)
     if not any(text.strip() for text in ([content] if isinstance(content, str) else content)):
-        raise ValueError(f"The text file {path} must have text, but there is no text in it. Give another file.")
+        raise ValueError(f"The text file {path} must have text, but it has none. Give another file.")
     return content
 
 
@@ -47,24 +48,21 @@ def _decode(path: Path) -> str:
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"A text file must be in UTF-8, but {path} is not: byte {error.start} ({data[error.start]:#04x}) does not "
-            "fit. Convert it: iconv -f ENCODING -t UTF-8, where ENCODING may be LATIN1 or what the command file says."
+            f"A text file must be in UTF-8, but {path} is not: byte {error.start} ({data[error.start]:#04x}) is "
+            "invalid. Convert it: iconv -f ENCODING -t UTF-8, where ENCODING is LATIN1 or what the command file finds."
         ) from error
 
 
 def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a .jsonl file, each with the beginning of an error message that names its line.
-
-    Blank lines are left out.
+    """Yield the rows of a .jsonl file, each after the start of an error message that names its line; skip blank lines.
 
     Args:
         path: The file, in UTF-8.
         fields: Fields that each line must have.
-        expected: Their description in an error message; by default their names.
+        expected: Description of the fields in an error message; by default their names.
 
     Raises:
-        ValueError: If the file is not in UTF-8, or a line is not a JSON object, lacks a field or has characters that
-            are not valid Unicode.
+        ValueError: If the file is not in UTF-8, or a line is not a JSON object, lacks a field or is not valid Unicode.
     """
     for number, line in enumerate(_decode(path).split("\n"), start=1):  # str.splitlines splits inside JSON, at U+2028
         if not line.strip():
@@ -80,17 +78,9 @@ def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator
             raise ValueError(f"{where} is a {type(row).__name__}. Correct the line.")
         if missing := [name for name in fields if name not in row]:
             raise ValueError(f"{where} has {_listed(row)}. Rename the field that holds the {missing[0]}.")
-        if "\\ud" in line.lower() and not _is_unicode(json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"{where} has half of a surrogate pair, which is no character. Correct the line.")
+        if "\\ud" in line.lower() and re.search(r"[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{where} has half of a surrogate pair, which is not a character. Correct the line.")
         yield where, row
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_jsonl(path: Path) -> list[str]:
@@ -117,8 +107,7 @@ def _read_parquet(path: Path) -> list[str]:
         columns = file.schema_arrow.names
         if "text" not in columns:
             raise ValueError(
-                f"{path} must have a column 'text', but it has {_listed(columns)}. Rename the column that holds the "
-                "text."
+                f"The text file {path} must have a column 'text', but it has {_listed(columns)}. Rename its column."
             )
         documents: list[str] = []
         for group in range(file.num_row_groups):

@@ -1,4 +1,4 @@
-"""Texts by name: what each one is called, where it comes from, and which part is for calibration and evaluation."""
+"""Texts by name or file, split for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _c4(split: str, cache_dir: str | None) -> Sequence[str]:
         data_files={split: _C4_FILES[split]},
         split=split,
         cache_dir=cache_dir,
-        verification_mode="no_checks",  # else ExpectedMoreSplits: one file is not the whole of C4
+        verification_mode="no_checks",  # else datasets raises ExpectedMoreSplits, since one file is not all of C4
     )
     return table["text"]
 
@@ -35,12 +35,7 @@ def _wikitext2(split: str, cache_dir: str | None) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """A named text. Both functions take the cache folder.
-
-    Attributes:
-        calibration: Returns one text or documents.
-        evaluation: Returns one text.
-    """
+    """A named text: functions of the cache folder that return the text or documents of each part."""
 
     calibration: Callable[[str | None], str | Sequence[str]]
     evaluation: Callable[[str | None], str]
@@ -63,11 +58,11 @@ _CORPORA = {
 
 
 def check_source(source: str, option: str = "text") -> None:
-    """Refuse what is neither a known name nor an existing file of a known format.
+    """Check that a source is a known name or a file of a known format.
 
     Args:
         source: A name or a file.
-        option: What the error message calls it.
+        option: Name of the option, for the error message.
 
     Raises:
         ValueError: For an unknown name or extension.
@@ -86,14 +81,14 @@ def check_source(source: str, option: str = "text") -> None:
 
 
 def calibration_source(source: str, cache_dir: str | None = None) -> str | Sequence[str]:
-    """Return one text or documents, as the calibration protocol of the source requires."""
+    """Return one text, or a sequence of documents, from which calibration windows are drawn."""
     if source in _CORPORA:
         return _CORPORA[source].calibration(cache_dir)
     return read_file(Path(source).expanduser())
 
 
 def evaluation_text(source: str, cache_dir: str | None = None) -> str:
-    """Return the one text on which perplexity is measured."""
+    """Return the text on which perplexity is measured."""
     if source in _CORPORA:
         return _CORPORA[source].evaluation(cache_dir)
     content = read_file(Path(source).expanduser())

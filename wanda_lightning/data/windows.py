@@ -1,4 +1,4 @@
-"""Windows of tokens, drawn for calibration and cut for perplexity as in Sun et al. 2024 (Wanda)."""
+"""Draw windows of tokens for calibration and cut them for perplexity, as in Sun et al. 2024 (Wanda)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str = "the text") -> Tensor:
     """Draw windows that start anywhere in one text: `start = randint(0, len(ids) - seqlen - 1)`.
 
-    A seed draws the same windows as in the reference for WikiText-2, from a `random.Random(seed)` of its own.
+    `random.Random(seed)` draws the same windows as the reference code does for WikiText-2.
 
     Returns:
         Token ids of shape (num_samples, seqlen).
@@ -22,8 +22,8 @@ def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int,
     """
     if len(ids) <= seqlen:
         raise ValueError(
-            f"Windows of seqlen={seqlen} tokens need a text of at least {seqlen + 1}, but {source} has {len(ids)}. "
-            "Choose a smaller seqlen or a longer text."
+            f"seqlen={seqlen} needs a text of at least {seqlen + 1} tokens, but {source} has {len(ids)}. Choose a "
+            "smaller seqlen or a longer text."
         )
     rng = random.Random(seed)
     tokens = torch.tensor(ids, dtype=torch.long)
@@ -44,9 +44,8 @@ def draw_from_documents(
 ) -> Tensor:
     """Draw windows that lie in one document each: draw documents until one is longer than `seqlen`, then the start.
 
-    A seed draws the same windows as in the reference for C4, from a `random.Random(seed)` of its own. Only documents
-    that are drawn are tokenized, unless as many draws as there are documents found none that is long enough: then all
-    are.
+    `random.Random(seed)` draws the same windows as the reference code does for C4. Only drawn documents are tokenized,
+    until `len(documents)` draws in a row were too short: then all are, to check that one is long enough.
 
     Returns:
         Token ids of shape (num_samples, seqlen).
@@ -87,14 +86,14 @@ def _require_long_document(
             return
         too_short[i] = count
     raise ValueError(
-        f"Windows of seqlen={seqlen} tokens need a document of at least {seqlen + 1}, but the longest of the "
-        f"{len(documents)} documents of {source} has {max(too_short.values())}. Choose a smaller seqlen, or give "
-        "a .txt file, which is read as one text."
+        f"seqlen={seqlen} needs a document of at least {seqlen + 1} tokens, but the longest of the {len(documents)} "
+        f"documents of {source} has {max(too_short.values())}. Choose a smaller seqlen, or give a .txt file, which is "
+        "read as one text."
     )
 
 
 def cut(ids: Sequence[int], seqlen: int, limit: int | None = None, source: str = "the text") -> Tensor:
-    """Cut a text into adjacent windows, as perplexity is measured on; the rest at the end is dropped.
+    """Cut a text into adjacent windows for perplexity, and drop the rest at the end.
 
     >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3)
     tensor([[1, 2, 3],
@@ -109,7 +108,7 @@ def cut(ids: Sequence[int], seqlen: int, limit: int | None = None, source: str =
     count = len(ids) // seqlen
     if count == 0:
         raise ValueError(
-            f"A window of seqlen={seqlen} tokens was asked for, but {source} has only {len(ids)}. "
-            "Choose a smaller seqlen or a longer text."
+            f"seqlen={seqlen} needs a text of at least {seqlen} tokens, but {source} has {len(ids)}. Choose a smaller "
+            "seqlen or a longer text."
         )
     return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]

@@ -1,4 +1,4 @@
-"""Measurements of a pruned model: zero-shot tasks, sparsity, and several models side by side."""
+"""Evaluate pruned models: zero-shot tasks, sparsity, and tables that compare several models."""
 
 from wanda_lightning.evaluation.results import Evaluation, Results, sparsity_of
 from wanda_lightning.evaluation.tasks import PAPER_TASKS, load_tasks, task_names, zero_shot

@@ -1,4 +1,4 @@
-"""Results of several models side by side: sparsity, the table and the JSON file."""
+"""The sparsity of a model, and the results of several models as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import versions
 
 Results = dict[str, dict[str, float]]
-"""What was measured on (a text, a task, a data set) -> metric -> value; fractions are in [0, 1]."""
+"""Text, task or data set -> metric -> value; fractions are in [0, 1]."""
 
-_COUNTS = ("windows", "documents", "images")  # how much was measured
-_ERROR = "_stderr"  # after the name of a metric: its standard error
+_COUNTS = ("windows", "documents", "images")  # metrics that give the number of samples
+_ERROR = "_stderr"  # suffix of a metric's standard error
 _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
 
@@ -40,12 +40,12 @@ def _zeros(parameters: Iterable[torch.Tensor]) -> float:
 
 @dataclass
 class Evaluation:
-    """Results of several models, measured in the same way. `table()` shows them side by side; `save()` writes JSON.
+    """Results of several models that were evaluated in the same way.
 
     Attributes:
         models: Results of each model, in order.
         dense: Name of the model that the others are compared with.
-        config: The options.
+        config: The options of the evaluation.
         versions: Versions of Python and the libraries.
     """
 
@@ -59,15 +59,15 @@ class Evaluation:
         return json.dumps(asdict(self), indent=1, default=str)
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file atomically."""
         with whole_file(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def table(self) -> Table:
         """Return a table with a row for each metric and a column for each model.
 
-        A row says on how many windows, documents or images its metric was measured. A number is followed by its
-        standard error, if it has one, and in brackets by its difference to the dense model.
+        A row's heading has the number of windows, documents or images. A value is followed by its standard error, if
+        it has one, and by its difference to the dense model in parentheses.
         """
         table = Table()
         table.add_column("")
@@ -90,7 +90,7 @@ class Evaluation:
 
 
 def _heading(what: str, metric: str, found: Iterable[dict[str, float]]) -> str:
-    """Name a row, and how much was measured.
+    """Return the heading of a row, with the number of samples.
 
     >>> _heading("rte", "acc", [{"acc": 0.5, "documents": 277}])
     'rte acc (277 documents)'
@@ -100,7 +100,7 @@ def _heading(what: str, metric: str, found: Iterable[dict[str, float]]) -> str:
 
 
 def _cell(metric: str, value: float | None, error: float | None = None, dense: float | None = None) -> str:
-    """Format a number with its standard error and its difference to the dense model.
+    """Format a value with its standard error and its difference to the dense model.
 
     >>> _cell("acc", 0.5, 0.0125, 0.625), _cell("perplexity", 65.291)
     ('50.00% ± 1.25 (-12.50)', '65.29')

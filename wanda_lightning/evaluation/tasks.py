@@ -1,7 +1,7 @@
-"""Zero-shot accuracy by lm-eval, with documents from the hub or from files.
+"""Zero-shot accuracy by lm-eval, on documents from the hub or from files.
 
-Prompts, answers and metrics are lm-eval's own. This file only decides where the documents come from, and refuses the
-ones that a task cannot use.
+lm-eval defines prompts, answers and metrics; this module gives it the documents, after checking that the task can use
+them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from wanda_lightning.core.name_patterns import did_you_mean
 from wanda_lightning.data.text_files import json_rows
 from wanda_lightning.evaluation.results import Results
 
-# The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that the definitions of lm-eval read.
-# docs/tasks.md describes them, with an example of each.
+# The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that lm-eval reads; see docs/tasks.md.
 PAPER_TASKS: dict[str, tuple[str, ...]] = {
     "boolq": ("passage", "question", "label"),
     "rte": ("sentence1", "sentence2", "label"),
@@ -36,7 +35,7 @@ _ALL = ("paper", "all")
 
 
 def task_names(asked: Sequence[str]) -> list[str]:
-    """Return the names of the tasks, where `paper` or `all` stands for all seven.
+    """Return the names of the tasks without duplicates; `paper` or `all` stands for all seven.
 
     >>> task_names(["rte", "rte"])
     ['rte']
@@ -48,19 +47,19 @@ def task_names(asked: Sequence[str]) -> list[str]:
         if name not in PAPER_TASKS and name not in _ALL:
             raise ValueError(
                 f"tasks must be among {', '.join(PAPER_TASKS)}, or paper for all of them, but one is {name!r}."
-                f"{did_you_mean(name, PAPER_TASKS)} For other tasks run lm-eval itself on the model's folder."
+                f"{did_you_mean(name, PAPER_TASKS)} For other tasks, run lm-eval on the model's folder."
             )
     return list(dict.fromkeys(one for name in asked for one in (PAPER_TASKS if name in _ALL else [name])))
 
 
 def load_tasks(names: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """Load tasks as lm-eval defines them, and read and check their documents.
+    """Load tasks of lm-eval, and read and check their documents.
 
     Args:
-        names: As `task_names` returns them.
+        names: Names from `task_names`.
         folder: Folder with a file TASK.jsonl for each task: one document in each line, with the fields in
             `PAPER_TASKS[TASK]`. By default the documents come from the hub.
-        cache_dir: Where downloads from the hub are kept.
+        cache_dir: Folder for downloads from the hub.
 
     Returns:
         Tasks of lm-eval, by name.
@@ -69,7 +68,7 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None, cache_dir
         ImportError: If lm-eval is not installed.
         FileNotFoundError: If a file is missing.
         ValueError: If the task cannot use a document.
-        OSError: If the hub is needed and cannot be reached.
+        OSError: If the hub cannot be reached.
     """
     if not names:
         return {}
@@ -93,20 +92,20 @@ def _task_manager() -> Any:
 
 
 def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[Exception], Exception]) -> dict[str, Any]:
-    # lm-eval merges overrides into its own definition of a task only if the task is the member of a group.
+    # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
         manager = _task_manager()
         try:
             return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
-        except Exception as error:  # of any class: lm-eval runs its own code and templates on the documents
+        except Exception as error:  # lm-eval runs code and templates on the documents, which may raise any class
             raise explain(error) from error
 
 
 def _not_on_the_hub(error: Exception) -> Exception:
     return OSError(
-        "The documents of the tasks were asked for, but they are not in the cache and cannot be had from the Hugging "
-        f"Face hub. Put them into files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause: {one_line(error)}"
+        "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them "
+        f"into files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause: {one_line(error)}"
     )
 
 
@@ -126,7 +125,7 @@ def _task_files(names: Sequence[str], folder: Path) -> dict[str, Path]:
     files = {name: folder / f"{name}.jsonl" for name in names}
     if missing := [path.name for path in files.values() if not path.is_file()]:
         raise FileNotFoundError(
-            f"tasks_dir must have a file TASK.jsonl for each of {', '.join(names)}, but in {folder} there is no "
+            f"tasks_dir must have a file TASK.jsonl for each of {', '.join(names)}, but {folder} does not have "
             f"{', '.join(missing)}. Write one document in each line."
         )
     return files
@@ -149,7 +148,7 @@ def _unfit(path: Path, reason: object) -> ValueError:
 
 
 def _check_answers(task: Any, path: Path) -> None:
-    """Refuse an answer that is none of the choices: lm-eval would count it as wrong, whatever the model predicts."""
+    """Raise a ValueError for an answer that is not among the choices: lm-eval would count every prediction as wrong."""
     for number, document in enumerate(task.eval_docs, start=1):
         try:
             choices = task.doc_to_choice(document)
@@ -164,20 +163,20 @@ def _check_answers(task: Any, path: Path) -> None:
 def zero_shot(
     model: Any, tokenizer: Any, tasks: Mapping[str, Any], batch_size: int = 4, limit: int | None = None
 ) -> Results:
-    """Measure a language model on tasks without examples in the prompt.
+    """Evaluate a language model on tasks without examples in the prompt.
 
-    The model runs on the accelerator if there is one, and returns to its device afterwards.
+    The model runs on the accelerator if there is one, and is moved back to its device afterwards.
 
     Args:
-        model: A decoder-only model of transformers.
+        model: A decoder-only transformers model.
         tokenizer: Its tokenizer.
-        tasks: As `load_tasks` returns them.
+        tasks: Tasks from `load_tasks`.
         batch_size: Number of choices that are scored in one forward pass.
-        limit: Documents of each task, from the start; by default all.
+        limit: Number of documents of each task, from the start; by default all.
 
     Returns:
         For each task `acc` and, if the task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices),
-        their standard errors, and the number of documents. With several tasks also `mean`, the mean of `acc` with its
+        their standard errors, and the number of documents. With several tasks also `mean`: the mean of `acc` and its
         standard error, as in the paper.
     """
     check_positive(batch_size=batch_size, limit=limit)
@@ -188,9 +187,9 @@ def zero_shot(
 
     home, training = model.device, model.training
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    # A copy: lm-eval gives a tokenizer without a padding token one, and it would be saved with the model.
+    # A copy: lm-eval adds a missing padding token to the tokenizer, and it would be saved with the model.
     tokenizer = copy.deepcopy(tokenizer)
-    # The token before an empty prompt. No task here has an empty prompt, but lm-eval decodes the token for each one.
+    # The token before an empty prompt. These tasks have no empty prompts, but lm-eval always decodes the token.
     prefix = 0 if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None else None
     try:
         model.to(device or home)
@@ -226,7 +225,7 @@ def _mean(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Show only errors of lm-eval: it warns of every ready model and of every default."""
+    """Show only errors of lm-eval, which also warns of every loaded model and every default."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

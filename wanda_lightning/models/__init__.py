@@ -1,4 +1,4 @@
-"""What can be pruned in a model: layers, blocks and experts, the matrices that are skipped, and padding."""
+"""Find what can be pruned in a model: layers, blocks and experts; also skipped matrices and padding."""
 
 from wanda_lightning.models.experts import stacked_experts
 from wanda_lightning.models.find_layers import find_layers

@@ -10,10 +10,10 @@ from wanda_lightning.models.layers import Layer
 
 
 def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:
-    """The names of the blocks, none of which lies inside another.
+    """Return the names of the blocks. No block lies inside another.
 
-    transformers marks its blocks by a class, as the modules that can be gradient-checkpointed. Elsewhere a block is a
-    member of a list or sequence that holds at least two layers and no smaller such member: a stage that consists of
+    The blocks of transformers have a base class of their own (`GradientCheckpointingLayer`). Elsewhere a block is a
+    member of a list or sequence that contains at least two layers and no smaller such member: a stage that consists of
     blocks is not a block.
 
     Args:
@@ -32,7 +32,7 @@ def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> li
 
 
 def _layers_inside(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> dict[str, int]:
-    """How many distinct modules with layers lie inside each module."""
+    """Count the distinct modules with layers inside each module."""
     counts = dict.fromkeys(modules, 0)
     for layer in {id(layer.module): layer for layer in layers}.values():
         parts = layer.name.split(".")

@@ -1,4 +1,4 @@
-"""Find the experts of a mixture, and which dimension of their matrices is the input."""
+"""Find the experts and routers of a mixture of experts, and the input dimension of the experts' matrices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 
 def siblings_of(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return a glob that matches this layer in every module of a list of experts; `""` if it is in no such list."""
+    """Return a glob that matches this layer in every expert of its list; `""` if it is in no list of experts."""
     parts = name.split(".")
     for end in range(1, len(parts) - 1):
         container = modules.get(".".join(parts[:end]))
@@ -22,8 +22,8 @@ def siblings_of(name: str, modules: Mapping[str, nn.Module]) -> str:
 def stacked_experts(module: nn.Module) -> set[str]:
     """Return the names of a module's parameters that hold one matrix for each expert.
 
-    Such a parameter has three dimensions, and the first is the number of experts that the module declares, or its
-    `config` if the name of its class contains "expert".
+    Such a parameter has three dimensions, and its length is a number of experts: an integer attribute, with "expert" in
+    its name, of the module; or of the module's `config` if the name of its class contains "expert".
     """
     declaring: list[object] = [module]
     if "expert" in type(module).__name__.lower():
@@ -50,9 +50,10 @@ _HIDDEN = ("hidden_size", "hidden_dim", "d_model")
 
 
 def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module], bool]:
-    """Return, for each class of experts, whether it stores their matrices as (d_in, d_out).
+    """Return for each class of stacked experts whether it stores the matrices as (d_in, d_out).
 
-    A square matrix does not tell, so all modules of a class are compared. A class is missing if none of them tells.
+    A square matrix does not show its layout, so all modules of a class vote. A class without an unambiguous vote is
+    missing from the result.
     """
     found: dict[type[nn.Module], set[bool]] = {}
     for module_name, module in modules.items():
@@ -63,7 +64,7 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
             sizes = [getattr(module, size, None) for size in ("input_size", "output_size")]
             enters, leaves = bool(_ENTRY.search(name)), bool(_EXIT.search(name))
             hidden = _hidden_size(module, module_name, modules)
-            if isinstance(declared, bool):  # by transformers
+            if isinstance(declared, bool):  # transformers sets it
                 votes.add(declared)
             elif first != second and sorted(sizes, key=str) == sorted([first, second], key=str):
                 votes.add(sizes == [first, second])
@@ -73,7 +74,7 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
 
 
 def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]) -> int | None:
-    """Return the width of the hidden states, as declared by the module or the configuration of a module around it."""
+    """Return the width of the hidden states that the module declares, or the config of the module or one around it."""
     parts = module_name.split(".")
     outer = [modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1)]
     for declares in (module, *(getattr(m, "config", None) for m in (module, *outer))):
@@ -84,7 +85,7 @@ def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.M
 
 
 def routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
-    """Return the modules that route tokens to experts: they are siblings of the experts."""
+    """Return the modules that route tokens to experts: siblings of the experts with a router's name or shape."""
     found: set[nn.Module] = set()
     for module in modules.values():
         children = dict(module.named_children())
@@ -93,13 +94,13 @@ def routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
             for name, child in children.items()
             if name.endswith(("expert", "experts")) or stacked_experts(child)
         }
-        numbers = {1}  # rows of a gate for shared experts
+        numbers = {1}  # the gate of shared experts has one row
         for child in experts.values():
             numbers |= {len(getattr(child, name)) for name in stacked_experts(child)}
             numbers |= {len(child)} if isinstance(child, nn.ModuleList | nn.ModuleDict) else set()
         for name, child in children.items() if experts else ():
             weight = getattr(child, "weight", None)
-            one_for_each = isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in numbers
-            if name not in experts and (name in ("router", "gate", "gating") or one_for_each):
+            one_row_each = isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in numbers
+            if name not in experts and (name in ("router", "gate", "gating") or one_row_each):
                 found.update(child.modules())
     return found

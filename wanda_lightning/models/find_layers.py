@@ -30,16 +30,16 @@ def find_layers(
 ) -> Inventory:
     """Find the layers to prune, group them into units, and give every other matrix its reason.
 
-    Works on any device, the meta device included.
+    The weights are not read, so the model may be on the meta device.
 
     Args:
         model: Any module.
         sequential: `"block"`, `"layer"` or `"none"`: a unit is a block, a layer, or the whole model.
-        skip: Layers to leave dense: module names or globs (with everything inside), or `re:` and a regular expression
-            that matches a whole name.
-        only: The layers to prune, named likewise; by default all. Layers that `skip` names stay dense.
+        skip: Layers to leave dense: module names or globs, which include everything inside the module, or `re:` and a
+            regular expression that matches a whole name.
+        only: The layers to prune, named in the same way; by default all. `skip` takes precedence.
         include_grouped: Prune grouped convolutions, each group as a matrix of its own.
-        pattern: Where zeros may fall; a layer that it does not fit is skipped.
+        pattern: Where zeros may fall; layers whose width does not fit it are skipped.
 
     Raises:
         ValueError: If `sequential` is unknown, or a pattern in `skip` or `only` matches no matrix.
@@ -50,9 +50,9 @@ def find_layers(
     finder.sort_parameters()
     finder.skip_tied_to_skipped()
     finder.apply_user_patterns(check_patterns("skip", skip), check_patterns("only", only))
-    # What is a block does not depend on which layers the pattern fits.
+    # Find blocks before the pattern removes layers: blocks must not depend on the pattern.
     blocks = finder.block_of_each_layer()
-    finder.skip_what_does_not_fit(pattern)
+    finder.skip(SkipReason.PATTERN, lambda layer: pattern.why_not(layer.shape[1]))
     return Inventory(finder.units(sequential, blocks), tuple(finder.skipped), blocks)
 
 
@@ -66,14 +66,15 @@ class _Finder:
         self.skipped: list[SkippedMatrix] = []
         self._defaults = skip_by_default(self.modules, include_grouped)
         self._by_columns = stored_by_columns(self.modules)
-        self._aliases: dict[str, list[str]] = {}  # of a tied matrix, its other names
-        self._owners: dict[int, str] = {}  # by the identity of a parameter, the first name under which it is found
+        self._module_names = {module: name or "weight" for name, module in self.modules.items()}
+        self._aliases: dict[str, list[str]] = {}  # the other names of each tied matrix
+        self._owners: dict[int, str] = {}  # the first name of each parameter, by its id
         for name, module in self.modules.items():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 self._owners.setdefault(id(module.weight), name)
 
     def sort_parameters(self) -> None:
-        """Decide for every matrix whether it is a layer, by everything but the user's choices."""
+        """Sort every matrix into the layers or the skipped matrices; the user's choices come later."""
         for full_name, buffer in self.model.named_buffers():
             name = uncompiled_name(full_name)
             if is_packed_weight(name, buffer):
@@ -84,7 +85,7 @@ class _Finder:
             if isinstance(parameter, UninitializedParameter):
                 detail = "has no shape yet: run one batch through the model first"
                 self.skipped.append(SkippedMatrix(name, (), SkipReason.NO_SHAPE, detail))
-            elif parameter.ndim >= 2 and module_name in self.modules:  # else the same module under a second name
+            elif parameter.ndim >= 2 and module_name in self.modules:  # otherwise a second name of the same module
                 self._sort(name, module_name, parameter)
 
     def _sort(self, name: str, module_name: str, parameter: Tensor) -> None:
@@ -111,16 +112,16 @@ class _Finder:
             self.skipped.append(skip_unsupported(label, shape, module, parameter_name))
 
     def skip_tied_to_skipped(self) -> None:
-        """Skip a layer whose parameter is also that of a module that is skipped by default, such as the output head."""
+        """Skip layers that share their parameter with a module that is skipped by default, such as the output head."""
 
         def tied(layer: Layer) -> str | None:
             other = next((name for name in self._aliases.get(layer.name, ()) if name in self._defaults), None)
             return None if other is None else f"tied to {other}: {self._defaults[other][1]}"
 
-        self._skip(SkipReason.TIED, tied)
+        self.skip(SkipReason.TIED, tied)
 
     def apply_user_patterns(self, skip: Sequence[str], only: Sequence[str]) -> None:
-        """Skip what `skip` names and `only` does not."""
+        """Skip the matrices that `skip` names and those that `only` does not name."""
         every = [layer.name for layer in self.layers] + [matrix.name for matrix in self.skipped]
         refuse_unmatched(skip, every, "skip", "matrix")
         refuse_unmatched(only, every, "only", "matrix")
@@ -134,18 +135,14 @@ class _Finder:
                 return f"not in only={list(only)}"
             return None
 
-        # The user's choice replaces every other reason: quantized weights among these are no obstacle.
+        # The user's choice replaces every other reason: quantized weights that the user skips are not refused.
         self.skipped = [
             replace(matrix, reason=SkipReason.USER) if by_user(matrix) else matrix for matrix in self.skipped
         ]
-        self._skip(SkipReason.USER, by_user)
+        self.skip(SkipReason.USER, by_user)
 
-    def skip_what_does_not_fit(self, pattern: Pattern) -> None:
-        """Skip layers whose input width the pattern does not fit."""
-        self._skip(SkipReason.PATTERN, lambda layer: pattern.why_not(layer.shape[1]))
-
-    def _skip(self, reason: SkipReason, detail_of: Callable[[Layer], str | None]) -> None:
-        """Skip the layers for which there is a detail."""
+    def skip(self, reason: SkipReason, detail_of: Callable[[Layer], str | None]) -> None:
+        """Skip the layers for which `detail_of` returns a detail."""
         details = [(layer, detail_of(layer)) for layer in self.layers]
         self.layers = [layer for layer, detail in details if detail is None]
         self.skipped += [
@@ -155,25 +152,20 @@ class _Finder:
         ]
 
     def block_of_each_layer(self) -> dict[str, str]:
-        """By layer the name of its block, or of its module if it lies in no block."""
-        blocks = find_blocks(self.modules, self.layers)
-        names = self._module_names()
+        """Map the name of each layer to the name of its block, or of its module if it lies in no block."""
+        blocks, modules = find_blocks(self.modules, self.layers), self._module_names
         return {
-            layer.name: next((name for name in blocks if layer.name.startswith(f"{name}.")), names[layer.module])
+            layer.name: next((name for name in blocks if layer.name.startswith(f"{name}.")), modules[layer.module])
             for layer in self.layers
         }
 
-    def _module_names(self) -> dict[nn.Module, str]:
-        return {module: name or "weight" for name, module in self.modules.items()}
-
     def units(self, sequential: str, blocks: Mapping[str, str]) -> tuple[Unit, ...]:
-        """The layers, grouped into units."""
+        """Group the layers into units."""
         if sequential == "none":
             return (Unit("", None, tuple(self.layers)),) if self.layers else ()
-        names = self._module_names()
         members: dict[str, list[Layer]] = {}
         for layer in self.layers:
-            # Experts and groups that share one parameter share one module, where batches can stop.
-            name = blocks[layer.name] if sequential == "block" else names[layer.module]
+            # Experts or groups of one parameter form one unit: batches can stop only at their module.
+            name = blocks[layer.name] if sequential == "block" else self._module_names[layer.module]
             members.setdefault(name, []).append(layer)
         return tuple(Unit(name, self.modules.get(name, self.model), tuple(inner)) for name, inner in members.items())

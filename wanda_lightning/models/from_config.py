@@ -1,4 +1,4 @@
-"""A model from its configuration alone, without weights."""
+"""Build a model without weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def model_from_config(
 
     Args:
         name: Hub id, folder or .gguf file of a language model; or `timm:NAME` of an image classifier.
-        cache_dir: Where downloads from the hub are kept.
+        cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
 
     Raises:
-        OSError: If there is no such configuration.
+        OSError: If the configuration is not found.
         ValueError: If timm does not know the model, or the configuration cannot be used.
     """
     with torch.device("meta"):

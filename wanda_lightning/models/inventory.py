@@ -1,4 +1,4 @@
-"""Every matrix of a model: layers to prune, in units, and skipped matrices, each with its reason."""
+"""The inventory of a model: layers to prune, grouped into units, and skipped matrices with reasons."""
 
 from __future__ import annotations
 
@@ -34,19 +34,8 @@ class SkipReason(str, Enum):
 
     @property
     def is_expected(self) -> bool:
-        """Whether users expect that such a matrix is not pruned, or asked for it."""
-        return self in _EXPECTED
-
-
-_EXPECTED = {
-    SkipReason.ADAPTER,
-    SkipReason.EMBEDDING,
-    SkipReason.OUTPUT_HEAD,
-    SkipReason.ROUTER,
-    SkipReason.STEM,
-    SkipReason.TIED,
-    SkipReason.USER,
-}
+        """Whether users expect that such a matrix stays dense, or asked for it."""
+        return self.value in ("adapter", "embedding", "output_head", "router", "stem", "tied", "user")
 
 
 @dataclass(frozen=True)
@@ -55,8 +44,8 @@ class SkippedMatrix:
 
     Attributes:
         name: The layer's name, or the parameter's if it belongs to no layer.
-        shape: As it is stored.
-        reason: Why.
+        shape: Its shape as stored.
+        reason: Why it is left dense.
         detail: The reason in words.
     """
 
@@ -87,7 +76,7 @@ class Inventory:
     Attributes:
         units: The layers to prune, in model order.
         skipped: All other matrices.
-        blocks: For each layer to prune the name of its block; of a layer outside of all blocks its module's name.
+        blocks: The name of each layer's block, or of its module if it lies in no block, by layer name.
     """
 
     units: tuple[Unit, ...]
@@ -100,5 +89,5 @@ class Inventory:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
     def skipped_for(self, reason: SkipReason) -> tuple[SkippedMatrix, ...]:
-        """The matrices that are skipped for a reason, the largest first."""
+        """Return the matrices that are skipped for a reason, largest first."""
         return tuple(sorted((m for m in self.skipped if m.reason is reason), key=lambda matrix: -matrix.size))

@@ -1,4 +1,4 @@
-"""Treat every supported layer as a matrix, and find the matrices that a parameter holds."""
+"""View every supported layer as a matrix (d_out, d_in), and find the matrices that a parameter holds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from wanda_lightning.models.linear_subclasses import computes_linear
 from wanda_lightning.parallel import local
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 @dataclass(frozen=True)
 class LayerKind:
-    """Expresses one type of layer as a matrix product `tokens @ weight.T`.
+    """Expresses one type of layer as a matrix product `tokens @ weight.T`. The defaults fit a linear layer.
 
     Attributes:
         layer_type: The class; subclasses are included if they keep its forward.
@@ -28,28 +32,20 @@ class LayerKind:
         write: Writes such a matrix into the weight.
         tokens: Converts the input of a layer to (tokens, d_in).
         outputs: Converts its output to (tokens, d_out).
-        window: The settings, besides the input, that determine the tokens; layers with equal input and window share
-            statistics.
-        rows_first: Whether the weight's first dimension is d_out, so that a part of it consists of whole rows.
-        channels: The dimension of inputs and outputs that is d_in and d_out, counted from the last.
+        window: Returns the settings that determine the tokens of an input; layers with the same input and an equal
+            window share statistics.
+        rows_first: Whether d_out is the weight's first dimension, so that a shard consists of whole rows.
+        channels: The dimension of the channels (d_in, d_out) in inputs and outputs, counted from the last.
     """
 
     layer_type: type[nn.Module]
-    read: Callable[[Tensor], Tensor]
-    write: Callable[[Tensor, Tensor], object]
-    tokens: Callable[[Any, Tensor], Tensor]
-    outputs: Callable[[Tensor], Tensor]
-    window: Callable[[Any], object]
+    read: Callable[[Tensor], Tensor] = lambda weight: weight
+    write: Callable[[Tensor, Tensor], object] = lambda weight, matrix: weight.copy_(matrix)
+    tokens: Callable[[Any, Tensor], Tensor] = lambda layer, x: _rows(x)
+    outputs: Callable[[Tensor], Tensor] = _rows
+    window: Callable[[Any], object] = lambda layer: ()
     rows_first: bool = True
     channels: int = -1
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _linear_tokens(layer: nn.Module, x: Tensor) -> Tensor:
-    return _rows(x)
 
 
 # Columns are ordered by kernel position, then by channel. If M divides the channels, an N:M group has consecutive
@@ -71,7 +67,7 @@ def _convolution_tokens(layer: Any, images: Tensor) -> Tensor:
     elif any(layer._reversed_padding_repeated_twice):
         images = F.pad(images, layer._reversed_padding_repeated_twice)
     kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if len(kernel) == 1:  # an image of one row
+    if len(kernel) == 1:  # treat the signal as an image of one row
         images, kernel, dilation, stride = images.unsqueeze(-2), (1, *kernel), (1, *dilation), (1, *stride)
     if kernel == (1, 1):
         vertical, horizontal = stride
@@ -85,7 +81,7 @@ def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
     from timm.layers.padding import pad_same
 
     padded = pad_same(images, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
-    return _convolution_tokens(layer, padded)  # the padding of the layer itself is 0
+    return _convolution_tokens(layer, padded)  # the layer's own padding is 0
 
 
 def _window(layer: Any) -> object:
@@ -105,35 +101,25 @@ def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
     )
 
 
+# The matrix of one expert in a parameter (experts, d_out, d_in) or (experts, d_in, d_out).
+EXPERT_BY_ROWS = LayerKind(nn.Module)
+EXPERT_BY_COLUMNS = LayerKind(nn.Module, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False)
+
+
 @cache
 def layer_kinds() -> dict[str, LayerKind]:
-    """Return the layer types that can be pruned, by name."""
+    """Return the kinds of layers that can be pruned, by name."""
     from timm.layers.conv2d_same import Conv2dSame
     from transformers.pytorch_utils import Conv1D
 
     conv2d = _convolution(nn.Conv2d, 2)
     return {
-        "Linear": LayerKind(nn.Linear, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ()),
-        "Conv1D": LayerKind(  # GPT-2's linear layer, its weight stored as (d_in, d_out)
-            Conv1D,
-            Tensor.t,
-            lambda weight, matrix: weight.copy_(matrix.t()),
-            _linear_tokens,
-            _rows,
-            lambda layer: (),
-            rows_first=False,
-        ),
+        "Linear": LayerKind(nn.Linear),
+        "Conv1D": replace(EXPERT_BY_COLUMNS, layer_type=Conv1D),  # GPT-2's linear layer, stored as (d_in, d_out)
         "Conv1d": _convolution(nn.Conv1d, 1),
         "Conv2d": conv2d,
         "Conv2dSame": replace(conv2d, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),  # pads by input size
     }
-
-
-# The matrix of one expert in a parameter (experts, d_out, d_in) or (experts, d_in, d_out).
-EXPERT_BY_ROWS = LayerKind(nn.Module, lambda weight: weight, Tensor.copy_, _linear_tokens, _rows, lambda layer: ())
-EXPERT_BY_COLUMNS = replace(
-    EXPERT_BY_ROWS, read=Tensor.t, write=lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False
-)
 
 
 def of_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
@@ -155,12 +141,12 @@ class Layer:
     """One prunable matrix and the module that contains it.
 
     Attributes:
-        name: Name of its module; of an expert in a parameter, `experts.down_proj.3`; of a group, `conv.group3`.
+        name: Name of the module; `experts.down_proj.3` for an expert in a parameter, `conv.group3` for a group.
         module: The module.
         kind: Expresses it as a matrix.
         parameter_name: Name of the parameter in the module.
-        expert: Index of the expert, if the parameter holds one matrix for each expert.
-        group: Index of the group and number of groups, if it belongs to a grouped convolution.
+        expert: Index of the expert if the parameter holds one matrix for each expert.
+        group: Index of the group and number of groups if it belongs to a grouped convolution.
         siblings: A glob that matches this matrix of every expert; `""` if it does not belong to an expert.
     """
 
@@ -190,7 +176,7 @@ class Layer:
 
     @property
     def window(self) -> object:
-        """Layers with the same input tensor and an equal window have the same tokens."""
+        """Settings that determine the tokens: layers with the same input and an equal window have the same tokens."""
         return self.kind.layer_type, self.kind.window(self.module)
 
     @property
@@ -236,7 +222,7 @@ def layers_of(
     modules: Mapping[str, nn.Module],
     by_columns: Mapping[type[nn.Module], bool],
 ) -> list[Layer]:
-    """Return the layers that a parameter holds: one, one for each expert or group, or none."""
+    """Return the layers that a parameter holds: none, a single one, or one for each expert or group."""
     if parameter_name == "weight" and any(isinstance(module, kind.layer_type) for kind in layer_kinds().values()):
         kind = kind_of(module)
         if kind is None:
@@ -253,7 +239,7 @@ def layers_of(
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return how to express a module as a matrix, or None if its forward is not a product with its weight."""
+    """Return the kind of a module, or None if its forward is not a product with its weight."""
     if parametrize.is_parametrized(module, "weight"):
         return None
     kinds = [kind for kind in layer_kinds().values() if isinstance(module, kind.layer_type)]

@@ -1,7 +1,7 @@
-"""Find out whether a subclass of `nn.Linear` with a forward of its own still computes `x W^T + b`.
+"""Check whether a subclass of `nn.Linear` with a forward of its own still computes `x W^T + b`.
 
-The linear layers of timm, which cast, and of Falcon do; a layer that quantizes, scales or routes does not. Only the
-forward itself tells. So it runs once on a stand-in: an instance made without `__init__`, with a small weight and copies
+The linear layers of timm, which cast, and of Falcon do. Layers that quantize, scale or route do not. Only a call shows
+which, so the forward runs once on a stand-in: an instance made without `__init__`, with a small weight and with copies
 of all state that it could write into.
 """
 
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _OF_LINEAR = frozenset(vars(nn.Linear(1, 1, device="meta")))  # attributes of every instance
-_known: dict[object, bool] = {}  # by forward, and by the attributes that the instance adds
+_known: dict[object, bool] = {}  # results by forward, class, and added attributes
 
 
 def computes_linear(module: nn.Linear) -> bool:
     """Whether the forward of the module's class computes `x W^T + b`.
 
-    The result is remembered for instances without tensors, modules or objects of their own.
+    The result is cached for instances that add no tensors, modules or other objects.
     """
     own = {name: value for name, value in vars(module).items() if name not in _OF_LINEAR}
     is_simple = all(value is None or isinstance(value, bool | int | float | str) for value in own.values())

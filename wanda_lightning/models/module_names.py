@@ -18,7 +18,7 @@ def uncompiled_name(name: str) -> str:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules by name; wrappers of `torch.compile` are left out, and so are their parts of the names."""
+    """Return all modules by name, without the wrappers of `torch.compile` and their parts of the names."""
     return {uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules}
 
 

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are padding."""
+"""Find the padding of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.models.module_names import named_modules, unwrap_compiled
 
-_NO_LABEL = -100  # transformers pads labels with it
+_NO_LABEL = -100  # transformers pads labels with this value
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TokenMask:
     """Which tokens of a batch count.
 
     Attributes:
-        inside: Name of the module whose tokens these are; `""` for the whole model.
+        inside: Name of the module that these tokens enter; `""` for the whole model.
         keep: (batch, tokens); True is a token, False is padding.
     """
 
@@ -27,7 +27,7 @@ class TokenMask:
     keep: Tensor
 
     def rank(self, layer: str) -> int:
-        """Lowest for the mask of the smallest part of the model that contains the layer."""
+        """Sort key of the mask for a layer: lowest for the smallest module that contains the layer."""
         contains = not self.inside or f"{layer}.".startswith(f"{self.inside}.")
         return -len(self.inside) if contains else 1
 
@@ -37,20 +37,20 @@ class TokenMask:
 
 
 def fitting_mask(masks: Sequence[TokenMask], name: str, x: Tensor) -> TokenMask | None:
-    """Return the mask that lines up with a tensor, of the smallest part of the model around `name`."""
+    """Return the mask that fits a tensor; of several, the mask of the smallest module that contains `name`."""
     return next((mask for mask in sorted(masks, key=lambda mask: mask.rank(name)) if mask.fits(x)), None)
 
 
 def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
-    """Read the padding of a batch from its `attention_mask` (an encoder's) and `decoder_attention_mask`.
+    """Read the padding of a batch from its `attention_mask`, which is the encoder's, and its `decoder_attention_mask`.
 
     An attention mask is (samples, tokens); or it has a row for each query, as in (samples, heads, queries, keys),
     boolean or additive, where a key that no query attends to is padding; or it is a dictionary of such masks, one for
-    each type of layer. Any other mask does not show the padding. Then the result fits no input, so that each layer
-    notes that padding counts.
+    each type of layer. No other mask can be read. Its result fits no input, so that each layer notes that padding
+    counts.
 
     Returns:
-        Nothing if the batch has no padding.
+        The masks; none if the batch has no padding.
 
     Raises:
         ValueError: If an attention mask has another shape than the tokens.
@@ -72,7 +72,7 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
 
 
 def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:
-    """Refuse a mask of two dimensions with another shape than the tokens; a cache adds keys before them."""
+    """Refuse a mask (samples, tokens) with another shape than the tokens, unless a cache adds keys before them."""
     tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch.get(key), Tensor)), None)
     if not isinstance(attention, Tensor) or attention.ndim != 2 or tokens is None or "past_key_values" in batch:
         return
@@ -84,17 +84,16 @@ def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:
 
 
 _UNKNOWN = torch.zeros(0, 0, dtype=torch.bool)
-_MASKED = (
-    -100.0
-)  # an additive mask leaves less than exp(-100) of the attention; biases such as ALiBi's are near 0 nearby
+# Additive masks are far below -100. Biases such as ALiBi's are near 0 for neighbors, so every token passes.
+_MASKED = -100.0
 
 
 def _attended(attention: Any) -> Tensor | None:
-    """Which tokens are attended to by any query, (samples, tokens); None if all are."""
+    """Return which tokens any query attends to, (samples, tokens); None if there is no padding."""
     if isinstance(attention, Mapping):
         masks = [_attended(mask) for mask in attention.values()]
         known = [mask for mask in masks if mask is not None]
-        if len(known) < len(masks) or not known:  # None instead of a mask: attention without padding
+        if len(known) < len(masks) or not known:  # None in place of a mask: no padding
             return None
         return torch.stack(known).any(dim=0) if len({mask.shape for mask in known}) == 1 else _UNKNOWN
     if attention is None:
@@ -109,7 +108,7 @@ def _attended(attention: Any) -> Tensor | None:
 
 
 def _decoder_masks(name: str, batch: Mapping[str, Any]) -> list[TokenMask]:
-    """The padding of a decoder's tokens, from the first of its inputs that shows it."""
+    """Return the padding of a decoder's tokens, read from the first of its inputs that shows it."""
     real_tokens: dict[str, Callable[[Tensor], Tensor]] = {
         "decoder_attention_mask": Tensor.bool,
         "decoder_input_ids": lambda ids: torch.ones_like(ids, dtype=torch.bool),

@@ -1,4 +1,4 @@
-"""Recognize quantized layers: the weights that pruning and merging have to refuse."""
+"""Recognize quantized layers, which cannot be pruned or merged."""
 
 from __future__ import annotations
 

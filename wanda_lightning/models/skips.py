@@ -16,17 +16,17 @@ from wanda_lightning.models.quantized import quantizer
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
 _STANDARDIZED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
-_REMOVERS = {  # by class: hooks of torch that recompute a weight in each forward
+_REMOVERS = {  # torch hooks that recompute a weight in each forward, and the call that removes them
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer)",
     "BasePruningMethod": "torch.nn.utils.prune.remove(layer, 'weight')",
 }
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-_IMAGE_CHANNELS = 4  # a model's first convolution, over so few channels, reads the raw image or signal
+_IMAGE_CHANNELS = 4  # a first convolution with at most so many input channels reads the raw image or signal
 
 
 def skip_packed(name: str, weight: Tensor, module: nn.Module) -> SkippedMatrix:
-    """Skip a matrix of packed or quantized weights; the user must decide what to do with it."""
+    """Skip a matrix of packed or quantized weights. Pruning refuses it unless the user skips it."""
     dtype, kind = str(weight.dtype).removeprefix("torch."), type(weight).__name__
     if library := quantizer(module, weight):
         detail = f"quantized by {library} ({type(module).__name__}, {kind}): prune first, then quantize"
@@ -38,7 +38,7 @@ def skip_packed(name: str, weight: Tensor, module: nn.Module) -> SkippedMatrix:
 
 
 def skip_unsupported(name: str, shape: tuple[int, ...], module: nn.Module, parameter_name: str) -> SkippedMatrix:
-    """Skip a parameter of two dimensions or more that is not the weight of a supported layer."""
+    """Skip a parameter that has two or more dimensions but is not the weight of a supported layer."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return SkippedMatrix(name, shape, SkipReason.EMBEDDING, "embedding")
     return SkippedMatrix(name, shape, SkipReason.UNSUPPORTED, _why_unsupported(module, parameter_name))
@@ -58,17 +58,17 @@ def _why_unsupported(module: nn.Module, parameter_name: str) -> str:
         if isinstance(module, known.layer_type) and parameter_name == "weight":
             if _STANDARDIZED.search(kind):
                 return (
-                    f"{kind} standardizes its weight in each forward: a zero of the stored weight is not a zero of the "
-                    f"one in use. Make it a {known.layer_type.__name__} of the standardized weight first"
+                    f"{kind} standardizes its weight in each forward, so zeros of the stored weight do not stay zero. "
+                    f"Make it a {known.layer_type.__name__} with the standardized weight first"
                 )
             return f"{type(module).__module__}.{kind} overrides the forward of {known.layer_type.__name__}"
     if parameter_name in stacked_experts(module):
-        return f"{parameter_name} of {kind} does not say which dimension of its experts' matrices is the input"
+        return f"{kind} does not show which dimension of the experts' matrices in {parameter_name} is the input"
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
 
 
 def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> dict[str, tuple[SkipReason, str]]:
-    """Reasons to skip layers of a supported kind, by module name, each with its detail."""
+    """Return the reasons to skip modules of supported kinds, with details, by module name."""
     first = {
         next((name for name, module in modules.items() if isinstance(module, kind)), None) for kind in _CONVOLUTIONS
     }
@@ -78,7 +78,7 @@ def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> 
     adapters = tuple(
         f"{name}.{part}."
         for name, module in modules.items()
-        for part in getattr(type(module), "adapter_layer_names", ())  # of peft's layers
+        for part in getattr(type(module), "adapter_layer_names", ())  # peft's layers
     )
     reasons: dict[str, tuple[SkipReason, str]] = {}
     for name, module in modules.items():
@@ -103,7 +103,7 @@ def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> 
 
 
 def _heads(module: nn.Module) -> set[nn.Module]:
-    """The modules of the output head that a model or submodel declares."""
+    """Return the modules of the output head that a model or submodel declares."""
     tops: list[Any] = []
     if callable(get_output_embeddings := _method(module, "get_output_embeddings")):
         tops.append(get_output_embeddings())
@@ -111,7 +111,7 @@ def _heads(module: nn.Module) -> set[nn.Module]:
         classifier = get_classifier()
         tops.extend(classifier if isinstance(classifier, tuple | list) else [classifier])
     body = module.base_model if hasattr(type(module), "base_model") else None
-    if tops and isinstance(body, nn.Module) and body is not module:  # a transformers model with a task on top
+    if tops and isinstance(body, nn.Module) and body is not module:  # a transformers body with a task head
         tops.extend(child for child in module.children() if child is not body)
     return {inner for top in tops if isinstance(top, nn.Module) for inner in top.modules()}
 
@@ -122,9 +122,9 @@ def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
-    """Regular expressions by which a timm model identifies its stem; they match the start of a parameter's name."""
+    """Return a timm model's regular expressions for its stem; they match the start of a parameter's name."""
     if not callable(group_matcher := _method(module, "group_matcher")):
         return []
     groups = group_matcher(coarse=False)
-    stem = groups.get("stem", ()) if isinstance(groups, Mapping) else ()  # a few give a function instead
+    stem = groups.get("stem", ()) if isinstance(groups, Mapping) else ()  # a few models return a function instead
     return [re.compile(pattern) for pattern in ([stem] if isinstance(stem, str) else stem) if isinstance(pattern, str)]

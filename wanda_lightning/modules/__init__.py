@@ -1,7 +1,7 @@
-"""Language models and image classifiers as LightningModules, to load, train, measure and save.
+"""Language models and image classifiers as LightningModules.
 
-Both save an ordinary folder of their own library, which `AutoModelForCausalLM.from_pretrained` and
-`timm.create_model("local-dir:...")` load.
+Both save a folder that their own library loads: `AutoModelForCausalLM.from_pretrained` or
+`timm.create_model("local-dir:...")`.
 """
 
 from wanda_lightning.modules.causal_lm import CausalLMModule

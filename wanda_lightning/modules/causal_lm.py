@@ -32,12 +32,12 @@ from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_token
 
 
 class CausalLMModule(L.LightningModule):
-    """A decoder-only language model, trained on its next-token loss and measured by `WindowPerplexity`.
+    """A decoder-only language model, trained on its next-token loss and evaluated by `WindowPerplexity`.
 
-    A batch is a mapping with `input_ids` and optionally `attention_mask` and `labels`; or the ids alone, or a tuple
-    that starts with them. All have the shape (batch, tokens). The module logs `train_loss`, `val_perplexity` and
-    `test_perplexity`; `predict` gives the mean loss of each window. The model is in training mode, as Lightning expects
-    before `fit`; call `.eval()` to use it without a trainer.
+    A batch is a mapping with `input_ids` and optionally `attention_mask` and `labels`, the ids alone, or a tuple that
+    starts with them. All have the shape (batch, tokens). The module logs `train_loss`, `val_perplexity` and
+    `test_perplexity`; `predict` returns the mean loss of each window. The model is in training mode, as Lightning
+    expects before `fit`; call `.eval()` to use it without a Trainer.
 
     Args:
         model: Hub id, local folder, `.gguf` file, or a loaded model.
@@ -46,17 +46,17 @@ class CausalLMModule(L.LightningModule):
             or "float16".
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        lr_decay: Let the learning rate fall linearly to 0 during training.
+        lr_decay: Decay the learning rate linearly to 0 during training.
         lora: Train adapters instead of the weights: arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, such as
             `{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}`; see `add_adapters`.
         revision: Branch, tag or commit on the hub.
-        cache_dir: Where downloads are kept.
+        cache_dir: Folder for downloads.
         trust_remote_code: Run the model code that comes with the checkpoint.
 
     Raises:
         ValueError: For a wrong option, an encoder or encoder-decoder, a tokenizer of another model, or weights that
             cannot be used.
-        OSError: If neither a local folder nor the hub has the model, in safetensors.
+        OSError: If neither a local folder nor the hub has the model in safetensors.
         ImportError: If a package that reads GGUF files or trains adapters is missing.
     """
 
@@ -86,8 +86,8 @@ class CausalLMModule(L.LightningModule):
         else:
             if not isinstance(model, nn.Module) or not hasattr(model, "config"):
                 raise ValueError(
-                    "model must be a hub id, a local folder, a .gguf file or a loaded model of transformers, but it is "
-                    f"of type {type(model).__name__}."
+                    "model must be a hub id, a local folder, a .gguf file or a loaded transformers model, but it is a "
+                    f"{type(model).__name__}."
                 )
             self.save_hyperparameters(ignore=["model", "tokenizer"])
             check_decoder_only(model.config)
@@ -111,11 +111,7 @@ class CausalLMModule(L.LightningModule):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Return the output of the model, with `logits`, and with `loss` if `labels` are given."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
@@ -137,13 +133,10 @@ class CausalLMModule(L.LightningModule):
         model(**inputs)
 
     def check_tokens(self, input_ids: Tensor) -> None:
-        """Refuse token ids for which the model has no embedding. On a CUDA device they would end the process.
+        """Raise a ValueError for token ids without an embedding. On a CUDA device they would end the process.
 
         Args:
             input_ids: Token ids of any shape.
-
-        Raises:
-            ValueError: Names the largest id and the number of embeddings.
         """
         embeddings = number_of_embeddings(self.model)
         if embeddings is None or input_ids.numel() == 0:
@@ -151,15 +144,20 @@ class CausalLMModule(L.LightningModule):
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= embeddings:
             raise ValueError(
-                f"input_ids must be from 0 to {embeddings - 1}, one for each embedding of the model, but they have "
-                f"{low if low < 0 else high}. Use the tokenizer that the model was trained with."
+                f"input_ids must be from 0 to {embeddings - 1}, since the model has {embeddings} embeddings, but one "
+                f"is {low if low < 0 else high}. Use the tokenizer that the model was trained with."
             )
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        input_ids, attention_mask, labels = _read_text(batch)
-        if input_ids.device.type == "cpu":  # elsewhere it would wait for the device; TextDataModule checks before
+        """Return the input ids, attention mask and labels of a batch."""
+        if not isinstance(batch, Mapping):
+            batch = {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
+        elif "input_ids" not in batch:
+            raise ValueError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
+        input_ids = batch["input_ids"]
+        if input_ids.device.type == "cpu":  # on a GPU it would wait for the device; TextDataModule checks in setup()
             self.check_tokens(input_ids)
-        return input_ids, attention_mask, labels
+        return input_ids, batch.get("attention_mask"), batch.get("labels")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean next-token loss over the tokens of the batch, without padding."""
@@ -192,7 +190,7 @@ class CausalLMModule(L.LightningModule):
         """Return AdamW over the parameters that require a gradient.
 
         Raises:
-            MisconfigurationException: For `lr_decay` in a training whose number of steps is not known.
+            MisconfigurationException: For `lr_decay` if the number of training steps is not known.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
@@ -201,17 +199,17 @@ class CausalLMModule(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise MisconfigurationException(
-                "lr_decay=True must know the number of training steps, but the Trainer does not have it. Give the "
-                "Trainer max_steps (or max_epochs, and a train dataloader with a length), or set lr_decay=False."
+                "lr_decay=True needs the number of training steps, but the Trainer does not know it. Give the Trainer "
+                "max_steps (or max_epochs, and a train dataloader with a length), or set lr_decay=False."
             )
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def add_adapters(self, keep_zeros: bool = True, **arguments: Any) -> None:
-        """Freeze the model and give it low-rank adapters to train (Hu et al. 2021).
+        """Freeze the model and add low-rank adapters to train (Hu et al. 2021).
 
         Args:
-            keep_zeros: Use adapters that merge without filling a zero, instead of plain LoRA.
+            keep_zeros: Use adapters that keep the zeros when they are merged, instead of plain LoRA.
             **arguments: Arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, the same as of `peft.LoraConfig`.
 
         Raises:
@@ -224,12 +222,12 @@ class CausalLMModule(L.LightningModule):
 
         config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
         with warnings.catch_warnings():
-            # A callback may prune later, when the training starts.
+            # A callback may prune when training starts.
             warnings.filterwarnings("ignore", message="None of the .* layers that adapter .* holds a zero")
             self.model = peft.get_peft_model(self.model, config(task_type="CAUSAL_LM", **arguments))
 
     def merge(self, reprune: bool = False) -> None:
-        """Merge the adapters into the weights (see `wanda_lightning.lora.merge`); does nothing without adapters.
+        """Merge the adapters, if there are any, into the weights; see `wanda_lightning.lora.merge`.
 
         Args:
             reprune: Restore the zeros that plain LoRA adapters fill.
@@ -240,9 +238,9 @@ class CausalLMModule(L.LightningModule):
             self.model = merge(self.model, reprune)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write a Hugging Face folder with model and tokenizer, whole or not at all. Call it in one process only.
+        """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
 
-        If adapters are not merged, peft writes the folder, with the adapters alone.
+        If the model has adapters that are not merged, peft writes only the adapters.
 
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
@@ -255,12 +253,3 @@ class CausalLMModule(L.LightningModule):
             self.model.save_pretrained(new)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
-
-
-def _read_text(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if isinstance(batch, Mapping):
-        if "input_ids" not in batch:
-            raise ValueError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
-        return batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
-    input_ids = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return input_ids, None, None

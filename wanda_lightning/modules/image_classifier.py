@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import timm
@@ -22,29 +22,27 @@ from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 
 
 class ImageClassifierModule(L.LightningModule):
-    """An image classifier, trained on cross entropy and measured by accuracy.
+    """An image classifier, trained on cross entropy and evaluated by accuracy.
 
     A batch is `(images, labels)`, or a mapping with `image` or `pixel_values` and `label` or `labels`: images of shape
     (batch, channels, height, width), labels of shape (batch,). The module logs `train_loss`, `val_loss`,
-    `val_accuracy`, with more than 5 classes `val_accuracy_top5`, and the same for `test`; `predict` gives the logits.
+    `val_accuracy`, with more than 5 classes `val_accuracy_top5`, and the same for `test`; `predict` returns the logits.
 
     Args:
         model: A name that timm knows, with or without the prefix `timm:`; `hf-hub:OWNER/NAME`; `local-dir:FOLDER`, or
             the folder as a `Path`; or a built model.
         pretrained: Load the weights that timm has for the name. Ignored with a `checkpoint` and for a built model.
-        num_classes: Number of classes, if it differs from the one of the pretrained weights. For a built model without
-            a `num_classes` attribute: the number of its logits.
-        checkpoint: A `.safetensors` file with all the weights of the model.
+        num_classes: Number of classes, if the pretrained weights have another number, or if a built model has no
+            attribute `num_classes`.
+        checkpoint: A `.safetensors` file with all weights of the model.
         model_kwargs: More arguments of `timm.create_model`, such as `img_size`.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW; biases and norms do not decay.
 
     Raises:
-        ValueError: For a wrong option, weights that cannot be used, or a model that is no classifier.
+        ValueError: For a wrong option, weights that cannot be used, or a model that is not a classifier.
         OSError: If weights can neither be downloaded nor found in the cache.
     """
-
-    _TOP: ClassVar = {"accuracy": 1, "accuracy_top5": 5}
 
     def __init__(
         self,
@@ -68,7 +66,7 @@ class ImageClassifierModule(L.LightningModule):
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
         else:
             if not isinstance(model, nn.Module):
-                raise ValueError(f"model must be a name or a built model, but it is of type {type(model).__name__}.")
+                raise ValueError(f"model must be a name or a built model, but it is a {type(model).__name__}.")
             self.save_hyperparameters(ignore=["model"])
             if model_kwargs:
                 raise ValueError(
@@ -78,20 +76,20 @@ class ImageClassifierModule(L.LightningModule):
         if checkpoint is not None:
             load_checkpoint(self.model, checkpoint)
         self.model.train()
-        self._num_classes = getattr(self.model, "num_classes", num_classes) or 0
-        if self._num_classes < 2:
+        self.num_classes: int = getattr(self.model, "num_classes", num_classes) or 0
+        if self.num_classes < 2:
             raise ValueError(
                 f"model must be a classifier with at least 2 classes, but {type(self.model).__name__} has "
-                f"{self._num_classes or 'no'} classes. Set num_classes."
+                f"{self.num_classes or 'no'} classes. Set num_classes."
             )
         self.lr = lr
         self.weight_decay = weight_decay
         self.metrics = nn.ModuleDict(
             {
-                f"{stage}_{name}": MulticlassAccuracy(self._num_classes, top_k=k, average="micro")
+                f"{stage}_{name}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro")
                 for stage in ("val", "test")
-                for name, k in self._TOP.items()
-                if k < self._num_classes
+                for name, k in (("accuracy", 1), ("accuracy_top5", 5))
+                if k < self.num_classes
             }
         )
 
@@ -99,11 +97,6 @@ class ImageClassifierModule(L.LightningModule):
     def pruning_target(self) -> nn.Module:
         """The module that the pruning callbacks prune: the model itself."""
         return self.model
-
-    @property
-    def num_classes(self) -> int:
-        """Number of logits for each image."""
-        return self._num_classes
 
     def forward(self, images: Tensor) -> Any:
         """Return the logits, of shape (batch, num_classes)."""
@@ -118,10 +111,10 @@ class ImageClassifierModule(L.LightningModule):
         self(_read_images(batch)[0])
 
     def on_fit_start(self) -> None:
-        """Note the class names of the data, so that the saved model knows them."""
+        """Store the class names of the data in the model, so that they are saved with it."""
         model: Any = self.model
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ())
-        if hasattr(model, "pretrained_cfg") and len(names) == self._num_classes:
+        if hasattr(model, "pretrained_cfg") and len(names) == self.num_classes:
             model.pretrained_cfg["label_names"] = list(names)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -134,11 +127,11 @@ class ImageClassifierModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the images to the accuracies and the loss of validation."""
+        """Add the images to the loss and the accuracies of the validation."""
         self._measure("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the images to the accuracies and the loss of the test."""
+        """Add the images to the loss and the accuracies of the test."""
         self._measure("test", batch)
 
     def _measure(self, stage: str, batch: Any) -> None:
@@ -156,16 +149,16 @@ class ImageClassifierModule(L.LightningModule):
         return self(_read_images(batch)[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW over the parameters that require a gradient.
+        """Return AdamW over the parameters that require a gradient, without decay of biases and norms.
 
-        Biases, norms and the parameters that the model exempts do not decay.
+        `no_weight_decay` of the model names more parameters that do not decay.
         """
         exempt: Collection[str] = getattr(self.model, "no_weight_decay", tuple)()
         groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         return torch.optim.AdamW(groups, lr=self.lr)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write a timm folder with weights and configuration, whole or not at all. Call it in one process only.
+        """Write a timm folder with weights and configuration atomically. Call it in one process only.
 
         Args:
             folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
@@ -173,16 +166,16 @@ class ImageClassifierModule(L.LightningModule):
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If timm did not build the model, so that no name can rebuild it.
+            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration.
         """
         if not hasattr(self.model, "pretrained_cfg"):
             raise ValueError(
-                f"save_pretrained writes models of timm, but {type(self.model).__name__} does not come from timm. "
+                f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
-        labels = {"label_names": names} if len(names) == self._num_classes else None
+        labels = {"label_names": names} if len(names) == self.num_classes else None
         with whole_folder(folder, overwrite) as new:
             save_for_hf(
                 self.model, str(new), model_config=labels, model_args=self._model_kwargs, safe_serialization=True
@@ -203,7 +196,6 @@ def _read_labeled(batch: Any) -> tuple[Tensor, Tensor]:
     images, labels = _read_images(batch)
     if labels is None:
         raise ValueError(
-            "A batch must have labels to measure a loss, but it has none. Give (images, labels), or a mapping with "
-            "'labels'."
+            "A batch must have labels for a loss, but it has none. Give (images, labels), or a mapping with 'labels'."
         )
     return images, labels

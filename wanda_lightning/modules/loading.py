@@ -1,7 +1,7 @@
-"""Load language models and image classifiers: hub id, folder, GGUF file or timm name.
+"""Load language models and image classifiers from a hub id, a folder, a GGUF file or a timm name.
 
-Weights are read from safetensors and GGUF files only, since other checkpoint formats can run code. A model with weights
-that are missing, do not fit, are not finite or are packed integers is refused here, before anything is measured.
+Weights are read only from safetensors and GGUF files, since other checkpoint formats can run code. Missing, misshapen,
+non-finite or packed weights raise an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHECKED = (*DTYPES.values(), torch.float64)
 # -------------------------------------------------------------------------------------------------- language models
 
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
-_CAUSAL = ("gpt_neox_japanese",)  # masks the future itself, although its configuration says is_decoder=False
+_CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configuration says is_decoder=False
 
 
 def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
@@ -39,11 +39,11 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
     Args:
         name: Hub id, local folder or `.gguf` file.
         dtype: "auto" or a key of `DTYPES`.
-        hub: `revision`, `cache_dir` and `trust_remote_code`, as `from_pretrained` takes them.
+        hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         with_tokenizer: Load the tokenizer, too.
 
     Returns:
-        The model, and its tokenizer or None if there is none or it was not asked for.
+        The model, and its tokenizer or None.
 
     Raises:
         OSError: If neither a local folder nor the hub has the model in safetensors.
@@ -51,7 +51,7 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
     """
     path, source = Path(name).expanduser(), locate(name)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
-    # Since transformers 5.24 weights of some families stay packed unless told otherwise; before, all were unpacked.
+    # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
     if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with bars_on_terminals_only():
@@ -66,7 +66,7 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
     _check_complete(name, loaded)
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         _check_stored_as_float(name, _weight_files(name, hub), model)
-    check_finite(model, name)
+    _check_finite(model, name)
     return model, tokenizer
 
 
@@ -79,22 +79,22 @@ def check_decoder_only(config: Any) -> None:
 
 
 def check_causal(model: nn.Module) -> None:
-    """Raise a ValueError for an encoder, whose tokens see the tokens after them: it cannot be asked to predict them."""
+    """Raise a ValueError for an encoder: it attends to the next token, so predicting it would be trivial."""
     config: Any = model.config
     fields = getattr(type(config), "__dataclass_fields__", {})
     if "is_decoder" not in fields or config.is_decoder or config.model_type in _CAUSAL:
         return
     if not any(getattr(module, "is_causal", None) is True for module in model.modules()):
         raise ValueError(
-            f"model must predict each token from the ones before it, but {config.model_type} is an encoder: it sees "
-            f"all tokens, and its perplexity means nothing. {_OTHERS}"
+            f"model must predict each token from the ones before it, but {config.model_type} is an encoder: it attends "
+            f"to all tokens, so its perplexity would be meaningless. {_OTHERS}"
         )
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Raise a ValueError for a tokenizer with more tokens than the model has embeddings.
 
-    Tokens that were added to the vocabulary do not count, since some models have no embedding for theirs.
+    Added tokens are not counted, since some models have no embeddings for their own added tokens.
     """
     size, embeddings = getattr(tokenizer, "vocab_size", None), number_of_embeddings(model)
     if isinstance(size, int) and embeddings is not None and size > embeddings:
@@ -105,7 +105,7 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
 
 
 def number_of_embeddings(model: Any) -> int | None:
-    """Return how many token ids a transformers model knows, or None if it does not say."""
+    """Return the number of token embeddings of a transformers model, or None if it is not known."""
     try:
         return int(model.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):
@@ -126,18 +126,18 @@ def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
     if mismatched := sorted(loaded.get("mismatched_keys", ())):
         key, stored, expected = mismatched[0]
         raise ValueError(
-            f"The model {name!r} has {len(mismatched)} weights that do not fit its configuration, {key} first: it is "
-            f"stored with the shape {tuple(stored)}, but config.json asks for {tuple(expected)}. Correct config.json."
+            f"The model {name!r} has {len(mismatched)} weights that do not fit its configuration, {key} first: its "
+            f"stored shape is {tuple(stored)}, but config.json requires {tuple(expected)}. Correct config.json."
         )
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(
-            f"The model {name!r} has no weights for {len(missing)} parameters that its configuration asks for, "
-            f"{missing[0]} first; they would be random. Check the folder and its config.json."
+            f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {missing[0]} "
+            "first; they would be random. Check the folder and its config.json."
         )
 
 
 def _weight_files(name: str, hub: dict[str, Any]) -> list[Path]:
-    """Return the safetensors files of a folder, or of a hub model that was just loaded and so is in the cache."""
+    """Return the safetensors files of a folder, or of a hub model that is in the cache."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         options = {key: value for key, value in hub.items() if key in ("revision", "cache_dir")}
@@ -167,7 +167,7 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     """Create an image classifier of timm.
 
     Args:
-        name: As `model_sources.timm_name` takes it.
+        name: A name that `model_sources.timm_name` accepts.
         pretrained: Load weights.
         kwargs: More arguments of `timm.create_model`.
 
@@ -186,13 +186,13 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     except OSError as error:
         raise OSError(
-            f"The model {checked!r} was not found: what it needs is neither in the cache nor can it be downloaded. "
-            "Check the connection, name a local file of weights with checkpoint=..., or start from random weights with "
-            f"pretrained=False. The cause: {one_line(error)}"
+            f"The weights of {checked!r} are not in the cache and cannot be downloaded. Check the connection, give a "
+            "local file of weights with checkpoint=..., or start from random weights with pretrained=False. "
+            f"The cause: {one_line(error)}"
         ) from error
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"The weights of {checked!r} cannot be read, or do not fit its configuration. Save them again. "
+            f"The weights of {checked!r} cannot be read or do not fit its configuration. Save them again. "
             f"The cause: {one_line(error)}"
         ) from error
     except TypeError as error:
@@ -202,7 +202,7 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     if folder is not None and pretrained:
         _check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
-        check_finite(model, checked)
+        _check_finite(model, checked)
     return model
 
 
@@ -238,18 +238,18 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
             "or a folder that holds the whole model as timm:local-dir:FOLDER."
         )
     model.load_state_dict(weights)
-    check_finite(model, str(checkpoint))
+    _check_finite(model, str(checkpoint))
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def _check_finite(model: nn.Module, name: str) -> None:
     """Raise a ValueError that names the first weight with NaN or infinity."""
     for key, weight in model.named_parameters():
         if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # packed, for example
             continue
-        # One fast pass; only a sum that overflows or holds NaN needs the look at each weight.
+        # The sum is fast; only if it overflows or is NaN is each weight tested.
         if weight.sum().isfinite() or weight.isfinite().all():
             continue
         advice = (
@@ -262,7 +262,7 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def _check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
-    """Refuse integers stored for a floating-point parameter: without their scales they are not its values."""
+    """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known."""
     parameters = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     parameters |= {key.partition(".")[2] for key in parameters}  # checkpoints of the base model lack the first part
     for path in files:

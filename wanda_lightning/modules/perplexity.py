@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_CHUNK = 2**22  # logits per step of the loss: 16 MiB in float32, whatever the vocabulary and the window
+_CHUNK = 2**22  # logits per step of the loss, 16 MiB in float32
 
 
 def predicted_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return which tokens count as predictions: real tokens after a real one, so neither padding nor the first token.
+    """Return which tokens count as predictions: those that follow another token, except padding.
 
-    Input and output have the shape (batch, tokens); the attention mask is zero at padding.
+    All tensors have the shape (batch, tokens); the attention mask is zero at padding.
     """
     predicted = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
@@ -27,7 +27,7 @@ def predicted_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor
 def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the mean next-token loss of each window, of shape (batch,): `logsumexp(logits) - logits[target]`.
 
-    It is NaN for a window that predicts nothing.
+    It is NaN for a window without predicted tokens.
 
     Args:
         logits: Shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
@@ -57,10 +57,10 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
 class WindowPerplexity(Metric):
     r"""Perplexity as pruning papers report it: `exp` of the mean over windows of each window's mean next-token loss.
 
-    It equals the perplexity over all tokens only if all windows have the same length. A window that predicts nothing
+    It equals the perplexity over all tokens only if all windows have the same length. A window without predicted tokens
     (only padding, or one token) is ignored; without any other window the result is NaN.
 
-    >>> logits = torch.zeros(1, 5, 50)  # all 50 words are equally likely
+    >>> logits = torch.zeros(1, 5, 50)  # all 50 tokens are equally likely
     >>> metric = WindowPerplexity()
     >>> metric.update(logits, torch.randint(50, (1, 5)))
     >>> round(metric.compute().item(), 4)
@@ -82,16 +82,10 @@ class WindowPerplexity(Metric):
         self.add_state("windows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Add windows. It reads the logits in chunks, without a second tensor of their size.
-
-        Args:
-            logits: Predictions of the model after each token, of shape (batch, tokens, vocabulary).
-            input_ids: The windows, of shape (batch, tokens).
-            attention_mask: Shape (batch, tokens), zero at padding.
-        """
+        """Add windows; arguments as for `window_losses`."""
         losses = window_losses(logits, input_ids, attention_mask)
         counts = predicted_tokens(input_ids, attention_mask).any(dim=1)
-        # Not in place: a state that was reset in inference mode cannot be written outside it.
+        # Not in place: a state that was reset in inference mode cannot be modified outside of it.
         self.loss_sum = self.loss_sum + losses.to(self.loss_sum.dtype).where(counts, 0).sum()
         self.windows = self.windows + counts.sum()
 

@@ -1,4 +1,4 @@
-"""Several processes that prune one model: collectives, and FSDP2."""
+"""Prune one model in several processes: collectives, and FSDP2."""
 
 from wanda_lightning.parallel.fsdp import ForwardOrderCheck, entry_point, is_sharded, reset_fsdp_on_exit, reshard
 from wanda_lightning.parallel.processes import SINGLE_PROCESS, Processes, local, zero_counts

@@ -1,8 +1,8 @@
 """Everything that touches the internals of FSDP2 (`fully_shard`).
 
 FSDP2 gathers a module's weights in its forward hooks and frees them after the call. Calibration interrupts forward
-passes between these points, so it must know where a call begins, that all processes make the same calls, and how to
-bring FSDP2 back to its initial state after a pass that did not end.
+passes between these points. Therefore it must know where a call begins, check that all processes make the same calls,
+and reset FSDP2 after a pass that did not end.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from wanda_lightning.parallel.processes import Processes
 
 
 def entry_point(module: nn.Module) -> str:
-    """The attribute to replace in order to intercept every call of a module before its inputs are used.
+    """Return the attribute to replace in order to intercept every call of a module before its inputs are used.
 
-    For an FSDP2 module this is the call around the hooks: they gather its weights, which must not happen while other
-    batches wait. For others it is the forward, so that the module's hooks run once, before its inputs are read.
+    For an FSDP2 module it is the function that calls the hooks, because the hooks gather the weights, which must not
+    happen while other batches wait. For other modules it is the forward, so that their hooks run first, and only once.
     """
     return "_call_impl" if isinstance(module, FSDPModule) else "forward"
 
@@ -28,7 +28,8 @@ def entry_point(module: nn.Module) -> str:
 class ForwardOrderCheck:
     """Checks that all processes call the same FSDP2 modules in the same order, because each call gathers weights.
 
-    If a model routes its batches, they do not. A process would then get the weights of another module, or wait forever.
+    The order may differ if a model routes its batches. Then a process would get the weights of another module, or wait
+    forever.
     """
 
     def __init__(self, model: nn.Module, processes: Processes) -> None:
@@ -49,14 +50,14 @@ class ForwardOrderCheck:
             handle.remove()
 
     def check(self, unit: str, calls: int) -> None:
-        """Compare the calls so far, and the number of parked calls, between all processes.
+        """Compare the calls so far and the number of parked calls across all processes.
 
         Args:
             unit: Name of the unit, for the message.
             calls: Number of batches that are parked there.
 
         Raises:
-            ValueError: In all processes, if they differ.
+            ValueError: In every process, if they differ.
         """
         if not self._handles:
             return
@@ -65,8 +66,8 @@ class ForwardOrderCheck:
             raise ValueError(
                 f"strategy must be DDPStrategy for a model that routes its batches: the {self._processes.world_size} "
                 "processes do not call the same parts of the model in the same order (found at "
-                f"{unit or 'the end of the model'}), but FSDP2 communicates in each call. Use DDPStrategy, or "
-                "prune in one process (devices=1)."
+                f"{unit or 'the end of the model'}), but FSDP2 communicates in each call. Use DDPStrategy, or prune in "
+                "one process (devices=1)."
             )
 
     def _recorder(self, index: int) -> Callable[..., None]:
@@ -85,7 +86,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the gathered weights of every FSDP2 module: only writes to the shards persist."""
+    """Free the gathered weights of every FSDP2 module, because only writes to the shards persist."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -93,7 +94,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def reset_fsdp_on_exit(model: nn.Module) -> Iterator[None]:
-    """Reset all FSDP2 modules at the end, because forward passes may have stopped in the middle."""
+    """Reset all FSDP2 modules at the end of this block, because forward passes may have stopped halfway."""
     try:
         yield
     finally:

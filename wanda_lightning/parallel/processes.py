@@ -1,7 +1,7 @@
-"""The collectives by which several processes prune one model.
+"""The collectives of several processes that prune one model.
 
-All processes must call the same collectives in the same order, otherwise they wait for each other forever. Therefore
-code that may fail in one process alone runs inside `Processes.fail_together`, and `all_reduce_min` and `broadcast` also
+All processes must call the same collectives in the same order; otherwise they wait for each other forever. Therefore
+code that may fail in a single process runs inside `Processes.fail_together`. `all_reduce_min` and `broadcast` also
 report the failure of another process.
 """
 
@@ -20,11 +20,11 @@ Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes that prune one model; by default a single one, which communicates with nobody.
+    """The processes that prune one model; by default a single process, without communication.
 
     Args:
         group: The `torch.distributed` process group.
-        device: The device that its backend needs; None is the CPU.
+        device: The device that the backend of the group needs; None for the CPU.
 
     Attributes:
         world_size: Number of processes.
@@ -38,7 +38,7 @@ class Processes:
         self._known_failure: BaseException | None = None
 
     def all_reduce_min(self, value: int) -> int:
-        """Return the smallest value of all processes.
+        """Return the smallest value over all processes.
 
         Args:
             value: The value of this process, at least 0.
@@ -54,7 +54,7 @@ class Processes:
         return lowest
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor in place by its sum over the processes; one message for each dtype."""
+        """Replace each tensor in place with its sum over the processes, in one message for each dtype."""
         if self.world_size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -65,7 +65,7 @@ class Processes:
                 tensor.copy_(total.view_as(tensor))
 
     def all_gather(self, values: Sequence[int]) -> list[list[int]]:
-        """Return the values of every process by rank; each gives equally many."""
+        """Return the values of every process by rank; every process must pass the same number of values."""
         table = torch.zeros(self.world_size, len(values), dtype=torch.int64)
         table[self.rank] = torch.tensor(values, dtype=torch.int64)
         self.all_reduce_sum([table])
@@ -88,9 +88,9 @@ class Processes:
     def fail_together(self) -> Iterator[None]:
         """Make all processes complete this block, or all raise: an error in one of them ends it in all.
 
-        The failed process raises its own error, the others one that names the failed process. Inside the block,
-        `all_reduce_min`, `broadcast` and another `fail_together` are allowed, because they report a failure of another
-        process. `all_reduce_sum` and `all_gather` are not.
+        The failed process raises its own error; the others raise an error that names the failed process. Inside the
+        block, call `all_reduce_min`, `broadcast` and `fail_together`, which report the failure of another process, but
+        not `all_reduce_sum` and `all_gather`.
         """
         if self.world_size == 1:
             yield
@@ -123,12 +123,12 @@ SINGLE_PROCESS = Processes()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the shard of this process of a sharded tensor, and any other tensor as it is."""
+    """Return this process's shard of a sharded tensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def zero_counts(tensors: Sequence[Tensor], processes: Processes = SINGLE_PROCESS) -> list[int]:
-    """Count the zeros of each tensor over all processes; a tensor that every process has a copy of counts once."""
+    """Count the zeros of each tensor over all processes; copies of one tensor count once."""
     counts = torch.zeros(len(tensors), dtype=torch.int64)
     for index, tensor in enumerate(tensors):
         if processes.rank == 0 or isinstance(tensor, DTensor):

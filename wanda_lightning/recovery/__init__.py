@@ -1,4 +1,4 @@
-"""Recoveries train the kept weights after the masks are chosen; the masks stay fixed."""
+"""Recoveries: train the kept weights after pruning, with fixed masks."""
 
 from wanda_lightning.recovery.base import NoRecovery, RecoveredPart, Recovery, UnitRecovery
 from wanda_lightning.recovery.reconstruct import Reconstruct

@@ -1,4 +1,4 @@
-"""The interface of a recovery, and the one that does nothing."""
+"""The interface of a recovery, and the recovery that does nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RecoveredPart(NamedTuple):
         name: The module's name in the model.
         layers: Names of the pruned layers inside it.
         before: Relative squared error on held-out batches before training.
-        after: The same after training.
+        after: Relative squared error on held-out batches after training.
     """
 
     name: str
@@ -29,47 +29,39 @@ class RecoveredPart(NamedTuple):
 
 
 class UnitRecovery:
-    """The recovery of one unit. This one records nothing and trains nothing."""
+    """The recovery of one unit. The base class records nothing and trains nothing."""
 
     def record(self, calls: Iterable[Call]) -> Iterable[Call]:
-        """Return the calls of the dense unit; running each of them once records what training needs."""
+        """Return calls of the dense unit that record what training needs when each is run once."""
         return calls
 
     def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
-        """Train the kept weights of the pruned unit, part by part; `show` is told the name of each part."""
+        """Train the kept weights of the pruned unit part by part, and call `show` with the name of each part."""
         return iter(())
 
 
 class Recovery:
     """Trains the kept weights of each pruned unit, of the whole model at the end, or both."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # statistics: with any, calibration batches are required
+    needs: ClassVar[frozenset[str]] = frozenset()  # statistics; if there are any, calibration batches are required
 
     def check(self, sequential: str) -> None:
-        """Refuse a `sequential` that the recovery cannot work with.
-
-        Raises:
-            ValueError: If it cannot.
-        """
+        """Raise a ValueError if the recovery does not support the value of `sequential`."""
 
     def check_processes(self, world_size: int) -> None:
-        """Refuse a number of processes that the recovery cannot work with.
-
-        Raises:
-            ValueError: If it cannot.
-        """
+        """Raise a ValueError if the recovery does not support so many processes."""
 
     def start(self, unit: Unit, masks: Sequence[tuple[TokenMask, ...] | None]) -> UnitRecovery:
-        """Begin with a unit that is still dense.
+        """Start the recovery of a unit that is still dense.
 
         Args:
             unit: The unit.
-            masks: Which tokens of each batch count; None for a batch that does not count at all.
+            masks: The padding of each batch; None for a batch that does not count.
         """
         return UnitRecovery()
 
     def finish(self, model: nn.Module, forwards: Iterable[Callable[[], object]]) -> None:
-        """Train the kept weights of the whole model, after its last unit is pruned.
+        """Train the kept weights of the whole model after its last unit is pruned.
 
         Args:
             model: The pruned model.

@@ -21,24 +21,24 @@ from wanda_lightning.core.masking import masked
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 from wanda_lightning.recovery.base import RecoveredPart, Recovery, UnitRecovery
 
-_HELD_OUT = 4  # one batch in so many is not trained on
+_HELD_OUT = 4  # every fourth batch is held out from training
 
-TokenMasks = Sequence[tuple[TokenMask, ...] | None]  # of each batch
+TokenMasks = Sequence[tuple[TokenMask, ...] | None]  # by batch
 
 
 @dataclass(frozen=True)
 class Reconstruct(Recovery):
     """Train the kept weights of each part of a block to reproduce the outputs of the dense part.
 
-    The attention and the MLP of a block are trained separately, on the inputs that they had in the dense block: Adam on
-    the squared error, with the mask fixed. From four calibration batches on, every fourth is held out; when the error
-    on the held-out batches stops falling, training ends and the best weights are kept. If layers lie in the block
-    itself, outside of its parts, the block is trained as a whole. While a block is trained, the inputs and outputs of
-    its parts are in memory for all batches.
+    The attention and the MLP of a block are trained separately, on their inputs in the dense block: Adam minimizes the
+    squared error with the mask fixed. Every fourth calibration batch, if there are at least four, is held out. Training
+    ends when the error on the held-out batches stops falling, and keeps the best weights. A block with layers outside
+    of its parts is trained as a whole. While a block is trained, the inputs and outputs of its parts are in memory for
+    all batches.
 
     Attributes:
-        epochs: Passes over the calibration batches, at most.
-        learning_rate: Of Adam, relative to the root mean square of the layer's kept weights.
+        epochs: Maximum number of passes over the calibration batches.
+        learning_rate: Learning rate of Adam, relative to the root mean square of the layer's kept weights.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
@@ -53,7 +53,7 @@ class Reconstruct(Recovery):
         if sequential != "block":
             raise ValueError(
                 f"recovery={self} trains the parts of blocks, but sequential={sequential!r} was given. Use "
-                "sequential='block', or another recovery."
+                "sequential='block' or another recovery."
             )
 
     def check_processes(self, world_size: int) -> None:
@@ -65,13 +65,13 @@ class Reconstruct(Recovery):
             )
 
     def start(self, unit: Unit, masks: TokenMasks) -> UnitRecovery:
-        """Find the parts of the unit; a unit that is a single layer has none."""
+        """Find the parts of the unit; a unit that is a single layer has no parts."""
         parts = _parts(unit)
         return _BlockReconstruction(self, unit, parts, masks) if parts else UnitRecovery()
 
 
 class _Run(NamedTuple):
-    """One call of a part: its inputs (arguments and keywords), and the output of the dense part."""
+    """One call of a part: its arguments and keyword arguments, and the output of the dense part."""
 
     call: Call
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
@@ -80,24 +80,27 @@ class _Run(NamedTuple):
 
 @dataclass
 class _Part:
-    """A module of a block that is trained separately.
-
-    Attributes:
-        name: Its name in the model.
-        module: An attention, an MLP, or the block.
-        layers: The pruned layers inside it.
-        runs: One for each batch.
-    """
+    """A module of a block (attention, MLP, or the block itself) with its pruned layers, and one run for each batch."""
 
     name: str
     module: nn.Module
     layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
 
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook before the forward of the module, which may write into its inputs."""
+        self.inputs = clone_arguments((args, kwargs))
+
+    def record_output(self, call: Call, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Hook after the forward of the module."""
+        self.runs.append(_Run(call, self.inputs, _first_output(output).clone()))
+
 
 @dataclass
 class _BlockReconstruction(UnitRecovery):
-    """Records what the parts of a dense block compute, and trains the pruned parts on it."""
+    """Records the inputs and outputs of the parts of a dense block, and trains the pruned parts on them."""
 
     config: Reconstruct
     unit: Unit
@@ -113,15 +116,17 @@ class _BlockReconstruction(UnitRecovery):
                 yield replace(call, forward=partial(self._run, call))
 
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        if self.parts[0].module is self.unit.module:  # the call parks inside the module: its hooks do not run
-            inputs = clone_arguments((args, kwargs))
+        if self.parts[0].module is self.unit.module:  # the batch is parked inside the module, so its hooks do not run
+            self.parts[0].record_inputs(self.unit.module, args, kwargs)
             output = call.forward(*args, **kwargs)
-            self.parts[0].runs.append(_Run(call, inputs, _first_output(output).clone()))
+            self.parts[0].record_output(call, self.unit.module, args, output)
             return output
         with ExitStack() as hooks:
             for part in self.parts:
-                hook = part.module.register_forward_hook(_recording_hook(part, call), with_kwargs=True)
-                hooks.callback(hook.remove)
+                before = part.module.register_forward_pre_hook(part.record_inputs, with_kwargs=True)
+                after = part.module.register_forward_hook(partial(part.record_output, call))
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
             return call.forward(*args, **kwargs)
 
     def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
@@ -134,10 +139,10 @@ class _BlockReconstruction(UnitRecovery):
 
 
 class _PartTraining:
-    """Trains the nonzero weights of one part, and writes them when training is over.
+    """Trains the nonzero weights of one part, and writes them at the end of training.
 
-    The part runs outside of the block, by `functional_call` with float32 copies of its weights, so nothing in the model
-    changes before that.
+    The part runs outside of the block, by `functional_call` with float32 copies of its weights, so that the model does
+    not change before.
     """
 
     def __init__(self, part: _Part, config: Reconstruct, masks: TokenMasks) -> None:
@@ -153,11 +158,11 @@ class _PartTraining:
             for path, weight in self._weights.items()
         }
         self._keep = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in self._weights.items()}
-        for layer in part.layers:  # a parameter may hold several layers, some of which are dense and stay as they are
+        for layer in part.layers:  # a parameter may also hold dense layers, which do not change
             layer.part(self._keep[paths[layer.name]]).copy_(layer.weight != 0)
 
     def train(self) -> RecoveredPart:
-        """Train for at most `epochs`, as long as the held-out error falls."""
+        """Train for at most `epochs` epochs, as long as the held-out error falls."""
         optimizer = torch.optim.Adam(
             [
                 {"params": [copy], "lr": self._config.learning_rate * _root_mean_square(copy.detach()[keep])}
@@ -184,7 +189,7 @@ class _PartTraining:
             optimizer.zero_grad()
             self._error(run, training=True).backward()
             for copy, keep in zip(self._copies.values(), self._keep.values(), strict=True):
-                if copy.grad is not None:  # without a gradient Adam leaves a weight as it is
+                if copy.grad is not None:  # Adam skips weights without a gradient
                     copy.grad = masked(copy.grad, keep)
             optimizer.step()
 
@@ -199,7 +204,7 @@ class _PartTraining:
             return self._square_sum(output - run.output, run)
 
     def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
-        """Sum of squares over the tokens that count."""
+        """Sum the squares over all tokens except padding."""
         if mask := fitting_mask(self._masks[run.call.batch] or (), self._part.name, x):
             x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
         return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
@@ -209,7 +214,7 @@ class _PartTraining:
 
 
 def _parts(unit: Unit) -> list[_Part]:
-    """The children of a block if they hold all its layers, else the block itself; a layer has no parts."""
+    """Return the children of a block if they hold all its layers, otherwise the block itself; a layer has no parts."""
     if unit.module is None or any(layer.module is unit.module for layer in unit.layers):
         return []
     parts = [_part(f"{unit.name}.{name}", module, unit.layers) for name, module in _called_children(unit.module)]
@@ -220,7 +225,7 @@ def _parts(unit: Unit) -> list[_Part]:
 
 
 def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Children that have a forward: the members of a list or dictionary in place of the container."""
+    """Yield the children of a module, with the members of a list or dictionary in place of the container."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _called_children(child))
@@ -233,15 +238,8 @@ def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> _Part:
     return _Part(name, module, tuple(layer for layer in layers if layer.module in inside))
 
 
-def _recording_hook(part: _Part, call: Call) -> Callable[..., None]:
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        part.runs.append(_Run(call, clone_arguments((args, kwargs)), _first_output(output).clone()))
-
-    return record
-
-
 def _first_output(output: object) -> Tensor:
-    """The first floating-point tensor that a part returns."""
+    """Return the first floating-point tensor in the output of a part."""
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
