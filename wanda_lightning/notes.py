@@ -135,7 +135,7 @@ def _few_tokens(outcome: Outcome) -> Note | None:
     least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
     return Note(
         f"{_layers(few)} received fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for "
-        f"{least.shape[1]} inputs. A Gram matrix of so few tokens depends on the dampening: give more calibration samples"
+        f"{least.shape[1]} inputs. Their Gram matrices depend on the dampening: give more calibration samples"
     )
 
 
