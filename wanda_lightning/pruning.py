@@ -83,7 +83,7 @@ def prune_as(
 
     Args:
         config: The choices.
-        model: The model: a full copy in each process, or sharded on dimension 0 by FSDP2 (`fully_shard`).
+        model: A full copy in each process, or sharded on dimension 0 by FSDP2 (`fully_shard`).
         batches: Calibration batches of this process.
         forward: Runs one batch through the model.
         predict: Runs one batch and returns the logits, for an allocation that reads gradients; by default `forward`.

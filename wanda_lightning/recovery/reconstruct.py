@@ -86,8 +86,7 @@ class _Part:
     module: nn.Module
     layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
-
-    inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # of the latest call
 
     def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before the forward of the module, which may write into its inputs."""
