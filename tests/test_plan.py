@@ -95,7 +95,7 @@ def test_a_given_zero_leaves_a_layer_dense():
     report = prune(model, ZOO["llama"].batches(), 0.5, pattern="4:8", allocation=allocation, progress=False)
     assert report.layers[0].sparsity == 0
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
-    assert any(note.startswith("mixed N:M: ") and "1 layers dense" in note for note in report.notes)
+    assert any(note.startswith("mixed N:M: ") and "1 layer dense" in note for note in report.notes)
 
 
 MODELS = ["llama", "gpt2", "t5", "vit", "convnext", "resnet18", "unreached"]
@@ -191,7 +191,9 @@ def test_mixed_n_of_m(model_name, allocation):
         counts[kept[0]] = counts.get(kept[0], 0) + 1
         assert next(pruned for pruned in report.layers if pruned.name == layer.name).sparsity == 1 - kept[0] / 16
     assert len(counts) > 1
-    expected = "mixed N:M: " + ", ".join(f"{counts[n]} layers {n}:16" for n in sorted(counts, key=lambda n: f"{n}:16"))
+    expected = "mixed N:M: " + ", ".join(
+        f"{counts[n]} layer{'s' * (counts[n] > 1)} {n}:16" for n in sorted(counts, key=lambda n: f"{n}:16")
+    )
     assert expected in report.notes
     largest = max(layer.size for layer in report.layers)
     assert abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2

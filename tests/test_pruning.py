@@ -480,7 +480,7 @@ def test_the_report_says_where_tokens_are_few():
     model = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
     dense = copy.deepcopy(model)
     report = prune(model, [torch.randn(16, 32)], solver="refit", progress=False)
-    assert "1 layer received fewer tokens than they have inputs, 0 first: 16 of 32" in "".join(report.notes)
+    assert "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs" in "".join(report.notes)
     assert not prune(dense, [torch.randn(16, 32)], progress=False).notes
 
 

@@ -121,7 +121,7 @@ def test_sparsity_out_of_range(sparsity):
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        ({"criterion": Wanda}, "criterion must be a Criterion or one of wanda"),
+        ({"criterion": Wanda}, "criterion must be of class Criterion or one of wanda"),
         ({"pattern": (2, 4)}, "it is (2, 4)"),
         ({"sparsity": "0.5"}, "it is '0.5'"),
         ({"skip": ["re:("]}, "must be a regular expression after 're:'"),

@@ -74,8 +74,7 @@ class PruningConfig:
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
             method: Name of a method or preset, which sets the defaults of the following arguments.
-            criterion: Scores the weights: `Wanda()`, `Magnitude()`, `RIA()`, or a name; by default the solver's own,
-                which is Wanda for `ZeroOut()`.
+            criterion: Scores the weights: `Wanda()`, `Magnitude()`, `RIA()`, or a name; by default the solver's own.
             pattern: Where zeros may fall: `"unstructured"` compares the same weights as the method's paper (within rows
                 for Wanda, within layers for magnitude and SparseGPT); or `Unstructured("row")`, `NM(2, 4)`,
                 `EqualShare()`, or a name such as `"2:4"`.
@@ -179,7 +178,9 @@ def _resolve(option: str, table: Mapping[str, Choice], given: Any, default: Choi
     if isinstance(given, str):
         return _named(option, given, table)()
     if not isinstance(given, (base := _BASES[option].load())):
-        raise ValueError(f"{option} must be a {base.__name__} or one of {', '.join(table)}, but it is {given!r}.")
+        raise ValueError(
+            f"{option} must be of class {base.__name__} or one of {', '.join(table)}, but it is {given!r}."
+        )
     return given
 
 

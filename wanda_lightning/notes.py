@@ -134,8 +134,8 @@ def _few_tokens(outcome: Outcome) -> Note | None:
         return None
     least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
     return Note(
-        f"{_layers(few)} received fewer tokens than they have inputs, {least.name} first: {least.tokens} of "
-        f"{least.shape[1]}. Their Gram matrices depend on the dampening: give more calibration samples"
+        f"{_layers(few)} received fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for "
+        f"{least.shape[1]} inputs. Their Gram matrices depend on the dampening: give more calibration samples"
     )
 
 
@@ -155,7 +155,7 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
     if outcome.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
         return None
     counts = {f"{kind.n}:{kind.m}" if isinstance(kind, NM) else "dense": number for kind, number in kinds.items()}
-    listed = ", ".join(f"{number} layers {kind}" for kind, number in sorted(counts.items()))
+    listed = ", ".join(f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(counts.items()))
     return Note(f"mixed N:M: {listed}", is_warning=False)
 
 

@@ -40,9 +40,10 @@ def unchanged(model, *args, **kwargs):
 def test_batches_that_hold_no_tensors(batch):
     message = unchanged(mlp(), [batch])
     assert (
-        f"batches must hold tensors, or mappings or tuples of tensors, but one is a {type(batch).__name__}" in message
+        f"batches must hold tensors, or mappings or tuples of tensors, but one is of class {type(batch).__name__}"
+        in message
     )
-    assert f"one is a {type(batch).__name__}" in unchanged(mlp(), [(batch, 1)])
+    assert f"one is of class {type(batch).__name__}" in unchanged(mlp(), [(batch, 1)])
 
 
 def test_a_forward_of_ones_own_may_take_anything():

@@ -1,6 +1,7 @@
 """The command as a whole: help, usage, exit statuses, interruption."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,6 +137,31 @@ def test_every_public_name_is_there():
     for name in wanda_lightning.__all__:
         assert getattr(wanda_lightning, name).__name__ == name
     assert set(wanda_lightning._HOME_OF) == set(wanda_lightning.__all__)
+
+
+@pytest.mark.parametrize("command", ["prune --model timm:vit --data_path digits", "fit --config recipe.yaml"])
+def test_python_without_docstrings_is_refused_before_anything_is_loaded(command, tmp_path):
+    line = [sys.executable, "-OO", "-X", "importtime", "-m", "wanda_lightning", *command.split()]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(said) == 1
+    assert "python -OO removes the docstrings" in said[0]
+    assert not re.search(r"\| +torch$", done.stderr, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", [["--config", "gone.yaml"], ["-c", "gone.yml"], ["--config=gone.yaml"]])
+def test_a_missing_recipe_is_refused_before_lightning_is_imported(option, tmp_path):
+    code = (
+        "import sys; from wanda_lightning.cli import main; status = main(sys.argv[1:])\n"
+        "assert 'lightning' not in sys.modules; sys.exit(status)"
+    )
+    line = [sys.executable, "-c", code, "fit", *option]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"wanda-lightning: error: --config must be a YAML file, but gone\.ya?ml does not .*\n", done.stderr
+    )
 
 
 @pytest.mark.parametrize("option", [[], ["--debug"]])

@@ -27,6 +27,17 @@ def test_no_number_is_cut(width, capsys, monkeypatch):
     assert "…" not in out
 
 
+@pytest.mark.parametrize("width", [40, 70, 80, 100, 200])
+def test_no_number_is_cut_under_the_long_name_of_a_model(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    made = Table()
+    made.add_column("")
+    made.add_column("/models/of/the/laboratory/llama-2-7b-pruned-2-4", justify="right", overflow="fold")
+    made.add_row("sparsity of the prunable layers of the model", "50.00% (+50.00)")
+    print_table(made)
+    assert "50.00% (+50.00)" in capsys.readouterr().out
+
+
 def test_markup_in_names_is_text(capsys, monkeypatch):
     from rich.markup import escape
 

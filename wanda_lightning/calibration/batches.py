@@ -152,7 +152,7 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
         batch = batch[0]
     if isinstance(batch, str | bytes | Number) or type(batch).__module__ == "numpy":
         raise ValueError(
-            f"batches must hold tensors, or mappings or tuples of tensors, but one is a {type(batch).__name__}. "
+            f"batches must hold tensors, or mappings or tuples of tensors, but one is of class {type(batch).__name__}. "
             "Convert it to tensors, or give forward=."
         )
     return model(batch)

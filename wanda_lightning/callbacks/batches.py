@@ -207,7 +207,7 @@ def batch_size(batch: Any) -> int:
     lengths = Counter(len(tensor) for tensor in _tensors(batch))
     if not lengths:
         raise MisconfigurationException(
-            f"dataloader must make batches that hold tensors, but one is a {type(batch).__name__} without any."
+            f"dataloader must make batches that hold tensors, but one is of class {type(batch).__name__} without any."
         )
     common = [length for length, count in lengths.items() if count == max(lengths.values())]
     named = [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []

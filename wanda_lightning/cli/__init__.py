@@ -124,6 +124,7 @@ def _run_command(command: str, arguments: list[str]) -> None:
     from importlib import import_module
 
     options = command_parser(command).parse_args(arguments)
+    _refuse_without_docstrings()
     options.refuse_early()
     module = import_module(f"wanda_lightning.cli.{command}")
     from wanda_lightning.cli.measure import readable_messages
@@ -133,6 +134,8 @@ def _run_command(command: str, arguments: list[str]) -> None:
 
 
 def _run_lightning(arguments: list[str], in_shell: bool) -> None:
+    _refuse_without_docstrings()
+    _refuse_missing_recipe(arguments)
     from wanda_lightning.cli.lightning import run
     from wanda_lightning.cli.measure import readable_messages
 
@@ -140,3 +143,24 @@ def _run_lightning(arguments: list[str], in_shell: bool) -> None:
         if in_shell:  # LightningCLI reads sys.argv, and so do the processes that its strategies start
             sys.argv[1:] = arguments
         run(None if in_shell else arguments)
+
+
+def _refuse_without_docstrings() -> None:
+    """Refuse `python -OO`, under which transformers cannot import its models."""
+    if sys.flags.optimize > 1:
+        raise ValueError(
+            "python -OO removes the docstrings that transformers reads to define its models, so no model can be loaded."
+            " Use python -O, or python without the option."
+        )
+
+
+def _refuse_missing_recipe(arguments: list[str]) -> None:
+    """Refuse a recipe that does not exist before Lightning is imported."""
+    from os.path import exists
+
+    from wanda_lightning.cli.parser import UsageError
+
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, path = option.partition("=") if option.startswith("--config=") else (option, "", value)
+        if name in ("-c", "--config") and path.endswith((".yaml", ".yml")) and not exists(path):
+            raise UsageError(f"--config must be a YAML file, but {path} does not exist. Check the path.")

@@ -31,11 +31,12 @@ def print_note(note: str) -> None:
 def _width(console: Console, table: Table) -> int:
     """Keep numbers from being cut, and return the narrowest width of the table in which they are whole."""
     wide = console.options.update(max_width=10_000)
+    is_too_wide = Measurement.get(console, wide, table).maximum > console.width
     width = 1
     for column in table.columns:
         heading = Measurement.get(console, wide, column.header).minimum  # headings may break between words
         widest = max([heading, *(Measurement.get(console, wide, cell).maximum for cell in column.cells)])
-        if column.justify == "right":
-            column.min_width = widest
+        if column.justify == "right" and is_too_wide:
+            column.width = widest  # rich would ignore a `min_width` here
         width += (widest if column.justify == "right" else min(widest, _NARROW)) + 3
     return width
