@@ -81,5 +81,5 @@ def test_the_learning_rate_falls_to_zero():
 @in_a_trainer
 def test_a_learning_rate_cannot_fall_to_zero_without_an_end():
     module = CausalLMModule(llama(), lr_decay=True)
-    with pytest.raises(MisconfigurationException, match="lr_decay=True must know the number of training steps"):
+    with pytest.raises(MisconfigurationException, match="lr_decay=True needs the number of training steps"):
         fit(module, max_epochs=-1)
