@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from wanda_lightning.core.patterns import NM
+from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
 from wanda_lightning.plan import Plan, Selections
 from wanda_lightning.report import PrunedLayer
@@ -150,11 +150,17 @@ def _short_of_target(outcome: Outcome) -> Note | None:
     )
 
 
+def _as_nm(pattern: Pattern) -> str:
+    if pattern.fixed_sparsity is None:
+        return "dense"
+    return f"{round((1 - pattern.fixed_sparsity) * pattern.group_size)}:{pattern.group_size}"
+
+
 def _mixed_nm(outcome: Outcome) -> Note | None:
     kinds = Counter(outcome.selections[name].pattern for name in outcome.layers)
     if outcome.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
         return None
-    counts = {f"{kind.n}:{kind.m}" if isinstance(kind, NM) else "dense": number for kind, number in kinds.items()}
+    counts = {_as_nm(kind): number for kind, number in kinds.items()}
     listed = ", ".join(f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(counts.items()))
     return Note(f"mixed N:M: {listed}", is_warning=False)
 

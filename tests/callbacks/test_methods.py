@@ -45,3 +45,9 @@ def test_each_is_the_method_of_its_name(callback, method, choices):
 
 def test_dampening_reaches_the_solver():
     assert SparseGPTPrune(dampening=0.5).config.solver == SparseGPT(dampening=0.5)
+
+
+@pytest.mark.parametrize("callback", [WandaPrune, SparseGPTPrune, MagnitudePrune])
+def test_a_callback_named_after_a_method_takes_no_other(callback):
+    with pytest.raises(TypeError, match="method"):
+        callback(0.5, method="ria")
