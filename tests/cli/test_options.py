@@ -72,6 +72,7 @@ REFUSED = {
         (["--lora_dropout", "1"], "--lora_dropout must be in [0, 1), but it is 1.0."),
         (["--precision", "fp8"], "--precision must be one of 32-true, "),
         (["--method", "keep-zeros"], "but it is 'keep-zeros'. Did you mean keep-zeros-lora?"),
+        (["--model", "timm:test_vit"], "--model and --dense must be language models, but one is timm:test_vit."),
         (["--method", "full", "--lora_r", "4"], "--lora_r has no meaning for --method full, which trains no adapters."),
         (["--method", "full", "--target_modules", "q"], "--target_modules has no meaning for --method full"),
     ],

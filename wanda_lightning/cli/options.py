@@ -222,6 +222,9 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         if self.method == "full":
             refuse_given(self, "--method full, which trains no adapters", " ".join(ADAPTERS))
+        for name in (self.model, self.dense or ""):
+            if name.startswith(TIMM):
+                raise ValueError(f"--model and --dense must be language models, but one is {name}.")
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
