@@ -352,8 +352,6 @@ def test_a_massive_channel_is_pruned_by(sequential, dtype):
 @EVERY_GRANULARITY
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_float64_models_stay_float64(sequential, solver):
-    if solver == "reconstruct" and sequential != "block":
-        pytest.skip("trains blocks")
     model, seen = ZOO["llama"].build().double(), []
 
     class Spy(Wanda):
