@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from wanda_lightning.data import ImageDataModule, TextDataModule
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
     from wanda_lightning.pruning import prune
-    from wanda_lightning.recovery import NoRecovery, Reconstruct
+    from wanda_lightning.recovery import Distil, NoRecovery, Reconstruct
     from wanda_lightning.report import PruningReport
 
 _HOMES = {
@@ -44,7 +44,7 @@ _HOMES = {
     "data": "ImageDataModule TextDataModule",
     "modules": "CausalLMModule ImageClassifierModule",
     "pruning": "prune",
-    "recovery": "NoRecovery Reconstruct",
+    "recovery": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -57,6 +57,7 @@ __all__ = [
     "AlphaPruning",
     "CausalLMModule",
     "CubicSchedule",
+    "Distil",
     "EqualShare",
     "Fisher",
     "ImageClassifierModule",

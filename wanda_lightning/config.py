@@ -145,14 +145,24 @@ class PruningConfig:
         return self.unit_needs | self.allocation.needs
 
     @property
+    def reads_gradients(self) -> bool:
+        """Whether a backward pass of the dense model is needed, for the allocation or the pattern."""
+        return self.allocation.reads_gradients or self.pattern.weighs_rows
+
+    @property
     def data_reader(self) -> object | None:
         """The first choice that needs calibration data, for messages; None if no choice needs any."""
         choices = (self.criterion, self.solver, self.allocation, self.recovery)
-        return next((one for one in choices if one.needs or getattr(one, "reads_gradients", False)), None)
+        reading = (one for one in choices if one.needs or _reads_batches(one))
+        return next(reading, self.pattern if self.pattern.weighs_rows else None)
 
     def describe(self) -> dict[str, Any]:
         """Return every value as plain data, for the report."""
         return {field.name: _describe(getattr(self, field.name)) for field in fields(self)}
+
+
+def _reads_batches(choice: Any) -> bool:
+    return getattr(choice, "reads_gradients", False) or getattr(choice, "reads_batches", False)
 
 
 _BASES = {

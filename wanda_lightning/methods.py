@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, get_args
 
-Group = Literal["row", "layer"]
+Group = Literal["row", "layer", "layer_weighted"]
 SequentialChoice = Literal["block", "layer", "none"]
 SEQUENTIAL_CHOICES: tuple[str, ...] = get_args(SequentialChoice)
 
@@ -42,7 +42,9 @@ ZERO_OUT = choice("core.solvers.ZeroOut")
 UNIFORM = choice("core.allocation.Uniform")
 NO_RECOVERY = choice("recovery.NoRecovery")
 RECONSTRUCT = choice("recovery.Reconstruct")
+DISTIL = choice("recovery.Distil")
 ADMM = choice("core.solvers.ADMM")
+FISHER = choice("core.allocation.Fisher", num_samples=8)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Method:
     Attributes:
         criterion: Scores the weights; None for the solver's own.
         solver: Computes the final weights.
-        group: Where unstructured pruning compares weights; None for the choice of the papers of criterion and solver.
+        group: Where unstructured pruning compares weights, and whether it weighs rows; None for the choice of the
+            papers of criterion and solver.
         sequential: What is pruned before the statistics are collected; None for `"block"`.
         allocation: Distributes the sparsity over the layers. For N:M the default stays uniform, because any other
             allocation mixes 2:4 layers with 1:4 layers.
@@ -84,9 +87,8 @@ METHODS: Mapping[str, Method] = {
 PRESETS: Mapping[str, Method] = {
     "fast": Method(choice("core.criteria.Wanda"), sequential="layer"),
     "balanced": Method(solver=choice("core.solvers.ADMM", iterations=6), group="layer", sequential="layer"),
-    "best": Method(
-        solver=ADMM, group="layer", sequential="layer", allocation=choice("core.allocation.Fisher", num_samples=8)
-    ),
+    "best": Method(solver=ADMM, group="layer_weighted", sequential="layer", allocation=FISHER),
+    "thorough": Method(solver=ADMM, group="layer_weighted", sequential="layer", allocation=FISHER, recovery=DISTIL),
 }
 
 CRITERIA: Mapping[str, Choice] = {
@@ -102,6 +104,7 @@ SOLVERS: Mapping[str, Choice] = {"zero_out": ZERO_OUT} | {
 PATTERNS: Mapping[str, Choice] = {
     "unstructured_row": choice("core.patterns.Unstructured", group="row"),
     "unstructured_layer": choice("core.patterns.Unstructured", group="layer"),
+    "unstructured_layer_weighted": choice("core.patterns.Unstructured", group="layer", weigh_rows=True),
     "equal_share": choice("core.patterns.EqualShare"),
     "2:4": choice("core.patterns.NM", n=2, m=4),
     "4:8": choice("core.patterns.NM", n=4, m=8),
@@ -116,4 +119,4 @@ ALLOCATIONS: Mapping[str, Choice] = {
     "fisher": choice("core.allocation.Fisher"),
 }
 
-RECOVERIES: Mapping[str, Choice] = {"none": NO_RECOVERY, "reconstruct": RECONSTRUCT}
+RECOVERIES: Mapping[str, Choice] = {"none": NO_RECOVERY, "reconstruct": RECONSTRUCT, "distil": DISTIL}

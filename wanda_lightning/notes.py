@@ -10,7 +10,7 @@ from typing import NamedTuple
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
 from wanda_lightning.plan import Plan, Selections
-from wanda_lightning.report import PrunedLayer
+from wanda_lightning.report import PrunedLayer, Training
 
 _ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
 _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
@@ -35,6 +35,7 @@ class Outcome:
         few_tokens: Experts that were pruned with the statistics of all experts of their module, each with its own
             number of tokens.
         revisited: Layers that the model called again after they were pruned.
+        training: The training of the whole model; None if there was none.
         seconds: Time by stage.
     """
 
@@ -44,6 +45,7 @@ class Outcome:
     skipped: dict[str, SkippedMatrix] = field(default_factory=dict)
     few_tokens: Mapping[str, int] = field(default_factory=dict)
     revisited: set[str] = field(default_factory=set)
+    training: Training | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -165,6 +167,19 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
     return Note(f"mixed N:M: {listed}", is_warning=False)
 
 
+def _training(outcome: Outcome) -> Note | None:
+    if not (training := outcome.training):
+        return None
+    losses = ", ".join(f"{each.loss:.4g}" for each in training.passes if each.loss is not None)
+    text = f"{training.recovery} trained on {training.trained} samples, mean loss of each pass: {losses or 'none'}"
+    if training.held_out:
+        held_out = ", ".join(f"{each.held_out:.4g}" for each in training.passes)
+        text += f"; on {training.held_out} held-out samples, before and after each pass: {held_out}"
+    else:
+        text += "; too few samples to hold any out"
+    return Note(f"{text}; {training.stopped}" if training.stopped else text, is_warning=bool(training.stopped))
+
+
 _NOTES: Sequence[Callable[[Outcome], Note | None]] = (
     _left_dense(SkipReason.UNREACHED, "no calibration batch called"),
     _left_dense(SkipReason.UNROUTED, "no calibration token was observed in"),
@@ -177,6 +192,7 @@ _NOTES: Sequence[Callable[[Outcome], Note | None]] = (
     _few_tokens,
     _short_of_target,
     _mixed_nm,
+    _training,
 )
 
 

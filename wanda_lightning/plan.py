@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.models import Inventory, Layer, Unit, find_layers
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, reshard
+from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.refusals import refuse_nothing_to_prune, refuse_sharding, refuse_too_wide, refuse_unprunable
 
@@ -27,7 +28,7 @@ class DenseStatistics(NamedTuple):
     """What an allocation may read about the dense model, by layer. Layers that no batch reaches are missing."""
 
     inputs: Mapping[str, InputStatistics] = MappingProxyType({})
-    fisher: Mapping[str, Tensor] = MappingProxyType({})  # see `calibration.gradients.fisher`
+    gradients: Mapping[str, GradientStatistics] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,15 @@ class Plan:
     def whole_model(self) -> Unit:
         """All layers as one unit."""
         return Unit("", None, self.layers)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The blocks that hold layers; none contains another."""
+        modules = named_modules(self.model)
+        names = dict.fromkeys(self.inventory.blocks[layer.name] for layer in self.layers)
+        found = [modules[name] for name in names if name in modules]
+        own = {layer.module for layer in self.layers}
+        return tuple(module for module in found if module not in own)
 
     @property
     def is_one_pass(self) -> bool:
@@ -84,7 +94,7 @@ class Plan:
                 self.config.pattern.sparsity_steps(*layer.shape),
                 partial(read, layer),
                 dense.inputs.get(layer.name, InputStatistics()),
-                dense.fisher.get(layer.name),
+                dense.gradients.get(layer.name),
             )
             for layer in layers
         ]
@@ -111,12 +121,14 @@ class Plan:
         for layer in self.layers:
             sparsity = sparsities.get(layer.name, self.config.sparsity)
             pattern = self.config.pattern.for_sparsity(sparsity)
-            selections[layer.name] = Selection(self.config.criterion, pattern, sparsity)
+            weighed = layer.name in dense.gradients and pattern.weighs_rows
+            weights = {"row_weights": dense.gradients[layer.name].row_weights()} if weighed else {}
+            selections[layer.name] = Selection(self.config.criterion, pattern, sparsity, **weights)
         return selections
 
     def _has_statistics(self, layer: Layer, dense: DenseStatistics) -> bool:
         allocation = self.config.allocation
-        if allocation.reads_gradients and layer.name not in dense.fisher:
+        if allocation.reads_gradients and layer.name not in dense.gradients:
             return False
         return not allocation.needs or (layer.name in dense.inputs and dense.inputs[layer.name].count > 0)
 
@@ -130,7 +142,7 @@ def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SI
     reshard(model)
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     plan = Plan(config, model, processes, inventory)
-    config.recovery.check_processes(processes.world_size)
+    config.recovery.check_processes(processes.world_size, is_sharded(model))
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
         refuse_unprunable(inventory.layers)

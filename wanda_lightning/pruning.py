@@ -16,11 +16,11 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.calibrate import UnitStop, calibrate, pruning_mode
 from wanda_lightning.calibration.error_notes import add_note
-from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.passive import PassiveCalibration
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_wrapper
 from wanda_lightning.notes import Outcome, notes_on
@@ -96,13 +96,15 @@ def prune_as(
     with _timed(seconds, "prepare"), processes.fail_together():
         plan = make_plan(config, model, processes)
         data = CalibrationBatches(model, batches, forward, predict, processes, config.data_reader)
-        allocate_first = not plan.is_one_pass or config.allocation.reads_gradients
-        if allocate_first:
+        allocate_first = not plan.is_one_pass or config.reads_gradients
+        if allocate_first or config.recovery.reads_batches:
             data.read_all(progress)  # the batches run several times, or side by side
     outcome = Outcome(plan, seconds=seconds)
     if allocate_first:
         with _timed(seconds, "allocate") if config.allocation.reads_weights else nullcontext():
             outcome.selections = plan.allocate(_observe_dense_model(plan, data, progress), progress)
+    with pruning_mode(model):
+        recovery = config.recovery.start_model(model, plan.layers, plan.blocks, data, processes, progress)
     total = data.length if plan.is_one_pass else len(plan.units)
     with (
         _timed(seconds, "prune"),
@@ -111,8 +113,9 @@ def prune_as(
         _naming_what_was_written(outcome),
     ):
         _prune_units(plan, data, outcome, bar)
-        config.recovery.finish(model, data)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
+    with _timed(seconds, "recover") if config.recovery.reads_batches else nullcontext(), pruning_mode(model):
+        outcome.training = recovery.train()
     return _make_report(outcome, data.total)
 
 
@@ -170,17 +173,17 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -
     """Collect what the allocation reads about the dense model, before anything is pruned."""
     allocation, model, processes = plan.config.allocation, plan.model, plan.processes
     inputs: Mapping[str, InputStatistics] = {}
-    gradients: Mapping[str, torch.Tensor] = {}
+    gradients: Mapping[str, GradientStatistics] = {}
     if allocation.needs:
         with pruning_mode(model), ProgressBar("Observing", data.length, progress) as bar:
             observer = Observer(allocation.needs, data.masks, bar.advance, processes, plan.config.min_expert_tokens)
             for stop in calibrate(model, (plan.whole_model,), data, processes, set()):
                 inputs = observer(stop.unit, stop.calls)
                 stop.check()
-    if allocation.reads_gradients:
+    if plan.config.reads_gradients:
         with pruning_mode(model), ProgressBar("Passing backward", data.length, progress) as bar:
-            forwards, samples = data.predictions(), allocation.gradient_samples
-            gradients = fisher(model, plan.layers, forwards, data.masks, bar.advance, processes, samples)
+            limit = allocation.gradient_samples
+            gradients = gradient_statistics(model, plan.layers, plan.blocks, data, bar.advance, processes, limit)
             data.refuse_if_empty()
     return DenseStatistics(inputs, gradients)
 
@@ -314,6 +317,7 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
         seconds=outcome.seconds,
         config={**plan.config.describe(), "calibration_batches": batches},
         notes=[note.text for note in notes],
+        training=outcome.training,
     )
 
 

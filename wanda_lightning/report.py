@@ -56,6 +56,38 @@ class PrunedLayer:
         return round(self.sparsity * self.size)
 
 
+@dataclass(frozen=True)
+class TrainingPass:
+    """The losses of one pass over the calibration samples.
+
+    Attributes:
+        loss: Mean loss of the samples that were trained on, each before its step; None before training.
+        held_out: Mean loss of the held-out samples after the pass; None if none are held out.
+    """
+
+    loss: float | None
+    held_out: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of a whole pruned model.
+
+    Attributes:
+        recovery: The recovery and its hyperparameters.
+        trained: Number of samples that were trained on.
+        held_out: Number of samples that were held out.
+        passes: The losses before training and after each pass.
+        stopped: Why training ended early; empty if it did not, or if the held-out loss stopped falling.
+    """
+
+    recovery: str
+    trained: int
+    held_out: int
+    passes: tuple[TrainingPass, ...]
+    stopped: str = ""
+
+
 @dataclass
 class PruningReport:
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
@@ -71,6 +103,7 @@ class PruningReport:
         config: The configuration, in full.
         versions: Versions of Python and the libraries.
         notes: Sentences about the pruning as a whole.
+        training: The training of the whole pruned model; None if there was none.
     """
 
     layers: list[PrunedLayer]
@@ -80,6 +113,7 @@ class PruningReport:
     seconds: dict[str, float]
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    training: Training | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     @property
@@ -140,6 +174,9 @@ class PruningReport:
             SkippedMatrix(matrix["name"], tuple(matrix["shape"]), SkipReason(matrix["reason"]), matrix["detail"])
             for matrix in fields.pop("skipped")
         ]
+        if training := fields.pop("training"):
+            passes = tuple(TrainingPass(**each) for each in training.pop("passes"))
+            fields["training"] = Training(**training, passes=passes)
         return cls(layers=layers, skipped=skipped, **fields)
 
     def save(self, folder: str | Path) -> Path:

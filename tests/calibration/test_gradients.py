@@ -10,19 +10,25 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
-from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import calibration_mode
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.models import find_layers, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.plan import make_plan
 
 
-def measured(model, batches, masks=None, samples=None):
-    layers = find_layers(model, "layer").layers
-    forwards = [lambda batch=batch: run(model, batch) for batch in batches]
-    masks = masks or [token_masks(model, batch) for batch in batches]
+def statistics(model, batches, samples=None, recomputed=True):
+    plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
+    data = CalibrationBatches(model, batches, lambda batch: run(model, batch), None, SINGLE_PROCESS, "the test")
+    blocks = plan.blocks if recomputed else ()
     with calibration_mode(model), torch.no_grad():
-        return fisher(model, layers, forwards, masks, lambda: None, SINGLE_PROCESS, samples)
+        return gradient_statistics(model, plan.layers, blocks, data, lambda: None, SINGLE_PROCESS, samples)
+
+
+def measured(model, batches, samples=None):
+    return {name: sums.inputs for name, sums in statistics(model, batches, samples).items()}
 
 
 def drawn(logits, first):
@@ -38,6 +44,7 @@ def test_the_sums_are_those_of_autograd():
     model = nn.Sequential(first, nn.ReLU(inplace=True), second)
     batches = [torch.randn(3, 5), torch.randn(6, 5)]
     expected = {"0": torch.zeros(5), "2": torch.zeros(7)}
+    rows = {"0": torch.zeros(7), "2": torch.zeros(4)}
     for number, x in ((0, batches[0]), (3, batches[1])):
         inner = first(x)
         hidden = inner.relu()
@@ -47,10 +54,34 @@ def test_the_sums_are_those_of_autograd():
             (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
             for token in range(len(x)):  # each alone
                 expected[name] += seen[token].detach() ** 2 * gradient[token].square().mean()
-    got = measured(nn.Sequential(model, nn.Identity())[0], batches)
+                rows[name] += gradient[token] ** 2
+    got = statistics(nn.Sequential(model, nn.Identity())[0], batches)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value)
+        torch.testing.assert_close(got[name].inputs, value)
+        torch.testing.assert_close(got[name].rows, rows[name])
+        torch.testing.assert_close(got[name].row_weights(), rows[name] / rows[name].mean())
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_recomputed_blocks_give_the_same_sums(name):
+    model = ZOO[name].build().double()
+    batches = ZOO[name].batches()
+    batches = [as_double(batch) for batch in batches]
+    recomputed, stored = (statistics(model, batches, recomputed=choice) for choice in (True, False))
+    assert recomputed.keys() == stored.keys()
+    for layer, sums in stored.items():
+        for one, other in zip(sums, recomputed[layer], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-12)
+    assert any(sums.rows.any() for sums in stored.values())
+
+
+def as_double(batch):
+    if isinstance(batch, torch.Tensor):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, dict):
+        return {key: as_double(value) for key, value in batch.items()}
+    return type(batch)(as_double(value) for value in batch)
 
 
 def test_a_convolution_has_a_gradient_at_each_position():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,20 @@ from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.models import TokenMask, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
 from wanda_lightning.progress import ProgressBar
+
+
+class Sample(NamedTuple):
+    """The forward pass of one sample, or of a batch that cannot be split.
+
+    Attributes:
+        predict: Runs it and returns the logits.
+        masks: Its padding.
+        size: 1, or the number of samples of a batch that cannot be split.
+    """
+
+    predict: Callable[[], object]
+    masks: tuple[TokenMask, ...]
+    size: int
 
 
 class CalibrationBatches:
@@ -76,22 +91,27 @@ class CalibrationBatches:
                 bar.show("")
         self._batches, self.length = held, len(held)
 
+    def samples(self) -> Iterator[list[Sample]]:
+        """Yield the samples of each batch; each batch adds an entry to `masks`."""
+        self.masks.clear()
+        for index, batch in enumerate(self._batches):
+            self.masks.append(token_masks(self._model, batch))
+            size = batch_size(batch) if any(True for _ in _tensors(batch)) else 1
+            parts = [take(batch, n, n + 1) for n in range(size)] if is_even(batch) else [batch]
+            yield [
+                Sample(partial(_run, self._predict, part, index), token_masks(self._model, part), size // len(parts))
+                for part in parts
+            ]
+
     def __iter__(self) -> Iterator[Callable[[], object]]:
         """Yield one forward pass for each batch; each adds an entry to `masks`."""
-        return self._passes(self._forward)
-
-    def predictions(self) -> Iterator[Callable[[], object]]:
-        """Yield one forward pass for each batch that returns the logits; each adds an entry to `masks`."""
-        return self._passes(self._predict)
-
-    def _passes(self, forward: Callable[[Any], object]) -> Iterator[Callable[[], object]]:
         batches: Iterable[tuple[Any, bool]] = ((batch, True) for batch in self._batches)
         if self._padded_to_equal:
             batches = _pad_to_equal(self._batches, self._processes)
         self.masks.clear()
         for index, (batch, counts) in enumerate(batches):
             self.masks.append(token_masks(self._model, batch) if counts else None)
-            yield partial(_run, forward, batch, index)
+            yield partial(_run, self._forward, batch, index)
 
     def refuse_if_empty(self) -> None:
         """Count the batches of all processes.
@@ -198,3 +218,51 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 def rebuild(sequence: Any, values: list[Any]) -> Any:
     """Build a list, tuple or named tuple of the same type from other values."""
     return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Yield all tensors of a batch that have at least one dimension."""
+    if isinstance(batch, Tensor):
+        if batch.ndim:
+            yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
+
+
+# Tensors to which transformers gives one row for each sample.
+_ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples in a batch.
+
+    This is the most common length of its tensors. Some tensors may have another length: `pixel_values` may have one row
+    for each patch and `image_grid_thw` one for each image. If several lengths are equally common, the length of a
+    tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the length of the first tensor.
+
+    Raises:
+        ValueError: If the batch has no tensor with at least one dimension.
+    """
+    lengths = Counter(len(tensor) for tensor in _tensors(batch))
+    if not lengths:
+        raise ValueError(f"batches must hold tensors, but one is of class {type(batch).__name__} without any.")
+    common = [length for length, count in lengths.items() if count == max(lengths.values())]
+    named = [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []
+    return next((len(tensor) for tensor in _tensors(named) if len(tensor) in common), common[0])
+
+
+def is_even(batch: Any) -> bool:
+    """Whether all tensors of a batch have the same length, so that it can be split."""
+    return len({len(tensor) for tensor in _tensors(batch)}) == 1
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Return some samples of a batch that can be split."""
+    if isinstance(batch, Tensor):
+        return batch[start:stop] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {key: take(value, start, stop) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return rebuild(batch, [take(value, start, stop) for value in batch])
+    return batch

@@ -1,44 +1,45 @@
-"""Measure by backward passes how much the predictions of the dense model depend on the output of each layer."""
+"""Measure by backward passes how much the predictions of the dense model depend on each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.batches import CalibrationBatches, Sample
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
-from wanda_lightning.core.types import PerInput
-from wanda_lightning.models import Layer, TokenMask, fitting_mask
+from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.core.statistics import GradientStatistics
+from wanda_lightning.models import Layer, fitting_mask
 from wanda_lightning.parallel import Processes
 
 
-def fisher(
+def gradient_statistics(
     model: nn.Module,
     layers: Sequence[Layer],
-    forwards: Iterable[Callable[[], object]],
-    masks: Sequence[tuple[TokenMask, ...] | None],
+    blocks: Sequence[nn.Module],
+    data: CalibrationBatches,
     tick: Callable[[], None],
     processes: Processes,
-    samples: int | None = None,
-) -> dict[str, PerInput]:
-    """For each layer, sum `x² * mean(g²)` over the tokens, one value for each input.
+    limit: int | None = None,
+) -> dict[str, GradientStatistics]:
+    """Sum squared inputs and gradients of each layer over the tokens.
 
-    x is the layer's input and g the gradient of `log p(y)` with respect to its output. The label y is drawn from the
-    model's own predictions p, so no labels are needed. Multiplied by `W²`, the result is the diagonal of the Fisher
-    information, averaged over the rows. The label of a sample depends on its index in the calibration data and on its
-    predictions, but not on its batch or process. Needs as much memory as a training step on one batch, without the
-    gradients of the weights.
+    The gradient is that of `log p(y)` with respect to the layer's outputs. The label y is drawn from the model's own
+    predictions p, so no labels are needed: the sums estimate the Fisher information. The label of a sample depends on
+    its index in the calibration data and on its predictions, but not on its batch or process. Samples are passed
+    backward one by one, and blocks are recomputed, so that one block and the logits of one sample are in memory.
 
     Args:
         model: The model in evaluation mode; its weights get no gradients.
         layers: The layers to measure.
-        forwards: Forward passes of this process; each returns the logits, or an object or mapping with `logits`.
-        masks: The padding of each batch, which does not count; filled while `forwards` is iterated.
+        blocks: The blocks of the model, which are recomputed in the backward pass.
+        data: The batches of this process.
         tick: Called after each batch.
         processes: Processes whose batches are summed. Batch i of all processes precedes batch i + 1 of any.
-        samples: Number of samples, over all processes, that are passed backward; None for all.
+        limit: Number of samples, over all processes, that are passed backward; None for all.
 
     Returns:
         The sums, by name of each layer that a batch reached.
@@ -46,101 +47,97 @@ def fisher(
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
     """
-    sums: dict[str, PerInput] = {
-        layer.name: torch.zeros(layer.shape[1], dtype=torch.float32, device=layer.weight.device) for layer in layers
-    }
+    sums = {layer.name: _zeros(layer) for layer in layers}
     reached = torch.zeros(len(layers), dtype=torch.int64)
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
-    with without_gradients(model), intercept(layers, on_product), torch.enable_grad():
-        _pass_backward(forwards, masks, tick, processes, samples)
-    processes.all_reduce_sum([reached, *sums.values()])
+    with (
+        without_gradients(model),
+        intercept(layers, on_product) as interceptor,
+        recomputing(blocks, lambda: interceptor if interceptor.watches else nullcontext()),
+        torch.enable_grad(),
+    ):
+        _pass_backward(data.samples(), tick, processes, limit)
+    processes.all_reduce_sum([reached, *(each for pair in sums.values() for each in pair)])
     _refuse_nonfinite(sums)
-    if reached.any() and not any(total.any() for total in sums.values()):
+    if reached.any() and not any(total.inputs.any() for total in sums.values()):
         raise ValueError(
-            "allocation=Fisher() needs predictions that depend on the layers, but all gradients are 0, as with an "
-            "output head of zeros or with predictions of probability 1. Give a trained model, or use another "
-            "allocation such as 'owl'."
+            "calibration batches must give predictions that depend on the layers, but all gradients are 0, as with an "
+            "output head of zeros or with predictions of probability 1. Give a trained model, or choose "
+            "allocation='uniform' and pattern='unstructured_layer', which read no gradients."
         )
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
+def _zeros(layer: Layer) -> GradientStatistics:
+    d_out, d_in = layer.shape
+    zeros = torch.zeros(d_in + d_out, dtype=torch.float32, device=layer.weight.device)
+    return GradientStatistics(zeros[:d_in], zeros[d_in:])
+
+
 def _pass_backward(
-    forwards: Iterable[Callable[[], object]],
-    masks: Sequence[tuple[TokenMask, ...] | None],
-    tick: Callable[[], None],
-    processes: Processes,
-    limit: int | None,
+    batches: Iterator[list[Sample]], tick: Callable[[], None], processes: Processes, limit: int | None
 ) -> None:
-    """Pass one batch of each process backward, then the next, until `limit` samples are done or no batch is left.
+    """Pass the samples of one batch of each process backward, then the next, until `limit` samples are done.
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
-    iterator, batch, done = iter(forwards), 0, 0
+    batch, done = 0, 0
     while limit is None or done < limit:
         with processes.fail_together():
-            forward = next(iterator, None)
-            predictions = None if forward is None else _Predictions(forward(), masks[batch], batch)
-        sizes = processes.all_gather([predictions is not None, 0 if predictions is None else predictions.size])
+            samples = next(batches, None)
+        sizes = processes.all_gather([samples is not None, sum(sample.size for sample in samples or ())])
         if not any(has_batch for has_batch, _ in sizes):
             return
+        index = done + sum(size for _, size in sizes[: processes.rank])
         with processes.fail_together():
-            if predictions is not None:
-                first = done + sum(size for _, size in sizes[: processes.rank])
-                predictions.backward(first, predictions.size if limit is None else limit - first)
-                tick()
-        del predictions  # frees the graph
+            for sample in samples or ():
+                count = sample.size if limit is None else min(sample.size, limit - index)
+                if count > 0:
+                    _pass_sample_backward(sample, index, count, batch)
+                index += sample.size
+            tick()
         done += sum(size for _, size in sizes)
         batch += 1
 
 
-class _Predictions:
-    """The logits of one batch, samples first.
+def _pass_sample_backward(sample: Sample, first: int, count: int, batch: int) -> None:
+    """Pass the gradient of `-log p(y)` with respect to the logits backward: `p - onehot(y)`.
 
-    Attributes:
-        size: Number of samples that count.
+    The gradient is computed by hand, because cross entropy would hold three more tensors of this size.
+
+    Args:
+        sample: A sample, or several.
+        first: Index of the first in the calibration data, which is the seed of its label.
+        count: Number of samples, from the first on, that are passed backward; the others have a gradient of 0.
+        batch: Index of the batch, for messages.
     """
-
-    def __init__(self, output: object, padding: tuple[TokenMask, ...] | None, batch: int) -> None:
-        logits, keep = _logits(output), None
-        if mask := fitting_mask(padding or (), "", logits):  # the mask of the whole model, not of its encoder
-            keep = mask.keep.to(logits.device)
-            logits = logits.reshape(*keep.shape, -1)
-        if not (logits if keep is None else logits[keep]).isfinite().all():
-            raise ValueError(
-                f"calibration batches must give finite predictions, but those of batch {batch} (counted from 0) hold "
-                "NaN or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather "
-                "than float16)."
-            )
-        self._logits, self._keep = logits, keep
-        self.size = 0 if padding is None else len(logits)
-
-    def backward(self, first: int, count: int) -> None:
-        """Pass the gradient of `-log p(y)` with respect to the logits backward: `p - onehot(y)`.
-
-        The gradient is computed by hand, because cross entropy would hold three more tensors of this size.
-
-        Args:
-            first: Index of the first sample in the calibration data; the index of a sample is the seed of its label.
-            count: Number of samples, from the first on, that are passed backward; the others have a gradient of 0.
-        """
-        gradient = torch.zeros_like(self._logits)
-        for index in range(min(self.size, count)):
-            rows = self._logits[index].detach() if self._keep is None else self._logits[index][self._keep[index]]
-            slopes = rows.detach().reshape(-1, rows.shape[-1]).float().softmax(dim=-1)
-            generator = torch.Generator(rows.device).manual_seed(first + index)
-            if len(slopes):
-                labels = torch.multinomial(slopes, 1, generator=generator)
-                slopes.scatter_add_(1, labels, slopes.new_full(labels.shape, -1))
-            values = slopes.to(gradient.dtype)
-            if self._keep is None:
-                gradient[index] = values.view(gradient[index].shape)
-            else:
-                gradient[index, self._keep[index]] = values
-        if count > 0 and self.size:
-            self._logits.backward(gradient)
+    logits, keep = _logits(sample.predict()), None
+    if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder
+        keep = mask.keep.to(logits.device)
+        logits = logits.reshape(*keep.shape, -1)
+    if not (logits if keep is None else logits[keep]).isfinite().all():
+        raise ValueError(
+            f"calibration batches must give finite predictions, but those of batch {batch} (counted from 0) hold NaN "
+            "or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than "
+            "float16)."
+        )
+    gradient = torch.zeros_like(logits)
+    for index in range(min(len(logits), count)):
+        rows = logits[index].detach() if keep is None else logits[index].detach()[keep[index]]
+        slopes = rows.reshape(-1, rows.shape[-1]).float().softmax(dim=-1)
+        generator = torch.Generator(rows.device).manual_seed(first + index)
+        if len(slopes):
+            labels = torch.multinomial(slopes, 1, generator=generator)
+            slopes.scatter_add_(1, labels, slopes.new_full(labels.shape, -1))
+        values = slopes.to(gradient.dtype)
+        if keep is None:
+            gradient[index] = values.view(gradient[index].shape)
+        else:
+            gradient[index, keep[index]] = values
+    logits.backward(gradient)
 
 
-def _on_product(indices: Mapping[str, int], sums: Mapping[str, PerInput], reached: Tensor) -> OnProduct:
+def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistics], reached: Tensor) -> OnProduct:
     def on_product(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         if not torch.is_grad_enabled():  # no gradient reaches this product
             return multiply()
@@ -163,10 +160,13 @@ def _with_graph(output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
-def _add(layer: Layer, squares: Tensor, gradient: Tensor, total: PerInput) -> None:
+def _add(layer: Layer, squares: Tensor, gradient: Tensor, total: GradientStatistics) -> None:
+    squared_gradient = gradient.flatten(0, -2).float().square()
     # Not the mean over the rows of this product: a model may multiply the rows of an expert in several pieces.
-    weights = gradient.flatten(0, -2).float().square().sum(dim=-1) / layer.shape[0]
-    total.add_(torch.mv(squares.t(), weights))
+    weights = squared_gradient.sum(dim=-1) / layer.shape[0]
+    total.inputs.add_(torch.mv(squares.t(), weights))
+    if squared_gradient.shape[1] == len(total.rows):
+        total.rows.add_(squared_gradient.sum(dim=0))
 
 
 def _logits(output: object) -> Tensor:
@@ -175,19 +175,20 @@ def _logits(output: object) -> Tensor:
         found = found[0]
     if not isinstance(found, Tensor) or found.ndim < 2 or not found.requires_grad:
         raise ValueError(
-            f"allocation=Fisher() needs the model's predictions, but a batch gave {type(output).__name__} without "
-            "logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or use "
-            "another allocation such as 'owl'."
+            f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__} "
+            "without logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or "
+            "choose allocation='uniform' and pattern='unstructured_layer', which read no gradients."
         )
     return found
 
 
-def _refuse_nonfinite(sums: Mapping[str, PerInput]) -> None:
+def _refuse_nonfinite(sums: Mapping[str, GradientStatistics]) -> None:
     for name, total in sums.items():
-        if not total.isfinite().all():
+        if not (total.inputs.isfinite().all() and total.rows.isfinite().all()):
             raise ValueError(
-                f"allocation=Fisher() needs finite gradients, but those at {name} hold NaN or infinity. Load the model "
-                "in a wider dtype (float32 or bfloat16), or use another allocation."
+                f"calibration batches must give finite gradients, but those at {name} hold NaN or infinity. Load the "
+                "model in a wider dtype (float32 or bfloat16), or choose allocation='uniform' and "
+                "pattern='unstructured_layer', which read no gradients."
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -16,11 +15,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from wanda_lightning.calibration.batches import forward_batch, rebuild
+from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, take
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 log = logging.getLogger(__name__)
@@ -56,7 +54,7 @@ def calibration_batches(
     for index, batch in enumerate(loader if wanted else ()):
         size = batch_size(batch)
         if index % step == offset:
-            yield batch if seen + size <= wanted else _first(batch, size, wanted - seen)
+            yield batch if seen + size <= wanted or not is_even(batch) else take(batch, 0, wanted - seen)
         seen = min(seen + size, wanted)
         if seen == wanted:
             return
@@ -178,52 +176,3 @@ def calibration_forward(
             "can run through it, but it has neither."
         )
     return forward_batch(pl_module, batch)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield all tensors of a batch that have at least one dimension."""
-    if isinstance(batch, Tensor):
-        if batch.ndim:
-            yield batch
-    elif isinstance(batch, Mapping | list | tuple):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(value)
-
-
-# Tensors to which transformers gives one row for each sample.
-_ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
-
-
-def batch_size(batch: Any) -> int:
-    """Return the number of samples in a batch.
-
-    This is the most common length of its tensors. Some tensors may have another length: `pixel_values` may have one row
-    for each patch and `image_grid_thw` one for each image. If several lengths are equally common, the length of a
-    tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the length of the first tensor.
-
-    Raises:
-        MisconfigurationException: If the batch has no tensor with at least one dimension.
-    """
-    lengths = Counter(len(tensor) for tensor in _tensors(batch))
-    if not lengths:
-        raise MisconfigurationException(
-            f"dataloader must make batches that hold tensors, but one is of class {type(batch).__name__} without any."
-        )
-    common = [length for length, count in lengths.items() if count == max(lengths.values())]
-    named = [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []
-    return next((len(tensor) for tensor in _tensors(named) if len(tensor) in common), common[0])
-
-
-def _first(batch: Any, size: int, count: int) -> Any:
-    """Return the first `count` samples of a batch of `size`, or all samples if its tensors have different lengths."""
-    return _cut(batch, count) if all(len(tensor) == size for tensor in _tensors(batch)) else batch
-
-
-def _cut(batch: Any, count: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:count] if batch.ndim else batch
-    if isinstance(batch, Mapping):
-        return {key: _cut(value, count) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return rebuild(batch, [_cut(value, count) for value in batch])
-    return batch

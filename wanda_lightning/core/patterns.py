@@ -46,6 +46,11 @@ class Pattern(ABC):
         return False
 
     @property
+    def weighs_rows(self) -> bool:
+        """Whether scores are compared after each row's were scaled by the importance of its output."""
+        return False
+
+    @property
     def group_size(self) -> int:
         """Number of consecutive columns of a row that form a group; 0 if the pattern has no such groups."""
         return 0
@@ -93,17 +98,30 @@ class Unstructured(Pattern):
 
     Attributes:
         group: What is compared: the weights of each row (the paper's choice for Wanda), or all weights of the layer.
+        weigh_rows: Scale the scores of each row by the root of the mean square of the gradients at its output, so that
+            rows on which the predictions depend more keep more weights. It costs one backward pass of the dense model.
     """
 
     group: Literal["row", "layer"] = "row"
+    weigh_rows: bool = False
 
     def __post_init__(self) -> None:
         check(self, group=_GROUP)
+        if self.weigh_rows and self.group == "row":
+            raise ValueError(
+                "weigh_rows of Unstructured must be False for group='row', which compares the weights of one row only. "
+                "Use group='layer'."
+            )
 
     @property
     def spans_rows(self) -> bool:
         """True if all weights of the layer are compared."""
         return self.group == "layer"
+
+    @property
+    def weighs_rows(self) -> bool:
+        """`weigh_rows`."""
+        return self.weigh_rows
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return the number of weights of a comparison group."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, Weight
+from wanda_lightning.core.types import KeepMask, RowWeights, Score, Weight
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,30 @@ class Selection:
         criterion: Scores the weights.
         pattern: Turns the scores into what is kept.
         sparsity: Fraction of the layer's weights that become zero, in [0, 1).
+        row_weights: How much an error at each output matters, with mean 1, for a pattern that weighs rows; by default
+            all outputs matter equally.
     """
 
     criterion: Criterion
     pattern: Pattern
     sparsity: float
+    row_weights: RowWeights = field(default_factory=lambda: torch.ones(1), compare=False, repr=False)
 
     def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
         """Return the mask of the weights to keep."""
-        return self.pattern(self.criterion(weight, inputs), self.sparsity)
+        return self.choose(self.criterion(weight, inputs))
+
+    def choose(self, scores: Score) -> KeepMask:
+        """Return what to keep, given the scores."""
+        return self.pattern(self.weigh(scores), self.sparsity)
+
+    def weigh(self, scores: Score) -> Score:
+        """Scale the scores of each row by the square root of its weight, if the pattern weighs rows.
+
+        Scores are roots of squared errors, hence the square root.
+        """
+        return scores * self.row_weights.sqrt().to(scores)[:, None] if self.pattern.weighs_rows else scores
+
+    def total_error(self, errors: Tensor) -> Tensor:
+        """Sum the squared errors of the rows, (d_out,), each times its weight if the pattern weighs rows."""
+        return (errors * self.row_weights.to(errors)).sum() if self.pattern.weighs_rows else errors.sum()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from wanda_lightning.core.gram import dampened, inverse_factor, scaled
-from wanda_lightning.core.types import Gram, PerInput, Tokens
+from wanda_lightning.core.types import Gram, PerInput, RowWeights, Tokens
 
 Derived = TypeVar("Derived")
 
@@ -65,6 +65,23 @@ def _full_precision() -> Iterator[None]:
             backend.fp32_precision = "none"  # follow the setting of all backends, as it does unless it has its own
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
+
+
+class GradientStatistics(NamedTuple):
+    """Sums over tokens of a layer's inputs x and of the gradients g at its outputs.
+
+    Attributes:
+        inputs: (d_in,): `x² * mean(g²)`, with the mean over the outputs.
+        rows: (d_out,): `g²`.
+    """
+
+    inputs: PerInput
+    rows: RowWeights
+
+    def row_weights(self) -> RowWeights:
+        """Return `rows` divided by its mean; ones if all gradients are 0."""
+        mean = self.rows.mean()
+        return self.rows / mean if mean > 0 else torch.ones_like(self.rows)
 
 
 class InputStatistics:

@@ -1,6 +1,15 @@
 """Recoveries: train the kept weights after pruning, with fixed masks."""
 
-from wanda_lightning.recovery.base import NoRecovery, RecoveredPart, Recovery, UnitRecovery
+from wanda_lightning.recovery.base import ModelRecovery, NoRecovery, RecoveredPart, Recovery, UnitRecovery
+from wanda_lightning.recovery.distil import Distil
 from wanda_lightning.recovery.reconstruct import Reconstruct
 
-__all__ = ["NoRecovery", "Reconstruct", "RecoveredPart", "Recovery", "UnitRecovery"]
+__all__ = [
+    "Distil",
+    "ModelRecovery",
+    "NoRecovery",
+    "Reconstruct",
+    "RecoveredPart",
+    "Recovery",
+    "UnitRecovery",
+]

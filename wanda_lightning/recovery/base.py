@@ -9,7 +9,10 @@ from typing import ClassVar, NamedTuple
 from torch import nn
 
 from wanda_lightning.calibration.batch_thread import Call
-from wanda_lightning.models import TokenMask, Unit
+from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.models import Layer, TokenMask, Unit
+from wanda_lightning.parallel import Processes
+from wanda_lightning.report import Training
 
 
 class RecoveredPart(NamedTuple):
@@ -40,16 +43,25 @@ class UnitRecovery:
         return iter(())
 
 
+class ModelRecovery:
+    """The recovery of a whole model. The base class trains nothing."""
+
+    def train(self) -> Training | None:
+        """Train the kept weights of the pruned model; return what happened, or None if nothing was trained."""
+        return None
+
+
 class Recovery:
     """Trains the kept weights of each pruned unit, of the whole model at the end, or both."""
 
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics; if there are any, calibration batches are required
+    reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches itself
 
     def check(self, sequential: str) -> None:
         """Raise a ValueError if the recovery does not support the value of `sequential`."""
 
-    def check_processes(self, world_size: int) -> None:
-        """Raise a ValueError if the recovery does not support so many processes."""
+    def check_processes(self, world_size: int, is_sharded: bool) -> None:
+        """Raise a ValueError if the recovery does not support so many processes, or a model that they share."""
 
     def start(self, unit: Unit, masks: Sequence[tuple[TokenMask, ...] | None]) -> UnitRecovery:
         """Start the recovery of a unit that is still dense.
@@ -60,13 +72,26 @@ class Recovery:
         """
         return UnitRecovery()
 
-    def finish(self, model: nn.Module, forwards: Iterable[Callable[[], object]]) -> None:
-        """Train the kept weights of the whole model after its last unit is pruned.
+    def start_model(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        blocks: Sequence[nn.Module],
+        data: CalibrationBatches,
+        processes: Processes,
+        progress: bool,
+    ) -> ModelRecovery:
+        """Start the recovery of a model that is still dense.
 
         Args:
-            model: The pruned model.
-            forwards: One forward pass for each calibration batch.
+            model: The model.
+            layers: The layers that will be pruned.
+            blocks: The blocks that hold layers.
+            data: The calibration batches.
+            processes: All processes that prune together.
+            progress: Show a bar.
         """
+        return ModelRecovery()
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Reconstruct(Recovery):
                 "sequential='block' or another recovery."
             )
 
-    def check_processes(self, world_size: int) -> None:
+    def check_processes(self, world_size: int, is_sharded: bool) -> None:
         """Require a single process: each would train on its own batches alone."""
         if world_size > 1:
             raise ValueError(

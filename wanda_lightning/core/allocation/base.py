@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
-from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import PerInput, Weight
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.types import Weight
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class DenseLayer:
         sparsity_steps: Number of equal steps in which the pattern can raise the sparsity from 0 to 1.
         read: Returns the weight, which is not kept in memory.
         inputs: Input statistics of the dense model, for an allocation that needs some.
-        fisher: For an allocation that reads gradients: for each input, the sum over tokens of its square times the mean
-            square of the gradients at the layer's outputs.
+        gradients: Gradients of the dense model, for an allocation that reads them.
     """
 
     name: str
@@ -33,7 +32,7 @@ class DenseLayer:
     sparsity_steps: int
     read: Callable[[], Weight]
     inputs: InputStatistics = field(default_factory=InputStatistics)
-    fisher: PerInput | None = None
+    gradients: GradientStatistics | None = None
 
     @cached_property
     def zeros(self) -> int:

@@ -19,11 +19,13 @@ from wanda_lightning.core.hyperparameters import Number, check
 class Fisher(Allocation):
     """Less sparsity where the weights matter more for the predictions, with the weights of all layers compared.
 
-    The score of a weight is `W² * sum of x² * mean(g²)` over the tokens, with its input x and the gradient g of the
-    log-likelihood of the model's own predictions at the layer's outputs. It is the increase of the loss if the weight
-    becomes zero, to second order and with the diagonal of the Fisher information as curvature (LeCun et al. 1989). One
-    threshold for the whole model gives each layer the fraction of its weights that are below, at most `max_deviation`
-    from the target. The cost is one forward and backward pass of the dense model; no labels are needed.
+    The score of the weight from input i to output j is `W_ji² * f_i * r_j`. Here `f_i` is the sum over tokens of
+    `x_i² * mean(g²)`, with the input x and the gradient g of the log-likelihood of the model's own predictions at the
+    layer's outputs, and `r_j` is the sum of `g_j²` relative to its mean over the outputs. The score estimates the
+    increase of the loss if the weight becomes zero, to second order and with the diagonal of the Fisher information as
+    curvature (LeCun et al. 1989). One threshold for the whole model gives each layer the fraction of its weights that
+    are below, at most `max_deviation` from the target. The cost is one forward and backward pass of the dense model; no
+    labels are needed.
 
     Attributes:
         max_deviation: Maximum difference between a layer's sparsity and the target.
@@ -75,10 +77,11 @@ _HALVINGS = 50
 
 def _distribution(layer: DenseLayer) -> Tensor:
     """The fraction of the layer's scores that are below the end of each bin."""
-    assert layer.fisher is not None, "Fisher reads gradients"
+    assert layer.gradients is not None, "Fisher reads gradients"
     weight = layer.read()
     scores = weight.abs().to(torch.promote_types(weight.dtype, torch.float32)).log_().mul_(2)
-    scores += layer.fisher.to(scores.dtype).log()
+    scores += layer.gradients.inputs.to(scores.dtype).log()
+    scores += layer.gradients.row_weights().to(scores.dtype).log()[:, None]
     bins = scores.clamp_(_LOWEST, _HIGHEST).sub_(_LOWEST).mul_((_BINS - 1) / (_HIGHEST - _LOWEST)).to(torch.int32)
     return bins.flatten().bincount(minlength=_BINS).cpu().double().cumsum(0).div_(layer.size)
 

@@ -71,7 +71,7 @@ class ADMM(Solver):
 
         def choose(scores: Score) -> KeepMask:
             scores = lower_inactive(scores.mul_(as_numbers(alive)), weight, energy)
-            return selection.pattern(scores, selection.sparsity) & alive
+            return selection.choose(scores) & alive
 
         total, keep = self._alternate(dense, gram, choose)
         fitted, error = refit(dense, masked(total, keep), keep, gram, self.refit_steps)
@@ -79,9 +79,9 @@ class ADMM(Solver):
         lost = masked(dense, ~by_wanda)
         # Compare the errors without the dampening.
         share = 1 - energy / scale.square()
-        admm_error = error.sum() - _dampening_error(fitted - dense, share)
-        wanda_error = (torch.mm(lost, gram) * lost).sum() - _dampening_error(lost, share)
-        if admm_error > wanda_error:  # the inputs hardly correlate
+        admm_error = error.squeeze(1) - _dampening_error(fitted - dense, share)
+        wanda_error = (torch.mm(lost, gram) * lost).sum(dim=1) - _dampening_error(lost, share)
+        if selection.total_error(admm_error) > selection.total_error(wanda_error):  # the inputs hardly correlate
             keep = by_wanda
             fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.refit_steps)
         return masked(fitted.div_(scale), keep).to(weight.dtype), keep
@@ -113,5 +113,8 @@ class ADMM(Solver):
 
 
 def _dampening_error(difference: Weight, share: PerInput) -> Tensor:
-    """The part of an error that is due to the dampening, `share` of each input's diagonal; overwrites `difference`."""
-    return (difference.square_() @ share).sum()
+    """The part of each row's error that is due to the dampening, `share` of each input's diagonal.
+
+    Overwrites `difference`.
+    """
+    return difference.square_() @ share

@@ -149,7 +149,7 @@ class _Chooser:
         alive = self._alive[start:stop]
         # Weights that were zero have received updates; set to zero again, they score lowest.
         weight = self._columns[start:stop].mul(as_numbers(alive)).t().contiguous()
-        scores = self._selection.criterion(weight, self._inputs.columns(start, stop))
+        scores = self._selection.weigh(self._selection.criterion(weight, self._inputs.columns(start, stop)))
         pattern, sparsity = self._selection.pattern, self._selection.sparsity
         if self.group_size:
             self._pruned[start:stop] = as_numbers(~(pattern(scores, sparsity).t() & alive))

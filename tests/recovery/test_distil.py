@@ -1,0 +1,300 @@
+"""Training the whole pruned model toward the dense predictions, against AdamW written out by hand."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from support.batches import split
+from support.zoo import ZOO, run
+from torch import nn
+from torch.nn import functional as F
+
+from wanda_lightning import Distil, PruningReport, Reconstruct, prune
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.methods import METHODS
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 12))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh())
+
+
+def classifier(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Classifier().to(dtype)
+
+
+def some_batches(count, size=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 8, generator=generator).to(dtype) for _ in range(count)]
+
+
+def divergence(model, dense, x):
+    """The mean divergence over the rows, by PyTorch."""
+    p, q = dense(x).log_softmax(-1), model(x).log_softmax(-1)
+    return F.kl_div(q, p, reduction="sum", log_target=True) / len(p)
+
+
+def adamw_by_hand(model, dense, pruned, batches, config):
+    """Train with autograd and the update written out; no early stop."""
+    trained = {name: p for name, p in model.named_parameters() if name in pruned or p.ndim < 2}
+    keep = {name: (p != 0) | (p.ndim < 2) for name, p in trained.items()}
+    rates = {n: config.learning_rate * p.detach()[keep[n]].square().mean().sqrt() for n, p in trained.items()}
+    mean, square = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
+    steps, step = math.ceil(len(batches) / config.batch_size) * config.passes, 0
+    for number in range(1, config.passes + 1):
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed + number)).tolist()
+        for start in range(0, len(order), config.batch_size):
+            chosen = order[start : start + config.batch_size]
+            loss = sum(divergence(model, dense, batches[index]) for index in chosen) / len(chosen)
+            gradients = torch.autograd.grad(loss, list(trained.values()))
+            factor = min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
+            step += 1
+            for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+                gradient = gradient * keep[name]
+                mean[name] = 0.9 * mean[name] + 0.1 * gradient
+                square[name] = 0.95 * square[name] + 0.05 * gradient**2
+                update = mean[name] / (1 - 0.9**step) / ((square[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+                with torch.no_grad():
+                    parameter -= factor * rates[name] * update
+
+
+@pytest.mark.parametrize(
+    ("count", "passes", "batch_size"), [(1, 1, 1), (5, 2, 1), (7, 3, 2)], ids=["one", "several", "larger_steps"]
+)
+def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
+    dense, batches = classifier(), some_batches(count)
+    config = Distil(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(expected, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=config, progress=False)
+    pruned = {f"{layer.name}.weight" for layer in report.layers}
+    assert len(pruned) == 3
+    adamw_by_hand(expected, dense, pruned, batches, config)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+    assert report.training.trained == count
+    assert report.training.held_out == 0
+    assert len(report.training.passes) == passes + 1
+    assert "too few samples to hold any out" in report.notes[-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "gemma2", "opt", "gpt2", "mixtral", "gpt_oss", "vit", "t5"])
+def test_zeros_and_what_is_not_trained_stay(name):
+    specimen = ZOO[name]
+    dense, model, plain = specimen.build(), specimen.build(), specimen.build()
+    prune(plain, specimen.batches(), 0.5, progress=False)
+    report = prune(model, specimen.batches(), 0.5, recovery=Distil(passes=1), progress=False)
+    assert report.sparsity == pytest.approx(0.5, abs=0.03)
+    pruned = {id(layer.parameter) for layer in plan_of(model).layers}
+    changed = 0
+    for (key, before), (_, start), (_, after) in zip(
+        dense.named_parameters(), plain.named_parameters(), model.named_parameters(), strict=True
+    ):
+        if id(after) in pruned:
+            assert torch.equal(after == 0, start == 0), key
+            changed += int((after != start).count_nonzero())
+        elif after.ndim >= 2:
+            assert torch.equal(after, before), key
+        assert after.grad is None
+        assert after.requires_grad
+    assert changed > 100
+
+
+def plan_of(model):
+    from wanda_lightning.plan import make_plan
+
+    return make_plan(PruningConfig.from_names(), model)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "gemma2", "qwen3", "mixtral"])
+def test_the_head_gives_the_dense_predictions(name):
+    """Whether its inputs are stored or, where the model caps its logits, the logits themselves: the loss is the same."""
+    specimen = ZOO[name]
+    dense, model = specimen.build(), specimen.build()
+    batches = split(specimen.batches(), 1)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=1, batch_size=99, learning_rate=1e-9), progress=False)
+    losses = []
+    for batch in batches:
+        keep = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]) > 0
+        with torch.no_grad():
+            p, q = run(dense, batch)[keep].log_softmax(-1), run(start, batch)[keep].log_softmax(-1)
+        losses.append(F.kl_div(q, p, reduction="sum", log_target=True).item() / len(p))
+    # Mixed precision of the pruned model.
+    assert report.training.passes[1].loss == pytest.approx(sum(losses) / len(losses), rel=0.1)
+
+
+def test_it_holds_samples_out_and_keeps_the_best():
+    dense, batches = classifier(), some_batches(16, size=2)
+    model = copy.deepcopy(dense)
+    report = prune(model, batches, 0.7, recovery=Distil(passes=3, learning_rate=0.02), progress=False)
+    training = report.training
+    assert (training.trained, training.held_out) == (28, 4)
+    samples = [x[None] for x in torch.cat(batches)]
+    held_out = [x for index, x in enumerate(samples) if index % 8 == 7]
+    with torch.no_grad():
+        after = sum(divergence(model, dense, x) for x in held_out) / len(held_out)
+    losses = [each.held_out for each in training.passes]
+    assert float(after) == pytest.approx(min(losses), rel=1e-5)
+    assert min(losses) < losses[0]
+
+
+def test_it_never_ends_worse_than_it_began():
+    dense, batches = classifier(), some_batches(8)
+    start, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=5, learning_rate=1.0), progress=False)
+    losses = [each.held_out for each in report.training.passes]
+    if losses[1] >= losses[0]:
+        assert len(losses) == 2
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    else:
+        assert losses[-1] >= min(losses)
+
+
+def test_bfloat16_weights_have_masters():
+    """Steps that bfloat16 would round away add up."""
+    model = classifier(torch.bfloat16)
+    batches = some_batches(6, dtype=torch.bfloat16)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, recovery=Distil(passes=30, learning_rate=2e-4), progress=False)
+    weight, before = model.body[0].weight, start.body[0].weight
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight == 0, before == 0)
+    moved = (weight != before).float().sum() / (before != 0).sum()
+    assert moved > 0.3
+
+
+def test_frozen_parameters_and_gradients_are_left_alone():
+    model, batches = classifier(), some_batches(4)
+    model.body[0].requires_grad_(False)
+    gradient = torch.ones_like(model.body[3].weight)
+    model.body[3].weight.grad = gradient
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, recovery="distil", progress=False)
+    assert torch.equal(model.body[0].weight, start.body[0].weight)
+    assert not torch.equal(model.body[3].weight, start.body[3].weight)
+    assert model.body[3].weight.grad is gradient
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in start.parameters()]
+
+
+def test_other_outputs_are_compared_by_their_squared_error():
+    class Regressor(Classifier):
+        def forward(self, x):
+            return super().forward(x)[:, None].expand(-1, 3, -1) * 2
+
+    torch.manual_seed(0)
+    dense = Regressor().double()
+    model, batches = copy.deepcopy(dense), some_batches(2, size=3)
+    start = copy.deepcopy(dense)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=1, batch_size=12), progress=False)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        expected, after = ((m(x) - dense(x)).square().mean() for m in (start, model))
+    assert report.training.passes[1].loss == pytest.approx(float(expected), rel=1e-6)
+    assert after < expected
+
+
+def test_an_interruption_leaves_the_best_weights(monkeypatch):
+    dense, batches = classifier(), some_batches(16)
+    model, start = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(start, batches, 0.5, progress=False)
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 20:  # in the second pass
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        prune(model, batches, 0.5, recovery=Distil(passes=3), progress=False)
+    assert "It holds the best weights" in caught.value.__notes__[0]
+    monkeypatch.undo()
+    once = copy.deepcopy(dense)
+    assert torch.equal(model.body[0].weight == 0, start.body[0].weight == 0)
+    assert not torch.equal(model.body[0].weight, start.body[0].weight)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    prune(once, batches, 0.5, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops():
+    class Fragile(Classifier):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits * math.inf if torch.is_grad_enabled() and bool((x > 2).any()) else logits
+
+    torch.manual_seed(0)
+    model, batches = Fragile().double(), some_batches(16)
+    batches[3][0, 0] = 3.0
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery="distil", progress=False)
+    assert "was not finite, so training stopped" in report.training.stopped
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+def test_the_report_keeps_the_losses():
+    report = prune(classifier(), some_batches(16), 0.5, recovery="distil", progress=False)
+    text = report.to_json()
+    assert PruningReport.from_json(text) == report
+    assert json.loads(text)["training"]["passes"][0] == {"loss": None, "held_out": report.training.passes[0].held_out}
+    assert "held-out samples, before and after each pass" in report.notes[-1]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_it_composes_with_every_method(method):
+    specimen = ZOO["llama"]
+    recovery = {} if METHODS[method].recovery != METHODS["wanda"].recovery else {"recovery": Distil(passes=1)}
+    report = prune(specimen.build(), specimen.batches(), 0.5, method=method, **recovery, progress=False)
+    assert report.sparsity == pytest.approx(0.5, abs=0.03)
+    assert (report.training is not None) == bool(recovery)
+
+
+def test_magnitude_needs_batches_for_it():
+    with pytest.raises(ValueError, match=r"Distil\(.*\) reads calibration data, but none were given"):
+        prune(classifier(), None, 0.5, method="magnitude", recovery="distil", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"passes": 0}, "passes of Distil must be a whole number of at least 1, but it is 0"),
+        ({"learning_rate": 0.0}, "learning_rate of Distil must be a number above 0"),
+        ({"learning_rate": math.nan}, "learning_rate of Distil must be a number above 0"),
+        ({"batch_size": 0}, "batch_size of Distil must be"),
+        ({"loss": "cross_entropy"}, "loss of Distil must be one of kl, mse"),
+    ],
+)
+def test_wrong_values_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Distil(**options)
+
+
+def test_an_output_without_predictions_is_refused_before_anything_is_written():
+    model = classifier()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="recovery=Distil"):
+        prune(model, some_batches(2), recovery="distil", forward=lambda x: None, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_sharded_model_is_refused():
+    with pytest.raises(ValueError, match="trains a model that each process holds as a whole"):
+        Distil().check_processes(2, is_sharded=True)
+    Distil().check_processes(2, is_sharded=False)
+    with pytest.raises(ValueError, match="trains in one process"):
+        Reconstruct().check_processes(2, is_sharded=False)

@@ -1,0 +1,62 @@
+"""Keep only the inputs of each block for the backward pass, and run the block again there (Chen et al. 2016).
+
+PyTorch's checkpointing runs a function of tensors a second time; a block takes and returns any nesting of them, may be
+called with keyword arguments only, and may write into them. This file adapts one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from wanda_lightning.calibration.patched import patched
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+@contextmanager
+def recomputing(blocks: Sequence[nn.Module], context: Context = nullcontext) -> Iterator[None]:
+    """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
+
+    Args:
+        blocks: Modules of which none contains another.
+        context: Entered around the second run: a mode for PyTorch functions is not active inside a backward pass.
+    """
+    with ExitStack() as restored:
+        for block in blocks:
+            restored.enter_context(patched(block, "forward", partial(_run, block.forward, context)))
+        yield
+
+
+def _run(forward: Callable[..., Any], context: Context, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    leaves, structure = tree_flatten((args, kwargs))
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    outputs: list[Any] = []
+    output_structure: Any = None
+
+    def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal outputs, output_structure
+        inputs = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            inputs[place] = tensor.clone()  # the block may write into it
+        own_args, own_kwargs = tree_unflatten(inputs, structure)
+        with context() if torch.is_grad_enabled() else nullcontext():
+            outputs, output_structure = tree_flatten(forward(*own_args, **own_kwargs))
+        found = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in found):
+            found = [tensor + anchor.to(tensor.dtype) if tensor.is_floating_point() else tensor for tensor in found]
+        return tuple(found)
+
+    # PyTorch needs one input with a gradient; those of the first block have none.
+    anchor = torch.zeros((), requires_grad=True, device=leaves[places[0]].device if places else None)
+    tensors = iter(checkpoint(run, anchor, *(leaves[place] for place in places), use_reentrant=True))
+    return tree_unflatten([next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in outputs], output_structure)

@@ -1,0 +1,424 @@
+"""Train the kept weights of the whole pruned model to predict like the dense model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.batches import CalibrationBatches, Sample
+from wanda_lightning.calibration.error_notes import add_note
+from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.core.hyperparameters import Number, OneOf, check
+from wanda_lightning.core.masking import mask_
+from wanda_lightning.core.types import KeepMask
+from wanda_lightning.models import Layer, fitting_mask
+from wanda_lightning.parallel import Processes
+from wanda_lightning.progress import ProgressBar
+from wanda_lightning.recovery.base import ModelRecovery, Recovery
+from wanda_lightning.report import Training, TrainingPass
+
+log = logging.getLogger(__name__)
+
+_HELD_OUT = 8  # one in so many samples is held out, if there are so many
+_WARM_UP = 4  # steps
+_ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory together
+
+
+@dataclass(frozen=True)
+class Distil(Recovery):
+    """Train the kept weights so that the pruned model predicts like the dense model on the calibration samples.
+
+    After all layers are pruned, AdamW minimizes the Kullback-Leibler divergence from the dense to the pruned model's
+    predictions (Hinton et al. 2015, temperature 1), averaged over the tokens of each sample. The masks are fixed. The
+    weights of the pruned layers and all vectors (norms, biases, layer scales) are trained; embeddings, head and other
+    dense layers are not. The learning rate of each tensor is relative to the root mean square of its kept weights; it
+    rises in four steps and falls to 0 by a cosine.
+
+    From eight samples on, every eighth is held out: training stops if their loss stops falling, and the best weights
+    are kept, so that the model never ends worse than it began. No dense copy of the model is kept: the inputs of its
+    output head are stored and give the dense predictions; blocks are recomputed in the backward pass.
+
+    Attributes:
+        passes: Maximum number of passes over the samples.
+        learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights.
+        batch_size: Samples of one step, of all processes together.
+        loss: `"kl"`, or `"mse"` for the mean squared error of the outputs; None chooses `"kl"` for outputs with
+            `logits` and for those of shape (samples, classes), and `"mse"` for all others.
+        seed: Seed of the order of the samples.
+    """
+
+    passes: int = 2
+    learning_rate: float = 1e-3
+    batch_size: int = 1
+    loss: Literal["kl", "mse"] | None = None
+    seed: int = 0
+
+    reads_batches: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least_1 = Number(minimum=1, whole=True)
+        check(self, passes=at_least_1, batch_size=at_least_1, learning_rate=Number(above=0, maximum=1))
+        check(self, seed=Number(minimum=0, whole=True))
+        if self.loss is not None:
+            check(self, loss=OneOf(("kl", "mse")))
+
+    def check_processes(self, world_size: int, is_sharded: bool) -> None:
+        """Require that each process holds the whole model."""
+        if is_sharded:
+            raise ValueError(
+                f"recovery={self} trains a model that each process holds as a whole, but this one is sharded. Prune "
+                "before sharding (devices=1), or without recovery."
+            )
+
+    def start_model(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        blocks: Sequence[nn.Module],
+        data: CalibrationBatches,
+        processes: Processes,
+        progress: bool,
+    ) -> ModelRecovery:
+        """Store the predictions of the dense model."""
+        return _Distillation(self, model, layers, blocks, data, processes, progress)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the dense model predicted for one sample: the inputs of its output head, or the predictions themselves."""
+
+    rows: Tensor
+    head: nn.Module | None
+
+    def predictions(self, part: slice) -> Tensor:
+        """Return some of the dense predictions, (rows, classes)."""
+        rows = self.rows[part]
+        return rows if self.head is None else self.head(rows)
+
+
+class _Distillation(ModelRecovery):
+    """Trains a model toward the predictions that it made before it was pruned.
+
+    Every process knows the order of all samples, runs its own, and applies the same steps.
+    """
+
+    def __init__(
+        self,
+        config: Distil,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        blocks: Sequence[nn.Module],
+        data: CalibrationBatches,
+        processes: Processes,
+        progress: bool,
+    ) -> None:
+        self._config, self._model, self._layers, self._blocks = config, model, layers, blocks
+        self._processes, self._progress = processes, progress
+        with ProgressBar("Predicting", data.length, progress) as bar:
+            batches = []
+            with processes.fail_together():
+                for samples in data.samples():
+                    batches.append([(sample, self._dense_predictions(sample)) for sample in samples])
+                    bar.advance()
+            data.refuse_if_empty()
+        self._samples = _in_one_order(batches, processes)
+
+    def _dense_predictions(self, sample: Sample) -> _Target:
+        head = _output_head(self._model, self._layers)
+        entered: list[Tensor] = []
+        with ExitStack() as hooks:
+            if head is not None:
+                hook = head.register_forward_pre_hook(lambda module, args: entered.extend(args))
+                hooks.callback(hook.remove)
+            output = sample.predict()
+        predictions = _rows(_predictions(output), sample)
+        if head is not None and len(entered) == 1:
+            rows = _rows(entered[0], sample)
+            if len(rows) == len(predictions) and _nearly_equal(head(rows), predictions):
+                return _Target(rows.clone(), head)
+        return _Target(predictions.clone(), None)
+
+    def train(self) -> Training:
+        """Train for at most `passes` passes, and leave the best weights in the model."""
+        held = [index for index in range(len(self._samples)) if index % _HELD_OUT == _HELD_OUT - 1]
+        trained = [index for index in range(len(self._samples)) if index not in held]
+        steps = math.ceil(len(trained) / self._config.batch_size)
+        with (
+            _training(self._model, self._layers) as weights,
+            recomputing(self._blocks),
+            ProgressBar("Distilling", self._config.passes * (steps + 1), self._progress) as bar,
+        ):
+            optimizer, schedule = self._optimizer(weights, self._config.passes * steps)
+            before = self._mean_loss(held)
+            best, passes, stopped = _copies(weights), [TrainingPass(None, before)], ""
+            try:
+                for number in range(1, self._config.passes + 1):
+                    bar.show(f"pass {number}")
+                    losses = []
+                    for chosen in self._order(trained, number):
+                        losses.append(self._step(chosen, weights, optimizer))
+                        if not math.isfinite(losses[-1]):
+                            raise FloatingPointError
+                        schedule.step()
+                        bar.advance()
+                    after = self._mean_loss(held)
+                    passes.append(TrainingPass(sum(losses) / len(losses), after))
+                    bar.advance()
+                    if after is not None and before is not None:
+                        if not after < before:
+                            break
+                        before = after
+                    best = _copies(weights)
+            except FloatingPointError:
+                done = (len(passes) - 1) * steps + len(losses)
+                stopped = f"the loss of step {done} was not finite, so training stopped: use a lower learning_rate"
+            except BaseException as error:
+                add_note(error, "The model is pruned. It holds the best weights that distillation had found.")
+                raise
+            finally:
+                for weight, values in zip(weights, best, strict=True):
+                    weight.set(values)
+        return Training(repr(self._config), len(trained), len(held), tuple(passes), stopped)
+
+    def _order(self, trained: Sequence[int], number: int) -> Iterator[list[int]]:
+        """Yield the samples of each step of a pass."""
+        generator = torch.Generator().manual_seed(self._config.seed + number)
+        shuffled = [trained[index] for index in torch.randperm(len(trained), generator=generator).tolist()]
+        for start in range(0, len(shuffled), self._config.batch_size):
+            yield shuffled[start : start + self._config.batch_size]
+
+    def _optimizer(self, weights: Sequence[_Weight], steps: int) -> tuple[Any, Any]:
+        groups = [{"params": [each.master], "lr": self._config.learning_rate * each.scale()} for each in weights]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
+
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def _step(self, chosen: Sequence[int], weights: Sequence[_Weight], optimizer: torch.optim.Optimizer) -> float:
+        """Take one optimizer step on some samples, and return their mean loss before it."""
+        total = torch.zeros(1)
+        with self._processes.fail_together():
+            for sample, target in self._own(chosen):
+                total += self._loss(sample, target, 1 / len(chosen))
+        for weight in weights:
+            weight.take_gradient(self._processes)
+        self._processes.all_reduce_sum([total])
+        if total.isfinite():
+            optimizer.step()
+            for weight in weights:
+                weight.write()
+        return float(total)
+
+    def _own(self, chosen: Sequence[int]) -> Iterator[tuple[Sample, _Target]]:
+        return (own for index in chosen if (own := self._samples[index]) is not None)
+
+    @torch.no_grad()
+    def _mean_loss(self, chosen: Sequence[int]) -> float | None:
+        """Return the mean loss over some samples; None for none."""
+        total = torch.zeros(1)
+        with self._processes.fail_together():
+            for sample, target in self._own(chosen):
+                total += self._loss(sample, target, 1 / len(chosen), backward=False)
+        self._processes.all_reduce_sum([total])
+        return float(total) if chosen else None
+
+    def _loss(self, sample: Sample, target: _Target, factor: float, backward: bool = True) -> float:
+        """Return the loss of a sample times a factor, after passing its gradient backward.
+
+        The gradient is computed by hand for some rows at a time: cross entropy would hold several tensors of the size
+        of all predictions.
+        """
+        with torch.set_grad_enabled(backward), _mixed_precision(self._model):
+            output = sample.predict()
+            rows = _rows(_predictions(output), sample)
+        is_kl = self._config.loss == "kl" or (self._config.loss is None and _has_classes(output))
+        compare = _divergence if is_kl else _squared_error
+        gradient = torch.empty_like(rows) if backward else None
+        loss = 0.0
+        with torch.no_grad():
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                value, slopes = compare(_wide(rows[part]), _wide(target.predictions(part)))
+                loss += float(value) * factor / len(rows)
+                if gradient is not None:
+                    gradient[part] = slopes.mul_(factor / len(rows))
+        if gradient is not None:
+            rows.backward(gradient)
+        return loss
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence of rows of logits, and its gradient with respect to `predicted`."""
+    log_q, log_p = predicted.log_softmax(dim=-1), dense.log_softmax(dim=-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(), log_q.exp_().sub_(p)
+
+
+def _squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared error summed over the rows and averaged over their entries, and its gradient."""
+    difference = predicted - dense
+    return difference.square().mean(dim=-1).sum(), difference.mul_(2 / difference.shape[-1])
+
+
+@dataclass
+class _Weight:
+    """One trained parameter.
+
+    Attributes:
+        parameter: The model's parameter.
+        master: What the optimizer updates: the parameter, or a copy in float32, since bfloat16 would lose small steps.
+        keep: Which of its entries are trained.
+    """
+
+    parameter: nn.Parameter
+    master: Tensor
+    keep: KeepMask
+
+    def scale(self) -> float:
+        """Return the root mean square of the kept entries."""
+        kept = self.master.detach()[self.keep]
+        return float(kept.square().mean().sqrt()) if len(kept) else 0.0
+
+    def take_gradient(self, processes: Processes) -> None:
+        """Give the master the sum of the gradients of all processes, 0 for what is not kept."""
+        gradient = self.parameter.grad
+        self.parameter.grad = None
+        gradient = torch.zeros_like(self.master) if gradient is None else gradient.to(self.master.dtype)
+        processes.all_reduce_sum([gradient])
+        mask_(gradient, self.keep)
+        self.master.grad = gradient
+
+    def write(self) -> None:
+        """Copy the master into the model."""
+        self.master.grad = None
+        if self.master is not self.parameter:
+            self.set(self.master)
+
+    @torch.no_grad()
+    def set(self, values: Tensor) -> None:
+        """Write values into the model."""
+        self.parameter.copy_(values)
+
+
+@contextmanager
+def _training(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[_Weight]]:
+    """Turn on gradients of what is trained, and only of that; restore flags and gradients at the end."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    trained = {id(parameter) for parameter, requires_grad, _ in before if requires_grad}
+    pruned: dict[int, list[Layer]] = {}
+    for layer in layers:
+        pruned.setdefault(id(layer.parameter), []).append(layer)
+    weights = []
+    for parameter, _, _ in before:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        inside = pruned.get(id(parameter), [])
+        if id(parameter) in trained and parameter.is_floating_point() and (inside or parameter.ndim < 2):
+            weights.append(_weight(parameter, inside))
+    try:
+        for weight in weights:
+            weight.parameter.requires_grad_(True)
+        yield weights
+    finally:
+        for parameter, requires_grad, gradient in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def _weight(parameter: nn.Parameter, layers: Sequence[Layer]) -> _Weight:
+    keep = torch.full(parameter.shape, not layers, dtype=torch.bool, device=parameter.device)
+    for layer in layers:  # a parameter may also hold dense layers, which do not change
+        layer.part(keep).copy_(layer.weight != 0)
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return _Weight(parameter, parameter if parameter.dtype == wide else parameter.detach().to(wide), keep)
+
+
+def _copies(weights: Sequence[_Weight]) -> list[Tensor]:
+    return [weight.parameter.detach().clone() for weight in weights]
+
+
+def _mixed_precision(model: nn.Module) -> torch.autocast:
+    """Multiply in bfloat16 where the hardware does so natively and the weights are wider."""
+    parameter = next(model.parameters())
+    kind = parameter.device.type
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else _cpu_has_bfloat16()
+    enabled = parameter.dtype == torch.float32 and kind in ("cuda", "cpu") and native
+    # A cached cast that was made without gradients would cut the graph of the recomputed block.
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def _cpu_has_bfloat16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _in_one_order(
+    batches: Sequence[Sequence[tuple[Sample, _Target]]], processes: Processes
+) -> list[tuple[Sample, _Target] | None]:
+    """Return the samples of all processes; None stands for those of other processes.
+
+    Batch i of all processes precedes batch i + 1 of any, so that the order depends on the batches alone.
+    """
+    order: list[tuple[Sample, _Target] | None] = []
+    longest = max(number for (number,) in processes.all_gather([len(batches)]))
+    sizes = processes.all_gather([len(batch) for batch in batches] + [0] * (longest - len(batches)))
+    for index in range(longest):
+        for rank in range(processes.world_size):
+            order += batches[index] if rank == processes.rank and index < len(batches) else [None] * sizes[rank][index]
+    return order
+
+
+def _output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
+    """Return the output head of a language model, unless it is pruned, too."""
+    find: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if find is not None else None
+    except NotImplementedError:
+        return None
+    is_pruned = any(layer.module is head for layer in layers)
+    return head if isinstance(head, nn.Module) and not is_pruned else None
+
+
+def _predictions(output: object) -> Tensor:
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
+        raise ValueError(
+            f"recovery=Distil() needs outputs that are tensors or have logits, but a batch gave "
+            f"{type(output).__name__}. Let forward= (or calibration_step) return the predictions, or use another "
+            "recovery."
+        )
+    return found
+
+
+def _nearly_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two predictions differ by rounding only; some models scale or cap the outputs of their head."""
+    tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()
+    return bool(((first - second).abs() <= tolerance).all())
+
+
+def _has_classes(output: object) -> bool:
+    predictions = _predictions(output)
+    return predictions.shape[-1] > 1 and (predictions is not output or predictions.ndim == 2)
+
+
+def _rows(predictions: Tensor, sample: Sample) -> Tensor:
+    """Return the predictions of a sample as a matrix, without padding."""
+    rows = predictions.flatten(0, -2)
+    if mask := fitting_mask(sample.masks, "", predictions):
+        rows = rows[mask.keep.flatten().to(rows.device)]
+    return rows
