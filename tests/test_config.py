@@ -92,7 +92,10 @@ def test_patterns(pattern, expected):
         ({"pattern": None}, "pattern must be one of unstructured, .* but it is None"),
         ({"solver": "sparsgpt"}, "Did you mean sparsegpt"),
         ({"allocation": 3}, "allocation must be of class Allocation or one of uniform, .* but it is 3"),
-        ({"recovery": "distill"}, "recovery must be one of none, reconstruct, but it is 'distill'"),
+        (
+            {"recovery": "distill"},
+            "recovery must be one of none, reconstruct, distil, but it is 'distill'. Did you mean distil",
+        ),
         ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
         ({"sequential": "model"}, "sequential must be one of block, layer, none, but it is 'model'"),
         ({"min_expert_tokens": 1.5}, r"min_expert_tokens must be a number of tokens, 0 or more, but it is 1\.5"),

@@ -65,13 +65,15 @@ COMPARED = {
     "fast": "row",
     "balanced": "layer",
     "best": "layer",
+    "thorough": "layer",
 }
 
 
 def test_unstructured_means_what_the_method_compares():
     assert COMPARED.keys() == {*METHODS, *PRESETS}
     for name, group in COMPARED.items():
-        assert PruningConfig.from_names(method=name).pattern == Unstructured(group)
+        weighed = name in ("best", "thorough")
+        assert PruningConfig.from_names(method=name).pattern == Unstructured(group, weighed)
         assert PruningConfig.from_names(method=name, pattern="unstructured_row").pattern == Unstructured("row")
         assert PruningConfig.from_names(method=name, pattern=Unstructured("layer")).pattern == Unstructured("layer")
 
@@ -125,7 +127,8 @@ def test_a_preset_before_measuring(name):
 def test_mixed_precision_rounds_no_solver(name):
     reports, modules = [], [Net(), Net()]
     for module, precision in zip(modules, ("32-true", "bf16-mixed"), strict=True):
-        callback = PruningCallback.preset(name, 0.5, allocation="uniform", num_samples=8)
+        choices = {"allocation": "uniform", "pattern": "unstructured_layer", "recovery": "none"}  # no gradients
+        callback = PruningCallback.preset(name, 0.5, num_samples=8, **choices)
         trainer(callback, precision=precision).validate(module, loader(), verbose=False)
         reports.append(callback.report)
     first, second = (module.layers[0].weight for module in modules)  # its inputs are the same
@@ -140,7 +143,7 @@ def test_a_choice_of_a_preset_may_be_replaced():
 
 
 def test_what_is_no_preset_is_refused():
-    with pytest.raises(ValueError, match=r"method must be one of .*best, but it is 'bset'. Did you mean best"):
+    with pytest.raises(ValueError, match=r"method must be one of .*thorough, but it is 'bset'. Did you mean best"):
         PruningCallback.preset("bset")
     with pytest.raises(TypeError, match=r"so does WandaPrune. Use PruningCallback.preset\('fast'\)"):
         WandaPrune.preset("fast")

@@ -5,30 +5,17 @@ import copy
 import pytest
 import torch
 from support.batches import split
+from support.gradients import gradients
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
-from wanda_lightning.calibration.batches import CalibrationBatches
-from wanda_lightning.calibration.gradients import gradient_statistics
-from wanda_lightning.calibration.mode import calibration_mode
-from wanda_lightning.config import PruningConfig
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.plan import make_plan
-
-
-def statistics(model, batches, samples=None, recomputed=True):
-    plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
-    data = CalibrationBatches(model, batches, lambda batch: run(model, batch), None, SINGLE_PROCESS, "the test")
-    blocks = plan.blocks if recomputed else ()
-    with calibration_mode(model), torch.no_grad():
-        return gradient_statistics(model, plan.layers, blocks, data, lambda: None, SINGLE_PROCESS, samples)
 
 
 def measured(model, batches, samples=None):
-    return {name: sums.inputs for name, sums in statistics(model, batches, samples).items()}
+    return {name: sums.inputs for name, sums in gradients(model, batches, samples).items()}
 
 
 def drawn(logits, first):
@@ -55,7 +42,7 @@ def test_the_sums_are_those_of_autograd():
             for token in range(len(x)):  # each alone
                 expected[name] += seen[token].detach() ** 2 * gradient[token].square().mean()
                 rows[name] += gradient[token] ** 2
-    got = statistics(nn.Sequential(model, nn.Identity())[0], batches)
+    got = gradients(nn.Sequential(model, nn.Identity())[0], batches)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name].inputs, value)
@@ -68,7 +55,7 @@ def test_recomputed_blocks_give_the_same_sums(name):
     model = ZOO[name].build().double()
     batches = ZOO[name].batches()
     batches = [as_double(batch) for batch in batches]
-    recomputed, stored = (statistics(model, batches, recomputed=choice) for choice in (True, False))
+    recomputed, stored = (gradients(model, batches, recomputed=choice) for choice in (True, False))
     assert recomputed.keys() == stored.keys()
     for layer, sums in stored.items():
         for one, other in zip(sums, recomputed[layer], strict=True):

@@ -184,7 +184,7 @@ def test_a_mapping_that_forward_cannot_take():
 
 @pytest.mark.parametrize("batch", [object(), ("a", "b"), torch.tensor(1.0)])
 def test_a_batch_without_samples(batch):
-    with pytest.raises(MisconfigurationException, match="must make batches that hold tensors"):
+    with pytest.raises(ValueError, match="batches must hold tensors, but one is of class"):
         trainer(WandaPrune(num_samples=4, dataloader=[batch, batch])).validate(Net(), loader())
 
 

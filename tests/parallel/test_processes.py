@@ -1,21 +1,18 @@
 """Several processes prune one model: the same masks everywhere, those of one process on all samples, and no hanging."""
 
 import re
-from functools import partial
 from itertools import zip_longest
 
 import pytest
 import torch
 from support import pair_cases as cases
 from support.batches import split
+from support.gradients import gradients
 from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
-from support.zoo import ZOO, run
+from support.zoo import ZOO
 
-from wanda_lightning import Fisher, Magnitude
-from wanda_lightning.calibration.gradients import fisher
-from wanda_lightning.calibration.mode import calibration_mode
-from wanda_lightning.models import find_layers, token_masks
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning import Distil, Fisher, Magnitude, prune
+from wanda_lightning.parallel import Processes
 
 
 def test_the_collectives(pair):
@@ -177,15 +174,30 @@ def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples)
     first, second = (cases.share_of(batches, rank, shares) for rank in (0, 1))
     turns = [batch for turn in zip_longest(first, second) for batch in turn if batch is not None]
     model = ZOO[name].build().double()
-    masks = [token_masks(model, batch) for batch in turns]
-    forwards = [partial(run, model, batch) for batch in turns]
-    layers = find_layers(model).layers
-    with calibration_mode(model), torch.no_grad():
-        expected = fisher(model, layers, forwards, masks, lambda: None, SINGLE_PROCESS, samples)
+    expected = gradients(model, turns, samples)
     for sums in pair.run(cases.fisher_of, name, shares, samples):
         assert sums.keys() == expected.keys()
-        for layer, value in expected.items():
-            torch.testing.assert_close(sums[layer], value, rtol=1e-4, atol=1e-12)
+        for layer, values in expected.items():
+            for found, value in zip(sums[layer], values, strict=True):
+                torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("shares", [None, ([0, 1, 2], []), ([0], [1, 2])])
+@pytest.mark.parametrize("name", ["llama_padded", "mixtral"])
+def test_distillation_is_that_of_one_process(pair, name, shares):
+    """The same steps on the same samples, whichever process runs them."""
+    batches = split(ZOO[name].batches(), 2)
+    first, second = (cases.share_of(batches, rank, shares) for rank in (0, 1))
+    turns = [batch for turn in zip_longest(first, second) for batch in turn if batch is not None]
+    model = ZOO[name].build().double()
+    expected = prune(model, turns, recovery=Distil(passes=2, batch_size=2), progress=False)
+    (weights, report), (others, _) = pair.run(cases.distilled, name, shares, 2)
+    assert_equal_everywhere(weights, others)
+    for key, value in model.named_parameters():
+        assert torch.equal(weights[key] == 0, value == 0)
+        torch.testing.assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
+    for one, other in zip(report.training.passes, expected.training.passes, strict=True):
+        assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
 
 
 @pytest.mark.parametrize("samples", [3, None])

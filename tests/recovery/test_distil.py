@@ -116,7 +116,7 @@ def plan_of(model):
 
 @pytest.mark.parametrize("name", ["llama", "llama_padded", "gemma2", "qwen3", "mixtral"])
 def test_the_head_gives_the_dense_predictions(name):
-    """Whether its inputs are stored or, where the model caps its logits, the logits themselves: the loss is the same."""
+    """Its inputs are stored or, where the model caps its logits, the logits themselves; the loss is the same."""
     specimen = ZOO[name]
     dense, model = specimen.build(), specimen.build()
     batches = split(specimen.batches(), 1)

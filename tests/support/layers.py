@@ -5,7 +5,7 @@ import torch
 from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.patterns import Unstructured
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 
 SHAPE = (16, 64)
 WIDE = (12, 300)  # more than two of SparseGPT's blocks of columns
@@ -48,9 +48,11 @@ def dense_layer(name, block, weight, tokens=None, pattern=Unstructured()):
     inputs = InputStatistics(() if tokens is None else {"square_sum"})
     if tokens is not None:
         inputs.update(tokens)
-    fisher = None if tokens is None else tokens.square().sum(dim=0)  # of gradients that are 1 everywhere
+    gradients = None
+    if tokens is not None:  # gradients that are 1 everywhere
+        gradients = GradientStatistics(tokens.square().sum(dim=0), torch.full((len(weight),), float(len(tokens))))
     return DenseLayer(
-        name, block, weight.numel(), pattern.sparsity_steps(*weight.shape), lambda: weight, inputs, fisher
+        name, block, weight.numel(), pattern.sparsity_steps(*weight.shape), lambda: weight, inputs, gradients
     )
 
 

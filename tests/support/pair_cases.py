@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.batches import split
+from support.gradients import gradients
 from support.zoo import ZOO, run
 from torch import distributed as dist
 from torch import nn
@@ -17,17 +18,15 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wanda_lightning import Fisher, PerLayer
-from wanda_lightning.calibration.gradients import fisher
+from wanda_lightning import Distil, Fisher, PerLayer
 from wanda_lightning.calibration.lockstep import whole_model_stop
-from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
-from wanda_lightning.models import find_layers, token_masks
+from wanda_lightning.models import find_layers
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.parallel import Processes
 from wanda_lightning.pruning import prune_as
@@ -162,10 +161,16 @@ def fisher_of(rank, name, shares, samples):
     """The Fisher sums of both processes."""
     model = ZOO[name].build().double()
     batches = share_of(split(ZOO[name].batches(), 1), rank, shares)
-    forwards = [partial(run, model, batch) for batch in batches]
-    masks = [token_masks(model, batch) for batch in batches]
-    with calibration_mode(model), torch.no_grad():
-        return fisher(model, find_layers(model).layers, forwards, masks, lambda: None, both(), samples)
+    return gradients(model, batches, samples, processes=both())
+
+
+def distilled(rank, name, shares, size):
+    """Prune and distil a specimen that both processes have."""
+    model = ZOO[name].build().double()
+    batches = share_of(split(ZOO[name].batches(), size), rank, shares)
+    config = PruningConfig.from_names(recovery=Distil(passes=2, batch_size=2))
+    report = prune_as(config, model, batches, progress=False, processes=both())
+    return whole(model), report
 
 
 def best(rank, samples, shares=None):
