@@ -173,6 +173,11 @@ def test_impossible_n_of_m_is_refused(n, m):
         NM(n, m)
 
 
+def test_rows_cannot_be_weighed_within_a_row():
+    with pytest.raises(ValueError, match="weigh_rows of Unstructured must be False for group='row'"):
+        Unstructured("row", weigh_rows=True)
+
+
 def test_unknown_group_is_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses it before we do
     with pytest.raises(ValueError, match=r"group of Unstructured must be one of row, layer, but it is 'column'\."):

@@ -1,12 +1,15 @@
 """Fisher: one threshold for the scores of all layers."""
 
+from functools import partial
+
 import jaxtyping
 import pytest
 import torch
 from support.layers import allocate, random_layers
 
-from wanda_lightning.core.allocation import Fisher
+from wanda_lightning.core.allocation import DenseLayer, Fisher
 from wanda_lightning.core.patterns import Unstructured
+from wanda_lightning.core.statistics import GradientStatistics
 
 
 def test_weights_that_matter_less_get_more_sparsity():
@@ -44,3 +47,21 @@ def test_values_out_of_range_are_refused(values, text, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
     with pytest.raises(ValueError, match=text):
         Fisher(**values)
+
+
+def test_the_score_of_a_weight_is_its_square_times_input_and_row():
+    """A layer whose rows differ loses what the product of both says, against scores written out."""
+    generator = torch.Generator().manual_seed(0)
+    layers, scores = [], {}
+    for name in ("a", "b"):
+        weight = torch.randn(6, 20, generator=generator)
+        inputs, rows = torch.rand(20, generator=generator), torch.rand(6, generator=generator) ** 4
+        gradients = GradientStatistics(inputs, rows)
+        read = partial(torch.clone, weight)
+        layers.append(DenseLayer(name, name, weight.numel(), weight.numel(), read, gradients=gradients))
+        scores[name] = weight**2 * inputs * (rows / rows.mean())[:, None]
+    got = Fisher(max_deviation=0.4)(layers, 0.5)
+    threshold = torch.cat([each.flatten() for each in scores.values()]).median()
+    for name, each in scores.items():
+        assert got[name] == pytest.approx((each <= threshold).float().mean().item(), abs=0.01)
+    assert abs(got["a"] - got["b"]) > 0.02
