@@ -242,6 +242,8 @@ class _Distillation(ModelRecovery):
             rows = _rows(_predictions(output), sample)
         is_kl = self._config.loss == "kl" or (self._config.loss is None and _has_classes(output))
         compare = _divergence if is_kl else _squared_error
+        if not len(rows):  # a sample of padding
+            return 0.0
         gradient = torch.empty_like(rows) if backward else None
         loss = 0.0
         with torch.no_grad():
@@ -351,13 +353,15 @@ def _copies(weights: Sequence[_Weight]) -> list[Tensor]:
 
 
 def _mixed_precision(model: nn.Module) -> torch.autocast:
-    """Multiply in bfloat16 where the hardware does so natively and the weights are wider."""
+    """Multiply wider weights in bfloat16 where the hardware does so natively; keep the precision of a Trainer."""
     parameter = next(model.parameters())
     kind = parameter.device.type
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else _cpu_has_bfloat16()
-    enabled = parameter.dtype == torch.float32 and kind in ("cuda", "cpu") and native
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    if not enabled and parameter.dtype == torch.float32 and kind in ("cuda", "cpu"):
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else _cpu_has_bfloat16()
+        dtype = torch.bfloat16
     # A cached cast that was made without gradients would cut the graph of the recomputed block.
-    return torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=False)
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
 
 def _cpu_has_bfloat16() -> bool:
