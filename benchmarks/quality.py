@@ -55,6 +55,7 @@ TEXT: dict[str, Choices] = {
     "owl": {"method": "wanda", "allocation": OWL()},
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
     **{name: {"method": name} for name in PRESETS},
+    **{f"{name}+distil": {"method": name, "recovery": "distil"} for name in ("wanda", "balanced")},
 }
 UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M
 IMAGES: dict[str, Choices] = {
@@ -63,6 +64,7 @@ IMAGES: dict[str, Choices] = {
     "wanda, layer": {"method": "wanda", "sequential": "none", "pattern": Unstructured("layer")},
     "sparsegpt": {"method": "sparsegpt", "sequential": "none"},
     "best": {"method": "best"},
+    "thorough": {"method": "thorough"},
 }
 GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "2:4")}  # by whether they are images
 BASELINE = "sparsegpt by hand"
