@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from wanda_lightning.calibration.passive import PassiveCalibration
+from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.callbacks import checks
 from wanda_lightning.callbacks.batches import batch_size, calibration_batches, calibration_forward
 from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
