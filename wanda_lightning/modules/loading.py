@@ -57,8 +57,13 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
     with bars_on_terminals_only():
         if path.suffix != ".gguf":
             check_decoder_only(load_config(name, **hub))
-        if path.is_dir():
-            _check_weight_files(path)
+        if path.is_dir() and not any(path.glob("*.safetensors")):
+            found = ", ".join(sorted(file.name for file in path.iterdir()))
+            raise OSError(
+                f"model must be a folder with weights in safetensors, the only format that is read, but {path} has "
+                f"{found}. Convert a checkpoint that you trust with "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+            )
         with reading("weights", name):
             model, loaded = AutoModelForCausalLM.from_pretrained(**source, **hub, **options, output_loading_info=True)
         has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
@@ -112,16 +117,6 @@ def number_of_embeddings(model: Any) -> int | None:
         return None
 
 
-def _check_weight_files(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.iterdir()))
-        raise OSError(
-            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has "
-            f"{found}. Convert a checkpoint that you trust with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
-        )
-
-
 def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
     if mismatched := sorted(loaded.get("mismatched_keys", ())):
         key, stored, expected = mismatched[0]
@@ -164,12 +159,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 
 
 def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """Create an image classifier of timm.
-
-    Args:
-        name: A name that `model_sources.timm_name` accepts.
-        pretrained: Load weights.
-        kwargs: More arguments of `timm.create_model`.
+    """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
     Raises:
         OSError: If weights can neither be downloaded nor found.
@@ -222,13 +212,12 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint {checkpoint} does not exist. Check the path.")
     _check_stored_as_float(str(path), [path], model)
-    weights, expected = load_file(path), model.state_dict()
-    faults = [f"{key} is missing" for key in expected if key not in weights]
-    faults += [f"{key} is unknown to the model" for key in weights if key not in expected]
-    faults += [
-        f"{key} has the shape {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in weights and weights[key].shape != expected[key].shape
+    weights = load_file(path)
+    stored, expected = ({key: tuple(w.shape) for key, w in each.items()} for each in (weights, model.state_dict()))
+    faults = [
+        f"{key} has the shape {stored.get(key, '(missing)')} instead of {expected.get(key, '(unknown)')}"
+        for key in {**expected, **stored}
+        if stored.get(key) != expected.get(key)
     ]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -252,9 +241,8 @@ def _check_finite(model: nn.Module, name: str) -> None:
         # The sum is fast; only if it overflows or is NaN is each weight tested.
         if weight.sum().isfinite() or weight.isfinite().all():
             continue
-        advice = (
-            "load it with dtype='bfloat16'" if weight.dtype is torch.float16 else "download or save the model again"
-        )
+        is_half = weight.dtype is torch.float16
+        advice = "load it with dtype='bfloat16'" if is_half else "download or save the model again"
         raise ValueError(
             f"The model {name!r} cannot be used: the weight of {key.removesuffix('.weight')} holds NaN or infinity in "
             f"{str(weight.dtype).removeprefix('torch.')}. Check the checkpoint, or {advice}."
