@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,8 @@ def test_the_digits_that_need_no_network(inputs, capsys):
         from wanda_lightning.data import images as module
 
         source = module.open_source("digits")
-        few = type(source)(list(source.train)[:8], list(source.evaluation)[:8], source.class_names)
+        parts = {"train": source.train, "evaluation": source.evaluation}
+        few = replace(source, **{name: replace(part, samples=part.samples[:8]) for name, part in parts.items()})
         patch.setattr(module, "open_source", lambda *_: few)
         assert run("prune", *weights, "--data_path", "digits", "--nsamples", "8") == 0
 

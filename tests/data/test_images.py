@@ -1,6 +1,7 @@
 """Images against transforms by hand, and what the data module refuses."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -132,8 +133,10 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
     assert not torch.equal(*[images_of(data.train_dataloader())[0] for _ in range(2)])
 
 
-def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet):
-    data = ImageDataModule(str(imagenet / "val"), vit())
+@pytest.mark.parametrize("is_below_val", [False, True])
+def test_a_folder_of_evaluation_images_calibrates_and_measures_but_does_not_train(imagenet, is_below_val):
+    shutil.rmtree(imagenet / "train")
+    data = ImageDataModule(str(imagenet if is_below_val else imagenet / "val"), vit())
     data.setup("validate")
     images, labels = images_of(data.val_dataloader())
     assert len(images) == 4

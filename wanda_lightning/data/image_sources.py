@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.checks import one_line
+from wanda_lightning.checks import one_line, require_extra
 from wanda_lightning.core.name_patterns import did_you_mean
-from wanda_lightning.data.demo import check_digits, digits
 from wanda_lightning.data.hub import load_from_hub
 
 _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, label column
@@ -25,17 +24,19 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Images(Sequence[tuple[Any, int]]):
-    """A sequence of (PIL image, label). An image that cannot be read raises a ValueError that names it.
+    """A sequence of (image, label). An image that cannot be read raises a ValueError that names it.
 
     Attributes:
-        samples: Pairs or rows with an image or its path, and a label.
+        samples: Pairs or rows with a PIL image or its path, and a label.
         name: Name of the data set, for error messages.
         keys: Keys of the image and the label in a sample.
+        transform: Applied to each PIL image.
     """
 
     samples: Any
     name: str
     keys: tuple[Any, Any] = (0, 1)
+    transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -58,7 +59,7 @@ class Images(Sequence[tuple[Any, int]]):
                 f"The image {where} cannot be read ({type(error).__name__}: {one_line(error)}). Remove it, replace it, "
                 "or scale it down if it is too large."
             ) from error
-        return image, label
+        return (image if self.transform is None else self.transform(image)), label
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def check_source(data: str) -> None:
     """
     path = Path(data).expanduser()
     if data == "digits":
-        check_digits()
+        require_extra("demo", "sklearn", purpose="The digits")
     elif data in _NAMES:
         return
     elif path.is_dir():
@@ -114,13 +115,25 @@ def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence
     """
     path = Path(data).expanduser()
     if data == "digits":
-        train, evaluation = digits()
-        return Source(Images(train, data), Images(evaluation, data), tuple(map(str, range(10))))
+        return _digits()
     if data not in _HUB and path.is_dir() and not _is_parquet(path):
         return _from_folder(path, model_classes)
     name, label_column = _HUB.get(data, (data, None))
     splits = load_from_hub(str(path) if path.is_dir() else name, instead=_ALTERNATIVE, cache_dir=cache_dir)
     return _from_splits(splits, name, label_column)
+
+
+def _digits() -> Source:
+    """Split the 1,797 scans of `sklearn.datasets.load_digits` (8x8 pixels): always the same 20 % for evaluation."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans = load_digits()
+    pixels = (scans.images * (255 / 16)).round().astype("uint8")
+    samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, scans.target, strict=True)]
+    train, evaluation = train_test_split(samples, test_size=0.2, random_state=0, stratify=scans.target)
+    return Source(Images(train, "digits"), Images(evaluation, "digits"), tuple("0123456789"))
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -136,9 +149,10 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _image_folders(root: Path) -> tuple[Path | None, Path]:
-    """Return the folders of training and evaluation images; the first is None if the class folders are in the root."""
+    """Return the folders of training images, or None without a folder `train`, and of evaluation images."""
     found = _subfolders(root)
-    train, evaluation = (root / "train", root / "val") if {"train", "val"} & set(found) else (None, root)
+    train = root / "train" if "train" in found else None
+    evaluation = root / "val" if {"train", "val"} & set(found) else root
     for folder in (train, evaluation):
         if folder is not None and not _subfolders(folder):
             files = sum(entry.is_file() for entry in root.iterdir())
@@ -170,13 +184,7 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
 
 
 def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -> Images:
-    """Open the images of the class folders in a folder.
-
-    Args:
-        folder: The folder that contains the class folders.
-        labels: Label of each class folder, by name.
-        allow_empty: Allow class folders without images, as long as another one has some.
-    """
+    """Open the images of the class folders in a folder; `allow_empty` allows some of them to have none."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     present = {name: labels[name] for name in _subfolders(folder)}
@@ -191,25 +199,6 @@ def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-
-
-def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:
-    """Return the names of the only column of type `Image` and the only one of type `ClassLabel` (`label` if given).
-
-    Raises:
-        ValueError: If either does not exist or is not the only one.
-    """
-    from datasets import ClassLabel, Image
-
-    images = [key for key, feature in features.items() if isinstance(feature, Image)]
-    labels = [key for key, feature in features.items() if isinstance(feature, ClassLabel) and label in (None, key)]
-    if len(images) == 1 and len(labels) == 1:
-        return images[0], labels[0]
-    columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
-    raise ValueError(
-        f"{name} must have one column of type Image and one of type ClassLabel, but it has {columns}. "
-        "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
-    )
 
 
 def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Source:
@@ -228,4 +217,23 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
         None if train is None else Images(train, name, columns),
         Images(splits[evaluation], name, columns),
         tuple(features[columns[1]].names),
+    )
+
+
+def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:
+    """Return the names of the only column of type `Image` and the only one of type `ClassLabel` (`label` if given).
+
+    Raises:
+        ValueError: If either does not exist or is not the only one.
+    """
+    from datasets import ClassLabel, Image
+
+    images = [key for key, feature in features.items() if isinstance(feature, Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, ClassLabel) and label in (None, key)]
+    if len(images) == 1 and len(labels) == 1:
+        return images[0], labels[0]
+    columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
+    raise ValueError(
+        f"{name} must have one column of type Image and one of type ClassLabel, but it has {columns}. "
+        "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
     )
