@@ -34,16 +34,13 @@ _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configura
 
 
 def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
-    """Load a decoder-only language model and its tokenizer.
+    """Load a decoder-only language model, and its tokenizer or None.
 
     Args:
         name: Hub id, local folder or `.gguf` file.
         dtype: "auto" or a key of `DTYPES`.
         hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         with_tokenizer: Load the tokenizer, too.
-
-    Returns:
-        The model, and its tokenizer or None.
 
     Raises:
         OSError: If neither a local folder nor the hub has the model in safetensors.
@@ -57,13 +54,8 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
     with bars_on_terminals_only():
         if path.suffix != ".gguf":
             check_decoder_only(load_config(name, **hub))
-        if path.is_dir() and not any(path.glob("*.safetensors")):
-            found = ", ".join(sorted(file.name for file in path.iterdir()))
-            raise OSError(
-                f"model must be a folder with weights in safetensors, the only format that is read, but {path} has "
-                f"{found}. Convert a checkpoint that you trust with "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
-            )
+        if path.is_dir():
+            _require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
         with reading("weights", name):
             model, loaded = AutoModelForCausalLM.from_pretrained(**source, **hub, **options, output_loading_info=True)
         has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
@@ -167,11 +159,8 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     """
     checked = timm_name(name)
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
-    if folder is not None and pretrained and not any(folder.glob("*.safetensors")):
-        raise OSError(
-            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has none. "
-            "Save the weights with safetensors.torch.save_file; in Python, pretrained=False starts from random ones."
-        )
+    if folder is not None and pretrained:
+        _require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
     try:
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     except OSError as error:
@@ -212,12 +201,13 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint {checkpoint} does not exist. Check the path.")
     _check_stored_as_float(str(path), [path], model)
-    weights = load_file(path)
-    stored, expected = ({key: tuple(w.shape) for key, w in each.items()} for each in (weights, model.state_dict()))
-    faults = [
-        f"{key} has the shape {stored.get(key, '(missing)')} instead of {expected.get(key, '(unknown)')}"
-        for key in {**expected, **stored}
-        if stored.get(key) != expected.get(key)
+    weights, expected = load_file(path), model.state_dict()
+    faults = [f"{key} is missing" for key in expected if key not in weights]
+    faults += [f"{key} is unknown to the model" for key in weights if key not in expected]
+    faults += [
+        f"{key} has the shape {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in weights and weights[key].shape != expected[key].shape
     ]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -231,6 +221,15 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
+
+
+def _require_safetensors(folder: Path, converter: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(file.name for file in folder.iterdir()))
+        raise OSError(
+            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has "
+            f"{found}. Convert a checkpoint that you trust with {converter}."
+        )
 
 
 def _check_finite(model: nn.Module, name: str) -> None:
