@@ -54,7 +54,7 @@ def test_calibration_images_are_a_seeded_choice_of_training_images():
     assert len(labels.unique()) == 10
     assert torch.equal(calibration(0)[0][0], images)
     assert not torch.equal(calibration(1)[0][0], images)
-    train = data.train_dataloader().dataset.tensors[0]
+    train = torch.stack([image for image, _ in data.train_dataloader().dataset])
     order = torch.randperm(1437, generator=torch.Generator().manual_seed(0))
     assert torch.equal(images, train[order[:64]])
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from wanda_lightning.core.gram import dampened, inverse_factor, scaled
+from wanda_lightning.core.gram import inverse_factor, scaled
 from wanda_lightning.core.types import Gram, PerInput, Tokens
 
 Derived = TypeVar("Derived")
@@ -120,12 +120,8 @@ class InputStatistics:
         energy = self.sums["square_sum"] if "square_sum" in self.sums else self.sums["gram"].diagonal()
         return energy == 0
 
-    def dampened_gram(self, dampening: float) -> Gram:
-        """Return the Gram matrix `X^T X` of all tokens with `dampening` times its mean diagonal on the diagonal."""
-        return dampened(self.sums["gram"], dampening)
-
     def inverse_factor(self, dampening: float) -> Gram:
-        """Return the upper triangular `U` with `U^T U = dampened_gram^-1`, computed once (see `core.gram`)."""
+        """Return the upper triangular `U` with `U^T U = dampened(X^T X)^-1`, computed once (see `core.gram`)."""
         return self._once(("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening))
 
     def inverse_diagonal(self, dampening: float) -> PerInput:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from wanda_lightning.checks import check_at_least, check_positive
 from wanda_lightning.data.image_sources import Source, check_source, open_source
@@ -80,7 +80,7 @@ class ImageDataModule(DataModule):
         self.preprocessing: dict[str, Any] = {}
         self._source: Source | None = None
         self._model_classes: tuple[str, ...] = ()
-        self._kept: dict[str, TensorDataset] = {}
+        self._kept: dict[str, list[tuple[Tensor, int]]] = {}  # by part
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -155,8 +155,7 @@ class ImageDataModule(DataModule):
         if not self._in_memory:
             return images
         if part not in self._kept:
-            tensors, labels = zip(*images, strict=True)
-            self._kept[part] = TensorDataset(torch.stack(tensors), torch.tensor(labels))
+            self._kept[part] = list(images)
         return self._kept[part]
 
     def calibration_dataloader(self) -> DataLoader[Any]:
@@ -175,7 +174,7 @@ class ImageDataModule(DataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, dataset: Dataset[Any], shuffle: torch.Generator | None = None) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, shuffle: torch.Generator | None = None) -> DataLoader[Any]:
         if self._in_memory:
             silence_worker_advice()
         workers = 0 if self._in_memory else self.num_workers

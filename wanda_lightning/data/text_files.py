@@ -46,13 +46,14 @@ def _decode(path: Path) -> str:
         ) from error
 
 
-def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a .jsonl file, each after the start of an error message that names its line; skip blank lines.
+def json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a .jsonl file, each with the beginning of an error message that names its line.
+
+    Blank lines are skipped.
 
     Args:
         path: The file, in UTF-8.
         fields: Fields that each line must have.
-        expected: Description of the fields in an error message; by default their names.
 
     Raises:
         ValueError: If the file is not in UTF-8, or a line is not a JSON object, lacks a field or is not valid Unicode.
@@ -60,7 +61,7 @@ def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator
     for number, line in enumerate(_decode(path).split("\n"), start=1):  # str.splitlines splits inside JSON, at U+2028
         if not line.strip():
             continue
-        where = f"Each line of {path} must be a JSON object with {expected or _listed(fields)}, but line {number}"
+        where = f"Each line of {path} must be a JSON object with {_listed(fields)}, but line {number}"
         try:
             row = json.loads(line)
         except RecursionError as error:
@@ -78,9 +79,9 @@ def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator
 
 def _read_jsonl(path: Path) -> list[str]:
     documents = []
-    for where, row in json_rows(path, ["text"], "a string 'text'"):
+    for where, row in json_rows(path, ["text"]):
         if not isinstance(row["text"], str):
-            raise ValueError(f"{where} has a 'text' of type {type(row['text']).__name__}. Correct the line.")
+            raise ValueError(f"{where} has a 'text' of type {type(row['text']).__name__}, not a string. Correct it.")
         documents.append(row["text"])
     return documents
 

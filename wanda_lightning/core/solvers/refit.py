@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wanda_lightning.core.gram import dampened
 from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
@@ -41,7 +42,7 @@ class Refit(Solver):
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose, then refit."""
         keep = selection.keep(weight, inputs)
-        gram = inputs.dampened_gram(self.dampening)
+        gram = dampened(inputs.sums["gram"], self.dampening)
         dense = weight.to(gram.dtype).contiguous()
         fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.steps)
         return fitted.to(weight.dtype), keep
