@@ -281,6 +281,12 @@ def test_refused_for_a_language_model(inputs, text, refused, more, message):
     assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
 
 
+def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images, refused, tmp_path):
+    (tmp_path / "val").symlink_to(inputs / "images" / "val")
+    refused(*images, "--data_path", tmp_path, message="--data_path must have training images to calibrate on, but")
+    assert run("evaluate", *images[1:5], "--data_path", tmp_path) == 0
+
+
 REFUSED_FOR_IMAGES = [
     (["--data_path", "{}/gone"], "gone does not exist"),
     (["--data_path", "{}/llama"], "--data_path must have folders of classes"),

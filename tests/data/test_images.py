@@ -133,10 +133,19 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
     assert not torch.equal(*[images_of(data.train_dataloader())[0] for _ in range(2)])
 
 
-@pytest.mark.parametrize("is_below_val", [False, True])
-def test_a_folder_of_evaluation_images_calibrates_and_measures_but_does_not_train(imagenet, is_below_val):
+def test_a_folder_with_evaluation_images_alone_only_measures(imagenet):
     shutil.rmtree(imagenet / "train")
-    data = ImageDataModule(str(imagenet if is_below_val else imagenet / "val"), vit())
+    data = ImageDataModule(str(imagenet), vit())
+    data.setup("validate")
+    assert images_of(data.val_dataloader())[1].tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"images to calibrate on, but .*data has only the folder val\. .*/data/val\."):
+        data.calibration_dataloader()
+    with pytest.raises(ValueError, match="has only evaluation images"):
+        data.train_dataloader()
+
+
+def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet):
+    data = ImageDataModule(str(imagenet / "val"), vit())
     data.setup("validate")
     images, labels = images_of(data.val_dataloader())
     assert len(images) == 4

@@ -79,8 +79,12 @@ class Source:
     sorted_by_name: bool = False
 
 
-def check_source(data: str) -> None:
+def check_source(data: str, calibrates: bool = False) -> None:
     """Check the name of a source without reading images or connecting to the hub.
+
+    Args:
+        data: digits, cifar10, cifar100, a folder or a hub id.
+        calibrates: Refuse a folder with `val` that lacks `train`.
 
     Raises:
         ValueError: For an unknown name, or a folder without class folders.
@@ -93,8 +97,14 @@ def check_source(data: str) -> None:
     elif data in _NAMES:
         return
     elif path.is_dir():
-        if not _is_parquet(path):
-            _image_folders(path)
+        if _is_parquet(path):
+            return
+        train, evaluation = _image_folders(path)
+        if calibrates and train is None and evaluation != path:
+            raise ValueError(
+                f"data must have training images to calibrate on, but {data} has only the folder val. To calibrate on "
+                f"the evaluation images, give {evaluation}."
+            )
     elif path.is_file() or data.startswith(("/", ".", "~")) or path.is_absolute():
         found = "is a file" if path.is_file() else "does not exist"
         raise FileNotFoundError(f"data must be a folder of images, but {data} {found}. {_EXPECTED}")

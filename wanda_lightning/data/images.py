@@ -28,8 +28,8 @@ class ImageDataModule(DataModule):
     the model, with the global random generators that `seed_everything` sets. Digits are resized without cropping and
     not augmented, since a mirrored digit is not a digit.
 
-    If there are no training images (no folder `train`, or a hub data set with one split), calibration uses the
-    evaluation images, and training raises an error.
+    If there are no training images (one folder of classes, or a hub data set with one split), calibration uses the
+    evaluation images, and training raises an error. With val/CLASS alone, calibration raises an error, too.
 
     The label of a class folder is the model's output of the same name if the model has class names and they include all
     folders, else the position in the sorted names of the folders. The evaluation images may lack a class.
@@ -160,6 +160,7 @@ class ImageDataModule(DataModule):
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
+        check_source(self.data, calibrates=True)
         images = self._dataset("evaluation" if self._opened().train is None else "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         return self._loader(Subset(images, order[: self.num_samples].tolist()))
