@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+import torch.nn.utils.prune
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from support.zoo import ZOO
