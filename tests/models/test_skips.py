@@ -5,8 +5,8 @@ import socket
 
 import pytest
 import torch
-import torch.nn.utils.prune
 import torch.distributed as dist
+import torch.nn.utils.prune
 from peft import LoraConfig, get_peft_model
 from support.zoo import ZOO
 from torch import nn
