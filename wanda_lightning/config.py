@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from wanda_lightning import methods
 from wanda_lightning.core.name_patterns import check_patterns, did_you_mean
-from wanda_lightning.methods import (
-    ALLOCATIONS,
-    CRITERIA,
-    METHODS,
-    PATTERNS,
-    PRESETS,
-    RECOVERIES,
-    SEQUENTIAL_CHOICES,
-    SOLVERS,
-    UNIFORM,
-    Choice,
-    Method,
-    choice,
-)
 
 if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
@@ -34,11 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes.
-
-    Raises:
-        ValueError: If a value is out of range, or two choices contradict each other.
-    """
+    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes."""
 
     sparsity: float
     criterion: Criterion
@@ -69,7 +52,7 @@ class PruningConfig:
         include_grouped: bool = False,
         min_expert_tokens: int = 32,
     ) -> PruningConfig:
-        """Resolve names to objects, and fill in the defaults. No other function does either.
+        """Resolve names to objects, and fill in the defaults. Only this function does so.
 
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
@@ -93,20 +76,21 @@ class PruningConfig:
         Raises:
             ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
         """
-        base: Method = Method() if method is None else _named("method", method, {**METHODS, **PRESETS})
-        chosen_solver: Solver = _resolve("solver", SOLVERS, solver, base.solver)
+        named_methods = {**methods.METHODS, **methods.PRESETS}
+        base: methods.Method = methods.Method() if method is None else _named("method", method, named_methods)
+        chosen_solver: Solver = _resolve("solver", methods.SOLVERS, solver, base.solver)
         if criterion is None and (solver is not None or base.criterion is None):
             criterion = chosen_solver.own_criterion
-        chosen_criterion: Criterion = _resolve("criterion", CRITERIA, criterion, base.criterion)
+        chosen_criterion: Criterion = _resolve("criterion", methods.CRITERIA, criterion, base.criterion)
         chosen_pattern = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
-        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else UNIFORM
+        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
         return cls(
             sparsity=sparsity,
             criterion=chosen_criterion,
             pattern=chosen_pattern,
-            allocation=_resolve("allocation", ALLOCATIONS, allocation, usual_allocation),
+            allocation=_resolve("allocation", methods.ALLOCATIONS, allocation, usual_allocation),
             solver=chosen_solver,
-            recovery=_resolve("recovery", RECOVERIES, recovery, base.recovery),
+            recovery=_resolve("recovery", methods.RECOVERIES, recovery, base.recovery),
             sequential=base.sequential or "block" if sequential is None else sequential,
             skip=check_patterns("skip", skip),
             only=check_patterns("only", only),
@@ -120,8 +104,8 @@ class PruningConfig:
                 "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
                 f"{self.sparsity!r}."
             )
-        if self.sequential not in SEQUENTIAL_CHOICES:
-            raise ValueError(_not_one_of("sequential", self.sequential, SEQUENTIAL_CHOICES))
+        if self.sequential not in methods.SEQUENTIAL_CHOICES:
+            raise ValueError(_not_one_of("sequential", self.sequential, methods.SEQUENTIAL_CHOICES))
         if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 0:
             raise ValueError(
                 f"min_expert_tokens must be a number of tokens, 0 or more, but it is {self.min_expert_tokens!r}."
@@ -156,8 +140,12 @@ class PruningConfig:
         reading = (one for one in choices if one.needs or _reads_batches(one))
         return next(reading, self.pattern if self.pattern.weighs_rows else None)
 
+    def scaled(self, fraction: float) -> PruningConfig:
+        """Return the configuration for a stage of a schedule that gives this fraction of the final sparsities."""
+        return replace(self, sparsity=self.sparsity * fraction, allocation=self.allocation.scaled(fraction))
+
     def describe(self) -> dict[str, Any]:
-        """Return every value as plain data, for the report."""
+        """Return all choices as plain data."""
         return {field.name: _describe(getattr(self, field.name)) for field in fields(self)}
 
 
@@ -166,11 +154,11 @@ def _reads_batches(choice: Any) -> bool:
 
 
 _BASES = {
-    "criterion": choice("core.criteria.Criterion"),
-    "pattern": choice("core.patterns.Pattern"),
-    "allocation": choice("core.allocation.Allocation"),
-    "solver": choice("core.solvers.Solver"),
-    "recovery": choice("recovery.Recovery"),
+    "criterion": "core.criteria.Criterion",
+    "pattern": "core.patterns.Pattern",
+    "allocation": "core.allocation.Allocation",
+    "solver": "core.solvers.Solver",
+    "recovery": "recovery.Recovery",
 }
 
 
@@ -180,14 +168,14 @@ def _named(option: str, name: str, table: Mapping[str, Any]) -> Any:
     return table[name]
 
 
-def _resolve(option: str, table: Mapping[str, Choice], given: Any, default: Choice | None) -> Any:
+def _resolve(option: str, table: Mapping[str, methods.Choice], given: Any, default: methods.Choice | None) -> Any:
     """Return the object for an option, which is given as an object, as a name, or not at all."""
     if given is None:
         assert default is not None
         return default()
     if isinstance(given, str):
         return _named(option, given, table)()
-    if not isinstance(given, (base := _BASES[option].load())):
+    if not isinstance(given, (base := methods.load(_BASES[option]))):
         raise ValueError(
             f"{option} must be of class {base.__name__} or one of {', '.join(table)}, but it is {given!r}."
         )
@@ -207,10 +195,10 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
-        return choice("core.patterns.NM", n=int(match[1]), m=int(match[2]))()
-    if given is None or (isinstance(given, str) and given not in PATTERNS):
-        raise ValueError(_not_one_of("pattern", given, ["unstructured", *PATTERNS, "N:M"]))
-    return _resolve("pattern", PATTERNS, given, None)
+        return methods.load("core.patterns.NM")(n=int(match[1]), m=int(match[2]))
+    if given is None or (isinstance(given, str) and given not in methods.PATTERNS):
+        raise ValueError(_not_one_of("pattern", given, ["unstructured", *methods.PATTERNS, "N:M"]))
+    return _resolve("pattern", methods.PATTERNS, given, None)
 
 
 def _not_one_of(option: str, given: object, names: Iterable[str]) -> str:

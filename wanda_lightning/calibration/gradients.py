@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ def gradient_statistics(
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
     with (
         without_gradients(model),
-        intercept(layers, on_product) as interceptor,
-        recomputing(blocks, lambda: interceptor if interceptor.watches else nullcontext()),
+        intercept(layers, on_product) as mode,
+        recomputing(blocks, mode),
         torch.enable_grad(),
     ):
         _pass_backward(data.samples(), tick, processes, limit)

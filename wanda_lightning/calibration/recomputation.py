@@ -18,24 +18,22 @@ from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning.calibration.patched import patched
 
-Context = Callable[[], AbstractContextManager[Any]]
-
 
 @contextmanager
-def recomputing(blocks: Sequence[nn.Module], context: Context = nullcontext) -> Iterator[None]:
+def recomputing(blocks: Sequence[nn.Module], mode: AbstractContextManager[Any] = nullcontext()) -> Iterator[None]:
     """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
 
     Args:
         blocks: Modules of which none contains another.
-        context: Entered around the second run: a mode for PyTorch functions is not active inside a backward pass.
+        mode: Entered around the second run: a mode for PyTorch functions is not active inside a backward pass.
     """
     with ExitStack() as restored:
         for block in blocks:
-            restored.enter_context(patched(block, "forward", partial(_run, block.forward, context)))
+            restored.enter_context(patched(block, "forward", partial(_run, block.forward, mode)))
         yield
 
 
-def _run(forward: Callable[..., Any], context: Context, *args: Any, **kwargs: Any) -> Any:
+def _run(forward: Callable[..., Any], mode: AbstractContextManager[Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     leaves, structure = tree_flatten((args, kwargs))
@@ -49,7 +47,7 @@ def _run(forward: Callable[..., Any], context: Context, *args: Any, **kwargs: An
         for place, tensor in zip(places, tensors, strict=True):
             inputs[place] = tensor.clone()  # the block may write into it
         own_args, own_kwargs = tree_unflatten(inputs, structure)
-        with context() if torch.is_grad_enabled() else nullcontext():
+        with mode if torch.is_grad_enabled() else nullcontext():
             outputs, output_structure = tree_flatten(forward(*own_args, **own_kwargs))
         found = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in found):

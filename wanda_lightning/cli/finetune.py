@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wanda_lightning.callbacks import KeepZeros
-from wanda_lightning.callbacks.held_zeros import zeros_of
+from wanda_lightning.callbacks.keep_zeros import zeros_of
 from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions

@@ -153,7 +153,7 @@ class PruneOptions:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
         refuse_missing(self, "model resume tasks_dir")
         if self.is_image:
-            image_sources.check_source(self.data_path or "")
+            image_sources.check_source(self.data_path or "", calibrates=True)
         else:
             text_sources.check_source(self.calibration or "c4", "--calibration")
             text_sources.check_source(self.eval or "wikitext2", "--eval")

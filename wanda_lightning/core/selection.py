@@ -1,4 +1,4 @@
-"""The choices that decide which weights of one layer are kept."""
+"""What decides which weights of one layer are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wanda_lightning.core.types import KeepMask, RowWeights, Score, Weight
 
 @dataclass(frozen=True)
 class Selection:
-    """Criterion, pattern and sparsity of one layer.
+    """What decides which weights of one layer are kept.
 
     Attributes:
         criterion: Scores the weights.
@@ -31,7 +31,7 @@ class Selection:
     row_weights: RowWeights = field(default_factory=lambda: torch.ones(1), compare=False, repr=False)
 
     def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
-        """Return the mask of the weights to keep."""
+        """Score the weights, and return the mask of those to keep."""
         return self.choose(self.criterion(weight, inputs))
 
     def choose(self, scores: Score) -> KeepMask:

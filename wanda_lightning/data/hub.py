@@ -10,14 +10,8 @@ from wanda_lightning.checks import one_line
 def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
     """Load a data set with `datasets.load_dataset`. All ranks may call it at once, since `datasets` locks its cache.
 
-    Args:
-        name: Id of the data set.
-        *config: Name of its configuration.
-        instead: The alternative that an error message recommends.
-        **options: More arguments of `load_dataset`.
-
     Raises:
-        OSError: If neither the cache nor the hub has the data set.
+        OSError: If neither the cache nor the hub has the data set; the message recommends `instead`.
         ValueError: If the data set cannot be read.
     """
     import datasets
@@ -25,14 +19,14 @@ def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
 
     try:
         return datasets.load_dataset(name, *config, **options)
-    except ConnectionError as error:  # raised for every failed look-up, and with HF_HUB_OFFLINE
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
+        # `datasets` raises a ConnectionError for every failed look-up, and with HF_HUB_OFFLINE.
         found = "is not in the cache, and the Hugging Face hub cannot be reached"
-        cause: Exception = error
-    except (FileNotFoundError, HfHubHTTPError) as error:
-        found, cause = "was not found on the Hugging Face hub", error
+        if not isinstance(error, ConnectionError):
+            found = "was not found on the Hugging Face hub"
+        raise OSError(f"The data set {name} {found}. Use {instead}. The cause: {one_line(error)}") from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(
             f"The data set {name} cannot be read: a file is damaged, or its format does not match its extension. "
             f"Download it again, or use {instead}. The cause: {one_line(error.__cause__ or error)}"
         ) from error
-    raise OSError(f"The data set {name} {found}. Use {instead}. The cause: {one_line(cause)}") from cause

@@ -9,22 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.models.module_names import named_modules, unwrap_compiled
+from wanda_lightning.models.module_names import named_modules, uncompiled_name
 
 _NO_LABEL = -100  # transformers pads labels with this value
 
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Which tokens of a batch count.
+    """Which tokens of a batch count."""
 
-    Attributes:
-        inside: Name of the module that these tokens enter; `""` for the whole model.
-        keep: (batch, tokens); True is a token, False is padding.
-    """
-
-    inside: str
-    keep: Tensor
+    inside: str  # name of the module that these tokens enter; "" for the whole model
+    keep: Tensor  # (batch, tokens); True is a token, False is padding
 
     def rank(self, layer: str) -> int:
         """Sort key of the mask for a layer: lowest for the smallest module that contains the layer."""
@@ -46,8 +41,8 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
 
     An attention mask is (samples, tokens); or it has a row for each query, as in (samples, heads, queries, keys),
     boolean or additive, where a key that no query attends to is padding; or it is a dictionary of such masks, one for
-    each type of layer. No other mask can be read. Its result fits no input, so that each layer notes that padding
-    counts.
+    each type of layer. The result for any other mask fits no input, so that the report notes for each layer that
+    padding counts.
 
     Returns:
         The masks; none if the batch has no padding.
@@ -60,12 +55,11 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     _check_shape(attention, batch)
     keep = _attended(attention)
     masks = [] if keep is None else [TokenMask("", keep)]
-    modules = named_modules(model)
-    for name, module in modules.items():
+    for name, module in named_modules(model).items():
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-            encoder = unwrap_compiled(module.get_encoder())  # type: ignore[operator]
-            inside = next(inner for inner, other in modules.items() if other is encoder)
-            masks = [TokenMask(inside, mask.keep) for mask in masks] + _decoder_masks(name, batch)
+            encoder = module.get_encoder()  # type: ignore[operator]
+            inside = next(inner for inner, other in model.named_modules() if other is encoder)
+            masks = [TokenMask(uncompiled_name(inside), mask.keep) for mask in masks] + _decoder_masks(name, batch)
             break
     usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
     return usable if any(not (mask.keep.numel() and mask.keep.all()) for mask in usable) else ()
