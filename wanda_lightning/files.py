@@ -40,7 +40,7 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
         if target.is_dir():
             raise IsADirectoryError(f"{path} must be a file, but it is a folder. Name a file inside it.")
         if os.path.lexists(target) and not overwrite:
-            raise FileExistsError(f"The file {path} exists. Choose another name, or replace it with overwrite=True.")
+            raise FileExistsError(f"{path} already exists. Choose another name, or replace it with overwrite=True.")
         _check_name(target)
         _try_to_write(target.parent)
 
@@ -54,7 +54,9 @@ def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> No
         if os.path.lexists(target) and not target.is_dir():
             raise FileExistsError(f"{path} must be a folder, but it is a file. Choose another path.")
         if _entries(target) and not overwrite:
-            raise FileExistsError(f"The folder {path} is not empty. Choose another, or allow it with overwrite=True.")
+            raise FileExistsError(
+                f"{path} is a folder that is not empty. Choose another, or allow it with overwrite=True."
+            )
         _check_name(target)
         _try_to_write(target)
 
@@ -71,12 +73,12 @@ def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) ->
         return
     if not (target / _CONFIG).is_file():
         raise FileExistsError(
-            f"Overwriting {path} would delete files that are not a model (there is no config.json). Choose another "
+            f"{path} has files that would be deleted and are not a model (there is no config.json). Choose another "
             "folder, or empty this one."
         )
     if Path.cwd().is_relative_to(target):
         raise FileExistsError(
-            f"Overwriting {path} would replace a folder that contains the working directory. Choose a folder inside it."
+            f"{path} contains the working directory, so it cannot be replaced. Choose a folder inside it."
         )
 
 
@@ -92,10 +94,9 @@ def _megabytes(size: int) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """List a folder without our leftovers and the `lost+found` of an ext4 file system; [] if there is no folder."""
-    if not folder.is_dir():
-        return []
-    return [entry for entry in folder.iterdir() if not entry.name.startswith((_PREFIX, "lost+found"))]
+    """List a folder, if it exists, without our leftovers and the `lost+found` of an ext4 file system."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [entry for entry in entries if not entry.name.startswith((_PREFIX, "lost+found"))]
 
 
 def _existing(path: Path) -> Path:
@@ -138,10 +139,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write to; the file replaces `path` if the body ends without an error.
 
-    Missing parent folders are created.
-
-    Raises:
-        IsADirectoryError: If `path` is a folder.
+    Missing parent folders are created. A folder is refused with an IsADirectoryError.
     """
     refuse_existing(path, overwrite=True)
     target = _resolved(path)
@@ -202,13 +200,7 @@ def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator
 
 
 def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> Path:
-    """Return the folder, or a free one next to it, such as `out-2`, if another run has finished in it meanwhile.
-
-    Args:
-        path: The folder.
-        marker: The file that a finished run leaves in it.
-        overwrite: Always return the folder.
-    """
+    """Return the folder, or a free one next to it, such as `out-2`, if another run has left its `marker` file in it."""
     target = _resolved(path)
     if overwrite or not (target / marker).exists():
         return Path(path)
@@ -219,11 +211,9 @@ def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False
 def _can_be_renamed(folder: Path) -> bool:
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK):
         return False
-    try:  # os.path.ismount does not detect a bind mount on the same device
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return True
-    return str(folder).replace(" ", r"\040") not in {line.split()[4] for line in mounts.splitlines()}
+    mounts = Path("/proc/self/mountinfo")  # os.path.ismount does not detect a bind mount on the same device
+    lines = mounts.read_text("utf-8", "surrogateescape").splitlines() if mounts.exists() else []
+    return str(folder).replace(" ", r"\040") not in {line.split()[4] for line in lines}
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -239,7 +229,7 @@ def _swap(new: Path, target: Path) -> None:
 
 def _move_into(target: Path, new: Path, overwrite: bool) -> None:
     if (found := _entries(target)) and not overwrite:
-        raise FileExistsError(f"The folder {target} is no longer empty: another process has written to it.")
+        raise FileExistsError(f"{target} is no longer empty: another process has written to it.")
     with _temporary(target, target, is_folder=True) as old:
         moved: list[tuple[Path, Path]] = []
         try:
@@ -289,7 +279,7 @@ def _clean_up(home: Path, target: Path) -> None:
     If a run was killed while it replaced a folder, the old folder is moved back first.
     """
     for leftover in home.glob(f"{_label(target)}*"):
-        if fcntl is None or (lock := _lock(leftover)) is None:
+        if (lock := _lock(leftover)) is None:
             continue
         if leftover.is_dir() and (leftover / target.name).is_dir() and not target.exists():
             os.replace(leftover / target.name, target)
@@ -298,7 +288,7 @@ def _clean_up(home: Path, target: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file or folder; return the descriptor that holds the lock, or None if another process has locked it."""
+    """Return a descriptor that locks a file or folder; None if another process has locked it."""
     if fcntl is None:
         return None
     try:
