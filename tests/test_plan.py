@@ -28,7 +28,7 @@ from wanda_lightning import (
     WandaPrune,
     prune,
 )
-from wanda_lightning.calibration.passive import PassiveCalibration
+from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.methods import ALLOCATIONS, SEQUENTIAL_CHOICES
 from wanda_lightning.models import SkipReason, find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS

@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import CalibrationBatches
-from wanda_lightning.calibration.calibrate import UnitStop, calibrate, pruning_mode
+from wanda_lightning.calibration.calibrate import UnitStop, calibrate
 from wanda_lightning.calibration.error_notes import add_note
 from wanda_lightning.calibration.gradients import fisher
-from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.passive import PassiveCalibration
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Weight

@@ -9,7 +9,7 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.batches import forward_batch, rebuild
+from wanda_lightning.calibration.batches import forward_batch, map_tensors
 
 
 class Two(nn.Module):
@@ -78,12 +78,12 @@ def notes_of(error):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_an_error_in_the_model_names_the_batch(sequential):
+@pytest.mark.parametrize(("sequential", "unit"), [("block", "0, in "), ("layer", ""), ("none", "")])
+def test_an_error_in_the_model_names_the_batch_and_the_unit(sequential, unit):
     blocks = nn.Sequential(Fragile(), Fragile())
     with pytest.raises(RuntimeError, match="three is too many") as caught:
         prune(blocks, [torch.ones(2, 8), torch.ones(3, 8)], sequential=sequential, progress=False)
-    assert "calibration batch 1 (counted from 0): " in notes_of(caught.value)
+    assert f"This happened in {unit}calibration batch 1 (counted from 0): " in notes_of(caught.value)
     assert "(3, 8)" in notes_of(caught.value)
 
 
@@ -92,7 +92,7 @@ def test_a_batch_of_another_width_names_layer_and_batch(sequential):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"input of 0 has shape \(2, 7\) and the layer takes 8 features") as caught:
         prune(model, [torch.ones(2, 8), torch.ones(2, 7)], sequential=sequential, progress=False)
-    assert "batch 1" in notes_of(caught.value)
+    assert f"{'0, in ' if sequential == 'layer' else ''}calibration batch 1" in notes_of(caught.value)
 
 
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
@@ -137,9 +137,12 @@ def test_what_a_mapping_holds_beyond_the_forward_is_left_out():
         forward_batch(model, {"labels": x})
 
 
-def test_named_tuples_are_rebuilt():
+def test_every_tensor_of_a_batch_is_mapped_and_its_containers_stay():
     from collections import namedtuple
 
     Pair = namedtuple("Pair", "a b")
-    assert rebuild(Pair(1, 2), [3, 4]) == Pair(3, 4)
-    assert rebuild([1], [2]) == [2]
+    one, two = torch.tensor(1), torch.tensor(2)
+    assert map_tensors(lambda x: x + 1, {"pair": Pair(one, "text"), "list": [(one, 3)]}) == {
+        "pair": Pair(two, "text"),
+        "list": [(two, 3)],
+    }

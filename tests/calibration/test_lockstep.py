@@ -348,7 +348,7 @@ def test_units_that_write_into_their_inputs_are_observed_on_copies():
     for stop in travel(model, specimen.batches(), model.blocks):
         for call, batch in zip(stop.calls, specimen.batches(), strict=True):
             before = call.args[0].clone()
-            call.run_on_copies()
+            call.run(on_copies=True)
             assert torch.equal(call.args[0], before)
             assert torch.equal(before, through(plain.blocks[: stop.unit], batch - 0.1))
 
@@ -385,7 +385,7 @@ def test_objects_that_units_write_into_are_copied():
         for call in stop.calls:
             cache = call.kwargs["cache"]
             assert cache.total == stop.unit
-            call.run_on_copies()
+            call.run(on_copies=True)
             assert (cache.total, len(cache.layers[0])) == (stop.unit, stop.unit)
 
 
@@ -409,7 +409,7 @@ def test_a_dict_that_grows_was_written_into():
     seen, model = [], Model()
     for stop in travel(model, [torch.randn(2, 3)], model.blocks):
         for call in stop.calls:
-            call.run_on_copies()
+            call.run(on_copies=True)
             assert len(seen[0]) == stop.unit
 
 

@@ -8,14 +8,14 @@ from support.elsewhere import Elsewhere
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.nonfinite import Check, locate, refuse_nonfinite
+from wanda_lightning.calibration.nonfinite import Check, largest_token, refuse_nonfinite
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 
 def check(layer, finite, elsewhere=False):
     flag = torch.tensor(finite)
-    location = locate(torch.tensor([[1.0], [-3.0]]), (2,), None)
-    return Check([layer], 0, flag.as_subclass(Elsewhere) if elsewhere else flag, location)
+    row = largest_token(torch.tensor([[1.0], [-3.0]]))
+    return Check([layer], 0, flag.as_subclass(Elsewhere) if elsewhere else flag, row, (2,), None)
 
 
 def test_flags_of_several_devices_are_read():
@@ -42,4 +42,5 @@ def test_sample_and_token_are_named(bad, sequential):
 
 def test_the_place_counts_what_was_left_out():
     tokens, keep = torch.tensor([[1.0], [float("nan")], [2.0]]), torch.tensor([[False, True], [True, True]])
-    assert str(locate(tokens, (2, 2), keep)) == "sample 1, token 0"
+    check = Check(["a"], 0, torch.tensor(False), largest_token(tokens), (2, 2), keep)
+    assert check.place == "sample 1, token 0"

@@ -115,21 +115,6 @@ def test_trying_out_a_forward_changes_nothing_in_the_module():
     assert (module.in_features, module.out_features) == (12, 8)
 
 
-def test_a_class_is_tried_out_once():
-    calls = []
-
-    class Tracing(nn.Linear):
-        def forward(self, x):
-            calls.append(self)
-            return super().forward(x)
-
-    model = nn.Sequential(Tracing(6, 12), Tracing(12, 8), Tracing(8, 8, bias=False))
-    model[0].prepared = True  # as transformers marks modules that it has initialized
-    for _ in range(3):
-        assert len(find_layers(model).layers) == 3
-    assert len(calls) == 3  # with the mark, without it, and without a bias
-
-
 def test_instances_of_one_class_may_differ():
     class Switchable(nn.Linear):
         def __init__(self, factor):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,31 +21,23 @@ class Call:
     """The call of a unit at which a batch is parked, before the unit runs."""
 
     batch: int  # index of the batch
+    unit: str  # name of the unit; "" for the whole model
     forward: Forward  # the unit's own forward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     thread_state: ThreadState  # of the batch's thread at the call
     watch: Watch = nullcontext  # watches the thread that runs the call
 
-    def run(self) -> Any:
-        """Run the unit and return its output."""
-        with self._entered():
-            return self.forward(*self.args, **self.kwargs)
-
-    def run_on_copies(self) -> None:
-        """Run the unit on clones of its arguments, so that it can run again on the same values."""
-        with self._entered():
-            args, kwargs = clone_arguments((self.args, self.kwargs))
-            self.forward(*args, **kwargs)
-
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def run(self, on_copies: bool = False) -> Any:
+        """Run the unit and return its output; on clones of its arguments if it will run again on the same values."""
+        arguments = self.args, self.kwargs
         with (
-            naming_batch(self.batch, (self.args, self.kwargs)),
+            naming_batch(self.batch, arguments, self.unit),
             self.watch(threading.current_thread()),
             self.thread_state.entered(),
         ):
-            yield
+            args, kwargs = clone_arguments(arguments) if on_copies else arguments
+            return self.forward(*args, **kwargs)
 
 
 class StopForward(BaseException):
@@ -53,20 +45,17 @@ class StopForward(BaseException):
 
 
 class BatchThread(threading.Thread):
-    """The forward pass of one batch.
+    """The forward pass of one batch, which parks at units with the given names."""
 
-    Attributes:
-        call: The call at which the batch is parked; None while it runs and after its end.
-        unit: Index of the unit at which the batch is parked, or was parked last.
-    """
-
-    def __init__(self, batch: int, forward: Callable[[], object], thread_state: ThreadState, watch: Watch) -> None:
+    def __init__(
+        self, batch: int, forward: Callable[[], object], names: Sequence[str], thread_state: ThreadState, watch: Watch
+    ) -> None:
         super().__init__(name=f"calibration batch {batch}", daemon=True)
         self.batch = batch
-        self.call: Call | None = None
-        self.unit = -1
+        self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
+        self.unit = -1  # index of the unit at which the batch is parked, or was parked last
         self._forward: Callable[[], object] | None = forward
-        self._thread_state, self._watch = thread_state, watch
+        self._names, self._thread_state, self._watch = names, thread_state, watch
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -93,7 +82,8 @@ class BatchThread(threading.Thread):
         if self._cancelled:  # the model caught StopForward, or calls a unit in a `finally` block
             raise StopForward
         thread_state = ThreadState()
-        self.unit, self.call = unit, Call(self.batch, forward, args, kwargs, thread_state, self._watch)
+        name = self._names[unit]
+        self.unit, self.call = unit, Call(self.batch, name, forward, args, kwargs, thread_state, self._watch)
         self._back.release()
         self._go.acquire()
         thread_state.switches.restore()
@@ -118,8 +108,15 @@ class BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
 
+    def run_unit(self) -> None:
+        """Run the unit at which the batch is parked, and let the batch continue with its output."""
+        assert self.call is not None, "the batch is parked"
+        self.advance(self.call.run())
+
     def cancel(self, timeout: float | None = None) -> None:
-        """End the thread, and wait at most `timeout` seconds until it has ended."""
+        """End the thread if it runs, and wait at most `timeout` seconds until it has ended."""
+        if not self.is_alive():
+            return
         switches = ProcessSwitches()
         self._cancelled = True
         self._go.release()

@@ -28,11 +28,6 @@ class CalibrationBatches:
         processes: All processes that calibrate together.
         reader: The choice that reads the batches, for messages; None if no choice does.
 
-    Attributes:
-        masks: The padding of each batch that was run; None for a batch that runs but does not count.
-        length: Number of batches of this process; None if it is unknown.
-        total: Number of batches of all processes; known after `refuse_if_empty`.
-
     Raises:
         ValueError: If the batches are needed but `batches` is not a collection of batches.
     """
@@ -58,13 +53,15 @@ class CalibrationBatches:
         self._predict = predict or self._forward
         # FSDP2 communicates in every forward pass, so all processes must run the same number of them.
         self._padded_to_equal = processes.world_size > 1 and is_sharded(model)
+        # The padding of each batch that was run; None for a batch that runs but does not count.
         self.masks: list[tuple[TokenMask, ...] | None] = []
-        self.total = 0
+        self.total = 0  # number of batches of all processes; known after `refuse_if_empty`
+        # Number of batches of this process; None if it is unknown.
         self.length = len(self._batches) if isinstance(self._batches, Sized) else None
 
     def _forward_on_device(self, batch: Any) -> object:
         device = next(self._model.parameters()).device
-        return forward_batch(self._model, _to_device(batch, device))
+        return forward_batch(self._model, map_tensors(partial(_to_device, device), batch))
 
     def read_all(self, progress: bool) -> None:
         """Load all batches into memory; a bar counts them if their number is unknown."""
@@ -118,9 +115,9 @@ _NONE_LEFT = object()
 
 
 def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
-    """Pad every process to the same number of batches with repetitions of its last batch.
+    """Yield equally many batches in every process: its own, which count, then repetitions of its last, which do not.
 
-    Yields each batch and whether it counts. A process without any batch repeats a batch of another process.
+    A process without any batch repeats a batch of another process.
     """
     iterator = iter(batches)
     last: Any = _NONE_LEFT
@@ -184,17 +181,18 @@ def _refuse_more_arguments(model: nn.Module, batch: tuple[Any, ...] | list[Any])
         ) from error
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def _to_device(device: torch.device, tensor: Tensor) -> Tensor:
+    # A model outside of inference mode cannot write into a tensor that was created in inference mode.
+    return (tensor.clone() if tensor.is_inference() else tensor).to(device)
+
+
+def map_tensors(function: Callable[[Tensor], object], batch: Any) -> Any:
+    """Apply a function to every tensor in a nesting of mappings, lists and tuples."""
     if isinstance(batch, Tensor):
-        # A model outside of inference mode cannot write into a tensor that was created in inference mode.
-        return batch.clone().to(device) if batch.is_inference() else batch.to(device)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
+        return {key: map_tensors(function, value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return rebuild(batch, [_to_device(value, device) for value in batch])
+        values = [map_tensors(function, value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
-
-
-def rebuild(sequence: Any, values: list[Any]) -> Any:
-    """Build a list, tuple or named tuple of the same type from other values."""
-    return type(sequence)(*values) if hasattr(sequence, "_fields") else type(sequence)(values)

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call, park
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.lockstep import lockstep, whole_model_stop
-from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.models import Unit
-from wanda_lightning.parallel import ForwardOrderCheck, Processes, reset_fsdp_on_exit
+from wanda_lightning.parallel import Processes, fsdp_calls_checked
 
 
 class UnitStop(NamedTuple):
-    """The calibration batches at one unit that is about to be pruned.
-
-    Attributes:
-        unit: The unit.
-        calls: One call for each batch; can be iterated once.
-        check: Call it after iterating `calls`. It refuses empty data, and batches that took different paths in
-            different processes.
-    """
+    """The calibration batches at one unit that is about to be pruned."""
 
     unit: Unit
-    calls: Iterable[Call]
+    calls: Iterable[Call]  # one for each batch, to iterate once
+    # Call it after iterating `calls`: it refuses empty data, and batches that took other paths in other processes.
     check: Callable[[], None]
 
 
@@ -47,11 +38,11 @@ def calibrate(
         processes: All processes that calibrate together.
         revisited: Set to which the indices of units are added that a batch reaches again.
     """
-    with ForwardOrderCheck(model, processes) as path, reset_fsdp_on_exit(model):
+    with fsdp_calls_checked(model, processes) as check_calls:
         if units[0].module is None:
 
             def check() -> None:
-                path.check("", 0)
+                check_calls("", 0)
                 batches.refuse_if_empty()
 
             yield UnitStop(units[0], whole_model_stop(batches).calls, check)
@@ -62,7 +53,7 @@ def calibrate(
         for stop in lockstep(_parking_at_products(forwards, units), modules, processes, names, revisited):
             unit, calls = units[stop.unit], stop.calls
             del stop  # or its parked activations would outlive the run of the pruned unit
-            path.check(unit.name, len(tuple(calls)))
+            check_calls(unit.name, len(tuple(calls)))
             yield UnitStop(unit, calls, lambda: None)
             del calls
 
@@ -86,16 +77,3 @@ def _parking_at_products(forwards: list[Callable[[], object]], units: Sequence[U
             return forward()
 
     return [partial(watched, forward) for forward in forwards] if index_of else forwards
-
-
-@contextmanager
-def pruning_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, without compiled code and gradients, for calibration and pruning."""
-    with calibration_mode(model), uncompiled(), torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """Run modules under `torch.compile` eagerly: compiled code would trace the interception."""
-    # Without torch._dynamo, whose import takes seconds, nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

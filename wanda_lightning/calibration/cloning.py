@@ -16,12 +16,8 @@ _DEPTH = 6  # arguments, a cache, its list of layers, a layer, its entries for e
 def clone_arguments(value: Any, known: dict[int, Any] | None = None, depth: int = _DEPTH) -> Any:
     """Clone tensors and copy the containers and objects that hold them, such as a key-value cache.
 
+    Two references to one object remain references to one object (`known`: the clones by the id of their original).
     Modules, classes, functions, objects that cannot be copied and everything below `depth` levels are not copied.
-
-    Args:
-        value: Any nesting of tensors, containers and objects.
-        known: Clones by the id of their original, so that two references to one object remain references to one object.
-        depth: Number of levels to copy.
     """
     known = {} if known is None else known
     if id(value) in known:

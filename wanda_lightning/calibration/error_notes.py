@@ -1,4 +1,4 @@
-"""Add to an error the calibration batch in which it happened."""
+"""Add to an error the unit and the calibration batch in which it happened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-_START = "This happened in calibration batch"
+_START = "This happened in "
 
 
 def add_note(error: BaseException, text: str) -> None:
@@ -18,13 +18,14 @@ def add_note(error: BaseException, text: str) -> None:
 
 
 @contextmanager
-def naming_batch(index: int, values: Any) -> Iterator[None]:
-    """Add a note to an error with the batch and the shapes of its values, unless it has such a note already."""
+def naming_batch(index: int, values: Any, unit: str = "") -> Iterator[None]:
+    """Add a note to an error with the unit, the batch and the shapes of its values, unless it has one already."""
     try:
         yield
     except Exception as error:
         if not any(note.startswith(_START) for note in getattr(error, "__notes__", ())):
-            add_note(error, f"{_START} {index} (counted from 0): {_describe(values)}.")
+            where = f"{unit}, in " if unit else ""
+            add_note(error, f"{_START}{where}calibration batch {index} (counted from 0): {_describe(values)}.")
         raise
 
 

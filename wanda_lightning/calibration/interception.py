@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import FunctionType
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +28,17 @@ from wanda_lightning.models import Layer
 class Product(NamedTuple):
     """A multiplication of tokens by the matrix of one layer, possibly one expert of a batched product.
 
-    Attributes:
-        layer: The layer.
-        tokens: The tensor that the matrix multiplies, or this layer's slice of it.
-        slot: Index of the layer's slice of the output; None if the whole output is the layer's. In a product of several
-            experts each expert gets all tokens; the model zeroes the tokens of other experts before, or their outputs
-            afterwards.
-        first: Whether the product includes the matrix's first row. If a model multiplies by pieces of a matrix, only
-            the piece with the first row counts.
-        left: Whether the matrix is the left factor, so that the columns of the output are tokens.
-        time_first: (steps, samples) if the rows of the output are ordered by step, then by sample.
+    In a product of several experts each expert gets all tokens; the model zeroes the tokens of other experts before, or
+    their outputs afterwards.
     """
 
     layer: Layer
-    tokens: Tensor
-    slot: int | None = None
-    first: bool = True
-    left: bool = False
-    time_first: tuple[int, int] | None = None
+    tokens: Tensor  # the tensor that the matrix multiplies, or this layer's slice of it
+    slot: int | None = None  # index of the layer's slice of the output; None if the whole output is the layer's
+    first: bool = True  # only the piece with the matrix's first row counts, if a model multiplies by pieces
+    left: bool = False  # the matrix is the left factor, so the columns of the output are tokens
+    time_first: tuple[int, int] | None = None  # (steps, samples) if the output is ordered by step, then by sample
+    gathered: tuple[Tensor, Tensor] | None = None  # the tensor from which the tokens were gathered, and its rows
 
     def part(self, output: Tensor) -> Tensor:
         """Return this layer's part of the product's output, or of its gradient."""
@@ -122,7 +114,7 @@ class WeightInterceptor(TorchFunctionMode):
         self._attention = tuple(query.shape[:2]) if query.ndim == 3 else None
         try:
             with self:
-                return entered_function(cast(FunctionType, func))(*args, **kwargs)
+                return entered_function(func)(*args, **kwargs)
         finally:
             self._attention = None
 
@@ -141,7 +133,7 @@ class WeightInterceptor(TorchFunctionMode):
         finally:
             self._in_a_forward = outer
 
-    def rows_of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _source_of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the tensor from which `x` was gathered, and the indices of its rows; None if it was not gathered."""
         for output, source, index in self._gathered:
             if output() is x and (whole := source()) is not None:
@@ -154,7 +146,7 @@ class WeightInterceptor(TorchFunctionMode):
         if not matches or x in self._memory:  # a product of two weights has no tokens
             return []
         if matches[0].slot is None:
-            product = Product(matches[0].layer, x, None, matches[0].first)
+            product = Product(matches[0].layer, x, None, matches[0].first, gathered=self._source_of(x))
             if self._attention and x.ndim == 2 and len(x) == self._attention[0] * self._attention[1]:
                 # Samples first, as in padding masks.
                 samples = x.unflatten(0, self._attention).transpose(0, 1)
@@ -181,7 +173,7 @@ def _is_plain(x: object) -> TypeGuard[Tensor]:
 
 
 @contextmanager
-def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[WeightInterceptor]:
+def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
     """Call `on_product` in place of each product with a layer's weight in this block.
 
     This includes the forward of the layer's module and every product outside it (see `WeightInterceptor`).
@@ -197,7 +189,7 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[Weight
             stack.enter_context(patched(module, "forward", by_forward))
         if interceptor.watches:
             stack.enter_context(interceptor)
-        yield interceptor
+        yield
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -12,32 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
-from threading import Thread
+from typing import NamedTuple
 
 from torch import nn
 
 from wanda_lightning.calibration.batch_thread import BatchThread, Call, park
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import stop_at_other_matrices
-from wanda_lightning.calibration.stalls import INTERVAL, LOOKS, StallDetector
+from wanda_lightning.calibration.stalls import StallDetector
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, is_sharded
 
 
-@dataclass(frozen=True)
-class Stop:
-    """All batches that are parked at one unit.
+class Stop(NamedTuple):
+    """All batches that are parked at one unit."""
 
-    Attributes:
-        unit: Index of the unit.
-        calls: One call for each batch at the unit; can be iterated once. Empty if only other processes have batches
-            there.
-    """
-
-    unit: int
-    calls: Iterable[Call]
+    unit: int  # index of the unit
+    calls: Iterable[Call]  # one for each batch at the unit, to iterate once; empty if only other processes are there
 
 
 def lockstep(
@@ -49,17 +41,16 @@ def lockstep(
 ) -> Iterator[Stop]:
     """Stop once at each unit that a batch reaches, with all batches that are parked there.
 
-    After a stop, the unit runs with its current weights, and the batches continue. If batches are parked at different
-    units, the next stop is at the first of these in the given order. A batch that reaches a unit again, because the
-    model applies it several times, runs through it without a stop. After the last unit every batch ends, so the rest of
-    the model is not computed. Only one batch continues, up to the next module with a matrix of its own, to find out
-    whether the model calls a unit again.
+    If batches are parked at different units, the next stop is at the first of these in the given order. A batch that
+    reaches a unit again, because the model applies it several times, runs through it without a stop. After the last
+    unit every batch ends, so the rest of the model is not computed. Only one batch continues, up to the next module
+    with a matrix of its own, to find out whether the model calls a unit again.
 
     Args:
         forwards: One forward pass for each batch.
         units: Disjoint modules in the order of the stops.
         processes: The processes that run the same units, each with its own forward passes.
-        names: Names of the units for error messages.
+        names: Names of the units for error messages; by default those of their classes.
         revisited: Set to which the indices of units are added that a batch reaches again.
 
     Yields:
@@ -95,24 +86,19 @@ def lockstep(
                     return
                 with processes.fail_together():
                     for thread in here:
-                        _run_unit(thread)
+                        thread.run_unit()
         finally:
             switches.restore()
-
-
-def _run_unit(thread: BatchThread) -> None:
-    assert thread.call is not None, "the batch is parked"
-    thread.advance(thread.call.run())
 
 
 def _find_revisits(thread: BatchThread, units: Sequence[nn.Module], revisited: set[int]) -> None:
     """Continue one batch after the last unit as long as it reaches units again."""
     # The output of the model does not matter here, so neither do its errors.
     with stop_at_other_matrices(units, thread), suppress(Exception):
-        _run_unit(thread)
+        thread.run_unit()
         while thread.call is not None and thread.unit not in revisited:
             revisited.add(thread.unit)
-            _run_unit(thread)
+            thread.run_unit()
 
 
 @contextmanager
@@ -129,28 +115,9 @@ def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _batch_threads(forwards: Sequence[Callable[[], object]], names: Sequence[str]) -> Iterator[list[BatchThread]]:
     """Construct one thread for each batch, with a stall detector; end all threads at the end of this block."""
-
-    def explain(blocked: Thread, place: str) -> str:
-        parked = {thread.batch: names[thread.unit] for thread in threads if thread.call is not None}
-        holders = ", ".join(f"batch {batch} at {name}" for batch, name in parked.items()) or "no batch"
-        return (
-            f"sequential must be 'none' for this model: it seems to keep a lock from one unit to the next, so its "
-            f"batches cannot run side by side. In {blocked.name}, {place} has waited for a lock for "
-            f"{INTERVAL * LOOKS:.0f} seconds, while these are parked inside the model: {holders}. Use "
-            "sequential='none', which runs one batch after the other, or let the model release the lock in each unit."
-        )
-
-    def release(blocked: Thread) -> None:
-        for thread in reversed(threads):
-            if thread is not blocked and thread.is_alive():
-                thread.cancel(timeout=1)
-        if isinstance(blocked, BatchThread):
-            blocked.cancel(timeout=1)
-            blocked.abandon()
-
-    detector = StallDetector(explain, release)
-    state = ThreadState()
-    threads = [BatchThread(batch, forward, state, detector.watching) for batch, forward in enumerate(forwards)]
+    detector, state = StallDetector(), ThreadState()
+    threads = [BatchThread(batch, forward, names, state, detector.watching) for batch, forward in enumerate(forwards)]
+    detector.batches = threads
     detector.start()
     try:
         yield threads
@@ -158,11 +125,10 @@ def _batch_threads(forwards: Sequence[Callable[[], object]], names: Sequence[str
         detector.stop()
         # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
         for thread in reversed(threads):
-            if thread.is_alive():
-                thread.cancel(timeout=1 if detector.message else None)
+            thread.cancel(timeout=1 if detector.message else None)
 
 
 def whole_model_stop(forwards: Iterable[Callable[[], object]]) -> Stop:
-    """Return the stop at the whole model: one call for each batch, drawn one by one, which runs its whole forward."""
+    """Return a stop whose calls run the whole model, each on one batch; batches are drawn one by one."""
     thread_state = ThreadState()
-    return Stop(0, (Call(batch, forward, (), {}, thread_state) for batch, forward in enumerate(forwards)))
+    return Stop(0, (Call(batch, "", forward, (), {}, thread_state) for batch, forward in enumerate(forwards)))

@@ -1,9 +1,10 @@
-"""Put a model into the state that calibration needs, and restore it."""
+"""Put a model into the state that calibration and pruning need, and restore it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,15 @@ _EXPERTS = "_experts_implementation_internal"
 
 
 @contextmanager
+def pruning_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into `calibration_mode`, without gradients and outside of inference mode."""
+    with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and turn off key-value caches and kernels that fuse several layers.
+    """Switch to evaluation mode, and turn off compiled code, key-value caches, and kernels that fuse several layers.
 
     Models of transformers multiply by one expert at a time, through views of the parameter that `WeightInterceptor`
     recognizes.
@@ -32,7 +40,8 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         for config, _ in experts:
             setattr(config, _EXPERTS, "eager")
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer bypasses its layers
-        yield
+        with _uncompiled():
+            yield
     finally:
         _restore(modes)
         for config, use_cache in caching:
@@ -40,6 +49,12 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         for config, implementation in experts:
             setattr(config, _EXPERTS, implementation)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run modules under `torch.compile` eagerly: compiled code would trace the interception."""
+    # Without torch._dynamo, whose import takes seconds, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _restore(modes: Mapping[nn.Module, bool]) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.interception import input_of, intercept
+from wanda_lightning.calibration.interception import Product, input_of, intercept
+from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
-from wanda_lightning.calibration.pooling import merged, pool
+from wanda_lightning.calibration.pooling import all_reduce_statistics, merged, pool_experts
 from wanda_lightning.calibration.reader import BatchReader, Identity
-from wanda_lightning.calibration.reduction import all_reduce_statistics
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.models import Layer, TokenMask, Unit
+from wanda_lightning.models import Layer, TokenMask, Unit, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
@@ -45,9 +49,10 @@ class Observer:
     padding_counted: set[str] = field(default_factory=set)
     pooled: dict[str, int] = field(default_factory=dict)
     not_routed: set[str] = field(default_factory=set)
-    _last: tuple[list[Identity], InputStatistics, bool] | None = None
     _sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)  # by the layers with this input
     _checks: list[Check] = field(default_factory=list)
+    # The last unit that was a layer: its layers, their inputs in all batches, and their statistics.
+    _last: tuple[Sequence[Layer], list[Identity], dict[str, InputStatistics]] = (), [], {}
 
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
         """Return the statistics of each layer of the unit that a batch reached.
@@ -58,32 +63,22 @@ class Observer:
         with self.processes.fail_together():
             # A unit that is a layer, or all groups of a convolution, need not run: its input is in the parked calls.
             if all(layer.module is unit.module and layer.expert is None for layer in unit.layers):
-                calls = tuple(calls)
-                statistics = {layer.name: self._read_parked(layer, calls) for layer in unit.layers}
+                statistics = self._read_parked(unit, calls)
             else:
                 for call in calls:
                     with self.collect(unit, call.batch):
-                        if unit.module is None:
-                            call.run()
-                        else:  # the unit may write into its inputs, and runs again after it is pruned
-                            call.run_on_copies()
+                        # A unit runs again after it is pruned, and may write into its inputs.
+                        call.run(on_copies=unit.module is not None)
                 statistics = self._take(unit)
         return self._of_all(unit, statistics)
 
     @contextmanager
     def collect(self, unit: Unit, batch: int) -> Iterator[None]:
         """Read the inputs of the unit's layers while a batch runs in this block."""
-        masks = self.masks[batch]
-        reader = BatchReader(self.needs, masks or ())
-        with intercept(() if masks is None else unit.layers, reader) as interceptor:
-            reader.rows_of = interceptor.rows_of
+        reader = self._reader(batch)
+        with intercept(() if self.masks[batch] is None else unit.layers, reader):
             yield
-        for entry in reader.entries:
-            self._checks.extend(entry.checks(batch))
-            if entry.padding_counted:
-                self.padding_counted.update(entry.layers)
-            self._sums.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
-        self.not_routed |= reader.not_routed
+        self._add(reader)
         self.tick()
 
     def finish(self, unit: Unit) -> dict[str, InputStatistics]:
@@ -92,45 +87,42 @@ class Observer:
             statistics = self._take(unit)
         return self._of_all(unit, statistics)
 
-    def _of_all(self, unit: Unit, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
-        """Sum the statistics over all processes, and pool the statistics of experts with few tokens."""
-        if self.processes.world_size > 1:
-            statistics, padding_counted = all_reduce_statistics(
-                unit.layers, statistics, self.padding_counted, self.needs, self.processes
-            )
-            self.padding_counted |= padding_counted
-        result, pooled = pool(unit.layers, statistics, self.min_expert_tokens)
-        self.pooled.update(pooled)
-        return result
-
-    def _read_parked(self, layer: Layer, calls: Iterable[Call]) -> InputStatistics:
+    def _read_parked(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
         """Read the inputs of a unit that is a layer from its parked calls, without running it."""
-        calls = [call for call in calls if self.masks[call.batch] is not None]
-        inputs = [input_of(call.args, call.kwargs) for call in calls]
-        if self._last is not None:
-            identities, statistics, padding_counted = self._last
-            if len(identities) == len(inputs) and all(
-                identity.matches(x, layer) for identity, x in zip(identities, inputs, strict=True)
-            ):
-                if padding_counted:
-                    self.padding_counted.add(layer.name)
-                return statistics
-        statistics = InputStatistics(self.needs)
-        checks: list[Check] = []
-        identities, padding_counted = [], False
-        for call, x in zip(calls, inputs, strict=True):
-            with naming_batch(call.batch, x):
-                entry = BatchReader(self.needs, self.masks[call.batch] or ()).read(layer, x)
-            checks.extend(entry.checks(call.batch))
-            statistics.merge(entry.statistics)
-            identities.append(entry.identity)
-            padding_counted |= entry.padding_counted
-            self.tick()
-        refuse_nonfinite(checks, self.processes)
-        if padding_counted:
-            self.padding_counted.add(layer.name)
-        self._last = identities, statistics, padding_counted
+        inputs = {call.batch: input_of(call.args, call.kwargs) for call in calls if self.masks[call.batch] is not None}
+        layers, identities, statistics = self._last
+        pairs = [(x, layer) for x in inputs.values() for layer in unit.layers]
+        if (
+            pairs
+            and len(pairs) == len(identities)
+            and all(identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True))
+        ):
+            names = {last.name: layer.name for last, layer in zip(layers, unit.layers, strict=True)}
+            self.padding_counted.update(names[name] for name in self.padding_counted & names.keys())
+            return {names[name]: value for name, value in statistics.items()}
+        identities = []
+        for batch, x in inputs.items():
+            reader = self._reader(batch)
+            with naming_batch(batch, x, unit.name):
+                for layer in unit.layers:
+                    reader.read(Product(layer, x))
+            self._add(reader)
+            identities += [entry.identity for entry in reader.entries]
+        statistics = self._take(unit)
+        self._last = unit.layers, identities, statistics
         return statistics
+
+    def _reader(self, batch: int) -> BatchReader:
+        return BatchReader(self.needs, batch, self.masks[batch] or ())
+
+    def _add(self, reader: BatchReader) -> None:
+        """Add what was read from one batch."""
+        for entry in reader.entries:
+            if entry.padding_counted:
+                self.padding_counted.update(entry.layers)
+            self._sums.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
+        self._checks += reader.checks
+        self.not_routed |= reader.not_routed
 
     def _take(self, unit: Unit) -> dict[str, InputStatistics]:
         """Return the sums of this process for each layer, and reset them."""
@@ -146,3 +138,53 @@ class Observer:
             for layer in unit.layers
             if (parts := by_layer.get(layer.name))
         }
+
+    def _of_all(self, unit: Unit, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
+        """Sum the statistics over all processes, and pool the statistics of experts with few tokens."""
+        if self.processes.world_size > 1:
+            statistics, padding_counted = all_reduce_statistics(
+                unit.layers, statistics, self.padding_counted, self.needs, self.processes
+            )
+            self.padding_counted |= padding_counted
+        result, pooled = pool_experts(unit.layers, statistics, self.min_expert_tokens)
+        self.pooled.update(pooled)
+        return result
+
+
+class PassiveCalibration:
+    """Collects statistics of a dense model from forward passes that run anyway, as in a validation loop.
+
+    Args:
+        model: The model.
+        unit: All layers of the model.
+        needs: Names of the statistics.
+        min_expert_tokens: See `Observer`.
+        processes: All processes that calibrate together.
+    """
+
+    def __init__(
+        self, model: nn.Module, unit: Unit, needs: frozenset[str], min_expert_tokens: int, processes: Processes
+    ) -> None:
+        self._model, self._unit = model, unit
+        self._masks: list[tuple[TokenMask, ...] | None] = []
+        self.observer = Observer(needs, self._masks, processes=processes, min_expert_tokens=min_expert_tokens)
+
+    @contextmanager
+    def collect(self, batch: Any) -> Iterator[None]:
+        """Read the inputs of all layers while the batch runs."""
+        self._masks.append(token_masks(self._model, batch))
+        with calibration_mode(self._model), self.observer.collect(self._unit, len(self._masks) - 1):
+            yield
+
+    def finish(self) -> tuple[dict[str, InputStatistics], int]:
+        """Return the statistics by layer, and the number of batches of all processes.
+
+        Raises:
+            ValueError: If there was no batch, or an activation held NaN or infinity.
+        """
+        statistics = self.observer.finish(self._unit)
+        batches = torch.tensor(len(self._masks))
+        self.observer.processes.all_reduce_sum([batches])
+        if not batches:
+            raise ValueError("calibrate_on='validation' needs batches that run through the model, but none did.")
+        return statistics, int(batches)

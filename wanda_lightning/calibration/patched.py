@@ -16,13 +16,11 @@ from torch import nn
 @contextmanager
 def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
     """Set an attribute of the instance; restore or remove it at the end."""
-    missing = object()
-    before = module.__dict__.get(name, missing)
-    module.__dict__[name] = value
+    own = module.__dict__
+    before = {name: own[name]} if name in own else {}
+    own[name] = value
     try:
         yield
     finally:
-        if before is missing:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
+        del own[name]
+        own.update(before)

@@ -13,12 +13,14 @@ import dis
 import linecache
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NamedTuple
 
 import psutil
+
+from wanda_lightning.calibration.batch_thread import BatchThread
 
 INTERVAL = 6.0  # seconds between two inspections
 LOOKS = 10
@@ -27,30 +29,19 @@ _WAITS_FOR_THREADS = {"join", "result", "_wait_for_tstate_lock"}  # functions th
 
 
 class StallDetector(threading.Thread):
-    """Watches the thread that should run.
+    """Watches the thread that should run, and ends all batches if it stalls."""
 
-    Args:
-        explain: Returns the error message, given the thread and the place (file, line and function) where it waits.
-        release: Ends the parked batches, which releases their locks.
-    """
-
-    def __init__(
-        self, explain: Callable[[threading.Thread, str], str], release: Callable[[threading.Thread], None]
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__(name="calibration watchdog", daemon=True)
-        self._explain, self._release = explain, release
+        self.batches: Sequence[BatchThread] = ()
+        self.message = ""  # explains the stall, if there was one
         self._running: threading.Thread | None = None
         self._turn = 0
         self._done = threading.Event()
-        self.message = ""
 
     @contextmanager
     def watching(self, thread: threading.Thread) -> Iterator[None]:
-        """Watch a thread during this block.
-
-        Raises:
-            ValueError: If it stalled.
-        """
+        """Watch a thread during this block, and raise a ValueError if it stalled."""
         self._turn += 1
         self._running = thread
         try:
@@ -73,6 +64,25 @@ class StallDetector(threading.Thread):
                 self.message = self._explain(thread, now.place)
                 self._release(thread)
                 return
+
+    def _explain(self, stalled: threading.Thread, place: str) -> str:
+        calls = [batch.call for batch in self.batches if batch.call is not None]
+        holders = ", ".join(f"batch {call.batch} at {call.unit}" for call in calls) or "no batch"
+        return (
+            f"sequential must be 'none' for this model: it seems to keep a lock from one unit to the next, so its "
+            f"batches cannot run side by side. In {stalled.name}, {place} has waited for a lock for "
+            f"{INTERVAL * LOOKS:.0f} seconds, while these are parked inside the model: {holders}. Use "
+            "sequential='none', which runs one batch after the other, or let the model release the lock in each unit."
+        )
+
+    def _release(self, stalled: threading.Thread) -> None:
+        """End all batches, the stalled one last: its lock is free after a parked batch has ended."""
+        for batch in reversed(self.batches):
+            if batch is not stalled:
+                batch.cancel(timeout=1)
+        if isinstance(stalled, BatchThread):
+            stalled.cancel(timeout=1)
+            stalled.abandon()
 
     def stop(self) -> None:
         """End the watchdog."""

@@ -20,17 +20,11 @@ class _Stack(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A layer whose matrix a tensor is a view of.
-
-    Attributes:
-        layer: The layer.
-        slot: Index in a batch of matrices; None if the tensor is a single matrix.
-        first: Whether the view includes the matrix's first row.
-    """
+    """A layer whose matrix a tensor is a view of."""
 
     layer: Layer
-    slot: int | None
-    first: bool
+    slot: int | None  # index in a batch of matrices; None if the tensor is a single matrix
+    first: bool  # whether the view includes the matrix's first row
 
 
 class WeightMemory:
@@ -43,9 +37,8 @@ class WeightMemory:
         stacks: dict[int, _Stack] = {}
         for layer in layers:
             weight = layer.parameter.detach()
-            if type(weight) is not Tensor or weight.is_meta or weight.ndim != (2 if layer.expert is None else 3):
-                continue
-            if not weight.numel():
+            dimensions = 2 if layer.expert is None else 3
+            if type(weight) is not Tensor or weight.is_meta or weight.ndim != dimensions or not weight.numel():
                 continue
             end = weight.data_ptr() + weight.numel() * weight.element_size()
             matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
@@ -62,11 +55,7 @@ class WeightMemory:
         return self._stack_of(tensor) is not None
 
     def matches(self, weight: Tensor) -> list[Match]:
-        """Return the layers whose matrices, or whole rows of them, form the right factor of a product.
-
-        Args:
-            weight: The right factor of a product, (d_in, rows) or (experts, d_in, rows).
-        """
+        """Return the layers that a right factor, (d_in, rows) or (experts, d_in, rows), holds with all their inputs."""
         if weight.ndim == 3 and weight.stride(0) == 0:
             weight = weight[0]  # one matrix, expanded
         stack = self._stack_of(weight)

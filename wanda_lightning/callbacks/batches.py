@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from wanda_lightning.calibration.batches import forward_batch, rebuild
+from wanda_lightning.calibration.batches import forward_batch, map_tensors
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 log = logging.getLogger(__name__)
@@ -216,14 +216,6 @@ def batch_size(batch: Any) -> int:
 
 def _first(batch: Any, size: int, count: int) -> Any:
     """Return the first `count` samples of a batch of `size`, or all samples if its tensors have different lengths."""
-    return _cut(batch, count) if all(len(tensor) == size for tensor in _tensors(batch)) else batch
-
-
-def _cut(batch: Any, count: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:count] if batch.ndim else batch
-    if isinstance(batch, Mapping):
-        return {key: _cut(value, count) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return rebuild(batch, [_cut(value, count) for value in batch])
-    return batch
+    if any(len(tensor) != size for tensor in _tensors(batch)):
+        return batch
+    return map_tensors(lambda tensor: tensor[:count] if tensor.ndim else tensor, batch)

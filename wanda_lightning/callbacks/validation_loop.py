@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.calibration.passive import PassiveCalibration
+from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.callbacks.batches import batch_size
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.parallel import Processes

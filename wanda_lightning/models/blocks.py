@@ -10,15 +10,11 @@ from wanda_lightning.models.layers import Layer
 
 
 def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:
-    """Return the names of the blocks. No block lies inside another.
+    """Return the names of the blocks, given all modules by name and the layers to prune. No block lies inside another.
 
     The blocks of transformers have a base class of their own (`GradientCheckpointingLayer`). Elsewhere a block is a
     member of a list or sequence that contains at least two layers and no smaller such member: a stage that consists of
     blocks is not a block.
-
-    Args:
-        modules: All modules of the model, by name.
-        layers: The layers to prune.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

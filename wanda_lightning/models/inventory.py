@@ -71,17 +71,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every matrix of a model.
+    """Every matrix of a model."""
 
-    Attributes:
-        units: The layers to prune, in model order.
-        skipped: All other matrices.
-        blocks: The name of each layer's block, or of its module if it lies in no block, by layer name.
-    """
-
-    units: tuple[Unit, ...]
-    skipped: tuple[SkippedMatrix, ...]
-    blocks: Mapping[str, str]
+    units: tuple[Unit, ...]  # the layers to prune, in model order
+    skipped: tuple[SkippedMatrix, ...]  # all other matrices
+    blocks: Mapping[str, str]  # by layer: the name of its block, or of its module if it lies in no block
 
     @property
     def layers(self) -> tuple[Layer, ...]:

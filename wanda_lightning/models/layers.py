@@ -24,27 +24,22 @@ def _rows(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Expresses one type of layer as a matrix product `tokens @ weight.T`. The defaults fit a linear layer.
+    """Expresses one type of layer as a matrix product `tokens @ weight.T`. The defaults fit a linear layer."""
 
-    Attributes:
-        layer_type: The class; subclasses are included if they keep its forward.
-        read: Converts a weight from the layer's layout to (d_out, d_in); a view if the layout allows it.
-        write: Writes such a matrix into the weight.
-        tokens: Converts the input of a layer to (tokens, d_in).
-        outputs: Converts its output to (tokens, d_out).
-        window: Returns the settings that determine the tokens of an input; layers with the same input and an equal
-            window share statistics.
-        rows_first: Whether d_out is the weight's first dimension, so that a shard consists of whole rows.
-        channels: The dimension of the channels (d_in, d_out) in inputs and outputs, counted from the last.
-    """
-
+    # The class; subclasses are included if they keep its forward.
     layer_type: type[nn.Module]
+    # Converts a weight from the layer's layout to (d_out, d_in); a view if the layout allows it.
     read: Callable[[Tensor], Tensor] = lambda weight: weight
+    # Writes such a matrix into the weight.
     write: Callable[[Tensor, Tensor], object] = lambda weight, matrix: weight.copy_(matrix)
-    tokens: Callable[[Any, Tensor], Tensor] = lambda layer, x: _rows(x)
+    # Converts the input of a module to (tokens, d_in), and its output to (tokens, d_out).
+    tokens: Callable[[Any, Tensor], Tensor] = lambda module, x: _rows(x)
     outputs: Callable[[Tensor], Tensor] = _rows
-    window: Callable[[Any], object] = lambda layer: ()
+    # Returns the settings that determine the tokens of an input.
+    window: Callable[[Any], object] = lambda module: ()
+    # Whether d_out is the weight's first dimension, so that a shard consists of whole rows.
     rows_first: bool = True
+    # The dimension of the channels (d_in, d_out) in inputs and outputs, counted from the last.
     channels: int = -1
 
 
@@ -122,20 +117,6 @@ def layer_kinds() -> dict[str, LayerKind]:
     }
 
 
-def of_group(kind: LayerKind, group: int, groups: int) -> LayerKind:
-    """Restrict a convolution to the channels of one group."""
-
-    def part(images: Tensor) -> Tensor:
-        return images.chunk(groups, kind.channels)[group]
-
-    return replace(
-        kind,
-        tokens=lambda layer, images: kind.tokens(layer, part(images)),
-        outputs=lambda images: kind.outputs(part(images)),
-        window=lambda layer: (kind.window(layer), group, groups),
-    )
-
-
 @dataclass(frozen=True)
 class Layer:
     """One prunable matrix and the module that contains it.
@@ -167,17 +148,24 @@ class Layer:
         self.kind.write(self.weight, matrix)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Convert the layer's input to (tokens, d_in)."""
-        return self.kind.tokens(self.module, x)
+        """Convert the input of the module to (tokens, d_in)."""
+        return self.kind.tokens(self.module, self._channels(x))
 
     def outputs(self, y: Tensor) -> Tensor:
-        """Convert the layer's output to (tokens, d_out)."""
-        return self.kind.outputs(y)
+        """Convert the output of the module to (tokens, d_out)."""
+        return self.kind.outputs(self._channels(y))
+
+    def _channels(self, images: Tensor) -> Tensor:
+        """Return the channels of this layer's group."""
+        if self.group is None:
+            return images
+        which, groups = self.group
+        return images.chunk(groups, self.kind.channels)[which]
 
     @property
     def window(self) -> object:
         """Settings that determine the tokens: layers with the same input and an equal window have the same tokens."""
-        return self.kind.layer_type, self.kind.window(self.module)
+        return self.kind.layer_type, self.kind.window(self.module), self.group
 
     @property
     def parameter(self) -> Tensor:
@@ -223,14 +211,11 @@ def layers_of(
     by_columns: Mapping[type[nn.Module], bool],
 ) -> list[Layer]:
     """Return the layers that a parameter holds: none, a single one, or one for each expert or group."""
-    if parameter_name == "weight" and any(isinstance(module, kind.layer_type) for kind in layer_kinds().values()):
-        kind = kind_of(module)
-        if kind is None:
-            return []
+    if parameter_name == "weight" and (kind := kind_of(module)):
         groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
         if groups == 1:
             return [Layer(name, module, kind, siblings=siblings_of(name, modules))]
-        return [Layer(f"{name}.group{g}", module, of_group(kind, g, groups), group=(g, groups)) for g in range(groups)]
+        return [Layer(f"{name}.group{g}", module, kind, group=(g, groups)) for g in range(groups)]
     if parameter_name not in stacked_experts(module) or type(module) not in by_columns:
         return []
     kind = EXPERT_BY_COLUMNS if by_columns[type(module)] else EXPERT_BY_ROWS

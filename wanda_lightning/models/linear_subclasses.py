@@ -16,26 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _OF_LINEAR = frozenset(vars(nn.Linear(1, 1, device="meta")))  # attributes of every instance
-_known: dict[object, bool] = {}  # results by forward, class, and added attributes
-
-
-def computes_linear(module: nn.Linear) -> bool:
-    """Whether the forward of the module's class computes `x W^T + b`.
-
-    The result is cached for instances that add no tensors, modules or other objects.
-    """
-    own = {name: value for name, value in vars(module).items() if name not in _OF_LINEAR}
-    is_simple = all(value is None or isinstance(value, bool | int | float | str) for value in own.values())
-    if module._buffers or module._modules or len(module._parameters) > 2 or not is_simple:
-        return _try_forward(module)
-    key = type(module).forward, type(module), module.bias is None, frozenset(own.items())
-    if key not in _known:
-        _known[key] = _try_forward(module)
-    return _known[key]
 
 
 @torch.no_grad()
-def _try_forward(module: nn.Linear) -> bool:
+def computes_linear(module: nn.Linear) -> bool:
+    """Whether the forward of the module's class computes `x W^T + b`."""
     weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], device="cpu")
     bias = None if module.bias is None else torch.tensor([0.6, -1.1], device="cpu")
     x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], device="cpu")

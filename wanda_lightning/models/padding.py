@@ -16,15 +16,10 @@ _NO_LABEL = -100  # transformers pads labels with this value
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Which tokens of a batch count.
+    """Which tokens of a batch count."""
 
-    Attributes:
-        inside: Name of the module that these tokens enter; `""` for the whole model.
-        keep: (batch, tokens); True is a token, False is padding.
-    """
-
-    inside: str
-    keep: Tensor
+    inside: str  # name of the module that these tokens enter; "" for the whole model
+    keep: Tensor  # (batch, tokens); True is a token, False is padding
 
     def rank(self, layer: str) -> int:
         """Sort key of the mask for a layer: lowest for the smallest module that contains the layer."""
@@ -46,8 +41,8 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
 
     An attention mask is (samples, tokens); or it has a row for each query, as in (samples, heads, queries, keys),
     boolean or additive, where a key that no query attends to is padding; or it is a dictionary of such masks, one for
-    each type of layer. No other mask can be read. Its result fits no input, so that each layer notes that padding
-    counts.
+    each type of layer. The result for any other mask fits no input, so that the report notes for each layer that
+    padding counts.
 
     Returns:
         The masks; none if the batch has no padding.
