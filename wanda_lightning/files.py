@@ -41,8 +41,7 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
             raise IsADirectoryError(f"{path} must be a file, but it is a folder. Name a file inside it.")
         if os.path.lexists(target) and not overwrite:
             raise FileExistsError(f"{path} already exists. Choose another name, or replace it with overwrite=True.")
-        _check_name(target)
-        _try_to_write(target.parent)
+        _try_to_write(target.parent, target)
 
 
 def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -57,8 +56,7 @@ def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> No
             raise FileExistsError(
                 f"{path} is a folder that is not empty. Choose another, or allow it with overwrite=True."
             )
-        _check_name(target)
-        _try_to_write(target)
+        _try_to_write(target, target)
 
 
 def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -104,19 +102,15 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
-def _check_name(target: Path) -> None:
-    """Raise the error of the operating system for a name that is too long."""
-    limit = os.pathconf(_existing(target), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+def _try_to_write(folder: Path, target: Path) -> None:
+    """Raise the error of the operating system for a name that is too long, or a place that cannot be written to."""
+    place = _existing(folder)
+    limit = os.pathconf(place, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if any(len(os.fsencode(part)) > limit for part in target.parts):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-
-
-def _try_to_write(folder: Path) -> None:
-    """Create and remove a folder in the nearest existing parent, since permissions and quotas cannot be checked."""
-    place = _existing(folder)
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file, not a folder")
-    probe = _temporary_name(place, folder)
+    probe = _temporary_name(place, folder)  # permissions and quotas show only when something is created
     probe.mkdir()
     probe.rmdir()
 

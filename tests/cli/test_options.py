@@ -62,7 +62,7 @@ REFUSED = {
         (["--model", "timm:vit_base"], "--data_path is required for the image classifier timm:vit_base: give a folder"),
         (["--colour", "red"], "--colour is not an option of prune."),
         (["--nsample", "3"], "--nsample is not an option of prune. Did you mean --nsamples"),
-        (["red"], "prune takes only options, but 'red' is none."),
+        (["red"], "prune takes only options, but 'red' is not one."),
         (["--seqlen"], "--seqlen expected one argument."),
         (
             ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],

@@ -60,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_options(command: str, arguments: Sequence[str]) -> Any:
-    """Return the options of `wanda-lightning prune`, `finetune`, `evaluate` or `inspect` as a dataclass.
-
-    Raises:
-        UsageError: If an option is unknown or missing, or a value is not allowed.
-    """
+    """Return the options of `prune`, `finetune`, `evaluate` or `inspect` as a dataclass; raise a `UsageError`."""
     from wanda_lightning.cli.options import COMMANDS as OPTIONS
     from wanda_lightning.cli.parser import CommandParser
 

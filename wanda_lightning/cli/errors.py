@@ -86,15 +86,12 @@ def in_options(message: str) -> str:
 
 
 def explain(error: BaseException, debug: bool, translate: bool) -> int:
-    """Print one line for a refusal; for a fault, print the traceback and ask to report it.
+    """Print a refusal in one line, or the traceback of a fault, and return the exit status.
 
     Args:
         error: What ended the command.
         debug: Print the traceback in any case.
         translate: Replace Python's keywords by options.
-
-    Returns:
-        The exit status of the command.
     """
     refusal = refusal_in(error)
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's

@@ -17,11 +17,7 @@ _HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
 
 
 def run(options: EvaluateOptions) -> None:
-    """Measure models side by side, save the numbers and print them.
-
-    Raises:
-        ValueError: If the options do not fit a model or the data; before anything is measured.
-    """
+    """Measure models side by side, save the numbers and print them."""
     models = _ImageClassifiers(options) if options.is_image else _LanguageModels(options)
     evaluation = Evaluation(_measure_each(models), options.dense, as_given(options))
     if options.save is not None:
@@ -68,8 +64,8 @@ class _LanguageModels:
                 )
             if not text.evaluation_windows.equal(first.evaluation_windows):
                 raise ValueError(
-                    "--model must name models with the same tokenizer, since perplexities of other tokens cannot be "
-                    f"compared, but {name} splits {text.evaluation} differently than {self.names[0]}. Evaluate them "
+                    "--model must name models with the same tokenizer, since perplexities over different tokens cannot "
+                    f"be compared, but {name} splits {text.evaluation} differently than {self.names[0]}. Evaluate them "
                     "one by one, or give --eval '' to measure tasks alone."
                 )
         self._texts[name] = texts

@@ -21,11 +21,7 @@ _PAPER_SEQLEN = 1024
 
 
 def run(options: FinetuneOptions) -> None:
-    """Fine-tune a pruned language model, measure it before and after, and save it.
-
-    Raises:
-        ValueError: If the options do not fit the model or the data; before anything is written.
-    """
+    """Fine-tune a pruned language model, measure it before and after, and save it."""
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     refuse_long_windows(options.seqlen, options.model, hub)
     hub["dtype"] = options.dtype or ("float32" if options.method == "full" else "auto")

@@ -14,11 +14,7 @@ from wanda_lightning.report import skipped_table
 
 
 def run(options: InspectOptions) -> None:
-    """Print the layers that would be pruned, by unit, and the other matrices, by reason.
-
-    Raises:
-        ValueError: If nothing would be pruned.
-    """
+    """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
     config = options.config
     model = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)

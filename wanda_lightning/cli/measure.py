@@ -31,27 +31,13 @@ def measure(
 
 
 def refuse_long_windows(seqlen: int | None, model: str, hub: dict[str, Any]) -> None:
-    """Refuse windows that are longer than the model's context, before its weights are loaded.
-
-    Args:
-        seqlen: Number of tokens in a window, if given.
-        model: Hub id, folder or .gguf file.
-        hub: Options of `from_pretrained`.
-
-    Raises:
-        UsageError: If the windows are too long.
-        OSError: If neither a folder nor the hub has the model.
-    """
+    """Refuse windows that are longer than the context of a model, before its weights are loaded."""
     if seqlen is not None:
         checked_seqlen(seqlen, load_config(model, **hub), seqlen)
 
 
 def checked_seqlen(seqlen: int | None, config: Any, default: int) -> int:
-    """Return the number of tokens in a window: the given one, else the model's context, but at most `default`.
-
-    Raises:
-        UsageError: If the given one is larger than the context.
-    """
+    """Return the number of tokens in a window: the given one if it fits, else the context, but at most `default`."""
     context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or default)
     if seqlen is not None and seqlen > context:
         raise UsageError(f"--seqlen must be at most {context}, the model's context, but it is {seqlen}.")

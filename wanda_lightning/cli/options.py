@@ -78,15 +78,15 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
     """The options of `wanda-lightning inspect`: the model, all choices of pruning, and the reference's flags."""
 
     preset: str | None = option(
-        "Instead of a method: fast (Wanda, one pass), balanced (better at every sparsity) or best.",
+        "Instead of a method: fast (Wanda in one pass), balanced (better at every sparsity) or best.",
         rule=OneOf(tuple(PRESETS)),
     )
     use_variant: bool = option(
-        "Let rows differ in sparsity: each loses the same share of its score (the paper's variant).", False
+        "Let rows differ in sparsity: each row loses the same share of its total score (the paper's variant).", False
     )
     prune_granularity: str | None = option(
-        "Weights are compared within rows or layers; by default as in the method's paper: within layers for magnitude "
-        "and sparsegpt, else within rows.",
+        "Compare weights within rows or within layers; by default as in the method's paper: within layers for "
+        "magnitude and sparsegpt, else within rows.",
         rule=OneOf(("row", "layer")),
     )
     cache_dir: str | None = option(_CACHE_DIR)
@@ -121,7 +121,7 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
 
     @property
     def name(self) -> str:
-        """What the results are labeled with: the method, and the criterion and the solver that replace its own."""
+        """The label of the results: the method, and the criterion and the solver that replace its own."""
         given = (self.preset, self.prune_method, self.criterion, self.solver)
         return "_".join(name for name in given if name is not None) or "wanda"
 
@@ -157,7 +157,7 @@ class PruneOptions(InspectOptions):
         "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.", rule=_COUNT
     )
     seqlen: int | None = option(f"{_SEQLEN} {PAPER_SEQLEN}.", rule=_WINDOW)
-    batch_size: int | None = option("Samples in a batch; by default 4 sequences or 64 images.", rule=_COUNT)
+    batch_size: int | None = option("Number of samples in a batch; by default 4 sequences or 64 images.", rule=_COUNT)
     calibration: str | None = option(f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}.")
     eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
     limit: int | None = option(_LIMIT, rule=_COUNT)
@@ -212,7 +212,7 @@ class FinetuneOptions:
         "keep-zeros-lora",
         rule=OneOf(tuple(LEARNING_RATES)),
     )
-    dense: str | None = option("The model before it was pruned, to measure it, too.")
+    dense: str | None = option("The model before pruning, to measure it for comparison.")
     save_model: str | None = option("Folder for the fine-tuned model, with its adapters merged.")
     data: str = option(f"Text to train on: {_TEXTS}.", "c4")
     eval: str = option(f"Text to measure perplexity on: {_TEXTS}.", "wikitext2")
@@ -229,7 +229,7 @@ class FinetuneOptions:
     lora_alpha: int = option("Scale of the adapters times their rank.", 16, rule=_COUNT)
     lora_dropout: float = option("Dropout of the adapters' inputs.", 0.05, rule=Number(minimum=0, below=1))
     target_modules: list[str] = option(
-        "Layers that get adapters, by the ends of their names, or all-linear.", ["q_proj", "v_proj"]
+        "Layers that get adapters, each given by the end of its name, or all-linear.", ["q_proj", "v_proj"]
     )
     precision: str | None = option("Precision of the Trainer; by default that of the weights.", rule=OneOf(PRECISIONS))
     dtype: str | None = option(
@@ -269,9 +269,11 @@ class EvaluateOptions:
         "timm:local-dir:FOLDER.",
         MISSING,
     )
-    dense: str | None = option("One more model, the first: the table shows the differences of the others to it.")
+    dense: str | None = option(
+        "The dense model. It is measured first, and the table shows how the others differ from it."
+    )
     eval: list[str] | None = option(
-        f"Texts to measure perplexity on, by default wikitext2 as in the paper: {_TEXTS}. An empty string is none."
+        f"Texts to measure perplexity on, by default wikitext2 as in the paper: {_TEXTS}. An empty string: none."
     )
     tasks: list[str] = option(
         "Zero-shot tasks (need lm-eval); paper stands for all of them.",
@@ -290,7 +292,7 @@ class EvaluateOptions:
     task_limit: int | None = option("Number of documents of each task; by default all.", rule=_COUNT)
     seqlen: int | None = option(f"{_SEQLEN} {PAPER_SEQLEN}.", rule=_WINDOW)
     batch_size: int | None = option(
-        "Windows or choices in a batch, by default 4; or images, by default 64.", rule=_COUNT
+        "Number of windows or of answers in a batch, by default 4; or of images, by default 64.", rule=_COUNT
     )
     dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
     save: str | None = option("JSON file for all numbers.")
@@ -349,7 +351,7 @@ def as_given(options: Any) -> dict[str, Any]:
 
 
 def refuse_given(options: Any, purpose: str, names: str) -> None:
-    """Raise a UsageError for options that were given although they mean nothing for this purpose."""
+    """Raise a UsageError for options that do not have their defaults although they mean nothing for this purpose."""
     defaults = {each.name: default_of(each) for each in fields(options)}
     given = [f"--{name}" for name in names.split() if getattr(options, name) != defaults[name]]
     if given:
@@ -366,7 +368,7 @@ def _require_images(model: str, data_path: str | None) -> None:
 
 
 def refuse_missing(options: Any, names: str) -> None:
-    """Raise a UsageError for a local file or folder that does not exist; a name that may be a hub id is not checked."""
+    """Raise a UsageError for a file or folder that does not exist, unless its name may be a hub id."""
     for name in names.split():
         given = getattr(options, name)
         for value in [given] if isinstance(given, str) else given or ():

@@ -24,13 +24,7 @@ class UsageError(ValueError):
 
 
 def option(help: str, default: Any = None, rule: Number | OneOf | None = None) -> Any:
-    """Make a field of a dataclass of options.
-
-    Args:
-        help: The help, without the default and the names that are allowed.
-        default: The default; `MISSING` for a required option.
-        rule: What the value, or each value of a list, must be.
-    """
+    """Make a field of a dataclass of options; the help gets the default, and the names that the rule allows."""
     metadata = {"help": help, "rule": rule}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -60,12 +54,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ').replace(': ', ' ', 1)}.")
 
     def parse_options(self, arguments: Sequence[str]) -> Any:
-        """Return the dataclass of options; arguments take precedence over files, and later files over earlier ones.
-
-        Raises:
-            UsageError: If an option is unknown or missing, or a value is not allowed.
-            SystemExit: After `--help` and `--print_config`.
-        """
+        """Return the dataclass of options; arguments take precedence over files, and later files over earlier ones."""
         given, unknown = self.parse_known_args(list(arguments))
         if unknown:
             raise UsageError(self._unknown(unknown[0].partition("=")[0]))
@@ -87,7 +76,7 @@ class CommandParser(argparse.ArgumentParser):
     def _unknown(self, name: str) -> str:
         known = [f"--{each}" for each in self._fields]
         if not name.startswith("-"):
-            return f"{self._command} takes only options, but {name!r} is none.{did_you_mean(f'--{name}', known)}"
+            return f"{self._command} takes only options, but {name!r} is not one.{did_you_mean(f'--{name}', known)}"
         return f"{name} is not an option of {self._command}.{did_you_mean(name, known)}"
 
     def _read(self, path: str) -> dict[str, Any]:

@@ -22,11 +22,7 @@ from wanda_lightning.report import REPORT_NAME, PruningReport
 
 
 def run(options: PruneOptions) -> None:
-    """Prune a model, measure it before and after, and save what was asked for.
-
-    Raises:
-        ValueError: If the options do not fit the model or the data; before anything is written.
-    """
+    """Prune a model, measure it before and after, and save what was asked for."""
     samples = options.nsamples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES)
     callback = PruningCallback(**options.choices, num_samples=samples)
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
