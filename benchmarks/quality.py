@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -319,8 +320,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
     parser.add_argument("--held_out", action="store_true", help="measure on the unused part of the calibration text")
-    parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M")
-    parser.add_argument("--methods", nargs="+", help=f"of {', '.join(TEXT)}; with --images {', '.join(IMAGES)}")
+    parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M, such as: 50 2:4")
+    parser.add_argument("--methods", nargs="+", help=f"of: {shlex.join(TEXT)}; with --images of: {shlex.join(IMAGES)}")
     parser.add_argument("--baseline", action="store_true", help="only compare with a plain SparseGPT")
     parser.add_argument("--runs", type=int, default=1, help="runs of --baseline, of which medians count")
     parser.add_argument("--warm_up", action="store_true", help="run each once before those of --baseline")
@@ -335,7 +336,7 @@ def main() -> None:
     known = IMAGES if options.images else TEXT
     options.methods, options.goals = options.methods or list(known), options.goals or GOALS[options.images]
     if unknown := [name for name in options.methods if name not in known]:
-        parser.error(f"--methods must be from {', '.join(known)}, but {unknown[0]!r} is not.")
+        parser.error(f"--methods must be from: {shlex.join(known)}; but {unknown[0]!r} is not.")
     for goal in options.goals:
         if not re.fullmatch(r"\d+:\d+", goal) and not (re.fullmatch(r"\d+(\.\d+)?", goal) and 0 < float(goal) < 100):
             parser.error(f"--goals must be percentages such as 50, or N:M such as 2:4, but one is {goal!r}.")

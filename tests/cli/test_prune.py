@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,8 @@ def test_the_digits_that_need_no_network(inputs, capsys):
         from wanda_lightning.data import images as module
 
         source = module.open_source("digits")
-        few = type(source)(list(source.train)[:8], list(source.evaluation)[:8], source.class_names)
+        parts = {"train": source.train, "evaluation": source.evaluation}
+        few = replace(source, **{name: replace(part, samples=part.samples[:8]) for name, part in parts.items()})
         patch.setattr(module, "open_source", lambda *_: few)
         assert run("prune", *weights, "--data_path", "digits", "--nsamples", "8") == 0
 
@@ -282,6 +284,12 @@ CASES = [(*case, 2) for case in WRONG_USAGE] + [(*case, 1) for case in REFUSED]
 def test_refused_for_a_language_model(inputs, text, refused, more, message, code):
     err = refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
     assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
+
+
+def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images, refused, tmp_path):
+    (tmp_path / "val").symlink_to(inputs / "images" / "val")
+    refused(*images, "--data_path", tmp_path, message="--data_path must have training images to calibrate on, but")
+    assert run("evaluate", *images[1:5], "--data_path", tmp_path) == 0
 
 
 REFUSED_FOR_IMAGES = [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from support import reference
 from support.layers import (
+    WIDE,
     allocate,
     correlated_layer,
     mean_of,
@@ -28,7 +29,7 @@ from wanda_lightning.core.criteria import Criterion, Magnitude, Saliency, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.solvers import Solver, SparseGPT, ZeroOut
+from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.methods import ALLOCATIONS, CRITERIA, SOLVERS
 from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
@@ -190,6 +191,15 @@ def test_pruning_twice_changes_nothing(criterion, pattern, solver):
     torch.testing.assert_close(twice, once, rtol=0 if solver == ZeroOut() else 1e-4, atol=0)
 
 
+@pytest.mark.parametrize("solver", [*[make() for make in SOLVERS.values()], SparseGPT(mask="upfront")], ids=str)
+def test_pruning_further_keeps_the_zeros(solver):
+    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    some, _ = solve(solver, weight, tokens, sparsity=0.3)
+    more, _ = solve(solver, some, tokens, sparsity=0.7)
+    assert not more[some == 0].any()
+    assert (more == 0).sum() == 12 * 210
+
+
 @pytest.mark.parametrize("tokens", [40, 4000])  # with many the inputs hardly correlate
 @EVERY_SOLVER
 @EVERY_PATTERN
@@ -261,6 +271,26 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
     assert errors["refit"] < errors["zero_out"]
     assert errors["sparsegpt"] < errors["zero_out"]
     assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "text"),
+    [
+        (ADMM, {"rho": (0.0, 1.0)}, "rho of ADMM must be two numbers"),
+        (ADMM, {"rho": (0.0009, 1.0)}, "numbers of at least 0.001"),
+        (ADMM, {"rho": (0.5, 0.1)}, "a last that is not smaller"),
+        (ADMM, {"dampening": 0.0}, "dampening of ADMM must be a number above 0, but it is 0.0"),
+        (ADMM, {"iterations": 0}, "iterations of ADMM must be a whole number of at least 1, but it is 0"),
+        (ADMM, {"refit_steps": 0}, "refit_steps of ADMM must be a whole number of at least 1, but it is 0"),
+        (Refit, {"dampening": -1.0}, "dampening of Refit must be a number of at least 0, but it is -1.0"),
+        (Refit, {"steps": 0}, "steps of Refit must be a whole number of at least 1, but it is 0"),
+        (SparseGPT, {"dampening": 0.0}, "dampening of SparseGPT must be a number above 0, but it is 0.0"),
+        (SparseGPT, {"block_size": 0}, "block_size of SparseGPT must be a whole number of at least 1, but it is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, values, text):
+    with pytest.raises(ValueError, match=text):
+        make(**values)
 
 
 def test_every_solver_has_a_criterion_of_its_own():

@@ -1,8 +1,9 @@
-"""Labeled images from folders and tables: their labels, and what is refused."""
+"""Labeled images from digits, folders and tables: their labels, and what is refused."""
 
 import io
 import shutil
 import struct
+import sys
 import zlib
 
 import datasets
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from support.data import (
     images_of,
     paint,
@@ -22,6 +24,35 @@ from wanda_lightning.data.image_sources import _from_splits, find_columns
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*and the model has .* outputs"
 )  # models are made without regard to the images
+
+
+def test_digits_are_split_by_class_into_disjoint_parts():
+    data = ImageDataModule("digits", vit())
+    data.setup("fit")
+    train, train_labels = images_of(data.calibration_dataloader())
+    evaluation, labels = images_of(data.val_dataloader())
+    assert (len(train), len(evaluation)) == (1437, 360)
+    assert data.num_classes == 10
+    assert data.class_names == tuple("0123456789")
+    counts = np.bincount(load_digits().target)
+    assert (np.abs(labels.bincount().numpy() - 0.2 * counts) < 1).all()
+    everything = {image.numpy().tobytes() for image in torch.cat([train, evaluation])}
+    assert len(everything) == len({image.tobytes() for image in load_digits().images})  # a scan may occur once only
+    assert torch.equal((train_labels.bincount() + labels.bincount()), torch.tensor(counts))
+    again = ImageDataModule("digits", vit(), seed=1)  # the parts do not depend on the seed
+    again.setup("fit")
+    assert torch.equal(images_of(again.val_dataloader())[0], evaluation)
+
+
+def test_digits_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"^The digits need sklearn: pip install 'wanda_lightning\[demo\]'$"):
+        ImageDataModule("digits")
+
+
+def test_data_has_no_default():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'data'"):
+        ImageDataModule(model=vit())
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])

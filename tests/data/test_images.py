@@ -1,6 +1,7 @@
 """Images against transforms by hand, and what the data module refuses."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_calibration_images_are_a_seeded_choice_of_training_images():
     assert len(labels.unique()) == 10
     assert torch.equal(calibration(0)[0][0], images)
     assert not torch.equal(calibration(1)[0][0], images)
-    train = data.train_dataloader().dataset.tensors[0]
+    train = torch.stack([image for image, _ in data.train_dataloader().dataset])
     order = torch.randperm(1437, generator=torch.Generator().manual_seed(0))
     assert torch.equal(images, train[order[:64]])
 
@@ -130,6 +131,17 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
     torch.manual_seed(0)
     random.seed(0)
     assert not torch.equal(*[images_of(data.train_dataloader())[0] for _ in range(2)])
+
+
+def test_a_folder_with_evaluation_images_alone_only_measures(imagenet):
+    shutil.rmtree(imagenet / "train")
+    data = ImageDataModule(str(imagenet), vit())
+    data.setup("validate")
+    assert images_of(data.val_dataloader())[1].tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"images to calibrate on, but .*data has only the folder val\. .*/data/val\."):
+        data.calibration_dataloader()
+    with pytest.raises(ValueError, match="has only evaluation images"):
+        data.train_dataloader()
 
 
 def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet):

@@ -9,15 +9,15 @@ from wanda_lightning.data.preprocessing import class_names_of, resolve_preproces
 
 def test_preprocessing_is_the_models_own():
     found = resolve_preprocessing(timm.create_model("convnext_atto", num_classes=10))
-    assert found.input_size == (3, 224, 224)
-    assert found.mean == (0.485, 0.456, 0.406)
-    assert found.crop_pct == 0.875
+    assert found["input_size"] == (3, 224, 224)
+    assert found["mean"] == (0.485, 0.456, 0.406)
+    assert found["crop_pct"] == 0.875
     assert resolve_preprocessing("convnext_atto") == resolve_preprocessing("timm:convnext_atto.d2_in1k") == found
-    assert resolve_preprocessing("convnext_atto", image_size=64).input_size == (3, 64, 64)
+    assert resolve_preprocessing("convnext_atto", image_size=64)["input_size"] == (3, 64, 64)
     gray = resolve_preprocessing(Wrapped(timm.create_model("resnet18", in_chans=1)))
-    assert gray.input_size == (1, 224, 224)
-    assert gray.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
-    assert gray.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
+    assert gray["input_size"] == (1, 224, 224)
+    assert gray["mean"] == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
+    assert gray["std"] == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
 
 
 @pytest.mark.parametrize("name", ["hf-hub:owner/name", "local-dir:."])

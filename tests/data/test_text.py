@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.data.demo import python_docs
+from wanda_lightning.data.text_sources import python_docs
 from wanda_lightning.modules import CausalLMModule
 
 BOS = 256

@@ -13,6 +13,7 @@ from support.data import (
 )
 
 from wanda_lightning.data import TextDataModule
+from wanda_lightning.data.text_sources import python_docs
 
 
 def hub_of(tables):
@@ -52,6 +53,23 @@ def test_wikitext2_is_read_as_the_reference_reads_it(monkeypatch, tokenizer):
     ids = tokenizer("\n\n".join(test)).input_ids
     assert torch.equal(data.evaluation_windows, torch.tensor(ids[:90]).view(3, 30))
     assert [call[:3] for call in asked] == [("Salesforce/wikitext", "wikitext-2-raw-v1", s) for s in ("train", "test")]
+
+
+def test_python_docs_has_two_parts_without_a_common_paragraph():
+    from pydoc_data.topics import topics
+
+    calibration, evaluation = python_docs()
+    assert {**calibration, **evaluation} == topics
+    assert not calibration.keys() & evaluation.keys()
+    share = sum(map(len, evaluation.values())) / sum(map(len, topics.values()))
+    assert 0.25 < share < 0.35
+    long = [
+        {p.strip() for text in part.values() for p in text.split("\n\n") if len(p.strip()) >= 80}
+        for part in (calibration, evaluation)
+    ]
+    assert all(long)
+    assert not long[0] & long[1]
+    assert python_docs() == (calibration, evaluation)
 
 
 def test_a_missing_file_is_refused_at_once(tmp_path, tokenizer):

@@ -17,26 +17,26 @@ def test_drawing_tokenizes_only_what_is_drawn(tokenizer):
         seen.append(text)
         return tokenizer(text).input_ids
 
-    draw_from_documents(texts, tokenize, seqlen=20, num_samples=5, seed=0)
+    draw_from_documents(texts, tokenize, 20, 5, 0, "a.jsonl")
     assert len(seen) == 5
 
 
 def test_drawing_ends_where_one_document_of_many_is_long_enough(tokenizer):
     texts = documents([5] * 300 + [100])
-    windows = draw_from_documents(texts, lambda text: tokenizer(text).input_ids, seqlen=50, num_samples=3, seed=0)
+    windows = draw_from_documents(texts, lambda text: tokenizer(text).input_ids, 50, 3, 0, "a.jsonl")
     assert torch.equal(windows, slow_document_windows(texts, tokenizer, 50, 3, 0))
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_one_text_is_drawn_from_as_the_reference_does(seed):
     ids = random.Random(1).choices(range(100), k=200)
-    assert torch.equal(draw_from_text(ids, 20, 9, seed), slow_text_windows(ids, 20, 9, seed))
+    assert torch.equal(draw_from_text(ids, 20, 9, seed, "a.txt"), slow_text_windows(ids, 20, 9, seed))
     with pytest.raises(ValueError, match=r"seqlen=200 needs a text of at least 201 tokens, but a\.txt has 200"):
         draw_from_text(ids, 200, 1, seed, "a.txt")
 
 
 def test_cutting_drops_the_rest_and_stops_at_the_limit():
-    assert cut(range(7), 2).tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert cut(range(7), 2, limit=1).tolist() == [[0, 1]]
+    assert cut(range(7), 2, None, "a.txt").tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert cut(range(7), 2, 1, "a.txt").tolist() == [[0, 1]]
     with pytest.raises(ValueError, match=r"seqlen=8 needs a text of at least 8 tokens, but a\.txt has 7"):
-        cut(range(7), 8, source="a.txt")
+        cut(range(7), 8, None, "a.txt")

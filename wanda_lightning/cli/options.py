@@ -193,7 +193,7 @@ class PruneOptions(InspectOptions):
         _refuse_place(self, "save", refuse_nonempty)
         _refuse_place(self, "save_model", refuse_replacement)
         if self.is_image:
-            image_sources.check_source(self.data_path or "")
+            image_sources.check_source(self.data_path or "", calibrates=True)
         else:
             text_sources.check_source(self.calibration or "c4", "--calibration")
             text_sources.check_source(self.eval or "wikitext2", "--eval")

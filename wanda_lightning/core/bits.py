@@ -11,9 +11,9 @@ _BITS = torch.arange(7, -1, -1, dtype=torch.uint8)  # shifts, highest bit first,
 
 
 def pack(flags: Tensor) -> Tensor:
-    """Return a boolean tensor in compact form, on the CPU: the flat int64 indices of True, or one bit per element.
+    """Return a boolean tensor in compact form, on the CPU: the flat int64 indices of True, or uint8 with 8 bits each.
 
-    The shorter of the two is chosen. Bits are returned as uint8, eight elements per number, the last one padded.
+    The smaller of the two is returned. The last byte of bits is padded with zeros.
 
     Example:
         >>> pack(torch.tensor([True, False, True, False, True, True, True, True, True]))
@@ -24,14 +24,11 @@ def pack(flags: Tensor) -> Tensor:
         return flat.nonzero().squeeze(1).cpu()
     padding = flat.new_zeros(-flat.numel() % 8)
     octets = torch.cat([flat, padding]).view(torch.uint8).view(-1, 8)
-    packed = torch.zeros_like(octets[:, 0])
-    for column, shift in zip(octets.unbind(1), _BITS.tolist(), strict=True):
-        packed |= column << shift
-    return packed.cpu()
+    return (octets << _BITS.to(flat.device)).sum(dim=1, dtype=torch.uint8).cpu()
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the boolean tensor of this shape that `pack` was given, on the CPU.
+    """Return the boolean tensor of this shape from which `pack` returned `packed`, on the CPU.
 
     Example:
         >>> unpack(torch.tensor([160], dtype=torch.uint8), (1, 3))

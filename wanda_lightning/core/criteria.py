@@ -16,13 +16,13 @@ Group = Literal["row", "layer"]
 
 
 class Criterion(ABC):
-    """How much each weight matters, from its value and the inputs of its layer.
+    """A score for each weight, from its value and the inputs of its layer.
 
     Attributes:
         needs: The input statistics that it reads, by their names in `core.statistics.SUMS`.
-        group: What the method's paper compares in unstructured pruning: the weights of a row, or those of the layer.
-        spans_rows: Whether the score of a weight depends on other rows, so that a process that holds some rows cannot
-            compute it.
+        group: Where the method's paper compares weights in unstructured pruning: within a row or within the layer.
+        spans_rows: Whether the score of a weight depends on other rows. A process that holds only some of the rows
+            cannot compute it then.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -60,13 +60,14 @@ class Wanda(Criterion):
 
 @dataclass(frozen=True)
 class RIA(Criterion):
-    """How large a weight is within its row and its column, times the norm of its input (Zhang et al. 2024).
+    """Relative importance and activations (Zhang et al. 2024).
 
-    `(|W| / sum of |W| over its row + |W| / sum of |W| over its column) * ||x||^a`, so that a column of small weights is
-    not pruned as a whole. The paper's channel permutation for N:M is not included.
+    `(|W| / sum of |W| over its row + |W| / sum of |W| over its column) * ||x||^a`. Relative to their column, small
+    weights can score high, so a column of small weights is not pruned as a whole. The paper's channel permutation for
+    N:M is not included.
 
     Attributes:
-        a: Exponent of the input norm; 0 leaves the relative importance alone.
+        a: Exponent of the input norm; 0 ignores the inputs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
@@ -87,10 +88,10 @@ class RIA(Criterion):
 
 @dataclass(frozen=True)
 class Saliency(Criterion):
-    """The output error of pruning a weight when the weights right of it compensate for it as well as they can.
+    """The output error of pruning a weight if the weights to its right compensate for it as well as they can.
 
-    `|w_q| / U_qq` with the upper factor `U` of the inverse Gram matrix, the square root of the optimal brain surgeon's
-    saliency (Hassibi & Stork 1993; Frantar & Alistarh 2023, eq. 5). Made for `SparseGPT`.
+    `|w_q| / U_qq`, with the upper triangular factor `U` of the inverse Gram matrix: the square root of the optimal
+    brain surgeon's saliency (Hassibi & Stork 1993; Frantar & Alistarh 2023, eq. 5). The criterion of `SparseGPT`.
 
     Attributes:
         dampening: Added to the diagonal of the Gram matrix, as a fraction of its mean.
@@ -113,9 +114,9 @@ class Saliency(Criterion):
 
 
 def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
-    """Give inputs of norm 0 the lowest scores, in place: 0 for weights that are zero, and a tiny number for the others.
+    """Give the weights of inputs of norm 0 the lowest scores, in place: 0 to zeros, a tiny number to the others.
 
-    If all of them scored 0, pruning a second time would choose other weights of such an input than the first time.
+    If all of them scored 0, a second pruning could choose other weights than the first one.
     """
     inactive = norm == 0
     if inactive.any():
@@ -124,5 +125,5 @@ def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
 
 
 def _magnitude(weight: Weight) -> Score:
-    # float32 at least: in bfloat16, products of different weights would be equal.
+    # float32 or wider: in bfloat16, the scores of different weights would be equal.
     return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))

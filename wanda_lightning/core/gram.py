@@ -1,4 +1,4 @@
-"""What solvers compute from a Gram matrix `X^T X`: dampened, scaled, factorized, inverted."""
+"""Dampen, scale, factorize and invert the Gram matrix `X^T X`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanda_lightning.core.types import Gram, PerInput
 
 log = logging.getLogger(__name__)
 
-_TRIES = 5  # each with ten times the dampening of the previous one
+_ATTEMPTS = 5  # each with ten times the dampening of the previous one
 
 
 def dampened(gram: Gram, dampening: float) -> Gram:
@@ -23,7 +23,7 @@ def dampened(gram: Gram, dampening: float) -> Gram:
     """
     mean = gram.diagonal().mean()
     result = gram.clone()
-    result.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # 1: without active inputs, all weigh the same
+    result.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # the identity if no input is active
     return result
 
 
@@ -38,7 +38,7 @@ def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
     Raises:
         ValueError: If the matrix stays indefinite.
     """
-    for attempt in range(_TRIES):
+    for attempt in range(_ATTEMPTS):
         used = dampening * 10**attempt
         lower, info = torch.linalg.cholesky_ex(dampened(gram, used))
         if not info:
@@ -58,15 +58,15 @@ def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
 
 
 def inverse_factor(gram: Gram, dampening: float) -> Gram:
-    """Return the upper triangular `U` with `U^T U = dampened(X^T X)^-1`; the dampening is that of `cholesky`."""
-    # With all columns in reverse, the inverse of the lower factor is the upper factor of the inverse.
+    """Return the upper triangular `U` with `U^T U = dampened(X^T X)^-1`, dampened as by `cholesky`."""
+    # In reverse order of the inputs, the inverse of the lower factor is the upper factor of the inverse.
     lower, _ = cholesky(gram.flip(0, 1), dampening)
     one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
 
 
 def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
-    """Return the scale of each input, and the dampened Gram matrix of the inputs divided by it: its diagonal is 1."""
+    """Return a scale for each input, and the dampened Gram matrix of the inputs divided by it, whose diagonal is 1."""
     result = dampened(gram, dampening)
     scale = result.diagonal().sqrt()
     return scale, result.div_(scale).div_(scale[:, None])

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a range, whose lower bound is `above` (exclusive) or `minimum` (inclusive), or that has none.
+    """A finite number in a range: `above` and `below` exclude the bound, `minimum` and `maximum` include it."""
 
-    Attributes:
-        above: Exclusive lower bound.
-        minimum: Inclusive lower bound.
-        below: Exclusive upper bound.
-        maximum: Inclusive upper bound.
-        whole: Whether it must be an integer.
-    """
-
-    above: int | float | None = None
-    minimum: int | float | None = None
-    below: int | float | None = None
-    maximum: int | float | None = None
+    above: int | float = -inf
+    minimum: int | float = -inf
+    below: int | float = inf
+    maximum: int | float = inf
     whole: bool = False
 
     def accepts(self, value: object) -> bool:
         """Whether a value is a number in the range."""
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        number = float(value)
-        return (
-            (self.above is None or number > self.above)
-            and (self.minimum is None or number >= self.minimum)
-            and (self.below is None or number < self.below)
-            and (self.maximum is None or number <= self.maximum)
-        )
+        return self.above < float(value) < self.below and self.minimum <= float(value) <= self.maximum
 
     def __str__(self) -> str:
         bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
-        range_ = " and ".join(f"{text} {bound:g}" for text, bound in bounds.items() if bound is not None)
+        range_ = " and ".join(f"{text} {bound:g}" for text, bound in bounds.items() if isfinite(bound))
         return f"a {'whole ' if self.whole else ''}number {range_}"
 
 

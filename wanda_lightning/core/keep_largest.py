@@ -1,6 +1,6 @@
 """Keep the largest scores of each group: the kernel behind row-wise, layer-wise and N:M pruning.
 
-Every implementation returns what a stable sort would select; they differ in speed only.
+All implementations select what a stable sort would select. They differ only in speed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from wanda_lightning.core.types import Counts, Groups, KeepGroups
 
-_SMALL_GROUP = 16  # up to this size, comparing all pairs is faster than a selection per group (4096 x 11008 scores)
-_FEW_GROUPS = 1024  # up to this number of groups, sorting is faster than comparing (on a CPU: 2/3 of the time)
-_LARGE_GROUP = 1 << 16  # from this size on, a sample narrows down the threshold first
-_STRIDE = 61  # of the sample; prime, so that it does not divide a layer's width
-_GROUPS_AT_ONCE = 1 << 16  # so many groups of the pairwise comparison fit into the cache
+_SMALL_GROUP = 16  # up to this size, comparing all pairs is faster than selecting in each group (4096 x 11008 scores)
+_FEW_GROUPS = 1024  # up to this number of small groups, sorting is faster than comparing (on a CPU: 2/3 of the time)
+_LARGE_GROUP = 1 << 16  # from this size on, the threshold is first narrowed down with a sample
+_STRIDE = 61  # every 61st score is in the sample; prime, so that it does not divide the width of a layer
+_GROUPS_AT_ONCE = 1 << 16  # number of groups whose pairwise comparison fits into the cache
 
 
 def keep_largest(scores: Groups, count: int) -> KeepGroups:
@@ -65,14 +65,14 @@ def _keep_by_sorting(scores: Groups, count: int) -> KeepGroups:
 
 
 def _keep_by_comparing(scores: Groups, count: int) -> KeepGroups:
-    """Rank each score by comparing all pairs of a group."""
+    """Rank the scores of each group by comparing all pairs."""
     size = scores.shape[1]
     keep = torch.empty_like(scores, dtype=torch.bool)
     array: Callable[[Tensor], Any] = Tensor.numpy if _numpy_is_faster(scores) else Tensor.detach
     for chunk, chunk_keep in zip(scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True):
         columns = array(scores.new_empty(size, len(chunk)))
         columns[:] = array(chunk).T
-        # The rank is the number of scores that are smaller, or equal and earlier. Start as if all earlier ones counted.
+        # The rank of a score is the number of smaller scores and earlier equal ones. Start as if all earlier ones were.
         rank = array(torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(1, len(chunk)))
         for shift in range(1, size):
             later_is_smaller = (columns[shift:] < columns[:-shift]).view(rank.dtype)
@@ -110,7 +110,7 @@ def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Fl
 
 
 def _kth_by_sample(scores: Float[Tensor, " size"], k: int) -> tuple[float, float]:
-    """The same for one large group: select among the few scores between two quantiles of a sample."""
+    """Do the same for one large group: select among the few scores between two quantiles of a sample."""
     array = scores.numpy()
     sample = array[::_STRIDE].copy()
     sample.sort()
@@ -131,7 +131,7 @@ def _numpy_is_faster(scores: Groups) -> bool:
 
 @contextmanager
 def nondeterministic_kernels() -> Iterator[None]:
-    """Allow CUDA kernels that PyTorch lists as nondeterministic, where the values that are read do not depend on it."""
+    """Allow CUDA kernels that PyTorch calls nondeterministic, where this does not change the values that are read."""
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:

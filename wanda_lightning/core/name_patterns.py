@@ -11,10 +11,8 @@ from collections.abc import Iterable, Sequence
 def matches(name: str, pattern: str, option: str) -> bool:
     """Whether a pattern names a layer or a module that holds the layer.
 
-    Args:
-        name: Name of the layer.
-        pattern: A name, a glob, or `re:` and a regular expression, which must match the whole name.
-        option: The option that the pattern was given for, for the error message.
+    A pattern is a name, a glob, or `re:` and a regular expression that matches the whole name. Error messages say that
+    it was given for `option`.
 
     Example:
         >>> matches("blocks.0.mlp.down", "*.mlp", "skip"), matches("blocks.0.mlp.down", "mlp", "skip")
@@ -33,7 +31,7 @@ def matches(name: str, pattern: str, option: str) -> bool:
 
 
 def check_patterns(option: str, given: object) -> tuple[str, ...]:
-    """The patterns of an option as a tuple; a single string is one pattern.
+    """Return the patterns of an option as a tuple; a string is a single pattern.
 
     Raises:
         ValueError: If they are not strings, or one is not a regular expression after `re:`.
@@ -47,16 +45,13 @@ def check_patterns(option: str, given: object) -> tuple[str, ...]:
 
 
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
-    """Refuse a pattern that matches no name.
+    """Raise a ValueError with the nearest name for a pattern that matches none of the names.
 
     Args:
         patterns: The patterns.
-        names: All names that they may match.
-        option: The option that they were given for, for the error message.
-        what: What the names name, such as "module".
-
-    Raises:
-        ValueError: Names the pattern and the nearest name.
+        names: Names of all layers or modules.
+        option: The option that the patterns were given for.
+        what: What has the names, such as "module".
     """
     for pattern in patterns:
         if not any(matches(name, pattern, option) for name in names):

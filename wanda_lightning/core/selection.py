@@ -1,4 +1,4 @@
-"""The choices that decide which weights of one layer are kept."""
+"""What decides which weights of one layer are kept."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from wanda_lightning.core.types import KeepMask, Weight
 
 @dataclass(frozen=True)
 class Selection:
-    """Criterion, pattern and sparsity of one layer.
-
-    Attributes:
-        criterion: Scores the weights.
-        pattern: Turns the scores into what is kept.
-        sparsity: Fraction of the layer's weights that become zero, in [0, 1).
-    """
+    """Criterion, pattern and sparsity (the fraction of weights that become zero, in [0, 1)) of one layer."""
 
     criterion: Criterion
     pattern: Pattern
     sparsity: float
 
     def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
-        """Return the mask of the weights to keep."""
+        """Score the weights, and return the mask of those to keep."""
         return self.pattern(self.criterion(weight, inputs), self.sparsity)

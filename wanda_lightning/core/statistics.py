@@ -1,7 +1,4 @@
-"""Statistics of a layer's inputs, as sums over tokens.
-
-All of them are sums, so the statistics of several batches or processes are added.
-"""
+"""Statistics of a layer's inputs: sums over tokens, so those of several batches or processes are added."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from wanda_lightning.core.gram import dampened, inverse_factor, scaled
+from wanda_lightning.core.gram import inverse_factor, scaled
 from wanda_lightning.core.types import Gram, PerInput, Tokens
 
 Derived = TypeVar("Derived")
@@ -24,7 +21,7 @@ def _square_sum(tokens: Tokens) -> PerInput:
     return tokens.square().sum(dim=0)
 
 
-_WIDE = 512  # from this number of inputs on, a Gram matrix is computed in halves
+_WIDE = 512  # a Gram matrix of at least so many inputs is computed in halves
 
 
 def _gram(tokens: Tokens) -> Gram:
@@ -35,7 +32,7 @@ def _gram(tokens: Tokens) -> Gram:
 
 
 def _write_gram(tokens: Tokens, gram: Gram) -> None:
-    """Compute little more than half of the products: what is above the diagonal is copied below it."""
+    """Compute a little more than half of the products, and copy those above the diagonal to below it."""
     if len(gram) < _WIDE:
         torch.mm(tokens.t(), tokens, out=gram)
         return
@@ -49,7 +46,7 @@ def _write_gram(tokens: Tokens, gram: Gram) -> None:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32: TF32 would leave ten bits of the Gram matrix."""
+    """Multiply float32 matrices in float32: with TF32, the Gram matrix would have a precision of ten bits."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -62,7 +59,7 @@ def _full_precision() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(legacy)
         for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = "none"  # follow the setting of all backends, as it does unless it has its own
+            backend.fp32_precision = "none"  # follow the common setting, unless the backend had its own
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
 
@@ -90,7 +87,7 @@ class InputStatistics:
         self.needs = frozenset(needs)
         self.count = 0
         self.sums: dict[str, Tensor] = {}
-        self._derived: dict[tuple[str, float], Any] = {}  # computed from the sums, once for all layers with this input
+        self._derived: dict[tuple[str, float], Any] = {}  # what layers with the same inputs compute only once
         self._part_of: tuple[InputStatistics, slice] | None = None
         if unknown := self.needs - SUMS.keys():
             raise ValueError(f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}.")
@@ -119,16 +116,12 @@ class InputStatistics:
         return self.sums["square_sum"].sqrt()
 
     def inactive(self) -> Bool[Tensor, " d_in"]:
-        """Return which inputs were zero in every token."""
+        """Return which inputs were zero in all tokens."""
         energy = self.sums["square_sum"] if "square_sum" in self.sums else self.sums["gram"].diagonal()
         return energy == 0
 
-    def dampened_gram(self, dampening: float) -> Gram:
-        """Return the sum of `x x^T` over all tokens, with `dampening` times its mean diagonal added to the diagonal."""
-        return dampened(self.sums["gram"], dampening)
-
     def inverse_factor(self, dampening: float) -> Gram:
-        """Return the upper triangular `U` with `U^T U = dampened_gram^-1`, computed once (see `core.gram`)."""
+        """Return the upper triangular `U` with `U^T U = dampened(X^T X)^-1`, computed once (see `core.gram`)."""
         return self._once(("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening))
 
     def inverse_diagonal(self, dampening: float) -> PerInput:
@@ -139,11 +132,11 @@ class InputStatistics:
         return self.inverse_factor(dampening).diagonal()
 
     def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
-        """Return the scale of each input and the Gram matrix scaled to a diagonal of 1, computed once (`core.gram`)."""
+        """Return a scale for each input and the scaled Gram matrix, computed once (see `core.gram`)."""
         return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
     def columns(self, start: int, stop: int) -> InputStatistics:
-        """Return what criteria read, for the inputs from `start` to `stop`."""
+        """Return the statistics that criteria read, for the inputs from `start` to `stop`."""
         part = InputStatistics(self.needs - {"gram"})
         part.count, part._part_of = self.count, (self, slice(start, stop))
         part.sums = {name: self.sums[name][start:stop] for name in part.needs}
@@ -156,7 +149,7 @@ class InputStatistics:
 
     def finite(self) -> Tensor:
         """Return whether no token held NaN or infinity, as a boolean scalar on the inputs' device."""
-        # No entry of a Gram matrix is larger than the largest entry of its diagonal.
+        # No entry of a Gram matrix is larger than the largest one on its diagonal.
         values = [value.diagonal() if value.ndim == 2 else value for value in self.sums.values()]
         flags = [value.isfinite().all() for value in values]
         return torch.stack(flags).all() if flags else torch.tensor(True)

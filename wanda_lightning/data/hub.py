@@ -25,14 +25,14 @@ def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
 
     try:
         return datasets.load_dataset(name, *config, **options)
-    except ConnectionError as error:  # raised for every failed look-up, and with HF_HUB_OFFLINE
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
+        # `datasets` raises a ConnectionError for every failed look-up, and with HF_HUB_OFFLINE.
         found = "is not in the cache, and the Hugging Face hub cannot be reached"
-        cause: Exception = error
-    except (FileNotFoundError, HfHubHTTPError) as error:
-        found, cause = "was not found on the Hugging Face hub", error
+        if not isinstance(error, ConnectionError):
+            found = "was not found on the Hugging Face hub"
+        raise OSError(f"The data set {name} {found}. Use {instead}. The cause: {one_line(error)}") from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(
             f"The data set {name} cannot be read: a file is damaged, or its format does not match its extension. "
             f"Download it again, or use {instead}. The cause: {one_line(error.__cause__ or error)}"
         ) from error
-    raise OSError(f"The data set {name} {found}. Use {instead}. The cause: {one_line(cause)}") from cause

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.checks import one_line
+from wanda_lightning.checks import one_line, require_extra
 from wanda_lightning.core.name_patterns import did_you_mean
-from wanda_lightning.data.demo import check_digits, digits
 from wanda_lightning.data.hub import load_from_hub
 
 _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, label column
@@ -25,17 +24,19 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Images(Sequence[tuple[Any, int]]):
-    """A sequence of (PIL image, label). An image that cannot be read raises a ValueError that names it.
+    """A sequence of (image, label). An image that cannot be read raises a ValueError that names it.
 
     Attributes:
-        samples: Pairs or rows with an image or its path, and a label.
+        samples: Pairs or rows with a PIL image or its path, and a label.
         name: Name of the data set, for error messages.
         keys: Keys of the image and the label in a sample.
+        transform: Applied to each PIL image.
     """
 
     samples: Any
     name: str
     keys: tuple[Any, Any] = (0, 1)
+    transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -58,7 +59,7 @@ class Images(Sequence[tuple[Any, int]]):
                 f"The image {where} cannot be read ({type(error).__name__}: {one_line(error)}). Remove it, replace it, "
                 "or scale it down if it is too large."
             ) from error
-        return image, label
+        return (image if self.transform is None else self.transform(image)), label
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,12 @@ class Source:
     sorted_by_name: bool = False
 
 
-def check_source(data: str) -> None:
+def check_source(data: str, calibrates: bool = False) -> None:
     """Check the name of a source without reading images or connecting to the hub.
+
+    Args:
+        data: digits, cifar10, cifar100, a folder or a hub id.
+        calibrates: Refuse a folder with `val` that lacks `train`.
 
     Raises:
         ValueError: For an unknown name, or a folder without class folders.
@@ -88,12 +93,18 @@ def check_source(data: str) -> None:
     """
     path = Path(data).expanduser()
     if data == "digits":
-        check_digits()
+        require_extra("demo", "sklearn", purpose="The digits")
     elif data in _NAMES:
         return
     elif path.is_dir():
-        if not _is_parquet(path):
-            _image_folders(path)
+        if _is_parquet(path):
+            return
+        train, evaluation = _image_folders(path)
+        if calibrates and train is None and evaluation != path:
+            raise ValueError(
+                f"data must have training images to calibrate on, but {data} has only the folder val. To calibrate on "
+                f"the evaluation images, give {evaluation}."
+            )
     elif path.is_file() or data.startswith(("/", ".", "~")) or path.is_absolute():
         found = "is a file" if path.is_file() else "does not exist"
         raise FileNotFoundError(f"data must be a folder of images, but {data} {found}. {_EXPECTED}")
@@ -114,13 +125,25 @@ def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence
     """
     path = Path(data).expanduser()
     if data == "digits":
-        train, evaluation = digits()
-        return Source(Images(train, data), Images(evaluation, data), tuple(map(str, range(10))))
+        return _digits()
     if data not in _HUB and path.is_dir() and not _is_parquet(path):
         return _from_folder(path, model_classes)
     name, label_column = _HUB.get(data, (data, None))
     splits = load_from_hub(str(path) if path.is_dir() else name, instead=_ALTERNATIVE, cache_dir=cache_dir)
     return _from_splits(splits, name, label_column)
+
+
+def _digits() -> Source:
+    """Split the 1,797 scans of `sklearn.datasets.load_digits` (8x8 pixels): always the same 20 % for evaluation."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans = load_digits()
+    pixels = (scans.images * (255 / 16)).round().astype("uint8")
+    samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, scans.target, strict=True)]
+    train, evaluation = train_test_split(samples, test_size=0.2, random_state=0, stratify=scans.target)
+    return Source(Images(train, "digits"), Images(evaluation, "digits"), tuple("0123456789"))
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -136,9 +159,10 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _image_folders(root: Path) -> tuple[Path | None, Path]:
-    """Return the folders of training and evaluation images; the first is None if the class folders are in the root."""
+    """Return the folders of training images, or None without a folder `train`, and of evaluation images."""
     found = _subfolders(root)
-    train, evaluation = (root / "train", root / "val") if {"train", "val"} & set(found) else (None, root)
+    train = root / "train" if "train" in found else None
+    evaluation = root / "val" if {"train", "val"} & set(found) else root
     for folder in (train, evaluation):
         if folder is not None and not _subfolders(folder):
             files = sum(entry.is_file() for entry in root.iterdir())
@@ -170,13 +194,7 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
 
 
 def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -> Images:
-    """Open the images of the class folders in a folder.
-
-    Args:
-        folder: The folder that contains the class folders.
-        labels: Label of each class folder, by name.
-        allow_empty: Allow class folders without images, as long as another one has some.
-    """
+    """Open the images of the class folders in a folder; `allow_empty` allows some of them to have none."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     present = {name: labels[name] for name in _subfolders(folder)}
@@ -191,6 +209,25 @@ def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
+
+
+def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Source:
+    evaluation = next((split for split in _EVALUATION_SPLITS if split in splits), None)
+    if evaluation is None:
+        if len(splits) > 1:
+            raise ValueError(
+                f"{name} must have a split named {', '.join(_EVALUATION_SPLITS)}, but it has {', '.join(splits)}. "
+                "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
+            )
+        (evaluation,) = splits
+    train = splits["train"] if "train" in splits and evaluation != "train" else None
+    features = splits[evaluation].features
+    columns = find_columns(features, name, label)
+    return Source(
+        None if train is None else Images(train, name, columns),
+        Images(splits[evaluation], name, columns),
+        tuple(features[columns[1]].names),
+    )
 
 
 def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:
@@ -209,23 +246,4 @@ def find_columns(features: Mapping[str, Any], name: str, label: str | None = Non
     raise ValueError(
         f"{name} must have one column of type Image and one of type ClassLabel, but it has {columns}. "
         "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
-    )
-
-
-def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Source:
-    evaluation = next((split for split in _EVALUATION_SPLITS if split in splits), None)
-    if evaluation is None:
-        if len(splits) > 1 or not splits:
-            raise ValueError(
-                f"{name} must have a split named {', '.join(_EVALUATION_SPLITS)}, but it has {', '.join(splits)}. "
-                "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
-            )
-        (evaluation,) = splits
-    train = splits["train"] if "train" in splits and evaluation != "train" else None
-    features = splits[evaluation].features
-    columns = find_columns(features, name, label)
-    return Source(
-        None if train is None else Images(train, name, columns),
-        Images(splits[evaluation], name, columns),
-        tuple(features[columns[1]].names),
     )

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset
 
 from wanda_lightning.checks import check_at_least, check_positive
-from wanda_lightning.data.image_sources import Images, Source, check_source, open_source
+from wanda_lightning.data.image_sources import Source, check_source, open_source
 from wanda_lightning.data.module import DataModule, silence_worker_advice
-from wanda_lightning.data.preprocessing import Preprocessing, class_names_of, resolve_preprocessing
+from wanda_lightning.data.preprocessing import class_names_of, resolve_preprocessing
 
 _IN_MEMORY_SIDE = 96  # pixels; digits up to this side are kept as tensors, at most 200 MB
-
-
-class _Images(Dataset[tuple[Tensor, int]]):
-    def __init__(self, samples: Images, preprocessing: Preprocessing, is_training: bool) -> None:
-        self.samples = samples
-        self.mode = "L" if preprocessing.input_size[0] == 1 else "RGB"
-        self.transform = preprocessing.transform(is_training)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.samples[index]
-        return self.transform(image.convert(self.mode)), label
 
 
 class ImageDataModule(DataModule):
@@ -42,14 +29,15 @@ class ImageDataModule(DataModule):
     not augmented, since a mirrored digit is not a digit.
 
     If there are no training images (one folder of classes, or a hub data set with one split), calibration uses the
-    evaluation images, and training raises an error.
+    evaluation images, and training raises an error. With val/CLASS alone, calibration raises an error, too.
 
     The label of a class folder is the model's output of the same name if the model has class names and they include all
     folders, else the position in the sorted names of the folders. The evaluation images may lack a class.
 
     Args:
-        data: digits (needs no network), cifar10, cifar100, a folder DIR/train/CLASS with DIR/val/CLASS or DIR/CLASS, a
-            folder of Parquet files, or the id of a hub data set with one Image and one ClassLabel column.
+        data: digits (needs no network), cifar10, cifar100, a folder with train/CLASS and val/CLASS, with val/CLASS
+            alone or with CLASS alone, a folder of Parquet files, or the id of a hub data set with one Image and one
+            ClassLabel column.
         model: A timm model, a module that has it as `.model`, or a name; by default the model that the Trainer runs.
         batch_size: Number of images in a batch.
         num_samples: Number of calibration images.
@@ -89,10 +77,10 @@ class ImageDataModule(DataModule):
         self.seed = seed
         self.cache_dir = cache_dir
         self.image_size = image_size
-        self.preprocessing: Preprocessing | None = None
+        self.preprocessing: dict[str, Any] = {}
         self._source: Source | None = None
         self._model_classes: tuple[str, ...] = ()
-        self._kept: dict[str, TensorDataset] = {}
+        self._kept: dict[str, list[tuple[Tensor, int]]] = {}  # by part
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -114,13 +102,11 @@ class ImageDataModule(DataModule):
             )
         preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
-            preprocessing = replace(preprocessing, interpolation="bicubic", crop_pct=1.0, crop_mode="squash")
-        if preprocessing != self.preprocessing:
-            self._kept.clear()
-        self.preprocessing = preprocessing
+            preprocessing |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
         names = class_names_of(model)
-        if self._source is None or names != self._model_classes:
-            self._source, self._model_classes = open_source(self.data, self.cache_dir, names), names
+        if self._source is None or (preprocessing, names) != (self.preprocessing, self._model_classes):
+            self._source = open_source(self.data, self.cache_dir, names)
+            self.preprocessing, self._model_classes = preprocessing, names
             self._kept.clear()
         self._check_classes(getattr(model, "num_classes", None), self._source)
 
@@ -151,30 +137,32 @@ class ImageDataModule(DataModule):
 
     @property
     def _in_memory(self) -> bool:
-        assert self.preprocessing is not None
-        return self.data == "digits" and max(self.preprocessing.input_size) <= _IN_MEMORY_SIDE
+        return self.data == "digits" and max(self.preprocessing["input_size"]) <= _IN_MEMORY_SIDE
 
-    def _dataset(self, part: str, augment: bool = False) -> Dataset[Any]:
-        source, preprocessing = self._opened(), self.preprocessing
-        assert preprocessing is not None
-        samples = source.train if part == "train" else source.evaluation
+    def _dataset(self, part: str, augment: bool = False) -> Any:
+        from timm.data import create_transform
+        from torchvision.transforms import Compose
+
+        samples = self._opened().train if part == "train" else self._opened().evaluation
         if samples is None:
             raise ValueError(
                 f"data must have training images, but {self.data} has only evaluation images. Use a folder with "
                 "DIR/train/CLASS and DIR/val/CLASS."
             )
-        images = _Images(samples, preprocessing, augment and self.data != "digits")
+        mode = "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
+        transform = create_transform(**self.preprocessing, is_training=augment and self.data != "digits")
+        images = replace(samples, transform=Compose([methodcaller("convert", mode), transform]))
         if not self._in_memory:
             return images
         if part not in self._kept:
-            tensors, labels = zip(*(images[i] for i in range(len(images))), strict=True)
-            self._kept[part] = TensorDataset(torch.stack(tensors), torch.tensor(labels))
+            self._kept[part] = list(images)
         return self._kept[part]
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
+        check_source(self.data, calibrates=True)
         images = self._dataset("evaluation" if self._opened().train is None else "train")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))  # type: ignore[arg-type]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         return self._loader(Subset(images, order[: self.num_samples].tolist()))
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -187,7 +175,7 @@ class ImageDataModule(DataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, dataset: Dataset[Any], shuffle: torch.Generator | None = None) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, shuffle: torch.Generator | None = None) -> DataLoader[Any]:
         if self._in_memory:
             silence_worker_advice()
         workers = 0 if self._in_memory else self.num_workers

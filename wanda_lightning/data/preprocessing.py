@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning.model_sources import timm_name
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """The preprocessing that a model needs, as arguments of `timm.data.create_transform`.
-
-    Attributes:
-        input_size: Channels (1 for gray, 3 for RGB), height, width.
-        mean: Mean of each channel, for pixels in [0, 1].
-        std: Standard deviation of each channel.
-        interpolation: How images are resized.
-        crop_pct: Fraction of the side that evaluation crops an image to.
-        crop_mode: center (of the square on the shorter side), squash or border.
-    """
-
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-
-    def transform(self, is_training: bool) -> Callable[[Any], Tensor]:
-        """Return the transform of a PIL image to a normalized tensor of `input_size`; for training, it augments.
-
-        The image must already be gray or RGB, as the model needs it.
-        """
-        from timm.data import create_transform
-
-        return create_transform(**asdict(self), is_training=is_training)
-
-
-def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> Preprocessing:
-    """Return the preprocessing of a timm model.
+def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> dict[str, Any]:
+    """Return the preprocessing of a timm model, as arguments of `timm.data.create_transform`.
 
     timm's configuration describes the pretrained weights, but the model may have been built with other arguments, so
     its first convolution gives the channels (one channel gets the average mean and std), and its patch embedding the
-    size.
+    size. `input_size` is (channels, height, width), with 1 channel for gray images and 3 for RGB.
 
     Args:
         model: A timm model, a module that has one as `.model`, or the name of one.
@@ -63,7 +32,7 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
         if known is None:
             raise ValueError(f"model must be a name for which timm has transforms, but it is {model!r}. Leave it out.")
         config = resolve_data_config(pretrained_cfg=known.to_dict())
-        channels, size = config["input_size"][0], config["input_size"][1:]
+        channels, *size = config["input_size"]
     else:
         inner = _timm_model(model)
         if inner is None:
@@ -72,22 +41,16 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
                 f"{type(model).__name__} nor its .model has one. Name a similar timm model with model=."
             )
         config = resolve_data_config(model=inner)
-        channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), config["input_size"][0])
-        size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+        channels, *size = config["input_size"]
+        channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), channels)
+        size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or size
     if channels != 1 and channels % 3:  # space-to-depth stems read a multiple of 3
         raise ValueError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
-    height, width = (image_size, image_size) if image_size else size
-    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if image_size:
+        size = (image_size, image_size)
     if channels == 1:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return Preprocessing(
-        (1 if channels == 1 else 3, height, width),
-        mean,
-        std,
-        config["interpolation"],
-        config["crop_pct"],
-        config["crop_mode"],
-    )
+        config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    return config | {"input_size": (1 if channels == 1 else 3, *size)}
 
 
 def _timm_model(model: nn.Module) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,12 +11,6 @@ from typing import Any
 from wanda_lightning.checks import one_line
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
-_BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 def read_file(path: Path) -> str | Sequence[str]:
@@ -35,14 +28,14 @@ def read_file(path: Path) -> str | Sequence[str]:
 
 def _decode(path: Path) -> str:
     data = path.read_bytes()
-    wide = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
-    if wide is None and (first := data.find(0)) >= 0:
-        wide = "UTF-16LE" if first % 2 else "UTF-16BE"  # as ASCII characters are stored
-    if wide is not None:
+    encoding = json.detect_encoding(data).upper()  # by a byte order mark or the first four bytes
+    if encoding.startswith("UTF-8") and (nul := data.find(0)) >= 0:
+        encoding = "UTF-16LE" if nul % 2 else "UTF-16BE"  # as ASCII characters are stored
+    if not encoding.startswith("UTF-8"):
+        encoding = encoding.replace("-LE", "LE").replace("-BE", "BE")  # as iconv names them
         raise ValueError(
-            f"A text file must be in UTF-8, but {path} seems to be in {wide}: it has "
-            f"{'its byte order mark' if data.startswith(tuple(_BYTE_ORDER_MARKS)) else f'a NUL at byte {first}'}. "
-            f"Convert it: iconv -f {wide} -t UTF-8."
+            f"A text file must be in UTF-8, but {path} seems to be in {encoding}. "
+            f"Convert it: iconv -f {encoding} -t UTF-8."
         )
     try:
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
@@ -53,13 +46,14 @@ def _decode(path: Path) -> str:
         ) from error
 
 
-def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a .jsonl file, each after the start of an error message that names its line; skip blank lines.
+def json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a .jsonl file, each with the beginning of an error message that names its line.
+
+    Blank lines are skipped.
 
     Args:
         path: The file, in UTF-8.
         fields: Fields that each line must have.
-        expected: Description of the fields in an error message; by default their names.
 
     Raises:
         ValueError: If the file is not in UTF-8, or a line is not a JSON object, lacks a field or is not valid Unicode.
@@ -67,7 +61,7 @@ def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator
     for number, line in enumerate(_decode(path).split("\n"), start=1):  # str.splitlines splits inside JSON, at U+2028
         if not line.strip():
             continue
-        where = f"Each line of {path} must be a JSON object with {expected or _listed(fields)}, but line {number}"
+        where = f"Each line of {path} must be a JSON object with {_listed(fields)}, but line {number}"
         try:
             row = json.loads(line)
         except RecursionError as error:
@@ -85,9 +79,9 @@ def json_rows(path: Path, fields: Sequence[str], expected: str = "") -> Iterator
 
 def _read_jsonl(path: Path) -> list[str]:
     documents = []
-    for where, row in json_rows(path, ["text"], "a string 'text'"):
+    for where, row in json_rows(path, ["text"]):
         if not isinstance(row["text"], str):
-            raise ValueError(f"{where} has a 'text' of type {type(row['text']).__name__}. Correct the line.")
+            raise ValueError(f"{where} has a 'text' of type {type(row['text']).__name__}, not a string. Correct it.")
         documents.append(row["text"])
     return documents
 
@@ -97,28 +91,19 @@ def _read_parquet(path: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            columns = file.schema_arrow.names
+            batches = file.iter_batches(columns=["text"]) if "text" in columns else ()
+            documents = [document for batch in batches for document in batch["text"].to_pylist()]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"The text file {path} must be in the format Parquet, but it cannot be read as such ({one_line(error)}). "
-            "Give another file."
+            f"The text file {path} must be in the format Parquet, but it has another format or is damaged "
+            f"({one_line(error)}). Download or save it again."
         ) from error
-    with file:
-        columns = file.schema_arrow.names
-        if "text" not in columns:
-            raise ValueError(
-                f"The text file {path} must have a column 'text', but it has {_listed(columns)}. Rename its column."
-            )
-        documents: list[str] = []
-        for group in range(file.num_row_groups):
-            first, count = len(documents), file.metadata.row_group(group).num_rows
-            try:
-                documents += file.read_row_group(group, columns=["text"])["text"].to_pylist()
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"The text file {path} cannot be read: rows {first} to {first + count - 1} are damaged "
-                    f"({one_line(error)}). Download or save it again."
-                ) from error
+    if "text" not in columns:
+        raise ValueError(
+            f"The text file {path} must have a column 'text', but it has {_listed(columns)}. Rename its column."
+        )
     for number, document in enumerate(documents):
         if not isinstance(document, str):
             raise ValueError(

@@ -34,16 +34,13 @@ _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configura
 
 
 def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
-    """Load a decoder-only language model and its tokenizer.
+    """Load a decoder-only language model, and its tokenizer or None.
 
     Args:
         name: Hub id, local folder or `.gguf` file.
         dtype: "auto" or a key of `DTYPES`.
         hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         with_tokenizer: Load the tokenizer, too.
-
-    Returns:
-        The model, and its tokenizer or None.
 
     Raises:
         OSError: If neither a local folder nor the hub has the model in safetensors.
@@ -58,7 +55,7 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
         if path.suffix != ".gguf":
             check_decoder_only(load_config(name, **hub))
         if path.is_dir():
-            _check_weight_files(path)
+            _require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
         with reading("weights", name):
             model, loaded = AutoModelForCausalLM.from_pretrained(**source, **hub, **options, output_loading_info=True)
         has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
@@ -112,16 +109,6 @@ def number_of_embeddings(model: Any) -> int | None:
         return None
 
 
-def _check_weight_files(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.iterdir()))
-        raise OSError(
-            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has "
-            f"{found}. Convert a checkpoint that you trust with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
-        )
-
-
 def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
     if mismatched := sorted(loaded.get("mismatched_keys", ())):
         key, stored, expected = mismatched[0]
@@ -164,12 +151,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 
 
 def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """Create an image classifier of timm.
-
-    Args:
-        name: A name that `model_sources.timm_name` accepts.
-        pretrained: Load weights.
-        kwargs: More arguments of `timm.create_model`.
+    """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
     Raises:
         OSError: If weights can neither be downloaded nor found.
@@ -177,11 +159,8 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     """
     checked = timm_name(name)
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
-    if folder is not None and pretrained and not any(folder.glob("*.safetensors")):
-        raise OSError(
-            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has none. "
-            "Save the weights with safetensors.torch.save_file; in Python, pretrained=False starts from random ones."
-        )
+    if folder is not None and pretrained:
+        _require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
     try:
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     except OSError as error:
@@ -244,6 +223,15 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
+def _require_safetensors(folder: Path, converter: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(file.name for file in folder.iterdir()))
+        raise OSError(
+            f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has "
+            f"{found}. Convert a checkpoint that you trust with {converter}."
+        )
+
+
 def _check_finite(model: nn.Module, name: str) -> None:
     """Raise a ValueError that names the first weight with NaN or infinity."""
     for key, weight in model.named_parameters():
@@ -252,9 +240,8 @@ def _check_finite(model: nn.Module, name: str) -> None:
         # The sum is fast; only if it overflows or is NaN is each weight tested.
         if weight.sum().isfinite() or weight.isfinite().all():
             continue
-        advice = (
-            "load it with dtype='bfloat16'" if weight.dtype is torch.float16 else "download or save the model again"
-        )
+        is_half = weight.dtype is torch.float16
+        advice = "load it with dtype='bfloat16'" if is_half else "download or save the model again"
         raise ValueError(
             f"The model {name!r} cannot be used: the weight of {key.removesuffix('.weight')} holds NaN or infinity in "
             f"{str(weight.dtype).removeprefix('torch.')}. Check the checkpoint, or {advice}."

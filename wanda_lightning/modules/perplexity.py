@@ -39,19 +39,14 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
             f"logits must have the shape (batch, tokens, vocabulary) for input_ids of shape (batch, tokens), "
             f"but they have {tuple(logits.shape)} for {tuple(input_ids.shape)}."
         )
-    predicted = predicted_tokens(input_ids, attention_mask)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     size = max(1, _CHUNK // logits.shape[-1])
+    targets = input_ids.roll(-1, dims=1).flatten()  # that of the last token of a window does not count
     losses = []
-    for window, ids, counts in zip(logits, input_ids, predicted, strict=True):
-        chunks = zip(window[:-1].split(size), ids[1:].split(size), counts[1:].split(size), strict=True)
-        total = torch.zeros((), dtype=dtype, device=logits.device)
-        for chunk, targets, count in chunks:
-            chunk = chunk.to(dtype)
-            loss = chunk.logsumexp(-1) - chunk.gather(-1, targets[:, None])[:, 0]
-            total = total + loss.where(count, 0).sum()
-        losses.append(total / counts.sum())
-    return torch.stack(losses)
+    for chunk, target in zip(logits.flatten(0, 1).split(size), targets.split(size), strict=True):
+        chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+        losses.append(chunk.logsumexp(-1) - chunk.gather(-1, target[:, None])[:, 0])
+    counts = predicted_tokens(input_ids, attention_mask).roll(-1, dims=1)
+    return torch.cat(losses).view(counts.shape).where(counts, 0).sum(dim=1) / counts.sum(dim=1)
 
 
 class WindowPerplexity(Metric):

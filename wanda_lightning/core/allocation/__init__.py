@@ -1,7 +1,7 @@
-"""Allocations give each layer its sparsity, so that the parameter-weighted mean is the target.
+"""Allocations give each layer its sparsity.
 
-An allocation decides how the layers differ; `match_target` shifts all sparsities to the target and rounds them to
-values that the pattern can have.
+An allocation decides how the layers differ. `match_target` shifts all sparsities until their mean, weighted by the
+number of weights, is the target, and rounds them to sparsities that the pattern can have.
 """
 
 from wanda_lightning.core.allocation.alpha import AlphaPruning, tail_exponent

@@ -18,10 +18,10 @@ from wanda_lightning.core.types import Weight
 
 @dataclass(frozen=True)
 class AlphaPruning(Allocation):
-    """Less sparsity where the tail of the spectrum is heavier, a sign of better training (Lu et al. 2024).
+    """Less sparsity where the spectrum of the weights has a heavier tail, a sign of better training (Lu et al. 2024).
 
-    Each block has the mean `tail_exponent` of its matrices. The exponents are mapped linearly to [1 - epsilon,
-    1 + epsilon] and multiplied by one factor that makes the mean the target. Needs no data.
+    The exponent of a block is the mean `tail_exponent` of its matrices. The exponents are mapped linearly to
+    [1 - epsilon, 1 + epsilon] and multiplied by one factor that makes their mean the target. Needs no data.
 
     Attributes:
         epsilon: Maximum relative deviation from the mean.
@@ -53,11 +53,11 @@ class AlphaPruning(Allocation):
         return match_target(layers, {name: scale * value for name, value in wanted.items()}, sparsity)
 
 
-_MIN_LOG = 1e-6  # equal singular values, as of an orthogonal matrix, have no tail and an infinite exponent
+_MIN_LOG = 1e-6  # the singular values of an orthogonal matrix are equal: there is no tail, the exponent is infinite
 
 
 def tail_exponent(weight: Weight) -> float:
-    """Return Hill's estimate of the power law exponent of the larger half of the spectrum (PL_Alpha_Hill).
+    """Return Hill's estimate of the power law exponent of the upper half of the spectrum (PL_Alpha_Hill).
 
     `1 + k / sum of ln(e_i / e_(k+1)) over i = 1..k`, with the eigenvalues e_1 >= e_2 >= ... > 0 of `W^T W` and k half
     of their number. A small exponent means a heavy tail. NaN if the rank is below 2.

@@ -1,4 +1,4 @@
-"""The interface of every allocation, what it sees of a layer, and the simplest one."""
+"""The interface of allocations, what they see of a layer, and the simplest one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class DenseLayer:
 
     Attributes:
         name: Name in the model.
-        block: Name of the repeated part of the model that holds the layer; without one, the layer's own name.
+        block: Name of the block that contains the layer, or the name of the layer if no block does.
         size: Number of weights.
         sparsity_steps: Number of equal steps in which the pattern can raise the sparsity from 0 to 1.
-        read: Returns the weight, which is not kept in memory.
-        inputs: Input statistics of the dense model, for an allocation that needs some.
-        fisher: For an allocation that reads gradients: for each input, the sum over tokens of its square times the mean
-            square of the gradients at the layer's outputs.
+        read: Reads the weight, which is not kept in memory.
+        inputs: The input statistics that the allocation needs, of the dense model.
+        fisher: If the allocation reads gradients, a number for each input: the sum over tokens of its square times the
+            mean square of the gradients at the layer's outputs.
     """
 
     name: str
@@ -37,7 +37,7 @@ class DenseLayer:
 
     @cached_property
     def zeros(self) -> int:
-        """Number of weights that are zero already; they stay zero."""
+        """Number of weights that are zero before pruning; they stay zero."""
         return int((self.read() == 0).count_nonzero())
 
 
@@ -47,7 +47,7 @@ class Allocation(ABC):
     Attributes:
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
-        reads_weights: Whether it reads whole layers, so that a process that holds some rows cannot compute it.
+        reads_weights: Whether it reads whole layers. A process that holds only some of the rows cannot compute it then.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -56,18 +56,14 @@ class Allocation(ABC):
 
     @property
     def gradient_samples(self) -> int | None:
-        """Number of calibration samples, of all processes together, that are passed backward; None for all."""
+        """Number of calibration samples in all processes together that get a backward pass; None for all."""
         return None
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
-        """Refuse a model that the allocation does not fit, before weights or statistics are read.
-
-        Raises:
-            ValueError: If names, blocks or sizes of the layers make the allocation impossible.
-        """
+        """Raise a ValueError for layers whose names, blocks or sizes do not fit; weights are not read."""
 
     def scaled(self, fraction: float) -> Allocation:
-        """Return the allocation for a stage of a schedule that gives this fraction of the final sparsities."""
+        """Return the allocation for a stage of a schedule that has this fraction of the final sparsities."""
         return self
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Groups of layers that an allocation compares with each other: blocks, or single layers."""
+"""The groups that an allocation compares with each other: blocks, or single layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PER = OneOf(("block", "layer"))
 
 
 def unit_range(values: Mapping[str, float]) -> dict[str, float]:
-    """Map the smallest value to 0 and the largest to 1, linearly; if all are equal, to 0."""
+    """Map the values linearly to [0, 1], the smallest to 0 and the largest to 1; if all are equal, to 0."""
     low, high = min(values.values()), max(values.values())
     return {name: (value - low) / (high - low) if high > low else 0.0 for name, value in values.items()}
 
@@ -32,11 +32,7 @@ def groups_of(layers: Sequence[DenseLayer], per: Per) -> dict[str, list[DenseLay
 
 
 def refuse_one_group(allocation: Allocation, layers: Sequence[DenseLayer], per: Per) -> None:
-    """Refuse a model that has nothing to compare.
-
-    Raises:
-        ValueError: If the model has a single group.
-    """
+    """Raise a ValueError for a model with a single group, which has nothing to compare."""
     groups = groups_of(layers, per)
     if len(groups) == 1:
         other = f"{type(allocation).__name__}(per='layer') or " if per == "block" and len(layers) > 1 else ""

@@ -1,4 +1,4 @@
-"""Shift sparsities to the target, and round them to values that the pattern can have."""
+"""Shift sparsities until their mean is the target, and round them to sparsities that the pattern can have."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ def match_target(
     sparsity: float,
     fixed: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Return sparsities that differ as wanted, with a parameter-weighted mean as near to the target as possible.
+    """Return sparsities that differ as wanted, with a weighted mean as near to the target as the steps allow.
 
-    All sparsities are shifted by the same amount. No layer gets a sparsity below its present fraction of zeros, which
-    stay zero; so a model that has enough zeros gets no more, and pruning twice changes nothing. No layer loses all
-    weights of a row or of an N:M group.
+    All sparsities are shifted by the same amount. Zeros stay zero, so no layer gets a sparsity below its present one.
+    A model that has enough zeros therefore gets no more, and pruning twice changes nothing. At least one weight of
+    each row or N:M group survives.
 
     Args:
         layers: All layers that are pruned.
-        wanted: A number for each layer, of which only the differences matter. If all are equal, all layers get the
-            target.
-        sparsity: The target.
+        wanted: A number for each layer; only the differences matter. If all are equal, all layers get the target.
+        sparsity: The target for the mean, weighted by the number of weights.
         fixed: Sparsities of layers that are not shifted.
     """
     present = {layer.name: min(layer.zeros / layer.size, _maximum(layer)) for layer in layers}
@@ -61,7 +60,7 @@ _ROUNDING = 1e-7  # of steps
 
 
 def _round(layers: Sequence[DenseLayer], sparsities: Mapping[str, float], target: float) -> dict[str, float]:
-    """Round each sparsity to a step of its pattern: all down, then the largest remainders up until the mean is met."""
+    """Round all sparsities down to a step of the pattern, then those with the largest remainders up to the target."""
     steps = {layer.name: _whole_steps(layer, sparsities[layer.name]) for layer in layers}
     remainders = {layer.name: sparsities[layer.name] * layer.sparsity_steps - steps[layer.name] for layer in layers}
     missing = target * sum(layer.size for layer in layers)
@@ -79,16 +78,16 @@ def _whole_steps(layer: DenseLayer, sparsity: float) -> int:
 
 
 def _sparsity_of(step: int, steps: int) -> float:
-    # 1 / 49 * 49 is less than 1, and patterns round down.
+    # Patterns round down, and 1 / 49 * 49 is less than 1 in floating point.
     sparsity = step / steps
     return sparsity if int(steps * sparsity) == step else math.nextafter(sparsity, 1.0)
 
 
 def _maximum(layer: DenseLayer) -> float:
-    """The sparsity that leaves one weight in every group."""
+    """The sparsity at which one weight of each group survives."""
     return 1 - 1 / layer.sparsity_steps
 
 
 def mean_of(layers: Sequence[DenseLayer], values: Mapping[str, float]) -> float:
-    """Return the parameter-weighted mean of the values."""
+    """Return the mean of the values, weighted by the number of weights."""
     return math.fsum(values[layer.name] * layer.size for layer in layers) / sum(layer.size for layer in layers)

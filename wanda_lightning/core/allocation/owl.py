@@ -1,4 +1,4 @@
-"""Sparsity from the outliers among the scores: outlier weighed layerwise sparsity."""
+"""Sparsity from the outliers among Wanda's scores: outlier weighed layerwise sparsity (OWL)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from wanda_lightning.core.types import Score
 class OWL(Allocation):
     """Less sparsity where more of Wanda's scores are outliers (Yin et al. 2024).
 
-    A score is an outlier if it exceeds `m` times the mean score of its block. With D the fraction of outliers of a
-    block, mapped to [0, 2 lambda] over all blocks, the block gets `target - (D - mean of D)`. The scores are those of
-    the dense model.
+    A score of the dense model is an outlier if it exceeds `m` times the mean score of its block. The fractions of
+    outliers of all blocks are mapped linearly to [0, 2 lambda]. A block with the value D gets
+    `target - (D - mean of D)`.
 
     Attributes:
         m: Threshold of an outlier, as a multiple of the mean score.
@@ -59,5 +59,5 @@ class OWL(Allocation):
 
 
 def _scores(layer: DenseLayer) -> Score:
-    # Per token: the layers of a block may have seen different numbers of tokens.
+    # Per token, since the layers of a block may have seen different numbers of tokens.
     return Wanda()(layer.read(), layer.inputs).div_(layer.inputs.count**0.5)

@@ -1,4 +1,4 @@
-"""Sparsities by name."""
+"""Sparsities that the user gives for layers by name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _AS_PRINTED = 1e-4  # accept a mean with the four digits that the error message 
 
 @dataclass(frozen=True)
 class PerLayer(Allocation):
-    """Sparsities of some layers, given by name; the other layers get one sparsity that makes the mean the target.
+    """Given sparsities for some layers, and one sparsity for all others that makes the mean the target.
 
-    The sparsities are final: earlier stages of a schedule take the same fraction of them as of the target. If several
-    names match a layer, the first one counts. With N:M, a layer gets the N nearest to its sparsity; 0 leaves it dense.
+    The given sparsities are final: a stage of a schedule takes the same fraction of them as of the target. If several
+    patterns match a layer, the first one counts. With N:M, a layer gets the N nearest to its sparsity; 0 leaves it
+    dense.
 
     Attributes:
         sparsities: By layer name, glob (with everything inside) or `re:` expression. Stored as a tuple of pairs.
@@ -47,7 +48,7 @@ class PerLayer(Allocation):
         object.__setattr__(self, "sparsities", pairs)
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
-        """Refuse names that match no layer, and a target that the other layers cannot reach."""
+        """Refuse patterns that match no layer, and a target that the other layers cannot reach."""
         names = [layer.name for layer in layers]
         patterns = list(dict(self.sparsities))
         refuse_unmatched(patterns, names, _OPTION, "pruned layer")
@@ -78,7 +79,7 @@ class PerLayer(Allocation):
         return PerLayer({pattern: sparsity * fraction for pattern, sparsity in dict(self.sparsities).items()})
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
-        """Give the named layers their sparsities, and the other layers what remains."""
+        """Give the other layers one sparsity that makes the mean the target."""
         given = self._given(layers)
         rest = sum(layer.size for layer in layers if layer.name not in given)
         pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)

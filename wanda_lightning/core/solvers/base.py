@@ -1,12 +1,14 @@
-"""The interface of every solver."""
+"""The interface of solvers, and the simplest one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from wanda_lightning.core.criteria import Criterion, Group, Wanda
+from wanda_lightning.core.masking import masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
@@ -16,7 +18,7 @@ class Solver(ABC):
     """Computes the final weights of a layer, zeros included.
 
     Attributes:
-        needs: The input statistics that it reads, besides those of the criterion.
+        needs: The input statistics that it reads, in addition to those of the criterion.
         takes_any_criterion: Whether the user may choose the criterion.
     """
 
@@ -29,24 +31,27 @@ class Solver(ABC):
         return Wanda()
 
     def group(self, criterion: Criterion) -> Group:
-        """Return what unstructured pruning compares by default: the weights of a row, or those of the layer."""
+        """Return where unstructured pruning compares weights by default: within a row or within the layer."""
         return criterion.group
 
     @abstractmethod
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
-        """Return the final weight, in the same dtype and 0 where it is not kept, and the mask of what is kept."""
+        """Return the final weight, in the dtype of the given one, and the mask of the weights that are kept."""
 
     def solve_together(
         self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
     ) -> list[tuple[OneWeight, OneMask]]:
-        """Solve several layers with the same inputs, such as queries, keys and values.
-
-        Args:
-            weights: The weight of each layer; all have the same width.
-            inputs: The statistics of their inputs.
-            selections: The selection of each layer.
-
-        Returns:
-            For each layer what a call would return.
-        """
+        """Solve several layers with the same inputs, such as queries, keys and values; equals a call for each."""
         return [self(weight, inputs, selection) for weight, selection in zip(weights, selections, strict=True)]
+
+
+@dataclass(frozen=True)
+class ZeroOut(Solver):
+    """Set the pruned weights to zero and leave the others exactly as they are."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
+        """Choose, then set to zero."""
+        keep = selection.keep(weight, inputs)
+        return masked(weight, keep), keep

@@ -1,4 +1,4 @@
-"""Refit the kept weights to the outputs of the dense layer."""
+"""Refit the kept weights to the outputs of the dense layer by least squares."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wanda_lightning.core.gram import dampened
 from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
@@ -19,10 +20,10 @@ from wanda_lightning.core.types import Gram, KeepMask, Weight
 
 @dataclass(frozen=True)
 class Refit(Solver):
-    """Choose like `ZeroOut`, then give the kept weights their least-squares values.
+    """Choose weights like `ZeroOut`, then refit the kept ones by least squares.
 
-    Each row minimizes `||(w - w') X^T||^2 + dampening * mean(diag(X^T X)) * ||w - w'||^2` over its kept weights, by
-    conjugate gradients on all rows at once with the diagonal as preconditioner. The mask does not change.
+    For each row, `||(w - w') X^T||^2 + dampening * mean(diag(X^T X)) * ||w - w'||^2` is minimized over the kept
+    weights, by conjugate gradients on all rows at once with the diagonal as preconditioner.
 
     Attributes:
         dampening: Pull toward the dense weights, as a fraction of the mean diagonal; raise it for few calibration
@@ -41,7 +42,7 @@ class Refit(Solver):
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose, then refit."""
         keep = selection.keep(weight, inputs)
-        gram = inputs.dampened_gram(self.dampening)
+        gram = dampened(inputs.sums["gram"], self.dampening)
         dense = weight.to(gram.dtype).contiguous()
         fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.steps)
         return fitted.to(weight.dtype), keep
@@ -50,9 +51,9 @@ class Refit(Solver):
 def refit(
     dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: int
 ) -> tuple[Weight, Float[Tensor, "d_out 1"]]:
-    """Find the kept weights that are nearest to `dense` in the norm of `gram`, from `start` on.
+    """Find the kept weights that are nearest to `dense` in the norm of `gram`, starting from `start`.
 
-    A row stops when its residual energy has fallen to 1e-12 of the initial one; all rows stop after `steps`.
+    A row is done when its residual energy has fallen to 1e-12 of the initial one, or after `steps` steps.
 
     Returns:
         The weights, and the squared distance of each row to `dense` in that norm.

@@ -1,4 +1,4 @@
-"""Choose weights column block by column block; the columns on the right compensate for what is pruned."""
+"""Prune a layer from left to right, and let the columns on the right compensate for the pruned weights."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
 
-_AT_ONCE = 32  # columns that are updated one by one; the columns right of them get one matrix product
+_AT_ONCE = 32  # number of columns that update each other one by one; one matrix product updates those on the right
 
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
     """Prune the columns from left to right, and update the columns on the right to compensate for the pruned weights.
 
-    With the upper triangular `U` of `U^T U = (X^T X + dampening)^-1`, pruning weight q changes the rest of its row by
-    `-w_q / U_qq * U_q`, the update of the optimal brain surgeon (Frantar & Alistarh 2023, algorithm 1). The default
-    criterion is `Saliency`, the error that remains after this update; with `Magnitude` or `Wanda` it is the
-    weight-update ablation of Sun et al. 2024 (section 5). Weights that are zero stay zero, and inputs that are never
-    active lose all their weights.
+    With the upper triangular `U` that satisfies `U^T U = (X^T X + dampening)^-1`, pruning weight q changes the rest of
+    its row by `-w_q / U_qq * U_q`, the update of the optimal brain surgeon (Frantar & Alistarh 2023, algorithm 1). The
+    default criterion is `Saliency`, the error that remains after this update. With `Magnitude` or `Wanda`, this is the
+    weight-update ablation of Sun et al. 2024 (section 5). Zeros stay zero, and all weights of inputs that are never
+    active are pruned.
 
     Attributes:
         dampening: Added to the diagonal, as a fraction of its mean.
-        block_size: Number of columns that are chosen together, from the weights as updated by all columns left of them.
-        mask: Choose block by block from the updated weights (`"block"`), or everything before the first update
+        block_size: Number of columns in which weights are chosen together, after the updates from all earlier columns.
+        mask: Choose block by block from the updated weights (`"block"`), or all weights before the first update
             (`"upfront"`).
     """
 
@@ -47,36 +47,32 @@ class SparseGPT(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
-        check(
-            self,
-            dampening=Number(above=0),
-            block_size=Number(minimum=1, whole=True),
-            mask=OneOf(("block", "upfront")),
-        )
+        whole = Number(minimum=1, whole=True)
+        check(self, dampening=Number(above=0), block_size=whole, mask=OneOf(("block", "upfront")))
 
     def group(self, criterion: Criterion) -> Group:
-        """The layer; if the mask is chosen upfront, what the criterion compares."""
+        """The layer, or the group of the criterion if the mask is chosen upfront."""
         return "layer" if self.mask == "block" else criterion.group
 
     @property
     def own_criterion(self) -> Criterion:
-        """The error that remains after the update."""
+        """`Saliency` with the same dampening."""
         return Saliency(self.dampening)
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
-        """Choose and update, block by block."""
+        """Choose and update from left to right."""
         return self.solve_together([weight], inputs, [selection])[0]
 
     def solve_together(
         self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
     ) -> list[tuple[OneWeight, OneMask]]:
-        """Stack the rows of all weights: the cost of a column hardly depends on the number of rows."""
+        """Solve the rows of all layers as one matrix, since the time for a column hardly depends on their number."""
         factor = inputs.inverse_factor(self.dampening)
-        # Columns are stored as rows, so that each is contiguous in memory.
+        # Transposed, so that each column is contiguous in memory.
         columns = torch.cat([weight.to(factor.dtype).t() for weight in weights], dim=1)
         alive = (columns != 0) & (inputs.sums["gram"].diagonal() != 0)[:, None]
         columns.mul_(as_numbers(alive))
-        pruned = torch.empty_like(columns)  # 1 or 0: multiplying by booleans is many times slower
+        pruned = torch.empty_like(columns)  # 1 or 0, since multiplying by booleans is many times slower
         ends = list(accumulate(len(weight) for weight in weights))
         rows = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         choosers: list[_Chooser] = []
@@ -91,16 +87,11 @@ class SparseGPT(Solver):
         self._prune_columns(columns, pruned, factor / factor.diagonal()[:, None], choosers)
         keep = pruned == 0
         mask_(columns, keep)
-        return [
-            (
-                columns[:, own].t().to(weight.dtype, memory_format=torch.contiguous_format),
-                keep[:, own].t().contiguous(),
-            )
-            for weight, own in zip(weights, rows, strict=True)
-        ]
+        parts = [(columns[:, own].t().contiguous(), keep[:, own].t().contiguous()) for own in rows]
+        return [(part.to(weight.dtype), mask) for (part, mask), weight in zip(parts, weights, strict=True)]
 
     def _prune_columns(self, columns: Tensor, pruned: Tensor, scaled: Tensor, choosers: Sequence[_Chooser]) -> None:
-        """Update `columns` in place, for the weights in `pruned`, which the choosers fill in on the way."""
+        """Update `columns` in place for the weights marked in `pruned`, which the choosers fill in column by column."""
         by_block = [chooser for chooser in choosers if not chooser.group_size]
         by_group = [chooser for chooser in choosers if chooser.group_size]
         multiple = lcm(*(chooser.group_size for chooser in by_group))
@@ -125,14 +116,14 @@ class SparseGPT(Solver):
 
 
 class _Chooser:
-    """Chooses the mask of some rows: one group of columns at a time for N:M, one block at a time otherwise.
+    """Chooses the mask of some rows: one group of columns at a time for N:M, otherwise one block at a time.
 
     Args:
-        selection: What to choose by.
+        selection: Criterion, pattern and sparsity of the rows.
         inputs: Statistics of all columns.
-        columns: The weights, one row for each column; the solver updates them.
-        alive: Which weights are not zero from the start.
-        pruned: Receives 1 for each weight that is pruned and 0 for each that is kept.
+        columns: The transposed weights, which the solver updates.
+        alive: Which weights were not zero at the start.
+        pruned: Receives 1 for a pruned weight and 0 for a kept one.
     """
 
     def __init__(
@@ -145,9 +136,9 @@ class _Chooser:
         self._zeros_right = (~alive).sum(dim=0)
 
     def choose(self, start: int, stop: int) -> None:
-        """Choose in some columns, after all columns left of them were chosen and updated."""
+        """Choose in some columns, after all columns to their left have been chosen and have updated them."""
         alive = self._alive[start:stop]
-        # Weights that were zero have received updates; set to zero again, they score lowest.
+        # Updates have changed weights that were zero at the start; as zeros, they score lowest.
         weight = self._columns[start:stop].mul(as_numbers(alive)).t().contiguous()
         scores = self._selection.criterion(weight, self._inputs.columns(start, stop))
         pattern, sparsity = self._selection.pattern, self._selection.sparsity
@@ -162,7 +153,7 @@ class _Chooser:
 
 
 def _merge_same_groups(rows: Sequence[slice], selections: Sequence[Selection]) -> list[tuple[slice, Selection]]:
-    """Merge neighbors with the same N:M, whose rows are chosen independently of each other."""
+    """Merge consecutive layers with the same N:M selection, since it treats each row on its own."""
     merged: list[tuple[slice, Selection]] = []
     for own, selection in zip(rows, selections, strict=True):
         independent = selection.pattern.group_size and not selection.criterion.spans_rows
