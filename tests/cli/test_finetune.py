@@ -21,7 +21,7 @@ def tuned(text, inputs):
     """The options of a fast run on the language model, pruned."""
     assert run(*text, "--save_model", "pruned") == 0
     texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "6"]
-    sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01", "--lora_dropout", "0"]
+    sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01"]
     return ["finetune", "--model", "pruned", *texts, *sizes]
 
 
