@@ -9,14 +9,12 @@ from support.callbacks import Net, loader, trainer
 from support.zoo import ZOO
 
 from wanda_lightning import (
-    KeepZeros,
     Magnitude,
     MagnitudePrune,
     PruningCallback,
     PruningConfig,
     SparseGPT,
     SparseGPTPrune,
-    Uniform,
     Unstructured,
     WandaPrune,
     prune,
@@ -103,7 +101,7 @@ def test_importing_the_names_loads_no_torch():
 @EVERY_PRESET
 def test_a_preset_before_training(name):
     module = Net()
-    callback = PruningCallback.preset(name, 0.5, num_samples=8)
+    callback = PruningCallback(0.5, method=name, num_samples=8)
     trainer(callback, max_steps=3).fit(module, loader())
     by_hand = Net()
     batches = [x for x, _ in loader()][:2]
@@ -116,7 +114,7 @@ def test_a_preset_before_training(name):
 @EVERY_PRESET
 def test_a_preset_before_measuring(name):
     module = Net()
-    trainer(PruningCallback.preset(name, pattern="2:4", num_samples=4)).validate(module, loader(), verbose=False)
+    trainer(PruningCallback(method=name, pattern="2:4", num_samples=4)).validate(module, loader(), verbose=False)
     weight = module.layers[0].weight
     assert ((weight != 0).view(len(weight), -1, 4).sum(dim=2) == 2).all()
 
@@ -125,23 +123,9 @@ def test_a_preset_before_measuring(name):
 def test_mixed_precision_rounds_no_solver(name):
     reports, modules = [], [Net(), Net()]
     for module, precision in zip(modules, ("32-true", "bf16-mixed"), strict=True):
-        callback = PruningCallback.preset(name, 0.5, allocation="uniform", num_samples=8)
+        callback = PruningCallback(0.5, method=name, allocation="uniform", num_samples=8)
         trainer(callback, precision=precision).validate(module, loader(), verbose=False)
         reports.append(callback.report)
     first, second = (module.layers[0].weight for module in modules)  # its inputs are the same
     assert torch.equal(first, second)
     assert reports[0].sparsity == reports[1].sparsity
-
-
-def test_a_choice_of_a_preset_may_be_replaced():
-    callback = PruningCallback.preset("best", 0.6, sequential="block", allocation="uniform", skip="lm_head")
-    assert (callback.config.sequential, callback.config.allocation) == ("block", Uniform())
-    assert callback.config.skip == ("lm_head",)
-
-
-def test_what_is_no_preset_is_refused():
-    with pytest.raises(ValueError, match=r"method must be one of .*best, but it is 'bset'. Did you mean best"):
-        PruningCallback.preset("bset")
-    with pytest.raises(TypeError, match=r"so does WandaPrune. Use PruningCallback.preset\('fast'\)"):
-        WandaPrune.preset("fast")
-    assert not hasattr(KeepZeros, "preset")

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from wanda_lightning import methods
 from wanda_lightning.core.name_patterns import check_patterns, did_you_mean
-from wanda_lightning.methods import (
-    ALLOCATIONS,
-    CRITERIA,
-    METHODS,
-    PATTERNS,
-    PRESETS,
-    RECOVERIES,
-    SEQUENTIAL_CHOICES,
-    SOLVERS,
-    UNIFORM,
-    Choice,
-    Method,
-    choice,
-)
 
 if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
@@ -34,11 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes.
-
-    Raises:
-        ValueError: If a value is out of range, or two choices contradict each other.
-    """
+    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes."""
 
     sparsity: float
     criterion: Criterion
@@ -69,7 +52,7 @@ class PruningConfig:
         include_grouped: bool = False,
         min_expert_tokens: int = 32,
     ) -> PruningConfig:
-        """Resolve names to objects, and fill in the defaults. No other function does either.
+        """Resolve names to objects, and fill in the defaults. Only this function does so.
 
         An object such as `SparseGPT(dampening=0.1)`, `NM(1, 4)` or `PerLayer({...})` can replace a name. The commands
         `prune` and `inspect` derive their options from this signature, and their help from the first sentence of each
@@ -103,13 +86,13 @@ class PruningConfig:
         """
         skip, only = check_patterns("skip", skip), check_patterns("only", only)
         _check_numbers(sparsity, min_expert_tokens)  # here, too, because the following lines import torch
-        base: Method = Method() if method is None else _named("method", method)
+        base: methods.Method = methods.Method() if method is None else _named("method", method)
         chosen_solver: Solver = _resolve("solver", solver, base.solver)
         if criterion is None and (solver is not None or base.criterion is None):
             criterion = chosen_solver.own_criterion
         chosen_criterion: Criterion = _resolve("criterion", criterion, base.criterion)
         chosen_pattern = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
-        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else UNIFORM
+        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
         return cls(
             sparsity=sparsity,
             criterion=chosen_criterion,
@@ -151,28 +134,32 @@ class PruningConfig:
         choices = (self.criterion, self.solver, self.allocation, self.recovery)
         return next((one for one in choices if one.needs or getattr(one, "reads_gradients", False)), None)
 
+    def scaled(self, fraction: float) -> PruningConfig:
+        """Return the configuration for a stage of a schedule that gives this fraction of the final sparsities."""
+        return replace(self, sparsity=self.sparsity * fraction, allocation=self.allocation.scaled(fraction))
+
     def describe(self) -> dict[str, Any]:
-        """Return every value as plain data, for the report."""
+        """Return all choices as plain data."""
         return {field.name: _describe(getattr(self, field.name)) for field in fields(self)}
 
 
 NAMES: Mapping[str, Mapping[str, Any]] = {
-    "method": {**METHODS, **PRESETS},
-    "criterion": CRITERIA,
-    "pattern": PATTERNS,
-    "allocation": ALLOCATIONS,
-    "solver": SOLVERS,
-    "recovery": RECOVERIES,
-    "sequential": dict.fromkeys(SEQUENTIAL_CHOICES),
+    "method": {**methods.METHODS, **methods.PRESETS},
+    "criterion": methods.CRITERIA,
+    "pattern": methods.PATTERNS,
+    "allocation": methods.ALLOCATIONS,
+    "solver": methods.SOLVERS,
+    "recovery": methods.RECOVERIES,
+    "sequential": dict.fromkeys(methods.SEQUENTIAL_CHOICES),
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
 
 _BASES = {
-    "criterion": choice("core.criteria.Criterion"),
-    "pattern": choice("core.patterns.Pattern"),
-    "allocation": choice("core.allocation.Allocation"),
-    "solver": choice("core.solvers.Solver"),
-    "recovery": choice("recovery.Recovery"),
+    "criterion": "core.criteria.Criterion",
+    "pattern": "core.patterns.Pattern",
+    "allocation": "core.allocation.Allocation",
+    "solver": "core.solvers.Solver",
+    "recovery": "recovery.Recovery",
 }
 
 
@@ -192,14 +179,14 @@ def _named(option: str, name: str) -> Any:
     return NAMES[option][name]
 
 
-def _resolve(option: str, given: Any, default: Choice | None) -> Any:
+def _resolve(option: str, given: Any, default: methods.Choice | None) -> Any:
     """Return the object for an option, which is given as an object, as a name, or not at all."""
     if given is None:
         assert default is not None
         return default()
     if isinstance(given, str):
         return _named(option, given)()
-    if not isinstance(given, (base := _BASES[option].load())):
+    if not isinstance(given, (base := methods.load(_BASES[option]))):
         raise ValueError(
             f"{option} must be of class {base.__name__} or one of {', '.join(NAMES[option])}, but it is {given!r}."
         )
@@ -219,9 +206,9 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
-        return choice("core.patterns.NM", n=int(match[1]), m=int(match[2]))()
-    if given is None or (isinstance(given, str) and given not in PATTERNS):
-        raise ValueError(_not_one_of("pattern", given, ["unstructured", *PATTERNS, "N:M"]))
+        return methods.load("core.patterns.NM")(n=int(match[1]), m=int(match[2]))
+    if given is None or (isinstance(given, str) and given not in NAMES["pattern"]):
+        raise ValueError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M"]))
     return _resolve("pattern", given, None)
 
 

@@ -6,36 +6,26 @@ the tables of criteria and solvers follow from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-Group = Literal["row", "layer"]
-SequentialChoice = Literal["block", "layer", "none"]
-SEQUENTIAL_CHOICES: tuple[str, ...] = get_args(SequentialChoice)
+SEQUENTIAL_CHOICES = ("block", "layer", "none")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A class of this package and its arguments. Its module is imported only when the object is constructed."""
+Choice = Callable[[], Any]
 
-    path: str
-    arguments: tuple[tuple[str, Any], ...] = ()
 
-    def load(self) -> Any:
-        """Import the class."""
-        module, name = self.path.rsplit(".", 1)
-        return getattr(import_module(f"wanda_lightning.{module}"), name)
-
-    def __call__(self) -> Any:
-        """Construct the object."""
-        return self.load()(**dict(self.arguments))
+def load(path: str) -> Any:
+    """Import a class of this package by its path, such as `core.criteria.Wanda`."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f"wanda_lightning.{module}"), name)
 
 
 def choice(path: str, **arguments: Any) -> Choice:
-    """Construct a `Choice` from the path of a class inside the package, such as `core.criteria.Wanda`."""
-    return Choice(path, tuple(arguments.items()))
+    """Return a function that constructs an object of the class at `path`, and imports the class only when called."""
+    return lambda: load(path)(**arguments)
 
 
 ZERO_OUT = choice("core.solvers.ZeroOut")
@@ -61,8 +51,8 @@ class Method:
 
     criterion: Choice | None = None
     solver: Choice = ZERO_OUT
-    group: Group | None = None
-    sequential: SequentialChoice | None = None
+    group: Literal["row", "layer"] | None = None
+    sequential: str | None = None
     allocation: Choice = UNIFORM
     recovery: Choice = NO_RECOVERY
 
@@ -90,13 +80,13 @@ PRESETS: Mapping[str, Method] = {
 }
 
 CRITERIA: Mapping[str, Choice] = {
-    name: method.criterion for name, method in METHODS.items() if method.criterion and method.solver == ZERO_OUT
+    name: method.criterion for name, method in METHODS.items() if method.criterion and method.solver is ZERO_OUT
 } | {"saliency": choice("core.criteria.Saliency")}
 
 SOLVERS: Mapping[str, Choice] = {"zero_out": ZERO_OUT} | {
     name: method.solver
     for name, method in METHODS.items()
-    if method.criterion is None and method.recovery == NO_RECOVERY
+    if method.criterion is None and method.recovery is NO_RECOVERY
 }
 
 PATTERNS: Mapping[str, Choice] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,8 +32,8 @@ class Outcome:
         selections: The sparsity, criterion and pattern of each layer.
         layers: The pruned layers by name, in the order in which they were pruned.
         skipped: Layers that were left dense, by name.
-        few_tokens: Experts that were pruned with the statistics of all experts of their module, each with its own
-            number of tokens.
+        few_tokens: Experts that were pruned with the statistics of all experts of their module, with their own number
+            of tokens.
         revisited: Layers that the model called again after they were pruned.
         seconds: Time by stage.
     """
@@ -49,15 +49,25 @@ class Outcome:
 
 def notes_on(outcome: Outcome) -> list[Note]:
     """All notes on a pruning."""
-    return [note for make in _NOTES if (note := make(outcome))]
+    notes = (
+        _left_dense(outcome, SkipReason.UNREACHED, "no calibration batch called"),
+        _left_dense(outcome, SkipReason.UNROUTED, "no calibration token was observed in"),
+        _left_dense(outcome, SkipReason.INACTIVE, "all inputs were zero in"),
+        _few_expert_tokens(outcome),
+        _revisited(outcome),
+        _already_sparse(outcome),
+        unfit_layers(outcome.plan.inventory),
+        low_coverage(outcome.plan.inventory, outcome.skipped),
+        _few_tokens(outcome),
+        _short_of_target(outcome),
+        _mixed_nm(outcome),
+    )
+    return [note for note in notes if note]
 
 
-def _left_dense(reason: SkipReason, why: str) -> Callable[[Outcome], Note | None]:
-    def note(outcome: Outcome) -> Note | None:
-        names = [name for name, matrix in outcome.skipped.items() if matrix.reason is reason]
-        return Note(f"{why} {_layers(names)}, {names[0]} first: left dense") if names else None
-
-    return note
+def _left_dense(outcome: Outcome, reason: SkipReason, why: str) -> Note | None:
+    names = [name for name, matrix in outcome.skipped.items() if matrix.reason is reason]
+    return Note(f"{why} {_layers(names)}, {names[0]} first: left dense") if names else None
 
 
 def _few_expert_tokens(outcome: Outcome) -> Note | None:
@@ -105,14 +115,12 @@ def unfit_layers(inventory: Inventory) -> Note | None:
 def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}) -> Note | None:
     """Warn if many weights are not pruned, apart from embeddings, stems, heads and what the user left out.
 
-    Args:
-        inventory: Every matrix of the model.
-        skipped: Layers of the inventory that were left dense after all.
+    `skipped` has the layers of the inventory that were left dense after all.
     """
     left = [matrix for matrix in inventory.skipped if not matrix.reason.is_expected]
     left += [skipped[layer.name] for layer in inventory.layers if layer.name in skipped]
     pruned = sum(layer.size for layer in inventory.layers if layer.name not in skipped)
-    total = pruned + sum(matrix.size for matrix in left)
+    total = pruned + _size(left)
     if pruned >= _ENOUGH_COVERAGE * total:
         return None
     alike: dict[str, list[SkippedMatrix]] = {}
@@ -123,8 +131,10 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
     for detail, matrices in largest:
         more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
         texts.append(f"{matrices[0].name}{more}, {_size(matrices):,} weights: {detail}")
-    share = f"{pruned / total:.0%} of the weights besides embeddings, stem and head"
-    return Note(f"only {share} are in pruned layers; the largest parts left out are {'; '.join(texts)}")
+    return Note(
+        f"only {pruned / total:.0%} of the weights besides embeddings, stem and head are in pruned layers; the largest "
+        f"parts left out are {'; '.join(texts)}"
+    )
 
 
 def _few_tokens(outcome: Outcome) -> Note | None:
@@ -150,12 +160,6 @@ def _short_of_target(outcome: Outcome) -> Note | None:
     )
 
 
-def _as_nm(pattern: Pattern) -> str:
-    if pattern.fixed_sparsity is None:
-        return "dense"
-    return f"{round((1 - pattern.fixed_sparsity) * pattern.group_size)}:{pattern.group_size}"
-
-
 def _mixed_nm(outcome: Outcome) -> Note | None:
     kinds = Counter(outcome.selections[name].pattern for name in outcome.layers)
     if outcome.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
@@ -165,19 +169,10 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
     return Note(f"mixed N:M: {listed}", is_warning=False)
 
 
-_NOTES: Sequence[Callable[[Outcome], Note | None]] = (
-    _left_dense(SkipReason.UNREACHED, "no calibration batch called"),
-    _left_dense(SkipReason.UNROUTED, "no calibration token was observed in"),
-    _left_dense(SkipReason.INACTIVE, "all inputs were zero in"),
-    _few_expert_tokens,
-    _revisited,
-    _already_sparse,
-    lambda outcome: unfit_layers(outcome.plan.inventory),
-    lambda outcome: low_coverage(outcome.plan.inventory, outcome.skipped),
-    _few_tokens,
-    _short_of_target,
-    _mixed_nm,
-)
+def _as_nm(pattern: Pattern) -> str:
+    if pattern.fixed_sparsity is None:
+        return "dense"
+    return f"{round((1 - pattern.fixed_sparsity) * pattern.group_size)}:{pattern.group_size}"
 
 
 def _size(matrices: Sequence[SkippedMatrix]) -> int:

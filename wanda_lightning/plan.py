@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +19,6 @@ from wanda_lightning.progress import ProgressBar
 from wanda_lightning.refusals import refuse_nothing_to_prune, refuse_sharding, refuse_too_wide, refuse_unprunable
 
 Selections = Mapping[str, Selection]  # by layer
-
-
-class DenseStatistics(NamedTuple):
-    """What an allocation may read about the dense model, by layer. Layers that no batch reaches are missing."""
-
-    inputs: Mapping[str, InputStatistics] = MappingProxyType({})
-    fisher: Mapping[str, Tensor] = MappingProxyType({})  # see `calibration.gradients.fisher`
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Plan:
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether one pass through the dense model collects all statistics, those for the allocation included."""
+        """Whether one pass through the dense model collects all statistics, including those for the allocation."""
         return self.config.sequential == "none" and bool(self.config.needs)
 
     @property
@@ -67,10 +58,11 @@ class Plan:
     def dense_layers(
         self,
         layers: Sequence[Layer],
-        dense: DenseStatistics = DenseStatistics(),
+        inputs: Mapping[str, InputStatistics] = {},
+        fisher: Mapping[str, Tensor] = {},
         reading: Callable[[str], None] = lambda name: None,
     ) -> list[DenseLayer]:
-        """Describe layers to an allocation; calls `reading` with the layer's name whenever it reads a weight."""
+        """Describe layers to an allocation, which calls `reading` with a layer's name before it reads the weight."""
 
         def read(layer: Layer) -> Tensor:
             reading(layer.name)
@@ -83,16 +75,28 @@ class Plan:
                 layer.size,
                 self.config.pattern.sparsity_steps(*layer.shape),
                 partial(read, layer),
-                dense.inputs.get(layer.name, InputStatistics()),
-                dense.fisher.get(layer.name),
+                inputs.get(layer.name, InputStatistics()),
+                fisher.get(layer.name),
             )
             for layer in layers
         ]
 
-    def allocate(self, dense: DenseStatistics, progress: bool) -> Selections:
-        """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target."""
+    def allocate(
+        self, inputs: Mapping[str, InputStatistics], fisher: Mapping[str, Tensor] = {}, progress: bool = False
+    ) -> Selections:
+        """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target.
+
+        Args:
+            inputs: Statistics of the dense model, if the allocation needs any, of the layers that a batch reaches.
+            fisher: What `calibration.gradients.fisher` returns, if the allocation reads gradients.
+            progress: Show a bar.
+        """
         allocation, processes = self.config.allocation, self.processes
-        layers = [layer for layer in self.layers if self._has_statistics(layer, dense)]
+        layers = list(self.layers)
+        if allocation.needs:
+            layers = [layer for layer in layers if layer.name in inputs and inputs[layer.name].count > 0]
+        if allocation.reads_gradients:
+            layers = [layer for layer in layers if layer.name in fisher]
         sparsities: dict[str, float] = {}
         shown: set[str] = set()
 
@@ -104,7 +108,7 @@ class Plan:
         progress = progress and allocation.reads_weights
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
             if processes.rank == 0 and layers:
-                sparsities = allocation(self.dense_layers(layers, dense, reading), self.config.sparsity)
+                sparsities = allocation(self.dense_layers(layers, inputs, fisher, reading), self.config.sparsity)
             # One process computes them: singular values that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
         selections: dict[str, Selection] = {}
@@ -113,12 +117,6 @@ class Plan:
             pattern = self.config.pattern.for_sparsity(sparsity)
             selections[layer.name] = Selection(self.config.criterion, pattern, sparsity)
         return selections
-
-    def _has_statistics(self, layer: Layer, dense: DenseStatistics) -> bool:
-        allocation = self.config.allocation
-        if allocation.reads_gradients and layer.name not in dense.fisher:
-            return False
-        return not allocation.needs or (layer.name in dense.inputs and dense.inputs[layer.name].count > 0)
 
 
 def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> Plan:

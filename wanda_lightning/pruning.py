@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
@@ -25,7 +25,7 @@ from wanda_lightning.core.types import Weight
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_wrapper
 from wanda_lightning.notes import Outcome, notes_on
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, reshard, zero_counts
-from wanda_lightning.plan import DenseStatistics, Plan, make_plan
+from wanda_lightning.plan import Plan, make_plan
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery import RecoveredPart
 from wanda_lightning.report import PrunedLayer, PruningReport
@@ -44,10 +44,10 @@ def prune(
 ) -> PruningReport:
     """Prune any model in place: the weights with the smallest scores become zero.
 
-    `forward(batch)` runs one batch through the model. The default is `model(**batch)` for a mapping, without what the
-    model's forward does not take, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. The zeros of
-    an `attention_mask` in a mapping mark padding, which does not count. Nothing else marks padding: `position_ids` that
-    restart (packed documents) exclude no token.
+    `forward(batch)` runs one batch through the model. The default is `model(**batch)` for a mapping, without the keys
+    that the model's forward does not take, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. The
+    zeros of an `attention_mask` in a mapping mark padding, which does not count. Nothing else marks padding:
+    `position_ids` that restart (packed documents) exclude no token.
 
     Args:
         model: The model; only its weights change, in place.
@@ -88,8 +88,8 @@ def prune_as(
         forward: Runs one batch through the model.
         predict: Runs one batch and returns the logits, for an allocation that reads gradients; by default `forward`.
         progress: Show a bar in the first process.
-        processes: All processes that call this, with the same choices. The statistics are sums over the batches of all
-            processes, so every process chooses the same masks; an error in one process ends all of them.
+        processes: All processes that call this, with the same choices. Statistics are summed over all of them, so they
+            choose the same masks; an error in one process ends all of them.
     """
     seconds: dict[str, float] = {}
     progress = progress and processes.rank == 0
@@ -102,7 +102,7 @@ def prune_as(
     outcome = Outcome(plan, seconds=seconds)
     if allocate_first:
         with _timed(seconds, "allocate") if config.allocation.reads_weights else nullcontext():
-            outcome.selections = plan.allocate(_observe_dense_model(plan, data, progress), progress)
+            outcome.selections = plan.allocate(*_observe_dense_model(plan, data, progress), progress)
     total = data.length if plan.is_one_pass else len(plan.units)
     with (
         _timed(seconds, "prune"),
@@ -130,14 +130,14 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         _naming_what_was_written(outcome),
     ):
         inputs, batches = passive.finish()
-        outcome.selections = plan.allocate(DenseStatistics(inputs), progress=False)
+        outcome.selections = plan.allocate(inputs)
         _prune_unit(outcome, plan.whole_model, inputs, passive.observer)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     return _make_report(outcome, batches)
 
 
 def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: ProgressBar) -> None:
-    """Stop all batches at each unit in turn; observe, prune and recover the unit."""
+    """Observe, prune and recover each unit in turn."""
     config = plan.config
     tick = bar.advance if plan.is_one_pass else lambda: None
     observer = Observer(plan.observed, data.masks, tick, plan.processes, config.min_expert_tokens)
@@ -156,7 +156,7 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
             stop.check()
             del stop  # or its parked activations would outlive the run of the pruned unit
             if not outcome.selections:
-                outcome.selections = plan.allocate(DenseStatistics(inputs), progress=False)
+                outcome.selections = plan.allocate(inputs)
             _prune_unit(outcome, unit, inputs, observer)
             del inputs
             for part in recovery.train(bar.show):
@@ -166,11 +166,13 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
     outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
 
 
-def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -> DenseStatistics:
-    """Collect what the allocation reads about the dense model, before anything is pruned."""
+def _observe_dense_model(
+    plan: Plan, data: CalibrationBatches, progress: bool
+) -> tuple[Mapping[str, InputStatistics], Mapping[str, Tensor]]:
+    """Collect the input statistics and the Fisher information that the allocation reads."""
     allocation, model, processes = plan.config.allocation, plan.model, plan.processes
     inputs: Mapping[str, InputStatistics] = {}
-    gradients: Mapping[str, torch.Tensor] = {}
+    gradients: Mapping[str, Tensor] = {}
     if allocation.needs:
         with pruning_mode(model), ProgressBar("Observing", data.length, progress) as bar:
             observer = Observer(allocation.needs, data.masks, bar.advance, processes, plan.config.min_expert_tokens)
@@ -182,7 +184,7 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, progress: bool) -
             forwards, samples = data.predictions(), allocation.gradient_samples
             gradients = fisher(model, plan.layers, forwards, data.masks, bar.advance, processes, samples)
             data.refuse_if_empty()
-    return DenseStatistics(inputs, gradients)
+    return inputs, gradients
 
 
 def _prune_unit(outcome: Outcome, unit: Unit, inputs: Mapping[str, InputStatistics], observer: Observer) -> None:
@@ -243,9 +245,7 @@ def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics]) ->
 def _prune_layers(outcome: Outcome, layers: Sequence[Layer], inputs: InputStatistics) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
     weights = {layer.name: layer.read() for layer in layers}
-    rows = {
-        name: weight for name, weight in weights.items() if len(weight)
-    }  # a process may hold no row of a small layer
+    rows = {name: weight for name, weight in weights.items() if len(weight)}  # a process may hold no row of a layer
     solved: dict[str, Weight] = {}
     if rows:
         device = next(iter(rows.values())).device
@@ -298,36 +298,24 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
             "so nothing was pruned. Check that the batches hold more than padding and that forward= runs the model."
         )
     shards = [layer for layer in plan.layers if layer.name in outcome.layers and isinstance(layer.parameter, DTensor)]
-    for layer, zeros in zip(shards, zero_counts([s.parameter for s in shards], plan.processes), strict=True):
-        outcome.layers[layer.name].sparsity = zeros / layer.size
+    for layer, count in zip(shards, zero_counts([s.parameter for s in shards], plan.processes), strict=True):
+        outcome.layers[layer.name].sparsity = count / layer.size
     notes = notes_on(outcome)
     for note in notes:
         if note.is_warning and plan.processes.rank == 0:
             log.warning(note.text)
-    parameters, all_zeros = _count_parameters(outcome)
+    parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
+    zeros = sum(zero_counts([p for p in parameters if not is_wrapper(p)], plan.processes))
     outcome.seconds["report"] = time.perf_counter() - started
     return PruningReport(
         layers=[outcome.layers[n.name] for n in plan.layers if n.name in outcome.layers],
         skipped=[*plan.inventory.skipped, *(outcome.skipped[n.name] for n in plan.layers if n.name in outcome.skipped)],
-        parameters=parameters,
-        zeros=all_zeros,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        zeros=zeros,
         seconds=outcome.seconds,
         config={**plan.config.describe(), "calibration_batches": batches},
         notes=[note.text for note in notes],
     )
-
-
-def _count_parameters(outcome: Outcome) -> tuple[int, int]:
-    """Count the model's parameters and the zeros among them; the zeros of pruned layers are known already."""
-    plan, pruned = outcome.plan, outcome.layers
-    # Parameters that also hold a dense layer, and stacked experts, which are many, are counted again as a whole.
-    recount = {id(layer.parameter) for layer in plan.layers if layer.name not in pruned or layer.expert is not None}
-    known = {layer.name: id(layer.parameter) for layer in plan.layers if id(layer.parameter) not in recount}
-    counted = set(known.values())
-    parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
-    others = [p for p in parameters if id(p) not in counted and not is_wrapper(p)]
-    zeros = sum(pruned[name].zeros for name in known) + sum(zero_counts(others, plan.processes))
-    return sum(parameter.numel() for parameter in parameters), zeros
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
 def refuse_unprunable(layers: Iterable[Layer]) -> None:
     """Refuse weights without values, weights that cannot be written, NaN and infinity."""
     for layer in layers:
-        refuse_spread_experts(layer)
+        refuse_sharded_experts(layer)
         weight = layer.weight
         if weight.is_meta:
             raise ValueError(
@@ -70,7 +70,7 @@ def _counted(matrices: Sequence[SkippedMatrix], one: str, many: str = "layers") 
     return f"{len(matrices)} {one if len(matrices) == 1 else many}"
 
 
-def refuse_spread_experts(layer: Layer) -> None:
+def refuse_sharded_experts(layer: Layer) -> None:
     """Refuse experts that are sharded across processes: no process holds all of them."""
     if layer.expert is not None and isinstance(layer.parameter, DTensor):
         module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]

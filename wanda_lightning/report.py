@@ -30,8 +30,8 @@ class PrunedLayer:
         shape: (d_out, d_in) of the matrix view.
         target: The sparsity that was asked for.
         sparsity: The fraction of its weights that are zero.
-        tokens: How many calibration tokens entered it; 0 where none were needed.
-        note: Anything else worth knowing; empty if there is nothing.
+        tokens: Number of calibration tokens that entered it; 0 if none were needed.
+        note: Remarks about this layer, or an empty string.
         siblings: For a matrix of an expert, a glob that matches this matrix of every expert of its module.
         before: The fraction of its weights that were zero before pruning.
     """
@@ -94,7 +94,7 @@ class PruningReport:
 
     @property
     def coverage(self) -> float:
-        """Fraction of the model's parameters that lie in pruned layers."""
+        """Fraction of the model's parameters in pruned layers."""
         return sum(layer.size for layer in self.layers) / self.parameters if self.parameters else 0.0
 
     def summary(self) -> str:
@@ -118,7 +118,7 @@ class PruningReport:
         }
 
     def _rows(self) -> dict[str, list[PrunedLayer]]:
-        """The pruned layers by name; all experts of a module share one name."""
+        """The pruned layers by name; all experts of a module share one."""
         rows: dict[str, list[PrunedLayer]] = {}
         for layer in self.layers:
             rows.setdefault(layer.siblings or layer.name, []).append(layer)
@@ -152,18 +152,14 @@ class PruningReport:
 
     def __str__(self) -> str:
         """The report as a table."""
-        pruned = Table(title="Pruned layers", title_justify="left")
-        for heading in ("layer", "shape", "target", "sparsity", "tokens", "note"):
-            pruned.add_column(heading, justify="left" if heading in ("layer", "note") else "right", overflow="fold")
+        pruned = _table("Pruned layers", "layer", "shape", "target", "sparsity", "tokens", "note")
         for name, layers in self._rows().items():
             shape = " x ".join(map(str, layers[0].shape))
             targets = _range([layer.target for layer in layers], ".2%")
             sparsities = _range([layer.sparsity for layer in layers], ".2%")
             tokens = _range([layer.tokens for layer in layers], ",")
             pruned.add_row(escape(name), shape, targets, sparsities, tokens, escape(_note(layers)))
-        console = Console(
-            width=140, color_system=None, highlight=False, emoji=False
-        )  # emoji=False: `N:M:` would contain one
+        console = Console(width=140, color_system=None, highlight=False, emoji=False)  # `N:M:` is not an emoji
         with console.capture() as capture:
             console.print(pruned)
             if self.skipped:
@@ -198,11 +194,19 @@ def _note(layers: Sequence[PrunedLayer]) -> str:
     return "; ".join([f"{len(layers)} experts", *notes])
 
 
+def _table(title: str, *headings: str) -> Table:
+    """An empty table: text columns, which are the outer ones, to the left, and numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(
+            heading, justify="left" if heading in (headings[0], headings[-1]) else "right", overflow="fold"
+        )
+    return table
+
+
 def skipped_table(skipped: Sequence[SkippedMatrix]) -> Table:
     """A table of the skipped matrices with one row for each reason."""
-    table = Table(title="Left as they are", title_justify="left")
-    for heading in ("reason", "matrices", "parameters", "first"):
-        table.add_column(heading, justify="left" if heading in ("reason", "first") else "right", overflow="fold")
+    table = _table("Left as they are", "reason", "matrices", "parameters", "first")
     by_reason: dict[str, list[SkippedMatrix]] = {}
     for matrix in skipped:
         by_reason.setdefault(matrix.detail, []).append(matrix)

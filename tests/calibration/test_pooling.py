@@ -54,7 +54,7 @@ def test_the_minimum_has_one_name_everywhere():
         WandaPrune,
         SparseGPTPrune,
         PruningConfig.from_names,
-        partial(PruningCallback.preset, "fast"),
+        partial(PruningCallback, method="fast"),
     ):
         made = make(min_expert_tokens=7)
         assert getattr(made, "config", made).min_expert_tokens == 7

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 from support.callbacks import (
     ADAMW,
     LAYERS,
@@ -30,6 +31,7 @@ from support.callbacks import (
     hooks_of,
     loader,
     pruned_by_hand,
+    rows_of,
     same,
     samples,
     share_of_zeros,
@@ -56,6 +58,8 @@ from wanda_lightning import (
     MagnitudePrune,
     OneShot,
     PruningCallback,
+    SparseGPT,
+    SparseGPTPrune,
     TextDataModule,
     WandaPrune,
     prune,
@@ -186,48 +190,6 @@ class TestTraining:
             torch.testing.assert_close(weight, trained, msg=lambda text, name=name: f"{name}: {text}")
             if name in pruned:
                 assert torch.equal(weight == 0, pruned[name])
-
-    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-    @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["momentum", "adamw"])
-    def test_zeros_and_their_moments_stay_exactly_zero(self, optimizer, precision):
-        module = Net(optimizer)
-        trainer(WandaPrune(num_samples=12), max_epochs=2, precision=precision, gradient_clip_val=0.5).fit(
-            module, loader()
-        )
-        assert share_of_zeros(module) == all_at(0.5)
-        for weight in module.parameters():
-            if weight.ndim == 2:
-                moments = [m for m in module.used_optimizer.state[weight].values() if m.shape == weight.shape]
-                assert len(moments) == (1 if optimizer is SGD else 2)
-                assert not any(moment[weight == 0].any() for moment in moments)
-                assert all(moment[weight != 0].any() for moment in moments)
-
-    def test_several_optimizers_stepped_by_hand(self):
-        class Manual(Net):
-            def __init__(self):
-                super().__init__()
-                self.automatic_optimization = False
-
-            def training_step(self, batch, batch_idx):
-                first, second = self.optimizers()
-                self.manual_backward(self._loss(batch))
-                first.step()
-                if batch_idx % 2:
-                    second.step()
-                self.zero_grad()
-
-            def configure_optimizers(self):
-                return ADAMW(self.layers[:2].parameters()), SGD(self.layers[2:].parameters())
-
-        module = Manual()
-        trainer(WandaPrune(num_samples=12), max_epochs=2).fit(module, loader())
-        assert share_of_zeros(module) == all_at(0.5)
-
-    def test_frozen_layers_are_pruned_and_left(self):
-        module = Net()
-        module.layers[0].requires_grad_(False)
-        trainer(WandaPrune(num_samples=12), max_epochs=1).fit(module, loader())
-        assert share_of_zeros(module) == all_at(0.5)
 
     def test_without_keeping_zeros_they_come_back(self):
         module = Net()
@@ -732,12 +694,6 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
         assert share_of_zeros(module) == all_at(sparsity)
 
 
-def test_without_keeping_zeros_they_come_back():
-    module = Net(ADAMW)
-    trainer(WandaPrune(num_samples=12, at_step=2, keep_zeros=False), max_steps=6).fit(module, loader())
-    assert all(share < 0.25 for share in share_of_zeros(module).values())
-
-
 def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
     module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
     first, second = MagnitudePrune(0.25), WandaPrune(0.5, num_samples=24, at_step=5)
@@ -902,3 +858,114 @@ def test_a_dry_run_prunes_at_every_stage(when, steps):
     assert [step for step, share in at.items() if share] == list(range(pruned_at, steps + 1))
     assert at[steps] == pytest.approx(0.8, abs=0.03)
     assert stages == ([1.0] if "at_step" in when else [0.25, 0.5, 0.75, 1.0])
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
+def test_metrics_reach_the_logger(tmp_path, loop):
+    module, callback = Net(), WandaPrune(num_samples=12, skip=["layers.2"])
+    run = trainer(callback, logger=CSVLogger(tmp_path), max_steps=3, log_every_n_steps=1)
+    getattr(run, loop)(module, loader())
+    (row,) = [row for row in rows_of(tmp_path) if row.get("sparsity/model")]
+    assert row["step"] == "0"
+    assert {name for name in row if name.startswith("sparsity/") and row[name]} == {
+        "sparsity/model",
+        "sparsity/pruned_layers",
+        "sparsity/layers.0",
+        "sparsity/layers.4",
+    }
+    assert float(row["sparsity/layers.0"]) == 0.5
+    size = sum(p.numel() for p in module.parameters())
+    assert float(row["sparsity/model"]) == pytest.approx((64 * 32 / 2 + 16 * 64 / 2) / size)
+
+
+def test_the_report_is_written(tmp_path):
+    callback = WandaPrune(num_samples=12, pattern=NM(2, 4), report_dir=tmp_path / "reports")
+    trainer(callback).validate(Net(), loader())
+    report = json.loads((tmp_path / "reports" / "pruning_report.json").read_text())
+    assert report["sparsity"] == 0.5
+    assert [layer["name"] for layer in report["layers"]] == LAYERS
+    assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_file_where_the_report_folder_should_be_is_refused_at_the_start(tmp_path, loop, at_step):
+    (tmp_path / "file").write_text("mine")
+    module = Net()
+    callback = WandaPrune(num_samples=12, report_dir=tmp_path / "file", at_step=at_step)
+    with pytest.raises(FileExistsError, match="file"):
+        getattr(trainer(callback, max_steps=3), loop)(module, loader())
+    assert same(module, Net())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
+def test_progress_is_shown_with_the_trainers_bar(capfd, loop):
+    options = {"max_steps": 1} if loop == "fit" else {}
+    getattr(trainer(WandaPrune(num_samples=12), **options), loop)(Net(), loader())
+    assert "Pruning" not in "".join(capfd.readouterr())
+    getattr(trainer(WandaPrune(num_samples=12), enable_progress_bar=True, **options), loop)(Net(), loader())
+    assert "Pruning 3/3 done" in capfd.readouterr().err
+
+
+def test_nothing_is_printed_without_a_progress_bar(capsys):
+    trainer(WandaPrune(num_samples=12)).validate(Net(), loader(), verbose=False)
+    assert "WandaPrune" not in "".join(capsys.readouterr())
+
+
+def test_each_stage_reaches_the_logger(tmp_path):
+    callback = WandaPrune(0.5, num_samples=12, schedule=LinearSchedule(0, 4, every=2))
+    trainer(callback, logger=CSVLogger(tmp_path), max_steps=6, log_every_n_steps=1).fit(Net(), loader())
+    rows = [row for row in rows_of(tmp_path) if row.get("sparsity/pruned_layers")]
+    assert [(int(row["step"]), float(row["sparsity/pruned_layers"])) for row in rows] == [(2, 0.25), (4, 0.5)]
+
+
+@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_layers_of_a_compiled_part_keep_their_names(tmp_path, sequential):
+    def run(folder, compiles):
+        module = Net()
+        if compiles:
+            module.layers = torch.compile(module.layers, backend="eager")
+        callback = WandaPrune(num_samples=12, skip=["layers.2"], sequential=sequential, at_step=1)
+        trainer(callback, logger=CSVLogger(folder), max_steps=4, log_every_n_steps=1).fit(module, loader())
+        names = [layer.name for layer in callback.report.layers]
+        (logged,) = [row for row in rows_of(folder) if row.get("sparsity/model")]
+        return names, list(logged), callback.state_dict()["zeros"], [*module.parameters()]
+
+    *told, weights = run(tmp_path / "compiled", True)
+    *expected, without = run(tmp_path / "plain", False)
+    assert told == expected
+    assert told[0] == ["layers.0", "layers.4"]
+    assert all(map(torch.equal, weights, without))
+
+
+@pytest.mark.parametrize("allocation", ["owl", "fisher"])
+@pytest.mark.parametrize("source", ["own", "the loop's"])
+def test_magnitude_reads_data_for_its_allocation(allocation, source):
+    module, by_hand = Net(), Net()
+    own = loader() if source == "own" else None
+    callback = MagnitudePrune(0.6, allocation=allocation, num_samples=12, dataloader=own)
+    trainer(callback).validate(module, loader(16) if source == "own" else loader())
+    prune(by_hand, list(loader()), 0.6, method="magnitude", allocation=allocation, progress=False)
+    assert same(module, by_hand)
+    assert len({layer.target for layer in callback.report.layers}) > 1
+
+
+@pytest.mark.parametrize(
+    ("callback", "method"), [(WandaPrune, "wanda"), (SparseGPTPrune, "sparsegpt"), (MagnitudePrune, "magnitude")]
+)
+@pytest.mark.parametrize("choices", [{}, {"pattern": "unstructured"}, {"pattern": "2:4", "skip": ["*.0"]}])
+def test_each_is_the_method_of_its_name(callback, method, choices):
+    assert callback(**choices).config == PruningCallback(method=method, **choices).config
+    assert callback(0.25).config.sparsity == 0.25
+
+
+def test_dampening_reaches_the_solver():
+    assert SparseGPTPrune(dampening=0.5).config.solver == SparseGPT(dampening=0.5)
+
+
+@pytest.mark.parametrize("callback", [WandaPrune, SparseGPTPrune, MagnitudePrune])
+def test_a_callback_named_after_a_method_takes_no_other(callback):
+    with pytest.raises(TypeError, match="method"):
+        callback(0.5, method="ria")

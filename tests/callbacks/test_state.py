@@ -46,20 +46,6 @@ pytestmark = [
 
 
 class TestCheckpoints:
-    def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(self, tmp_path):
-        whole = Net(ADAMW)
-        trainer(WandaPrune(num_samples=12), max_epochs=3).fit(whole, loader())
-        first, callback = Net(ADAMW), WandaPrune(num_samples=12)
-        fit = trainer(callback, max_epochs=1)
-        fit.fit(first, loader())
-        pruned = zeros(first)
-        fit.save_checkpoint(tmp_path / "pruned.ckpt")
-        resumed, again = Net(ADAMW), WandaPrune(num_samples=12)
-        trainer(again, max_epochs=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
-        assert again.report == callback.report
-        assert all(torch.equal(where, pruned[name]) for name, where in zeros(resumed).items())
-        assert same(resumed, whole)
-
     def test_a_checkpoint_is_ordinary(self, tmp_path):
         module, callback = Net(), WandaPrune(num_samples=12)
         fit = trainer(callback, max_epochs=1)
@@ -93,18 +79,6 @@ class TestCheckpoints:
         callback = WandaPrune(num_samples=12)
         trainer(callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
         assert share_of_zeros(module) == all_at(0.5)  # although the moments that were loaded are not zero there
-
-    def test_two_callbacks_prune_two_parts(self, tmp_path):
-        module = Net()
-        first = WandaPrune(0.5, num_samples=12, skip=["layers.0"])
-        second = MagnitudePrune(0.25, skip=["layers.2", "layers.4"])
-        fit = trainer(first, second, max_epochs=1)
-        fit.fit(module, loader())
-        assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}
-        fit.save_checkpoint(tmp_path / "both.ckpt")
-        saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
-        assert [list(state["zeros"]) for state in saved.values()] == [["layers.2", "layers.4"], ["layers.0"]]
-        assert list(saved) == [first.state_key, second.state_key]
 
     def test_the_key_depends_on_the_part_that_is_pruned(self):
         def key(**part):

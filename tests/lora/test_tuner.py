@@ -1,9 +1,9 @@
-"""Adding, deleting and combining adapters of a model."""
+"""Adding, deleting and combining adapters of a model, and layers that cannot take one."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.lora import TARGETS, config, llama, logits, randomize, two_adapters
+from support.lora import TARGETS, CodesParameter, config, llama, logits, randomize, sparse_layer, two_adapters
 from torch import nn
 from torch.nn import functional as F
 
@@ -60,3 +60,42 @@ def test_plain_and_keep_zeros_adapters_do_not_mix():
     plain = get_peft_model(llama(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(ValueError, match="without adapters of another type, but model"):
         get_peft_model(plain.base_model.model, config())
+
+
+class FakeQuantLinear(nn.Module):
+    """Like the layers of GPTQ and AWQ: no weight at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+
+def bits_in_a_parameter():
+    layer = nn.Linear(8, 8)
+    layer.weight = CodesParameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    return layer
+
+
+def float8():
+    return nn.Linear(8, 8).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("layer", [bits_in_a_parameter, FakeQuantLinear, float8])
+def test_quantized_layers_are_refused_before_anything_changes(layer):
+    model = nn.Sequential(sparse_layer("linear"), layer())
+    with pytest.raises(ValueError, match=r"1 is a quantized layer .* Load the model without quantization"):
+        get_peft_model(model, config(target_modules=["0", "1"]))
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(8, 8), nn.Conv2d(3, 8, 3), nn.MultiheadAttention(8, 2)])
+def test_other_layers_are_refused_by_name(layer):
+    model = nn.Sequential(sparse_layer("linear"), layer)
+    with pytest.raises(ValueError, match=rf"but 1 is a {type(layer).__name__}\. Remove it from target_modules"):
+        get_peft_model(model, config(target_modules=["0", "1"]))
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_projection_inside_attention_is_refused():
+    with pytest.raises(ValueError, match=r"inside nn\.MultiheadAttention"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), config(target_modules=["out_proj"]))

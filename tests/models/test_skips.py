@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.utils.prune
 from peft import LoraConfig, get_peft_model
 from support.zoo import ZOO
 from torch import nn

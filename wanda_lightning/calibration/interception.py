@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration.entered_function import entered_function
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.weight_memory import WeightMemory
 from wanda_lightning.models import Layer
@@ -109,7 +109,7 @@ class WeightInterceptor(TorchFunctionMode):
         return call()
 
     def _attend(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run attention so that this mode sees the products inside it."""
+        """Run attention so that this mode sees the products with its four weights."""
         query = args[0] if args else kwargs["query"]
         self._attention = tuple(query.shape[:2]) if query.ndim == 3 else None
         try:
@@ -155,6 +155,18 @@ class WeightInterceptor(TorchFunctionMode):
         each = x if x.ndim > 2 else x.unsqueeze(0)
         each = each.expand(*each.shape[:-3], len(weight), *each.shape[-2:])
         return [Product(layer, each.select(-3, slot or 0), slot, first) for layer, slot, first in matches]
+
+
+def entered_function(function: FunctionType) -> FunctionType:
+    """Return a copy of a function of `torch.nn.functional` that lets a torch-function mode see the calls inside it.
+
+    Such a function passes itself to the mode as a whole, and PyTorch disables the mode while the function runs. PyTorch
+    has no switch for this, but in the namespace of the copy, `has_torch_function` is always false.
+    """
+    names = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

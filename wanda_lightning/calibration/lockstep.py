@@ -11,7 +11,7 @@ at the same units.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from wanda_lightning.calibration.batch_thread import BatchThread, Call, park
 from wanda_lightning.calibration.patched import patched
-from wanda_lightning.calibration.revisits import stop_at_other_matrices
+from wanda_lightning.calibration.revisits import find_revisits
 from wanda_lightning.calibration.stalls import StallDetector
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, is_sharded
@@ -82,23 +82,13 @@ def lockstep(
                     revisited.add(unit)
                 if not pending:
                     if here and not any(map(is_sharded, units)):
-                        _find_revisits(here[0], units, revisited)
+                        find_revisits(here[0], units, revisited)
                     return
                 with processes.fail_together():
                     for thread in here:
                         thread.run_unit()
         finally:
             switches.restore()
-
-
-def _find_revisits(thread: BatchThread, units: Sequence[nn.Module], revisited: set[int]) -> None:
-    """Continue one batch after the last unit as long as it reaches units again."""
-    # The output of the model does not matter here, so neither do its errors.
-    with stop_at_other_matrices(units, thread), suppress(Exception):
-        thread.run_unit()
-        while thread.call is not None and thread.unit not in revisited:
-            revisited.add(thread.unit)
-            thread.run_unit()
 
 
 @contextmanager

@@ -9,18 +9,17 @@ output head. Only a global hook sees the calls of all modules without changing e
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from wanda_lightning.calibration.batch_thread import StopForward
+from wanda_lightning.calibration.batch_thread import BatchThread, StopForward
 
 
-@contextmanager
-def stop_at_other_matrices(units: Sequence[nn.Module], thread: threading.Thread) -> Iterator[None]:
-    """End a thread's forward pass at the first module that has a matrix and contains no unit."""
+def find_revisits(thread: BatchThread, units: Sequence[nn.Module], revisited: set[int]) -> None:
+    """Continue a batch after the last unit, and add to `revisited` the indices of the units that it reaches again."""
     inside = set(units)
 
     def stop(module: nn.Module, args: object) -> None:
@@ -31,6 +30,10 @@ def stop_at_other_matrices(units: Sequence[nn.Module], thread: threading.Thread)
 
     hook = register_module_forward_pre_hook(stop)
     try:
-        yield
+        with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
+            thread.run_unit()
+            while thread.call is not None and thread.unit not in revisited:
+                revisited.add(thread.unit)
+                thread.run_unit()
     finally:
         hook.remove()

@@ -36,13 +36,10 @@ def calibration_batches(
     """Yield the first `num_samples` samples of the calibration data, in the batches that the loader makes.
 
     With several processes, each gets a part of the samples: every `world_size`-th batch if the loader yields the same
-    batches in each process, or the first samples if the loader has a `DistributedSampler` (as Lightning's loaders
-    have). All processes continue with the random state of the first, so that their loaders shuffle in the same order.
+    batches in each process, or the first samples if the loader has a `DistributedSampler`, as Lightning's loaders have.
+    All processes continue with the random state of the first, so that their loaders shuffle in the same order.
 
-    Warns if the data has fewer samples.
-
-    Raises:
-        MisconfigurationException: If there is no data, or more than one loader to choose from.
+    Warns if the data has fewer samples. Raises a MisconfigurationException without data, or with more than one loader.
     """
     if processes.world_size > 1:
         torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
@@ -79,15 +76,15 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, str]:
         if callable(calibration_dataloader := getattr(holder, "calibration_dataloader", None)):
             return calibration_dataloader(), f"{type(holder).__name__}.calibration_dataloader()"
     if trainer.train_dataloader is not None:
-        return _private(_only(trainer.train_dataloader, "train")), "the train dataloader"
+        return _independent_copy(_single(trainer.train_dataloader, "train")), "the train dataloader"
     if datamodule is not None and is_overridden("train_dataloader", datamodule):
         datamodule.setup("fit")  # Lightning has set it up only for evaluation
-        return _only(datamodule.train_dataloader(), "train"), f"{type(datamodule).__name__}.train_dataloader()"
+        return _single(datamodule.train_dataloader(), "train"), f"{type(datamodule).__name__}.train_dataloader()"
     if is_overridden("train_dataloader", pl_module):
         return _train_dataloader(pl_module), f"{type(pl_module).__name__}.train_dataloader()"
     for kind in ("val", "test", "predict"):
         if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
-            return _private(_only(loader, kind)), f"the {kind} dataloader"
+            return _independent_copy(_single(loader, kind)), f"the {kind} dataloader"
     raise MisconfigurationException(
         "dataloader must be given, since there is no other data to calibrate on. Or define calibration_dataloader() in "
         "the LightningDataModule or LightningModule."
@@ -102,10 +99,10 @@ def _train_dataloader(pl_module: L.LightningModule) -> Any:
             f"dataloader must be given, since {type(pl_module).__name__}.train_dataloader() fails outside of fit: "
             f"{error!r}. Or define calibration_dataloader() in the LightningModule."
         ) from error
-    return _only(loaders, "train")
+    return _single(loaders, "train")
 
 
-def _only(loaders: Any, kind: str) -> Any:
+def _single(loaders: Any, kind: str) -> Any:
     """Return the loader if there is exactly one."""
     if not isinstance(loaders, Mapping | list | tuple):
         return loaders
@@ -121,11 +118,11 @@ def _only(loaders: Any, kind: str) -> Any:
 _RANDOM_STATES = (Sampler, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
-def _private(loader: Any) -> Any:
-    """Copy a loader, but not its data, so that Lightning's loader keeps its workers, samplers and generators."""
+def _independent_copy(loader: Any) -> Any:
+    """Copy a loader, but not its data, so that calibration does not advance Lightning's samplers and generators."""
     if not isinstance(loader, DataLoader):
         return copy.copy(loader)
-    # Samplers are copied, but not the data set that they refer to.
+    # Copy samplers, but not the data set that they refer to.
     clone = partial(copy.deepcopy, memo={id(loader.dataset): loader.dataset})
     if type(loader) is not DataLoader:  # its constructor is unknown
         private = copy.copy(loader)

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
-from wanda_lightning.callbacks.checks import (
-    check_calibrate_on,
-    check_stages,
-    refuse_equal_keys,
-    refuse_fit_without_validation,
-    refuse_late_stages,
-    warn_if_dense,
-    warn_if_late,
-    warn_if_unfinished,
-    warn_of_dense_best,
-)
-from wanda_lightning.callbacks.held_zeros import HeldZeros, zeros_of
-from wanda_lightning.callbacks.run import prune_module, publish
+from wanda_lightning.calibration.observer import PassiveCalibration
+from wanda_lightning.callbacks import checks
+from wanda_lightning.callbacks.batches import batch_size, calibration_batches, calibration_forward
+from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
-from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target
-from wanda_lightning.callbacks.validation_loop import ValidationLoop
+from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, shows_progress
 from wanda_lightning.checks import check_at_least, refuse_pytorch_lightning
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.criteria import Magnitude, Wanda
+from wanda_lightning.core.solvers import SparseGPT
 from wanda_lightning.files import refuse_nonempty
-from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
+from wanda_lightning.pruning import prune_as, prune_collected
 from wanda_lightning.report import PruningReport
 
 
@@ -79,7 +77,10 @@ class PruningCallback(Callback):
             `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
 
     Raises:
-        ValueError: If a value is out of range, or choices contradict each other.
+        ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model
+            cannot be pruned as requested, now or at a later stage.
+        MisconfigurationException: When a loop starts: if the strategy distributes the model in a way that cannot be
+            pruned, another callback prunes the same layers, or training ends before the last stage.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class PruningCallback(Callback):
         self.config = PruningConfig.from_names(sparsity, **choices)
         self.schedule = schedule_of(at_step, schedule)
         check_at_least(1, num_samples=num_samples)
-        check_stages(self.schedule, self.config.pattern)
-        check_calibrate_on(calibrate_on, self.config, dataloader)
+        checks.check_stages(self.schedule, self.config.pattern)
+        checks.check_calibrate_on(calibrate_on, self.config, dataloader)
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
@@ -107,32 +108,10 @@ class PruningCallback(Callback):
         self.calibrate_on = calibrate_on
         self._zeros = HeldZeros()
         self._state = PruningState(self._fixed_choices)
-        self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
+        self._validation: _ValidationLoop | None = None  # while a validation loop is calibrated on
         self._processes = SINGLE_PROCESS
         self._is_set_up = False
         self._resumed = False  # weights and state come from the same checkpoint
-
-    @classmethod
-    def preset(
-        cls, name: str, sparsity: float = 0.5, pattern: Pattern | str = "unstructured", **options: Any
-    ) -> PruningCallback:
-        """Construct the callback with a preset: `"fast"`, `"balanced"` or `"best"` (the README gives their costs).
-
-        Args:
-            name: The preset, the same as `method=name`.
-            sparsity: Fraction of the weights that become zero, of each layer or (`"best"`) of all layers.
-            pattern: Constraint on the positions of the zeros.
-            **options: The other arguments of `PruningCallback`; they replace choices of the preset.
-
-        Raises:
-            ValueError: If there is no such preset, or a value is out of range.
-            TypeError: If it is called on a subclass that chooses a method.
-        """
-        if cls.__init__ is not PruningCallback.__init__:
-            raise TypeError(
-                f"preset {name!r} chooses a method, but so does {cls.__name__}. Use PruningCallback.preset({name!r})."
-            )
-        return cls(sparsity, pattern=pattern, **{"method": name, **options})
 
     @property
     def report(self) -> PruningReport | None:
@@ -157,38 +136,27 @@ class PruningCallback(Callback):
         return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse an unsupported Trainer, and a folder to which the report cannot be written.
-
-        Raises:
-            OSError: If `report_dir` cannot be written.
-            MisconfigurationException: If the strategy distributes the model in a way that cannot be pruned, the Trainer
-                is one of `pytorch_lightning`, or another callback prunes the same part of the model.
-        """
+        """Refuse an unsupported Trainer, and a `report_dir` that cannot be written."""
         refuse_pytorch_lightning(trainer)
         self._is_set_up = True
-        refuse_equal_keys(self, trainer)
+        checks.refuse_equal_keys(self, trainer)
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
             if self.report_dir is not None and trainer.is_global_zero:
                 refuse_nonempty(self.report_dir, overwrite=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune before the first step if the schedule says so, and hold the zeros from then on.
-
-        Raises:
-            MisconfigurationException: If training ends before the last stage of the schedule.
-            ValueError: If a layer cannot be pruned as requested, now or at a later stage.
-        """
-        refuse_late_stages(self._schedule(trainer), trainer)
+        """Prune before the first step if the schedule says so, and hold the zeros from then on."""
+        checks.refuse_late_stages(self._schedule(trainer), trainer)
         if self.calibrate_on == "validation":
-            refuse_fit_without_validation(trainer)
+            checks.refuse_fit_without_validation(trainer)
         self._forget_if_dense(pl_module)
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
             with self._processes.fail_together():  # raise now the errors of a later stage
                 make_plan(self.config, pruning_target(pl_module), self._processes)
-            warn_of_dense_best(self.schedule, trainer)
+            checks.warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
     def on_train_batch_end(
@@ -200,7 +168,7 @@ class PruningCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hooks, and warn if the final sparsity was not reached."""
-        warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
+        checks.warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
         self._zeros.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -215,8 +183,8 @@ class PruningCallback(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._prune_to_evaluate(trainer, pl_module)
         if self._state.due and not trainer.sanity_checking:
-            config = self._config_at(self._shares_due(trainer)[-1])
-            self._validation = ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
+            config = self.config.scaled(self._shares_due(trainer)[-1])
+            self._validation = _ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -249,11 +217,7 @@ class PruningCallback(Callback):
         return replace(self._state, unheld_zeros=self._zeros.unheld_zeros()).to_checkpoint()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state.
-
-        Raises:
-            ValueError: If the checkpoint's run pruned to another sparsity or with another pattern.
-        """
+        """Restore the state; refuse that of a run with another sparsity or pattern."""
         self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, self._name)
         self._zeros.load(self._state.unheld_zeros)
         self._resumed = True
@@ -269,20 +233,14 @@ class PruningCallback(Callback):
         return {name: choices[name] for name in ("sparsity", "pattern")}
 
     def _schedule(self, trainer: L.Trainer) -> Schedule:
-        """The schedule; with `fast_dev_run`, its late stages are moved to the last step."""
         if trainer.fast_dev_run and trainer.state.fn == TrainerFn.FITTING:  # type: ignore[attr-defined]
             return EndingBy(self.schedule, int(last_step(trainer)))
         return self.schedule
 
     def _shares_due(self, trainer: L.Trainer) -> list[float]:
-        """The shares of the final sparsity to prune to now, one after the other.
-
-        Usually there is one, of the latest stage; with `fast_dev_run`, all stages at the same step are run.
-        """
-        schedule, step = self._schedule(trainer), trainer.global_step
-        if schedule is self.schedule:
-            return [schedule.share(step) or 1.0]
-        return [share for stage, share in schedule.stages if stage <= step and share > self._state.share] or [1.0]
+        """The shares of the final sparsity to prune to now: one, or those of all stages that `EndingBy` moved here."""
+        stages = [stage for stage in self._schedule(trainer).stages if stage[0] <= trainer.global_step]
+        return [share for step, share in stages if step == stages[-1][0]] or [1.0]
 
     def _forget_if_dense(self, pl_module: L.LightningModule) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
@@ -293,7 +251,7 @@ class PruningCallback(Callback):
             self._state = PruningState(self._fixed_choices)
 
     def _prune_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Prune if `should_prune` returns True, and return whether the model was pruned."""
+        """Return whether the model was pruned."""
         self._state.asked_at = trainer.global_step
         if not self.should_prune(trainer):
             return False
@@ -307,29 +265,102 @@ class PruningCallback(Callback):
     def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget_if_dense(pl_module)
         if not self.should_prune(trainer):
-            warn_if_dense(self._name, self._state, self.schedule)
+            checks.warn_if_dense(self._name, self._state, self.schedule)
             return
         if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
             self._state.due = True
             return
         (share,) = self._shares_due(trainer)
-        warn_if_late(self._name, share, self.schedule)
+        checks.warn_if_late(self._name, share, self.schedule)
         self._prune(share, trainer, pl_module)
 
     def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        report = prune_module(self._config_at(share), trainer, pl_module, self.dataloader, self.num_samples)
+        """Prune to a share of the final sparsity, without changing the random numbers that training draws."""
+        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
+            report = prune_as(
+                self.config.scaled(share),
+                pruning_target(pl_module),
+                calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
+                forward=partial(calibration_forward, trainer, pl_module),
+                predict=partial(calibration_forward, trainer, pl_module, for_predictions=True),
+                progress=shows_progress(trainer),
+                processes=self._processes,
+            )
         self._record(report, share, trainer)
 
     def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
+        """Record, show, log and save the report."""
         self._state.record(report, share)
-        publish(report, trainer, self._name, self.report_dir)
-
-    def _config_at(self, share: float) -> PruningConfig:
-        """Return the configuration that prunes to a share of the final sparsity."""
-        allocation = self.config.allocation.scaled(share)
-        return replace(self.config, sparsity=self.config.sparsity * share, allocation=allocation)
+        if shows_progress(trainer):
+            rank_zero_info(f"{self._name}: {report.summary()}")
+        for logger in trainer.loggers:
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
+        if self.report_dir is not None and trainer.is_global_zero:
+            report.save(self.report_dir)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
             self._zeros.clear(trainer, pl_module)
+
+
+class _ValidationLoop:
+    """Collects statistics from the first batches of one validation loop, and prunes the model with them.
+
+    Each process runs a part of the samples. Collection stops after `num_samples` samples; batches are not cut.
+    """
+
+    def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
+        with processes.fail_together():
+            self._plan = make_plan(config, model, processes)
+        self._calibration = PassiveCalibration(
+            model, self._plan.whole_model, self._plan.observed, config.min_expert_tokens, processes
+        )
+        self._samples_left = num_samples
+        self._world_size = processes.world_size
+        self._batch = ExitStack()
+
+    def start_batch(self, batch: Any) -> None:
+        """Collect while the batch runs, until `end_batch`."""
+        if self._samples_left > 0:
+            self._samples_left -= batch_size(batch) * self._world_size
+            self._batch.enter_context(self._calibration.collect(batch))
+
+    def end_batch(self) -> None:
+        """Stop collecting; called after an error as well."""
+        self._batch.close()
+
+    def prune(self) -> PruningReport:
+        """Prune with the collected statistics."""
+        return prune_collected(self._plan, self._calibration)
+
+
+class WandaPrune(PruningCallback):
+    """Prune by weight magnitude times input norm, within each output row (Sun et al. 2024).
+
+    It takes the arguments of `PruningCallback`, except `method` and `criterion`.
+    """
+
+    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
+        super().__init__(sparsity, method="wanda", criterion=Wanda(), **options)
+
+
+class SparseGPTPrune(PruningCallback):
+    """Prune column by column, and compensate in the later columns for each error (Frantar & Alistarh 2023).
+
+    It takes the arguments of `PruningCallback`, except `method` and `solver`, and `dampening`: the number that is added
+    to the diagonal of the Gram matrix, as a fraction of its mean.
+    """
+
+    def __init__(self, sparsity: float = 0.5, dampening: float = 0.01, **options: Any) -> None:
+        super().__init__(sparsity, method="sparsegpt", solver=SparseGPT(dampening), **options)
+
+
+class MagnitudePrune(PruningCallback):
+    """Prune the smallest weights of each layer (Han et al. 2015); only an allocation such as `OWL` reads data.
+
+    It takes the arguments of `PruningCallback`, except `method` and `criterion`.
+    """
+
+    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
+        super().__init__(sparsity, method="magnitude", criterion=Magnitude(), **options)

@@ -23,6 +23,11 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
+
+    Raises:
+        FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
+        MisconfigurationException: When training starts, if the module has no `save_pretrained`, or no process holds the
+            whole model.
     """
 
     def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -30,13 +35,7 @@ class SavePretrained(Callback):
         self.overwrite = overwrite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written, or a model that cannot be saved, before training starts.
-
-        Raises:
-            FileExistsError: If the folder is not empty and `overwrite` is false.
-            MisconfigurationException: If the module has no `save_pretrained`, no process holds the whole model, or the
-                Trainer is one of `pytorch_lightning`.
-        """
+        """Refuse a folder that cannot be written, or a model that cannot be saved, before training starts."""
         refuse_pytorch_lightning(trainer)
         if stage != "fit":
             return

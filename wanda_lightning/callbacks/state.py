@@ -34,19 +34,14 @@ class PruningState:
     report: PruningReport | None = None
 
     def record(self, report: PruningReport, share: float) -> None:
-        """Record that the model was pruned to a share of the final sparsity.
-
-        Layers that this stage did not prune keep their counts from an earlier stage. A layer that is all zeros is left
-        out: it was initialized to zero, not pruned, and may train.
-        """
+        """Record that the model was pruned to a share of the final sparsity."""
+        # Layers that this stage did not prune keep their counts. A layer that is all zeros was initialized so, and may
+        # train.
         self.zeros |= {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
         self.report, self.share, self.due = report, share, False
 
     def describes(self, zeros: Mapping[str, int]) -> bool:
-        """Whether a model with these zeros can be the one that was pruned, perhaps after more training.
-
-        If a layer has lost more than half of its zeros, this is another model, or dense weights were loaded into it.
-        """
+        """Whether a model with these zeros can be the pruned one: each layer has half of the recorded zeros or more."""
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
     def to_checkpoint(self) -> dict[str, Any]:
@@ -55,15 +50,10 @@ class PruningState:
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str) -> PruningState:
-        """Restore the state that `to_checkpoint` returned.
-
-        Args:
-            saved: The data from `to_checkpoint`.
-            choices: The choices of the callback that resumes.
-            name: The class name of that callback, for the error message.
+        """Restore the state that `to_checkpoint` returned, for a callback of the class `name`.
 
         Raises:
-            ValueError: If the choices differ from the saved ones.
+            ValueError: If the choices of the callback differ from the saved ones.
         """
         if saved["choices"] != choices:
             raise ValueError(

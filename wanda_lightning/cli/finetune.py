@@ -9,7 +9,7 @@ import lightning as L
 from rich.table import Table
 
 from wanda_lightning.callbacks import KeepZeros
-from wanda_lightning.callbacks.held_zeros import zeros_of
+from wanda_lightning.callbacks.keep_zeros import zeros_of
 from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions

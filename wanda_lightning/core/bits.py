@@ -24,7 +24,10 @@ def pack(flags: Tensor) -> Tensor:
         return flat.nonzero().squeeze(1).cpu()
     padding = flat.new_zeros(-flat.numel() % 8)
     octets = torch.cat([flat, padding]).view(torch.uint8).view(-1, 8)
-    return (octets << _BITS.to(flat.device)).sum(dim=1, dtype=torch.uint8).cpu()
+    packed = torch.zeros_like(octets[:, 0])
+    for column, shift in zip(octets.unbind(1), _BITS.tolist(), strict=True):
+        packed |= column << shift
+    return packed.cpu()
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:

@@ -10,14 +10,8 @@ from wanda_lightning.checks import one_line
 def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
     """Load a data set with `datasets.load_dataset`. All ranks may call it at once, since `datasets` locks its cache.
 
-    Args:
-        name: Id of the data set.
-        *config: Name of its configuration.
-        instead: The alternative that an error message recommends.
-        **options: More arguments of `load_dataset`.
-
     Raises:
-        OSError: If neither the cache nor the hub has the data set.
+        OSError: If neither the cache nor the hub has the data set; the message recommends `instead`.
         ValueError: If the data set cannot be read.
     """
     import datasets

@@ -10,12 +10,9 @@ from torch import Tensor
 
 
 def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
-    """Draw windows that start anywhere in one text: `start = randint(0, len(ids) - seqlen - 1)`.
+    """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
 
     `random.Random(seed)` draws the same windows as the reference code does for WikiText-2.
-
-    Returns:
-        Token ids of shape (num_samples, seqlen).
 
     Raises:
         ValueError: If the text, which the message calls `source`, does not have more than `seqlen` tokens.
@@ -39,12 +36,10 @@ def draw_from_documents(
     seed: int,
     source: str,
 ) -> Tensor:
-    """Draw windows that lie in one document each: draw documents until one is longer than `seqlen`, then the start.
+    """Draw windows from documents, as token ids of shape (num_samples, seqlen).
 
+    For each window, draw documents until one is longer than `seqlen`, then draw where the window starts in it.
     `random.Random(seed)` draws the same windows as the reference code does for C4. Only drawn documents are tokenized.
-
-    Returns:
-        Token ids of shape (num_samples, seqlen).
 
     Raises:
         ValueError: If no document of `source` has more than `seqlen` tokens.
@@ -74,14 +69,11 @@ def draw_from_documents(
 
 
 def cut(ids: Sequence[int], seqlen: int, limit: int | None, source: str) -> Tensor:
-    """Cut a text into adjacent windows for perplexity, and drop the rest at the end.
+    """Cut a text into adjacent windows for perplexity, at most `limit`, and drop the rest at the end.
 
     >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3, limit=None, source="a.txt")
     tensor([[1, 2, 3],
             [4, 5, 6]])
-
-    Returns:
-        Token ids of shape (windows, seqlen), at most `limit` windows.
 
     Raises:
         ValueError: If there are not enough tokens for one window.

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA
 
-_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need passes of their own
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need extra forward passes
 _HOW_TO_LOAD = """\
 ## How to load this adapter
 
@@ -28,17 +28,13 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     """Options for LoRA whose merged weight keeps every zero: W + s (B A) * keep, with keep = (W != 0).
 
     W is (d_out, d_in), A is (r, d_in), B is (d_out, r), and s is lora_alpha / r (lora_alpha / sqrt(r) with
-    `use_rslora`). Use it like `peft.LoraConfig`, with `peft.get_peft_model`, on a model that is already pruned. The
-    options are those of LoRA. Targets are nn.Linear and transformers' Conv1D. As in LoRA, dropout acts on the input of
-    the adapter.
+    `use_rslora`): Hu et al. 2021, eq. 3. Use it like `peft.LoraConfig`, which has the same options, on a model that is
+    already pruned. Targets are nn.Linear and transformers' Conv1D. Dropout acts on the input of the adapter.
 
-    A weight in half precision does not resolve small updates: W + s (B A) * keep stays W until an update exceeds half
-    of its last digit. For such weights the layer computes two products, one with W and one with the update, and only
-    merging rounds their sum, once. The merged and the adapted model then differ by that rounding (bfloat16: a relative
-    2^-9 of each weight). With W in float32 and no active dropout the layer computes one product, and the merged model
-    equals the adapted one.
-
-    Source: Hu et al. 2021 (LoRA), eq. 3. Sun et al. 2024 fine-tune with LoRA and do not merge.
+    A sum in half precision would lose updates that are smaller than half of the last digit of W. Therefore a layer in
+    half precision computes two products, one with W and one with the update, and only `merge` rounds the sum. The
+    merged and the adapted model then differ by that rounding (bfloat16: at most 2^-9 of each weight). With W in
+    float32 and no active dropout the layer computes one product, and the merged model equals the adapted one.
 
     Raises:
         ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
@@ -67,10 +63,10 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and say in the folder's README.md how to load the adapter."""
+        """Write adapter_config.json, and add to the folder's README.md how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         readme = Path(save_directory) / "README.md"
-        card = readme.read_text(encoding="utf-8") if readme.exists() else ""  # PEFT's, except in subfolders
+        card = readme.read_text(encoding="utf-8") if readme.exists() else ""  # PEFT writes one, except in subfolders
         if _HOW_TO_LOAD not in card:
             metadata, end, text = card.partition("\n---\n") if card.startswith("---\n") else ("", "", card)
             readme.write_text(f"{metadata}{end}{_HOW_TO_LOAD}\n{text}", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,17 +12,8 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False) -> Tensor:
-    """Return (W + left @ right) * keep, or (left @ right) * keep if `only_delta`, in the dtype of `keep`.
-
-    Since keep = (W != 0), the first equals W + (left @ right) * keep.
-    """
+    """Return W + (left @ right) * keep, or without W if `only_delta`, in the dtype of `keep` = (W != 0)."""
     dtype = keep.dtype
     left, right = left.to(dtype), right.to(dtype)
     total = torch.mm(left, right) if only_delta else torch.addmm(weight.to(dtype), left, right)
@@ -33,10 +23,10 @@ def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only
 class _KeptProduct(torch.autograd.Function):
     """Compute x @ (W + (left @ right) * keep)^T + addend, or the same without W if `only_delta`.
 
-    Backward needs only x, W and the two factors, so no second matrix of the size of W stays in memory.
+    Backward saves only x, W and the two factors, so no second matrix of the size of W stays in memory.
 
-    x is (..., d_in) in the dtype of the product. W, left @ right and keep have the layout of the layer: (d_out, d_in),
-    or (d_in, d_out) if `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out).
+    x is (..., d_in) in the dtype of the product. W and left @ right are (d_out, d_in), or (d_in, d_out) if
+    `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out).
     """
 
     @staticmethod
@@ -53,7 +43,7 @@ class _KeptProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight, left, right)
         ctx.transposed, ctx.only_delta = transposed, only_delta
         ctx.bias = addend is not None and addend.dim() == 1
-        with _without_autocast(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
             matrix = _kept_sum(weight, left, right, keep, only_delta=only_delta).to(x.dtype)
             matrix = matrix if transposed else matrix.t()
@@ -68,7 +58,7 @@ class _KeptProduct(torch.autograd.Function):
         x, weight, left, right = ctx.saved_tensors
         needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_left = grad_right = grad_addend = None
-        with _without_autocast(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
             if needs_x:
@@ -91,9 +81,9 @@ class _KeptProduct(torch.autograd.Function):
 class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed by mypy
     """A linear layer with adapters that never change its zeros. `get_peft_model` replaces each target with one.
 
-    `base_layer` holds W, (d_out, d_in) in nn.Linear and (d_in, d_out) in Conv1D. Several active adapters add up.
-    While adapters are merged, the layer keeps the original weight in memory (not in the state dict). A rounded sum
-    cannot be split again: subtracting the update could turn a small weight into a zero.
+    `base_layer` holds W, (d_out, d_in) in nn.Linear and (d_in, d_out) in Conv1D. The updates of active adapters add up.
+    While adapters are merged, the layer keeps the original weight in memory (not in the state dict), since subtracting
+    the update from the rounded sum could turn a small weight into a zero.
     """
 
     before_merge: tuple[Tensor, Tensor | None] | None = None  # original weight and bias, while merged
@@ -101,7 +91,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
     delta_keeps_zeros = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map (..., d_in) to (..., d_out). `adapter_names`, one per sample, selects an adapter for each (PEFT)."""
+        """Map (..., d_in) to (..., d_out). PEFT's `adapter_names` selects an adapter for each sample."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
@@ -138,7 +128,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         return result
 
     def _drops(self, name: str) -> bool:
-        """Whether dropout is active, so that the adapter sees another input than the layer."""
+        """Whether dropout is active, so that the inputs of adapter and layer differ."""
         dropout = self.lora_dropout[name]
         return dropout.training and getattr(dropout, "p", 0) > 0
 
@@ -149,14 +139,14 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return two thin matrices whose product is the sum of s B A over the adapters, in the layout of the layer."""
+        """Return two matrices of low rank whose product is the sum of s B A, in the layout of the layer."""
         outs = [self.scaling[name] * self.lora_B[name].weight for name in names]
         ins = [self.lora_A[name].weight for name in names]
         b, a = (outs[0], ins[0]) if len(names) == 1 else (torch.cat(outs, 1), torch.cat(ins, 0))
         return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
 
     def _fuses(self) -> bool:
-        """Whether one product may replace the layer's own forward: it has no hooks, and W resolves small updates."""
+        """Whether one product may replace the layer's own forward: it has no hooks, and W is not in half precision."""
         base = self.base_layer
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)

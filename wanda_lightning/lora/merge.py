@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.lora.layer import KeepZerosLinear
-from wanda_lightning.lora.targets import refuse_quantized
+from wanda_lightning.lora.tuner import refuse_quantized
 
 
 @torch.no_grad()
@@ -18,9 +18,9 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     """Merge the active adapters into the weights and return the model without PEFT.
 
     Keep-zeros adapters merge to W + s (B A) * keep, and `merge` checks every zero afterwards. Plain adapters merge to
-    the dense W + s B A. With `reprune`, `merge` restores the zeros that they filled. The result then is not the model
-    that was trained, since it lacks s B A where W was zero, so evaluate it again. The same holds for the matrices in
-    `modules_to_save`, which PEFT trains whole. `merge` needs one bit of memory per targeted weight.
+    the dense W + s B A, and PEFT trains the matrices in `modules_to_save` whole. With `reprune`, `merge` restores the
+    zeros that these filled. The result is then not the model that was trained, so evaluate it again. `merge` needs one
+    bit of memory per targeted weight.
 
     Args:
         model: The return value of `peft.get_peft_model` or `PeftModel.from_pretrained`. It must not be used afterwards.
@@ -34,7 +34,12 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
 
     Source: Hu et al. 2021, section 4.1, for merging. Sun et al. 2024 do not merge the adapters of a pruned model.
     """
-    tuner = _tuner_of(model)
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, BaseTuner):
+        raise ValueError(
+            "model must be a PeftModel with adapters in its layers, as peft.get_peft_model returns it, but this "
+            f"{type(model).__name__} has none."
+        )
     layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, layer in layers.items():
         refuse_quantized(name, layer.get_base_layer())
@@ -68,17 +73,6 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
             stacklevel=2,
         )
     return merged
-
-
-def _tuner_of(model: PeftModel) -> BaseTuner:
-    if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner):
-        return model.base_model
-    kind = type(model).__name__
-    if isinstance(model, PeftModel):
-        kind += f" of {type(model.base_model).__name__}"
-    raise ValueError(
-        f"model must be a PeftModel with adapters in its layers, as peft.get_peft_model returns it, but it is a {kind}."
-    )
 
 
 def _targeted_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

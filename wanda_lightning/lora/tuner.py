@@ -6,18 +6,16 @@ from typing import Any
 
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.lora.layer import KeepZerosLinear
-from wanda_lightning.lora.targets import check_target
+from wanda_lightning.models.quantized import is_quantized
 
 
 class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not followed by mypy
-    """PEFT's LoRA with a `KeepZerosLinear` in place of each target.
-
-    `peft.get_peft_model` makes one from a `KeepZerosLoraConfig`.
-    """
+    """PEFT's LoRA with a `KeepZerosLinear` in place of each target; `get_peft_model` constructs it."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, and warn if the weights that it targets contain no zeros."""
@@ -63,7 +61,7 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
         kwargs.pop("parameter_name", None)
         transposed = isinstance(target, Conv1D)
         layer = KeepZerosLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs)
-        layer.fan_in_fan_out = transposed  # set by the class of the layer, whatever the config says
+        layer.fan_in_fan_out = transposed  # the class of the layer decides, not the config
         return layer
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
@@ -77,3 +75,39 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
             )
         finally:
             del target.delta_keeps_zeros
+
+
+def refuse_quantized(name: str, layer: nn.Module) -> None:
+    """Raise a ValueError if a layer is quantized: merging would round its weights again and lose zeros."""
+    if is_quantized(layer):
+        weight = getattr(layer, "weight", None)
+        kind = f", {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        raise ValueError(
+            f"target_modules must name layers with floating-point weights, but {name} is a quantized layer "
+            f"({type(layer).__name__}{kind}), and merging into quantized weights loses zeros. "
+            "Load the model without quantization."
+        )
+
+
+def check_target(name: str, module: nn.Module) -> Tensor:
+    """Return the weight of a layer that can take a keep-zeros adapter.
+
+    Raises:
+        ValueError: The layer already has other adapters, is quantized, or is not a linear layer.
+    """
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, KeepZerosLinear):
+        raise ValueError(
+            f"target_modules must name layers without adapters of another type, but {name} already has such adapters "
+            f"({type(module).__module__}.{type(module).__name__}). Merge or unload them first."
+        )
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    refuse_quantized(name, layer)
+    in_attention = isinstance(layer, NonDynamicallyQuantizableLinear)  # F.multi_head_attention_forward reads its weight
+    if in_attention or not isinstance(layer, nn.Linear | Conv1D):
+        raise ValueError(
+            f"target_modules must name layers of type nn.Linear or transformers' Conv1D, but {name} is a "
+            f"{type(layer).__name__}{' inside nn.MultiheadAttention' if in_attention else ''}. "
+            f"Remove it from target_modules (or add it to exclude_modules), or train all of its weights with "
+            f"modules_to_save=['{name.rpartition('.')[2]}']."
+        )
+    return layer.weight

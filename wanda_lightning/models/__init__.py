@@ -1,27 +1,23 @@
 """Find what can be pruned in a model: layers, blocks and experts; also skipped matrices and padding."""
 
-from wanda_lightning.models.experts import stacked_experts
 from wanda_lightning.models.find_layers import find_layers
 from wanda_lightning.models.from_config import model_from_config
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.models.layers import Layer, LayerKind, layer_kinds
+from wanda_lightning.models.layers import Layer, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
-from wanda_lightning.models.quantized import is_quantized, is_wrapper
+from wanda_lightning.models.quantized import is_wrapper
 
 __all__ = [
     "Inventory",
     "Layer",
-    "LayerKind",
     "SkipReason",
     "SkippedMatrix",
     "TokenMask",
     "Unit",
     "find_layers",
     "fitting_mask",
-    "is_quantized",
     "is_wrapper",
     "layer_kinds",
     "model_from_config",
-    "stacked_experts",
     "token_masks",
 ]

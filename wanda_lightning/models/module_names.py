@@ -20,8 +20,3 @@ def uncompiled_name(name: str) -> str:
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by name, without the wrappers of `torch.compile` and their parts of the names."""
     return {uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules}
-
-
-def unwrap_compiled(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wraps, or the module itself."""
-    return module._modules.get(_COMPILED) or module

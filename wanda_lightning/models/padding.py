@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.models.module_names import named_modules, unwrap_compiled
+from wanda_lightning.models.module_names import named_modules, uncompiled_name
 
 _NO_LABEL = -100  # transformers pads labels with this value
 
@@ -55,12 +55,11 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     _check_shape(attention, batch)
     keep = _attended(attention)
     masks = [] if keep is None else [TokenMask("", keep)]
-    modules = named_modules(model)
-    for name, module in modules.items():
+    for name, module in named_modules(model).items():
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-            encoder = unwrap_compiled(module.get_encoder())  # type: ignore[operator]
-            inside = next(inner for inner, other in modules.items() if other is encoder)
-            masks = [TokenMask(inside, mask.keep) for mask in masks] + _decoder_masks(name, batch)
+            encoder = module.get_encoder()  # type: ignore[operator]
+            inside = next(inner for inner, other in model.named_modules() if other is encoder)
+            masks = [TokenMask(uncompiled_name(inside), mask.keep) for mask in masks] + _decoder_masks(name, batch)
             break
     usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
     return usable if any(not (mask.keep.numel() and mask.keep.all()) for mask in usable) else ()

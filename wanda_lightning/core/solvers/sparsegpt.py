@@ -87,8 +87,11 @@ class SparseGPT(Solver):
         self._prune_columns(columns, pruned, factor / factor.diagonal()[:, None], choosers)
         keep = pruned == 0
         mask_(columns, keep)
-        parts = [(columns[:, own].t().contiguous(), keep[:, own].t().contiguous()) for own in rows]
-        return [(part.to(weight.dtype), mask) for (part, mask), weight in zip(parts, weights, strict=True)]
+        solved = []
+        for weight, own in zip(weights, rows, strict=True):
+            part = columns[:, own].t().to(weight.dtype, memory_format=torch.contiguous_format)
+            solved.append((part, keep[:, own].t().contiguous()))
+        return solved
 
     def _prune_columns(self, columns: Tensor, pruned: Tensor, scaled: Tensor, choosers: Sequence[_Chooser]) -> None:
         """Update `columns` in place for the weights marked in `pruned`, which the choosers fill in column by column."""
