@@ -101,10 +101,12 @@ class BatchThread(threading.Thread):
         self.call, self._output = None, output
         del output
         switches = ProcessSwitches()
-        with self._watch(self):
-            self._go.release()
-            self._back.acquire()
-        switches.restore()
+        try:
+            with self._watch(self):
+                self._go.release()
+                self._back.acquire()
+        finally:
+            switches.restore()
         if self._error is not None:
             raise self._error
 

@@ -21,7 +21,7 @@ from wanda_lightning.calibration.batch_thread import BatchThread, Call, park
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import find_revisits
 from wanda_lightning.calibration.stalls import StallDetector
-from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
+from wanda_lightning.calibration.thread_state import ThreadState
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, is_sharded
 
 
@@ -62,33 +62,29 @@ def lockstep(
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(units)))
-    switches = ProcessSwitches()
     with _parking(units), _batch_threads(forwards, names or [type(unit).__name__ for unit in units]) as threads:
-        try:
+        with processes.fail_together():
+            for thread in threads:
+                thread.start()
+                thread.advance()
+        while True:
+            parked = [thread for thread in threads if thread.call is not None]
+            unit = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
+            if unit == len(units):
+                return
+            here = [thread for thread in parked if thread.unit == unit]
+            if unit in pending:
+                yield Stop(unit, tuple(thread.call for thread in here if thread.call is not None))
+                pending.remove(unit)
+            else:
+                revisited.add(unit)
+            if not pending:
+                if here and not any(map(is_sharded, units)):
+                    find_revisits(here[0], units, revisited)
+                return
             with processes.fail_together():
-                for thread in threads:
-                    thread.start()
-                    thread.advance()
-            while True:
-                parked = [thread for thread in threads if thread.call is not None]
-                unit = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
-                if unit == len(units):
-                    return
-                here = [thread for thread in parked if thread.unit == unit]
-                if unit in pending:
-                    yield Stop(unit, tuple(thread.call for thread in here if thread.call is not None))
-                    pending.remove(unit)
-                else:
-                    revisited.add(unit)
-                if not pending:
-                    if here and not any(map(is_sharded, units)):
-                        find_revisits(here[0], units, revisited)
-                    return
-                with processes.fail_together():
-                    for thread in here:
-                        thread.run_unit()
-        finally:
-            switches.restore()
+                for thread in here:
+                    thread.run_unit()
 
 
 @contextmanager

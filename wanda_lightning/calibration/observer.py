@@ -154,12 +154,7 @@ class Observer:
 class PassiveCalibration:
     """Collects statistics of a dense model from forward passes that run anyway, as in a validation loop.
 
-    Args:
-        model: The model.
-        unit: All layers of the model.
-        needs: Names of the statistics.
-        min_expert_tokens: See `Observer`.
-        processes: All processes that calibrate together.
+    `unit` holds all layers of the model; see `Observer` for the other arguments.
     """
 
     def __init__(

@@ -55,16 +55,10 @@ def all_reduce_statistics(
     needs: frozenset[str],
     processes: Processes,
 ) -> tuple[dict[str, InputStatistics], set[str]]:
-    """Sum the statistics of a unit over all processes, in one object for each distinct input.
+    """Sum the statistics of the layers of a unit over all processes, in one object for each distinct input.
 
-    The layout of the message does not depend on which layers the batches of a process reached.
-
-    Args:
-        layers: Layers of the unit.
-        own: The statistics of this process for each layer that its batches reached.
-        padding_counted: Layers whose statistics include padding in this process.
-        needs: Names of the sums.
-        processes: The processes.
+    `own` and `padding_counted` are those of this process. The layout of the message does not depend on which layers its
+    batches reached.
 
     Returns:
         The statistics of every layer, with a count of 0 if no batch reached it; and the layers whose statistics include

@@ -23,7 +23,7 @@ def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only
 class _KeptProduct(torch.autograd.Function):
     """Compute x @ (W + (left @ right) * keep)^T + addend, or the same without W if `only_delta`.
 
-    Backward saves only x, W and the two factors, so no second matrix of the size of W stays in memory.
+    Only x, W and the two factors are saved for backward, so no second matrix of the size of W stays in memory.
 
     x is (..., d_in) in the dtype of the product. W and left @ right are (d_out, d_in), or (d_in, d_out) if
     `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out).
