@@ -17,7 +17,7 @@ PRUNE = """
 import torch
 from torch import nn
 from wanda_lightning import WandaPrune, prune
-from wanda_lightning.cli import command_parser
+from wanda_lightning.cli import parse_options
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 6))
@@ -30,7 +30,7 @@ for row, score in zip(expected, scores):
     row[score.argsort()[:8]] = 0
 assert torch.equal(model[0].weight, expected)
 assert "SoftWanda" in str(report.config["criterion"])
-command_parser("prune").parse_args(["--model=any", "--prune_method=soft_wanda"])
+parse_options("prune", ["--model=any", "--prune_method=soft_wanda"])
 """
 
 

@@ -89,7 +89,7 @@ def test_refusals(tmp_path, monkeypatch):
     for refuse in (refuse_replacement, lambda *args: whole_folder(*args).__enter__()):
         with pytest.raises(FileExistsError, match="are not a model"):
             refuse(tmp_path / "x", True)
-        with pytest.raises(FileExistsError, match=r"x is not empty.*overwrite"):
+        with pytest.raises(FileExistsError, match=r"x is a folder that is not empty.*overwrite"):
             refuse(tmp_path / "x")
         with pytest.raises(FileExistsError, match="is a file"):
             refuse(tmp_path / "x" / "old", True)

@@ -54,21 +54,29 @@ class PruningConfig:
     ) -> PruningConfig:
         """Resolve names to objects, and fill in the defaults. Only this function does so.
 
+        An object such as `SparseGPT(dampening=0.1)`, `NM(1, 4)` or `PerLayer({...})` can replace a name. The commands
+        `prune` and `inspect` derive their options from this signature, and their help from the first sentence of each
+        argument.
+
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-            method: Name of a method or preset, which sets the defaults of the following arguments.
-            criterion: Scores the weights: `Wanda()`, `Magnitude()`, `RIA()`, or a name; by default the solver's own.
-            pattern: Where zeros may fall: `"unstructured"` compares the same weights as the method's paper (within rows
-                for Wanda, within layers for magnitude and SparseGPT); or `Unstructured("row")`, `NM(2, 4)`,
-                `EqualShare()`, or a name such as `"2:4"`.
-            allocation: Distributes the sparsity over the layers: `Uniform()`, `Fisher()`, `OWL()`, `AlphaPruning()`,
-                `PerLayer({...})`, or a name such as `"owl"`.
-            solver: Computes the final weights: `ZeroOut()`, `SparseGPT()`, `Refit()`, `ADMM()`, or a name.
-            recovery: Trains the kept weights afterwards: `NoRecovery()`, `Reconstruct()`, or a name.
-            sequential: What is pruned before the statistics are collected: `"block"` (the earlier blocks), `"layer"`
-                (all earlier layers) or `"none"` (nothing).
+            method: Name of a method or preset, which sets the defaults of the other choices.
+            criterion: How weights are scored, by default as in the paper of the method or the solver.
+            pattern: Where zeros may fall: `unstructured`, or N:M such as `2:4`, which keeps N of every M weights.
+                `"unstructured"` compares the same weights as the method's paper: within rows for Wanda, within layers
+                for magnitude and SparseGPT. `"unstructured_row"` and `"unstructured_layer"` override this, and
+                `"equal_share"` is the paper's variant.
+            allocation: How layers share the sparsity: all alike (`uniform`); less where more scores are outliers
+                (`owl`) or where the weights' spectrum has a heavier tail (`alpha`), per block or per layer; less where
+                the predictions depend on more (`fisher`).
+            solver: How the final weights are computed: by setting weights to zero (`zero_out`), or with an update of
+                the kept weights.
+            recovery: How the kept weights are trained after the masks are chosen.
+            sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
+                layers (`layer`) or nothing (`none`).
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
-            only: The layers to prune, named in the same way; by default all. `skip` takes precedence.
+            only: Layers to prune, by default all: names, globs, or `re:` and a regular expression. `skip` takes
+                precedence.
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
             min_expert_tokens: Experts with fewer calibration tokens are pruned with the statistics of all experts of
                 their module. A norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n), 12 % for n = 32.
@@ -76,40 +84,32 @@ class PruningConfig:
         Raises:
             ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
         """
-        named_methods = {**methods.METHODS, **methods.PRESETS}
-        base: methods.Method = methods.Method() if method is None else _named("method", method, named_methods)
-        chosen_solver: Solver = _resolve("solver", methods.SOLVERS, solver, base.solver)
+        skip, only = check_patterns("skip", skip), check_patterns("only", only)
+        _check_numbers(sparsity, min_expert_tokens)  # here, too, because the following lines import torch
+        base: methods.Method = methods.Method() if method is None else _named("method", method)
+        chosen_solver: Solver = _resolve("solver", solver, base.solver)
         if criterion is None and (solver is not None or base.criterion is None):
             criterion = chosen_solver.own_criterion
-        chosen_criterion: Criterion = _resolve("criterion", methods.CRITERIA, criterion, base.criterion)
+        chosen_criterion: Criterion = _resolve("criterion", criterion, base.criterion)
         chosen_pattern = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
         usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
         return cls(
             sparsity=sparsity,
             criterion=chosen_criterion,
             pattern=chosen_pattern,
-            allocation=_resolve("allocation", methods.ALLOCATIONS, allocation, usual_allocation),
+            allocation=_resolve("allocation", allocation, usual_allocation),
             solver=chosen_solver,
-            recovery=_resolve("recovery", methods.RECOVERIES, recovery, base.recovery),
+            recovery=_resolve("recovery", recovery, base.recovery),
             sequential=base.sequential or "block" if sequential is None else sequential,
-            skip=check_patterns("skip", skip),
-            only=check_patterns("only", only),
+            skip=skip,
+            only=only,
             include_grouped=include_grouped,
             min_expert_tokens=min_expert_tokens,
         )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, Real) or isinstance(self.sparsity, bool) or not 0 <= self.sparsity < 1:
-            raise ValueError(
-                "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
-                f"{self.sparsity!r}."
-            )
-        if self.sequential not in methods.SEQUENTIAL_CHOICES:
-            raise ValueError(_not_one_of("sequential", self.sequential, methods.SEQUENTIAL_CHOICES))
-        if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 0:
-            raise ValueError(
-                f"min_expert_tokens must be a number of tokens, 0 or more, but it is {self.min_expert_tokens!r}."
-            )
+        _check_numbers(self.sparsity, self.min_expert_tokens)
+        _named("sequential", self.sequential)
         if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
             raise ValueError(
                 f"criterion={self.criterion} cannot be combined with solver={self.solver}, which scores the weights "
@@ -153,6 +153,17 @@ def _reads_batches(choice: Any) -> bool:
     return getattr(choice, "reads_gradients", False) or getattr(choice, "reads_batches", False)
 
 
+NAMES: Mapping[str, Mapping[str, Any]] = {
+    "method": {**methods.METHODS, **methods.PRESETS},
+    "criterion": methods.CRITERIA,
+    "pattern": methods.PATTERNS,
+    "allocation": methods.ALLOCATIONS,
+    "solver": methods.SOLVERS,
+    "recovery": methods.RECOVERIES,
+    "sequential": dict.fromkeys(methods.SEQUENTIAL_CHOICES),
+}
+"""The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
+
 _BASES = {
     "criterion": "core.criteria.Criterion",
     "pattern": "core.patterns.Pattern",
@@ -162,22 +173,32 @@ _BASES = {
 }
 
 
-def _named(option: str, name: str, table: Mapping[str, Any]) -> Any:
-    if name not in table:
-        raise ValueError(_not_one_of(option, name, table))
-    return table[name]
+def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
+    if not isinstance(sparsity, Real) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise ValueError(
+            "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
+            f"{sparsity!r}."
+        )
+    if not isinstance(min_expert_tokens, int) or min_expert_tokens < 0:
+        raise ValueError(f"min_expert_tokens must be a number of tokens, 0 or more, but it is {min_expert_tokens!r}.")
 
 
-def _resolve(option: str, table: Mapping[str, methods.Choice], given: Any, default: methods.Choice | None) -> Any:
+def _named(option: str, name: str) -> Any:
+    if name not in NAMES[option]:
+        raise ValueError(_not_one_of(option, name, NAMES[option]))
+    return NAMES[option][name]
+
+
+def _resolve(option: str, given: Any, default: methods.Choice | None) -> Any:
     """Return the object for an option, which is given as an object, as a name, or not at all."""
     if given is None:
         assert default is not None
         return default()
     if isinstance(given, str):
-        return _named(option, given, table)()
+        return _named(option, given)()
     if not isinstance(given, (base := methods.load(_BASES[option]))):
         raise ValueError(
-            f"{option} must be of class {base.__name__} or one of {', '.join(table)}, but it is {given!r}."
+            f"{option} must be of class {base.__name__} or one of {', '.join(NAMES[option])}, but it is {given!r}."
         )
     return given
 
@@ -196,9 +217,9 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
         given = f"unstructured_{group}"
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
         return methods.load("core.patterns.NM")(n=int(match[1]), m=int(match[2]))
-    if given is None or (isinstance(given, str) and given not in methods.PATTERNS):
-        raise ValueError(_not_one_of("pattern", given, ["unstructured", *methods.PATTERNS, "N:M"]))
-    return _resolve("pattern", methods.PATTERNS, given, None)
+    if given is None or (isinstance(given, str) and given not in NAMES["pattern"]):
+        raise ValueError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M"]))
+    return _resolve("pattern", given, None)
 
 
 def _not_one_of(option: str, given: object, names: Iterable[str]) -> str:

@@ -40,9 +40,8 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
         if target.is_dir():
             raise IsADirectoryError(f"{path} must be a file, but it is a folder. Name a file inside it.")
         if os.path.lexists(target) and not overwrite:
-            raise FileExistsError(f"The file {path} exists. Choose another name, or replace it with overwrite=True.")
-        _check_name(target)
-        _try_to_write(target.parent)
+            raise FileExistsError(f"{path} already exists. Choose another name, or replace it with overwrite=True.")
+        _try_to_write(target.parent, target)
 
 
 def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -54,9 +53,10 @@ def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> No
         if os.path.lexists(target) and not target.is_dir():
             raise FileExistsError(f"{path} must be a folder, but it is a file. Choose another path.")
         if _entries(target) and not overwrite:
-            raise FileExistsError(f"The folder {path} is not empty. Choose another, or allow it with overwrite=True.")
-        _check_name(target)
-        _try_to_write(target)
+            raise FileExistsError(
+                f"{path} is a folder that is not empty. Choose another, or allow it with overwrite=True."
+            )
+        _try_to_write(target, target)
 
 
 def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -71,12 +71,12 @@ def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) ->
         return
     if not (target / _CONFIG).is_file():
         raise FileExistsError(
-            f"Overwriting {path} would delete files that are not a model (there is no config.json). Choose another "
+            f"{path} has files that would be deleted and are not a model (there is no config.json). Choose another "
             "folder, or empty this one."
         )
     if Path.cwd().is_relative_to(target):
         raise FileExistsError(
-            f"Overwriting {path} would replace a folder that contains the working directory. Choose a folder inside it."
+            f"{path} contains the working directory, so it cannot be replaced. Choose a folder inside it."
         )
 
 
@@ -92,10 +92,9 @@ def _megabytes(size: int) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """List a folder without our leftovers and the `lost+found` of an ext4 file system; [] if there is no folder."""
-    if not folder.is_dir():
-        return []
-    return [entry for entry in folder.iterdir() if not entry.name.startswith((_PREFIX, "lost+found"))]
+    """List a folder, if it exists, without our leftovers and the `lost+found` of an ext4 file system."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [entry for entry in entries if not entry.name.startswith((_PREFIX, "lost+found"))]
 
 
 def _existing(path: Path) -> Path:
@@ -103,19 +102,15 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
-def _check_name(target: Path) -> None:
-    """Raise the error of the operating system for a name that is too long."""
-    limit = os.pathconf(_existing(target), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+def _try_to_write(folder: Path, target: Path) -> None:
+    """Raise the error of the operating system for a name that is too long, or a place that cannot be written to."""
+    place = _existing(folder)
+    limit = os.pathconf(place, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if any(len(os.fsencode(part)) > limit for part in target.parts):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-
-
-def _try_to_write(folder: Path) -> None:
-    """Create and remove a folder in the nearest existing parent, since permissions and quotas cannot be checked."""
-    place = _existing(folder)
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file, not a folder")
-    probe = _temporary_name(place, folder)
+    probe = _temporary_name(place, folder)  # permissions and quotas show only when something is created
     probe.mkdir()
     probe.rmdir()
 
@@ -138,10 +133,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write to; the file replaces `path` if the body ends without an error.
 
-    Missing parent folders are created.
-
-    Raises:
-        IsADirectoryError: If `path` is a folder.
+    Missing parent folders are created. A folder is refused with an IsADirectoryError.
     """
     refuse_existing(path, overwrite=True)
     target = _resolved(path)
@@ -202,13 +194,7 @@ def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator
 
 
 def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> Path:
-    """Return the folder, or a free one next to it, such as `out-2`, if another run has finished in it meanwhile.
-
-    Args:
-        path: The folder.
-        marker: The file that a finished run leaves in it.
-        overwrite: Always return the folder.
-    """
+    """Return the folder, or a free one next to it, such as `out-2`, if another run has left its `marker` file in it."""
     target = _resolved(path)
     if overwrite or not (target / marker).exists():
         return Path(path)
@@ -219,11 +205,9 @@ def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False
 def _can_be_renamed(folder: Path) -> bool:
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK):
         return False
-    try:  # os.path.ismount does not detect a bind mount on the same device
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return True
-    return str(folder).replace(" ", r"\040") not in {line.split()[4] for line in mounts.splitlines()}
+    mounts = Path("/proc/self/mountinfo")  # os.path.ismount does not detect a bind mount on the same device
+    lines = mounts.read_text("utf-8", "surrogateescape").splitlines() if mounts.exists() else []
+    return str(folder).replace(" ", r"\040") not in {line.split()[4] for line in lines}
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -239,7 +223,7 @@ def _swap(new: Path, target: Path) -> None:
 
 def _move_into(target: Path, new: Path, overwrite: bool) -> None:
     if (found := _entries(target)) and not overwrite:
-        raise FileExistsError(f"The folder {target} is no longer empty: another process has written to it.")
+        raise FileExistsError(f"{target} is no longer empty: another process has written to it.")
     with _temporary(target, target, is_folder=True) as old:
         moved: list[tuple[Path, Path]] = []
         try:
@@ -289,7 +273,7 @@ def _clean_up(home: Path, target: Path) -> None:
     If a run was killed while it replaced a folder, the old folder is moved back first.
     """
     for leftover in home.glob(f"{_label(target)}*"):
-        if fcntl is None or (lock := _lock(leftover)) is None:
+        if (lock := _lock(leftover)) is None:
             continue
         if leftover.is_dir() and (leftover / target.name).is_dir() and not target.exists():
             os.replace(leftover / target.name, target)
@@ -298,7 +282,7 @@ def _clean_up(home: Path, target: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file or folder; return the descriptor that holds the lock, or None if another process has locked it."""
+    """Return a descriptor that locks a file or folder; None if another process has locked it."""
     if fcntl is None:
         return None
     try:

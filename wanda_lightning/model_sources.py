@@ -20,9 +20,7 @@ _LOCAL_FOLDER = "local-dir:"  # timm's prefix of a folder
 
 
 def locate(name: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the arguments of `from_pretrained` that locate the files of a language model or tokenizer.
-
-    A path that exists is local, with `~` expanded; anything else is a hub id.
+    """Return the arguments of `from_pretrained` for a path that exists, with `~` expanded, or else a hub id.
 
     Raises:
         FileNotFoundError: If a GGUF file does not exist.
@@ -50,16 +48,13 @@ def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
     """
     source = locate(name)
     path = Path(name).expanduser()
-    if path.exists() and path.suffix != ".gguf":
-        if not path.is_dir():
-            raise OSError(
-                f"model must be a folder or a .gguf file, but {path} is another file. Give the folder with config.json "
-                "and the safetensors weights."
-            )
-        if not (path / "config.json").is_file():
-            raise OSError(
-                f"model must be a folder that Hugging Face transformers can load, but {path} has no config.json."
-            )
+    if path.is_file() and path.suffix != ".gguf":
+        raise OSError(
+            f"model must be a folder or a .gguf file, but {path} is another file. Give the folder with config.json and "
+            "the safetensors weights."
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise OSError(f"model must be a folder that Hugging Face transformers can load, but {path} has no config.json.")
     from transformers import AutoConfig
 
     with reading("configuration", name):
@@ -77,10 +72,10 @@ def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
 
 @contextmanager
 def reading(part: str, name: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn the errors that a library raises while it reads the `part` of the model `name` into errors for the user.
+    """While a library reads the `part` of the model `name`, turn its errors, of many classes, into errors for the user.
 
-    The libraries raise many classes. A missing file becomes an OSError, and a file that cannot be used a ValueError.
-    Errors about missing packages and exhausted memory are not changed.
+    A missing file becomes an OSError, and a file that cannot be used a ValueError. Errors about missing packages and
+    exhausted memory stay as they are.
     """
     try:
         yield

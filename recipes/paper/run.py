@@ -35,7 +35,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from wanda_lightning.cli import command_parser
+from wanda_lightning.cli import parse_options
 from wanda_lightning.core.name_patterns import did_you_mean
 from wanda_lightning.files import whole_file
 from wanda_lightning.report import REPORT_NAME
@@ -175,8 +175,8 @@ def check(cells: Sequence[Cell], out: Path, overwrite: bool) -> None:
     for cell in cells:
         for command, *arguments in cell.commands(out):
             try:
-                command_parser(command).parse_args(arguments)
-            except argparse.ArgumentError as error:
+                parse_options(command, arguments)
+            except ValueError as error:
                 raise ValueError(f"{cell.path}: {error}") from error
         now = cell.options
         before = (cell.finished(out) or {"options": now})["options"]

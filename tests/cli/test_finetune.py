@@ -21,7 +21,7 @@ def tuned(text, inputs):
     """The options of a fast run on the language model, pruned."""
     assert run(*text, "--save_model", "pruned") == 0
     texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "6"]
-    sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01", "--lora_dropout", "0"]
+    sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01"]
     return ["finetune", "--model", "pruned", *texts, *sizes]
 
 
@@ -67,10 +67,10 @@ def test_adapters_without_peft_are_explained(tuned, refused, monkeypatch):
 
 def test_what_cannot_be_fine_tuned(tuned, inputs, refused, tmp_path):
     refused(*tuned, "--model", inputs / "llama", message="has no zeros to keep. Prune it first")
-    refused(*tuned, "--steps", "0", message="--steps must be at least 1, but it is 0", code=2)
-    refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65")
+    refused(*tuned, "--steps", "0", message="--steps must be a whole number of at least 1, but it is 0", code=2)
+    refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65", code=2)
     refused(*tuned, "--target_modules", "no_such", message="no_such")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    refused(*tuned, "--save_model", "mine", message="The folder mine is not empty")
-    refused(*tuned, "--save_model", "mine", "--overwrite", message="are not a model")
+    refused(*tuned, "--save_model", "mine", message="--save_model mine is a folder that is not empty", code=2)
+    refused(*tuned, "--save_model", "mine", "--overwrite", message="are not a model", code=2)

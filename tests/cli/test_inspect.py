@@ -90,8 +90,9 @@ def test_inspect_a_mixture_of_experts(capsys):
 
 
 def test_inspect_a_timm_model(capsys):
-    assert run("inspect", "--model", "timm:test_convnext", "--sequential", "none") == 0
+    assert run("inspect", "--model", "timm:test_convnext") == 0
     out = capsys.readouterr().out
+    assert "with --sequential none" in out
     assert "depthwise convolution" in out
     assert "output head" in out
     assert "in 1 unit hold" in out
@@ -111,8 +112,27 @@ def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--sparsity_type", "2:5"], "--sparsity_type 2:5 fits none of the 14 layers"),
+        (["--skip", "model"], "model has nothing to prune"),
+    ],
+)
+def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
+    assert run("inspect", "--model", inputs / "llama", *more) == 1
+    out, err = capsys.readouterr()
+    assert "0 layers in 0 units" in out
+    assert message in err
+
+
+@pytest.mark.parametrize(("more", "sequential"), [([], "block"), (["--preset", "fast"], "layer")])
+def test_inspect_shows_the_units_of_the_method(inputs, capsys, more, sequential):
+    assert run("inspect", "--model", inputs / "llama", *more) == 0
+    assert f"parameters, with --sequential {sequential}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
         (["--model", "gone"], "couldn't connect to 'https://huggingface.co'"),
-        (["--model", "gone.gguf"], "gone.gguf does not exist"),
         (["--model", "timm:test_vitt"], "Did you mean test_vit"),
         (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "--only blocks.9 matches no matrix"),

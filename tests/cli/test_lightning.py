@@ -143,6 +143,15 @@ def test_a_recipe_is_refused(recipe, refused, pruning, message):
     refused("validate", "--config", recipe(**pruning), message=message)
 
 
+def test_a_wrong_class_path_is_refused(recipe, refused):
+    path = Path(recipe())
+    path.write_text(path.read_text().replace("wanda_lightning.WandaPrune", "wanda_lightning.WandaPrun"))
+    err = refused("validate", "--config", str(path), message="has no attribute 'WandaPrun'", code=2)
+    assert err.startswith("wanda-lightning: error: trainer.callbacks")
+    assert "Did you mean WandaPrune" in err
+    assert err.count("\n") == 1
+
+
 def test_a_recipe_on_a_missing_file_is_refused(recipe, refused, inputs):
     more = ["--data.init_args.calibration", f"{inputs}/gone.txt"]
     refused("validate", "--config", recipe(), *more, message="gone.txt does not exist")

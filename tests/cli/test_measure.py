@@ -1,22 +1,14 @@
-"""Warnings of a command, and where it saves a model."""
+"""The length of windows against the context of a model, and where a command saves a model."""
 
-import sys
-import warnings
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from wanda_lightning.cli import measure
-
-
-def test_warnings_are_one_line_without_a_path(capsys):
-    with warnings.catch_warnings(), measure.readable_messages():
-        warnings.simplefilter("always")
-        text = warnings.formatwarning("num_samples is 50", UserWarning, "/a/path.py", 3)
-        sys.stderr.write(text)
-    assert capsys.readouterr().err == "wanda-lightning: warning: num_samples is 50\n"
-    assert "/a/path.py" in warnings.formatwarning("x", UserWarning, "/a/path.py", 3)
+from wanda_lightning.cli.measure import checked_seqlen, refuse_long_windows
 
 
 class Model(nn.Module):
@@ -48,3 +40,29 @@ def test_a_disk_that_is_too_small_for_the_weights(tmp_path, monkeypatch):
         else:
             with pytest.raises(OSError, match=r"out needs 1\.00 MB, but 1\.00 MB are free on its disk"):
                 measure.refuse_no_space(str(tmp_path / "out"), Model())
+
+
+def config(context):
+    inner = SimpleNamespace() if context is None else SimpleNamespace(max_position_embeddings=context)
+    return SimpleNamespace(get_text_config=lambda: inner)
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "context", "expected"),
+    [(None, 64, 64), (None, 4096, 2048), (None, None, 2048), (32, 64, 32), (64, 64, 64)],
+)
+def test_the_context_is_the_default_and_the_limit(seqlen, context, expected):
+    assert checked_seqlen(seqlen, config(context), 2048) == expected
+
+
+def test_more_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="--seqlen must be at most 64, the model's context, but it is 65"):
+        checked_seqlen(65, config(64), 2048)
+
+
+def test_long_windows_are_refused_without_the_weights(inputs, tmp_path):
+    shutil.copytree(inputs / "llama", tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    refuse_long_windows(None, "gone", {})
+    refuse_long_windows(64, "weightless", {})
+    with pytest.raises(ValueError, match="--seqlen must be at most 64"):
+        refuse_long_windows(65, "weightless", {})

@@ -8,39 +8,40 @@ import pytest
 from support.cli import run
 
 from wanda_lightning import PruningConfig
-from wanda_lightning.cli import COMMANDS, command_parser, options
-from wanda_lightning.cli.parser import UsageError
+from wanda_lightning.cli import parse_options
+from wanda_lightning.cli.options import COMMANDS, DTYPES, FLAGS, PRECISIONS, TASKS, EvaluateOptions
 from wanda_lightning.evaluation import PAPER_TASKS
-from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.modules.loading import DTYPES
+from wanda_lightning.modules import loading
 
-CLASSES = {command: getattr(options, name) for command, (name, _) in COMMANDS.items()}
 VIT = ["--model", "timm:test_vit", "--data_path", "digits"]
 
 REFUSED = {
     "prune": [
-        (["--sparsity_ratio", "1"], "--sparsity_ratio must be in [0, 1), but it is 1.0."),
-        (["--sparsity_ratio", "-0.5"], "--sparsity_ratio must be in [0, 1), but it is -0.5."),
-        (["--sparsity_ratio", "nan"], "--sparsity_ratio must be in [0, 1), but it is nan."),
+        (
+            ["--sparsity_ratio", "1"],
+            "--sparsity_ratio must be the fraction of weights that become zero, at least 0 and below 1, but it is 1.0.",
+        ),
+        (["--sparsity_ratio", "-0.5"], "at least 0 and below 1, but it is -0.5."),
+        (["--sparsity_ratio", "nan"], "at least 0 and below 1, but it is nan."),
         (["--sparsity_ratio", "half"], "--sparsity_ratio must be a number, but it is 'half'."),
-        (["--sparsity_type", "diagonal"], "--sparsity_type must be unstructured, or N:M with 1 <= N < M such as 2:4,"),
-        (["--sparsity_type", "4:2"], "such as 2:4, but it is '4:2'."),
-        (["--sparsity_type", "0:4"], "such as 2:4, but it is '0:4'."),
-        (["--sparsity_type", ""], "such as 2:4, but it is ''."),
-        (["--prune_method", "wnada"], "reconstruct, but it is 'wnada'. Did you mean wanda?"),
+        (["--sparsity_type", "diagonal"], "--sparsity_type must be one of unstructured, unstructured_row, "),
+        (["--sparsity_type", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
+        (["--sparsity_type", "0:4"], "any other N:M with 1 <= N < M, but it is '0:4'."),
+        (["--sparsity_type", ""], "any other N:M with 1 <= N < M, but it is ''."),
+        (["--prune_method", "wnada"], "best, but it is 'wnada'. Did you mean wanda?"),
         (["--preset", "bset"], "--preset must be one of fast, balanced, best, but it is 'bset'. Did you mean best?"),
         (["--allocation", "luck"], "--allocation must be one of uniform, "),
         (["--sequential", "row"], "--sequential must be one of block, layer, none, but it is 'row'."),
         (["--prune_granularity", "model"], "--prune_granularity must be one of row, layer, but it is 'model'."),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, but it is 'int8'."),
-        (["--seed", "-1"], "--seed must be in [0, 4294967295], but it is -1."),
-        (["--nsamples", "-1"], "--nsamples must be at least 1, but it is -1."),
-        (["--nsamples", "many"], "--nsamples must be a whole number, but it is 'many'."),
-        (["--seqlen", "1"], "--seqlen must be at least 2, but it is 1."),
-        (["--batch_size", "0"], "--batch_size must be at least 1, but it is 0."),
-        (["--limit", "0"], "--limit must be at least 1, but it is 0."),
-        (["--min_expert_tokens", "-1"], "--min_expert_tokens must be at least 0, but it is -1."),
-        (["--skip", "re:("], "--skip must hold names, globs or re: with a regular expression, but it is 're:('."),
+        (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4.29497e+09, but it is -1."),
+        (["--nsamples", "-1"], "--nsamples must be a whole number of at least 1, but it is -1."),
+        (["--nsamples", "many"], "--nsamples must be a whole number of at least 1, but it is 'many'."),
+        (["--seqlen", "1"], "--seqlen must be a whole number of at least 2, but it is 1."),
+        (["--batch_size", "0"], "--batch_size must be a whole number of at least 1, but it is 0."),
+        (["--limit", "0"], "--limit must be a whole number of at least 1, but it is 0."),
+        (["--min_expert_tokens", "-1"], "--min_expert_tokens must be a number of tokens, 0 or more, but it is -1."),
+        (["--skip", "re:("], "--skip re:( must be a regular expression after 're:', but missing )"),
         (["--use_variant", "--prune_method", "magnitude"], "Use --prune_method wanda within rows"),
         (["--use_variant", "--sparsity_type", "2:4"], "--use_variant has no meaning for --sparsity_type 2:4. Leave it"),
         (
@@ -61,15 +62,22 @@ REFUSED = {
         (["--model", "timm:vit_base"], "--data_path is required for the image classifier timm:vit_base: give a folder"),
         (["--colour", "red"], "--colour is not an option of prune."),
         (["--nsample", "3"], "--nsample is not an option of prune. Did you mean --nsamples"),
-        (["red"], "prune takes only options, but 'red' is none."),
-        (["--seqlen"], "--seqlen: expected one argument."),
+        (["red"], "prune takes only options, but 'red' is not one."),
+        (["--seqlen"], "--seqlen expected one argument."),
+        (
+            ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],
+            "--sparsity_ratio must be 0.5 for the pattern 2:4, but",
+        ),
+        (["--solver", "admm", "--criterion", "ria"], "cannot be combined with --solver ADMM"),
+        (["--recovery", "reconstruct", "--sequential", "layer"], "--sequential layer"),
+        (["--criterion", "magnitude", "--use_variant"], "Use --prune_method wanda within rows"),
         (["--config", "gone.yaml"], "--config gone.yaml cannot be read: No such file or directory."),
     ],
     "finetune": [
-        (["--steps", "0"], "--steps must be at least 1, but it is 0."),
-        (["--lr", "-1"], "--lr must be above 0, but it is -1.0."),
-        (["--lora_r", "0"], "--lora_r must be at least 1, but it is 0."),
-        (["--lora_dropout", "1"], "--lora_dropout must be in [0, 1), but it is 1.0."),
+        (["--steps", "0"], "--steps must be a whole number of at least 1, but it is 0."),
+        (["--lr", "-1"], "--lr must be a number above 0, but it is -1.0."),
+        (["--lora_r", "0"], "--lora_r must be a whole number of at least 1, but it is 0."),
+        (["--lora_dropout", "1"], "--lora_dropout must be a number of at least 0 and below 1, but it is 1.0."),
         (["--precision", "fp8"], "--precision must be one of 32-true, "),
         (["--method", "keep-zeros"], "but it is 'keep-zeros'. Did you mean keep-zeros-lora?"),
         (["--model", "timm:test_vit"], "--model and --dense must be language models, but one is timm:test_vit."),
@@ -77,10 +85,11 @@ REFUSED = {
         (["--method", "full", "--target_modules", "q"], "--target_modules has no meaning for --method full"),
     ],
     "evaluate": [
-        (["--limit", "0"], "--limit must be at least 1, but it is 0."),
-        (["--task_limit", "0"], "--task_limit must be at least 1, but it is 0."),
-        (["--batch_size", "0"], "--batch_size must be at least 1, but it is 0."),
+        (["--limit", "0"], "--limit must be a whole number of at least 1, but it is 0."),
+        (["--task_limit", "0"], "--task_limit must be a whole number of at least 1, but it is 0."),
+        (["--batch_size", "0"], "--batch_size must be a whole number of at least 1, but it is 0."),
         (["--dtype", "int8"], "--dtype must be one of auto, "),
+        (["--tasks", "rte,arc_eazy"], "paper, all, but it is 'arc_eazy'. Did you mean arc_easy?"),
         (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
         (["--tasks_dir", "x"], "--tasks_dir has no meaning for an evaluation without --tasks."),
         (["--task_limit", "2"], "--task_limit has no meaning for an evaluation without --tasks."),
@@ -93,49 +102,78 @@ REFUSED = {
         (["--model", "timm:test_vit"], "--data_path is required for the image classifier timm:test_vit"),
     ],
     "inspect": [
-        (["--sparsity_type", "diagonal"], "--sparsity_type must be unstructured, or N:M"),
-        (["--only", "re:["], "--only must hold names, globs or re: with a regular expression, but it is 're:['."),
+        (["--sparsity_type", "diagonal"], "--sparsity_type must be one of unstructured"),
+        (["--only", "re:["], "--only re:[ must be a regular expression after 're:', but unterminated"),
     ],
 }
 CASES = [(command, *case) for command, cases in REFUSED.items() for case in cases]
 
 
 @pytest.mark.parametrize(("command", "more", "message"), CASES, ids=[f"{c} {' '.join(m)}" for c, m, _ in CASES])
-def test_a_wrong_value_is_one_line(command, more, message):
-    with pytest.raises(UsageError) as caught:
-        command_parser(command).parse_args(["--model", "x", *more])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith((".", "?"))
+def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
+    assert run(command, "--model", "x", *more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("wanda-lightning: error: ")
+    assert message in line
+    assert line.endswith((".", "?"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_help_without_docstrings(command):  # python -OO strips these
-    for field in fields(CLASSES[command]):
+def test_every_option_has_help(command):
+    for field in fields(COMMANDS[command]):
         assert field.metadata["help"].rstrip().endswith(".")
-        assert field.name in inspect.signature(CLASSES[command]).parameters
+        assert "`" not in field.metadata["help"]
 
 
 @pytest.mark.parametrize("command", ["prune", "inspect"])
-def test_the_defaults_of_pruning_are_those_of_the_config(command):
-    ours = command_parser(command).parse_args(["--model", "x"])
-    config = PruningConfig.from_names()
-    assert list(ours.skip) == list(config.skip)
-    assert list(ours.only) == list(config.only)
-    assert ours.include_grouped == config.include_grouped
-    if command == "prune":
-        assert (ours.min_expert_tokens, ours.sparsity_ratio) == (config.min_expert_tokens, config.sparsity)
-    else:
-        assert ours.sequential == config.sequential
+@pytest.mark.parametrize("name", inspect.signature(PruningConfig.from_names).parameters)
+def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name):
+    values = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"]}
+    values |= {"include_grouped": True, "min_expert_tokens": 3, "recovery": "reconstruct", "sequential": "layer"}
+    names = {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
+    value = (values | names)[name]
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    given = [f"--{FLAGS.get(name, name)}", *([] if value is True else [text])]
+    options = parse_options(command, ["--model", "x", *given])
+    assert options.config == PruningConfig.from_names(**options.choices) == PruningConfig.from_names(**{name: value})
+    assert options.config != parse_options(command, ["--model", "x"]).config == PruningConfig.from_names()
+
+
+@pytest.mark.parametrize(
+    ("given", "sequential"),
+    [
+        ([], "none"),
+        (["--sequential", "block"], "block"),
+        (["--preset", "fast"], "layer"),
+        (["--solver", "admm"], "none"),
+    ],
+)
+def test_image_classifiers_are_pruned_with_the_statistics_of_the_dense_model(given, sequential):
+    for command in ("prune", "inspect"):
+        options = parse_options(command, ["--model", "timm:test_vit", *VIT[2:] * (command == "prune"), *given])
+        assert options.config.sequential == sequential
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ([], "wanda"),
+        (["--prune_method", "ria"], "ria"),
+        (["--preset", "best"], "best"),
+        (["--solver", "sparsegpt"], "sparsegpt"),
+        (["--prune_method", "wanda", "--criterion", "magnitude"], "wanda_magnitude"),
+    ],
+)
+def test_results_are_labeled_with_what_was_chosen(given, name):
+    assert parse_options("prune", ["--model", "x", *given]).name == name
 
 
 def test_the_choices_are_those_of_the_package():
-    assert set(options.DTYPES) == {"auto", *DTYPES}
-    for sequential in SEQUENTIAL_CHOICES:
-        PruningConfig.from_names(sequential=sequential)
+    assert set(DTYPES) == {"auto", *loading.DTYPES}
+    assert (*PAPER_TASKS, "paper", "all") == TASKS
 
 
-@pytest.mark.parametrize("precision", options.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_precisions_are_those_of_the_trainer(precision):
     from lightning.fabric.connector import _convert_precision_to_unified_args
 
@@ -143,7 +181,7 @@ def test_the_precisions_are_those_of_the_trainer(precision):
 
 
 def test_the_fields_of_the_task_files_are_in_the_help():
-    (text,) = [field.metadata["help"] for field in fields(options.EvaluateOptions) if field.name == "tasks_dir"]
+    (text,) = [field.metadata["help"] for field in fields(EvaluateOptions) if field.name == "tasks_dir"]
     described = text.split("fields: ")[1].rstrip(".")
     found = {}
     for part in described.split("; "):
@@ -159,15 +197,27 @@ def test_the_fields_of_the_task_files_are_in_the_help():
     [
         ("prune", ["--model", "gone.gguf"], "--model gone.gguf does not exist"),
         ("prune", ["--model", "/gone"], "--model /gone does not exist"),
-        ("prune", ["--model", "x", "--calibration", "gone.txt"], "The text file gone.txt does not exist"),
+        ("prune", ["--model", "x", "--calibration", "gone.txt"], "--calibration gone.txt does not exist"),
         ("prune", ["--model", "x", "--eval", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
         ("evaluate", ["--model", "x", "--eval", "python-docs,wikitext3"], "--eval must be one of c4, wikitext2, "),
         ("finetune", ["--model", "x", "--data", "wikitext3"], "--data must be one of c4, wikitext2, python-docs"),
         ("prune", ["--model", "timm:x", "--data_path", "digts"], "--data_path must be a folder or a known data set"),
-        ("prune", ["--model", "x", "--save", "/dev/null/x"], "/dev/null is a file, not a folder"),
-        ("prune", ["--model", "x", "--save_model", "/dev/null/x"], "/dev/null is a file, not a folder"),
-        ("finetune", ["--model", "x", "--save_model", "/dev/null"], "but it is a file"),
-        ("evaluate", ["--model", "x", "--save", "/dev/null/r.json"], "/dev/null is a file, not a folder"),
+        (
+            "prune",
+            ["--model", "x", "--save", "/dev/null/x"],
+            "--save /dev/null/x cannot be written: /dev/null is a file",
+        ),
+        ("prune", ["--model", "x", "--save_model", "/dev/null/x"], "--save_model /dev/null/x cannot be written: /dev/"),
+        (
+            "finetune",
+            ["--model", "x", "--save_model", "/dev/null"],
+            "--save_model /dev/null must be a folder, but it is",
+        ),
+        (
+            "evaluate",
+            ["--model", "x", "--save", "/dev/null/r.json"],
+            "--save /dev/null/r.json cannot be written: /dev/",
+        ),
         ("prune", [*VIT, "--resume", "gone"], "--resume gone does not exist"),
         (
             "prune",
@@ -182,7 +232,7 @@ def test_the_fields_of_the_task_files_are_in_the_help():
     ],
 )
 def test_missing_files_and_too_many_samples_are_refused_early(command, more, message, capsys):
-    assert run(command, *more) == 1
+    assert run(command, *more) == 2
     assert message in capsys.readouterr().err
 
 
@@ -190,7 +240,7 @@ def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
     memory = psutil.virtual_memory()._replace(available=8 * 100 * 32)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     for count, fits in ((100, True), (101, False)):
-        ours = command_parser("prune").parse_args(["--model", "x", "--nsamples", str(count), "--seqlen", "32"])
+        ours = parse_options("prune", ["--model", "x", "--nsamples", str(count), "--seqlen", "32"])
         if fits:
             ours.refuse_early()
         else:

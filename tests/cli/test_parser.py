@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wanda_lightning.cli import command_parser
+from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.parser import UsageError, as_list
 
 
 def parse(*arguments, command="prune"):
-    return command_parser(command).parse_args(list(arguments))
+    return parse_options(command, list(arguments))
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def test_what_is_printed_reads_back(capsys):
     ("content", "message"),
     [
         ("modle: x\n", "modle is not an option of prune. Did you mean --model"),
-        ("- a\n", "must map options to values, but it holds a list"),
+        ("- a\n", "must map options to values, but it is a list"),
         ("model: [a\n", "is not YAML"),
         ("model: {a: b}\n", "--model must be one value, but it is {'a': 'b'}"),
         ("model: x\nuse_variant: maybe\n", "--use_variant must be true or false, but it is 'maybe'"),
-        ("model: x\nnsamples: many\n", "--nsamples must be a whole number, but it is 'many'"),
+        ("model: x\nnsamples: many\n", "--nsamples must be a whole number of at least 1, but it is 'many'"),
     ],
 )
 def test_files_that_are_refused(content, message):
@@ -111,4 +111,4 @@ def test_help_is_complete(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 0.5)" in text
     assert "One of block, layer, none." in text
-    assert "--include_grouped Prune grouped convolutions" in text
+    assert "--include_grouped Also prune grouped convolutions" in text

@@ -244,11 +244,20 @@ def test_more_logits_than_classes(images):
         assert run(*images) == 0
 
 
-REFUSED = [
+WRONG_USAGE = [
     (["--calibration", "{}/gone.txt"], "gone.txt does not exist"),
     (["--eval", "{}/gone.parquet"], "gone.parquet does not exist"),
     (["--calibration", "{}/table.csv"], "ends in .csv"),
     (["--calibration", "wikitext3"], "Did you mean wikitext2?"),
+    (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
+    (
+        ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],
+        "--sparsity_ratio must be 0.5 for the pattern 2:4, but it is 0.7",
+    ),
+    (["--model", "{}/gone"], "gone does not exist"),
+    (["--model", "{}/gone.gguf"], "gone.gguf does not exist"),
+]
+REFUSED = [
     (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
     (["--eval", "{}/latin1.txt"], "must be in UTF-8"),
     (["--calibration", "{}/no_text.jsonl"], "line 1 has 'content'"),
@@ -257,27 +266,23 @@ REFUSED = [
     (["--calibration", "{}/short.txt"], "has 9."),
     (["--calibration", "{}/short.jsonl"], f"needs a document of at least {SEQLEN + 1} tokens, but the longest"),
     (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens, but"),
-    (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "c4"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
-    (
-        ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],
-        "--sparsity_ratio must be 0.5 for the pattern 2:4, but it is 0.7",
-    ),
     (["--sparsity_type", "3:6"], "--sparsity_type 3:6 fits none of"),
     (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
     (["--skip", "[model]"], "model has nothing to prune"),
     (["--skip", "re:x{1,3}"], "--skip re:x{1,3} matches no matrix"),
-    (["--model", "{}/gone"], "gone does not exist"),
-    (["--model", "{}/gone.gguf"], "gone.gguf does not exist"),
     (["--model", "{}/images"], "has no config.json"),
     (["--model", "{}/long.txt"], "is another file. Give the folder"),
 ]
 
 
-@pytest.mark.parametrize(("more", "message"), REFUSED, ids=[" ".join(more) for more, _ in REFUSED])
-def test_refused_for_a_language_model(inputs, text, refused, more, message):
-    err = refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message)
+CASES = [(*case, 2) for case in WRONG_USAGE] + [(*case, 1) for case in REFUSED]
+
+
+@pytest.mark.parametrize(("more", "message", "code"), CASES, ids=[" ".join(more) for more, _, _ in CASES])
+def test_refused_for_a_language_model(inputs, text, refused, more, message, code):
+    err = refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
     assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
 
 
@@ -288,34 +293,41 @@ def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images
 
 
 REFUSED_FOR_IMAGES = [
-    (["--data_path", "{}/gone"], "gone does not exist"),
-    (["--data_path", "{}/llama"], "--data_path must have folders of classes"),
-    (["--data_path", "cifar10"], "Use digits, which needs no network"),
-    (["--resume", "{}/gone.safetensors"], "gone.safetensors does not exist"),
-    (["--resume", "{}/long.txt"], "must be a .safetensors file"),
-    (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer"),
-    (["--model", "timm:test_vitt"], "Did you mean test_vit"),
-    (["--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
-    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "--sparsity_ratio must be 0.5 for the pattern 2:4"),
+    (["--data_path", "{}/gone"], "gone does not exist", 2),
+    (["--data_path", "{}/llama"], "--data_path must have folders of classes", 2),
+    (["--resume", "{}/gone.safetensors"], "--resume {}/gone.safetensors does not exist", 2),
+    (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "--sparsity_ratio must be 0.5 for the pattern 2:4", 2),
+    (["--data_path", "cifar10"], "Use digits, which needs no network", 1),
+    (["--resume", "{}/long.txt"], "must be a .safetensors file", 1),
+    (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer", 1),
+    (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
+    (["--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix", 1),
 ]
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), REFUSED_FOR_IMAGES, ids=[" ".join(more) for more, _ in REFUSED_FOR_IMAGES]
+    ("more", "message", "code"), REFUSED_FOR_IMAGES, ids=[" ".join(more) for more, _, _ in REFUSED_FOR_IMAGES]
 )
-def test_refused_for_an_image_classifier(inputs, images, refused, more, message):
-    refused(*images, *OUT, *(option.format(inputs) for option in more), message=message)
+def test_refused_for_an_image_classifier(inputs, images, refused, more, message, code):
+    more, message = [option.format(inputs) for option in more], message.format(inputs)
+    refused(*images, *OUT, *more, message=message, code=code)
+
+
+def test_weights_for_another_number_of_classes(inputs, images, refused, tmp_path):
+    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "three.safetensors")
+    message = "give a folder that holds the whole model (timm:local-dir:FOLDER) or, in Python, num_classes"
+    refused(*images, "--resume", tmp_path / "three.safetensors", message=message)
 
 
 @pytest.mark.parametrize("option", ["--save", "--save_model"])
 def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    refused(*text, option, "mine", message="The folder mine is not empty")
-    refused(*text, option, "mine/notes.txt", message="is a file")
+    refused(*text, option, "mine", message=f"{option} mine is a folder that is not empty", code=2)
+    refused(*text, option, "mine/notes.txt", message=f"{option} mine/notes.txt must be a folder", code=2)
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     if option == "--save_model":
-        refused(*text, option, "mine", "--overwrite", message="are not a model")
+        refused(*text, option, "mine", "--overwrite", message="are not a model", code=2)
         (tmp_path / "mine/config.json").write_text("{}")
     assert run(*text, option, "mine", "--overwrite") == 0
     assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
@@ -324,7 +336,7 @@ def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
 def test_a_second_run_into_the_same_folder(text, refused):
     assert run(*text, *OUT) == 0
     first = Path("out/log_wanda.txt").read_text()
-    refused(*text, *OUT, "--sparsity_ratio", "0.25", message="The folder out is not empty")
+    refused(*text, *OUT, "--sparsity_ratio", "0.25", message="--save out is a folder that is not empty", code=2)
     assert Path("out/log_wanda.txt").read_text() == first
     assert run(*text, *OUT, "--sparsity_ratio", "0.25", "--overwrite") == 0
     assert "\t0.2500\t" in Path("out/log_wanda.txt").read_text()

@@ -79,7 +79,7 @@ def test_a_signal_ends_a_command(command, number, status, inputs, text, tmp_path
     before = everything_in(tmp_path)
     code, err = end(arguments, number, where, tmp_path)
     assert code == status
-    assert f"wanda-lightning: ended by {number.name}. Files that were not finished are not there." in err
+    assert f"wanda-lightning: ended by {number.name}. Unfinished files were removed." in err
     assert "Traceback" not in err
     assert everything_in(tmp_path) == before
 

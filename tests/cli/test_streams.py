@@ -39,7 +39,7 @@ def test_the_streams_are_put_back():
 
 def test_an_ascii_terminal_shows_a_table():
     code = "from rich.table import Table; from wanda_lightning.cli.streams import tolerant_streams\n"
-    code += "from wanda_lightning.cli.tables import print_table\n"
+    code += "from wanda_lightning.cli.output import print_table\n"
     code += "table = Table('naïve •'); table.add_row('é')\nwith tolerant_streams(): print_table(table)"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)

@@ -120,7 +120,7 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
     for cell in cells:
         (command, *arguments), *later = cell.commands(Path("out"))
         assert command == "prune"
-        values = vars(cli.command_parser("prune").parse_args(arguments))
+        values = vars(cli.parse_options("prune", arguments))
         assert values["model"] == content["models"][cell.model]
         method, *_, last = cell.name.split("_")
         if method in ("magnitude", "sparsegpt", "wanda"):
@@ -132,7 +132,7 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
         assert values["use_variant"] == (method == "variant")
         assert values["save"] == f"out/{path.stem}/{cell.model}/{cell.name}"
         for command, *arguments in later:
-            cli.command_parser(command).parse_args(arguments)
+            cli.parse_options(command, arguments)
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)

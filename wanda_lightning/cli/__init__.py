@@ -1,7 +1,6 @@
 """The command `wanda-lightning`.
 
-This file imports nothing but the standard library until it knows what to do, so that help, refusals and Ctrl-C answer
-at once.
+Only the standard library is imported before the command is known, so that help, refusals and Ctrl-C respond at once.
 """
 
 from __future__ import annotations
@@ -11,31 +10,26 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wanda_lightning.cli.parser import CommandParser
     from wanda_lightning.cli.signals import Signals
 
 COMMANDS = {
-    "prune": ("PruneOptions", "Prune a language model or an image classifier, and measure it before and after."),
-    "finetune": ("FinetuneOptions", "Fine-tune a pruned language model without losing a zero, and measure it."),
-    "evaluate": (
-        "EvaluateOptions",
-        "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and their sparsity.",
-    ),
-    "inspect": ("InspectOptions", "Show what would be pruned, what not, and why; no weight is loaded."),
+    "prune": "Prune a language model or an image classifier, and measure it before and after.",
+    "finetune": "Fine-tune a pruned language model without losing a zero, and measure it before and after.",
+    "evaluate": "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity.",
+    "inspect": "Show what prune would prune, what not, and why. No weight is loaded.",
 }
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
-_USAGE = """\
+_COMMANDS = "".join(f"  {name:<11} {description}\n" for name, description in COMMANDS.items())
+_USAGE = f"""\
 usage: wanda-lightning COMMAND [--help] [--config FILE.yaml] [--print_config] [--debug] [options]
        wanda-lightning --version
 
 commands:
-  prune       prune a language model or an image classifier, and measure it before and after
-  finetune    train a pruned language model without losing a zero, and measure it before and after
-  evaluate    measure models side by side: perplexity, zero-shot tasks, accuracy on images, sparsity
-  inspect     show what would be pruned, what not, and why; reads the configuration alone
+{_COMMANDS}\
   fit, validate, test, predict
-              run the Lightning Trainer on a YAML recipe, with pruning as a callback
+              Run the Lightning Trainer on a YAML recipe (see recipes/), with pruning as a callback. Options such as
+              --trainer.max_epochs 3 replace those of the recipe; --help_all lists them, which takes some seconds.
 """
 
 
@@ -43,18 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments; None reads those of the shell.
+        argv: The arguments; by default those of the shell.
 
     Returns:
-        The exit status: 0; 1 for an error; 2 for wrong usage; 128 plus the number of the signal that ended the command
-        (130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP); 141 if the output was closed before its end.
+        The exit status: 0; 2 for a wrong option that is found before data or a model is loaded; 1 for any other error;
+        128 plus the number of the signal that ended the command (130 after Ctrl-C, 143 after SIGTERM, 129 after
+        SIGHUP); 141 if the output was closed before its end.
     """
     try:
         from wanda_lightning.cli.signals import Signals
         from wanda_lightning.cli.streams import tolerant_streams
 
         arguments = list(sys.argv[1:] if argv is None else argv)
-        # The Trainer ends fit and its relatives on SIGTERM itself, at the end of a step, as schedulers expect.
+        # In fit and its relatives, the Trainer itself handles SIGTERM, at the end of a step, as schedulers expect.
         names = ("SIGINT",) if arguments[:1] and arguments[0] in LIGHTNING_COMMANDS else ("SIGINT", "SIGTERM", "SIGHUP")
         with tolerant_streams() as streams, Signals(names) as signals:
             status = _run(arguments, signals, in_shell=argv is None)
@@ -64,19 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 141 if status == 0 and any(stream.is_broken for stream in streams) else status
 
 
-def command_parser(command: str) -> CommandParser[Any]:
-    """The parser of `wanda-lightning prune`, `finetune`, `evaluate` or `inspect`; it raises `UsageError`."""
-    from wanda_lightning.cli import options
+def parse_options(command: str, arguments: Sequence[str]) -> Any:
+    """Return the options of `prune`, `finetune`, `evaluate` or `inspect` as a dataclass; raise a `UsageError`."""
+    from wanda_lightning.cli.options import COMMANDS as OPTIONS
     from wanda_lightning.cli.parser import CommandParser
 
-    name, description = COMMANDS[command]
-    return CommandParser(command, getattr(options, name), description)
+    return CommandParser(command, OPTIONS[command], COMMANDS[command]).parse_options(arguments)
 
 
 def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
-    """Run one command; say in one line why it ended early."""
+    """Run one command; if it ends early, say why in one line."""
     from wanda_lightning.cli.errors import explain
-    from wanda_lightning.cli.parser import UsageError
 
     command = arguments[0] if arguments else "--help"
     try:
@@ -85,27 +78,24 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
         elif command in LIGHTNING_COMMANDS:
             _run_lightning([argument for argument in arguments if argument != "--debug"], in_shell)
         else:
-            _say(command)
-    except UsageError as error:
-        print(f"wanda-lightning: error: {error}", file=sys.stderr)
-        return 2
+            _show(command)
     except SystemExit as stop:
         if signals.received is None:  # else the Trainer turned Ctrl-C into exit(1)
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
         if signals.received is None:
-            explain(error, "--debug" in arguments, translate=command in COMMANDS)
-            return 1
+            return explain(error, "--debug" in arguments, translate=command in COMMANDS)
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
     if signals.received is None:
         return 0
     what = "interrupted" if signals.received.name == "SIGINT" else f"ended by {signals.received.name}"
-    print(f"wanda-lightning: {what}. Files that were not finished are not there.", file=sys.stderr)
+    print(f"wanda-lightning: {what}. Unfinished files were removed.", file=sys.stderr)
     return 128 + signals.received
 
 
-def _say(command: str) -> None:
+def _show(command: str) -> None:
+    """Print the usage or the version, or refuse an unknown command."""
     from wanda_lightning.cli.parser import UsageError
     from wanda_lightning.core.name_patterns import did_you_mean
 
@@ -117,50 +107,63 @@ def _say(command: str) -> None:
         print(f"wanda_lightning {version('wanda_lightning')}")
     else:
         known = (*COMMANDS, *LIGHTNING_COMMANDS)
-        raise UsageError(f"there is no command {command!r}.{did_you_mean(command, known)}")
+        raise UsageError(f"There is no command {command!r}.{did_you_mean(command, known)}")
 
 
 def _run_command(command: str, arguments: list[str]) -> None:
     from importlib import import_module
 
-    options = command_parser(command).parse_args(arguments)
-    _refuse_without_docstrings()
-    options.refuse_early()
-    module = import_module(f"wanda_lightning.cli.{command}")
-    from wanda_lightning.cli.measure import readable_messages
+    from wanda_lightning.cli.errors import usage_errors
 
-    with readable_messages():
+    _refuse_without_docstrings()
+    with usage_errors():
+        options = parse_options(command, arguments)
+        options.refuse_early()
+    module = import_module(f"wanda_lightning.cli.{command}")
+    from wanda_lightning.cli.output import quiet_trainer, readable_warnings
+
+    quiet_trainer()
+    with readable_warnings():
         module.run(options)
 
 
 def _run_lightning(arguments: list[str], in_shell: bool) -> None:
     _refuse_without_docstrings()
+    if "--help" in arguments or "-h" in arguments:
+        print(_USAGE, end="")
+        return
     _refuse_missing_recipe(arguments)
     from wanda_lightning.cli.lightning import run
-    from wanda_lightning.cli.measure import readable_messages
+    from wanda_lightning.cli.output import readable_warnings
 
-    with readable_messages():
+    arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
+    with readable_warnings():
         if in_shell:  # LightningCLI reads sys.argv, and so do the processes that its strategies start
             sys.argv[1:] = arguments
         run(None if in_shell else arguments)
 
 
 def _refuse_without_docstrings() -> None:
-    """Refuse `python -OO`, under which transformers cannot import its models."""
+    """Refuse `python -OO`, under which transformers cannot import its models and options have no help."""
+    from wanda_lightning.cli.parser import UsageError
+
     if sys.flags.optimize > 1:
-        raise ValueError(
+        raise UsageError(
             "python -OO removes the docstrings that transformers reads to define its models, so no model can be loaded."
             " Use python -O, or python without the option."
         )
 
 
 def _refuse_missing_recipe(arguments: list[str]) -> None:
-    """Refuse a recipe that does not exist before Lightning is imported."""
+    """Refuse a recipe that is missing, before Lightning is imported."""
     from os.path import exists
 
     from wanda_lightning.cli.parser import UsageError
 
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    command, *options = arguments
+    if not options:
+        raise UsageError(f"--config FILE.yaml is required for {command}: a recipe such as those in recipes/.")
+    for option, value in zip(options, [*options[1:], ""], strict=True):
         name, _, path = option.partition("=") if option.startswith("--config=") else (option, "", value)
         if name in ("-c", "--config") and path.endswith((".yaml", ".yml")) and not exists(path):
             raise UsageError(f"--config must be a YAML file, but {path} does not exist. Check the path.")

@@ -1,4 +1,4 @@
-"""Tell the refusals, which are meant for the user, from faults; and say them in the words of the command line."""
+"""Distinguish refusals, which are meant for the user, from faults, and print them in the terms of the command line."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from opcode import opmap
 
 import wanda_lightning
-from wanda_lightning.cli.options import EvaluateOptions, PruneOptions
+from wanda_lightning.cli.options import FLAGS, EvaluateOptions, PruneOptions
+from wanda_lightning.cli.parser import UsageError
 
 _PACKAGE = os.path.dirname(os.path.abspath(wanda_lightning.__file__)) + os.sep
 _FOR_USERS = (ValueError, TypeError, OSError, ImportError)
-_OPTIONS = {field.name: field.name for command in (PruneOptions, EvaluateOptions) for field in fields(command)} | {
+_OPTIONS = {
+    **{field.name: field.name for command in (PruneOptions, EvaluateOptions) for field in fields(command)},
+    **FLAGS,
     "checkpoint": "resume",
     "data": "data_path",
     "evaluation": "eval",
     "lr": "lr",
-    "method": "prune_method",
     "num_samples": "nsamples",
-    "pattern": "sparsity_type",
-    "sparsity": "sparsity_ratio",
 }
 _NAMES = "|".join(_OPTIONS)
 _KEYWORD = re.compile(rf"(?<![\w.])({_NAMES})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|\.\.\.|[\w:.*+-]*[\w*])?")
@@ -30,11 +32,11 @@ _SUBJECT = re.compile(rf"^({_NAMES})(?= must | should )")
 
 
 def refusal_in(error: BaseException) -> BaseException | None:
-    """The error that is meant for the user: this one or one of its causes; None if it is a fault.
+    """Return the error that is meant for the user, which is this one or one of its causes; None for a fault.
 
-    Meant for the user are: errors of the operating system about a file, Lightning's `MisconfigurationException`, and
-    errors that a `raise` statement of this package raised. An error of the same class that a library or an operation
-    raised (a failed unpacking, `int("x")`) is a fault. LightningCLI wraps what a class refuses, hence the causes.
+    Meant for the user are errors of the operating system about a file, Lightning's `MisconfigurationException`, and
+    errors that a `raise` statement of this package raised. If a library or an operation raised an error of the same
+    class (a failed unpacking, `int("x")`), it is a fault. Causes count because LightningCLI wraps errors of classes.
     """
     found: BaseException | None = error
     while found is not None and not _is_refusal(found):
@@ -54,9 +56,15 @@ def _is_refusal(error: BaseException) -> bool:
     return code.co_filename.startswith(_PACKAGE) and code.co_code[frames.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the host or of an accelerator ran out."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn refusals into `UsageError`s while options are checked before a model is loaded."""
+    try:
+        yield
+    except _FOR_USERS as error:
+        if isinstance(error, UsageError) or not _is_refusal(error):
+            raise
+        raise UsageError(str(error)) from error
 
 
 def in_options(message: str) -> str:
@@ -77,32 +85,31 @@ def in_options(message: str) -> str:
     return _KEYWORD.sub(option, _SUBJECT.sub(lambda found: f"--{_OPTIONS[found[1]]}", message))
 
 
-def explain(error: BaseException, debug: bool, translate: bool) -> None:
-    """Print one line for a refusal, else the traceback and a request to report it.
+def explain(error: BaseException, debug: bool, translate: bool) -> int:
+    """Print a refusal in one line, or the traceback of a fault, and return the exit status.
 
     Args:
         error: What ended the command.
         debug: Print the traceback in any case.
-        translate: Name options as the command line does.
+        translate: Replace Python's keywords by options.
     """
     refusal = refusal_in(error)
-    if debug or not (refusal or is_out_of_memory(error)):
-        traceback.print_exception(error)
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     if refusal is not None:
         message = str(refusal) or type(refusal).__name__
-        print(f"wanda-lightning: error: {in_options(message) if translate else message}", file=sys.stderr)
-        if not debug:
-            for note in getattr(error, "__notes__", ()):
-                print(note, file=sys.stderr)
-    elif is_out_of_memory(error):
-        print(
-            f"wanda-lightning: error: memory ran out ({str(error).splitlines()[0] if str(error) else 'of the host'}). "
-            "Use a smaller --batch_size, --nsamples or --seqlen.",
-            file=sys.stderr,
-        )
+        message = in_options(message) if translate else message
+    elif out_of_memory:
+        cause = str(error).splitlines()[0] if str(error) else "of the host"
+        message = f"memory ran out ({cause}). Use a smaller --batch_size, --nsamples or --seqlen."
     else:
-        print(
-            "wanda-lightning: error: this is a fault of wanda_lightning or of a library that it uses. Please report "
-            "it with the command and the lines above.",
-            file=sys.stderr,
+        message = (
+            "this is a fault of wanda_lightning or of a library that it uses. Please report it with the command and "
+            "the lines above."
         )
+    if debug or not (refusal or out_of_memory):
+        traceback.print_exception(error)
+    print(f"wanda-lightning: error: {message}", file=sys.stderr)
+    if refusal is not None and not debug:
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
+    return 2 if isinstance(refusal, UsageError) else 1

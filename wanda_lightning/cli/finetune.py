@@ -6,17 +6,14 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from rich.table import Table
 
 from wanda_lightning.callbacks import KeepZeros
 from wanda_lightning.callbacks.keep_zeros import zeros_of
 from wanda_lightning.checks import one_line
-from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space, save_model
+from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
-from wanda_lightning.cli.tables import print_table
-from wanda_lightning.cli.windows import checked_seqlen, refuse_long_windows
+from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.modules import CausalLMModule
 
@@ -24,45 +21,13 @@ _PAPER_SEQLEN = 1024
 
 
 def run(options: FinetuneOptions) -> None:
-    """Fine-tune a pruned language model, measure it before and after, and save it.
-
-    Raises:
-        ValueError: If the options do not fit together or the model; before anything is written.
-    """
+    """Fine-tune a pruned language model, measure it before and after, and save it."""
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     refuse_long_windows(options.seqlen, options.model, hub)
     hub["dtype"] = options.dtype or ("float32" if options.method == "full" else "auto")
     L.seed_everything(options.seed, verbose=False)
-    quiet_trainer()
     module = CausalLMModule(options.model, lr=options.lr or LEARNING_RATES[options.method], lr_decay=True, **hub)
-    windows = _windows(options, module)
-    zeros = _count_zeros(module)
-    if not zeros:
-        raise ValueError(
-            f"{options.model} has no zeros to keep. Prune it first: wanda-lightning prune --save_model DIR."
-        )
-    windows.setup("fit")
-    refuse_no_space(options.save_model, module)
-    if options.method != "full":  # before anything is measured: it may refuse
-        _add_adapters(module, options)
-    perplexity: dict[str, float] = {}
-    if options.dense is not None:
-        perplexity["dense"] = measure(CausalLMModule(options.dense, **hub), windows, "val_perplexity")
-    perplexity["pruned"] = measure(module, windows, "val_perplexity")  # new adapters add nothing
-    seconds = _train(module, windows, options)
-    if options.method == "lora":
-        perplexity["fine-tuned, adapters apart"] = measure(module, windows, "val_perplexity")
-    module.merge(reprune=options.method == "lora")
-    perplexity["fine-tuned"] = measure(module, windows, "val_perplexity")
-    save_model(module, options.save_model, options.overwrite)
-    _print_results(perplexity)
-    steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
-    totals = f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}."
-    Console().print(totals, highlight=False, soft_wrap=True)
-
-
-def _windows(options: FinetuneOptions, module: CausalLMModule) -> TextDataModule:
-    return TextDataModule(
+    windows = TextDataModule(
         module.tokenizer,
         options.data,
         options.eval,
@@ -73,25 +38,50 @@ def _windows(options: FinetuneOptions, module: CausalLMModule) -> TextDataModule
         seed=options.seed,
         cache_dir=options.cache_dir,
     )
+    zeros = _count_zeros(module)
+    if not zeros:
+        raise ValueError(
+            f"{options.model} has no zeros to keep. Prune it first: wanda-lightning prune --save_model DIR."
+        )
+    windows.setup("fit")
+    refuse_no_space(options.save_model, module)
+    if options.method != "full":  # before anything is measured, since it may be refused
+        _add_adapters(module, options)
+    perplexity: dict[str, float] = {}
+    if options.dense is not None:
+        perplexity["dense"] = measure(CausalLMModule(options.dense, **hub), windows)["val_perplexity"]
+    perplexity["pruned"] = measure(module, windows)["val_perplexity"]  # new adapters add nothing
+    seconds = _train(module, windows, options)
+    if options.method == "lora":
+        perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
+    module.merge(reprune=options.method == "lora")
+    perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
+    save_model(module, options.save_model, options.overwrite)
+    table = Table("model")
+    table.add_column("perplexity", justify="right")
+    for name, value in perplexity.items():
+        table.add_row(name, f"{value:.2f}")
+    print_table(table)
+    steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
+    print_line(f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}.")
 
 
 def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:
-    adapters = options.adapters
-    targets = adapters.pop("target_modules")
+    targets = options.target_modules
     try:
         module.add_adapters(
-            r=adapters.pop("lora_r"),
+            r=options.lora_r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             keep_zeros=options.method == "keep-zeros-lora",
-            **adapters,
         )
     except ValueError as error:
         raise ValueError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
 
 
 def _train(module: CausalLMModule, windows: TextDataModule, options: FinetuneOptions) -> float:
-    """Train, and return the seconds that it took."""
-    callbacks: list[Callback] = [KeepZeros()] if options.method == "full" else []
+    """Train, and return the number of seconds."""
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
@@ -102,7 +92,7 @@ def _train(module: CausalLMModule, windows: TextDataModule, options: FinetuneOpt
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=callbacks,
+        callbacks=KeepZeros() if options.method == "full" else None,
     )
     started = time.perf_counter()
     trainer.fit(module, windows)
@@ -111,12 +101,3 @@ def _train(module: CausalLMModule, windows: TextDataModule, options: FinetuneOpt
 
 def _count_zeros(module: CausalLMModule) -> int:
     return sum(zeros_of(module.pruning_target).values())
-
-
-def _print_results(perplexity: dict[str, float]) -> None:
-    table = Table()
-    table.add_column("model")
-    table.add_column("perplexity", justify="right")
-    for name, value in perplexity.items():
-        table.add_row(name, f"{value:.2f}")
-    print_table(table)

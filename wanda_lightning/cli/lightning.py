@@ -1,10 +1,9 @@
-"""`wanda-lightning fit|validate|test|predict`: the Trainer on a YAML recipe."""
+"""`wanda-lightning fit|validate|test|predict`: run the Trainer on a YAML recipe."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from typing import NoReturn
 
 import lightning as L
@@ -17,7 +16,7 @@ _NO_CAUSE = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
 
 
 class _SaveConfigBesideLogs(SaveConfigCallback):
-    """Without a logger there is no folder of this run, and the working directory is not ours to write to."""
+    """Save the configuration only if a logger makes a folder for the run, not into the working directory."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.logger is not None:
@@ -25,15 +24,13 @@ class _SaveConfigBesideLogs(SaveConfigCallback):
 
 
 class _Parser(LightningArgumentParser):
-    """Refuse in one line."""
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sys.stderr.write(f"wanda-lightning: error: {one_line(message)}\n")
         self.exit(2)
 
 
 def one_line(message: str) -> str:
-    """Name the option and the first cause in a message of jsonargparse, which goes on to list every type it tried."""
+    """Shorten a message of jsonargparse, which lists every type that it tried, to the option and the first cause."""
     first, *lines = [line.strip() for line in message.splitlines() if line.strip()]
     key = re.fullmatch(r'Parser key "([^"]+)":', first)
     causes = [line for line in lines if not line.startswith(_NO_CAUSE)] if key else [first, *lines]
@@ -44,14 +41,14 @@ def one_line(message: str) -> str:
     return f"{key[1]}: {cause}.{near}" if key else f"{cause}.{near}"
 
 
-def run(arguments: Sequence[str] | None) -> None:
-    """Run LightningCLI; class paths name the model, the data and the callbacks, ours or anyone's.
+def run(arguments: list[str] | None) -> None:
+    """Run LightningCLI, whose class paths name any model, data and callbacks.
 
     Args:
-        arguments: The command line; None reads the shell's.
+        arguments: The command line; None reads `sys.argv`.
     """
     LightningCLI(
-        args=None if arguments is None else list(arguments),
+        args=arguments,
         seed_everything_default=0,
         parser_class=_Parser,
         parser_kwargs={"prog": "wanda-lightning"},

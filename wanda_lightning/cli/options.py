@@ -1,168 +1,113 @@
-"""The options of the commands, with their help: everything that can be refused before a library is loaded."""
+"""The options of the commands with their help, and all checks of them that need no model."""
 
 from __future__ import annotations
 
-import math
+import inspect
 import re
-from dataclasses import MISSING, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 from wanda_lightning.checks import check_memory
-from wanda_lightning.cli.parser import Rule, option
+from wanda_lightning.cli.parser import UsageError, default_of, option
+from wanda_lightning.config import NAMES, PruningConfig
+from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources
 from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement
-from wanda_lightning.methods import ALLOCATIONS, METHODS, PRESETS, SEQUENTIAL_CHOICES
+from wanda_lightning.methods import PRESETS
+
+FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
+"""The names in the reference code of some arguments of `PruningConfig.from_names`."""
 
 TIMM = "timm:"  # before the name of an image classifier
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAPER_SEQLEN = 2048
 PAPER_IMAGES, PAPER_SEQUENCES = 4096, 128
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
-ADAPTERS = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "paper", "all")
 PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-true", "bf16-mixed")
 
-_SUFFIXES = (".gguf", ".safetensors")
 _TEXTS = "c4, wikitext2, python-docs (needs no network) or a FILE (.txt, .jsonl, .parquet)"
-_LAYERS = "names, globs or re: expressions, separated by commas"
-
-
-def _at_least(minimum: int) -> Rule:
-    return Rule(f"be at least {minimum}", lambda value: value >= minimum)
-
-
-def _is_pattern(value: str) -> bool:
-    if value.startswith("re:"):
-        try:
-            re.compile(value[3:])
-        except re.error:
-            return False
-    return True
-
-
-def _is_sparsity_type(value: str) -> bool:
-    found = re.fullmatch(r"(\d+):(\d+)", value)
-    return value == "unstructured" or (found is not None and 1 <= int(found[1]) < int(found[2]))
-
-
-_SEED = Rule("be in [0, 4294967295]", lambda value: 0 <= value < 2**32)
-_SPARSITY = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
-_SPARSITY_TYPE = Rule("be unstructured, or N:M with 1 <= N < M such as 2:4", _is_sparsity_type)
-_PATTERNS = Rule("hold names, globs or re: with a regular expression", _is_pattern)
-_POSITIVE = Rule("be above 0", lambda value: 0 < value < math.inf)
-_DROPOUT = Rule("be in [0, 1)", lambda value: 0 <= value < 1)
-_CACHE_DIR = "Folder that keeps downloads from the hub."
+_IMAGES = (
+    "a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits (8x8 digits, needs no network). Required "
+    "for image classifiers."
+)
+_CACHE_DIR = "Folder for downloads from the hub."
 _TRUST = "Run the code that comes with a hub model."
-_DTYPE = "Data type of the weights, by default auto, as they are stored."
-_INCLUDE_GROUPED = "Prune grouped convolutions, too, each group as a matrix of its own."
-_SKIP = f"Layers to leave dense: {_LAYERS}."
-_ONLY = f"Layers to prune, by default all: {_LAYERS}."
+_DTYPE = "Data type of the weights; by default auto, as they are stored."
+_LIMIT = "Number of windows to measure on; by default all."
+_SEQLEN = "Number of tokens in a window; by default the model's context, at most"
+
+
+_COUNT = Number(minimum=1, whole=True)
+_WINDOW = Number(minimum=2, whole=True)
+_SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
+
+
+class _Pattern(OneOf):
+    def accepts(self, value: object) -> bool:
+        found = re.fullmatch(r"(\d+):(\d+)", str(value))
+        return 1 <= int(found[1]) < int(found[2]) if found else super().accepts(value)
+
+
+def _pruning_options() -> Iterator[tuple[str, str, Any]]:
+    """Yield an option for each argument of `PruningConfig.from_names`, with the first sentence of its description."""
+    text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
+    described = dict(re.findall(r"^ {4}(\w+): (.+?\.)(?=\s)", text, flags=re.DOTALL | re.MULTILINE))
+    for name, parameter in inspect.signature(PruningConfig.from_names).parameters.items():
+        help = " ".join(described.get(name, "").replace("`", "").split())
+        rule = OneOf(tuple(NAMES[name])) if name in NAMES else None
+        if name == "pattern":
+            rule = _Pattern(("unstructured", *NAMES[name], "any other N:M with 1 <= N < M"))
+        yield FLAGS.get(name, name), parameter.annotation, option(help, parameter.default, rule)
+
+
+_MODEL = option(
+    "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier, whose default of "
+    "--sequential is none.",
+    MISSING,
+)
+_ModelAndPruning: Any = make_dataclass(
+    "_ModelAndPruning", [("model", "str", _MODEL), *_pruning_options()], kw_only=True
+)
 
 
 @dataclass(kw_only=True)
-class PruneOptions:
-    """The options of `wanda-lightning prune`: the reference's flags and ours."""
+class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is made from PruningConfig
+    """The options of `wanda-lightning inspect`: the model, all choices of pruning, and the reference's flags."""
 
-    model: str = option(
-        "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.", MISSING
-    )
-    seed: int = option("Seed that draws the calibration samples.", 0, rule=_SEED)
-    nsamples: int | None = option(
-        "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.", rule=_at_least(1)
-    )
-    sparsity_ratio: float = option("Fraction of each pruned layer's weights that become zero.", 0.5, rule=_SPARSITY)
-    sparsity_type: str = option("unstructured, or any N:M such as 2:4 and 4:8.", "unstructured", rule=_SPARSITY_TYPE)
-    prune_method: str | None = option("Pruning method, by default wanda.", choices=tuple(METHODS))
     preset: str | None = option(
-        "Instead of a method: fast (Wanda, one pass), balanced (better at every sparsity) or best.",
-        choices=tuple(PRESETS),
+        "Instead of a method: fast (Wanda in one pass), balanced (better at every sparsity) or best.",
+        rule=OneOf(tuple(PRESETS)),
     )
-    cache_dir: str | None = option(_CACHE_DIR)
     use_variant: bool = option(
-        "Let rows differ in sparsity: each loses the same share of its score (the paper's variant).", False
-    )
-    save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
-    save_model: str | None = option("Folder for the pruned model.")
-    seqlen: int | None = option("Tokens in a window; by default the model's context, at most 2048.", rule=_at_least(2))
-    calibration: str | None = option(f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}.")
-    eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
-    limit: int | None = option("Number of windows to measure on; by default all.", rule=_at_least(1))
-    sequential: str | None = option(
-        "Whose pruning the statistics see: that of earlier blocks (block, the default for language models), of all "
-        "earlier layers (layer), or of none (none, the default for image classifiers).",
-        choices=SEQUENTIAL_CHOICES,
-    )
-    allocation: str | None = option(
-        "How layers share the sparsity: all alike (uniform, the default); less where more scores are outliers (owl) or "
-        "where the weights' spectrum has a heavier tail (alpha), per block or per layer; less where the predictions "
-        "depend on more (fisher).",
-        choices=tuple(ALLOCATIONS),
-    )
-    dtype: str | None = option(_DTYPE, choices=DTYPES)
-    batch_size: int | None = option("Samples in a batch; by default 4 sequences or 64 images.", rule=_at_least(1))
-    skip: list[str] = option(_SKIP, [], rule=_PATTERNS)
-    only: list[str] = option(_ONLY, [], rule=_PATTERNS)
-    include_grouped: bool = option(_INCLUDE_GROUPED, False)
-    data_path: str | None = option(
-        "Images to calibrate and measure on: a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits "
-        "(8x8 digits, needs no network). An image classifier needs it."
+        "Let rows differ in sparsity: each row loses the same share of its total score (the paper's variant).", False
     )
     prune_granularity: str | None = option(
-        "What weights are compared within; by default the method's own, a layer for magnitude and sparsegpt, else a "
-        "row.",
-        choices=("row", "layer"),
+        "Compare weights within rows or within layers; by default as in the method's paper: within layers for "
+        "magnitude and sparsegpt, else within rows.",
+        rule=OneOf(("row", "layer")),
     )
-    min_expert_tokens: int = option(
-        "An expert that receives fewer calibration tokens is pruned with the statistics of all experts of its module.",
-        32,
-        rule=_at_least(0),
-    )
-    resume: str | None = option("Weights (.safetensors) of the image classifier.")
-    eval_zero_shot: bool = option(
-        "Measure the pruned model on the paper's seven zero-shot tasks, too (needs lm-eval).", False
-    )
-    tasks_dir: str | None = option(
-        "Folder with a TASK.jsonl for each of these tasks (see evaluate --help); by default they come from the hub."
-    )
-    overwrite: bool = option(
-        "Add to a --save folder that is not empty, and replace a --save_model folder with everything in it.", False
-    )
+    cache_dir: str | None = option(_CACHE_DIR)
     trust_remote_code: bool = option(_TRUST, False)
 
     def __post_init__(self) -> None:
-        if self.is_image:
-            refuse_given(self, "an image classifier", "seqlen limit calibration eval dtype trust_remote_code")
-            refuse_given(self, "an image classifier", "eval_zero_shot tasks_dir")
-            _require_images(self.model, self.data_path)
-        else:
-            refuse_given(self, "a language model", "data_path resume")
-        if not self.eval_zero_shot:
-            refuse_given(self, "pruning without --eval_zero_shot", "tasks_dir")
         if self.preset is not None:
             refuse_given(self, "a preset, which chooses the method", "prune_method use_variant")
         if self.sparsity_type != "unstructured":
             refuse_given(self, f"--sparsity_type {self.sparsity_type}", "use_variant prune_granularity")
         if self.use_variant and (self.name != "wanda" or self.prune_granularity == "layer"):
-            raise ValueError(
+            raise UsageError(
                 f"--use_variant compares Wanda's scores within rows, but --prune_method is {self.name} and "
                 f"--prune_granularity is {self.prune_granularity or 'row'}. Use --prune_method wanda within rows, or "
                 "leave --use_variant out."
             )
 
     def refuse_early(self) -> None:
-        """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
-        refuse_missing(self, "model resume tasks_dir")
-        if self.is_image:
-            image_sources.check_source(self.data_path or "", calibrates=True)
-        else:
-            text_sources.check_source(self.calibration or "c4", "--calibration")
-            text_sources.check_source(self.eval or "wikitext2", "--eval")
-        if self.save is not None:
-            refuse_nonempty(self.save, self.overwrite)
-        if self.save_model is not None:
-            refuse_replacement(self.save_model, self.overwrite)
-        if not self.is_image:
-            check_memory("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
+        """Refuse a file that does not exist, and choices that contradict each other."""
+        refuse_missing(self, "model")
+        _ = self.config
 
     @property
     def is_image(self) -> bool:
@@ -170,9 +115,90 @@ class PruneOptions:
         return self.model.startswith(TIMM)
 
     @property
-    def name(self) -> str:
-        """The name of the method or the preset."""
+    def method(self) -> str:
+        """The method or the preset."""
         return self.preset or self.prune_method or "wanda"
+
+    @property
+    def name(self) -> str:
+        """The label of the results: the method, and the criterion and the solver that replace its own."""
+        given = (self.preset, self.prune_method, self.criterion, self.solver)
+        return "_".join(name for name in given if name is not None) or "wanda"
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The arguments of `PruningConfig.from_names`."""
+        names = inspect.signature(PruningConfig.from_names).parameters
+        choices = {name: getattr(self, FLAGS.get(name, name)) for name in names} | {"method": self.method}
+        if self.use_variant:
+            choices["pattern"] = "equal_share"
+        elif self.prune_granularity is not None:
+            choices["pattern"] = f"unstructured_{self.prune_granularity}"
+        if self.is_image and self.sequential is None and NAMES["method"][self.method].sequential is None:
+            choices["sequential"] = "none"  # as in the paper for image classifiers
+        return choices
+
+    @property
+    def config(self) -> PruningConfig:
+        """The choices as objects. The sparsity of N:M need not be given, since `inspect` does not show it."""
+        choices = self.choices
+        if ":" in self.sparsity_type:
+            n, m = map(int, self.sparsity_type.split(":"))
+            choices["sparsity"] = 1 - n / m
+        return PruningConfig.from_names(**choices)
+
+
+@dataclass(kw_only=True)
+class PruneOptions(InspectOptions):
+    """The options of `wanda-lightning prune`: those of `inspect`, the data, and where the results go."""
+
+    seed: int = option("Seed that draws the calibration samples.", 0, rule=_SEED)
+    nsamples: int | None = option(
+        "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.", rule=_COUNT
+    )
+    seqlen: int | None = option(f"{_SEQLEN} {PAPER_SEQLEN}.", rule=_WINDOW)
+    batch_size: int | None = option("Number of samples in a batch; by default 4 sequences or 64 images.", rule=_COUNT)
+    calibration: str | None = option(f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}.")
+    eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
+    limit: int | None = option(_LIMIT, rule=_COUNT)
+    data_path: str | None = option(f"Images to calibrate and measure on: {_IMAGES}")
+    resume: str | None = option("Weights (.safetensors) of the image classifier.")
+    dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
+    save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
+    save_model: str | None = option("Folder for the pruned model.")
+    overwrite: bool = option(
+        "Add to a --save folder that is not empty, and replace a --save_model folder with everything in it.", False
+    )
+    eval_zero_shot: bool = option(
+        "Also measure the pruned model on the paper's seven zero-shot tasks (needs lm-eval).", False
+    )
+    tasks_dir: str | None = option(
+        "Folder with a TASK.jsonl for each of these tasks (see evaluate --help); by default they come from the hub."
+    )
+
+    def __post_init__(self) -> None:
+        if self.is_image:
+            language = "seqlen limit calibration eval dtype trust_remote_code eval_zero_shot tasks_dir"
+            refuse_given(self, "an image classifier", language)
+            _require_images(self.model, self.data_path)
+        else:
+            refuse_given(self, "a language model", "data_path resume")
+        if not self.eval_zero_shot:
+            refuse_given(self, "pruning without --eval_zero_shot", "tasks_dir")
+        super().__post_init__()
+
+    def refuse_early(self) -> None:
+        """Also refuse other files that do not exist, places that cannot be written, and too many samples."""
+        refuse_missing(self, "model resume tasks_dir")
+        _refuse_place(self, "save", refuse_nonempty)
+        _refuse_place(self, "save_model", refuse_replacement)
+        if self.is_image:
+            image_sources.check_source(self.data_path or "", calibrates=True)
+        else:
+            text_sources.check_source(self.calibration or "c4", "--calibration")
+            text_sources.check_source(self.eval or "wikitext2", "--eval")
+            check_memory("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
+        PruningConfig.from_names(**self.choices)  # last, since it imports torch
 
 
 @dataclass(kw_only=True)
@@ -182,37 +208,34 @@ class FinetuneOptions:
     model: str = option("Hub id, folder or .gguf file of the pruned model.", MISSING)
     method: str = option(
         "full trains all weights; keep-zeros-lora trains adapters that merge without filling a zero; lora trains plain "
-        "adapters and puts the zeros back after the merge.",
+        "adapters and sets the pruned weights to zero again after the merge.",
         "keep-zeros-lora",
-        choices=tuple(LEARNING_RATES),
+        rule=OneOf(tuple(LEARNING_RATES)),
     )
-    dense: str | None = option("The model before it was pruned, to measure it, too.")
-    save_model: str | None = option("Folder for the fine-tuned model, its adapters merged.")
+    dense: str | None = option("The model before pruning, to measure it for comparison.")
+    save_model: str | None = option("Folder for the fine-tuned model, with its adapters merged.")
     data: str = option(f"Text to train on: {_TEXTS}.", "c4")
     eval: str = option(f"Text to measure perplexity on: {_TEXTS}.", "wikitext2")
-    limit: int | None = option("Number of windows to measure on; by default all.", rule=_at_least(1))
-    steps: int = option("Optimizer steps.", 300, rule=_at_least(1))
-    batch_size: int = option("Windows in a step.", 1, rule=_at_least(1))
-    seqlen: int | None = option(
-        "Tokens in a window; by default the model's context, at most 1024 (as in the paper).", rule=_at_least(2)
-    )
+    limit: int | None = option(_LIMIT, rule=_COUNT)
+    steps: int = option("Number of optimizer steps.", 300, rule=_COUNT)
+    batch_size: int = option("Number of windows in a step.", 1, rule=_COUNT)
+    seqlen: int | None = option(f"{_SEQLEN} 1024 (as in the paper).", rule=_WINDOW)
     lr: float | None = option(
         "Learning rate of the first step, which falls linearly to 0; by default 1e-4 for adapters (as in the paper) "
         "and 2e-5 for all weights.",
-        rule=_POSITIVE,
+        rule=Number(above=0),
     )
-    lora_r: int | None = option("Rank of the adapters, by default 8.", rule=_at_least(1))
-    lora_alpha: int | None = option("Scale of the adapters times their rank, by default 16.", rule=_at_least(1))
-    lora_dropout: float | None = option("Dropout of the adapters' inputs, by default 0.05.", rule=_DROPOUT)
-    target_modules: list[str] | None = option(
-        "Layers that get adapters, by the ends of their names, separated by commas, or all-linear; by default "
-        "q_proj,v_proj."
+    lora_r: int = option("Rank of the adapters.", 8, rule=_COUNT)
+    lora_alpha: int = option("Scale of the adapters times their rank.", 16, rule=_COUNT)
+    lora_dropout: float = option("Dropout of the adapters' inputs.", 0.05, rule=Number(minimum=0, below=1))
+    target_modules: list[str] = option(
+        "Layers that get adapters, each given by the end of its name, or all-linear.", ["q_proj", "v_proj"]
     )
-    precision: str | None = option("Precision of the Trainer; by default that of the weights.", choices=PRECISIONS)
+    precision: str | None = option("Precision of the Trainer; by default that of the weights.", rule=OneOf(PRECISIONS))
     dtype: str | None = option(
-        "Data type of the weights, by default auto, as they are stored; for --method full float32, since 16 bits would "
-        "lose its small updates.",
-        choices=DTYPES,
+        "Data type of the weights; by default auto, as they are stored, and float32 for --method full, since its small "
+        "updates would be lost in 16 bits.",
+        rule=OneOf(DTYPES),
     )
     seed: int = option("Seed that draws the windows and initializes the adapters.", 0, rule=_SEED)
     cache_dir: str | None = option(_CACHE_DIR)
@@ -221,25 +244,20 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         if self.method == "full":
-            refuse_given(self, "--method full, which trains no adapters", " ".join(ADAPTERS))
+            refuse_given(
+                self, "--method full, which trains no adapters", "lora_r lora_alpha lora_dropout target_modules"
+            )
         for name in (self.model, self.dense or ""):
             if name.startswith(TIMM):
-                raise ValueError(f"--model and --dense must be language models, but one is {name}.")
+                raise UsageError(f"--model and --dense must be language models, but one is {name}.")
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
         refuse_missing(self, "model dense")
         text_sources.check_source(self.data, "--data")
         text_sources.check_source(self.eval, "--eval")
-        if self.save_model is not None:
-            refuse_replacement(self.save_model, self.overwrite)
+        _refuse_place(self, "save_model", refuse_replacement)
         check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
-
-    @property
-    def adapters(self) -> dict[str, Any]:
-        """The options of the adapters, those not given by their defaults."""
-        given = {name: getattr(self, name) for name in ADAPTERS}
-        return {name: ADAPTERS[name] if value is None else value for name, value in given.items()}
 
 
 @dataclass(kw_only=True)
@@ -248,18 +266,19 @@ class EvaluateOptions:
 
     model: list[str] = option(
         "Hub ids, folders or .gguf files of language models; or timm:NAME of image classifiers, a folder as "
-        "timm:local-dir:FOLDER. Commas separate several.",
+        "timm:local-dir:FOLDER.",
         MISSING,
     )
-    dense: str | None = option("One more model, the first: the table shows the differences of the others to it.")
+    dense: str | None = option(
+        "The dense model. It is measured first, and the table shows how the others differ from it."
+    )
     eval: list[str] | None = option(
-        f"Texts to measure perplexity on, by default wikitext2 as in the paper: {_TEXTS}. Commas separate several; an "
-        "empty string is none."
+        f"Texts to measure perplexity on, by default wikitext2 as in the paper: {_TEXTS}. An empty string: none."
     )
     tasks: list[str] = option(
-        "Zero-shot tasks, separated by commas: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa; "
-        "or paper for all of them (needs lm-eval).",
+        "Zero-shot tasks (need lm-eval); paper stands for all of them.",
         [],
+        rule=OneOf(TASKS),
     )
     tasks_dir: str | None = option(
         "Folder with a TASK.jsonl for each task, one document in a line, instead of the data sets on the hub. A "
@@ -267,20 +286,15 @@ class EvaluateOptions:
         "activity_label, ctx_a, ctx_b, endings, label; winogrande sentence, option1, option2, answer; arc_easy and "
         "arc_challenge question, choices, answerKey; openbookqa question_stem, choices, answerKey."
     )
-    data_path: str | None = option(
-        "Images to measure on: a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits (8x8 digits, "
-        "needs no network). Image classifiers need it."
-    )
-    resume: list[str] | None = option(
-        "Weights (.safetensors) of image classifiers, one for each --model, separated by commas."
-    )
-    limit: int | None = option("Number of windows of each text; by default all.", rule=_at_least(1))
-    task_limit: int | None = option("Number of documents of each task; by default all.", rule=_at_least(1))
-    seqlen: int | None = option("Tokens in a window; by default the model's context, at most 2048.", rule=_at_least(2))
+    data_path: str | None = option(f"Images to measure on: {_IMAGES}")
+    resume: list[str] | None = option("Weights (.safetensors) of image classifiers, one for each --model.")
+    limit: int | None = option("Number of windows of each text; by default all.", rule=_COUNT)
+    task_limit: int | None = option("Number of documents of each task; by default all.", rule=_COUNT)
+    seqlen: int | None = option(f"{_SEQLEN} {PAPER_SEQLEN}.", rule=_WINDOW)
     batch_size: int | None = option(
-        "Windows or choices in a batch, by default 4; or images, by default 64.", rule=_at_least(1)
+        "Number of windows or of answers in a batch, by default 4; or of images, by default 64.", rule=_COUNT
     )
-    dtype: str | None = option(_DTYPE, choices=DTYPES)
+    dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
     save: str | None = option("JSON file for all numbers.")
     cache_dir: str | None = option(_CACHE_DIR)
     overwrite: bool = option("Replace a --save file.", False)
@@ -289,17 +303,17 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if len({name.startswith(TIMM) for name in self.models}) != 1:
             found = "both were given" if self.models else "none was given"
-            raise ValueError(f"--model must name language models or image classifiers, but {found}.")
+            raise UsageError(f"--model must name language models or image classifiers, but {found}.")
         if self.is_image:
-            refuse_given(self, "an image classifier", "eval tasks tasks_dir limit task_limit seqlen dtype")
-            refuse_given(self, "an image classifier", "trust_remote_code")
+            language = "eval tasks tasks_dir limit task_limit seqlen dtype trust_remote_code"
+            refuse_given(self, "an image classifier", language)
             _require_images(self.models[0], self.data_path)
         else:
             refuse_given(self, "a language model", "data_path resume")
             if not self.tasks:
                 refuse_given(self, "an evaluation without --tasks", "tasks_dir task_limit")
         if self.resume is not None and len(self.resume) != len(self.model):
-            raise ValueError(
+            raise UsageError(
                 f"--resume must have one file for each --model, but it has {len(self.resume)} for {len(self.model)}."
             )
 
@@ -310,8 +324,7 @@ class EvaluateOptions:
             image_sources.check_source(self.data_path or "")
         for text in self.eval or ():
             text_sources.check_source(text, "--eval")
-        if self.save is not None:
-            refuse_existing(self.save, self.overwrite)
+        _refuse_place(self, "save", refuse_existing)
 
     @property
     def models(self) -> list[str]:
@@ -324,64 +337,51 @@ class EvaluateOptions:
         return self.models[0].startswith(TIMM)
 
 
-@dataclass(kw_only=True)
-class InspectOptions:
-    """The options of `wanda-lightning inspect`."""
+COMMANDS: dict[str, type] = {
+    "prune": PruneOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+    "inspect": InspectOptions,
+}
 
-    model: str = option(
-        "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.", MISSING
-    )
-    sequential: str = option(
-        "Where calibration batches stop: at blocks, at layers, or nowhere (none).", "block", choices=SEQUENTIAL_CHOICES
-    )
-    skip: list[str] = option(_SKIP, [], rule=_PATTERNS)
-    only: list[str] = option(_ONLY, [], rule=_PATTERNS)
-    include_grouped: bool = option(_INCLUDE_GROUPED, False)
-    sparsity_type: str = option(
-        "unstructured, or any N:M: layers whose input width is not a multiple of M stay dense.",
-        "unstructured",
-        rule=_SPARSITY_TYPE,
-    )
-    cache_dir: str | None = option(_CACHE_DIR)
-    trust_remote_code: bool = option(_TRUST, False)
 
-    def refuse_early(self) -> None:
-        """Refuse a file that does not exist."""
-        refuse_missing(self, "model")
+def as_given(options: Any) -> dict[str, Any]:
+    """Return the options that were given or have a default, for reports."""
+    return {name: value for name, value in asdict(options).items() if value is not None}
 
 
 def refuse_given(options: Any, purpose: str, names: str) -> None:
-    """Refuse options that were given although they mean nothing for this purpose.
-
-    Raises:
-        ValueError: Names all of them.
-    """
-    given = [f"--{name}" for name in names.split() if getattr(options, name) not in (None, False, [])]
+    """Raise a UsageError for options that do not have their defaults although they mean nothing for this purpose."""
+    defaults = {each.name: default_of(each) for each in fields(options)}
+    given = [f"--{name}" for name in names.split() if getattr(options, name) != defaults[name]]
     if given:
-        verb = "has" if len(given) == 1 else "have"
-        raise ValueError(
-            f"{', '.join(given)} {verb} no meaning for {purpose}. Leave {'it' if verb == 'has' else 'them'} out."
-        )
+        verb, them = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise UsageError(f"{', '.join(given)} {verb} no meaning for {purpose}. Leave {them} out.")
 
 
 def _require_images(model: str, data_path: str | None) -> None:
     if data_path is None:
-        raise ValueError(
+        raise UsageError(
             f"--data_path is required for the image classifier {model}: give a folder laid out like ImageNet, cifar10, "
             "cifar100 or a hub id with the classes that the model was trained on, or digits to try the command out."
         )
 
 
 def refuse_missing(options: Any, names: str) -> None:
-    """Refuse local files and folders that do not exist; a name that may be a hub id is left to the hub.
-
-    Raises:
-        FileNotFoundError: Names the option and the path.
-    """
+    """Raise a UsageError for a file or folder that does not exist, unless its name may be a hub id."""
     for name in names.split():
         given = getattr(options, name)
         for value in [given] if isinstance(given, str) else given or ():
             path = Path(value.removeprefix("timm:local-dir:"))
-            is_local = name in ("resume", "tasks_dir") or path.is_absolute() or path.suffix in _SUFFIXES
+            is_local = name in ("resume", "tasks_dir") or path.is_absolute() or path.suffix in (".gguf", ".safetensors")
             if is_local and not path.exists():
-                raise FileNotFoundError(f"--{name} {value} does not exist. Check the path.")
+                raise UsageError(f"--{name} {value} does not exist. Check the path.")
+
+
+def _refuse_place(options: Any, name: str, refuse: Callable[[str, bool], None]) -> None:
+    """Raise a UsageError that starts with the option if a path cannot be written."""
+    if (path := getattr(options, name)) is not None:
+        try:
+            refuse(path, options.overwrite)
+        except OSError as error:
+            raise UsageError(f"--{name} {error}") from error

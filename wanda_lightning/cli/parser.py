@@ -1,6 +1,7 @@
-"""Make a parser of the command line and of YAML files from a dataclass of options.
+"""Parse arguments and YAML files into a dataclass of options.
 
-It needs only argparse and PyYAML, so that help and refusals answer at once, and its messages are one sentence.
+Only argparse and PyYAML are needed, so help and refusals appear at once. Every refusal is one sentence that names the
+option, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -8,187 +9,117 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, field, fields
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, NoReturn
 
+import yaml
+
+from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.core.name_patterns import did_you_mean
 
-Options = TypeVar("Options")
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
-_METAVARS = {int: "N", float: "X", str: "TEXT", list: "LIST"}
-
-
-class UsageError(argparse.ArgumentError):
-    """An option that does not exist, or a value that it does not take."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(None, message)
+class UsageError(ValueError):
+    """A wrong option. The command ends with status 2."""
 
 
-class Rule(NamedTuple):
-    """What a value must be.
-
-    Attributes:
-        must: In words, after "must".
-        holds: Whether a value is so.
-    """
-
-    must: str
-    holds: Callable[[Any], bool]
-
-
-def option(text: str, default: Any = None, *, choices: Sequence[str] = (), rule: Rule | None = None) -> Any:
-    """A field of a dataclass of options.
-
-    Args:
-        text: The help, one sentence without the default.
-        default: The default; `MISSING` for an option that must be given.
-        choices: The names that it takes, where it takes only these.
-        rule: What the value must be.
-    """
-    metadata = {"help": text, "choices": tuple(choices), "rule": rule}
-    if default == []:
-        return field(default_factory=list, metadata=metadata)
+def option(help: str, default: Any = None, rule: Number | OneOf | None = None) -> Any:
+    """Make a field of a dataclass of options; the help gets the default, and the names that the rule allows."""
+    metadata = {"help": help, "rule": rule}
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-class CommandParser(Generic[Options]):
-    """Parse the arguments of one command into its dataclass of options.
+def default_of(each: Field[Any]) -> Any:
+    """Return the default of a field."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
-    Args:
-        command: The name of the command.
-        options: A dataclass whose fields were made by `option`.
-    """
 
-    def __init__(self, command: str, options: type[Options], description: str) -> None:
+class CommandParser(argparse.ArgumentParser):
+    """Parse the arguments of one command into its dataclass, whose fields were made by `option`."""
+
+    def __init__(self, command: str, options: type, description: str) -> None:
+        super().__init__(f"wanda-lightning {command}", description=description, allow_abbrev=False)
         self._command, self._options = command, options
-        self._fields: dict[str, Field[Any]] = {each.name: each for each in fields(options)}  # type: ignore[arg-type]
-        self._types = {name: _plain(hint) for name, hint in typing.get_type_hints(options).items()}
-        self._parser = _Parser(prog=f"wanda-lightning {command}", description=description, allow_abbrev=False)
-        self._parser.add_argument("--config", action="append", metavar="FILE", help="Read options from a YAML file.")
-        self._parser.add_argument("--print_config", action="store_true", help="Print all options as YAML.")
-        self._parser.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
-        for name, each in self._fields.items():
-            self._parser.add_argument(f"--{name}", **self._argument(each))
+        self._fields: dict[str, Field[Any]] = {each.name: each for each in fields(options)}
+        self.add_argument("--config", action="append", default=[], metavar="FILE", help="Read options from YAML files.")
+        self.add_argument("--print_config", action="store_true", help="Print all options as YAML.")
+        self.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
+        for each in self._fields.values():
+            self.add_argument(f"--{each.name}", **_argument(each))
 
-    def _argument(self, each: Field[Any]) -> dict[str, Any]:
-        text = each.metadata["help"].replace("%", "%%")
-        if self._types[each.name] is bool:
-            return {"action": "store_const", "const": "true", "help": text}
-        if each.metadata["choices"]:
-            text += f" One of {', '.join(each.metadata['choices'])}."
-        if each.default is MISSING and each.default_factory is MISSING:
-            text += " (required)"
-        elif each.default not in (None, MISSING):
-            text += f" (default: {each.default})"
-        return {"metavar": "NAME" if each.metadata["choices"] else _METAVARS[self._types[each.name]], "help": text}
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UsageError`, where argparse would end the process."""
+        raise UsageError(f"{message.removeprefix('argument ').replace(': ', ' ', 1)}.")
 
-    def parse_args(self, arguments: Sequence[str]) -> Options:
-        """Read the arguments; those on the command line win over those in files.
-
-        Raises:
-            UsageError: If an option is unknown or a value is not allowed.
-            SystemExit: After `--help` and `--print_config`.
-        """
-        given, unknown = self._parser.parse_known_args(list(arguments))
-        for name in unknown:
-            raise UsageError(self._unknown(name.partition("=")[0]))
+    def parse_options(self, arguments: Sequence[str]) -> Any:
+        """Return the dataclass of options; arguments take precedence over files, and later files over earlier ones."""
+        given, unknown = self.parse_known_args(list(arguments))
+        if unknown:
+            raise UsageError(self._unknown(unknown[0].partition("=")[0]))
         texts: dict[str, Any] = {}
-        for path in given.config or ():
+        for path in given.config:
             texts |= self._read(path)
-        texts |= {name: getattr(given, name) for name in self._fields if getattr(given, name) is not None}
-        values = {name: self._value(name, text) for name, text in texts.items()}
+        texts |= {name: text for name in self._fields if (text := getattr(given, name)) is not None}
+        values = {name: default_of(each) for name, each in self._fields.items()}
+        values |= {name: _value(self._fields[name], text) for name, text in texts.items()}
         if given.print_config:
-            known = {name: None if value is MISSING else value for name, value in (self._defaults() | values).items()}
-            print(_yaml().safe_dump(known, sort_keys=False), end="")
+            known = {name: None if value is MISSING else value for name, value in values.items()}
+            print(yaml.safe_dump(known, sort_keys=False), end="")
             raise SystemExit(0)
-        missing = [n for n, each in self._fields.items() if n not in values and self._defaults()[n] is MISSING]
-        for name in missing:
-            raise UsageError(f"--{name} is required: {self._fields[name].metadata['help']}")
-        try:
-            return self._options(**values)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-
-    def _defaults(self) -> dict[str, Any]:
-        return {
-            name: each.default if each.default_factory is MISSING else each.default_factory()
-            for name, each in self._fields.items()
-        }
+        for name, value in values.items():
+            if value is MISSING:
+                raise UsageError(f"--{name} is required: {self._fields[name].metadata['help']}")
+        return self._options(**values)
 
     def _unknown(self, name: str) -> str:
         known = [f"--{each}" for each in self._fields]
         if not name.startswith("-"):
-            return f"{self._command} takes only options, but {name!r} is none.{did_you_mean(f'--{name}', known)}"
+            return f"{self._command} takes only options, but {name!r} is not one.{did_you_mean(f'--{name}', known)}"
         return f"{name} is not an option of {self._command}.{did_you_mean(name, known)}"
 
     def _read(self, path: str) -> dict[str, Any]:
-        """The texts in a YAML file: every scalar is text here, since 2:4 is 124 in YAML."""
-        yaml = _yaml()
+        """Read a YAML file without converting its values, since YAML reads 2:4 as 124."""
         try:
             with open(os.path.expanduser(path), encoding="utf-8") as file:
-                content = yaml.load(file, Loader=yaml.BaseLoader)
+                content = yaml.load(file, Loader=yaml.BaseLoader) or {}
         except OSError as error:
             raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
-        if not isinstance(content or {}, Mapping):
-            raise UsageError(f"--config {path} must map options to values, but it holds a {type(content).__name__}.")
-        for name in content or {}:
+        if not isinstance(content, Mapping):
+            raise UsageError(f"--config {path} must map options to values, but it is a {type(content).__name__}.")
+        for name in content:
             if name not in self._fields:
                 raise UsageError(f"--config {path}: {self._unknown(f'--{name}').removeprefix('--')}")
-        return dict(content or {})
-
-    def _value(self, name: str, text: Any) -> Any:
-        metadata, kind = self._fields[name].metadata, self._types[name]
-        if text == "null" and self._fields[name].default is None:
-            return None
-        value = as_list(text) if kind is list else self._scalar(name, text, kind)
-        if metadata["choices"] and value not in metadata["choices"]:
-            allowed = ", ".join(metadata["choices"])
-            near = did_you_mean(str(value), metadata["choices"])
-            raise UsageError(f"--{name} must be one of {allowed}, but it is {value!r}.{near}")
-        rule: Rule | None = metadata["rule"]
-        for each in value if kind is list else [value]:
-            if rule is not None and not rule.holds(each):
-                raise UsageError(f"--{name} must {rule.must}, but it is {each!r}.")
-        return value
-
-    def _scalar(self, name: str, text: Any, kind: type) -> Any:
-        if not isinstance(text, str):
-            raise UsageError(f"--{name} must be one value, but it is {text!r}.")
-        if kind is bool:
-            if text not in ("true", "false"):
-                raise UsageError(f"--{name} must be true or false, but it is {text!r}.")
-            return text == "true"
-        if kind is str:
-            return expanded(text)
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise UsageError(f"--{name} must be {_KINDS[kind]}, but it is {text!r}.") from error
+        return dict(content)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message.removeprefix('argument ')}.")
+def _argument(each: Field[Any]) -> dict[str, Any]:
+    """Return the arguments of `add_argument` for a field."""
+    text, rule, kind, default = each.metadata["help"], each.metadata["rule"], _kind(each), default_of(each)
+    if kind is bool:
+        return {"action": "store_const", "const": "true", "help": text}
+    if kind is list:
+        text += " Commas separate several."
+    if isinstance(rule, OneOf):
+        text += f" O{str(rule)[1:]}."
+    if default is MISSING:
+        text += " (required)"
+    elif default not in (None, []):
+        text += f" (default: {','.join(default) if kind is list else default})"
+    metavar = "NAME" if isinstance(rule, OneOf) else {int: "N", float: "X", str: "TEXT", list: "LIST"}[kind]
+    return {"metavar": metavar, "help": text.replace("%", "%%")}
 
 
-def _yaml() -> Any:
-    import yaml
-
-    return yaml
+_KINDS = {"Sequence": list, "list": list, "str": str, "bool": bool, "float": float, "int": int}
 
 
-def _plain(hint: Any) -> type:
-    """`int` for `int | None`, `list` for `list[str]`."""
-    if isinstance(hint, types.UnionType):
-        (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
-    return typing.get_origin(hint) or hint
+def _kind(each: Field[Any]) -> type:
+    """Return the type of a value: list for `str | Sequence[str]`, str for `Solver | str | None`."""
+    words = re.findall(r"\w+", str(each.type))
+    return next((kind for word, kind in _KINDS.items() if word in words), str)
 
 
 def expanded(text: str) -> str:
@@ -198,7 +129,7 @@ def expanded(text: str) -> str:
 
 
 def as_list(given: Any) -> list[str]:
-    """Several values from one text, where commas separate them except inside brackets; or a YAML list.
+    """Split a text at its commas, except inside brackets; a YAML list, also as text, is a list already.
 
     >>> as_list("lm_head, re:x{1,3}")
     ['lm_head', 're:x{1,3}']
@@ -206,29 +137,39 @@ def as_list(given: Any) -> list[str]:
     ['a', 'b']
     """
     if isinstance(given, str) and given.startswith("["):
-        yaml = _yaml()
         try:
             listed = yaml.load(given, Loader=yaml.BaseLoader)
         except yaml.YAMLError:  # a glob such as [ab]*.weight
             listed = None
         given = listed if isinstance(listed, list) else given
     if isinstance(given, str):
-        given = _split(given)
+        given = re.split(r",(?![^()\[\]{}]*[)\]}])", given)
     return [expanded(str(each).strip()) for each in given if str(each).strip()]
 
 
-def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
-    parts, depth = [""], 0
-    for piece in re.findall(r"\\.|.", text, flags=re.DOTALL):
-        if piece == "," and depth == 0:
-            parts.append("")
-            continue
-        depth = max(0, depth + (piece in "([{") - (piece in ")]}"))
-        parts[-1] += piece
-    return parts
+_CONVERTERS: Mapping[type, Callable[[Any], Any]] = {
+    bool: {"true": True, "false": False}.__getitem__,
+    int: int,
+    float: float,
+    str: expanded,
+    list: as_list,
+}
 
 
-def as_options(options: Any) -> dict[str, Any]:
-    """The options that were given or have a default, for reports."""
-    return {name: value for name, value in asdict(options).items() if value is not None}
+def _value(each: Field[Any], text: Any) -> Any:
+    """Convert the text of an argument, or a value of a YAML file, to the type of the option, and check it."""
+    kind, rule = _kind(each), each.metadata["rule"]
+    if text == "null" and each.default is None:
+        return None
+    if not isinstance(text, str) and kind is not list:
+        raise UsageError(f"--{each.name} must be one value, but it is {text!r}.")
+    try:
+        value = _CONVERTERS[kind](text)
+    except (KeyError, ValueError) as error:
+        what = rule or {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise UsageError(f"--{each.name} must be {what}, but it is {text!r}.") from error
+    for one in value if kind is list else [value]:
+        if rule is not None and not rule.accepts(one):
+            near = did_you_mean(one, rule.names) if isinstance(rule, OneOf) else ""
+            raise UsageError(f"--{each.name} must be {rule}, but it is {one!r}.{near}")
+    return value

@@ -10,45 +10,37 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
-from wanda_lightning.cli.measure import measure, quiet_trainer, refuse_no_space, save_model
-from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUENCES, PruneOptions
-from wanda_lightning.cli.parser import as_options
-from wanda_lightning.cli.tables import print_note, print_table
-from wanda_lightning.cli.windows import checked_seqlen, refuse_long_windows
+from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
+from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUENCES, PruneOptions, as_given
+from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import unclaimed, whole_file
-from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport
 
 
 def run(options: PruneOptions) -> None:
-    """Prune a model, measure it before and after, and save what was asked for.
-
-    Raises:
-        ValueError: If the options do not fit together or the model; before anything is written.
-    """
-    callback = _callback(options)
+    """Prune a model, measure it before and after, and save what was asked for."""
+    samples = options.nsamples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES)
+    callback = PruningCallback(**options.choices, num_samples=samples)
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
-    quiet_trainer()
-    module, data = _classifier(options) if options.is_image else _language_model(options)
+    module, data = _classifier(options, samples) if options.is_image else _language_model(options, samples)
     metric, heading = ("val_accuracy", "top-1") if options.is_image else ("val_perplexity", "perplexity")
-    make_plan(callback.config, module.model)  # refuses now what would be refused after the dense model was measured
+    make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module)
     if callback.config.data_reader is not None and isinstance(data, TextDataModule):
-        _ = data.calibration_windows
-    dense = measure(module, data, metric)
-    pruned = measure(module, data, metric, callback)
+        _ = data.calibration_windows  # to refuse a short text, too
+    dense = measure(module, data)[metric]
+    pruned = measure(module, data, callback)[metric]
     report = callback.report
     assert report is not None
-    report.config["command"] = as_options(options) | {"prune_method": None, **_as_used(options, data)}
-    report.config["command"] = {name: value for name, value in report.config["command"].items() if value is not None}
+    report.config["command"] = as_given(options) | _as_used(options, data)
     report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
     save_model(module, options.save_model, options.overwrite)
-    if tasks:  # hours for a large model, which is safe by now
+    if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.config["measured"]["zero_shot"] = accuracies
     if options.save is not None:
@@ -58,45 +50,21 @@ def run(options: PruneOptions) -> None:
         print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
 
 
-def _callback(options: PruneOptions) -> PruningCallback:
-    usual = {**METHODS, **PRESETS}[options.name].sequential or ("none" if options.is_image else "block")
-    return PruningCallback(
-        options.sparsity_ratio,
-        method=options.name,
-        pattern=_pattern(options),
-        allocation=options.allocation,
-        sequential=options.sequential or usual,
-        skip=options.skip,
-        only=options.only,
-        include_grouped=options.include_grouped,
-        num_samples=options.nsamples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES),
-        min_expert_tokens=options.min_expert_tokens,
-    )
-
-
-def _pattern(options: PruneOptions) -> str:
-    if options.use_variant:
-        return "equal_share"
-    if options.sparsity_type == "unstructured" and options.prune_granularity is not None:
-        return f"unstructured_{options.prune_granularity}"
-    return options.sparsity_type
-
-
-def _classifier(options: PruneOptions) -> tuple[Any, ImageDataModule]:
+def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
     assert options.data_path is not None
     module = ImageClassifierModule(options.model, pretrained=options.resume is None, checkpoint=options.resume)
     data = ImageDataModule(
         options.data_path,
         module,
         batch_size=options.batch_size or 64,
-        num_samples=options.nsamples or PAPER_IMAGES,
+        num_samples=samples,
         seed=options.seed,
         cache_dir=options.cache_dir,
     )
     return module, data
 
 
-def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
+def _language_model(options: PruneOptions, samples: int) -> tuple[Any, TextDataModule]:
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     refuse_long_windows(options.seqlen, options.model, hub)
     module = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub)
@@ -105,7 +73,7 @@ def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
         options.calibration or "c4",
         options.eval or "wikitext2",
         seqlen=checked_seqlen(options.seqlen, module.model.config, PAPER_SEQLEN),
-        num_samples=options.nsamples or PAPER_SEQUENCES,
+        num_samples=samples,
         batch_size=options.batch_size or 4,
         limit=options.limit,
         seed=options.seed,
@@ -115,10 +83,10 @@ def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
 
 
 def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:
-    """The options without a fixed default, with the values that were used."""
+    """Return the options whose defaults depend on the model, with the values that were used."""
     used: dict[str, Any] = {"nsamples": data.num_samples, "batch_size": data.batch_size}
     if options.preset is None:
-        used["prune_method"] = options.name
+        used["prune_method"] = options.method
     if isinstance(data, ImageDataModule):
         return used
     return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
@@ -133,7 +101,7 @@ def _write_results(options: PruneOptions, column: str, measured: float, report: 
             encoding="utf-8",
         )
     if folder != Path(options.save or ""):
-        print_note(f"another run has written to {options.save} meanwhile. The results are in {folder}.")
+        print_line(f"Note: another run has written to {options.save} meanwhile. The results are in {folder}.")
 
 
 def _print_results(method: str, heading: str, dense: float, pruned: float, report: PruningReport) -> None:
@@ -145,4 +113,4 @@ def _print_results(method: str, heading: str, dense: float, pruned: float, repor
     table.add_row(escape(method), *numbers, f"{report.seconds['prune']:.1f}")
     print_table(table)
     for note in report.notes:
-        print_note(note)
+        print_line(f"Note: {note}")

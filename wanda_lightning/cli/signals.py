@@ -1,4 +1,4 @@
-"""End a command on Ctrl-C, SIGTERM and SIGHUP, within a step of what it does."""
+"""End a command on Ctrl-C, SIGTERM and SIGHUP, within a step of its work."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-_ALL = ("SIGINT", "SIGTERM", "SIGHUP")
-_SECONDS_BETWEEN = 1.0  # timeout(1) sends its signal twice at once; the second would cut the cleaning up short
+_SECONDS_BETWEEN = 1.0  # timeout(1) sends its signal twice at once; the second one would interrupt the cleanup
 
 
 class Signals:
-    """Raise KeyboardInterrupt in the main thread for each signal, and remember which one came.
+    """While entered, raise KeyboardInterrupt in the main thread for each signal.
 
-    Lightning's Trainer swallows SIGTERM unless a handler is installed already: then it calls that one, too.
+    Lightning's Trainer ignores SIGTERM unless a handler is installed already, which it then calls, too.
 
     Args:
-        names: The signals to handle; one that is ignored already stays ignored (nohup).
+        names: The signals to handle. One that the process ignores stays ignored (nohup).
 
     Attributes:
-        received: The last signal that came, or None.
+        received: The last signal that was received, or None.
     """
 
-    def __init__(self, names: Sequence[str] = _ALL) -> None:
+    def __init__(self, names: Sequence[str] = ("SIGINT", "SIGTERM", "SIGHUP")) -> None:
         self.received: signal.Signals | None = None
-        self._names, self._when = names, -_SECONDS_BETWEEN
+        self._names, self._raised_at = names, -_SECONDS_BETWEEN
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -37,14 +36,12 @@ class Signals:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        if time.monotonic() - self._when >= _SECONDS_BETWEEN:
-            self._when = time.monotonic()
+        if time.monotonic() - self._raised_at >= _SECONDS_BETWEEN:
+            self._raised_at = time.monotonic()
             raise KeyboardInterrupt

@@ -33,7 +33,7 @@ def check_source(source: str, option: str = "text") -> None:
         return
     if path.suffix in EXTENSIONS:
         found = "is a folder. Give the file" if path.exists() else "does not exist. Check the path"
-        raise FileNotFoundError(f"The text file {source} {found}.")
+        raise FileNotFoundError(f"{option} {source} {found}.")
     kinds = f"{option} must be one of {', '.join(_NAMES)}, or a file that ends in {', '.join(EXTENSIONS)}"
     if path.exists():
         raise ValueError(f"{kinds}, but {source} ends in {path.suffix or 'nothing'}. Convert it or rename it.")

@@ -28,8 +28,7 @@ _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
 def sparsity_of(model: nn.Module) -> dict[str, float]:
     """Return the fractions of zeros: `layers`, of the weights that can be pruned; `model`, of all parameters."""
-    # By parameter, since many experts are one parameter.
-    layers = {id(layer.parameter): layer.parameter for layer in find_layers(model).layers}
+    layers = {id(layer.parameter): layer.parameter for layer in find_layers(model).layers}  # experts share a parameter
     return {"layers": _zeros(layers.values()), "model": _zeros(model.parameters())}
 
 
@@ -90,21 +89,13 @@ class Evaluation:
 
 
 def _heading(what: str, metric: str, found: Iterable[dict[str, float]]) -> str:
-    """Return the heading of a row, with the number of samples.
-
-    >>> _heading("rte", "acc", [{"acc": 0.5, "documents": 277}])
-    'rte acc (277 documents)'
-    """
+    """Return the heading of a row, such as `rte acc (277 documents)`."""
     counts = {f"{int(values[count]):,} {count}" for values in found for count in _COUNTS if count in values}
     return f"{what} {_SPARSITY.get(metric, metric)}" + (f" ({' or '.join(sorted(counts))})" if counts else "")
 
 
-def _cell(metric: str, value: float | None, error: float | None = None, dense: float | None = None) -> str:
-    """Format a value with its standard error and its difference to the dense model.
-
-    >>> _cell("acc", 0.5, 0.0125, 0.625), _cell("perplexity", 65.291)
-    ('50.00% ± 1.25 (-12.50)', '65.29')
-    """
+def _cell(metric: str, value: float | None, error: float | None, dense: float | None) -> str:
+    """Format a value with its standard error and its difference to the dense model: `50.00% ± 1.25 (-12.50)`."""
     if value is None:
         return ""
     scale, unit = (1, "") if metric == "perplexity" else (100, "%")

@@ -53,16 +53,13 @@ def task_names(asked: Sequence[str]) -> list[str]:
 
 
 def load_tasks(names: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """Load tasks of lm-eval, and read and check their documents.
+    """Load tasks of lm-eval by name, and check their documents.
 
     Args:
         names: Names from `task_names`.
         folder: Folder with a file TASK.jsonl for each task: one document in each line, with the fields in
             `PAPER_TASKS[TASK]`. By default the documents come from the hub.
         cache_dir: Folder for downloads from the hub.
-
-    Returns:
-        Tasks of lm-eval, by name.
 
     Raises:
         ImportError: If lm-eval is not installed.
@@ -75,7 +72,12 @@ def load_tasks(names: Sequence[str], folder: str | Path | None = None, cache_dir
     require_extra("eval", "lm_eval", purpose="Zero-shot tasks")
     if folder is None:
         return _load({name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}, _not_on_the_hub)
-    files = _task_files(names, Path(folder).expanduser())
+    files = {name: Path(folder).expanduser() / f"{name}.jsonl" for name in names}
+    if missing := [path.name for path in files.values() if not path.is_file()]:
+        raise FileNotFoundError(
+            f"tasks_dir must have a file TASK.jsonl for each of {', '.join(names)}, but {folder} does not have "
+            f"{', '.join(missing)}. Write one document in each line."
+        )
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
     tasks: dict[str, Any] = {}
     for name, path in files.items():
@@ -121,16 +123,6 @@ def _local(documents: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _task_files(names: Sequence[str], folder: Path) -> dict[str, Path]:
-    files = {name: folder / f"{name}.jsonl" for name in names}
-    if missing := [path.name for path in files.values() if not path.is_file()]:
-        raise FileNotFoundError(
-            f"tasks_dir must have a file TASK.jsonl for each of {', '.join(names)}, but {folder} does not have "
-            f"{', '.join(missing)}. Write one document in each line."
-        )
-    return files
-
-
 def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     documents = []
     for where, row in json_rows(path, fields):
@@ -142,7 +134,7 @@ def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     return documents
 
 
-def _unfit(path: Path, reason: object) -> ValueError:
+def _unfit(path: Path, reason: Exception | str) -> ValueError:
     text = one_line(reason) if isinstance(reason, Exception) else reason
     return ValueError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {text}")
 
@@ -199,16 +191,14 @@ def zero_shot(
     finally:
         model.to(home)
         model.train(training)
-    results = {name: _numbers(found["results"][name], found["n-samples"][name]["effective"]) for name in tasks}
+    results: Results = {}
+    for name in tasks:
+        numbers = {key: value for key, value in found["results"][name].items() if not isinstance(value, str)}
+        results[name] = {key.removesuffix(",none"): float(value) for key, value in numbers.items() if "," in key}
+        results[name]["documents"] = found["n-samples"][name]["effective"]
     if len(tasks) > 1:
         results["mean"] = _mean(list(results.values()))
     return results
-
-
-def _numbers(found: Mapping[str, Any], documents: int) -> dict[str, float]:
-    values = {key.removesuffix(",none"): value for key, value in found.items() if "," in key}
-    numbers = {key: float(value) for key, value in values.items() if not isinstance(value, str)}
-    return {**numbers, "documents": documents}
 
 
 def _mean(results: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -213,8 +213,8 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(
             f"The checkpoint {checkpoint} does not fit {type(model).__name__}: {'; '.join(faults[:5])}{more}. "
-            "Check the name of the model; for other classes or image sizes give num_classes and model_kwargs, "
-            "or a folder that holds the whole model as timm:local-dir:FOLDER."
+            "Check the name of the model. For other classes or image sizes give a folder that holds the whole model "
+            "(timm:local-dir:FOLDER) or, in Python, num_classes and model_kwargs."
         )
     model.load_state_dict(weights)
     _check_finite(model, str(checkpoint))

@@ -1,11 +1,13 @@
-"""Tables keep their numbers on terminals of every width."""
+"""Tables keep their numbers on terminals of every width, and warnings are one line."""
 
 import re
+import sys
+import warnings
 
 import pytest
 from rich.table import Table
 
-from wanda_lightning.cli.tables import print_note, print_table
+from wanda_lightning.cli.output import print_line, print_table, readable_warnings
 
 
 def table():
@@ -46,7 +48,16 @@ def test_markup_in_names_is_text(capsys, monkeypatch):
     made.add_column("weights", justify="right")
     made.add_row(escape("[red]a[/red]:smile:"), "1234567890123456789012345")
     print_table(made)
-    print_note("layers [bold]x[/bold] of a name that is longer than the terminal is wide")
+    print_line("layers [bold]x[/bold] of a name that is longer than the terminal is wide")
     out = capsys.readouterr().out
     assert "name: [red]a[/red]:smile:" in out
-    assert "Note: layers [bold]x[/bold] of a name that is longer than the terminal is wide\n" in out
+    assert "layers [bold]x[/bold] of a name that is longer than the terminal is wide\n" in out
+
+
+def test_warnings_are_one_line_without_a_path(capsys):
+    with warnings.catch_warnings(), readable_warnings():
+        warnings.simplefilter("always")
+        text = warnings.formatwarning("num_samples is 50", UserWarning, "/a/path.py", 3)
+        sys.stderr.write(text)
+    assert capsys.readouterr().err == "wanda-lightning: warning: num_samples is 50\n"
+    assert "/a/path.py" in warnings.formatwarning("x", UserWarning, "/a/path.py", 3)
