@@ -9,7 +9,7 @@ from support.cli import run
 
 from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.options import COMMANDS, DTYPES, FLAGS, PRECISIONS, TASKS, EvaluateOptions
+from wanda_lightning.cli.options import DTYPES, FLAGS, OPTIONS, PRECISIONS, TASKS, EvaluateOptions
 from wanda_lightning.evaluation import PAPER_TASKS
 from wanda_lightning.modules import loading
 
@@ -118,9 +118,9 @@ def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
     assert line.endswith((".", "?"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OPTIONS)
 def test_every_option_has_help(command):
-    for field in fields(COMMANDS[command]):
+    for field in fields(OPTIONS[command]):
         assert field.metadata["help"].rstrip().endswith(".")
         assert "`" not in field.metadata["help"]
 

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(command: str, arguments: Sequence[str]) -> Any:
     """Return the options of `prune`, `finetune`, `evaluate` or `inspect` as a dataclass; raise a `UsageError`."""
-    from wanda_lightning.cli.options import COMMANDS as OPTIONS
+    from wanda_lightning.cli.options import OPTIONS
     from wanda_lightning.cli.parser import CommandParser
 
     return CommandParser(command, OPTIONS[command], COMMANDS[command]).parse_options(arguments)

@@ -337,7 +337,7 @@ class EvaluateOptions:
         return self.models[0].startswith(TIMM)
 
 
-COMMANDS: dict[str, type] = {
+OPTIONS: dict[str, type] = {
     "prune": PruneOptions,
     "finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,

@@ -1,4 +1,4 @@
-"""Keep a command running when its output cannot be shown: a closed pipe, a terminal that is not UTF-8."""
+"""Keep a command running when its output cannot be shown, because of a closed pipe or a terminal without UTF-8."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class TolerantStream:
-    """A text stream that drops what nobody reads any more and replaces characters that it cannot encode.
+    """A text stream that discards its text once the pipe is closed, and replaces characters that it cannot encode.
 
     Attributes:
-        is_broken: Whether the reader is gone (`| head -1`).
+        is_broken: Whether the pipe is closed (`| head -1`).
     """
 
     def __init__(self, stream: Any) -> None:
@@ -42,7 +42,7 @@ class TolerantStream:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Send everything else nowhere, also what Python flushes at exit."""
+        """Discard all further output, also what Python flushes at exit."""
         self.is_broken = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
@@ -51,7 +51,7 @@ class TolerantStream:
 
 @contextmanager
 def tolerant_streams() -> Iterator[list[TolerantStream]]:
-    """Replace stdout and stderr by tolerant streams while the body runs, and yield them."""
+    """Replace stdout and stderr by tolerant streams, and yield these."""
     before = sys.stdout, sys.stderr
     streams = [TolerantStream(stream) for stream in before]
     sys.stdout, sys.stderr = streams
