@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes."""
+    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes.
+
+    Raises:
+        ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
+    """
 
     sparsity: float
     criterion: Criterion
@@ -54,44 +58,34 @@ class PruningConfig:
     ) -> PruningConfig:
         """Resolve names to objects, and fill in the defaults. Only this function does so.
 
-        An object such as `SparseGPT(dampening=0.1)`, `NM(1, 4)` or `PerLayer({...})` can replace a name. The commands
-        `prune` and `inspect` derive their options from this signature, and their help from the first sentence of each
-        argument.
+        An object such as `NM(1, 4)` can replace a name. The commands derive their options from this signature, and
+        their help from the first sentence of each argument.
 
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
             method: Name of a method or preset, which sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: `unstructured`, or N:M such as `2:4`, which keeps N of every M weights.
-                `"unstructured"` compares the same weights as the method's paper: within rows for Wanda, within layers
-                for magnitude and SparseGPT. `"unstructured_row"` and `"unstructured_layer"` override this, and
-                `"equal_share"` is the paper's variant.
+                `"unstructured"` compares what the method's paper compares, unlike `"unstructured_row"` and
+                `"unstructured_layer"`; `"equal_share"` is the paper's variant.
             allocation: How layers share the sparsity: all alike (`uniform`); less where more scores are outliers
                 (`owl`) or where the weights' spectrum has a heavier tail (`alpha`), per block or per layer; less where
                 the predictions depend on more (`fisher`).
-            solver: How the final weights are computed: by setting weights to zero (`zero_out`), or with an update of
-                the kept weights.
-            recovery: How the kept weights are trained after the masks are chosen.
+            solver: How the final weights are computed: by zeros alone (`zero_out`), or with an update of the kept ones.
+            recovery: How the kept weights are trained after the masks are chosen: not at all (`none`), each part of a
+                block toward its dense outputs (`reconstruct`), or the model toward its dense predictions (`distil`).
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`).
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
-            only: Layers to prune, by default all: names, globs, or `re:` and a regular expression. `skip` takes
-                precedence.
+            only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
             min_expert_tokens: Experts with fewer calibration tokens are pruned with the statistics of all experts of
                 their module. A norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n), 12 % for n = 32.
-
-        Raises:
-            ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
         """
         skip, only = check_patterns("skip", skip), check_patterns("only", only)
         _check_numbers(sparsity, min_expert_tokens)  # here, too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
-        chosen_solver: Solver = _resolve("solver", solver, base.solver)
-        if criterion is None and (solver is not None or base.criterion is None):
-            criterion = chosen_solver.own_criterion
-        chosen_criterion: Criterion = _resolve("criterion", criterion, base.criterion)
-        chosen_pattern = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
+        chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
         usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
         return cls(
             sparsity=sparsity,
@@ -201,6 +195,17 @@ def _resolve(option: str, given: Any, default: methods.Choice | None) -> Any:
             f"{option} must be of class {base.__name__} or one of {', '.join(NAMES[option])}, but it is {given!r}."
         )
     return given
+
+
+def _resolve_layer_choices(
+    base: methods.Method, criterion: Criterion | str | None, pattern: Pattern | str, solver: Solver | str | None
+) -> tuple[Criterion, Pattern, Solver]:
+    chosen_solver: Solver = _resolve("solver", solver, base.solver)
+    if criterion is None and (solver is not None or base.criterion is None):
+        criterion = chosen_solver.own_criterion
+    chosen_criterion: Criterion = _resolve("criterion", criterion, base.criterion)
+    group = base.group or chosen_solver.group(chosen_criterion)
+    return chosen_criterion, resolve_pattern(pattern, group), chosen_solver
 
 
 def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:

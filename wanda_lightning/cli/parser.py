@@ -131,8 +131,8 @@ def expanded(text: str) -> str:
 def as_list(given: Any) -> list[str]:
     """Split a text at its commas, except inside brackets; a YAML list, also as text, is a list already.
 
-    >>> as_list("lm_head, re:x{1,3}")
-    ['lm_head', 're:x{1,3}']
+    >>> as_list("lm_head, re:x{1,3}(a,(b|c))")
+    ['lm_head', 're:x{1,3}(a,(b|c))']
     >>> as_list("[a, b]")
     ['a', 'b']
     """
@@ -143,8 +143,20 @@ def as_list(given: Any) -> list[str]:
             listed = None
         given = listed if isinstance(listed, list) else given
     if isinstance(given, str):
-        given = re.split(r",(?![^()\[\]{}]*[)\]}])", given)
+        given = _split(given)
     return [expanded(str(each).strip()) for each in given if str(each).strip()]
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside brackets."""
+    parts, depth = [""], 0
+    for piece in re.findall(r"\\.|.", text, flags=re.DOTALL):
+        if piece == "," and depth == 0:
+            parts.append("")
+            continue
+        depth = max(0, depth + (piece in "([{") - (piece in ")]}"))
+        parts[-1] += piece
+    return parts
 
 
 _CONVERTERS: Mapping[type, Callable[[Any], Any]] = {
