@@ -78,7 +78,8 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
     """The options of `wanda-lightning inspect`: the model, all choices of pruning, and the reference's flags."""
 
     preset: str | None = option(
-        "Instead of a method: fast (Wanda in one pass), balanced (better at every sparsity) or best.",
+        "Instead of a method: fast (Wanda in one pass), balanced (better at every sparsity), best, or thorough (best, "
+        "then distillation).",
         rule=OneOf(tuple(PRESETS)),
     )
     use_variant: bool = option(

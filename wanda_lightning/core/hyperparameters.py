@@ -25,7 +25,7 @@ class Number:
 
     def __str__(self) -> str:
         bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
-        range_ = " and ".join(f"{text} {bound:g}" for text, bound in bounds.items() if isfinite(bound))
+        range_ = " and ".join(f"{text} {bound:.10g}" for text, bound in bounds.items() if isfinite(bound))
         return f"a {'whole ' if self.whole else ''}number {range_}"
 
 
