@@ -49,7 +49,7 @@ def test_files_keep_their_characters(tmp_path, tokenizer):
         ("a.txt", "caf\u00e9".encode("utf-32"), r"in UTF-32\. .*iconv -f UTF-32 -t UTF-8"),
         ("a.txt", "au lait".encode("utf-16-le"), r"in UTF-16LE\. .*iconv -f UTF-16LE -t UTF-8"),
         ("a.txt", "au lait".encode("utf-16-be"), r"in UTF-16BE\. .*iconv -f UTF-16BE -t UTF-8"),
-        ("a.txt", "\u20acuro".encode("utf-16-be"), r"in UTF-16BE\. "),
+        ("a.txt", "\u20acuro".encode("utf-16-be"), r"in UTF-16BE, since byte 2 is NUL\. "),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), r"a\.jsonl seems to be in UTF-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\\ud83d"}', "but line 2 has half of a surrogate pair"),
         ("a.jsonl", b'{"text": "a", "n": ["\\uDE00"]}', "but line 1 has half of a surrogate pair"),

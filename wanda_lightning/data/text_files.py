@@ -28,13 +28,14 @@ def read_file(path: Path) -> str | Sequence[str]:
 
 def _decode(path: Path) -> str:
     data = path.read_bytes()
-    encoding = json.detect_encoding(data).upper()  # by a byte order mark or the first four bytes
+    encoding, why = json.detect_encoding(data).upper(), ""  # by a byte order mark or the first four bytes
     if encoding.startswith("UTF-8") and (nul := data.find(0)) >= 0:
         encoding = "UTF-16LE" if nul % 2 else "UTF-16BE"  # as ASCII characters are stored
+        why = f", since byte {nul} is NUL"
     if not encoding.startswith("UTF-8"):
         encoding = encoding.replace("-LE", "LE").replace("-BE", "BE")  # as iconv names them
         raise ValueError(
-            f"A text file must be in UTF-8, but {path} seems to be in {encoding}. "
+            f"A text file must be in UTF-8, but {path} seems to be in {encoding}{why}. "
             f"Convert it: iconv -f {encoding} -t UTF-8."
         )
     try:
