@@ -107,15 +107,14 @@ class TextDataModule(DataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded at first use."""
         given = self._given_tokenizer
-        if isinstance(given, (str, os.PathLike)):
-            return load_tokenizer(given, cache_dir=self.cache_dir)
-        tokenizer = getattr(self._module, "tokenizer", None) if given is None else given
-        if tokenizer is None:
+        if given is None:
+            given = getattr(self._module, "tokenizer", None)
+        if given is None:
             raise ValueError(
                 "tokenizer must be given, since no Trainer runs a module that has one. Give a hub id, a folder or "
                 "a .gguf file, or save the tokenizer in the model's folder."
             )
-        return tokenizer
+        return load_tokenizer(given, cache_dir=self.cache_dir) if isinstance(given, (str, os.PathLike)) else given
 
     def _tokenize(self, text: str) -> list[int]:
         # verbose=False: the tokenizer would warn that the text is longer than the context, which the windows are not.
