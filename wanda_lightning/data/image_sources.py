@@ -214,7 +214,7 @@ def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -
 def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Source:
     evaluation = next((split for split in _EVALUATION_SPLITS if split in splits), None)
     if evaluation is None:
-        if len(splits) > 1:
+        if len(splits) != 1:
             raise ValueError(
                 f"{name} must have a split named {', '.join(_EVALUATION_SPLITS)}, but it has {', '.join(splits)}. "
                 "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
