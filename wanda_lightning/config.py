@@ -71,7 +71,7 @@ class PruningConfig:
             allocation: How layers share the sparsity: all alike (`uniform`); less where more scores are outliers
                 (`owl`) or where the weights' spectrum has a heavier tail (`alpha`), per block or per layer; less where
                 the predictions depend on more (`fisher`).
-            solver: How the final weights are computed: by zeros alone (`zero_out`), or with an update of the kept ones.
+            solver: How the final weights are computed: by zeroing alone (`zero_out`), or with an update of the rest.
             recovery: How the kept weights are trained after the masks are chosen: not at all (`none`), each part of a
                 block toward its dense outputs (`reconstruct`), or the model toward its dense predictions (`distil`).
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier

@@ -35,7 +35,7 @@ class Product(NamedTuple):
     layer: Layer
     tokens: Tensor  # the tensor that the matrix multiplies, or this layer's slice of it
     slot: int | None = None  # index of the layer's slice of the output; None if the whole output is the layer's
-    first: bool = True  # only the piece with the matrix's first row counts, if a model multiplies by pieces
+    first: bool = True  # includes the matrix's first row; if a model multiplies by pieces, only this one counts
     left: bool = False  # the matrix is the left factor, so the columns of the output are tokens
     time_first: tuple[int, int] | None = None  # (steps, samples) if the output is ordered by step, then by sample
     gathered: tuple[Tensor, Tensor] | None = None  # the tensor from which the tokens were gathered, and its rows

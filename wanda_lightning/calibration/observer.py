@@ -116,7 +116,7 @@ class Observer:
         return BatchReader(self.needs, batch, self.masks[batch] or ())
 
     def _add(self, reader: BatchReader) -> None:
-        """Add what was read from one batch."""
+        """Add the sums and the checks of one batch."""
         for entry in reader.entries:
             if entry.padding_counted:
                 self.padding_counted.update(entry.layers)

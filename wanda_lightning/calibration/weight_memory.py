@@ -55,7 +55,7 @@ class WeightMemory:
         return self._stack_of(tensor) is not None
 
     def matches(self, weight: Tensor) -> list[Match]:
-        """Return the layers that a right factor, (d_in, rows) or (experts, d_in, rows), holds with all their inputs."""
+        """Return the layers whose matrix, or whole rows of it, form a factor (d_in, rows) or (experts, d_in, rows)."""
         if weight.ndim == 3 and weight.stride(0) == 0:
             weight = weight[0]  # one matrix, expanded
         stack = self._stack_of(weight)

@@ -68,5 +68,5 @@ def _one_line(message: Any, category: Any, filename: str, lineno: int, line: str
 
 
 def quiet_trainer() -> None:
-    """Hide what the Trainer says about itself at every start."""
+    """Hide the messages about hardware that the Trainer prints at every start."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

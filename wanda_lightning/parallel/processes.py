@@ -38,7 +38,7 @@ class Processes:
         self._known_failure: BaseException | None = None
 
     def all_reduce_min(self, value: int) -> int:
-        """Return the smallest value, at least 0, over all processes.
+        """Return the smallest value over all processes; no value may be negative.
 
         Raises:
             ValueError: If another process failed with a ValueError.
