@@ -28,8 +28,11 @@ REFUSED = {
         (["--sparsity_type", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
         (["--sparsity_type", "0:4"], "any other N:M with 1 <= N < M, but it is '0:4'."),
         (["--sparsity_type", ""], "any other N:M with 1 <= N < M, but it is ''."),
-        (["--prune_method", "wnada"], "best, but it is 'wnada'. Did you mean wanda?"),
-        (["--preset", "bset"], "--preset must be one of fast, balanced, best, but it is 'bset'. Did you mean best?"),
+        (["--prune_method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
+        (
+            ["--preset", "bset"],
+            "--preset must be one of fast, balanced, best, thorough, but it is 'bset'. Did you mean best?",
+        ),
         (["--allocation", "luck"], "--allocation must be one of uniform, "),
         (["--sequential", "row"], "--sequential must be one of block, layer, none, but it is 'row'."),
         (["--prune_granularity", "model"], "--prune_granularity must be one of row, layer, but it is 'model'."),
