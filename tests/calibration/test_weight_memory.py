@@ -21,15 +21,15 @@ def model():
 
 
 def matched(memory, weight):
-    return [(match.layer.name, match.slot, match.first) for match in memory.matches(weight.detach())]
+    return [(match.layer.name, match.slot, match.row) for match in memory.matches(weight.detach())]
 
 
 def test_views_of_a_weight_are_recognized_and_nothing_else(model):
     memory = WeightMemory(find_layers(model).layers)
     weight = model["second"].weight
-    assert matched(memory, weight.mT) == [("second", None, True)]
-    assert matched(memory, weight[:2].mT) == [("second", None, True)]
-    assert matched(memory, weight[2:].mT) == [("second", None, False)]
+    assert matched(memory, weight.mT) == [("second", None, 0)]
+    assert matched(memory, weight[:2].mT) == [("second", None, 0)]
+    assert matched(memory, weight[2:].mT) == [("second", None, 2)]
     assert matched(memory, weight[:, :4].mT) == []  # some inputs only
     assert matched(memory, weight.clone().mT) == []
     assert matched(memory, weight) == []
@@ -39,9 +39,9 @@ def test_views_of_a_weight_are_recognized_and_nothing_else(model):
 
 def test_experts_alone_and_together(model):
     memory, stack = WeightMemory(find_layers(model).layers), model["experts"].up_proj
-    assert matched(memory, stack[2].mT) == [("experts.up_proj.2", None, True)]
-    assert matched(memory, stack[1:3].mT) == [("experts.up_proj.1", 0, True), ("experts.up_proj.2", 1, True)]
-    assert matched(memory, stack[3].expand(5, -1, -1).mT) == [("experts.up_proj.3", None, True)]
+    assert matched(memory, stack[2].mT) == [("experts.up_proj.2", None, 0)]
+    assert matched(memory, stack[1:3].mT) == [("experts.up_proj.1", 0, 0), ("experts.up_proj.2", 1, 0)]
+    assert matched(memory, stack[3].expand(5, -1, -1).mT) == [("experts.up_proj.3", None, 0)]
     assert memory.has_experts
 
 

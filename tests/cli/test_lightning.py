@@ -107,7 +107,7 @@ def test_test_a_recipe_with_dotted_overrides(recipe, capsys):
     ]
     assert run("test", "--config", recipe(pattern="2:4"), *callback, "--data.init_args.limit", "2") == 0
     assert "test_perplexity" in capsys.readouterr().out
-    assert pruned_as() == ({"name": "Unstructured", "group": "row"}, 0.25, 0.25)
+    assert pruned_as() == ({"name": "Unstructured", "group": "row", "weigh_rows": False}, 0.25, 0.25)
 
 
 @pytest.mark.parametrize(("pruning", "n"), PATTERNS, ids=["name", "class_path"])

@@ -288,7 +288,8 @@ def test_refused_for_a_language_model(inputs, text, refused, more, message, code
 
 def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images, refused, tmp_path):
     (tmp_path / "val").symlink_to(inputs / "images" / "val")
-    refused(*images, "--data_path", tmp_path, message="--data_path must have training images to calibrate on, but")
+    message = "--data_path must have training images to calibrate on, but"
+    refused(*images, "--data_path", tmp_path, message=message, code=2)
     assert run("evaluate", *images[1:5], "--data_path", tmp_path) == 0
 
 

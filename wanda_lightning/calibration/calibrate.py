@@ -69,7 +69,9 @@ def _parking_at_products(forwards: list[Callable[[], object]], units: Sequence[U
 
     def stop(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         product = products[0]
-        return park(index_of[product.layer], lambda tokens: multiply(), product.tokens) if product.first else multiply()
+        return (
+            park(index_of[product.layer], lambda tokens: multiply(), product.tokens) if product.row == 0 else multiply()
+        )
 
     def watched(forward: Callable[[], object]) -> object:
         interceptor = WeightInterceptor(index_of, stop)  # each thread has its own

@@ -146,7 +146,7 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistic
 
         def add(gradient: Tensor) -> None:
             for product, each in zip(products, squares, strict=True):
-                _add(product.layer, each, product.layer.outputs(product.part(gradient)), sums[product.layer.name])
+                _add(product, each, gradient, sums[product.layer.name])
                 reached[indices[product.layer.name]] += product.layer.expert is None or bool(each.any())
 
         output.register_hook(add)
@@ -160,13 +160,11 @@ def _with_graph(output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
-def _add(layer: Layer, squares: Tensor, gradient: Tensor, total: GradientStatistics) -> None:
-    squared_gradient = gradient.flatten(0, -2).float().square()
-    # Not the mean over the rows of this product: a model may multiply the rows of an expert in several pieces.
-    weights = squared_gradient.sum(dim=-1) / layer.shape[0]
-    total.inputs.add_(torch.mv(squares.t(), weights))
-    if squared_gradient.shape[1] == len(total.rows):
-        total.rows.add_(squared_gradient.sum(dim=0))
+def _add(product: Product, squares: Tensor, gradient: Tensor, total: GradientStatistics) -> None:
+    squared_gradient = product.layer.outputs(product.part(gradient)).flatten(0, -2).float().square()
+    # Not the mean over the rows of this product, which may be a piece of the matrix.
+    total.inputs.add_(torch.mv(squares.t(), squared_gradient.sum(dim=1) / len(total.rows)))
+    total.rows[product.row : product.row + squared_gradient.shape[1]].add_(squared_gradient.sum(dim=0))
 
 
 def _logits(output: object) -> Tensor:

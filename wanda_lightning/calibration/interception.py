@@ -35,7 +35,7 @@ class Product(NamedTuple):
     layer: Layer
     tokens: Tensor  # the tensor that the matrix multiplies, or this layer's slice of it
     slot: int | None = None  # index of the layer's slice of the output; None if the whole output is the layer's
-    first: bool = True  # includes the matrix's first row; if a model multiplies by pieces, only this one counts
+    row: int = 0  # the first row of the matrix in this product, if a model multiplies by pieces of it
     left: bool = False  # the matrix is the left factor, so the columns of the output are tokens
     time_first: tuple[int, int] | None = None  # (steps, samples) if the output is ordered by step, then by sample
     gathered: tuple[Tensor, Tensor] | None = None  # the tensor from which the tokens were gathered, and its rows
@@ -146,7 +146,7 @@ class WeightInterceptor(TorchFunctionMode):
         if not matches or x in self._memory:  # a product of two weights has no tokens
             return []
         if matches[0].slot is None:
-            product = Product(matches[0].layer, x, None, matches[0].first, gathered=self._source_of(x))
+            product = Product(matches[0].layer, x, None, matches[0].row, gathered=self._source_of(x))
             if self._attention and x.ndim == 2 and len(x) == self._attention[0] * self._attention[1]:
                 # Samples first, as in padding masks.
                 samples = x.unflatten(0, self._attention).transpose(0, 1)
@@ -154,7 +154,7 @@ class WeightInterceptor(TorchFunctionMode):
             return [product]
         each = x if x.ndim > 2 else x.unsqueeze(0)
         each = each.expand(*each.shape[:-3], len(weight), *each.shape[-2:])
-        return [Product(layer, each.select(-3, slot or 0), slot, first) for layer, slot, first in matches]
+        return [Product(layer, each.select(-3, slot or 0), slot, row) for layer, slot, row in matches]
 
 
 def entered_function(function: FunctionType) -> FunctionType:

@@ -57,7 +57,7 @@ class BatchReader:
     def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         """Read the tokens of the products, and return the result of the multiplication."""
         for product in products:
-            if product.first:
+            if product.row == 0:  # every piece has the same tokens
                 self.read(product)
         if all(product.slot is not None and product.tokens.any(dim=-1).all() for product in products):
             self.not_routed.update(product.layer.name for product in products)

@@ -24,7 +24,7 @@ class Match(NamedTuple):
 
     layer: Layer
     slot: int | None  # index in a batch of matrices; None if the tensor is a single matrix
-    first: bool  # whether the view includes the matrix's first row
+    row: int  # the first row of the matrix in the view
 
 
 class WeightMemory:
@@ -67,10 +67,11 @@ class WeightMemory:
         all_inputs = weight.shape[-2] == matrix.shape[1] and weight.stride(-2) == matrix.stride(1)
         if not all_inputs or rest % matrix.stride(0) or (weight.ndim == 3 and weight.stride(0) != stride):
             return []
+        row = rest // matrix.stride(0)
         if weight.ndim == 2:
-            return [Match(stack.layers[number], None, not rest)] if number in stack.layers else []
+            return [Match(stack.layers[number], None, row)] if number in stack.layers else []
         return [
-            Match(stack.layers[number + index], index, not rest)
+            Match(stack.layers[number + index], index, row)
             for index in range(len(weight))
             if number + index in stack.layers
         ]

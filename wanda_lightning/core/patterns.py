@@ -7,7 +7,7 @@ keep the largest scores of each group.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -103,7 +103,7 @@ class Unstructured(Pattern):
     """
 
     group: Literal["row", "layer"] = "row"
-    weigh_rows: bool = False
+    weigh_rows: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check(self, group=_GROUP)
@@ -208,7 +208,7 @@ class NM(Pattern):
 
         Example:
             >>> NM(4, 8).for_sparsity(0.65), NM(4, 8).for_sparsity(0.0)
-            (NM(n=3, m=8), Unstructured(group='row'))
+            (NM(n=3, m=8), Unstructured(group='row', weigh_rows=False))
         """
         n = max(1, self.m - round(sparsity * self.m))
         return NM(n, self.m) if n < self.m else Unstructured()
