@@ -178,7 +178,7 @@ def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
 
 
 def _named(option: str, name: str) -> Any:
-    if name not in NAMES[option]:
+    if not isinstance(name, str) or name not in NAMES[option]:
         raise ValueError(_not_one_of(option, name, NAMES[option]))
     return NAMES[option][name]
 

@@ -86,7 +86,8 @@ def prune_as(
         model: A full copy in each process, or sharded on dimension 0 by FSDP2 (`fully_shard`).
         batches: Calibration batches of this process.
         forward: Runs one batch through the model.
-        predict: Runs one batch and returns the logits, for an allocation that reads gradients; by default `forward`.
+        predict: Runs one batch and returns the logits, for choices that read gradients or train on predictions; by
+            default `forward`.
         progress: Show a bar in the first process.
         processes: All processes that call this, with the same choices. Statistics are summed over all of them, so they
             choose the same masks; an error in one process ends all of them.
@@ -103,7 +104,7 @@ def prune_as(
     if allocate_first:
         with _timed(seconds, "allocate") if config.allocation.reads_weights else nullcontext():
             outcome.selections = plan.allocate(*_observe_dense_model(plan, data, progress), progress)
-    with pruning_mode(model):
+    with _timed(seconds, "recover") if config.recovery.reads_batches else nullcontext(), pruning_mode(model):
         recovery = config.recovery.start_model(model, plan.layers, plan.blocks, data, processes, progress)
     total = data.length if plan.is_one_pass else len(plan.units)
     with (
@@ -328,7 +329,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds[stage] = time.perf_counter() - started
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 @contextmanager

@@ -37,7 +37,7 @@ REFUSED = {
         (["--sequential", "row"], "--sequential must be one of block, layer, none, but it is 'row'."),
         (["--prune_granularity", "model"], "--prune_granularity must be one of row, layer, but it is 'model'."),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, but it is 'int8'."),
-        (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4.29497e+09, but it is -1."),
+        (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4294967295, but it is -1."),
         (["--nsamples", "-1"], "--nsamples must be a whole number of at least 1, but it is -1."),
         (["--nsamples", "many"], "--nsamples must be a whole number of at least 1, but it is 'many'."),
         (["--seqlen", "1"], "--seqlen must be a whole number of at least 2, but it is 1."),
