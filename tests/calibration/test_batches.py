@@ -9,7 +9,7 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.batches import forward_batch, map_tensors
+from wanda_lightning.calibration.batches import forward_batch, is_even, map_tensors
 
 
 class Two(nn.Module):
@@ -146,3 +146,12 @@ def test_every_tensor_of_a_batch_is_mapped_and_its_containers_stay():
         "pair": Pair(two, "text"),
         "list": [(two, 3)],
     }
+
+
+def test_which_batches_can_be_split():
+    x = torch.ones(2, 8)
+    assert is_even({"x": x, "more": [x, (x,)], "number": 3, "text": "a", "scalar": torch.tensor(1)})
+    assert not is_even({"x": x, "y": torch.ones(3)})
+    assert not is_even({"x": x, "texts": ["a", "b"]})
+    assert not is_even((x, [3, 4]))
+    assert not is_even(["a"])

@@ -1,6 +1,8 @@
 """Blocks that run again in the backward pass, against ordinary autograd."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -104,3 +106,27 @@ def test_the_forward_is_restored_after_an_error():
     with pytest.raises(TypeError), recomputing(model.blocks):
         model.blocks[0]("no keyword")
     assert all("forward" not in vars(block) for block in model.blocks)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_outlives_the_graph(backward):
+    """Not even until the next garbage collection, since a graph without a backward pass would never be collected."""
+    model, held = Net(), []
+    handles = [
+        block.register_forward_hook(lambda module, args, output: held.append(weakref.ref(output["x"])))
+        for block in model.blocks
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        with recomputing(model.blocks):
+            output = model(torch.randn(4, 6))
+            if backward:
+                output.sum().backward()
+            del output
+        assert len(held) == 3
+        assert not any(reference() is not None for reference in held)
+    finally:
+        gc.enable()
+        for handle in handles:
+            handle.remove()

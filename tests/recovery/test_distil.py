@@ -298,3 +298,122 @@ def test_a_sharded_model_is_refused():
     Distil().check_processes(2, is_sharded=False)
     with pytest.raises(ValueError, match="trains in one process"):
         Reconstruct().check_processes(2, is_sharded=False)
+
+
+class Headed(Classifier):
+    """A language model's interface: the head is known, and has a bias."""
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
+    torch.manual_seed(0)
+    dense, batches = Headed().double(), some_batches(4)
+    model = copy.deepcopy(dense)
+    target = nn.Sequential(model) if wrapped else model
+    prune(target, batches, 0.5, skip="*head", recovery=Distil(passes=1, learning_rate=0.1), progress=False)
+    assert torch.equal(model.head.bias, dense.head.bias)
+    assert not torch.equal(model.body[0].bias, dense.body[0].bias)
+
+
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        (lambda model: model.requires_grad_(False), "requires_grad is False for each of them"),
+        (lambda model: model.head.bias.data.fill_(math.nan), r"finite predictions, but those of batch 0"),
+        (lambda model: model.register_forward_hook(lambda m, a, out: out.detach()), "predictions with gradients"),
+        (lambda model: model.register_forward_hook(lambda m, a, out: out[:, 0]), r"gave a tensor of shape \(1,\)"),
+    ],
+    ids=["frozen", "nan", "detached", "vector"],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, message):
+    model = classifier()
+    break_(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(model, some_batches(2), recovery="distil", progress=False)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_that_is_not_finite_stops():
+    class Fragile(Classifier):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits + (logits * 0).sum().abs().sqrt()  # 0, with a gradient of NaN
+
+    torch.manual_seed(0)
+    model, batches = Fragile().double(), some_batches(1)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=1), progress=False)
+    assert "the gradient of step 1 was not finite" in report.training.stopped
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+def test_impossible_classes_do_not_count():
+    class Masked(Classifier):
+        def forward(self, x):
+            return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
+
+    torch.manual_seed(0)
+    model, batches = Masked().double(), some_batches(4)
+    plain = classifier()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        prune(each, batches, 0.5, recovery="distil", progress=False)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_sample_may_be_all_padding():
+    specimen = ZOO["llama_padded"]
+    batches = [dict(batch) for batch in specimen.batches()]
+    batches[0]["attention_mask"] = batches[0]["attention_mask"].clone()
+    batches[0]["attention_mask"][0] = 0
+    report = prune(specimen.build(), batches, 0.5, recovery=Distil(passes=1), progress=False)
+    assert math.isfinite(report.training.passes[1].loss)
+
+
+def test_flags_are_restored_if_there_is_no_memory_for_masters(monkeypatch, caplog):
+    from wanda_lightning.recovery import distil
+
+    def no_memory(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(distil, "_weight", no_memory)
+    model = classifier()
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        prune(model, some_batches(2), 0.5, recovery="distil", progress=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert "The model is pruned" in caught.value.__notes__[0]
+    assert "The model is pruned" in caplog.text
+
+
+def test_batches_of_inference_mode():
+    with torch.inference_mode():
+        batches = [x.clone() for x in some_batches(2)]
+    model = classifier()
+    with torch.inference_mode():
+        report = prune(model, batches, 0.5, recovery="distil", forward=lambda x: model(x), progress=False)
+    assert report.training.trained == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (torch.zeros(2, 5), True),
+        (torch.zeros(2, 1), False),
+        (torch.zeros(2, 3, 5), False),
+        ((torch.zeros(2, 3, 5), None), False),
+        ({"logits": torch.zeros(2, 3, 5)}, True),
+        ({"logits": torch.zeros(2, 5, 4, 4)}, False),
+    ],
+    ids=["classes", "one_class", "sequence", "tuple", "tokens", "images"],
+)
+def test_which_outputs_are_classes(output, expected):
+    from wanda_lightning.recovery.distil import _has_classes
+
+    assert _has_classes(output) is expected

@@ -93,6 +93,8 @@ class CalibrationBatches:
         self.masks.clear()
         for index, batch in enumerate(self._batches):
             self.masks.append(token_masks(self._model, batch))
+            if any(tensor.is_inference() for tensor in _tensors(batch)):  # autograd cannot save them
+                batch = map_tensors(_outside_inference, batch)
             size = batch_size(batch) if any(True for _ in _tensors(batch)) else 1
             parts = [take(batch, n, n + 1) for n in range(size)] if is_even(batch) else [batch]
             yield [
@@ -203,7 +205,11 @@ def _refuse_more_arguments(model: nn.Module, batch: tuple[Any, ...] | list[Any])
 
 def _to_device(device: torch.device, tensor: Tensor) -> Tensor:
     # A model outside of inference mode cannot write into a tensor that was created in inference mode.
-    return (tensor.clone() if tensor.is_inference() else tensor).to(device)
+    return _outside_inference(tensor).to(device)
+
+
+def _outside_inference(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def map_tensors(function: Callable[[Tensor], object], batch: Any) -> Any:
@@ -251,8 +257,16 @@ def batch_size(batch: Any) -> int:
 
 
 def is_even(batch: Any) -> bool:
-    """Whether all tensors of a batch have the same length, so that it can be split."""
-    return len({len(tensor) for tensor in _tensors(batch)}) == 1
+    """Whether a batch can be split: all its tensors have the same length, and it has no lists without tensors."""
+    return len({len(tensor) for tensor in _tensors(batch)}) == 1 and not _has_column(batch)
+
+
+def _has_column(batch: Any) -> bool:
+    """Whether a batch holds a list without tensors, as of one text for each sample."""
+    if isinstance(batch, list | tuple) and not any(isinstance(each, Tensor | Mapping | list | tuple) for each in batch):
+        return True
+    inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return any(map(_has_column, inner))
 
 
 def take(batch: Any, start: int, stop: int) -> Any:

@@ -36,25 +36,33 @@ def recomputing(blocks: Sequence[nn.Module], mode: AbstractContextManager[Any] =
 def _run(forward: Callable[..., Any], mode: AbstractContextManager[Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    leaves, structure = tree_flatten((args, kwargs))
-    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    inputs, structure = tree_flatten((args, kwargs))
+    # The graph keeps `run`, so `run` must keep no tensor of the graph: neither would ever be freed.
+    tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+    inputs = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in inputs]
     outputs: list[Any] = []
     output_structure: Any = None
 
     def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         nonlocal outputs, output_structure
-        inputs = list(leaves)
-        for place, tensor in zip(places, tensors, strict=True):
-            inputs[place] = tensor.clone()  # the block may write into it
-        own_args, own_kwargs = tree_unflatten(inputs, structure)
+        clones = (tensor.clone() for tensor in tensors)  # the block may write into them
+        own_args, own_kwargs = tree_unflatten(_filled(inputs, clones), structure)
         with mode if torch.is_grad_enabled() else nullcontext():
-            outputs, output_structure = tree_flatten(forward(*own_args, **own_kwargs))
-        found = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+            leaves, output_structure = tree_flatten(forward(*own_args, **own_kwargs))
+        found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        outputs = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in found):
             found = [tensor + anchor.to(tensor.dtype) if tensor.is_floating_point() else tensor for tensor in found]
         return tuple(found)
 
     # PyTorch needs one input with a gradient; those of the first block have none.
-    anchor = torch.zeros((), requires_grad=True, device=leaves[places[0]].device if places else None)
-    tensors = iter(checkpoint(run, anchor, *(leaves[place] for place in places), use_reentrant=True))
-    return tree_unflatten([next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in outputs], output_structure)
+    anchor = torch.zeros((), requires_grad=True, device=tensors[0].device if tensors else None)
+    results = checkpoint(run, anchor, *tensors, use_reentrant=True)
+    return tree_unflatten(_filled(outputs, iter(results)), output_structure)
+
+
+_TENSOR = object()  # stands for a tensor
+
+
+def _filled(leaves: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
+    return [next(tensors) if leaf is _TENSOR else leaf for leaf in leaves]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import CalibrationBatches, Sample
 from wanda_lightning.calibration.error_notes import add_note
@@ -49,8 +50,8 @@ class Distil(Recovery):
         passes: Maximum number of passes over the samples.
         learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights.
         batch_size: Samples of one step, of all processes together.
-        loss: `"kl"`, or `"mse"` for the mean squared error of the outputs; None chooses `"kl"` for outputs with
-            `logits` and for those of shape (samples, classes), and `"mse"` for all others.
+        loss: `"kl"`, or `"mse"` for the mean squared error of the outputs; None chooses `"kl"` for outputs of shape
+            (samples, classes) and for `logits` of shape (samples, tokens, classes), and `"mse"` for all others.
         seed: Seed of the order of the samples.
     """
 
@@ -121,17 +122,27 @@ class _Distillation(ModelRecovery):
     ) -> None:
         self._config, self._model, self._layers, self._blocks = config, model, layers, blocks
         self._processes, self._progress = processes, progress
-        with ProgressBar("Predicting", data.length, progress) as bar:
+        self._head = _output_head(model, layers)
+        self._refuse_if_frozen()
+        with ProgressBar("Predicting", data.length, progress) as bar, recomputing(blocks):
             batches = []
             with processes.fail_together():
-                for samples in data.samples():
-                    batches.append([(sample, self._dense_predictions(sample)) for sample in samples])
+                for index, samples in enumerate(data.samples()):
+                    with torch.set_grad_enabled(index == 0):  # shows whether training will get gradients
+                        batches.append([(sample, self._dense_predictions(sample, index)) for sample in samples])
                     bar.advance()
             data.refuse_if_empty()
         self._samples = _in_one_order(batches, processes)
 
-    def _dense_predictions(self, sample: Sample) -> _Target:
-        head = _output_head(self._model, self._layers)
+    def _refuse_if_frozen(self) -> None:
+        if not _trained_parameters(self._model, self._layers, self._head):
+            raise ValueError(
+                f"recovery={self._config} trains the pruned layers and all vectors, but requires_grad is False for "
+                "each of them. Call requires_grad_() on what may be trained, or use another recovery."
+            )
+
+    def _dense_predictions(self, sample: Sample, batch: int) -> _Target:
+        head = self._head
         entered: list[Tensor] = []
         with ExitStack() as hooks:
             if head is not None:
@@ -139,9 +150,11 @@ class _Distillation(ModelRecovery):
                 hooks.callback(hook.remove)
             output = sample.predict()
         predictions = _rows(_predictions(output), sample)
+        _refuse_untrainable(predictions, batch)
+        predictions = predictions.detach()
         if head is not None and len(entered) == 1:
-            rows = _rows(entered[0], sample)
-            if len(rows) == len(predictions) and _nearly_equal(head(rows), predictions):
+            rows = _rows(entered[0].detach(), sample)
+            if len(rows) == len(predictions) and _nearly_equal(head(rows).detach(), predictions):
                 return _Target(rows.clone(), head)
         return _Target(predictions.clone(), None)
 
@@ -151,7 +164,8 @@ class _Distillation(ModelRecovery):
         trained = [index for index in range(len(self._samples)) if index not in held]
         steps = math.ceil(len(trained) / self._config.batch_size)
         with (
-            _training(self._model, self._layers) as weights,
+            _naming_what_was_trained(),
+            _training(self._model, self._layers, self._head) as weights,
             recomputing(self._blocks),
             ProgressBar("Distilling", self._config.passes * (steps + 1), self._progress) as bar,
         ):
@@ -164,8 +178,6 @@ class _Distillation(ModelRecovery):
                     losses = []
                     for chosen in self._order(trained, number):
                         losses.append(self._step(chosen, weights, optimizer))
-                        if not math.isfinite(losses[-1]):
-                            raise FloatingPointError
                         schedule.step()
                         bar.advance()
                     after = self._mean_loss(held)
@@ -176,12 +188,9 @@ class _Distillation(ModelRecovery):
                             break
                         before = after
                     best = _copies(weights)
-            except FloatingPointError:
-                done = (len(passes) - 1) * steps + len(losses)
-                stopped = f"the loss of step {done} was not finite, so training stopped: use a lower learning_rate"
-            except BaseException as error:
-                add_note(error, "The model is pruned. It holds the best weights that distillation had found.")
-                raise
+            except _NotFiniteError as error:
+                step = (len(passes) - 1) * steps + len(losses) + 1
+                stopped = f"the {error} of step {step} was not finite, so training stopped: use a lower learning_rate"
             finally:
                 for weight, values in zip(weights, best, strict=True):
                     weight.set(values)
@@ -204,7 +213,11 @@ class _Distillation(ModelRecovery):
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def _step(self, chosen: Sequence[int], weights: Sequence[_Weight], optimizer: torch.optim.Optimizer) -> float:
-        """Take one optimizer step on some samples, and return their mean loss before it."""
+        """Take one optimizer step on some samples, and return their mean loss before it.
+
+        Raises:
+            _NotFiniteError: Before the step, if the loss or a gradient is NaN or infinite.
+        """
         total = torch.zeros(1)
         with self._processes.fail_together():
             for sample, target in self._own(chosen):
@@ -212,10 +225,13 @@ class _Distillation(ModelRecovery):
         for weight in weights:
             weight.take_gradient(self._processes)
         self._processes.all_reduce_sum([total])
-        if total.isfinite():
-            optimizer.step()
-            for weight in weights:
-                weight.write()
+        if not total.isfinite():
+            raise _NotFiniteError("loss")
+        if not torch.stack([weight.has_finite_gradient() for weight in weights]).all():
+            raise _NotFiniteError("gradient")
+        optimizer.step()
+        for weight in weights:
+            weight.write()
         return float(total)
 
     def _own(self, chosen: Sequence[int]) -> Iterator[tuple[Sample, _Target]]:
@@ -258,6 +274,22 @@ class _Distillation(ModelRecovery):
         return loss
 
 
+class _NotFiniteError(Exception):
+    """A loss or a gradient is NaN or infinite."""
+
+
+@contextmanager
+def _naming_what_was_trained() -> Iterator[None]:
+    """If training fails or is interrupted, say which weights the model has."""
+    try:
+        yield
+    except BaseException as error:
+        text = "The model is pruned. It holds the best weights that distillation found before it was stopped."
+        add_note(error, text)
+        log.warning(text)  # Lightning ends an interrupted run without its notes
+        raise
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -266,7 +298,8 @@ def _divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed divergence of rows of logits, and its gradient with respect to `predicted`."""
     log_q, log_p = predicted.log_softmax(dim=-1), dense.log_softmax(dim=-1)
     p = log_p.exp()
-    return (p * (log_p - log_q)).sum(), log_q.exp_().sub_(p)
+    terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)  # both logarithms may be minus infinity
+    return terms.sum(), log_q.exp_().sub_(p)
 
 
 def _squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,6 +336,11 @@ class _Weight:
         mask_(gradient, self.keep)
         self.master.grad = gradient
 
+    def has_finite_gradient(self) -> Tensor:
+        """Return whether all entries of the gradient are finite."""
+        assert self.master.grad is not None
+        return self.master.grad.sum().isfinite().cpu()
+
     def write(self) -> None:
         """Copy the master into the model."""
         self.master.grad = None
@@ -316,28 +354,44 @@ class _Weight:
 
 
 @contextmanager
-def _training(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[_Weight]]:
+def _training(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> Iterator[list[_Weight]]:
     """Turn on gradients of what is trained, and only of that; restore flags and gradients at the end."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    trained = {id(parameter) for parameter, requires_grad, _ in before if requires_grad}
-    pruned: dict[int, list[Layer]] = {}
-    for layer in layers:
-        pruned.setdefault(id(layer.parameter), []).append(layer)
-    weights = []
-    for parameter, _, _ in before:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-        inside = pruned.get(id(parameter), [])
-        if id(parameter) in trained and parameter.is_floating_point() and (inside or parameter.ndim < 2):
-            weights.append(_weight(parameter, inside))
+    trained = _trained_parameters(model, layers, head)
+    pruned = _by_parameter(layers)
     try:
-        for weight in weights:
-            weight.parameter.requires_grad_(True)
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        weights = [_weight(parameter, pruned.get(id(parameter), [])) for parameter in trained]
+        for parameter in trained:
+            parameter.requires_grad_(True)
         yield weights
     finally:
         for parameter, requires_grad, gradient in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+def _trained_parameters(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> list[nn.Parameter]:
+    """Return the pruned parameters and all vectors, except those that are frozen or belong to the dense head."""
+    pruned = _by_parameter(layers)
+    fixed = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return [
+        parameter
+        for parameter in model.parameters()
+        if parameter.requires_grad
+        and id(parameter) not in fixed
+        and not isinstance(parameter, UninitializedParameter)
+        and (id(parameter) in pruned or parameter.ndim < 2)
+    ]
+
+
+def _by_parameter(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
+    found: dict[int, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(id(layer.parameter), []).append(layer)
+    return found
 
 
 def _weight(parameter: nn.Parameter, layers: Sequence[Layer]) -> _Weight:
@@ -386,14 +440,22 @@ def _in_one_order(
 
 
 def _output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
-    """Return the output head of a language model, unless it is pruned, too."""
-    find: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
+    """Return the output head of the language model, which may be wrapped, unless it is pruned, too."""
+    pruned = _by_parameter(layers)
+    for module in model.modules():
+        head = _own_head(module)
+        if head is not None:
+            return None if any(id(parameter) in pruned for parameter in head.parameters()) else head
+    return None
+
+
+def _own_head(module: nn.Module) -> nn.Module | None:
+    find: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
     try:
         head = find() if find is not None else None
     except NotImplementedError:
         return None
-    is_pruned = any(layer.module is head for layer in layers)
-    return head if isinstance(head, nn.Module) and not is_pruned else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def _predictions(output: object) -> Tensor:
@@ -402,22 +464,44 @@ def _predictions(output: object) -> Tensor:
         found = found[0]
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
         raise ValueError(
-            f"recovery=Distil() needs outputs that are tensors or have logits, but a batch gave "
-            f"{type(output).__name__}. Let forward= (or calibration_step) return the predictions, or use another "
+            f"recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
+            f"gave {_kind(found)}. Let forward= (or calibration_step) return the predictions, or use another "
             "recovery."
         )
     return found
 
 
+def _kind(found: object) -> str:
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+
+
+def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
+    if torch.is_grad_enabled() and not predictions.requires_grad:
+        raise ValueError(
+            "recovery=Distil() needs predictions with gradients, but those of the model have none, as under "
+            "torch.no_grad() or after detach(). Let forward= (or calibration_step) return predictions with gradients, "
+            "or use another recovery."
+        )
+    if not (predictions < math.inf).all():  # minus infinity is the logit of an impossible class
+        raise ValueError(
+            f"recovery=Distil() needs finite predictions, but those of batch {batch} (counted from 0) hold NaN or "
+            "infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+        )
+
+
 def _nearly_equal(first: Tensor, second: Tensor) -> bool:
     """Whether two predictions differ by rounding only; some models scale or cap the outputs of their head."""
+    if not second.numel():  # a sample of padding
+        return True
     tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()
     return bool(((first - second).abs() <= tolerance).all())
 
 
 def _has_classes(output: object) -> bool:
     predictions = _predictions(output)
-    return predictions.shape[-1] > 1 and (predictions is not output or predictions.ndim == 2)
+    has_logits = predictions is not output and not isinstance(output, tuple | list)
+    # Logits with more dimensions are those of images, whose last dimension is their width.
+    return predictions.shape[-1] > 1 and predictions.ndim in ((2, 3) if has_logits else (2,))
 
 
 def _rows(predictions: Tensor, sample: Sample) -> Tensor:
