@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
+from itertools import chain
 from numbers import Number
 from typing import Any, NamedTuple
 
@@ -99,6 +100,31 @@ class CalibrationBatches:
                 Sample(partial(_run, self._predict, part, index), token_masks(self._model, part), size // len(parts))
                 for part in parts
             ]
+
+    def first(self, samples: int, held_out: int) -> tuple[list[Sample], list[Sample]]:
+        """Keep the first batches in memory, until they have so many samples.
+
+        Returns:
+            The forward passes of these batches without every `held_out`-th sample, and the predictions for the samples
+            left out. A batch that cannot be split counts as one sample.
+        """
+        batches, seen = iter(self._batches), 0
+        kept: list[Any] = []
+        used: list[Sample] = []
+        apart: list[Sample] = []
+        while seen < samples and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
+            size = batch_size(batch) if is_even(batch) else 1
+            cut = size - (seen + size) // held_out + seen // held_out
+            for group, run, start, stop in ((used, self._forward, 0, cut), (apart, self._predict, cut, size)):
+                if start < stop:
+                    part = batch if stop - start == size else take(batch, start, stop)
+                    masks = token_masks(self._model, part)
+                    group.append(Sample(partial(_run, run, part, len(kept)), masks, stop - start))
+            kept.append(batch)
+            seen += size
+        if not isinstance(self._batches, list):
+            self._batches = chain(kept, batches)
+        return used, apart
 
     def __iter__(self) -> Iterator[Callable[[], object]]:
         """Yield one forward pass for each batch; each adds an entry to `masks`."""

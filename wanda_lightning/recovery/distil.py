@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -18,10 +18,11 @@ from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
-from wanda_lightning.models import Layer, fitting_mask
+from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery.base import ModelRecovery, Recovery
+from wanda_lightning.recovery.predictions import divergence, find_predictions, has_classes, rows_of, squared_error
 from wanda_lightning.report import Training, TrainingPass
 
 log = logging.getLogger(__name__)
@@ -138,9 +139,9 @@ class _Distillation(ModelRecovery):
                 hook = head.register_forward_pre_hook(lambda module, args: entered.extend(args))
                 hooks.callback(hook.remove)
             output = sample.predict()
-        predictions = _rows(_predictions(output), sample)
+        predictions = rows_of(_predictions(output), sample)
         if head is not None and len(entered) == 1:
-            rows = _rows(entered[0], sample)
+            rows = rows_of(entered[0], sample)
             if len(rows) == len(predictions) and _nearly_equal(head(rows), predictions):
                 return _Target(rows.clone(), head)
         return _Target(predictions.clone(), None)
@@ -239,9 +240,9 @@ class _Distillation(ModelRecovery):
         """
         with torch.set_grad_enabled(backward), _mixed_precision(self._model):
             output = sample.predict()
-            rows = _rows(_predictions(output), sample)
-        is_kl = self._config.loss == "kl" or (self._config.loss is None and _has_classes(output))
-        compare = _divergence if is_kl else _squared_error
+            rows = rows_of(_predictions(output), sample)
+        is_kl = self._config.loss == "kl" or (self._config.loss is None and has_classes(output))
+        compare = divergence if is_kl else squared_error
         if not len(rows):  # a sample of padding
             return 0.0
         gradient = torch.empty_like(rows) if backward else None
@@ -260,19 +261,6 @@ class _Distillation(ModelRecovery):
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed divergence of rows of logits, and its gradient with respect to `predicted`."""
-    log_q, log_p = predicted.log_softmax(dim=-1), dense.log_softmax(dim=-1)
-    p = log_p.exp()
-    return (p * (log_p - log_q)).sum(), log_q.exp_().sub_(p)
-
-
-def _squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared error summed over the rows and averaged over their entries, and its gradient."""
-    difference = predicted - dense
-    return difference.square().mean(dim=-1).sum(), difference.mul_(2 / difference.shape[-1])
 
 
 @dataclass
@@ -396,33 +384,18 @@ def _output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
     return head if isinstance(head, nn.Module) and not is_pruned else None
 
 
-def _predictions(output: object) -> Tensor:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
-        raise ValueError(
-            f"recovery=Distil() needs outputs that are tensors or have logits, but a batch gave "
-            f"{type(output).__name__}. Let forward= (or calibration_step) return the predictions, or use another "
-            "recovery."
-        )
-    return found
-
-
 def _nearly_equal(first: Tensor, second: Tensor) -> bool:
     """Whether two predictions differ by rounding only; some models scale or cap the outputs of their head."""
     tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()
     return bool(((first - second).abs() <= tolerance).all())
 
 
-def _has_classes(output: object) -> bool:
-    predictions = _predictions(output)
-    return predictions.shape[-1] > 1 and (predictions is not output or predictions.ndim == 2)
-
-
-def _rows(predictions: Tensor, sample: Sample) -> Tensor:
-    """Return the predictions of a sample as a matrix, without padding."""
-    rows = predictions.flatten(0, -2)
-    if mask := fitting_mask(sample.masks, "", predictions):
-        rows = rows[mask.keep.flatten().to(rows.device)]
-    return rows
+def _predictions(output: object) -> Tensor:
+    found = find_predictions(output)
+    if found is None:
+        raise ValueError(
+            f"recovery=Distil() needs outputs that are tensors or have logits, but a batch gave "
+            f"{type(output).__name__}. Let forward= (or calibration_step) return the predictions, or use another "
+            "recovery."
+        )
+    return found
