@@ -26,8 +26,7 @@ from wanda_lightning.data.demo import digits
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     **{f"wanda_{name}": {"method": "wanda", "sequential": name} for name in ("none", "block", "layer")},
-    "sparsegpt_none": {"method": "sparsegpt", "sequential": "none"},
-    "sparsegpt_block": {"method": "sparsegpt", "sequential": "block"},
+    **{f"sparsegpt_{name}": {"method": "sparsegpt", "sequential": name} for name in ("none", "block", "layer")},
     "best": {"method": "best"},
 }
 

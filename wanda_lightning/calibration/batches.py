@@ -101,25 +101,27 @@ class CalibrationBatches:
                 for part in parts
             ]
 
-    def first(self, samples: int, held_out: int) -> tuple[list[Sample], list[Sample]]:
-        """Keep the first batches in memory, until they have so many samples.
+    def first(self, samples: int, held_out: int) -> tuple[list[tuple[Sample, int]], list[Sample]]:
+        """Keep the first batches in memory, until they have so many samples, and hold out every `held_out`-th sample.
 
         Returns:
-            The forward passes of these batches without every `held_out`-th sample, and the predictions for the samples
-            left out. A batch that cannot be split counts as one sample.
+            The forward pass of each batch, with the number of its samples that are not held out, which are its first;
+            and the predictions for those that are. A batch that cannot be split counts as one sample.
         """
         batches, seen = iter(self._batches), 0
         kept: list[Any] = []
-        used: list[Sample] = []
+        used: list[tuple[Sample, int]] = []
         apart: list[Sample] = []
         while seen < samples and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
-            size = batch_size(batch) if is_even(batch) else 1
-            cut = size - (seen + size) // held_out + seen // held_out
-            for group, run, start, stop in ((used, self._forward, 0, cut), (apart, self._predict, cut, size)):
-                if start < stop:
-                    part = batch if stop - start == size else take(batch, start, stop)
-                    masks = token_masks(self._model, part)
-                    group.append(Sample(partial(_run, run, part, len(kept)), masks, stop - start))
+            index, size = len(kept), batch_size(batch) if is_even(batch) else 1
+            count = size - (seen + size) // held_out + seen // held_out
+            used.append(
+                (Sample(partial(_run, self._forward, batch, index), token_masks(self._model, batch), size), count)
+            )
+            if count < size:
+                part = take(batch, count, size) if count else batch
+                run = partial(_run, self._predict, part, index)
+                apart.append(Sample(run, token_masks(self._model, part), size - count))
             kept.append(batch)
             seen += size
         if not isinstance(self._batches, list):

@@ -20,7 +20,8 @@ from wanda_lightning.report import BatchNormCorrection
 _SAMPLES = 512  # of all processes together
 _HELD_OUT = 8  # one in so many samples is held out, if there are so many
 
-_Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, sums of its input
+_Moments = tuple[Tensor, Tensor]  # the mean and variance of each channel
+_Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, its input
 
 
 class BatchNormStatistics:
@@ -40,6 +41,8 @@ class BatchNormStatistics:
     uncorrected inputs, the errors of the estimates multiply from layer to layer: a small ResNet with 70 % zeros
     (magnitude) classifies 35 % of held-out digits correctly instead of 89 %.
 
+    With `sequential="layer"`, the same happens while the model is pruned (`following`).
+
     From eight samples on, every eighth is held out. If the predictions of the pruned model are further from the dense
     ones with the correction, the statistics stay as they were.
 
@@ -52,12 +55,34 @@ class BatchNormStatistics:
 
     def __init__(self, layers: Sequence[nn.Module], data: CalibrationBatches, processes: Processes) -> None:
         self._layers, self._processes = layers, processes
-        self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums of each call
+        self._original = [_statistics(layer) for layer in layers]
+        self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
+        self._whole: list[list[Tensor]] = [[] for _ in layers]  # the same with held-out samples
         if layers:
             with processes.fail_together(), _naming_the_option():
                 self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), _HELD_OUT)
-                self._run(lambda layer, call, sums: self._dense[layer].append(sums))
+                self._record()
                 self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Correct each layer by the batches that run through the model inside this block; restore them at the end.
+
+        Then the calibration statistics of later layers are those of inputs that corrected layers have normalized. The
+        batches must reach each layer once, in the order in which they ran through the dense model.
+        """
+        pruned = self._zeros()
+
+        def visit(layer: int, call: int, inputs: Tensor) -> None:
+            if call < len(self._whole[layer]):
+                pruned[layer] += _sums(inputs)
+                self._set(layer, _moved(self._original[layer], self._whole[layer][call], pruned[layer]))
+
+        try:
+            with self._visiting(visit):
+                yield
+        finally:
+            self._restore()
 
     def correct(self) -> BatchNormCorrection | None:
         """Correct the statistics of the pruned model, unless that makes its predictions worse.
@@ -67,56 +92,76 @@ class BatchNormStatistics:
         """
         if not self._layers:
             return None
-        sizes = [sum(sample.size for sample in self._used), sum(sample.size for sample, _, _ in self._held_out)]
+        sizes = [sum(count for _, count in self._used), sum(sample.size for sample, _, _ in self._held_out)]
         used, held_out = (sum(column) for column in zip(*self._processes.all_gather(sizes), strict=True))
-        original = [_statistics(layer) for layer in self._layers]
         try:
             before = self._mean_distance()
-            corrected = self._correct(original)
+            corrected = self._correct()
             after = self._mean_distance()
         except BaseException as error:
-            self._restore(original)
+            self._restore()
             add_note(error, "The model is pruned. Its BatchNorm layers have the statistics of the dense model.")
             raise
         hurts = before is not None and after is not None and not after <= before
         if hurts:
-            self._restore(original)
+            self._restore()
         return BatchNormCorrection(corrected, used, held_out, before, after, not hurts)
 
-    def _correct(self, original: Sequence[tuple[Tensor, Tensor]]) -> int:
-        """Correct the statistics batch by batch, then by all batches of all processes; return how many layers."""
-        dense = [list(_accumulate(calls)) for calls in self._dense]
-        pruned: list[Tensor] = [torch.zeros(3, len(mean), dtype=torch.float64) for mean, _ in original]
+    def _record(self) -> None:
+        """Run the dense model."""
 
-        def visit(layer: int, call: int, sums: Tensor) -> None:
-            pruned[layer] += sums
-            if dense[layer]:
-                so_far = dense[layer][min(call, len(dense[layer]) - 1)]
-                self._set(layer, _moved(original[layer], so_far, pruned[layer]))
+        def visit(layer: int, call: int, inputs: Tensor) -> None:
+            for sums, part in ((self._dense[layer], self._counted(inputs)), (self._whole[layer], inputs)):
+                sums.append(_sums(part) + (sums[-1] if sums else 0))
+
+        self._run(visit)
+
+    def _correct(self) -> int:
+        """Correct the statistics batch by batch, then by all batches of all processes; return how many layers."""
+        pruned = self._zeros()
+
+        def visit(layer: int, call: int, inputs: Tensor) -> None:
+            pruned[layer] += _sums(self._counted(inputs))
+            if dense := self._dense[layer]:
+                so_far = dense[min(call, len(dense) - 1)]
+                self._set(layer, _moved(self._original[layer], so_far, pruned[layer]))
 
         with self._processes.fail_together():
             self._run(visit)
-        totals = [calls[-1] if calls else torch.zeros_like(sums) for calls, sums in zip(dense, pruned, strict=True)]
+        totals = [sums[-1] if sums else zeros for sums, zeros in zip(self._dense, self._zeros(), strict=True)]
         self._processes.all_reduce_sum([*totals, *pruned])
         reached = [layer for layer in range(len(totals)) if bool(totals[layer][0].any() and pruned[layer][0].any())]
         for layer in reached:
-            self._set(layer, _moved(original[layer], totals[layer], pruned[layer]))
+            self._set(layer, _moved(self._original[layer], totals[layer], pruned[layer]))
         return len(reached)
 
     def _run(self, visit: _Visit) -> None:
-        """Run all samples that are used; call `visit` before each call of a layer."""
+        """Run all batches that are used."""
+        with self._visiting(visit):
+            for batch, count in self._used:
+                self._count, self._size = count, batch.size
+                batch.predict()
+
+    def _counted(self, inputs: Tensor) -> Tensor:
+        """Return the part of a layer's input without held-out samples, which are the last of their batch."""
+        return inputs[: len(inputs) * self._count // self._size]
+
+    @contextmanager
+    def _visiting(self, visit: _Visit) -> Iterator[None]:
+        """Call `visit` before each call of a layer."""
         calls = [0] * len(self._layers)
 
         def hook(index: int, inputs: Tensor) -> None:
-            if inputs.numel():
-                visit(index, calls[index], _sums(inputs))
-                calls[index] += 1
+            visit(index, calls[index], inputs)
+            calls[index] += 1
 
         with ExitStack() as hooks:
             for index, layer in enumerate(self._layers):
                 hooks.callback(_before_calls(layer, index, hook).remove)
-            for sample in self._used:
-                sample.predict()
+            yield
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros(3, len(mean), dtype=torch.float64) for mean, _ in self._original]
 
     def _mean_distance(self) -> float | None:
         """Return the mean distance of the held-out predictions from the dense ones; None if none are held out."""
@@ -130,13 +175,13 @@ class BatchNormStatistics:
         self._processes.all_reduce_sum([total])
         return float(total[0] / total[1]) if total[1] else None
 
-    def _set(self, layer: int, statistics: tuple[Tensor, Tensor]) -> None:
-        for buffer, values in zip(_buffers(self._layers[layer]), statistics, strict=True):
+    def _set(self, layer: int, moments: _Moments) -> None:
+        for buffer, values in zip(_buffers(self._layers[layer]), moments, strict=True):
             buffer.copy_(values)
 
-    def _restore(self, original: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for layer, statistics in enumerate(original):
-            self._set(layer, statistics)
+    def _restore(self) -> None:
+        for layer, moments in enumerate(self._original):
+            self._set(layer, moments)
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
@@ -163,7 +208,7 @@ def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return layer.running_mean, layer.running_var
 
 
-def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _statistics(layer: nn.Module) -> _Moments:
     """Return a copy of the running mean and variance."""
     mean, variance = (buffer.to("cpu", torch.float64, copy=True) for buffer in _buffers(layer))
     return mean, variance
@@ -171,22 +216,18 @@ def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _sums(inputs: Tensor) -> Tensor:
     """Return, for each channel, the number of values, their sum and the sum of their squares, as (3, channels)."""
+    channels = inputs.shape[1]
+    if not inputs.numel():
+        return torch.zeros(3, channels, dtype=torch.float64)
     wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     variance, mean = torch.var_mean(wide, [0, *range(2, wide.ndim)], correction=0)
     # float64: the difference of two sums of squares would lose a small variance.
     variance, mean = variance.cpu().double(), mean.cpu().double()
-    count = torch.full_like(mean, inputs.numel() // len(mean))
+    count = torch.full_like(mean, inputs.numel() // channels)
     return torch.stack([count, count * mean, count * (variance + mean.square())])
 
 
-def _accumulate(calls: Sequence[Tensor]) -> Iterator[Tensor]:
-    total = torch.zeros(())
-    for sums in calls:
-        total = total + sums
-        yield total
-
-
-def _moved(running: tuple[Tensor, Tensor], dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+def _moved(running: _Moments, dense: Tensor, pruned: Tensor) -> _Moments:
     """Return the running mean and variance after the change from the dense to the pruned sums."""
     (mean, variance), (m, v), (pruned_m, pruned_v) = running, _mean_and_variance(dense), _mean_and_variance(pruned)
     scale = torch.where(v > 0, pruned_v / v, 1.0).clamp(max=1)
@@ -197,7 +238,7 @@ def _moved(running: tuple[Tensor, Tensor], dense: Tensor, pruned: Tensor) -> tup
     return torch.where(finite, moved_mean, mean), torch.where(finite, moved_variance, variance)
 
 
-def _mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_variance(sums: Tensor) -> _Moments:
     count, total, squares = sums
     mean = total / count
     # Like the running variance, it is unbiased.
