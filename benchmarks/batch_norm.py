@@ -12,16 +12,16 @@ import argparse
 import copy
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanda_lightning import prune
-from wanda_lightning.data.demo import digits
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -31,11 +31,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def images(samples: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
-    """Return normalized images of 32 x 32 pixels, and their labels."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in samples]))[:, None] / 255
-    resized = F.interpolate(pixels, size=(32, 32), mode="bicubic", align_corners=False)
-    return (resized - 0.3) / 0.37, torch.tensor([label for _, label in samples])
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return normalized images of 32 x 32 pixels and their labels, for training and for evaluation."""
+    scans = load_digits()
+    pixels = torch.from_numpy((scans.images * (255 / 16)).round()).float()[:, None] / 255
+    images = (F.interpolate(pixels, size=(32, 32), mode="bicubic", align_corners=False) - 0.3) / 0.37
+    labels = torch.from_numpy(scans.target)
+    parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=scans.target)
+    training, evaluation = ((images[part], labels[part]) for part in parts)
+    return training, evaluation
 
 
 def train(inputs: Tensor, labels: Tensor, epochs: int, batch_size: int = 64) -> nn.Module:
@@ -68,7 +72,7 @@ def main() -> None:
     parser.add_argument("--goals", nargs="+", default=["50", "60", "70", "2:4"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
-    training, evaluation = map(images, digits())
+    training, evaluation = digits()
     dense = train(*training, options.epochs)
     order = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(0))
     batches = list(training[0][order[:256]].split(64))
@@ -80,9 +84,9 @@ def main() -> None:
         row = []
         for goal in options.goals:
             chosen = {"pattern": goal, "sparsity": 0.5} if ":" in goal else {"sparsity": float(goal) / 100}
-            for correct in (False, True):
+            for keep in (True, False):
                 model = copy.deepcopy(dense)
-                prune(model, batches, **METHODS[method], **chosen, correct_batch_norm=correct, progress=False)
+                prune(model, batches, **METHODS[method], **chosen, keep_batch_norm=keep, progress=False)
                 row.append(f"{accuracy(model, *evaluation):.1%}")
         cells = [f"{without} -> {corrected}" for without, corrected in zip(row[::2], row[1::2], strict=True)]
         print(method, *cells, flush=True)

@@ -197,7 +197,7 @@ def test_equals_the_slow_procedure(name, sequential):
     if hasattr(slow, "set_experts_implementation"):
         slow.config._experts_implementation = "batched_mm"  # grouped_mm takes no float64, and eager is what is tested
 
-    prune(model, batches, 0.5, sequential=sequential, correct_batch_norm=False, progress=False)
+    prune(model, batches, 0.5, sequential=sequential, keep_batch_norm=True, progress=False)
     slow_prune(slow, [double(batch) for batch in specimen.batches()], sequential, keep_half_of_each_row)
 
     expected = slow.state_dict()

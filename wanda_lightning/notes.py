@@ -67,6 +67,7 @@ def notes_on(outcome: Outcome) -> list[Note]:
         _few_tokens(outcome),
         _short_of_target(outcome),
         _mixed_nm(outcome),
+        _batch_norm(outcome),
         _training(outcome),
     )
     return [note for note in notes if note]

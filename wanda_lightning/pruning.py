@@ -57,7 +57,7 @@ def prune(
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
-            `correct_batch_norm`.
+            `keep_batch_norm`.
 
     Returns:
         The report, which lists every matrix as pruned or skipped.
@@ -99,7 +99,7 @@ def prune_as(
         outcome = Outcome(plan, seconds=seconds)
         outcome.not_corrected = _why_not_corrected(plan, batches)
         batch_norms = [] if outcome.not_corrected else _batch_norms(plan)
-        reader = config.data_reader or ("correct_batch_norm=True" if batch_norms else None)
+        reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         data = CalibrationBatches(model, batches, forward, predict, processes, reader)
         allocate_first = not plan.is_one_pass or config.reads_gradients
         if config.data_reader and (allocate_first or config.recovery.reads_batches):
@@ -152,7 +152,7 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
 
 def _batch_norms(plan: Plan) -> list[nn.Module]:
     """Return the BatchNorm layers whose statistics change, if they can be."""
-    return batch_norm_layers(plan.model) if plan.config.correct_batch_norm else []
+    return batch_norm_layers(plan.model) if not plan.config.keep_batch_norm else []
 
 
 def _why_not_corrected(plan: Plan, batches: object) -> str:

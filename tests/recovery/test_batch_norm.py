@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import PruningConfig, prune
-from wanda_lightning.calibration.passive import PassiveCalibration
+from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_collected
@@ -84,7 +84,7 @@ def slow(dense, pruned, forwards):
 def both(dense, batches, sparsity=0.5, **choices):
     """Prune without and with the correction."""
     without, corrected = copy.deepcopy(dense), copy.deepcopy(dense)
-    prune(without, batches, sparsity, correct_batch_norm=False, progress=False, **choices)
+    prune(without, batches, sparsity, keep_batch_norm=True, progress=False, **choices)
     report = prune(corrected, batches, sparsity, progress=False, **choices)
     return without, corrected, report
 
@@ -146,7 +146,7 @@ def test_layers_see_corrected_inputs_while_the_model_is_pruned():
     dense = warmed(nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8)))
     batches, entered = vectors(3, 4), []
     first = copy.deepcopy(dense)
-    prune(first, batches, 0.5, sequential="layer", only=["1"], correct_batch_norm=False, progress=False)
+    prune(first, batches, 0.5, sequential="layer", only=["1"], keep_batch_norm=True, progress=False)
     slow(dense, first, [lambda model, x=x: entered.append(model[:4](x)) for x in batches])
     scores = dense[4].weight.abs() * torch.cat(entered[2:]).norm(dim=0)  # the first two are of the dense model
     keep = torch.zeros(8, 8, dtype=torch.bool).scatter_(1, scores.topk(4).indices, True)
@@ -285,7 +285,7 @@ def test_a_model_without_such_layers_reads_no_batches_for_it():
     report = prune(ZOO["vit"].build(), unread(), method="magnitude", progress=False)
     assert not notes(report)
     assert "normalize" not in report.seconds
-    report = prune(resnet(), unread(), method="magnitude", correct_batch_norm=False, progress=False)
+    report = prune(resnet(), unread(), method="magnitude", keep_batch_norm=True, progress=False)
     assert not notes(report)
 
 
@@ -297,7 +297,7 @@ def test_magnitude_reads_the_batches_only_for_it():
     ]
     with pytest.raises(TypeError) as caught:
         prune(resnet(), [{"x": None}], method="magnitude", progress=False, forward=lambda batch: 1 + "")
-    assert "correct_batch_norm=False leaves their statistics alone" in caught.value.__notes__[-1]
+    assert "keep_batch_norm=True leaves their statistics alone" in caught.value.__notes__[-1]
     report = prune(resnet(), [], method="magnitude", progress=False)
     assert "no calibration batch reached" in notes(report)[0]
 

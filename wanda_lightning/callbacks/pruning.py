@@ -76,7 +76,7 @@ class PruningCallback(Callback):
             batches until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
-            `correct_batch_norm`.
+            `keep_batch_norm`.
 
     Raises:
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model

@@ -263,5 +263,5 @@ def _naming_the_option() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        add_note(error, "The batches ran for BatchNorm layers: correct_batch_norm=False leaves their statistics alone.")
+        add_note(error, "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone.")
         raise
