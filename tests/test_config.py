@@ -35,7 +35,7 @@ TABLES = {
 
 def test_the_defaults_are_wanda():
     expected = PruningConfig(
-        0.5, Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), "block", (), (), False, 32
+        0.5, Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), "block", (), (), False, 32, False
     )
     assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
 

@@ -38,6 +38,7 @@ class PruningConfig:
     only: tuple[str, ...]
     include_grouped: bool
     min_expert_tokens: int
+    keep_batch_norm: bool
 
     @classmethod
     def from_names(
@@ -55,6 +56,7 @@ class PruningConfig:
         only: str | Sequence[str] = (),
         include_grouped: bool = False,
         min_expert_tokens: int = 32,
+        keep_batch_norm: bool = False,
     ) -> PruningConfig:
         """Resolve names to objects, and fill in the defaults. Only this function does so.
 
@@ -81,6 +83,8 @@ class PruningConfig:
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
             min_expert_tokens: Experts with fewer calibration tokens are pruned with the statistics of all experts of
                 their module. A norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n), 12 % for n = 32.
+            keep_batch_norm: Keep the running statistics of BatchNorm layers. By default they move by the change that
+                pruning makes on the calibration batches.
         """
         skip, only = check_patterns("skip", skip), check_patterns("only", only)
         _check_numbers(sparsity, min_expert_tokens)  # here, too, because the following lines import torch
@@ -99,6 +103,7 @@ class PruningConfig:
             only=only,
             include_grouped=include_grouped,
             min_expert_tokens=min_expert_tokens,
+            keep_batch_norm=keep_batch_norm,
         )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
 from wanda_lightning.plan import Plan, Selections
-from wanda_lightning.report import PrunedLayer, Training
+from wanda_lightning.report import BatchNormCorrection, PrunedLayer, Training
 
 _ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
 _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
@@ -35,6 +35,8 @@ class Outcome:
         few_tokens: Experts that were pruned with the statistics of all experts of their module, with their own number
             of tokens.
         revisited: Layers that the model called again after they were pruned.
+        batch_norm: The correction of BatchNorm layers; None if there was none.
+        not_corrected: Why the model's BatchNorm layers were not corrected; empty if it has none, or they were.
         training: The training of the whole model; None if there was none.
         seconds: Time by stage.
     """
@@ -45,6 +47,8 @@ class Outcome:
     skipped: dict[str, SkippedMatrix] = field(default_factory=dict)
     few_tokens: Mapping[str, int] = field(default_factory=dict)
     revisited: set[str] = field(default_factory=set)
+    batch_norm: BatchNormCorrection | None = None
+    not_corrected: str = ""
     training: Training | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -63,6 +67,7 @@ def notes_on(outcome: Outcome) -> list[Note]:
         _few_tokens(outcome),
         _short_of_target(outcome),
         _mixed_nm(outcome),
+        _batch_norm(outcome),
         _training(outcome),
     )
     return [note for note in notes if note]
@@ -170,6 +175,27 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
     counts = {_as_nm(kind): number for kind, number in kinds.items()}
     listed = ", ".join(f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(counts.items()))
     return Note(f"mixed N:M: {listed}", is_warning=False)
+
+
+def _batch_norm(outcome: Outcome) -> Note | None:
+    if why := outcome.not_corrected:
+        return Note(f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}")
+    if not (done := outcome.batch_norm):
+        return None
+    if not done.layers:
+        return Note("no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model")
+    if done.before is None or done.after is None:
+        compared = "; no predictions of held-out samples to compare"
+    else:
+        changes = "changes" if done.kept else "would change"
+        compared = (
+            f", which {changes} the distance from the dense predictions on {done.held_out} held-out samples from "
+            f"{done.before:.4g} to {done.after:.4g}"
+        )
+    if done.kept:
+        layers = _layers(range(done.layers), "BatchNorm layer")
+        return Note(f"the statistics of {layers} are corrected on {done.samples} samples{compared}", is_warning=False)
+    return Note(f"BatchNorm layers keep their statistics instead of a correction{compared}", is_warning=False)
 
 
 def _training(outcome: Outcome) -> Note | None:

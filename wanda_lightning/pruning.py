@@ -24,10 +24,10 @@ from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_wrapper
 from wanda_lightning.notes import Outcome, notes_on
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, reshard, zero_counts
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
 from wanda_lightning.plan import Plan, make_plan
 from wanda_lightning.progress import ProgressBar
-from wanda_lightning.recovery import RecoveredPart
+from wanda_lightning.recovery import BatchNormStatistics, RecoveredPart, batch_norm_layers
 from wanda_lightning.report import PrunedLayer, PruningReport
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,14 @@ def prune(
     `position_ids` that restart (packed documents) exclude no token.
 
     Args:
-        model: The model; only its weights change, in place.
-        batches: Calibration batches; all of them are used. `Magnitude` needs none.
+        model: The model; only its weights and the running statistics of BatchNorm layers change, in place.
+        batches: Calibration batches; all of them are used. `Magnitude` needs none, except for BatchNorm layers.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
+            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
+            `keep_batch_norm`.
 
     Returns:
         The report, which lists every matrix as pruned or skipped.
@@ -96,11 +97,16 @@ def prune_as(
     progress = progress and processes.rank == 0
     with _timed(seconds, "prepare"), processes.fail_together():
         plan = make_plan(config, model, processes)
-        data = CalibrationBatches(model, batches, forward, predict, processes, config.data_reader)
+        outcome = Outcome(plan, seconds=seconds)
+        outcome.not_corrected = _why_not_corrected(plan, batches)
+        batch_norms = [] if outcome.not_corrected else _batch_norms(plan)
+        reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
+        data = CalibrationBatches(model, batches, forward, predict, processes, reader)
         allocate_first = not plan.is_one_pass or config.reads_gradients
-        if allocate_first or config.recovery.reads_batches:
+        if config.data_reader and (allocate_first or config.recovery.reads_batches):
             data.read_all(progress)  # the batches run several times, or side by side
-    outcome = Outcome(plan, seconds=seconds)
+    with _timed(seconds, "normalize") if batch_norms else nullcontext(), pruning_mode(model):
+        statistics = BatchNormStatistics(batch_norms, data, processes)
     if allocate_first:
         with _timed(seconds, "allocate") if config.allocation.reads_weights else nullcontext():
             outcome.selections = plan.allocate(*_observe_dense_model(plan, data, progress), progress)
@@ -110,11 +116,14 @@ def prune_as(
     with (
         _timed(seconds, "prune"),
         pruning_mode(model),
+        statistics.following() if config.sequential == "layer" else nullcontext(),
         ProgressBar("Pruning", total, progress) as bar,
         _naming_what_was_written(outcome),
     ):
         _prune_units(plan, data, outcome, bar)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
+    with _timed(seconds, "normalize") if batch_norms else nullcontext(), pruning_mode(model):
+        outcome.batch_norm = statistics.correct()
     with _timed(seconds, "recover") if config.recovery.reads_batches else nullcontext(), pruning_mode(model):
         outcome.training = recovery.train()
     return _make_report(outcome, data.total)
@@ -127,6 +136,8 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         ValueError: Before any weight is written, if there was no batch or an activation is NaN or infinite.
     """
     outcome = Outcome(plan)
+    if _batch_norms(plan):
+        outcome.not_corrected = "the batches of a validation loop run only once"
     with (
         _timed(outcome.seconds, "prune"),
         torch.inference_mode(False),
@@ -138,6 +149,19 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         _prune_unit(outcome, plan.whole_model, inputs, passive.observer)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     return _make_report(outcome, batches)
+
+
+def _batch_norms(plan: Plan) -> list[nn.Module]:
+    """Return the BatchNorm layers whose statistics change, if they can be."""
+    return batch_norm_layers(plan.model) if not plan.config.keep_batch_norm else []
+
+
+def _why_not_corrected(plan: Plan, batches: object) -> str:
+    if not _batch_norms(plan):
+        return ""
+    if is_sharded(plan.model):
+        return "the model is sharded"
+    return "no calibration batches were given" if batches is None else ""
 
 
 def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: ProgressBar) -> None:

@@ -88,6 +88,28 @@ class Training:
     stopped: str = ""
 
 
+@dataclass(frozen=True)
+class BatchNormCorrection:
+    """The correction of the running statistics of BatchNorm layers.
+
+    Attributes:
+        layers: Number of layers that calibration batches reached.
+        samples: Number of samples that gave the correction.
+        held_out: Number of held-out samples.
+        before: Mean distance of the pruned model's predictions from the dense ones on held-out samples, without the
+            correction; None if none are held out.
+        after: The same with the correction.
+        kept: Whether the correction was kept.
+    """
+
+    layers: int
+    samples: int
+    held_out: int
+    before: float | None
+    after: float | None
+    kept: bool
+
+
 @dataclass
 class PruningReport:
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.

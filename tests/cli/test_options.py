@@ -132,7 +132,13 @@ def test_every_option_has_help(command):
 @pytest.mark.parametrize("name", inspect.signature(PruningConfig.from_names).parameters)
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name):
     values = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"]}
-    values |= {"include_grouped": True, "min_expert_tokens": 3, "recovery": "reconstruct", "sequential": "layer"}
+    values |= {
+        "include_grouped": True,
+        "keep_batch_norm": True,
+        "min_expert_tokens": 3,
+        "recovery": "reconstruct",
+        "sequential": "layer",
+    }
     names = {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
     value = (values | names)[name]
     text = ",".join(value) if isinstance(value, list) else str(value)

@@ -42,7 +42,8 @@ def test_gathered_it_is_the_model_of_one_process(pair, sequential, pattern):
 @pytest.mark.parametrize("sequential", ["block", "none"])
 @pytest.mark.parametrize("name", ["t5", "convnext", "resnet18", "block_twice", "unreached", "few_rows"])
 def test_other_architectures_sharded(pair, name, sequential):
-    check_sharded(pair.run(cases.sharded, name, sequential=sequential), name, sequential=sequential)
+    choices = {"sequential": sequential, "keep_batch_norm": True}
+    check_sharded(pair.run(cases.sharded, name, **choices), name, **choices)
 
 
 @pytest.mark.parametrize("shares", [([0, 1, 2, 3], []), ([], [0, 1, 2, 3]), ([2], [0, 1, 3])])

@@ -30,6 +30,7 @@ from wanda_lightning.models import find_layers
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.parallel import Processes
 from wanda_lightning.pruning import prune_as
+from wanda_lightning.recovery import batch_norm_layers
 
 
 def both():
@@ -515,3 +516,11 @@ def tensor_parallel(rank):
 
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     return attempt_any(lambda: trainer(strategy, Ask()).fit(Regression(), DataLoader(SAMPLES)))
+
+
+def prune_batch_norms(rank, batches, shares):
+    """The running means of a ResNet whose last blocks both processes prune, each with its batches."""
+    model = ZOO["resnet18"].build().double()
+    config = PruningConfig.from_names(method="magnitude", only=["layer4.*"])
+    prune_as(config, model, share_of(batches, rank, shares), progress=False, processes=both())
+    return [layer.running_mean for layer in batch_norm_layers(model)]

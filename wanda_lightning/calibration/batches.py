@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
+from itertools import chain
 from numbers import Number
 from typing import Any, NamedTuple
 
@@ -101,6 +102,33 @@ class CalibrationBatches:
                 Sample(partial(_run, self._predict, part, index), token_masks(self._model, part), size // len(parts))
                 for part in parts
             ]
+
+    def first(self, samples: int, held_out: int) -> tuple[list[tuple[Sample, int]], list[Sample]]:
+        """Keep the first batches in memory, until they have so many samples, and hold out every `held_out`-th sample.
+
+        Returns:
+            The forward pass of each batch, with the number of its samples that are not held out, which are its first;
+            and the predictions for those that are. A batch that cannot be split counts as one sample.
+        """
+        batches, seen = iter(self._batches), 0
+        kept: list[Any] = []
+        used: list[tuple[Sample, int]] = []
+        apart: list[Sample] = []
+        while seen < samples and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
+            index, size = len(kept), batch_size(batch) if is_even(batch) else 1
+            count = size - (seen + size) // held_out + seen // held_out
+            used.append(
+                (Sample(partial(_run, self._forward, batch, index), token_masks(self._model, batch), size), count)
+            )
+            if count < size:
+                part = take(batch, count, size) if count else batch
+                run = partial(_run, self._predict, part, index)
+                apart.append(Sample(run, token_masks(self._model, part), size - count))
+            kept.append(batch)
+            seen += size
+        if not isinstance(self._batches, list):
+            self._batches = chain(kept, batches)
+        return used, apart
 
     def __iter__(self) -> Iterator[Callable[[], object]]:
         """Yield one forward pass for each batch; each adds an entry to `masks`."""

@@ -75,7 +75,8 @@ class PruningCallback(Callback):
             `trainer.validate`, which then evaluates the dense model. It needs `sequential="none"`, and uses whole
             batches until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`.
+            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
+            `keep_batch_norm`.
 
     Raises:
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,10 +19,11 @@ from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
-from wanda_lightning.models import Layer, fitting_mask
+from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery.base import ModelRecovery, Recovery
+from wanda_lightning.recovery.predictions import divergence, find_predictions, has_classes, rows_of, squared_error
 from wanda_lightning.report import Training, TrainingPass
 
 log = logging.getLogger(__name__)
@@ -149,11 +150,11 @@ class _Distillation(ModelRecovery):
                 hook = head.register_forward_pre_hook(lambda module, args: entered.extend(args))
                 hooks.callback(hook.remove)
             output = sample.predict()
-        predictions = _rows(_predictions(output), sample)
+        predictions = rows_of(_predictions(output), sample)
         _refuse_untrainable(predictions, batch)
         predictions = predictions.detach()
         if head is not None and len(entered) == 1:
-            rows = _rows(entered[0].detach(), sample)
+            rows = rows_of(entered[0].detach(), sample)
             if len(rows) == len(predictions) and _nearly_equal(head(rows).detach(), predictions):
                 return _Target(rows.clone(), head)
         return _Target(predictions.clone(), None)
@@ -255,9 +256,9 @@ class _Distillation(ModelRecovery):
         """
         with torch.set_grad_enabled(backward), _mixed_precision(self._model):
             output = sample.predict()
-            rows = _rows(_predictions(output), sample)
-        is_kl = self._config.loss == "kl" or (self._config.loss is None and _has_classes(output))
-        compare = _divergence if is_kl else _squared_error
+            rows = rows_of(_predictions(output), sample)
+        is_kl = self._config.loss == "kl" or (self._config.loss is None and has_classes(output))
+        compare = divergence if is_kl else squared_error
         if not len(rows):  # a sample of padding
             return 0.0
         gradient = torch.empty_like(rows) if backward else None
@@ -292,20 +293,6 @@ def _naming_what_was_trained() -> Iterator[None]:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed divergence of rows of logits, and its gradient with respect to `predicted`."""
-    log_q, log_p = predicted.log_softmax(dim=-1), dense.log_softmax(dim=-1)
-    p = log_p.exp()
-    terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)  # both logarithms may be minus infinity
-    return terms.sum(), log_q.exp_().sub_(p)
-
-
-def _squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared error summed over the rows and averaged over their entries, and its gradient."""
-    difference = predicted - dense
-    return difference.square().mean(dim=-1).sum(), difference.mul_(2 / difference.shape[-1])
 
 
 @dataclass
@@ -458,23 +445,6 @@ def _own_head(module: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _predictions(output: object) -> Tensor:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
-        raise ValueError(
-            f"recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
-            f"gave {_kind(found)}. Let forward= (or calibration_step) return the predictions, or use another "
-            "recovery."
-        )
-    return found
-
-
-def _kind(found: object) -> str:
-    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-
-
 def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
     if torch.is_grad_enabled() and not predictions.requires_grad:
         raise ValueError(
@@ -497,16 +467,15 @@ def _nearly_equal(first: Tensor, second: Tensor) -> bool:
     return bool(((first - second).abs() <= tolerance).all())
 
 
-def _has_classes(output: object) -> bool:
-    predictions = _predictions(output)
-    has_logits = predictions is not output and not isinstance(output, tuple | list)
-    # Logits with more dimensions are those of images, whose last dimension is their width.
-    return predictions.shape[-1] > 1 and predictions.ndim in ((2, 3) if has_logits else (2,))
+def _predictions(output: object) -> Tensor:
+    found = find_predictions(output)
+    if found is None:
+        raise ValueError(
+            "recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
+            f"gave {_kind(output)}. Let forward= (or calibration_step) return the predictions, or use another recovery."
+        )
+    return found
 
 
-def _rows(predictions: Tensor, sample: Sample) -> Tensor:
-    """Return the predictions of a sample as a matrix, without padding."""
-    rows = predictions.flatten(0, -2)
-    if mask := fitting_mask(sample.masks, "", predictions):
-        rows = rows[mask.keep.flatten().to(rows.device)]
-    return rows
+def _kind(found: object) -> str:
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"

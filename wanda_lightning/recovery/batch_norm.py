@@ -1,0 +1,267 @@
+"""Correct the running statistics of BatchNorm layers after pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
+
+from wanda_lightning.calibration.batches import CalibrationBatches, Sample
+from wanda_lightning.calibration.error_notes import add_note
+from wanda_lightning.parallel import Processes
+from wanda_lightning.recovery.predictions import divergence, find_predictions, has_classes, rows_of, squared_error
+from wanda_lightning.report import BatchNormCorrection
+
+_SAMPLES = 512  # of all processes together
+_HELD_OUT = 8  # one in so many samples is held out, if there are so many
+
+_Moments = tuple[Tensor, Tensor]  # the mean and variance of each channel
+_Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, its input
+
+
+class BatchNormStatistics:
+    """Moves the running statistics of BatchNorm layers by the change between the dense and the pruned model.
+
+    Some calibration batches run through the dense model, and through the pruned one (`correct`). If a channel of a
+    layer's inputs has mean m and variance v in the dense model, and m' and v' in the pruned one, and s = min(1, v'/v),
+
+        running_mean = m' + sqrt(s) (running_mean - m),    running_var = v' + s (running_var - v).
+
+    The difference between the running statistics and those of the calibration batches remains, but shrinks with the
+    inputs. Nothing changes where the inputs do not change. A full estimate (m', v') would discard what training has
+    averaged over far more data.
+
+    In the pruned model, a layer is corrected whenever a batch reaches it, with the sums over all calls so far, and the
+    sums over the same calls in the dense model. So later layers see inputs that corrected layers have normalized. With
+    uncorrected inputs, the errors of the estimates multiply from layer to layer: a small ResNet with 70 % zeros
+    (magnitude) classifies 35 % of held-out digits correctly instead of 89 %.
+
+    With `sequential="layer"`, the same happens while the model is pruned (`following`).
+
+    From eight samples on, every eighth is held out. If the predictions of the pruned model are further from the dense
+    ones with the correction, the statistics stay as they were.
+
+    Args:
+        layers: The BatchNorm layers (see `batch_norm_layers`) of the dense model, which runs during construction; each
+            process has a full copy of the model.
+        data: The calibration batches.
+        processes: All processes that prune together; the sums are over the samples of all.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], data: CalibrationBatches, processes: Processes) -> None:
+        self._layers, self._processes = layers, processes
+        self._original = [_statistics(layer) for layer in layers]
+        self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
+        self._whole: list[list[Tensor]] = [[] for _ in layers]  # the same with held-out samples
+        if layers:
+            with processes.fail_together(), _naming_the_option():
+                self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), _HELD_OUT)
+                self._record()
+                self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Correct each layer by the batches that run through the model inside this block; restore them at the end.
+
+        Then the calibration statistics of later layers are those of inputs that corrected layers have normalized. The
+        batches must reach each layer once, in the order in which they ran through the dense model.
+        """
+        pruned = self._zeros()
+
+        def visit(layer: int, call: int, inputs: Tensor) -> None:
+            if call < len(self._whole[layer]):
+                pruned[layer] += _sums(inputs)
+                self._set(layer, _moved(self._original[layer], self._whole[layer][call], pruned[layer]))
+
+        try:
+            with self._visiting(visit):
+                yield
+        finally:
+            self._restore()
+
+    def correct(self) -> BatchNormCorrection | None:
+        """Correct the statistics of the pruned model, unless that makes its predictions worse.
+
+        Returns:
+            What was done; None if there are no layers.
+        """
+        if not self._layers:
+            return None
+        sizes = [sum(count for _, count in self._used), sum(sample.size for sample, _, _ in self._held_out)]
+        used, held_out = (sum(column) for column in zip(*self._processes.all_gather(sizes), strict=True))
+        try:
+            before = self._mean_distance()
+            corrected = self._correct()
+            after = self._mean_distance()
+        except BaseException as error:
+            self._restore()
+            add_note(error, "The model is pruned. Its BatchNorm layers have the statistics of the dense model.")
+            raise
+        hurts = before is not None and after is not None and not after <= before
+        if hurts:
+            self._restore()
+        return BatchNormCorrection(corrected, used, held_out, before, after, not hurts)
+
+    def _record(self) -> None:
+        """Run the dense model."""
+
+        def visit(layer: int, call: int, inputs: Tensor) -> None:
+            for sums, part in ((self._dense[layer], self._counted(inputs)), (self._whole[layer], inputs)):
+                sums.append(_sums(part) + (sums[-1] if sums else 0))
+
+        self._run(visit)
+
+    def _correct(self) -> int:
+        """Correct the statistics batch by batch, then by all batches of all processes; return how many layers."""
+        pruned = self._zeros()
+
+        def visit(layer: int, call: int, inputs: Tensor) -> None:
+            pruned[layer] += _sums(self._counted(inputs))
+            if dense := self._dense[layer]:
+                so_far = dense[min(call, len(dense) - 1)]
+                self._set(layer, _moved(self._original[layer], so_far, pruned[layer]))
+
+        with self._processes.fail_together():
+            self._run(visit)
+        totals = [sums[-1] if sums else zeros for sums, zeros in zip(self._dense, self._zeros(), strict=True)]
+        self._processes.all_reduce_sum([*totals, *pruned])
+        reached = [layer for layer in range(len(totals)) if bool(totals[layer][0].any() and pruned[layer][0].any())]
+        for layer in reached:
+            self._set(layer, _moved(self._original[layer], totals[layer], pruned[layer]))
+        return len(reached)
+
+    def _run(self, visit: _Visit) -> None:
+        """Run all batches that are used."""
+        with self._visiting(visit):
+            for batch, count in self._used:
+                self._count, self._size = count, batch.size
+                batch.predict()
+
+    def _counted(self, inputs: Tensor) -> Tensor:
+        """Return the part of a layer's input without held-out samples, which are the last of their batch."""
+        return inputs[: len(inputs) * self._count // self._size]
+
+    @contextmanager
+    def _visiting(self, visit: _Visit) -> Iterator[None]:
+        """Call `visit` before each call of a layer."""
+        calls = [0] * len(self._layers)
+
+        def hook(index: int, inputs: Tensor) -> None:
+            visit(index, calls[index], inputs)
+            calls[index] += 1
+
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self._layers):
+                hooks.callback(_before_calls(layer, index, hook).remove)
+            yield
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros(3, len(mean), dtype=torch.float64) for mean, _ in self._original]
+
+    def _mean_distance(self) -> float | None:
+        """Return the mean distance of the held-out predictions from the dense ones; None if none are held out."""
+        total = torch.zeros(2, dtype=torch.float64)
+        with self._processes.fail_together():
+            for sample, dense, is_kl in self._held_out:
+                predicted = _predict(sample)
+                assert predicted is not None, "the dense model gave predictions"
+                distance, _ = (divergence if is_kl else squared_error)(predicted[0], dense)
+                total += torch.tensor([float(distance), len(dense)], dtype=torch.float64)
+        self._processes.all_reduce_sum([total])
+        return float(total[0] / total[1]) if total[1] else None
+
+    def _set(self, layer: int, moments: _Moments) -> None:
+        for buffer, values in zip(_buffers(self._layers[layer]), moments, strict=True):
+            buffer.copy_(values)
+
+    def _restore(self) -> None:
+        for layer, moments in enumerate(self._original):
+            self._set(layer, moments)
+
+
+def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers that normalize by running statistics in evaluation mode."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [layer for layer in layers if all(map(_is_known, (layer.running_mean, layer.running_var)))]
+
+
+def _is_known(buffer: Tensor | None) -> bool:
+    return buffer is not None and not isinstance(buffer, UninitializedBuffer)
+
+
+def _before_calls(layer: nn.Module, index: int, hook: Callable[[int, Tensor], None]) -> Any:
+    def pass_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hook(index, args[0] if args else next(iter(kwargs.values())))
+
+    return layer.register_forward_pre_hook(pass_input, with_kwargs=True)
+
+
+def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(layer, _BatchNorm)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+def _statistics(layer: nn.Module) -> _Moments:
+    """Return a copy of the running mean and variance."""
+    mean, variance = (buffer.to("cpu", torch.float64, copy=True) for buffer in _buffers(layer))
+    return mean, variance
+
+
+def _sums(inputs: Tensor) -> Tensor:
+    """Return, for each channel, the number of values, their sum and the sum of their squares, as (3, channels)."""
+    channels = inputs.shape[1]
+    if not inputs.numel():
+        return torch.zeros(3, channels, dtype=torch.float64)
+    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, [0, *range(2, wide.ndim)], correction=0)
+    # float64: the difference of two sums of squares would lose a small variance.
+    variance, mean = variance.cpu().double(), mean.cpu().double()
+    count = torch.full_like(mean, inputs.numel() // channels)
+    return torch.stack([count, count * mean, count * (variance + mean.square())])
+
+
+def _moved(running: _Moments, dense: Tensor, pruned: Tensor) -> _Moments:
+    """Return the running mean and variance after the change from the dense to the pruned sums."""
+    (mean, variance), (m, v), (pruned_m, pruned_v) = running, _mean_and_variance(dense), _mean_and_variance(pruned)
+    scale = torch.where(v > 0, pruned_v / v, 1.0).clamp(max=1)
+    # In this order nothing changes, to the last bit, if the two sums are equal.
+    moved_mean = scale.sqrt() * mean + (pruned_m - scale.sqrt() * m)
+    moved_variance = scale * variance + (pruned_v - scale * v).clamp(min=0)
+    finite = moved_mean.isfinite() & moved_variance.isfinite()
+    return torch.where(finite, moved_mean, mean), torch.where(finite, moved_variance, variance)
+
+
+def _mean_and_variance(sums: Tensor) -> _Moments:
+    count, total, squares = sums
+    mean = total / count
+    # Like the running variance, it is unbiased.
+    return mean, (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+
+
+def _predict(sample: Sample) -> tuple[Tensor, bool] | None:
+    """Return the predictions of a sample, in rows, and whether they are logits; None if it gives none."""
+    try:
+        output = sample.predict()
+    except Exception:  # the module may not be able to predict, although its calibration_step runs
+        return None
+    predictions = find_predictions(output)
+    if predictions is None:
+        return None
+    rows = rows_of(predictions, sample)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True), has_classes(output)
+
+
+@contextmanager
+def _naming_the_option() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        add_note(error, "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone.")
+        raise

@@ -1,0 +1,50 @@
+"""Read the predictions from what a model returns, and measure how far they are from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from wanda_lightning.calibration.batches import Sample
+from wanda_lightning.models import fitting_mask
+
+
+def find_predictions(output: object) -> Tensor | None:
+    """Return the logits of an output, or the output if it is a tensor; None if there are no predictions."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    return found if isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 1 else None
+
+
+def has_classes(output: object) -> bool:
+    """Whether the last dimension of the predictions in an output are classes, to judge by their place and shape."""
+    predictions = find_predictions(output)
+    if predictions is None or predictions.shape[-1] < 2:
+        return False
+    has_logits = predictions is not output and not isinstance(output, tuple | list)
+    # Logits with more dimensions are those of images, whose last dimension is their width.
+    return predictions.ndim in ((2, 3) if has_logits else (2,))
+
+
+def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
+    """Return the predictions of a sample as a matrix, without padding."""
+    rows = predictions.flatten(0, -2)
+    if mask := fitting_mask(sample.masks, "", predictions):
+        rows = rows[mask.keep.flatten().to(rows.device)]
+    return rows
+
+
+def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence of rows of logits, and its gradient with respect to `predicted`."""
+    log_q, log_p = predicted.log_softmax(dim=-1), dense.log_softmax(dim=-1)
+    p = log_p.exp()
+    terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)  # both logarithms may be minus infinity
+    return terms.sum(), log_q.exp_().sub_(p)
+
+
+def squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared error summed over the rows and averaged over their entries, and its gradient."""
+    difference = predicted - dense
+    return difference.square().mean(dim=-1).sum(), difference.mul_(2 / difference.shape[-1])
