@@ -55,7 +55,7 @@ class PruningConfig:
         skip: str | Sequence[str] = (),
         only: str | Sequence[str] = (),
         include_grouped: bool = False,
-        min_expert_tokens: int = 32,
+        min_expert_tokens: int = 32,  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
         keep_batch_norm: bool = False,
     ) -> PruningConfig:
         """Resolve names to objects, and fill in the defaults. Only this function does so.
@@ -70,21 +70,17 @@ class PruningConfig:
             pattern: Where zeros may fall: `unstructured`, or N:M such as `2:4`, which keeps N of every M weights.
                 `"unstructured"` compares what the method's paper compares, unlike `"unstructured_row"` and
                 `"unstructured_layer"`; `"equal_share"` is the paper's variant.
-            allocation: How layers share the sparsity: all alike (`uniform`); less where more scores are outliers
-                (`owl`) or where the weights' spectrum has a heavier tail (`alpha`), per block or per layer; less where
-                the predictions depend on more (`fisher`).
+            allocation: How layers share the sparsity: all alike (`uniform`); less where scores have more outliers
+                (`owl`), the spectrum a heavier tail (`alpha`), or the predictions depend on more (`fisher`).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or with an update of the rest.
-            recovery: How the kept weights are trained after the masks are chosen: not at all (`none`), each part of a
-                block toward its dense outputs (`reconstruct`), or the model toward its dense predictions (`distil`).
+            recovery: What trains the kept weights: nothing (`none`), or by blocks (`reconstruct`) or as a whole (`distil`).
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`).
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
-            min_expert_tokens: Experts with fewer calibration tokens are pruned with the statistics of all experts of
-                their module. A norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n), 12 % for n = 32.
-            keep_batch_norm: Keep the running statistics of BatchNorm layers. By default they move by the change that
-                pruning makes on the calibration batches.
+            min_expert_tokens: Experts with fewer calibration tokens use the statistics of all experts of their module.
+            keep_batch_norm: Do not move the running statistics of BatchNorm layers by what pruning changes.
         """
         skip, only = check_patterns("skip", skip), check_patterns("only", only)
         _check_numbers(sparsity, min_expert_tokens)  # here, too, because the following lines import torch

@@ -414,6 +414,6 @@ def test_batches_of_inference_mode():
     ids=["classes", "one_class", "sequence", "tuple", "tokens", "images"],
 )
 def test_which_outputs_are_classes(output, expected):
-    from wanda_lightning.recovery.distil import _has_classes
+    from wanda_lightning.recovery.predictions import has_classes
 
-    assert _has_classes(output) is expected
+    assert has_classes(output) is expected

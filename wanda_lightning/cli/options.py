@@ -54,7 +54,7 @@ class _Pattern(OneOf):
 def _pruning_options() -> Iterator[tuple[str, str, Any]]:
     """Yield an option for each argument of `PruningConfig.from_names`, with the first sentence of its description."""
     text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
-    described = dict(re.findall(r"^ {4}(\w+): (.+?\.)(?=\s)", text, flags=re.DOTALL | re.MULTILINE))
+    described = dict(re.findall(r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE))
     for name, parameter in inspect.signature(PruningConfig.from_names).parameters.items():
         help = " ".join(described.get(name, "").replace("`", "").split())
         rule = OneOf(tuple(NAMES[name])) if name in NAMES else None

@@ -56,7 +56,7 @@ class Distil(Recovery):
         seed: Seed of the order of the samples.
     """
 
-    passes: int = 2
+    passes: int = 3
     learning_rate: float = 1e-3
     batch_size: int = 1
     loss: Literal["kl", "mse"] | None = None
