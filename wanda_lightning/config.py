@@ -73,7 +73,7 @@ class PruningConfig:
             allocation: How layers share the sparsity: all alike (`uniform`); less where scores have more outliers
                 (`owl`), the spectrum a heavier tail (`alpha`), or the predictions depend on more (`fisher`).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or with an update of the rest.
-            recovery: What trains the kept weights: nothing (`none`), or by blocks (`reconstruct`) or as a whole (`distil`).
+            recovery: What trains the kept weights: nothing (`none`), by blocks (`reconstruct`) or together (`distil`).
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`).
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
