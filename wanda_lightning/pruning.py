@@ -116,7 +116,6 @@ def prune_as(
     with (
         _timed(seconds, "prune"),
         pruning_mode(model),
-        statistics.following() if config.sequential == "layer" else nullcontext(),
         ProgressBar("Pruning", total, progress) as bar,
         _naming_what_was_written(outcome),
     ):

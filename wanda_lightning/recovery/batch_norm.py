@@ -41,8 +41,6 @@ class BatchNormStatistics:
     uncorrected inputs, the errors of the estimates multiply from layer to layer: a small ResNet with 70 % zeros
     (magnitude) classifies 35 % of held-out digits correctly instead of 89 %.
 
-    With `sequential="layer"`, the same happens while the model is pruned (`following`).
-
     From eight samples on, every eighth is held out. If the predictions of the pruned model are further from the dense
     ones with the correction, the statistics stay as they were.
 
@@ -57,32 +55,11 @@ class BatchNormStatistics:
         self._layers, self._processes = layers, processes
         self._original = [_statistics(layer) for layer in layers]
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
-        self._whole: list[list[Tensor]] = [[] for _ in layers]  # the same with held-out samples
         if layers:
             with processes.fail_together(), _naming_the_option():
                 self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), _HELD_OUT)
                 self._record()
                 self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
-
-    @contextmanager
-    def following(self) -> Iterator[None]:
-        """Correct each layer by the batches that run through the model inside this block; restore them at the end.
-
-        Then the calibration statistics of later layers are those of inputs that corrected layers have normalized. The
-        batches must reach each layer once, in the order in which they ran through the dense model.
-        """
-        pruned = self._zeros()
-
-        def visit(layer: int, call: int, inputs: Tensor) -> None:
-            if call < len(self._whole[layer]):
-                pruned[layer] += _sums(inputs)
-                self._set(layer, _moved(self._original[layer], self._whole[layer][call], pruned[layer]))
-
-        try:
-            with self._visiting(visit):
-                yield
-        finally:
-            self._restore()
 
     def correct(self) -> BatchNormCorrection | None:
         """Correct the statistics of the pruned model, unless that makes its predictions worse.
@@ -111,8 +88,8 @@ class BatchNormStatistics:
         """Run the dense model."""
 
         def visit(layer: int, call: int, inputs: Tensor) -> None:
-            for sums, part in ((self._dense[layer], self._counted(inputs)), (self._whole[layer], inputs)):
-                sums.append(_sums(part) + (sums[-1] if sums else 0))
+            sums = self._dense[layer]
+            sums.append(_sums(self._counted(inputs)) + (sums[-1] if sums else 0))
 
         self._run(visit)
 
