@@ -27,7 +27,7 @@ from wanda_lightning.notes import Outcome, notes_on
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
 from wanda_lightning.plan import Plan, make_plan
 from wanda_lightning.progress import ProgressBar
-from wanda_lightning.recovery import BatchNormStatistics, RecoveredPart, batch_norm_layers
+from wanda_lightning.recovery import BatchNormStatistics, ModelRecovery, RecoveredPart, batch_norm_layers
 from wanda_lightning.report import PrunedLayer, PruningReport
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,11 @@ def prune_as(
     if allocate_first:
         with _timed(seconds, "allocate") if config.allocation.reads_weights else nullcontext():
             outcome.selections = plan.allocate(*_observe_dense_model(plan, data, progress), progress)
-    with _timed(seconds, "recover") if config.recovery.reads_batches else nullcontext(), pruning_mode(model):
-        recovery = config.recovery.start_model(model, plan.layers, plan.blocks, data, processes, progress)
+    recovers = config.recovery.reads_batches and config.sparsity > 0
+    recovery = ModelRecovery()
+    if recovers:
+        with _timed(seconds, "recover"), pruning_mode(model):
+            recovery = config.recovery.start_model(model, plan.layers, plan.blocks, data, processes, progress)
     total = data.length if plan.is_one_pass else len(plan.units)
     with (
         _timed(seconds, "prune"),
@@ -123,7 +126,7 @@ def prune_as(
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     with _timed(seconds, "normalize") if batch_norms else nullcontext(), pruning_mode(model):
         outcome.batch_norm = statistics.correct()
-    with _timed(seconds, "recover") if config.recovery.reads_batches else nullcontext(), pruning_mode(model):
+    with _timed(seconds, "recover") if recovers else nullcontext(), pruning_mode(model):
         outcome.training = recovery.train()
     return _make_report(outcome, data.total)
 

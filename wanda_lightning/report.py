@@ -196,7 +196,7 @@ class PruningReport:
             SkippedMatrix(matrix["name"], tuple(matrix["shape"]), SkipReason(matrix["reason"]), matrix["detail"])
             for matrix in fields.pop("skipped")
         ]
-        if training := fields.pop("training"):
+        if training := fields.pop("training", None):
             passes = tuple(TrainingPass(**each) for each in training.pop("passes"))
             fields["training"] = Training(**training, passes=passes)
         return cls(layers=layers, skipped=skipped, **fields)

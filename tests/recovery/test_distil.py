@@ -417,3 +417,11 @@ def test_which_outputs_are_classes(output, expected):
     from wanda_lightning.recovery.predictions import has_classes
 
     assert has_classes(output) is expected
+
+
+def test_a_sparsity_of_0_trains_nothing():
+    model, batches = classifier(), some_batches(4)
+    before = copy.deepcopy(model.state_dict())
+    report = prune(model, batches, 0.0, recovery="distil", progress=False)
+    assert report.training is None
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -182,6 +182,8 @@ class _Distillation(ModelRecovery):
                         schedule.step()
                         bar.advance()
                     after = self._mean_loss(held)
+                    if after is not None and not math.isfinite(after):
+                        raise _NotFiniteError("held-out loss")
                     passes.append(TrainingPass(sum(losses) / len(losses), after))
                     bar.advance()
                     if after is not None and before is not None:
