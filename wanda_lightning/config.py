@@ -70,20 +70,22 @@ class PruningConfig:
             pattern: Where zeros may fall: `unstructured`, or N:M such as `2:4`, which keeps N of every M weights.
                 `"unstructured"` compares what the method's paper compares, unlike `"unstructured_row"` and
                 `"unstructured_layer"`; `"equal_share"` is the paper's variant.
-            allocation: How layers share the sparsity: all alike (`uniform`); less where scores have more outliers
-                (`owl`), the spectrum a heavier tail (`alpha`), or the predictions depend on more (`fisher`).
-            solver: How the final weights are computed: by zeroing alone (`zero_out`), or with an update of the rest.
-            recovery: What trains the kept weights: nothing (`none`), by blocks (`reconstruct`) or together (`distil`).
+            allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
+                outliers (`owl`), where the spectrum has a heavier tail (`alpha`), or where the predictions depend more
+                on the layer (`fisher`).
+            solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
+            recovery: How the kept weights are trained afterward: not at all (`none`), block by block (`reconstruct`),
+                or all together (`distil`).
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`).
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
             min_expert_tokens: Experts with fewer calibration tokens use the statistics of all experts of their module.
-            keep_batch_norm: Do not move the running statistics of BatchNorm layers by what pruning changes.
+            keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
         """
         skip, only = check_patterns("skip", skip), check_patterns("only", only)
-        _check_numbers(sparsity, min_expert_tokens)  # here, too, because the following lines import torch
+        _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
         usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM

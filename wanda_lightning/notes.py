@@ -1,4 +1,4 @@
-"""The notes of a report: one function for each thing that a user should know about a pruning."""
+"""The notes of a report: one function for each thing that a user should know about a pruning run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be
 
 
 class Note(NamedTuple):
-    """A sentence for the report; a warning is logged, too."""
+    """A sentence for the report; a warning is also logged."""
 
     text: str
     is_warning: bool = True
@@ -32,8 +32,7 @@ class Outcome:
         selections: The sparsity, criterion and pattern of each layer.
         layers: The pruned layers by name, in the order in which they were pruned.
         skipped: Layers that were left dense, by name.
-        few_tokens: Experts that were pruned with the statistics of all experts of their module, with their own number
-            of tokens.
+        few_tokens: Number of tokens of each expert that was pruned with the statistics of all experts of its module.
         revisited: Layers that the model called again after they were pruned.
         batch_norm: The correction of BatchNorm layers; None if there was none.
         not_corrected: Why the model's BatchNorm layers were not corrected; empty if it has none, or they were.
@@ -54,7 +53,7 @@ class Outcome:
 
 
 def notes_on(outcome: Outcome) -> list[Note]:
-    """All notes on a pruning."""
+    """Return all notes on a pruning run."""
     notes = (
         _left_dense(outcome, SkipReason.UNREACHED, "no calibration batch called"),
         _left_dense(outcome, SkipReason.UNROUTED, "no calibration token was observed in"),
@@ -123,7 +122,7 @@ def unfit_layers(inventory: Inventory) -> Note | None:
 def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}) -> Note | None:
     """Warn if many weights are not pruned, apart from embeddings, stems, heads and what the user left out.
 
-    `skipped` has the layers of the inventory that were left dense after all.
+    `skipped` holds the layers of the inventory that turned out to stay dense.
     """
     left = [matrix for matrix in inventory.skipped if not matrix.reason.is_expected]
     left += [skipped[layer.name] for layer in inventory.layers if layer.name in skipped]

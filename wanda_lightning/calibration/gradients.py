@@ -29,8 +29,9 @@ def gradient_statistics(
 
     The gradient is that of `log p(y)` with respect to the layer's outputs. The label y is drawn from the model's own
     predictions p, so no labels are needed: the sums estimate the Fisher information. The label of a sample depends on
-    its index in the calibration data and on its predictions, but not on its batch or process. Samples are passed
-    backward one by one, and blocks are recomputed, so that one block and the logits of one sample are in memory.
+    its index in the calibration data and on its predictions, but not on its batch or process. Each sample has its own
+    backward pass, in which blocks are recomputed, so that only the activations of one block and the logits of one
+    sample are in memory.
 
     Args:
         model: The model in evaluation mode; its weights get no gradients.
@@ -39,7 +40,7 @@ def gradient_statistics(
         data: The batches of this process.
         tick: Called after each batch.
         processes: Processes whose batches are summed. Batch i of all processes precedes batch i + 1 of any.
-        limit: Number of samples, over all processes, that are passed backward; None for all.
+        limit: Number of samples, over all processes, to run backward passes for; None for all.
 
     Returns:
         The sums, by name of each layer that a batch reached.
@@ -61,8 +62,8 @@ def gradient_statistics(
     _refuse_nonfinite(sums)
     if reached.any() and not any(total.inputs.any() for total in sums.values()):
         raise ValueError(
-            "calibration batches must give predictions that depend on the layers, but all gradients are 0, as with an "
-            "output head of zeros or with predictions of probability 1. Give a trained model, or choose "
+            "calibration batches must give predictions that depend on the layers, but all gradients are 0, for example "
+            "because the output head is zero or all predictions have probability 1. Use a trained model, or choose "
             "allocation='uniform' and pattern='unstructured_layer', which read no gradients."
         )
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
@@ -77,7 +78,7 @@ def _zeros(layer: Layer) -> GradientStatistics:
 def _pass_backward(
     batches: Iterator[list[Sample]], tick: Callable[[], None], processes: Processes, limit: int | None
 ) -> None:
-    """Pass the samples of one batch of each process backward, then the next, until `limit` samples are done.
+    """Run backward passes for one batch of each process, then for the next, until `limit` samples are done.
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
@@ -101,14 +102,14 @@ def _pass_backward(
 
 
 def _pass_sample_backward(sample: Sample, first: int, count: int, batch: int) -> None:
-    """Pass the gradient of `-log p(y)` with respect to the logits backward: `p - onehot(y)`.
+    """Run the backward pass from the gradient of `-log p(y)` with respect to the logits: `p - onehot(y)`.
 
     The gradient is computed by hand, because cross entropy would hold three more tensors of this size.
 
     Args:
         sample: A sample, or several.
-        first: Index of the first in the calibration data, which is the seed of its label.
-        count: Number of samples, from the first on, that are passed backward; the others have a gradient of 0.
+        first: Index of the first sample in the calibration data, which is the seed of its label.
+        count: Only the first `count` samples have a gradient; the gradient of the others is 0.
         batch: Index of the batch, for messages.
     """
     logits, keep = _logits(sample.predict()), None
@@ -156,13 +157,13 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistic
 
 
 def _with_graph(output: Tensor) -> Tensor:
-    """Start the graph at the first layer, with a result that is no leaf, because the model may write into it."""
+    """Start the graph at the first layer, with a result that is not a leaf, because the model may write into it."""
     return output if output.requires_grad else output.detach().requires_grad_().clone()
 
 
 def _add(product: Product, squares: Tensor, gradient: Tensor, total: GradientStatistics) -> None:
     squared_gradient = product.layer.outputs(product.part(gradient)).flatten(0, -2).float().square()
-    # Not the mean over the rows of this product, which may be a piece of the matrix.
+    # Divide by all rows of the layer: this product may use only some of them.
     total.inputs.add_(torch.mv(squares.t(), squared_gradient.sum(dim=1) / len(total.rows)))
     total.rows[product.row : product.row + squared_gradient.shape[1]].add_(squared_gradient.sum(dim=0))
 
@@ -192,7 +193,7 @@ def _refuse_nonfinite(sums: Mapping[str, GradientStatistics]) -> None:
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Turn off `requires_grad` of all parameters in this block."""
+    """Turn off `requires_grad` of all parameters inside this `with` block."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

@@ -1,7 +1,8 @@
-"""Keep only the inputs of each block for the backward pass, and run the block again there (Chen et al. 2016).
+"""Store only the inputs of each block for the backward pass, and run the block again there (Chen et al. 2016).
 
-PyTorch's checkpointing runs a function of tensors a second time; a block takes and returns any nesting of them, may be
-called with keyword arguments only, and may write into them. This file adapts one to the other.
+PyTorch's `checkpoint` expects a function that takes and returns tensors. A block may take and return any nested
+structure of tensors, may be called with keyword arguments only, and may write into its inputs. This file wraps blocks
+for `checkpoint`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def recomputing(blocks: Sequence[nn.Module], mode: AbstractContextManager[Any] =
 
     Args:
         blocks: Modules of which none contains another.
-        mode: Entered around the second run: a mode for PyTorch functions is not active inside a backward pass.
+        mode: Entered around the second run, because a torch-function mode is not active inside a backward pass.
     """
     with ExitStack() as restored:
         for block in blocks:
@@ -37,7 +38,7 @@ def _run(forward: Callable[..., Any], mode: AbstractContextManager[Any], *args: 
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     inputs, structure = tree_flatten((args, kwargs))
-    # The graph keeps `run`, so `run` must keep no tensor of the graph: neither would ever be freed.
+    # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
     tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
     inputs = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in inputs]
     outputs: list[Any] = []
@@ -55,13 +56,13 @@ def _run(forward: Callable[..., Any], mode: AbstractContextManager[Any], *args: 
             found = [tensor + anchor.to(tensor.dtype) if tensor.is_floating_point() else tensor for tensor in found]
         return tuple(found)
 
-    # PyTorch needs one input with a gradient; those of the first block have none.
+    # `checkpoint` needs an input that requires a gradient, and the inputs of the first block do not.
     anchor = torch.zeros((), requires_grad=True, device=tensors[0].device if tensors else None)
     results = checkpoint(run, anchor, *tensors, use_reentrant=True)
     return tree_unflatten(_filled(outputs, iter(results)), output_structure)
 
 
-_TENSOR = object()  # stands for a tensor
+_TENSOR = object()  # placeholder for a tensor
 
 
 def _filled(leaves: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:

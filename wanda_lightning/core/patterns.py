@@ -1,6 +1,6 @@
 """Patterns turn scores into the mask of the weights to keep.
 
-Row-wise, layer-wise and N:M pruning are three views of one operation: see the scores as a matrix of (groups, size), and
+Row-wise, layer-wise and N:M pruning are three views of one operation: view the scores as a (groups, size) matrix, and
 keep the largest scores of each group.
 """
 
@@ -17,18 +17,18 @@ from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
 _GROUP = OneOf(("row", "layer"))
-_ROUNDING = 1e-6  # of a number of weights: 0.7 * 20800 is below 14560
+_ROUNDING = 1e-6  # added to a number of weights before int(): in floating point, 0.7 * 20800 is below 14560
 
 
 @dataclass(frozen=True)
 class ColumnBlock:
-    """A block of a layer's columns, for a solver that chooses the columns from left to right, and the zeros beside it.
+    """A block of a layer's columns and the zeros on both sides, for a solver that prunes columns from left to right.
 
     Attributes:
         stop: Number of columns up to the end of the block.
         d_in: Number of columns of the layer.
-        zeros_left: Zeros of each row left of the block.
-        zeros_right: Zeros of each row right of the block, which are zero whatever is chosen there.
+        zeros_left: Number of zeros of each row to the left of the block.
+        zeros_right: Number of zeros that each row already has to the right of the block, and keeps.
     """
 
     stop: int
@@ -47,7 +47,7 @@ class Pattern(ABC):
 
     @property
     def weighs_rows(self) -> bool:
-        """Whether scores are compared after each row's were scaled by the importance of its output."""
+        """Whether the scores of each row are scaled by the importance of its output before they are compared."""
         return False
 
     @property
@@ -86,7 +86,7 @@ class Pattern(ABC):
     def keep_block(self, scores: Score, sparsity: float, block: ColumnBlock) -> KeepMask:
         """Return what to keep in a block of columns, so that the layer has the sparsity once all columns are chosen.
 
-        Zeros that are there already score 0 and count. By default, the block makes up for the columns left of it.
+        Existing zeros score 0 and count. By default, the block makes up for missing or extra zeros to its left.
         """
         missing = sparsity * block.stop * len(scores) - int(block.zeros_left.sum()) + _ROUNDING
         return self(scores, max(0.0, missing / scores.numel()))
@@ -97,8 +97,8 @@ class Unstructured(Pattern):
     """Zeros may be anywhere; exactly `int(size * sparsity)` weights of each comparison group become zero.
 
     Attributes:
-        group: What is compared: the weights of each row (the paper's choice for Wanda), or all weights of the layer.
-        weigh_rows: Scale the scores of each row by the root of the mean square of the gradients at its output, so that
+        group: Which weights are compared: those in each row (the Wanda paper's choice), or all weights of the layer.
+        weigh_rows: Scale the scores of each row by the root mean square of the gradients at its output, so that
             rows on which the predictions depend more keep more weights. It costs one backward pass of the dense model.
     """
 
@@ -134,7 +134,7 @@ class Unstructured(Pattern):
         return keep_largest(groups, size - int(size * sparsity)).reshape(scores.shape)
 
     def keep_block(self, scores: Score, sparsity: float, block: ColumnBlock) -> KeepMask:
-        """Prune each group to its number of zeros up to the end of the block, but leave room for zeros right of it."""
+        """Prune each group to the zeros due by the end of the block, but leave room for existing zeros to its right."""
         groups = self._groups(scores)
         rows = len(scores) // len(groups)
         left, right = (zeros.reshape(len(groups), rows).sum(dim=1) for zeros in (block.zeros_left, block.zeros_right))
@@ -152,7 +152,7 @@ class NM(Pattern):
     """N weights survive in every M consecutive inputs of a row, the layout of sparse tensor cores (2:4).
 
     Attributes:
-        n: Survivors of each group.
+        n: Number of weights that survive in each group.
         m: Size of a group.
     """
 
@@ -223,8 +223,8 @@ class EqualShare(Pattern):
     """Each row loses the same share of its total score, so rows differ in sparsity: the paper's "variant".
 
     A row is cut where the cumulative sum of its sorted scores reaches `share` of the row's total. A bisection finds one
-    share for the matrix, from 0.4 in [0, 0.8], until the sparsity is within 0.001 of the target or the bracket is
-    narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may be too small for a high sparsity.
+    share for the matrix, starting at 0.4 in [0, 0.8], until the sparsity is within 0.001 of the target or the bracket
+    is narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may be too small for a high sparsity.
     """
 
     @property

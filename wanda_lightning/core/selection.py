@@ -1,4 +1,4 @@
-"""What decides which weights of one layer are kept."""
+"""The choices that decide which weights of one layer are kept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from wanda_lightning.core.types import KeepMask, RowWeights, Score, Weight
 
 @dataclass(frozen=True)
 class Selection:
-    """What decides which weights of one layer are kept.
+    """The criterion, pattern and sparsity that decide which weights of one layer are kept.
 
     Attributes:
         criterion: Scores the weights.
-        pattern: Turns the scores into what is kept.
+        pattern: Turns the scores into a mask of the weights to keep.
         sparsity: Fraction of the layer's weights that become zero, in [0, 1).
         row_weights: How much an error at each output matters, with mean 1, for a pattern that weighs rows; by default
             all outputs matter equally.

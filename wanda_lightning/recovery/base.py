@@ -61,14 +61,14 @@ class Recovery:
         """Raise a ValueError if the recovery does not support the value of `sequential`."""
 
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
-        """Raise a ValueError if the recovery does not support so many processes, or a model that they share."""
+        """Raise a ValueError if the recovery does not support this number of processes, or a sharded model."""
 
     def start(self, unit: Unit, masks: Sequence[tuple[TokenMask, ...] | None]) -> UnitRecovery:
         """Start the recovery of a unit that is still dense.
 
         Args:
             unit: The unit.
-            masks: The padding of each batch; None for a batch that does not count.
+            masks: The padding of each batch; None for a batch that runs but does not count.
         """
         return UnitRecovery()
 
@@ -86,10 +86,10 @@ class Recovery:
         Args:
             model: The model.
             layers: The layers that will be pruned.
-            blocks: The blocks that hold layers.
+            blocks: The blocks that contain these layers.
             data: The calibration batches.
             processes: All processes that prune together.
-            progress: Show a bar.
+            progress: Show a progress bar.
         """
         return ModelRecovery()
 

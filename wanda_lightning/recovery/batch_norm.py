@@ -17,8 +17,8 @@ from wanda_lightning.parallel import Processes
 from wanda_lightning.recovery.predictions import divergence, find_predictions, has_classes, rows_of, squared_error
 from wanda_lightning.report import BatchNormCorrection
 
-_SAMPLES = 512  # of all processes together
-_HELD_OUT = 8  # one in so many samples is held out, if there are so many
+_SAMPLES = 512  # maximum number of samples, over all processes
+_HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
 
 _Moments = tuple[Tensor, Tensor]  # the mean and variance of each channel
 _Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, its input
@@ -32,23 +32,23 @@ class BatchNormStatistics:
 
         running_mean = m' + sqrt(s) (running_mean - m),    running_var = v' + s (running_var - v).
 
-    The difference between the running statistics and those of the calibration batches remains, but shrinks with the
-    inputs. Nothing changes where the inputs do not change. A full estimate (m', v') would discard what training has
-    averaged over far more data.
+    The difference between the running statistics and the statistics of the calibration batches remains, but shrinks if
+    the variance of the inputs does. Where pruning does not change the inputs, nothing changes. A full estimate (m', v')
+    would discard what training has averaged over far more data.
 
     In the pruned model, a layer is corrected whenever a batch reaches it, with the sums over all calls so far, and the
     sums over the same calls in the dense model. So later layers see inputs that corrected layers have normalized. With
     uncorrected inputs, the errors of the estimates multiply from layer to layer: a small ResNet with 70 % zeros
     (magnitude) classifies 35 % of held-out digits correctly instead of 89 %.
 
-    From eight samples on, every eighth is held out. If the predictions of the pruned model are further from the dense
-    ones with the correction, the statistics stay as they were.
+    If there are at least eight samples, every eighth is held out. If the correction moves the held-out predictions of
+    the pruned model further from the dense ones, the original statistics are restored.
 
     Args:
         layers: The BatchNorm layers (see `batch_norm_layers`) of the dense model, which runs during construction; each
             process has a full copy of the model.
         data: The calibration batches.
-        processes: All processes that prune together; the sums are over the samples of all.
+        processes: All processes that prune together; the sums cover the samples of all of them.
     """
 
     def __init__(self, layers: Sequence[nn.Module], data: CalibrationBatches, processes: Processes) -> None:
@@ -113,7 +113,7 @@ class BatchNormStatistics:
         return len(reached)
 
     def _run(self, visit: _Visit) -> None:
-        """Run all batches that are used."""
+        """Run the chosen calibration batches."""
         with self._visiting(visit):
             for batch, count in self._used:
                 self._count, self._size = count, batch.size
@@ -208,7 +208,7 @@ def _moved(running: _Moments, dense: Tensor, pruned: Tensor) -> _Moments:
     """Return the running mean and variance after the change from the dense to the pruned sums."""
     (mean, variance), (m, v), (pruned_m, pruned_v) = running, _mean_and_variance(dense), _mean_and_variance(pruned)
     scale = torch.where(v > 0, pruned_v / v, 1.0).clamp(max=1)
-    # In this order nothing changes, to the last bit, if the two sums are equal.
+    # This order of operations changes no bit if the two sums are equal.
     moved_mean = scale.sqrt() * mean + (pruned_m - scale.sqrt() * m)
     moved_variance = scale * variance + (pruned_v - scale * v).clamp(min=0)
     finite = moved_mean.isfinite() & moved_variance.isfinite()
@@ -218,12 +218,12 @@ def _moved(running: _Moments, dense: Tensor, pruned: Tensor) -> _Moments:
 def _mean_and_variance(sums: Tensor) -> _Moments:
     count, total, squares = sums
     mean = total / count
-    # Like the running variance, it is unbiased.
+    # Unbiased, like the running variance.
     return mean, (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
 
 
 def _predict(sample: Sample) -> tuple[Tensor, bool] | None:
-    """Return the predictions of a sample, in rows, and whether they are logits; None if it gives none."""
+    """Return the predictions of a sample as rows, and whether they are logits of classes; None if it has none."""
     try:
         output = sample.predict()
     except Exception:  # the module may not be able to predict, although its calibration_step runs

@@ -28,9 +28,9 @@ from wanda_lightning.report import Training, TrainingPass
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT = 8  # one in so many samples is held out, if there are so many
-_WARM_UP = 4  # steps
-_ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory together
+_HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
+_WARM_UP = 4  # optimizer steps
+_ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,17 @@ class Distil(Recovery):
     predictions (Hinton et al. 2015, temperature 1), averaged over the tokens of each sample. The masks are fixed. The
     weights of the pruned layers and all vectors (norms, biases, layer scales) are trained; embeddings, head and other
     dense layers are not. The learning rate of each tensor is relative to the root mean square of its kept weights; it
-    rises in four steps and falls to 0 by a cosine.
+    warms up over four steps and decays to 0 along a cosine.
 
-    From eight samples on, every eighth is held out: training stops if their loss stops falling, and the best weights
-    are kept, so that the model never ends worse than it began. No dense copy of the model is kept: the inputs of its
-    output head are stored and give the dense predictions; blocks are recomputed in the backward pass.
+    If there are at least eight samples, every eighth is held out. Training then stops when the held-out loss stops
+    falling, and keeps the best weights, so the held-out loss never ends higher than it began. With fewer samples, all
+    passes run. No dense copy of the model is kept: the dense predictions are computed from the stored inputs of the
+    output head, or are stored themselves. Blocks are recomputed in the backward pass.
 
     Attributes:
         passes: Maximum number of passes over the samples.
         learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights.
-        batch_size: Samples of one step, of all processes together.
+        batch_size: Number of samples in an optimizer step, over all processes.
         loss: `"kl"`, or `"mse"` for the mean squared error of the outputs; None chooses `"kl"` for outputs of shape
             (samples, classes) and for `logits` of shape (samples, tokens, classes), and `"mse"` for all others.
         seed: Seed of the order of the samples.
@@ -108,7 +109,7 @@ class _Target:
 class _Distillation(ModelRecovery):
     """Trains a model toward the predictions that it made before it was pruned.
 
-    Every process knows the order of all samples, runs its own, and applies the same steps.
+    All processes share one order of the samples. Each runs only its own, and all apply the same steps.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class _Distillation(ModelRecovery):
         if not _trained_parameters(self._model, self._layers, self._head):
             raise ValueError(
                 f"recovery={self._config} trains the pruned layers and all vectors, but requires_grad is False for "
-                "each of them. Call requires_grad_() on what may be trained, or use another recovery."
+                "each of them. Call requires_grad_() on the parameters to train, or use another recovery."
             )
 
     def _dense_predictions(self, sample: Sample, batch: int) -> _Target:
@@ -216,7 +217,7 @@ class _Distillation(ModelRecovery):
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def _step(self, chosen: Sequence[int], weights: Sequence[_Weight], optimizer: torch.optim.Optimizer) -> float:
-        """Take one optimizer step on some samples, and return their mean loss before it.
+        """Take one optimizer step on some samples, and return their mean loss before the step.
 
         Raises:
             _NotFiniteError: Before the step, if the loss or a gradient is NaN or infinite.
@@ -242,7 +243,7 @@ class _Distillation(ModelRecovery):
 
     @torch.no_grad()
     def _mean_loss(self, chosen: Sequence[int]) -> float | None:
-        """Return the mean loss over some samples; None for none."""
+        """Return the mean loss over some samples; None if there are no samples."""
         total = torch.zeros(1)
         with self._processes.fail_together():
             for sample, target in self._own(chosen):
@@ -289,7 +290,7 @@ def _naming_what_was_trained() -> Iterator[None]:
     except BaseException as error:
         text = "The model is pruned. It holds the best weights that distillation found before it was stopped."
         add_note(error, text)
-        log.warning(text)  # Lightning ends an interrupted run without its notes
+        log.warning(text)  # Lightning does not show the notes of an interrupted run
         raise
 
 
@@ -317,7 +318,7 @@ class _Weight:
         return float(kept.square().mean().sqrt()) if len(kept) else 0.0
 
     def take_gradient(self, processes: Processes) -> None:
-        """Give the master the sum of the gradients of all processes, 0 for what is not kept."""
+        """Set the gradient of the master to the sum over all processes, with 0 for entries that are not kept."""
         gradient = self.parameter.grad
         self.parameter.grad = None
         gradient = torch.zeros_like(self.master) if gradient is None else gradient.to(self.master.dtype)
@@ -344,7 +345,7 @@ class _Weight:
 
 @contextmanager
 def _training(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> Iterator[list[_Weight]]:
-    """Turn on gradients of what is trained, and only of that; restore flags and gradients at the end."""
+    """Turn on gradients for the trained parameters only; restore all flags and gradients at the end."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     trained = _trained_parameters(model, layers, head)
     pruned = _by_parameter(layers)
@@ -396,7 +397,7 @@ def _copies(weights: Sequence[_Weight]) -> list[Tensor]:
 
 
 def _mixed_precision(model: nn.Module) -> torch.autocast:
-    """Multiply wider weights in bfloat16 where the hardware does so natively; keep the precision of a Trainer."""
+    """Run float32 models in bfloat16 where the hardware supports it natively; keep the precision set by a Trainer."""
     parameter = next(model.parameters())
     kind = parameter.device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -415,7 +416,7 @@ def _cpu_has_bfloat16() -> bool:
 def _in_one_order(
     batches: Sequence[Sequence[tuple[Sample, _Target]]], processes: Processes
 ) -> list[tuple[Sample, _Target] | None]:
-    """Return the samples of all processes; None stands for those of other processes.
+    """Return the samples of all processes in one order; None stands for a sample of another process.
 
     Batch i of all processes precedes batch i + 1 of any, so that the order depends on the batches alone.
     """
@@ -429,7 +430,7 @@ def _in_one_order(
 
 
 def _output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
-    """Return the output head of the language model, which may be wrapped, unless it is pruned, too."""
+    """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
     pruned = _by_parameter(layers)
     for module in model.modules():
         head = _own_head(module)
@@ -450,11 +451,11 @@ def _own_head(module: nn.Module) -> nn.Module | None:
 def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
     if torch.is_grad_enabled() and not predictions.requires_grad:
         raise ValueError(
-            "recovery=Distil() needs predictions with gradients, but those of the model have none, as under "
+            "recovery=Distil() needs predictions with gradients, but the predictions of the model have none, as under "
             "torch.no_grad() or after detach(). Let forward= (or calibration_step) return predictions with gradients, "
             "or use another recovery."
         )
-    if not (predictions < math.inf).all():  # minus infinity is the logit of an impossible class
+    if not (predictions < math.inf).all():  # minus infinity is allowed: the logit of an impossible class
         raise ValueError(
             f"recovery=Distil() needs finite predictions, but those of batch {batch} (counted from 0) hold NaN or "
             "infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
@@ -462,7 +463,7 @@ def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
 
 
 def _nearly_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two predictions differ by rounding only; some models scale or cap the outputs of their head."""
+    """Return whether two predictions differ only by rounding; some models scale or cap the outputs of their head."""
     if not second.numel():  # a sample of padding
         return True
     tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()

@@ -1,4 +1,4 @@
-"""Read the predictions from what a model returns, and measure how far they are from others."""
+"""Extract the predictions from the output of a model, and measure their distance from dense predictions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def find_predictions(output: object) -> Tensor | None:
 
 
 def has_classes(output: object) -> bool:
-    """Whether the last dimension of the predictions in an output are classes, to judge by their place and shape."""
+    """Return whether the last dimension of the predictions holds classes, judging by where they are and their shape."""
     predictions = find_predictions(output)
     if predictions is None or predictions.shape[-1] < 2:
         return False
     has_logits = predictions is not output and not isinstance(output, tuple | list)
-    # Logits with more dimensions are those of images, whose last dimension is their width.
+    # Logits with more dimensions are images, whose last dimension is the width.
     return predictions.ndim in ((2, 3) if has_logits else (2,))
 
 
@@ -37,7 +37,7 @@ def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
 
 
 def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed divergence of rows of logits, and its gradient with respect to `predicted`."""
+    """Return the divergence `KL(dense || predicted)`, summed over rows of logits, and its gradient at `predicted`."""
     log_q, log_p = predicted.log_softmax(dim=-1), dense.log_softmax(dim=-1)
     p = log_p.exp()
     terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)  # both logarithms may be minus infinity

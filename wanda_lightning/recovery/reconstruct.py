@@ -23,7 +23,7 @@ from wanda_lightning.recovery.base import RecoveredPart, Recovery, UnitRecovery
 
 _HELD_OUT = 4  # every fourth batch is held out from training
 
-TokenMasks = Sequence[tuple[TokenMask, ...] | None]  # by batch
+TokenMasks = Sequence[tuple[TokenMask, ...] | None]  # one entry for each batch
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Reconstruct(Recovery):
     The attention and the MLP of a block are trained separately, on their inputs in the dense block: Adam minimizes the
     squared error with the mask fixed. Every fourth calibration batch, if there are at least four, is held out. Training
     ends when the error on the held-out batches stops falling, and keeps the best weights. A block with layers outside
-    of its parts is trained as a whole. While a block is trained, the inputs and outputs of its parts are in memory for
+    its parts is trained as a whole. While a block is trained, the inputs and outputs of its parts are in memory for
     all batches.
 
     Attributes:
@@ -49,7 +49,7 @@ class Reconstruct(Recovery):
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
     def check(self, sequential: str) -> None:
-        """Require whole blocks."""
+        """Require `sequential="block"`, in which units are whole blocks."""
         if sequential != "block":
             raise ValueError(
                 f"recovery={self} trains the parts of blocks, but sequential={sequential!r} was given. Use "
@@ -89,11 +89,11 @@ class _Part:
     inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # of the latest call
 
     def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook before the forward of the module, which may write into its inputs."""
+        """Copy the inputs before the forward of the module, which may write into them (a hook)."""
         self.inputs = clone_arguments((args, kwargs))
 
     def record_output(self, call: Call, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Hook after the forward of the module."""
+        """Copy the output after the forward of the module (a hook)."""
         self.runs.append(_Run(call, self.inputs, _first_output(output).clone()))
 
 
@@ -140,8 +140,8 @@ class _BlockReconstruction(UnitRecovery):
 class _PartTraining:
     """Trains the nonzero weights of one part, and writes them at the end of training.
 
-    The part runs outside of the block, by `functional_call` with float32 copies of its weights, so that the model does
-    not change before.
+    The part runs outside the block, by `functional_call` with float32 copies of its weights, so that the model does not
+    change until training ends.
     """
 
     def __init__(self, part: _Part, config: Reconstruct, masks: TokenMasks) -> None:
