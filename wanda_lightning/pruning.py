@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from wanda_lightning.notes import Outcome, notes_on
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
 from wanda_lightning.plan import Plan, make_plan
 from wanda_lightning.progress import ProgressBar
-from wanda_lightning.recovery import BatchNormStatistics, ModelRecovery, RecoveredPart, batch_norm_layers
+from wanda_lightning.recovery import BatchNormStatistics, DenseModel, ModelRecovery, RecoveredPart, batch_norm_layers
 from wanda_lightning.report import PrunedLayer, PruningReport
 
 log = logging.getLogger(__name__)
@@ -105,16 +105,15 @@ def prune_as(
         allocate_first = not plan.is_one_pass or config.reads_gradients
         if config.data_reader and (allocate_first or config.recovery.reads_batches):
             data.read_all(progress)  # the batches run several times, or side by side
-    with _timed(seconds, "normalize") if batch_norms else nullcontext(), pruning_mode(model):
+    with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         statistics = BatchNormStatistics(batch_norms, data, processes)
     if allocate_first:
-        with _timed(seconds, "allocate") if config.allocation.reads_weights else nullcontext():
+        with _timed(seconds, "allocate", config.allocation.reads_weights):
             outcome.selections = plan.allocate(*_observe_dense_model(plan, data, progress), progress)
     recovers = config.recovery.reads_batches and config.sparsity > 0
-    recovery = ModelRecovery()
-    if recovers:
-        with _timed(seconds, "recover"), pruning_mode(model):
-            recovery = config.recovery.start_model(model, plan.layers, plan.blocks, data, processes, progress)
+    with _timed(seconds, "recover", recovers), pruning_mode(model):
+        dense = DenseModel(model, plan.layers, plan.blocks, data, processes, progress)
+        recovery = config.recovery.start_model(dense) if recovers else ModelRecovery()
     total = data.length if plan.is_one_pass else len(plan.units)
     with (
         _timed(seconds, "prune"),
@@ -124,9 +123,9 @@ def prune_as(
     ):
         _prune_units(plan, data, outcome, bar)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
-    with _timed(seconds, "normalize") if batch_norms else nullcontext(), pruning_mode(model):
+    with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         outcome.batch_norm = statistics.correct()
-    with _timed(seconds, "recover") if recovers else nullcontext(), pruning_mode(model):
+    with _timed(seconds, "recover", recovers), pruning_mode(model):
         outcome.training = recovery.train()
     return _make_report(outcome, data.total)
 
@@ -335,7 +334,14 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
         if note.is_warning and plan.processes.rank == 0:
             log.warning(note.text)
     parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
-    zeros = sum(zero_counts([p for p in parameters if not is_wrapper(p)], plan.processes))
+    # The zeros of a parameter that is one pruned layer are known; to count them again would read every weight.
+    known = {
+        id(layer.parameter): outcome.layers[layer.name].zeros
+        for layer in plan.layers
+        if layer.name in outcome.layers and layer.size == layer.parameter.numel()
+    }
+    others = [p for p in parameters if id(p) not in known and not is_wrapper(p)]
+    zeros = sum(known.values()) + sum(zero_counts(others, plan.processes))
     outcome.seconds["report"] = time.perf_counter() - started
     return PruningReport(
         layers=[outcome.layers[n.name] for n in plan.layers if n.name in outcome.layers],
@@ -350,12 +356,14 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str, is_reported: bool = True) -> Iterator[None]:
+    """Add the time of this block to a stage of the report; a stage that does nothing is left out."""
     started = time.perf_counter()
     try:
         yield
     finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+        if is_reported:
+            seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 @contextmanager

@@ -43,6 +43,27 @@ class UnitRecovery:
         return iter(())
 
 
+@dataclass(frozen=True)
+class DenseModel:
+    """A model before any layer is pruned, and the data to train it on.
+
+    Attributes:
+        model: The model.
+        layers: The layers that will be pruned.
+        blocks: The blocks that contain these layers.
+        data: The calibration batches.
+        processes: All processes that prune together.
+        progress: Show a progress bar.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    blocks: Sequence[nn.Module]
+    data: CalibrationBatches
+    processes: Processes
+    progress: bool
+
+
 class ModelRecovery:
     """The recovery of a whole model. The base class trains nothing."""
 
@@ -72,25 +93,8 @@ class Recovery:
         """
         return UnitRecovery()
 
-    def start_model(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        blocks: Sequence[nn.Module],
-        data: CalibrationBatches,
-        processes: Processes,
-        progress: bool,
-    ) -> ModelRecovery:
-        """Start the recovery of a model that is still dense.
-
-        Args:
-            model: The model.
-            layers: The layers that will be pruned.
-            blocks: The blocks that contain these layers.
-            data: The calibration batches.
-            processes: All processes that prune together.
-            progress: Show a progress bar.
-        """
+    def start_model(self, dense: DenseModel) -> ModelRecovery:
+        """Start the recovery of a whole model before any layer is pruned."""
         return ModelRecovery()
 
 

@@ -14,11 +14,17 @@ from torch.nn.parameter import UninitializedBuffer
 from wanda_lightning.calibration.batches import CalibrationBatches, Sample
 from wanda_lightning.calibration.error_notes import add_note
 from wanda_lightning.parallel import Processes
-from wanda_lightning.recovery.predictions import divergence, find_predictions, has_classes, rows_of, squared_error
+from wanda_lightning.recovery.predictions import (
+    HELD_OUT,
+    divergence,
+    find_predictions,
+    has_classes,
+    rows_of,
+    squared_error,
+)
 from wanda_lightning.report import BatchNormCorrection
 
 _SAMPLES = 512  # maximum number of samples, over all processes
-_HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
 
 _Moments = tuple[Tensor, Tensor]  # the mean and variance of each channel
 _Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, its input
@@ -57,7 +63,7 @@ class BatchNormStatistics:
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
         if layers:
             with processes.fail_together(), _naming_the_option():
-                self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), _HELD_OUT)
+                self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), HELD_OUT)
                 self._record()
                 self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from wanda_lightning.calibration.batches import Sample
 from wanda_lightning.models import fitting_mask
 
+HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
+
 
 def find_predictions(output: object) -> Tensor | None:
     """Return the logits of an output, or the output if it is a tensor; None if there are no predictions."""
