@@ -71,11 +71,9 @@ class PruningConfig:
                 `"unstructured"` compares what the method's paper compares, unlike `"unstructured_row"` and
                 `"unstructured_layer"`; `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
-                outliers (`owl`), where the spectrum has a heavier tail (`alpha`), or where the predictions depend more
-                on the layer (`fisher`).
+                outliers (`owl`), the spectrum a heavier tail (`alpha`), or the predictions depend more (`fisher`).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
-            recovery: How the kept weights are trained afterward: not at all (`none`), block by block (`reconstruct`),
-                or all together (`distil`).
+            recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`) or jointly (`distil`).
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`).
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.

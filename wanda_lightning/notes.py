@@ -25,7 +25,7 @@ class Note(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What happened to the layers of a plan.
+    """Result of a pruning run for the layers of a plan.
 
     Attributes:
         plan: The plan.

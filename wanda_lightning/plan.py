@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """Where the calibration batches stop."""
+        """The units at which the calibration batches stop."""
         return self.inventory.units
 
     @property

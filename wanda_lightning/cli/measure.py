@@ -1,4 +1,4 @@
-"""What several commands do with a model: choose the length of windows, measure, and save."""
+"""Shared steps of the commands: choose the length of windows, measure a model, and save it."""
 
 from __future__ import annotations
 

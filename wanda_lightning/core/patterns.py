@@ -38,7 +38,7 @@ class ColumnBlock:
 
 
 class Pattern(ABC):
-    """Where zeros may be, and how many."""
+    """Structure of the zeros of a layer: where they may be, and how many there are."""
 
     @property
     def spans_rows(self) -> bool:

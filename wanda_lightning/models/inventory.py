@@ -62,7 +62,7 @@ class SkippedMatrix:
 
 @dataclass(frozen=True)
 class Unit:
-    """Where calibration batches stop: a block, a layer, or (module None) the whole model."""
+    """A part of the model at which calibration batches stop: a block, a layer, or (module None) the whole model."""
 
     name: str
     module: nn.Module | None

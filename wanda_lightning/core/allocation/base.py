@@ -14,7 +14,7 @@ from wanda_lightning.core.types import Weight
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """What an allocation sees of a layer before it is pruned.
+    """Description of a layer, before it is pruned, for an allocation.
 
     Attributes:
         name: Name in the model.
