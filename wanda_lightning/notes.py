@@ -201,13 +201,21 @@ def _training(outcome: Outcome) -> Note | None:
     if not (training := outcome.training):
         return None
     losses = ", ".join(f"{each.loss:.4g}" for each in training.passes if each.loss is not None)
-    text = f"{training.recovery} trained on {training.trained} samples, mean loss of each pass: {losses or 'none'}"
-    if training.held_out:
-        held_out = ", ".join(f"{each.held_out:.4g}" for each in training.passes)
-        text += f"; on {training.held_out} held-out samples, before and after each pass: {held_out}"
+    trained = _samples(training.trained)
+    text = f"{training.recovery} trained on {trained}, mean loss of each pass: {losses or 'none'}"
+    held_out = [each.held_out for each in training.passes if each.held_out is not None]
+    if held_out:
+        best = held_out.index(min(held_out))
+        text += f"; on {_samples(training.held_out, 'held-out ')}, before and after each pass: "
+        text += ", ".join(f"{loss:.4g}" for loss in held_out)
+        text += f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
     else:
         text += "; too few samples to hold any out"
     return Note(f"{text}; {training.stopped}" if training.stopped else text, is_warning=bool(training.stopped))
+
+
+def _samples(count: int, kind: str = "") -> str:
+    return f"{count} {kind}sample{'' if count == 1 else 's'}"
 
 
 def _as_nm(pattern: Pattern) -> str:

@@ -153,13 +153,18 @@ class PruningReport:
         """Fraction of the model's parameters in pruned layers."""
         return sum(layer.size for layer in self.layers) / self.parameters if self.parameters else 0.0
 
+    @property
+    def total_seconds(self) -> float:
+        """Time of all stages."""
+        return sum(self.seconds.values())
+
     def summary(self) -> str:
         """The totals as text."""
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         return (
             f"{len(self.layers)} layers hold {self.coverage:.1%} of {self.parameters:,} parameters. "
             f"Sparsity: {self.sparsity:.2%} of the pruned layers, {self.model_sparsity:.2%} of the model. "
-            f"{sum(self.seconds.values()):.1f} s ({stages})."
+            f"{self.total_seconds:.1f} s ({stages})."
         )
 
     def metrics(self) -> dict[str, float]:

@@ -64,7 +64,7 @@ def main() -> None:
             name,
             f"{report.sparsity:.2%}" if report else "",
             f"{metrics['val_perplexity']:.2f}",
-            f"{report.seconds['prune']:.1f}" if report else "",
+            f"{report.total_seconds:.1f}" if report else "",
             f"{time.perf_counter() - started:.1f}",
         )
     Console(width=max(100, Console().width)).print(table)

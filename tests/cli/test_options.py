@@ -171,6 +171,8 @@ def test_image_classifiers_are_pruned_with_the_statistics_of_the_dense_model(giv
         (["--preset", "best"], "best"),
         (["--solver", "sparsegpt"], "sparsegpt"),
         (["--prune_method", "wanda", "--criterion", "magnitude"], "wanda_magnitude"),
+        (["--recovery", "distil"], "wanda_distil"),
+        (["--preset", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(given, name):

@@ -252,7 +252,14 @@ def test_the_report_keeps_the_losses():
     text = report.to_json()
     assert PruningReport.from_json(text) == report
     assert json.loads(text)["training"]["passes"][0] == {"loss": None, "held_out": report.training.passes[0].held_out}
-    assert "held-out samples, before and after each pass" in report.notes[-1]
+    losses = [each.held_out for each in report.training.passes]
+    assert "on 2 held-out samples, before and after each pass" in report.notes[-1]
+    best = losses.index(min(losses))
+    assert report.notes[-1].endswith(
+        f"; the weights of pass {best} are kept" if best else "before the training are kept"
+    )
+    assert {"prune", "recover"} <= report.seconds.keys()
+    assert report.total_seconds == pytest.approx(sum(report.seconds.values()))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -98,7 +98,8 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
             refuse_given(self, "a preset, which chooses the method", "prune_method use_variant")
         if self.sparsity_type != "unstructured":
             refuse_given(self, f"--sparsity_type {self.sparsity_type}", "use_variant prune_granularity")
-        if self.use_variant and (self.name != "wanda" or self.prune_granularity == "layer"):
+        is_wanda = self.method == "wanda" and self.criterion in (None, "wanda") and self.solver in (None, "zero_out")
+        if self.use_variant and (not is_wanda or self.prune_granularity == "layer"):
             raise UsageError(
                 f"--use_variant compares Wanda's scores within rows, but --prune_method is {self.name} and "
                 f"--prune_granularity is {self.prune_granularity or 'row'}. Use --prune_method wanda within rows, or "
@@ -122,9 +123,12 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
 
     @property
     def name(self) -> str:
-        """The label of the results: the method, and the criterion and the solver that replace its own."""
-        given = (self.preset, self.prune_method, self.criterion, self.solver)
-        return "_".join(name for name in given if name is not None) or "wanda"
+        """The label of the results: the method, and the choices that replace its own."""
+        method = self.preset or self.prune_method
+        if method is None and self.criterion is None and self.solver is None:
+            method = "wanda"
+        names = (method, self.criterion, self.solver, self.allocation, self.recovery)
+        return "_".join(name for name in names if name is not None)
 
     @property
     def choices(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _print_results(method: str, heading: str, dense: float, pruned: float, repor
         table.add_column(column, justify="left" if column == "method" else "right")
     numbers: list[Any] = [f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%}"]
     numbers += [f"{value:.2%}" if heading == "top-1" else f"{value:.2f}" for value in (dense, pruned)]
-    table.add_row(escape(method), *numbers, f"{report.seconds['prune']:.1f}")
+    table.add_row(escape(method), *numbers, f"{report.total_seconds:.1f}")
     print_table(table)
     for note in report.notes:
         print_line(f"Note: {note}")
