@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.cloning import clone_arguments
+from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 
 
 class Cache:
@@ -52,3 +52,10 @@ def test_what_is_copied_of_odd_objects():
     for _ in range(3000):
         last.next = last = Context()
     assert clone_arguments(first).lock is lock
+
+
+def test_the_tensors_within_are_the_originals_each_once():
+    x, y = torch.ones(2), torch.ones(3)
+    cache = Cache()
+    found = tensors_within([x, {"again": x, "y": (y,)}, cache, 3, nn.Linear(2, 2)])
+    assert [id(tensor) for tensor in found] == [id(x), id(y), id(cache.layers[0][0])]

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from wanda_lightning.calibration.recomputation import recomputing
 
 
 class Block(nn.Module):
-    """Takes keywords, writes into its input, and returns a nested output that holds a number and indices, too."""
+    """Takes keywords, and returns a nested output that holds a number and indices, too."""
 
     def __init__(self):
         super().__init__()
@@ -20,8 +21,7 @@ class Block(nn.Module):
 
     def forward(self, *, state, scale=1.0):
         self.calls += 1
-        x = state["x"]
-        x.mul_(scale)
+        x = state["x"] * scale
         return {"x": x + self.linear(x).tanh(), "count": 3, "largest": x.argmax(-1)}
 
 
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 def gradients(model, x, recomputed):
     model.zero_grad()
-    with recomputing(model.blocks if recomputed else ()):
+    with recomputing(getattr(model, "blocks", list(model.children())) if recomputed else ()):
         model(x).square().sum().backward()
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
@@ -54,6 +54,124 @@ def test_gradients_are_those_of_autograd():
         torch.testing.assert_close(one, other)
     assert [block.calls for block in model.blocks] == [2, 2, 2]
     assert all("forward" not in vars(block) for block in model.blocks)
+
+
+class Cache:
+    def __init__(self):
+        self.tensors = []
+
+
+def put_into_object(shared, x):
+    shared["object"].tensors.append(x)
+    return torch.stack(shared["object"].tensors).sum(0)
+
+
+def put_into_dict(shared, x):
+    shared["dict"]["sum"] = shared["dict"].get("sum", 0) + x
+    return shared["dict"]["sum"]
+
+
+def put_into_tensor(shared, x):
+    shared["tensor"] += x
+    return shared["tensor"].clone()
+
+
+class Writer(nn.Module):
+    """Appends to what all blocks share, and reads what earlier blocks appended."""
+
+    def __init__(self, put):
+        super().__init__()
+        self.linear, self.put = nn.Linear(6, 6), put
+
+    def forward(self, x, shared):
+        return x + self.put(shared, self.linear(x).tanh())
+
+
+class Sharing(nn.Module):
+    def __init__(self, put, writes=(True, True, True)):
+        super().__init__()
+        self.blocks = nn.ModuleList(Writer(put if each else lambda shared, x: x) for each in writes)
+
+    def forward(self, x):
+        shared = {"object": Cache(), "dict": {}, "tensor": torch.zeros_like(x)}
+        for block in self.blocks:
+            x = block(x, shared)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("put", "writes"),
+    [
+        *product((put_into_object, put_into_dict), ((True, True, True), (False, True, True), (True, False, True))),
+        (put_into_tensor, (True, True, True)),
+    ],
+)
+def test_blocks_may_write_into_their_arguments(put, writes):
+    torch.manual_seed(0)
+    model, x = Sharing(put, writes).double(), torch.randn(4, 6, dtype=torch.float64)
+    expected = gradients(copy.deepcopy(model), x, recomputed=False)
+    for one, other in zip(expected, gradients(model, x, recomputed=True), strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(each.abs().max() > 0 for each in expected)
+
+
+def test_a_block_may_write_into_the_output_of_the_last_one():
+    """Which may be a view."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x):
+            x.mul_(2)
+            return (x + self.linear(x).tanh()).view(2, 2, 6).view(4, 6)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), InPlace(), nn.Sequential(nn.Linear(6, 6), nn.Flatten()), InPlace()).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = gradients(copy.deepcopy(model), x, recomputed=False)
+    for one, other in zip(expected, gradients(model, x, recomputed=True), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_key_value_caches_and_shared_keys(name):
+    """Llama appends to the cache that it receives; the last layers of Gemma 4 read the keys of earlier ones."""
+    torch.manual_seed(0)
+    model = causal(name)
+    ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+    found = []
+    for blocks in ((), model.model.layers):
+        model.zero_grad()
+        with recomputing(blocks):
+            output = model(input_ids=ids, use_cache=name == "llama")
+            output.logits.square().mean().backward()
+        if name == "llama":
+            assert output.past_key_values.get_seq_length() == 7
+        found.append([p.grad.clone() for p in model.model.layers.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def causal(name):
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_attention_heads": 2}
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3)).double().eval()
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 16, "vocab_size_per_layer_input": 64}
+    layers = ["sliding_attention", "full_attention"] * 2
+    config = Gemma4TextConfig(
+        **sizes,
+        **shared,
+        layer_types=layers,
+        num_key_value_heads=2,
+        global_head_dim=16,
+        hidden_size_per_layer_input=8,
+        sliding_window=4,
+    )
+    return Gemma4ForCausalLM(config).double().eval()
 
 
 def test_a_frozen_block_passes_gradients_through_and_may_have_none():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -13,21 +13,37 @@ from torch import Tensor, nn
 _DEPTH = 6  # arguments, a cache, its list of layers, a layer, its entries for each sample, a tensor
 
 
-def clone_arguments(value: Any, known: dict[int, Any] | None = None, depth: int = _DEPTH) -> Any:
+def clone_arguments(value: Any) -> Any:
     """Clone tensors and copy the containers and objects that hold them, such as a key-value cache.
 
-    Two references to one object remain references to one object (`known`: the clones by the id of their original).
-    Modules, classes, functions, objects that cannot be copied and everything below `depth` levels are not copied.
+    Two references to one object remain references to one object. Modules, classes, functions, objects that cannot be
+    copied and everything below six levels are not copied.
     """
-    known = {} if known is None else known
+    return _copy(value, Tensor.clone, {}, _DEPTH)
+
+
+def tensors_within(value: Any) -> list[Tensor]:
+    """Return the tensors that `clone_arguments` would clone, each once, in a fixed order."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _copy(value, collect, {}, _DEPTH)
+    return found
+
+
+def _copy(value: Any, clone_tensor: Callable[[Tensor], Tensor], known: dict[int, Any], depth: int) -> Any:
+    """Copy a value; `known` holds the copies by the id of their original."""
     if id(value) in known:
         return known[id(value)]
     if isinstance(value, Tensor):
-        known[id(value)] = clone = value.clone()
+        known[id(value)] = clone = clone_tensor(value)
         return clone
     if depth == 0 or isinstance(value, nn.Module | type | ModuleType | FunctionType):
         return value
-    each = partial(clone_arguments, known=known, depth=depth - 1)
+    each = partial(_copy, clone_tensor=clone_tensor, known=known, depth=depth - 1)
     if isinstance(value, tuple):
         return type(value)(*map(each, value)) if hasattr(value, "_fields") else type(value)(map(each, value))
     try:
