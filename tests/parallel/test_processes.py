@@ -25,6 +25,18 @@ def test_the_collectives(pair):
         }, rank
 
 
+def test_messages_have_one_dtype_and_a_bounded_size(monkeypatch, pair):
+    from wanda_lightning.parallel import processes
+
+    monkeypatch.setattr(processes, "_ENTRIES", 5)
+    tensors = [torch.zeros(n, dtype=d) for n, d in ((2, torch.int64), (3, None), (2, None), (9, None), (0, None))]
+    groups = [[tensor.numel() for tensor in group] for group in processes._messages(tensors)]
+    assert groups == [[2], [3, 2], [9], [0]]
+    (first, messages), (second, _) = pair.run(cases.small_messages)
+    assert first == second == [[3.0, 6.0], [1.0], [6.0, 8.0]]
+    assert messages == 2
+
+
 @pytest.mark.parametrize(
     ("who", "first", "second"),
     [

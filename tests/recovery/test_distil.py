@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import signal
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -173,6 +177,181 @@ def test_bfloat16_weights_have_masters():
     assert torch.equal(weight == 0, before == 0)
     moved = (weight != before).float().sum() / (before != 0).sum()
     assert moved > 0.3
+
+
+class Tokens(nn.Module):
+    """A language model's shapes: many predictions with small gradients, times a factor."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.body, self.head, self.gain = nn.Linear(8, 16), nn.Linear(16, 512, bias=False), gain
+
+    def forward(self, x):
+        return {"logits": self.head(self.body(x).tanh()) * self.gain}
+
+
+@pytest.mark.parametrize(
+    ("gain", "tokens", "overflows"), [(0.1, 2048, False), (300.0, 1, True)], ids=["tiny", "overflow"]
+)
+def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, gain, tokens, overflows):
+    from wanda_lightning.recovery import distil
+
+    torch.manual_seed(0)
+    half = Tokens(gain).half()
+    wide = copy.deepcopy(half).float()
+    batches = [torch.randn(1, tokens, 8).half() for _ in range(4)]
+    found, scales, step = [], [], distil._Distillation._step
+
+    def recording(self, *arguments):
+        loss = step(self, *arguments)
+        scales.append(self._scale)
+        return loss
+
+    def gradients_of(self):
+        found.append([group["params"][0].grad.clone() for group in self.param_groups])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", gradients_of)
+    monkeypatch.setattr(distil._Distillation, "_step", recording)
+    monkeypatch.setattr(distil, "_mixed_precision", lambda model: torch.autocast("cpu", enabled=False))
+    for model, inputs in ((half, batches), (wide, [x.float() for x in batches])):
+        prune(model, inputs, 0.5, skip="head", recovery=Distil(passes=1, batch_size=2), progress=False)
+    assert len(found) == 4
+    for one, other in zip(found[:2], found[2:], strict=True):
+        for gradient, expected in zip(one, other, strict=True):
+            assert gradient.dtype == torch.float32
+            assert float((gradient - expected).norm() / expected.norm()) < 0.05
+    assert all((scale < distil._SCALE) == overflows for scale in scales[:2])
+
+
+def test_float16_weights_improve_like_float32_weights():
+    torch.manual_seed(0)
+    half = Tokens().half()
+    batches = [torch.randn(1, 64, 8).half() for _ in range(16)]
+    gains = []
+    for dtype in (torch.float16, torch.float32):
+        model, inputs = copy.deepcopy(half).to(dtype), [x.to(dtype) for x in batches]
+        report = prune(model, inputs, 0.5, skip="head", recovery=Distil(passes=3, learning_rate=0.01), progress=False)
+        assert model.body.weight.dtype == dtype
+        assert report.sparsity == 0.5
+        losses = [each.held_out for each in report.training.passes]
+        gains.append(losses[0] - min(losses))
+    assert gains[0] == pytest.approx(gains[1], rel=0.1)
+    assert gains[1] > 0
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice"])
+def test_weights_may_have_any_layout(layout):
+    """Fused AdamW ignores strides."""
+    model, batches = classifier(torch.float32), some_batches(4, dtype=torch.float32)
+    expected = copy.deepcopy(model)
+    for module in (model.body[0], model.body[3]):
+        weight = module.weight.detach()
+        other = (
+            weight.t().contiguous().t()
+            if layout == "transposed"
+            else torch.cat([weight, weight], 1)[:, : len(weight.t())]
+        )
+        assert not other.is_contiguous()
+        module.weight = nn.Parameter(other)
+    for each in (model, expected):
+        prune(each, batches, 0.5, recovery=Distil(passes=2), progress=False)
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+        assert torch.equal(one == 0, other == 0)
+
+
+def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
+    from wanda_lightning.recovery.distil import _Target
+
+    torch.manual_seed(0)
+    head, rows, used = nn.Linear(8, 12), torch.randn(5, 8), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [head(rows[:3]), head(rows[3:])]
+        head.register_forward_pre_hook(lambda module, args: used.append(module.weight))
+        predictions = _Target(rows, head).predictions()
+        found = [predictions(slice(0, 3)), predictions(slice(3, 5))]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert used[0] is used[1]
+    assert used[0].dtype == torch.bfloat16
+    assert head.weight.dtype == torch.float32
+
+
+def test_batches_may_differ_in_length():
+    specimen = ZOO["llama"]
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids[:, :length]} for length in (12, 5, 1)]
+    report = prune(specimen.build(), batches, 0.5, recovery=Distil(passes=1), progress=False)
+    assert report.training.trained == 6
+    assert math.isfinite(report.training.passes[1].loss)
+
+
+def test_a_model_may_be_called_with_a_key_value_cache():
+    specimen = ZOO["llama"]
+    plain, cached = specimen.build().double(), specimen.build().double()
+    for model, use_cache in ((plain, False), (cached, True)):
+        forward = partial(called, model, use_cache)
+        prune(model, specimen.batches(), 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
+    for one, other in zip(plain.parameters(), cached.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def called(model, use_cache, batch):
+    output = model(**batch, use_cache=use_cache)
+    assert (output.past_key_values is not None) == use_cache
+    return output
+
+
+INTERRUPTED = """
+import copy, time
+import torch
+from wanda_lightning import Distil, prune
+from wanda_lightning.recovery import distil
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 5))
+batches = [torch.randn(1, 8) for _ in range(16)]
+dense, start = copy.deepcopy(model), copy.deepcopy(model)
+prune(start, batches, 0.5, progress=False)
+step, calls = distil._Distillation._step, []
+
+def slowly(*arguments):
+    calls.append(1)
+    if len(calls) == 20:
+        print("in the second pass", flush=True)
+    if len(calls) >= 20:
+        time.sleep(0.1)
+    return step(*arguments)
+
+@torch.no_grad()
+def loss(model):
+    parts = [(model(x).log_softmax(-1), dense(x).log_softmax(-1)) for x in batches[7::8]]
+    return sum(float((p.exp() * (p - q)).sum()) for q, p in parts)
+
+distil._Distillation._step = slowly
+try:
+    prune(model, batches, 0.5, recovery=Distil(passes=50), progress=False)
+except KeyboardInterrupt as error:
+    print(len(calls), getattr(error, "__notes__", [""])[0])
+    print(all(torch.equal(p == 0, q == 0) for p, q in zip(model.parameters(), start.parameters())))
+    print(loss(model) < loss(start), all(p.grad is None and p.requires_grad for p in model.parameters()))
+"""
+
+
+def test_ctrl_c_leaves_the_best_weights_in_a_real_process():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], **pipes)
+    try:
+        assert "in the second pass" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    text = "The model is pruned. It holds the best weights that distillation found before it was stopped."
+    steps, _, note = out.splitlines()[0].partition(" ")
+    assert int(steps) < 600
+    assert note == text or sys.version_info < (3, 11)
+    assert out.splitlines()[1:] == ["True", "True True"]
+    assert text in err
 
 
 def test_frozen_parameters_and_gradients_are_left_alone():

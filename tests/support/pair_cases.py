@@ -3,6 +3,7 @@
 import contextlib
 import io
 from functools import partial
+from unittest import mock
 
 import lightning as L
 import torch
@@ -86,6 +87,17 @@ def collectives(rank):
         "share": [processes.broadcast(f"of {rank}", source) for source in (0, 1)],
         "gather": processes.all_gather([rank, 5]),
     }
+
+
+def small_messages(rank):
+    """Sums of tensors that do not fit into one message, and the number of messages."""
+    tensors = [torch.tensor([1.0, 2.0]) * (rank + 1), torch.tensor([0.5]), torch.tensor([3.0, 4.0])]
+    with (
+        mock.patch("wanda_lightning.parallel.processes._ENTRIES", 3),
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message,
+    ):
+        both().all_reduce_sum(tensors)
+    return [tensor.tolist() for tensor in tensors], message.call_count
 
 
 def failures(rank, who):

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
 
+_ENTRIES = 2**25  # in one message: 128 MiB of float32, since a message is a copy
+
 
 class Processes:
     """The processes that prune one model; by default a single process, without communication.
@@ -51,14 +53,13 @@ class Processes:
         return lowest
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor in place with its sum over the processes, in one message for each dtype."""
+        """Replace each tensor in place with its sum over the processes, in few messages for each dtype."""
         if self.world_size == 1:
             return
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            same = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.to(self._device).flatten() for tensor in same])
+        for message in _messages(tensors):
+            flat = torch.cat([tensor.to(self._device).flatten() for tensor in message])
             dist.all_reduce(flat, group=self._group)
-            for tensor, total in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            for tensor, total in zip(message, flat.split([tensor.numel() for tensor in message]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
     def all_gather(self, values: Sequence[int]) -> list[list[int]]:
@@ -114,6 +115,19 @@ class Processes:
         failure = ValueError if is_value_error else RuntimeError
         self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
         raise self._known_failure
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide tensors into groups of one dtype and of at most `_ENTRIES` entries; a larger tensor is a group itself."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        group: list[Tensor] = []
+        for tensor in tensors:
+            if tensor.dtype == dtype:
+                if group and sum(each.numel() for each in group) + tensor.numel() > _ENTRIES:
+                    yield group
+                    group = []
+                group.append(tensor)
+        yield group
 
 
 SINGLE_PROCESS = Processes()

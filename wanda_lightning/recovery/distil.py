@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import Sample
@@ -36,6 +37,7 @@ from wanda_lightning.report import Training, TrainingPass
 log = logging.getLogger(__name__)
 
 _WARM_UP = 4  # optimizer steps
+_SCALE = 2.0**16  # of the loss: small gradients are zero in float16; a power of two leaves other dtypes unchanged
 _ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
@@ -49,10 +51,20 @@ class Distil(Recovery):
     dense layers are not. The learning rate of each tensor is relative to the root mean square of its kept weights; it
     warms up over four steps and decays to 0 along a cosine.
 
-    If there are at least eight samples, every eighth is held out. Training then stops when the held-out loss stops
-    falling, and keeps the best weights, so the held-out loss never ends higher than it began. With fewer samples, all
-    passes run. No dense copy of the model is kept: the dense predictions are computed from the stored inputs of the
-    output head, or are stored themselves. Blocks are recomputed in the backward pass.
+    If there are at least eight samples, over all processes, every eighth is held out, and the held-out loss is measured
+    before training and after each pass. Training stops after a pass that does not lower it, and the weights with the
+    lowest held-out loss are kept: if the first pass does not lower it, those from before training. With fewer samples
+    none is held out, all passes run, and the weights of the last pass are kept. If a loss or gradient is NaN or
+    infinite, or on Ctrl-C, training stops and the best weights so far are kept; the report or a log message says so.
+
+    A sample is one entry of the first dimension of a batch, and runs by itself. If the model expects another dimension
+    first, such as time, give batches with samples first and let `forward=` rearrange them. A batch is one sample if its
+    tensors differ in length.
+
+    No dense copy of the model is kept: the dense predictions are computed from the stored inputs of the output head, or
+    are stored themselves. Blocks are recomputed in the backward pass, except those that write into their arguments or
+    receive an object with tensors, such as a key-value cache. Models in float32 run in bfloat16 (autocast) where the
+    hardware supports it. Weights in bfloat16 and float16 are trained as copies in float32.
 
     Attributes:
         passes: Maximum number of passes over the samples.
@@ -98,10 +110,13 @@ class _Target:
     rows: Tensor
     head: nn.Module | None
 
-    def predictions(self, part: slice) -> Tensor:
-        """Return some of the dense predictions, (rows, classes)."""
-        rows = self.rows[part]
-        return rows if self.head is None else self.head(rows)
+    def predictions(self) -> Callable[[slice], Tensor]:
+        """Return a function that gives some of the dense predictions, (rows, classes)."""
+        head, rows = self.head, self.rows
+        if head is None:
+            return lambda part: rows[part]
+        cast = _cast_by_autocast(head)
+        return lambda part: functional_call(head, cast, (rows[part],))
 
 
 class _Distillation(ModelRecovery):
@@ -124,6 +139,7 @@ class _Distillation(ModelRecovery):
                     bar.advance()
             data.refuse_if_empty()
         self._samples = _in_one_order(batches, self._processes)
+        self._scale = _SCALE
 
     def _refuse_if_frozen(self) -> None:
         if not _trained_parameters(self._model, self._layers, self._head):
@@ -199,7 +215,8 @@ class _Distillation(ModelRecovery):
 
     def _optimizer(self, weights: Sequence[_Weight], steps: int) -> tuple[Any, Any]:
         groups = [{"params": [each.master], "lr": self._config.learning_rate * each.scale()} for each in weights]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        fused = all(each.master.device.type in ("cpu", "cuda") for each in weights)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
         def factor(step: int) -> float:
             return min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
@@ -209,24 +226,40 @@ class _Distillation(ModelRecovery):
     def _step(self, chosen: Sequence[int], weights: Sequence[_Weight], optimizer: torch.optim.Optimizer) -> float:
         """Take one optimizer step on some samples, and return their mean loss before the step.
 
+        If the gradients overflow, they are computed again with a smaller scale, as no sample should be left out.
+
         Raises:
             _NotFiniteError: Before the step, if the loss or a gradient is NaN or infinite.
+        """
+        loss, is_finite = self._gradients(chosen, weights)
+        while not is_finite and self._scale > 1:
+            self._scale /= 16
+            loss, is_finite = self._gradients(chosen, weights)
+        if not is_finite:
+            raise _NotFiniteError("gradient")
+        optimizer.step()
+        for weight in weights:
+            weight.write()
+        return loss
+
+    def _gradients(self, chosen: Sequence[int], weights: Sequence[_Weight]) -> tuple[float, bool]:
+        """Compute the gradients of the mean loss over some samples; return the loss, and whether they are finite.
+
+        Raises:
+            _NotFiniteError: If the loss is NaN or infinite.
         """
         total = torch.zeros(1)
         with self._processes.fail_together():
             for sample, target in self._own(chosen):
                 total += self._loss(sample, target, 1 / len(chosen))
-        for weight in weights:
-            weight.take_gradient(self._processes)
-        self._processes.all_reduce_sum([total])
+        gradients = [weight.take_gradient(self._scale) for weight in weights]
+        self._processes.all_reduce_sum([total, *gradients])
         if not total.isfinite():
             raise _NotFiniteError("loss")
-        if not torch.stack([weight.has_finite_gradient() for weight in weights]).all():
-            raise _NotFiniteError("gradient")
-        optimizer.step()
-        for weight in weights:
-            weight.write()
-        return float(total)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            mask_(gradient, weight.keep)
+            weight.master.grad = gradient
+        return float(total), bool(torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all())
 
     def _own(self, chosen: Sequence[int]) -> Iterator[tuple[Sample, _Target]]:
         return (own for index in chosen if (own := self._samples[index]) is not None)
@@ -242,7 +275,7 @@ class _Distillation(ModelRecovery):
         return float(total) if chosen else None
 
     def _loss(self, sample: Sample, target: _Target, factor: float, backward: bool = True) -> float:
-        """Return the loss of a sample times a factor, after passing its gradient backward.
+        """Return the loss of a sample times a factor, after passing its gradient, times the scale, backward.
 
         The gradient is computed by hand for some rows at a time: cross entropy would hold several tensors of the size
         of all predictions.
@@ -255,14 +288,14 @@ class _Distillation(ModelRecovery):
         if not len(rows):  # a sample of padding
             return 0.0
         gradient = torch.empty_like(rows) if backward else None
-        loss = 0.0
+        dense, loss = target.predictions(), 0.0
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
-                value, slopes = compare(_wide(rows[part]), _wide(target.predictions(part)))
+                value, slopes = compare(_wide(rows[part]), _wide(dense(part)))
                 loss += float(value) * factor / len(rows)
                 if gradient is not None:
-                    gradient[part] = slopes.mul_(factor / len(rows))
+                    gradient[part] = slopes.mul_(self._scale * factor / len(rows))
         if gradient is not None:
             rows.backward(gradient)
         return loss
@@ -294,7 +327,8 @@ class _Weight:
 
     Attributes:
         parameter: The model's parameter.
-        master: What the optimizer updates: the parameter, or a copy in float32, since bfloat16 would lose small steps.
+        master: What the optimizer updates: the parameter, or a contiguous copy in float32, since bfloat16 would lose
+            small steps. Fused AdamW of PyTorch 2.13 ignores strides.
         keep: Which of its entries are trained.
     """
 
@@ -307,19 +341,13 @@ class _Weight:
         kept = self.master.detach()[self.keep]
         return float(kept.square().mean().sqrt()) if len(kept) else 0.0
 
-    def take_gradient(self, processes: Processes) -> None:
-        """Set the gradient of the master to the sum over all processes, with 0 for entries that are not kept."""
+    def take_gradient(self, scale: float) -> Tensor:
+        """Return the gradient of this process divided by a scale, in the dtype of the master, and free it."""
         gradient = self.parameter.grad
         self.parameter.grad = None
-        gradient = torch.zeros_like(self.master) if gradient is None else gradient.to(self.master.dtype)
-        processes.all_reduce_sum([gradient])
-        mask_(gradient, self.keep)
-        self.master.grad = gradient
-
-    def has_finite_gradient(self) -> Tensor:
-        """Return whether all entries of the gradient are finite."""
-        assert self.master.grad is not None
-        return self.master.grad.sum().isfinite().cpu()
+        if gradient is None:
+            return torch.zeros_like(self.master)
+        return gradient.to(self.master.dtype).contiguous().div_(scale)
 
     def write(self) -> None:
         """Copy the master into the model."""
@@ -379,7 +407,8 @@ def _weight(parameter: nn.Parameter, layers: Sequence[Layer]) -> _Weight:
     for layer in layers:  # a parameter may also hold dense layers, which do not change
         layer.part(keep).copy_(layer.weight != 0)
     wide = torch.promote_types(parameter.dtype, torch.float32)
-    return _Weight(parameter, parameter if parameter.dtype == wide else parameter.detach().to(wide), keep)
+    is_master = parameter.dtype == wide and parameter.is_contiguous()
+    return _Weight(parameter, parameter if is_master else parameter.detach().to(wide).contiguous(), keep)
 
 
 def _copies(weights: Sequence[_Weight]) -> list[Tensor]:
@@ -396,6 +425,19 @@ def _mixed_precision(model: nn.Module) -> torch.autocast:
         dtype = torch.bfloat16
     # A cached cast that was made without gradients would cut the graph of the recomputed block.
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
+def _cast_by_autocast(head: nn.Module) -> dict[str, Tensor]:
+    """Return the matrices of a head in the dtype of autocast, which would cast them anew for all rows of each part."""
+    parameters = dict(head.named_parameters())
+    kinds = {parameter.device.type for parameter in parameters.values()}
+    if not all(torch.is_autocast_enabled(kind) for kind in kinds):
+        return {}
+    return {
+        name: parameter.detach().to(torch.get_autocast_dtype(parameter.device.type))
+        for name, parameter in parameters.items()
+        if parameter.ndim > 1 and parameter.dtype == torch.float32
+    }
 
 
 def _cpu_has_bfloat16() -> bool:
