@@ -615,6 +615,30 @@ def test_ctrl_c_while_pruning_leaves_no_hooks_and_no_threads():
     assert same(module, Net())
 
 
+def test_ctrl_c_while_distilling_in_fit_records_no_pruning(monkeypatch):
+    """The weights are pruned, and a resumed run prunes again, as it would without the interruption."""
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler, module = signal.getsignal(signal.SIGINT), Net()
+    callback = WandaPrune(num_samples=4, recovery="distil")
+    monkeypatch.setattr("wanda_lightning.recovery.distil._Distillation._step", interrupted)
+    try:
+        with pytest.raises(SystemExit):
+            trainer(callback, max_epochs=1).fit(module, loader())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert callback.report is None
+    assert callback.state_dict() == WandaPrune(num_samples=4, recovery="distil").state_dict()
+    assert hooks_of(module, SGD(module.parameters())) == []
+    assert sum(int((p == 0).sum()) for p in module.parameters()) > 0
+    monkeypatch.undo()
+    trainer(callback, max_epochs=1).fit(module, loader())
+    assert callback.report.training.trained == 4
+    assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 def text_module():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
