@@ -254,15 +254,14 @@ class PruningCallback(Callback):
 
     def _prune_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Return whether the model was pruned."""
-        self._state.asked_at = trainer.global_step
-        if not self.should_prune(trainer):
-            return False
-        if self.calibrate_on == "validation":
+        asked, later = self.should_prune(trainer), self.calibrate_on == "validation"
+        if asked and later:
             self._state.due = True
-            return False
-        for share in self._shares_due(trainer):
-            self._prune(share, trainer, pl_module)
-        return True
+        elif asked:
+            for share in self._shares_due(trainer):
+                self._prune(share, trainer, pl_module)
+        self._state.asked_at = trainer.global_step  # at last, so that a resumed run repeats an interrupted pruning
+        return asked and not later
 
     def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget_if_dense(pl_module)
