@@ -35,7 +35,7 @@ TABLES = {
 
 def test_the_defaults_are_wanda():
     expected = PruningConfig(
-        0.5, Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), "block", (), (), False, 32, False
+        0.5, Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), "auto", (), (), False, 32, False
     )
     assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
 
@@ -97,7 +97,7 @@ def test_patterns(pattern, expected):
             "recovery must be one of none, reconstruct, distil, but it is 'distill'. Did you mean distil",
         ),
         ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
-        ({"sequential": "model"}, "sequential must be one of block, layer, none, but it is 'model'"),
+        ({"sequential": "model"}, "sequential must be one of block, layer, none, auto, but it is 'model'"),
         ({"min_expert_tokens": 1.5}, r"min_expert_tokens must be a number of tokens, 0 or more, but it is 1\.5"),
         ({"skip": None}, "skip must be a list of layer names or patterns, but it is None"),
         ({"only": [3]}, r"only must be a list of layer names or patterns, but it is \[3\]"),

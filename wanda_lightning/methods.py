@@ -46,7 +46,7 @@ class Method:
         solver: Computes the final weights.
         group: Where unstructured pruning compares weights, and whether it weighs rows; None for the choice of the
             papers of criterion and solver.
-        sequential: What is pruned before the statistics are collected; None for `"block"`.
+        sequential: What is pruned before the statistics are collected; `"auto"` lets the recovery or the model decide.
         allocation: Distributes the sparsity over the layers. For N:M the default stays uniform, because any other
             allocation mixes 2:4 layers with 1:4 layers.
         recovery: Trains the kept weights.
@@ -55,7 +55,7 @@ class Method:
     criterion: Choice | None = None
     solver: Choice = ZERO_OUT
     group: Literal["row", "layer", "layer_weighted"] | None = None
-    sequential: str | None = None
+    sequential: str = "auto"
     allocation: Choice = UNIFORM
     recovery: Choice = NO_RECOVERY
 
@@ -71,7 +71,7 @@ METHODS: Mapping[str, Method] = {
     "ablate_wanda_iter": Method(choice("core.criteria.Wanda"), choice("core.solvers.SparseGPT")),
     "refit": Method(solver=choice("core.solvers.Refit")),
     "admm": Method(solver=ADMM),
-    "reconstruct": Method(solver=ADMM, sequential="block", recovery=RECONSTRUCT),
+    "reconstruct": Method(solver=ADMM, recovery=RECONSTRUCT),
 }
 
 PRESETS: Mapping[str, Method] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
-from wanda_lightning.models import Inventory, Layer, Unit, find_layers
+from wanda_lightning.models import Inventory, Layer, Unit, find_layers, reads_images
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
 from wanda_lightning.progress import ProgressBar
@@ -24,7 +24,14 @@ Selections = Mapping[str, Selection]  # by layer
 
 @dataclass(frozen=True)
 class Plan:
-    """A model with its layers grouped into units, and the choices and processes that prune it."""
+    """A model with its layers grouped into units, and the choices and processes that prune it.
+
+    Attributes:
+        config: The choices, for this model: `sequential` is not `"auto"`.
+        model: The model.
+        processes: All processes that prune together.
+        inventory: Every matrix of the model.
+    """
 
     config: PruningConfig
     model: nn.Module
@@ -134,6 +141,13 @@ class Plan:
         return selections
 
 
+def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
+    """Return the choices for one model: `sequential="auto"` becomes `"none"` for image models, else `"block"`."""
+    if config.sequential != "auto":
+        return config
+    return replace(config, sequential="none" if reads_images(model) else "block")
+
+
 def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> Plan:
     """Find what will be pruned, without changing the model.
 
@@ -141,6 +155,7 @@ def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SI
         ValueError: If the model cannot be pruned as asked.
     """
     reshard(model)
+    config = config_for(config, model)
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     plan = Plan(config, model, processes, inventory)
     config.recovery.check_processes(processes.world_size, is_sharded(model))

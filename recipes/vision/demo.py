@@ -72,7 +72,7 @@ def main() -> None:
         for pattern in ("unstructured", "2:4"):
             callbacks = {
                 "magnitude": MagnitudePrune(0.5, pattern=pattern),
-                "wanda": WandaPrune(0.5, pattern=pattern, sequential="none", num_samples=1024),
+                "wanda": WandaPrune(0.5, pattern=pattern, num_samples=1024),
             }
             for method, callback in callbacks.items():
                 module.load_state_dict(dense)

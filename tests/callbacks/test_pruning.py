@@ -573,7 +573,7 @@ def test_bad_pruning_steps_are_refused_at_once(when, message):
         ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
         ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
         ({"schedule": Steps((0.5, 1.0))}, "whole numbers of at least 0"),
-        ({"sequential": "row"}, "sequential must be one of block, layer, none, but it is 'row'"),
+        ({"sequential": "row"}, "sequential must be one of block, layer, none, auto, but it is 'row'"),
         ({"criterion": "luck"}, "criterion must be one of wanda, magnitude"),
         ({"allocation": "luck"}, "allocation must be one of uniform"),
         ({"solver": "luck"}, "solver must be one of"),

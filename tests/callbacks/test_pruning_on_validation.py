@@ -10,7 +10,7 @@ from support.callbacks import Net, loader, same, share_of_zeros, trainer
 from support.zoo import ZOO
 from torch.utils.data import DataLoader
 
-from wanda_lightning import LinearSchedule, WandaPrune, prune
+from wanda_lightning import LinearSchedule, PruningCallback, WandaPrune, prune
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -31,7 +31,7 @@ class Counting(Net):
 
 
 def on_validation(**options):
-    return WandaPrune(sequential="none", calibrate_on="validation", **options)
+    return WandaPrune(calibrate_on="validation", **options)
 
 
 def by_hand(module, count, sparsity=0.5):
@@ -86,7 +86,9 @@ def test_a_schedule_on_validation():
 
 def test_options_that_validation_does_not_support_are_refused():
     with pytest.raises(ValueError, match="sequential='none' and no dataloader, but sequential is 'block'"):
-        WandaPrune(calibrate_on="validation")
+        WandaPrune(calibrate_on="validation", sequential="block")
+    with pytest.raises(ValueError, match="sequential='none' and no dataloader, but sequential is 'layer'"):
+        PruningCallback(method="fast", calibrate_on="validation")
     with pytest.raises(ValueError, match="calibrate_on must be one of calibration, validation, but it is 'test'"):
         WandaPrune(calibrate_on="test")
     with pytest.raises(MisconfigurationException, match="this fit has none"):

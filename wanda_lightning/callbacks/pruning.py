@@ -72,8 +72,8 @@ class PruningCallback(Callback):
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
             and prunes at the end of the loop: of the next validation loop after the step of the schedule, or of
-            `trainer.validate`, which then evaluates the dense model. It needs `sequential="none"`, and uses whole
-            batches until they have `num_samples` samples.
+            `trainer.validate`, which then evaluates the dense model. The default of `sequential` is then `"none"`, the
+            only value that it supports. It uses whole batches until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
             `keep_batch_norm`.
@@ -98,7 +98,10 @@ class PruningCallback(Callback):
         calibrate_on: Literal["calibration", "validation"] = "calibration",
         **choices: Any,
     ) -> None:
-        self.config = PruningConfig.from_names(sparsity, **choices)
+        config = PruningConfig.from_names(sparsity, **choices)
+        if calibrate_on == "validation" and config.sequential == "auto":
+            config = replace(config, sequential="none")  # a validation loop runs the dense model
+        self.config = config
         self.schedule = schedule_of(at_step, schedule)
         check_at_least(1, num_samples=num_samples)
         checks.check_stages(self.schedule, self.config.pattern)

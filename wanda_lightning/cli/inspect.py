@@ -9,14 +9,15 @@ from wanda_lightning.cli.options import InspectOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.models import Inventory, find_layers, model_from_config
 from wanda_lightning.notes import low_coverage, unfit_layers
+from wanda_lightning.plan import config_for
 from wanda_lightning.refusals import refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 
 
 def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
-    config = options.config
     model = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
+    config = config_for(options.config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     print_table(_units_table(found, options.model))
     print_table(skipped_table(found.skipped))

@@ -64,8 +64,7 @@ def _pruning_options() -> Iterator[tuple[str, str, Any]]:
 
 
 _MODEL = option(
-    "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier, whose default of "
-    "--sequential is none.",
+    "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.",
     MISSING,
 )
 _ModelAndPruning: Any = make_dataclass(
@@ -139,8 +138,6 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
             choices["pattern"] = "equal_share"
         elif self.prune_granularity is not None:
             choices["pattern"] = f"unstructured_{self.prune_granularity}"
-        if self.is_image and self.sequential is None and NAMES["method"][self.method].sequential is None:
-            choices["sequential"] = "none"  # as in the paper for image classifiers
         return choices
 
     @property

@@ -6,6 +6,7 @@ from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReaso
 from wanda_lightning.models.layers import Layer, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.quantized import is_wrapper
+from wanda_lightning.models.reads_images import reads_images
 
 __all__ = [
     "Inventory",
@@ -19,5 +20,6 @@ __all__ = [
     "is_wrapper",
     "layer_kinds",
     "model_from_config",
+    "reads_images",
     "token_masks",
 ]

@@ -77,6 +77,7 @@ class Recovery:
 
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics; if there are any, calibration batches are required
     reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches itself
+    sequential: ClassVar[str] = "auto"  # the default of `sequential`, for methods that have no other
 
     def check(self, sequential: str) -> None:
         """Raise a ValueError if the recovery does not support the value of `sequential`."""

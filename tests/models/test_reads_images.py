@@ -1,0 +1,80 @@
+"""Which models count as image models, and so calibrate on the dense model by default."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import timm
+import torch
+import transformers as hf
+from support.tiny import tiny
+from support.zoo import ZOO
+from torch import nn
+
+from wanda_lightning import ImageClassifierModule, PruningConfig
+from wanda_lightning.models import reads_images
+from wanda_lightning.plan import make_plan
+
+
+class Wrapped(L.LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+def of_transformers(name, head):
+    with torch.device("meta"):
+        return getattr(hf, name + head)(tiny(getattr(hf, f"{name}Config")))
+
+
+OF_TRANSFORMERS = {
+    "ViT": ("ForImageClassification", True),
+    "ConvNext": ("ForImageClassification", True),
+    "CLIPVision": ("Model", True),
+    "Llava": ("ForConditionalGeneration", False),
+    "Blip": ("ForConditionalGeneration", False),
+    "CLIP": ("Model", False),
+    "Wav2Vec2": ("ForSequenceClassification", False),
+}
+MODELS = {
+    **{name: (ZOO[name].build, True) for name in ("vit", "deit", "convnext", "swin", "resnet18", "resnet50")},
+    **{name: (ZOO[name].build, False) for name in ("llama", "t5", "mixtral", "plain_mlp", "torch_transformer")},
+    **{name: (partial(of_transformers, name, head), images) for name, (head, images) in OF_TRANSFORMERS.items()},
+    "efficientnet": (lambda: timm.create_model("test_efficientnet"), True),
+    "timm in our module": (lambda: ImageClassifierModule("test_vit", pretrained=False), True),
+    "timm in a module": (lambda: Wrapped(ZOO["vit"].build()), True),
+    "compiled": (lambda: torch.compile(ZOO["vit"].build(), backend="eager"), True),
+    "llama in a module": (lambda: Wrapped(ZOO["llama"].build()), False),
+    "images and text": (lambda: nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Embedding(4, 8), nn.Linear(8, 8)]), False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_image_models_are_recognized(name):
+    build, expected = MODELS[name]
+    assert reads_images(build()) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "sequential"),
+    [
+        ("vit", {}, "none"),
+        ("convnext", {"method": "sparsegpt"}, "none"),
+        ("vit", {"solver": "admm"}, "none"),
+        ("vit", {"sequential": "block"}, "block"),
+        ("vit", {"method": "fast"}, "layer"),
+        ("vit", {"method": "fast", "sequential": "auto"}, "none"),
+        ("vit", {"recovery": "reconstruct"}, "block"),
+        ("vit", {"method": "reconstruct"}, "block"),
+        ("llama", {}, "block"),
+        ("llama", {"method": "fast", "sequential": "auto"}, "block"),
+        ("llama", {"sequential": "none"}, "none"),
+        ("plain_mlp", {}, "block"),
+    ],
+)
+def test_choices_that_are_made_win(name, choices, sequential):
+    config = PruningConfig.from_names(**choices)
+    plan = make_plan(config, ZOO[name].build())
+    assert plan.config.sequential == sequential
+    assert plan.units == make_plan(PruningConfig.from_names(**{**choices, "sequential": sequential}), plan.model).units
+    assert config == PruningConfig.from_names(**choices)  # what was asked stays as it was
