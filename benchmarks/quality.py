@@ -60,14 +60,13 @@ TEXT: dict[str, Choices] = {
 }
 UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M
 IMAGES: dict[str, Choices] = {
-    "magnitude": {"method": "magnitude", "sequential": "none"},
-    "wanda, row": {"method": "wanda", "sequential": "none"},
-    "wanda, layer": {"method": "wanda", "sequential": "none", "pattern": Unstructured("layer")},
-    "sparsegpt": {"method": "sparsegpt", "sequential": "none"},
-    "best": {"method": "best"},
-    "thorough": {"method": "thorough"},
+    "magnitude": {"method": "magnitude"},
+    "wanda, row": {"method": "wanda"},
+    "wanda, layer": {"method": "wanda", "pattern": Unstructured("layer")},
+    "sparsegpt": {"method": "sparsegpt"},
+    **{name: {"method": name} for name in PRESETS},
 }
-GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "2:4")}  # by whether they are images
+GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "80", "90", "2:4")}  # by whether they are images
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
