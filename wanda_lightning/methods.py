@@ -34,7 +34,8 @@ NO_RECOVERY = choice("recovery.NoRecovery")
 RECONSTRUCT = choice("recovery.Reconstruct")
 DISTIL = choice("recovery.Distil")
 ADMM = choice("core.solvers.ADMM")
-FISHER = choice("core.allocation.Fisher", num_samples=8)
+# 8 windows of at least 512 tokens, or 4096 images: the gradients of 8 images would be far too noisy.
+FISHER = choice("core.allocation.Fisher", num_samples=8, num_predictions=4096)
 
 
 @dataclass(frozen=True)

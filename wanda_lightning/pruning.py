@@ -210,7 +210,7 @@ def _observe_dense_model(
                 stop.check()
     if plan.config.reads_gradients:
         with pruning_mode(model), ProgressBar("Passing backward", data.length, progress) as bar:
-            limit = allocation.gradient_samples
+            limit = allocation.gradient_limit
             gradients = gradient_statistics(model, plan.layers, plan.blocks, data, bar.advance, processes, limit)
             data.refuse_if_empty()
     return inputs, gradients

@@ -9,7 +9,8 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.batches import forward_batch, is_even, map_tensors
+from wanda_lightning.calibration.batches import CalibrationBatches, fit_together, forward_batch, is_even, map_tensors
+from wanda_lightning.parallel import SINGLE_PROCESS
 
 
 class Two(nn.Module):
@@ -155,3 +156,41 @@ def test_which_batches_can_be_split():
     assert not is_even({"x": x, "texts": ["a", "b"]})
     assert not is_even((x, [3, 4]))
     assert not is_even(["a"])
+
+
+def samples_of(*batches, forward=lambda batch: batch):
+    data = CalibrationBatches(mlp(), batches, forward, None, SINGLE_PROCESS, "a test")
+    return data, [sample for batch in data.samples() for sample in batch]
+
+
+def test_samples_of_several_batches_run_as_one():
+    def batch(*rows):
+        return {"x": torch.tensor(rows)[:, None], "more": [torch.tensor(rows), (torch.tensor(5), "name")], "flag": True}
+
+    data, samples = samples_of(batch(0, 1), batch(2, 3, 4))
+    assert len(samples) == 5
+    chosen = [samples[index] for index in (3, 0, 4)]
+    assert fit_together(chosen)
+    joined = data.join(chosen)
+    assert (joined.size, joined.batch_index) == (3, 1)
+    assert str(joined.predict()) == str(batch(3, 0, 4))
+
+
+X = {"x": torch.ones(1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (X, {"x": torch.ones(1, 3)}),
+        (X, {"x": torch.ones(1, 2).double()}),
+        (X, {"y": torch.ones(1, 2)}),
+        ({**X, "scale": torch.tensor(1)}, {**X, "scale": torch.tensor(2)}),
+        ({**X, "text": ["a"]}, {**X, "text": ["a"]}),
+        (X, torch.ones(1, 2)),
+    ],
+    ids=["shape", "dtype", "key", "number", "text", "kind"],
+)
+def test_samples_that_differ_run_alone(one, other):
+    _, samples = samples_of(one, other)
+    assert not fit_together(samples)

@@ -14,8 +14,8 @@ from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, Wa
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 
 
-def measured(model, batches, samples=None):
-    return {name: sums.inputs for name, sums in gradients(model, batches, samples).items()}
+def measured(model, batches, samples=None, predictions=0):
+    return {name: sums.inputs for name, sums in gradients(model, batches, samples, predictions).items()}
 
 
 def drawn(logits, first):
@@ -165,6 +165,27 @@ def test_a_limit_takes_the_first_samples():
     some, first = measured(model, [x[:4], x[4:]], samples=6), measured(model, [x[:6]])
     for layer, value in first.items():
         torch.testing.assert_close(some[layer], value)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (9,), (4, 5), (3, 3, 3)], ids=str)
+def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(sizes):
+    model, images = ZOO["vit"].build(), torch.cat([batch for batch, _ in ZOO["vit"].batches()] * 2)[:9]
+    alone = [measured(model, [image[None]]) for image in images]  # all with the seed of the first
+    runs = []
+    handle = model.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+    batches = list(images.split(sizes))
+    first = measured(model, batches, samples=1)
+    for layer, value in alone[0].items():
+        torch.testing.assert_close(first[layer], value, rtol=1e-4, atol=1e-7)
+    runs.clear()
+    some, six = measured(model, batches, samples=2, predictions=6), measured(model, batches, samples=6)
+    every = measured(model, batches, samples=2, predictions=100)
+    assert sum(runs) == 6 + 6 + 9
+    assert runs[0] == 1
+    handle.remove()
+    for layer, value in measured(model, [images]).items():
+        torch.testing.assert_close(every[layer], value, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(some[layer], six[layer], rtol=1e-4, atol=1e-7)
 
 
 def test_magnitude_may_be_spread_by_it():

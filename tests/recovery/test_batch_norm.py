@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import PruningConfig, prune
+from wanda_lightning import Distil, PruningConfig, prune
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.plan import make_plan
@@ -368,3 +368,18 @@ def test_processes_add_their_sums(pair):
     torch.testing.assert_close(one[first], alone[first])
     for a, b in zip(one, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.02)
+
+
+def test_distillation_starts_from_the_corrected_statistics_and_leaves_them():
+    dense, batches = resnet(), images(5, 5, 6)
+    corrected, distilled = copy.deepcopy(dense), copy.deepcopy(dense).train()
+    prune(corrected, batches, 0.5, progress=False)
+    report = prune(distilled, batches, 0.5, recovery=Distil(passes=1), progress=False)
+    assert same(corrected, distilled)
+    assert distilled.training
+    assert not torch.equal(distilled.bn1.weight, corrected.bn1.weight)
+    held_out = [torch.cat(batches)[index] for index in (7, 15)]
+    with torch.no_grad():
+        p, q = (model.eval()(torch.stack(held_out)).log_softmax(-1) for model in (dense, corrected))
+    before = F.kl_div(q, p, reduction="batchmean", log_target=True)
+    assert report.training.passes[0].held_out == pytest.approx(float(before), rel=1e-5)

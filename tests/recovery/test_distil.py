@@ -90,6 +90,41 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     assert "too few samples to hold any out" in report.notes[-1]
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_samples_with_one_prediction_run_together(size):
+    """By default 8 of them make a step; they may come from different batches, and held-out ones never train."""
+    dense, batches, runs = classifier(), some_batches(80 // size, size), []
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+
+    def forward(x):
+        if torch.is_grad_enabled() and model.training is False:
+            runs.append(len(x))
+        return model(x)
+
+    prune(expected, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
+    assert runs == [1, *[8] * 8, 6]  # the first shows whether there are gradients
+    samples = torch.cat(batches)
+    trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
+    pruned = {f"{layer.name}.weight" for layer in report.layers}
+    adamw_by_hand(expected, dense, pruned, trained, Distil(passes=1, batch_size=8))
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        after = divergence(model, dense, samples[7::8])
+    assert report.training.passes[1].held_out == pytest.approx(float(after), rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "batch_size", "steps"), [(64, None, 14), (8, None, 14), (4, None, 7), (4, 1, 14)])
+def test_a_window_of_text_is_a_step(tokens, batch_size, steps, monkeypatch):
+    step, count = torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: count.append(1) or step(*args))
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)]
+    prune(ZOO["llama"].build(), batches, 0.5, recovery=Distil(passes=1, batch_size=batch_size), progress=False)
+    assert len(count) == steps
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_padded", "gemma2", "opt", "gpt2", "mixtral", "gpt_oss", "vit", "t5"])
 def test_zeros_and_what_is_not_trained_stay(name):
     specimen = ZOO[name]
@@ -140,7 +175,7 @@ def test_the_head_gives_the_dense_predictions(name):
 def test_it_holds_samples_out_and_keeps_the_best():
     dense, batches = classifier(), some_batches(16, size=2)
     model = copy.deepcopy(dense)
-    report = prune(model, batches, 0.7, recovery=Distil(passes=3, learning_rate=0.02), progress=False)
+    report = prune(model, batches, 0.7, recovery=Distil(passes=3, batch_size=1, learning_rate=0.02), progress=False)
     training = report.training
     assert (training.trained, training.held_out) == (28, 4)
     samples = [x[None] for x in torch.cat(batches)]
@@ -156,7 +191,7 @@ def test_it_never_ends_worse_than_it_began():
     dense, batches = classifier(), some_batches(8)
     start, model = copy.deepcopy(dense), copy.deepcopy(dense)
     prune(start, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, recovery=Distil(passes=5, learning_rate=1.0), progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=5, batch_size=1, learning_rate=1.0), progress=False)
     losses = [each.held_out for each in report.training.passes]
     if losses[1] >= losses[0]:
         assert len(losses) == 2
@@ -171,7 +206,7 @@ def test_bfloat16_weights_have_masters():
     batches = some_batches(6, dtype=torch.bfloat16)
     start = copy.deepcopy(model)
     prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, recovery=Distil(passes=30, learning_rate=2e-4), progress=False)
+    prune(model, batches, 0.5, recovery=Distil(passes=30, batch_size=1, learning_rate=2e-4), progress=False)
     weight, before = model.body[0].weight, start.body[0].weight
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight == 0, before == 0)
@@ -400,7 +435,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
-        prune(model, batches, 0.5, recovery=Distil(passes=3), progress=False)
+        prune(model, batches, 0.5, recovery=Distil(passes=3, batch_size=1), progress=False)
     assert "It holds the best weights" in caught.value.__notes__[0]
     monkeypatch.undo()
     once = copy.deepcopy(dense)

@@ -7,14 +7,17 @@ from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.plan import make_plan
 
 
-def gradients(model, batches, samples=None, recomputed=True, processes=SINGLE_PROCESS, **choices):
+def gradients(model, batches, samples=None, predictions=0, recomputed=True, processes=SINGLE_PROCESS, **choices):
     """The statistics by layer. Blocks are recomputed, as in pruning, or not."""
     plan = make_plan(PruningConfig.from_names(allocation="fisher", **choices), model)
     data = CalibrationBatches(model, batches, lambda batch: run(model, batch), None, processes, "the test")
     blocks = plan.blocks if recomputed else ()
     with calibration_mode(model), torch.no_grad():
-        return gradient_statistics(model, plan.layers, blocks, data, lambda: None, processes, samples)
+        return gradient_statistics(
+            model, plan.layers, blocks, data, lambda: None, processes, GradientLimit(samples, predictions)
+        )

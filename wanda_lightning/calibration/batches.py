@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import chain
 from numbers import Number
@@ -25,12 +25,16 @@ class Sample(NamedTuple):
     Attributes:
         predict: Runs it and returns the logits.
         masks: Its padding.
-        size: 1, or the number of samples of a batch that cannot be split.
+        size: 1, or the number of samples of a batch that cannot be split or that `join` returned.
+        batch: What enters the model.
+        batch_index: Index of the calibration batch, for messages.
     """
 
     predict: Callable[[], object]
     masks: tuple[TokenMask, ...]
     size: int
+    batch: Any
+    batch_index: int
 
 
 class CalibrationBatches:
@@ -98,10 +102,15 @@ class CalibrationBatches:
                 batch = map_tensors(_outside_inference, batch)
             size = batch_size(batch) if any(True for _ in _tensors(batch)) else 1
             parts = [take(batch, n, n + 1) for n in range(size)] if is_even(batch) else [batch]
-            yield [
-                Sample(partial(_run, self._predict, part, index), token_masks(self._model, part), size // len(parts))
-                for part in parts
-            ]
+            yield [self._sample(self._predict, part, index, size // len(parts)) for part in parts]
+
+    def join(self, samples: Sequence[Sample]) -> Sample:
+        """Return one forward pass for several samples that `fit_together`."""
+        batch = _concatenated([sample.batch for sample in samples])
+        return self._sample(self._predict, batch, samples[0].batch_index, sum(sample.size for sample in samples))
+
+    def _sample(self, run: Callable[[Any], object], batch: Any, index: int, size: int) -> Sample:
+        return Sample(partial(_run, run, batch, index), token_masks(self._model, batch), size, batch, index)
 
     def first(self, samples: int, held_out: int) -> tuple[list[tuple[Sample, int]], list[Sample]]:
         """Keep the first batches in memory, until they have so many samples, and hold out every `held_out`-th sample.
@@ -117,13 +126,10 @@ class CalibrationBatches:
         while seen < samples and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
             index, size = len(kept), batch_size(batch) if is_even(batch) else 1
             count = size - (seen + size) // held_out + seen // held_out
-            used.append(
-                (Sample(partial(_run, self._forward, batch, index), token_masks(self._model, batch), size), count)
-            )
+            used.append((self._sample(self._forward, batch, index, size), count))
             if count < size:
                 part = take(batch, count, size) if count else batch
-                run = partial(_run, self._predict, part, index)
-                apart.append(Sample(run, token_masks(self._model, part), size - count))
+                apart.append(self._sample(self._predict, part, index, size - count))
             kept.append(batch)
             seen += size
         if not isinstance(self._batches, list):
@@ -300,3 +306,26 @@ def _has_column(batch: Any) -> bool:
 def take(batch: Any, start: int, stop: int) -> Any:
     """Return some samples of a batch that can be split."""
     return map_tensors(lambda tensor: tensor[start:stop] if tensor.ndim else tensor, batch)
+
+
+def fit_together(samples: Sequence[Sample]) -> bool:
+    """Whether the tensors of all samples have equal shapes, so that they can run as one batch."""
+    first = _layout(samples[0].batch)
+    return all(is_even(sample.batch) and _layout(sample.batch) == first for sample in samples)
+
+
+def _layout(batch: Any) -> Any:
+    return map_tensors(lambda tensor: (tensor.dtype, tensor.shape, tensor.item() if not tensor.ndim else None), batch)
+
+
+def _concatenated(batches: Sequence[Any]) -> Any:
+    """Concatenate the tensors of batches with equal layouts."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat([*batches]) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {key: _concatenated([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list):
+        values = [_concatenated(column) for column in zip(*batches, strict=True)]
+        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
+    return first

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import CalibrationBatches, Sample
+from wanda_lightning.calibration.batches import CalibrationBatches, Sample, fit_together
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
 from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, fitting_mask
 from wanda_lightning.parallel import Processes
+
+_SAMPLES_AT_ONCE = 32  # with one prediction each
 
 
 def gradient_statistics(
@@ -23,7 +26,7 @@ def gradient_statistics(
     data: CalibrationBatches,
     tick: Callable[[], None],
     processes: Processes,
-    limit: int | None = None,
+    limit: GradientLimit = GradientLimit(),
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
@@ -31,7 +34,7 @@ def gradient_statistics(
     predictions p, so no labels are needed: the sums estimate the Fisher information. The label of a sample depends on
     its index in the calibration data and on its predictions, but not on its batch or process. Each sample has its own
     backward pass, in which blocks are recomputed, so that only the activations of one block and the logits of one
-    sample are in memory.
+    sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.
 
     Args:
         model: The model in evaluation mode; its weights get no gradients.
@@ -40,7 +43,7 @@ def gradient_statistics(
         data: The batches of this process.
         tick: Called after each batch.
         processes: Processes whose batches are summed. Batch i of all processes precedes batch i + 1 of any.
-        limit: Number of samples, over all processes, to run backward passes for; None for all.
+        limit: How many samples, over all processes, to run backward passes for.
 
     Returns:
         The sums, by name of each layer that a batch reached.
@@ -57,7 +60,7 @@ def gradient_statistics(
         recomputing(blocks, mode),
         torch.enable_grad(),
     ):
-        _pass_backward(data.samples(), tick, processes, limit)
+        _pass_backward(data, tick, processes, limit)
     processes.all_reduce_sum([reached, *(each for pair in sums.values() for each in pair)])
     _refuse_nonfinite(sums)
     if reached.any() and not any(total.inputs.any() for total in sums.values()):
@@ -76,14 +79,14 @@ def _zeros(layer: Layer) -> GradientStatistics:
 
 
 def _pass_backward(
-    batches: Iterator[list[Sample]], tick: Callable[[], None], processes: Processes, limit: int | None
+    data: CalibrationBatches, tick: Callable[[], None], processes: Processes, limit: GradientLimit
 ) -> None:
-    """Run backward passes for one batch of each process, then for the next, until `limit` samples are done.
+    """Run backward passes for one batch of each process, then for the next, until enough samples are done.
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
-    batch, done = 0, 0
-    while limit is None or done < limit:
+    batches, last, done, predictions = data.samples(), limit.samples, 0, 0
+    while last is None or done < last:
         with processes.fail_together():
             samples = next(batches, None)
         sizes = processes.all_gather([samples is not None, sum(sample.size for sample in samples or ())])
@@ -91,17 +94,31 @@ def _pass_backward(
             return
         index = done + sum(size for _, size in sizes[: processes.rank])
         with processes.fail_together():
-            for sample in samples or ():
-                count = sample.size if limit is None else min(sample.size, limit - index)
-                if count > 0:
-                    _pass_sample_backward(sample, index, count, batch)
+            left = list(samples or ())
+            if not predictions and any(size for _, size in sizes):  # the first sample shows how many each has
+                first = next(rank for rank, (_, size) in enumerate(sizes) if size)
+                if processes.rank == first:
+                    sample = left.pop(0)
+                    predictions = _pass_sample_backward(sample, 0, sample.size if last is None else last)
+                    index += sample.size
+                predictions = processes.broadcast(predictions, first)
+                last = None if last is None else max(last, -(-limit.predictions // predictions))
+            left = left if last is None else left[: max(0, last - index)]
+            for sample in _joined(data, left) if predictions == 1 else left:
+                _pass_sample_backward(sample, index, sample.size if last is None else last - index)
                 index += sample.size
             tick()
         done += sum(size for _, size in sizes)
-        batch += 1
 
 
-def _pass_sample_backward(sample: Sample, first: int, count: int, batch: int) -> None:
+def _joined(data: CalibrationBatches, samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Join samples of equal shapes, so that one backward pass has some of them."""
+    for start in range(0, len(samples), _SAMPLES_AT_ONCE):
+        part = samples[start : start + _SAMPLES_AT_ONCE]
+        yield from [data.join(part)] if fit_together(part) else part
+
+
+def _pass_sample_backward(sample: Sample, first: int, count: int) -> int:
     """Run the backward pass from the gradient of `-log p(y)` with respect to the logits: `p - onehot(y)`.
 
     The gradient is computed by hand, because cross entropy would hold three more tensors of this size.
@@ -110,7 +127,9 @@ def _pass_sample_backward(sample: Sample, first: int, count: int, batch: int) ->
         sample: A sample, or several.
         first: Index of the first sample in the calibration data, which is the seed of its label.
         count: Only the first `count` samples have a gradient; the gradient of the others is 0.
-        batch: Index of the batch, for messages.
+
+    Returns:
+        The number of predictions of each sample, including those of padding.
     """
     logits, keep = _logits(sample.predict()), None
     if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder
@@ -118,9 +137,9 @@ def _pass_sample_backward(sample: Sample, first: int, count: int, batch: int) ->
         logits = logits.reshape(*keep.shape, -1)
     if not (logits if keep is None else logits[keep]).isfinite().all():
         raise ValueError(
-            f"calibration batches must give finite predictions, but those of batch {batch} (counted from 0) hold NaN "
-            "or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than "
-            "float16)."
+            "calibration batches must give finite predictions, but those of batch "
+            f"{sample.batch_index} (counted from 0) hold NaN or infinity. Check that batch, or load the model in a "
+            "wider dtype (float32 or bfloat16 rather than float16)."
         )
     gradient = torch.zeros_like(logits)
     for index in range(min(len(logits), count)):
@@ -136,6 +155,7 @@ def _pass_sample_backward(sample: Sample, first: int, count: int, batch: int) ->
         else:
             gradient[index, keep[index]] = values
     logits.backward(gradient)
+    return max(1, logits[..., 0].numel() // sample.size)
 
 
 def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistics], reached: Tensor) -> OnProduct:

@@ -13,7 +13,7 @@ def reads_images(model: nn.Module) -> bool:
     two-dimensional convolution and no embedding.
     """
     modules = list(model.modules())
-    inputs = {type(module).main_input_name for module in modules if hasattr(type(module), "main_input_name")}
+    inputs = {getattr(type(module), "main_input_name", None) for module in modules} - {None}
     if inputs:
         return "pixel_values" in inputs and "input_ids" not in inputs
     has_embedding = any(isinstance(module, nn.Embedding) for module in modules)

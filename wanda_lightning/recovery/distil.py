@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.calibration.batches import Sample
+from wanda_lightning.calibration.batches import Sample, fit_together
 from wanda_lightning.calibration.error_notes import add_note
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _WARM_UP = 4  # optimizer steps
 _SCALE = 2.0**16  # of the loss: small gradients are zero in float16; a power of two leaves other dtypes unchanged
+_PREDICTIONS = 8  # in an optimizer step, at least; a window of text has one for each token, an image a single one
 _ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
@@ -69,7 +70,9 @@ class Distil(Recovery):
     Attributes:
         passes: Maximum number of passes over the samples.
         learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights.
-        batch_size: Number of samples in an optimizer step, over all processes.
+        batch_size: Number of samples in an optimizer step, over all processes. None chooses as many as have 8
+            predictions: one window of at least 8 tokens, or 8 images. Samples with one prediction and equal shapes
+            run as one batch.
         loss: `"kl"`, or `"mse"` for the mean squared error of the outputs; None chooses `"kl"` for outputs of shape
             (samples, classes) and for `logits` of shape (samples, tokens, classes), and `"mse"` for all others.
         seed: Seed of the order of the samples.
@@ -77,7 +80,7 @@ class Distil(Recovery):
 
     passes: int = 3
     learning_rate: float = 1e-3
-    batch_size: int = 1
+    batch_size: int | None = None
     loss: Literal["kl", "mse"] | None = None
     seed: int = 0
 
@@ -85,8 +88,10 @@ class Distil(Recovery):
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
-        check(self, passes=at_least_1, batch_size=at_least_1, learning_rate=Number(above=0, maximum=1))
+        check(self, passes=at_least_1, learning_rate=Number(above=0, maximum=1))
         check(self, seed=Number(minimum=0, whole=True))
+        if self.batch_size is not None:
+            check(self, batch_size=at_least_1)
         if self.loss is not None:
             check(self, loss=OneOf(("kl", "mse")))
 
@@ -127,19 +132,19 @@ class _Distillation(ModelRecovery):
 
     def __init__(self, config: Distil, dense: DenseModel) -> None:
         self._config, self._model, self._layers, self._blocks = config, dense.model, dense.layers, dense.blocks
-        self._processes, self._progress, data = dense.processes, dense.progress, dense.data
+        self._processes, self._progress, self._data = dense.processes, dense.progress, dense.data
         self._head = _output_head(self._model, self._layers)
         self._refuse_if_frozen()
-        with ProgressBar("Predicting", data.length, self._progress) as bar, recomputing(self._blocks):
+        with ProgressBar("Predicting", self._data.length, self._progress) as bar, recomputing(self._blocks):
             batches = []
             with self._processes.fail_together():
-                for index, samples in enumerate(data.samples()):
-                    with torch.set_grad_enabled(index == 0):  # shows whether training will get gradients
-                        batches.append([(sample, self._dense_predictions(sample, index)) for sample in samples])
+                for samples in self._data.samples():
+                    batches.append([*zip(samples, self._targets(samples), strict=True)])
                     bar.advance()
-            data.refuse_if_empty()
+            self._data.refuse_if_empty()
         self._samples = _in_one_order(batches, self._processes)
         self._scale = _SCALE
+        self._batch_size = self._config.batch_size or self._usual_batch_size()
 
     def _refuse_if_frozen(self) -> None:
         if not _trained_parameters(self._model, self._layers, self._head):
@@ -148,7 +153,25 @@ class _Distillation(ModelRecovery):
                 "each of them. Call requires_grad_() on the parameters to train, or use another recovery."
             )
 
-    def _dense_predictions(self, sample: Sample, batch: int) -> _Target:
+    def _usual_batch_size(self) -> int:
+        """Return the number of samples that have enough predictions for a step, on average over all processes."""
+        rows = [len(target.rows) for _, target in filter(None, self._samples)]
+        counts = self._processes.all_gather([len(rows), sum(rows)])
+        samples, predictions = (sum(column) for column in zip(*counts, strict=True))
+        return max(1, _PREDICTIONS * samples // max(1, predictions))
+
+    def _targets(self, samples: Sequence[Sample]) -> list[_Target]:
+        """Return what the dense model predicts for the samples of a batch."""
+        with torch.set_grad_enabled(samples[0].batch_index == 0):  # shows whether training will get gradients
+            first = self._target(samples[0])
+        with torch.no_grad():
+            if len(samples) > 1 and len(first.rows) == 1 and fit_together(samples):
+                others = self._target(self._data.join(samples[1:]))
+                if len(others.rows) == len(samples) - 1:
+                    return [first, *(_Target(row, others.head) for row in others.rows.split(1))]
+            return [first, *(self._target(sample) for sample in samples[1:])]
+
+    def _target(self, sample: Sample) -> _Target:
         head = self._head
         entered: list[Tensor] = []
         with ExitStack() as hooks:
@@ -157,7 +180,7 @@ class _Distillation(ModelRecovery):
                 hooks.callback(hook.remove)
             output = sample.predict()
         predictions = rows_of(_predictions(output), sample)
-        _refuse_untrainable(predictions, batch)
+        _refuse_untrainable(predictions, sample.batch_index)
         predictions = predictions.detach()
         if head is not None and len(entered) == 1:
             rows = rows_of(entered[0].detach(), sample)
@@ -170,7 +193,7 @@ class _Distillation(ModelRecovery):
         """Train for at most `passes` passes, and leave the best weights in the model."""
         held = [index for index in range(len(self._samples)) if index % HELD_OUT == HELD_OUT - 1]
         trained = [index for index in range(len(self._samples)) if index not in held]
-        steps = math.ceil(len(trained) / self._config.batch_size)
+        steps = math.ceil(len(trained) / self._batch_size)
         with (
             _naming_what_was_trained(),
             _training(self._model, self._layers, self._head) as weights,
@@ -206,12 +229,14 @@ class _Distillation(ModelRecovery):
                     weight.set(values)
         return Training(repr(self._config), len(trained), len(held), tuple(passes), stopped)
 
-    def _order(self, trained: Sequence[int], number: int) -> Iterator[list[int]]:
+    def _order(self, trained: Sequence[int], number: int) -> Iterator[Sequence[int]]:
         """Yield the samples of each step of a pass."""
         generator = torch.Generator().manual_seed(self._config.seed + number)
         shuffled = [trained[index] for index in torch.randperm(len(trained), generator=generator).tolist()]
-        for start in range(0, len(shuffled), self._config.batch_size):
-            yield shuffled[start : start + self._config.batch_size]
+        yield from self._batches(shuffled)
+
+    def _batches(self, samples: Sequence[int]) -> Iterator[Sequence[int]]:
+        return (samples[start : start + self._batch_size] for start in range(0, len(samples), self._batch_size))
 
     def _optimizer(self, weights: Sequence[_Weight], steps: int) -> tuple[Any, Any]:
         groups = [{"params": [each.master], "lr": self._config.learning_rate * each.scale()} for each in weights]
@@ -250,8 +275,8 @@ class _Distillation(ModelRecovery):
         """
         total = torch.zeros(1)
         with self._processes.fail_together():
-            for sample, target in self._own(chosen):
-                total += self._loss(sample, target, 1 / len(chosen))
+            for sample, target, count in self._own(chosen):
+                total += self._loss(sample, target, count / len(chosen))
         gradients = [weight.take_gradient(self._scale) for weight in weights]
         self._processes.all_reduce_sum([total, *gradients])
         if not total.isfinite():
@@ -261,16 +286,24 @@ class _Distillation(ModelRecovery):
             weight.master.grad = gradient
         return float(total), bool(torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all())
 
-    def _own(self, chosen: Sequence[int]) -> Iterator[tuple[Sample, _Target]]:
-        return (own for index in chosen if (own := self._samples[index]) is not None)
+    def _own(self, chosen: Sequence[int]) -> list[tuple[Sample, _Target, int]]:
+        """Return the forward passes for the chosen samples of this process, each with its number of samples."""
+        own = [own for index in chosen if (own := self._samples[index]) is not None]
+        samples, targets = [sample for sample, _ in own], [target for _, target in own]
+        fits = len(own) > 1 and all(len(target.rows) == 1 for target in targets) and fit_together(samples)
+        if fits and len({target.head for target in targets}) == 1:
+            rows = torch.cat([target.rows for target in targets])
+            return [(self._data.join(samples), _Target(rows, targets[0].head), len(own))]
+        return [(sample, target, 1) for sample, target in own]
 
     @torch.no_grad()
     def _mean_loss(self, chosen: Sequence[int]) -> float | None:
         """Return the mean loss over some samples; None if there are no samples."""
         total = torch.zeros(1)
         with self._processes.fail_together():
-            for sample, target in self._own(chosen):
-                total += self._loss(sample, target, 1 / len(chosen), backward=False)
+            for part in self._batches(chosen):
+                for sample, target, count in self._own(part):
+                    total += self._loss(sample, target, count / len(chosen), backward=False)
         self._processes.all_reduce_sum([total])
         return float(total) if chosen else None
 

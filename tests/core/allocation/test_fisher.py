@@ -31,8 +31,8 @@ def test_a_stage_of_a_schedule_scales_the_differences():
 
 
 def test_samples_that_are_passed_backward():
-    assert Fisher().gradient_samples is None
-    assert Fisher(num_samples=4).gradient_samples == 4
+    assert Fisher().gradient_limit == (None, 0)
+    assert Fisher(num_samples=4, num_predictions=9).gradient_limit == (4, 9)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,7 @@ def test_samples_that_are_passed_backward():
     [
         ({"max_deviation": 1.5}, "max_deviation of Fisher must be a number of at least 0 and at most 1, but it is 1.5"),
         ({"num_samples": 0}, "num_samples of Fisher must be a whole number of at least 1, but it is 0"),
+        ({"num_predictions": -1}, "num_predictions of Fisher must be a whole number of at least 0, but it is -1"),
         ({"num_samples": 1.5}, "num_samples of Fisher must be a whole number of at least 1, but it is 1.5"),
     ],
 )

@@ -5,7 +5,7 @@ number of weights, is the target, and rounds them to sparsities that the pattern
 """
 
 from wanda_lightning.core.allocation.alpha import AlphaPruning, tail_exponent
-from wanda_lightning.core.allocation.base import Allocation, DenseLayer, Uniform
+from wanda_lightning.core.allocation.base import Allocation, DenseLayer, GradientLimit, Uniform
 from wanda_lightning.core.allocation.fisher import Fisher
 from wanda_lightning.core.allocation.match_target import match_target
 from wanda_lightning.core.allocation.owl import OWL
@@ -17,6 +17,7 @@ __all__ = [
     "AlphaPruning",
     "DenseLayer",
     "Fisher",
+    "GradientLimit",
     "PerLayer",
     "Uniform",
     "match_target",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
@@ -40,6 +40,18 @@ class DenseLayer:
         return int((self.read() == 0).count_nonzero())
 
 
+class GradientLimit(NamedTuple):
+    """A number of samples: so many, or more until they have enough predictions.
+
+    Attributes:
+        samples: The first samples; None for all.
+        predictions: Minimum number of predictions, of tokens or of images.
+    """
+
+    samples: int | None = None
+    predictions: int = 0
+
+
 class Allocation(ABC):
     """Distributes the target sparsity over the layers.
 
@@ -54,9 +66,9 @@ class Allocation(ABC):
     reads_weights: ClassVar[bool] = True
 
     @property
-    def gradient_samples(self) -> int | None:
-        """Number of calibration samples in all processes together that get a backward pass; None for all."""
-        return None
+    def gradient_limit(self) -> GradientLimit:
+        """How many calibration samples in all processes together get a backward pass."""
+        return GradientLimit()
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
         """Raise a ValueError for layers whose names, blocks or sizes do not fit; weights are not read."""

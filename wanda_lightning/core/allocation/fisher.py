@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wanda_lightning.core.allocation.base import Allocation, DenseLayer
+from wanda_lightning.core.allocation.base import Allocation, DenseLayer, GradientLimit
 from wanda_lightning.core.allocation.groups import refuse_one_group
 from wanda_lightning.core.allocation.match_target import match_target, mean_of
 from wanda_lightning.core.hyperparameters import Number, check
@@ -31,21 +31,24 @@ class Fisher(Allocation):
         max_deviation: Maximum difference between a layer's sparsity and the target.
         num_samples: Number of calibration samples, the first ones of all processes together, that are passed backward;
             None for all.
+        num_predictions: Take more samples, if there are any, until they have this many predictions: a window of text
+            has one for each token, an image a single one.
     """
 
     reads_gradients: ClassVar[bool] = True
     max_deviation: float = 0.15
     num_samples: int | None = None
+    num_predictions: int = 0
 
     def __post_init__(self) -> None:
-        check(self, max_deviation=Number(minimum=0, maximum=1))
+        check(self, max_deviation=Number(minimum=0, maximum=1), num_predictions=Number(minimum=0, whole=True))
         if self.num_samples is not None:
             check(self, num_samples=Number(minimum=1, whole=True))
 
     @property
-    def gradient_samples(self) -> int | None:
-        """`num_samples`."""
-        return self.num_samples
+    def gradient_limit(self) -> GradientLimit:
+        """`num_samples` and `num_predictions`."""
+        return GradientLimit(self.num_samples, self.num_predictions)
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
         """Refuse a model with a single layer."""
