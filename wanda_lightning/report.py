@@ -78,7 +78,7 @@ class Training:
         trained: Number of samples that were trained on.
         held_out: Number of samples that were held out.
         passes: The losses before training and after each pass.
-        stopped: Why training ended early; empty if it did not, or if the held-out loss stopped falling.
+        stopped: Why training ended early; empty if it did not.
     """
 
     recovery: str

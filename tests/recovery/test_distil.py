@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from wanda_lightning import Distil, PruningReport, Reconstruct, prune
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.methods import METHODS
+from wanda_lightning.recovery import distil
 
 
 class Classifier(nn.Module):
@@ -193,11 +194,25 @@ def test_it_never_ends_worse_than_it_began():
     prune(start, batches, 0.5, progress=False)
     report = prune(model, batches, 0.5, recovery=Distil(passes=5, batch_size=1, learning_rate=1.0), progress=False)
     losses = [each.held_out for each in report.training.passes]
-    if losses[1] >= losses[0]:
-        assert len(losses) == 2
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
-    else:
-        assert losses[-1] >= min(losses)
+    assert len(losses) == 6
+    kept = all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert kept == (min(losses) == losses[0])
+
+
+def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(monkeypatch):
+    losses, weights = iter([1.0, 1.2, 0.8, 0.9]), []
+    distillation = distil._Distillation
+
+    def mean_loss(self, chosen):
+        weights.append([parameter.clone() for parameter in self._model.parameters()])
+        return next(losses)
+
+    monkeypatch.setattr(distillation, "_mean_loss", mean_loss)
+    model = classifier()
+    report = prune(model, some_batches(8), 0.5, recovery=Distil(passes=3), progress=False)
+    assert [each.held_out for each in report.training.passes] == [1.0, 1.2, 0.8, 0.9]
+    assert "the weights of pass 2 are kept" in report.notes[-1]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights[2], strict=True))
 
 
 def test_bfloat16_weights_have_masters():
@@ -229,7 +244,6 @@ class Tokens(nn.Module):
     ("gain", "tokens", "overflows"), [(0.1, 2048, False), (300.0, 1, True)], ids=["tiny", "overflow"]
 )
 def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, gain, tokens, overflows):
-    from wanda_lightning.recovery import distil
 
     torch.manual_seed(0)
     half = Tokens(gain).half()
@@ -599,7 +613,6 @@ def test_a_sample_may_be_all_padding():
 
 
 def test_flags_are_restored_if_there_is_no_memory_for_masters(monkeypatch, caplog):
-    from wanda_lightning.recovery import distil
 
     def no_memory(*args):
         raise RuntimeError("out of memory")

@@ -53,10 +53,10 @@ class Distil(Recovery):
     warms up over four steps and decays to 0 along a cosine.
 
     If there are at least eight samples, over all processes, every eighth is held out, and the held-out loss is measured
-    before training and after each pass. Training stops after a pass that does not lower it, and the weights with the
-    lowest held-out loss are kept: if the first pass does not lower it, those from before training. With fewer samples
-    none is held out, all passes run, and the weights of the last pass are kept. If a loss or gradient is NaN or
-    infinite, or on Ctrl-C, training stops and the best weights so far are kept; the report or a log message says so.
+    before training and after each pass. The weights with the lowest held-out loss are kept, which may be those from
+    before training. All passes run, since the loss may rise at first, while the learning rate is high. With fewer
+    samples none is held out, and the weights of the last pass are kept. If a loss or gradient is NaN or infinite, or on
+    Ctrl-C, training stops and the best weights so far are kept; the report or a log message says so.
 
     A sample is one entry of the first dimension of a batch, and runs by itself. If the model expects another dimension
     first, such as time, give batches with samples first and let `forward=` rearrange them. A batch is one sample if its
@@ -68,7 +68,7 @@ class Distil(Recovery):
     hardware supports it. Weights in bfloat16 and float16 are trained as copies in float32.
 
     Attributes:
-        passes: Maximum number of passes over the samples.
+        passes: Number of passes over the samples.
         learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights.
         batch_size: Number of samples in an optimizer step, over all processes. None chooses as many as have 8
             predictions: one window of at least 8 tokens, or 8 images. Samples with one prediction and equal shapes
@@ -190,7 +190,7 @@ class _Distillation(ModelRecovery):
         return _Target(predictions.clone(), None)
 
     def train(self) -> Training:
-        """Train for at most `passes` passes, and leave the best weights in the model."""
+        """Train, and leave the best weights in the model."""
         held = [index for index in range(len(self._samples)) if index % HELD_OUT == HELD_OUT - 1]
         trained = [index for index in range(len(self._samples)) if index not in held]
         steps = math.ceil(len(trained) / self._batch_size)
@@ -201,8 +201,8 @@ class _Distillation(ModelRecovery):
             ProgressBar("Distilling", self._config.passes * (steps + 1), self._progress) as bar,
         ):
             optimizer, schedule = self._optimizer(weights, self._config.passes * steps)
-            before = self._mean_loss(held)
-            best, passes, stopped = _copies(weights), [TrainingPass(None, before)], ""
+            lowest = self._mean_loss(held)
+            best, passes, stopped = _copies(weights), [TrainingPass(None, lowest)], ""
             try:
                 for number in range(1, self._config.passes + 1):
                     bar.show(f"pass {number}")
@@ -216,11 +216,8 @@ class _Distillation(ModelRecovery):
                         raise _NotFiniteError("held-out loss")
                     passes.append(TrainingPass(sum(losses) / len(losses), after))
                     bar.advance()
-                    if after is not None and before is not None:
-                        if not after < before:
-                            break
-                        before = after
-                    best = _copies(weights)
+                    if after is None or lowest is None or after < lowest:
+                        lowest, best = after, _copies(weights)
             except _NotFiniteError as error:
                 step = (len(passes) - 1) * steps + len(losses) + 1
                 stopped = f"the {error} of step {step} was not finite, so training stopped: use a lower learning_rate"
