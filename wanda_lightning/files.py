@@ -258,13 +258,13 @@ def _temporary(home: Path, target: Path, is_folder: bool = False) -> Iterator[Pa
     _clean_up(home, target)
     new = _temporary_name(home, target)
     new.mkdir() if is_folder else new.touch(exist_ok=False)
-    lock = _lock(new)
+    held = lock(new)
     try:
         yield new
     finally:
         _remove(new)
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            unlock(held)
 
 
 def _clean_up(home: Path, target: Path) -> None:
@@ -273,15 +273,15 @@ def _clean_up(home: Path, target: Path) -> None:
     If a run was killed while it replaced a folder, the old folder is moved back first.
     """
     for leftover in home.glob(f"{_label(target)}*"):
-        if (lock := _lock(leftover)) is None:
+        if (held := lock(leftover)) is None:
             continue
         if leftover.is_dir() and (leftover / target.name).is_dir() and not target.exists():
             os.replace(leftover / target.name, target)
         _remove(leftover)
-        os.close(lock)
+        unlock(held)
 
 
-def _lock(path: Path) -> int | None:
+def lock(path: Path) -> int | None:
     """Return a descriptor that locks a file or folder; None if another process has locked it."""
     if fcntl is None:
         return None
@@ -295,6 +295,11 @@ def _lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Release what `lock` returned."""
+    os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -148,8 +148,16 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
     return replace(config, sequential="none" if reads_images(model) else "block")
 
 
-def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> Plan:
+def make_plan(
+    config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS, has_weights: bool = True
+) -> Plan:
     """Find what will be pruned, without changing the model.
+
+    Args:
+        config: The choices.
+        model: The model.
+        processes: All processes that prune it.
+        has_weights: Whether its weights are in memory and can be checked.
 
     Raises:
         ValueError: If the model cannot be pruned as asked.
@@ -161,7 +169,8 @@ def make_plan(config: PruningConfig, model: nn.Module, processes: Processes = SI
     config.recovery.check_processes(processes.world_size, is_sharded(model))
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
-        refuse_unprunable(inventory.layers)
+        if has_weights:
+            refuse_unprunable(inventory.layers)
         refuse_too_wide(config, inventory)
         for unit in plan.units:
             for layer in unit.layers:

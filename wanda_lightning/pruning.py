@@ -22,13 +22,14 @@ from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_wrapper
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_unloaded, is_wrapper
 from wanda_lightning.notes import Outcome, notes_on
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
 from wanda_lightning.plan import Plan, make_plan
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery import BatchNormStatistics, DenseModel, ModelRecovery, RecoveredPart, batch_norm_layers
 from wanda_lightning.report import PrunedLayer, PruningReport
+from wanda_lightning.weight_store import WeightStore
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def prune_as(
     predict: Callable[[Any], object] | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
+    store: WeightStore = WeightStore(),
 ) -> PruningReport:
     """Prune with resolved choices, in one process or several.
 
@@ -92,11 +94,12 @@ def prune_as(
         progress: Show a bar in the first process.
         processes: All processes that call this, with the same choices. Statistics are summed over all of them, so they
             choose the same masks; an error in one process ends all of them.
+        store: Where the weights are.
     """
     seconds: dict[str, float] = {}
     progress = progress and processes.rank == 0
     with _timed(seconds, "prepare"), processes.fail_together():
-        plan = make_plan(config, model, processes)
+        plan = make_plan(config, model, processes, store.is_whole)
         outcome = Outcome(plan, seconds=seconds)
         outcome.not_corrected = _why_not_corrected(plan, batches)
         batch_norms = [] if outcome.not_corrected else _batch_norms(plan)
@@ -119,15 +122,15 @@ def prune_as(
         _timed(seconds, "prune"),
         pruning_mode(model),
         ProgressBar("Pruning", total, progress) as bar,
-        _naming_what_was_written(outcome),
+        _naming_what_was_written(outcome, store.advice),
     ):
-        _prune_units(plan, data, outcome, bar)
+        _prune_units(plan, data, outcome, store, bar)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         outcome.batch_norm = statistics.correct()
     with _timed(seconds, "recover", recovers), pruning_mode(model):
         outcome.training = recovery.train()
-    return _make_report(outcome, data.total)
+    return _make_report(outcome, data.total, store.zeros)
 
 
 def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
@@ -165,7 +168,9 @@ def _why_not_corrected(plan: Plan, batches: object) -> str:
     return "no calibration batches were given" if batches is None else ""
 
 
-def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: ProgressBar) -> None:
+def _prune_units(
+    plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, bar: ProgressBar
+) -> None:
     """Observe, prune and recover each unit in turn."""
     config = plan.config
     tick = bar.advance if plan.is_one_pass else lambda: None
@@ -180,18 +185,20 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, bar: Pr
         for stop in stops:
             unit = stop.unit
             bar.show(unit.name)
-            recovery = config.recovery.start(unit, data.masks)
-            inputs = observer(unit, recovery.record(stop.calls)) if plan.observed else {}
-            stop.check()
-            del stop  # or its parked activations would outlive the run of the pruned unit
-            if not outcome.selections:
-                outcome.selections = plan.allocate(inputs)
-            _prune_unit(outcome, unit, inputs, observer)
-            del inputs
-            for part in recovery.train(bar.show):
-                _note_recovery(outcome, part)
+            if not store.arrive(unit, outcome):
+                recovery = config.recovery.start(unit, data.masks)
+                inputs = observer(unit, recovery.record(stop.calls)) if plan.observed else {}
+                stop.check()
+                del stop  # or its parked activations would outlive the run of the pruned unit
+                if not outcome.selections:
+                    outcome.selections = plan.allocate(inputs)
+                _prune_unit(outcome, unit, inputs, observer)
+                del inputs
+                for part in recovery.train(bar.show):
+                    _note_recovery(outcome, part)
             if not plan.is_one_pass:
                 bar.advance()
+        store.finish(outcome)
     outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
 
 
@@ -315,7 +322,7 @@ def _note_recovery(outcome: Outcome, part: RecoveredPart) -> None:
         layer.note = f"{layer.note}; {trained}" if layer.note else trained
 
 
-def _make_report(outcome: Outcome, batches: int) -> PruningReport:
+def _make_report(outcome: Outcome, batches: int, stored_zeros: int = 0) -> PruningReport:
     started = time.perf_counter()
     plan = outcome.plan
     for layer in plan.layers:
@@ -338,10 +345,10 @@ def _make_report(outcome: Outcome, batches: int) -> PruningReport:
     known = {
         id(layer.parameter): outcome.layers[layer.name].zeros
         for layer in plan.layers
-        if layer.name in outcome.layers and layer.size == layer.parameter.numel()
+        if layer.name in outcome.layers and layer.size == layer.parameter.numel() and not is_unloaded(layer.parameter)
     }
-    others = [p for p in parameters if id(p) not in known and not is_wrapper(p)]
-    zeros = sum(known.values()) + sum(zero_counts(others, plan.processes))
+    others = [p for p in parameters if id(p) not in known and not is_wrapper(p) and not is_unloaded(p)]
+    zeros = stored_zeros + sum(known.values()) + sum(zero_counts(others, plan.processes))
     outcome.seconds["report"] = time.perf_counter() - started
     return PruningReport(
         layers=[outcome.layers[n.name] for n in plan.layers if n.name in outcome.layers],
@@ -367,7 +374,7 @@ def _timed(seconds: dict[str, float], stage: str, is_reported: bool = True) -> I
 
 
 @contextmanager
-def _naming_what_was_written(outcome: Outcome) -> Iterator[None]:
+def _naming_what_was_written(outcome: Outcome, advice: str = WeightStore.advice) -> Iterator[None]:
     """If pruning fails halfway, add to the error which layers are already pruned."""
     try:
         yield
@@ -375,7 +382,7 @@ def _naming_what_was_written(outcome: Outcome) -> Iterator[None]:
         if names := list(outcome.layers):
             text = (
                 f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}; the others are dense. "
-                "Reload the model before you try again."
+                f"{advice}"
             )
             add_note(error, text)
             log.error(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -196,11 +196,8 @@ class PruningReport:
         fields: dict[str, Any] = json.loads(text)
         for derived in ("sparsity", "model_sparsity", "coverage"):
             fields.pop(derived)
-        layers = [PrunedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields.pop("layers")]
-        skipped = [
-            SkippedMatrix(matrix["name"], tuple(matrix["shape"]), SkipReason(matrix["reason"]), matrix["detail"])
-            for matrix in fields.pop("skipped")
-        ]
+        layers = [read_layer(layer) for layer in fields.pop("layers")]
+        skipped = [read_skipped(matrix) for matrix in fields.pop("skipped")]
         if training := fields.pop("training", None):
             passes = tuple(TrainingPass(**each) for each in training.pop("passes"))
             fields["training"] = Training(**training, passes=passes)
@@ -232,6 +229,16 @@ class PruningReport:
                 console.print(f"Note: {note}", markup=False)
             console.print(self.summary())
         return capture.get()
+
+
+def read_layer(fields: Mapping[str, Any]) -> PrunedLayer:
+    """Construct a layer from the fields that JSON holds."""
+    return PrunedLayer(**{**fields, "shape": tuple(fields["shape"])})
+
+
+def read_skipped(fields: Mapping[str, Any]) -> SkippedMatrix:
+    """Construct a skipped matrix from the fields that JSON holds."""
+    return SkippedMatrix(fields["name"], tuple(fields["shape"]), SkipReason(fields["reason"]), fields["detail"])
 
 
 def _sparsity(layers: Sequence[PrunedLayer]) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from wanda_lightning.models import Layer
+from wanda_lightning.models import Layer, is_unloaded
 
 
 class _Stack(NamedTuple):
@@ -27,18 +27,33 @@ class Match(NamedTuple):
     row: int  # the first row of the matrix in the view
 
 
+_moves = 0  # how often weights were loaded or freed
+
+
+def weights_moved() -> None:
+    """Say that weights were loaded or freed, so that every `WeightMemory` reads their addresses again."""
+    global _moves
+    _moves += 1
+
+
 class WeightMemory:
     """The memory ranges of the weights of some layers.
 
-    Convolutions, sharded weights and weights on the meta device have no plain matrix in memory and are left out.
+    Convolutions, sharded weights and weights on the meta device have no plain matrix in memory and are left out, as are
+    weights that are not loaded, until `weights_moved` is called.
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
+        self._layers = [layer for layer in layers if _is_plain(layer)]
+        self.has_experts = any(layer.expert is not None for layer in self._layers)
+        self._read()
+
+    def _read(self) -> None:
+        self._moves = _moves
         stacks: dict[int, _Stack] = {}
-        for layer in layers:
+        for layer in self._layers:
             weight = layer.parameter.detach()
-            dimensions = 2 if layer.expert is None else 3
-            if type(weight) is not Tensor or weight.is_meta or weight.ndim != dimensions or not weight.numel():
+            if is_unloaded(weight):
                 continue
             end = weight.data_ptr() + weight.numel() * weight.element_size()
             matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
@@ -46,10 +61,9 @@ class WeightMemory:
             stack.layers[layer.expert or 0] = layer
         self._starts = sorted(stacks)
         self._stacks = [stacks[start] for start in self._starts]
-        self.has_experts = any(len(stack.weight) > 1 for stack in self._stacks)
 
     def __len__(self) -> int:
-        return len(self._stacks)
+        return len(self._layers)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return self._stack_of(tensor) is not None
@@ -77,9 +91,17 @@ class WeightMemory:
         ]
 
     def _stack_of(self, tensor: Tensor) -> _Stack | None:
+        if self._moves != _moves:
+            self._read()
         if not self._stacks:
             return None
         pointer = tensor.data_ptr()
         index = bisect_right(self._starts, pointer) - 1
         stack = self._stacks[index] if index >= 0 else None
         return stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
+
+
+def _is_plain(layer: Layer) -> bool:
+    weight = layer.parameter.detach()
+    dimensions = 2 if layer.expert is None else 3
+    return type(weight) is Tensor and not weight.is_meta and weight.ndim == dimensions and weight.numel() > 0

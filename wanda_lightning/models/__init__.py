@@ -5,6 +5,7 @@ from wanda_lightning.models.from_config import model_from_config
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
+from wanda_lightning.models.placeholders import is_unloaded, placeholder
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.models.reads_images import reads_images
 
@@ -17,9 +18,11 @@ __all__ = [
     "Unit",
     "find_layers",
     "fitting_mask",
+    "is_unloaded",
     "is_wrapper",
     "layer_kinds",
     "model_from_config",
+    "placeholder",
     "reads_images",
     "token_masks",
 ]

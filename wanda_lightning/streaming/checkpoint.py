@@ -1,0 +1,244 @@
+"""Read a model from safetensors part by part, through the loading code of transformers.
+
+This is the only file that uses semi-private functions of transformers: one step of `from_pretrained` is replaced, so
+that everything else (configuration, dtypes, buffers, tied weights) stays its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import logging
+
+from wanda_lightning.calibration.weight_memory import weights_moved
+from wanda_lightning.model_sources import load_config, locate, reading
+from wanda_lightning.models import placeholder
+
+RESIDENT = ""
+"""The part of a model that lies outside of all blocks."""
+
+Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
+
+
+class Checkpoint:
+    """A language model in safetensors whose blocks are loaded one at a time.
+
+    The model is complete except for the weights of its blocks, which are placeholders until they are loaded.
+
+    Args:
+        name: Hub id or local folder.
+        find_blocks: Returns the names of the blocks of a model, whose weights are on the meta device.
+        dtype: The dtype of `from_pretrained`; "auto" keeps that of the file.
+        hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
+
+    Attributes:
+        model: The model.
+        blocks: The names of its blocks.
+        files: The safetensors files.
+
+    Raises:
+        OSError: If neither a local folder nor the hub has the model in safetensors, or a file is missing.
+        ValueError: If files are damaged or contradict each other, or a block shares a weight with the rest.
+    """
+
+    def __init__(
+        self, name: str, find_blocks: Callable[[nn.Module], Sequence[str]], dtype: str, hub: Mapping[str, Any]
+    ) -> None:
+        self._name = name
+        self.blocks: tuple[str, ...] = ()
+        self._find_blocks = find_blocks
+        self._keys: dict[str, dict[Path, list[str]]] = {}
+        self._conversions: dict[str, Any] = {}
+        config = load_config(name, **hub)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        original = PreTrainedModel._load_pretrained_model
+        with reading("weights", name), _quiet():
+            try:
+                PreTrainedModel._load_pretrained_model = staticmethod(self._load_resident)
+                self.model, loaded = auto_class.from_pretrained(
+                    **locate(name), **hub, dtype=dtype, use_safetensors=True, output_loading_info=True
+                )
+            finally:
+                PreTrainedModel._load_pretrained_model = original
+        self._refuse_incomplete(loaded["missing_keys"], loaded["mismatched_keys"])
+        self._refuse_shared()
+
+    def _load_resident(
+        self, model: Any, state_dict: object, files: Sequence[str], load_config: Any, expected_keys: object = None
+    ) -> tuple[Any, None]:
+        """Take the place of `PreTrainedModel._load_pretrained_model`: load only what lies outside of the blocks."""
+        self.model, self._load_config = model, load_config
+        self.files = {Path(file): _stamp(file) for file in files}
+        self.blocks = tuple(self._find_blocks(model))
+        self._sort_keys()
+        loaded = self.load(RESIDENT)
+        for block in self.blocks:
+            self.unload(block)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if self.part_of(name) != RESIDENT:
+                tensor._is_hf_initialized = True  # or transformers would allocate and initialize it
+                loaded.missing_keys.discard(name)
+        return loaded, None
+
+    def _sort_keys(self) -> None:
+        """Find the part to which each stored tensor belongs."""
+        mapping = self._load_config.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        expected = self.model.state_dict()
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                stored = list(file.keys())
+            for key in stored:
+                name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, expected)
+                part = self.part_of(key if name not in expected and key in expected else name)
+                self._keys.setdefault(part, {}).setdefault(path, []).append(key)
+
+    def part_of(self, name: str) -> str:
+        """Return the block in which a parameter lies, or `RESIDENT`."""
+        return next((block for block in self.blocks if name.startswith(f"{block}.")), RESIDENT)
+
+    def load(self, part: str, stored: Keys | None = None) -> Any:
+        """Load a part of the model, by default from the checkpoint.
+
+        Args:
+            part: A block, or `RESIDENT`.
+            stored: Other files that hold it in the same format.
+
+        Raises:
+            OSError: If a file of the checkpoint has changed.
+            ValueError: If tensors are missing or have other shapes.
+        """
+        if stored is None:
+            stored = self._keys.get(part, {})
+            for path in stored:
+                self._refuse_changed(path)
+        with ExitStack() as opened, _quiet():
+            slices: dict[str, _Copied] = {}
+            for path, keys in stored.items():
+                file = opened.enter_context(safe_open(path, framework="pt"))
+                slices |= {key: _Copied(file.get_slice(key)) for key in keys}
+            loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, self._load_config)
+        self._conversions[part] = self.model._weight_conversions
+        weights_moved()
+        if part != RESIDENT:
+            missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
+            self._refuse_incomplete(missing, loaded.mismatched_keys)
+        return loaded
+
+    def unload(self, part: str) -> None:
+        """Free the weights of a block."""
+        block = self.model.get_submodule(part)
+        saved = block.state_dict(keep_vars=True).keys()
+        for path, module in block.named_modules():
+            prefix = f"{path}." if path else ""
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                empty = nn.Parameter(placeholder(parameter), requires_grad=parameter.requires_grad)
+                module.register_parameter(name, empty)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if prefix + name in saved:
+                    module.register_buffer(name, placeholder(buffer))
+        self._conversions.pop(part, None)
+        weights_moved()
+
+    def stored(self, part: str) -> dict[str, Tensor]:
+        """Return a part under the names and in the layout of the checkpoint.
+
+        Raises:
+            RuntimeError: If the part is not loaded: its weights have no values.
+        """
+        if part not in self._conversions:
+            raise RuntimeError(f"{part} is not loaded, so it cannot be stored. Please report this error.")
+        model: Any = self.model
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if self.part_of(name) == part}
+        for name in model._keys_to_ignore_on_save or ():
+            tensors.pop(name, None)
+        tensors = remove_tied_weights_from_state_dict(tensors, model)
+        model._weight_conversions = self._conversions[part]
+        return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, tensors).items()}
+
+    def save_configuration(self, folder: Path) -> None:
+        """Write all files of the model except the weights."""
+        with _quiet():
+            self.model.save_pretrained(folder, state_dict={})
+
+    def bytes_of(self, part: str) -> int:
+        """Return the size of a part in memory."""
+        tensors = self.model.state_dict().items()
+        return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if self.part_of(name) == part)
+
+    def _refuse_changed(self, path: Path) -> None:
+        if _stamp(path) != self.files[path]:
+            raise OSError(
+                f"{path} must not change while the model is pruned, but it was written or removed meanwhile. Start "
+                "again with the model that you want."
+            )
+
+    def _refuse_incomplete(self, missing: Sequence[str], mismatched: Sequence[Any]) -> None:
+        if mismatched:
+            key, found, expected = sorted(mismatched)[0]
+            raise ValueError(
+                f"The model {self._name!r} has weights that do not fit its configuration, {key} first: its stored "
+                f"shape is {tuple(found)}, but config.json requires {tuple(expected)}. Correct config.json."
+            )
+        if missing:
+            raise ValueError(
+                f"The model {self._name!r} has no weights for {len(missing)} parameters of its configuration, "
+                f"{sorted(missing)[0]} first. Check the folder and its config.json."
+            )
+
+    def _refuse_shared(self) -> None:
+        owners: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            part = self.part_of(name)
+            if owners.setdefault(id(parameter), part) != part:
+                raise ValueError(
+                    f"The model {self._name!r} cannot be read block by block, because {name} is shared by two parts of "
+                    "the model. Prune it in memory."
+                )
+
+
+class _Copied:
+    """A tensor of a file, copied when it is read: the memory of an open file would not be freed with the tensor."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._stored[index].clone()
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the size and the time of the last change, in ns; zeros if the file does not exist."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the progress bars of transformers away: each part would have one."""
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            logging.enable_progress_bar()

@@ -1,0 +1,112 @@
+"""Prune a model that does not fit in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.models import find_layers
+from wanda_lightning.plan import make_plan
+from wanda_lightning.pruning import prune_as
+from wanda_lightning.report import PruningReport
+from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
+from wanda_lightning.streaming.output import OutputFolder, fingerprint
+from wanda_lightning.streaming.weights import StreamedWeights
+
+
+def prune_from_disk(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    batches: Iterable[Any],
+    sparsity: float = 0.5,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    forward: Callable[[Any], object] | None = None,
+    progress: bool = True,
+    **choices: Any,
+) -> PruningReport:
+    """Prune a language model in safetensors block by block, with at most three blocks in memory.
+
+    The weights that lie outside of the blocks (embeddings, head, final norm) are in memory all the time. The weights of
+    a block are read when the calibration batches arrive at it, and written when they have left it. The output is a
+    folder for `from_pretrained`, with the same weights that `prune` computes in memory.
+
+    If the run is interrupted, call this again with the same arguments: it continues after the last written block. Until
+    it ends, the output has no `config.json` and is not a model.
+
+    Args:
+        source: Hub id or local folder.
+        output: A folder that is empty, does not exist, or was left by an interrupted run with the same arguments.
+        batches: Calibration batches; all are kept in memory, as are their hidden states.
+        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
+        dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
+        revision: Revision of a hub model.
+        cache_dir: Folder for downloads from the hub.
+        trust_remote_code: Run the code that comes with a hub model.
+        forward: Runs one batch through the model, as in `prune`.
+        progress: Show a bar.
+        **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
+
+    Returns:
+        The report.
+
+    Raises:
+        OSError: If the source cannot be read or the output cannot be written.
+        ValueError: If a choice needs the whole model, or the output was begun with other choices.
+    """
+    config = PruningConfig.from_names(sparsity, **choices)
+    refuse_whole_model(config)
+    refuse_nested(source, output)
+    held = list(batches)
+    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+
+    def find_blocks(model: nn.Module) -> list[str]:
+        plan = make_plan(config, model, has_weights=False)
+        modules = {id(module): name for name, module in model.named_modules()}
+        return [modules[id(block)] for block in plan.blocks]
+
+    checkpoint = Checkpoint(str(source), find_blocks, dtype, hub)
+    made_with = {
+        "choices": config.describe(),
+        "dtype": str(checkpoint.model.dtype),
+        "calibration": fingerprint(held),
+        "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
+    }
+    with closing(OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks])) as folder:
+        weights = StreamedWeights(checkpoint, folder)
+        with weights.streaming():
+            report = prune_as(config, checkpoint.model, held, forward=forward, progress=progress, store=weights)
+        folder.finish(checkpoint.save_configuration)
+    return report
+
+
+def refuse_whole_model(config: PruningConfig) -> None:
+    """Refuse choices that need all weights at once."""
+    reasons = {
+        "sequential": (config.sequential == "none", config.sequential, "'block' or 'layer'"),
+        "allocation": (bool(config.allocation.needs) or config.allocation.reads_weights, config.allocation, "'uniform'"),
+        "pattern": (config.reads_gradients, config.pattern, "'unstructured_layer'"),
+        "recovery": (config.recovery.reads_batches, config.recovery, "'none' or 'reconstruct'"),
+    }
+    for name, (refused, value, instead) in reasons.items():
+        if refused:
+            raise ValueError(
+                f"{name}={value} needs the whole model in memory, but the model is read block by block. Use {name}="
+                f"{instead}, or prune in memory."
+            )
+
+
+def refuse_nested(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Refuse an output inside of the source folder, or the source itself."""
+    folder, target = Path(source).expanduser().resolve(), Path(output).expanduser().resolve()
+    if folder.is_dir() and target.is_relative_to(folder):
+        raise ValueError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

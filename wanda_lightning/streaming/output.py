@@ -1,0 +1,158 @@
+"""A model folder that is written part by part, and resumed after a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wanda_lightning.files import lock, refuse_nonempty, unlock, whole_file
+
+PROGRESS = "pruning_progress.json"
+"""The file that an unfinished folder has: which parts are written, and with which choices."""
+
+_INDEX = "model.safetensors.index.json"
+
+
+class OutputFolder:
+    """The folder of a pruned model, with one safetensors file for each part.
+
+    A part is written as a whole, and the files without which the folder is not a model come last. Only one process may
+    write into the folder.
+
+    Args:
+        folder: A folder that is empty, does not exist, or was left by an interrupted run.
+        made_with: What determines the result, as plain data by name. A folder that was begun with other values is
+            refused.
+        parts: The names of all parts.
+
+    Attributes:
+        written: The record of each written part.
+
+    Raises:
+        OSError: If the folder has other files, cannot be written, or another run writes into it.
+        ValueError: If it was begun with other choices.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str]) -> None:
+        self._folder, self._parts = Path(folder).expanduser().resolve(), list(parts)
+        self._made_with = json.loads(json.dumps(made_with, default=str))
+        progress = self._folder / PROGRESS
+        if not progress.is_file():
+            refuse_nonempty(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self._folder)
+        if self._lock is None and os.name != "nt":
+            raise FileExistsError(f"{folder} is being written by another run. Wait for its end, or choose another.")
+        self.written: dict[str, dict[str, Any]] = {}
+        if progress.is_file():
+            self.written = self._resumed(folder, json.loads(progress.read_text(encoding="utf-8")))
+        else:
+            self._save_progress()
+
+    def _resumed(self, folder: object, begun: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the parts that an interrupted run has written.
+
+        Raises:
+            ValueError: If that run had other choices.
+        """
+        names = self._made_with.keys() | begun["made_with"].keys()
+        differing = sorted(n for n in names if self._made_with.get(n) != begun["made_with"].get(n))
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{folder} was begun with {name}={begun['made_with'].get(name)!r}, but now it is "
+                f"{self._made_with.get(name)!r}{f' (also different: {differing[1:]})' if differing[1:] else ''}. Use "
+                "the same choices, data and model to go on, or another folder."
+            )
+        written: dict[str, dict[str, Any]] = begun["written"]
+        return {part: record for part, record in written.items() if self._path(part).is_file()}
+
+    def _path(self, part: str) -> Path:
+        number = self._parts.index(part) + 1
+        return self._folder / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
+
+    def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write a part and its record.
+
+        Raises:
+            RuntimeError: If a tensor has no values.
+        """
+        if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
+        if tensors:
+            with whole_file(self._path(part)) as new:
+                save_file(dict(tensors), new, metadata={"format": "pt"})
+                _flush(new)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.written[part] = {**record, "keys": list(tensors), "size": size}
+        self._save_progress()
+
+    def _save_progress(self) -> None:
+        with whole_file(self._folder / PROGRESS) as new:
+            content = {"made_with": self._made_with, "written": self.written}
+            new.write_text(json.dumps(content), encoding="utf-8")
+            _flush(new)
+
+    def stored(self, part: str) -> dict[Path, list[str]]:
+        """Return the file and the names of the tensors of a written part."""
+        return {self._path(part): self.written[part]["keys"]}
+
+    def finish(self, save_configuration: Callable[[Path], None]) -> None:
+        """Write the index and what `save_configuration` writes into a folder, which makes the folder a model."""
+        weight_map = {key: self._path(part).name for part in self._parts for key in self.written[part]["keys"]}
+        index = {
+            "metadata": {"total_size": sum(record["size"] for record in self.written.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".wanda-") as temporary:
+            save_configuration(Path(temporary))
+            (Path(temporary) / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, self._folder / file.name)
+        (self._folder / PROGRESS).unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Allow other runs to write into the folder."""
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
+
+
+def _flush(path: Path) -> None:
+    """Write a file from the cache of the operating system to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def fingerprint(values: Any) -> str:
+    """Return a hash of nested containers with tensors and plain values."""
+    digest = hashlib.sha256()
+    for piece in _pieces(values):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(values: Any) -> Iterator[bytes]:
+    if isinstance(values, Tensor):
+        yield f"{values.dtype} {tuple(values.shape)}".encode()
+        yield values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(values, Mapping):
+        for key in values:
+            yield repr(key).encode()
+            yield from _pieces(values[key])
+    elif isinstance(values, list | tuple):
+        yield f"{len(values)}".encode()
+        for value in values:
+            yield from _pieces(value)
+    else:
+        yield repr(values).encode()

@@ -1,0 +1,27 @@
+"""Where the weights of a model are while it is pruned."""
+
+from __future__ import annotations
+
+from wanda_lightning.models import Unit
+from wanda_lightning.notes import Outcome
+
+
+class WeightStore:
+    """All weights stay in memory.
+
+    Attributes:
+        is_whole: Whether all weights are in memory at the same time.
+        zeros: Number of zeros among the weights that are not in memory.
+        advice: What to do if pruning fails halfway.
+    """
+
+    is_whole: bool = True
+    zeros: int = 0
+    advice: str = "Reload the model before you try again."
+
+    def arrive(self, unit: Unit, outcome: Outcome) -> bool:
+        """Prepare a unit that is about to be pruned; return whether an earlier run has pruned it already."""
+        return False
+
+    def finish(self, outcome: Outcome) -> None:
+        """Store what is left, after the last unit."""
