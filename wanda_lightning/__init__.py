@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from wanda_lightning.pruning import prune
     from wanda_lightning.recovery import Distil, NoRecovery, Reconstruct
     from wanda_lightning.report import PruningReport
-    from wanda_lightning.streaming import prune_from_disk
+    from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
 
 _HOMES = {
     "callbacks": (
@@ -47,7 +47,7 @@ _HOMES = {
     "pruning": "prune",
     "recovery": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
-    "streaming": "prune_from_disk",
+    "streaming": "perplexity_from_disk prune_from_disk",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -86,6 +86,7 @@ __all__ = [
     "Wanda",
     "WandaPrune",
     "ZeroOut",
+    "perplexity_from_disk",
     "prune",
     "prune_from_disk",
 ]

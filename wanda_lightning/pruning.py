@@ -168,9 +168,7 @@ def _why_not_corrected(plan: Plan, batches: object) -> str:
     return "no calibration batches were given" if batches is None else ""
 
 
-def _prune_units(
-    plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, bar: ProgressBar
-) -> None:
+def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, bar: ProgressBar) -> None:
     """Observe, prune and recover each unit in turn."""
     config = plan.config
     tick = bar.advance if plan.is_one_pass else lambda: None

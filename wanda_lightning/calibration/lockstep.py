@@ -38,6 +38,7 @@ def lockstep(
     processes: Processes = SINGLE_PROCESS,
     names: Sequence[str] = (),
     revisited: set[int] | None = None,
+    to_end: bool = False,
 ) -> Iterator[Stop]:
     """Stop once at each unit that a batch reaches, with all batches that are parked there.
 
@@ -52,6 +53,7 @@ def lockstep(
         processes: The processes that run the same units, each with its own forward passes.
         names: Names of the units for error messages; by default those of their classes.
         revisited: Set to which the indices of units are added that a batch reaches again.
+        to_end: Let the batches run to the end of the model after the last unit.
 
     Yields:
         The stops. Closing the generator, or an exception, ends all threads and restores the modules.
@@ -78,7 +80,7 @@ def lockstep(
                 pending.remove(unit)
             else:
                 revisited.add(unit)
-            if not pending:
+            if not pending and not to_end:
                 if here and not any(map(is_sharded, units)):
                     find_revisits(here[0], units, revisited)
                 return

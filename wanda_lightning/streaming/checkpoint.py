@@ -7,7 +7,7 @@ that everything else (configuration, dtypes, buffers, tied weights) stays its ow
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.model_sources import load_config, locate, reading
-from wanda_lightning.models import placeholder
+from wanda_lightning.models import find_layers, placeholder
 
 RESIDENT = ""
 """The part of a model that lies outside of all blocks."""
@@ -42,7 +42,6 @@ class Checkpoint:
 
     Args:
         name: Hub id or local folder.
-        find_blocks: Returns the names of the blocks of a model, whose weights are on the meta device.
         dtype: The dtype of `from_pretrained`; "auto" keeps that of the file.
         hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
 
@@ -56,12 +55,9 @@ class Checkpoint:
         ValueError: If files are damaged or contradict each other, or a block shares a weight with the rest.
     """
 
-    def __init__(
-        self, name: str, find_blocks: Callable[[nn.Module], Sequence[str]], dtype: str, hub: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, name: str, dtype: str = "auto", hub: Mapping[str, Any] = {}) -> None:
         self._name = name
         self.blocks: tuple[str, ...] = ()
-        self._find_blocks = find_blocks
         self._keys: dict[str, dict[Path, list[str]]] = {}
         self._conversions: dict[str, Any] = {}
         config = load_config(name, **hub)
@@ -84,7 +80,10 @@ class Checkpoint:
         """Take the place of `PreTrainedModel._load_pretrained_model`: load only what lies outside of the blocks."""
         self.model, self._load_config = model, load_config
         self.files = {Path(file): _stamp(file) for file in files}
-        self.blocks = tuple(self._find_blocks(model))
+        inventory = find_layers(model)
+        modules, own = dict(model.named_modules()), {layer.module for layer in inventory.layers}
+        names = dict.fromkeys(inventory.blocks[layer.name] for layer in inventory.layers)
+        self.blocks = tuple(name for name in names if modules[name] not in own)
         self._sort_keys()
         loaded = self.load(RESIDENT)
         for block in self.blocks:

@@ -8,10 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.models import find_layers
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport
@@ -34,7 +31,7 @@ def prune_from_disk(
     progress: bool = True,
     **choices: Any,
 ) -> PruningReport:
-    """Prune a language model in safetensors block by block, with at most three blocks in memory.
+    """Prune a language model in safetensors block by block, with at most two blocks in memory.
 
     The weights that lie outside of the blocks (embeddings, head, final norm) are in memory all the time. The weights of
     a block are read when the calibration batches arrive at it, and written when they have left it. The output is a
@@ -68,13 +65,8 @@ def prune_from_disk(
     refuse_nested(source, output)
     held = list(batches)
     hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-
-    def find_blocks(model: nn.Module) -> list[str]:
-        plan = make_plan(config, model, has_weights=False)
-        modules = {id(module): name for name, module in model.named_modules()}
-        return [modules[id(block)] for block in plan.blocks]
-
-    checkpoint = Checkpoint(str(source), find_blocks, dtype, hub)
+    checkpoint = Checkpoint(str(source), dtype, hub)
+    make_plan(config, checkpoint.model, has_weights=False)  # to refuse the model before anything is written
     made_with = {
         "choices": config.describe(),
         "dtype": str(checkpoint.model.dtype),
@@ -91,11 +83,12 @@ def prune_from_disk(
 
 def refuse_whole_model(config: PruningConfig) -> None:
     """Refuse choices that need all weights at once."""
+    allocation, recovery = config.allocation, config.recovery
     reasons = {
         "sequential": (config.sequential == "none", config.sequential, "'block' or 'layer'"),
-        "allocation": (bool(config.allocation.needs) or config.allocation.reads_weights, config.allocation, "'uniform'"),
+        "allocation": (bool(allocation.needs) or allocation.reads_weights, allocation, "'uniform'"),
         "pattern": (config.reads_gradients, config.pattern, "'unstructured_layer'"),
-        "recovery": (config.recovery.reads_batches, config.recovery, "'none' or 'reconstruct'"),
+        "recovery": (recovery.reads_batches, recovery, "'none' or 'reconstruct'"),
     }
     for name, (refused, value, instead) in reasons.items():
         if refused:

@@ -1,0 +1,279 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import families
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import T5ForConditionalGeneration as T5
+
+from wanda_lightning import Distil, Reconstruct, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.streaming.checkpoint import Checkpoint
+from wanda_lightning.streaming.output import PROGRESS, OutputFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+VOCABULARY = 64
+
+
+def batches(count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A tied Llama in bfloat16, in several files."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=VOCABULARY, tie_word_embeddings=True)
+    folder = tmp_path_factory.mktemp("model") / "source"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def weights(folder):
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choices):
+    model = auto_class.from_pretrained(source)
+    report = prune(model, samples, 0.5, progress=False, **choices)
+    model.save_pretrained(folder)
+    return report
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first
+    )
+
+
+CHOICES = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "layer": {"method": "wanda", "sequential": "layer"},
+    "2:4": {"method": "sparsegpt", "pattern": "2:4"},
+    "admm": {"solver": "admm", "sequential": "layer"},
+    "reconstruct": {"method": "wanda", "recovery": Reconstruct()},
+    "skip": {"method": "wanda", "skip": ["model.layers.1"]},
+    "head": {"method": "wanda", "only": ["*.mlp"]},
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
+    expected = in_memory(source, tmp_path / "memory", batches(), **CHOICES[name])
+    report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, progress=False, **CHOICES[name])
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+    assert (report.layers, report.skipped, report.zeros) == (expected.layers, expected.skipped, expected.zeros)
+    assert report.notes == expected.notes
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "disk").state_dict()
+    assert same(reloaded, AutoModelForCausalLM.from_pretrained(tmp_path / "memory").state_dict())
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "disk" / file).read_text() == (tmp_path / "memory" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma3_text", "falcon_mamba", "cpmant"]
+)
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+def test_families_are_converted_as_transformers_does(tmp_path, name, sequential):
+    (family,) = families(("causal",), (name,))
+    model = family.build()
+    model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    samples, choices = family.batches(model), {"method": "wanda", "sequential": sequential}
+    in_memory(tmp_path / "source", tmp_path / "memory", samples, **choices)
+    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+
+
+def test_an_encoder_decoder(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    T5(config).save_pretrained(tmp_path / "source")
+    samples = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
+    in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, method="wanda")
+    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, method="wanda", progress=False)
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+
+
+def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch):
+    loaded, most, load, unload = set(), [0], Checkpoint.load, Checkpoint.unload
+
+    def counting(self, part, *args):
+        result = load(self, part, *args)
+        loaded.add(part)
+        most[0] = max(most[0], len(loaded - {""}))
+        return result
+
+    def discounting(self, part):
+        unload(self, part)
+        loaded.discard(part)
+
+    monkeypatch.setattr(Checkpoint, "load", counting)
+    monkeypatch.setattr(Checkpoint, "unload", discounting)
+    prune_from_disk(source, tmp_path / "out", batches(), 0.5, method="wanda", progress=False)
+    assert most[0] == 2
+    assert loaded == {""}
+
+
+def test_the_perplexity_is_that_of_the_model_in_memory(source):
+    model, metric = AutoModelForCausalLM.from_pretrained(source), WindowPerplexity()
+    with torch.no_grad():
+        for batch in batches(40):
+            metric.update(model(**batch).logits, batch["input_ids"])
+    assert perplexity_from_disk(source, batches(40), progress=False) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from wanda_lightning import prune_from_disk
+from wanda_lightning.streaming.output import OutputFolder
+sys.path.insert(0, sys.argv[4])
+from test_prune_from_disk import batches
+
+save, written = OutputFolder.save, []
+
+def killed(self, part, *args):
+    if len(written) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, part, *args)
+    written.append(part)
+
+OutputFolder.save = killed
+prune_from_disk(sys.argv[1], sys.argv[2], batches(), 0.5, method="sparsegpt", sequential="layer", progress=False)
+"""
+
+
+def test_a_killed_run_continues_where_it_was(source, tmp_path):
+    choices = {"method": "sparsegpt", "sequential": "layer", "progress": False}
+    expected = prune_from_disk(source, tmp_path / "whole", batches(), 0.5, **choices)
+    out = tmp_path / "killed"
+    for after in (0, 2):
+        command = [sys.executable, "-c", KILLED, source, out, str(after), Path(__file__).parent]
+        assert subprocess.run(command, env=os.environ, check=False).returncode == -signal.SIGKILL
+        assert not (out / "config.json").exists()
+        assert len(json.loads((out / PROGRESS).read_text())["written"]) == after
+    report = prune_from_disk(source, out, batches(), 0.5, **choices)
+    files = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    assert (report.layers, report.zeros, report.notes) == (expected.layers, expected.zeros, expected.notes)
+
+
+def interrupted(source, folder, monkeypatch, **choices):
+    """Leave a folder with some parts, as a killed run does."""
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "finish", lambda self, save: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune_from_disk(source, folder, batches(), 0.5, progress=False, **choices)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batches": batches(seed=1)}, "begun with calibration="),
+        ({"method": "magnitude"}, "begun with choices="),
+        ({"sparsity": 0.6}, "begun with choices="),
+        ({"dtype": "float32"}, "begun with dtype='torch.bfloat16', but now it is 'torch.float32'"),
+    ],
+)
+def test_other_choices_are_refused(source, tmp_path, monkeypatch, changed, message):
+    interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = {"batches": batches(), "sparsity": 0.5, "method": "wanda", **changed}
+    with pytest.raises(ValueError, match=message):
+        prune_from_disk(source, tmp_path / "out", progress=False, **arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"sequential": "none"}, "sequential=none needs the whole model"),
+        ({"allocation": "owl"}, "allocation=OWL"),
+        ({"allocation": "alpha"}, "allocation=AlphaPruning"),
+        ({"method": "best"}, "allocation=Fisher"),
+        ({"pattern": "unstructured_layer_weighted"}, "pattern="),
+        ({"recovery": Distil()}, "recovery=Distil"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(source, tmp_path, choices, message):
+    with pytest.raises(ValueError, match=message):
+        prune_from_disk(source, tmp_path / "out", batches(), 0.5, **choices)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_places_are_refused(source, tmp_path):
+    for place in (source, source / "out"):
+        with pytest.raises(ValueError, match="output must lie outside of the source"):
+            prune_from_disk(source, place, batches())
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        prune_from_disk(source, full, batches(), progress=False)
+
+
+def test_two_runs_cannot_write_into_one_folder(source, tmp_path):
+    OutputFolder(tmp_path / "out", {}, ["a"])
+    with pytest.raises(FileExistsError, match="is being written by another run"):
+        prune_from_disk(source, tmp_path / "out", batches(), progress=False)
+
+
+@pytest.fixture
+def copied(source, tmp_path):
+    """A copy of the source that a test may damage."""
+    folder = tmp_path / "copy"
+    LlamaForCausalLM.from_pretrained(source).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def test_a_changed_source_is_refused(copied, tmp_path, monkeypatch):
+    load = Checkpoint.load
+
+    def touching(self, part, *args):
+        if part == "model.layers.2":
+            for path in copied.glob("*.safetensors"):
+                os.utime(path, (0, 0))
+        return load(self, part, *args)
+
+    monkeypatch.setattr(Checkpoint, "load", touching)
+    with pytest.raises(OSError, match="must not change while the model is pruned"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+
+
+def test_incomplete_sources_are_refused(copied, tmp_path):
+    file = next(path for path in copied.glob("*.safetensors") if "model.layers.3.mlp.up_proj.weight" in load_file(path))
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for 1 parameters .*model\.layers\.3\.mlp\.up_proj\.weight"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+    file.unlink()
+    with pytest.raises((OSError, ValueError)):
+        prune_from_disk(copied, tmp_path / "out2", batches(), progress=False)
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_part_without_values_is_never_written(source, tmp_path):
+    checkpoint = Checkpoint(str(source))
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0 is not loaded"):
+        checkpoint.stored("model.layers.0")
+    output = OutputFolder(tmp_path / "out", {}, ["a"])
+    with pytest.raises(RuntimeError, match="has no values"):
+        output.save("a", {"weight": torch.empty(2, device="meta")}, {})

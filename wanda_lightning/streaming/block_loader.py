@@ -1,0 +1,88 @@
+"""Load each block of a checkpoint when the model calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint, Keys
+
+
+class BlockLoader:
+    """Keeps the blocks in memory that are in use, and the one that is expected next.
+
+    Args:
+        checkpoint: The model.
+        stored: Returns other files that hold a block; None for those of the checkpoint.
+
+    Attributes:
+        loaded: The blocks in memory, in the order in which they were called; without the one that is expected next.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stored: Callable[[str], Keys | None] = lambda block: None) -> None:
+        self._checkpoint, self._stored = checkpoint, stored
+        self.loaded: list[str] = []
+        self._unvisited = list(checkpoint.blocks)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="next block")
+        self._next: tuple[str, Future[None]] | None = None
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Load each block when the model calls it; free all blocks at the end."""
+        hooks = [
+            self._checkpoint.model.get_submodule(block).register_forward_pre_hook(
+                partial(lambda block, module, args: self.require(block), block)
+            )
+            for block in self._checkpoint.blocks
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._loader.shutdown(cancel_futures=True)
+            for block in self._checkpoint.blocks:
+                self._checkpoint.unload(block)
+            self.loaded.clear()
+
+    def require(self, block: str) -> None:
+        """Have a block in memory."""
+        if block in self.loaded:
+            return
+        if not self._arrived(block):
+            self._load(block)
+        self.loaded.append(block)
+        if block in self._unvisited:
+            self._unvisited.remove(block)
+
+    def expect_next(self, block: str) -> None:
+        """Begin to load, in the background, the block that is probably called after this one."""
+        order = self._checkpoint.blocks.index
+        following = sorted(self._unvisited, key=lambda other: (order(other) < order(block), order(other)))
+        if self._next is None and following:
+            self._next = following[0], self._loader.submit(self._load, following[0])
+
+    def expect_nothing(self) -> None:
+        """Free the block that was expected next."""
+        self._arrived(RESIDENT)
+
+    def free(self, block: str) -> None:
+        """Free a block."""
+        self._checkpoint.unload(block)
+        self.loaded.remove(block)
+
+    def _load(self, block: str) -> None:
+        self._checkpoint.load(block, self._stored(block))
+
+    def _arrived(self, wanted: str) -> bool:
+        """Wait for the block that was expected, and return whether it is the wanted one; free any other."""
+        if self._next is None:
+            return False
+        block, future = self._next
+        self._next = None
+        future.result()
+        if block != wanted:
+            self._checkpoint.unload(block)
+        return block == wanted

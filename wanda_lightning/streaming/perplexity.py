@@ -1,0 +1,61 @@
+"""Measure the perplexity of a model that does not fit in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.progress import ProgressBar
+from wanda_lightning.streaming.block_loader import BlockLoader
+from wanda_lightning.streaming.checkpoint import Checkpoint
+
+_AT_ONCE = 32  # batches that pass through the model together
+
+
+def perplexity_from_disk(
+    source: str | os.PathLike[str],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    dtype: str = "auto",
+    progress: bool = True,
+    **hub: Any,
+) -> float:
+    """Return the perplexity of a language model in safetensors, with at most two blocks in memory.
+
+    All weights are read once for every 32 batches.
+
+    Args:
+        source: Hub id or local folder.
+        batches: Batches with `input_ids` and perhaps an `attention_mask`, each (samples, tokens).
+        dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
+        progress: Show a bar.
+        **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
+    """
+    checkpoint = Checkpoint(str(source), dtype, hub)
+    metric = WindowPerplexity()
+
+    def measure(batch: Mapping[str, Any]) -> None:
+        input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+        metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
+
+    modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
+    remaining = iter(batches)
+    with pruning_mode(checkpoint.model), ProgressBar("Measuring", None, progress) as bar:
+        while group := list(islice(remaining, _AT_ONCE)):
+            blocks = BlockLoader(checkpoint)
+            with blocks.loading():
+                forwards = [partial(measure, batch) for batch in group]
+                for stop in lockstep(forwards, modules, names=checkpoint.blocks, to_end=True):
+                    here = checkpoint.blocks[stop.unit]
+                    for block in [block for block in blocks.loaded if block != here]:
+                        blocks.free(block)
+                    blocks.expect_next(here)
+                    bar.show(here)
+                    bar.advance()
+    return float(metric.compute())
