@@ -23,6 +23,8 @@ except ImportError:  # Windows, where leftovers of killed runs are not removed
 
 _PREFIX = ".wanda-"
 _CONFIG = "config.json"  # a folder without it is not a model, so it is moved last
+PROGRESS_NAME = "pruning_progress.json"
+"""The file in a folder that is written part by part and not finished."""
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
@@ -78,6 +80,12 @@ def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) ->
         raise FileExistsError(
             f"{path} contains the working directory, so it cannot be replaced. Choose a folder inside it."
         )
+
+
+def refuse_unresumable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise an OSError for a folder that is neither empty nor left by an interrupted run."""
+    if not (_resolved(path) / PROGRESS_NAME).is_file():
+        refuse_nonempty(path, overwrite)
 
 
 def refuse_full(path: str | os.PathLike[str], size: int) -> None:

@@ -277,6 +277,44 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_path, method):
+    more = ["--prune_method", method, "--sequential", "layer"]
+    assert run(*text, *more, "--save", "memory", "--save_model", "memory/model") == 0
+    assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream") == 0
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    in_memory, streamed = load_file(memory / "model/model.safetensors"), {}
+    for file in (disk / "model").glob("*.safetensors"):
+        streamed |= load_file(file)
+    assert in_memory.keys() == streamed.keys()
+    assert all(torch.equal(in_memory[key], streamed[key]) for key in in_memory)
+    weightless = [
+        set(os.listdir(out / "model")) - {file.name for file in (out / "model").glob("model*")}
+        for out in (memory, disk)
+    ]
+    assert weightless[0] == weightless[1]
+    reports = [PruningReport.from_json((out / "pruning_report.json").read_text()) for out in (memory, disk)]
+    assert reports[0].layers == reports[1].layers
+    for when in ("dense", "pruned"):
+        assert reports[1].config["measured"][when] == pytest.approx(reports[0].config["measured"][when], rel=1e-6)
+    assert (memory / f"log_{method}.txt").read_text() == (disk / f"log_{method}.txt").read_text()
+
+
+NOT_STREAMED = [
+    (["--stream"], "--save_model is None", 2),
+    (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
+    (["--stream", "--overwrite", *OUT], "--overwrite has no meaning for --stream", 2),
+    (["--stream", "--preset", "best", *OUT], "needs the whole model in memory", 1),
+    (["--stream", "--sequential", "none", *OUT], "needs the whole model in memory", 1),
+    (["--stream", "--save_model", "{}/images"], "is a folder that is not empty", 2),
+]
+
+
+@pytest.mark.parametrize(("more", "message", "code"), NOT_STREAMED, ids=[" ".join(more) for more, _, _ in NOT_STREAMED])
+def test_refused_with_stream(inputs, text, refused, more, message, code):
+    refused(*text, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
+
+
 CASES = [(*case, 2) for case in WRONG_USAGE] + [(*case, 1) for case in REFUSED]
 
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 from transformers import T5ForConditionalGeneration as T5
 
 from wanda_lightning import Distil, Reconstruct, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.output import PROGRESS, OutputFolder
+from wanda_lightning.streaming.output import OutputFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -164,7 +165,7 @@ def test_a_killed_run_continues_where_it_was(source, tmp_path):
         command = [sys.executable, "-c", KILLED, source, out, str(after), Path(__file__).parent]
         assert subprocess.run(command, env=os.environ, check=False).returncode == -signal.SIGKILL
         assert not (out / "config.json").exists()
-        assert len(json.loads((out / PROGRESS).read_text())["written"]) == after
+        assert len(json.loads((out / PROGRESS_NAME).read_text())["written"]) == after
     report = prune_from_disk(source, out, batches(), 0.5, **choices)
     files = {file.name: file.read_bytes() for file in out.iterdir()}
     assert files == {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}

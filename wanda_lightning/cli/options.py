@@ -14,7 +14,7 @@ from wanda_lightning.cli.parser import UsageError, default_of, option
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources
-from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement
+from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement, refuse_unresumable
 from wanda_lightning.methods import PRESETS
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
@@ -168,6 +168,11 @@ class PruneOptions(InspectOptions):
     dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
     save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
     save_model: str | None = option("Folder for the pruned model.")
+    stream: bool = option(
+        "Read a language model block by block from disk, and write each pruned block to --save_model. If the run is "
+        "interrupted, the same command continues it.",
+        False,
+    )
     overwrite: bool = option(
         "Add to a --save folder that is not empty, and replace a --save_model folder with everything in it.", False
     )
@@ -180,20 +185,27 @@ class PruneOptions(InspectOptions):
 
     def __post_init__(self) -> None:
         if self.is_image:
-            language = "seqlen limit calibration eval dtype trust_remote_code eval_zero_shot tasks_dir"
+            language = "seqlen limit calibration eval dtype trust_remote_code stream eval_zero_shot tasks_dir"
             refuse_given(self, "an image classifier", language)
             _require_images(self.model, self.data_path)
         else:
             refuse_given(self, "a language model", "data_path resume")
         if not self.eval_zero_shot:
             refuse_given(self, "pruning without --eval_zero_shot", "tasks_dir")
+        if self.stream:
+            refuse_given(self, "--stream", "overwrite eval_zero_shot")
+            if self.save_model is None or self.model.endswith(".gguf"):
+                raise UsageError(
+                    f"--stream reads a folder or hub model in safetensors and writes to --save_model, but --model is "
+                    f"{self.model} and --save_model is {self.save_model}. Give both, or leave --stream out."
+                )
         super().__post_init__()
 
     def refuse_early(self) -> None:
         """Also refuse other files that do not exist, places that cannot be written, and too many samples."""
         refuse_missing(self, "model resume tasks_dir")
         _refuse_place(self, "save", refuse_nonempty)
-        _refuse_place(self, "save_model", refuse_replacement)
+        _refuse_place(self, "save_model", refuse_unresumable if self.stream else refuse_replacement)
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:

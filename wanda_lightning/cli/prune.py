@@ -13,21 +13,28 @@ from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUENCES, PruneOptions, as_given
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import unclaimed, whole_file
+from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport
+from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
+from wanda_lightning.streaming.from_disk import refuse_whole_model
 
 
 def run(options: PruneOptions) -> None:
     """Prune a model, measure it before and after, and save what was asked for."""
+    if options.stream:
+        return _stream(options)
     samples = options.nsamples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES)
     callback = PruningCallback(**options.choices, num_samples=samples)
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
-    module, data = _classifier(options, samples) if options.is_image else _language_model(options, samples)
+    module, data = _classifier(options, samples) if options.is_image else _language_model(options)
     metric, heading = ("val_accuracy", "top-1") if options.is_image else ("val_perplexity", "perplexity")
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module)
@@ -37,8 +44,7 @@ def run(options: PruneOptions) -> None:
     pruned = measure(module, data, callback)[metric]
     report = callback.report
     assert report is not None
-    report.config["command"] = as_given(options) | _as_used(options, data)
-    report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
+    _describe_run(report, options, data, metric, dense, pruned)
     save_model(module, options.save_model, options.overwrite)
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
@@ -48,6 +54,27 @@ def run(options: PruneOptions) -> None:
     _print_results(options.name, heading, dense, pruned, report)
     if tasks:
         print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
+    return None
+
+
+def _stream(options: PruneOptions) -> None:
+    """Do the same with a model that is read and written block by block."""
+    hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
+    refuse_whole_model(PruningConfig.from_names(**options.choices))
+    L.seed_everything(options.seed, verbose=False)
+    config, tokenizer = load_config(options.model, **hub), load_tokenizer(options.model, **hub)
+    refuse_long_windows(options.seqlen, options.model, hub)
+    check_decoder_only(config)
+    data = _text(options, tokenizer, config)
+    source, output, dtype = options.model, options.save_model or "", options.dtype or "auto"
+    dense = perplexity_from_disk(source, data.val_dataloader(), dtype=dtype, **hub)
+    batches = data.calibration_dataloader()
+    report = prune_from_disk(source, output, batches, tokenizer=tokenizer, dtype=dtype, **hub, **options.choices)
+    pruned = perplexity_from_disk(output, data.val_dataloader())
+    _describe_run(report, options, data, "val_perplexity", dense, pruned)
+    if options.save is not None:
+        _write_results(options, "ppl_test", pruned, report)
+    _print_results(options.name, "perplexity", dense, pruned, report)
 
 
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
@@ -64,22 +91,37 @@ def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModu
     return module, data
 
 
-def _language_model(options: PruneOptions, samples: int) -> tuple[Any, TextDataModule]:
+def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     refuse_long_windows(options.seqlen, options.model, hub)
     module = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub)
-    data = TextDataModule(
-        module.tokenizer,
+    return module, _text(options, module.tokenizer, module.model.config)
+
+
+def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
+    return TextDataModule(
+        tokenizer,
         options.calibration or "c4",
         options.eval or "wikitext2",
-        seqlen=checked_seqlen(options.seqlen, module.model.config, PAPER_SEQLEN),
-        num_samples=samples,
+        seqlen=checked_seqlen(options.seqlen, config, PAPER_SEQLEN),
+        num_samples=options.nsamples or PAPER_SEQUENCES,
         batch_size=options.batch_size or 4,
         limit=options.limit,
         seed=options.seed,
         cache_dir=options.cache_dir,
     )
-    return module, data
+
+
+def _describe_run(
+    report: PruningReport,
+    options: PruneOptions,
+    data: TextDataModule | ImageDataModule,
+    metric: str,
+    dense: float,
+    pruned: float,
+) -> None:
+    report.config["command"] = as_given(options) | _as_used(options, data)
+    report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
 
 
 def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:

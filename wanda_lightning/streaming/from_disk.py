@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.modules.loading import check_vocabulary
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport
@@ -27,6 +29,7 @@ def prune_from_disk(
     revision: str | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
+    tokenizer: Any = None,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
     **choices: Any,
@@ -49,6 +52,7 @@ def prune_from_disk(
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
+        tokenizer: Saved with the model if given.
         forward: Runs one batch through the model, as in `prune`.
         progress: Show a bar.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
@@ -67,18 +71,27 @@ def prune_from_disk(
     hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint(str(source), dtype, hub)
     make_plan(config, checkpoint.model, has_weights=False)  # to refuse the model before anything is written
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, checkpoint.model)
     made_with = {
         "choices": config.describe(),
         "dtype": str(checkpoint.model.dtype),
         "calibration": fingerprint(held),
         "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
     }
-    with closing(OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks])) as folder:
+    parts = [RESIDENT, *checkpoint.blocks]
+    with closing(OutputFolder(output, made_with, parts, sum(map(checkpoint.bytes_of, parts)))) as folder:
         weights = StreamedWeights(checkpoint, folder)
         with weights.streaming():
             report = prune_as(config, checkpoint.model, held, forward=forward, progress=progress, store=weights)
-        folder.finish(checkpoint.save_configuration)
+        folder.finish(partial(_save_other_files, checkpoint, tokenizer))
     return report
+
+
+def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> None:
+    checkpoint.save_configuration(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def refuse_whole_model(config: PruningConfig) -> None:

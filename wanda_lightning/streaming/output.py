@@ -14,10 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanda_lightning.files import lock, refuse_nonempty, unlock, whole_file
-
-PROGRESS = "pruning_progress.json"
-"""The file that an unfinished folder has: which parts are written, and with which choices."""
+from wanda_lightning.files import PROGRESS_NAME, lock, refuse_full, refuse_unresumable, unlock, whole_file
 
 _INDEX = "model.safetensors.index.json"
 
@@ -33,6 +30,7 @@ class OutputFolder:
         made_with: What determines the result, as plain data by name. A folder that was begun with other values is
             refused.
         parts: The names of all parts.
+        size: Number of bytes of all parts.
 
     Attributes:
         written: The record of each written part.
@@ -42,21 +40,21 @@ class OutputFolder:
         ValueError: If it was begun with other choices.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str], size: int = 0
+    ) -> None:
         self._folder, self._parts = Path(folder).expanduser().resolve(), list(parts)
         self._made_with = json.loads(json.dumps(made_with, default=str))
-        progress = self._folder / PROGRESS
-        if not progress.is_file():
-            refuse_nonempty(folder)
+        refuse_unresumable(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self._folder)
         if self._lock is None and os.name != "nt":
             raise FileExistsError(f"{folder} is being written by another run. Wait for its end, or choose another.")
         self.written: dict[str, dict[str, Any]] = {}
-        if progress.is_file():
+        if (progress := self._folder / PROGRESS_NAME).is_file():
             self.written = self._resumed(folder, json.loads(progress.read_text(encoding="utf-8")))
-        else:
-            self._save_progress()
+        refuse_full(folder, size - sum(record["size"] for record in self.written.values()))
+        self._save_progress()
 
     def _resumed(self, folder: object, begun: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the parts that an interrupted run has written.
@@ -97,7 +95,7 @@ class OutputFolder:
         self._save_progress()
 
     def _save_progress(self) -> None:
-        with whole_file(self._folder / PROGRESS) as new:
+        with whole_file(self._folder / PROGRESS_NAME) as new:
             content = {"made_with": self._made_with, "written": self.written}
             new.write_text(json.dumps(content), encoding="utf-8")
             _flush(new)
@@ -118,7 +116,7 @@ class OutputFolder:
             (Path(temporary) / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
                 os.replace(file, self._folder / file.name)
-        (self._folder / PROGRESS).unlink()
+        (self._folder / PROGRESS_NAME).unlink()
         self.close()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ def perplexity_from_disk(
         **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
     """
     checkpoint = Checkpoint(str(source), dtype, hub)
+    check_causal(checkpoint.model)
     metric = WindowPerplexity()
 
     def measure(batch: Mapping[str, Any]) -> None:
