@@ -271,6 +271,29 @@ def test_incomplete_sources_are_refused(copied, tmp_path):
     assert not (tmp_path / "out2").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("model.layers.2.input_layernorm.weight", lambda tensor: tensor * torch.nan, "holds NaN or infinity"),
+        ("model.norm.weight", lambda tensor: tensor * torch.inf, "holds NaN or infinity"),
+        ("model.layers.1.mlp.up_proj.weight", lambda tensor: tensor.to(torch.int8), "stores .* as I8"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(copied, tmp_path, key, change, message):
+    for file in copied.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        if key in tensors:
+            save_file({**tensors, key: change(tensors[key])}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        prune_from_disk(copied, tmp_path / "out", batches(), method="wanda", progress=False)
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "model.gguf"])
+def test_other_formats_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="only Hugging Face models in safetensors"):
+        prune_from_disk(name, tmp_path / "out", batches())
+
+
 def test_a_part_without_values_is_never_written(source, tmp_path):
     checkpoint = Checkpoint(str(source))
     with pytest.raises(RuntimeError, match=r"model\.layers\.0 is not loaded"):

@@ -62,8 +62,8 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
         tokenizer = load_tokenizer(name, **hub) if with_tokenizer and has_tokenizer else None
     _check_complete(name, loaded)
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
-        _check_stored_as_float(name, _weight_files(name, hub), model)
-    _check_finite(model, name)
+        check_stored_as_float(name, _weight_files(name, hub), model)
+    check_finite(model.named_parameters(), name)
     return model, tokenizer
 
 
@@ -179,9 +179,9 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
             f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
         ) from error
     if folder is not None and pretrained:
-        _check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
+        check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
-        _check_finite(model, checked)
+        check_finite(model.named_parameters(), checked)
     return model
 
 
@@ -200,7 +200,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
         )
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint {checkpoint} does not exist. Check the path.")
-    _check_stored_as_float(str(path), [path], model)
+    check_stored_as_float(str(path), [path], model)
     weights, expected = load_file(path), model.state_dict()
     faults = [f"{key} is missing" for key in expected if key not in weights]
     faults += [f"{key} is unknown to the model" for key in weights if key not in expected]
@@ -217,7 +217,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
             "(timm:local-dir:FOLDER) or, in Python, num_classes and model_kwargs."
         )
     model.load_state_dict(weights)
-    _check_finite(model, str(checkpoint))
+    check_finite(model.named_parameters(), str(checkpoint))
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -232,9 +232,9 @@ def _require_safetensors(folder: Path, converter: str) -> None:
         )
 
 
-def _check_finite(model: nn.Module, name: str) -> None:
-    """Raise a ValueError that names the first weight with NaN or infinity."""
-    for key, weight in model.named_parameters():
+def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> None:
+    """Raise a ValueError that names the first weight of a model with NaN or infinity."""
+    for key, weight in parameters:
         if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # packed, for example
             continue
         # The sum is fast; only if it overflows or is NaN is each weight tested.
@@ -248,7 +248,7 @@ def _check_finite(model: nn.Module, name: str) -> None:
         )
 
 
-def _check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
+def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
     """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known."""
     parameters = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     parameters |= {key.partition(".")[2] for key in parameters}  # checkpoints of the base model lack the first part

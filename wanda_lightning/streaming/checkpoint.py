@@ -28,6 +28,7 @@ from transformers.utils import logging
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.model_sources import load_config, locate, reading
 from wanda_lightning.models import find_layers, placeholder
+from wanda_lightning.modules.loading import check_finite, check_stored_as_float
 
 RESIDENT = ""
 """The part of a model that lies outside of all blocks."""
@@ -60,7 +61,16 @@ class Checkpoint:
         self.blocks: tuple[str, ...] = ()
         self._keys: dict[str, dict[Path, list[str]]] = {}
         self._conversions: dict[str, Any] = {}
+        if name.startswith("timm:") or name.endswith(".gguf"):
+            raise ValueError(
+                f"The model {name!r} cannot be read block by block: only Hugging Face models in safetensors can. "
+                "Prune it in memory."
+            )
         config = load_config(name, **hub)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
+            )
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         original = PreTrainedModel._load_pretrained_model
         with reading("weights", name), _quiet():
@@ -72,6 +82,7 @@ class Checkpoint:
             finally:
                 PreTrainedModel._load_pretrained_model = original
         self._refuse_incomplete(loaded["missing_keys"], loaded["mismatched_keys"])
+        check_stored_as_float(name, self.files, self.model)
         self._refuse_shared()
 
     def _load_resident(
@@ -138,6 +149,8 @@ class Checkpoint:
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
             self._refuse_incomplete(missing, loaded.mismatched_keys)
+        named = self.model.named_parameters()
+        check_finite(((name, weight) for name, weight in named if self.part_of(name) == part), self._name)
         return loaded
 
     def unload(self, part: str) -> None:

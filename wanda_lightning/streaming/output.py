@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanda_lightning.files import PROGRESS_NAME, lock, refuse_full, refuse_unresumable, unlock, whole_file
+from wanda_lightning.files import PROGRESS_NAME, is_locked, lock, refuse_full, refuse_unresumable, unlock, whole_file
 
 _INDEX = "model.safetensors.index.json"
 
@@ -47,9 +47,9 @@ class OutputFolder:
         self._made_with = json.loads(json.dumps(made_with, default=str))
         refuse_unresumable(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self._folder)
-        if self._lock is None and os.name != "nt":
+        if is_locked(self._folder):
             raise FileExistsError(f"{folder} is being written by another run. Wait for its end, or choose another.")
+        self._lock = lock(self._folder)
         self.written: dict[str, dict[str, Any]] = {}
         if (progress := self._folder / PROGRESS_NAME).is_file():
             self.written = self._resumed(folder, json.loads(progress.read_text(encoding="utf-8")))
