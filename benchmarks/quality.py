@@ -67,6 +67,7 @@ IMAGES: dict[str, Choices] = {
     **{name: {"method": name} for name in PRESETS},
 }
 GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "80", "90", "2:4")}  # by whether they are images
+WINDOWS = ("model", "calibration", "nsamples", "seqlen", "limit")  # options that a measurement depends on
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
@@ -177,7 +178,7 @@ class LanguageModel:
         data = TextDataModule(module.tokenizer, *sources, **windows, batch_size=4, seed=0)
         if options.held_out:
             data.evaluation_windows = held_out(data)
-        self.model, self.samples = module.model.eval(), data.calibration_windows
+        self.tokenizer, self.model, self.samples = module.tokenizer, module.model.eval(), data.calibration_windows
         self.calibration, self.evaluation = list(data.calibration_dataloader()), data.val_dataloader()
         self.dense = copy.deepcopy(self.model.state_dict())
 
@@ -311,24 +312,46 @@ def measure_images(options: argparse.Namespace, results: Results, console: Conso
         console.print(table)
 
 
-def main() -> None:
-    """Measure the missing cells and print the table."""
-    parser = argparse.ArgumentParser(description="Compare the quality of all methods in one table.")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a language model, its windows and the table."""
     parser.add_argument("--model", help="hub id, folder or .gguf file")
     parser.add_argument("--calibration", default="python-docs")
     parser.add_argument("--eval", default="python-docs")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
-    parser.add_argument("--held_out", action="store_true", help="measure on the unused part of the calibration text")
     parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M, such as: 50 2:4")
+    parser.add_argument("--save", help="FILE.json, read at the start and written after each cell")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, known: Iterable[str]) -> None:
+    """End the program with a message if a method or a goal is unknown."""
+    if unknown := [name for name in options.methods if name not in known]:
+        parser.error(f"--methods must be from: {shlex.join(known)}; but {unknown[0]!r} is not.")
+    for goal in options.goals:
+        if not re.fullmatch(r"\d+:\d+", goal) and not (re.fullmatch(r"\d+(\.\d+)?", goal) and 0 < float(goal) < 100):
+            parser.error(f"--goals must be percentages such as 50, or N:M such as 2:4, but one is {goal!r}.")
+
+
+def open_results(parser: argparse.ArgumentParser, options: argparse.Namespace, used: Iterable[str]) -> Results:
+    """Return the results in the file of --save, or end the program if they were measured with other options."""
+    try:
+        return Results(options.save, {name: getattr(options, name) for name in used})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main() -> None:
+    """Measure the missing cells and print the table."""
+    parser = argparse.ArgumentParser(description="Compare the quality of all methods in one table.")
+    add_options(parser)
+    parser.add_argument("--held_out", action="store_true", help="measure on the unused part of the calibration text")
     parser.add_argument("--methods", nargs="+", help=f"of: {shlex.join(TEXT)}; with --images of: {shlex.join(IMAGES)}")
     parser.add_argument("--baseline", action="store_true", help="only compare with a plain SparseGPT")
     parser.add_argument("--runs", type=int, default=1, help="runs of --baseline, of which medians count")
     parser.add_argument("--warm_up", action="store_true", help="run each once before those of --baseline")
     parser.add_argument("--images", action="store_true", help="image classifiers instead of a language model")
     parser.add_argument("--epochs", type=int, default=30, help="training epochs of --images")
-    parser.add_argument("--save", help="FILE.json, read at the start and written after each cell")
     options = parser.parse_args()
     if options.baseline and (options.methods or options.images):
         parser.error(
@@ -336,19 +359,12 @@ def main() -> None:
         )
     known = IMAGES if options.images else TEXT
     options.methods, options.goals = options.methods or list(known), options.goals or GOALS[options.images]
-    if unknown := [name for name in options.methods if name not in known]:
-        parser.error(f"--methods must be from: {shlex.join(known)}; but {unknown[0]!r} is not.")
-    for goal in options.goals:
-        if not re.fullmatch(r"\d+:\d+", goal) and not (re.fullmatch(r"\d+(\.\d+)?", goal) and 0 < float(goal) < 100):
-            parser.error(f"--goals must be percentages such as 50, or N:M such as 2:4, but one is {goal!r}.")
+    check_options(parser, options, known)
     if not (options.model or options.images):
         parser.error("--model must be given, except with --images.")
-    used = ("epochs",) if options.images else ("model", "calibration", "nsamples", "seqlen", "limit", "held_out")
+    used = ("epochs",) if options.images else (*WINDOWS, "held_out")
     used += () if options.images or options.held_out else ("eval",)
-    try:
-        results = Results(options.save, {name: getattr(options, name) for name in used})
-    except ValueError as error:
-        parser.error(str(error))
+    results = open_results(parser, options, used)
     run = measure_images if options.images else measure_baseline if options.baseline else measure_text
     run(options, results, Console(width=130))
 
