@@ -3,10 +3,10 @@
     python benchmarks/zero_shot.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --text wikitext2_test.raw.txt --tasks_dir out/zero_shot --save zero_shot.json
 
-With `--text`, documents in the format of two tasks are written to `--tasks_dir`: `hellaswag` asks which of four
-sentences of an article follows a sentence, and `openbookqa` which of four words ends a sentence. The wrong answers come
-from the same article and are about as long as the right one. Without `--text`, the files TASK.jsonl in `--tasks_dir`
-are used. Windows, pruning and `--save` are those of quality.py.
+With `--text`, documents in the format of OpenBookQA are written to `--tasks_dir`. Each asks which of four words ends a
+sentence, after the sentence before it. The wrong words end other sentences of the same article and are about as long as
+the right one. Without `--text`, the files TASK.jsonl in `--tasks_dir` are used. Windows,
+pruning and `--save` are those of quality.py.
 """
 
 import argparse
@@ -27,69 +27,41 @@ from wanda_lightning.data.text_sources import check_source, evaluation_text
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "best", "thorough")
-HEADING = re.compile(r"^ ?= ([^=\n]+) = *$", re.MULTILINE)  # of an article in WikiText
+LABELS = ["A", "B", "C", "D"]
+ARTICLE = re.compile(r"^ ?= [^=\n]+ = *$", re.MULTILINE)  # title in WikiText
 END_OF_SENTENCE = re.compile(r"(?<=[a-z\d)\" ]{2}[.!?])\s+(?=[A-Z\"])")  # not after "Mr." or "U.S."
 LAST_WORD = re.compile(r"(.+) ([a-zA-Z]{4,}) ?[.!?]")
 
-Question = tuple[str, str, str, list[str]]  # title, context, right answer, other texts of the same kind
 
-
-def articles(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Return for each article its title and the pairs of adjacent sentences of a paragraph, without extreme lengths."""
-    first, *others = HEADING.split(text)
-    for title, body in (("Text", first), *zip(others[::2], others[1::2], strict=True)):
-        paragraphs = (END_OF_SENTENCE.split(line.strip()) for line in body.splitlines())
+def last_words(text: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Return two adjacent sentences without the last word, that word, and the last words in the same article."""
+    for article in ARTICLE.split(text):
+        paragraphs = (END_OF_SENTENCE.split(line.strip()) for line in article.splitlines())
         pairs = (pair for paragraph in paragraphs for pair in pairwise(paragraph))
-        yield title, [pair for pair in pairs if all(40 <= len(sentence) <= 250 for sentence in pair)]
-
-
-def next_sentences(text: str) -> Iterator[Question]:
-    """Ask for the sentence that follows another; the other sentences are not next to it."""
-    for title, pairs in articles(text):
-        following = [after for _, after in pairs]
-        for index, (context, ending) in enumerate(pairs):
-            yield title, context, ending, following[: max(index - 1, 0)] + following[index + 2 :]
-
-
-def last_words(text: str) -> Iterator[Question]:
-    """Ask for the last word of a sentence, after the sentence before it; the other words end sentences too."""
-    for title, pairs in articles(text):
-        ends = [(before, found) for before, after in pairs if (found := LAST_WORD.fullmatch(after))]
+        usual = (pair for pair in pairs if all(40 <= len(sentence) <= 250 for sentence in pair))
+        ends = [(before, found) for before, after in usual if (found := LAST_WORD.fullmatch(after))]
         words = [found[2] for _, found in ends]
         for before, found in ends:
-            yield title, f"{before} {found[1]}", found[2], words
+            yield f"{before} {found[1]}", found[2], words
 
 
-def hellaswag(title: str, context: str, answers: list[str], right: int) -> dict[str, Any]:
-    """Return a document with the fields of HellaSwag."""
-    return {"activity_label": title, "ctx_a": context, "ctx_b": "", "endings": answers, "label": str(right)}
-
-
-def openbookqa(title: str, context: str, answers: list[str], right: int) -> dict[str, Any]:
-    """Return a document with the fields of OpenBookQA, which has no title."""
-    labels = ["A", "B", "C", "D"]
-    return {"question_stem": context, "choices": {"text": answers, "label": labels}, "answerKey": labels[right]}
-
-
-MADE = {"hellaswag": (next_sentences, hellaswag), "openbookqa": (last_words, openbookqa)}
-
-
-def write_documents(text: str, folder: Path, counts: Sequence[int]) -> None:
-    """Write documents of each task, drawn with seed 0; the wrong answers are the three nearest in length."""
+def write_documents(text: str, folder: Path, count: int) -> None:
+    """Write documents of OpenBookQA, drawn with seed 0, with the three other words that are nearest in length."""
+    draw = random.Random(0)
+    questions = [(stem, word, sorted({*words} - {word})) for stem, word, words in last_words(text)]
+    questions = [question for question in questions if len(question[2]) >= 3]
+    if len(questions) < count:
+        raise ValueError(f"--documents must be at most {len(questions)} for this text, but it is {count}.")
+    lines = []
+    for stem, word, others in draw.sample(questions, count):
+        draw.shuffle(others)  # at random among those of the same length
+        wrong = sorted(others, key=lambda other: abs(len(other) - len(word)))[:3]
+        answers = draw.sample([word, *wrong], 4)
+        document = {"question_stem": stem, "choices": {"text": answers, "label": LABELS}}
+        document["answerKey"] = LABELS[answers.index(word)]
+        lines.append(json.dumps(document) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    for (task, (ask, document)), count in zip(MADE.items(), counts, strict=True):
-        draw = random.Random(0)
-        questions = [(*question, sorted(set(others) - {question[2]})) for *question, others in ask(text)]
-        questions = [question for question in questions if len(question[3]) >= 3]
-        if len(questions) < count:
-            raise ValueError(f"The text gives only {len(questions)} documents of {task}: set --documents lower.")
-        lines = []
-        for title, context, answer, others in draw.sample(questions, count):
-            draw.shuffle(others)  # at random among those of the same length
-            wrong = sorted(others, key=lambda other: abs(len(other) - len(answer)))[:3]
-            answers = draw.sample([answer, *wrong], 4)
-            lines.append(json.dumps(document(title, context, answers, answers.index(answer))) + "\n")
-        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "openbookqa.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def measure(language: LanguageModel, tasks: dict[str, Any], perplexity: Callable[[], Cell]) -> Cell:
@@ -113,8 +85,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"of: {shlex.join(TEXT)}")
     parser.add_argument("--text", help="FILE or name from which documents are made; by default tasks_dir has them")
-    counts = {"type": int, "nargs": len(MADE), "metavar": "N", "default": [200, 600]}
-    parser.add_argument("--documents", **counts, help=f"documents that --text gives: {', '.join(MADE)}")
+    parser.add_argument("--documents", type=int, default=600, help="documents that --text gives")
     parser.add_argument("--tasks_dir", required=True, help="folder with TASK.jsonl")
     parser.set_defaults(goals=("50", "2:4"), held_out=False)
     options = parser.parse_args()
