@@ -336,9 +336,13 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, 
 def open_results(parser: argparse.ArgumentParser, options: argparse.Namespace, used: Iterable[str]) -> Results:
     """Return the results in the file of --save, or end the program if they were measured with other options."""
     try:
-        return Results(options.save, {name: getattr(options, name) for name in used})
+        return Results(options.save, {name: _without_folder(getattr(options, name)) for name in used})
     except ValueError as error:
         parser.error(str(error))
+
+
+def _without_folder(value: object) -> object:
+    return Path(value).name if isinstance(value, str) else value
 
 
 def main() -> None:
