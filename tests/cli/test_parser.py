@@ -110,5 +110,5 @@ def test_help_is_complete(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 0.5)" in text
-    assert "One of block, layer, none." in text
+    assert "One of block, layer, none, auto." in text
     assert "--include_grouped Also prune grouped convolutions" in text

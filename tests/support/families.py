@@ -578,7 +578,7 @@ def _compare(dense: nn.Module, batches: list[Any]) -> str:
         model, wide = narrow, batches
     batches, dtype = wide, next(model.parameters()).dtype
     slow = copy.deepcopy(model)
-    prune(model, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, sequential="block", progress=False)
     slow_prune(slow, batches)
     expected = dict(slow.named_parameters())
     other = {name: int(((p == 0) != (expected[name] == 0)).sum()) for name, p in model.named_parameters()}
