@@ -75,8 +75,7 @@ class PruningConfig:
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
             recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`) or jointly (`distil`).
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-                layers (`layer`) or nothing (`none`); `auto`, the usual default, is none for image models and block for
-                all others, as in the paper. Some presets and recoveries have another default.
+                layers (`layer`) or nothing (`none`). The usual default `auto` is none for image models, else block.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
@@ -89,8 +88,7 @@ class PruningConfig:
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
         usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
         chosen_recovery: Recovery = _resolve("recovery", recovery, base.recovery)
-        if sequential is None:
-            sequential = chosen_recovery.sequential if base.sequential == "auto" else base.sequential
+        usual_sequential = chosen_recovery.sequential if base.sequential == "auto" else base.sequential
         return cls(
             sparsity=sparsity,
             criterion=chosen_criterion,
@@ -98,7 +96,7 @@ class PruningConfig:
             allocation=_resolve("allocation", allocation, usual_allocation),
             solver=chosen_solver,
             recovery=chosen_recovery,
-            sequential=sequential,
+            sequential=usual_sequential if sequential is None else sequential,
             skip=skip,
             only=only,
             include_grouped=include_grouped,

@@ -34,7 +34,7 @@ def prune_from_disk(
     progress: bool = True,
     **choices: Any,
 ) -> PruningReport:
-    """Prune a language model in safetensors block by block, with at most two blocks in memory.
+    """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
 
     The weights that lie outside of the blocks (embeddings, head, final norm) are in memory all the time. The weights of
     a block are read when the calibration batches arrive at it, and written when they have left it. The output is a
@@ -57,9 +57,6 @@ def prune_from_disk(
         progress: Show a bar.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
-    Returns:
-        The report.
-
     Raises:
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
@@ -73,12 +70,7 @@ def prune_from_disk(
     make_plan(config, checkpoint.model, has_weights=False)  # to refuse the model before anything is written
     if tokenizer is not None:
         check_vocabulary(tokenizer, checkpoint.model)
-    made_with = {
-        "choices": config.describe(),
-        "dtype": str(checkpoint.model.dtype),
-        "calibration": fingerprint(held),
-        "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
-    }
+    made_with = _described(config, checkpoint, held)
     parts = [RESIDENT, *checkpoint.blocks]
     with closing(OutputFolder(output, made_with, parts, sum(map(checkpoint.bytes_of, parts)))) as folder:
         weights = StreamedWeights(checkpoint, folder)
@@ -86,6 +78,16 @@ def prune_from_disk(
             report = prune_as(config, checkpoint.model, held, forward=forward, progress=progress, store=weights)
         folder.finish(partial(_save_other_files, checkpoint, tokenizer))
     return report
+
+
+def _described(config: PruningConfig, checkpoint: Checkpoint, batches: list[Any]) -> dict[str, Any]:
+    """Return what determines the result, as plain data."""
+    return {
+        "choices": config.describe(),
+        "dtype": str(checkpoint.model.dtype),
+        "calibration": fingerprint(batches),
+        "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
+    }
 
 
 def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> None:
