@@ -60,16 +60,15 @@ class PruningConfig:
     ) -> PruningConfig:
         """Resolve names to objects, and fill in the defaults. Only this function does so.
 
-        An object such as `NM(1, 4)` can replace a name. The commands derive their options from this signature, and
-        their help from the first sentence of each argument.
+        An object such as `NM(1, 4)` can replace a name. The commands derive options and help from this function.
 
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
             method: Name of a method or preset, which sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: `unstructured`, or N:M such as `2:4`, which keeps N of every M weights.
-                `"unstructured"` compares what the method's paper compares, unlike `"unstructured_row"` and
-                `"unstructured_layer"`; `"equal_share"` is the paper's variant.
+                `"unstructured"` compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"`
+                compare as they say; `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
                 outliers (`owl`), the spectrum a heavier tail (`alpha`), or the predictions depend more (`fisher`).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
@@ -82,7 +81,6 @@ class PruningConfig:
             min_expert_tokens: Experts with fewer calibration tokens use the statistics of all experts of their module.
             keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
         """
-        skip, only = check_patterns("skip", skip), check_patterns("only", only)
         _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
@@ -97,8 +95,8 @@ class PruningConfig:
             solver=chosen_solver,
             recovery=chosen_recovery,
             sequential=usual_sequential if sequential is None else sequential,
-            skip=skip,
-            only=only,
+            skip=check_patterns("skip", skip),
+            only=check_patterns("only", only),
             include_grouped=include_grouped,
             min_expert_tokens=min_expert_tokens,
             keep_batch_norm=keep_batch_norm,
