@@ -238,7 +238,7 @@ def _prune_unit(outcome: Outcome, unit: Unit, inputs: Mapping[str, InputStatisti
                 pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
                 pruned.note = "; ".join(_layer_notes(pruned, statistics, observer))
                 outcome.layers[pruned.name] = pruned
-        outcome.few_tokens = observer.pooled
+        outcome.few_tokens = {**outcome.few_tokens, **observer.pooled}
 
 
 def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:

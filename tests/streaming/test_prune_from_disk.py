@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,29 @@ def test_an_encoder_decoder(tmp_path):
     in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, method="wanda")
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, method="wanda", progress=False)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+
+
+def routed(model, batch):
+    """Run the blocks from number `batch["first"]` on."""
+    inner = model.model
+    states = inner.embed_tokens(batch["input_ids"])
+    positions = torch.arange(states.shape[1])[None]
+    rotary = inner.rotary_emb(states, position_ids=positions)
+    for layer in inner.layers[batch["first"] :]:
+        states = layer(states, position_embeddings=rotary, position_ids=positions)
+    return states
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+def test_batches_may_take_different_routes(source, tmp_path, sequential):
+    samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
+    choices = {"method": "wanda", "sequential": sequential, "progress": False}
+    model = AutoModelForCausalLM.from_pretrained(source)
+    expected = prune(model, samples, 0.5, forward=partial(routed, model), **choices)
+    model.save_pretrained(tmp_path / "memory")
+    report = prune_from_disk(source, tmp_path / "disk", samples, 0.5, forward=routed, **choices)
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+    assert report.layers == expected.layers
 
 
 def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch):
@@ -213,6 +237,15 @@ def test_what_needs_the_whole_model_is_refused(source, tmp_path, choices, messag
     with pytest.raises(ValueError, match=message):
         prune_from_disk(source, tmp_path / "out", batches(), 0.5, **choices)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_run_can_be_repeated_with_other_choices(source, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
+    with pytest.raises(ValueError, match="begun with choices="):
+        prune_from_disk(source, tmp_path / "out", batches(), 0.5, method="magnitude", progress=False)
+    (tmp_path / "out" / ".wanda-left").mkdir()  # of a run that was killed while it finished
+    prune_from_disk(source, tmp_path / "out", batches(), 0.5, method="wanda", progress=False)
+    assert not list((tmp_path / "out").glob(".wanda-*"))
 
 
 def test_bad_places_are_refused(source, tmp_path):

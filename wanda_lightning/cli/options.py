@@ -169,7 +169,7 @@ class PruneOptions(InspectOptions):
     save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
     save_model: str | None = option("Folder for the pruned model.")
     stream: bool = option(
-        "Read a language model block by block from disk, and write each pruned block to --save_model. If the run is "
+        "Read a language model block by block from disk, and write each pruned block to --save_model. If pruning is "
         "interrupted, the same command continues it.",
         False,
     )
@@ -193,7 +193,7 @@ class PruneOptions(InspectOptions):
         if not self.eval_zero_shot:
             refuse_given(self, "pruning without --eval_zero_shot", "tasks_dir")
         if self.stream:
-            refuse_given(self, "--stream", "overwrite eval_zero_shot")
+            refuse_given(self, "--stream", "eval_zero_shot" if self.save else "overwrite eval_zero_shot")
             if self.save_model is None or self.model.endswith(".gguf"):
                 raise UsageError(
                     f"--stream reads a folder or hub model in safetensors and writes to --save_model, but --model is "

@@ -70,7 +70,12 @@ def _stream(options: PruneOptions) -> None:
     dense = perplexity_from_disk(source, data.val_dataloader(), dtype=dtype, **hub)
     batches = data.calibration_dataloader()
     report = prune_from_disk(source, output, batches, tokenizer=tokenizer, dtype=dtype, **hub, **options.choices)
-    pruned = perplexity_from_disk(output, data.val_dataloader())
+    try:
+        pruned = perplexity_from_disk(output, data.val_dataloader(), **hub)
+    except BaseException:
+        if options.save is not None:  # the model is complete
+            report.save(unclaimed(options.save, REPORT_NAME, options.overwrite))
+        raise
     _describe_run(report, options, data, "val_perplexity", dense, pruned)
     if options.save is not None:
         _write_results(options, "ppl_test", pruned, report)

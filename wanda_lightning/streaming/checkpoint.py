@@ -191,8 +191,9 @@ class Checkpoint:
 
     def bytes_of(self, part: str) -> int:
         """Return the size of a part in memory."""
-        tensors = self.model.state_dict().items()
-        return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if self.part_of(name) == part)
+        tensors = self.model.state_dict(keep_vars=True).items()
+        own = {id(tensor): tensor for name, tensor in tensors if self.part_of(name) == part}  # tied weights count once
+        return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
     def _refuse_changed(self, path: Path) -> None:
         if _stamp(path) != self.files[path]:

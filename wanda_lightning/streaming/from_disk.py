@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.modules.loading import check_vocabulary
 from wanda_lightning.plan import make_plan
@@ -30,7 +32,7 @@ def prune_from_disk(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: Any = None,
-    forward: Callable[[Any], object] | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
     **choices: Any,
 ) -> PruningReport:
@@ -40,8 +42,9 @@ def prune_from_disk(
     a block are read when the calibration batches arrive at it, and written when they have left it. The output is a
     folder for `from_pretrained`, with the same weights that `prune` computes in memory.
 
-    If the run is interrupted, call this again with the same arguments: it continues after the last written block. Until
-    it ends, the output has no `config.json` and is not a model.
+    If the run is interrupted, call this again with the same arguments, and it continues after the last written block.
+    Other choices, batches and weights are refused; another `forward` is not noticed. Until it has finished, the output
+    is not a model.
 
     Args:
         source: Hub id or local folder.
@@ -53,7 +56,7 @@ def prune_from_disk(
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
         tokenizer: Saved with the model if given.
-        forward: Runs one batch through the model, as in `prune`.
+        forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
@@ -75,7 +78,9 @@ def prune_from_disk(
     with closing(OutputFolder(output, made_with, parts, sum(map(checkpoint.bytes_of, parts)))) as folder:
         weights = StreamedWeights(checkpoint, folder)
         with weights.streaming():
-            report = prune_as(config, checkpoint.model, held, forward=forward, progress=progress, store=weights)
+            model = checkpoint.model
+            run = None if forward is None else partial(forward, model)
+            report = prune_as(config, model, held, forward=run, progress=progress, store=weights)
         folder.finish(partial(_save_other_files, checkpoint, tokenizer))
     return report
 

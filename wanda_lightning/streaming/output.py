@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,14 +48,18 @@ class OutputFolder:
         self._made_with = json.loads(json.dumps(made_with, default=str))
         refuse_unresumable(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        if is_locked(self._folder):
-            raise FileExistsError(f"{folder} is being written by another run. Wait for its end, or choose another.")
         self._lock = lock(self._folder)
+        if self._lock is None and is_locked(self._folder):
+            raise FileExistsError(f"{folder} is being written by another run. Wait for it to end, or choose another.")
         self.written: dict[str, dict[str, Any]] = {}
-        if (progress := self._folder / PROGRESS_NAME).is_file():
-            self.written = self._resumed(folder, json.loads(progress.read_text(encoding="utf-8")))
-        refuse_full(folder, size - sum(record["size"] for record in self.written.values()))
-        self._save_progress()
+        try:
+            if (progress := self._folder / PROGRESS_NAME).is_file():
+                self.written = self._resumed(folder, json.loads(progress.read_text(encoding="utf-8")))
+            refuse_full(folder, size - sum(record["size"] for record in self.written.values()))
+            self._save_progress()
+        except BaseException:
+            self.close()
+            raise
 
     def _resumed(self, folder: object, begun: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the parts that an interrupted run has written.
@@ -111,10 +116,15 @@ class OutputFolder:
             "metadata": {"total_size": sum(record["size"] for record in self.written.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
+        for leftover in self._folder.glob(".wanda-*"):  # of a run that was killed here; the folder is locked
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=".wanda-") as temporary:
             save_configuration(Path(temporary))
             (Path(temporary) / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+                if (old := self._folder / file.name).is_dir():
+                    shutil.rmtree(old)
                 os.replace(file, self._folder / file.name)
         (self._folder / PROGRESS_NAME).unlink()
         self.close()

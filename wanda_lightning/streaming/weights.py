@@ -33,6 +33,9 @@ class StreamedWeights(WeightStore):
     def __init__(self, checkpoint: Checkpoint, output: OutputFolder) -> None:
         self._checkpoint, self._output = checkpoint, output
         self._blocks = BlockLoader(checkpoint, self._stored)
+        self._pending: set[tuple[str, str]] | None = (
+            None  # (block, unit) of the units at which no batch has stopped yet
+        )
 
     def _stored(self, block: str) -> Keys | None:
         return self._output.stored(block) if block in self._output.written else None
@@ -46,7 +49,12 @@ class StreamedWeights(WeightStore):
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
         """Write and free the blocks that all batches have left, and have the unit's block in memory."""
         part = self._checkpoint.part_of(f"{unit.name}.")
-        for block in [block for block in self._blocks.loaded if block != part]:
+        if self._pending is None:
+            names = [each.name for each in outcome.plan.units]
+            self._pending = {(self._checkpoint.part_of(f"{name}."), name) for name in names}
+        self._pending.discard((part, unit.name))
+        unfinished = {block for block, _ in self._pending}  # a batch may be parked ahead, in a block that is loaded
+        for block in [block for block in self._blocks.loaded if block != part and block not in unfinished]:
             self._store(block, outcome)
         if part == RESIDENT:
             refuse_unprunable(unit.layers)
