@@ -165,7 +165,7 @@ import os, signal, sys
 import torch
 from wanda_lightning import prune_from_disk
 from wanda_lightning.streaming.output import OutputFolder
-sys.path.insert(0, sys.argv[4])
+sys.path[:0] = [sys.argv[4], sys.argv[4] + "/streaming"]
 from test_prune_from_disk import batches
 
 save, written = OutputFolder.save, []
@@ -186,7 +186,7 @@ def test_a_killed_run_continues_where_it_was(source, tmp_path):
     expected = prune_from_disk(source, tmp_path / "whole", batches(), 0.5, **choices)
     out = tmp_path / "killed"
     for after in (0, 2):
-        command = [sys.executable, "-c", KILLED, source, out, str(after), Path(__file__).parent]
+        command = [sys.executable, "-c", KILLED, source, out, str(after), Path(__file__).parents[1]]
         assert subprocess.run(command, env=os.environ, check=False).returncode == -signal.SIGKILL
         assert not (out / "config.json").exists()
         assert len(json.loads((out / PROGRESS_NAME).read_text())["written"]) == after
