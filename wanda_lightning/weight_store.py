@@ -1,4 +1,4 @@
-"""Where the weights of a model are while it is pruned."""
+"""The weights of a model during a pruning run: in memory, or wherever a subclass keeps them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Allocation(ABC):
 
     @property
     def gradient_limit(self) -> GradientLimit:
-        """How many calibration samples in all processes together get a backward pass."""
+        """The number of calibration samples, over all processes, that get a backward pass."""
         return GradientLimit()
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
