@@ -301,7 +301,7 @@ def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_
 
 
 NOT_STREAMED = [
-    (["--stream"], "--save_model is None", 2),
+    (["--stream"], "--save_model, which is missing", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
     (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),
     (["--stream", "--preset", "best", *OUT], "needs the whole model in memory", 1),

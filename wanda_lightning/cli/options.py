@@ -194,10 +194,12 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "pruning without --eval_zero_shot", "tasks_dir")
         if self.stream:
             refuse_given(self, "--stream", "eval_zero_shot" if self.save else "overwrite eval_zero_shot")
-            if self.save_model is None or self.model.endswith(".gguf"):
+            if self.save_model is None:
+                raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
+            if self.model.endswith(".gguf"):
                 raise UsageError(
-                    f"--stream reads a folder or hub model in safetensors and writes to --save_model, but --model is "
-                    f"{self.model} and --save_model is {self.save_model}. Give both, or leave --stream out."
+                    f"--stream reads a folder or hub model in safetensors, but --model is {self.model}. Give such a "
+                    "model, or leave --stream out."
                 )
         super().__post_init__()
 
