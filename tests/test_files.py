@@ -123,6 +123,17 @@ def test_places_that_cannot_be_written_are_named(tmp_path, refuse, place):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_processes_that_check_the_same_path_do_not_fail(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def cleaned_up_by_another(folder, *args, **kwargs):
+        mkdir(folder, *args, **kwargs)
+        folder.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", cleaned_up_by_another)
+    refuse_nonempty(tmp_path / "out")
+
+
 @pytest.mark.parametrize("refuse", [refuse_existing, refuse_nonempty, refuse_replacement])
 def test_a_read_only_file_system_is_refused(tmp_path, refuse, monkeypatch):
     def fail(self, *arguments, **options):

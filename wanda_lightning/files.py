@@ -126,7 +126,8 @@ def _try_to_write(folder: Path, target: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file, not a folder")
     probe = _temporary_name(place, folder)  # permissions and quotas show only when something is created
     probe.mkdir()
-    probe.rmdir()
+    with suppress(FileNotFoundError):  # another process that checks the same path has cleaned it up
+        probe.rmdir()
 
 
 @contextmanager
