@@ -57,8 +57,11 @@ TEXT: dict[str, Choices] = {
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
     **{name: {"method": name} for name in PRESETS},
     **{f"{name}+distil": {"method": name, "recovery": "distil"} for name in ("wanda", "balanced")},
+    "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
+    "balanced+permutation": {"method": "balanced", "permutation": "assignment"},
 }
 UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M
+PERMUTED = ("wanda+permutation", "balanced+permutation")  # only for N:M
 IMAGES: dict[str, Choices] = {
     "magnitude": {"method": "magnitude"},
     "wanda, row": {"method": "wanda"},
@@ -245,7 +248,7 @@ def measure_text(options: argparse.Namespace, results: Results, console: Console
     cells: dict[tuple[str, str], Cell] = {}
     for name in options.methods:
         for goal in options.goals:
-            if not (":" in goal and name in UNSTRUCTURED):
+            if name not in (UNSTRUCTURED if ":" in goal else PERMUTED):
                 chosen = choices(TEXT[name], goal)
                 cells[name, goal] = results(name, goal, chosen, partial(language.measure, chosen))
         row = [text_cell(cells.get((name, goal)), goal) for goal in options.goals]

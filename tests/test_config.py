@@ -10,6 +10,7 @@ from wanda_lightning import (
     OWL,
     EqualShare,
     Magnitude,
+    NoPermutation,
     NoRecovery,
     PruningConfig,
     Reconstruct,
@@ -22,7 +23,7 @@ from wanda_lightning import (
 from wanda_lightning.core.criteria import Criterion, Saliency
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.solvers import Solver
-from wanda_lightning.methods import ALLOCATIONS, CRITERIA, METHODS, PATTERNS, PRESETS, RECOVERIES, SOLVERS
+from wanda_lightning.methods import ALLOCATIONS, CRITERIA, METHODS, PATTERNS, PERMUTATIONS, PRESETS, RECOVERIES, SOLVERS
 
 TABLES = {
     "criterion": CRITERIA,
@@ -30,13 +31,13 @@ TABLES = {
     "allocation": ALLOCATIONS,
     "solver": SOLVERS,
     "recovery": RECOVERIES,
+    "permutation": PERMUTATIONS,
 }
 
 
 def test_the_defaults_are_wanda():
-    expected = PruningConfig(
-        0.5, Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), "auto", (), (), False, 32, False
-    )
+    methods = Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), NoPermutation()
+    expected = PruningConfig(0.5, *methods, "auto", (), (), False, 32, False)
     assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
 
 
@@ -44,8 +45,9 @@ def test_the_defaults_are_wanda():
 def test_a_name_and_its_object_are_the_same(option, name):
     sparsity = {"2:4": 0.5, "4:8": 0.5}.get(name, 0.3)
     made = TABLES[option][name]()
-    by_name = PruningConfig.from_names(sparsity, **{option: name})
-    assert by_name == PruningConfig.from_names(sparsity, **{option: made})
+    pattern = {"pattern": "2:4"} if name == "assignment" else {}
+    by_name = PruningConfig.from_names(0.5 if pattern else sparsity, **pattern, **{option: name})
+    assert by_name == PruningConfig.from_names(by_name.sparsity, **pattern, **{option: made})
     assert getattr(by_name, option) == made
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
     from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
     from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+    from wanda_lightning.core.permutation import Assignment, NoPermutation
     from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
     from wanda_lightning.data import ImageDataModule, TextDataModule
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
@@ -41,6 +42,7 @@ _HOMES = {
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
     "core.criteria": "Magnitude RIA Wanda",
     "core.patterns": "EqualShare NM Unstructured",
+    "core.permutation": "Assignment NoPermutation",
     "core.solvers": "ADMM Refit SparseGPT ZeroOut",
     "data": "ImageDataModule TextDataModule",
     "modules": "CausalLMModule ImageClassifierModule",
@@ -57,6 +59,7 @@ __all__ = [
     "OWL",
     "RIA",
     "AlphaPruning",
+    "Assignment",
     "CausalLMModule",
     "CubicSchedule",
     "Distil",
@@ -68,6 +71,7 @@ __all__ = [
     "LinearSchedule",
     "Magnitude",
     "MagnitudePrune",
+    "NoPermutation",
     "NoRecovery",
     "OneShot",
     "PerLayer",

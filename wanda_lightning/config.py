@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
     from wanda_lightning.core.criteria import Criterion
     from wanda_lightning.core.patterns import Pattern
+    from wanda_lightning.core.permutation import Permutation
     from wanda_lightning.core.solvers import Solver
     from wanda_lightning.recovery import Recovery
 
@@ -33,6 +34,7 @@ class PruningConfig:
     allocation: Allocation
     solver: Solver
     recovery: Recovery
+    permutation: Permutation
     sequential: str
     skip: tuple[str, ...]
     only: tuple[str, ...]
@@ -51,6 +53,7 @@ class PruningConfig:
         allocation: Allocation | str | None = None,
         solver: Solver | str | None = None,
         recovery: Recovery | str | None = None,
+        permutation: Permutation | str | None = None,
         sequential: str | None = None,
         skip: str | Sequence[str] = (),
         only: str | Sequence[str] = (),
@@ -73,6 +76,8 @@ class PruningConfig:
                 outliers (`owl`), the spectrum a heavier tail (`alpha`), or the predictions depend more (`fisher`).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
             recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`) or jointly (`distil`).
+            permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
+                groups keep larger scores (`assignment`). The dense model computes the same.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`). The usual default `auto` is none for image models, else block.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
@@ -85,6 +90,7 @@ class PruningConfig:
         base: methods.Method = methods.Method() if method is None else _named("method", method)
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
         usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
+        usual_permutation = base.permutation if chosen_pattern.group_size else methods.NO_PERMUTATION
         chosen_recovery: Recovery = _resolve("recovery", recovery, base.recovery)
         usual_sequential = chosen_recovery.sequential if base.sequential == "auto" else base.sequential
         return cls(
@@ -94,6 +100,7 @@ class PruningConfig:
             allocation=_resolve("allocation", allocation, usual_allocation),
             solver=chosen_solver,
             recovery=chosen_recovery,
+            permutation=_resolve("permutation", permutation, usual_permutation),
             sequential=usual_sequential if sequential is None else sequential,
             skip=check_patterns("skip", skip),
             only=check_patterns("only", only),
@@ -111,6 +118,7 @@ class PruningConfig:
                 "itself. Leave the criterion out, or use another solver."
             )
         self.pattern.check(self.sparsity)
+        self.permutation.check(self.pattern)
         self.recovery.check(self.sequential)
 
     @property
@@ -131,7 +139,7 @@ class PruningConfig:
     @property
     def data_reader(self) -> object | None:
         """The first choice that needs calibration data, for messages; None if no choice needs any."""
-        choices = (self.criterion, self.solver, self.allocation, self.recovery)
+        choices = (self.criterion, self.solver, self.allocation, self.recovery, self.permutation)
         reading = (one for one in choices if one.needs or _reads_batches(one))
         return next(reading, self.pattern if self.pattern.weighs_rows else None)
 
@@ -155,6 +163,7 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "allocation": methods.ALLOCATIONS,
     "solver": methods.SOLVERS,
     "recovery": methods.RECOVERIES,
+    "permutation": methods.PERMUTATIONS,
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto")),
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
@@ -165,6 +174,7 @@ _BASES = {
     "allocation": "core.allocation.Allocation",
     "solver": "core.solvers.Solver",
     "recovery": "recovery.Recovery",
+    "permutation": "core.permutation.Permutation",
 }
 
 

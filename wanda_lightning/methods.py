@@ -7,7 +7,7 @@ the tables of criteria and solvers follow from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ UNIFORM = choice("core.allocation.Uniform")
 NO_RECOVERY = choice("recovery.NoRecovery")
 RECONSTRUCT = choice("recovery.Reconstruct")
 DISTIL = choice("recovery.Distil")
+NO_PERMUTATION = choice("core.permutation.NoPermutation")
+ASSIGNMENT = choice("core.permutation.Assignment")
 ADMM = choice("core.solvers.ADMM")
 # 8 windows of at least 512 tokens, or 4096 images: the gradients of 8 images would be far too noisy.
 FISHER = choice("core.allocation.Fisher", num_samples=8, num_predictions=4096)
@@ -51,6 +53,7 @@ class Method:
         allocation: Distributes the sparsity over the layers. For N:M the default stays uniform, because any other
             allocation mixes 2:4 layers with 1:4 layers.
         recovery: Trains the kept weights.
+        permutation: Permutes inputs of layers, for patterns that depend on their order.
     """
 
     criterion: Choice | None = None
@@ -59,6 +62,7 @@ class Method:
     sequential: str = "auto"
     allocation: Choice = UNIFORM
     recovery: Choice = NO_RECOVERY
+    permutation: Choice = NO_PERMUTATION
 
 
 METHODS: Mapping[str, Method] = {
@@ -75,11 +79,13 @@ METHODS: Mapping[str, Method] = {
     "reconstruct": Method(solver=ADMM, recovery=RECONSTRUCT),
 }
 
+BEST = Method(solver=ADMM, group="layer_weighted", sequential="layer", allocation=FISHER, permutation=ASSIGNMENT)
+
 PRESETS: Mapping[str, Method] = {
     "fast": Method(choice("core.criteria.Wanda"), sequential="layer"),
     "balanced": Method(solver=choice("core.solvers.ADMM", iterations=6), group="layer", sequential="layer"),
-    "best": Method(solver=ADMM, group="layer_weighted", sequential="layer", allocation=FISHER),
-    "thorough": Method(solver=ADMM, group="layer_weighted", sequential="layer", allocation=FISHER, recovery=DISTIL),
+    "best": BEST,
+    "thorough": replace(BEST, recovery=DISTIL),
 }
 
 CRITERIA: Mapping[str, Choice] = {
@@ -111,3 +117,5 @@ ALLOCATIONS: Mapping[str, Choice] = {
 }
 
 RECOVERIES: Mapping[str, Choice] = {"none": NO_RECOVERY, "reconstruct": RECONSTRUCT, "distil": DISTIL}
+
+PERMUTATIONS: Mapping[str, Choice] = {"none": NO_PERMUTATION, "assignment": ASSIGNMENT}

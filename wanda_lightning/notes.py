@@ -10,7 +10,7 @@ from typing import NamedTuple
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
 from wanda_lightning.plan import Plan, Selections
-from wanda_lightning.report import BatchNormCorrection, PrunedLayer, Training
+from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 _ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
 _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
@@ -36,6 +36,7 @@ class Outcome:
         revisited: Layers that the model called again after they were pruned.
         batch_norm: The correction of BatchNorm layers; None if there was none.
         not_corrected: Why the model's BatchNorm layers were not corrected; empty if it has none, or they were.
+        permuted: The permutation of hidden units; None if there was none.
         training: The training of the whole model; None if there was none.
         seconds: Time by stage.
     """
@@ -48,6 +49,7 @@ class Outcome:
     revisited: set[str] = field(default_factory=set)
     batch_norm: BatchNormCorrection | None = None
     not_corrected: str = ""
+    permuted: Permuted | None = None
     training: Training | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ def notes_on(outcome: Outcome) -> list[Note]:
         _few_tokens(outcome),
         _short_of_target(outcome),
         _mixed_nm(outcome),
+        _permuted(outcome),
         _batch_norm(outcome),
         _training(outcome),
     )
@@ -176,6 +179,21 @@ def _mixed_nm(outcome: Outcome) -> Note | None:
     return Note(f"mixed N:M: {listed}", is_warning=False)
 
 
+def _permuted(outcome: Outcome) -> Note | None:
+    if not (done := outcome.permuted):
+        return None
+    pattern = outcome.plan.config.pattern
+    if not done.kept:
+        why = done.why_not or "no layer reads hidden units whose order can be changed"
+        return Note(f"nothing is permuted for {_as_nm(pattern)}: {why}")
+    before, after = (sum(column) for column in zip(*done.kept.values(), strict=True))
+    return Note(
+        f"the inputs of {_layers(done.kept)} are permuted, which raises the Wanda scores that {_as_nm(pattern)} keeps "
+        f"in them by {after / before - 1:.2%}",
+        is_warning=False,
+    )
+
+
 def _batch_norm(outcome: Outcome) -> Note | None:
     if why := outcome.not_corrected:
         return Note(f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}")
@@ -221,7 +239,7 @@ def _samples(count: int, kind: str = "") -> str:
 def _as_nm(pattern: Pattern) -> str:
     if pattern.fixed_sparsity is None:
         return "dense"
-    return f"{round((1 - pattern.fixed_sparsity) * pattern.group_size)}:{pattern.group_size}"
+    return f"{pattern.group_kept}:{pattern.group_size}"
 
 
 def _size(matrices: Sequence[SkippedMatrix]) -> int:

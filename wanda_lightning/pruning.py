@@ -25,10 +25,11 @@ from wanda_lightning.core.types import Weight
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_unloaded, is_wrapper
 from wanda_lightning.notes import Outcome, notes_on
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
+from wanda_lightning.permuting import permute
 from wanda_lightning.plan import Plan, make_plan
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery import BatchNormStatistics, DenseModel, ModelRecovery, RecoveredPart, batch_norm_layers
-from wanda_lightning.report import PrunedLayer, PruningReport
+from wanda_lightning.report import Permuted, PrunedLayer, PruningReport
 from wanda_lightning.weight_store import WeightStore
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def prune(
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
+            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
             `keep_batch_norm`.
 
     Returns:
@@ -106,8 +107,11 @@ def prune_as(
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         data = CalibrationBatches(model, batches, forward, predict, processes, reader)
         allocate_first = not plan.is_one_pass or config.reads_gradients
+        permutes = config.permutation.reads_batches
         if config.data_reader and (allocate_first or config.recovery.reads_batches):
             data.read_all(progress)  # the batches run several times, or side by side
+    with _timed(seconds, "permute", permutes), pruning_mode(model):
+        outcome.permuted = permute(plan, data, progress) if permutes else None
     with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         statistics = BatchNormStatistics(batch_norms, data, processes)
     if allocate_first:
@@ -142,6 +146,8 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     outcome = Outcome(plan)
     if _batch_norms(plan):
         outcome.not_corrected = "the batches of a validation loop run only once"
+    if plan.config.permutation.reads_batches:
+        outcome.permuted = Permuted(why_not="the batches of a validation loop run only once")
     with (
         _timed(outcome.seconds, "prune"),
         torch.inference_mode(False),
@@ -236,7 +242,7 @@ def _prune_unit(outcome: Outcome, unit: Unit, inputs: Mapping[str, InputStatisti
             statistics = inputs.get(layers[0].name, InputStatistics())
             for pruned in _prune_layers(outcome, layers, statistics):
                 pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
-                pruned.note = "; ".join(_layer_notes(pruned, statistics, observer))
+                pruned.note = "; ".join(_layer_notes(outcome, pruned, statistics, observer))
                 outcome.layers[pruned.name] = pruned
         outcome.few_tokens = {**outcome.few_tokens, **observer.pooled}
 
@@ -302,7 +308,10 @@ def _share_of_zeros(weight: Weight) -> float:
     return int((weight == 0).count_nonzero()) / weight.numel()
 
 
-def _layer_notes(pruned: PrunedLayer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:
+def _layer_notes(outcome: Outcome, pruned: PrunedLayer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:
+    if outcome.permuted and pruned.name in outcome.permuted.kept:
+        before, after = outcome.permuted.kept[pruned.name]
+        yield f"inputs permuted: kept score {after / before - 1:+.2%}"
     if inputs.count and (inactive := int(inputs.inactive().count_nonzero())):
         yield f"{inactive} inputs never active"
     if pruned.name in observer.padding_counted:

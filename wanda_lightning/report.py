@@ -110,6 +110,20 @@ class BatchNormCorrection:
     kept: bool
 
 
+@dataclass(frozen=True)
+class Permuted:
+    """The permutation of hidden units before pruning.
+
+    Attributes:
+        kept: For each layer whose inputs were permuted, the total of Wanda's scores that the pattern keeps, before and
+            after.
+        why_not: Why no units were sought; empty if they were.
+    """
+
+    kept: dict[str, tuple[float, float]] = field(default_factory=dict)
+    why_not: str = ""
+
+
 @dataclass
 class PruningReport:
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.

@@ -140,12 +140,15 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
         "sequential": "layer",
     }
     names = {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
-    value = (values | names)[name]
+    value = (values | names | {"permutation": "assignment"})[name]
     text = ",".join(value) if isinstance(value, list) else str(value)
     given = [f"--{FLAGS.get(name, name)}", *([] if value is True else [text])]
-    options = parse_options(command, ["--model", "x", *given])
-    assert options.config == PruningConfig.from_names(**options.choices) == PruningConfig.from_names(**{name: value})
-    assert options.config != parse_options(command, ["--model", "x"]).config == PruningConfig.from_names()
+    others = {"pattern": "2:4"} if name == "permutation" else {}
+    base = ["--model", "x", *(["--sparsity_type", "2:4"] if others else [])]
+    options = parse_options(command, [*base, *given])
+    chosen = PruningConfig.from_names(**others, **{name: value})
+    assert options.config == PruningConfig.from_names(**options.choices) == chosen
+    assert options.config != parse_options(command, base).config == PruningConfig.from_names(**others)
 
 
 @pytest.mark.parametrize("given", [[], ["--sequential", "block"], ["--preset", "fast"], ["--solver", "admm"]])

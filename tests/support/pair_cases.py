@@ -536,3 +536,11 @@ def prune_batch_norms(rank, batches, shares):
     config = PruningConfig.from_names(method="magnitude", only=["layer4.*"])
     prune_as(config, model, share_of(batches, rank, shares), progress=False, processes=both())
     return [layer.running_mean for layer in batch_norm_layers(model)]
+
+
+def permute_both(rank, batches, shares):
+    """The weights after both processes prune a Llama to 2:4 with permuted hidden units, each with its batches."""
+    model = ZOO["llama"].build()
+    config = PruningConfig.from_names(method="magnitude", pattern="2:4", permutation="assignment")
+    report = prune_as(config, model, share_of(batches, rank, shares), progress=False, processes=both())
+    return whole(model), report.notes

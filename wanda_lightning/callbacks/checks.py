@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.schedules import Schedule
 from wanda_lightning.callbacks.state import PruningState
-from wanda_lightning.callbacks.trainer import last_step
+from wanda_lightning.callbacks.trainer import averaged_models, last_step
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.permutation import NoPermutation
 
 
 def check_stages(schedule: Schedule, pattern: Pattern) -> None:
@@ -64,6 +68,18 @@ def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
             f"schedule must end while the model trains, but {schedule} ends at optimizer step {last} and training ends "
             f"at {end:.0f}. Prune earlier, or train longer."
         )
+
+
+def without_permutation_in_training(config: PruningConfig, trainer: L.Trainer) -> PruningConfig:
+    """Leave permutations out, with a warning, if moments or averages of the weights have their order."""
+    started = trainer.state.fn == TrainerFn.FITTING and (trainer.global_step > 0 or averaged_models(trainer))
+    if not started or not config.permutation.reads_batches:
+        return config
+    rank_zero_warn(
+        f"{config.permutation} permutes nothing during training, since the optimizer's moments and averaged weights "
+        "have the old order. Prune before training and without averaging, or give permutation='none'."
+    )
+    return replace(config, permutation=NoPermutation())
 
 
 def refuse_fit_without_validation(trainer: L.Trainer) -> None:

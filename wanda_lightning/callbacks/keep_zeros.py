@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
 from wanda_lightning.checks import refuse_pytorch_lightning
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
@@ -128,14 +127,11 @@ class HeldZeros:
                     if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
                         _zero(value, self._keep[weight])
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(callback, "_average_model", None)  # WeightAveraging and StochasticWeightAveraging
-            if isinstance(average, nn.Module):
-                averaged = average.module if isinstance(average, AveragedModel) else average
-                averages = dict(averaged.named_parameters())
-                for weight, keep in self._keep.items():
-                    if weight in names and names[weight] in averages:
-                        _zero(averages[names[weight]], keep)
+        for average in averaged_models(trainer):
+            averages = dict(average.named_parameters())
+            for weight, keep in self._keep.items():
+                if weight in names and names[weight] in averages:
+                    _zero(averages[names[weight]], keep)
 
     def unheld_zeros(self) -> dict[str, Tensor]:
         """Return which weights are zero by chance and not held, by layer, as `core.bits.pack` stores them.

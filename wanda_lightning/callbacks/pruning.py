@@ -282,7 +282,7 @@ class PruningCallback(Callback):
         """Prune to a share of the final sparsity, without changing the random numbers that training draws."""
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
             report = prune_as(
-                self.config.scaled(share),
+                checks.without_permutation_in_training(self.config.scaled(share), trainer),
                 pruning_target(pl_module),
                 calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
                 forward=partial(calibration_forward, trainer, pl_module),

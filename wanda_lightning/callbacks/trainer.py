@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
@@ -47,6 +48,13 @@ def processes_of(trainer: L.Trainer) -> Processes:
         "model does not fit on one device. Or prune with Trainer(devices=1), save, and train the pruned model with "
         "KeepZeros."
     )
+
+
+def averaged_models(trainer: L.Trainer) -> list[nn.Module]:
+    """Return the models whose weights callbacks average (WeightAveraging and StochasticWeightAveraging)."""
+    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    averages = [average for average in found if isinstance(average, nn.Module)]
+    return [average.module if isinstance(average, AveragedModel) else average for average in averages]
 
 
 def shows_progress(trainer: L.Trainer) -> bool:

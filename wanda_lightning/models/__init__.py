@@ -2,6 +2,7 @@
 
 from wanda_lightning.models.find_layers import find_layers
 from wanda_lightning.models.from_config import model_from_config
+from wanda_lightning.models.hidden_units import HiddenUnits, hidden_units, is_plain
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
@@ -10,6 +11,7 @@ from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.models.reads_images import reads_images
 
 __all__ = [
+    "HiddenUnits",
     "Inventory",
     "Layer",
     "SkipReason",
@@ -18,6 +20,8 @@ __all__ = [
     "Unit",
     "find_layers",
     "fitting_mask",
+    "hidden_units",
+    "is_plain",
     "is_unloaded",
     "is_wrapper",
     "layer_kinds",

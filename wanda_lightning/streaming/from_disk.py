@@ -109,6 +109,7 @@ def refuse_whole_model(config: PruningConfig) -> None:
         "allocation": (bool(allocation.needs) or allocation.reads_weights, allocation, "'uniform'"),
         "pattern": (config.reads_gradients, config.pattern, "'unstructured_layer'"),
         "recovery": (recovery.reads_batches, recovery, "'none' or 'reconstruct'"),
+        "permutation": (config.permutation.reads_batches, config.permutation, "'none'"),
     }
     for name, (refused, value, instead) in reasons.items():
         if refused:

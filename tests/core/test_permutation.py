@@ -1,0 +1,94 @@
+"""Permutations for N:M, against an exhaustive search and a slow count of what groups keep."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from wanda_lightning import NM, Assignment, EqualShare, NoPermutation, Unstructured
+from wanda_lightning.core import permutation
+from wanda_lightning.core.permutation import kept_score
+
+
+def scores(d_out, d_in, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(d_out, d_in, generator=draw) * torch.rand(d_in, generator=draw)
+
+
+def kept_slowly(scores, order, n, m):
+    """Sum up the n largest scores of every group of every row."""
+    total = 0.0
+    for row in scores[:, order].tolist():
+        for start in range(0, len(row), m):
+            total += sum(sorted(row[start : start + m])[-n:])
+    return total
+
+
+def groupings(columns, m):
+    """Yield every way to divide columns into groups of m."""
+    if not columns:
+        yield []
+        return
+    first, *rest = columns
+    for others in combinations(rest, m - 1):
+        left = [column for column in rest if column not in others]
+        for groups in groupings(left, m):
+            yield [(first, *others), *groups]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)])
+def test_kept_score(n, m):
+    drawn, order = scores(5, 24), torch.randperm(24)
+    assert kept_score(drawn, order, NM(n, m)) == pytest.approx(kept_slowly(drawn, order, n, m), rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
+def test_an_order_of_eight_inputs_is_nearly_the_best(n, m):
+    for seed in range(5):
+        drawn = scores(6, 8, seed)
+        orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
+        best = max(kept_slowly(drawn, order, n, m) for order in orders)
+        found = Assignment(iterations=64)(drawn, NM(n, m))
+        assert 0.99 * best <= kept_slowly(drawn, found, n, m) <= 1.00001 * best
+
+
+@pytest.mark.parametrize("chunk", [512, 8])
+def test_it_permutes_and_keeps_more_with_each_iteration(monkeypatch, chunk):
+    monkeypatch.setattr(permutation, "_CHUNK", chunk)
+    drawn, pattern = scores(16, 128), NM(2, 4)
+    kept = [kept_score(drawn, torch.arange(128), pattern)]
+    for iterations in (1, 2, 4, 8, 16):
+        order = Assignment(iterations)(drawn, pattern)
+        assert order.sort().values.tolist() == list(range(128))
+        kept.append(kept_score(drawn, order, pattern))
+    assert kept == sorted(kept)
+    assert kept[-1] > 1.01 * kept[0]
+
+
+def test_the_same_scores_give_the_same_order():
+    drawn, pattern = scores(16, 64), NM(2, 4)
+    first = Assignment()(drawn, pattern)
+    torch.manual_seed(1)
+    assert torch.equal(Assignment()(drawn, pattern), first)
+
+
+@pytest.mark.parametrize("drawn", [torch.ones(3, 16), torch.zeros(3, 16), torch.rand(3, 4)])
+def test_an_order_that_cannot_be_improved_stays(drawn):
+    assert torch.equal(Assignment()(drawn, NM(2, 4)), torch.arange(drawn.shape[1]))
+
+
+def test_no_permutation_keeps_the_order():
+    assert torch.equal(NoPermutation()(scores(3, 8), NM(2, 4)), torch.arange(8))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), EqualShare()])
+def test_a_pattern_without_groups_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"permutation=Assignment.*which does not depend on the order of the inputs"):
+        Assignment().check(pattern)
+    NoPermutation().check(pattern)
+
+
+@pytest.mark.parametrize("iterations", [0, -1, True])
+def test_iterations_must_be_a_number(iterations):
+    with pytest.raises(ValueError, match="iterations of Assignment must be a whole number of at least 1"):
+        Assignment(iterations)

@@ -1,0 +1,105 @@
+"""Permutations of a layer's inputs, so that groups of N:M keep larger scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.types import Order, Score
+
+_CHUNK = 512  # groups in one assignment problem: time and memory grow with its square
+
+
+class Permutation:
+    """Permutes the inputs of layers before they are pruned. The base class permutes nothing."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches
+
+    def check(self, pattern: Pattern) -> None:
+        """Raise a ValueError if the pattern does not depend on the order of the inputs."""
+
+    def __call__(self, scores: Score, pattern: Pattern) -> Order:
+        """Return the indices of the columns in their new order."""
+        return torch.arange(scores.shape[1])
+
+
+@dataclass(frozen=True)
+class NoPermutation(Permutation):
+    """Leave the inputs in their order."""
+
+
+@dataclass(frozen=True)
+class Assignment(Permutation):
+    """Permute the inputs so that groups of N:M keep the largest total of Wanda's scores, by repeated assignment.
+
+    Columns are dealt to the groups in the order of their total score. Each iteration then takes a random column out of
+    every group and assigns these columns to the groups anew, in the best way. The value of a column in a group is what
+    it adds to the scores that the group keeps, summed over the rows: `relu(x - t)` for the score x of the column and
+    the nth largest score t of the other columns. The total does not decrease. RIA (Zhang et al. 2024) proposed linear
+    assignment for N:M, in M rounds.
+
+    Attributes:
+        iterations: Number of assignments.
+    """
+
+    iterations: int = 8
+
+    reads_batches: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self, iterations=Number(minimum=1, whole=True))
+
+    def check(self, pattern: Pattern) -> None:
+        """Refuse a pattern without groups of consecutive inputs."""
+        if not pattern.group_size:
+            raise ValueError(
+                f"permutation={self} cannot be combined with pattern={pattern}, which does not depend on the order of "
+                "the inputs. Leave the permutation out, or use an N:M pattern."
+            )
+
+    def __call__(self, scores: Score, pattern: Pattern) -> Order:
+        """Return the order; the original one if none is better."""
+        scores = scores.float()
+        n, m = pattern.group_kept, pattern.group_size
+        generator = torch.Generator().manual_seed(0)
+        # A group is a row of `members`; totals decide ties by the first column, so equal inputs give equal orders.
+        members = scores.sum(dim=0).argsort(descending=True, stable=True).reshape(m, -1).T.contiguous()
+        for _ in range(self.iterations):
+            shuffled = torch.randperm(len(members), generator=generator)
+            for chunk in shuffled.to(scores.device).split(_CHUNK):
+                members[chunk] = _reassigned(scores, members[chunk], n, generator)
+        order = members.flatten()
+        better = kept_score(scores, order, pattern) > kept_score(scores, torch.arange(len(order)), pattern)
+        return order if better else torch.arange(len(order), device=order.device)
+
+
+def kept_score(scores: Score, order: Order, pattern: Pattern) -> float:
+    """Return the sum of the scores that the pattern keeps after the columns are put in this order."""
+    groups = scores[:, order.to(scores.device)].float().unflatten(1, (-1, pattern.group_size))
+    return float(groups.topk(pattern.group_kept, dim=2).values.sum(dtype=torch.float64))
+
+
+def _reassigned(scores: Score, members: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Take a random member out of each group, and assign these members to the groups in the best way."""
+    from scipy.optimize import linear_sum_assignment
+
+    groups, m = members.shape
+    slots = torch.randint(m, (groups, 1), generator=generator).to(members.device)
+    others = torch.ones_like(members, dtype=torch.bool).scatter_(1, slots, False)
+    rest = scores[:, members[others]].unflatten(1, (groups, m - 1))
+    thresholds = rest.kthvalue(m - n, dim=2).values.T.contiguous()  # the nth largest of m - 1
+    freed = members.gather(1, slots).squeeze(1)
+    columns = scores.T[freed].contiguous()
+    # The sum of relu(x - t) over the rows is half of the sum of |x - t| + (x - t).
+    gains = torch.cdist(columns, thresholds, p=1) + columns.sum(dim=1, keepdim=True) - thresholds.sum(dim=1)
+    column, group = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
+    moved = members.clone()
+    where = torch.as_tensor(group, device=members.device)
+    moved[where, slots[where, 0]] = freed[torch.as_tensor(column, device=members.device)]
+    return moved
