@@ -88,7 +88,7 @@ class _Search:
             if run.gives_the_same():
                 self.permuted.kept.update(kept)
                 return
-            for units, order in zip(found, orders, strict=True):
+            for units, order in zip(reversed(found), reversed(orders), strict=True):
                 units.permute(order.argsort(dim=1))
 
     def _find(self, reader: Layer, unit: Unit, run: _Run) -> HiddenUnits | None:

@@ -40,9 +40,7 @@ class Place:
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head."""
         tensor = getattr(self.module, self.name).detach()
-        source = torch.arange(tensor.shape[self.dim])
-        chosen = orders.cpu().unsqueeze(1).expand(self.index.shape)
-        source[self.index.flatten()] = self.index.gather(2, chosen).flatten()
+        source = _sources(tensor.shape[self.dim], self.index, orders)
         tensor.copy_(tensor.index_select(self.dim, source.to(tensor.device)))
 
 
@@ -73,10 +71,7 @@ class HiddenUnits:
 
     def source(self, orders: Orders) -> Tensor:
         """Return, for each column of the reader, the column that it was before `permute`."""
-        source = torch.arange(self.reader.shape[1])
-        chosen = orders.cpu().unsqueeze(1).expand(self.columns.shape)
-        source[self.columns.flatten()] = self.columns.gather(2, chosen).flatten()
-        return source
+        return _sources(self.reader.shape[1], self.columns, orders)
 
 
 def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
@@ -139,6 +134,14 @@ def _of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[
                 yield columns, _rows(layer, last)
                 if d_out % written == 0 and d_out > written * size:  # each head's queries and keys, then its values
                     yield columns, _rows(layer, torch.arange(d_out).reshape(written, 1, -1)[..., -size:])
+
+
+def _sources(size: int, index: Tensor, orders: Orders) -> Tensor:
+    """Return the old position of each of `size` entries after the units at `index` are put into a new order."""
+    source = torch.arange(size)
+    chosen = orders.cpu().unsqueeze(1).expand(index.shape)
+    source[index.flatten()] = index.gather(2, chosen).flatten()
+    return source
 
 
 def _whole(size: int) -> Tensor:
