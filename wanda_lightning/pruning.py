@@ -52,8 +52,8 @@ def prune(
     `position_ids` that restart (packed documents) exclude no token.
 
     Args:
-        model: The model; only its weights and the running statistics of BatchNorm layers change, in place. A permutation
-            also changes the order of hidden units, with their biases and norms.
+        model: The model; only its weights and the running statistics of BatchNorm layers change, in place. With a
+            permutation, the order of hidden units changes, too.
         batches: Calibration batches; all of them are used. `Magnitude` needs none, except for BatchNorm layers.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
         forward: Runs one batch through the model.
