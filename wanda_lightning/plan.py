@@ -13,6 +13,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.types import RowWeights
 from wanda_lightning.models import Inventory, Layer, Unit, find_layers, reads_images
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
@@ -54,13 +55,18 @@ class Plan:
         return Unit("", None, self.layers)
 
     @property
+    def block_units(self) -> tuple[Unit, ...]:
+        """One unit for each block that holds layers, and for each layer outside of all blocks."""
+        modules, members = named_modules(self.model), dict[str, list[Layer]]()
+        for layer in self.layers:
+            members.setdefault(self.inventory.blocks[layer.name], []).append(layer)
+        return tuple(Unit(name, modules.get(name, self.model), tuple(inside)) for name, inside in members.items())
+
+    @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """The blocks that hold layers; none contains another."""
-        modules = named_modules(self.model)
-        names = dict.fromkeys(self.inventory.blocks[layer.name] for layer in self.layers)
-        found = [modules[name] for name in names if name in modules]
-        own = {layer.module for layer in self.layers}
-        return tuple(module for module in found if module not in own)
+        own = {self.model, *(layer.module for layer in self.layers)}
+        return tuple(unit.module for unit in self.block_units if unit.module and unit.module not in own)
 
     @property
     def is_one_pass(self) -> bool:
@@ -103,6 +109,7 @@ class Plan:
         inputs: Mapping[str, InputStatistics],
         gradients: Mapping[str, GradientStatistics] = {},
         progress: bool = False,
+        hold: Callable[[str], None] = lambda name: None,
     ) -> Selections:
         """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target.
 
@@ -110,6 +117,7 @@ class Plan:
             inputs: Statistics of the dense model, if the allocation needs any, of the layers that a batch reaches.
             gradients: Gradients of the dense model, if the allocation or the pattern reads them.
             progress: Show a bar.
+            hold: Called with the name of a layer before its weight is read.
         """
         allocation, processes = self.config.allocation, self.processes
         layers = list(self.layers)
@@ -124,6 +132,7 @@ class Plan:
             bar.show(name)
             bar.advance(name not in shown)
             shown.add(name)
+            hold(name)
 
         progress = progress and allocation.reads_weights
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
@@ -131,12 +140,16 @@ class Plan:
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
             # One process computes them: singular values that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
+        weighed = gradients if self.config.pattern.weighs_rows else {}
+        return self.selections(sparsities, {name: each.row_weights() for name, each in weighed.items()})
+
+    def selections(self, sparsities: Mapping[str, float], row_weights: Mapping[str, RowWeights] = {}) -> Selections:
+        """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
         selections: dict[str, Selection] = {}
         for layer in self.layers:
             sparsity = sparsities.get(layer.name, self.config.sparsity)
+            weights = {"row_weights": row_weights[layer.name]} if layer.name in row_weights else {}
             pattern = self.config.pattern.for_sparsity(sparsity)
-            weighed = layer.name in gradients and pattern.weighs_rows
-            weights = {"row_weights": gradients[layer.name].row_weights()} if weighed else {}
             selections[layer.name] = Selection(self.config.criterion, pattern, sparsity, **weights)
         return selections
 

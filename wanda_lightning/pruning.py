@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import CalibrationBatches
-from wanda_lightning.calibration.calibrate import UnitStop, calibrate
+from wanda_lightning.calibration.calibrate import UnitStop, calibrate, watch_units
 from wanda_lightning.calibration.error_notes import add_note
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
@@ -26,7 +26,7 @@ from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_un
 from wanda_lightning.notes import Outcome, notes_on
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
 from wanda_lightning.permuting import permute
-from wanda_lightning.plan import Plan, make_plan
+from wanda_lightning.plan import Plan, Selections, make_plan
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery import BatchNormStatistics, DenseModel, ModelRecovery, RecoveredPart, batch_norm_layers
 from wanda_lightning.report import Permuted, PrunedLayer, PruningReport
@@ -117,7 +117,7 @@ def prune_as(
         statistics = BatchNormStatistics(batch_norms, data, processes)
     if allocate_first:
         with _timed(seconds, "allocate", config.allocation.reads_weights):
-            outcome.selections = plan.allocate(*_observe_dense_model(plan, data, progress), progress)
+            outcome.selections = _allocate(plan, data, store, progress)
     recovers = config.recovery.reads_batches and config.sparsity > 0
     with _timed(seconds, "recover", recovers), pruning_mode(model):
         dense = DenseModel(model, plan.layers, plan.blocks, data, processes, progress)
@@ -207,19 +207,37 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: 
     outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
 
 
+def _allocate(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Selections:
+    """Give each layer its sparsity, after passes through the dense model if the choices need them."""
+    if selections := store.recall(plan):
+        data.count()
+    else:
+        selections = plan.allocate(*_observe_dense_model(plan, data, store, progress), progress, store.hold)
+        store.keep(selections)
+    return selections
+
+
 def _observe_dense_model(
-    plan: Plan, data: CalibrationBatches, progress: bool
+    plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool
 ) -> tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]:
     """Collect the input statistics and the gradients that allocation and pattern read."""
     allocation, model, processes = plan.config.allocation, plan.model, plan.processes
     inputs: Mapping[str, InputStatistics] = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if allocation.needs:
-        with pruning_mode(model), ProgressBar("Observing", data.length, progress) as bar:
-            observer = Observer(allocation.needs, data.masks, bar.advance, processes, plan.config.min_expert_tokens)
-            for stop in calibrate(model, (plan.whole_model,), data, processes, set()):
-                inputs = observer(stop.unit, stop.calls)
-                stop.check()
+        total = data.length if store.is_whole else len(plan.block_units)
+        with pruning_mode(model), ProgressBar("Observing", total, progress) as bar:
+            tick = bar.advance if store.is_whole else lambda: None
+            observer = Observer(allocation.needs, data.masks, tick, processes, plan.config.min_expert_tokens)
+            if store.is_whole:
+                for stop in calibrate(model, (plan.whole_model,), data, processes, set()):
+                    inputs = observer(stop.unit, stop.calls)
+                    stop.check()
+            else:
+                for unit in watch_units(plan.block_units, data, observer, store.hold):
+                    bar.show(unit.name)
+                    bar.advance()
+                inputs = observer.finish(plan.whole_model)
     if plan.config.reads_gradients:
         with pruning_mode(model), ProgressBar("Passing backward", data.length, progress) as bar:
             limit = allocation.gradient_limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from wanda_lightning.models import Unit
 from wanda_lightning.notes import Outcome
+from wanda_lightning.plan import Plan, Selections
 
 
 class WeightStore:
@@ -18,6 +19,16 @@ class WeightStore:
     is_whole: bool = True
     zeros: int = 0
     advice: str = "Reload the model before you try again."
+
+    def hold(self, name: str) -> None:
+        """Have the weights of a layer or a unit in memory, in a pass through the dense model."""
+
+    def recall(self, plan: Plan) -> Selections:
+        """Return the selections that an earlier run has made; empty if there are none."""
+        return {}
+
+    def keep(self, selections: Selections) -> None:
+        """Keep the selections for a later run; the passes through the dense model are complete."""
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
         """Prepare a unit that is about to be pruned; return whether an earlier run has pruned it already."""

@@ -10,10 +10,16 @@ from support.zoo import ZOO, run
 from torch import nn
 
 from wanda_lightning import prune
+from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.calibration.calibrate import calibrate, watch_units
 from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.models import find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.plan import make_plan
 
 NEEDS = frozenset(SUMS)
 
@@ -96,6 +102,26 @@ def test_collect_and_finish_give_what_a_call_gives():
     for name, statistics in expected.items():
         assert torch.equal(found[name].sums["gram"], statistics.sums["gram"])
     assert observer.finish(unit) == {}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(name):
+    model = ZOO[name].build()
+    plan, held = make_plan(PruningConfig.from_names(), model), []
+    data = CalibrationBatches(model, ZOO[name].batches(), partial(run, model), None, SINGLE_PROCESS, "a test")
+    observer = Observer(NEEDS, data.masks)
+    with pruning_mode(model):
+        (stop,) = calibrate(model, [plan.whole_model], data, SINGLE_PROCESS, set())
+        expected = observer(stop.unit, stop.calls)
+        visited = [unit.name for unit in watch_units(plan.block_units, data, observer, held.append)]
+        found = observer.finish(plan.whole_model)
+    assert found.keys() == expected.keys()
+    # Visits to one block are added in another order.
+    same = partial(torch.allclose, atol=1e-4) if name in ("block_twice", "tied") else torch.equal
+    for layer, statistics in expected.items():
+        assert found[layer].count == statistics.count
+        assert all(same(found[layer].sums[each], statistics.sums[each]) for each in NEEDS), layer
+    assert set(visited) == set(held)
 
 
 class Move(nn.Module):

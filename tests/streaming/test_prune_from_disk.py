@@ -13,7 +13,7 @@ from support.families import families
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-from wanda_lightning import Distil, Reconstruct, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning import OWL, Distil, PerLayer, Reconstruct, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -67,6 +67,12 @@ CHOICES = {
     "reconstruct": {"method": "wanda", "recovery": Reconstruct()},
     "skip": {"method": "wanda", "skip": ["model.layers.1"]},
     "head": {"method": "wanda", "only": ["*.mlp"]},
+    "owl": {"method": "wanda", "allocation": "owl"},
+    "owl_layer": {"method": "sparsegpt", "allocation": "owl_layer", "sequential": "layer"},
+    "owl without statistics": {"method": "magnitude", "allocation": OWL(m=2.0)},
+    "alpha": {"method": "wanda", "allocation": "alpha", "pattern": "2:4"},
+    "alpha_layer": {"method": "magnitude", "allocation": "alpha_layer"},
+    "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
 }
 
 
@@ -76,7 +82,7 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
     report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, progress=False, **CHOICES[name])
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
     assert (report.layers, report.skipped, report.zeros) == (expected.layers, expected.skipped, expected.zeros)
-    assert report.notes == expected.notes
+    assert (report.notes, report.config) == (expected.notes, expected.config)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "disk").state_dict()
     assert same(reloaded, AutoModelForCausalLM.from_pretrained(tmp_path / "memory").state_dict())
     for file in ("config.json", "generation_config.json"):
@@ -86,26 +92,28 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma3_text", "falcon_mamba", "cpmant"]
 )
-@pytest.mark.parametrize("sequential", ["block", "layer"])
-def test_families_are_converted_as_transformers_does(tmp_path, name, sequential):
+@pytest.mark.parametrize("choices", [{}, {"sequential": "layer"}, {"allocation": OWL(m=2.0)}], ids=str)
+def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     (family,) = families(("causal",), (name,))
     model = family.build()
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
-    samples, choices = family.batches(model), {"method": "wanda", "sequential": sequential}
+    samples, choices = family.batches(model), {"method": "wanda", **choices}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, **choices)
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
 
 
-def test_an_encoder_decoder(tmp_path):
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_an_encoder_decoder(tmp_path, allocation):
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
     T5(config).save_pretrained(tmp_path / "source")
     samples = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
-    in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, method="wanda")
-    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, method="wanda", progress=False)
+    choices = {"method": "wanda", "allocation": allocation}
+    in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, **choices)
+    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
 
 
@@ -120,10 +128,10 @@ def routed(model, batch):
     return states
 
 
-@pytest.mark.parametrize("sequential", ["block", "layer"])
-def test_batches_may_take_different_routes(source, tmp_path, sequential):
+@pytest.mark.parametrize("choices", [{}, {"sequential": "layer"}, {"allocation": "owl"}], ids=str)
+def test_batches_may_take_different_routes(source, tmp_path, choices):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
-    choices = {"method": "wanda", "sequential": sequential, "progress": False}
+    choices = {"method": "wanda", "progress": False, **choices}
     model = AutoModelForCausalLM.from_pretrained(source)
     expected = prune(model, samples, 0.5, forward=partial(routed, model), **choices)
     model.save_pretrained(tmp_path / "memory")
@@ -196,6 +204,38 @@ def test_a_killed_run_continues_where_it_was(source, tmp_path):
     assert (report.layers, report.zeros, report.notes) == (expected.layers, expected.zeros, expected.notes)
 
 
+@pytest.mark.parametrize(("allocation", "passes"), [("uniform", 1), ("alpha", 2), ("owl", 3)])
+def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, allocation, passes):
+    loads, load, save = [], Checkpoint.load, OutputFolder.save
+
+    def counting(self, part, stored=None):
+        loads.append((part, stored is None))
+        return load(self, part, stored)
+
+    def interrupting(self, part, *arguments):
+        if part == "model.layers.2":
+            raise KeyboardInterrupt
+        save(self, part, *arguments)
+
+    arguments = (source, tmp_path / "out", batches(), 0.5)
+    choices = {"method": "magnitude", "allocation": allocation, "progress": False}
+    expected = prune_from_disk(source, tmp_path / "whole", batches(), 0.5, **choices)
+    monkeypatch.setattr(Checkpoint, "load", counting)
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "save", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            prune_from_disk(*arguments, **choices)
+    blocks = [f"model.layers.{index}" for index in range(4)]
+    assert [loads.count((block, True)) for block in blocks[:3]] == [passes] * 3
+    loads.clear()
+    report = prune_from_disk(*arguments, **choices)
+    assert loads[1:] == [(block, index > 1) for index, block in enumerate(blocks)]
+    assert (report.layers, report.config) == (expected.layers, expected.config)
+    assert len({layer.target for layer in report.layers}) > 1 or allocation == "uniform"
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+
+
 def interrupted(source, folder, monkeypatch, **choices):
     """Leave a folder with some parts, as a killed run does."""
     with monkeypatch.context() as patched:
@@ -226,8 +266,6 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch, changed, messa
     ("choices", "message"),
     [
         ({"sequential": "none"}, "sequential=none needs the whole model"),
-        ({"allocation": "owl"}, "allocation=OWL"),
-        ({"allocation": "alpha"}, "allocation=AlphaPruning"),
         ({"method": "best"}, "allocation=Fisher"),
         ({"pattern": "unstructured_layer_weighted"}, "pattern="),
         ({"recovery": Distil()}, "recovery=Distil"),

@@ -110,10 +110,14 @@ class BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
 
-    def run_unit(self) -> None:
-        """Run the unit at which the batch is parked, and let the batch continue with its output."""
+    def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
+        """Run the unit at which the batch is parked, and let the batch continue with its output.
+
+        Args:
+            prepared: Returns the call to run in place of the parked one.
+        """
         assert self.call is not None, "the batch is parked"
-        self.advance(self.call.run())
+        self.advance(prepared(self.call).run())
 
     def cancel(self, timeout: float | None = None) -> None:
         """End the thread if it runs, and wait at most `timeout` seconds until it has ended."""

@@ -146,20 +146,29 @@ class CalibrationBatches:
             self.masks.append(token_masks(self._model, batch) if counts else None)
             yield partial(_run, self._forward, batch, index)
 
+    def count(self) -> None:
+        """Count the batches without running them; there may be none."""
+        for _ in self:
+            pass
+        self.total = self._total()
+
     def refuse_if_empty(self) -> None:
         """Count the batches of all processes.
 
         Raises:
             ValueError: If there are none.
         """
-        total = torch.tensor(sum(mask is not None for mask in self.masks))
-        self._processes.all_reduce_sum([total])
-        self.total = int(total)
+        self.total = self._total()
         if not self.total:
             raise ValueError(
                 f"batches must hold at least one calibration batch for {self._reader}, but there is none. Give a "
                 "list or a dataloader: an iterator can be read only once."
             )
+
+    def _total(self) -> int:
+        total = torch.tensor(sum(mask is not None for mask in self.masks))
+        self._processes.all_reduce_sum([total])
+        return int(total)
 
 
 def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:

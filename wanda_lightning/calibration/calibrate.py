@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from wanda_lightning.calibration.batch_thread import Call, park
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.lockstep import lockstep, whole_model_stop
+from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import Processes, fsdp_calls_checked
 
@@ -56,6 +57,36 @@ def calibrate(
             check_calls(unit.name, len(tuple(calls)))
             yield UnitStop(unit, calls, lambda: None)
             del calls
+
+
+def watch_units(
+    units: Sequence[Unit], batches: CalibrationBatches, observer: Observer, hold: Callable[[str], None]
+) -> Iterator[Unit]:
+    """Run each batch once through the dense model, side by side, and read the inputs of all units as they run.
+
+    The sums are the ones that the observer collects if the batches run one after another. If a batch visits a unit
+    several times, they are added in another order, so that the last digits can differ.
+
+    Args:
+        units: All units, each with a module.
+        batches: The calibration batches.
+        observer: Reads the inputs; `observer.finish` returns the sums.
+        hold: Called with the name of a unit before a batch runs through it.
+
+    Yields:
+        Each unit before the batches run through it.
+    """
+
+    def prepared(index: int, call: Call) -> Call:
+        hold(units[index].name)
+        return observer.watched(units[index], call)
+
+    forwards = list(batches)
+    batches.refuse_if_empty()
+    modules, names = [unit.module for unit in units if unit.module is not None], [unit.name for unit in units]
+    parking = _parking_at_products(forwards, units)
+    for stop in lockstep(parking, modules, observer.processes, names, to_end=True, prepared=prepared):
+        yield units[stop.unit]
 
 
 def _parking_at_products(forwards: list[Callable[[], object]], units: Sequence[Unit]) -> list[Callable[[], object]]:

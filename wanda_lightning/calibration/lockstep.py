@@ -39,6 +39,7 @@ def lockstep(
     names: Sequence[str] = (),
     revisited: set[int] | None = None,
     to_end: bool = False,
+    prepared: Callable[[int, Call], Call] = lambda unit, call: call,
 ) -> Iterator[Stop]:
     """Stop once at each unit that a batch reaches, with all batches that are parked there.
 
@@ -54,6 +55,7 @@ def lockstep(
         names: Names of the units for error messages; by default those of their classes.
         revisited: Set to which the indices of units are added that a batch reaches again.
         to_end: Let the batches run to the end of the model after the last unit.
+        prepared: Takes the index of a unit and a call of it with which a batch will continue; returns the call to run.
 
     Yields:
         The stops. Closing the generator, or an exception, ends all threads and restores the modules.
@@ -86,7 +88,7 @@ def lockstep(
                 return
             with processes.fail_together():
                 for thread in here:
-                    thread.run_unit()
+                    thread.run_unit(partial(prepared, unit))
 
 
 @contextmanager

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.error_notes import naming_batch
@@ -61,8 +62,7 @@ class Observer:
             ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
         """
         with self.processes.fail_together():
-            # A unit that is a layer, or all groups of a convolution, need not run: its input is in the parked calls.
-            if all(layer.module is unit.module and layer.expert is None for layer in unit.layers):
+            if _is_layer(unit):  # it need not run: its input is in the parked calls
                 statistics = self._read_parked(unit, calls)
             else:
                 for call in calls:
@@ -71,6 +71,18 @@ class Observer:
                         call.run(on_copies=unit.module is not None)
                 statistics = self._take(unit)
         return self._of_all(unit, statistics)
+
+    def watched(self, unit: Unit, call: Call) -> Call:
+        """Return a call that also reads the inputs of the unit's layers when it runs; `finish` returns the sums."""
+        return replace(call, forward=partial(self._run_watched, unit, call))
+
+    def _run_watched(self, unit: Unit, call: Call, *args: Any, **kwargs: Any) -> Any:
+        if not _is_layer(unit):
+            with self.collect(unit, call.batch):
+                return call.forward(*args, **kwargs)
+        if self.masks[call.batch] is not None:
+            self._add(self._read(unit, call.batch, input_of(args, kwargs)))
+        return call.forward(*args, **kwargs)
 
     @contextmanager
     def collect(self, unit: Unit, batch: int) -> Iterator[None]:
@@ -102,15 +114,20 @@ class Observer:
             return {names[name]: value for name, value in statistics.items()}
         identities = []
         for batch, x in inputs.items():
-            reader = self._reader(batch)
             with naming_batch(batch, x, unit.name):
-                for layer in unit.layers:
-                    reader.read(Product(layer, x))
+                reader = self._read(unit, batch, x)
             self._add(reader)
             identities += [entry.identity for entry in reader.entries]
         statistics = self._take(unit)
         self._last = unit.layers, identities, statistics
         return statistics
+
+    def _read(self, unit: Unit, batch: int, x: Tensor) -> BatchReader:
+        """Read the input of a unit that is a layer."""
+        reader = self._reader(batch)
+        for layer in unit.layers:
+            reader.read(Product(layer, x))
+        return reader
 
     def _reader(self, batch: int) -> BatchReader:
         return BatchReader(self.needs, batch, self.masks[batch] or ())
@@ -149,6 +166,11 @@ class Observer:
         result, pooled = pool_experts(unit.layers, statistics, self.min_expert_tokens)
         self.pooled.update(pooled)
         return result
+
+
+def _is_layer(unit: Unit) -> bool:
+    """Whether a unit is one layer, or all groups of one convolution."""
+    return all(layer.module is unit.module and layer.expert is None for layer in unit.layers)
 
 
 class PassiveCalibration:

@@ -25,6 +25,7 @@ class BlockLoader:
         self._checkpoint, self._stored = checkpoint, stored
         self.loaded: list[str] = []
         self._unvisited = list(checkpoint.blocks)
+        self._held = RESIDENT
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="next block")
         self._next: tuple[str, Future[None]] | None = None
 
@@ -46,6 +47,25 @@ class BlockLoader:
             for block in self._checkpoint.blocks:
                 self._checkpoint.unload(block)
             self.loaded.clear()
+
+    def hold(self, block: str) -> None:
+        """Have a block in memory, and no other one except the next."""
+        if block == self._held:
+            return
+        if block not in self._unvisited and block not in self.loaded:  # another pass begins
+            self._unvisited = list(self._checkpoint.blocks)
+        for other in [other for other in self.loaded if other != block]:
+            self.free(other)
+        self.require(block)
+        self.expect_next(block)
+        self._held = block
+
+    def start_again(self) -> None:
+        """Free all blocks, for another pass through the model."""
+        self.expect_nothing()
+        for block in list(self.loaded):
+            self.free(block)
+        self._unvisited, self._held = list(self._checkpoint.blocks), RESIDENT
 
     def require(self, block: str) -> None:
         """Have a block in memory."""

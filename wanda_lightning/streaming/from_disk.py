@@ -106,7 +106,7 @@ def refuse_whole_model(config: PruningConfig) -> None:
     allocation, recovery = config.allocation, config.recovery
     reasons = {
         "sequential": (config.sequential == "none", config.sequential, "'block' or 'layer'"),
-        "allocation": (bool(allocation.needs) or allocation.reads_weights, allocation, "'uniform'"),
+        "allocation": (allocation.reads_gradients, allocation, "'owl' or 'alpha'"),
         "pattern": (config.reads_gradients, config.pattern, "'unstructured_layer'"),
         "recovery": (recovery.reads_batches, recovery, "'none' or 'reconstruct'"),
         "permutation": (config.permutation.reads_batches, config.permutation, "'none'"),

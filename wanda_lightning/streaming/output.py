@@ -35,6 +35,7 @@ class OutputFolder:
 
     Attributes:
         written: The record of each written part.
+        sparsities: The sparsity of each layer, once it is known.
 
     Raises:
         OSError: If the folder has other files, cannot be written, or another run writes into it.
@@ -52,17 +53,18 @@ class OutputFolder:
         if self._lock is None and is_locked(self._folder):
             raise FileExistsError(f"{folder} is being written by another run. Wait for it to end, or choose another.")
         self.written: dict[str, dict[str, Any]] = {}
+        self.sparsities: dict[str, float] = {}
         try:
             if (progress := self._folder / PROGRESS_NAME).is_file():
-                self.written = self._resumed(folder, json.loads(progress.read_text(encoding="utf-8")))
+                self._resume(folder, json.loads(progress.read_text(encoding="utf-8")))
             refuse_full(folder, size - sum(record["size"] for record in self.written.values()))
             self._save_progress()
         except BaseException:
             self.close()
             raise
 
-    def _resumed(self, folder: object, begun: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the parts that an interrupted run has written.
+    def _resume(self, folder: object, begun: Mapping[str, Any]) -> None:
+        """Read what an interrupted run has written.
 
         Raises:
             ValueError: If that run had other choices.
@@ -76,8 +78,8 @@ class OutputFolder:
                 f"{self._made_with.get(name)!r}{f' (also different: {differing[1:]})' if differing[1:] else ''}. Use "
                 "the same choices, data and model to go on, or another folder."
             )
-        written: dict[str, dict[str, Any]] = begun["written"]
-        return {part: record for part, record in written.items() if self._path(part).is_file()}
+        self.written = {part: record for part, record in begun["written"].items() if self._path(part).is_file()}
+        self.sparsities = begun["sparsities"]
 
     def _path(self, part: str) -> Path:
         number = self._parts.index(part) + 1
@@ -99,9 +101,14 @@ class OutputFolder:
         self.written[part] = {**record, "keys": list(tensors), "size": size}
         self._save_progress()
 
+    def save_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """Write the sparsity of each layer."""
+        self.sparsities = dict(sparsities)
+        self._save_progress()
+
     def _save_progress(self) -> None:
         with whole_file(self._folder / PROGRESS_NAME) as new:
-            content = {"made_with": self._made_with, "written": self.written}
+            content = {"made_with": self._made_with, "sparsities": self.sparsities, "written": self.written}
             new.write_text(json.dumps(content), encoding="utf-8")
             _flush(new)
 

@@ -55,9 +55,7 @@ def perplexity_from_disk(
                 forwards = [partial(measure, batch) for batch in group]
                 for stop in lockstep(forwards, modules, names=checkpoint.blocks, to_end=True):
                     here = checkpoint.blocks[stop.unit]
-                    for block in [block for block in blocks.loaded if block != here]:
-                        blocks.free(block)
-                    blocks.expect_next(here)
+                    blocks.hold(here)
                     bar.show(here)
                     bar.advance()
     return float(metric.compute())

@@ -9,6 +9,7 @@ from typing import Any
 
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.notes import Outcome
+from wanda_lightning.plan import Plan, Selections
 from wanda_lightning.refusals import refuse_unprunable
 from wanda_lightning.report import read_layer, read_skipped
 from wanda_lightning.streaming.block_loader import BlockLoader
@@ -45,6 +46,20 @@ class StreamedWeights(WeightStore):
         """Read and write the blocks of the model that is pruned in this context."""
         with self._blocks.loading():
             yield
+
+    def hold(self, name: str) -> None:
+        """Have the block of a layer or a unit in memory, and no other one except the next."""
+        if (part := self._checkpoint.part_of(f"{name}.")) != RESIDENT:
+            self._blocks.hold(part)
+
+    def recall(self, plan: Plan) -> Selections:
+        """Return the selections that an interrupted run has stored; empty if there are none."""
+        return plan.selections(self._output.sparsities) if self._output.sparsities else {}
+
+    def keep(self, selections: Selections) -> None:
+        """Store the sparsities, so that a run that continues this one does not compute them again."""
+        self._blocks.start_again()
+        self._output.save_sparsities({name: selection.sparsity for name, selection in selections.items()})
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
         """Write and free the blocks that all batches have left, and have the unit's block in memory."""

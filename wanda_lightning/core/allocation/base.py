@@ -21,7 +21,7 @@ class DenseLayer:
         block: Name of the block that contains the layer, or the name of the layer if no block does.
         size: Number of weights.
         sparsity_steps: Number of equal steps in which the pattern can raise the sparsity from 0 to 1.
-        read: Reads the weight, which is not kept in memory.
+        load: Returns the weight; `read` calls it.
         inputs: The input statistics that the allocation needs, of the dense model.
         gradients: Gradients of the dense model, if the allocation reads them.
     """
@@ -30,14 +30,22 @@ class DenseLayer:
     block: str
     size: int
     sparsity_steps: int
-    read: Callable[[], Weight]
+    load: Callable[[], Weight]
     inputs: InputStatistics = field(default_factory=InputStatistics)
     gradients: GradientStatistics | None = None
+
+    def read(self) -> Weight:
+        """Return the weight, which is not kept in memory."""
+        weight = self.load()
+        if "zeros" not in vars(self):  # counted now, since the weight may have to come from disk each time
+            vars(self)["zeros"] = int((weight == 0).count_nonzero())
+        return weight
 
     @cached_property
     def zeros(self) -> int:
         """Number of weights that are zero before pruning; they stay zero."""
-        return int((self.read() == 0).count_nonzero())
+        self.read()
+        return int(vars(self)["zeros"])
 
 
 class GradientLimit(NamedTuple):
