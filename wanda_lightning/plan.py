@@ -177,7 +177,9 @@ def make_plan(
     """
     reshard(model)
     config = config_for(config, model)
-    inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
+    # Blocks are loaded one at a time, also to be pruned with statistics of the dense model.
+    stops = "block" if config.sequential == "none" and not has_weights else config.sequential
+    inventory = find_layers(model, stops, config.skip, config.only, config.include_grouped, config.pattern)
     plan = Plan(config, model, processes, inventory)
     config.recovery.check_processes(processes.world_size, is_sharded(model))
     with torch.inference_mode(False), torch.no_grad():

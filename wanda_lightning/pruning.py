@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from wanda_lightning.report import Permuted, PrunedLayer, PruningReport
 from wanda_lightning.weight_store import WeightStore
 
 log = logging.getLogger(__name__)
+
+Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
 
 
 def prune(
@@ -117,19 +120,21 @@ def prune_as(
         statistics = BatchNormStatistics(batch_norms, data, processes)
     if allocate_first:
         with _timed(seconds, "allocate", config.allocation.reads_weights):
-            outcome.selections = _allocate(plan, data, store, progress)
+            observe = partial(_observe_dense_model, plan, data, store, progress)
+            outcome.selections = _allocate(plan, data, store, observe, progress)
     recovers = config.recovery.reads_batches and config.sparsity > 0
     with _timed(seconds, "recover", recovers), pruning_mode(model):
         dense = DenseModel(model, plan.layers, plan.blocks, data, processes, progress)
         recovery = config.recovery.start_model(dense) if recovers else ModelRecovery()
-    total = data.length if plan.is_one_pass else len(plan.units)
+    watches = plan.is_one_pass and not store.is_whole
+    total = 2 * len(plan.units) if watches else data.length if plan.is_one_pass else len(plan.units)
     with (
         _timed(seconds, "prune"),
         pruning_mode(model),
         ProgressBar("Pruning", total, progress) as bar,
         _naming_what_was_written(outcome, store.advice),
     ):
-        _prune_units(plan, data, outcome, store, bar)
+        (_prune_watched if watches else _prune_units)(plan, data, outcome, store, bar)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         outcome.batch_norm = statistics.correct()
@@ -207,19 +212,39 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: 
     outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
 
 
-def _allocate(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Selections:
-    """Give each layer its sparsity, after passes through the dense model if the choices need them."""
+def _prune_watched(
+    plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, bar: ProgressBar
+) -> None:
+    """Prune each unit with the statistics of one pass through the dense model."""
+    observer = Observer(
+        plan.observed, data.masks, processes=plan.processes, min_expert_tokens=plan.config.min_expert_tokens
+    )
+    inputs = _watch(plan, data, observer, store, bar)
+    if not outcome.selections:
+        outcome.selections = _allocate(plan, data, store, lambda: (inputs, {}), progress=False)
+    for unit in plan.units:
+        bar.show(unit.name)
+        if not store.arrive(unit, outcome):
+            _prune_unit(outcome, unit, inputs, observer)
+        bar.advance()
+    store.finish(outcome)
+
+
+def _allocate(
+    plan: Plan, data: CalibrationBatches, store: WeightStore, observe: Callable[[], Observed], progress: bool
+) -> Selections:
+    """Give each layer its sparsity, from what `observe` finds in the dense model."""
     if selections := store.recall(plan):
         data.count()
-    else:
-        selections = plan.allocate(*_observe_dense_model(plan, data, store, progress), progress, store.hold)
-        store.keep(selections)
+        return selections
+    found = observe()
+    with store.dense():
+        selections = plan.allocate(*found, progress, store.hold)
+    store.keep(selections)
     return selections
 
 
-def _observe_dense_model(
-    plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool
-) -> tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]:
+def _observe_dense_model(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Observed:
     """Collect the input statistics and the gradients that allocation and pattern read."""
     allocation, model, processes = plan.config.allocation, plan.model, plan.processes
     inputs: Mapping[str, InputStatistics] = {}
@@ -234,16 +259,24 @@ def _observe_dense_model(
                     inputs = observer(stop.unit, stop.calls)
                     stop.check()
             else:
-                for unit in watch_units(plan.block_units, data, observer, store.hold):
-                    bar.show(unit.name)
-                    bar.advance()
-                inputs = observer.finish(plan.whole_model)
+                inputs = _watch(plan, data, observer, store, bar)
     if plan.config.reads_gradients:
         with pruning_mode(model), ProgressBar("Passing backward", data.length, progress) as bar:
             limit = allocation.gradient_limit
             gradients = gradient_statistics(model, plan.layers, plan.blocks, data, bar.advance, processes, limit)
             data.refuse_if_empty()
     return inputs, gradients
+
+
+def _watch(
+    plan: Plan, data: CalibrationBatches, observer: Observer, store: WeightStore, bar: ProgressBar
+) -> Mapping[str, InputStatistics]:
+    """Return the statistics of all layers from one pass through the dense model, block by block."""
+    with store.dense():
+        for unit in watch_units(plan.block_units, data, observer, store.hold):
+            bar.show(unit.name)
+            bar.advance()
+    return observer.finish(plan.whole_model)
 
 
 def _prune_unit(outcome: Outcome, unit: Unit, inputs: Mapping[str, InputStatistics], observer: Observer) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from wanda_lightning.models import Unit
 from wanda_lightning.notes import Outcome
 from wanda_lightning.plan import Plan, Selections
@@ -20,15 +23,20 @@ class WeightStore:
     zeros: int = 0
     advice: str = "Reload the model before you try again."
 
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Give access to the weights before pruning, in one pass through the model in this block."""
+        yield
+
     def hold(self, name: str) -> None:
-        """Have the weights of a layer or a unit in memory, in a pass through the dense model."""
+        """Have the dense weights of a layer or a unit in memory."""
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an earlier run has made; empty if there are none."""
         return {}
 
     def keep(self, selections: Selections) -> None:
-        """Keep the selections for a later run; the passes through the dense model are complete."""
+        """Keep the selections for a later run that continues this one."""
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
         """Prepare a unit that is about to be pruned; return whether an earlier run has pruned it already."""

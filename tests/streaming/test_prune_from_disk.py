@@ -72,6 +72,8 @@ CHOICES = {
     "owl without statistics": {"method": "magnitude", "allocation": OWL(m=2.0)},
     "alpha": {"method": "wanda", "allocation": "alpha", "pattern": "2:4"},
     "alpha_layer": {"method": "magnitude", "allocation": "alpha_layer"},
+    "none": {"method": "wanda", "sequential": "none", "allocation": "owl"},
+    "none without statistics": {"method": "magnitude", "sequential": "none"},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
 }
 
@@ -92,7 +94,9 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma3_text", "falcon_mamba", "cpmant"]
 )
-@pytest.mark.parametrize("choices", [{}, {"sequential": "layer"}, {"allocation": OWL(m=2.0)}], ids=str)
+@pytest.mark.parametrize(
+    "choices", [{}, {"sequential": "layer"}, {"allocation": OWL(m=2.0)}, {"sequential": "none"}], ids=str
+)
 def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     (family,) = families(("causal",), (name,))
     model = family.build()
@@ -128,7 +132,9 @@ def routed(model, batch):
     return states
 
 
-@pytest.mark.parametrize("choices", [{}, {"sequential": "layer"}, {"allocation": "owl"}], ids=str)
+@pytest.mark.parametrize(
+    "choices", [{}, {"sequential": "layer"}, {"allocation": "owl"}, {"sequential": "none"}], ids=str
+)
 def test_batches_may_take_different_routes(source, tmp_path, choices):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
     choices = {"method": "wanda", "progress": False, **choices}
@@ -204,8 +210,16 @@ def test_a_killed_run_continues_where_it_was(source, tmp_path):
     assert (report.layers, report.zeros, report.notes) == (expected.layers, expected.zeros, expected.notes)
 
 
-@pytest.mark.parametrize(("allocation", "passes"), [("uniform", 1), ("alpha", 2), ("owl", 3)])
-def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, allocation, passes):
+@pytest.mark.parametrize(
+    ("choices", "passes", "repeated"),
+    [
+        ({"method": "magnitude"}, 1, 0),
+        ({"method": "magnitude", "allocation": "alpha"}, 2, 0),
+        ({"method": "magnitude", "allocation": "owl"}, 3, 0),
+        ({"method": "wanda", "allocation": "owl", "sequential": "none"}, 3, 1),
+    ],
+)
+def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, choices, passes, repeated):
     loads, load, save = [], Checkpoint.load, OutputFolder.save
 
     def counting(self, part, stored=None):
@@ -218,7 +232,7 @@ def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, 
         save(self, part, *arguments)
 
     arguments = (source, tmp_path / "out", batches(), 0.5)
-    choices = {"method": "magnitude", "allocation": allocation, "progress": False}
+    choices = {**choices, "progress": False}
     expected = prune_from_disk(source, tmp_path / "whole", batches(), 0.5, **choices)
     monkeypatch.setattr(Checkpoint, "load", counting)
     with monkeypatch.context() as patched:
@@ -229,9 +243,9 @@ def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, 
     assert [loads.count((block, True)) for block in blocks[:3]] == [passes] * 3
     loads.clear()
     report = prune_from_disk(*arguments, **choices)
-    assert loads[1:] == [(block, index > 1) for index, block in enumerate(blocks)]
+    assert loads[1:] == [(block, True) for block in blocks] * repeated + [(b, i > 1) for i, b in enumerate(blocks)]
     assert (report.layers, report.config) == (expected.layers, expected.config)
-    assert len({layer.target for layer in report.layers}) > 1 or allocation == "uniform"
+    assert len({layer.target for layer in report.layers}) > 1 or "allocation" not in choices
     files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert files == {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
 
@@ -265,7 +279,7 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch, changed, messa
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"sequential": "none"}, "sequential=none needs the whole model"),
+        ({"sequential": "none", "method": "sparsegpt"}, "sequential=none with solver=SparseGPT.* the Gram matrices of"),
         ({"method": "best"}, "allocation=Fisher"),
         ({"pattern": "unstructured_layer_weighted"}, "pattern="),
         ({"recovery": Distil()}, "recovery=Distil"),

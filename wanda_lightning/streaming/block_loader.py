@@ -52,8 +52,6 @@ class BlockLoader:
         """Have a block in memory, and no other one except the next."""
         if block == self._held:
             return
-        if block not in self._unvisited and block not in self.loaded:  # another pass begins
-            self._unvisited = list(self._checkpoint.blocks)
         for other in [other for other in self.loaded if other != block]:
             self.free(other)
         self.require(block)

@@ -33,19 +33,30 @@ class StreamedWeights(WeightStore):
 
     def __init__(self, checkpoint: Checkpoint, output: OutputFolder) -> None:
         self._checkpoint, self._output = checkpoint, output
+        self._is_dense = False
         self._blocks = BlockLoader(checkpoint, self._stored)
         self._pending: set[tuple[str, str]] | None = (
             None  # (block, unit) of the units at which no batch has stopped yet
         )
 
     def _stored(self, block: str) -> Keys | None:
-        return self._output.stored(block) if block in self._output.written else None
+        return self._output.stored(block) if block in self._output.written and not self._is_dense else None
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
         """Read and write the blocks of the model that is pruned in this context."""
         with self._blocks.loading():
             yield
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Read all blocks from the checkpoint, also those that an interrupted run has written; free them at the end."""
+        self._is_dense = True
+        try:
+            yield
+        finally:
+            self._is_dense = False
+            self._blocks.start_again()
 
     def hold(self, name: str) -> None:
         """Have the block of a layer or a unit in memory, and no other one except the next."""
@@ -58,7 +69,6 @@ class StreamedWeights(WeightStore):
 
     def keep(self, selections: Selections) -> None:
         """Store the sparsities, so that a run that continues this one does not compute them again."""
-        self._blocks.start_again()
         self._output.save_sparsities({name: selection.sparsity for name, selection in selections.items()})
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
