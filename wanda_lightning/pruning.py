@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.calibrate import UnitStop, calibrate, watch_units
 from wanda_lightning.calibration.error_notes import add_note
-from wanda_lightning.calibration.gradients import gradient_statistics
+from wanda_lightning.calibration.gradients import gradient_statistics, gradient_statistics_by_block
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.config import PruningConfig
@@ -261,11 +261,27 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, store: WeightStor
             else:
                 inputs = _watch(plan, data, observer, store, bar)
     if plan.config.reads_gradients:
-        with pruning_mode(model), ProgressBar("Passing backward", data.length, progress) as bar:
-            limit = allocation.gradient_limit
-            gradients = gradient_statistics(model, plan.layers, plan.blocks, data, bar.advance, processes, limit)
-            data.refuse_if_empty()
+        gradients = _pass_backward(plan, data, store, progress)
+        data.refuse_if_empty()
     return inputs, gradients
+
+
+def _pass_backward(
+    plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool
+) -> Mapping[str, GradientStatistics]:
+    model, limit = plan.model, plan.config.allocation.gradient_limit
+    total = data.length if store.is_whole else None
+    with pruning_mode(model), ProgressBar("Passing backward", total, progress) as bar:
+        if store.is_whole:
+            return gradient_statistics(model, plan.layers, plan.blocks, data, bar.advance, plan.processes, limit)
+
+        def hold(name: str) -> None:
+            bar.show(name)
+            store.hold(name)
+
+        blocks = [unit for unit in plan.block_units if unit.module in plan.blocks]
+        with store.dense():
+            return gradient_statistics_by_block(model, plan.layers, blocks, data, hold, limit)
 
 
 def _watch(

@@ -1,17 +1,25 @@
 """The Fisher information that an allocation reads, against autograd by hand."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from support.batches import split
+from support.chains import overrides
 from support.gradients import gradients
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
+from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.calibration.gradients import gradient_statistics_by_block
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.plan import make_plan
 
 
 def measured(model, batches, samples=None, predictions=0):
@@ -61,6 +69,42 @@ def test_recomputed_blocks_give_the_same_sums(name):
         for one, other in zip(sums, recomputed[layer], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-12)
     assert any(sums.rows.any() for sums in stored.values())
+
+
+# In memory, images, which have one prediction each, run as one batch; and a block that is called twice adds its calls
+# in another order.
+ROUNDED = {"block_twice", "convnext", "convnext_conv_mlp", "deit", "resnet18", "resnet50", "swin", "vit"}
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("name", sorted(ZOO.keys() - {"inplace"}))
+def test_samples_side_by_side_give_the_same_sums(name, at_once, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.calibration.gradients._AT_ONCE", at_once)
+    monkeypatch.setattr("wanda_lightning.calibration.gradients._PREDICTIONS_AT_ONCE", at_once)
+    model, batches, held = ZOO[name].build(), ZOO[name].batches(), []
+    expected = gradients(model, batches)
+    plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
+    blocks = [unit for unit in plan.block_units if unit.module in plan.blocks]
+    data = CalibrationBatches(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
+    random = torch.get_rng_state()
+    with pruning_mode(model):
+        found = gradient_statistics_by_block(model, plan.layers, blocks, data, held.append)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert found.keys() == expected.keys()
+    for layer, sums in expected.items():
+        for one, other in zip(sums, found[layer], strict=True):
+            rtol, atol = (1e-3, 1e-8) if name in ROUNDED else (0, 0)
+            torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+    assert not overrides(model)
+
+
+def test_blocks_that_cannot_run_twice_are_refused_side_by_side():
+    model, batches = ZOO["inplace"].build(), ZOO["inplace"].batches()
+    plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
+    data = CalibrationBatches(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
+    with pruning_mode(model), pytest.raises(ValueError, match=r"blocks\.0 cannot run twice from disk"):
+        gradient_statistics_by_block(model, plan.layers, plan.block_units, data, lambda name: None)
+    assert not overrides(model)
 
 
 def as_double(batch):

@@ -277,9 +277,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
 def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_path, method):
-    more = ["--prune_method", method, "--sequential", "layer"]
+    more = ["--preset" if method == "best" else "--prune_method", method, "--sequential", "layer"]
     assert run(*text, *more, "--save", "memory", "--save_model", "memory/model") == 0
     assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream") == 0
     memory, disk = tmp_path / "memory", tmp_path / "disk"
@@ -304,7 +304,7 @@ NOT_STREAMED = [
     (["--stream"], "--save_model, which is missing", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
     (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),
-    (["--stream", "--preset", "best", *OUT], "needs the whole model in memory", 1),
+    (["--stream", "--preset", "thorough", *OUT], "needs the whole model in memory", 1),
     (
         ["--stream", "--sequential", "none", "--solver", "admm", *OUT],
         "needs the Gram matrices of all layers in memory",

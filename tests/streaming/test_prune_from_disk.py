@@ -13,7 +13,7 @@ from support.families import families
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-from wanda_lightning import OWL, Distil, PerLayer, Reconstruct, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -74,6 +74,10 @@ CHOICES = {
     "alpha_layer": {"method": "magnitude", "allocation": "alpha_layer"},
     "none": {"method": "wanda", "sequential": "none", "allocation": "owl"},
     "none without statistics": {"method": "magnitude", "sequential": "none"},
+    "fisher": {"method": "wanda", "allocation": "fisher"},
+    "best": {"method": "best"},
+    "more samples": {"method": "wanda", "allocation": Fisher(num_samples=3, num_predictions=240)},
+    "rows": {"method": "magnitude", "pattern": "unstructured_layer_weighted"},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
 }
 
@@ -95,7 +99,9 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
     "name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma3_text", "falcon_mamba", "cpmant"]
 )
 @pytest.mark.parametrize(
-    "choices", [{}, {"sequential": "layer"}, {"allocation": OWL(m=2.0)}, {"sequential": "none"}], ids=str
+    "choices",
+    [{}, {"sequential": "layer"}, {"sequential": "none"}, {"allocation": OWL(m=2.0)}, {"allocation": "fisher"}],
+    ids=str,
 )
 def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     (family,) = families(("causal",), (name,))
@@ -107,7 +113,7 @@ def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "fisher"])
 def test_an_encoder_decoder(tmp_path, allocation):
     torch.manual_seed(0)
     config = T5Config(
@@ -146,7 +152,8 @@ def test_batches_may_take_different_routes(source, tmp_path, choices):
     assert report.layers == expected.layers
 
 
-def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["wanda", "best"])
+def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch, method):
     loaded, most, load, unload = set(), [0], Checkpoint.load, Checkpoint.unload
 
     def counting(self, part, *args):
@@ -161,7 +168,7 @@ def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "load", counting)
     monkeypatch.setattr(Checkpoint, "unload", discounting)
-    prune_from_disk(source, tmp_path / "out", batches(), 0.5, method="wanda", progress=False)
+    prune_from_disk(source, tmp_path / "out", batches(), 0.5, method=method, progress=False)
     assert most[0] == 2
     assert loaded == {""}
 
@@ -217,6 +224,7 @@ def test_a_killed_run_continues_where_it_was(source, tmp_path):
         ({"method": "magnitude", "allocation": "alpha"}, 2, 0),
         ({"method": "magnitude", "allocation": "owl"}, 3, 0),
         ({"method": "wanda", "allocation": "owl", "sequential": "none"}, 3, 1),
+        ({"method": "best"}, 4, 0),
     ],
 )
 def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, choices, passes, repeated):
@@ -280,9 +288,7 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch, changed, messa
     ("choices", "message"),
     [
         ({"sequential": "none", "method": "sparsegpt"}, "sequential=none with solver=SparseGPT.* the Gram matrices of"),
-        ({"method": "best"}, "allocation=Fisher"),
-        ({"pattern": "unstructured_layer_weighted"}, "pattern="),
-        ({"recovery": Distil()}, "recovery=Distil"),
+        ({"method": "thorough"}, "recovery=Distil"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(source, tmp_path, choices, message):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +14,11 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import CalibrationBatches, Sample, fit_together
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
 from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.calibration.side_by_side import pass_side_by_side
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
-from wanda_lightning.models import Layer, fitting_mask
-from wanda_lightning.parallel import Processes
+from wanda_lightning.models import Layer, Unit, fitting_mask
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 _SAMPLES_AT_ONCE = 32  # with one prediction each
 
@@ -51,16 +55,83 @@ def gradient_statistics(
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
     """
+
+    def run(mode: AbstractContextManager[Any]) -> None:
+        with recomputing(blocks, mode), torch.enable_grad():
+            _pass_backward(data, tick, processes, limit)
+
+    return _summed(model, layers, processes, run)
+
+
+def gradient_statistics_by_block(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    blocks: Sequence[Unit],
+    data: CalibrationBatches,
+    hold: Callable[[str], None],
+    limit: GradientLimit = GradientLimit(),
+) -> dict[str, GradientStatistics]:
+    """Return what `gradient_statistics` returns in a single process, with few blocks in memory at a time.
+
+    Groups of at least 8 samples and 16384 predictions pass forward and backward side by side. For a group, memory holds
+    the inputs of all blocks. Sums differ in the last digit only for samples with a single prediction, which do not
+    share a pass here, and for blocks that are called several times.
+
+    Args:
+        model: The model in evaluation mode.
+        layers: The layers to measure.
+        blocks: The blocks of the model.
+        data: The batches.
+        hold: Called with the name of a block before a sample runs through it, forward or backward.
+        limit: How many samples to run backward passes for.
+    """
+
+    def run(mode: AbstractContextManager[Any]) -> None:
+        for group in _groups(data, limit):
+            pass_side_by_side(group, blocks, mode, hold)
+
+    return _summed(model, layers, SINGLE_PROCESS, run)
+
+
+_AT_ONCE, _PREDICTIONS_AT_ONCE = 8, 16384
+
+
+def _groups(data: CalibrationBatches, limit: GradientLimit) -> Iterator[list[Callable[[], None]]]:
+    """Yield groups of backward passes, one for each sample. The first pass shows how many predictions a sample has."""
+    samples, last, done, predictions = chain.from_iterable(data.samples()), limit.samples, 0, 0
+
+    def pass_backward(sample: Sample, first: int) -> None:
+        nonlocal last, predictions
+        objective, found = _objective(sample, first, sample.size if last is None else last - first)
+        if not predictions:
+            predictions = found
+            last = None if last is None else max(last, -(-limit.predictions // predictions))
+        objective.backward()
+
+    while last is None or done < last:
+        size = _AT_ONCE if not predictions else max(_AT_ONCE, _PREDICTIONS_AT_ONCE // predictions)
+        end = done + size if last is None else min(done + size, last)
+        group: list[Callable[[], None]] = []
+        while done < end and (sample := next(samples, None)):
+            group.append(partial(pass_backward, sample, done))
+            done += sample.size
+        if not group:
+            return
+        yield group
+
+
+def _summed(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    processes: Processes,
+    run: Callable[[AbstractContextManager[Any]], None],
+) -> dict[str, GradientStatistics]:
+    """Sum squared inputs and gradients while `run`, called with a mode that its backward passes enter, runs."""
     sums = {layer.name: _zeros(layer) for layer in layers}
     reached = torch.zeros(len(layers), dtype=torch.int64)
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
-    with (
-        without_gradients(model),
-        intercept(layers, on_product) as mode,
-        recomputing(blocks, mode),
-        torch.enable_grad(),
-    ):
-        _pass_backward(data, tick, processes, limit)
+    with without_gradients(model), intercept(layers, on_product) as mode:
+        run(mode)
     processes.all_reduce_sum([reached, *(each for pair in sums.values() for each in pair)])
     _refuse_nonfinite(sums)
     if reached.any() and not any(total.inputs.any() for total in sums.values()):
@@ -119,9 +190,17 @@ def _joined(data: CalibrationBatches, samples: Sequence[Sample]) -> Iterator[Sam
 
 
 def _pass_sample_backward(sample: Sample, first: int, count: int) -> int:
-    """Run the backward pass from the gradient of `-log p(y)` with respect to the logits: `p - onehot(y)`.
+    """Run the backward pass of a sample; return its number of predictions. See `_objective`."""
+    objective, predictions = _objective(sample, first, count)
+    objective.backward()
+    return predictions
 
-    The gradient is computed by hand, because cross entropy would hold three more tensors of this size.
+
+def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
+    """Return a number whose gradient with respect to the logits is that of `-log p(y)`: `p - onehot(y)`.
+
+    The gradient is computed by hand, because cross entropy would hold three more tensors of this size. The logits are
+    freed when this returns, and the gradient after the backward pass of the output head.
 
     Args:
         sample: A sample, or several.
@@ -129,7 +208,7 @@ def _pass_sample_backward(sample: Sample, first: int, count: int) -> int:
         count: Only the first `count` samples have a gradient; the gradient of the others is 0.
 
     Returns:
-        The number of predictions of each sample, including those of padding.
+        The number, which is 0, and how many predictions each sample has, including those of padding.
     """
     logits, keep = _logits(sample.predict()), None
     if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder
@@ -154,8 +233,23 @@ def _pass_sample_backward(sample: Sample, first: int, count: int) -> int:
             gradient[index] = values.view(gradient[index].shape)
         else:
             gradient[index, keep[index]] = values
-    logits.backward(gradient)
-    return max(1, logits[..., 0].numel() // sample.size)
+    objective: Tensor = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
+    return objective, max(1, logits[..., 0].numel() // sample.size)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Zero with a given gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gradient: Tensor) -> Tensor:
+        """Return 0."""
+        ctx.save_for_backward(gradient)
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Any) -> tuple[Tensor, None]:
+        """Return the gradient."""
+        return ctx.saved_tensors[0], None
 
 
 def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistics], reached: Tensor) -> OnProduct:

@@ -34,7 +34,7 @@ class Stop(NamedTuple):
 
 def lockstep(
     forwards: Sequence[Callable[[], object]],
-    units: Sequence[nn.Module],
+    units: Sequence[nn.Module | None],
     processes: Processes = SINGLE_PROCESS,
     names: Sequence[str] = (),
     revisited: set[int] | None = None,
@@ -50,7 +50,7 @@ def lockstep(
 
     Args:
         forwards: One forward pass for each batch.
-        units: Disjoint modules in the order of the stops.
+        units: Disjoint modules in the order of the stops; None for a stop at which batches `park` themselves.
         processes: The processes that run the same units, each with its own forward passes.
         names: Names of the units for error messages; by default those of their classes.
         revisited: Set to which the indices of units are added that a batch reaches again.
@@ -83,8 +83,9 @@ def lockstep(
             else:
                 revisited.add(unit)
             if not pending and not to_end:
-                if here and not any(map(is_sharded, units)):
-                    find_revisits(here[0], units, revisited)
+                modules = [unit for unit in units if unit is not None]
+                if here and not any(map(is_sharded, modules)):
+                    find_revisits(here[0], modules, revisited)
                 return
             with processes.fail_together():
                 for thread in here:
@@ -92,10 +93,12 @@ def lockstep(
 
 
 @contextmanager
-def _parking(units: Sequence[nn.Module]) -> Iterator[None]:
+def _parking(units: Sequence[nn.Module | None]) -> Iterator[None]:
     """Replace the entry point of every unit, so that batches park there."""
     with ExitStack() as restored:
         for index, unit in enumerate(units):
+            if unit is None:
+                continue
             entry = entry_point(unit)
             restored.enter_context(patched(unit, "_compiled_call_impl", None))  # it would bypass the entry point
             restored.enter_context(patched(unit, entry, partial(park, index, getattr(unit, entry))))

@@ -34,18 +34,28 @@ def recomputing(blocks: Sequence[nn.Module], mode: AbstractContextManager[Any] =
     """
     with ExitStack() as restored:
         for block in blocks:
-            restored.enter_context(patched(block, "forward", _Recomputed(block.forward, mode)))
+            restored.enter_context(patched(block, "forward", Recomputed(block.forward, mode)))
         yield
 
 
-class _Recomputed:
-    """The forward of a block that runs again in the backward pass."""
+class Recomputed:
+    """The forward of a block that runs again in the backward pass.
+
+    Args:
+        forward: The block's own forward; in the second run gradients are enabled.
+        mode: Entered around the second run.
+    """
 
     def __init__(self, forward: Callable[..., Any], mode: AbstractContextManager[Any]) -> None:
         self._forward, self._mode = forward, mode
         self._writes = False  # into its arguments
 
+    def run_once(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a block that cannot be recomputed."""
+        return self._forward(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, without keeping its activations if it can be recomputed."""
         if self._writes or not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         inputs, structure = tree_flatten((args, kwargs))
@@ -53,7 +63,7 @@ class _Recomputed:
         tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         inputs = [_ATensor if isinstance(leaf, Tensor) else leaf for leaf in inputs]
         if tensors_within(inputs):
-            return self._forward(*args, **kwargs)
+            return self.run_once(*args, **kwargs)
         inputs = clone_arguments(inputs)  # another block may write into them before the second run
         outputs: list[Any] = []
         output_structure: Any = None
@@ -77,7 +87,7 @@ class _Recomputed:
         anchor = torch.zeros((), requires_grad=True, device=tensors[0].device if tensors else None)
         results = checkpoint(run, anchor, *tensors, use_reentrant=True)
         if self._writes:
-            return self._forward(*args, **kwargs)
+            return self.run_once(*args, **kwargs)
         return tree_unflatten(_filled(outputs, iter(results)), output_structure)
 
 

@@ -24,7 +24,8 @@ class BlockLoader:
     def __init__(self, checkpoint: Checkpoint, stored: Callable[[str], Keys | None] = lambda block: None) -> None:
         self._checkpoint, self._stored = checkpoint, stored
         self.loaded: list[str] = []
-        self._unvisited = list(checkpoint.blocks)
+        self._order = list(checkpoint.blocks)
+        self._unvisited = list(self._order)
         self._held = RESIDENT
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="next block")
         self._next: tuple[str, Future[None]] | None = None
@@ -52,6 +53,9 @@ class BlockLoader:
         """Have a block in memory, and no other one except the next."""
         if block == self._held:
             return
+        if not self._unvisited and block not in self.loaded:  # a backward pass begins
+            self._order.reverse()
+            self._unvisited = [other for other in self._order if other not in (block, self._held)]
         for other in [other for other in self.loaded if other != block]:
             self.free(other)
         self.require(block)
@@ -63,7 +67,8 @@ class BlockLoader:
         self.expect_nothing()
         for block in list(self.loaded):
             self.free(block)
-        self._unvisited, self._held = list(self._checkpoint.blocks), RESIDENT
+        self._order, self._held = list(self._checkpoint.blocks), RESIDENT
+        self._unvisited = list(self._order)
 
     def require(self, block: str) -> None:
         """Have a block in memory."""
@@ -77,7 +82,7 @@ class BlockLoader:
 
     def expect_next(self, block: str) -> None:
         """Begin to load, in the background, the block that is probably called after this one."""
-        order = self._checkpoint.blocks.index
+        order = self._order.index
         following = sorted(self._unvisited, key=lambda other: (order(other) < order(block), order(other)))
         if self._next is None and following:
             self._next = following[0], self._loader.submit(self._load, following[0])

@@ -149,8 +149,10 @@ class Checkpoint:
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
             self._refuse_incomplete(missing, loaded.mismatched_keys)
-        named = self.model.named_parameters()
-        check_finite(((name, weight) for name, weight in named if self.part_of(name) == part), self._name)
+        own = {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
+        for weight in own.values():
+            weight.requires_grad_(False)  # a weight that is freed has no place for its gradient
+        check_finite(own.items(), self._name)
         return loaded
 
     def unload(self, part: str) -> None:

@@ -103,18 +103,16 @@ def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> N
 
 def refuse_whole_model(config: PruningConfig) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
-    allocation, recovery = config.allocation, config.recovery
     grams = config.sequential == "none" and "gram" in config.needs
     reasons = {
         "sequential": (grams, f"{config.sequential} with solver={config.solver}", "'block' or 'layer'"),
-        "allocation": (allocation.reads_gradients or "gram" in allocation.needs, allocation, "'owl' or 'alpha'"),
-        "pattern": (config.reads_gradients, config.pattern, "'unstructured_layer'"),
-        "recovery": (recovery.reads_batches, recovery, "'none' or 'reconstruct'"),
+        "allocation": ("gram" in config.allocation.needs, config.allocation, "'owl' or 'fisher'"),
+        "recovery": (config.recovery.reads_batches, config.recovery, "'none' or 'reconstruct'"),
         "permutation": (config.permutation.reads_batches, config.permutation, "'none'"),
     }
     for name, (refused, value, instead) in reasons.items():
         if refused:
-            needed = "the Gram matrices of all layers" if name == "sequential" else "the whole model"
+            needed = "the Gram matrices of all layers" if name in ("sequential", "allocation") else "the whole model"
             raise ValueError(
                 f"{name}={value} needs {needed} in memory, but the model is read block by block. Use {name}={instead}, "
                 "or prune in memory."

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanda_lightning.files import PROGRESS_NAME, is_locked, lock, refuse_full, refuse_unresumable, unlock, whole_file
 
 _INDEX = "model.safetensors.index.json"
+_ROW_WEIGHTS = "pruning_row_weights.safetensors"  # while the model is pruned
 
 
 class OutputFolder:
@@ -71,7 +72,7 @@ class OutputFolder:
         """
         names = self._made_with.keys() | begun["made_with"].keys()
         differing = sorted(n for n in names if self._made_with.get(n) != begun["made_with"].get(n))
-        if differing:
+        if differing and (begun["written"] or begun["sparsities"]):
             name = differing[0]
             raise ValueError(
                 f"{folder} was begun with {name}={begun['made_with'].get(name)!r}, but now it is "
@@ -101,10 +102,19 @@ class OutputFolder:
         self.written[part] = {**record, "keys": list(tensors), "size": size}
         self._save_progress()
 
-    def save_sparsities(self, sparsities: Mapping[str, float]) -> None:
-        """Write the sparsity of each layer."""
+    def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
+        """Write the sparsity of each layer, and the row weights of those that have any."""
+        if row_weights:
+            with whole_file(self._folder / _ROW_WEIGHTS) as new:
+                save_file(dict(row_weights), new)
+                _flush(new)
         self.sparsities = dict(sparsities)
         self._save_progress()
+
+    def row_weights(self) -> dict[str, Tensor]:
+        """Read the row weights; empty if no layer has any."""
+        file = self._folder / _ROW_WEIGHTS
+        return load_file(file) if file.is_file() else {}
 
     def _save_progress(self) -> None:
         with whole_file(self._folder / PROGRESS_NAME) as new:
@@ -133,6 +143,7 @@ class OutputFolder:
                 if (old := self._folder / file.name).is_dir():
                     shutil.rmtree(old)
                 os.replace(file, self._folder / file.name)
+        (self._folder / _ROW_WEIGHTS).unlink(missing_ok=True)
         (self._folder / PROGRESS_NAME).unlink()
         self.close()
 

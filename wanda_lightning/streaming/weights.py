@@ -65,11 +65,13 @@ class StreamedWeights(WeightStore):
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an interrupted run has stored; empty if there are none."""
-        return plan.selections(self._output.sparsities) if self._output.sparsities else {}
+        sparsities = self._output.sparsities
+        return plan.selections(sparsities, self._output.row_weights()) if sparsities else {}
 
     def keep(self, selections: Selections) -> None:
-        """Store the sparsities, so that a run that continues this one does not compute them again."""
-        self._output.save_sparsities({name: selection.sparsity for name, selection in selections.items()})
+        """Store the sparsities and row weights, so that a run that continues this one does not compute them again."""
+        weighed = {name: each.row_weights for name, each in selections.items() if each.pattern.weighs_rows}
+        self._output.save_allocation({name: each.sparsity for name, each in selections.items()}, weighed)
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
         """Write and free the blocks that all batches have left, and have the unit's block in memory."""
