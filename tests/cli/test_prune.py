@@ -300,6 +300,26 @@ def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_
     assert (memory / f"log_{method}.txt").read_text() == (disk / f"log_{method}.txt").read_text()
 
 
+def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_same_command(
+    text, tmp_path, monkeypatch
+):
+    command = [*text, "--prune_method", "magnitude", "--save", "out", "--save_model", "out/model", "--stream"]
+
+    def interrupted(source, *arguments, **options):
+        if source == "out/model":
+            raise KeyboardInterrupt
+        return 1.0
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wanda_lightning.cli.prune.perplexity_from_disk", interrupted)
+        assert run(*command) != 0
+    assert not (tmp_path / "out" / "pruning_report.json").exists()
+    assert run(*command) == 0
+    measured = PruningReport.from_json((tmp_path / "out" / "pruning_report.json").read_text()).config["measured"]
+    assert min(measured["pruned"], measured["dense"]) > 1
+    assert not (tmp_path / "out" / "model" / "pruning_progress.json").exists()
+
+
 NOT_STREAMED = [
     (["--stream"], "--save_model, which is missing", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 from transformers import T5ForConditionalGeneration as T5
 
 from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming.checkpoint import Checkpoint
+from wanda_lightning.streaming.from_disk import pruned_from_disk
 from wanda_lightning.streaming.output import OutputFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -261,9 +263,24 @@ def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, 
 def interrupted(source, folder, monkeypatch, **choices):
     """Leave a folder with some parts, as a killed run does."""
     with monkeypatch.context() as patched:
-        patched.setattr(OutputFolder, "finish", lambda self, save: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(OutputFolder, "finish", lambda self, *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prune_from_disk(source, folder, batches(), 0.5, progress=False, **choices)
+
+
+def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, tmp_path, monkeypatch):
+    config = PruningConfig.from_names(method="wanda")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pruned_from_disk(config, source, tmp_path, batches(), progress=False) as first,
+    ):
+        raise KeyboardInterrupt
+    assert (tmp_path / PROGRESS_NAME).is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path)  # it is complete
+    monkeypatch.setattr(Checkpoint, "stored", None)  # nothing is pruned again
+    report = prune_from_disk(source, tmp_path, batches(), method="wanda", progress=False)
+    assert report == first
+    assert not (tmp_path / PROGRESS_NAME).exists()
 
 
 @pytest.mark.parametrize(

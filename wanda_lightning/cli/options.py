@@ -14,7 +14,13 @@ from wanda_lightning.cli.parser import UsageError, default_of, option
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources
-from wanda_lightning.files import refuse_existing, refuse_nonempty, refuse_replacement, refuse_unresumable
+from wanda_lightning.files import (
+    PROGRESS_NAME,
+    refuse_existing,
+    refuse_nonempty,
+    refuse_replacement,
+    refuse_unresumable,
+)
 from wanda_lightning.methods import PRESETS
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
@@ -206,8 +212,9 @@ class PruneOptions(InspectOptions):
     def refuse_early(self) -> None:
         """Also refuse other files that do not exist, places that cannot be written, and too many samples."""
         refuse_missing(self, "model resume tasks_dir")
-        _refuse_place(self, "save", refuse_nonempty)
         _refuse_place(self, "save_model", refuse_unresumable if self.stream else refuse_replacement)
+        if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
+            _refuse_place(self, "save", refuse_nonempty)  # a run that continues may find its model there
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:

@@ -22,8 +22,8 @@ from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport
-from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
-from wanda_lightning.streaming.from_disk import refuse_whole_model
+from wanda_lightning.streaming import perplexity_from_disk
+from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 
 
 def run(options: PruneOptions) -> None:
@@ -60,7 +60,8 @@ def run(options: PruneOptions) -> None:
 def _stream(options: PruneOptions) -> None:
     """Do the same with a model that is read and written block by block."""
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
-    refuse_whole_model(PruningConfig.from_names(**options.choices))
+    choices = PruningConfig.from_names(**options.choices)
+    refuse_whole_model(choices)
     L.seed_everything(options.seed, verbose=False)
     config, tokenizer = load_config(options.model, **hub), load_tokenizer(options.model, **hub)
     refuse_long_windows(options.seqlen, options.model, hub)
@@ -69,16 +70,11 @@ def _stream(options: PruneOptions) -> None:
     source, output, dtype = options.model, options.save_model or "", options.dtype or "auto"
     dense = perplexity_from_disk(source, data.val_dataloader(), dtype=dtype, **hub)
     batches = data.calibration_dataloader()
-    report = prune_from_disk(source, output, batches, tokenizer=tokenizer, dtype=dtype, **hub, **options.choices)
-    try:
+    with pruned_from_disk(choices, source, output, batches, dtype=dtype, tokenizer=tokenizer, hub=hub) as report:
         pruned = perplexity_from_disk(output, data.val_dataloader(), **hub)
-    except BaseException:
-        if options.save is not None:  # the model is complete
-            report.save(unclaimed(options.save, REPORT_NAME, options.overwrite))
-        raise
-    _describe_run(report, options, data, "val_perplexity", dense, pruned)
-    if options.save is not None:
-        _write_results(options, "ppl_test", pruned, report)
+        _describe_run(report, options, data, "val_perplexity", dense, pruned)
+        if options.save is not None:
+            _write_results(options, "ppl_test", pruned, report)
     _print_results(options.name, "perplexity", dense, pruned, report)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,34 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
+    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     config = PruningConfig.from_names(sparsity, **choices)
+    with pruned_from_disk(
+        config, source, output, batches, dtype=dtype, tokenizer=tokenizer, forward=forward, progress=progress, hub=hub
+    ) as report:
+        return report
+
+
+@contextmanager
+def pruned_from_disk(
+    config: PruningConfig,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    batches: Iterable[Any],
+    *,
+    dtype: str = "auto",
+    tokenizer: Any = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    progress: bool = True,
+    hub: Mapping[str, Any] = {},
+) -> Iterator[PruningReport]:
+    """Prune from disk with resolved choices, and yield the report; the output is complete.
+
+    If this block fails or is killed, another run with the same arguments yields the same report at once.
+    """
     refuse_whole_model(config)
     refuse_nested(source, output)
     held = list(batches)
-    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint(str(source), dtype, hub)
     make_plan(config, checkpoint.model, has_weights=False)  # to refuse the model before anything is written
     if tokenizer is not None:
@@ -76,13 +99,16 @@ def prune_from_disk(
     made_with = _described(config, checkpoint, held)
     parts = [RESIDENT, *checkpoint.blocks]
     with closing(OutputFolder(output, made_with, parts, sum(map(checkpoint.bytes_of, parts)))) as folder:
-        weights = StreamedWeights(checkpoint, folder)
-        with weights.streaming():
-            model = checkpoint.model
-            run = None if forward is None else partial(forward, model)
-            report = prune_as(config, model, held, forward=run, progress=progress, store=weights)
-        folder.finish(partial(_save_other_files, checkpoint, tokenizer))
-    return report
+        if folder.report:
+            report = PruningReport.from_json(folder.report)
+        else:
+            weights = StreamedWeights(checkpoint, folder)
+            with weights.streaming():
+                run = None if forward is None else partial(forward, checkpoint.model)
+                report = prune_as(config, checkpoint.model, held, forward=run, progress=progress, store=weights)
+        folder.finish(partial(_save_other_files, checkpoint, tokenizer), report.to_json())
+        yield report
+        folder.forget()
 
 
 def _described(config: PruningConfig, checkpoint: Checkpoint, batches: list[Any]) -> dict[str, Any]:

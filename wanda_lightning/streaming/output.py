@@ -37,6 +37,7 @@ class OutputFolder:
     Attributes:
         written: The record of each written part.
         sparsities: The sparsity of each layer, once it is known.
+        report: The report of the pruning as JSON, once it is finished.
 
     Raises:
         OSError: If the folder has other files, cannot be written, or another run writes into it.
@@ -55,6 +56,7 @@ class OutputFolder:
             raise FileExistsError(f"{folder} is being written by another run. Wait for it to end, or choose another.")
         self.written: dict[str, dict[str, Any]] = {}
         self.sparsities: dict[str, float] = {}
+        self.report = ""
         try:
             if (progress := self._folder / PROGRESS_NAME).is_file():
                 self._resume(folder, json.loads(progress.read_text(encoding="utf-8")))
@@ -80,7 +82,7 @@ class OutputFolder:
                 "the same choices, data and model to go on, or another folder."
             )
         self.written = {part: record for part, record in begun["written"].items() if self._path(part).is_file()}
-        self.sparsities = begun["sparsities"]
+        self.sparsities, self.report = begun["sparsities"], begun["report"]
 
     def _path(self, part: str) -> Path:
         number = self._parts.index(part) + 1
@@ -118,16 +120,21 @@ class OutputFolder:
 
     def _save_progress(self) -> None:
         with whole_file(self._folder / PROGRESS_NAME) as new:
-            content = {"made_with": self._made_with, "sparsities": self.sparsities, "written": self.written}
-            new.write_text(json.dumps(content), encoding="utf-8")
+            content = {"sparsities": self.sparsities, "written": self.written, "report": self.report}
+            new.write_text(json.dumps({"made_with": self._made_with, **content}), encoding="utf-8")
             _flush(new)
 
     def stored(self, part: str) -> dict[Path, list[str]]:
         """Return the file and the names of the tensors of a written part."""
         return {self._path(part): self.written[part]["keys"]}
 
-    def finish(self, save_configuration: Callable[[Path], None]) -> None:
-        """Write the index and what `save_configuration` writes into a folder, which makes the folder a model."""
+    def finish(self, save_configuration: Callable[[Path], None], report: str) -> None:
+        """Write the index and what `save_configuration` writes into a folder, which makes the folder a model.
+
+        The report is kept for a run that is started again, until `forget`.
+        """
+        self.report = report
+        self._save_progress()
         weight_map = {key: self._path(part).name for part in self._parts for key in self.written[part]["keys"]}
         index = {
             "metadata": {"total_size": sum(record["size"] for record in self.written.values())},
@@ -143,9 +150,11 @@ class OutputFolder:
                 if (old := self._folder / file.name).is_dir():
                     shutil.rmtree(old)
                 os.replace(file, self._folder / file.name)
+
+    def forget(self) -> None:
+        """Delete what only a run that is started again would need."""
         (self._folder / _ROW_WEIGHTS).unlink(missing_ok=True)
         (self._folder / PROGRESS_NAME).unlink()
-        self.close()
 
     def close(self) -> None:
         """Allow other runs to write into the folder."""
