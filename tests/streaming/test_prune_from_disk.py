@@ -17,6 +17,8 @@ from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, perplexity_from_
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.parallel import Processes
+from wanda_lightning.pruning import prune_as
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk
 from wanda_lightning.streaming.output import OutputFolder
@@ -183,6 +185,23 @@ def test_the_perplexity_is_that_of_the_model_in_memory(source):
     assert perplexity_from_disk(source, batches(40), progress=False) == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
+def streamed(rank, source, folder, shares, choices):
+    """Prune with two processes, in memory and from disk; return the report, or the error as (type, text)."""
+    processes, own = Processes(torch.distributed.group.WORLD), shares[rank::2]
+    model = AutoModelForCausalLM.from_pretrained(source)
+    config = PruningConfig.from_names(0.5, **choices)
+    try:
+        report = prune_from_disk(source, f"{folder}/disk", own, progress=False, processes=processes, **choices)
+        expected = prune_as(config, model, own, progress=False, processes=processes)
+    except (ValueError, RuntimeError, OSError) as error:
+        return type(error).__name__, str(error)
+    if rank == 0:
+        model.save_pretrained(f"{folder}/memory")
+    assert report.layers == expected.layers
+    assert report.config == expected.config
+    return report.layers, report.zeros, report.notes
+
+
 KILLED = """
 import os, signal, sys
 import torch
@@ -266,6 +285,26 @@ def interrupted(source, folder, monkeypatch, **choices):
         patched.setattr(OutputFolder, "finish", lambda self, *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prune_from_disk(source, folder, batches(), 0.5, progress=False, **choices)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "layer", "2:4", "owl_layer", "none", "skip"])
+def test_two_processes_share_the_batches(pair, source, tmp_path, name):
+    shares = batches(5)
+    ours, theirs = pair.run(streamed, str(source), str(tmp_path), shares, CHOICES[name])
+    assert ours == theirs
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+    assert not (tmp_path / "disk" / PROGRESS_NAME).exists()
+
+
+def test_two_processes_fail_together(pair, source, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "file").touch()
+    (kind, ours), (_, theirs) = pair.run(streamed, str(source), str(tmp_path), batches(), {"method": "magnitude"})
+    assert kind == "FileExistsError"
+    assert "not empty" in ours
+    assert "not empty" in theirs
+    for _, error in pair.run(streamed, str(source), str(tmp_path), batches(), {"method": "best"}):
+        assert "reads gradients, which a model that is read block by block has in one process" in error
 
 
 def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.modules.loading import check_vocabulary
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport
@@ -34,6 +35,7 @@ def prune_from_disk(
     tokenizer: Any = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
+    processes: Processes = SINGLE_PROCESS,
     **choices: Any,
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
@@ -58,6 +60,8 @@ def prune_from_disk(
         tokenizer: Saved with the model if given.
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
+        processes: All processes that prune the model, such as `Processes(torch.distributed.group.WORLD)`. Each reads
+            the model and has its own batches, and the first one writes. All must see the output folder.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
     Raises:
@@ -67,7 +71,16 @@ def prune_from_disk(
     hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     config = PruningConfig.from_names(sparsity, **choices)
     with pruned_from_disk(
-        config, source, output, batches, dtype=dtype, tokenizer=tokenizer, forward=forward, progress=progress, hub=hub
+        config,
+        source,
+        output,
+        batches,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        forward=forward,
+        progress=progress,
+        hub=hub,
+        processes=processes,
     ) as report:
         return report
 
@@ -84,39 +97,52 @@ def pruned_from_disk(
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
     hub: Mapping[str, Any] = {},
+    processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[PruningReport]:
     """Prune from disk with resolved choices, and yield the report; the output is complete.
 
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
-    refuse_whole_model(config)
+    refuse_whole_model(config, processes)
     refuse_nested(source, output)
-    held = list(batches)
-    checkpoint = Checkpoint(str(source), dtype, hub)
-    make_plan(config, checkpoint.model, has_weights=False)  # to refuse the model before anything is written
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, checkpoint.model)
-    made_with = _described(config, checkpoint, held)
+    with processes.fail_together():
+        held = list(batches)
+        checkpoint = Checkpoint(str(source), dtype, hub)
+        make_plan(config, checkpoint.model, processes, has_weights=False)  # to refuse before anything is written
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, checkpoint.model)
+    made_with = _described(config, checkpoint, held, processes)
     parts = [RESIDENT, *checkpoint.blocks]
-    with closing(OutputFolder(output, made_with, parts, sum(map(checkpoint.bytes_of, parts)))) as folder:
+    with closing(OutputFolder(output, made_with, parts, sum(map(checkpoint.bytes_of, parts)), processes)) as folder:
         if folder.report:
             report = PruningReport.from_json(folder.report)
         else:
             weights = StreamedWeights(checkpoint, folder)
             with weights.streaming():
                 run = None if forward is None else partial(forward, checkpoint.model)
-                report = prune_as(config, checkpoint.model, held, forward=run, progress=progress, store=weights)
+                report = prune_as(
+                    config,
+                    checkpoint.model,
+                    held,
+                    forward=run,
+                    progress=progress,
+                    processes=processes,
+                    store=weights,
+                )
         folder.finish(partial(_save_other_files, checkpoint, tokenizer), report.to_json())
         yield report
         folder.forget()
 
 
-def _described(config: PruningConfig, checkpoint: Checkpoint, batches: list[Any]) -> dict[str, Any]:
+def _described(
+    config: PruningConfig, checkpoint: Checkpoint, batches: list[Any], processes: Processes
+) -> dict[str, Any]:
     """Return what determines the result, as plain data."""
+    own = fingerprint(batches)
     return {
         "choices": config.describe(),
         "dtype": str(checkpoint.model.dtype),
-        "calibration": fingerprint(batches),
+        "calibration": [processes.broadcast(own, rank) for rank in range(processes.world_size)],
         "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
     }
 
@@ -127,8 +153,14 @@ def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> N
         tokenizer.save_pretrained(folder)
 
 
-def refuse_whole_model(config: PruningConfig) -> None:
+def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROCESS) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
+    if config.reads_gradients and processes.world_size > 1:
+        raise ValueError(
+            f"allocation={config.allocation} with pattern={config.pattern} reads gradients, which a model that is read "
+            f"block by block has in one process, but {processes.world_size} prune together. Use one process, or "
+            "allocation='owl' and pattern='unstructured_layer'."
+        )
     grams = config.sequential == "none" and "gram" in config.needs
     reasons = {
         "sequential": (grams, f"{config.sequential} with solver={config.solver}", "'block' or 'layer'"),

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanda_lightning.files import PROGRESS_NAME, is_locked, lock, refuse_full, refuse_unresumable, unlock, whole_file
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 _INDEX = "model.safetensors.index.json"
 _ROW_WEIGHTS = "pruning_row_weights.safetensors"  # while the model is pruned
@@ -24,7 +26,7 @@ _ROW_WEIGHTS = "pruning_row_weights.safetensors"  # while the model is pruned
 class OutputFolder:
     """The folder of a pruned model, with one safetensors file for each part.
 
-    A part is written as a whole, and the files without which the folder is not a model come last. Only one process may
+    A part is written as a whole, and the files without which the folder is not a model come last. Only one run may
     write into the folder.
 
     Args:
@@ -33,6 +35,7 @@ class OutputFolder:
             refused.
         parts: The names of all parts.
         size: Number of bytes of all parts.
+        processes: All processes that prune the model. The first one writes.
 
     Attributes:
         written: The record of each written part.
@@ -45,18 +48,38 @@ class OutputFolder:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str], size: int = 0
+        self,
+        folder: str | os.PathLike[str],
+        made_with: Mapping[str, Any],
+        parts: Sequence[str],
+        size: int = 0,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self._folder, self._parts = Path(folder).expanduser().resolve(), list(parts)
         self._made_with = json.loads(json.dumps(made_with, default=str))
+        self._processes = processes
+        self._lock: int | None = None
+        self.written: dict[str, dict[str, Any]] = {}
+        self.sparsities: dict[str, float] = {}
+        self.report = ""
+        with self._in_first() as is_first:
+            if is_first:
+                self._open(folder, size)
+        found = self.written, self.sparsities, self.report
+        self.written, self.sparsities, self.report = processes.broadcast(found, 0)
+
+    @contextmanager
+    def _in_first(self) -> Iterator[bool]:
+        """Let the first process write in this block, in which it gets True; the others wait for its end."""
+        with self._processes.fail_together():
+            yield self._processes.rank == 0
+
+    def _open(self, folder: str | os.PathLike[str], size: int) -> None:
         refuse_unresumable(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self._folder)
         if self._lock is None and is_locked(self._folder):
             raise FileExistsError(f"{folder} is being written by another run. Wait for it to end, or choose another.")
-        self.written: dict[str, dict[str, Any]] = {}
-        self.sparsities: dict[str, float] = {}
-        self.report = ""
         try:
             if (progress := self._folder / PROGRESS_NAME).is_file():
                 self._resume(folder, json.loads(progress.read_text(encoding="utf-8")))
@@ -96,22 +119,26 @@ class OutputFolder:
         """
         if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
-        if tensors:
-            with whole_file(self._path(part)) as new:
-                save_file(dict(tensors), new, metadata={"format": "pt"})
-                _flush(new)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.written[part] = {**record, "keys": list(tensors), "size": size}
-        self._save_progress()
+        with self._in_first() as is_first:
+            if is_first and tensors:
+                with whole_file(self._path(part)) as new:
+                    save_file(dict(tensors), new, metadata={"format": "pt"})
+                    _flush(new)
+            if is_first:
+                self._save_progress()
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
         """Write the sparsity of each layer, and the row weights of those that have any."""
-        if row_weights:
-            with whole_file(self._folder / _ROW_WEIGHTS) as new:
-                save_file(dict(row_weights), new)
-                _flush(new)
         self.sparsities = dict(sparsities)
-        self._save_progress()
+        with self._in_first() as is_first:
+            if is_first and row_weights:
+                with whole_file(self._folder / _ROW_WEIGHTS) as new:
+                    save_file(dict(row_weights), new)
+                    _flush(new)
+            if is_first:
+                self._save_progress()
 
     def row_weights(self) -> dict[str, Tensor]:
         """Read the row weights; empty if no layer has any."""
@@ -134,7 +161,12 @@ class OutputFolder:
         The report is kept for a run that is started again, until `forget`.
         """
         self.report = report
-        self._save_progress()
+        with self._in_first() as is_first:
+            if is_first:
+                self._save_progress()
+                self._save_rest(save_configuration)
+
+    def _save_rest(self, save_configuration: Callable[[Path], None]) -> None:
         weight_map = {key: self._path(part).name for part in self._parts for key in self.written[part]["keys"]}
         index = {
             "metadata": {"total_size": sum(record["size"] for record in self.written.values())},
@@ -153,8 +185,10 @@ class OutputFolder:
 
     def forget(self) -> None:
         """Delete what only a run that is started again would need."""
-        (self._folder / _ROW_WEIGHTS).unlink(missing_ok=True)
-        (self._folder / PROGRESS_NAME).unlink()
+        with self._in_first() as is_first:
+            if is_first:
+                (self._folder / _ROW_WEIGHTS).unlink(missing_ok=True)
+                (self._folder / PROGRESS_NAME).unlink()
 
     def close(self) -> None:
         """Allow other runs to write into the folder."""

@@ -75,6 +75,10 @@ class StreamedWeights(WeightStore):
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
         """Write and free the blocks that all batches have left, and have the unit's block in memory."""
+        with outcome.plan.processes.fail_together():
+            return self._arrive(unit, outcome)
+
+    def _arrive(self, unit: Unit, outcome: Outcome) -> bool:
         part = self._checkpoint.part_of(f"{unit.name}.")
         if self._pending is None:
             names = [each.name for each in outcome.plan.units]
