@@ -126,15 +126,8 @@ def prune_as(
     with _timed(seconds, "recover", recovers), pruning_mode(model):
         dense = DenseModel(model, plan.layers, plan.blocks, data, processes, progress)
         recovery = config.recovery.start_model(dense) if recovers else ModelRecovery()
-    watches = plan.is_one_pass and not store.is_whole
-    total = 2 * len(plan.units) if watches else data.length if plan.is_one_pass else len(plan.units)
-    with (
-        _timed(seconds, "prune"),
-        pruning_mode(model),
-        ProgressBar("Pruning", total, progress) as bar,
-        _naming_what_was_written(outcome, store.advice),
-    ):
-        (_prune_watched if watches else _prune_units)(plan, data, outcome, store, bar)
+    with _timed(seconds, "prune"), pruning_mode(model), _naming_what_was_written(outcome, store.advice):
+        _prune_all(plan, data, outcome, store, progress)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         outcome.batch_norm = statistics.correct()
@@ -178,6 +171,16 @@ def _why_not_corrected(plan: Plan, batches: object) -> str:
     if is_sharded(plan.model):
         return "the model is sharded"
     return "no calibration batches were given" if batches is None else ""
+
+
+def _prune_all(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, progress: bool) -> None:
+    if plan.is_one_pass and not store.is_whole:
+        with ProgressBar("Pruning", 2 * len(plan.units), progress) as bar:
+            _prune_watched(plan, data, outcome, store, bar)
+    else:
+        total = data.length if plan.is_one_pass else len(plan.units)
+        with ProgressBar("Pruning", total, progress) as bar:
+            _prune_units(plan, data, outcome, store, bar)
 
 
 def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, bar: ProgressBar) -> None:
