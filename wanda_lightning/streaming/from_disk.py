@@ -45,8 +45,8 @@ def prune_from_disk(
     folder for `from_pretrained`, with the same weights that `prune` computes in memory.
 
     If the run is interrupted, call this again with the same arguments, and it continues after the last written block.
-    Other choices, batches and weights are refused; another `forward` is not noticed. Until it has finished, the output
-    is not a model.
+    Until it has finished, the output is not a model. Other choices, batches and weights are refused; another `forward`
+    is not noticed.
 
     Args:
         source: Hub id or local folder.
@@ -60,8 +60,7 @@ def prune_from_disk(
         tokenizer: Saved with the model if given.
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
-        processes: All processes that prune the model, such as `Processes(torch.distributed.group.WORLD)`. Each reads
-            the model and has its own batches, and the first one writes. All must see the output folder.
+        processes: All processes that prune the model, each with its own batches. The first one writes.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
     Raises:
