@@ -17,6 +17,7 @@ from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.permuting import permute
 from wanda_lightning.plan import make_plan
+from wanda_lightning.weight_store import WeightStore
 
 READERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
@@ -59,7 +60,7 @@ def permute_model(plan, batches):
     """Permute in place; return what was permuted."""
     data = CalibrationBatches(plan.model, batches, None, None, SINGLE_PROCESS, "Assignment()")
     with pruning_mode(plan.model):
-        return permute(plan, data, progress=False)
+        return permute(plan, data, WeightStore(), progress=False)
 
 
 def outputs(model, batches):

@@ -28,11 +28,12 @@ from wanda_lightning.parallel import Processes, is_sharded
 from wanda_lightning.plan import Plan
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import Permuted
+from wanda_lightning.weight_store import WeightStore
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
 
 
-def permute(plan: Plan, data: CalibrationBatches, progress: bool) -> Permuted:
+def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Permuted:
     """Permute the hidden units inside of each block, in place, with Wanda's scores of the dense model.
 
     Which units can be permuted is found by measuring: they are permuted at random where they seem to be written, and
@@ -51,12 +52,13 @@ def permute(plan: Plan, data: CalibrationBatches, progress: bool) -> Permuted:
     with processes.fail_together():
         samples = [sample for sample, _ in data.first(-(-_SAMPLES // processes.world_size), sys.maxsize)[0]]
     observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)
-    search = _Search(plan, observer)
+    search = _Search(plan, observer, store)
     forwards = [sample.predict for sample in samples]
-    with ProgressBar("Permuting", len(units), progress) as bar:
+    with ProgressBar("Permuting", len(units), progress) as bar, store.dense():
         for stop in lockstep(forwards, plan.blocks, processes, [unit.name for unit in units]):
             unit = units[stop.unit]
             bar.show(unit.name)
+            store.hold(unit.name)
             search(unit, stop.calls)
             bar.advance()
     return search.permuted
@@ -65,12 +67,11 @@ def permute(plan: Plan, data: CalibrationBatches, progress: bool) -> Permuted:
 class _Search:
     """Permutes the hidden units of one block after the other."""
 
-    def __init__(self, plan: Plan, observer: Observer) -> None:
+    def __init__(self, plan: Plan, observer: Observer, store: WeightStore) -> None:
         self.permuted = Permuted()
-        self._plan, self._observer = plan, observer
+        self._plan, self._observer, self._store = plan, observer, store
         self._modules = named_modules(plan.model)
-        counts = Counter(id(p) for _, p in plan.model.named_parameters(remove_duplicate=False))
-        self._tied = {key for key, count in counts.items() if count > 1}
+        self._tied = _tied(plan.model)
         self._known: dict[tuple[type, str], tuple[int, ...]] = {}  # the candidates that fit a block of the same class
 
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> None:
@@ -83,13 +84,13 @@ class _Search:
             found = [units for reader in _sole_readers(unit, inputs) if (units := self._find(reader, unit, run))]
             orders = [self._choose(units, inputs[units.reader.name]) for units in found]
             kept = {u.reader.name: self._kept(u, o, inputs) for u, o in zip(found, orders, strict=True)}
-            for units, order in zip(found, orders, strict=True):
-                units.permute(order)
+            permutations = [*zip(found, orders, strict=True)]
+            _permute_all(permutations)
             if run.gives_the_same():
+                self._store.repeat(unit.name, partial(_permute_all, permutations))
                 self.permuted.kept.update(kept)
-                return
-            for units, order in zip(reversed(found), reversed(orders), strict=True):
-                units.permute(order.argsort(dim=1))
+            else:
+                _permute_all([(units, order.argsort(dim=1)) for units, order in reversed(permutations)])
 
     def _find(self, reader: Layer, unit: Unit, run: _Run) -> HiddenUnits | None:
         """Return the units that a layer reads, if their order can be changed."""
@@ -106,7 +107,7 @@ class _Search:
 
     def _is_movable(self, units: HiddenUnits) -> bool:
         """Whether groups fit into heads, and no other module has the same parameters."""
-        tied = any(id(getattr(place.module, place.name)) in self._tied for place in units.places)
+        tied = any((place.module, place.name) in self._tied for place in units.places)
         return not tied and units.columns.shape[2] % self._plan.config.pattern.group_size == 0
 
     def _choose(self, units: HiddenUnits, inputs: InputStatistics) -> Orders:
@@ -121,6 +122,18 @@ class _Search:
         scores, pattern = Wanda()(units.reader.read(), inputs[units.reader.name]), self._plan.config.pattern
         before = kept_score(scores, torch.arange(scores.shape[1]), pattern)
         return before, kept_score(scores, units.source(orders), pattern)
+
+
+def _permute_all(permutations: Iterable[tuple[HiddenUnits, Orders]]) -> None:
+    for units, orders in permutations:
+        units.permute(orders)
+
+
+def _tied(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """Return the module and the name of each parameter that several modules share."""
+    found = [(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    counts = Counter(id(parameter) for _, _, parameter in found)
+    return {(module, name) for module, name, parameter in found if counts[id(parameter)] > 1}
 
 
 def _sole_readers(unit: Unit, inputs: Mapping[str, InputStatistics]) -> list[Layer]:

@@ -115,7 +115,7 @@ def prune_as(
         if config.data_reader and (allocate_first or config.recovery.reads_batches):
             data.read_all(progress)  # the batches run several times, or side by side
     with _timed(seconds, "permute", permutes), pruning_mode(model):
-        outcome.permuted = permute(plan, data, progress) if permutes else None
+        outcome.permuted = permute(plan, data, store, progress) if permutes else None
     with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         statistics = BatchNormStatistics(batch_norms, data, processes)
     if allocate_first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from wanda_lightning.models import Unit
@@ -30,6 +30,9 @@ class WeightStore:
 
     def hold(self, name: str) -> None:
         """Have the dense weights of a layer or a unit in memory."""
+
+    def repeat(self, block: str, change: Callable[[], None]) -> None:
+        """Call `change`, which has changed the dense weights of a block, whenever they are read again."""
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an earlier run has made; empty if there are none."""

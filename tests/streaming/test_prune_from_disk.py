@@ -80,6 +80,8 @@ CHOICES = {
     "none without statistics": {"method": "magnitude", "sequential": "none"},
     "fisher": {"method": "wanda", "allocation": "fisher"},
     "best": {"method": "best"},
+    "best 2:4": {"method": "best", "pattern": "2:4"},
+    "permutation": {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"},
     "more samples": {"method": "wanda", "allocation": Fisher(num_samples=3, num_predictions=240)},
     "rows": {"method": "magnitude", "pattern": "unstructured_layer_weighted"},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
@@ -104,7 +106,14 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
 )
 @pytest.mark.parametrize(
     "choices",
-    [{}, {"sequential": "layer"}, {"sequential": "none"}, {"allocation": OWL(m=2.0)}, {"allocation": "fisher"}],
+    [
+        {},
+        {"sequential": "layer"},
+        {"sequential": "none"},
+        {"allocation": OWL(m=2.0)},
+        {"allocation": "fisher"},
+        {"pattern": "2:4", "permutation": "assignment"},
+    ],
     ids=str,
 )
 def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
@@ -246,6 +255,7 @@ def test_a_killed_run_continues_where_it_was(source, tmp_path):
         ({"method": "magnitude", "allocation": "owl"}, 3, 0),
         ({"method": "wanda", "allocation": "owl", "sequential": "none"}, 3, 1),
         ({"method": "best"}, 4, 0),
+        ({"method": "wanda", "pattern": "2:4", "permutation": "assignment"}, 2, 1),
     ],
 )
 def test_a_continued_run_does_not_allocate_again(source, tmp_path, monkeypatch, choices, passes, repeated):
@@ -287,7 +297,7 @@ def interrupted(source, folder, monkeypatch, **choices):
             prune_from_disk(source, folder, batches(), 0.5, progress=False, **choices)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "layer", "2:4", "owl_layer", "none", "skip"])
+@pytest.mark.parametrize("name", ["magnitude", "layer", "2:4", "owl_layer", "none", "skip", "permutation"])
 def test_two_processes_share_the_batches(pair, source, tmp_path, name):
     shares = batches(5)
     ours, theirs = pair.run(streamed, str(source), str(tmp_path), shares, CHOICES[name])

@@ -16,13 +16,19 @@ class BlockLoader:
     Args:
         checkpoint: The model.
         stored: Returns other files that hold a block; None for those of the checkpoint.
+        prepare: Called with a block that was loaded from the checkpoint.
 
     Attributes:
         loaded: The blocks in memory, in the order in which they were called; without the one that is expected next.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stored: Callable[[str], Keys | None] = lambda block: None) -> None:
-        self._checkpoint, self._stored = checkpoint, stored
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stored: Callable[[str], Keys | None] = lambda block: None,
+        prepare: Callable[[str], None] = lambda block: None,
+    ) -> None:
+        self._checkpoint, self._stored, self._prepare = checkpoint, stored, prepare
         self.loaded: list[str] = []
         self._order = list(checkpoint.blocks)
         self._unvisited = list(self._order)
@@ -97,7 +103,10 @@ class BlockLoader:
         self.loaded.remove(block)
 
     def _load(self, block: str) -> None:
-        self._checkpoint.load(block, self._stored(block))
+        stored = self._stored(block)
+        self._checkpoint.load(block, stored)
+        if stored is None:
+            self._prepare(block)
 
     def _arrived(self, wanted: str) -> bool:
         """Wait for the block that was expected, and return whether it is the wanted one; free any other."""

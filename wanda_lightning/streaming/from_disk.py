@@ -165,7 +165,6 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
         "sequential": (grams, f"{config.sequential} with solver={config.solver}", "'block' or 'layer'"),
         "allocation": ("gram" in config.allocation.needs, config.allocation, "'owl' or 'fisher'"),
         "recovery": (config.recovery.reads_batches, config.recovery, "'none' or 'reconstruct'"),
-        "permutation": (config.permutation.reads_batches, config.permutation, "'none'"),
     }
     for name, (refused, value, instead) in reasons.items():
         if refused:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -34,7 +34,8 @@ class StreamedWeights(WeightStore):
     def __init__(self, checkpoint: Checkpoint, output: OutputFolder) -> None:
         self._checkpoint, self._output = checkpoint, output
         self._is_dense = False
-        self._blocks = BlockLoader(checkpoint, self._stored)
+        self._blocks = BlockLoader(checkpoint, self._stored, self._change)
+        self._changes: dict[str, Callable[[], None]] = {}  # by block
         self._pending: set[tuple[str, str]] | None = (
             None  # (block, unit) of the units at which no batch has stopped yet
         )
@@ -62,6 +63,14 @@ class StreamedWeights(WeightStore):
         """Have the block of a layer or a unit in memory, and no other one except the next."""
         if (part := self._checkpoint.part_of(f"{name}.")) != RESIDENT:
             self._blocks.hold(part)
+
+    def repeat(self, block: str, change: Callable[[], None]) -> None:
+        """Call `change` whenever the block is read from the checkpoint."""
+        self._changes[block] = change
+
+    def _change(self, block: str) -> None:
+        if block in self._changes:
+            self._changes[block]()
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an interrupted run has stored; empty if there are none."""
