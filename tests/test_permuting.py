@@ -1,6 +1,7 @@
 """Permuted models compute the same, in every family, and what cannot be permuted stays as it is."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Assignment, NoPermutation, PruningCallback, PruningConfig, prune
+from wanda_lightning import Assignment, NoPermutation, PruningCallback, PruningConfig, WandaPrune, prune
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -52,8 +53,9 @@ def varied(model):
     return model
 
 
-def plan_for(model):
-    return make_plan(PruningConfig.from_names(method="wanda", pattern="2:4", permutation="assignment"), model)
+def plan_for(model, **choices):
+    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", **choices}
+    return make_plan(PruningConfig.from_names(**choices), model)
 
 
 def permute_model(plan, batches):
@@ -117,90 +119,233 @@ def test_values_that_heads_share_are_permuted_together():
             assert torch.equal(attention.o_proj.weight[:, start + row % size], output[:, start + old % size])
 
 
-class ReadsTwice(nn.Module):
-    """A block whose hidden units are also read by something that is no layer."""
-
+class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
         self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
 
     def forward(self, x):
-        hidden = F.relu(self.up(x))
-        return x + self.down(hidden) + (hidden * torch.arange(32.0)).sum(-1, keepdim=True)
+        return x + self.down(self.hidden(x))
+
+    def hidden(self, x):
+        return F.relu(self.up(x))
 
 
-class PassesOn(nn.Module):
-    """Two blocks of which the first passes its hidden units to the second, through an object."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([WritesDown(), WritesDown()])
+class ReadTwice(Mlp):
+    """Hidden units that are also read without a layer."""
 
     def forward(self, x):
-        seen = {}
-        for block in self.blocks:
-            x = block(x, seen)
-        return x
+        return super().forward(x) + (self.hidden(x) * torch.arange(32.0)).sum(-1, keepdim=True)
 
 
-class WritesDown(nn.Module):
+class ReadByAnother(Mlp):
+    """Hidden units that another layer reads, too, which is skipped; a large activation hides what it adds."""
+
     def __init__(self):
         super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.gate = nn.Linear(32, 1)
 
+    def forward(self, x):
+        hidden = self.hidden(x)
+        return x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
+
+
+class PassedOn(Mlp):
     def forward(self, x, seen):
-        hidden = F.relu(self.up(x)) + seen.get("hidden", 0)
-        seen["hidden"] = hidden
+        hidden = seen["hidden"] = self.hidden(x) + seen.get("hidden", 0)
         return x + self.down(hidden)
 
 
-class TiedToItself(nn.Module):
-    """A block whose writer has the weight of another module."""
+class Kept(Mlp):
+    """Hidden units that stay in an attribute."""
+
+    def forward(self, x):
+        self.seen = self.hidden(x)
+        return x + self.down(self.seen)
+
+
+class Indices(Mlp):
+    """Hidden units whose positions are returned."""
+
+    def forward(self, x, found=()):
+        hidden = self.hidden(x)
+        return x + self.down(hidden), (*found, hidden.argmax(-1))
+
+
+class Chosen(Mlp):
+    """Hidden units that one of two layers reads, as the batch asks."""
 
     def __init__(self):
         super().__init__()
-        self.up, self.down, self.other = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.other.weight = self.up.weight
+        self.other = nn.Linear(32, 16)
 
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x))) + F.relu(self.other(x))
+    def forward(self, x, other=False):
+        return x + (self.other if other else self.down)(self.hidden(x))
 
 
-class OddHeads(nn.Module):
-    """A block whose heads are no multiple of four."""
+class Odd(nn.Module):
+    """Heads whose size is no multiple of four."""
 
     head_dim = 6
 
     def __init__(self):
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(*size) for size in ((8, 12), (8, 12), (8, 12), (12, 8)))
+        self.q, self.k, self.v, self.o = (nn.Linear(*size) for size in ((16, 12), (16, 12), (16, 12), (12, 16)))
 
     def forward(self, x):
         q, k, v = (each(x).unflatten(-1, (2, 6)).transpose(1, 2) for each in (self.q, self.k, self.v))
         return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class Blocks(nn.Module):
+    """Two blocks of a class."""
+
+    def __init__(self, block, run=lambda blocks, x: blocks[1](blocks[0](x))):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.run = nn.ModuleList([block(), block()]), run
+
+    def forward(self, x, **options):
+        return self.run(self.blocks, x, **options)
+
+
+def passed_on(blocks, x):
+    seen = {}
+    return blocks[1](blocks[0](x, seen), seen)
+
+
+def with_other(blocks, x, other):
+    return blocks[1](blocks[0](x, other), other)
+
+
+def tied():
+    model = Blocks(Mlp)
+    model.blocks[1].up.weight.data = model.blocks[0].up.weight.data
+    return model
+
+
 FIXED = {
-    "read twice": (lambda: nn.Sequential(ReadsTwice(), ReadsTwice()), 16),
-    "passed on": (PassesOn, 16),
-    "tied": (lambda: nn.Sequential(TiedToItself(), TiedToItself()), 16),
-    "odd heads": (lambda: nn.Sequential(OddHeads(), OddHeads()), 8),
+    "read twice": lambda: Blocks(ReadTwice),
+    "read by another": lambda: Blocks(ReadByAnother),
+    "passed on": lambda: Blocks(PassedOn, passed_on),
+    "kept in an attribute": lambda: Blocks(Kept),
+    "indices": lambda: Blocks(Indices, lambda blocks, x: blocks[1](*blocks[0](x))),
+    "odd heads": lambda: Blocks(Odd),
+}
+MOVED_BACK = {
+    "other layer": lambda: Blocks(Chosen, with_other),
+    "called again": lambda: Blocks(Mlp, lambda blocks, x: blocks[0](blocks[1](blocks[0](x)))),
 }
 
 
+def prune_permuted(model, batches, **choices):
+    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "progress": False, **choices}
+    return prune(model, batches, 0.5, **choices)
+
+
+def images(dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 5, 16, generator=draw).to(dtype) for _ in range(3)]
+
+
+def unchanged(model, dense):
+    return all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", FIXED)
-def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, caplog):
-    torch.manual_seed(0)
-    build, width = FIXED[kind]
-    model = build()
+def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
+    model = FIXED[kind]().to(dtype)
     dense = copy.deepcopy(model.state_dict())
-    batches = [torch.randn(2, 5, width) for _ in range(3)]
-    assert permute_model(plan_for(model), batches).kept == {}
-    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
-    report = prune(model, batches, 0.5, method="wanda", pattern="2:4", permutation="assignment", progress=False)
+    skip = ["*.gate"] if kind == "read by another" else []
+    if kind == "read twice":
+        model.float()
+        dense, dtype = copy.deepcopy(model.state_dict()), torch.float32
+    assert permute_model(plan_for(model, skip=skip), images(dtype)).kept == {}
+    assert unchanged(model, dense)
+    report = prune_permuted(model, images(dtype), skip=skip)
     note = "nothing is permuted for 2:4: no layer reads hidden units whose order can be changed"
     assert note in report.notes
     assert note in caplog.text
+
+
+@pytest.mark.parametrize("kind", MOVED_BACK)
+def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplog):
+    model = MOVED_BACK[kind]()
+    dense = copy.deepcopy(model.state_dict())
+    batches = images() if kind == "called again" else [{"x": x, "other": n % 2 == 1} for n, x in enumerate(images())]
+    done = permute_model(plan_for(model), batches)
+    assert done.put_back == ([f"blocks.{n}" for n in range(2)] if kind == "other layer" else ["blocks.0"])
+    assert done.kept.keys() == (set() if kind == "other layer" else {"blocks.1.down"})
+    assert all(torch.equal(v, dense[n]) for n, v in model.state_dict().items() if not n.startswith("blocks.1."))
+    assert unchanged(model, dense) == (kind == "other layer")
+    prune_permuted(model, batches)
+    assert "were put back, blocks.0 first, because the block computed something else" in caplog.text
+
+
+def test_tied_blocks_are_not_permuted():
+    model = tied()
+    dense = copy.deepcopy(model.state_dict())
+    assert permute_model(plan_for(model), images()).kept == {}
+    assert unchanged(model, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_keep_their_order(dtype):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        ZOO["llama"].build().to(dtype), peft.LoraConfig(target_modules=["up_proj", "o_proj"], init_lora_weights=False)
+    )
+    dense = copy.deepcopy(model.state_dict())
+    with model.disable_adapter():
+        assert permute_model(plan_for(model), ZOO["llama"].batches()).kept == {}
+    assert unchanged(model, dense)
+
+
+@pytest.mark.parametrize("mask", ["none", "infinite"])
+def test_a_mask_of_minus_infinity(mask):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    masks = {"infinite": {"mask": nn.Transformer.generate_square_subsequent_mask(5)}, "none": {}}
+    done = permute_model(plan_for(model), [{"src": x, **masks[mask]} for x in images()])
+    assert done.kept.keys() >= {"layers.0.linear2", "layers.1.linear2"}
+    assert not done.put_back
+
+
+def test_mixed_precision():
+    model = ZOO["llama"].build()
+
+    def forward(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch)
+
+    report = prune_permuted(model, ZOO["llama"].batches(), forward=forward)
+    assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
+
+
+def test_a_layer_that_is_zero():
+    model = Blocks(Mlp)
+    nn.init.zeros_(model.blocks[0].down.weight)
+    dense = copy.deepcopy(model.state_dict())
+    report = prune_permuted(model, images())
+    assert {layer.name for layer in report.layers if "permuted" in layer.note} == {"blocks.1.down"}
+    assert torch.equal(model.blocks[0].up.bias, dense["blocks.0.up.bias"])
+
+
+def test_no_batches_and_bad_batches():
+    with pytest.raises(ValueError, match="batches must hold at least one calibration batch for Assignment"):
+        prune_permuted(Blocks(Mlp), [], method="magnitude")
+
+    model = Blocks(Mlp, lambda blocks, x: blocks[1](blocks[0](x) * torch.nan))
+    with pytest.raises(ValueError, match="NaN") as error:
+        prune_permuted(model, images())
+    assert "Hidden units of the model are permuted already" in "".join(error.value.__notes__)
+
+
+def test_a_model_without_blocks():
+    report = prune_permuted(nn.Sequential(nn.Linear(16, 16)), images())
+    assert "nothing is permuted for 2:4: no layer to prune lies in a block" in report.notes
 
 
 def test_presets_permute_only_where_the_order_matters():
@@ -226,34 +371,33 @@ def test_two_processes_permute_alike(pair):
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=0)
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x)))
-
-
-class Blocks(Net):
+class TwoMlps(Net):
     def __init__(self):
         super().__init__(ADAMW)
         torch.manual_seed(0)
-        self.layers = nn.Sequential(Block(), Block(), nn.Linear(32, 16))
+        self.layers = nn.Sequential(nn.Linear(32, 16), Mlp(), Mlp())
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("at_step", [0, 2])
-@pytest.mark.parametrize("averages", [False, True])
-def test_a_callback_permutes_only_before_training(at_step, averages):
+@pytest.mark.parametrize(
+    ("at_step", "others"),
+    [
+        (0, []),
+        (2, []),
+        (0, [partial(EMAWeightAveraging, decay=0.8)]),
+        (0, [partial(WandaPrune, only=["*.up"], num_samples=12)]),
+    ],
+)
+def test_a_callback_permutes_only_what_nothing_else_has_stored(at_step, others):
     choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "num_samples": 12}
     callback = PruningCallback(0.5, at_step=at_step, **choices)
-    others = [EMAWeightAveraging(decay=0.8)] if averages else []
-    fit = trainer(*others, callback, max_steps=3).fit
-    if at_step or averages:
+    module, made = TwoMlps(), [other() for other in others]
+    fit = partial(trainer(*made, callback, max_steps=3).fit, module, loader(), loader())
+    if at_step or others:
         with pytest.warns(UserWarning, match="permutes nothing during training"):
-            fit(Blocks(), loader(), loader())
+            fit()
         assert not any("are permuted" in note for note in callback.report.notes)
     else:
-        fit(Blocks(), loader(), loader())
+        fit()
         assert any("the inputs of 2 layers are permuted" in note for note in callback.report.notes)
+    assert all((layer.up.weight == 0).float().mean() >= 0.5 for layer in module.layers[1:])

@@ -183,14 +183,19 @@ def _permuted(outcome: Outcome) -> Note | None:
     if not (done := outcome.permuted):
         return None
     pattern = outcome.plan.config.pattern
+    if done.put_back:
+        reason = f"; the units of {_layers(done.put_back, 'block')} were put back, {done.put_back[0]} first, because "
+        reason += "the block computed something else"
+    else:
+        reason = ""
     if not done.kept:
         why = done.why_not or "no layer reads hidden units whose order can be changed"
-        return Note(f"nothing is permuted for {_as_nm(pattern)}: {why}")
+        return Note(f"nothing is permuted for {_as_nm(pattern)}: {why}{reason}")
     before, after = (sum(column) for column in zip(*done.kept.values(), strict=True))
     return Note(
         f"the inputs of {_layers(done.kept)} are permuted, which raises the Wanda scores that {_as_nm(pattern)} keeps "
-        f"in them by {after / before - 1:.2%}",
-        is_warning=False,
+        f"in them by {after / before - 1:.2%}{reason}",
+        is_warning=bool(reason),
     )
 
 

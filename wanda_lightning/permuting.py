@@ -1,30 +1,29 @@
-"""Permute hidden units before pruning, so that groups of N:M keep larger scores. The model computes the same."""
+"""Permute hidden units before pruning, so that groups of N:M keep larger scores. The dense model computes the same."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.batches import CalibrationBatches
-from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.calibration.error_notes import add_note
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders
-from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain
+from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, is_unloaded, is_wrapper
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.parallel import Processes, is_sharded
+from wanda_lightning.parallel import is_sharded
 from wanda_lightning.plan import Plan
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import Permuted
@@ -32,188 +31,176 @@ from wanda_lightning.weight_store import WeightStore
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
 
+Permutation = tuple[HiddenUnits, Orders]
+
 
 def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Permuted:
-    """Permute the hidden units inside of each block, in place, with Wanda's scores of the dense model.
+    """Permute the hidden units inside each block, in place, and return what was permuted.
 
-    Which units can be permuted is found by measuring: they are permuted at random where they seem to be written, and
-    the reader must receive the same values in this order. At the end the output of the block must be the same.
+    Eight samples through the dense model decide: Wanda's scores give the order, and comparing runs of the block shows
+    what can be permuted at all. For each candidate, the units are permuted at random, and the reader must receive the
+    permuted values, while everything else in the block stays the same. After all units of the block are permuted, its
+    results must be the same for all samples; otherwise they are put back.
     """
     if is_sharded(plan.model):
         return Permuted(why_not="the model is sharded")
-    names = {module: name for name, module in named_modules(plan.model).items()}
-    units = [
-        Unit(names[block], block, tuple(layer for layer in plan.layers if layer.name.startswith(f"{names[block]}.")))
-        for block in plan.blocks
-    ]
+    units = [unit for unit in plan.block_units if unit.module in plan.blocks]
     if not units:
-        return Permuted(why_not="the model has no blocks")
-    processes = plan.processes
+        return Permuted(why_not="no layer to prune lies in a block")
+    processes, search, revisited = plan.processes, _Search(plan), set[int]()
     with processes.fail_together():
         samples = [sample for sample, _ in data.first(-(-_SAMPLES // processes.world_size), sys.maxsize)[0]]
+    if not any(number for (number,) in processes.all_gather([len(samples)])):
+        data.refuse_if_empty()
     observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)
-    search = _Search(plan, observer, store)
-    forwards = [sample.predict for sample in samples]
-    with ProgressBar("Permuting", len(units), progress) as bar, store.dense():
-        for stop in lockstep(forwards, plan.blocks, processes, [unit.name for unit in units]):
+    forwards, names = [sample.predict for sample in samples], [unit.name for unit in units]
+    with ProgressBar("Permuting", len(units), progress) as bar, store.dense(), search.explaining_errors():
+        for stop in lockstep(forwards, [unit.module for unit in units if unit.module], processes, names, revisited):
             unit = units[stop.unit]
             bar.show(unit.name)
             store.hold(unit.name)
-            search(unit, stop.calls)
+            search(unit, tuple(stop.calls), observer)
             bar.advance()
+    for index, name in enumerate(names):
+        if index in revisited:  # a later call may use the units in another way
+            search.put_back(name, in_memory=store.is_whole)
+        else:
+            store.repeat(name, partial(_permute_all, search.done.get(name, ())))
     return search.permuted
 
 
 class _Search:
-    """Permutes the hidden units of one block after the other."""
+    """Permutes the hidden units of one block after the other.
 
-    def __init__(self, plan: Plan, observer: Observer, store: WeightStore) -> None:
+    Attributes:
+        permuted: What was permuted so far.
+        done: The permutations by block.
+    """
+
+    def __init__(self, plan: Plan) -> None:
         self.permuted = Permuted()
-        self._plan, self._observer, self._store = plan, observer, store
-        self._modules = named_modules(plan.model)
-        self._tied = _tied(plan.model)
-        self._known: dict[tuple[type, str], tuple[int, ...]] = {}  # the candidates that fit a block of the same class
+        self.done: dict[str, list[Permutation]] = {}
+        self._plan, self._modules, self._tied = plan, named_modules(plan.model), _tied(plan.model)
+        # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
+        self._known: dict[tuple[object, ...], int] = {}
 
-    def __call__(self, unit: Unit, calls: Iterable[Call]) -> None:
+    def __call__(self, unit: Unit, calls: Sequence[Call], observer: Observer) -> None:
         """Permute the hidden units that layers of this block read."""
         assert unit.module is not None
-        calls = tuple(calls)
-        inputs = self._observer(unit, calls)
+        runs = BlockRuns(unit.module, calls)
+        inputs = observer(unit, runs.recording())
         with self._plan.processes.fail_together():
-            run = _Run(unit, calls, self._plan.processes)
-            found = [units for reader in _sole_readers(unit, inputs) if (units := self._find(reader, unit, run))]
-            orders = [self._choose(units, inputs[units.reader.name]) for units in found]
-            kept = {u.reader.name: self._kept(u, o, inputs) for u, o in zip(found, orders, strict=True)}
-            permutations = [*zip(found, orders, strict=True)]
-            _permute_all(permutations)
-            if run.gives_the_same():
-                self._store.repeat(unit.name, partial(_permute_all, permutations))
-                self.permuted.kept.update(kept)
-            else:
-                _permute_all([(units, order.argsort(dim=1)) for units, order in reversed(permutations)])
+            found = [hidden for layer in unit.layers for hidden in self._fitting(layer, unit, runs)]
+            chosen = [(hidden, self._choose(hidden, inputs)) for hidden in found]
+            chosen = [(hidden, orders) for hidden, orders in chosen if not _is_identity(orders)]
+            kept = {hidden.reader.name: self._kept(hidden, orders, inputs) for hidden, orders in chosen}
+            _permute_all(chosen)
+            self.done[unit.name] = chosen
+            self.permuted.kept.update(kept)
+            if not self._agree(runs.same_results()):
+                self.put_back(unit.name)
 
-    def _find(self, reader: Layer, unit: Unit, run: _Run) -> HiddenUnits | None:
-        """Return the units that a layer reads, if their order can be changed."""
+    def put_back(self, name: str, in_memory: bool = True) -> None:
+        """Put the hidden units of a block back into their order, and report it."""
+        chosen = self.done.pop(name, [])
+        for hidden, orders in reversed(chosen) if in_memory else ():
+            hidden.permute(orders.argsort(dim=1))
+        for hidden, _ in chosen:
+            del self.permuted.kept[hidden.reader.name]
+        if chosen:
+            self.permuted.put_back.append(name)
+
+    @contextmanager
+    def explaining_errors(self) -> Iterator[None]:
+        """Add to an error that the dense model is permuted."""
+        try:
+            yield
+        except BaseException as error:
+            if any(self.done.values()):
+                add_note(error, "Hidden units of the model are permuted already. It computes the same as before.")
+            raise
+
+    def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> Iterator[HiddenUnits]:
+        """Yield the hidden units that a layer reads, if they can be permuted."""
         assert unit.module is not None
+        alone = is_plain(reader) and (runs.is_empty or runs.reads_alone(reader.module))
+        if not self._agree(alone):
+            return
         parent = self._modules[reader.name.rpartition(".")[0]]
-        key = type(unit.module), reader.name.removeprefix(unit.name)
-        known = self._known.get(key)
-        for index, units in enumerate(hidden_units(reader, parent, unit.module)):
-            if (known is None or index in known) and self._is_movable(units) and run.accepts(units):
-                self._known[key] = (index,)
-                return units
-        self._known.setdefault(key, ())
-        return None
+        key = type(unit.module), reader.name.removeprefix(unit.name), reader.shape
+        for index, hidden in enumerate(hidden_units(reader, parent, unit.module)):
+            if self._known.get(key, index) == index and self._is_movable(hidden) and self._is_right(hidden, runs):
+                self._known[key] = index
+                yield hidden
+                return
+        self._known.setdefault(key, -1)
 
-    def _is_movable(self, units: HiddenUnits) -> bool:
+    def _is_movable(self, hidden: HiddenUnits) -> bool:
         """Whether groups fit into heads, and no other module has the same parameters."""
-        tied = any((place.module, place.name) in self._tied for place in units.places)
-        return not tied and units.columns.shape[2] % self._plan.config.pattern.group_size == 0
+        tied = any((place.module, place.name) in self._tied for place in hidden.places)
+        return not tied and hidden.columns.shape[2] % self._plan.config.pattern.group_size == 0
 
-    def _choose(self, units: HiddenUnits, inputs: InputStatistics) -> Orders:
+    def _is_right(self, hidden: HiddenUnits, runs: BlockRuns) -> bool:
+        """Whether a random order of the units permutes what the reader receives, and changes nothing else."""
+        generator = torch.Generator().manual_seed(0)
+        heads, _, size = hidden.columns.shape
+        orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(heads)])
+        hidden.permute(orders)
+        try:
+            same = runs.is_empty or self._is_permuted(hidden, orders, runs)
+        finally:
+            hidden.permute(orders.argsort(dim=1))
+        return self._agree(same)
+
+    def _is_permuted(self, hidden: HiddenUnits, orders: Orders, runs: BlockRuns) -> bool:
+        inputs = runs.inputs_after(hidden.reader.module)
+        if inputs is None or len(inputs[0]) != len(inputs[1]):
+            return False
+        before, after = ([hidden.reader.tokens(x) for x in entered] for entered in inputs)
+        source = hidden.source(orders)
+        return all(runs.same_columns(x[:, source.to(x.device)], y) for x, y in zip(before, after, strict=True))
+
+    def _agree(self, answer: bool) -> bool:
+        """Whether all processes answer yes."""
+        return bool(self._plan.processes.all_reduce_min(int(answer)))
+
+    def _choose(self, hidden: HiddenUnits, inputs: Mapping[str, InputStatistics]) -> Orders:
         """Return an order of the units of each head."""
-        scores = Wanda()(units.reader.read(), inputs)
-        by_head = scores[:, units.columns].permute(1, 0, 2, 3).flatten(1, 2)  # copies of a unit are further rows
-        config = self._plan.config
-        return torch.stack([config.permutation(each, config.pattern).cpu() for each in by_head])
+        scores, config = Wanda()(hidden.reader.read(), inputs[hidden.reader.name]), self._plan.config
+        by_head = scores[:, hidden.columns].permute(1, 0, 2, 3).flatten(1, 2)  # copies of a unit are further rows
+        orders = torch.stack([config.permutation(each, config.pattern).cpu() for each in by_head])
+        # One process decides: sums that differ in the last digit could give another order.
+        return self._plan.processes.broadcast(orders, 0)
 
-    def _kept(self, units: HiddenUnits, orders: Orders, inputs: Mapping[str, InputStatistics]) -> tuple[float, float]:
+    def _kept(self, hidden: HiddenUnits, orders: Orders, inputs: Mapping[str, InputStatistics]) -> tuple[float, float]:
         """Return the total score that the pattern keeps in the reader, before and after the permutation."""
-        scores, pattern = Wanda()(units.reader.read(), inputs[units.reader.name]), self._plan.config.pattern
+        scores, pattern = Wanda()(hidden.reader.read(), inputs[hidden.reader.name]), self._plan.config.pattern
         before = kept_score(scores, torch.arange(scores.shape[1]), pattern)
-        return before, kept_score(scores, units.source(orders), pattern)
+        return before, kept_score(scores, hidden.source(orders), pattern)
 
 
-def _permute_all(permutations: Iterable[tuple[HiddenUnits, Orders]]) -> None:
-    for units, orders in permutations:
-        units.permute(orders)
+def _permute_all(permutations: Iterable[Permutation]) -> None:
+    for hidden, orders in permutations:
+        hidden.permute(orders)
+
+
+def _is_identity(orders: Orders) -> bool:
+    return bool((orders == torch.arange(orders.shape[1])).all())
 
 
 def _tied(model: nn.Module) -> set[tuple[nn.Module, str]]:
-    """Return the module and the name of each parameter that several modules share."""
-    found = [(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    counts = Counter(id(parameter) for _, _, parameter in found)
-    return {(module, name) for module, name, parameter in found if counts[id(parameter)] > 1}
+    """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
+    found = [
+        (module, name, _memory(tensor))
+        for module in model.modules()
+        for tensors in (module.named_parameters, module.named_buffers)
+        for name, tensor in tensors(recurse=False)
+    ]
+    counts = Counter(memory for _, _, memory in found)
+    return {(module, name) for module, name, memory in found if counts[memory] > 1}
 
 
-def _sole_readers(unit: Unit, inputs: Mapping[str, InputStatistics]) -> list[Layer]:
-    """Return the layers whose input no other layer reads: layers with the same input share its statistics."""
-    reached = [layer for layer in unit.layers if layer.name in inputs]
-    readers = Counter(id(inputs[layer.name]) for layer in reached)
-    return [layer for layer in reached if readers[id(inputs[layer.name])] == 1 and is_plain(layer)]
-
-
-class _Run:
-    """Runs a block on one batch, before and after a change of its weights."""
-
-    def __init__(self, unit: Unit, calls: Sequence[Call], processes: Processes) -> None:
-        self._unit, self._call, self._processes = unit, next(iter(calls), None), processes
-        self._generator = torch.Generator().manual_seed(0)
-        self._inputs, self._outputs = self._run()
-
-    def accepts(self, units: HiddenUnits) -> bool:
-        """Whether a random order of the units permutes what the reader receives, and changes nothing else."""
-        heads, _, size = units.columns.shape
-        orders = torch.stack([torch.randperm(size, generator=self._generator) for _ in range(heads)])
-        units.permute(orders)
-        try:
-            same = self._call is None or self._is_permuted(units.reader.name, units.source(orders))
-        finally:
-            units.permute(orders.argsort(dim=1))
-        return bool(self._processes.all_reduce_min(int(same)))
-
-    def _is_permuted(self, reader: str, source: Tensor) -> bool:
-        inputs, outputs = self._run()
-        before, after = (each.get(reader, []) for each in (self._inputs, inputs))
-        if not before or len(before) != len(after) or not _all_same(self._outputs, outputs):
-            return False
-        others = (_all_same(x, inputs.get(name, [])) for name, x in self._inputs.items() if name != reader)
-        columns = (_same_columns(x[:, source.to(x.device)], y) for x, y in zip(before, after, strict=True))
-        return all(others) and all(columns)
-
-    def gives_the_same(self) -> bool:
-        """Whether the block gives the same output as at first, to rounding."""
-        _, outputs = self._run()
-        return bool(self._processes.all_reduce_min(int(_all_same(self._outputs, outputs))))
-
-    def _run(self) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-        """Return the tokens that enter each layer, one tensor for each call, and what the block returns or writes."""
-        if self._call is None:
-            return {}, []
-        inputs: dict[str, list[Tensor]] = {}
-
-        def record(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args:
-                inputs.setdefault(layer.name, []).append(layer.tokens(args[0]).clone())
-
-        with ExitStack() as hooks:
-            for layer in self._unit.layers:
-                hooks.callback(layer.module.register_forward_pre_hook(partial(record, layer)).remove)
-            args, kwargs = clone_arguments((self._call.args, self._call.kwargs))
-            output = replace(self._call, args=args, kwargs=kwargs).run()
-        # A block may pass keys and values to later blocks through an object among its arguments.
-        results = tensors_within((output, args, kwargs))
-        return inputs, [tensor for tensor in results if tensor.is_floating_point()]
-
-
-def _same_columns(x: Tensor, y: Tensor) -> bool:
-    """Whether all columns are the same to rounding. In 16 bits, most numbers are then exactly the same."""
-    if x.shape != y.shape:
-        return False
-    limit = _tolerance(x, 1e-4)
-    x, y = x.double(), y.double()
-    difference = (x - y).abs()
-    most = (difference <= 1e-4 * x.abs()).double().mean() > 0.9
-    return bool(most & (difference.norm(dim=0) <= limit * x.norm(dim=0)).all())
-
-
-def _all_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    """Whether tensors are the same to rounding, each as a whole."""
-    return [x.shape for x in before] == [y.shape for y in after] and all(
-        bool((x - y).double().norm() <= _tolerance(x, 1e-5) * x.double().norm())
-        for x, y in zip(before, after, strict=True)
-    )
-
-
-def _tolerance(x: Tensor, smallest: float) -> float:
-    return max(8 * torch.finfo(x.dtype).eps, smallest)
+def _memory(tensor: Tensor) -> int:
+    """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
+    has_memory = not is_unloaded(tensor) and tensor.device.type != "meta" and tensor.numel() and not is_wrapper(tensor)
+    return tensor.untyped_storage().data_ptr() if has_memory else id(tensor)

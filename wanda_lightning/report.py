@@ -110,17 +110,19 @@ class BatchNormCorrection:
     kept: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Permuted:
     """The permutation of hidden units before pruning.
 
     Attributes:
         kept: For each layer whose inputs were permuted, the total of Wanda's scores that the pattern keeps, before and
             after.
+        put_back: Blocks that would have computed something else, so that their units are back in their order.
         why_not: Why no units were sought; empty if they were.
     """
 
     kept: dict[str, tuple[float, float]] = field(default_factory=dict)
+    put_back: list[str] = field(default_factory=list)
     why_not: str = ""
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from wanda_lightning.callbacks.keep_zeros import holds_zeros
 from wanda_lightning.callbacks.schedules import Schedule
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import averaged_models, last_step
@@ -71,13 +72,14 @@ def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
 
 
 def without_permutation_in_training(config: PruningConfig, trainer: L.Trainer) -> PruningConfig:
-    """Leave permutations out, with a warning, if moments or averages of the weights have their order."""
-    started = trainer.state.fn == TrainerFn.FITTING and (trainer.global_step > 0 or averaged_models(trainer))
-    if not started or not config.permutation.reads_batches:
+    """Leave permutations out, with a warning, if masks, moments or averages depend on the order of the weights."""
+    started = trainer.global_step > 0 or averaged_models(trainer) or holds_zeros(trainer)
+    if trainer.state.fn != TrainerFn.FITTING or not started or not config.permutation.reads_batches:
         return config
     rank_zero_warn(
-        f"{config.permutation} permutes nothing during training, since the optimizer's moments and averaged weights "
-        "have the old order. Prune before training and without averaging, or give permutation='none'."
+        f"{config.permutation} permutes nothing during training: the optimizer's moments, averaged weights and the "
+        "zeros that other callbacks keep are stored in the old order. Prune before training and without averaging, or "
+        "give permutation='none'."
     )
     return replace(config, permutation=NoPermutation())
 

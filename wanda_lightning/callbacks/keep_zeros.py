@@ -74,6 +74,12 @@ class KeepZeros(Callback):
         self._zeros.load(state_dict["unheld_zeros"])
 
 
+def holds_zeros(trainer: L.Trainer) -> bool:
+    """Whether a callback holds zeros now."""
+    held = (getattr(callback, "_zeros", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(zeros, HeldZeros) and zeros.is_holding for zeros in held)
+
+
 class HeldZeros:
     """Hold the zeros of some layers at zero while the model trains, until `release`.
 
@@ -91,6 +97,11 @@ class HeldZeros:
         self._keep: dict[nn.Parameter, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
         self._at_release: dict[str, Tensor] = {}
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether it holds any weight now."""
+        return bool(self._handles)
 
     def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
         """Hold the weights of the named layers that are zero now; release all others."""

@@ -2,9 +2,9 @@
 
 from wanda_lightning.models.find_layers import find_layers
 from wanda_lightning.models.from_config import model_from_config
-from wanda_lightning.models.hidden_units import HiddenUnits, hidden_units, is_plain
+from wanda_lightning.models.hidden_units import HiddenUnits, hidden_units
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.models.layers import Layer, layer_kinds
+from wanda_lightning.models.layers import Layer, is_plain, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.placeholders import is_unloaded, placeholder
 from wanda_lightning.models.quantized import is_wrapper

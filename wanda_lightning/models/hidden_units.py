@@ -1,8 +1,8 @@
-"""Hidden units whose order can be changed: those between the layers that write them and one layer that reads them.
+"""Find hidden units that can perhaps be permuted: outputs of some layers that a single other layer reads.
 
-A permutation of hidden units permutes rows of the writers, with their biases, and columns of the reader. This file
-proposes where such units may lie, by shapes alone. Whether the model computes the same afterwards is for the caller to
-measure, so that no table of model families is needed.
+A permutation of hidden units permutes rows of the layers that write them, with their biases, and columns of the layer
+that reads them. This file proposes candidates by shapes alone. The caller measures which of them are right, so no table
+of model families is needed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.core.types import Orders
-from wanda_lightning.models.layers import Layer, kind_of
-from wanda_lightning.models.quantized import is_packed, quantizer
+from wanda_lightning.models.layers import Layer, is_plain, kind_of
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "v_head_dim", "d_head", "key_value_proj_dim")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -75,14 +74,16 @@ class HiddenUnits:
 
 
 def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
-    """Propose the hidden units that a layer reads, the likeliest first.
+    """Yield candidates for the hidden units that a layer reads, the likeliest first.
 
     Args:
         reader: The layer, for which `is_plain` holds.
         parent: The module that contains it. Writers are sought there first.
-        block: The block that contains it.
+        block: The block that contains it. Nothing is proposed if it has adapters: they were trained for this order.
     """
     d_in = reader.shape[1]
+    if any(getattr(type(module), "adapter_layer_names", ()) for module in block.modules()):  # peft's layers
+        return
     vectors = [
         (module, name)
         for module in parent.modules()
@@ -97,10 +98,10 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
             if key in proposed:
                 continue
             proposed.add(key)
+            yield HiddenUnits(reader, columns, written)
             if vectors:  # such as the weight of a norm between writer and reader
                 extra = (Place(module, name, 0, columns) for module, name in vectors)
                 yield HiddenUnits(reader, columns, (*written, *extra))
-            yield HiddenUnits(reader, columns, written)
 
 
 def _of_mlp(d_in: int, layers: Sequence[Layer]) -> Iterator[tuple[Tensor, tuple[Place, ...]]]:
@@ -120,20 +121,20 @@ def _of_mlp(d_in: int, layers: Sequence[Layer]) -> Iterator[tuple[Tensor, tuple[
 def _of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[tuple[Tensor, tuple[Place, ...]]]:
     """Propose the values of attention heads, written by a layer of their own or together with queries and keys."""
     for size in _attributes(block, _HEAD_SIZES):
-        if d_in % size or size < 2:
+        if size < 2 or d_in % size:
             continue
         heads = d_in // size
         for layer in layers:
             d_out = layer.shape[0]
             found = [d_out // size, heads, (d_out // size - heads) // 2, *_attributes(block, _KV_HEADS)]
-            for written in dict.fromkeys(count for count in found if count > 0 and not heads % count):
-                if d_out < written * size:
+            for kv_heads in dict.fromkeys(count for count in found if count > 0 and not heads % count):
+                if d_out < kv_heads * size:
                     continue
-                columns = torch.arange(d_in).reshape(written, -1, size)
-                last = torch.arange(d_out - written * size, d_out).reshape(written, 1, size)
+                columns = torch.arange(d_in).reshape(kv_heads, -1, size)
+                last = torch.arange(d_out - kv_heads * size, d_out).reshape(kv_heads, 1, size)
                 yield columns, _rows(layer, last)
-                if d_out % written == 0 and d_out > written * size:  # each head's queries and keys, then its values
-                    yield columns, _rows(layer, torch.arange(d_out).reshape(written, 1, -1)[..., -size:])
+                if d_out % kv_heads == 0 and d_out > kv_heads * size:  # each head's queries and keys, then its values
+                    yield columns, _rows(layer, torch.arange(d_out).reshape(kv_heads, 1, -1)[..., -size:])
 
 
 def _sources(size: int, index: Tensor, orders: Orders) -> Tensor:
@@ -167,14 +168,7 @@ def _writer(module: nn.Module) -> Layer | None:
     return layer if layer and getattr(module, "groups", 1) == 1 and is_plain(layer) else None
 
 
-def is_plain(layer: Layer) -> bool:
-    """Whether a layer is one matrix of ordinary numbers, maybe as a convolution with a kernel of size 1."""
-    weight, is_whole = layer.parameter, layer.expert is None and layer.group is None
-    numbers = type(weight) in (nn.Parameter, Tensor) and not is_packed(weight) and not quantizer(layer.module, weight)
-    return is_whole and numbers and all(size == 1 for size in weight.shape[2:])
-
-
 def _attributes(block: nn.Module, names: Sequence[str]) -> list[int]:
     """Return the whole numbers that modules of a block store under one of the names."""
     found = (getattr(module, name, None) for module in block.modules() for name in names)
-    return list(dict.fromkeys(value for value in found if isinstance(value, int)))
+    return list(dict.fromkeys(value for value in found if type(value) is int))

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from wanda_lightning.models.experts import siblings_of, stacked_experts
 from wanda_lightning.models.linear_subclasses import computes_linear
+from wanda_lightning.models.quantized import is_packed, quantizer
 from wanda_lightning.parallel import local
 
 
@@ -232,3 +233,10 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     if not kept and isinstance(module, nn.Linear) and computes_linear(module):
         kept = kinds
     return kept[0] if kept else None
+
+
+def is_plain(layer: Layer) -> bool:
+    """Whether a layer is one matrix of ordinary numbers, maybe as a convolution with a kernel of size 1."""
+    weight, is_whole = layer.parameter, layer.expert is None and layer.group is None
+    numbers = type(weight) in (nn.Parameter, Tensor) and not is_packed(weight) and not quantizer(layer.module, weight)
+    return is_whole and numbers and all(size == 1 for size in weight.shape[2:])

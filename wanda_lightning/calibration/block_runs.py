@@ -1,0 +1,154 @@
+"""Run a block on parked calls before and after a change of its weights, and compare what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+
+_CLOSE = 1e-4  # relative; in 16 bits, only equal numbers are as close
+
+
+@dataclass
+class _Record:
+    """What one call of a block computed.
+
+    Attributes:
+        results: Tensors that the block returned, or wrote into its arguments, buffers or attributes.
+        inputs: What entered each module with a matrix, one tensor for each of its calls.
+        eps: Largest relative rounding error of the dtypes that the block used.
+    """
+
+    results: list[Tensor] = field(default_factory=list)
+    inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    eps: float = 0.0
+
+
+class BlockRuns:
+    """Compares runs of a block with its first ones. The inputs of its modules are recorded for the first call only.
+
+    Args:
+        block: The block.
+        calls: The calls of all batches at the block.
+    """
+
+    def __init__(self, block: nn.Module, calls: Sequence[Call]) -> None:
+        self._block, self._calls = block, calls
+        self._matrices = [m for m in block.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+        self._records: list[_Record] = []
+
+    def recording(self) -> Iterator[Call]:
+        """Yield the calls; the first run of each is what later runs are compared with."""
+        for index, call in enumerate(self._calls):
+
+            def run(*args: Any, call: Call = call, first: bool = not index, **kwargs: Any) -> Any:
+                output, record = self._run(call, args, kwargs, with_inputs=first)
+                self._records.append(record)
+                return output
+
+            yield replace(call, forward=run)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no call."""
+        return not self._records
+
+    def reads_alone(self, module: nn.Module) -> bool:
+        """Whether the first call reaches a module, and no other module with a matrix gets the same input."""
+        inputs = self._records[0].inputs
+        if module not in inputs:
+            return False
+        others = [x for other, entered in inputs.items() if other is not module for x in entered]
+        return not any(torch.equal(x, y) for x in inputs[module] for y in others if x.shape == y.shape)
+
+    def inputs_after(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Run the first call, and return the inputs of a module before and after; None if anything else changed."""
+        before, after = self._records[0], self._run_again(0, with_inputs=True)
+        if not _all_same(before.results, after.results, before.eps):
+            return None
+        if before.inputs.keys() != after.inputs.keys():
+            return None
+        others = (_all_same(x, after.inputs[m], before.eps) for m, x in before.inputs.items() if m is not module)
+        return (before.inputs[module], after.inputs[module]) if all(others) else None
+
+    def same_results(self) -> bool:
+        """Run all calls, and return whether the block gives the same results as at first, to rounding."""
+        return all(
+            _all_same(record.results, self._run_again(index).results, record.eps)
+            for index, record in enumerate(self._records)
+        )
+
+    def same_columns(self, x: Tensor, y: Tensor) -> bool:
+        """Whether all columns of two matrices of tokens are the same, to rounding."""
+        return x.shape == y.shape and _same(x, y, self._records[0].eps, each_column=True)
+
+    def _run_again(self, index: int, with_inputs: bool = False) -> _Record:
+        call = self._calls[index]
+        records: list[_Record] = []
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            records.append(self._run(call, args, kwargs, with_inputs)[1])
+
+        args, kwargs = clone_arguments((call.args, call.kwargs))
+        replace(call, args=args, kwargs=kwargs, forward=run).run()
+        return records[0]
+
+    def _run(self, call: Call, args: Any, kwargs: Any, with_inputs: bool) -> tuple[Any, _Record]:
+        """Run a call on arguments that it may change."""
+        record = _Record()
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if entered := tensors_within((args, kwargs)):
+                record.inputs.setdefault(module, []).append(entered[0].clone())
+
+        with ExitStack() as hooks:
+            for module in self._matrices if with_inputs else ():
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            output = call.forward(*args, **kwargs)
+        # A block may pass keys and values to later blocks through an object among its arguments.
+        found = [*tensors_within((output, args, kwargs)), *self._block.buffers(), *self._attributes()]
+        record.results = [tensor.clone() for tensor in found]
+        record.eps = _eps(record.results + [x for entered in record.inputs.values() for x in entered])
+        return output, record
+
+    def _attributes(self) -> Iterator[Tensor]:
+        for module in self._block.modules():
+            yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def _eps(tensors: Sequence[Tensor]) -> float:
+    """Return the precision of the coarsest dtype, including that of autocast."""
+    kinds = {tensor.device.type for tensor in tensors}
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def _all_same(before: Sequence[Tensor], after: Sequence[Tensor], eps: float) -> bool:
+    """Whether tensors are the same, to rounding."""
+    return [x.shape for x in before] == [y.shape for y in after] and all(
+        _same(x, y, eps) for x, y in zip(before, after, strict=True)
+    )
+
+
+def _same(x: Tensor, y: Tensor, eps: float, each_column: bool = False) -> bool:
+    """Whether two tensors are the same: most numbers closely, and all together (or each column) to a few roundings.
+
+    One large activation hides all others in a norm, so most numbers must be close by themselves.
+    """
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    x, y = x.double(), y.double()
+    difference = torch.where(x == y, 0.0, x - y).abs()  # both may be infinite
+    most = (difference <= _CLOSE * x.abs()).double().mean() > (0.9 if each_column else 0.5) if x.numel() else True
+    dims = 0 if each_column else None
+    limit = max(8 * eps, _CLOSE if each_column else 1e-5)
+    norm, scale = (torch.linalg.vector_norm(each, dim=dims) for each in (difference, x))
+    return bool(most) and bool((norm <= limit * scale).all())
