@@ -77,10 +77,11 @@ class PruningConfig:
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
             recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`) or jointly (`distil`).
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
-                groups keep larger scores (`assignment`). The dense model computes the same.
+                groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`). The usual default `auto` is none for image models, else block.
-            skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
+            skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
+                order of their rows.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
             min_expert_tokens: Experts with fewer calibration tokens use the statistics of all experts of their module.
