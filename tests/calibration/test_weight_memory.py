@@ -1,5 +1,8 @@
 """Which layer a tensor is a view of."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -51,3 +54,14 @@ def test_without_plain_matrices_there_is_nothing_to_recognize():
     images = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     for each in (abstract, images):
         assert len(WeightMemory(find_layers(each).layers)) == 0
+
+
+def test_a_weight_that_is_freed_does_not_stay_in_memory(model):
+    array = np.ones((6, 8), dtype=np.float32)
+    model["first"].weight = nn.Parameter(torch.from_numpy(array))
+    memory, freed = WeightMemory(find_layers(model).layers), weakref.ref(array)
+    assert matched(memory, model["first"].weight.mT) == [("first", None, 0)]
+    del array
+    assert freed() is not None
+    model["first"].weight = nn.Parameter(torch.zeros(6, 8))
+    assert freed() is None

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from wanda_lightning.models import Layer, is_unloaded
@@ -14,8 +15,9 @@ from wanda_lightning.models import Layer, is_unloaded
 class _Stack(NamedTuple):
     """The memory of one parameter, which holds one matrix or one for each expert."""
 
+    start: int
     end: int
-    weight: Tensor
+    weight: Tensor  # on the meta device: the weight itself would stay in memory after it is freed
     layers: dict[int, Layer]
 
 
@@ -55,10 +57,11 @@ class WeightMemory:
             weight = layer.parameter.detach()
             if is_unloaded(weight):
                 continue
-            end = weight.data_ptr() + weight.numel() * weight.element_size()
-            matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
-            stack = stacks.setdefault(weight.data_ptr(), _Stack(end, matrices, {}))
-            stack.layers[layer.expert or 0] = layer
+            start, end = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
+            if start not in stacks:
+                matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
+                stacks[start] = _Stack(start, end, _layout(matrices), {})
+            stacks[start].layers[layer.expert or 0] = layer
         self._starts = sorted(stacks)
         self._stacks = [stacks[start] for start in self._starts]
 
@@ -76,7 +79,7 @@ class WeightMemory:
         if stack is None or weight.ndim not in (2, 3):
             return []
         stride = stack.weight.stride(0)
-        number, rest = divmod((weight.data_ptr() - stack.weight.data_ptr()) // weight.element_size(), stride)
+        number, rest = divmod((weight.data_ptr() - stack.start) // weight.element_size(), stride)
         matrix = next(iter(stack.layers.values())).kind.read(stack.weight[0])
         all_inputs = weight.shape[-2] == matrix.shape[1] and weight.stride(-2) == matrix.stride(1)
         if not all_inputs or rest % matrix.stride(0) or (weight.ndim == 3 and weight.stride(0) != stride):
@@ -99,6 +102,10 @@ class WeightMemory:
         index = bisect_right(self._starts, pointer) - 1
         stack = self._stacks[index] if index >= 0 else None
         return stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
+
+
+def _layout(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _is_plain(layer: Layer) -> bool:
