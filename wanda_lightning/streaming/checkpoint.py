@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,8 @@ class Checkpoint:
             stored = self._keys.get(part, {})
             for path in stored:
                 self._refuse_changed(path)
-        with ExitStack() as opened, _quiet():
-            slices: dict[str, _Copied] = {}
-            for path, keys in stored.items():
-                file = opened.enter_context(safe_open(path, framework="pt"))
-                slices |= {key: _Copied(file.get_slice(key)) for key in keys}
+        slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
+        with _quiet():
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, self._load_config)
         self._conversions[part] = self.model._weight_conversions
         weights_moved()
@@ -228,14 +225,18 @@ class Checkpoint:
                 )
 
 
-class _Copied:
-    """A tensor of a file, copied when it is read: the memory of an open file would not be freed with the tensor."""
+class _Stored:
+    """A tensor of a file, copied when it is read.
 
-    def __init__(self, stored: Any) -> None:
-        self._stored = stored
+    Each tensor opens the file anew: what has been read from an open file stays in memory as long as it is open.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key = path, key
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._stored[index].clone()
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_slice(self._key)[index].clone()
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
