@@ -309,8 +309,11 @@ def _prune_unit(outcome: Outcome, unit: Unit, inputs: Mapping[str, InputStatisti
                 outcome.skipped[layer.name] = skipped
             else:
                 reached.append(layer)
+        statistics = InputStatistics()
         for layers in _by_input(reached, inputs):
-            statistics = inputs.get(layers[0].name, InputStatistics())
+            if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
+                statistics.forget_derived()
+            statistics = following
             for pruned in _prune_layers(outcome, layers, statistics):
                 pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
                 pruned.note = "; ".join(_layer_notes(outcome, pruned, statistics, observer))

@@ -21,10 +21,13 @@ def dampened(gram: Gram, dampening: float) -> Gram:
         tensor([[2., 0.],
                 [0., 4.]])
     """
+    return _dampen(gram.clone(), dampening)
+
+
+def _dampen(gram: Gram, dampening: float) -> Gram:
     mean = gram.diagonal().mean()
-    result = gram.clone()
-    result.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # the identity if no input is active
-    return result
+    gram.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # the identity if no input is active
+    return gram
 
 
 def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
@@ -40,7 +43,10 @@ def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
     """
     for attempt in range(_ATTEMPTS):
         used = dampening * 10**attempt
-        lower, info = torch.linalg.cholesky_ex(dampened(gram, used))
+        # LAPACK works in place if the matrix is stored by columns.
+        lower = _dampen(gram.t().clone(memory_format=torch.contiguous_format).t(), used)
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if not info:
             if attempt:
                 log.warning(
@@ -61,8 +67,10 @@ def inverse_factor(gram: Gram, dampening: float) -> Gram:
     """Return the upper triangular `U` with `U^T U = dampened(X^T X)^-1`, dampened as by `cholesky`."""
     # In reverse order of the inputs, the inverse of the lower factor is the upper factor of the inverse.
     lower, _ = cholesky(gram.flip(0, 1), dampening)
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
+    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()  # by columns: the solution overwrites it
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1)
 
 
 def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:

@@ -152,6 +152,10 @@ class InputStatistics:
         """Return a scale for each input and the scaled Gram matrix, computed once (see `core.gram`)."""
         return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
+    def forget_derived(self) -> None:
+        """Free what layers with these inputs have shared; the next layer computes it again."""
+        self._derived.clear()
+
     def columns(self, start: int, stop: int) -> InputStatistics:
         """Return the statistics that criteria read, for the inputs from `start` to `stop`."""
         part = InputStatistics(self.needs - {"gram"})

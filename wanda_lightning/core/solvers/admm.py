@@ -104,7 +104,7 @@ class ADMM(Solver):
             # The fit is pulled toward the masked copy minus the dual variable.
             torch.add(target, total, alpha=used, out=pulled).add_(dual, alpha=-used * (1 + 1 / ratio))
             fit = torch.linalg.solve_triangular(lower.t(), pulled, upper=True, left=False)
-            fit = torch.linalg.solve_triangular(lower, fit, upper=False, left=False)
+            torch.linalg.solve_triangular(lower, fit, upper=False, left=False, out=fit)
             total = fit.add_(dual, alpha=1 / ratio)
             keep = choose(torch.abs(total, out=pulled))
             dual = masked(total, ~keep)

@@ -18,7 +18,7 @@ from wanda_lightning.core.patterns import ColumnBlock
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
+from wanda_lightning.core.types import Gram, KeepMask, OneMask, OneWeight, Weight
 
 _AT_ONCE = 32  # number of columns that update each other one by one; one matrix product updates those on the right
 
@@ -84,8 +84,9 @@ class SparseGPT(Solver):
                 _Chooser(selection, inputs, columns[:, own], alive[:, own], pruned[:, own])
                 for own, selection in _merge_same_groups(rows, selections)
             ]
-        self._prune_columns(columns, pruned, factor / factor.diagonal()[:, None], choosers)
+        self._prune_columns(columns, pruned, factor, choosers)
         keep = pruned == 0
+        del pruned, choosers  # or the copies below would come on top of them
         mask_(columns, keep)
         solved = []
         for weight, own in zip(weights, rows, strict=True):
@@ -93,7 +94,7 @@ class SparseGPT(Solver):
             solved.append((part, keep[:, own].t().contiguous()))
         return solved
 
-    def _prune_columns(self, columns: Tensor, pruned: Tensor, scaled: Tensor, choosers: Sequence[_Chooser]) -> None:
+    def _prune_columns(self, columns: Tensor, pruned: Tensor, factor: Gram, choosers: Sequence[_Chooser]) -> None:
         """Update `columns` in place for the weights marked in `pruned`, which the choosers fill in column by column."""
         by_block = [chooser for chooser in choosers if not chooser.group_size]
         by_group = [chooser for chooser in choosers if chooser.group_size]
@@ -102,20 +103,21 @@ class SparseGPT(Solver):
         for start in range(0, len(columns), block_size):
             stop = min(start + block_size, len(columns))
             block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
+            scaled = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
             for chooser in by_block:
                 chooser.choose(start, stop)
             for first in range(start, stop, at_once):
                 last = min(first + at_once, stop)
-                now = slice(first, last)
-                steps = zip(columns[now].unbind(), pruned[now].unbind(), scaled[now, now].unbind(), strict=True)
+                now, own = slice(first, last), slice(first - start, last - start)
+                steps = zip(columns[now].unbind(), pruned[now].unbind(), scaled[own, own].unbind(), strict=True)
                 for index, (column, column_pruned, row) in enumerate(steps):
                     for chooser in by_group:
                         if index % chooser.group_size == 0:
                             chooser.choose(first + index, first + index + chooser.group_size)
                     error = torch.mul(column, column_pruned, out=errors[first - start + index])
                     columns[first + index + 1 : last].addr_(row[index + 1 :], error, alpha=-1)
-                _subtract(block[last - start :], scaled[now, last:stop], errors[first - start : last - start])
-            _subtract(columns[stop:], scaled[start:stop, stop:], errors)
+                _subtract(block[last - start :], scaled[own, last - start : stop - start], errors[own])
+            _subtract(columns[stop:], scaled[:, stop - start :], errors)
 
 
 class _Chooser:
