@@ -1,6 +1,8 @@
 """`wanda-lightning inspect`: what it counts, and that no weight is allocated."""
 
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,10 +138,45 @@ def test_inspect_shows_the_units_of_the_method(inputs, capsys, more, sequential)
         (["--model", "timm:test_vitt"], "Did you mean test_vit"),
         (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "--only blocks.9 matches no matrix"),
+        (["--model", "gone", "--stream", "--allocation", "owl"], "--allocation OWL"),
     ],
 )
 def test_inspect_refuses(refused, more, message):
     refused("inspect", *more, message=message)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "timm:test_vit", "--stream"], "--stream has no meaning for an image classifier"),
+        (["--model", "tiny.gguf", "--stream"], "--stream reads a folder or hub model in safetensors"),
+        (["--model", "gone", "--nsamples", "8"], "--nsamples has no meaning for inspect without --stream"),
+    ],
+)
+def test_inspect_refuses_wrong_usage(refused, more, message):
+    refused("inspect", *more, message=message, code=2)
+
+
+def sum_of(out):
+    """The largest sum, in GiB, that the table of memory shows."""
+    (row,) = [row for row in out.splitlines() if row.startswith("│ sum ")]
+    return max(float(cell) for cell in row.split("│")[2:-1])
+
+
+def test_inspect_prints_the_memory_of_streaming(inputs, capsys):
+    shutil.copytree(inputs / "llama", "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert run("inspect", "--model", "weightless", "--stream", "--nsamples", "8", "--seqlen", "32") == 0
+    out = capsys.readouterr().out
+    assert f"needs about {sum_of(out):.1f} GiB with 8 windows of 32 tokens in batches of 4, and" in out
+    few = sum_of(out)
+    assert run("inspect", "--model", "weightless", "--stream", "--nsamples", str(2**20), "--seqlen", "32") in (0, 1)
+    assert sum_of(capsys.readouterr().out) == pytest.approx(few + 2**20 * 32 * 32 * 4 / 2**30, abs=0.03)  # float32
+
+
+def test_too_little_memory_is_an_error(inputs, capsys, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    assert run("inspect", "--model", inputs / "llama", "--stream", "--nsamples", "256", "--seqlen", "32") == 1
+    assert re.search(r"prune --stream needs about .* GiB with 256 windows .* GiB are free", capsys.readouterr().err)
 
 
 def test_markup_in_names_is_text(inputs, capsys):

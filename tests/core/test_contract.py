@@ -247,6 +247,22 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, targets, so
 
 
 @EVERY_SOLVER
+@pytest.mark.parametrize(("rows", "d_in"), [([512, 512], 512), ([256], 1024)])
+def test_the_workspace_is_what_a_solver_allocates(solver, rows, d_in):
+    """Every allocation and release of PyTorch while it solves, as the profiler records them."""
+    tokens = torch.randn(2000, d_in) @ torch.randn(d_in, d_in)
+    criterion = solver.own_criterion
+    inputs = statistics(tokens, criterion, solver)
+    selection = Selection(criterion, Unstructured(solver.group(criterion)), 0.5)
+    weights = [torch.randn(count, d_in).bfloat16() for count in rows]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        solver.solve_together(weights, inputs, [selection] * len(rows))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert solver.workspace(rows, d_in) == pytest.approx(max(itertools.accumulate(changes)) / 4, rel=0.25)
+
+
+@EVERY_SOLVER
 @EVERY_PATTERN
 def test_layout_of_the_weight_does_not_matter(pattern, solver):
     weight, tokens = random_layer()

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+from typing import Any
+
+import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from wanda_lightning.cli.options import InspectOptions
+from wanda_lightning.cli.measure import checked_seqlen
+from wanda_lightning.cli.options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE, InspectOptions
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, find_layers, model_from_config
 from wanda_lightning.notes import low_coverage, unfit_layers
 from wanda_lightning.plan import config_for
 from wanda_lightning.refusals import refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
+from wanda_lightning.streaming import Memory, Samples, memory_to_measure, memory_to_prune
+from wanda_lightning.streaming.from_disk import refuse_whole_model
+
+_GIB = 2**30
 
 
 def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
+    if options.stream:
+        refuse_whole_model(options.config)
     model = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
     config = config_for(options.config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
@@ -31,6 +43,53 @@ def run(options: InspectOptions) -> None:
         if note is not None:
             print_line(f"Note: {note.text}")
     refuse_nothing_to_prune(config, found)
+    if options.stream:
+        _print_memory(options, model, config)
+
+
+def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) -> None:
+    """Print the memory that `prune --stream` needs.
+
+    Raises:
+        ValueError: If this machine has less.
+    """
+    import torch
+
+    is_given = options.dtype not in (None, "auto")
+    model.to(getattr(torch, str(options.dtype)) if is_given else model.config.dtype or model.dtype)
+    seqlen = checked_seqlen(options.seqlen, model.config, PAPER_SEQLEN)
+    batch_size = options.batch_size or SEQUENCES_AT_ONCE
+    samples = Samples(options.nsamples or PAPER_SEQUENCES, seqlen, batch_size)
+    prune, measure = memory_to_prune(model, config, samples), memory_to_measure(model, seqlen, batch_size)
+    libraries = psutil.Process().memory_info().rss  # this process has loaded them, too
+    print_table(_memory_table(libraries, prune, measure))
+    needed = libraries + max(prune.total, measure.total)
+    free = libraries + psutil.virtual_memory().available
+    needs = f"prune --stream needs about {needed / _GIB:.1f} GiB with {samples}"
+    if needed > free:
+        raise ValueError(
+            f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--nsamples, --seqlen), "
+            "smaller batches (--batch_size), a method without Gram matrices (--prune_method wanda), or --sequential layer."
+        )
+    print_line(f"{needs}, and {free / _GIB:.1f} GiB are free.")
+
+
+def _memory_table(libraries: int, *memories: Memory) -> Table:
+    table = Table(title="GiB of memory with --stream", title_justify="left")
+    for heading in ("", "to prune", "to measure perplexity"):
+        table.add_column(heading, justify="right" if heading else "left")
+    labels = (
+        "Python and its libraries",
+        "weights outside of the blocks",
+        "two blocks",
+        "activations of waiting batches",
+        "statistics and workspace, or logits",
+        "sum",
+    )
+    columns = [(libraries, *astuple(memory), libraries + memory.total) for memory in memories]
+    for label, *sizes in zip(labels, *columns, strict=True):
+        table.add_row(label, *(f"{size / _GIB:.2f}" for size in sizes))
+    return table
 
 
 def _units_table(found: Inventory, model: str) -> Table:

@@ -30,6 +30,7 @@ TIMM = "timm:"  # before the name of an image classifier
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAPER_SEQLEN = 2048
 PAPER_IMAGES, PAPER_SEQUENCES = 4096, 128
+IMAGES_AT_ONCE, SEQUENCES_AT_ONCE = 64, 4
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
 TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "paper", "all")
 PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-true", "bf16-mixed")
@@ -95,10 +96,27 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
         "magnitude and sparsegpt, else within rows.",
         rule=OneOf(("row", "layer")),
     )
+    stream: bool = option(
+        "Also print the memory that prune --stream needs, and fail if this machine has less; no weight is read.", False
+    )
+    nsamples: int | None = option(
+        "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.", rule=_COUNT
+    )
+    seqlen: int | None = option(f"{_SEQLEN} {PAPER_SEQLEN}.", rule=_WINDOW)
+    batch_size: int | None = option(
+        f"Number of samples in a batch; by default {SEQUENCES_AT_ONCE} sequences or {IMAGES_AT_ONCE} images.",
+        rule=_COUNT,
+    )
+    dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
     cache_dir: str | None = option(_CACHE_DIR)
     trust_remote_code: bool = option(_TRUST, False)
 
     def __post_init__(self) -> None:
+        if self.stream and self.model.endswith(".gguf"):
+            raise UsageError(
+                f"--stream reads a folder or hub model in safetensors, but --model is {self.model}. Give such a "
+                "model, or leave --stream out."
+            )
         if self.preset is not None:
             refuse_given(self, "a preset, which chooses the method", "prune_method use_variant")
         if self.sparsity_type != "unstructured":
@@ -113,6 +131,10 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
 
     def refuse_early(self) -> None:
         """Refuse a file that does not exist, and choices that contradict each other."""
+        if self.is_image:
+            refuse_given(self, "an image classifier", "stream")
+        if not self.stream:
+            refuse_given(self, "inspect without --stream", "nsamples seqlen batch_size dtype")
         refuse_missing(self, "model")
         _ = self.config
 
@@ -161,17 +183,11 @@ class PruneOptions(InspectOptions):
     """The options of `wanda-lightning prune`: those of `inspect`, the data, and where the results go."""
 
     seed: int = option("Seed that draws the calibration samples.", 0, rule=_SEED)
-    nsamples: int | None = option(
-        "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.", rule=_COUNT
-    )
-    seqlen: int | None = option(f"{_SEQLEN} {PAPER_SEQLEN}.", rule=_WINDOW)
-    batch_size: int | None = option("Number of samples in a batch; by default 4 sequences or 64 images.", rule=_COUNT)
     calibration: str | None = option(f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}.")
     eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
     limit: int | None = option(_LIMIT, rule=_COUNT)
     data_path: str | None = option(f"Images to calibrate and measure on: {_IMAGES}")
     resume: str | None = option("Weights (.safetensors) of the image classifier.")
-    dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
     save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
     save_model: str | None = option("Folder for the pruned model.")
     stream: bool = option(
@@ -202,11 +218,6 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "--stream", "eval_zero_shot" if self.save else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
-            if self.model.endswith(".gguf"):
-                raise UsageError(
-                    f"--stream reads a folder or hub model in safetensors, but --model is {self.model}. Give such a "
-                    "model, or leave --stream out."
-                )
         super().__post_init__()
 
     def refuse_early(self) -> None:

@@ -11,7 +11,15 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
-from wanda_lightning.cli.options import PAPER_IMAGES, PAPER_SEQLEN, PAPER_SEQUENCES, PruneOptions, as_given
+from wanda_lightning.cli.options import (
+    IMAGES_AT_ONCE,
+    PAPER_IMAGES,
+    PAPER_SEQLEN,
+    PAPER_SEQUENCES,
+    SEQUENCES_AT_ONCE,
+    PruneOptions,
+    as_given,
+)
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
@@ -84,7 +92,7 @@ def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModu
     data = ImageDataModule(
         options.data_path,
         module,
-        batch_size=options.batch_size or 64,
+        batch_size=options.batch_size or IMAGES_AT_ONCE,
         num_samples=samples,
         seed=options.seed,
         cache_dir=options.cache_dir,
@@ -106,7 +114,7 @@ def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
         options.eval or "wikitext2",
         seqlen=checked_seqlen(options.seqlen, config, PAPER_SEQLEN),
         num_samples=options.nsamples or PAPER_SEQUENCES,
-        batch_size=options.batch_size or 4,
+        batch_size=options.batch_size or SEQUENCES_AT_ONCE,
         limit=options.limit,
         seed=options.seed,
         cache_dir=options.cache_dir,

@@ -76,6 +76,7 @@ class Recovery:
     """Trains the kept weights of each pruned unit, of the whole model at the end, or both."""
 
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics; if there are any, calibration batches are required
+    recorded: ClassVar[int] = 0  # number of hidden states of each token that it records while it trains a unit
     reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches itself
     sequential: ClassVar[str] = "auto"  # the default of `sequential`, for methods that have no other
 

@@ -42,6 +42,7 @@ class Reconstruct(Recovery):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
+    recorded: ClassVar[int] = 4  # the inputs and outputs of attention and MLP
     sequential: ClassVar[str] = "block"
     epochs: int = 4
     learning_rate: float = 0.01

@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 
-from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint, Keys
+from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
+from wanda_lightning.streaming.parts import RESIDENT
 
 
 class BlockLoader:

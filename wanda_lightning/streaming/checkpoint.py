@@ -27,11 +27,9 @@ from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.model_sources import load_config, locate, reading
-from wanda_lightning.models import find_layers, placeholder
+from wanda_lightning.models import placeholder
 from wanda_lightning.modules.loading import check_finite, check_stored_as_float
-
-RESIDENT = ""
-"""The part of a model that lies outside of all blocks."""
+from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
 
@@ -91,10 +89,7 @@ class Checkpoint:
         """Take the place of `PreTrainedModel._load_pretrained_model`: load only what lies outside of the blocks."""
         self.model, self._load_config = model, load_config
         self.files = {Path(file): _stamp(file) for file in files}
-        inventory = find_layers(model)
-        modules, own = dict(model.named_modules()), {layer.module for layer in inventory.layers}
-        names = dict.fromkeys(inventory.blocks[layer.name] for layer in inventory.layers)
-        self.blocks = tuple(name for name in names if modules[name] not in own)
+        self.blocks = block_names(model)
         self._sort_keys()
         loaded = self.load(RESIDENT)
         for block in self.blocks:
@@ -121,7 +116,7 @@ class Checkpoint:
 
     def part_of(self, name: str) -> str:
         """Return the block in which a parameter lies, or `RESIDENT`."""
-        return next((block for block in self.blocks if name.startswith(f"{block}.")), RESIDENT)
+        return part_of(name, self.blocks)
 
     def load(self, part: str, stored: Keys | None = None) -> Any:
         """Load a part of the model, by default from the checkpoint.
@@ -190,9 +185,7 @@ class Checkpoint:
 
     def bytes_of(self, part: str) -> int:
         """Return the size of a part in memory."""
-        tensors = self.model.state_dict(keep_vars=True).items()
-        own = {id(tensor): tensor for name, tensor in tensors if self.part_of(name) == part}  # tied weights count once
-        return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+        return bytes_by_part(self.model, self.blocks).get(part, 0)
 
     def _refuse_changed(self, path: Path) -> None:
         if _stamp(path) != self.files[path]:

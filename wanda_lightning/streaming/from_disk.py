@@ -17,8 +17,9 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport
-from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
+from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.output import OutputFolder, fingerprint
+from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.streaming.weights import StreamedWeights
 
 

@@ -16,7 +16,7 @@ from wanda_lightning.progress import ProgressBar
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
-_AT_ONCE = 32  # batches that pass through the model together
+AT_ONCE = 32  # batches that pass through the model together
 
 
 def perplexity_from_disk(
@@ -49,7 +49,7 @@ def perplexity_from_disk(
     modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
     remaining = iter(batches)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", None, progress) as bar:
-        while group := list(islice(remaining, _AT_ONCE)):
+        while group := list(islice(remaining, AT_ONCE)):
             blocks = BlockLoader(checkpoint)
             with blocks.loading():
                 forwards = [partial(measure, batch) for batch in group]

@@ -13,8 +13,9 @@ from wanda_lightning.plan import Plan, Selections
 from wanda_lightning.refusals import refuse_unprunable
 from wanda_lightning.report import read_layer, read_skipped
 from wanda_lightning.streaming.block_loader import BlockLoader
-from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint, Keys
+from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 from wanda_lightning.streaming.output import OutputFolder
+from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.weight_store import WeightStore
 
 

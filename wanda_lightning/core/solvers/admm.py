@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +62,10 @@ class ADMM(Solver):
                 f"but it is {self.rho}."
             )
 
+    def workspace(self, rows: Sequence[int], d_in: int) -> int:
+        """The scaled Gram matrix and its factor with six matrices like the weight, or nine of these in the refit."""
+        return d_in**2 + max(d_in**2 + 7 * max(rows) * d_in, 10 * max(rows) * d_in) + self._results(rows, d_in)
+
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Alternate, then refit."""
         scale, gram = inputs.scaled_gram(self.dampening)
@@ -105,6 +109,7 @@ class ADMM(Solver):
             torch.add(target, total, alpha=used, out=pulled).add_(dual, alpha=-used * (1 + 1 / ratio))
             fit = torch.linalg.solve_triangular(lower.t(), pulled, upper=True, left=False)
             torch.linalg.solve_triangular(lower, fit, upper=False, left=False, out=fit)
+            del lower  # or two factors would be in memory at once
             total = fit.add_(dual, alpha=1 / ratio)
             keep = choose(torch.abs(total, out=pulled))
             dual = masked(total, ~keep)

@@ -1,0 +1,82 @@
+"""The estimate of memory against files and against the memory of a real process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.plan import config_for
+from wanda_lightning.streaming import Samples, memory_to_measure, memory_to_prune
+
+LENGTH, VOCABULARY = 256, 4000
+
+
+def save(folder, layers, **choices):
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "vocab_size": VOCABULARY}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, **choices)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def estimate(folder, samples, **choices):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = config_for(PruningConfig.from_names(**choices), model)
+    return memory_to_prune(model, config, samples), memory_to_measure(model, samples.length, samples.batch_size)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_counted_as_they_are_stored(tmp_path, tied):
+    memory, measuring = estimate(save(tmp_path / "model", 3, tie_word_embeddings=tied), Samples(4, LENGTH, 2))
+    sizes = {name: tensor.nbytes for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
+    block = sum(size for name, size in sizes.items() if ".layers.1." in name)
+    assert memory.blocks == measuring.blocks == 2 * block
+    assert memory.outside == measuring.outside == sum(sizes.values()) - 3 * block
+
+
+def test_more_samples_need_more_memory_and_one_pass_less_statistics(tmp_path):
+    folder = save(tmp_path / "model", 1)
+    few, _ = estimate(folder, Samples(4, LENGTH, 2), method="sparsegpt")
+    many, _ = estimate(folder, Samples(8, LENGTH, 2), method="sparsegpt")
+    assert many.activations == 2 * few.activations == 8 * LENGTH * 768 * 2
+    assert many.work == few.work
+    one_pass, _ = estimate(folder, Samples(4, LENGTH, 2), method="sparsegpt", sequential="layer")
+    assert one_pass.work < few.work
+    assert one_pass.activations > few.activations
+
+
+MEASURED = """
+import sys
+import torch
+from transformers import LlamaForCausalLM
+from wanda_lightning import prune_from_disk
+
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+samples = [{"input_ids": torch.randint(4000, (2, 256))} for _ in range(2)]
+start = kib("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+prune_from_disk(sys.argv[1], sys.argv[2], samples, 0.5, method=sys.argv[3], progress=False)
+print((kib("VmHWM") - start) * 1024)
+"""
+
+
+def measured(folder, output, method):
+    command = [sys.executable, "-c", MEASURED, folder, output, method]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux reports")
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_process_needs_about_as_much_however_many_blocks_there_are(tmp_path, method):
+    memory, _ = estimate(save(tmp_path / "few", 3), Samples(4, LENGTH, 2), method=method)
+    few = measured(tmp_path / "few", tmp_path / "first", method)
+    many = measured(save(tmp_path / "many", 9), tmp_path / "second", method)
+    assert many - few < memory.blocks / 2  # six blocks more
+    assert memory.total == pytest.approx(many, rel=0.5)  # the libraries themselves allocate some tens of MB

@@ -1,0 +1,133 @@
+"""Estimate the memory that a model needs while it is read from disk, from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.models import Layer, find_layers
+from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part
+from wanda_lightning.streaming.perplexity import AT_ONCE
+
+_FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory that is occupied at the peak, in bytes, without the Python process and its libraries.
+
+    Attributes:
+        outside: The weights outside of all blocks.
+        blocks: The two largest blocks that follow each other.
+        activations: The activations of all batches that wait at a unit.
+        work: Statistics and workspace of the most expensive unit, or the logits of a batch.
+    """
+
+    outside: int
+    blocks: int
+    activations: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all."""
+        return self.outside + self.blocks + self.activations + self.work
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Windows of text that pass through the model.
+
+    Attributes:
+        count: Number of windows.
+        length: Number of tokens in a window.
+        batch_size: Number of windows in a batch.
+    """
+
+    count: int
+    length: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        """Describe them in words."""
+        return f"{self.count} windows of {self.length} tokens in batches of {self.batch_size}"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Number of tokens in a batch."""
+        return min(self.count, self.batch_size) * self.length
+
+
+def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples) -> Memory:
+    """Estimate the memory of `prune_from_disk`.
+
+    Args:
+        model: The model on the meta device, in the dtype of pruning.
+        config: The choices; `sequential` is not `"auto"`.
+        samples: The calibration samples.
+    """
+    inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
+    hidden, size = _hidden_size(model), _element_size(model)
+    tokens = samples.count * samples.length
+    # A batch that waits at a layer also holds the residual stream and what the layers before it have computed.
+    waiting, work = hidden, 0
+    for unit in inventory.units:
+        widest = max(max(layer.shape) for layer in unit.layers)
+        if config.sequential == "layer":
+            waiting = max(waiting, 2 * hidden + max(widest, 3 * hidden))
+        at_once = samples.batch_tokens * (size * (2 * hidden + 3 * widest) + 2 * _FLOAT32 * widest)
+        work = max(work, _to_observe(unit.layers, config) + at_once, _to_solve(unit.layers, config))
+    waiting += config.recovery.recorded * hidden
+    return _memory(model, tokens * waiting * size, work)
+
+
+def memory_to_measure(model: nn.Module, length: int, batch_size: int) -> Memory:
+    """Estimate the memory of `perplexity_from_disk`, with at least as many windows as it keeps in memory at once."""
+    hidden, size = _hidden_size(model), _element_size(model)
+    samples = Samples(AT_ONCE * batch_size, length, batch_size)
+    vocabulary: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    logits = 0 if vocabulary is None else len(vocabulary.weight)
+    return _memory(model, samples.count * length * hidden * size, samples.batch_tokens * logits * size)
+
+
+def _memory(model: nn.Module, activations: int, work: int) -> Memory:
+    blocks = block_names(model)
+    sizes = bytes_by_part(model, blocks)
+    in_order = [sizes.get(block, 0) for block in blocks]
+    pairs = [first + second for first, second in pairwise(in_order)]
+    return Memory(sizes.get(RESIDENT, 0), max(pairs, default=sum(in_order)), activations, work)
+
+
+def _to_observe(layers: Sequence[Layer], config: PruningConfig) -> int:
+    """Return the bytes of the sums, of those of one batch, and of one new sum."""
+    grams = _grams(layers, config)
+    return 2 * sum(grams) + max(grams)
+
+
+def _to_solve(layers: Sequence[Layer], config: PruningConfig) -> int:
+    """Return the bytes of the sums and of the most expensive group of layers."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for layer in layers:  # most layers of one module with the same width have the same inputs
+        key = layer.name if layer.siblings else layer.name.rpartition(".")[0]
+        groups.setdefault((key, layer.shape[1]), []).append(layer.shape[0])
+    numbers = max(config.solver.workspace(rows, d_in) for (_, d_in), rows in groups.items())
+    return sum(_grams(layers, config)) + _FLOAT32 * numbers
+
+
+def _grams(layers: Iterable[Layer], config: PruningConfig) -> list[int]:
+    """Return the bytes of the Gram matrix of each layer; layers that share one are counted apart."""
+    needed = "gram" in config.unit_needs
+    return [_FLOAT32 * layer.shape[1] ** (2 if needed else 1) for layer in layers]
+
+
+def _hidden_size(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[-1])
+
+
+def _element_size(model: nn.Module) -> int:
+    return next(model.parameters()).element_size()
