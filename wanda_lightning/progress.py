@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import inf
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,6 +36,7 @@ class ProgressBar:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
+                speed_estimate_period=inf,  # one step may take longer than rich's 30 s
             )
             self._task = self._bar.add_task(self._title, total=self._total)
             self._bar.start()
@@ -68,3 +70,14 @@ class ProgressBar:
             if 0 < self._done < self._total:
                 left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"
         self._console.print(f"{self._title} {steps} {name} ({elapsed:.0f} s{left})", highlight=False, soft_wrap=True)
+
+
+def as_size(size: int) -> str:
+    """Describe a number of bytes.
+
+    Example:
+        >>> as_size(999), as_size(1_234_567), as_size(98_765_432_100)
+        ('1.0 KB', '1.2 MB', '98.8 GB')
+    """
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "KB")
+    return f"{size / unit:.1f} {name}"

@@ -197,7 +197,7 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: 
     with closing(stops):
         for stop in stops:
             unit = stop.unit
-            bar.show(unit.name)
+            bar.show(f"{unit.name}{store.status}")
             if not store.arrive(unit, outcome):
                 recovery = config.recovery.start(unit, data.masks)
                 inputs = observer(unit, recovery.record(stop.calls)) if plan.observed else {}

@@ -17,11 +17,13 @@ class WeightStore:
         is_whole: Whether all weights are in memory at the same time.
         zeros: Number of zeros among the weights that are not in memory.
         advice: What to do if pruning fails halfway.
+        status: What to show beside the name of a unit, for example what has been read so far.
     """
 
     is_whole: bool = True
     zeros: int = 0
     advice: str = "Reload the model before you try again."
+    status: str = ""
 
     @contextmanager
     def dense(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from support.families import families
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, perplexity_from_disk, progress, prune, prune_from_disk
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
@@ -184,6 +185,24 @@ def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch, method)
     prune_from_disk(source, tmp_path / "out", batches(), 0.5, method=method, progress=False)
     assert most[0] == 2
     assert loaded == {""}
+
+
+def test_progress_shows_the_unit_the_bytes_and_the_seconds_left(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    prune_from_disk(source, tmp_path / "out", batches(), 0.5, method="wanda")
+    sizes = {key: tensor.nbytes for key, tensor in weights(source).items()}
+    block = sum(size for key, size in sizes.items() if "layers.0." in key)
+    outside, lines = sum(sizes.values()) - 4 * block, capsys.readouterr().err.splitlines()
+    for number, line in enumerate(lines[:4]):
+        found = re.fullmatch(
+            rf"Pruning {number}/4 model\.layers\.{number}, (.*) KB read, (.*) KB written \(\d+ s(, \d+ s left)?\)", line
+        )
+        assert found, line
+        assert float(found[1]) * 1000 == pytest.approx(outside + (number + 1) * block, abs=block + 100)
+        assert float(found[2]) * 1000 == pytest.approx(max(0, number - 1) * block, abs=100)
+        assert bool(found[3]) == (number > 0)
+    perplexity_from_disk(source, batches(40))
+    assert re.search(r"Measuring 5/8 model\.layers\.1, .* KB read \(\d+ s, \d+ s left\)", capsys.readouterr().err)
 
 
 def test_the_perplexity_is_that_of_the_model_in_memory(source):

@@ -69,7 +69,7 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     if needed > free:
         raise ValueError(
             f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--nsamples, --seqlen), "
-            "smaller batches (--batch_size), a method without Gram matrices (--prune_method wanda), or --sequential layer."
+            "smaller batches (--batch_size), --prune_method wanda (no Gram matrices), or --sequential layer."
         )
     print_line(f"{needs}, and {free / _GIB:.1f} GiB are free.")
 

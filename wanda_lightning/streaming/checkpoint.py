@@ -48,6 +48,7 @@ class Checkpoint:
         model: The model.
         blocks: The names of its blocks.
         files: The safetensors files.
+        bytes_read: Number of bytes of the tensors that were read.
 
     Raises:
         OSError: If neither a local folder nor the hub has the model in safetensors, or a file is missing.
@@ -57,6 +58,7 @@ class Checkpoint:
     def __init__(self, name: str, dtype: str = "auto", hub: Mapping[str, Any] = {}) -> None:
         self._name = name
         self.blocks: tuple[str, ...] = ()
+        self.bytes_read = 0
         self._keys: dict[str, dict[Path, list[str]]] = {}
         self._conversions: dict[str, Any] = {}
         if name.startswith("timm:") or name.endswith(".gguf"):
@@ -136,6 +138,7 @@ class Checkpoint:
         slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
         with _quiet():
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, self._load_config)
+        self.bytes_read += sum(each.bytes_read for each in slices.values())
         self._conversions[part] = self.model._weight_conversions
         weights_moved()
         if part != RESIDENT:
@@ -226,10 +229,13 @@ class _Stored:
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
+        self.bytes_read = 0
 
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self._path, framework="pt") as file:
-            return file.get_slice(self._key)[index].clone()
+            copy: Tensor = file.get_slice(self._key)[index].clone()
+        self.bytes_read += copy.nbytes
+        return copy
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -41,6 +41,7 @@ class OutputFolder:
         written: The record of each written part.
         sparsities: The sparsity of each layer, once it is known.
         report: The report of the pruning as JSON, once it is finished.
+        bytes_written: Number of bytes that were written by this process.
 
     Raises:
         OSError: If the folder has other files, cannot be written, or another run writes into it.
@@ -62,6 +63,7 @@ class OutputFolder:
         self.written: dict[str, dict[str, Any]] = {}
         self.sparsities: dict[str, float] = {}
         self.report = ""
+        self.bytes_written = 0
         with self._in_first() as is_first:
             if is_first:
                 self._open(folder, size)
@@ -126,6 +128,7 @@ class OutputFolder:
                 with whole_file(self._path(part)) as new:
                     save_file(dict(tensors), new, metadata={"format": "pt"})
                     _flush(new)
+                self.bytes_written += size
             if is_first:
                 self._save_progress()
 

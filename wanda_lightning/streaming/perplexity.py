@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from functools import partial
 from itertools import islice
+from math import ceil
 from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
-from wanda_lightning.progress import ProgressBar
+from wanda_lightning.progress import ProgressBar, as_size
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
@@ -47,8 +48,10 @@ def perplexity_from_disk(
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
     modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
-    remaining = iter(batches)
-    with pruning_mode(checkpoint.model), ProgressBar("Measuring", None, progress) as bar:
+    remaining, total = iter(batches), None
+    if isinstance(batches, Sized):
+        total = ceil(len(batches) / AT_ONCE) * len(checkpoint.blocks)
+    with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
         while group := list(islice(remaining, AT_ONCE)):
             blocks = BlockLoader(checkpoint)
             with blocks.loading():
@@ -56,6 +59,6 @@ def perplexity_from_disk(
                 for stop in lockstep(forwards, modules, names=checkpoint.blocks, to_end=True):
                     here = checkpoint.blocks[stop.unit]
                     blocks.hold(here)
-                    bar.show(here)
+                    bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")
                     bar.advance()
     return float(metric.compute())

@@ -10,6 +10,7 @@ from typing import Any
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.notes import Outcome
 from wanda_lightning.plan import Plan, Selections
+from wanda_lightning.progress import as_size
 from wanda_lightning.refusals import refuse_unprunable
 from wanda_lightning.report import read_layer, read_skipped
 from wanda_lightning.streaming.block_loader import BlockLoader
@@ -118,6 +119,12 @@ class StreamedWeights(WeightStore):
                 self._blocks.require(block)
                 self._store(block, outcome)
         self._write(RESIDENT, outcome)
+
+    @property
+    def status(self) -> str:  # type: ignore[override]
+        """What has been read and written so far."""
+        read, written = as_size(self._checkpoint.bytes_read), as_size(self._output.bytes_written)
+        return f", {read} read, {written} written"
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
