@@ -1,4 +1,4 @@
-"""Load each block of a checkpoint when the model calls it."""
+"""Load each block of a checkpoint when the model calls it, and store and free it when it is done."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 
+import torch
+
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 from wanda_lightning.streaming.parts import RESIDENT
 
 
 class BlockLoader:
     """Keeps the blocks in memory that are in use, and the one that is expected next.
+
+    One thread in the background stores, frees and loads, one block after the other. So the next block is loaded when
+    the previous one is freed, and at most two are in memory besides those that batches still need.
 
     Args:
         checkpoint: The model.
@@ -35,8 +40,9 @@ class BlockLoader:
         self._order = list(checkpoint.blocks)
         self._unvisited = list(self._order)
         self._held = RESIDENT
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="next block")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="blocks on disk")
         self._next: tuple[str, Future[None]] | None = None
+        self._freed: Future[None] | None = None  # the block that was freed last
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -52,7 +58,7 @@ class BlockLoader:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._loader.shutdown(cancel_futures=True)
+            self._background.shutdown(cancel_futures=True)
             for block in self._checkpoint.blocks:
                 self._checkpoint.unload(block)
             self.loaded.clear()
@@ -83,7 +89,7 @@ class BlockLoader:
         if block in self.loaded:
             return
         if not self._arrived(block):
-            self._load(block)
+            self._submit(self._load, block).result()
         self.loaded.append(block)
         if block in self._unvisited:
             self._unvisited.remove(block)
@@ -93,23 +99,45 @@ class BlockLoader:
         order = self._order.index
         following = sorted(self._unvisited, key=lambda other: (order(other) < order(block), order(other)))
         if self._next is None and following:
-            self._next = following[0], self._loader.submit(self._load, following[0])
+            self._next = following[0], self._submit(self._load, following[0])
 
     def expect_nothing(self) -> None:
         """Free the block that was expected next."""
         self._arrived(RESIDENT)
 
-    def free(self, block: str) -> None:
-        """Free a block."""
-        self._checkpoint.unload(block)
+    def free(self, block: str, store: Callable[[], object] = lambda: None) -> None:
+        """Store a block and free it, in the background.
+
+        Raises:
+            OSError: If the block before could not be stored.
+        """
+        self.finish()
         self.loaded.remove(block)
-        _return_freed_memory()
+        self._freed = self._submit(self._free, block, store)
+
+    def finish(self) -> None:
+        """Wait until all blocks are stored.
+
+        Raises:
+            OSError: If one could not be stored.
+        """
+        if self._freed is not None:
+            freed, self._freed = self._freed, None
+            freed.result()
+
+    def _submit(self, step: Callable[..., None], *args: object) -> Future[None]:
+        return self._background.submit(torch.no_grad()(step), *args)
 
     def _load(self, block: str) -> None:
         stored = self._stored(block)
         self._checkpoint.load(block, stored)
         if stored is None:
             self._prepare(block)
+
+    def _free(self, block: str, store: Callable[[], object]) -> None:
+        store()
+        self._checkpoint.unload(block)
+        _return_freed_memory()
 
     def _arrived(self, wanted: str) -> bool:
         """Wait for the block that was expected, and return whether it is the wanted one; free any other."""
@@ -119,7 +147,7 @@ class BlockLoader:
         self._next = None
         future.result()
         if block != wanted:
-            self._checkpoint.unload(block)
+            self._submit(self._checkpoint.unload, block).result()
         return block == wanted
 
 

@@ -114,7 +114,7 @@ class OutputFolder:
         return self._folder / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a part and its record.
+        """Write a part and its record, in the first process. The others do not wait for the end.
 
         Raises:
             RuntimeError: If a tensor has no values.
@@ -123,14 +123,14 @@ class OutputFolder:
             raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.written[part] = {**record, "keys": list(tensors), "size": size}
-        with self._in_first() as is_first:
-            if is_first and tensors:
-                with whole_file(self._path(part)) as new:
-                    save_file(dict(tensors), new, metadata={"format": "pt"})
-                    _flush(new)
-                self.bytes_written += size
-            if is_first:
-                self._save_progress()
+        if self._processes.rank > 0:
+            return
+        if tensors:
+            with whole_file(self._path(part)) as new:
+                save_file(dict(tensors), new, metadata={"format": "pt"})
+                _flush(new)
+        self.bytes_written += size
+        self._save_progress()
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
         """Write the sparsity of each layer, and the row weights of those that have any."""

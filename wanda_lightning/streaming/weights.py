@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from wanda_lightning.models import Layer, Unit
@@ -86,8 +87,12 @@ class StreamedWeights(WeightStore):
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:
         """Write and free the blocks that all batches have left, and have the unit's block in memory."""
-        with outcome.plan.processes.fail_together():
-            return self._arrive(unit, outcome)
+        processes = outcome.plan.processes
+        with processes.fail_together():
+            is_done = self._arrive(unit, outcome)
+            if processes.world_size > 1:
+                self._blocks.finish()  # another process may read what the first one has written
+            return is_done
 
     def _arrive(self, unit: Unit, outcome: Outcome) -> bool:
         part = self._checkpoint.part_of(f"{unit.name}.")
@@ -110,15 +115,21 @@ class StreamedWeights(WeightStore):
         return False
 
     def finish(self, outcome: Outcome) -> None:
-        """Write what is left."""
+        """Write what is left, and wait until all is written."""
+        with outcome.plan.processes.fail_together():
+            self._finish(outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
         self._blocks.expect_nothing()
         for block in list(self._blocks.loaded):
             self._store(block, outcome)
+        self._blocks.finish()
         for block in self._checkpoint.blocks:
             if block not in self._output.written:  # no batch called it
                 self._blocks.require(block)
                 self._store(block, outcome)
-        self._write(RESIDENT, outcome)
+        self._blocks.finish()
+        self._write(RESIDENT, self._record(RESIDENT, outcome))
 
     @property
     def status(self) -> str:  # type: ignore[override]
@@ -132,25 +143,26 @@ class StreamedWeights(WeightStore):
         return sum(record["zeros"] for part, record in self._output.written.items() if part != RESIDENT)
 
     def _store(self, block: str, outcome: Outcome) -> None:
-        """Write a block unless it is written already, and free it."""
-        if block not in self._output.written:
-            self._write(block, outcome)
-        self._blocks.free(block)
+        """Write a block unless it is written already, and free it, both in the background."""
+        if block in self._output.written:
+            self._blocks.free(block)
+        else:
+            self._blocks.free(block, partial(self._write, block, self._record(block, outcome)))
 
-    def _write(self, part: str, outcome: Outcome) -> None:
-        model: Any = self._checkpoint.model
+    def _write(self, part: str, record: Mapping[str, Any]) -> None:
+        parameters = self._checkpoint.model.named_parameters()
+        own = [parameter for name, parameter in parameters if self._checkpoint.part_of(name) == part]
+        zeros = sum(int((parameter == 0).count_nonzero()) for parameter in own)
+        self._output.save(part, self._checkpoint.stored(part), {**record, "zeros": zeros})
+
+    def _record(self, part: str, outcome: Outcome) -> dict[str, Any]:
+        """Return what happened to a part."""
         names = {layer.name for layer in outcome.plan.layers if self._lies_in(part, layer)}
-        record = {
+        return {
             "layers": [asdict(layer) for name, layer in outcome.layers.items() if name in names],
             "skipped": [asdict(matrix) for name, matrix in outcome.skipped.items() if name in names],
             "few_tokens": {name: tokens for name, tokens in outcome.few_tokens.items() if name in names},
-            "zeros": sum(
-                int((parameter == 0).count_nonzero())
-                for name, parameter in model.named_parameters()
-                if self._checkpoint.part_of(name) == part
-            ),
         }
-        self._output.save(part, self._checkpoint.stored(part), record)
 
     def _lies_in(self, part: str, layer: Layer) -> bool:
         return self._checkpoint.part_of(layer.name) == part
