@@ -1,35 +1,58 @@
-"""Prune a random Llama from disk, and measure memory, time, and bytes read and written.
+"""Measure pruning from disk: memory, time, bytes read and written, and restarts after kills.
 
-    python benchmarks/streaming.py FOLDER                                      (the shape of Llama 2 7B: 13.5 GB twice)
-    python benchmarks/streaming.py FOLDER --hidden 2048 --mlp 5632 --layers 22 --method sparsegpt --in_memory
+    python benchmarks/streaming.py memory FOLDER --shape 7b --method wanda --sequential layer  (13.5 GB of disk, twice)
+    python benchmarks/streaming.py memory FOLDER --shape 1.1b --method sparsegpt admm --sequential block
+    python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 8 16 32 --method sparsegpt --sequential block
+    python benchmarks/streaming.py seconds FOLDER --model SmolLM2.gguf --samples 16 --length 512
+    python benchmarks/streaming.py seconds FOLDER --shape 1.1b --samples 16 --length 512
+    python benchmarks/streaming.py kills FOLDER --model SmolLM2.gguf --samples 16 --length 512
 
-The model is written to FOLDER/dense shard by shard, and pruned to FOLDER/pruned. Both are deleted at the end, unless
-`--keep`. Peak memory is the resident memory of the process, with PyTorch and transformers. `--in_memory` then loads the
-same model, prunes it with the same batches, and compares time and weights.
+`--shape` writes a random Llama in bfloat16 to FOLDER, file by file; `--model` exports a folder or GGUF file there.
+`memory` prunes in a new process for each row, and compares the peak of its resident memory, with PyTorch and
+transformers, with the estimate of `inspect --stream`. `seconds` prunes alternately from disk and in memory. `kills`
+ends one pruning at random moments, restarts it each time, and compares all files with an uninterrupted run.
 """
 
 import argparse
-import ctypes
-import gc
 import json
+import multiprocessing
+import random
 import shutil
-import threading
+import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
-from measuring import MIB, seconds
+from measuring import MIB, PeakMemory, medians, seconds
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning import prune, prune_from_disk
+from wanda_lightning import CausalLMModule, prune, prune_from_disk
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.files import is_locked
+from wanda_lightning.streaming import Samples, from_disk, memory_to_prune
+from wanda_lightning.streaming.checkpoint import Checkpoint
+
+SHAPES = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
 
 
-def build(folder: Path, config: LlamaConfig) -> int:
-    """Write a random model, one file for each block, and return its size in bytes."""
+def build(folder: Path, config: LlamaConfig) -> None:
+    """Write a random model, one file for each block."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -52,95 +75,159 @@ def build(folder: Path, config: LlamaConfig) -> int:
     config.save_pretrained(folder)
     with (folder / "model.safetensors.index.json").open("w") as file:
         json.dump({"metadata": {"total_size": total}, "weight_map": index}, file)
-    return total
 
 
-class Resident:
-    """Samples the resident memory of this process; `peak` in bytes."""
-
-    def __enter__(self) -> "Resident":
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._process, self._stop = psutil.Process(), threading.Event()
-        self.start = self.peak = self._process.memory_info().rss
-        self._io = self._process.io_counters()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.02):
-            self.peak = max(self.peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        io = self._process.io_counters()
-        self.written = io.write_chars - self._io.write_chars
+def source(options: argparse.Namespace, layers: int | None = None) -> Path:
+    """Return the folder of the model, written now if it is not there."""
+    name = Path(options.model).stem if options.model else f"{options.shape}-{layers or 'all'}"
+    folder = Path(options.folder) / name
+    if not folder.exists() and options.model:
+        CausalLMModule(options.model, dtype="bfloat16").save_pretrained(folder)
+    elif not folder.exists():
+        shape = SHAPES[options.shape] | ({"num_hidden_layers": layers} if layers else {})
+        build(folder, LlamaConfig(**shape, vocab_size=32000))
+    return folder
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Read all weights of a model."""
-    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+def batches(folder: Path, options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+    """Return random windows, each a batch."""
+    vocabulary, generator = AutoConfig.from_pretrained(folder).vocab_size, torch.Generator().manual_seed(0)
+    return [
+        {"input_ids": torch.randint(vocabulary, (1, options.length), generator=generator)}
+        for _ in range(options.samples)
+    ]
+
+
+def choices(options: argparse.Namespace, method: str) -> dict[str, Any]:
+    """Return the arguments of `prune`; `method` may also be a solver."""
+    return {"solver" if method == "admm" else "method": method, "sequential": options.sequential, "progress": False}
+
+
+def stream(folder: Path, options: argparse.Namespace, method: str, name: str = "pruned") -> tuple[float, ...]:
+    """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
+    output, opened = Path(options.folder) / name, []
+
+    def open_checkpoint(*arguments: Any) -> Checkpoint:
+        opened.append(Checkpoint(*arguments))
+        return opened[0]
+
+    with PeakMemory() as memory, patch.object(from_disk, "Checkpoint", open_checkpoint):
+        duration = seconds(
+            lambda: prune_from_disk(folder, output, batches(folder, options), 0.5, **choices(options, method))
+        )
+    written = psutil.Process().io_counters().write_chars
+    return duration, memory.start + memory.peak, opened[0].bytes_read, written
+
+
+def in_new_process(function: Any, *arguments: object) -> Any:
+    """Call a function in a process of its own, whose memory nothing else has used."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def estimate(folder: Path, options: argparse.Namespace, method: str) -> int:
+    """Return what `inspect --stream` prints for the same run, in a new process."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    names = choices(options, method)
+    names.pop("progress")
+    memory = memory_to_prune(model, PruningConfig.from_names(**names), Samples(options.samples, options.length, 1))
+    return psutil.Process().memory_info().rss + memory.total
+
+
+def measure_memory(options: argparse.Namespace) -> None:
+    """Compare the peak of each run with its estimate."""
+    table = Table("layers", "method", "seconds", "peak MiB", "estimate MiB", "estimate / peak", "GB read", "written")
+    for layers in options.layers or [None]:
+        folder = source(options, layers)
+        for method in options.method:
+            shutil.rmtree(Path(options.folder) / "pruned", ignore_errors=True)
+            duration, peak, *moved = in_new_process(stream, folder, options, method)
+            expected = in_new_process(estimate, folder, options, method)
+            row = f"{duration:.1f} {peak / MIB:.0f} {expected / MIB:.0f} {expected / peak:.2f}"
+            number = AutoConfig.from_pretrained(folder).num_hidden_layers
+            table.add_row(str(number), method, *row.split(), *(f"{size / 1e9:.2f}" for size in moved))
+    Console(width=100).print(table)
+
+
+def measure_seconds(options: argparse.Namespace) -> None:
+    """Prune alternately from disk and in memory."""
+    folder, disk, memory = source(options), Path(options.folder) / "pruned", Path(options.folder) / "memory"
+    samples = batches(folder, options)
+    table = Table("method", "from disk", "in memory: load, prune, save", "prune alone", "ratio", "equal weights")
+    alone: list[float] = []
+
+    def in_memory(method: str) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        alone.append(seconds(lambda: prune(model, samples, 0.5, **choices(options, method))))
+        model.save_pretrained(memory)
+
+    def from_disk(method: str) -> None:
+        prune_from_disk(folder, disk, samples, 0.5, **choices(options, method))
+
+    def clock(step: Any, place: Path, method: str) -> float:
+        shutil.rmtree(place, ignore_errors=True)
+        return seconds(lambda: step(method))
+
+    for method in options.method:
+        streamed, loaded = medians(
+            lambda method=method: clock(from_disk, disk, method),
+            lambda method=method: clock(in_memory, memory, method),
+            runs=options.runs,
+        )
+        first, second = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (disk, memory))
+        equal = all(torch.equal(first[key], second[key]) for key in first)
+        times = (streamed, loaded, statistics.median(alone[-options.runs :]))
+        table.add_row(method, *(f"{each:.1f}" for each in times), f"{streamed / loaded:.2f}", str(equal))
+    Console(width=100).print(table)
+
+
+def measure_kills(options: argparse.Namespace) -> None:
+    """Kill one pruning again and again, and compare its files with those of an uninterrupted run."""
+    folder, method = source(options), options.method[0]
+    for name in ("whole", "killed"):
+        shutil.rmtree(Path(options.folder) / name, ignore_errors=True)
+    duration, *_ = in_new_process(stream, folder, options, method, "whole")
+    whole, killed = (Path(options.folder) / name for name in ("whole", "killed"))
+    parts = len(list(whole.glob("*.safetensors")))
+    spawn, rng, found = multiprocessing.get_context("spawn"), random.Random(0), []
+    for kill in range(options.kills):
+        process = spawn.Process(target=stream, args=(folder, options, method, "killed"))
+        process.start()
+        # Later each time, since a run first repeats the forward passes of the runs before it.
+        while len(list(killed.glob("model-*.safetensors"))) < parts * kill // options.kills:
+            time.sleep(0.001)
+        while not killed.exists() or not is_locked(killed):  # it imports
+            time.sleep(0.001)
+        process.join(rng.uniform(0, 2 * duration / parts))
+        process.kill()
+        process.join()
+        found.append(len(list(killed.glob("model-*.safetensors"))))
+    assert not (killed / "config.json").exists()
+    print(f"killed {options.kills} times; files that were there: {found}")
+    in_new_process(stream, folder, options, method, "killed")
+    contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (whole, killed)]
+    print(f"{len(contents[0])} files, equal to those of an uninterrupted run: {contents[0] == contents[1]}")
 
 
 def main() -> None:
-    """Build, stream, and compare."""
-    parser = argparse.ArgumentParser(description="Prune a random Llama from disk.")
-    parser.add_argument("folder")
-    for name, default in {"hidden": 4096, "mlp": 11008, "layers": 32, "heads": 32, "vocabulary": 32000}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    """Read the options, and measure."""
+    commands = {"memory": measure_memory, "seconds": measure_seconds, "kills": measure_kills}
+    parser = argparse.ArgumentParser(description="Measure pruning from disk.")
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("folder", help="where models are written")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shape", choices=SHAPES, help="shape of a random model")
+    which.add_argument("--model", help="folder or GGUF file")
+    parser.add_argument("--layers", type=int, nargs="+", help="numbers of layers, instead of that of the shape")
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--method", default="wanda")
-    parser.add_argument("--sequential", default="layer", choices=("block", "layer"))
-    parser.add_argument("--in_memory", action="store_true", help="also prune in memory, and compare")
-    parser.add_argument("--keep", action="store_true", help="keep the folders")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--method", nargs="+", default=["wanda"])
+    parser.add_argument("--sequential", default="block", choices=("block", "layer"))
+    parser.add_argument("--runs", type=int, default=3, help="of each clock, after a warm-up")
+    parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
-    dense, pruned = Path(options.folder) / "dense", Path(options.folder) / "pruned"
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.mlp,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.heads,
-        vocab_size=options.vocabulary,
-    )
-    if not dense.exists():
-        print(f"writing {build(dense, config) / 1e9:.2f} GB to {dense}", flush=True)
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {"input_ids": torch.randint(options.vocabulary, (1, options.seqlen), generator=generator)}
-        for _ in range(options.samples)
-    ]
-    choices = {"method": options.method, "sequential": options.sequential}
-    shutil.rmtree(pruned, ignore_errors=True)
-    table = Table("", "seconds", "peak MiB", "above the start", "GB written")
-    with Resident() as memory:
-        started = time.perf_counter()
-        report = prune_from_disk(dense, pruned, batches, 0.5, **choices)
-        duration = time.perf_counter() - started
-    row = (f"{memory.peak / MIB:.0f}", f"{(memory.peak - memory.start) / MIB:.0f}", f"{memory.written / 1e9:.2f}")
-    table.add_row("from disk", f"{duration:.1f}", *row)
-    print(report.summary(), flush=True)
-    if options.in_memory:
-        with Resident() as memory:
-            started = time.perf_counter()
-            model = AutoModelForCausalLM.from_pretrained(dense)
-            print(f"pruning in memory: {seconds(lambda: prune(model, batches, 0.5, **choices)):.1f} s", flush=True)
-            model.save_pretrained(Path(options.folder) / "memory")
-            in_memory = time.perf_counter() - started
-        row = (f"{memory.peak / MIB:.0f}", f"{(memory.peak - memory.start) / MIB:.0f}", f"{memory.written / 1e9:.2f}")
-        table.add_row("in memory: load, prune, save", f"{in_memory:.1f}", *row)
-        del model
-        first, second = weights(pruned), weights(Path(options.folder) / "memory")
-        equal = first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-        print(f"equal weights: {equal}; from disk / in memory: {duration / in_memory:.2f}")
-        shutil.rmtree(Path(options.folder) / "memory")
-    Console(width=100).print(table)
-    if not options.keep:
-        shutil.rmtree(dense)
-        shutil.rmtree(pruned)
+    commands[options.command](options)
 
 
 if __name__ == "__main__":
