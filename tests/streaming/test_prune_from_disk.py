@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -467,6 +468,39 @@ def test_incomplete_sources_are_refused(copied, tmp_path):
     with pytest.raises((OSError, ValueError)):
         prune_from_disk(copied, tmp_path / "out2", batches(), progress=False)
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_source_that_changed_between_two_runs_is_refused(copied, tmp_path, monkeypatch):
+    interrupted(copied, tmp_path / "out", monkeypatch, method="wanda")
+    os.utime(next(copied.glob("*.safetensors")), (0, 0))
+    with pytest.raises(ValueError, match="begun with source="):
+        prune_from_disk(copied, tmp_path / "out", batches(), 0.5, method="wanda", progress=False)
+
+
+def test_a_source_that_cannot_be_written_is_fine(copied, tmp_path):
+    for path in (*copied.iterdir(), copied):
+        path.chmod(0o555)
+    prune_from_disk(copied, tmp_path / "out", batches(), 0.5, method="wanda", progress=False)
+    copied.chmod(0o755)
+
+
+def test_weights_in_other_formats_are_refused(copied, tmp_path):
+    torch.save(LlamaForCausalLM.from_pretrained(copied).state_dict(), copied / "pytorch_model.bin")
+    for file in copied.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"has other weights \(pytorch_model\.bin\) only\. Save it in this format"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_refused_before_anything_is_pruned(source, tmp_path, monkeypatch):
+    size = sum(tensor.nbytes for tensor in weights(source).values())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(OSError, match="Free some space"):
+        prune_from_disk(source, tmp_path / "out", batches(), progress=False)
+    assert not any((tmp_path / "out").iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size))
+    prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
 
 
 @pytest.mark.parametrize(

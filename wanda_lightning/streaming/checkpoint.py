@@ -67,6 +67,7 @@ class Checkpoint:
                 "Prune it in memory."
             )
         config = load_config(name, **hub)
+        _refuse_without_safetensors(name)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
@@ -236,6 +237,18 @@ class _Stored:
             copy: Tensor = file.get_slice(self._key)[index].clone()
         self.bytes_read += copy.nbytes
         return copy
+
+
+def _refuse_without_safetensors(name: str) -> None:
+    """Refuse a local folder with weights in other formats only."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
+        raise ValueError(
+            f"The model {name!r} must have .safetensors files to be read block by block, but it has other weights "
+            f"({found}) only. Save it in this format, which needs memory for all weights once: "
+            f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
+        )
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
