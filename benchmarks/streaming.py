@@ -195,7 +195,7 @@ def measure_kills(options: argparse.Namespace) -> None:
         process = spawn.Process(target=stream, args=(folder, options, method, "killed"))
         process.start()
         # Later each time, since a run first repeats the forward passes of the runs before it.
-        while len(list(killed.glob("model-*.safetensors"))) < parts * kill // options.kills:
+        while len(list(killed.glob("model-*.safetensors"))) < parts * kill // (options.kills + 2):
             time.sleep(0.001)
         while not killed.exists() or not is_locked(killed):  # it imports
             time.sleep(0.001)

@@ -226,7 +226,7 @@ def _prune_watched(
     if not outcome.selections:
         outcome.selections = _allocate(plan, data, store, lambda: (inputs, {}), progress=False)
     for unit in plan.units:
-        bar.show(unit.name)
+        bar.show(f"{unit.name}{store.status}")
         if not store.arrive(unit, outcome):
             _prune_unit(outcome, unit, inputs, observer)
         bar.advance()
@@ -279,7 +279,7 @@ def _pass_backward(
             return gradient_statistics(model, plan.layers, plan.blocks, data, bar.advance, plan.processes, limit)
 
         def hold(name: str) -> None:
-            bar.show(name)
+            bar.show(f"{name}{store.status}")
             store.hold(name)
 
         blocks = [unit for unit in plan.block_units if unit.module in plan.blocks]
@@ -293,7 +293,7 @@ def _watch(
     """Return the statistics of all layers from one pass through the dense model, block by block."""
     with store.dense():
         for unit in watch_units(plan.block_units, data, observer, store.hold):
-            bar.show(unit.name)
+            bar.show(f"{unit.name}{store.status}")
             bar.advance()
     return observer.finish(plan.whole_model)
 

@@ -93,7 +93,7 @@ def gradient_statistics_by_block(
     return _summed(model, layers, SINGLE_PROCESS, run)
 
 
-_AT_ONCE, _PREDICTIONS_AT_ONCE = 8, 16384
+SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384
 
 
 def _groups(data: CalibrationBatches, limit: GradientLimit) -> Iterator[list[Callable[[], None]]]:
@@ -109,7 +109,7 @@ def _groups(data: CalibrationBatches, limit: GradientLimit) -> Iterator[list[Cal
         objective.backward()
 
     while last is None or done < last:
-        size = _AT_ONCE if not predictions else max(_AT_ONCE, _PREDICTIONS_AT_ONCE // predictions)
+        size = SAMPLES_AT_ONCE if not predictions else max(SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE // predictions)
         end = done + size if last is None else min(done + size, last)
         group: list[Callable[[], None]] = []
         while done < end and (sample := next(samples, None)):

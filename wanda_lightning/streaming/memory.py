@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from wanda_lightning.calibration.gradients import PREDICTIONS_AT_ONCE, SAMPLES_AT_ONCE
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part
@@ -83,7 +84,12 @@ def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples) -
         at_once = samples.batch_tokens * (size * (2 * hidden + 3 * widest) + 2 * _FLOAT32 * widest)
         work = max(work, _to_observe(unit.layers, config) + at_once, _to_solve(unit.layers, config))
     waiting += config.recovery.recorded * hidden
-    return _memory(model, tokens * waiting * size, work)
+    activations = tokens * waiting * size
+    if config.reads_gradients:  # the inputs of all blocks wait for the backward pass
+        together = max(SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE // samples.length)
+        inputs = min(samples.count, together) * samples.length * hidden * size
+        activations = max(activations, inputs * len(block_names(model)))
+    return _memory(model, activations, work)
 
 
 def memory_to_measure(model: nn.Module, length: int, batch_size: int) -> Memory:
