@@ -1,0 +1,108 @@
+"""Measure how the seconds of pruning grow with calibration tokens, layers and width.
+
+    python benchmarks/scaling.py --save benchmarks/results/scaling.json --picture docs/scaling.svg
+
+The model is a random Llama in float32, pruned in memory to 50 % with `sequential="layer"`. Each line varies one size;
+the others keep their defaults: 16 windows of 512 tokens, 8 blocks, width 512. The exponent is the slope of a line
+through the points, both axes logarithmic: 1 is linear.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from measuring import medians, seconds
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from wanda_lightning import prune
+from wanda_lightning.files import whole_file
+
+METHODS = ("wanda", "sparsegpt", "admm")
+DEFAULTS = {"windows": 16, "blocks": 8, "width": 512}
+SIZES = {"windows": (8, 16, 32, 64), "blocks": (8, 16, 32), "width": (256, 512, 1024)}
+LENGTH, VOCABULARY = 512, 1024
+
+
+def build(blocks: int, width: int) -> LlamaForCausalLM:
+    """Return a random Llama with heads of size 64."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=blocks, vocab_size=VOCABULARY)).eval()
+
+
+def measure(windows: int, blocks: int, width: int, runs: int) -> dict[str, float]:
+    """Return the median seconds of a forward pass and of each method, measured alternately."""
+    model = build(blocks, width)
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = [{"input_ids": torch.randint(VOCABULARY, (4, LENGTH))} for _ in range(windows // 4)]
+
+    def forward() -> float:
+        with torch.no_grad():
+            return seconds(lambda: [model.model(**batch, use_cache=False) for batch in batches])
+
+    def pruning(method: str) -> float:
+        model.load_state_dict(dense)
+        return seconds(lambda: prune(model, batches, 0.5, method=method, sequential="layer", progress=False))
+
+    clocks = [forward, *(lambda method=method: pruning(method) for method in METHODS)]
+    return dict(zip(("forward", *METHODS), medians(*clocks, runs=runs, warm_up=False), strict=True))
+
+
+def exponent(points: list[tuple[int, float]]) -> float:
+    """Return the slope of a line through the points, fitted to their logarithms."""
+    xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def draw(found: dict[str, dict[str, list[tuple[int, float]]]], path: str) -> None:
+    """Draw one panel for each size, both axes logarithmic."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "scaling"  # the same picture has the same bytes
+    figure, panels = plt.subplots(1, len(found), figsize=(5 * len(found), 4.2), layout="constrained")
+    for panel, (size, lines) in zip(panels, found.items(), strict=True):
+        for name, points in lines.items():
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, label=name)
+        panel.set(xscale="log", yscale="log", xlabel=size, title=f"by {size}")
+        panel.set_xticks(SIZES[size], [str(each) for each in SIZES[size]], minor=False)
+        panel.minorticks_off()
+    panels[0].set_ylabel("seconds")
+    panels[0].legend()
+    with whole_file(path) as new:
+        figure.savefig(new, format=Path(path).suffix[1:], metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure, print a table and draw."""
+    parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--save", help="FILE.json to write")
+    parser.add_argument("--picture", help="FILE.svg to write")
+    options = parser.parse_args()
+    console, found = Console(width=120), {}
+    for size, values in SIZES.items():
+        table = Table("seconds by", *(f"{size} {value}" for value in values), "exponent")
+        lines: dict[str, list[tuple[int, float]]] = {name: [] for name in ("forward", *METHODS)}
+        for value in values:
+            for name, duration in measure(**{**DEFAULTS, size: value}, runs=options.runs).items():
+                lines[name].append((value, duration))
+            console.print(f"{size} {value} done")
+        for name, points in lines.items():
+            table.add_row(name, *(f"{duration:.2f}" for _, duration in points), f"{exponent(points):.2f}")
+        console.print(table)
+        found[size] = lines
+    if options.save:
+        with whole_file(options.save) as new:
+            new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if options.picture:
+        draw(found, options.picture)
+
+
+if __name__ == "__main__":
+    main()
