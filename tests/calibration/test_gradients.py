@@ -79,8 +79,8 @@ ROUNDED = {"block_twice", "convnext", "convnext_conv_mlp", "deit", "resnet18", "
 @pytest.mark.parametrize("at_once", [1, 8])
 @pytest.mark.parametrize("name", sorted(ZOO.keys() - {"inplace"}))
 def test_samples_side_by_side_give_the_same_sums(name, at_once, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.calibration.gradients._AT_ONCE", at_once)
-    monkeypatch.setattr("wanda_lightning.calibration.gradients._PREDICTIONS_AT_ONCE", at_once)
+    monkeypatch.setattr("wanda_lightning.calibration.gradients.SAMPLES_AT_ONCE", at_once)
+    monkeypatch.setattr("wanda_lightning.calibration.gradients.PREDICTIONS_AT_ONCE", at_once)
     model, batches, held = ZOO[name].build(), ZOO[name].batches(), []
     expected = gradients(model, batches)
     plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
