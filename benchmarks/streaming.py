@@ -197,7 +197,7 @@ def measure_kills(options: argparse.Namespace) -> None:
         # Later each time, since a run first repeats the forward passes of the runs before it.
         while len(list(killed.glob("model-*.safetensors"))) < parts * kill // (options.kills + 2):
             time.sleep(0.001)
-        while not killed.exists() or not is_locked(killed):  # it imports
+        while not killed.exists() or not is_locked(killed):  # still importing, or not started
             time.sleep(0.001)
         process.join(rng.uniform(0, 2 * duration / parts))
         process.kill()

@@ -1,4 +1,4 @@
-"""Permute hidden units before pruning, so that groups of N:M keep larger scores. The dense model computes the same."""
+"""Permute hidden units before pruning, so that groups of N:M keep larger scores; the dense outputs stay the same."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Permutation = tuple[HiddenUnits, Orders]
 def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Permuted:
     """Permute the hidden units inside each block, in place, and return what was permuted.
 
-    Eight samples through the dense model decide: Wanda's scores give the order, and comparing runs of the block shows
-    what can be permuted at all. For each candidate, the units are permuted at random, and the reader must receive the
-    permuted values, while everything else in the block stays the same. After all units of the block are permuted, its
-    results must be the same for all samples; otherwise they are put back.
+    Eight samples run through the dense model. Wanda's scores of these samples give the order, and runs of the block
+    show what can be permuted at all: the units of each candidate are permuted at random, and then the reader must
+    receive the permuted values, while everything else in the block stays the same. After all units of the block are
+    permuted, its results must be the same for all samples; otherwise the units are put back in their original order.
     """
     if is_sharded(plan.model):
         return Permuted(why_not="the model is sharded")

@@ -399,7 +399,9 @@ def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
 def test_a_second_run_into_the_same_folder(text, refused):
     assert run(*text, *OUT) == 0
     first = Path("out/log_wanda.txt").read_text()
-    refused(*text, *OUT, "--sparsity_ratio", "0.25", message="--save_model out/model is a folder that is not empty", code=2)
+    refused(
+        *text, *OUT, "--sparsity_ratio", "0.25", message="--save_model out/model is a folder that is not empty", code=2
+    )
     assert Path("out/log_wanda.txt").read_text() == first
     assert run(*text, *OUT, "--sparsity_ratio", "0.25", "--overwrite") == 0
     assert "\t0.2500\t" in Path("out/log_wanda.txt").read_text()

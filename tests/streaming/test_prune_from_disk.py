@@ -334,7 +334,7 @@ def test_two_processes_fail_together(pair, source, tmp_path):
     assert "not empty" in ours
     assert "not empty" in theirs
     for _, error in pair.run(streamed, str(source), str(tmp_path), batches(), {"method": "best"}):
-        assert "reads gradients, which a model that is read block by block has in one process" in error
+        assert "reads gradients, which only a single process can compute" in error
 
 
 def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 
-_CLOSE = 1e-4  # relative; in 16 bits, only equal numbers are as close
+_CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 
 
 @dataclass
@@ -139,9 +139,10 @@ def _all_same(before: Sequence[Tensor], after: Sequence[Tensor], eps: float) -> 
 
 
 def _same(x: Tensor, y: Tensor, eps: float, each_column: bool = False) -> bool:
-    """Whether two tensors are the same: most numbers closely, and all together (or each column) to a few roundings.
+    """Whether two tensors are the same: most entries are close, and the norm of the difference is a few roundings.
 
-    One large activation hides all others in a norm, so most numbers must be close by themselves.
+    The norm is over the whole tensor, or over each column. One large activation dominates a norm, so most entries must
+    also be close individually.
     """
     if not x.is_floating_point():
         return torch.equal(x, y)

@@ -69,7 +69,8 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     if needed > free:
         raise ValueError(
             f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--nsamples, --seqlen), "
-            "smaller batches (--batch_size), --prune_method wanda (no Gram matrices), or --sequential layer."
+            "smaller batches (--batch_size), --prune_method wanda (no Gram matrices), or the other --sequential: block "
+            "holds fewer activations, layer fewer Gram matrices."
         )
     print_line(f"{needs}, and {free / _GIB:.1f} GiB are free.")
 

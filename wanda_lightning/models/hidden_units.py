@@ -105,7 +105,7 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
 
 
 def _of_mlp(d_in: int, layers: Sequence[Layer]) -> Iterator[tuple[Tensor, tuple[Place, ...]]]:
-    """Propose hidden units without heads, written by one layer or, with a gate, by two or one of twice the size."""
+    """Propose hidden units without heads, written by one layer or, with a gate, by two or one with twice the rows."""
     columns = _whole(d_in)
     same = [layer for layer in layers if layer.shape[0] == d_in]
     for writers in (same, *([layer] for layer in same if len(same) > 1)):

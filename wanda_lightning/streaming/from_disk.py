@@ -157,9 +157,9 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
     if config.reads_gradients and processes.world_size > 1:
         raise ValueError(
-            f"allocation={config.allocation} with pattern={config.pattern} reads gradients, which a model that is read "
-            f"block by block has in one process, but {processes.world_size} prune together. Use one process, or "
-            "allocation='owl' and pattern='unstructured_layer'."
+            f"allocation={config.allocation} with pattern={config.pattern} reads gradients, which only a single "
+            f"process can compute while it reads the model block by block, but there are {processes.world_size} "
+            "processes. Use one process, or allocation='owl' and pattern='unstructured_layer'."
         )
     grams = config.sequential == "none" and "gram" in config.needs
     reasons = {

@@ -72,7 +72,7 @@ class OutputFolder:
 
     @contextmanager
     def _in_first(self) -> Iterator[bool]:
-        """Let the first process write in this block, in which it gets True; the others wait for its end."""
+        """Yield True in the first process, which may write, and False in the others, which wait until it is done."""
         with self._processes.fail_together():
             yield self._processes.rank == 0
 
