@@ -62,7 +62,8 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
             search(unit, tuple(stop.calls), observer)
             bar.advance()
     for index, name in enumerate(names):
-        if index in revisited:  # a later call may use the units in another way
+        # A later call may use the units in another way. Only processes with samples there have seen it.
+        if processes.all_reduce_min(int(index not in revisited)) == 0:
             search.put_back(name, in_memory=store.is_whole)
         else:
             store.repeat(name, partial(_permute_all, search.done.get(name, ())))

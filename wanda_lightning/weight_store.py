@@ -34,7 +34,7 @@ class WeightStore:
         """Have the dense weights of a layer or a unit in memory."""
 
     def repeat(self, block: str, change: Callable[[], None]) -> None:
-        """Call `change`, which has changed the dense weights of a block, whenever they are read again."""
+        """Apply `change` to the dense weights of a block again each time they are read."""
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an earlier run has made; empty if there are none."""

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,6 +353,20 @@ def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, tmp_
     assert not (tmp_path / PROGRESS_NAME).exists()
 
 
+def test_a_finished_run_without_a_block_prunes_it_again(source, tmp_path):
+    expected = prune_from_disk(source, tmp_path / "whole", batches(), method="wanda", progress=False)
+    config = PruningConfig.from_names(method="wanda")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pruned_from_disk(config, source, tmp_path / "out", batches(), progress=False),
+    ):
+        raise KeyboardInterrupt
+    next((tmp_path / "out").glob("model-00003-*.safetensors")).unlink()
+    report = prune_from_disk(source, tmp_path / "out", batches(), method="wanda", progress=False)
+    assert report.layers == expected.layers
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("number", [0, 2, 3, 4])
 def test_a_block_that_cannot_be_written_is_an_error(source, tmp_path, monkeypatch, number):
     """The blocks are written in the background; the last part is what lies outside of the blocks."""
@@ -426,8 +441,10 @@ def test_bad_places_are_refused(source, tmp_path):
 
 
 def test_two_runs_cannot_write_into_one_folder(source, tmp_path):
-    OutputFolder(tmp_path / "out", {}, ["a"])
-    with pytest.raises(FileExistsError, match="is being written by another run"):
+    with (
+        closing(OutputFolder(tmp_path / "out", {}, ["a"])),
+        pytest.raises(FileExistsError, match="is being written by another run"),
+    ):
         prune_from_disk(source, tmp_path / "out", batches(), progress=False)
 
 
@@ -451,6 +468,14 @@ def test_a_changed_source_is_refused(copied, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "load", touching)
     with pytest.raises(OSError, match="must not change while the model is pruned"):
         prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+
+
+def test_another_configuration_is_refused(copied, tmp_path, monkeypatch):
+    interrupted(copied, tmp_path / "out", monkeypatch, method="wanda")
+    described = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**described, "rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match="was begun with source_config="):
+        prune_from_disk(copied, tmp_path / "out", batches(), method="wanda", progress=False)
 
 
 def test_incomplete_sources_are_refused(copied, tmp_path):

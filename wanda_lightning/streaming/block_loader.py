@@ -85,9 +85,14 @@ class BlockLoader:
         self._unvisited = list(self._order)
 
     def require(self, block: str) -> None:
-        """Have a block in memory."""
+        """Have a block in memory.
+
+        Raises:
+            OSError: If it cannot be read, or the block before could not be stored.
+        """
         if block in self.loaded:
             return
+        self.finish()  # the background thread stores before it loads, so this takes no time
         if not self._arrived(block):
             self._submit(self._load, block).result()
         self.loaded.append(block)

@@ -187,9 +187,16 @@ class Checkpoint:
         with _quiet():
             self.model.save_pretrained(folder, state_dict={})
 
-    def bytes_of(self, part: str) -> int:
-        """Return the size of a part in memory."""
-        return bytes_by_part(self.model, self.blocks).get(part, 0)
+    @property
+    def size(self) -> int:
+        """The size of all weights in memory, in bytes."""
+        return sum(bytes_by_part(self.model, self.blocks).values())
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The configuration of the model, without where it was loaded from and by which version."""
+        described: dict[str, Any] = self.model.config.to_dict()
+        return {key: value for key, value in described.items() if key not in ("_name_or_path", "transformers_version")}
 
     def _refuse_changed(self, path: Path) -> None:
         if _stamp(path) != self.files[path]:

@@ -113,7 +113,7 @@ def pruned_from_disk(
             check_vocabulary(tokenizer, checkpoint.model)
     made_with = _described(config, checkpoint, held, processes)
     parts = [RESIDENT, *checkpoint.blocks]
-    with closing(OutputFolder(output, made_with, parts, sum(map(checkpoint.bytes_of, parts)), processes)) as folder:
+    with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes)) as folder:
         if folder.report:
             report = PruningReport.from_json(folder.report)
         else:
@@ -144,6 +144,7 @@ def _described(
         "dtype": str(checkpoint.model.dtype),
         "calibration": [processes.broadcast(own, rank) for rank in range(processes.world_size)],
         "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
+        "source_config": fingerprint(checkpoint.configuration),
     }
 
 

@@ -106,8 +106,10 @@ class OutputFolder:
                 f"{self._made_with.get(name)!r}{f' (also different: {differing[1:]})' if differing[1:] else ''}. Use "
                 "the same choices, data and model to go on, or another folder."
             )
-        self.written = {part: record for part, record in begun["written"].items() if self._path(part).is_file()}
-        self.sparsities, self.report = begun["sparsities"], begun["report"]
+        written = begun["written"].items()
+        self.written = {part: record for part, record in written if self._path(part).is_file() or not record["keys"]}
+        self.sparsities = begun["sparsities"]
+        self.report = begun["report"] if self.written.keys() >= set(self._parts) else ""
 
     def _path(self, part: str) -> Path:
         number = self._parts.index(part) + 1
@@ -122,15 +124,15 @@ class OutputFolder:
         if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        self.written[part] = {**record, "keys": list(tensors), "size": size}
-        if self._processes.rank > 0:
-            return
-        if tensors:
+        is_first = self._processes.rank == 0
+        if is_first and tensors:
             with whole_file(self._path(part)) as new:
                 save_file(dict(tensors), new, metadata={"format": "pt"})
                 _flush(new)
-        self.bytes_written += size
-        self._save_progress()
+        self.written[part] = {**record, "keys": list(tensors), "size": size}
+        if is_first:
+            self.bytes_written += size
+            self._save_progress()
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
         """Write the sparsity of each layer, and the row weights of those that have any."""
@@ -182,6 +184,8 @@ class OutputFolder:
             save_configuration(Path(temporary))
             (Path(temporary) / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+                if file.is_file():
+                    _flush(file)
                 if (old := self._folder / file.name).is_dir():
                     shutil.rmtree(old)
                 os.replace(file, self._folder / file.name)

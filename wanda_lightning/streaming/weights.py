@@ -39,9 +39,8 @@ class StreamedWeights(WeightStore):
         self._is_dense = False
         self._blocks = BlockLoader(checkpoint, self._stored, self._change)
         self._changes: dict[str, Callable[[], None]] = {}  # by block
-        self._pending: set[tuple[str, str]] | None = (
-            None  # (block, unit) of the units at which no batch has stopped yet
-        )
+        # (block, unit) of the units at which no batch has stopped yet; None before the first stop
+        self._pending: set[tuple[str, str]] | None = None
 
     def _stored(self, block: str) -> Keys | None:
         return self._output.stored(block) if block in self._output.written and not self._is_dense else None
@@ -77,8 +76,9 @@ class StreamedWeights(WeightStore):
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an interrupted run has stored; empty if there are none."""
-        sparsities = self._output.sparsities
-        return plan.selections(sparsities, self._output.row_weights()) if sparsities else {}
+        sparsities, weights = self._output.sparsities, self._output.row_weights()
+        is_complete = bool(sparsities) and (bool(weights) or not plan.config.pattern.weighs_rows)
+        return plan.selections(sparsities, weights) if is_complete else {}
 
     def keep(self, selections: Selections) -> None:
         """Store the sparsities and row weights, so that a run that continues this one does not compute them again."""
