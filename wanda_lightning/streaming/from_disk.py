@@ -61,7 +61,7 @@ def prune_from_disk(
         tokenizer: Saved with the model if given.
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
-        processes: All processes that prune the model, each with its own batches. The first one writes.
+        processes: All processes, each with its own batches; the first writes to a folder that all of them see.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
     Raises:
