@@ -12,7 +12,7 @@ from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Assignment, NoPermutation, PruningCallback, PruningConfig, WandaPrune, prune
+from wanda_lightning import Assignment, NoPermutation, PruningCallback, PruningConfig, WandaPrune, permuting, prune
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -104,6 +104,15 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
     assert report.seconds["permute"] > 0
 
 
+def test_layers_with_a_common_input_are_not_tried(monkeypatch):
+    tried, propose = [], permuting.hidden_units
+    monkeypatch.setattr(
+        permuting, "hidden_units", lambda reader, *args: tried.append(reader.name) or propose(reader, *args)
+    )
+    permute_model(plan_for(ZOO["llama"].build()), ZOO["llama"].batches())
+    assert {name.rpartition(".")[2] for name in tried} == {"o_proj", "down_proj"}
+
+
 def test_values_that_heads_share_are_permuted_together():
     model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
     attention = model.model.layers[0].self_attn
@@ -150,6 +159,20 @@ class ReadByAnother(Mlp):
     def forward(self, x):
         hidden = self.hidden(x)
         return x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
+
+
+class ReadIfLong(Mlp):
+    """Hidden units that another layer, which is skipped, reads in another form; only long samples use its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(32, 1)
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        chosen = self.gate(2 * hidden).topk(min(x.shape[1], 100), dim=1)
+        used = torch.ones_like(x[..., :1]).scatter(1, chosen.indices, 1.0)
+        return x + self.down(hidden) * used
 
 
 class PassedOn(Mlp):
@@ -229,6 +252,7 @@ def tied():
 FIXED = {
     "read twice": lambda: Blocks(ReadTwice),
     "read by another": lambda: Blocks(ReadByAnother),
+    "read if long": lambda: Blocks(ReadIfLong),
     "passed on": lambda: Blocks(PassedOn, passed_on),
     "kept in an attribute": lambda: Blocks(Kept),
     "indices": lambda: Blocks(Indices, lambda blocks, x: blocks[1](*blocks[0](x))),
@@ -259,7 +283,7 @@ def unchanged(model, dense):
 def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
     model = FIXED[kind]().to(dtype)
     dense = copy.deepcopy(model.state_dict())
-    skip = ["*.gate"] if kind == "read by another" else []
+    skip = ["*.gate"] if kind in ("read by another", "read if long") else []
     assert permute_model(plan_for(model, skip=skip), images(dtype)).kept == {}
     assert unchanged(model, dense)
     report = prune_permuted(model, images(dtype), skip=skip)
@@ -279,7 +303,7 @@ def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplo
     assert all(torch.equal(v, dense[n]) for n, v in model.state_dict().items() if not n.startswith("blocks.1."))
     assert unchanged(model, dense) == (kind == "other layer")
     prune_permuted(model, batches)
-    assert "were put back, blocks.0 first, because the block computed something else" in caplog.text
+    assert "were put back, blocks.0 first, because its output changed" in caplog.text
 
 
 def test_tied_blocks_are_not_permuted():

@@ -185,7 +185,7 @@ def _permuted(outcome: Outcome) -> Note | None:
     pattern = outcome.plan.config.pattern
     if done.put_back:
         reason = f"; the units of {_layers(done.put_back, 'block')} were put back, {done.put_back[0]} first, because "
-        reason += "the block computed something else"
+        reason += "its output changed"
     else:
         reason = ""
     if not done.kept:

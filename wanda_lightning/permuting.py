@@ -31,7 +31,7 @@ from wanda_lightning.weight_store import WeightStore
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
 
-Permutation = tuple[HiddenUnits, Orders]
+Reordering = tuple[HiddenUnits, Orders]
 
 
 def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Permuted:
@@ -44,7 +44,7 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
     """
     if is_sharded(plan.model):
         return Permuted(why_not="the model is sharded")
-    units = [unit for unit in plan.block_units if unit.module in plan.blocks]
+    units, blocks = plan.block_units, plan.blocks
     if not units:
         return Permuted(why_not="no layer to prune lies in a block")
     processes, search, revisited = plan.processes, _Search(plan), set[int]()
@@ -55,7 +55,7 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
     observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)
     forwards, names = [sample.predict for sample in samples], [unit.name for unit in units]
     with ProgressBar("Permuting", len(units), progress) as bar, store.dense(), search.explaining_errors():
-        for stop in lockstep(forwards, [unit.module for unit in units if unit.module], processes, names, revisited):
+        for stop in lockstep(forwards, blocks, processes, names, revisited):
             unit = units[stop.unit]
             bar.show(unit.name)
             store.hold(unit.name)
@@ -75,12 +75,12 @@ class _Search:
 
     Attributes:
         permuted: What was permuted so far.
-        done: The permutations by block.
+        done: The hidden units that were permuted, with their orders, by block.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.permuted = Permuted()
-        self.done: dict[str, list[Permutation]] = {}
+        self.done: dict[str, list[Reordering]] = {}
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), _tied(plan.model)
         # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}
@@ -180,8 +180,8 @@ class _Search:
         return before, kept_score(scores, hidden.source(orders), pattern)
 
 
-def _permute_all(permutations: Iterable[Permutation]) -> None:
-    for hidden, orders in permutations:
+def _permute_all(reorderings: Iterable[Reordering]) -> None:
+    for hidden, orders in reorderings:
         hidden.permute(orders)
 
 

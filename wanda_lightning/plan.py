@@ -55,7 +55,7 @@ class Plan:
         return Unit("", None, self.layers)
 
     @property
-    def block_units(self) -> tuple[Unit, ...]:
+    def parts(self) -> tuple[Unit, ...]:
         """One unit for each block that holds layers, and for each layer outside of all blocks."""
         modules, members = named_modules(self.model), dict[str, list[Layer]]()
         for layer in self.layers:
@@ -63,10 +63,15 @@ class Plan:
         return tuple(Unit(name, modules.get(name, self.model), tuple(inside)) for name, inside in members.items())
 
     @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """The blocks that hold layers; none contains another."""
+    def block_units(self) -> tuple[Unit, ...]:
+        """One unit for each block that holds layers; none contains another."""
         own = {self.model, *(layer.module for layer in self.layers)}
-        return tuple(unit.module for unit in self.block_units if unit.module and unit.module not in own)
+        return tuple(unit for unit in self.parts if unit.module not in own)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The modules of `block_units`."""
+        return tuple(unit.module for unit in self.block_units if unit.module)
 
     @property
     def is_one_pass(self) -> bool:

@@ -253,7 +253,7 @@ def _observe_dense_model(plan: Plan, data: CalibrationBatches, store: WeightStor
     inputs: Mapping[str, InputStatistics] = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if allocation.needs:
-        total = data.length if store.is_whole else len(plan.block_units)
+        total = data.length if store.is_whole else len(plan.parts)
         with pruning_mode(model), ProgressBar("Observing", total, progress) as bar:
             tick = bar.advance if store.is_whole else lambda: None
             observer = Observer(allocation.needs, data.masks, tick, processes, plan.config.min_expert_tokens)
@@ -282,9 +282,8 @@ def _pass_backward(
             bar.show(f"{name}{store.status}")
             store.hold(name)
 
-        blocks = [unit for unit in plan.block_units if unit.module in plan.blocks]
         with store.dense():
-            return gradient_statistics_by_block(model, plan.layers, blocks, data, hold, limit)
+            return gradient_statistics_by_block(model, plan.layers, plan.block_units, data, hold, limit)
 
 
 def _watch(
@@ -292,7 +291,7 @@ def _watch(
 ) -> Mapping[str, InputStatistics]:
     """Return the statistics of all layers from one pass through the dense model, block by block."""
     with store.dense():
-        for unit in watch_units(plan.block_units, data, observer, store.hold):
+        for unit in watch_units(plan.parts, data, observer, store.hold):
             bar.show(f"{unit.name}{store.status}")
             bar.advance()
     return observer.finish(plan.whole_model)

@@ -117,7 +117,7 @@ class Permuted:
     Attributes:
         kept: For each layer whose inputs were permuted, the total of Wanda's scores that the pattern keeps, before and
             after.
-        put_back: Blocks that would have computed something else, so that their units are back in their order.
+        put_back: Blocks whose output changed, so that their units were put back in their original order.
         why_not: Why no units were sought; empty if they were.
     """
 

@@ -1,4 +1,4 @@
-"""Run a block on parked calls before and after a change of its weights, and compare what it computes."""
+"""Run a block on parked calls before and after a change of its weights, and compare the results."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 
 @dataclass
 class _Record:
-    """What one call of a block computed.
+    """The results of one call of a block, and the inputs of its modules.
 
     Attributes:
         results: Tensors that the block returned, or wrote into its arguments, buffers or attributes.
-        inputs: What entered each module with a matrix, one tensor for each of its calls.
+        inputs: Inputs of each module with a matrix, one tensor for each of its calls.
         eps: Largest relative rounding error of the dtypes that the block used.
     """
 

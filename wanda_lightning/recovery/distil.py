@@ -110,7 +110,7 @@ class Distil(Recovery):
 
 @dataclass(frozen=True)
 class _Target:
-    """What the dense model predicted for one sample: the inputs of its output head, or the predictions themselves."""
+    """The dense predictions for one sample: the inputs of the output head, or the predictions themselves."""
 
     rows: Tensor
     head: nn.Module | None

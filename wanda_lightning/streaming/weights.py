@@ -133,7 +133,7 @@ class StreamedWeights(WeightStore):
 
     @property
     def status(self) -> str:  # type: ignore[override]
-        """What has been read and written so far."""
+        """Bytes read and written so far, in words."""
         read, written = as_size(self._checkpoint.bytes_read), as_size(self._output.bytes_written)
         return f", {read} read, {written} written"
 
