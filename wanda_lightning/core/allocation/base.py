@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
@@ -33,19 +32,21 @@ class DenseLayer:
     load: Callable[[], Weight]
     inputs: InputStatistics = field(default_factory=InputStatistics)
     gradients: GradientStatistics | None = None
+    _zeros: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # empty until it is read
 
     def read(self) -> Weight:
         """Return the weight, which is not kept in memory."""
         weight = self.load()
-        if "zeros" not in vars(self):  # counted now, since the weight may have to come from disk each time
-            vars(self)["zeros"] = int((weight == 0).count_nonzero())
+        if not self._zeros:  # counted now, since the weight may have to come from disk each time
+            self._zeros.append(int((weight == 0).count_nonzero()))
         return weight
 
-    @cached_property
+    @property
     def zeros(self) -> int:
         """Number of weights that are zero before pruning; they stay zero."""
-        self.read()
-        return int(vars(self)["zeros"])
+        if not self._zeros:
+            self.read()
+        return self._zeros[0]
 
 
 class GradientLimit(NamedTuple):
