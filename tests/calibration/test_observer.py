@@ -113,7 +113,7 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
     with pruning_mode(model):
         (stop,) = calibrate(model, [plan.whole_model], data, SINGLE_PROCESS, set())
         expected = observer(stop.unit, stop.calls)
-        visited = [unit.name for unit in watch_units(plan.block_units, data, observer, held.append)]
+        visited = [unit.name for unit in watch_units(plan.parts, data, observer, held.append)]
         found = observer.finish(plan.whole_model)
     assert found.keys() == expected.keys()
     # Visits to one block are added in another order.
