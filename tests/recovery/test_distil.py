@@ -47,7 +47,7 @@ def divergence(model, dense, x):
     return F.kl_div(q, p, reduction="sum", log_target=True) / len(p)
 
 
-def adamw_by_hand(model, dense, pruned, batches, config):
+def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
     """Train with autograd and the update written out; no early stop."""
     trained = {name: p for name, p in model.named_parameters() if name in pruned or p.ndim < 2}
     keep = {name: (p != 0) | (p.ndim < 2) for name, p in trained.items()}
@@ -58,7 +58,7 @@ def adamw_by_hand(model, dense, pruned, batches, config):
         order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed + number)).tolist()
         for start in range(0, len(order), config.batch_size):
             chosen = order[start : start + config.batch_size]
-            loss = sum(divergence(model, dense, batches[index]) for index in chosen) / len(chosen)
+            loss = sum(loss_of(model, dense, batches[index]) for index in chosen) / len(chosen)
             gradients = torch.autograd.grad(loss, list(trained.values()))
             factor = min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
             step += 1
@@ -89,6 +89,37 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     assert report.training.held_out == 0
     assert len(report.training.passes) == passes + 1
     assert "too few samples to hold any out" in report.notes[-1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "llama_left_padded"])
+def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share):
+    def loss_of(model, dense, batch):
+        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0].bool()
+        q, p = (each(**batch).logits[0] for each in (model, dense))
+        follows = keep[:-1] & keep[1:]
+        entropy = F.cross_entropy(q[:-1][follows], batch["input_ids"][0, 1:][follows])
+        kl = F.kl_div(q[keep].log_softmax(-1), p[keep].log_softmax(-1), reduction="sum", log_target=True) / keep.sum()
+        return share * entropy + (1 - share) * kl
+
+    dense = ZOO[name].build().double()
+    samples = [{key: value[:1] for key, value in batch.items()} for batch in ZOO[name].batches()]
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    config = Distil(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
+    prune(expected, samples, 0.5, progress=False)
+    report = prune(model, samples, 0.5, recovery=config, progress=False)
+    adamw_by_hand(expected, dense, {f"{layer.name}.weight" for layer in report.layers}, samples, config, loss_of)
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_other_models_have_no_next_token(name):
+    models = [ZOO[name].build() for _ in range(2)]
+    for model, share in zip(models, (0.0, 0.5), strict=True):
+        prune(model, ZOO[name].batches(), 0.5, recovery=Distil(passes=1, next_token=share), progress=False)
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -162,7 +193,8 @@ def test_the_head_gives_the_dense_predictions(name):
     batches = split(specimen.batches(), 1)
     start = copy.deepcopy(model)
     prune(start, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, recovery=Distil(passes=1, batch_size=99, learning_rate=1e-9), progress=False)
+    config = Distil(passes=1, batch_size=99, learning_rate=1e-9, next_token=0.0)
+    report = prune(model, batches, 0.5, recovery=config, progress=False)
     losses = []
     for batch in batches:
         keep = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]) > 0
@@ -512,6 +544,7 @@ def test_magnitude_needs_batches_for_it():
         ({"learning_rate": math.nan}, "learning_rate of Distil must be a number above 0"),
         ({"batch_size": 0}, "batch_size of Distil must be"),
         ({"loss": "cross_entropy"}, "loss of Distil must be one of kl, mse"),
+        ({"next_token": 1.5}, "next_token of Distil must be a number of at least 0 and at most 1"),
     ],
 )
 def test_wrong_values_are_refused(options, message):

@@ -26,9 +26,12 @@ from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery.base import DenseModel, ModelRecovery, Recovery
 from wanda_lightning.recovery.predictions import (
     HELD_OUT,
+    cross_entropy,
     divergence,
     find_predictions,
     has_classes,
+    next_tokens,
+    predicts_next_tokens,
     rows_of,
     squared_error,
 )
@@ -47,7 +50,8 @@ class Distil(Recovery):
     """Train the kept weights so that the pruned model predicts like the dense model on the calibration samples.
 
     After all layers are pruned, AdamW minimizes the Kullback-Leibler divergence from the dense to the pruned model's
-    predictions (Hinton et al. 2015, temperature 1), averaged over the tokens of each sample. The masks are fixed. The
+    predictions (Hinton et al. 2015, temperature 1), averaged over the tokens of each sample. For language models whose
+    batches hold `input_ids`, half of the loss is the cross entropy of the next token instead. The masks are fixed. The
     weights of the pruned layers and all vectors (norms, biases, layer scales) are trained; embeddings, head and other
     dense layers are not. The learning rate of each tensor is relative to the root mean square of its kept weights; it
     warms up over four steps and decays to 0 along a cosine.
@@ -75,6 +79,8 @@ class Distil(Recovery):
             run as one batch.
         loss: `"kl"`, or `"mse"` for the mean squared error of the outputs; None chooses `"kl"` for outputs of shape
             (samples, classes) and for `logits` of shape (samples, tokens, classes), and `"mse"` for all others.
+        next_token: Share of the loss that is the cross entropy of the next token, in [0, 1]; the rest is the
+            divergence. It applies to causal language models of transformers, but not with `"mse"`.
         seed: Seed of the order of the samples.
     """
 
@@ -82,6 +88,7 @@ class Distil(Recovery):
     learning_rate: float = 1e-3
     batch_size: int | None = None
     loss: Literal["kl", "mse"] | None = None
+    next_token: float = 0.5
     seed: int = 0
 
     reads_batches: ClassVar[bool] = True
@@ -89,7 +96,7 @@ class Distil(Recovery):
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
         check(self, passes=at_least_1, learning_rate=Number(above=0, maximum=1))
-        check(self, seed=Number(minimum=0, whole=True))
+        check(self, seed=Number(minimum=0, whole=True), next_token=Number(minimum=0, maximum=1))
         if self.batch_size is not None:
             check(self, batch_size=at_least_1)
         if self.loss is not None:
@@ -106,6 +113,9 @@ class Distil(Recovery):
     def start_model(self, dense: DenseModel) -> ModelRecovery:
         """Store the predictions of the dense model."""
         return _Distillation(self, dense)
+
+
+_Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ class _Distillation(ModelRecovery):
         self._config, self._model, self._layers, self._blocks = config, dense.model, dense.layers, dense.blocks
         self._processes, self._progress, self._data = dense.processes, dense.progress, dense.data
         self._head = _output_head(self._model, self._layers)
+        self._next_token = config.next_token if predicts_next_tokens(self._model) else 0.0
         self._refuse_if_frozen()
         with ProgressBar("Predicting", self._data.length, self._progress) as bar, recomputing(self._blocks):
             batches = []
@@ -313,22 +324,38 @@ class _Distillation(ModelRecovery):
         with torch.set_grad_enabled(backward), _mixed_precision(self._model):
             output = sample.predict()
             rows = rows_of(_predictions(output), sample)
-        is_kl = self._config.loss == "kl" or (self._config.loss is None and has_classes(output))
-        compare = divergence if is_kl else squared_error
         if not len(rows):  # a sample of padding
             return 0.0
         gradient = torch.empty_like(rows) if backward else None
-        dense, loss = target.predictions(), 0.0
+        loss, compare = 0.0, self._comparison(output, sample, target)
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
-                value, slopes = compare(_wide(rows[part]), _wide(dense(part)))
-                loss += float(value) * factor / len(rows)
+                value, slopes = compare(_wide(rows[part]), part)
+                loss += float(value) * factor
                 if gradient is not None:
-                    gradient[part] = slopes.mul_(self._scale * factor / len(rows))
+                    gradient[part] = slopes.mul_(self._scale * factor)
         if gradient is not None:
             rows.backward(gradient)
         return loss
+
+    def _comparison(self, output: object, sample: Sample, target: _Target) -> _Comparison:
+        """Return the function that compares some rows of predictions: their part of the loss, and its gradient."""
+        is_kl = self._config.loss == "kl" or (self._config.loss is None and has_classes(output))
+        compare, dense, count = divergence if is_kl else squared_error, target.predictions(), len(target.rows)
+        tokens = next_tokens(output, sample) if is_kl and self._next_token else None
+        known = 0 if tokens is None else int((tokens >= 0).sum())
+        share = self._next_token if known else 0.0
+
+        def part_of_loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            value, slopes = compare(rows, _wide(dense(part)))
+            loss, gradient = value * ((1 - share) / count), slopes.mul_((1 - share) / count)
+            if tokens is not None and share:
+                value, slopes = cross_entropy(rows, tokens[part])
+                loss, gradient = loss + value * (share / known), gradient.add_(slopes, alpha=share / known)
+            return loss, gradient
+
+        return part_of_loss
 
 
 class _NotFiniteError(Exception):

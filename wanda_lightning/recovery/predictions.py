@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Sample
 from wanda_lightning.models import fitting_mask
@@ -36,6 +36,41 @@ def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
     if mask := fitting_mask(sample.masks, "", predictions):
         rows = rows[mask.keep.flatten().to(rows.device)]
     return rows
+
+
+def predicts_next_tokens(model: nn.Module) -> bool:
+    """Whether a model is, or contains, a causal language model of transformers without an encoder."""
+    for module in model.modules():
+        can_generate = getattr(module, "can_generate", None)
+        if callable(can_generate) and can_generate():
+            return not getattr(module.config, "is_encoder_decoder", False)
+    return False
+
+
+def next_tokens(output: object, sample: Sample) -> Tensor | None:
+    """Return the id of the token that follows each row of the predictions, -1 where none follows.
+
+    None if the sample has no `input_ids`, or not one prediction for each of them.
+    """
+    ids = sample.batch.get("input_ids") if isinstance(sample.batch, Mapping) else None
+    logits = find_predictions(output)
+    if not isinstance(ids, Tensor) or logits is None or logits.shape[:-1] != ids.shape:
+        return None
+    following = ids.roll(-1, dims=1)
+    following[:, -1] = -1
+    if mask := fitting_mask(sample.masks, "", logits):
+        following[~mask.keep.to(ids.device).roll(-1, dims=1)] = -1
+    return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)
+
+
+def cross_entropy(predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross entropy of tokens, summed over the rows with a token (not -1), and its gradient."""
+    log_q, known = predicted.log_softmax(dim=-1), (tokens >= 0).to(predicted.dtype)
+    index = tokens.clamp(min=0).unsqueeze(1)
+    loss = -(log_q.gather(1, index).squeeze(1) * known).sum()
+    slopes = log_q.exp_()
+    slopes.scatter_add_(1, index, -slopes.new_ones(index.shape))
+    return loss, slopes.mul_(known.unsqueeze(1))
 
 
 def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
