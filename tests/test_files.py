@@ -34,6 +34,31 @@ def test_a_file_appears_whole(tmp_path):
         pass
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files that Linux shows")
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_next_step(tmp_path, monkeypatch):
+    steps, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (steps.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append((str(old), str(new))), replace(old, new)))
+    with whole_file(tmp_path / "a.json") as temporary:
+        temporary.write_text("1")
+    target = str(tmp_path / "a.json")
+    assert steps == [str(temporary), (str(temporary), target), str(tmp_path)]
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refusing(descriptor):
+        if os.path.isdir(descriptor):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with whole_file(tmp_path / "a.json") as temporary:
+        temporary.write_text("1")
+    assert (tmp_path / "a.json").read_text() == "1"
+
+
 def test_a_folder_appears_whole(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new/deep"):

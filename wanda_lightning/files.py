@@ -153,10 +153,32 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     refuse_existing(path, overwrite=True)
     target = _resolved(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(target.parent, target) as new:
-        with _explaining_a_full_disk(path, new):
-            yield new
-        os.replace(new, target)
+    with _temporary(target.parent, target) as new, _explaining_a_full_disk(path, new):
+        yield new
+        replace_file(new, target)
+
+
+def replace_file(new: Path, target: Path) -> None:
+    """Rename a file so that even after a power failure either it or the one that it replaces is there as a whole."""
+    _flush(new)
+    os.replace(new, target)
+    flush_folder(target.parent)
+
+
+def _flush(file: Path) -> None:
+    """Write a file from the cache of the operating system to the disk."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Write the names of the files in a folder to the disk, where the file system can."""
+    with suppress(OSError):  # Windows opens no folder, and some network file systems cannot flush one
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

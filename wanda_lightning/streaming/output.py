@@ -16,7 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wanda_lightning.files import PROGRESS_NAME, is_locked, lock, refuse_full, refuse_unresumable, unlock, whole_file
+from wanda_lightning.files import (
+    PROGRESS_NAME,
+    flush_folder,
+    is_locked,
+    lock,
+    refuse_full,
+    refuse_unresumable,
+    replace_file,
+    unlock,
+    whole_file,
+)
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 _INDEX = "model.safetensors.index.json"
@@ -79,6 +89,7 @@ class OutputFolder:
     def _open(self, folder: str | os.PathLike[str], size: int) -> None:
         refuse_unresumable(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
+        flush_folder(self._folder.parent)
         self._lock = lock(self._folder)
         if self._lock is None and is_locked(self._folder):
             raise FileExistsError(f"{folder} is being written by another run. Wait for it to end, or choose another.")
@@ -128,7 +139,6 @@ class OutputFolder:
         if is_first and tensors:
             with whole_file(self._path(part)) as new:
                 save_file(dict(tensors), new, metadata={"format": "pt"})
-                _flush(new)
         self.written[part] = {**record, "keys": list(tensors), "size": size}
         if is_first:
             self.bytes_written += size
@@ -141,7 +151,6 @@ class OutputFolder:
             if is_first and row_weights:
                 with whole_file(self._folder / _ROW_WEIGHTS) as new:
                     save_file(dict(row_weights), new)
-                    _flush(new)
             if is_first:
                 self._save_progress()
 
@@ -154,7 +163,6 @@ class OutputFolder:
         with whole_file(self._folder / PROGRESS_NAME) as new:
             content = {"sparsities": self.sparsities, "written": self.written, "report": self.report}
             new.write_text(json.dumps({"made_with": self._made_with, **content}), encoding="utf-8")
-            _flush(new)
 
     def stored(self, part: str) -> dict[Path, list[str]]:
         """Return the file and the names of the tensors of a written part."""
@@ -184,11 +192,12 @@ class OutputFolder:
             save_configuration(Path(temporary))
             (Path(temporary) / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+                if (target := self._folder / file.name).is_dir():
+                    shutil.rmtree(target)
                 if file.is_file():
-                    _flush(file)
-                if (old := self._folder / file.name).is_dir():
-                    shutil.rmtree(old)
-                os.replace(file, self._folder / file.name)
+                    replace_file(file, target)
+                else:
+                    os.replace(file, target)
 
     def forget(self) -> None:
         """Delete what only a run that is started again would need."""
@@ -202,12 +211,6 @@ class OutputFolder:
         if self._lock is not None:
             unlock(self._lock)
             self._lock = None
-
-
-def _flush(path: Path) -> None:
-    """Write a file from the cache of the operating system to the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def fingerprint(values: Any) -> str:
