@@ -13,6 +13,8 @@ import torch
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 from wanda_lightning.streaming.parts import RESIDENT
 
+_WRITES_PLACEHOLDER = "more than one element of the written-to tensor refers to a single memory location"
+
 
 class BlockLoader:
     """Keeps the blocks in memory that are in use, and the one that is expected next.
@@ -46,7 +48,11 @@ class BlockLoader:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Load each block when the model calls it; free all blocks at the end."""
+        """Load each block when the model calls it; free all blocks at the end.
+
+        Raises:
+            ValueError: If the model changes weights of a block before it calls the block.
+        """
         hooks = [
             self._checkpoint.model.get_submodule(block).register_forward_pre_hook(
                 partial(lambda block, module, args: self.require(block), block)
@@ -55,6 +61,10 @@ class BlockLoader:
         ]
         try:
             yield
+        except RuntimeError as error:
+            if _WRITES_PLACEHOLDER in str(error):
+                raise self._checkpoint.refusal("it changes weights of a block before it calls the block") from error
+            raise
         finally:
             for hook in hooks:
                 hook.remove()

@@ -223,10 +223,13 @@ class Checkpoint:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             part = self.part_of(name)
             if owners.setdefault(id(parameter), part) != part:
-                raise ValueError(
-                    f"The model {self._name!r} cannot be read block by block, because {name} is shared by two parts of "
-                    "the model. Prune it in memory."
-                )
+                raise self.refusal(f"{name} is shared by two parts of the model")
+
+    def refusal(self, reason: str) -> ValueError:
+        """Return an error that names the model and says why it must be in memory as a whole."""
+        return ValueError(
+            f"The model {self._name!r} cannot be read block by block, because {reason}. Prune it in memory."
+        )
 
 
 class _Stored:
