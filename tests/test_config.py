@@ -49,6 +49,7 @@ def test_a_name_and_its_object_are_the_same(option, name):
     by_name = PruningConfig.from_names(0.5 if pattern else sparsity, **pattern, **{option: name})
     assert by_name == PruningConfig.from_names(by_name.sparsity, **pattern, **{option: made})
     assert getattr(by_name, option) == made
+    assert by_name.shown(option) == f"{option}={name!r}"
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS])
@@ -105,8 +106,22 @@ def test_patterns(pattern, expected):
         ({"only": [3]}, r"only must be a list of layer names or patterns, but it is \[3\]"),
         ({"skip": ["re:("]}, r"skip=.* must be a regular expression after"),
         ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
-        ({"solver": "admm", "criterion": "magnitude"}, r"criterion=Magnitude\(\) cannot be combined with solver=ADMM"),
-        ({"recovery": "reconstruct", "sequential": "layer"}, "trains the parts of blocks, but sequential='layer'"),
+        (
+            {"solver": "admm", "criterion": "magnitude"},
+            "criterion='magnitude' cannot be combined with solver='admm', which scores the weights itself",
+        ),
+        (
+            {"solver": ADMM(iterations=3), "criterion": "ria"},
+            r"criterion='ria' cannot be combined with solver=ADMM\(dampening=0\.05, iterations=3",
+        ),
+        (
+            {"recovery": "reconstruct", "sequential": "layer"},
+            "recovery='reconstruct' cannot be combined with sequential='layer', because the recovery trains the parts",
+        ),
+        (
+            {"permutation": "assignment"},
+            "permutation='assignment' cannot be combined with pattern='unstructured_row', because this pattern",
+        ),
     ],
 )
 def test_what_is_refused(choices, message):

@@ -497,5 +497,5 @@ def test_the_callback_of_sparsegpt_is_prune_with_its_solver():
 
 
 def test_a_solver_that_chooses_itself_takes_no_criterion():
-    with pytest.raises(ValueError, match=r"criterion=Magnitude\(\) cannot be combined with solver=ADMM\("):
+    with pytest.raises(ValueError, match="criterion='magnitude' cannot be combined with solver='admm', which"):
         prune(torch.nn.Linear(4, 4), [], solver="admm", criterion="magnitude")

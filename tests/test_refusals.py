@@ -236,7 +236,7 @@ def test_unknown_names(axis):
 )
 def test_no_batches(batches, found, sequential):
     message = refusal(build(), batches(), sequential=sequential)
-    assert_says(message, "Wanda()", "calibration", found)
+    assert_says(message, "criterion='wanda'", "calibration", found)
 
 
 @EVERY_GRANULARITY

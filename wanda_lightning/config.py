@@ -115,12 +115,26 @@ class PruningConfig:
         _named("sequential", self.sequential)
         if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
             raise ValueError(
-                f"criterion={self.criterion} cannot be combined with solver={self.solver}, which scores the weights "
+                f"{self.shown('criterion')} cannot be combined with {self.shown('solver')}, which scores the weights "
                 "itself. Leave the criterion out, or use another solver."
             )
         self.pattern.check(self.sparsity)
-        self.permutation.check(self.pattern)
-        self.recovery.check(self.sequential)
+        if reason := self.permutation.why_not(self.pattern):
+            raise ValueError(
+                f"{self.shown('permutation')} cannot be combined with {self.shown('pattern')}, because {reason}"
+            )
+        if reason := self.recovery.why_not(self.sequential):
+            raise ValueError(
+                f"{self.shown('recovery')} cannot be combined with {self.shown('sequential')}, because {reason}"
+            )
+
+    def shown(self, option: str) -> str:
+        """Return an option and its value for messages, as the user can type it: `solver='admm'`, `solver=ADMM(...)`."""
+        value = getattr(self, option)
+        named = value if isinstance(value, str) else None
+        for name, make in {} if named else NAMES[option].items():
+            named = name if make() == value else named
+        return f"{option}={named!r}" if named else f"{option}={value}"
 
     @property
     def unit_needs(self) -> frozenset[str]:
@@ -138,11 +152,12 @@ class PruningConfig:
         return self.allocation.reads_gradients or self.pattern.weighs_rows
 
     @property
-    def data_reader(self) -> object | None:
-        """The first choice that needs calibration data, for messages; None if no choice needs any."""
-        choices = (self.criterion, self.solver, self.allocation, self.recovery, self.permutation)
-        reading = (one for one in choices if one.needs or _reads_batches(one))
-        return next(reading, self.pattern if self.pattern.weighs_rows else None)
+    def data_reader(self) -> str | None:
+        """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
+        choices = ("criterion", "solver", "allocation", "recovery", "permutation")
+        reading = [option for option in choices if _reads_data(getattr(self, option))]
+        reading += ["pattern"] if self.pattern.weighs_rows else []
+        return self.shown(reading[0]) if reading else None
 
     def scaled(self, fraction: float) -> PruningConfig:
         """Return the configuration for a stage of a schedule that gives this fraction of the final sparsities."""
@@ -153,8 +168,8 @@ class PruningConfig:
         return {field.name: _describe(getattr(self, field.name)) for field in fields(self)}
 
 
-def _reads_batches(choice: Any) -> bool:
-    return getattr(choice, "reads_gradients", False) or getattr(choice, "reads_batches", False)
+def _reads_data(choice: Any) -> bool:
+    return bool(choice.needs) or getattr(choice, "reads_gradients", False) or getattr(choice, "reads_batches", False)
 
 
 NAMES: Mapping[str, Mapping[str, Any]] = {

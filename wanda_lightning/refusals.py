@@ -30,7 +30,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
         return
     if unfit := inventory.skipped_for(SkipReason.PATTERN):
         raise ValueError(
-            f"pattern={config.pattern} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest "
+            f"{config.shown('pattern')} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest "
             f"is {unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
         )
@@ -144,7 +144,7 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
     stops_at_units = bool(config.unit_needs) and config.sequential != "none"
     if stops_at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
         raise ValueError(
-            f"sequential={config.sequential!r} stops at {unit.name}, but fully_shard manages {name} as a part of "
+            f"{config.shown('sequential')} stops at {unit.name}, but fully_shard manages {name} as a part of "
             f"{managers[-1] or 'the whole model'}. Apply fully_shard to {unit.name} too, leave it dense with "
             f"skip=['{unit.name}'], or use sequential='none'."
         )
@@ -183,17 +183,17 @@ def _refuse_choices_across_rows(config: PruningConfig, layer: Layer, processes: 
     where = f"{layer.name}, but they are sharded across {processes.world_size} processes"
     if config.pattern.spans_rows:
         raise ValueError(
-            f"pattern={config.pattern} compares the rows of {where}. Use pattern='unstructured' or N:M, which compare "
+            f"{config.shown('pattern')} compares the rows of {where}. Use pattern='unstructured' or N:M, which compare "
             "weights of one row, or prune before sharding (devices=1)."
         )
-    for option, choice, spans_rows in (
-        ("criterion", config.criterion, config.criterion.spans_rows),
-        ("allocation", config.allocation, config.allocation.reads_weights),
+    for option, spans_rows in (
+        ("criterion", config.criterion.spans_rows),
+        ("allocation", config.allocation.reads_weights),
     ):
         if spans_rows:
             raise ValueError(
-                f"{option}={choice} reads all rows of {where}. Use Wanda() or Magnitude() with Uniform(), which read "
-                "single rows, or prune before sharding (devices=1)."
+                f"{config.shown(option)} reads all rows of {where}. Use criterion='wanda' or 'magnitude' with "
+                "allocation='uniform', which read single rows, or prune before sharding (devices=1)."
             )
 
 

@@ -235,7 +235,7 @@ def test_magnitude_may_be_spread_by_it():
     batches = ZOO["llama"].batches()
     report = prune(ZOO["llama"].build(), batches, 0.5, criterion="magnitude", allocation="fisher", progress=False)
     assert len({layer.target for layer in report.layers}) > 1
-    with pytest.raises(ValueError, match=r"since Fisher\(.*\) reads calibration data, but none were given"):
+    with pytest.raises(ValueError, match="since allocation='fisher' reads calibration data, but none were given"):
         prune(ZOO["llama"].build(), None, 0.5, criterion="magnitude", allocation="fisher", progress=False)
 
 

@@ -83,9 +83,9 @@ def test_no_permutation_keeps_the_order():
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), EqualShare()])
 def test_a_pattern_without_groups_is_refused(pattern):
-    with pytest.raises(ValueError, match=r"permutation=Assignment.*which does not depend on the order of the inputs"):
-        Assignment().check(pattern)
-    NoPermutation().check(pattern)
+    assert "does not depend on the order of the inputs" in Assignment().why_not(pattern)
+    assert NoPermutation().why_not(pattern) is None
+    assert Assignment().why_not(NM(2, 4)) is None
 
 
 @pytest.mark.parametrize("iterations", [0, -1, True])

@@ -271,10 +271,13 @@ def test_what_it_cannot_do_is_refused():
     model, batches = blocks(), some_batches(2)
     before = copy.deepcopy(model.state_dict())
     for sequential in ("layer", "none"):
-        with pytest.raises(ValueError, match=r"trains the parts of blocks, but sequential='(layer|none)' was given"):
+        with pytest.raises(
+            ValueError, match=f"recovery='reconstruct' cannot be combined with sequential='{sequential}', because"
+        ):
             prune(model, batches, recovery="reconstruct", sequential=sequential)
     with pytest.raises(
-        ValueError, match=r"batches must be a list .* since Reconstruct\(.* reads calibration data, but none were given"
+        ValueError,
+        match=r"batches must be a list .* since recovery='reconstruct' reads calibration data, but none were",
     ):
         prune(model, None, criterion="magnitude", recovery="reconstruct")
     for values in ({"epochs": 0}, {"learning_rate": 0.0}):

@@ -65,7 +65,7 @@ class CalibrationBatches:
             given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
             raise ValueError(
                 f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
-                f"{given}. Only Magnitude() with Uniform() needs no data."
+                f"{given}. Only criterion='magnitude' with allocation='uniform' needs no data."
             )
         self._model, self._processes, self._reader = model, processes, reader
         self._batches: Iterable[Any] = () if reader is None or batches is None else batches

@@ -39,15 +39,15 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
             + (" and a dataloader is given." if dataloader is not None else ".")
         )
     if calibrate_on == "validation" and config.reads_gradients:
-        reader = config.allocation if config.allocation.reads_gradients else config.pattern
+        reader = config.shown("allocation" if config.allocation.reads_gradients else "pattern")
         raise ValueError(
             f"calibrate_on='validation' has no backward passes, but {reader} needs them. Use "
             "calibrate_on='calibration', or choices that read no gradients, such as allocation='owl'."
         )
     if calibrate_on == "validation" and config.recovery.reads_batches:
         raise ValueError(
-            f"calibrate_on='validation' keeps no batches, but {config.recovery} trains on them. Use "
-            "calibrate_on='calibration'."
+            f"calibrate_on='validation' keeps no batches, but {config.shown('recovery')} trains on them. "
+            "Use calibrate_on='calibration'."
         )
 
 

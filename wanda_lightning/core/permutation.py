@@ -21,8 +21,9 @@ class Permutation:
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches
 
-    def check(self, pattern: Pattern) -> None:
-        """Raise a ValueError if the pattern does not depend on the order of the inputs."""
+    def why_not(self, pattern: Pattern) -> str | None:
+        """Return why it cannot be combined with a pattern, and what to do; None if it can be."""
+        return None
 
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the indices of the columns in their new order."""
@@ -55,13 +56,13 @@ class Assignment(Permutation):
     def __post_init__(self) -> None:
         check(self, iterations=Number(minimum=1, whole=True))
 
-    def check(self, pattern: Pattern) -> None:
+    def why_not(self, pattern: Pattern) -> str | None:
         """Refuse a pattern without groups of consecutive inputs."""
-        if not pattern.group_size:
-            raise ValueError(
-                f"permutation={self} cannot be combined with pattern={pattern}, which does not depend on the order of "
-                "the inputs. Leave the permutation out, or use an N:M pattern."
-            )
+        if pattern.group_size:
+            return None
+        return (
+            "this pattern does not depend on the order of the inputs. Leave the permutation out, or use an N:M pattern."
+        )
 
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the order; the original one if none is better."""

@@ -80,8 +80,9 @@ class Recovery:
     reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches itself
     sequential: ClassVar[str] = "auto"  # the default of `sequential`, for methods that have no other
 
-    def check(self, sequential: str) -> None:
-        """Raise a ValueError if the recovery does not support the value of `sequential`."""
+    def why_not(self, sequential: str) -> str | None:
+        """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
+        return None
 
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
         """Raise a ValueError if the recovery does not support this number of processes, or a sharded model."""

@@ -106,7 +106,7 @@ class Distil(Recovery):
         """Require that each process holds the whole model."""
         if is_sharded:
             raise ValueError(
-                f"recovery={self} trains a model that each process holds as a whole, but this one is sharded. Prune "
+                "recovery=Distil() trains a model that each process holds as a whole, but this one is sharded. Prune "
                 "before sharding (devices=1), or without recovery."
             )
 
@@ -160,7 +160,7 @@ class _Distillation(ModelRecovery):
     def _refuse_if_frozen(self) -> None:
         if not _trained_parameters(self._model, self._layers, self._head):
             raise ValueError(
-                f"recovery={self._config} trains the pruned layers and all vectors, but requires_grad is False for "
+                "recovery=Distil() trains the pruned layers and all vectors, but requires_grad is False for "
                 "each of them. Call requires_grad_() on the parameters to train, or use another recovery."
             )
 

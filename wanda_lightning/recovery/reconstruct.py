@@ -50,20 +50,18 @@ class Reconstruct(Recovery):
     def __post_init__(self) -> None:
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
-    def check(self, sequential: str) -> None:
+    def why_not(self, sequential: str) -> str | None:
         """Require `sequential="block"`, in which units are whole blocks."""
-        if sequential != "block":
-            raise ValueError(
-                f"recovery={self} trains the parts of blocks, but sequential={sequential!r} was given. Use "
-                "sequential='block' or another recovery."
-            )
+        if sequential == "block":
+            return None
+        return "the recovery trains the parts of whole blocks. Use sequential='block' or another recovery."
 
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
         """Require a single process: each would train on its own batches alone."""
         if world_size > 1:
             raise ValueError(
-                f"recovery={self} trains in one process, but {world_size} prune together. Prune with devices=1, or "
-                "without recovery."
+                f"recovery=Reconstruct() trains in one process, but {world_size} prune together. Prune with devices=1, "
+                "or without recovery."
             )
 
     def start(self, unit: Unit, masks: TokenMasks) -> UnitRecovery:

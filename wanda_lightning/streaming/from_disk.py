@@ -158,22 +158,22 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
     if config.reads_gradients and processes.world_size > 1:
         raise ValueError(
-            f"allocation={config.allocation} with pattern={config.pattern} reads gradients, which only a single "
-            f"process can compute while it reads the model block by block, but there are {processes.world_size} "
+            f"{config.shown('allocation')} with {config.shown('pattern')} reads gradients, which only a single "
+            "process can compute while it reads the model block by block, but there are {processes.world_size} "
             "processes. Use one process, or allocation='owl' and pattern='unstructured_layer'."
         )
     grams = config.sequential == "none" and "gram" in config.needs
     reasons = {
-        "sequential": (grams, f"{config.sequential} with solver={config.solver}", "'block' or 'layer'"),
-        "allocation": ("gram" in config.allocation.needs, config.allocation, "'owl' or 'fisher'"),
-        "recovery": (config.recovery.reads_batches, config.recovery, "'none' or 'reconstruct'"),
+        "sequential": (grams, f" with {config.shown('solver')}", "'block' or 'layer'"),
+        "allocation": ("gram" in config.allocation.needs, "", "'owl' or 'fisher'"),
+        "recovery": (config.recovery.reads_batches, "", "'none' or 'reconstruct'"),
     }
-    for name, (refused, value, instead) in reasons.items():
+    for name, (refused, other, instead) in reasons.items():
         if refused:
             needed = "the Gram matrices of all layers" if name in ("sequential", "allocation") else "the whole model"
             raise ValueError(
-                f"{name}={value} needs {needed} in memory, but the model is read block by block. Use {name}={instead}, "
-                "or prune in memory."
+                f"{config.shown(name)}{other} needs {needed} in memory, but the model is read block by block. Use "
+                f"{name}={instead}, or prune in memory."
             )
 
 
