@@ -3,6 +3,7 @@
     python benchmarks/streaming.py memory FOLDER --shape 7b --method wanda --sequential layer  (13.5 GB of disk, twice)
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --method sparsegpt admm --sequential block
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 8 16 32 --method sparsegpt --sequential block
+    python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 2 --allocation alpha
     python benchmarks/streaming.py seconds FOLDER --model SmolLM2.gguf --samples 16 --length 512
     python benchmarks/streaming.py seconds FOLDER --shape 1.1b --samples 16 --length 512
     python benchmarks/streaming.py kills FOLDER --model SmolLM2.gguf --samples 16 --length 512
@@ -49,6 +50,7 @@ SHAPES = {
         "num_key_value_heads": 4,
     },
 }
+OTHERS = ("pattern", "allocation", "permutation", "recovery")  # choices besides the method
 
 
 def build(folder: Path, config: LlamaConfig) -> None:
@@ -100,7 +102,9 @@ def batches(folder: Path, options: argparse.Namespace) -> list[dict[str, torch.T
 
 def choices(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """Return the arguments of `prune`; `method` may also be a solver."""
-    return {"solver" if method == "admm" else "method": method, "sequential": options.sequential, "progress": False}
+    given = {name: getattr(options, name) for name in OTHERS if getattr(options, name) is not None}
+    named = {"solver" if method == "admm" else "method": method, "sequential": options.sequential, **given}
+    return {**named, "progress": False}
 
 
 def stream(folder: Path, options: argparse.Namespace, method: str, name: str = "pruned") -> tuple[float, ...]:
@@ -224,6 +228,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--method", nargs="+", default=["wanda"])
     parser.add_argument("--sequential", default="block", choices=("block", "layer"))
+    for name in OTHERS:
+        parser.add_argument(f"--{name}")
     parser.add_argument("--runs", type=int, default=3, help="of each clock, after a warm-up")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from support import reference
+from support.allocated import most_allocated
 from support.layers import (
     WIDE,
     allocate,
@@ -24,13 +25,13 @@ from support.layers import (
     statistics,
 )
 
-from wanda_lightning.core.allocation import Allocation
+from wanda_lightning.core.allocation import Allocation, DenseLayer
 from wanda_lightning.core.criteria import Criterion, Magnitude, Saliency, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.methods import ALLOCATIONS, CRITERIA, SOLVERS
 from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
 
@@ -249,17 +250,13 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, targets, so
 @EVERY_SOLVER
 @pytest.mark.parametrize(("rows", "d_in"), [([512, 512], 512), ([256], 1024)])
 def test_the_workspace_is_what_a_solver_allocates(solver, rows, d_in):
-    """Every allocation and release of PyTorch while it solves, as the profiler records them."""
     tokens = torch.randn(2000, d_in) @ torch.randn(d_in, d_in)
     criterion = solver.own_criterion
     inputs = statistics(tokens, criterion, solver)
     selection = Selection(criterion, Unstructured(solver.group(criterion)), 0.5)
     weights = [torch.randn(count, d_in).bfloat16() for count in rows]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        solver.solve_together(weights, inputs, [selection] * len(rows))
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    assert solver.workspace(rows, d_in) == pytest.approx(max(itertools.accumulate(changes)) / 4, rel=0.25)
+    allocated = most_allocated(lambda: solver.solve_together(weights, inputs, [selection] * len(rows)))
+    assert solver.workspace(rows, d_in) == pytest.approx(allocated / 4, rel=0.25)
 
 
 @EVERY_SOLVER
@@ -319,6 +316,17 @@ def test_every_solver_has_a_criterion_of_its_own():
 
 
 # ---- allocations
+
+
+@EVERY_ALLOCATION
+def test_an_allocation_allocates_less_than_any_solver(name):
+    """So the estimate of memory needs no workspace of allocations."""
+    allocation, (weight, tokens) = ALLOCATIONS[name](), random_layer(shape=(1024, 512))
+    weight, gradients = weight.bfloat16(), GradientStatistics(torch.ones(512), torch.ones(1024))
+    inputs, size = statistics(tokens, Wanda), weight.numel()
+    layers = [DenseLayer(f"{i}.up", str(i), size, 512, lambda: weight, inputs, gradients) for i in range(3)]
+    allocated = most_allocated(lambda: allocation(layers, 0.5))
+    assert allocated / 4 < ZeroOut().workspace([1024], 512)
 
 
 @EVERY_ALLOCATION

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.allocated import most_allocated
 from support.zoo import ZOO, run
 from torch import nn
 
@@ -73,22 +74,30 @@ def test_a_layer_alone_has_no_parts():
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width=8, inner=12):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, width))
 
     def forward(self, x):
         return x + self.mlp(x)
 
 
-def blocks(dtype=torch.float64):
+def blocks(dtype=torch.float64, sizes=(8, 12)):
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block()).to(dtype)
+    return nn.Sequential(Block(*sizes), Block(*sizes)).to(dtype)
 
 
 def some_batches(count, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(20, 8, generator=generator).to(dtype) for _ in range(count)]
+
+
+def test_the_workspace_is_what_it_allocates():
+    model, samples = blocks(torch.bfloat16, (256, 512)), [torch.randn(4, 256).bfloat16()]
+    unit = find_layers(model, "block").units[0]
+    allocated = most_allocated(lambda: prune(model, samples, recovery="reconstruct", progress=False))
+    assert Reconstruct().workspace(unit) == 7 * 2 * 256 * 512
+    assert Reconstruct().workspace(unit) == pytest.approx(allocated / 4, rel=0.25)
 
 
 def adam(dense, start, batches, epochs, rate, eps=1e-8):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.plan import config_for
@@ -48,6 +48,24 @@ def test_more_samples_need_more_memory_and_one_pass_less_statistics(tmp_path):
     one_pass, _ = estimate(folder, Samples(4, LENGTH, 2), method="sparsegpt", sequential="layer")
     assert one_pass.work < few.work
     assert one_pass.activations > few.activations
+
+
+def test_hidden_states_are_wider_than_factorized_embeddings(tmp_path):
+    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, num_hidden_layers=2)).save_pretrained(tmp_path / "model")
+    memory, measuring = estimate(tmp_path / "model", Samples(4, LENGTH, 2))
+    assert memory.activations == 4 * LENGTH * 64 * 4
+    assert measuring.activations == 32 * 2 * LENGTH * 64 * 4
+
+
+@pytest.mark.parametrize("choices", [{"recovery": "reconstruct"}, {"pattern": "2:4", "permutation": "assignment"}])
+def test_other_choices_have_workspaces_of_their_own(tmp_path, choices):
+    folder, samples = save(tmp_path / "model", 2), Samples(1, 8, 1)
+    plain, _ = estimate(folder, samples, method="magnitude")
+    memory, _ = estimate(folder, samples, method="magnitude", **choices)
+    numbers = (7 * 3 if "recovery" in choices else 5) * 768 * 2048  # a part of a block has three layers of this size
+    assert plain.work < memory.work
+    assert memory.work == pytest.approx(4 * numbers, rel=0.05)
 
 
 MEASURED = """

@@ -25,6 +25,10 @@ class Permutation:
         """Return why it cannot be combined with a pattern, and what to do; None if it can be."""
         return None
 
+    def workspace(self, size: int) -> int:
+        """Return about how many float32 numbers it holds at most for a layer of `size` weights, with their scores."""
+        return 0
+
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the indices of the columns in their new order."""
         return torch.arange(scores.shape[1])
@@ -63,6 +67,10 @@ class Assignment(Permutation):
         return (
             "this pattern does not depend on the order of the inputs. Leave the permutation out, or use an N:M pattern."
         )
+
+    def workspace(self, size: int) -> int:
+        """The scores, those of the columns that are not assigned anew, and the copies in which `kthvalue` works."""
+        return 5 * size
 
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the order; the original one if none is better."""

@@ -87,6 +87,10 @@ class Recovery:
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
         """Raise a ValueError if the recovery does not support this number of processes, or a sharded model."""
 
+    def workspace(self, unit: Unit) -> int:
+        """Return about how many float32 numbers it holds at most for the weights that it trains in a unit."""
+        return 0
+
     def start(self, unit: Unit, masks: Sequence[tuple[TokenMask, ...] | None]) -> UnitRecovery:
         """Start the recovery of a unit that is still dense.
 

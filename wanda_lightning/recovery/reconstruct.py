@@ -64,6 +64,10 @@ class Reconstruct(Recovery):
                 "or without recovery."
             )
 
+    def workspace(self, unit: Unit) -> int:
+        """Copies of the weights of a part, gradients in both dtypes, two moments, and the best weights."""
+        return 7 * max((sum(layer.size for layer in part.layers) for part in _parts(unit)), default=0)
+
     def start(self, unit: Unit, masks: TokenMasks) -> UnitRecovery:
         """Find the parts of the unit; a unit that is a single layer has no parts."""
         parts = _parts(unit)

@@ -11,11 +11,11 @@ from torch import nn
 
 from wanda_lightning.calibration.gradients import PREDICTIONS_AT_ONCE, SAMPLES_AT_ONCE
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.models import Layer, find_layers
+from wanda_lightning.models import Inventory, Layer, find_layers
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part
 from wanda_lightning.streaming.perplexity import AT_ONCE
 
-_FLOAT32 = 4  # bytes
+_FLOAT32, _FLOAT64 = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples) -
             waiting = max(waiting, 2 * hidden + max(widest, 3 * hidden))
         at_once = samples.batch_tokens * (size * (2 * hidden + 3 * widest) + 2 * _FLOAT32 * widest)
         work = max(work, _to_observe(unit.layers, config) + at_once, _to_solve(unit.layers, config))
+        work = max(work, _FLOAT32 * config.recovery.workspace(unit) + at_once)
+    work = max(work, _to_permute(inventory, config, samples.length, size))  # an allocation needs less than any solver
     waiting += config.recovery.recorded * hidden
     activations = tokens * waiting * size
     if config.reads_gradients:  # the inputs of all blocks wait for the backward pass
@@ -125,6 +127,19 @@ def _to_solve(layers: Sequence[Layer], config: PruningConfig) -> int:
     return sum(_grams(layers, config)) + _FLOAT32 * numbers
 
 
+def _to_permute(inventory: Inventory, config: PruningConfig, length: int, size: int) -> int:
+    """Return the bytes in which the permutation is chosen, and in which runs of a block are compared."""
+    if not config.permutation.reads_batches:
+        return 0
+    widths: dict[str, list[int]] = {}
+    for layer in inventory.layers:
+        widths.setdefault(inventory.blocks[layer.name], []).append(layer.shape[1])
+    # The inputs of all layers of a block, before and after a permutation; two of them are compared in float64.
+    compared = max(2 * size * sum(each) + 5 * _FLOAT64 * max(each) for each in widths.values())
+    chosen = config.permutation.workspace(max(layer.size for layer in inventory.layers))
+    return max(_FLOAT32 * chosen, length * compared)
+
+
 def _grams(layers: Iterable[Layer], config: PruningConfig) -> list[int]:
     """Return the bytes of the Gram matrix of each layer; layers that share one are counted apart."""
     needed = "gram" in config.unit_needs
@@ -132,7 +147,9 @@ def _grams(layers: Iterable[Layer], config: PruningConfig) -> list[int]:
 
 
 def _hidden_size(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[-1])
+    """Return the width of the hidden states; some models have narrower embeddings, which they project."""
+    config = model.config.get_text_config()
+    return int(config.hidden_size if hasattr(config, "hidden_size") else model.get_input_embeddings().weight.shape[-1])
 
 
 def _element_size(model: nn.Module) -> int:
