@@ -15,6 +15,7 @@ from torch import nn
 
 from wanda_lightning import PruningReport, Reconstruct, prune
 from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
+from wanda_lightning.core import statistics
 from wanda_lightning.evaluation import sparsity_of
 from wanda_lightning.models import find_layers
 
@@ -113,6 +114,19 @@ def test_two_of_four_runs_along_the_inputs():
                 for column in range(0, stack.shape[2], 5):
                     for row in range(0, stack.shape[1], 4):
                         assert (stack[expert, row : row + 4, column] == 0).sum() == 2
+
+
+@pytest.mark.parametrize("arranged", [copy.deepcopy, unstacked])
+def test_experts_with_the_same_statistics_factorize_them_once(monkeypatch, arranged):
+    factorized, compute = [], statistics.inverse_factor
+    monkeypatch.setattr(
+        statistics, "inverse_factor", lambda gram, dampening: (factorized.append(gram), compute(gram, dampening))[1]
+    )
+    model, batches = arranged(ZOO["mixtral"].build()), ZOO["mixtral"].batches()
+    report = prune(model, batches, method="sparsegpt", min_expert_tokens=10**9, progress=False)
+    assert sum("few tokens" in layer.note for layer in report.layers) == 2 * 2 * 4  # blocks, matrices, experts
+    # In each block, queries, keys and values share a factor; the rest is one for o_proj, gate_up_proj and down_proj.
+    assert len(factorized) == 2 * 4
 
 
 @pytest.mark.parametrize("name", SPECIMENS)

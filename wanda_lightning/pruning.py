@@ -340,12 +340,13 @@ _MAX_GROUP = 1 << 28  # weights: 1 GiB in float32, and up to four times that in 
 
 def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics]) -> Iterator[list[Layer]]:
     """Group layers that share one input; split a group that is too large for memory."""
-    groups: dict[object, list[Layer]] = {}
+    groups: dict[object, dict[str, list[Layer]]] = {}
     for layer in layers:
-        # Each expert is a group of its own: a hundred of them may share pooled statistics.
-        shared = layer.name if layer.siblings else inputs.get(layer.name, layer.name)
-        groups.setdefault(shared, []).append(layer)
-    for group in groups.values():
+        # Each expert is a group of its own, since a hundred of them may share pooled statistics. These groups follow
+        # each other, so that what is derived from the statistics is computed once.
+        shared = groups.setdefault(inputs.get(layer.name, layer.name), {})
+        shared.setdefault(layer.name if layer.siblings else "", []).append(layer)
+    for group in (group for shared in groups.values() for group in shared.values()):
         part: list[Layer] = []
         for layer in group:
             if part and sum(other.size for other in (*part, layer)) > _MAX_GROUP:
