@@ -14,10 +14,10 @@ from support.zoo import ZOO, run
 from torch import nn
 
 from wanda_lightning import PruningReport, Reconstruct, prune
-from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
 from wanda_lightning.core import statistics
 from wanda_lightning.evaluation import sparsity_of
 from wanda_lightning.models import find_layers
+from wanda_lightning.zeros import HeldZeros, zeros_of
 
 
 class Unstacked(nn.Module):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from wanda_lightning.recovery import Distil, NoRecovery, Reconstruct
     from wanda_lightning.report import PruningReport
     from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
+    from wanda_lightning.zeros import keep_zeros
 
 _HOMES = {
     "callbacks": (
@@ -50,6 +51,7 @@ _HOMES = {
     "recovery": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
     "streaming": "perplexity_from_disk prune_from_disk",
+    "zeros": "keep_zeros",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -90,6 +92,7 @@ __all__ = [
     "Wanda",
     "WandaPrune",
     "ZeroOut",
+    "keep_zeros",
     "perplexity_from_disk",
     "prune",
     "prune_from_disk",

@@ -46,7 +46,7 @@ from wanda_lightning import (
     WandaPrune,
     prune,
 )
-from wanda_lightning.callbacks.keep_zeros import HeldZeros
+from wanda_lightning.zeros import HeldZeros
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -456,7 +456,9 @@ def test_averages_of_a_model_pruned_elsewhere(kind, order):
 
 def test_keep_zeros_on_a_dense_model_warns():
     module, alone = Net(ADAMW), Net(ADAMW)
-    with pytest.warns(UserWarning, match="KeepZeros found no zeros in any prunable layer. Load pruned weights, or"):
+    with pytest.warns(
+        UserWarning, match="No zeros were found in any prunable layer, so none are kept. Load pruned weights, or"
+    ):
         trainer(KeepZeros(), max_steps=2).fit(module, loader())
     trainer(max_steps=2).fit(alone, loader())
     assert same(module, alone)

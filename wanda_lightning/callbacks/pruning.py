@@ -21,7 +21,7 @@ from wanda_lightning.calibration.batches import batch_size
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.callbacks import checks
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
-from wanda_lightning.callbacks.keep_zeros import HeldZeros, zeros_of
+from wanda_lightning.callbacks.keep_zeros import clear_copies
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, shows_progress
@@ -34,6 +34,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as, prune_collected
 from wanda_lightning.report import PruningReport
+from wanda_lightning.zeros import HeldZeros, zeros_of
 
 
 class PruningCallback(Callback):
@@ -305,7 +306,7 @@ class PruningCallback(Callback):
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
-            self._zeros.clear(trainer, pl_module)
+            clear_copies(self._zeros, trainer, pl_module)
 
 
 class _ValidationLoop:

@@ -9,13 +9,13 @@ import lightning as L
 from rich.table import Table
 
 from wanda_lightning.callbacks import KeepZeros
-from wanda_lightning.callbacks.keep_zeros import zeros_of
 from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.zeros import zeros_of
 
 _PAPER_SEQLEN = 1024
 

@@ -1,0 +1,190 @@
+"""Zeros stay zero in the Trainer of transformers."""
+
+import json
+
+import pytest
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from wanda_lightning import KeepZeros, prune
+from wanda_lightning.integrations.transformers import KeepZerosCallback
+
+OPTIONS = {
+    "adamw": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "clipping": {"max_grad_norm": 0.01},
+    "bf16": {"bf16": True},
+    "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"},
+    "adafactor": {"optim": "adafactor"},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+}
+
+
+class Windows(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        ids = torch.randint(64, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def pruned_llama(dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).to(dtype)
+    prune(model, method="magnitude", progress=False)
+    return model
+
+
+def zeros(model):
+    return {name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2 and "proj" in name}
+
+
+def arguments(folder, **options):
+    usual = {"max_steps": 6, "learning_rate": 0.01, "weight_decay": 0.5, "per_device_train_batch_size": 4}
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_strategy": "no"}
+    return TrainingArguments(str(folder), **{**quiet, **usual, **options})
+
+
+class Looks(TrainerCallback):
+    """Checks the zeros after each optimizer step."""
+
+    def __init__(self, pruned):
+        self.pruned, self.looks = pruned, 0
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.looks += 1
+        for name, where in zeros(model).items():
+            assert torch.equal(where, self.pruned[name]), name
+
+
+def trained(folder, *callbacks, model=None, **options):
+    model = model or pruned_llama()
+    Trainer(model, arguments(folder, **options), train_dataset=Windows(), callbacks=list(callbacks)).train()
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_exactly_the_pruned_weights_are_zero_after_every_step(name, tmp_path):
+    model = pruned_llama()
+    begun, looks = {key: value.clone() for key, value in model.state_dict().items()}, Looks(zeros(model))
+    trained(tmp_path, KeepZerosCallback(), looks, model=model, **OPTIONS[name])
+    assert looks.looks == 6
+    for key, where in looks.pruned.items():
+        now = model.state_dict()[key]
+        assert torch.equal(now == 0, where)
+        assert (now != begun[key])[~where].float().mean() > 0.9
+    assert not _global_optimizer_post_hooks
+    assert not any(weight._post_accumulate_grad_hooks for weight in model.parameters())
+
+
+def test_without_the_callback_zeros_come_back(tmp_path):
+    looks = Looks(zeros(pruned_llama()))
+    with pytest.raises(AssertionError, match="proj"):
+        trained(tmp_path, looks)
+
+
+def masked_adamw(weights, keep):
+    """AdamW by hand on masked gradients, with masked weights after each step."""
+    optimizer = torch.optim.AdamW(weights.values(), lr=0.01, weight_decay=0.0, fused=True)
+
+    def step():
+        for name, kept in keep.items():
+            weights[name].grad *= kept
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for name, kept in keep.items():
+                weights[name] *= kept
+        optimizer.zero_grad()
+
+    return step
+
+
+def test_the_trainer_takes_the_steps_of_a_loop_that_masks(tmp_path):
+    options = {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "weight_decay": 0.0}
+    model = trained(tmp_path, KeepZerosCallback(), max_steps=4, **options)
+    alone = pruned_llama().train()
+    keep = {name: ~where for name, where in zeros(alone).items()}
+    step = masked_adamw(dict(alone.named_parameters()), keep)
+    for start in range(0, 16, 4):
+        ids = torch.stack([Windows()[index]["input_ids"] for index in range(start, start + 4)])
+        alone(input_ids=ids, labels=ids).loss.backward()
+        step()
+    for name, weight in alone.named_parameters():
+        assert torch.equal(weight, model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
+    model = pruned_llama()
+    options = {"save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": restore}
+    whole = trained(tmp_path, KeepZerosCallback(), model=model, **options)
+    checkpoint = tmp_path / "checkpoint-3"
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["KeepZerosCallback"]
+    assert len(saved["attributes"]["held"]["layers"]) == 14
+    again = pruned_llama()
+    trainer = Trainer(again, arguments(tmp_path, **options), train_dataset=Windows(), callbacks=[KeepZerosCallback()])
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    for name, weight in whole.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name)), name
+
+
+class ZeroByChance(TrainerCallback):
+    """Makes one kept weight zero at step 3, as rounding may."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            weight = model.model.layers[0].mlp.up_proj.weight
+            with torch.no_grad():
+                weight[tuple((weight != 0).nonzero()[0])] = 0
+
+
+def test_a_weight_that_is_zero_by_chance_trains_on_after_a_resume(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3}
+    whole = trained(tmp_path, KeepZerosCallback(), ZeroByChance(), **options)
+    again, before = pruned_llama(), zeros(pruned_llama())
+    callbacks = [KeepZerosCallback(), ZeroByChance()]
+    trainer = Trainer(again, arguments(tmp_path, **options), train_dataset=Windows(), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, weight in whole.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name)), name
+    assert all(torch.equal(where, before[name]) for name, where in zeros(again).items())
+
+
+def test_a_dense_model_warns(tmp_path):
+    model = pruned_llama()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    with pytest.warns(UserWarning, match="No zeros were found in any prunable layer"):
+        trained(tmp_path, KeepZerosCallback(), model=model, max_steps=1)
+
+
+def test_an_interrupted_run_leaves_no_hook_for_the_next(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model, callback = pruned_llama(), KeepZerosCallback()
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, callback, Stops(), model=model)
+    other = trained(tmp_path, callback)
+    assert not _global_optimizer_post_hooks
+    assert zeros(other).keys() == zeros(model).keys()
+
+
+@pytest.mark.parametrize(("option", "name"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
+def test_distributed_weights_are_refused(option, name, tmp_path):
+    options = arguments(tmp_path)
+    setattr(options, option, True)
+    with pytest.raises(ValueError, match=f"needs each process to hold the whole model, but {name} distributes"):
+        KeepZerosCallback().on_train_begin(options, None, None, model=pruned_llama())
+
+
+def test_the_callback_of_lightning_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"Use wanda_lightning\.integrations\.transformers\.KeepZerosCallback"):
+        trained(tmp_path, KeepZeros())

@@ -1,0 +1,139 @@
+"""`keep_zeros` in plain training loops, and in those of Fabric and accelerate."""
+
+import io
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from lightning.fabric import Fabric
+from support.callbacks import ADAMW, Net, loader, same, train_by_hand, zeros
+from support.held_zeros import OPTIMIZERS
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+from wanda_lightning import keep_zeros, prune
+
+
+def pruned_net():
+    torch.manual_seed(0)
+    module = Net()
+    prune(module, method="magnitude", progress=False)
+    return module
+
+
+def train(module, batches, optimizer, accumulate=1, clip=None):
+    for number, batch in enumerate(batches, start=1):
+        (module._loss(batch) / accumulate).backward()
+        if number % accumulate == 0:
+            if clip:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"noisy"}))
+def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
+    module, by_hand = pruned_net(), pruned_net()
+    optimizer, batches = OPTIMIZERS[name](module.parameters()), list(loader(24)) * 2
+    pruned = zeros(module)
+    with keep_zeros(module, optimizer):
+        train(module, batches, optimizer, accumulate, clip)
+    train_by_hand(by_hand, batches, OPTIMIZERS[name](by_hand.parameters()), accumulate, clip)
+    assert same(module, by_hand)
+    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
+    assert not _global_optimizer_post_hooks
+
+
+def test_without_it_zeros_come_back():
+    module = pruned_net()
+    pruned = zeros(module)
+    train(module, loader(24), ADAMW(module.parameters()))
+    assert all((pruned[name] & ~where).any() for name, where in zeros(module).items())
+
+
+def test_it_holds_until_it_is_released():
+    module = pruned_net()
+    pruned, optimizer = zeros(module), ADAMW(module.parameters())
+    held = keep_zeros(module)
+    train(module, loader(24), optimizer)
+    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
+    held.release()
+    train(module, loader(24), optimizer)
+    assert all((pruned[name] & ~where).any() for name, where in zeros(module).items())
+
+
+def test_moments_from_before_pruning_are_cleared():
+    module = Net()
+    optimizer = ADAMW(module.parameters())
+    train(module, loader(24), optimizer)
+    prune(module, method="magnitude", progress=False)
+    with keep_zeros(module, optimizer):
+        for name, weight in module.named_parameters():
+            if weight.ndim == 2:
+                assert not optimizer.state[weight]["exp_avg"][zeros(module)[name]].any()
+
+
+def test_an_error_in_the_loop_releases_the_weights():
+    module = pruned_net()
+    with pytest.raises(ZeroDivisionError), keep_zeros(module):
+        raise ZeroDivisionError
+    assert not _global_optimizer_post_hooks
+
+
+def test_a_resumed_loop_equals_one_that_was_not_interrupted():
+    module, batches = pruned_net(), list(loader(24))
+    optimizer = ADAMW(module.parameters())
+    with keep_zeros(module, optimizer) as held:
+        train(module, batches[:3], optimizer)
+        with torch.no_grad():
+            weight = module.layers[2].weight
+            weight[tuple((weight != 0).nonzero()[0])] = 0  # by chance
+        saved = {
+            "weights": {name: value.clone() for name, value in module.state_dict().items()},
+            "optimizer": torch.optim.Optimizer.state_dict(optimizer),
+            "zeros": held.state_dict(),
+        }
+        torch.save(saved, buffer := io.BytesIO())
+        train(module, batches[3:], optimizer)
+    again = Net()
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    again.load_state_dict(loaded["weights"])
+    optimizer = ADAMW(again.parameters())
+    optimizer.load_state_dict(loaded["optimizer"])
+    with keep_zeros(again, optimizer, state=loaded["zeros"]):
+        train(again, batches[3:], optimizer)
+    assert same(again, module)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fabric(precision):
+    module = pruned_net()
+    pruned = zeros(module)
+    fabric = Fabric(accelerator="cpu", precision=precision)
+    model, optimizer = fabric.setup(module, ADAMW(module.parameters()))
+    model.mark_forward_method("_loss")
+    with keep_zeros(model, optimizer):
+        for batch in fabric.setup_dataloaders(loader(24)):
+            fabric.backward(model._loss(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision):
+    module = pruned_net()
+    pruned = zeros(module)
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is kept for the process
+    accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    model, optimizer, batches = accelerator.prepare(module, ADAMW(module.parameters()), loader(24))
+    with keep_zeros(model, optimizer):
+        for batch in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(torch.nn.functional.cross_entropy(model(batch[0]).float(), batch[1]))
+                optimizer.step()
+                optimizer.zero_grad()
+    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
