@@ -8,7 +8,7 @@ from support.elsewhere import Elsewhere
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.nonfinite import Check, largest_token, refuse_nonfinite
+from wanda_lightning.calibration.nonfinite import Check, largest_token, refuse_nonfinite, token_to_report
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 
@@ -38,6 +38,12 @@ def test_sample_and_token_are_named(bad, sequential):
     text = "the input of 0 holds NaN or infinity, or its squares overflow float32, in calibration batch 1 (counted"
     with pytest.raises(ValueError, match=rf"{re.escape(text)}.*at sample 2, token 4\."):
         prune(model, batches, sequential=sequential, progress=False)
+
+
+@pytest.mark.parametrize(("device", "finite", "row"), [("cpu", True, 0), ("cpu", False, 1), ("meta", True, 1)])
+def test_the_token_is_looked_for_unless_a_cpu_knows_that_there_is_none(device, finite, row):
+    flag, tokens = torch.tensor(finite, device=device), torch.tensor([[1.0], [-3.0]])
+    assert token_to_report(flag, lambda: tokens) == row
 
 
 def test_the_place_counts_what_was_left_out():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
 
-from wanda_lightning.core.statistics import SUMS, InputStatistics
+from wanda_lightning.core.statistics import SUMS, InputStatistics, sum_squares
 
 SLOW = {"square_sum": reference.square_sum, "gram": reference.gram}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -46,6 +46,18 @@ def test_sums_are_those_of_a_loop(name, dtype):
     assert inputs.count == len(tokens)
     expected = SLOW[name](reference.array(tokens))
     np.testing.assert_allclose(reference.array(inputs.sums[name]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 2**19), (2**18 + 1, 3), (70_000, 11), (5, 7, 100, 200), (3, 2**18)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_squares_are_summed_over_the_first_dimension_in_any_layout(shape, dtype):
+    """Integers below 8: their squares add up without rounding."""
+    x = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0))
+    expected = (x.numpy() ** 2).sum(axis=0)
+    for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1), x.repeat_interleave(2, dim=0)[::2]):
+        total = sum_squares(layout.to(dtype))
+        assert total.dtype == torch.promote_types(dtype, torch.float32)
+        assert np.array_equal(total.numpy(), expected)
 
 
 @pytest.mark.parametrize("width", [1, 511, 512, 513, 1100])  # made of halves from 512 on

@@ -1,6 +1,7 @@
 """Layer types beyond the plain ones: grouped convolutions, "same" padding, subclasses that only look different."""
 
 import copy
+from unittest import mock
 
 import lightning as L
 import numpy as np
@@ -83,6 +84,20 @@ def test_each_group_is_a_product_of_its_own_tokens(case):
     assert sum(layer.size for layer in layers) == module.weight.numel()
     for layer in layers:
         assert_is_a_product(layer, x)
+
+
+@given(st.one_of(grouped(), grouped(Conv2dSame), grouped_in_a_row()), st.integers(1, 2000))
+def test_sums_that_do_not_need_all_tokens_at_once(case, at_once):
+    module, images = case
+    if images.ndim == len(module.kernel_size) + 1:
+        images = images.unsqueeze(0)
+    with mock.patch("wanda_lightning.models.layers._AT_ONCE", at_once):
+        for layer in layers_of(module, include_grouped=True):
+            tokens = layer.tokens(images)
+            assert torch.equal(torch.cat(list(layer.token_parts(images))), tokens)
+            torch.testing.assert_close(layer.squares(images).sum(dim=0), tokens.square().sum(dim=0))
+            assert len(layer.squares(images)) * len(images) == len(tokens)
+            assert torch.equal(layer.magnitudes(images).amax(dim=1), tokens.abs().amax(dim=1))
 
 
 @given(st.one_of(grouped(), grouped_in_a_row()))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.interception import Product
-from wanda_lightning.calibration.nonfinite import Check, largest_token
+from wanda_lightning.calibration.nonfinite import Check, token_to_report
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, TokenMask, fitting_mask
 
@@ -75,14 +75,37 @@ class BatchReader:
             if entry.identity.matches(x, layer):
                 entry.layers.append(layer.name)
                 return
-        tokens = layer.tokens(x)
-        if layer.expert is None and tokens.shape[1] != layer.shape[1]:
-            raise ValueError(
-                f"batches must fit the model, but the input of {layer.name} has shape {tuple(x.shape)} and the layer "
-                f"takes {layer.shape[1]} features. Check how the batches are made."
-            )
-        shape, keep = _token_shape(layer, x, tokens), None
         has_padding = bool(self._masks) and layer.kind.channels > -3  # images have no padding
+        if layer.kind.channels < -1 and not has_padding:
+            self._read_images(layer, x)
+        else:
+            self._read_tokens(product, has_padding)
+
+    def _read_images(self, layer: Layer, x: Tensor) -> None:
+        """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
+        images = x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)
+        entry = Entry(Identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted=False)
+        statistics = entry.statistics
+        if self._needs == {"square_sum"}:
+            squares = _fitting(layer.squares(images), layer, x)
+            statistics.add(len(images) * len(squares), {"square_sum": squares.sum(dim=0)})
+        else:
+            for tokens in layer.token_parts(images):
+                statistics.update(_fitting(tokens, layer, x))
+        self.entries.append(entry)
+        if statistics.count:
+            finite = statistics.finite()
+            row = token_to_report(finite, lambda: layer.magnitudes(images))
+            shape = len(images), statistics.count // len(images)
+            self.checks.append(Check(entry.layers, self._batch, finite, row, shape, None))
+
+    def _read_tokens(self, product: Product, has_padding: bool) -> None:
+        """Sum the tokens that count."""
+        layer, x = product.layer, product.tokens
+        tokens = layer.tokens(x)
+        if layer.expert is None:
+            _fitting(tokens, layer, x)
+        shape, keep = _token_shape(layer, x, tokens), None
         if has_padding:
             keep = self._real_tokens(product, tokens, shape)
         padding_counted = has_padding and keep is None
@@ -96,7 +119,8 @@ class BatchReader:
         self.entries.append(entry)
         if tokens.numel():
             finite = entry.statistics.finite()
-            self.checks.append(Check(entry.layers, self._batch, finite, largest_token(tokens), shape, keep))
+            row = token_to_report(finite, lambda: tokens)
+            self.checks.append(Check(entry.layers, self._batch, finite, row, shape, keep))
 
     def _real_tokens(self, product: Product, tokens: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """Return which tokens, of shape `shape`, are not padding; None if that is unknown.
@@ -119,6 +143,16 @@ class BatchReader:
         if keep is not None:
             self._last[layer.module, layer.expert] = keep
         return keep
+
+
+def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
+    """Return the tokens, or refuse those that do not have the width of the layer."""
+    if tokens.shape[1] != layer.shape[1]:
+        raise ValueError(
+            f"batches must fit the model, but the input of {layer.name} has shape {tuple(x.shape)} and the layer "
+            f"takes {layer.shape[1]} features. Check how the batches are made."
+        )
+    return tokens
 
 
 def _token_shape(layer: Layer, x: Tensor, tokens: Tensor) -> tuple[int, ...]:

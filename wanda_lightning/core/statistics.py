@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,9 +16,22 @@ from wanda_lightning.core.types import Gram, PerInput, RowWeights, Tokens
 Derived = TypeVar("Derived")
 
 
-def _square_sum(tokens: Tokens) -> PerInput:
+_CHUNK = 2**18  # entries: few enough for a core's cache, enough for several cores
+
+
+def sum_squares(tensor: Tensor) -> Tensor:
+    """Return the sum of the squares over the first dimension, in float32 or wider."""
     # No matrix product: autocast and TF32 would round it.
-    return tokens.square().sum(dim=0)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor.to(wide).square().sum(dim=0)
+    # Squares written into fresh memory: 29 ms for 12.8 million numbers on one core; added up in the cache: 4 ms.
+    rows = max(1, _CHUNK * len(tensor) // tensor.numel())
+    total = torch.zeros_like(tensor[:rows], dtype=wide)
+    for part in tensor.split(rows):
+        part = part.to(wide)
+        total[: len(part)].addcmul_(part, part)
+    return total.sum(dim=0)
 
 
 _WIDE = 512  # a Gram matrix of at least so many inputs is computed in halves
@@ -115,14 +128,15 @@ class InputStatistics:
             return
         # float32: squares of fp16 activations overflow in massive-activation channels.
         tokens = tokens.detach().to(torch.promote_types(tokens.dtype, torch.float32))
-        self._add(tokens.shape[0], {name: SUMS[name](tokens) for name in self.needs})
+        self.add(tokens.shape[0], {name: SUMS[name](tokens) for name in self.needs})
 
     def merge(self, other: InputStatistics) -> None:
         """Add the sums over another set of tokens."""
         assert other.needs == self.needs, "statistics of different kinds cannot be added"
-        self._add(other.count, other.sums)
+        self.add(other.count, other.sums)
 
-    def _add(self, count: int, sums: dict[str, Tensor]) -> None:
+    def add(self, count: int, sums: Mapping[str, Tensor]) -> None:
+        """Add sums over `count` tokens."""
         self.count += count
         self._derived.clear()
         for name, value in sums.items():
@@ -176,4 +190,4 @@ class InputStatistics:
         return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
-SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": _square_sum, "gram": _gram}
+SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": sum_squares, "gram": _gram}

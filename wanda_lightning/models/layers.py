@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from wanda_lightning.core.statistics import sum_squares
 from wanda_lightning.models.experts import siblings_of, stacked_experts
 from wanda_lightning.models.linear_subclasses import computes_linear
 from wanda_lightning.models.quantized import is_packed, quantizer
 from wanda_lightning.parallel import local
+
+_AT_ONCE = 2**24  # numbers in the tokens of a convolution
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -63,14 +66,13 @@ def _convolution_tokens(layer: Any, images: Tensor) -> Tensor:
     elif any(layer._reversed_padding_repeated_twice):
         images = F.pad(images, layer._reversed_padding_repeated_twice)
     kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if len(kernel) == 1:  # treat the signal as an image of one row
-        images, kernel, dilation, stride = images.unsqueeze(-2), (1, *kernel), (1, *dilation), (1, *stride)
-    if kernel == (1, 1):
-        vertical, horizontal = stride
-        return images[:, :, ::vertical, ::horizontal].permute(0, 2, 3, 1).flatten(0, 2)
-    columns = F.unfold(images, kernel, dilation=dilation, stride=stride)
-    columns = columns.unflatten(1, (images.shape[1], -1))  # (batch, channels, kernel positions, places)
-    return columns.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+    windows = images.movedim(1, -1)
+    if math.prod(kernel) > 1:
+        windows = windows.contiguous()  # channels last: the copy below then reads consecutive numbers
+    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=1):
+        windows = windows.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+    places = 1 + len(kernel)  # (batch, places, channels, kernel positions)
+    return windows.movedim(places, -1).flatten(places).flatten(0, places - 1)
 
 
 def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
@@ -151,6 +153,24 @@ class Layer:
     def tokens(self, x: Tensor) -> Tensor:
         """Convert the input of the module to (tokens, d_in)."""
         return self.kind.tokens(self.module, self._channels(x))
+
+    def squares(self, images: Tensor) -> Tensor:
+        """Return the tokens of one image whose pixels are sums of squares over a batch of images.
+
+        Their sum is the sum of the squares of all tokens. Each pixel is squared once, not once for each token with it.
+        """
+        return self.kind.tokens(self.module, sum_squares(self._channels(images)).unsqueeze(0))
+
+    def token_parts(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield the tokens of a few images at a time: a kernel of 3 x 3 makes nine numbers of each."""
+        size = images[:1].numel() * math.prod(self.parameter.shape[2:])
+        for part in images.split(max(1, _AT_ONCE // max(1, size))):
+            yield self.tokens(part)
+
+    def magnitudes(self, images: Tensor) -> Tensor:
+        """Return the tokens of images whose pixels are the largest absolute values of the channels."""
+        channels = self.kind.channels
+        return self.kind.tokens(self.module, self._channels(images).abs().amax(channels, keepdim=True))
 
     def outputs(self, y: Tensor) -> Tensor:
         """Convert the output of the module to (tokens, d_out)."""
