@@ -104,15 +104,16 @@ def notes(report):
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"),
+    ("name", "choices", "at_once"),
     [
-        ("resnet18", {"method": "magnitude"}),
-        ("resnet18", {"method": "wanda"}),
-        ("resnet18", {"method": "wanda", "sequential": "layer"}),
-        ("resnet50", {"method": "wanda", "sequential": "none"}),
+        ("resnet18", {"method": "magnitude"}, batch_norm._AT_ONCE),
+        ("resnet18", {"method": "wanda"}, 1),
+        ("resnet18", {"method": "wanda", "sequential": "layer"}, batch_norm._AT_ONCE),
+        ("resnet50", {"method": "wanda", "sequential": "none"}, 5000),
     ],
 )
-def test_it_equals_the_slow_version(name, choices):
+def test_it_equals_the_slow_version(name, choices, at_once, monkeypatch):
+    monkeypatch.setattr(batch_norm, "_AT_ONCE", at_once)
     dense, batches = resnet(name), images(2, 3)
     without, corrected, report = both(dense, batches, **choices)
     for a, b in zip(without.parameters(), corrected.parameters(), strict=True):
