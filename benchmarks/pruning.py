@@ -1,6 +1,7 @@
 """Measure what pruning costs, as ratios to a plain forward pass of the same batches in the same process.
 
     python benchmarks/pruning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --nsamples 16 --seqlen 512
+    python benchmarks/pruning.py --images vit_small_patch16_224 convnext_atto resnet18 efficientnet_lite0
 
 Each number is a median over `--runs` after a warm-up, and the two sides of a ratio run alternately. Weights are
 restored between runs, which is not timed.
@@ -9,6 +10,7 @@ restored between runs, which is not timed.
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
@@ -19,15 +21,31 @@ from torch import nn
 from wanda_lightning import CausalLMModule, ImageClassifierModule, prune
 from wanda_lightning.core.patterns import NM
 
+IMAGE_CHOICES = {
+    "Wanda, none": {"sequential": "none", "keep_batch_norm": True},
+    "Wanda, layer": {"sequential": "layer", "keep_batch_norm": True},
+    "Wanda, none, BatchNorm corrected": {"sequential": "none"},
+    "SparseGPT": {"method": "sparsegpt", "keep_batch_norm": True},
+    "best": {"method": "best", "keep_batch_norm": True},
+}
 
-def load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.Tensor]], Callable[[object], object]]:
-    """Return the model, random batches (time does not depend on their values), and the module for a forward pass."""
+Batches = list[dict[str, torch.Tensor]]
+
+
+def load_images(name: str, options: argparse.Namespace) -> tuple[nn.Module, Batches]:
+    """Return a timm model with random weights, and random batches (time does not depend on their values)."""
+    model = ImageClassifierModule(f"timm:{name}", pretrained=False).model.eval()
+    size = model.pretrained_cfg["input_size"]
+    pixels = torch.randn(options.nsamples, *size, generator=torch.Generator().manual_seed(0))
+    return model, [{"x": part} for part in pixels.split(options.batch_size)]
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, Batches, Callable[[object], object]]:
+    """Return the model, random batches, and the module for a forward pass."""
     generator = torch.Generator().manual_seed(0)
     if options.model.startswith("timm:"):
-        images = ImageClassifierModule(options.model, pretrained=False)
-        size = images.model.pretrained_cfg["input_size"]
-        pixels = torch.randn(options.nsamples, *size, generator=generator)
-        return images.model.eval(), [{"x": part} for part in pixels.split(options.batch_size)], images.model
+        model, batches = load_images(options.model.removeprefix("timm:"), options)
+        return model, batches, model
     text = CausalLMModule(options.model, dtype="float32")
     vocabulary = text.model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (options.nsamples, options.seqlen), generator=generator)
@@ -35,15 +53,52 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[dict[str, torch.T
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description="Measure what pruning costs, in forward passes.")
-    parser.add_argument("--model", required=True, help="hub id, folder, .gguf file or timm:NAME")
-    parser.add_argument("--nsamples", type=int, default=16)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="hub id, folder, .gguf file or timm:NAME")
+    what.add_argument("--images", nargs="+", metavar="NAME", help="timm models with random weights, in one table")
+    parser.add_argument("--nsamples", type=int, help="default 16; with --images 128")
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, help="default 4; with --images 32")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    options.nsamples = options.nsamples or (128 if options.images else 16)
+    options.batch_size = options.batch_size or (32 if options.images else 4)
+    (measure_images if options.images else measure_model)(options)
 
+
+def measure_images(options: argparse.Namespace) -> None:
+    """Measure several choices for each image model."""
+    table = Table(title=f"Ratios to a forward pass of {options.nsamples} images in batches of {options.batch_size}")
+    table.add_column("what")
+    columns = []
+    for name in options.images:
+        plain, *ours = _seconds_of_choices(*load_images(name, options), options.runs)
+        columns.append([f"{plain:.2f} s", *(f"{each / plain:.2f}" for each in ours)])
+        table.add_column(name, justify="right")
+    for row in zip(("forward pass", *IMAGE_CHOICES), *columns, strict=True):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _seconds_of_choices(model: nn.Module, batches: Batches, runs: int) -> list[float]:
+    """Return the median seconds of a forward pass, and of pruning with each of the choices for images."""
+    dense = copy.deepcopy(model.state_dict())
+
+    def forward() -> float:
+        with torch.no_grad():
+            return seconds(lambda: [model(**batch) for batch in batches])
+
+    def pruning(choices: dict[str, object]) -> float:
+        model.load_state_dict(dense)
+        return seconds(lambda: prune(model, batches, 0.5, progress=False, **choices))
+
+    return medians(forward, *(partial(pruning, choices) for choices in IMAGE_CHOICES.values()), runs=runs)
+
+
+def measure_model(options: argparse.Namespace) -> None:
+    """Measure the choices of `sequential` in detail: seconds and memory."""
     model, batches, body = load(options)
     dense = copy.deepcopy(model.state_dict())
 
