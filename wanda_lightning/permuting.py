@@ -55,7 +55,7 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
     observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)
     forwards, names = [sample.predict for sample in samples], [unit.name for unit in units]
     with ProgressBar("Permuting", len(units), progress) as bar, store.dense(), search.explaining_errors():
-        for stop in lockstep(forwards, blocks, processes, names, revisited):
+        for stop in lockstep(forwards, blocks, processes, names, revisited, make_parking=data.make_parking):
             unit = units[stop.unit]
             bar.show(unit.name)
             store.hold(unit.name)

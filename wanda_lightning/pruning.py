@@ -99,7 +99,7 @@ def prune_as(
         progress: Show a bar in the first process.
         processes: All processes that call this, with the same choices. Statistics are summed over all of them, so they
             choose the same masks; an error in one process ends all of them.
-        store: Where the weights are.
+        store: Where the weights are, and the activations of batches that wait.
     """
     seconds: dict[str, float] = {}
     progress = progress and processes.rank == 0
@@ -109,7 +109,7 @@ def prune_as(
         outcome.not_corrected = _why_not_corrected(plan, batches)
         batch_norms = [] if outcome.not_corrected else _batch_norms(plan)
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
-        data = CalibrationBatches(model, batches, forward, predict, processes, reader)
+        data = CalibrationBatches(model, batches, forward, predict, processes, reader, store.make_parking)
         allocate_first = not plan.is_one_pass or config.reads_gradients
         permutes = config.permutation.reads_batches
         if config.data_reader and (allocate_first or config.recovery.reads_batches):

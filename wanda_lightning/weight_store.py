@@ -1,29 +1,32 @@
-"""The weights of a model during a pruning run: in memory, or wherever a subclass keeps them."""
+"""The weights and activations of a model during a pruning run: in memory, or wherever a subclass keeps them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.models import Unit
 from wanda_lightning.notes import Outcome
 from wanda_lightning.plan import Plan, Selections
 
 
 class WeightStore:
-    """All weights stay in memory.
+    """All weights and activations stay in memory.
 
     Attributes:
         is_whole: Whether all weights are in memory at the same time.
         zeros: Number of zeros among the weights that are not in memory.
         advice: What to do if pruning fails halfway.
         status: What to show beside the name of a unit, for example what has been read so far.
+        make_parking: Keeps the activations of one batch while it waits at a unit.
     """
 
     is_whole: bool = True
     zeros: int = 0
     advice: str = "Reload the model before you try again."
     status: str = ""
+    make_parking: MakeParking = Parking
 
     @contextmanager
     def dense(self) -> Iterator[None]:

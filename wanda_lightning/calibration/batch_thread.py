@@ -10,6 +10,7 @@ from typing import Any
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
+from wanda_lightning.calibration.parking import Parking
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
 
 Forward = Callable[..., Any]
@@ -26,6 +27,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     thread_state: ThreadState  # of the batch's thread at the call
+    parking: Parking  # the activations of the batch
     watch: Watch = nullcontext  # watches the thread that runs the call
 
     def run(self, on_copies: bool = False) -> Any:
@@ -37,7 +39,9 @@ class Call:
             self.thread_state.entered(),
         ):
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
+        self.parking.vacate()
+        return output
 
 
 class StopForward(BaseException):
@@ -48,14 +52,20 @@ class BatchThread(threading.Thread):
     """The forward pass of one batch, which parks at units with the given names."""
 
     def __init__(
-        self, batch: int, forward: Callable[[], object], names: Sequence[str], thread_state: ThreadState, watch: Watch
+        self,
+        batch: int,
+        forward: Callable[[], object],
+        names: Sequence[str],
+        thread_state: ThreadState,
+        watch: Watch,
+        parking: Parking,
     ) -> None:
         super().__init__(name=f"calibration batch {batch}", daemon=True)
         self.batch = batch
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.unit = -1  # index of the unit at which the batch is parked, or was parked last
         self._forward: Callable[[], object] | None = forward
-        self._names, self._thread_state, self._watch = names, thread_state, watch
+        self._names, self._thread_state, self._watch, self._parking = names, thread_state, watch, parking
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -67,7 +77,7 @@ class BatchThread(threading.Thread):
         try:
             if not self._cancelled:
                 assert self._forward is not None
-                with self._thread_state.entered():
+                with self._thread_state.entered(), self._parking:
                     self._forward()
         except StopForward:
             pass
@@ -83,13 +93,17 @@ class BatchThread(threading.Thread):
             raise StopForward
         thread_state = ThreadState()
         name = self._names[unit]
-        self.unit, self.call = unit, Call(self.batch, name, forward, args, kwargs, thread_state, self._watch)
+        call = Call(self.batch, name, forward, args, kwargs, thread_state, self._parking, self._watch)
+        self.unit, self.call = unit, call
+        del call
+        self._parking.add((args, kwargs))
         self._back.release()
         self._go.acquire()
         thread_state.switches.restore()
         if self._cancelled:
             raise StopForward
         output, self._output = self._output, None
+        self._parking.add(output)
         return output
 
     def advance(self, output: Any = None) -> None:
@@ -109,6 +123,8 @@ class BatchThread(threading.Thread):
             switches.restore()
         if self._error is not None:
             raise self._error
+        if self.call is not None:
+            self._parking.vacate()
 
     def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
         """Run the unit at which the batch is parked, and let the batch continue with its output.

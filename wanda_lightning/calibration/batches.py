@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.error_notes import naming_batch
+from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.models import TokenMask, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
 from wanda_lightning.progress import ProgressBar
@@ -47,6 +48,7 @@ class CalibrationBatches:
         predict: Runs one batch and returns the logits; by default `forward`.
         processes: All processes that calibrate together.
         reader: The choice that reads the batches, for messages; None if no choice does.
+        make_parking: Keeps the activations of one batch while it waits at a unit.
 
     Raises:
         ValueError: If the batches are needed but `batches` is not a collection of batches.
@@ -60,6 +62,7 @@ class CalibrationBatches:
         predict: Callable[[Any], object] | None,
         processes: Processes,
         reader: object,
+        make_parking: MakeParking = Parking,
     ) -> None:
         if reader is not None and (not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)):
             given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
@@ -68,6 +71,7 @@ class CalibrationBatches:
                 f"{given}. Only criterion='magnitude' with allocation='uniform' needs no data."
             )
         self._model, self._processes, self._reader = model, processes, reader
+        self.make_parking = make_parking
         self._batches: Iterable[Any] = () if reader is None or batches is None else batches
         self._forward = forward or self._forward_on_device
         self._predict = predict or self._forward

@@ -51,7 +51,8 @@ def calibrate(
         forwards = list(batches)
         batches.refuse_if_empty()
         modules, names = [unit.module for unit in units if unit.module is not None], [unit.name for unit in units]
-        for stop in lockstep(_parking_at_products(forwards, units), modules, processes, names, revisited):
+        parking = _parking_at_products(forwards, units)
+        for stop in lockstep(parking, modules, processes, names, revisited, make_parking=batches.make_parking):
             unit, calls = units[stop.unit], stop.calls
             del stop  # or its parked activations would outlive the run of the pruned unit
             check_calls(unit.name, len(tuple(calls)))
@@ -84,8 +85,16 @@ def watch_units(
     forwards = list(batches)
     batches.refuse_if_empty()
     modules, names = [unit.module for unit in units if unit.module is not None], [unit.name for unit in units]
-    parking = _parking_at_products(forwards, units)
-    for stop in lockstep(parking, modules, observer.processes, names, to_end=True, prepared=prepared):
+    stops = lockstep(
+        _parking_at_products(forwards, units),
+        modules,
+        observer.processes,
+        names,
+        to_end=True,
+        prepared=prepared,
+        make_parking=batches.make_parking,
+    )
+    for stop in stops:
         yield units[stop.unit]
 
 

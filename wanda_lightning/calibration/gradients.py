@@ -88,7 +88,7 @@ def gradient_statistics_by_block(
 
     def run(mode: AbstractContextManager[Any]) -> None:
         for group in _groups(data, limit):
-            pass_side_by_side(group, blocks, mode, hold)
+            pass_side_by_side(group, blocks, mode, hold, data.make_parking)
 
     return _summed(model, layers, SINGLE_PROCESS, run)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 from wanda_lightning.calibration.batch_thread import BatchThread, Call, park
+from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import find_revisits
 from wanda_lightning.calibration.stalls import StallDetector
@@ -40,6 +41,7 @@ def lockstep(
     revisited: set[int] | None = None,
     to_end: bool = False,
     prepared: Callable[[int, Call], Call] = lambda unit, call: call,
+    make_parking: MakeParking = Parking,
 ) -> Iterator[Stop]:
     """Stop once at each unit that a batch reaches, with all batches that are parked there.
 
@@ -56,6 +58,7 @@ def lockstep(
         revisited: Set to which the indices of units are added that a batch reaches again.
         to_end: Let the batches run to the end of the model after the last unit.
         prepared: Takes the index of a unit and a call of it with which a batch will continue; returns the call to run.
+        make_parking: Called once for each batch, to keep its activations while it waits.
 
     Yields:
         The stops. Closing the generator, or an exception, ends all threads and restores the modules.
@@ -66,7 +69,8 @@ def lockstep(
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(units)))
-    with _parking(units), _batch_threads(forwards, names or [type(unit).__name__ for unit in units]) as threads:
+    names = names or [type(unit).__name__ for unit in units]
+    with _parking(units), _batch_threads(forwards, names, make_parking) as threads:
         with processes.fail_together():
             for thread in threads:
                 thread.start()
@@ -106,10 +110,15 @@ def _parking(units: Sequence[nn.Module | None]) -> Iterator[None]:
 
 
 @contextmanager
-def _batch_threads(forwards: Sequence[Callable[[], object]], names: Sequence[str]) -> Iterator[list[BatchThread]]:
+def _batch_threads(
+    forwards: Sequence[Callable[[], object]], names: Sequence[str], make_parking: MakeParking
+) -> Iterator[list[BatchThread]]:
     """Construct one thread for each batch, with a stall detector; end all threads at the end of this block."""
     detector, state = StallDetector(), ThreadState()
-    threads = [BatchThread(batch, forward, names, state, detector.watching) for batch, forward in enumerate(forwards)]
+    threads = [
+        BatchThread(batch, forward, names, state, detector.watching, make_parking())
+        for batch, forward in enumerate(forwards)
+    ]
     detector.batches = threads
     detector.start()
     try:
@@ -124,4 +133,6 @@ def _batch_threads(forwards: Sequence[Callable[[], object]], names: Sequence[str
 def whole_model_stop(forwards: Iterable[Callable[[], object]]) -> Stop:
     """Return a stop whose calls run the whole model, each on one batch; batches are drawn one by one."""
     thread_state = ThreadState()
-    return Stop(0, (Call(batch, "", forward, (), {}, thread_state) for batch, forward in enumerate(forwards)))
+    return Stop(
+        0, (Call(batch, "", forward, (), {}, thread_state, Parking()) for batch, forward in enumerate(forwards))
+    )

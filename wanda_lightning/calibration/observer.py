@@ -101,9 +101,10 @@ class Observer:
 
     def _read_parked(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
         """Read the inputs of a unit that is a layer from its parked calls, without running it."""
-        inputs = {call.batch: input_of(call.args, call.kwargs) for call in calls if self.masks[call.batch] is not None}
+        calls = [call for call in calls if self.masks[call.batch] is not None]
+        inputs = [input_of(call.args, call.kwargs) for call in calls]
         layers, identities, statistics = self._last
-        pairs = [(x, layer) for x in inputs.values() for layer in unit.layers]
+        pairs = [(x, layer) for x in inputs for layer in unit.layers]
         if (
             pairs
             and len(pairs) == len(identities)
@@ -113,9 +114,10 @@ class Observer:
             self.padding_counted.update(names[name] for name in self.padding_counted & names.keys())
             return {names[name]: value for name, value in statistics.items()}
         identities = []
-        for batch, x in inputs.items():
-            with naming_batch(batch, x, unit.name):
-                reader = self._read(unit, batch, x)
+        for call, x in zip(calls, inputs, strict=True):
+            with naming_batch(call.batch, x, unit.name):
+                reader = self._read(unit, call.batch, x)
+            call.parking.vacate()
             self._add(reader)
             identities += [entry.identity for entry in reader.entries]
         statistics = self._take(unit)

@@ -17,6 +17,7 @@ import torch
 
 from wanda_lightning.calibration.batch_thread import park
 from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.recomputation import Recomputed
 from wanda_lightning.models import Unit
@@ -27,6 +28,7 @@ def pass_side_by_side(
     blocks: Sequence[Unit],
     mode: AbstractContextManager[Any],
     hold: Callable[[str], None],
+    make_parking: MakeParking = Parking,
 ) -> None:
     """Run one pass, forward and backward, for each sample, all of them side by side.
 
@@ -35,6 +37,7 @@ def pass_side_by_side(
         blocks: The blocks of the model, in order.
         mode: A torch-function mode that the passes need; it is active already in this thread.
         hold: Called with the name of a block before a sample runs through it, forward or backward.
+        make_parking: Called once for each sample, to keep its activations while it waits.
 
     Raises:
         ValueError: If a block cannot be recomputed.
@@ -48,7 +51,8 @@ def pass_side_by_side(
                 stopping = _Stopping(block, (index, len(stops) - 1 - index), mode, hold)
                 restored.enter_context(patched(block.module, "forward", stopping))
             forwards = [partial(_run, each, mode) for each in passes]
-            for _ in lockstep(forwards, [None] * len(stops), names=[stop.name for stop in stops], to_end=True):
+            names = [stop.name for stop in stops]
+            for _ in lockstep(forwards, [None] * len(stops), names=names, to_end=True, make_parking=make_parking):
                 pass
     finally:
         torch.set_rng_state(random)

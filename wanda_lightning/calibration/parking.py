@@ -1,0 +1,171 @@
+"""Keep the activations of waiting batches in files instead of memory.
+
+Between two units, a batch holds its activations in the call at which it waits, in local variables, and on the stack of
+the interpreter. No code can replace all these references. But PyTorch can replace the memory behind a tensor
+(`tensor.data = ...`), and so every reference stays valid: the new memory is a file, mapped into the address space, from
+which the operating system reads what a forward pass uses. The file has no name, so it vanishes with its tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from wanda_lightning.calibration.cloning import tensors_within
+
+SMALLEST = 1 << 16
+"""Bytes of the smallest memory that is worth a file."""
+
+_FILES = "/dev/fd/"  # the names of open files: those of parked activations have no other
+
+
+class Parking:
+    """The activations of one batch, which stay in memory. The forward pass of the batch runs in this context."""
+
+    def __enter__(self) -> Any:
+        """Begin the forward pass."""
+        return self
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        """End the forward pass."""
+
+    def add(self, value: object) -> None:
+        """Count the tensors within a value among the activations of the batch."""
+
+    def vacate(self) -> None:
+        """Take as little memory as possible until the batch, or a unit on its inputs, runs again."""
+
+
+MakeParking = Callable[[], Parking]  # for one batch
+
+
+class DiskParking(TorchFunctionMode, Parking):
+    """The activations of one batch, which are in files while the batch waits.
+
+    The mode finds what the batch computes between the units, and `add` finds what the units return. Memory is replaced
+    only if all tensors that share it are found, so that they continue to share it, and no other library points to it.
+
+    Args:
+        folder: Where the files are created.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._made: dict[int, weakref.ref[Tensor]] = {}  # by id: an entry of a dead tensor may be overwritten
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function, and note the tensors that it returns."""
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            self._note(value)
+        return result
+
+    def add(self, value: object) -> None:
+        """Note the tensors within a value."""
+        for tensor in tensors_within(value):
+            self._note(tensor)
+
+    def _note(self, value: object) -> None:
+        if type(value) is Tensor:
+            self._made[id(value)] = weakref.ref(value)
+
+    def vacate(self) -> None:
+        """Move the activations to files; those that are there already, and were read, leave memory again.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        alive = [tensor for reference in self._made.values() if (tensor := reference()) is not None]
+        self._made = {id(tensor): weakref.ref(tensor) for tensor in alive}
+        has_moved = False
+        for tensors in _by_memory(alive):
+            memory = tensors[0].untyped_storage()
+            if (memory.filename or "").startswith(_FILES):
+                _leave_memory(memory)
+            elif memory.nbytes() >= SMALLEST and _can_move(tensors):
+                self._move(tensors)
+                has_moved = True
+            del memory
+        if has_moved:
+            return_freed_memory()
+
+    def _move(self, tensors: Sequence[Tensor]) -> None:
+        file = self._mapped_copy(tensors[0].untyped_storage())
+        for tensor in tensors:
+            place = torch.empty(0, dtype=tensor.dtype, device="cpu")
+            tensor.data = place.set_(file, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def _mapped_copy(self, memory: torch.UntypedStorage) -> Any:
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                # Before it is mapped: a full disk is an error here, but kills a process that writes to a mapped file.
+                file.write(torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory).numpy().data)
+                file.flush()
+                return torch.UntypedStorage.from_file(f"{_FILES}{file.fileno()}", shared=True, nbytes=memory.nbytes())
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"park='disk' keeps the activations of waiting batches in {self._folder}, but {memory.nbytes():,} "
+                f"bytes could not be written there: {error}. Free some space on its disk, or use fewer or shorter "
+                "samples."
+            ) from error
+
+
+def _by_memory(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Group tensors, and the tensors that they are views of, by the memory that they share."""
+    found = {id(tensor): tensor for tensor in tensors}
+    found |= {id(tensor._base): tensor._base for tensor in tensors if tensor._base is not None}
+    groups: dict[int, list[Tensor]] = {}
+    for tensor in found.values():
+        if torch._C._has_storage(tensor):
+            groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    yield from groups.values()
+
+
+def _can_move(tensors: Sequence[Any]) -> bool:
+    """Whether no other tensor shares the memory of these, and nothing but PyTorch points to it."""
+    memory = tensors[0].untyped_storage()
+    views = [id(tensor._base) for tensor in tensors if tensor._base is not None]
+    return (
+        memory.device.type == "cpu"
+        and memory.resizable()  # False once NumPy points to it
+        and torch._C._storage_Use_Count(memory._cdata) == len(tensors) + 1  # and `memory`
+        # A tensor that C++ code holds, for example for DLPack. A view holds its base.
+        and all(tensor._use_count() == 1 + views.count(id(tensor)) for tensor in tensors)
+        and all(map(_is_plain, tensors))
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    special = tensor.is_inference() or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not special
+
+
+def _leave_memory(memory: torch.UntypedStorage) -> None:
+    """Remove a mapped file from resident memory; what was written into it stays."""
+    with suppress(OSError, AttributeError, TypeError):  # the call does not exist everywhere
+        _libc().madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes()), mmap.MADV_DONTNEED)
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the operating system: glibc keeps some of it for each thread that has allocated any."""
+    with suppress(OSError, AttributeError, TypeError):
+        _libc().malloc_trim(0)
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None)
