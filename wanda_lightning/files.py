@@ -96,7 +96,7 @@ def refuse_unresumable(path: str | os.PathLike[str], overwrite: bool = False) ->
 
 def refuse_full(path: str | os.PathLike[str], size: int) -> None:
     """Raise an OSError for a path on a disk with less than `size` bytes of free space."""
-    free = shutil.disk_usage(_existing(_resolved(path))).free
+    free = shutil.disk_usage(existing_parent(path)).free
     if free < size:
         raise OSError(f"{path} needs {_megabytes(size)}, but {_megabytes(free)} are free on its disk. Free some space.")
 
@@ -111,14 +111,15 @@ def _entries(folder: Path) -> list[Path]:
     return [entry for entry in entries if not entry.name.startswith((_PREFIX, "lost+found"))]
 
 
-def _existing(path: Path) -> Path:
+def existing_parent(path: str | os.PathLike[str]) -> Path:
     """Return the path itself or its nearest parent that exists."""
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+    target = _resolved(path)
+    return next(place for place in (target, *target.parents) if os.path.lexists(place))
 
 
 def _try_to_write(folder: Path, target: Path) -> None:
     """Raise the error of the operating system for a name that is too long, or a place that cannot be written to."""
-    place = _existing(folder)
+    place = existing_parent(folder)
     limit = os.pathconf(place, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if any(len(os.fsencode(part)) > limit for part in target.parts):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -223,7 +224,7 @@ def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator
             raise
         files = new.rglob("*") if new.is_dir() else [new]
         written = sum(file.stat().st_size for file in files if file.is_file())
-        free = shutil.disk_usage(_existing(new)).free
+        free = shutil.disk_usage(existing_parent(new)).free
         raise OSError(
             f"{path} cannot be written, because its disk is full: after {_megabytes(written)} only {_megabytes(free)} "
             "are free. Free some space, or choose another path."

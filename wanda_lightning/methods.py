@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import Any, Literal
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
+PARKING = ("memory", "disk")
+"""Where activations may be while a model is pruned from disk."""
 
 
 Choice = Callable[[], Any]

@@ -150,6 +150,7 @@ def test_inspect_refuses(refused, more, message):
     [
         (["--model", "timm:test_vit", "--stream"], "--stream has no meaning for an image classifier"),
         (["--model", "tiny.gguf", "--stream"], "--stream reads a folder or hub model in safetensors"),
+        (["--model", "gone", "--park", "disk"], "--park has no meaning for inspect without --stream"),
         (["--model", "gone", "--nsamples", "8"], "--nsamples has no meaning for inspect without --stream"),
     ],
 )
@@ -169,6 +170,9 @@ def test_inspect_prints_the_memory_of_streaming(inputs, capsys):
     out = capsys.readouterr().out
     assert f"needs about {sum_of(out):.1f} GiB with 8 windows of 32 tokens in batches of 4, and" in out
     few = sum_of(out)
+    many = ["--stream", "--nsamples", str(2**20), "--seqlen", "32"]
+    assert run("inspect", "--model", "weightless", *many, "--park", "disk") == 0
+    assert sum_of(capsys.readouterr().out) == pytest.approx(few, abs=0.03)
     assert run("inspect", "--model", "weightless", "--stream", "--nsamples", str(2**20), "--seqlen", "32") in (0, 1)
     assert sum_of(capsys.readouterr().out) == pytest.approx(few + 2**20 * 32 * 32 * 4 / 2**30, abs=0.03)  # float32
 

@@ -281,7 +281,7 @@ REFUSED = [
 def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_path, method):
     more = ["--preset" if method == "best" else "--prune_method", method, "--sequential", "layer"]
     assert run(*text, *more, "--save", "memory", "--save_model", "memory/model") == 0
-    assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream") == 0
+    assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream", "--park", "disk") == 0
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     in_memory, streamed = load_file(memory / "model/model.safetensors"), {}
     for file in (disk / "model").glob("*.safetensors"):
@@ -322,6 +322,7 @@ def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_s
 
 NOT_STREAMED = [
     (["--stream"], "--save_model, which is missing", 2),
+    (["--park", "disk", *OUT], "--park has no meaning for pruning without --stream", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
     (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),
     (["--stream", "--preset", "thorough", *OUT], "needs the whole model in memory", 1),

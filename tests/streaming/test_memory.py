@@ -1,5 +1,6 @@
 """The estimate of memory against files and against the memory of a real process."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,12 @@ def save(folder, layers, **choices):
     return folder
 
 
-def estimate(folder, samples, **choices):
+def estimate(folder, samples, park="memory", **choices):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     config = config_for(PruningConfig.from_names(**choices), model)
-    return memory_to_prune(model, config, samples), memory_to_measure(model, samples.length, samples.batch_size)
+    measuring = memory_to_measure(model, samples.length, samples.batch_size, park)
+    return memory_to_prune(model, config, samples, park), measuring
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -69,6 +71,7 @@ def test_other_choices_have_workspaces_of_their_own(tmp_path, choices):
 
 
 MEASURED = """
+import json
 import sys
 import torch
 from transformers import LlamaForCausalLM
@@ -77,24 +80,48 @@ from wanda_lightning import prune_from_disk
 def kib(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
-samples = [{"input_ids": torch.randint(4000, (2, 256))} for _ in range(2)]
+samples = [{"input_ids": torch.randint(4000, (2, 256))} for _ in range(int(sys.argv[3]))]
 start = kib("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
-prune_from_disk(sys.argv[1], sys.argv[2], samples, 0.5, method=sys.argv[3], progress=False)
+prune_from_disk(sys.argv[1], sys.argv[2], samples, 0.5, progress=False, **json.loads(sys.argv[4]))
 print((kib("VmHWM") - start) * 1024)
 """
 
 
-def measured(folder, output, method):
-    command = [sys.executable, "-c", MEASURED, folder, output, method]
+def measured(folder, output, batches=2, **choices):
+    command = [sys.executable, "-c", MEASURED, folder, output, str(batches), json.dumps(choices)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux reports")
+def test_one_batch_is_counted_if_the_others_are_on_disk(tmp_path):
+    folder = save(tmp_path / "model", 2)
+    for choices in ({}, {"sequential": "layer"}, {"method": "best"}):
+        one, measuring_one = estimate(folder, Samples(2, LENGTH, 2), **choices)
+        many, measuring = estimate(folder, Samples(64, LENGTH, 2), park="disk", **choices)
+        assert many.activations == (one.activations if "method" not in choices else 2 * LENGTH * 768 * 2 * 5)
+        assert (many.work, many.blocks) == (one.work, one.blocks)
+        assert measuring.activations == measuring_one.activations / 32 == 2 * LENGTH * 768 * 2
+
+
+needs_linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux reports"
+)
+
+
+@needs_linux
+def test_activations_on_disk_are_not_in_memory(tmp_path):
+    folder, choices = save(tmp_path / "model", 1), {"sequential": "layer", "batches": 24}
+    on_disk = measured(folder, tmp_path / "disk", park="disk", **choices)
+    in_memory = measured(folder, tmp_path / "memory", **choices)
+    waiting = 23 * 2 * LENGTH * (2 * 768 + 2048) * 2  # the residual stream, its norm and the output of the gate
+    assert in_memory - on_disk > waiting
+
+
+@needs_linux
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_process_needs_about_as_much_however_many_blocks_there_are(tmp_path, method):
     memory, _ = estimate(save(tmp_path / "few", 3), Samples(4, LENGTH, 2), method=method)
-    few = measured(tmp_path / "few", tmp_path / "first", method)
-    many = measured(save(tmp_path / "many", 9), tmp_path / "second", method)
+    few = measured(tmp_path / "few", tmp_path / "first", method=method)
+    many = measured(save(tmp_path / "many", 9), tmp_path / "second", method=method)
     assert many - few < memory.blocks  # six blocks more
     assert memory.total == pytest.approx(many, rel=0.5)  # the libraries themselves allocate some tens of MB

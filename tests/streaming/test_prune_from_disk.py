@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 from transformers import T5ForConditionalGeneration as T5
 
 from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, perplexity_from_disk, progress, prune, prune_from_disk
+from wanda_lightning.calibration import parking
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
@@ -111,6 +112,24 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
         assert (tmp_path / "disk" / file).read_text() == (tmp_path / "memory" / file).read_text()
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_parked_activations_change_nothing(source, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(parking, "SMALLEST", 0)
+    choices = {"progress": False, **CHOICES[name]}
+    expected = prune_from_disk(source, tmp_path / "memory", batches(), 0.5, **choices)
+    report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, park="disk", **choices)
+    assert (report.layers, report.config) == (expected.layers, expected.config)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "disk").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "memory").iterdir()}
+
+
+def test_a_run_may_continue_with_other_parking(source, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch, method="wanda", park="disk")
+    prune_from_disk(source, tmp_path / "out", batches(), method="wanda", progress=False)
+    prune_from_disk(source, tmp_path / "whole", batches(), method="wanda", progress=False)
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(
     "name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma3_text", "falcon_mamba", "cpmant"]
 )
@@ -126,14 +145,18 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
     ],
     ids=str,
 )
-def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
+def test_families_are_converted_as_transformers_does(tmp_path, monkeypatch, name, choices):
     (family,) = families(("causal",), (name,))
     model = family.build()
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
     samples, choices = family.batches(model), {"method": "wanda", **choices}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, **choices)
-    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
-    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+    monkeypatch.setattr(parking, "SMALLEST", 0)
+    for park in ("memory", "disk"):
+        prune_from_disk(
+            tmp_path / "source", tmp_path / f"park {park}", samples, 0.5, progress=False, park=park, **choices
+        )
+        assert same(weights(tmp_path / f"park {park}"), weights(tmp_path / "memory"))
 
 
 NOT_AUTO = ("emu3", "mllama", "musicgen", "musicgen_melody")  # from_pretrained of an auto class refuses them, too
@@ -237,12 +260,15 @@ def test_progress_shows_the_unit_the_bytes_and_the_seconds_left(source, tmp_path
     assert re.search(r"Measuring 5/8 model\.layers\.1, .* KB read \(\d+ s, \d+ s left\)", capsys.readouterr().err)
 
 
-def test_the_perplexity_is_that_of_the_model_in_memory(source):
+def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeypatch):
     model, metric = AutoModelForCausalLM.from_pretrained(source), WindowPerplexity()
     with torch.no_grad():
         for batch in batches(40):
             metric.update(model(**batch).logits, batch["input_ids"])
-    assert perplexity_from_disk(source, batches(40), progress=False) == pytest.approx(float(metric.compute()), rel=1e-6)
+    measured = perplexity_from_disk(source, batches(40), progress=False)
+    assert measured == pytest.approx(float(metric.compute()), rel=1e-6)
+    monkeypatch.setattr(parking, "SMALLEST", 0)
+    assert perplexity_from_disk(source, batches(40), progress=False, parked_in=tmp_path) == measured
 
 
 def streamed(rank, source, folder, shares, choices):
@@ -460,6 +486,8 @@ def test_a_refused_run_can_be_repeated_with_other_choices(source, tmp_path, monk
 
 
 def test_bad_places_are_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="park must be one of memory, disk, but it is 'tape'"):
+        prune_from_disk(source, tmp_path / "out", batches(), park="tape")
     for place in (source, source / "out"):
         with pytest.raises(ValueError, match="output must lie outside of the source"):
             prune_from_disk(source, place, batches())

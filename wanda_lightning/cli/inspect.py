@@ -60,7 +60,8 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     seqlen = checked_seqlen(options.seqlen, model.config, PAPER_SEQLEN)
     batch_size = options.batch_size or SEQUENCES_AT_ONCE
     samples = Samples(options.nsamples or PAPER_SEQUENCES, seqlen, batch_size)
-    prune, measure = memory_to_prune(model, config, samples), memory_to_measure(model, seqlen, batch_size)
+    prune = memory_to_prune(model, config, samples, options.park)
+    measure = memory_to_measure(model, seqlen, batch_size, options.park)
     libraries = psutil.Process().memory_info().rss  # this process has loaded them, too
     print_table(_memory_table(libraries, prune, measure))
     needed = libraries + max(prune.total, measure.total)
@@ -69,8 +70,8 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     if needed > free:
         raise ValueError(
             f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--nsamples, --seqlen), "
-            "smaller batches (--batch_size), --prune_method wanda (no Gram matrices), or the other --sequential: block "
-            "holds fewer activations, layer fewer Gram matrices."
+            "smaller batches (--batch_size), --park disk, --prune_method wanda (no Gram matrices), or the other "
+            "--sequential: block holds fewer activations, layer fewer Gram matrices."
         )
     print_line(f"{needs}, and {free / _GIB:.1f} GiB are free.")
 

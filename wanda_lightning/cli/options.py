@@ -21,7 +21,7 @@ from wanda_lightning.files import (
     refuse_replacement,
     refuse_unresumable,
 )
-from wanda_lightning.methods import PRESETS
+from wanda_lightning.methods import PARKING, PRESETS
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
 """The names in the reference code of some arguments of `PruningConfig.from_names`."""
@@ -108,6 +108,12 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
         rule=_COUNT,
     )
     dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
+    park: str = option(
+        "Where the activations of batches are while they wait, with --stream: memory, or disk, in files on the disk of "
+        "the pruned model.",
+        "memory",
+        rule=OneOf(PARKING),
+    )
     cache_dir: str | None = option(_CACHE_DIR)
     trust_remote_code: bool = option(_TRUST, False)
 
@@ -134,7 +140,7 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
         if self.is_image:
             refuse_given(self, "an image classifier", "stream")
         if not self.stream:
-            refuse_given(self, "inspect without --stream", "nsamples seqlen batch_size dtype")
+            refuse_given(self, "inspect without --stream", "nsamples seqlen batch_size dtype park")
         refuse_missing(self, "model")
         _ = self.config
 
@@ -218,6 +224,8 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "--stream", "eval_zero_shot" if self.save else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
+        else:
+            refuse_given(self, "pruning without --stream", "park")
         super().__post_init__()
 
     def refuse_early(self) -> None:

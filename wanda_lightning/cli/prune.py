@@ -24,7 +24,7 @@ from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
-from wanda_lightning.files import unclaimed, whole_file
+from wanda_lightning.files import existing_parent, unclaimed, whole_file
 from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
@@ -76,10 +76,13 @@ def _stream(options: PruneOptions) -> None:
     check_decoder_only(config)
     data = _text(options, tokenizer, config)
     source, output, dtype = options.model, options.save_model or "", options.dtype or "auto"
-    dense = perplexity_from_disk(source, data.val_dataloader(), dtype=dtype, **hub)
+    parked_in = existing_parent(output) if options.park == "disk" else None
+    dense = perplexity_from_disk(source, data.val_dataloader(), dtype=dtype, parked_in=parked_in, **hub)
     batches = data.calibration_dataloader()
-    with pruned_from_disk(choices, source, output, batches, dtype=dtype, tokenizer=tokenizer, hub=hub) as report:
-        pruned = perplexity_from_disk(output, data.val_dataloader(), **hub)
+    with pruned_from_disk(
+        choices, source, output, batches, dtype=dtype, tokenizer=tokenizer, hub=hub, park=options.park
+    ) as report:
+        pruned = perplexity_from_disk(output, data.val_dataloader(), parked_in=parked_in, **hub)
         _describe_run(report, options, data, "val_perplexity", dense, pruned)
         if options.save is not None:
             _write_results(options, "ppl_test", pruned, report)

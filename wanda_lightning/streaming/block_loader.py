@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
+from wanda_lightning.calibration.parking import return_freed_memory
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 from wanda_lightning.streaming.parts import RESIDENT
 
@@ -152,7 +152,7 @@ class BlockLoader:
     def _free(self, block: str, store: Callable[[], object]) -> None:
         store()
         self._checkpoint.unload(block)
-        _return_freed_memory()
+        return_freed_memory()  # up to twice the block would stay in memory
 
     def _arrived(self, wanted: str) -> bool:
         """Wait for the block that was expected, and return whether it is the wanted one; free any other."""
@@ -164,9 +164,3 @@ class BlockLoader:
         if block != wanted:
             self._submit(self._checkpoint.unload, block).result()
         return block == wanted
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the operating system: glibc keeps more of it with each block, up to twice a block."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

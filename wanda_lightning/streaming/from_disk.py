@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from wanda_lightning.calibration.parking import DiskParking, Parking
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.methods import PARKING
 from wanda_lightning.modules.loading import check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
@@ -37,6 +39,7 @@ def prune_from_disk(
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
+    park: str = "memory",
     **choices: Any,
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
@@ -52,7 +55,7 @@ def prune_from_disk(
     Args:
         source: Hub id or local folder.
         output: A folder that is empty, does not exist, or was left by an interrupted run with the same arguments.
-        batches: Calibration batches; all are kept in memory, as are their hidden states.
+        batches: Calibration batches; all are kept in memory.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
         dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
         revision: Revision of a hub model.
@@ -62,6 +65,7 @@ def prune_from_disk(
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
+        park: Where the activations of batches are kept while they wait: `"memory"`, or `"disk"`, in the output folder.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
     Raises:
@@ -81,6 +85,7 @@ def prune_from_disk(
         progress=progress,
         hub=hub,
         processes=processes,
+        park=park,
     ) as report:
         return report
 
@@ -98,11 +103,13 @@ def pruned_from_disk(
     progress: bool = True,
     hub: Mapping[str, Any] = {},
     processes: Processes = SINGLE_PROCESS,
+    park: str = "memory",
 ) -> Iterator[PruningReport]:
     """Prune from disk with resolved choices, and yield the report; the output is complete.
 
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
+    refuse_parking(park)
     refuse_whole_model(config, processes)
     refuse_nested(source, output)
     with processes.fail_together():
@@ -117,7 +124,9 @@ def pruned_from_disk(
         if folder.report:
             report = PruningReport.from_json(folder.report)
         else:
-            weights = StreamedWeights(checkpoint, folder)
+            weights = StreamedWeights(
+                checkpoint, folder, partial(DiskParking, folder.path) if park == "disk" else Parking
+            )
             with weights.streaming():
                 run = None if forward is None else partial(forward, checkpoint.model)
                 report = prune_as(
@@ -175,6 +184,12 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
                 f"{config.shown(name)}{other} needs {needed} in memory, but the model is read block by block. Use "
                 f"{name}={instead}, or prune in memory."
             )
+
+
+def refuse_parking(park: str) -> None:
+    """Refuse an unknown place for activations."""
+    if park not in PARKING:
+        raise ValueError(f"park must be one of {', '.join(PARKING)}, but it is {park!r}.")
 
 
 def refuse_nested(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:

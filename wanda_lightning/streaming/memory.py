@@ -25,7 +25,7 @@ class Memory:
     Attributes:
         outside: The weights outside of all blocks.
         blocks: The two largest blocks that follow each other.
-        activations: The activations of all batches that wait at a unit.
+        activations: The activations of all batches that wait at a unit, or of one batch if the others are on disk.
         work: Statistics and workspace of the most expensive unit, or the logits of a batch.
     """
 
@@ -64,17 +64,19 @@ class Samples:
         return min(self.count, self.batch_size) * self.length
 
 
-def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples) -> Memory:
+def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, park: str = "memory") -> Memory:
     """Estimate the memory of `prune_from_disk`.
 
     Args:
         model: The model on the meta device, in the dtype of pruning.
         config: The choices; `sequential` is not `"auto"`.
         samples: The calibration samples.
+        park: `"memory"`, or `"disk"` if only one batch of activations is in memory.
     """
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     hidden, size = _hidden_size(model), _element_size(model)
-    tokens = samples.count * samples.length
+    recorded = samples.count * samples.length
+    tokens = samples.batch_tokens if park == "disk" else recorded
     # A batch that waits at a layer also holds the residual stream and what the layers before it have computed.
     waiting, work = hidden, 0
     for unit in inventory.units:
@@ -85,22 +87,23 @@ def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples) -
         work = max(work, _to_observe(unit.layers, config) + at_once, _to_solve(unit.layers, config))
         work = max(work, _FLOAT32 * config.recovery.workspace(unit) + at_once)
     work = max(work, _to_permute(inventory, config, samples.length, size))  # an allocation needs less than any solver
-    waiting += config.recovery.recorded * hidden
     activations = tokens * waiting * size
-    if config.reads_gradients:  # the inputs of all blocks wait for the backward pass
+    activations += recorded * config.recovery.recorded * hidden * size
+    if config.reads_gradients and park == "memory":  # the inputs of all blocks wait for the backward pass
         together = max(SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE // samples.length)
         inputs = min(samples.count, together) * samples.length * hidden * size
         activations = max(activations, inputs * len(block_names(model)))
     return _memory(model, activations, work)
 
 
-def memory_to_measure(model: nn.Module, length: int, batch_size: int) -> Memory:
+def memory_to_measure(model: nn.Module, length: int, batch_size: int, park: str = "memory") -> Memory:
     """Estimate the memory of `perplexity_from_disk`, with at least as many windows as it keeps in memory at once."""
     hidden, size = _hidden_size(model), _element_size(model)
     samples = Samples(AT_ONCE * batch_size, length, batch_size)
     vocabulary: Any = getattr(model, "get_output_embeddings", lambda: None)()
     logits = 0 if vocabulary is None else len(vocabulary.weight)
-    return _memory(model, samples.count * length * hidden * size, samples.batch_tokens * logits * size)
+    tokens = samples.batch_tokens if park == "disk" else samples.count * length
+    return _memory(model, tokens * hidden * size, samples.batch_tokens * logits * size)
 
 
 def _memory(model: nn.Module, activations: int, work: int) -> Memory:

@@ -48,6 +48,7 @@ class OutputFolder:
         processes: All processes that prune the model. The first one writes.
 
     Attributes:
+        path: The folder.
         written: The record of each written part.
         sparsities: The sparsity of each layer, once it is known.
         report: The report of the pruning as JSON, once it is finished.
@@ -66,7 +67,7 @@ class OutputFolder:
         size: int = 0,
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
-        self._folder, self._parts = Path(folder).expanduser().resolve(), list(parts)
+        self.path, self._parts = Path(folder).expanduser().resolve(), list(parts)
         self._made_with = json.loads(json.dumps(made_with, default=str))
         self._processes = processes
         self._lock: int | None = None
@@ -88,13 +89,13 @@ class OutputFolder:
 
     def _open(self, folder: str | os.PathLike[str], size: int) -> None:
         refuse_unresumable(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        flush_folder(self._folder.parent)
-        self._lock = lock(self._folder)
-        if self._lock is None and is_locked(self._folder):
+        self.path.mkdir(parents=True, exist_ok=True)
+        flush_folder(self.path.parent)
+        self._lock = lock(self.path)
+        if self._lock is None and is_locked(self.path):
             raise FileExistsError(f"{folder} is being written by another run. Wait for it to end, or choose another.")
         try:
-            if (progress := self._folder / PROGRESS_NAME).is_file():
+            if (progress := self.path / PROGRESS_NAME).is_file():
                 self._resume(folder, json.loads(progress.read_text(encoding="utf-8")))
             refuse_full(folder, size - sum(record["size"] for record in self.written.values()))
             self._save_progress()
@@ -124,7 +125,7 @@ class OutputFolder:
 
     def _path(self, part: str) -> Path:
         number = self._parts.index(part) + 1
-        return self._folder / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
+        return self.path / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write a part and its record, in the first process. The others do not wait for the end.
@@ -149,18 +150,18 @@ class OutputFolder:
         self.sparsities = dict(sparsities)
         with self._in_first() as is_first:
             if is_first and row_weights:
-                with whole_file(self._folder / _ROW_WEIGHTS) as new:
+                with whole_file(self.path / _ROW_WEIGHTS) as new:
                     save_file(dict(row_weights), new)
             if is_first:
                 self._save_progress()
 
     def row_weights(self) -> dict[str, Tensor]:
         """Read the row weights; empty if no layer has any."""
-        file = self._folder / _ROW_WEIGHTS
+        file = self.path / _ROW_WEIGHTS
         return load_file(file) if file.is_file() else {}
 
     def _save_progress(self) -> None:
-        with whole_file(self._folder / PROGRESS_NAME) as new:
+        with whole_file(self.path / PROGRESS_NAME) as new:
             content = {"sparsities": self.sparsities, "written": self.written, "report": self.report}
             new.write_text(json.dumps({"made_with": self._made_with, **content}), encoding="utf-8")
 
@@ -185,14 +186,14 @@ class OutputFolder:
             "metadata": {"total_size": sum(record["size"] for record in self.written.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        for leftover in self._folder.glob(".wanda-*"):  # of a run that was killed here; the folder is locked
+        for leftover in self.path.glob(".wanda-*"):  # of a run that was killed here; the folder is locked
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".wanda-") as temporary:
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=".wanda-") as temporary:
             save_configuration(Path(temporary))
             (Path(temporary) / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
-                if (target := self._folder / file.name).is_dir():
+                if (target := self.path / file.name).is_dir():
                     shutil.rmtree(target)
                 if file.is_file():
                     replace_file(file, target)
@@ -203,8 +204,8 @@ class OutputFolder:
         """Delete what only a run that is started again would need."""
         with self._in_first() as is_first:
             if is_first:
-                (self._folder / _ROW_WEIGHTS).unlink(missing_ok=True)
-                (self._folder / PROGRESS_NAME).unlink()
+                (self.path / _ROW_WEIGHTS).unlink(missing_ok=True)
+                (self.path / PROGRESS_NAME).unlink()
 
     def close(self) -> None:
         """Allow other runs to write into the folder."""

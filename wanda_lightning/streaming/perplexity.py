@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sized
 from functools import partial
 from itertools import islice
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.parking import DiskParking, Parking
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.progress import ProgressBar, as_size
@@ -26,6 +28,7 @@ def perplexity_from_disk(
     *,
     dtype: str = "auto",
     progress: bool = True,
+    parked_in: str | os.PathLike[str] | None = None,
     **hub: Any,
 ) -> float:
     """Return the perplexity of a language model in safetensors, with at most two blocks in memory.
@@ -37,6 +40,7 @@ def perplexity_from_disk(
         batches: Batches with `input_ids` and perhaps an `attention_mask`, each (samples, tokens).
         dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
         progress: Show a bar.
+        parked_in: Folder with the activations of batches that wait; by default they stay in memory.
         **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
     """
     checkpoint = Checkpoint(str(source), dtype, hub)
@@ -47,6 +51,7 @@ def perplexity_from_disk(
         input_ids, mask = batch["input_ids"], batch.get("attention_mask")
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
+    make_parking = Parking if parked_in is None else partial(DiskParking, Path(parked_in))
     modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
     remaining, total = iter(batches), None
     if isinstance(batches, Sized):
@@ -56,7 +61,8 @@ def perplexity_from_disk(
             blocks = BlockLoader(checkpoint)
             with blocks.loading():
                 forwards = [partial(measure, batch) for batch in group]
-                for stop in lockstep(forwards, modules, names=checkpoint.blocks, to_end=True):
+                stops = lockstep(forwards, modules, names=checkpoint.blocks, to_end=True, make_parking=make_parking)
+                for stop in stops:
                     here = checkpoint.blocks[stop.unit]
                     blocks.hold(here)
                     bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.notes import Outcome
 from wanda_lightning.plan import Plan, Selections
@@ -29,12 +30,14 @@ class StreamedWeights(WeightStore):
     Args:
         checkpoint: The model.
         output: Where its parts are written.
+        make_parking: Keeps the activations of one batch while it waits at a unit.
     """
 
     is_whole = False
     advice = "What is written stays: start again with the same choices to continue."
 
-    def __init__(self, checkpoint: Checkpoint, output: OutputFolder) -> None:
+    def __init__(self, checkpoint: Checkpoint, output: OutputFolder, make_parking: MakeParking = Parking) -> None:
+        self.make_parking = make_parking
         self._checkpoint, self._output = checkpoint, output
         self._is_dense = False
         self._blocks = BlockLoader(checkpoint, self._stored, self._change)
