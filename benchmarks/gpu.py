@@ -1,25 +1,30 @@
 """Prune a random Llama on a GPU, and measure seconds and peak device memory beside those of plain forward passes.
 
     python benchmarks/gpu.py                       (the shape of Llama 2 7B in bfloat16, 128 x 2048 tokens; 40 GB)
+    python benchmarks/gpu.py --folder FOLDER       (also from disk, which needs 27 GB of disk there)
     python benchmarks/gpu.py --device cpu --hidden 64 --mlp 172 --layers 2 --heads 4 --vocabulary 1000 --samples 4 \
         --seqlen 64                                (the same on a small model, to try it out)
 
-The model is built on the device. `block` prunes with two forward passes, `layer` with one: the last column divides the
-time of pruning by that of so many plain forward passes. Peak memory is that of the device, with the model; it is not
-measured on a CPU. Pruning from disk runs on the CPU only, so it is not in the table (see `streaming.py`).
+The model is built on the device. `block` prunes with two forward passes, `layer` with one: `forward passes`
+divides the time of pruning by that of so many plain forward passes. Peak memory is that of the device and includes the
+model; it is not measured on a CPU. With `--folder`, the model is saved there and also pruned from disk, with its
+activations on the device; the time then includes reading and writing. `equal` says whether the weights equal those
+pruned in memory.
 """
 
 import argparse
+import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from measuring import MIB, seconds
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning import prune
+from wanda_lightning import prune, prune_from_disk
 
 METHODS = ("wanda", "sparsegpt", "admm")
 PASSES = {"block": 2, "layer": 1}
@@ -67,6 +72,12 @@ def forward(model: LlamaForCausalLM, batches: list[dict[str, torch.Tensor]]) -> 
         model.model(**batch, use_cache=False)
 
 
+def same(model: LlamaForCausalLM, folder: Path) -> bool:
+    """Whether a saved model has the weights of a model, bit for bit."""
+    weights, saved = model.state_dict(), AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return all(torch.equal(weights[key].cpu(), saved[key]) for key in weights)
+
+
 def main() -> None:
     """Measure each method at each granularity."""
     parser = argparse.ArgumentParser(description="Prune a random Llama on a GPU.")
@@ -76,6 +87,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--folder", help="where to save the model, to prune it from disk, too")
     parser.add_argument("--method", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
@@ -84,19 +96,32 @@ def main() -> None:
         for _ in range(options.samples)
     ]
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
-    table = Table("", "seconds", "peak MiB", "forward passes", title=f"{name}, {options.samples} x {options.seqlen}")
+    table = Table(
+        "", "seconds", "peak MiB", "forward passes", "equal", title=f"{name}, {options.samples} x {options.seqlen}"
+    )
     model = build(options)
     forward(model, batches[:1])  # warm up, as does the next line
     prune(build(options), batches[:1], method=options.method[0], sequential="layer", progress=False)
     plain, peak = measured(options, lambda: forward(model, batches))
-    table.add_row("forward", f"{plain:.2f}", peak, "")
+    table.add_row("forward", f"{plain:.2f}", peak, "", "")
+    if options.folder:
+        source, output = Path(options.folder) / "dense", Path(options.folder) / "pruned"
+        build(options).save_pretrained(source)
     for method in options.method:
         for sequential, passes in PASSES.items():
             del model
             model = build(options)  # a pruned model would be pruned faster
             choices = {"method": method, "sequential": sequential, "progress": False}
             took, peak = measured(options, partial(prune, model, batches, options.sparsity, **choices))
-            table.add_row(f"{method} {sequential}", f"{took:.2f}", peak, f"{took / (passes * plain):.3f} x {passes}")
+            relative = f"{took / (passes * plain):.3f} x {passes}"
+            table.add_row(f"{method} {sequential}", f"{took:.2f}", peak, relative, "")
+            if options.folder:
+                model.cpu()  # for the comparison; its place on the device is free meanwhile
+                shutil.rmtree(output, ignore_errors=True)
+                streamed = partial(prune_from_disk, source, output, batches, options.sparsity, device=options.device)
+                took, peak = measured(options, partial(streamed, **choices))
+                relative = f"{took / (passes * plain):.3f} x {passes}"
+                table.add_row("  from disk", f"{took:.2f}", peak, relative, str(same(model, output)))
     Console().print(table)
 
 

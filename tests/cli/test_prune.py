@@ -322,6 +322,8 @@ def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_s
 
 NOT_STREAMED = [
     (["--stream"], "--save_model, which is missing", 2),
+    (["--stream", "--device", "cuda:99", *OUT], "device must be one that PyTorch can use on this machine", 1),
+    (["--device", "cuda", *OUT], "--device has no meaning for pruning without --stream", 2),
     (["--park", "disk", *OUT], "--park has no meaning for pruning without --stream", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
     (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),

@@ -603,6 +603,33 @@ def test_weights_that_cannot_be_used_are_refused(copied, tmp_path, key, change, 
         prune_from_disk(copied, tmp_path / "out", batches(), method="wanda", progress=False)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
+def test_a_device_that_cannot_be_used_is_refused(source, tmp_path, device):
+    with pytest.raises(ValueError, match=f"device must be one that PyTorch can use .* but '{device}' is not: .* Use"):
+        prune_from_disk(source, tmp_path / "out", batches(), device=device)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_for_activations_of_another_device_are_refused(source, tmp_path):
+    with pytest.raises(
+        ValueError, match="park='disk' moves activations out of the memory of the CPU, but device='cuda'"
+    ):
+        prune_from_disk(source, tmp_path / "out", batches(), park="disk", device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, name):
+    model = AutoModelForCausalLM.from_pretrained(source).cuda()
+    expected = prune(model, batches(), 0.5, progress=False, **CHOICES[name])
+    model.save_pretrained(tmp_path / "memory")
+    report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, progress=False, device="cuda", **CHOICES[name])
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+    assert report.layers == expected.layers
+    on_gpu = perplexity_from_disk(tmp_path / "disk", batches(), progress=False, device="cuda")
+    assert on_gpu == pytest.approx(perplexity_from_disk(tmp_path / "disk", batches(), progress=False), rel=1e-2)
+
+
 @pytest.mark.parametrize("name", ["timm:test_vit", "model.gguf"])
 def test_other_formats_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="only Hugging Face models in safetensors"):

@@ -196,6 +196,7 @@ class PruneOptions(InspectOptions):
     resume: str | None = option("Weights (.safetensors) of the image classifier.")
     save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
     save_model: str | None = option("Folder for the pruned model.")
+    device: str = option("Device to compute on with --stream, such as cuda.", "cpu")
     stream: bool = option(
         "Read a language model block by block from disk, and write each pruned block to --save_model. If pruning is "
         "interrupted, the same command continues it.",
@@ -225,7 +226,7 @@ class PruneOptions(InspectOptions):
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
         else:
-            refuse_given(self, "pruning without --stream", "park")
+            refuse_given(self, "pruning without --stream, which uses a GPU if there is one", "device park")
         super().__post_init__()
 
     def refuse_early(self) -> None:

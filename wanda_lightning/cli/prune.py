@@ -31,7 +31,7 @@ from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport
 from wanda_lightning.streaming import perplexity_from_disk
-from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
+from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_parking, refuse_whole_model
 
 
 def run(options: PruneOptions) -> None:
@@ -70,19 +70,21 @@ def _stream(options: PruneOptions) -> None:
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     choices = PruningConfig.from_names(**options.choices)
     refuse_whole_model(choices)
+    refuse_parking(options.park, options.device)
     L.seed_everything(options.seed, verbose=False)
     config, tokenizer = load_config(options.model, **hub), load_tokenizer(options.model, **hub)
     refuse_long_windows(options.seqlen, options.model, hub)
     check_decoder_only(config)
     data = _text(options, tokenizer, config)
-    source, output, dtype = options.model, options.save_model or "", options.dtype or "auto"
+    source, output = options.model, options.save_model or ""
+    how: dict[str, Any] = {"dtype": options.dtype or "auto", "device": options.device}
     parked_in = existing_parent(output) if options.park == "disk" else None
-    dense = perplexity_from_disk(source, data.val_dataloader(), dtype=dtype, parked_in=parked_in, **hub)
+    dense = perplexity_from_disk(source, data.val_dataloader(), parked_in=parked_in, **how, **hub)
     batches = data.calibration_dataloader()
     with pruned_from_disk(
-        choices, source, output, batches, dtype=dtype, tokenizer=tokenizer, hub=hub, park=options.park
+        choices, source, output, batches, tokenizer=tokenizer, hub=hub, park=options.park, **how
     ) as report:
-        pruned = perplexity_from_disk(output, data.val_dataloader(), parked_in=parked_in, **hub)
+        pruned = perplexity_from_disk(output, data.val_dataloader(), parked_in=parked_in, device=options.device, **hub)
         _describe_run(report, options, data, "val_perplexity", dense, pruned)
         if options.save is not None:
             _write_results(options, "ppl_test", pruned, report)

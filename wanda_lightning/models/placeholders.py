@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 
-def placeholder(like: Tensor) -> Tensor:
-    """Return a tensor of the same shape, dtype and device that occupies a single element: NaN if it can be.
+def placeholder(like: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the same shape and dtype on a device that occupies a single element: NaN if it can be.
 
     Unlike a tensor on the meta device, it does not change the device that a model reports; and what a forward computes
     with it is NaN, which calibration refuses.
     """
-    device = "cpu" if like.is_meta else like.device
     value = torch.nan if like.is_floating_point() else 0
     return torch.full((), value, dtype=like.dtype, device=device).expand(like.shape)
 

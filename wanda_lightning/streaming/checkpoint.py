@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -26,6 +28,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
+from wanda_lightning.checks import one_line
 from wanda_lightning.model_sources import load_config, locate, reading
 from wanda_lightning.models import placeholder
 from wanda_lightning.modules.loading import check_finite, check_stored_as_float
@@ -43,20 +46,24 @@ class Checkpoint:
         name: Hub id or local folder.
         dtype: The dtype of `from_pretrained`; "auto" keeps that of the file.
         hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
+        device: Where the loaded weights are.
 
     Attributes:
         model: The model.
         blocks: The names of its blocks.
         files: The safetensors files.
         bytes_read: Number of bytes of the tensors that were read.
+        device: Where its weights are.
 
     Raises:
         OSError: If neither a local folder nor the hub has the model in safetensors, or a file is missing.
-        ValueError: If files are damaged or contradict each other, or a block shares a weight with the rest.
+        ValueError: If files are damaged or contradict each other, a block shares a weight with the rest, or the device
+            cannot be used.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", hub: Mapping[str, Any] = {}) -> None:
+    def __init__(self, name: str, dtype: str = "auto", hub: Mapping[str, Any] = {}, device: str = "cpu") -> None:
         self._name = name
+        self.device = _available(device)
         self.blocks: tuple[str, ...] = ()
         self.bytes_read = 0
         self._keys: dict[str, dict[Path, list[str]]] = {}
@@ -82,6 +89,7 @@ class Checkpoint:
                 )
             finally:
                 PreTrainedModel._load_pretrained_model = original
+        self._move_buffers()
         self._refuse_incomplete(loaded["missing_keys"], loaded["mismatched_keys"])
         check_stored_as_float(name, self.files, self.model)
         self._refuse_shared()
@@ -90,7 +98,7 @@ class Checkpoint:
         self, model: Any, state_dict: object, files: Sequence[str], load_config: Any, expected_keys: object = None
     ) -> tuple[Any, None]:
         """Take the place of `PreTrainedModel._load_pretrained_model`: load only what lies outside of the blocks."""
-        self.model, self._load_config = model, load_config
+        self.model, self._load_config = model, replace(load_config, device_map={"": self.device})
         self.files = {Path(file): _stamp(file) for file in files}
         self.blocks = block_names(model)
         self._sort_keys()
@@ -102,6 +110,13 @@ class Checkpoint:
                 tensor._is_hf_initialized = True  # or transformers would allocate and initialize it
                 loaded.missing_keys.discard(name)
         return loaded, None
+
+    def _move_buffers(self) -> None:
+        """Move the buffers that are not stored, which transformers computes on the CPU."""
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device != self.device:
+                    setattr(module, name, buffer.to(self.device))
 
     def _sort_keys(self) -> None:
         """Find the part to which each stored tensor belongs."""
@@ -158,16 +173,16 @@ class Checkpoint:
         for path, module in block.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in list(module.named_parameters(recurse=False)):
-                empty = nn.Parameter(placeholder(parameter), requires_grad=parameter.requires_grad)
+                empty = nn.Parameter(placeholder(parameter, self.device), requires_grad=parameter.requires_grad)
                 module.register_parameter(name, empty)
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if prefix + name in saved:
-                    module.register_buffer(name, placeholder(buffer))
+                    module.register_buffer(name, placeholder(buffer, self.device))
         self._conversions.pop(part, None)
         weights_moved()
 
     def stored(self, part: str) -> dict[str, Tensor]:
-        """Return a part under the names and in the layout of the checkpoint.
+        """Return a part on the CPU, under the names and in the layout of the checkpoint.
 
         Raises:
             RuntimeError: If the part is not loaded: its weights have no values.
@@ -180,7 +195,8 @@ class Checkpoint:
             tensors.pop(name, None)
         tensors = remove_tied_weights_from_state_dict(tensors, model)
         model._weight_conversions = self._conversions[part]
-        return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, tensors).items()}
+        reverted = revert_weight_conversion(model, tensors)
+        return {name: tensor.cpu().contiguous() for name, tensor in reverted.items()}
 
     def save_configuration(self, folder: Path) -> None:
         """Write all files of the model except the weights."""
@@ -230,6 +246,19 @@ class Checkpoint:
         return ValueError(
             f"The model {self._name!r} cannot be read block by block, because {reason}. Prune it in memory."
         )
+
+
+def _available(device: str) -> torch.device:
+    """Return a device with its index, and refuse one that cannot be used."""
+    try:
+        tensor = torch.empty(1, device=device)
+        tensor.cpu()  # the meta device has no values
+        return tensor.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device must be one that PyTorch can use on this machine, but {device!r} is not: {one_line(error)}. Use "
+            "device='cpu', or install a build of PyTorch for the device."
+        ) from error
 
 
 class _Stored:

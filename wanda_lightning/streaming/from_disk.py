@@ -40,6 +40,7 @@ def prune_from_disk(
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
     park: str = "memory",
+    device: str = "cpu",
     **choices: Any,
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
@@ -65,7 +66,9 @@ def prune_from_disk(
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
-        park: Where the activations of batches are kept while they wait: `"memory"`, or `"disk"`, in the output folder.
+        park: Where the activations of batches are kept while they wait: `"memory"` of the device, or `"disk"`, in
+            the output folder.
+        device: Where the model computes, for example `"cuda"`. Two blocks are there, and the activations.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
     Raises:
@@ -86,6 +89,7 @@ def prune_from_disk(
         hub=hub,
         processes=processes,
         park=park,
+        device=device,
     ) as report:
         return report
 
@@ -104,17 +108,18 @@ def pruned_from_disk(
     hub: Mapping[str, Any] = {},
     processes: Processes = SINGLE_PROCESS,
     park: str = "memory",
+    device: str = "cpu",
 ) -> Iterator[PruningReport]:
     """Prune from disk with resolved choices, and yield the report; the output is complete.
 
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
-    refuse_parking(park)
+    refuse_parking(park, device)
     refuse_whole_model(config, processes)
     refuse_nested(source, output)
     with processes.fail_together():
         held = list(batches)
-        checkpoint = Checkpoint(str(source), dtype, hub)
+        checkpoint = Checkpoint(str(source), dtype, hub, device)
         make_plan(config, checkpoint.model, processes, has_weights=False)  # to refuse before anything is written
         if tokenizer is not None:
             check_vocabulary(tokenizer, checkpoint.model)
@@ -186,10 +191,15 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
             )
 
 
-def refuse_parking(park: str) -> None:
-    """Refuse an unknown place for activations."""
+def refuse_parking(park: str, device: str) -> None:
+    """Refuse an unknown place for activations, and files for those of another device than the CPU."""
     if park not in PARKING:
         raise ValueError(f"park must be one of {', '.join(PARKING)}, but it is {park!r}.")
+    if park == "disk" and not device.startswith("cpu"):
+        raise ValueError(
+            f"park='disk' moves activations out of the memory of the CPU, but device={device!r} has its own. Use "
+            "park='memory', which keeps them there, or device='cpu'."
+        )
 
 
 def refuse_nested(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:

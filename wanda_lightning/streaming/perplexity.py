@@ -29,6 +29,7 @@ def perplexity_from_disk(
     dtype: str = "auto",
     progress: bool = True,
     parked_in: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
     **hub: Any,
 ) -> float:
     """Return the perplexity of a language model in safetensors, with at most two blocks in memory.
@@ -41,14 +42,16 @@ def perplexity_from_disk(
         dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
         progress: Show a bar.
         parked_in: Folder with the activations of batches that wait; by default they stay in memory.
+        device: Where the model computes.
         **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
     """
-    checkpoint = Checkpoint(str(source), dtype, hub)
+    checkpoint = Checkpoint(str(source), dtype, hub, device)
     check_causal(checkpoint.model)
-    metric = WindowPerplexity()
+    metric = WindowPerplexity().to(checkpoint.device)
 
     def measure(batch: Mapping[str, Any]) -> None:
-        input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+        input_ids, mask = batch["input_ids"].to(checkpoint.device), batch.get("attention_mask")
+        mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
     make_parking = Parking if parked_in is None else partial(DiskParking, Path(parked_in))
