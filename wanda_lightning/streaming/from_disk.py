@@ -156,7 +156,7 @@ def _described(
     return {
         "choices": config.describe(),
         "dtype": str(checkpoint.model.dtype),
-        "device": checkpoint.model.device.type,
+        "device": checkpoint.device.type,
         "calibration": [processes.broadcast(own, rank) for rank in range(processes.world_size)],
         "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
         "source_config": fingerprint(checkpoint.configuration),
