@@ -1,11 +1,13 @@
 """One-shot pruning for PyTorch Lightning, Hugging Face and timm models.
 
 Public names are imported on first use (PEP 562), so that `import wanda_lightning` loads neither torch nor a model
-library.
+library. Transformers loads packed models as soon as this package is imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from wanda_lightning.packing.registration import register as _register
 
 if TYPE_CHECKING:
     from wanda_lightning.callbacks import (
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
     from wanda_lightning.data import ImageDataModule, TextDataModule
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+    from wanda_lightning.packing.folder import pack, unpack
+    from wanda_lightning.packing.models import load_packed, save_packed
     from wanda_lightning.pruning import prune
     from wanda_lightning.recovery import Distil, NoRecovery, Reconstruct
     from wanda_lightning.report import PruningReport
@@ -47,6 +51,8 @@ _HOMES = {
     "core.solvers": "ADMM Refit SparseGPT ZeroOut",
     "data": "ImageDataModule TextDataModule",
     "modules": "CausalLMModule ImageClassifierModule",
+    "packing.folder": "pack unpack",
+    "packing.models": "load_packed save_packed",
     "pruning": "prune",
     "recovery": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
@@ -93,10 +99,16 @@ __all__ = [
     "WandaPrune",
     "ZeroOut",
     "keep_zeros",
+    "load_packed",
+    "pack",
     "perplexity_from_disk",
     "prune",
     "prune_from_disk",
+    "save_packed",
+    "unpack",
 ]
+
+_register()
 
 
 def __getattr__(name: str) -> Any:
