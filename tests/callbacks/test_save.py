@@ -24,8 +24,8 @@ class Saving(Net):
     def merge(self):
         self.calls.append("merge")
 
-    def save_pretrained(self, folder, overwrite):
-        self.calls.append((folder, overwrite, share_of_zeros(self)["layers.0.weight"]))
+    def save_pretrained(self, folder, overwrite, **more):
+        self.calls.append((folder, overwrite, share_of_zeros(self)["layers.0.weight"], *more.items()))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -33,6 +33,12 @@ def test_merges_then_saves_the_trained_model_once(tmp_path, overwrite):
     module = Saving()
     trainer(MagnitudePrune(), SavePretrained(tmp_path / "out", overwrite), max_steps=2).fit(module, loader())
     assert module.calls == ["merge", (tmp_path / "out", overwrite, 0.5)]
+
+
+def test_packed_is_passed_on(tmp_path):
+    module = Saving()
+    trainer(MagnitudePrune(), SavePretrained(tmp_path / "out", packed=True), max_steps=2).fit(module, loader())
+    assert module.calls == ["merge", (tmp_path / "out", False, 0.5, ("packed", True))]
 
 
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])

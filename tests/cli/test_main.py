@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
 ]
 
-COMMANDS = ["prune", "finetune", "evaluate", "inspect", "fit", "validate", "test", "predict"]
+COMMANDS = ["prune", "finetune", "evaluate", "inspect", "pack", "unpack", "fit", "validate", "test", "predict"]
 
 
 USAGE = [
@@ -79,6 +79,7 @@ def test_help_of_each_command(capsys, command):
     expected = {"prune": ["--sparsity_ratio", "--use_variant", "python-docs"], "inspect": ["--model", "--skip"]}
     expected["finetune"] = ["--method", "--dense", "--save_model"]
     expected["evaluate"] = ["--model", "--dense", "--tasks_dir", "--task_limit", "python-docs"]
+    expected["pack"] = expected["unpack"] = ["IN", "OUT", "--overwrite"]
     for option in expected.get(command, ["usage: wanda-lightning", "fit, validate, test, predict", "--help_all"]):
         assert option in out
 

@@ -23,6 +23,7 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
+        packed: Also pass `packed=True`: pack the weights, so that zeros take almost no space.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
@@ -30,9 +31,10 @@ class SavePretrained(Callback):
             whole model.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False, packed: bool = False) -> None:
         self.folder = folder
         self.overwrite = overwrite
+        self.packed = packed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved, before training starts."""
@@ -57,4 +59,5 @@ class SavePretrained(Callback):
         if callable(merge := getattr(pl_module, "merge", None)):
             merge()
         if trainer.is_global_zero:
-            pl_module.save_pretrained(self.folder, overwrite=self.overwrite)  # type: ignore[operator]
+            choices = {"packed": True} if self.packed else {}  # a module of yours may not have it
+            pl_module.save_pretrained(self.folder, overwrite=self.overwrite, **choices)  # type: ignore[operator]

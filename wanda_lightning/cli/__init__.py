@@ -17,6 +17,8 @@ COMMANDS = {
     "finetune": "Fine-tune a pruned language model without losing a zero, and measure it before and after.",
     "evaluate": "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity.",
     "inspect": "Show what prune would prune, what not, and why. No weight is loaded.",
+    "pack": "Store a pruned model in fewer bytes: the kept values of each matrix, and where they are.",
+    "unpack": "Restore the model that was packed, bit for bit.",
 }
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_options(command: str, arguments: Sequence[str]) -> Any:
-    """Return the options of `prune`, `finetune`, `evaluate` or `inspect` as a dataclass; raise a `UsageError`."""
+    """Return the options of a command as a dataclass; raise a `UsageError`."""
     from wanda_lightning.cli.options import OPTIONS
     from wanda_lightning.cli.parser import CommandParser
 

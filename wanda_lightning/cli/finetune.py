@@ -56,7 +56,7 @@ def run(options: FinetuneOptions) -> None:
         perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
-    save_model(module, options.save_model, options.overwrite)
+    save_model(module, options.save_model, options.overwrite, options.packed)
     table = Table("model")
     table.add_column("perplexity", justify="right")
     for name, value in perplexity.items():

@@ -51,12 +51,12 @@ def refuse_no_space(folder: str | None, module: L.LightningModule) -> None:
         refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
 
-def save_model(module: Any, folder: str | None, overwrite: bool) -> None:
+def save_model(module: Any, folder: str | None, overwrite: bool, packed: bool) -> None:
     """Save a model, next to the folder if another run has saved one in it meanwhile."""
     if folder is None:
         return
     refuse_no_space(folder, module)
     place = unclaimed(folder, "config.json", overwrite)
-    module.save_pretrained(place, overwrite=overwrite)
+    module.save_pretrained(place, overwrite=overwrite, packed=packed)
     if place != Path(folder):
         print_line(f"Note: another run has written to {folder} meanwhile. The model is in {place}.")

@@ -44,6 +44,7 @@ _CACHE_DIR = "Folder for downloads from the hub."
 _TRUST = "Run the code that comes with a hub model."
 _DTYPE = "Data type of the weights; by default auto, as they are stored."
 _LIMIT = "Number of windows to measure on; by default all."
+_PACKED = "Pack the saved model, so that zeros take almost no space; import wanda_lightning to load it."
 _SEQLEN = "Number of tokens in a window; by default the model's context, at most"
 
 
@@ -196,6 +197,7 @@ class PruneOptions(InspectOptions):
     resume: str | None = option("Weights (.safetensors) of the image classifier.")
     save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
     save_model: str | None = option("Folder for the pruned model.")
+    packed: bool = option(_PACKED, False)
     device: str = option("Device to compute on with --stream, such as cuda.", "cpu")
     stream: bool = option(
         "Read a language model block by block from disk, and write each pruned block to --save_model. If pruning is "
@@ -225,8 +227,15 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "--stream", "eval_zero_shot" if self.save else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
+            if self.packed:
+                raise UsageError(
+                    "--packed packs a model that is complete, but --stream writes it block by block. Leave --packed "
+                    f"out, and pack the model afterward: wanda-lightning pack {self.save_model} OUT."
+                )
         else:
             refuse_given(self, "pruning without --stream, which uses a GPU if there is one", "device park")
+        if self.save_model is None:
+            refuse_given(self, "pruning without --save_model", "packed")
         super().__post_init__()
 
     def refuse_early(self) -> None:
@@ -257,6 +266,7 @@ class FinetuneOptions:
     )
     dense: str | None = option("The model before pruning, to measure it for comparison.")
     save_model: str | None = option("Folder for the fine-tuned model, with its adapters merged.")
+    packed: bool = option(_PACKED, False)
     data: str = option(f"Text to train on: {_TEXTS}.", "c4")
     eval: str = option(f"Text to measure perplexity on: {_TEXTS}.", "wikitext2")
     limit: int | None = option(_LIMIT, rule=_COUNT)
@@ -290,6 +300,8 @@ class FinetuneOptions:
             refuse_given(
                 self, "--method full, which trains no adapters", "lora_r lora_alpha lora_dropout target_modules"
             )
+        if self.save_model is None:
+            refuse_given(self, "fine-tuning without --save_model", "packed")
         for name in (self.model, self.dense or ""):
             if name.startswith(TIMM):
                 raise UsageError(f"--model and --dense must be language models, but one is {name}.")
@@ -380,11 +392,31 @@ class EvaluateOptions:
         return self.models[0].startswith(TIMM)
 
 
+@dataclass(kw_only=True)
+class PackOptions:
+    """The options of `wanda-lightning pack` and `unpack`."""
+
+    source: str = option("Folder of a Hugging Face or timm model, in safetensors.", MISSING, position="IN")
+    target: str = option("Folder to write.", MISSING, position="OUT")
+    overwrite: bool = option("Replace a model in OUT with everything in it.", False)
+
+    def refuse_early(self) -> None:
+        """Refuse a folder that does not exist, and one that cannot be written."""
+        if not Path(self.source).is_dir():
+            raise UsageError(f"IN must be the folder of a model, but {self.source} is none. Check the path.")
+        try:
+            refuse_replacement(self.target, self.overwrite)
+        except OSError as error:
+            raise UsageError(f"OUT {error}") from error
+
+
 OPTIONS: dict[str, type] = {
     "prune": PruneOptions,
     "finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,
     "inspect": InspectOptions,
+    "pack": PackOptions,
+    "unpack": PackOptions,
 }
 
 

@@ -23,9 +23,16 @@ class UsageError(ValueError):
     """A wrong option. The command ends with status 2."""
 
 
-def option(help: str, default: Any = None, rule: Number | OneOf | None = None) -> Any:
-    """Make a field of a dataclass of options; the help gets the default, and the names that the rule allows."""
-    metadata = {"help": help, "rule": rule}
+def option(help: str, default: Any = None, rule: Number | OneOf | None = None, position: str | None = None) -> Any:
+    """Make a field of a dataclass of options.
+
+    Args:
+        help: Its description, to which the default is added, and the names that the rule allows.
+        default: Its default; MISSING if it is required.
+        rule: Which values are allowed.
+        position: Its name in the usage, if it is given by its position instead of `--name`.
+    """
+    metadata = {"help": help, "rule": rule, "position": position}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -47,7 +54,10 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--print_config", action="store_true", help="Print all options as YAML.")
         self.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
         for each in self._fields.values():
-            self.add_argument(f"--{each.name}", **_argument(each))
+            if (position := each.metadata["position"]) is None:
+                self.add_argument(f"--{each.name}", **_argument(each))
+            else:
+                self.add_argument(each.name, nargs="?", metavar=position, help=each.metadata["help"])
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UsageError`, where argparse would end the process."""
@@ -70,13 +80,16 @@ class CommandParser(argparse.ArgumentParser):
             raise SystemExit(0)
         for name, value in values.items():
             if value is MISSING:
-                raise UsageError(f"--{name} is required: {self._fields[name].metadata['help']}")
+                metadata = self._fields[name].metadata
+                raise UsageError(f"{metadata['position'] or f'--{name}'} is required: {metadata['help']}")
         return self._options(**values)
 
     def _unknown(self, name: str) -> str:
         known = [f"--{each}" for each in self._fields]
         if not name.startswith("-"):
-            return f"{self._command} takes only options, but {name!r} is not one.{did_you_mean(f'--{name}', known)}"
+            positions = [each.metadata["position"] for each in self._fields.values() if each.metadata["position"]]
+            taken = " and ".join([*positions, "options"]) if positions else "only options"
+            return f"{self._command} takes {taken}, but {name!r} is not one.{did_you_mean(f'--{name}', known)}"
         return f"{name} is not an option of {self._command}.{did_you_mean(name, known)}"
 
     def _read(self, path: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def run(options: PruneOptions) -> None:
     report = callback.report
     assert report is not None
     _describe_run(report, options, data, metric, dense, pruned)
-    save_model(module, options.save_model, options.overwrite)
+    save_model(module, options.save_model, options.overwrite, options.packed)
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.config["measured"]["zero_shot"] = accuracies

@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.checks import check_not_negative
 from wanda_lightning.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
+from wanda_lightning.packing.folder import pack_in_place
 
 
 class ImageClassifierModule(L.LightningModule):
@@ -157,12 +158,14 @@ class ImageClassifierModule(L.LightningModule):
         groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         return torch.optim.AdamW(groups, lr=self.lr)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False, packed: bool = False) -> None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
 
         Args:
             folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
+            packed: Pack the weights, so that zeros take almost no space. Then `wanda_lightning.load_packed(folder)`
+                loads it, instead of timm.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
@@ -180,6 +183,8 @@ class ImageClassifierModule(L.LightningModule):
             save_for_hf(
                 self.model, str(new), model_config=labels, model_args=self._model_kwargs, safe_serialization=True
             )
+            if packed:
+                pack_in_place(new)
 
 
 def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,7 @@
 """Load language models and image classifiers from a hub id, a folder, a GGUF file or a timm name.
 
 Weights are read only from safetensors and GGUF files, since other checkpoint formats can run code. Missing, misshapen,
-non-finite or packed weights raise an error.
+non-finite or quantized weights raise an error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning.checks import one_line
 from wanda_lightning.model_sources import load_config, load_tokenizer, locate, reading, timm_name
+from wanda_lightning.packing.layout import is_packed, read_config
+from wanda_lightning.packing.models import load_packed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED = (*DTYPES.values(), torch.float64)
@@ -161,8 +163,9 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
         _require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
+    packed = folder if folder is not None and is_packed(read_config(folder)) and pretrained else None
     try:
-        model = timm.create_model(checked, pretrained=pretrained, **kwargs)
+        model = timm.create_model(checked, pretrained=pretrained and packed is None, **kwargs)
     except OSError as error:
         raise OSError(
             f"The weights of {checked!r} are not in the cache and cannot be downloaded. Check the connection, give a "
@@ -178,7 +181,9 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         raise ValueError(
             f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
         ) from error
-    if folder is not None and pretrained:
+    if packed is not None:
+        load_packed(packed, model)
+    elif folder is not None and pretrained:
         check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
         check_finite(model.named_parameters(), checked)

@@ -36,7 +36,8 @@ _CODE_OF_GROUP = np.array(
 )
 _GROUPS_OF_CODE = _PATTERNS[np.arange(256)[:, None] // np.array([1, 6, 36]) % 6]
 _PATTERN_OF_GROUP = np.append(_PATTERNS, np.uint8(0))[_CODE_OF_GROUP]
-_TWO_OF_FOUR = (_PATTERN_OF_GROUP[:, None] << 4 | _PATTERN_OF_GROUP).ravel()  # for both groups of a byte
+# For each byte of a bitmask, the patterns of both of its groups.
+_TWO_OF_FOUR: Bytes = (_PATTERN_OF_GROUP[:, None] << 4 | _PATTERN_OF_GROUP).ravel().astype(np.uint8)
 
 
 def cheapest(words: Words, shape: Sequence[int]) -> tuple[str, int]:
@@ -113,6 +114,8 @@ def unpack(values: Words, positions: Bytes, shape: Sequence[int], code: str) -> 
 def check(kept: int, positions: Bytes, shape: Sequence[int], code: str) -> None:
     """Raise a ValueError if this many values cannot have these positions."""
     size = prod(shape)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"the shape {tuple(shape)} is negative")
     if code == PAIRS:
         groups = size // 4
         if size % 4 or positions.shape != (-(-groups // 3),):

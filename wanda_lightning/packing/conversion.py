@@ -110,11 +110,11 @@ def _taking_values(converter: Any, unpack: _Unpack) -> Any:
 
 
 def _with_values(source: str) -> str:
-    """Return a pattern that matches the name of a tensor and that of its values.
+    r"""Return a pattern that matches the name of a tensor and that of its values.
 
     Example:
-        >>> _with_values("experts.*.w1.weight"), _with_values("weight$")
-        ('experts.*.w1.weight(?:\\\\.compressed)?(?!\\\\w)', 'weight(?:\\\\.compressed)?$')
+        >>> print(_with_values("experts.*.w1.weight"), _with_values("weight$"))
+        experts.*.w1.weight(?:\.compressed)?(?!\w) weight(?:\.compressed)?$
     """
     end = "$" if source.endswith("$") else r"(?!\w)" if source[-1:].isalnum() else ""
     return rf"{source.removesuffix('$')}(?:\{layout.VALUES})?{end}"

@@ -308,7 +308,7 @@ def _write_parts(parts: Sequence[_Part], folder: Path, title: str, show_progress
                 for name, read in part.pieces.items():
                     bar.show(name)
                     for piece in read():
-                        piece.tofile(out)
+                        out.write(piece.data)  # tofile would not say that the disk is full
                     bar.advance()
 
 
@@ -345,6 +345,8 @@ def _size(parts: Sequence[_Part], codes: Mapping[str, str]) -> PackedSize:
         dense=sum(entry.size for entry in dense.values()),
         packed=sum(packed.values()),
         dense_matrices=sum(dense[name].size for name in codes),
-        packed_matrices=sum(packed[f"{name}{end}"] for name in codes for end in layout.ENDS if f"{name}{end}" in packed),
+        packed_matrices=sum(
+            packed[f"{name}{end}"] for name in codes for end in layout.ENDS if f"{name}{end}" in packed
+        ),
         codes=dict(codes),
     )

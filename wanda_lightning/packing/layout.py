@@ -124,6 +124,11 @@ def explained(path: Path, name: str) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- headers and config.json
 
 
+def patterns(codes: Iterable[str]) -> dict[str, int]:
+    """Return how many matrices have each pattern, from their codes."""
+    return dict(Counter(_PATTERN_OF_CODE[code] for code in codes))
+
+
 def header(metadata: Mapping[str, str], codes: Iterable[str]) -> dict[str, str]:
     """Return the metadata of a packed file: those of the dense file, the version, and how many matrices have a pattern.
 
@@ -131,8 +136,7 @@ def header(metadata: Mapping[str, str], codes: Iterable[str]) -> dict[str, str]:
         metadata: The metadata of the dense file.
         codes: The code of each packed matrix.
     """
-    patterns = Counter(_PATTERN_OF_CODE[code] for code in codes)
-    return {**metadata, _BY: METHOD, _VERSION: str(VERSION), _PATTERNS: json.dumps(patterns)}
+    return {**metadata, _BY: METHOD, _VERSION: str(VERSION), _PATTERNS: json.dumps(patterns(codes))}
 
 
 def dense_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -183,8 +187,7 @@ def packed_config(config: Mapping[str, Any], weights: str, codes: Iterable[str])
         weights: Its only file of weights, or their index.
         codes: The code of each packed matrix.
     """
-    patterns = Counter(_PATTERN_OF_CODE[code] for code in codes)
-    described = {"quant_method": METHOD, "version": VERSION, "weights": PREFIX + weights, "patterns": dict(patterns)}
+    described = {"quant_method": METHOD, "version": VERSION, "weights": PREFIX + weights, "patterns": patterns(codes)}
     return {**config, "quantization_config": described, "transformers_weights": _GUARD}
 
 
@@ -202,12 +205,13 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 def is_old_bitmask(config: Mapping[str, Any]) -> bool:
     """Whether compressed-tensors packed the model, and did not also quantize it."""
     found = config.get("quantization_config")
-    sparse = found.get("sparsity_config") if isinstance(found, Mapping) else None
-    is_sparse = isinstance(sparse, Mapping) and sparse.get("format") in _OLD_FORMATS
-    return is_sparse and not found.get("config_groups")
+    if not isinstance(found, Mapping) or found.get("config_groups"):
+        return False
+    sparse = found.get("sparsity_config")
+    return isinstance(sparse, Mapping) and sparse.get("format") in _OLD_FORMATS
 
 
 def lacks_weight(files: Iterable[TensorFile]) -> bool:
-    """Whether compressed-tensors left `.weight` out of the names of packed matrices, as from version 0.8 on."""
+    """Whether compressed-tensors left `.weight` out of the names of packed matrices, as its newer versions do."""
     names = [name for file in files for name in file.entries if name.endswith(VALUES)]
     return not any(name.endswith(f".weight{VALUES}") for name in names)

@@ -29,7 +29,7 @@ def register() -> None:
         register_quantizer(layout.METHOD)(PackedQuantizer)
 
 
-class PackedConfig(QuantizationConfigMixin):
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
     """The `quantization_config` of a packed model.
 
     Args:
@@ -49,7 +49,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.dequantize = True  # transformers then removes this configuration from the model
 
 
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Unpack the weights of a packed model while transformers loads them."""
 
     quantization_config: PackedConfig

@@ -92,8 +92,10 @@ class TensorFile:
     def words(self, name: str) -> NDArray[Any]:
         """Read a tensor as flat unsigned integers of the size of its entries."""
         entry = self.entries[name]
-        dtype = np.dtype(f"<u{entry.word_size}")
-        return np.fromfile(self.path, dtype, entry.size // dtype.itemsize, offset=self._starts[name])
+        words = np.fromfile(self.path, f"<u{entry.word_size}", entry.size // entry.word_size, offset=self._starts[name])
+        if words.nbytes != entry.size:
+            raise OSError(f"{self.path} must not change while it is read, but it has. Start again.")
+        return words
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Read a short tensor of int64."""
@@ -102,7 +104,7 @@ class TensorFile:
 
 @contextmanager
 def writing(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Iterator[BinaryIO]:
-    """Write the header of a file, and yield the file, to which the tensors are written in the order of `entries`."""
+    """Write the header of a file, and yield the file, to which arrays are written in the order of `entries`."""
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     at = 0
     for name, entry in entries.items():

@@ -32,6 +32,7 @@ from wanda_lightning.checks import one_line
 from wanda_lightning.model_sources import load_config, locate, reading
 from wanda_lightning.models import placeholder
 from wanda_lightning.modules.loading import check_finite, check_stored_as_float
+from wanda_lightning.packing.layout import is_packed
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
@@ -75,6 +76,11 @@ class Checkpoint:
             )
         config = load_config(name, **hub)
         _refuse_without_safetensors(name)
+        if is_packed(config.to_dict()):
+            raise ValueError(
+                f"The model {name!r} is packed, so it cannot be read block by block. Unpack it first: wanda-lightning "
+                f"unpack {name} OUT."
+            )
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
