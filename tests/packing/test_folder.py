@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.modules import tiny_llama
 
-import wanda_lightning.packing.tensor_file as tensor_file
 from wanda_lightning import pack, unpack
+from wanda_lightning.packing import codec
 
 OLD = Path(__file__).parent / "compressed_tensors"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn]
@@ -306,10 +306,10 @@ def test_overwrite_replaces_a_model(dense, packed):
 
 @pytest.mark.parametrize("direction", ["pack", "unpack"])
 def test_a_full_disk_leaves_nothing_behind(dense, packed, tmp_path, monkeypatch, direction):
-    def full(descriptor):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tensor_file.os, "fsync", full)
+    monkeypatch.setattr(codec, direction, full)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="cannot be written, because its disk is full"):
         pack(dense[0], tmp_path / "out") if direction == "pack" else unpack(packed, tmp_path / "out")

@@ -36,8 +36,10 @@ _CODE_OF_GROUP = np.array(
 )
 _GROUPS_OF_CODE = _PATTERNS[np.arange(256)[:, None] // np.array([1, 6, 36]) % 6]
 _PATTERN_OF_GROUP = np.append(_PATTERNS, np.uint8(0))[_CODE_OF_GROUP]
-# For each byte of a bitmask, the patterns of both of its groups.
+# For each byte of a bitmask: the patterns and the codes of both of its groups, and whether they have codes.
 _TWO_OF_FOUR: Bytes = (_PATTERN_OF_GROUP[:, None] << 4 | _PATTERN_OF_GROUP).ravel().astype(np.uint8)
+_CODES_OF_BYTE = np.stack([np.tile(_CODE_OF_GROUP, 16), np.repeat(_CODE_OF_GROUP, 16)], axis=1)
+_HAS_CODES = (_CODES_OF_BYTE < _NO_CODE).all(axis=1)
 
 
 def cheapest(words: Words, shape: Sequence[int]) -> tuple[str, int]:
@@ -161,20 +163,15 @@ def _chunks(bits: Bytes, columns: int, size: int) -> Iterator[tuple[int, NDArray
         yield at * columns, np.unpackbits(rows[at : at + step], 1, columns, "little").ravel().view(np.bool_)
 
 
-def _groups(bits: Bytes) -> Bytes:
-    """Return the four bits of each group."""
-    return np.stack([bits & 15, bits >> 4], axis=1).reshape(-1)
-
-
 def _fits_pairs(words: Words) -> bool:
     pieces = (words[at : at + _CHUNK] for at in range(0, words.size, _CHUNK))
-    return all(_CODE_OF_GROUP[_groups(_bits(piece))].max() < _NO_CODE for piece in pieces)
+    return all(_HAS_CODES[_bits(piece)].all() for piece in pieces)
 
 
 def _codes(bits: Bytes, size: int) -> Bytes:
     """Return three groups in a byte, in base 6; the last byte is padded."""
-    groups = _groups(bits)[: size // 4]
-    codes = _CODE_OF_GROUP[np.pad(groups, (0, -groups.size % 3))]
+    codes = _CODES_OF_BYTE[bits].ravel()[: size // 4]
+    codes = np.pad(codes, (0, -codes.size % 3))
     return codes[::3] + codes[1::3] * 6 + codes[2::3] * 36
 
 

@@ -7,7 +7,6 @@ header in JSON, and the tensors without gaps (https://huggingface.co/docs/safete
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,12 +89,15 @@ class TensorFile:
             raise ValueError(f"it has {size} bytes instead of {at}")
 
     def words(self, name: str) -> NDArray[Any]:
-        """Read a tensor as flat unsigned integers of the size of its entries."""
+        """Return a tensor as flat unsigned integers of the size of its entries, which are read when they are used."""
         entry = self.entries[name]
-        words = np.fromfile(self.path, f"<u{entry.word_size}", entry.size // entry.word_size, offset=self._starts[name])
-        if words.nbytes != entry.size:
-            raise OSError(f"{self.path} must not change while it is read, but it has. Start again.")
-        return words
+        dtype, count = f"<u{entry.word_size}", entry.size // entry.word_size
+        if count == 0:
+            return np.empty(0, dtype)
+        try:
+            return np.memmap(self.path, dtype, "r", self._starts[name], count).view(np.ndarray)
+        except ValueError as error:
+            raise OSError(f"{self.path} must not change while it is read, but it has. Start again.") from error
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Read a short tensor of int64."""
@@ -116,5 +118,3 @@ def writing(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         yield file
         assert file.tell() == _LENGTH_BYTES + len(text) + at
-        file.flush()
-        os.fsync(file.fileno())
