@@ -39,7 +39,7 @@ _PATTERN_OF_GROUP = np.append(_PATTERNS, np.uint8(0))[_CODE_OF_GROUP]
 # For each byte of a bitmask: the patterns and the codes of both of its groups, and whether they have codes.
 _TWO_OF_FOUR: Bytes = (_PATTERN_OF_GROUP[:, None] << 4 | _PATTERN_OF_GROUP).ravel().astype(np.uint8)
 _CODES_OF_BYTE = np.stack([np.tile(_CODE_OF_GROUP, 16), np.repeat(_CODE_OF_GROUP, 16)], axis=1)
-_HAS_CODES = (_CODES_OF_BYTE < _NO_CODE).all(axis=1)
+_HAS_CODES: NDArray[np.bool_] = np.asarray((_CODES_OF_BYTE < _NO_CODE).all(axis=1))
 
 
 def cheapest(words: Words, shape: Sequence[int]) -> tuple[str, int]:
