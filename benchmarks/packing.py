@@ -2,11 +2,13 @@
 
     python benchmarks/packing.py sizes FOLDER --model SmolLM2.gguf  (1 GB of disk)
     python benchmarks/packing.py speed FOLDER --megabytes 1000  (twice this on disk)
+    PYTHONPATH=tests python benchmarks/packing.py families FOLDER
 
 `sizes` prunes the model by magnitude in bfloat16, which needs no data: how many weights are kept decides the size, not
 which. It packs the model, and loads it again to compare every weight. `speed` packs and unpacks one matrix in memory,
 and folders on a disk that the operating system caches, in one thread. All speeds are bytes of dense weights per second.
-Both compare with zstd at its default level (pip install zstandard).
+Both compare with zstd at its default level (pip install zstandard). `families` packs one tiny model of every family of
+language models in transformers, and compares what is loaded with the dense model.
 """
 
 import argparse
@@ -16,11 +18,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from measuring import medians, seconds
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zstandard import ZstdCompressor, ZstdDecompressor
 
 from wanda_lightning import CausalLMModule, pack, prune, unpack
@@ -38,7 +42,7 @@ WIDTH = 4096
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sizes", "speed"])
+    parser.add_argument("what", choices=["sizes", "speed", "families"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", help="for sizes")
     parser.add_argument("--megabytes", type=int, default=512, help="for speed")
@@ -48,6 +52,8 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.what == "sizes":
         sizes(arguments.folder, arguments.model)
+    elif arguments.what == "families":
+        families(arguments.folder)
     else:
         clock = cpu_seconds if arguments.cpu else seconds
         speed(arguments.folder, arguments.megabytes * 10**6, arguments.runs, clock)
@@ -135,6 +141,39 @@ def measured(
     times = medians(*(lambda step=step: clock(step) for step in steps), runs=runs)
     packed_size = sum(piece.nbytes for piece in packed) / words.nbytes
     return packed_size, len(compressed) / len(sample), [*times[:-2], *(elapsed / share for elapsed in times[-2:])]
+
+
+def families(folder: Path) -> None:
+    """Print how many families load packed as they load dense, and why the others do not."""
+    from support.tiny import tiny
+
+    transformers.logging.set_verbosity_error()
+    outcomes: dict[str, str] = {}
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        for place in ("dense", "packed"):
+            shutil.rmtree(folder / place, ignore_errors=True)
+        try:
+            model = AutoModelForCausalLM.from_config(tiny(type(AutoConfig.for_model(name))))
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.data[torch.rand(parameter.shape) < 0.6] = 0
+            model.save_pretrained(folder / "dense")
+            dense = AutoModelForCausalLM.from_pretrained(folder / "dense").state_dict()
+        except Exception as error:  # whatever transformers raises
+            outcomes[name] = f"not built: {str(error)[:80]!r}"
+            continue
+        pack(folder / "dense", folder / "packed")
+        try:
+            packed = AutoModelForCausalLM.from_pretrained(folder / "packed").state_dict()
+        except ValueError as error:
+            outcomes[name] = f"refused: {error}"
+            continue
+        is_same = dense.keys() == packed.keys() and all(dense[key].equal(packed[key]) for key in dense)
+        outcomes[name] = "same" if is_same else "DIFFERENT"
+    for name, outcome in outcomes.items():
+        if outcome != "same":
+            print(f"{name}: {outcome}")
+    print(f"{list(outcomes.values()).count('same')} of {len(outcomes)} families load as they do from dense files")
 
 
 def sparse(rows: int, dtype: torch.dtype, pattern: str) -> torch.Tensor:
