@@ -138,7 +138,7 @@ def test_inspect_shows_the_units_of_the_method(inputs, capsys, more, sequential)
         (["--model", "timm:test_vitt"], "Did you mean test_vit"),
         (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "--only blocks.9 matches no matrix"),
-        (["--model", "gone", "--stream", "--recovery", "distil"], "--recovery Distil"),
+        (["--model", "gone", "--stream", "--recovery", "distil"], "--recovery distil"),
     ],
 )
 def test_inspect_refuses(refused, more, message):

@@ -71,7 +71,7 @@ REFUSED = {
             ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],
             "--sparsity_ratio must be 0.5 for the pattern 2:4, but",
         ),
-        (["--solver", "admm", "--criterion", "ria"], "cannot be combined with --solver ADMM"),
+        (["--solver", "admm", "--criterion", "ria"], "cannot be combined with --solver admm"),
         (["--recovery", "reconstruct", "--sequential", "layer"], "--sequential layer"),
         (["--criterion", "magnitude", "--use_variant"], "Use --prune_method wanda within rows"),
         (["--config", "gone.yaml"], "--config gone.yaml cannot be read: No such file or directory."),
