@@ -22,13 +22,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
 ]
 
-COMMANDS = ["prune", "finetune", "evaluate", "inspect", "pack", "unpack", "fit", "validate", "test", "predict"]
+COMMANDS = ["prune", "finetune", "evaluate", "inspect", "check", "pack", "unpack", "fit", "validate", "test", "predict"]
 
 
 USAGE = [
     (["prune"], "--model is required"),
     (["inspect"], "--model is required"),
     (["evaluate"], "--model is required"),
+    (["check", "x"], "--against is required"),
+    (["check", "--against", "x"], "FOLDER is required"),
     (["fit"], "--config FILE.yaml is required for fit"),
     (["prune", "--model", "x", "--sparsity_ratio", "half"], "half"),
     (["prune", "--model", "x", "--prune_method", "luck"], "luck"),
@@ -77,6 +79,7 @@ def test_help_of_each_command(capsys, command):
     assert run(command, "--help") == 0
     out = capsys.readouterr().out
     expected = {"prune": ["--sparsity_ratio", "--use_variant", "python-docs"], "inspect": ["--model", "--skip"]}
+    expected["check"] = ["FOLDER", "--against"]
     expected["finetune"] = ["--method", "--dense", "--save_model"]
     expected["evaluate"] = ["--model", "--dense", "--tasks_dir", "--task_limit", "python-docs"]
     expected["pack"] = expected["unpack"] = ["IN", "OUT", "--overwrite"]
@@ -110,7 +113,7 @@ def test_version(capsys):
 LIGHT = """
 import sys
 from wanda_lightning.cli import main
-commands = ["prune", "finetune", "evaluate", "inspect"]
+commands = ["prune", "finetune", "evaluate", "inspect", "check"]
 lines = [[], ["--version"], ["pruen"]] + [[c, o] for c in commands for o in ("--help", "--print_config")]
 wrong = ("--prune_method wnada", "--sparsity_type 4:2", "--eval wikitext3", "--save /dev/null/x")
 lines += [["prune", "--model", "x", *more.split()] for more in wrong] + [["fit"], ["fit", "--help"]]
@@ -125,7 +128,7 @@ def test_help_and_refusals_load_no_library(tmp_path):
     *said, loaded = done.stderr.splitlines()
     assert loaded == "set()"
     assert len(said) == 6  # one line for each refusal
-    assert done.stdout.count("usage: wanda-lightning") == 6
+    assert done.stdout.count("usage: wanda-lightning") == 7
     assert "Fraction of the pruned layers' weights that become" in done.stdout
 
 

@@ -4,8 +4,11 @@ import gguf
 import numpy as np
 
 
-def write_gguf(path):
-    """A random two-layer Llama in float32 with a byte-pair tokenizer of 64 entries."""
+def write_gguf(path, sparsity=0.0, qtype=None):
+    """A random two-layer Llama with a byte-pair tokenizer of 64 entries, in float32 or quantized where rows fit.
+
+    The smallest weights of each matrix in a block are zero. The weights are returned as they are before quantization.
+    """
     rng, hidden, inner, words = np.random.default_rng(0), 32, 48, 64
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -34,7 +37,12 @@ def write_gguf(path):
         shapes[f"{block}.ffn_down"] = (hidden, inner)
     tensors = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor)
+        if name.startswith("blk") and tensor.ndim == 2:
+            tensor[np.abs(tensor) < np.quantile(np.abs(tensor), sparsity)] = 0
+        if qtype is None or tensor.ndim == 1 or tensor.shape[1] % 32:
+            writer.add_tensor(f"{name}.weight", tensor)
+        else:
+            writer.add_tensor(f"{name}.weight", gguf.quantize(tensor, qtype), raw_dtype=qtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

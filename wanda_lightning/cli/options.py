@@ -410,6 +410,25 @@ class PackOptions:
             raise UsageError(f"OUT {error}") from error
 
 
+@dataclass(kw_only=True)
+class CheckOptions:
+    """The options of `wanda-lightning check`."""
+
+    folder: str = option("Folder, hub id or .gguf file of the language model to check.", MISSING, position="FOLDER")
+    against: str = option("Folder, hub id or .gguf file of the pruned model from which it was made.", MISSING)
+    cache_dir: str | None = option(_CACHE_DIR)
+    trust_remote_code: bool = option(_TRUST, False)
+
+    def refuse_early(self) -> None:
+        """Refuse a file that does not exist, an image classifier, and a model against itself."""
+        refuse_missing(self, "against")
+        for name in (self.folder, self.against):
+            if name.startswith(TIMM):
+                raise UsageError(f"FOLDER and --against must be language models, but one is {name}.")
+        if Path(self.folder).resolve() == Path(self.against).resolve():
+            raise UsageError(f"--against must be another model than FOLDER, but both are {self.folder}.")
+
+
 OPTIONS: dict[str, type] = {
     "prune": PruneOptions,
     "finetune": FinetuneOptions,
@@ -417,6 +436,7 @@ OPTIONS: dict[str, type] = {
     "inspect": InspectOptions,
     "pack": PackOptions,
     "unpack": PackOptions,
+    "check": CheckOptions,
 }
 
 

@@ -1,7 +1,11 @@
-"""Recognize quantized layers, which cannot be pruned or merged."""
+"""Recognize quantized layers, which cannot be pruned, and read their weights as ordinary numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +43,31 @@ def is_quantized(module: nn.Module) -> bool:
         or any(is_packed(p) or quantizer(module, p) for p in module.parameters(recurse=False))
         or any(is_packed_weight(name, buffer) for name, buffer in module.named_buffers(recurse=False))
     )
+
+
+def can_be_read(module: nn.Module, name: str = "weight") -> bool:
+    """Whether `read_weight` can return a weight of a module."""
+    return not is_quantized(module) or quantizer(module, getattr(module, name, None)) in _READERS
+
+
+@torch.no_grad()
+def read_weight(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return a weight of a module that can be read, in floating point; a quantized one is dequantized to a copy."""
+    weight: Tensor = getattr(module, name)
+    reader = _READERS.get(quantizer(module, weight) or "")
+    return weight.detach() if reader is None else reader(module, weight)
+
+
+def _read_bitsandbytes(module: Any, weight: Any) -> Tensor:
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(weight, getattr(module, "state", None))  # int8 layers move their scales there
+
+
+_READERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "torchao": lambda _, weight: weight.dequantize(),
+    "bitsandbytes": _read_bitsandbytes,
+}
 
 
 def _holds_codes(tensor: Tensor) -> bool:
