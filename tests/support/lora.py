@@ -16,12 +16,12 @@ TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def llama(dtype=torch.float32, sparsity=0.5):
+def llama(dtype=torch.float32, sparsity=0.5, hidden_size=32, intermediate_size=56):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
-        intermediate_size=56,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -36,10 +36,14 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     merged and the adapted model then differ by that rounding (bfloat16: at most 2^-9 of each weight). With W in
     float32 and no active dropout the layer computes one product, and the merged model equals the adapted one.
 
+    If torchao or bitsandbytes quantized a layer, W is its dequantized weight, which exists only while it is needed. The
+    merged and the adapted model also differ by what the layer rounds in its own forward: the int8 layers of
+    bitsandbytes quantize their inputs, for example.
+
     Raises:
         ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
             `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is not a linear
-            layer, is quantized, or shares its weight with another target.
+            layer, is quantized so that its zeros cannot be read, or shares its weight with another target.
 
     Warns:
         UserWarning: `get_peft_model` found no zero in the targeted weights, so the adapters are plain LoRA.

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from wanda_lightning.models.quantized import is_quantized, read_weight
 
 
 def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False) -> Tensor:
@@ -23,7 +26,8 @@ def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only
 class _KeptProduct(torch.autograd.Function):
     """Compute x @ (W + (left @ right) * keep)^T + addend, or the same without W if `only_delta`.
 
-    Only x, W and the two factors are saved for backward, so no second matrix of the size of W stays in memory.
+    Only x, W and the two factors are saved for backward, so no second matrix of the size of W stays in memory. For the
+    same reason, a quantized W is given as a function that dequantizes it, in the forward and in the backward pass.
 
     x is (..., d_in) in the dtype of the product. W and left @ right are (d_out, d_in), or (d_in, d_out) if
     `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out).
@@ -33,14 +37,16 @@ class _KeptProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Callable[[], Tensor],
         left: Tensor,
         right: Tensor,
         addend: Tensor | None,
         transposed: bool,
         only_delta: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, left, right)
+        ctx.dequantize, saved = (None, weight) if isinstance(weight, Tensor) else (weight, None)
+        ctx.save_for_backward(x, saved, left, right)
+        weight = weight if isinstance(weight, Tensor) else weight()
         ctx.transposed, ctx.only_delta = transposed, only_delta
         ctx.bias = addend is not None and addend.dim() == 1
         with torch.autocast(x.device.type, enabled=False):
@@ -56,6 +62,7 @@ class _KeptProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, left, right = ctx.saved_tensors
+        weight = weight if ctx.dequantize is None else ctx.dequantize()
         needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_left = grad_right = grad_addend = None
         with torch.autocast(x.device.type, enabled=False):
@@ -89,6 +96,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
     before_merge: tuple[Tensor, Tensor | None] | None = None  # original weight and bias, while merged
     merged_adapters: list[str]
     delta_keeps_zeros = True
+    dequantizes = False  # whether the base layer is quantized; torch.compile cannot trace how it is recognized
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (..., d_in) to (..., d_out). PEFT's `adapter_names` selects an adapter for each sample."""
@@ -134,7 +142,8 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
     def _product(self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool) -> Tensor:
         left, right = self._factors(names)
-        weight = self.get_base_layer().weight
+        base = self.get_base_layer()
+        weight = partial(read_weight, base) if self.dequantizes else base.weight
         product: Callable[..., Tensor] = _KeptProduct.apply
         return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
 
@@ -146,15 +155,16 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
 
     def _fuses(self) -> bool:
-        """Whether one product may replace the layer's own forward: it has no hooks, and W is not in half precision."""
+        """Whether one product may replace the layer's own forward: no hooks, no quantization, no half precision."""
         base = self.base_layer
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
-        return plain and not any(hooks) and base.weight.dtype in (torch.float32, torch.float64)
+        dtypes = (torch.float32, torch.float64)
+        return plain and not any(hooks) and not self.dequantizes and base.weight.dtype in dtypes
 
     def unmerged_weight(self) -> Tensor:
-        """Return the weight without adapters."""
-        return self.get_base_layer().weight.data if self.before_merge is None else self.before_merge[0]
+        """Return the weight without adapters, dequantized if the layer is quantized."""
+        return read_weight(self.get_base_layer()) if self.before_merge is None else self.before_merge[0]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s (B A) * keep of one adapter, in the layout of the layer."""
@@ -167,8 +177,14 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
         Raises:
             ValueError: With `safe_merge`, the merged weight would not be finite. Nothing is merged.
+            ValueError: The layer is quantized. `wanda_lightning.lora.merge` dequantizes it.
             RuntimeError: An adapter has a bias and the layer has none.
         """
+        if is_quantized(self.get_base_layer()):
+            raise ValueError(
+                f"The adapters of a {type(self.get_base_layer()).__name__} with quantized weights cannot be merged in "
+                "place. Use wanda_lightning.lora.merge(model), which dequantizes the model."
+            )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return

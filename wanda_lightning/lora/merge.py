@@ -1,7 +1,7 @@
 """Merge adapters into the weights and check every zero."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft import PeftModel
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.lora.layer import KeepZerosLinear
-from wanda_lightning.lora.tuner import refuse_quantized
+from wanda_lightning.lora.tuner import refuse_unreadable
+from wanda_lightning.models.quantized import dequantize, is_quantized
 
 
 @torch.no_grad()
@@ -20,14 +21,16 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     Keep-zeros adapters merge to W + s (B A) * keep, and `merge` checks every zero afterwards. Plain adapters merge to
     the dense W + s B A, and PEFT trains the matrices in `modules_to_save` whole. With `reprune`, `merge` restores the
     zeros that these filled. The result is then not the model that was trained, so evaluate it again. `merge` needs one
-    bit of memory per targeted weight.
+    bit of memory per targeted weight. If targets are quantized, the whole model is dequantized first, and the zeros are
+    those of the dequantized weights.
 
     Args:
         model: The return value of `peft.get_peft_model` or `PeftModel.from_pretrained`. It must not be used afterwards.
         reprune: Restore the zeros that plain adapters fill.
 
     Raises:
-        ValueError: The model is no `PeftModel`, its adapters cannot be merged, or a target is quantized.
+        ValueError: The model is no `PeftModel`, its adapters cannot be merged, or a quantized layer cannot be
+            dequantized or has plain adapters. Nothing is changed.
 
     Warns:
         UserWarning: Zeros are lost. The message has the sparsity of the targeted matrices before and after.
@@ -41,8 +44,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
             f"{type(model).__name__} has none."
         )
     layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    for name, layer in layers.items():
-        refuse_quantized(name, layer.get_base_layer())
+    _dequantize_base(tuner.model, layers)
     names = list(dict.fromkeys([n for layer in layers.values() for n in layer.merged_adapters] + model.active_adapters))
     for layer in layers.values():
         if layer.merged:
@@ -73,6 +75,22 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
             stacklevel=2,
         )
     return merged
+
+
+def _dequantize_base(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None:
+    """Dequantize a model if adapters would be merged into quantized weights."""
+    quantized = {name: layer for name, layer in layers.items() if is_quantized(layer.get_base_layer())}
+    for name, layer in quantized.items():
+        refuse_unreadable(name, layer.get_base_layer())
+        if not isinstance(layer, KeepZerosLinear):
+            raise ValueError(
+                f"model must have keep-zeros adapters to be merged into quantized weights, but {name} is a "
+                f"{type(layer).__name__}. Train with KeepZerosLoraConfig, or load the model without quantization."
+            )
+    if quantized:
+        for name, module in model.named_modules():
+            refuse_unreadable(name, module)
+        dequantize(model)
 
 
 def _targeted_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

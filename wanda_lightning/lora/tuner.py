@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.lora.layer import KeepZerosLinear
-from wanda_lightning.models.quantized import is_quantized
+from wanda_lightning.models.quantized import can_be_read, is_quantized
 
 
 class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not followed by mypy
@@ -21,10 +21,11 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
         """Add an adapter, and warn if the weights that it targets contain no zeros."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = (layer for layer in model.modules() if isinstance(layer, KeepZerosLinear))
-        weights = [layer.unmerged_weight() for layer in layers if adapter_name in layer.lora_A]
-        if weights and not any(weight.is_meta or bool((weight == 0).any()) for weight in weights):
+        targets = [layer for layer in layers if adapter_name in layer.lora_A]
+        weights = (layer.unmerged_weight() for layer in targets)  # one at a time: a quantized one is dequantized
+        if targets and not any(weight.is_meta or bool((weight == 0).any()) for weight in weights):
             warnings.warn(
-                f"None of the {len(weights)} layers that adapter {adapter_name!r} targets holds a zero, so it is a "
+                f"None of the {len(targets)} layers that adapter {adapter_name!r} targets holds a zero, so it is a "
                 "plain LoRA at a higher cost. Prune first, or use peft.LoraConfig.",
                 stacklevel=2,
             )
@@ -61,6 +62,7 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
         kwargs.pop("parameter_name", None)
         transposed = isinstance(target, Conv1D)
         layer = KeepZerosLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs)
+        layer.dequantizes = is_quantized(target)
         layer.fan_in_fan_out = transposed  # the class of the layer decides, not the config
         return layer
 
@@ -77,15 +79,15 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
             del target.delta_keeps_zeros
 
 
-def refuse_quantized(name: str, layer: nn.Module) -> None:
-    """Raise a ValueError if a layer is quantized: merging would round its weights again and lose zeros."""
-    if is_quantized(layer):
+def refuse_unreadable(name: str, layer: nn.Module) -> None:
+    """Raise a ValueError if a layer is quantized so that its zeros cannot be read."""
+    if not can_be_read(layer):
         weight = getattr(layer, "weight", None)
         kind = f", {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise ValueError(
-            f"target_modules must name layers with floating-point weights, but {name} is a quantized layer "
-            f"({type(layer).__name__}{kind}), and merging into quantized weights loses zeros. "
-            "Load the model without quantization."
+            f"model must be in floating point or quantized by torchao or bitsandbytes, but {name} is a quantized layer "
+            f"({type(layer).__name__}{kind}) whose zeros cannot be read. Load the model without quantization, or "
+            "quantize it by one of the two."
         )
 
 
@@ -93,7 +95,8 @@ def check_target(name: str, module: nn.Module) -> Tensor:
     """Return the weight of a layer that can take a keep-zeros adapter.
 
     Raises:
-        ValueError: The layer already has other adapters, is quantized, or is not a linear layer.
+        ValueError: The layer already has other adapters, is quantized so that its zeros cannot be read, or is not a
+            linear layer.
     """
     if isinstance(module, BaseTunerLayer) and not isinstance(module, KeepZerosLinear):
         raise ValueError(
@@ -101,7 +104,7 @@ def check_target(name: str, module: nn.Module) -> Tensor:
             f"({type(module).__module__}.{type(module).__name__}). Merge or unload them first."
         )
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    refuse_quantized(name, layer)
+    refuse_unreadable(name, layer)
     in_attention = isinstance(layer, NonDynamicallyQuantizableLinear)  # F.multi_head_attention_forward reads its weight
     if in_attention or not isinstance(layer, nn.Linear | Conv1D):
         raise ValueError(

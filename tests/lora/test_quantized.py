@@ -1,0 +1,120 @@
+"""Adapters on a quantized pruned model, beside the same adapters on its dequantized weights."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.lora import TARGETS, TOKENS, CodesParameter, assert_zeros, config, llama, logits, relative, train, zeros_of
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from wanda_lightning.lora import merge
+
+
+def by_torchao(folder, dtype=torch.float32):
+    quantization = pytest.importorskip("torchao.quantization")
+    method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=method, dtype=dtype)
+
+
+def by_bitsandbytes(folder, dtype=torch.float32):
+    pytest.importorskip("bitsandbytes")
+    method = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=method, dtype=dtype)
+
+
+def by_bitsandbytes_8(folder, dtype=torch.float32):
+    pytest.importorskip("bitsandbytes")
+    method = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=method, dtype=dtype)
+
+
+def dequantized(folder, load):
+    """The pruned model with weights that were quantized and dequantized by hand."""
+    model, codes = AutoModelForCausalLM.from_pretrained(folder), load(folder)
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            parameter.data = codes.get_parameter(name).dequantize()
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+@pytest.mark.parametrize(
+    ("load", "dtype", "rounding"),
+    [
+        (by_torchao, torch.float32, 1e-5),
+        (by_torchao, torch.bfloat16, 2**-7),
+        (by_bitsandbytes, torch.float32, 1e-5),
+        (by_bitsandbytes_8, torch.float32, 2**-5),  # it quantizes the inputs, too
+    ],
+)
+def test_training_and_merging_keep_every_zero(folder, load, dtype, rounding, tmp_path):
+    zeros = zeros_of(AutoModelForCausalLM.from_pretrained(folder))
+    model = get_peft_model(load(folder, dtype), config())
+    losses = train(model, steps=8)
+    assert losses[-1] < losses[0]
+    adapted = model(input_ids=TOKENS).logits.detach().float()  # in eval mode, bitsandbytes may compute in bfloat16
+    merged = merge(model)
+    assert all((merged.get_parameter(name) == 0)[zero].all() for name, zero in zeros.items())
+    zeros = zeros_of(merged)  # nf4 adds some
+    assert all(type(p) is nn.Parameter and p.dtype == dtype for p in merged.parameters())
+    assert relative(logits(merged), adapted) < rounding
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_zeros(again, zeros)
+    assert torch.equal(logits(again), logits(merged))
+
+
+def test_training_equals_training_on_the_dequantized_weights(folder):
+    trained = []
+    for base in (by_torchao(folder), dequantized(folder, by_torchao)):
+        torch.manual_seed(1)
+        model = get_peft_model(base, config())
+        train(model)
+        trained.append({name: p.detach() for name, p in model.named_parameters() if "lora" in name})
+    assert len(trained[0]) == 2 * 2 * len(TARGETS)
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(parameter, trained[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_of_a_quantized_model_merges_after_it_was_saved(folder, tmp_path):
+    model = get_peft_model(by_torchao(folder), config())
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(by_torchao(folder), tmp_path / "adapter")
+    assert torch.equal(logits(merge(again)), logits(merge(model)))
+
+
+def test_backward_stores_no_dequantized_weight(folder):
+    model = get_peft_model(by_torchao(folder), config(target_modules=["down_proj"]))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        model.base_model.model.model.layers[0].mlp.down_proj(torch.randn(3, 128))
+    assert saved
+    assert not any(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.shape == (64, 128) for tensor in saved)
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_merging_in_place_is_refused(folder, method):
+    model = get_peft_model(by_torchao(folder), config())
+    with pytest.raises(ValueError, match=r"Use wanda_lightning\.lora\.merge\(model\), which dequantizes the model"):
+        getattr(model, method)()
+
+
+def test_plain_adapters_on_quantized_weights_are_refused_by_name(folder):
+    model = get_peft_model(by_torchao(folder), LoraConfig(target_modules=TARGETS))
+    with pytest.raises(ValueError, match=r"quantized weights, but model\.layers\.0\.self_attn\.q_proj is a Torchao"):
+        merge(model)
+    assert "Int8Tensor" in type(model.base_model.model.model.layers[0].self_attn.q_proj.weight).__name__
+
+
+def test_another_layer_that_cannot_be_dequantized_is_refused_by_name(folder):
+    model = get_peft_model(by_torchao(folder), config())
+    model.base_model.model.lm_head.weight = CodesParameter(torch.zeros(64, 64, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="but lm_head is a quantized layer"):
+        merge(model)
+    assert "Int8Tensor" in type(model.base_model.model.model.layers[0].self_attn.q_proj.weight).__name__
