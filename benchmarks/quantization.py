@@ -1,0 +1,175 @@
+"""Zeros that quantizers keep, and the perplexity of the quantized model.
+
+    pip install torchao bitsandbytes compressed-tensors loguru  (each is optional)
+    python benchmarks/quantization.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/quantization.py --model MODEL --calibration web.txt --eval web.txt --limit 32
+
+Prunes a language model to 50 % with Wanda. Each scheme quantizes and dequantizes every pruned matrix of a copy in
+float32. `zeros kept` is the share of the pruned weights that are still exactly zero, `new zeros` the share of the kept
+weights that became zero. Quantizers that are not installed, or do not run on this machine, are named below the table.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from wanda_lightning import CausalLMModule, TextDataModule, prune
+from wanda_lightning.models import find_layers
+from wanda_lightning.modules import WindowPerplexity
+
+Scheme = Callable[[Tensor], Tensor]
+"""Quantizes and dequantizes a matrix (d_out, d_in)."""
+
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+GROUP = 32
+
+
+def torchao(config: Callable[[Any], Any], weight: Tensor) -> Tensor:
+    """Quantize the weight of a linear layer by a configuration of torchao."""
+    import torchao.quantization as quantization
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    layer.weight.data = weight.clone()
+    quantization.quantize_(layer, config(quantization))
+    return layer.weight.dequantize()
+
+
+def torchao_intx(bits: int, mapping: str, weight: Tensor) -> Tensor:
+    """Quantize in groups of inputs, with an integer zero point if the mapping is asymmetric."""
+
+    def config(quantization: Any) -> Any:
+        dtype, mapping_type = getattr(torch, f"int{bits}"), getattr(quantization.MappingType, mapping)
+        return quantization.IntxWeightOnlyConfig(dtype, quantization.PerGroup(GROUP), mapping_type)
+
+    return torchao(config, weight)
+
+
+def bitsandbytes_4bit(kind: str, weight: Tensor) -> Tensor:
+    """Quantize to NF4 or FP4, in blocks of 64 weights."""
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=kind, blocksize=64))
+
+
+def bitsandbytes_8bit(weight: Tensor) -> Tensor:
+    """Quantize as `Linear8bitLt` does: each row by its largest weight."""
+    from bitsandbytes.nn import Int8Params
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    quantized = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+    return dequantize_bnb_weight(quantized, state=argparse.Namespace(SCB=quantized.SCB))
+
+
+def gguf_type(name: str, weight: Tensor) -> Tensor:
+    """Quantize to a type of GGUF files."""
+    import gguf
+
+    qtype = gguf.GGMLQuantizationType[name]
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), qtype), qtype))
+
+
+def compressed_tensors(bits: int, symmetric: bool, weight: Tensor) -> Tensor:
+    """Round to nearest as llm-compressor does by default: int8 per row, int4 in groups of inputs."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    group = GROUP if bits == 4 else weight.shape[1]
+    strategy = {"strategy": "group", "group_size": GROUP} if bits == 4 else {"strategy": "channel"}
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, **strategy)
+    groups = weight.unflatten(1, (-1, group))
+    scale, zero_point = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), args)
+    return fake_quantize(weight, scale, zero_point, args)
+
+
+SCHEMES: dict[tuple[str, str], Scheme] = {
+    ("torchao", "int8 weight-only"): partial(torchao, lambda q: q.Int8WeightOnlyConfig()),
+    ("torchao", "int4 weight-only, for kernels"): partial(torchao, lambda q: q.Int4WeightOnlyConfig(GROUP)),
+    ("torchao", "int4 symmetric"): partial(torchao_intx, 4, "SYMMETRIC"),
+    ("torchao", "int4 asymmetric"): partial(torchao_intx, 4, "ASYMMETRIC"),
+    ("torchao", "float8 weight-only"): partial(torchao, lambda q: q.Float8WeightOnlyConfig()),
+    ("bitsandbytes", "int8"): bitsandbytes_8bit,
+    ("bitsandbytes", "nf4"): partial(bitsandbytes_4bit, "nf4"),
+    ("bitsandbytes", "fp4"): partial(bitsandbytes_4bit, "fp4"),
+    **{("gguf", name): partial(gguf_type, name) for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", *K_QUANTS)},
+    ("compressed_tensors", "int8"): partial(compressed_tensors, 8, True),
+    ("compressed_tensors", "int4 symmetric"): partial(compressed_tensors, 4, True),
+    ("compressed_tensors", "int4 asymmetric"): partial(compressed_tensors, 4, False),
+}
+
+
+@torch.no_grad()
+def quantize(pruned: nn.Module, scheme: Scheme) -> tuple[nn.Module, float, float]:
+    """Return a quantized copy, the share of zeros that it kept, and the share of other weights that became zero."""
+    model = copy.deepcopy(pruned)
+    zeros = kept = others = new = 0
+    for layer in find_layers(model).layers:
+        weight = layer.read().float()
+        back = scheme(weight).float()
+        zero, is_zero = weight == 0, back == 0
+        zeros, others = zeros + int(zero.sum()), others + int((~zero).sum())
+        kept, new = kept + int((zero & is_zero).sum()), new + int((~zero & is_zero).sum())
+        layer.write(back)
+    return model, kept / zeros, new / others
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, data: TextDataModule) -> float:
+    """Return the perplexity on the evaluation windows."""
+    metric = WindowPerplexity()
+    for batch in data.val_dataloader():
+        metric.update(model(batch["input_ids"], use_cache=False).logits, batch["input_ids"], None)
+    return float(metric.compute())
+
+
+def main() -> None:
+    """Prune once, then quantize copies."""
+    parser = argparse.ArgumentParser(description="Measure which quantizers keep zeros.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--calibration", default="python-docs")
+    parser.add_argument("--eval", default="python-docs")
+    parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--limit", type=int, default=32)
+    options = parser.parse_args()
+    module = CausalLMModule(options.model, dtype="float32")
+    sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
+    data = TextDataModule(module.tokenizer, options.calibration, options.eval, batch_size=4, **sizes)
+    data.setup("validate")
+    model = module.model.eval()
+    table = Table("quantizer", "scheme")
+    for heading in ("zeros kept", "new zeros", "perplexity"):
+        table.add_column(heading, justify="right")
+    table.add_row("", "none, dense", "", "", f"{perplexity(model, data):.2f}")
+    prune(model, data.calibration_dataloader(), options.sparsity, method="wanda", progress=False)
+    table.add_row("", "none, pruned", "100 %", "0 %", f"{perplexity(model, data):.2f}")
+    failures: list[str] = []
+    for package, name in track(SCHEMES, "Quantizing"):
+        if find_spec(package) is None:
+            failures.append(f"{package} {name}: {package} is not installed.")
+            continue
+        try:
+            quantized, kept, new = quantize(model, SCHEMES[package, name])
+        except Exception as error:
+            failures.append(f"{package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
+            continue
+        measured = f"{perplexity(quantized, data):.2f}"
+        table.add_row(package, name, "100 %" if kept == 1 else f"{100 * kept:.3f} %", f"{100 * new:.3g} %", measured)
+    console = Console(width=120)
+    console.print(table)
+    for failure in failures:
+        console.print(f"Not measured: {failure}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
