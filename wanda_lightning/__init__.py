@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.packing.registration import register as _register
 
 if TYPE_CHECKING:
+    from wanda_lightning.acceleration import accelerate_2to4, accelerate_cpu
     from wanda_lightning.callbacks import (
         CubicSchedule,
         KeepZeros,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from wanda_lightning.zeros import keep_zeros
 
 _HOMES = {
+    "acceleration": "accelerate_2to4 accelerate_cpu",
     "callbacks": (
         "CubicSchedule KeepZeros LinearSchedule MagnitudePrune OneShot PruningCallback SavePretrained Schedule "
         "SparseGPTPrune WandaPrune"
@@ -98,6 +100,8 @@ __all__ = [
     "Wanda",
     "WandaPrune",
     "ZeroOut",
+    "accelerate_2to4",
+    "accelerate_cpu",
     "keep_zeros",
     "load_packed",
     "pack",
