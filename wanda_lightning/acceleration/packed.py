@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanda_lightning.acceleration.swap import Accelerated, accelerate
+from wanda_lightning.core import bits
 
-_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # integer type of the same size, by dtype
+_DTYPES = (torch.float32, torch.bfloat16)
 _LEAST_ZEROS = 0.4
 _FEW_TOKENS = 4  # up to here the kernel multiplies; more tokens share one expanded copy of the weight
 _LANES = 8  # the AVX2 code reads so many kept weights at once
@@ -54,7 +55,7 @@ def dense_reason(weight: Tensor) -> str | None:
     """
     if weight.device.type != "cpu":
         return f"it is on {weight.device.type}, not on the CPU"
-    if weight.dtype not in _INTEGERS:
+    if weight.dtype not in _DTYPES:
         return f"its dtype is {str(weight.dtype).removeprefix('torch.')}, not float32 or bfloat16"
     if int(weight.count_nonzero()) > (1 - _LEAST_ZEROS) * weight.numel():
         return f"fewer than {_LEAST_ZEROS:.0%} of its weights are zero"
@@ -62,20 +63,23 @@ def dense_reason(weight: Tensor) -> str | None:
 
 
 class PackedMatrix:
-    """A matrix as one bit per weight and its weights other than +0.0, row by row."""
+    """A matrix as one bit per weight and its weights that are not zero, row by row."""
 
     def __init__(self, weight: Tensor) -> None:
         self._rows, self._columns = weight.shape
-        keep = weight.contiguous().view(_INTEGERS[weight.dtype]) != 0  # -0.0 is kept, so that nothing changes
+        keep = weight != 0
         self._masks = _bits(F.pad(keep, (0, -self._columns % 64)))
         self._offsets = F.pad(keep.sum(1).cumsum(0), (1, 0))
         self._values = F.pad(weight[keep], (0, _LANES))
+        self._negative_zeros = bits.pack(
+            weight.signbit() & ~keep
+        )  # no product needs them
         self._dtype = str(weight.dtype).removeprefix("torch.")
 
     @property
     def nbytes(self) -> int:
         """Number of bytes in memory."""
-        return self._masks.nbytes + self._offsets.nbytes + self._values.nbytes
+        return sum(t.nbytes for t in (self._masks, self._offsets, self._values, self._negative_zeros))
 
     def accepts(self, inputs: Tensor) -> bool:
         """Whether the inputs have the dtype of the weight, and its width."""
@@ -87,7 +91,7 @@ class PackedMatrix:
         tokens = inputs.numel() // self._columns
         fits = bias is None or (bias.dtype == inputs.dtype and bias.is_contiguous())
         if tokens > _FEW_TOKENS or not fits:
-            return F.linear(inputs, self.dense(), bias)
+            return F.linear(inputs, self._expanded(), bias)
         padding = -self._columns % 64
         padded = F.pad(inputs, (0, padding)) if padding else inputs.contiguous()
         outputs = inputs.new_empty(*inputs.shape[:-1], self._rows)
@@ -106,6 +110,12 @@ class PackedMatrix:
 
     def dense(self) -> Tensor:
         """Return the weight as it was, bit for bit."""
+        dense = self._expanded()
+        if self._negative_zeros.numel():
+            dense[bits.unpack(self._negative_zeros, dense.shape)] = -0.0
+        return dense
+
+    def _expanded(self) -> Tensor:
         dense = self._values.new_empty(self._rows, self._columns)
         expand = getattr(kernel(), f"expand_{self._dtype}")
         expand(*self._pointers(), dense.data_ptr(), self._rows, self._columns, torch.get_num_threads())
