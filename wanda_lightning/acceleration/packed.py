@@ -71,9 +71,7 @@ class PackedMatrix:
         self._masks = _bits(F.pad(keep, (0, -self._columns % 64)))
         self._offsets = F.pad(keep.sum(1).cumsum(0), (1, 0))
         self._values = F.pad(weight[keep], (0, _LANES))
-        self._negative_zeros = bits.pack(
-            weight.signbit() & ~keep
-        )  # no product needs them
+        self._negative_zeros = bits.pack(weight.signbit() & ~keep)  # no product needs them
         self._dtype = str(weight.dtype).removeprefix("torch.")
 
     @property

@@ -429,6 +429,26 @@ class CheckOptions:
             raise UsageError(f"--against must be another model than FOLDER, but both are {self.folder}.")
 
 
+@dataclass(kw_only=True)
+class SpeedOptions:
+    """The options of `wanda-lightning speed`."""
+
+    model: str = option("Hub id, folder or .gguf file of a pruned language model.", MISSING)
+    seqlen: int = option("Number of tokens in the prompt.", 128, rule=_WINDOW)
+    tokens: int = option("Number of tokens to generate.", 64, rule=_COUNT)
+    dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
+    cache_dir: str | None = option(_CACHE_DIR)
+    trust_remote_code: bool = option(_TRUST, False)
+
+    def __post_init__(self) -> None:
+        if self.model.startswith(TIMM):
+            raise UsageError(f"--model must be a language model, but it is {self.model}.")
+
+    def refuse_early(self) -> None:
+        """Refuse a file that does not exist."""
+        refuse_missing(self, "model")
+
+
 OPTIONS: dict[str, type] = {
     "prune": PruneOptions,
     "finetune": FinetuneOptions,
@@ -437,6 +457,7 @@ OPTIONS: dict[str, type] = {
     "pack": PackOptions,
     "unpack": PackOptions,
     "check": CheckOptions,
+    "speed": SpeedOptions,
 }
 
 
