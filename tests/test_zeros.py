@@ -108,6 +108,15 @@ def test_a_resumed_loop_equals_one_that_was_not_interrupted():
     assert same(again, module)
 
 
+def test_a_state_of_another_model_is_refused():
+    module = pruned_net()
+    with keep_zeros(module.layers) as held:
+        saved = held.state_dict()
+    with pytest.raises(ValueError, match=r"wrapped in the same way, but it names 0, which this model does not have"):
+        keep_zeros(module, state=saved)
+    assert not _global_optimizer_post_hooks
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_fabric(precision):
     module = pruned_net()

@@ -35,11 +35,13 @@ def keep_zeros(
     Args:
         model: The pruned model, which may be wrapped, for example by DistributedDataParallel or Fabric.
         *optimizers: Optimizers that have already taken steps; their moments of zero weights become zero, too.
-        state: `state_dict()` of an interrupted run, to go on exactly as it would have.
+        state: `state_dict()` of an interrupted run with the same model, wrapped in the same way, to go on exactly as
+            that run would have.
         processes: All processes, if they share the rows of one model (FSDP2).
 
     Returns:
-        An object that holds the zeros until its `release()`. As a context manager, it releases them at the end.
+        An object that holds the zeros, and the model in memory, until its `release()`. As a context manager, it
+        releases them at the end.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -108,6 +110,12 @@ class HeldZeros:
             warnings.warn(
                 "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
                 stacklevel=3,
+            )
+        known = {layer.name for layer in prunable_layers(model)}
+        if unknown := [name for name in layers if name not in known]:
+            raise ValueError(
+                f"state must be of the same model, wrapped in the same way, but it names {unknown[0]}, which this "
+                "model does not have. Pass the model as it was when the state was saved."
             )
         self.hold(model, layers)
 

@@ -133,6 +133,24 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
         assert torch.equal(weight, again.get_parameter(name)), name
 
 
+def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    trained(tmp_path, learning_rate=0.0, **options)
+    again, options["max_steps"] = pruned_llama(), 6
+    trainer = Trainer(again, arguments(tmp_path, **options), train_dataset=Windows(), callbacks=[KeepZerosCallback()])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert "held" in saved["KeepZerosCallback"]["attributes"]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_distributed_by_accelerate_launch_are_refused(kind, tmp_path, monkeypatch):
+    options = arguments(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match="needs each process to hold the whole model"):
+        KeepZerosCallback().on_train_begin(options, None, None, model=pruned_llama())
+
+
 class ZeroByChance(TrainerCallback):
     """Makes one kept weight zero at step 3, as rounding may."""
 
@@ -170,8 +188,11 @@ def test_an_interrupted_run_leaves_no_hook_for_the_next(tmp_path):
             raise KeyboardInterrupt
 
     model, callback = pruned_llama(), KeepZerosCallback()
-    with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, callback, Stops(), model=model)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path, callback, Stops(), model=model)
+    callback.release()
+    assert not _global_optimizer_post_hooks
     other = trained(tmp_path, callback)
     assert not _global_optimizer_post_hooks
     assert zeros(other).keys() == zeros(model).keys()

@@ -43,7 +43,8 @@ def largest_token(tokens: Tokens) -> Tensor:
 def token_to_report(finite: Tensor, tokens: Callable[[], Tokens]) -> Tensor:
     """Return the index of the largest token in case the sums are not finite; 0 if they are known to be.
 
-    Only a CPU knows that without waiting, so only there `tokens` is called just if they are not.
+    On a CPU, `tokens` is called only if the sums are not finite; on other devices always, because reading the flag
+    would wait for the device.
     """
     if finite.device.type == "cpu" and finite:
         return torch.zeros((), dtype=torch.int64)

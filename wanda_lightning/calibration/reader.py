@@ -83,7 +83,7 @@ class BatchReader:
 
     def _read_images(self, layer: Layer, x: Tensor) -> None:
         """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
-        images = x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)
+        images = (x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)).detach()
         entry = Entry(Identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted=False)
         statistics = entry.statistics
         if self._needs == {"square_sum"}:

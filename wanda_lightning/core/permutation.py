@@ -61,7 +61,7 @@ class Assignment(Permutation):
         check(self, iterations=Number(minimum=1, whole=True))
 
     def why_not(self, pattern: Pattern) -> str | None:
-        """Refuse a pattern without groups of consecutive inputs."""
+        """Return the reason if the pattern has no groups of consecutive inputs."""
         if pattern.group_size:
             return None
         return (
@@ -69,7 +69,7 @@ class Assignment(Permutation):
         )
 
     def workspace(self, size: int) -> int:
-        """The scores, those of the columns that are not assigned anew, and the copies in which `kthvalue` works."""
+        """The scores, the scores of columns that keep their place, and the copies in which `kthvalue` works."""
         return 5 * size
 
     def __call__(self, scores: Score, pattern: Pattern) -> Order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     The zeros are those that each prunable layer has when training starts; see `keep_zeros`. A resumed run continues
     exactly as it would have: the checkpoint's `trainer_state.json` lists weights that have become zero by chance, which
     go on training.
+
+    After an error or Ctrl-C in `train`, which transformers does not report to callbacks, the zeros are held until
+    `release()`, or until the callback trains again.
 
     Example::
 
@@ -47,9 +51,11 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._zeros.release()
         if state.global_step > 0:  # resumed
             saved = state.stateful_callbacks.get(type(self).__name__)
-            # More than one such callback has a list of states, all of the same model.
-            if saved := saved[0] if isinstance(saved, list) else saved:
+            # If there are several such callbacks, each save appends their states, which are equal.
+            if saved := saved[-1] if isinstance(saved, list) else saved:
                 self._zeros.load_state_dict(_from_json(saved["attributes"]["held"]))
+            else:  # the Trainer only saves callbacks that the checkpoint knows
+                state.stateful_callbacks[type(self).__name__] = self.state()
         self._zeros.hold_all(model)
         self._zeros.clear([] if optimizer is None else [optimizer])
 
@@ -57,6 +63,10 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove the hooks."""
+        self.release()
+
+    def release(self) -> None:
+        """Remove the hooks; the zeros may then change."""
         self._zeros.release()
 
     def state(self) -> dict[str, Any]:
@@ -79,7 +89,8 @@ def _from_json(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_distributed_weights(args: TrainingArguments) -> None:
-    used = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else ""
+    launched = [kind for kind in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{kind.upper()}") == "true"]
+    used = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else "".join(launched)
     if used:
         raise ValueError(
             f"KeepZerosCallback needs each process to hold the whole model, but {used} distributes its weights. Train "

@@ -58,6 +58,7 @@ def next_tokens(output: object, sample: Sample) -> Tensor | None:
         return None
     following = ids.roll(-1, dims=1)
     following[:, -1] = -1
+    following[following >= logits.shape[-1]] = -1  # such as placeholders of images
     if mask := fitting_mask(sample.masks, "", logits):
         following[~mask.keep.to(ids.device).roll(-1, dims=1)] = -1
     return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)

@@ -51,7 +51,7 @@ class Reconstruct(Recovery):
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
     def why_not(self, sequential: str) -> str | None:
-        """Require `sequential="block"`, in which units are whole blocks."""
+        """Return the reason unless `sequential` is "block", in which units are whole blocks."""
         if sequential == "block":
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or another recovery."

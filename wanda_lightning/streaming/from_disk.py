@@ -174,7 +174,7 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
     if config.reads_gradients and processes.world_size > 1:
         raise ValueError(
             f"{config.shown('allocation')} with {config.shown('pattern')} reads gradients, which only a single "
-            "process can compute while it reads the model block by block, but there are {processes.world_size} "
+            f"process can compute while it reads the model block by block, but there are {processes.world_size} "
             "processes. Use one process, or allocation='owl' and pattern='unstructured_layer'."
         )
     grams = config.sequential == "none" and "gram" in config.needs

@@ -130,6 +130,7 @@ def _compared(layer: Layer, module: nn.Module) -> LayerZeros:
     if tuple(weight.shape) != expected:
         sizes = " and ".join(" x ".join(map(str, shape)) for shape in (expected, weight.shape))
         raise ValueError(f"{_SAME}, but the shapes of {layer.name} are {sizes}. {_ADVICE}")
-    matrix = weight if is_linear else layer.kind.read(layer.part(weight))
     zero = layer.read() == 0
+    # Some quantized models can only be loaded on a GPU.
+    matrix = (weight if is_linear else layer.kind.read(layer.part(weight))).to(zero.device)
     return LayerZeros(layer.name, int(zero.count_nonzero()), int((zero & (matrix != 0)).count_nonzero()))
