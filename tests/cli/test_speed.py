@@ -34,7 +34,7 @@ def test_a_machine_with_a_compiler(pruned, capsys):
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in out.splitlines() if "│" in line}
     assert {"dense", "packed (CPU)"} <= cells.keys()
     assert all(float(cell) > 0 for name in ("dense", "packed (CPU)") for cell in cells[name][:2])
-    assert float(cells["packed (CPU)"][3]) < 1e-4
+    assert 0 < float(cells["packed (CPU)"][3]) < 1e-4  # the order of summation differs
     model = AutoModelForCausalLM.from_pretrained(pruned)
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert abs(float(cells["dense"][2].split()[0]) - size / 1000) < 0.1 * size / 1000

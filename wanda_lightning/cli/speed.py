@@ -112,10 +112,10 @@ def _measure(
 
 
 def _logits(model: Any, prompt: Any) -> Any:
-    """Return the logits of the prompt and, since few tokens may use another kernel, of its first token alone."""
+    """Return the logits of the prompt and, since few tokens may use another kernel, of its first two tokens alone."""
     import torch
 
-    return torch.cat([model(prompt).logits, model(prompt[:, :1]).logits], 1).float()
+    return torch.cat([model(prompt).logits, model(prompt[:, :2]).logits], 1).float()
 
 
 def _bytes(model: Any) -> int:
