@@ -72,7 +72,7 @@ def dequantize(model: nn.Module) -> None:
         dtype = getattr(getattr(model, "config", None), "dtype", None) or weight.dtype
         if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # which bitsandbytes replaced; (d_in, d_out)
             layer: nn.Module = Conv1D(*weight.shape)
-            weight = weight.t().contiguous()
+            weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         layer.weight, layer.bias = nn.Parameter(weight.to(dtype), requires_grad=False), module.bias
