@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.modules import tiny_llama
+from support.modules import same_weights, tiny_llama
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import pack, unpack
 from wanda_lightning.packing import codec
@@ -108,12 +109,18 @@ def test_the_layout_is_that_of_a_bitmask_by_hand(dense, tmp_path):
     }
 
 
-def test_shards_and_their_index(tmp_path):
+def zeroed_llama(seed):
+    torch.manual_seed(seed)
     model = tiny_llama()
     for parameter in model.parameters():
         if parameter.ndim == 2:
+            parameter.data = torch.randn_like(parameter)
             parameter.data[:, ::2] = 0
-    model.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    return model
+
+
+def test_shards_and_their_index(tmp_path):
+    zeroed_llama(0).save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     pack(tmp_path / "dense", tmp_path / "packed")
     index = json.loads((tmp_path / "packed" / "packed-model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
@@ -128,6 +135,23 @@ def test_shards_and_their_index(tmp_path):
     )
     assert new["weight_map"] == old["weight_map"]
     assert new["metadata"]["total_size"] == old["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("stale", ["no", "gone", "broken"])
+def test_a_single_file_supersedes_shards(tmp_path, stale):
+    model = zeroed_llama(0)
+    zeroed_llama(1).save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    model.save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path / "dense")
+    if stale != "no":
+        for shard in (tmp_path / "dense").glob("model-*.safetensors"):
+            shard.unlink()
+    if stale == "broken":
+        (tmp_path / "dense" / "model.safetensors.index.json").write_text("[]")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    assert [path.name for path in (tmp_path / "packed").glob("*safetensors*")] == ["packed-model.safetensors"]
+    for folder in ("dense", "packed"):
+        assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / folder), model)
 
 
 # ------------------------------------------------------------------------------------- folders of compressed-tensors
@@ -290,6 +314,7 @@ def test_what_cannot_be_packed_or_unpacked_is_refused(dense, packed, tmp_path):
     with pytest.raises(ValueError, match=r"must have its weights in model\.safetensors"):
         pack(folder, tmp_path / "out")
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"names model-00001-of-00001\.safetensors, which is missing"):
         pack(folder, tmp_path / "out")

@@ -11,7 +11,7 @@ from rich.table import Table
 from wanda_lightning.cli.options import PackOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.packing import layout
-from wanda_lightning.packing.folder import PackedSize, pack
+from wanda_lightning.packing.folder import PackedSize, pack, used_files
 from wanda_lightning.progress import ProgressBar, as_size
 
 
@@ -46,7 +46,7 @@ def zstd_size(folder: Path) -> int:
     """Return the number of bytes to which zstd compresses the weights in a folder, at its default level."""
     from zstandard import ZstdCompressor
 
-    files, total = sorted(folder.glob("*.safetensors")), 0
+    files, total = used_files(folder)[0], 0
     with ProgressBar("Compare with zstd", len(files)) as bar, open(os.devnull, "wb") as nowhere:
         for file in files:
             bar.show(file.name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -22,6 +24,7 @@ from wanda_lightning.progress import ProgressBar
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDICES = "*.safetensors", "*.safetensors.index.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 
 @dataclass(frozen=True)
@@ -249,15 +252,33 @@ def _refuse_to_pack(folder: Path) -> None:
         )
 
 
+def used_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of weights and the indices of a folder, without those that no loader uses.
+
+    transformers and timm look for NAME.safetensors first, and ignore an index of this name and its shards.
+    """
+    paths, indices = sorted(folder.glob(_WEIGHTS)), sorted(folder.glob(_INDICES))
+    names = {path.name for path in paths}
+    ignored = {path.name for path in paths if _SHARD.search(path.name) and _SHARD.sub("", path.name) in names}
+    used = []
+    for index in indices:
+        if (single := index.name.removesuffix(".index.json")) not in names:
+            used.append(index)
+            continue
+        with suppress(ValueError):
+            ignored |= set(_weight_map(index).values()) - {single}
+    return [path for path in paths if path.name not in ignored], used
+
+
 def _tensor_files(folder: Path) -> list[TensorFile]:
     """Return the safetensors files of a folder; all files that an index names must be there."""
-    paths = sorted(folder.glob(_WEIGHTS))
+    paths, indices = used_files(folder)
     if not paths:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "no file"
         raise FileNotFoundError(
             f"{folder} must have weights in safetensors, but it has {found}. Save the model in this format."
         )
-    for index in folder.glob(_INDICES):
+    for index in indices:
         missing = set(_weight_map(index).values()) - {path.name for path in paths}
         if missing:
             raise FileNotFoundError(f"{index} names {min(missing)}, which is missing. Copy or download it.")
@@ -274,8 +295,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _main_weights(folder: Path) -> str:
     """Return the name of the file that transformers and timm load, or of its index."""
-    names = [path.name for path in (*folder.glob(_INDICES), *folder.glob(_WEIGHTS))]
-    standard = ("model.safetensors.index.json", "model.safetensors")
+    paths, indices = used_files(folder)
+    names = [path.name for path in (*indices, *paths)]
+    standard = ("model.safetensors", "model.safetensors.index.json")
     return next((name for name in standard if name in names), names[0])
 
 
@@ -315,7 +337,7 @@ def _write_parts(parts: Sequence[_Part], folder: Path, title: str, show_progress
 def _write_indices(parts: Sequence[_Part], source: Path, target: Path, renamed: Callable[[str], str]) -> None:
     """Write each index of the source with the new names of tensors and files."""
     by_file = {part.file.path.name: part for part in parts}
-    for path in source.glob(_INDICES):
+    for path in used_files(source)[1]:
         own = [by_file[file] for file in dict.fromkeys(_weight_map(path).values())]
         weight_map = {name: part.name for part in own for name in part.entries}
         size = sum(part.size for part in own)
