@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
 from wanda_lightning import load_packed, pack, save_packed, unpack
+from wanda_lightning.lora import merge
 from wanda_lightning.packing.quantizer import PackedConfig
 
 
@@ -176,6 +177,16 @@ def test_a_model_is_not_packed_while_it_is_loaded(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="quantization_config must be left out"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PackedConfig(1))
+
+
+def test_a_model_with_adapters_is_refused_and_nothing_written(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(zeroed(tiny_llama()), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"must have no adapters .* Merge them first: .*wanda_lightning\.lora\.merge"):
+        save_packed(model, tmp_path / "packed")
+    assert not any(tmp_path.iterdir())
+    save_packed(merge(model), tmp_path / "packed")
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model.get_base_model())
 
 
 # ------------------------------------------------------------------------------------------------------- other models

@@ -34,10 +34,21 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str], overwrite: boo
 
     Raises:
         OSError: If the folder cannot be written, or is not empty without `overwrite`.
+        ValueError: If the model has adapters.
     """
+    _refuse_adapters(model)
     with whole_folder(folder, overwrite) as new:
         _save_dense(model, new)
         return pack_in_place(new)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raise a ValueError for a model with adapters, of which peft would save only these."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"model must have no adapters to be packed, but {type(model).__name__} has some. Merge them first: "
+            "model = wanda_lightning.lora.merge(model)."
+        )
 
 
 def _save_dense(model: Any, folder: Path) -> None:
