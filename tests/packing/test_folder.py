@@ -248,6 +248,10 @@ DAMAGES = {
         lambda folder: change(folder, special_bitmask=torch.zeros(8, 3, dtype=torch.uint8)),
         "the parts of special disagree: .* values are stored, but 0 positions",
     ),
+    "a bitmask without dimensions": (
+        lambda folder: change(folder, special_bitmask=torch.tensor(1, dtype=torch.uint8)),
+        r"the parts of special disagree: a bitmask of \(\) bytes does not fit the shape \(8, 24\)",
+    ),
     "another shape": (
         lambda folder: change(folder, special_shape=torch.tensor([8, 25])),
         "the parts of special disagree: a bitmask of .* does not fit the shape",

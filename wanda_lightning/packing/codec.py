@@ -127,8 +127,11 @@ def check(kept: int, positions: Bytes, shape: Sequence[int], code: str) -> None:
         expected = size // 2
     else:
         rows = prod(positions.shape[:-1])
-        if rows == 0 or size % rows or positions.shape[-1] != -(-(size // rows) // 8):
+        if positions.ndim == 0 or rows == 0 or size % rows or positions.shape[-1] != -(-(size // rows) // 8):
             raise ValueError(f"a bitmask of {positions.shape} bytes does not fit the shape {tuple(shape)}")
+        columns = size // rows
+        if columns % 8 and (positions[..., -1] >> columns % 8).any():
+            raise ValueError(f"a bitmask has bits beyond the {columns:,} columns of a row")
         expected = _count(positions)
     if kept != expected:
         raise ValueError(f"{kept:,} values are stored, but {expected:,} positions")
