@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -326,6 +327,21 @@ def test_what_cannot_be_packed_or_unpacked_is_refused(dense, packed, tmp_path):
     with pytest.raises(ValueError, match="is not an index of weights"):
         pack(folder, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["W.shape", "W.bitmask", "W.pairs", "W.compressed", "W.row_offsets", "V.compressed"])
+def test_names_of_parts_of_packed_matrices_are_refused(tmp_path, name):
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    tensors = {"W": sparse((8, 24), torch.float32, 0.7), "alone.shape": torch.ones(2)}
+    save_file(tensors, folder / "model.safetensors")
+    pack(folder, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert same_bits(load_file(tmp_path / "again" / "model.safetensors"), tensors)
+    save_file(tensors | {name: torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"dense must have no tensor {re.escape(name)} to be packed"):
+        pack(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwrite_replaces_a_model(dense, packed):

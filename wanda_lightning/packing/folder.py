@@ -240,7 +240,7 @@ def _folder(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
 
 
 def _refuse_to_pack(folder: Path) -> None:
-    """Raise a ValueError for a model that is packed or quantized, or whose file of weights has another name."""
+    """Raise a ValueError for a model that is packed or quantized, or whose file or tensors have other names."""
     config = layout.read_config(folder)
     if config.get("quantization_config"):
         found = "packed already" if layout.is_packed(config) or layout.is_old_bitmask(config) else "quantized"
@@ -250,6 +250,7 @@ def _refuse_to_pack(folder: Path) -> None:
             f"{folder} must have its weights in model.safetensors, but config.json names "
             f"{config['transformers_weights']}. Rename the file, and remove transformers_weights from config.json."
         )
+    layout.refuse_reserved_names((name for file in _tensor_files(folder) for name in file.entries), folder)
 
 
 def used_files(folder: Path) -> tuple[list[Path], list[Path]]:

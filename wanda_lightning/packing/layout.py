@@ -69,6 +69,18 @@ def packed_entries(name: str, dense: Entry, code: str, kept: int) -> dict[str, E
     }
 
 
+def refuse_reserved_names(names: Iterable[str], owner: object) -> None:
+    """Raise a ValueError for a dense model with a tensor that has the name of a part of a packed matrix."""
+    found = set(names)
+    for name in sorted(found):
+        matrix, _, end = name.rpartition(".")
+        if f".{end}" == VALUES or (f".{end}" in COMPANIONS and matrix in found):
+            raise ValueError(
+                f"{owner} must have no tensor {name} to be packed, because a packed file stores a part of the matrix "
+                f"{matrix} under this name. Rename the tensor, or leave the model dense."
+            )
+
+
 def matrices(file: TensorFile) -> dict[str, PackedMatrix]:
     """Return all packed matrices of a file.
 
