@@ -14,8 +14,7 @@ from support.tiny import tiny
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
-from wanda_lightning import load_packed, pack, save_packed, unpack
-from wanda_lightning.lora import merge
+from wanda_lightning import CausalLMModule, load_packed, pack, save_packed, unpack
 from wanda_lightning.packing.quantizer import PackedConfig
 
 
@@ -181,12 +180,32 @@ def test_a_model_is_not_packed_while_it_is_loaded(tmp_path):
 
 def test_a_model_with_adapters_is_refused_and_nothing_written(tmp_path):
     peft = pytest.importorskip("peft")
+    from wanda_lightning.lora import merge
+
     model = peft.get_peft_model(zeroed(tiny_llama()), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"must have no adapters .* Merge them first: .*wanda_lightning\.lora\.merge"):
         save_packed(model, tmp_path / "packed")
     assert not any(tmp_path.iterdir())
     save_packed(merge(model), tmp_path / "packed")
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    "save", [save_packed, lambda model, to: CausalLMModule(model).save_pretrained(to, packed=True)]
+)
+def test_a_quantized_model_is_refused_by_its_name_and_nothing_written(tmp_path, save):
+    model = tiny_llama()
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match="model must be dense to be packed, but LlamaForCausalLM is quantized"):
+        save(model, tmp_path / "packed")
+    assert not any(tmp_path.iterdir())
+
+
+def test_layers_of_a_quantization_library_are_refused(tmp_path):
+    kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn"})
+    with pytest.raises(ValueError, match="model must be dense to be packed, but Sequential is quantized"):
+        save_packed(nn.Sequential(kind(4, 4)), tmp_path / "packed")
+    assert not any(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------- other models

@@ -30,6 +30,7 @@ from wanda_lightning.modules.loading import (
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 from wanda_lightning.packing.folder import pack_in_place
+from wanda_lightning.packing.models import refuse_to_pack_model
 
 
 class CausalLMModule(L.LightningModule):
@@ -250,10 +251,12 @@ class CausalLMModule(L.LightningModule):
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If adapters would be packed.
+            ValueError: If adapters or quantized weights would be packed.
         """
         if packed and hasattr(self.model, "peft_config"):
             raise ValueError("packed=True packs pruned weights, but the model has adapters. Call merge() first.")
+        if packed:
+            refuse_to_pack_model(self.model)
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
             self.model.save_pretrained(new)
             if self.tokenizer is not None:

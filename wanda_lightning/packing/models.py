@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wanda_lightning.files import whole_folder
+from wanda_lightning.models.quantized import quantizer
 from wanda_lightning.packing import layout
 from wanda_lightning.packing.folder import PackedSize, pack_in_place, packed_files
 from wanda_lightning.packing.tensors import unpacked
@@ -34,21 +35,33 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str], overwrite: boo
 
     Raises:
         OSError: If the folder cannot be written, or is not empty without `overwrite`.
-        ValueError: If the model has adapters.
+        ValueError: If the model has adapters, is quantized, or has a tensor with the name of a part of a packed matrix.
     """
-    _refuse_adapters(model)
+    refuse_to_pack_model(model)
     with whole_folder(folder, overwrite) as new:
         _save_dense(model, new)
         return pack_in_place(new)
 
 
-def _refuse_adapters(model: nn.Module) -> None:
-    """Raise a ValueError for a model with adapters, of which peft would save only these."""
+def refuse_to_pack_model(model: nn.Module) -> None:
+    """Raise a ValueError for a model with adapters or quantized weights, or with names that packing needs."""
+    kind = type(model).__name__
     if hasattr(model, "peft_config"):
         raise ValueError(
-            f"model must have no adapters to be packed, but {type(model).__name__} has some. Merge them first: "
+            f"model must have no adapters to be packed, but {kind} has some. Merge them first: "
             "model = wanda_lightning.lora.merge(model)."
         )
+    in_config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if in_config or any(_has_quantized_weights(module) for module in model.modules()):
+        raise ValueError(
+            f"model must be dense to be packed, but {kind} is quantized. Load it in float32, bfloat16 or float16."
+        )
+    layout.refuse_reserved_names(model.state_dict(), kind)
+
+
+def _has_quantized_weights(module: nn.Module) -> bool:
+    parameters = module.parameters(recurse=False)
+    return any(quantizer(module, parameter) is not None for parameter in (None, *parameters))
 
 
 def _save_dense(model: Any, folder: Path) -> None:
