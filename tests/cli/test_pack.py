@@ -123,10 +123,11 @@ def test_the_other_commands_load_packed_models(pruned, inputs, capsys):
 
 def test_streaming_a_packed_model_is_refused(pruned, text, capsys):
     text[text.index("--model") + 1] = "packed"
-    assert run(*text, "--stream", "--save_model", "out") == 1
-    assert "'packed' is packed, so it cannot be read block by block. Unpack it first: wanda-lightning unpack" in (
-        capsys.readouterr().err
-    )
+    for command in ([*text, "--stream", "--save_model", "out"], ["inspect", "--model", "packed", "--stream"]):
+        assert run(*command) == 1
+        assert "'packed' is packed, so it cannot be read block by block. Unpack it first: wanda-lightning unpack" in (
+            capsys.readouterr().err
+        )
 
 
 def test_packed_image_classifiers(images, inputs, capsys):

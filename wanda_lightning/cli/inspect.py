@@ -19,6 +19,7 @@ from wanda_lightning.plan import config_for
 from wanda_lightning.refusals import refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 from wanda_lightning.streaming import Memory, Samples, memory_to_measure, memory_to_prune
+from wanda_lightning.streaming.checkpoint import refuse_packed
 from wanda_lightning.streaming.from_disk import refuse_whole_model
 
 _GIB = 2**30
@@ -28,7 +29,9 @@ def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
     if options.stream:
         refuse_whole_model(options.config)
-    model = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
+    model: Any = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
+    if options.stream:
+        refuse_packed(options.model, model.config)
     config = config_for(options.config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     print_table(_units_table(found, options.model))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -76,11 +76,7 @@ class Checkpoint:
             )
         config = load_config(name, **hub)
         _refuse_without_safetensors(name)
-        if is_packed(config.to_dict()):
-            raise ValueError(
-                f"The model {name!r} is packed, so it cannot be read block by block. Unpack it first: wanda-lightning "
-                f"unpack {name} OUT."
-            )
+        refuse_packed(name, config)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
@@ -251,6 +247,15 @@ class Checkpoint:
         """Return an error that names the model and says why it must be in memory as a whole."""
         return ValueError(
             f"The model {self._name!r} cannot be read block by block, because {reason}. Prune it in memory."
+        )
+
+
+def refuse_packed(name: str, config: PretrainedConfig) -> None:
+    """Raise a ValueError for a packed model."""
+    if is_packed(config.to_dict()):
+        raise ValueError(
+            f"The model {name!r} is packed, so it cannot be read block by block. Unpack it first: wanda-lightning "
+            f"unpack {name} OUT."
         )
 
 
