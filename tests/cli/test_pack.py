@@ -66,7 +66,11 @@ def test_zstd_is_what_the_library_gives(pruned):
         (["pack"], "IN is required: Folder of a Hugging Face or timm model", 2),
         (["pack", "pruned"], "OUT is required: Folder to write", 2),
         (["pack", "pruned", "out", "more"], "pack takes IN and OUT and options, but 'more' is not one.", 2),
-        (["pack", "nowhere", "out"], "IN must be the folder of a model, but nowhere is none. Check the path.", 2),
+        (
+            ["pack", "nowhere", "out"],
+            "IN must be the folder of a model, but nowhere is not a folder. Check the path.",
+            2,
+        ),
         (["pack", "pruned", "packed"], "OUT packed is a folder that is not empty. Choose another, or allow", 2),
         (["pack", "pruned", "pruned", "--overwrite"], "pruned must lie outside of pruned", 1),
         (["pack", "packed", "out"], "must be a dense model to be packed, but it is packed already", 1),

@@ -305,7 +305,7 @@ def test_what_cannot_be_packed_or_unpacked_is_refused(dense, packed, tmp_path):
         pack(packed, tmp_path / "out")
     with pytest.raises(ValueError, match="must be packed to be unpacked"):
         unpack(folder, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="must be the folder of a model, but it is none"):
+    with pytest.raises(FileNotFoundError, match="must be the folder of a model, but it is not a folder"):
         pack(tmp_path / "nothing", tmp_path / "out")
     for target in (folder, folder / "inside", tmp_path):
         with pytest.raises(FileExistsError, match="must lie outside of"):

@@ -23,7 +23,7 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
-        packed: Also pass `packed=True`: pack the weights, so that zeros take almost no space.
+        packed: Also pass `packed=True`: store the kept weights and one bit for each position.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.

@@ -44,7 +44,9 @@ _CACHE_DIR = "Folder for downloads from the hub."
 _TRUST = "Run the code that comes with a hub model."
 _DTYPE = "Data type of the weights; by default auto, as they are stored."
 _LIMIT = "Number of windows to measure on; by default all."
-_PACKED = "Pack the saved model, so that zeros take almost no space; import wanda_lightning to load it."
+_PACKED = (
+    "Pack the saved model: store the kept weights and one bit for each position; import wanda_lightning to load it."
+)
 _SEQLEN = "Number of tokens in a window; by default the model's context, at most"
 
 
@@ -403,7 +405,7 @@ class PackOptions:
     def refuse_early(self) -> None:
         """Refuse a folder that does not exist, and one that cannot be written."""
         if not Path(self.source).is_dir():
-            raise UsageError(f"IN must be the folder of a model, but {self.source} is none. Check the path.")
+            raise UsageError(f"IN must be the folder of a model, but {self.source} is not a folder. Check the path.")
         try:
             refuse_replacement(self.target, self.overwrite)
         except OSError as error:

@@ -247,7 +247,7 @@ class CausalLMModule(L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            packed: Pack the weights, so that zeros take almost no space; see `wanda_lightning.save_packed`.
+            packed: Store the kept weights and one bit for each position; see `wanda_lightning.save_packed`.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.

@@ -1,1 +1,4 @@
-"""Packed checkpoints: zeros that take no space on disk. Nothing is imported here, so that registration is fast."""
+"""Packed checkpoints store the kept weights and one bit for each position.
+
+Nothing is imported here, so that registration is fast.
+"""

@@ -29,7 +29,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 @dataclass(frozen=True)
 class PackedSize:
-    """What packing gained.
+    """Sizes before and after packing.
 
     Attributes:
         dense: Number of bytes of all tensors before.
@@ -233,7 +233,7 @@ def _folder(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     """Return the source, which must be a folder and apart from the target."""
     place, other = (Path(path).expanduser().resolve() for path in (source, target))
     if not place.is_dir():
-        raise FileNotFoundError(f"{source} must be the folder of a model, but it is none. Check the path.")
+        raise FileNotFoundError(f"{source} must be the folder of a model, but it is not a folder. Check the path.")
     if place == other or place.is_relative_to(other) or other.is_relative_to(place):
         raise FileExistsError(f"{target} must lie outside of {source}, which is read. Choose another folder.")
     return place

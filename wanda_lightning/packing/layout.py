@@ -142,7 +142,7 @@ def patterns(codes: Iterable[str]) -> dict[str, int]:
 
 
 def header(metadata: Mapping[str, str], codes: Iterable[str]) -> dict[str, str]:
-    """Return the metadata of a packed file: those of the dense file, the version, and how many matrices have a pattern.
+    """Return the metadata of a packed file: the dense file's, the version, and the number of matrices per pattern.
 
     Args:
         metadata: The metadata of the dense file.
