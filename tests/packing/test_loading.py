@@ -14,7 +14,7 @@ from support.tiny import tiny
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
-from wanda_lightning import CausalLMModule, load_packed, pack, save_packed, unpack
+from wanda_lightning import CausalLMModule, ImageClassifierModule, load_packed, pack, save_packed, unpack
 from wanda_lightning.packing.quantizer import PackedConfig
 
 
@@ -205,6 +205,10 @@ def test_layers_of_a_quantization_library_are_refused(tmp_path):
     kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn"})
     with pytest.raises(ValueError, match="model must be dense to be packed, but Sequential is quantized"):
         save_packed(nn.Sequential(kind(4, 4)), tmp_path / "packed")
+    model = timm.create_model("test_convnext", num_classes=3)
+    model.head.fc = kind(4, 3)
+    with pytest.raises(ValueError, match="model must be dense to be packed, but ConvNeXt is quantized"):
+        ImageClassifierModule(model).save_pretrained(tmp_path / "packed", packed=True)
     assert not any(tmp_path.iterdir())
 
 

@@ -20,6 +20,7 @@ from wanda_lightning.checks import check_not_negative
 from wanda_lightning.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 from wanda_lightning.packing.folder import pack_in_place
+from wanda_lightning.packing.models import refuse_to_pack_model
 
 
 class ImageClassifierModule(L.LightningModule):
@@ -169,13 +170,16 @@ class ImageClassifierModule(L.LightningModule):
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration.
+            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration, or if
+                quantized weights would be packed.
         """
         if not hasattr(self.model, "pretrained_cfg"):
             raise ValueError(
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
+        if packed:
+            refuse_to_pack_model(self.model)
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else None
