@@ -17,16 +17,17 @@ class Model(nn.Module):
         self.inner = nn.Linear(1000, 250)  # 1 MB and a little
         self.again = self.inner
 
-    def save_pretrained(self, folder, overwrite):
+    def save_pretrained(self, folder, overwrite, packed):
+        assert not packed
         folder.mkdir(parents=True)
         torch.save(self.state_dict(), folder / "config.json")
 
 
 def test_a_second_run_saves_beside_the_first(tmp_path, capsys):
     model = Model()
-    measure.save_model(model, None, False)
+    measure.save_model(model, None, False, False)
     for _ in range(2):
-        measure.save_model(model, str(tmp_path / "out"), False)
+        measure.save_model(model, str(tmp_path / "out"), False, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
     assert "meanwhile. The model is in" in " ".join(capsys.readouterr().out.split())
 
