@@ -10,31 +10,32 @@ LIMIT ?= 32
 
 .PHONY: install test demo demo-vision benchmark clean
 
-install: .venv/installed
+install: .venv/test
 
-.venv/installed: pyproject.toml
+# The demos need less than the tests, and no libraries that print warnings when they are imported.
+.venv/demo .venv/test: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(@F)]'
 	touch $@
 
-test: .venv/installed
+test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto  # one process a core: more threads only wait for each other
 
 # A real Llama-architecture model, pruned to 50 % with magnitude and with Wanda, on text that needs no network.
-demo: .venv/installed $(SMOLLM2)
+demo: .venv/demo $(SMOLLM2)
 	$(BIN)/python recipes/llm/demo.py --model $(SMOLLM2) --nsamples $(NSAMPLES) --seqlen $(SEQLEN) --limit $(LIMIT)
 
 # A small ViT and a small ConvNeXt, trained on digits and pruned to 50 % and 2:4.
-demo-vision: .venv/installed
+demo-vision: .venv/demo
 	$(BIN)/python recipes/vision/demo.py
 
-benchmark: .venv/installed $(SMOLLM2)
+benchmark: .venv/demo $(SMOLLM2)
 	$(BIN)/python benchmarks/pruning.py --model $(SMOLLM2)
 
-$(SMOLLM2): | .venv/installed
+$(SMOLLM2): | .venv/demo
 	$(BIN)/python recipes/llm/get_smollm2.py .cache
 
 clean:

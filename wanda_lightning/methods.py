@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
 PARKING = ("memory", "disk")
-"""Where activations may be while a model is pruned from disk."""
-
+"""The places for the activations of waiting batches while a model is pruned from disk."""
 
 Choice = Callable[[], Any]
 

@@ -45,7 +45,7 @@ def test_pack_and_unpack(pruned, capsys):
     assert re.search(r"zstd / dense|zstd was not measured", out)
     assert "Packed matrices: 16 2:4." in out  # 14 in the blocks, and both embeddings
     assert "To load new, import wanda_lightning first." in out
-    assert re.search(r"Pack 21/21 done", err)
+    assert re.search(r"Packing 21/21 done", err)
     assert run("unpack", "new", "again") == 0
     assert everything_in(Path("again")) == everything_in(Path("pruned"))
     for name, tensor in load_file("again/model.safetensors").items():

@@ -40,7 +40,7 @@ def test_a_machine_with_a_compiler(pruned, capsys):
     assert abs(float(cells["dense"][2].split()[0]) - size / 1000) < 0.1 * size / 1000
     assert re.search(r"Not possible here: 2:4 \(CUDA\)\. accelerate_2to4 needs a model on a CUDA device", out)
     assert "faster here" in out.splitlines()[-1]
-    assert "timing 10/10" in err
+    assert "Timing 10/10" in err
 
 
 def test_a_machine_without_a_compiler(pruned, capsys, monkeypatch):

@@ -231,6 +231,6 @@ def test_a_packed_folder_is_loaded_like_a_dense_one(tmp_path):
 
 def test_adapters_are_not_packed(tmp_path):
     module = CausalLMModule(tiny_llama(), lora={"r": 2, "target_modules": ["q_proj"]})
-    with pytest.raises(ValueError, match=r"the model has adapters\. Call merge\(\) first"):
+    with pytest.raises(ValueError, match=r"model must have no adapters to be packed"):
         module.save_pretrained(tmp_path / "packed", packed=True)
     assert list(tmp_path.iterdir()) == []

@@ -130,9 +130,8 @@ def _memory(parameter: Tensor) -> int:
 def _swap(module: nn.Linear, matrix: SparseMatrix) -> Callable[[], None]:
     """Free the dense weight of a layer and multiply by the sparse one; return what undoes it."""
     parameter = module.weight
-    parameter.data = placeholder(
-        parameter.data, parameter.device
-    )  # what reads it past the layer's forward computes NaN
+    # Code that reads the weight without calling the layer computes NaN.
+    parameter.data = placeholder(parameter.data, parameter.device)
     module.forward = partial(_forward, module, matrix)  # type: ignore[method-assign]
     handles = [
         module.register_state_dict_post_hook(partial(_restore_key, matrix)),

@@ -44,7 +44,7 @@ class Parking:
         """Count the tensors within a value among the activations of the batch."""
 
     def vacate(self) -> None:
-        """Take as little memory as possible until the batch, or a unit on its inputs, runs again."""
+        """Free memory until the batch, or a unit on its inputs, runs again."""
 
 
 MakeParking = Callable[[], Parking]  # for one batch

@@ -23,7 +23,7 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
-        packed: Also pass `packed=True`: store the kept weights and one bit for each position.
+        packed: Also pass `packed=True`, to store only the kept weights and their positions.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.

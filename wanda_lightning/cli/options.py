@@ -44,9 +44,7 @@ _CACHE_DIR = "Folder for downloads from the hub."
 _TRUST = "Run the code that comes with a hub model."
 _DTYPE = "Data type of the weights; by default auto, as they are stored."
 _LIMIT = "Number of windows to measure on; by default all."
-_PACKED = (
-    "Pack the saved model: store the kept weights and one bit for each position; import wanda_lightning to load it."
-)
+_PACKED = "Pack the saved model: store only the kept weights and their positions; import wanda_lightning to load it."
 _SEQLEN = "Number of tokens in a window; by default the model's context, at most"
 
 
@@ -422,7 +420,7 @@ class CheckOptions:
     trust_remote_code: bool = option(_TRUST, False)
 
     def refuse_early(self) -> None:
-        """Refuse a file that does not exist, an image classifier, and a model against itself."""
+        """Refuse a pruned model that does not exist, an image classifier, and a model against itself."""
         refuse_missing(self, "against")
         for name in (self.folder, self.against):
             if name.startswith(TIMM):

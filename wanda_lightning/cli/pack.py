@@ -47,7 +47,7 @@ def zstd_size(folder: Path) -> int:
     from zstandard import ZstdCompressor
 
     files, total = used_files(folder)[0], 0
-    with ProgressBar("Compare with zstd", len(files)) as bar, open(os.devnull, "wb") as nowhere:
+    with ProgressBar("Comparing with zstd", len(files)) as bar, open(os.devnull, "wb") as nowhere:
         for file in files:
             bar.show(file.name)
             with file.open("rb") as dense:

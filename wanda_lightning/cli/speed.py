@@ -94,7 +94,7 @@ def _measure(
     """
     logits, sizes = {}, {}
     rounds: dict[str, list[_Speed]] = {name: [] for name in executions}
-    with ProgressBar("timing", _ROUNDS * len(executions)) as progress:
+    with ProgressBar("Timing", _ROUNDS * len(executions)) as progress:
         for _ in range(_ROUNDS):
             for name, execution in executions.items():
                 progress.show(name)

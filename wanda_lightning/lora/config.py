@@ -43,7 +43,7 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     Raises:
         ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
             `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is not a linear
-            layer, is quantized so that its zeros cannot be read, or shares its weight with another target.
+            layer, is quantized in a format whose zeros cannot be read, or shares its weight with another target.
 
     Warns:
         UserWarning: `get_peft_model` found no zero in the targeted weights, so the adapters are plain LoRA.

@@ -30,7 +30,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
 
     Raises:
         ValueError: The model is no `PeftModel`, its adapters cannot be merged, or a quantized layer cannot be
-            dequantized or has plain adapters. Nothing is changed.
+            dequantized or has plain adapters.
 
     Warns:
         UserWarning: Zeros are lost. The message has the sparsity of the targeted matrices before and after.

@@ -80,7 +80,7 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
 
 
 def refuse_unreadable(name: str, layer: nn.Module) -> None:
-    """Raise a ValueError if a layer is quantized so that its zeros cannot be read."""
+    """Raise a ValueError if a layer is quantized in a format whose zeros cannot be read."""
     if not can_be_read(layer):
         weight = getattr(layer, "weight", None)
         kind = f", {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
@@ -95,8 +95,8 @@ def check_target(name: str, module: nn.Module) -> Tensor:
     """Return the weight of a layer that can take a keep-zeros adapter.
 
     Raises:
-        ValueError: The layer already has other adapters, is quantized so that its zeros cannot be read, or is not a
-            linear layer.
+        ValueError: The layer already has other adapters, is quantized in a format whose zeros cannot be read, or is not
+            a linear layer.
     """
     if isinstance(module, BaseTunerLayer) and not isinstance(module, KeepZerosLinear):
         raise ValueError(

@@ -247,14 +247,12 @@ class CausalLMModule(L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            packed: Store the kept weights and one bit for each position; see `wanda_lightning.save_packed`.
+            packed: Store only the kept weights and their positions; see `wanda_lightning.save_packed`.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
             ValueError: If adapters or quantized weights would be packed.
         """
-        if packed and hasattr(self.model, "peft_config"):
-            raise ValueError("packed=True packs pruned weights, but the model has adapters. Call merge() first.")
         if packed:
             refuse_to_pack_model(self.model)
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():

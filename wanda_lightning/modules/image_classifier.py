@@ -165,7 +165,7 @@ class ImageClassifierModule(L.LightningModule):
         Args:
             folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            packed: Store the kept weights and one bit for each position. Then `wanda_lightning.load_packed(folder)`
+            packed: Store only the kept weights and their positions. Then `wanda_lightning.load_packed(folder)`
                 loads it, instead of timm.
 
         Raises:

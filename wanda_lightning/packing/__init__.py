@@ -1,4 +1,4 @@
-"""Packed checkpoints store the kept weights and one bit for each position.
+"""Packed checkpoints store the kept weights and their positions.
 
 Nothing is imported here, so that registration is fast.
 """

@@ -120,7 +120,7 @@ def unpack(
     refuse_full(target, sum(part.size for part in parts))
     with whole_folder(target, overwrite) as new:
         _copy_other_files(place, new)
-        _write_parts(parts, new, "Unpack", show_progress)
+        _write_parts(parts, new, "Unpacking", show_progress)
         _write_indices(parts, place, new, _dense_name)
         if dense := layout.dense_config(config):
             _write_json(new / _CONFIG, dense)
@@ -130,7 +130,7 @@ def packed_files(folder: Path) -> list[TensorFile]:
     """Return the files of weights of a packed folder.
 
     Raises:
-        ValueError: If the version of the format is another, or config.json and the files disagree.
+        ValueError: If the version of the format is not supported, or config.json and the files disagree.
     """
     config, files = layout.read_config(folder), _tensor_files(folder)
     if layout.is_packed(config):
@@ -307,7 +307,7 @@ def _parts_to_pack(folder: Path, show_progress: bool = False) -> tuple[list[_Par
     files = _tensor_files(folder)
     codes: dict[str, str] = {}
     parts = []
-    with ProgressBar("Examine", sum(len(file.entries) for file in files), show_progress) as bar:
+    with ProgressBar("Examining", sum(len(file.entries) for file in files), show_progress) as bar:
         for file in files:
             part, own = _part_to_pack(file, bar)
             parts.append(part)
@@ -318,7 +318,7 @@ def _parts_to_pack(folder: Path, show_progress: bool = False) -> tuple[list[_Par
 def _write_packed(
     parts: Sequence[_Part], codes: Mapping[str, str], source: Path, target: Path, show_progress: bool = False
 ) -> None:
-    _write_parts(parts, target, "Pack", show_progress)
+    _write_parts(parts, target, "Packing", show_progress)
     _write_indices(parts, source, target, _packed_name)
     config = layout.packed_config(layout.read_config(source), _main_weights(source), codes.values())
     _write_json(target / _CONFIG, config)

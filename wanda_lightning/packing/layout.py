@@ -1,4 +1,4 @@
-"""How a packed matrix and a packed folder are stored.
+"""The layout of a packed matrix and of a packed folder.
 
 A matrix NAME becomes `NAME.compressed` (the kept values, row by row), `NAME.shape` (int64), and either `NAME.bitmask`
 or, for 2:4, `NAME.pairs` (see `codec`). This is the layout of "sparse-bitmask" in compressed-tensors up to 0.14, but
@@ -38,7 +38,7 @@ ENDS = (VALUES, *COMPANIONS)
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """Where a packed matrix is stored: the names of its values and positions, the code of these, and its shape."""
+    """The place of a packed matrix in a file: the names of its values and positions, their code, and its shape."""
 
     values: str
     positions: str

@@ -22,7 +22,7 @@ _WEIGHTS = "model.safetensors"
 def save_packed(model: nn.Module, folder: str | os.PathLike[str], overwrite: bool = False) -> PackedSize:
     """Save a model as a packed folder. Call it in one process only.
 
-    The dense model is written first, to be packed file by file and deleted.
+    The dense model is written first, then packed, and deleted at the end, so the disk must hold both for a moment.
 
     Args:
         model: A transformers or timm model, or any module.
@@ -79,7 +79,8 @@ def load_packed(folder: str | os.PathLike[str], model: nn.Module | None = None) 
     """Load a packed model that transformers does not load.
 
     Args:
-        folder: A folder that `save_packed` or `pack` has written, or one of compressed-tensors ("sparse-bitmask").
+        folder: A folder that `save_packed` or `pack` has written, or one of compressed-tensors
+            ("sparse-bitmask" or "sparse-24-bitmask").
         model: The module to load the weights into; by default, timm creates the model that the folder describes.
 
     Returns:
@@ -87,7 +88,7 @@ def load_packed(folder: str | os.PathLike[str], model: nn.Module | None = None) 
 
     Raises:
         OSError: If the folder does not exist or has no weights.
-        ValueError: If it is not packed or damaged, or does not fit the model.
+        ValueError: If it is not packed or damaged, or does not fit the model, which may then hold some of its weights.
     """
     path = Path(folder).expanduser()
     config = layout.read_config(path)

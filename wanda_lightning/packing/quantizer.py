@@ -38,7 +38,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
         **described: What else `config.json` says.
 
     Raises:
-        ValueError: If the version is another.
+        ValueError: If the version is not supported.
     """
 
     def __init__(self, version: int | None = None, weights: str = "", **described: Any) -> None:

@@ -84,8 +84,10 @@ class _Model:
             yield
             return
         self._checkpoint.load(part)
-        yield
-        self._checkpoint.unload(part)
+        try:
+            yield
+        finally:
+            self._checkpoint.unload(part)
 
 
 def _paired_layers(against: _Model, checked: _Model) -> list[tuple[Layer, nn.Module]]:
