@@ -56,12 +56,12 @@ FAULTS = {
 def test_a_refusal_is_one_line(case, capsys):
     error = caught(REFUSALS[case])
     assert refusal_in(error) is not None
-    explain(error, debug=False, translate=True)
+    explain(error, debug=False, options=["nsamples"])
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("wanda-lightning: error: ")
     assert err.count("\n") == 1
-    explain(error, debug=True, translate=True)
+    explain(error, debug=True, options=["nsamples"])
     assert capsys.readouterr().err.startswith("Traceback")
 
 
@@ -69,7 +69,7 @@ def test_a_refusal_is_one_line(case, capsys):
 def test_a_fault_keeps_its_traceback(case, capsys):
     error = caught(FAULTS[case])
     assert refusal_in(error) is None
-    explain(error, debug=False, translate=True)
+    explain(error, debug=False, options=["nsamples"])
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
     assert "this is a fault of wanda_lightning or of a library" in err
@@ -78,7 +78,7 @@ def test_a_fault_keeps_its_traceback(case, capsys):
 
 def test_memory_that_runs_out_is_no_fault(capsys):
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")):
-        explain(error, debug=False, translate=True)
+        explain(error, debug=False, options=["nsamples"])
         err = capsys.readouterr().err
         assert "memory ran out" in err
         assert "Traceback" not in err
@@ -100,3 +100,9 @@ def test_memory_that_runs_out_is_no_fault(capsys):
 )
 def test_keywords_become_options(python, shell):
     assert in_options(python) == shell
+
+
+def test_only_options_of_the_command_replace_keywords():
+    message = "model must be a folder, but it is none. Use skip=['a'] or seqlen=8."
+    assert in_options(message, {"seqlen"}) == "model must be a folder, but it is none. Use skip=['a'] or --seqlen 8."
+    assert in_options(message, {"model"}) == "--model must be a folder, but it is none. Use skip=['a'] or seqlen=8."

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from opcode import opmap
@@ -68,14 +68,16 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def in_options(message: str) -> str:
-    """Replace Python's keywords by the options of the commands.
+def in_options(message: str, known: Collection[str] = frozenset(_OPTIONS.values())) -> str:
+    """Replace Python's keywords by the known options.
 
     >>> in_options("num_samples must be at least 1, but it is 0. Use skip=['a', 'b'] or overwrite=True.")
     '--nsamples must be at least 1, but it is 0. Use --skip a,b or --overwrite.'
     """
 
     def option(found: re.Match[str]) -> str:
+        if _OPTIONS[found[1]] not in known:
+            return found[0]
         value = found[2] or ""
         if value.startswith("["):
             value = ",".join(re.findall(r"'([^']*)'", value))
@@ -83,22 +85,25 @@ def in_options(message: str) -> str:
         return f"--{_OPTIONS[found[1]]}" + (f" {value}" if value and value != "True" else "")
 
     message = re.sub(r"NM\(n=(\d+), m=(\d+)\)", r"\1:\2", message)
-    return _KEYWORD.sub(option, _SUBJECT.sub(lambda found: f"--{_OPTIONS[found[1]]}", message))
+    subject = _SUBJECT.match(message)
+    if subject and _OPTIONS[subject[1]] in known:
+        message = f"--{_OPTIONS[subject[1]]}{message[subject.end() :]}"
+    return _KEYWORD.sub(option, message)
 
 
-def explain(error: BaseException, debug: bool, translate: bool) -> int:
+def explain(error: BaseException, debug: bool, options: Collection[str]) -> int:
     """Print a refusal in one line, or the traceback of a fault, and return the exit status.
 
     Args:
         error: What ended the command.
         debug: Print the traceback in any case.
-        translate: Replace Python's keywords by options.
+        options: The options of the command, which replace Python's keywords; empty for a recipe.
     """
     refusal = refusal_in(error)
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     if refusal is not None:
         message = str(refusal) or type(refusal).__name__
-        message = in_options(message) if translate else message
+        message = in_options(message, options)
     elif out_of_memory:
         cause = str(error).splitlines()[0] if str(error) else "of the host"
         message = f"memory ran out ({cause}). Use a smaller --batch_size, --nsamples or --seqlen."
