@@ -811,7 +811,7 @@ def test_a_recipes_schedule_can_be_overridden(fit):
     [
         ({"at_step": 9}, "OneShot(step=9) ends at optimizer step 9 and training ends at 8"),
         ({"at_step": 3, "schedule": ONE_SHOT}, "exclude each other"),
-        ({"schedule": CUBIC, "pattern": "2:4"}, "must have one stage for NM(n=2, m=4)"),
+        ({"schedule": CUBIC, "pattern": "2:4"}, "must have one stage for 2:4"),
         (
             {"schedule": {**CUBIC, "init_args": {"start_step": 5, "end_step": 2, "every": 1}}},
             "end_step must be at least 6",
