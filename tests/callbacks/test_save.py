@@ -65,6 +65,17 @@ def test_a_module_that_cannot_save_itself_is_refused_before_training(tmp_path):
     assert same(module, Net())
 
 
+def test_a_module_that_cannot_be_saved_packed_is_refused_before_training(tmp_path):
+    class Plain(Net):
+        def save_pretrained(self, folder, overwrite):
+            raise AssertionError
+
+    module = Plain()
+    with pytest.raises(MisconfigurationException, match="but that of Plain does not take packed"):
+        trainer(SavePretrained(tmp_path / "out", packed=True), max_steps=1).fit(module, loader())
+    assert same(module, Plain())
+
+
 def test_a_strategy_that_distributes_the_model_is_refused(tmp_path):
     run = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     run.strategy.__class__ = FSDPStrategy  # which itself needs a GPU

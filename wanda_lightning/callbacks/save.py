@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import lightning as L
@@ -27,8 +28,8 @@ class SavePretrained(Callback):
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
-        MisconfigurationException: When training starts, if the module has no `save_pretrained`, or no process holds the
-            whole model.
+        MisconfigurationException: When training starts, if the module has no `save_pretrained`, or one without `packed`
+            although the model should be packed, or if no process holds the whole model.
     """
 
     def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False, packed: bool = False) -> None:
@@ -42,16 +43,26 @@ class SavePretrained(Callback):
         if stage != "fit":
             return
         refuse_replacement(self.folder, self.overwrite)
-        if not callable(getattr(pl_module, "save_pretrained", None)):
-            raise MisconfigurationException(
-                f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has no such "
-                "method. Define it, or use Lightning's ModelCheckpoint."
-            )
+        self._refuse_other_modules(pl_module)
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
                 f"SavePretrained saves from one process that holds the whole model, but "
                 f"{type(trainer.strategy).__name__} distributes the model. Use Lightning's ModelCheckpoint, with "
                 "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file."
+            )
+
+    def _refuse_other_modules(self, pl_module: L.LightningModule) -> None:
+        name, save = type(pl_module).__name__, getattr(pl_module, "save_pretrained", None)
+        if not callable(save):
+            raise MisconfigurationException(
+                f"SavePretrained calls save_pretrained(folder, overwrite), but {name} has no such method. Define it, "
+                "or use Lightning's ModelCheckpoint."
+            )
+        parameters = inspect.signature(save).parameters.values()
+        if self.packed and not any(each.name == "packed" or each.kind is each.VAR_KEYWORD for each in parameters):
+            raise MisconfigurationException(
+                f"SavePretrained(packed=True) calls save_pretrained(folder, overwrite, packed), but that of {name} "
+                "does not take packed. Add it, for example with wanda_lightning.save_packed, or leave packed=True out."
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
