@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Distil, PruningReport, Reconstruct, prune
+from wanda_lightning.calibration.batches import Sample
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.methods import METHODS
 from wanda_lightning.recovery import distil
+from wanda_lightning.recovery.predictions import next_tokens
 
 
 class Classifier(nn.Module):
@@ -111,6 +114,15 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
     adamw_by_hand(expected, dense, {f"{layer.name}.weight" for layer in report.layers}, samples, config, loss_of)
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
+
+
+def test_tokens_that_stand_for_images_and_audio_are_not_learned():
+    """They are in the vocabulary of some models, which never predict them."""
+    config = SimpleNamespace(image_token_id=3, video_token_index=5, audio_token_id=None, eos_token_id=6)
+    ids = torch.tensor([[1, 3, 3, 4, 5, 2, 6]])
+    sample = Sample(lambda: None, (), 1, {"input_ids": ids}, 0)
+    found = next_tokens(torch.zeros(1, 7, 9), sample, config)
+    assert found.tolist() == [-1, -1, 4, -1, 2, 6, -1]
 
 
 @pytest.mark.parametrize("name", ["t5", "vit"])

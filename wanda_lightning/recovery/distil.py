@@ -26,12 +26,12 @@ from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery.base import DenseModel, ModelRecovery, Recovery
 from wanda_lightning.recovery.predictions import (
     HELD_OUT,
+    causal_config,
     cross_entropy,
     divergence,
     find_predictions,
     has_classes,
     next_tokens,
-    predicts_next_tokens,
     rows_of,
     squared_error,
 )
@@ -144,7 +144,8 @@ class _Distillation(ModelRecovery):
         self._config, self._model, self._layers, self._blocks = config, dense.model, dense.layers, dense.blocks
         self._processes, self._progress, self._data = dense.processes, dense.progress, dense.data
         self._head = _output_head(self._model, self._layers)
-        self._next_token = config.next_token if predicts_next_tokens(self._model) else 0.0
+        self._causal = causal_config(self._model)
+        self._next_token = 0.0 if self._causal is None else config.next_token
         self._refuse_if_frozen()
         with ProgressBar("Predicting", self._data.length, self._progress) as bar, recomputing(self._blocks):
             batches = []
@@ -343,7 +344,7 @@ class _Distillation(ModelRecovery):
         """Return the function that compares some rows of predictions: their part of the loss, and its gradient."""
         is_kl = self._config.loss == "kl" or (self._config.loss is None and has_classes(output))
         compare, dense, count = divergence if is_kl else squared_error, target.predictions(), len(target.rows)
-        tokens = next_tokens(output, sample) if is_kl and self._next_token else None
+        tokens = next_tokens(output, sample, self._causal) if is_kl and self._next_token else None
         known = 0 if tokens is None else int((tokens >= 0).sum())
         share = self._next_token if known else 0.0
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Sample
 from wanda_lightning.models import fitting_mask
 
+_MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
 
 
@@ -38,19 +41,20 @@ def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
     return rows
 
 
-def predicts_next_tokens(model: nn.Module) -> bool:
-    """Whether a model is, or contains, a causal language model of transformers without an encoder."""
+def causal_config(model: nn.Module) -> Any | None:
+    """Return the config of a causal language model of transformers without an encoder, which a model is or contains."""
     for module in model.modules():
         can_generate = getattr(module, "can_generate", None)
         if callable(can_generate) and can_generate():
-            return not getattr(module.config, "is_encoder_decoder", False)
-    return False
+            return None if getattr(module.config, "is_encoder_decoder", False) else module.config
+    return None
 
 
-def next_tokens(output: object, sample: Sample) -> Tensor | None:
+def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
     """Return the id of the token that follows each row of the predictions, -1 where none follows.
 
-    None if the sample has no `input_ids`, or not one prediction for each of them.
+    None follows where the config of the model says that the id stands for a part of an image, a video or audio. The
+    result is None if the sample has no `input_ids`, or not one prediction for each of them.
     """
     ids = sample.batch.get("input_ids") if isinstance(sample.batch, Mapping) else None
     logits = find_predictions(output)
@@ -58,7 +62,8 @@ def next_tokens(output: object, sample: Sample) -> Tensor | None:
         return None
     following = ids.roll(-1, dims=1)
     following[:, -1] = -1
-    following[following >= logits.shape[-1]] = -1  # such as placeholders of images
+    media = [id for name in _MEDIA_TOKENS if isinstance(id := getattr(config, name, None), int)]
+    following[(following >= logits.shape[-1]) | torch.isin(following, torch.tensor(media).to(following))] = -1
     if mask := fitting_mask(sample.masks, "", logits):
         following[~mask.keep.to(ids.device).roll(-1, dims=1)] = -1
     return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)
