@@ -13,7 +13,7 @@ from support.gguf import write_gguf
 from support.zoo import ZOO
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from wanda_lightning import prune
+from wanda_lightning import pack, prune
 
 
 @pytest.fixture
@@ -38,6 +38,16 @@ def test_a_copy_keeps_all_zeros(pruned, capsys):
     zeros = sum(int((t == 0).sum()) for name, t in load_file("pruned/model.safetensors").items() if "proj" in name)
     assert run("check", "copy", "--against", pruned) == 0
     assert f"copy keeps all {zeros:,} zeros of the 14 layers of pruned." in capsys.readouterr().out
+
+
+def test_packed_folders_are_compared_like_dense_ones(pruned, capsys):
+    pack(pruned, "packed")
+    assert run("check", "packed", "--against", pruned) == 0
+    assert "packed keeps all 10,240 zeros of the 14 layers of pruned." in capsys.readouterr().out
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(pruned, "tuned", lambda tensors: tensors[name].fill_(1.0))
+    assert run("check", "tuned", "--against", "packed") == 1
+    assert "tuned lost 1,024 of the 10,240 zeros of packed (10.00%), in 1 of 14 layers." in capsys.readouterr().out
 
 
 def test_lost_zeros_are_counted_worst_first(pruned, capsys):

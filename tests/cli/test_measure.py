@@ -33,14 +33,19 @@ def test_a_second_run_saves_beside_the_first(tmp_path, capsys):
 
 
 def test_a_disk_that_is_too_small_for_the_weights(tmp_path, monkeypatch):
-    usage = measure.refuse_full.__globals__["shutil"].disk_usage(tmp_path)
-    for free, fits in ((1_001_000, True), (1_000_999, False)):
+    out, usage = str(tmp_path / "out"), measure.refuse_full.__globals__["shutil"].disk_usage(tmp_path)
+    for free, packed, fits in (
+        (1_001_000, False, True),
+        (1_000_999, False, False),
+        (2_002_000, True, True),
+        (2_001_999, True, False),
+    ):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
         if fits:
-            measure.refuse_no_space(str(tmp_path / "out"), Model())
+            measure.refuse_no_space(out, Model(), packed)
         else:
-            with pytest.raises(OSError, match=r"out needs 1\.00 MB, but 1\.00 MB are free on its disk"):
-                measure.refuse_no_space(str(tmp_path / "out"), Model())
+            with pytest.raises(OSError, match=r"out needs (\d\.00) MB, but \1 MB are free on its disk"):
+                measure.refuse_no_space(out, Model(), packed)
 
 
 def config(context):

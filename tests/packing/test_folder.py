@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from support.modules import same_weights, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import pack, unpack
+from wanda_lightning import pack, save_packed, unpack
 from wanda_lightning.packing import codec
+from wanda_lightning.packing import folder as folders
 
 OLD = Path(__file__).parent / "compressed_tensors"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn]
@@ -153,6 +154,17 @@ def test_a_single_file_supersedes_shards(tmp_path, stale):
     assert [path.name for path in (tmp_path / "packed").glob("*safetensors*")] == ["packed-model.safetensors"]
     for folder in ("dense", "packed"):
         assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / folder), model)
+
+
+def test_the_same_weights_in_other_formats_are_left_out(tmp_path):
+    zeroed_llama(0).save_pretrained(tmp_path / "dense")
+    left_out = {"pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "q8.gguf"}
+    for name in (*left_out, "tokenizer.json", "training_args.bin"):
+        (tmp_path / "dense" / name).write_text("{}")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    dense, packed = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("dense", "packed"))
+    assert dense - packed == {*left_out, "model.safetensors"}
+    assert packed - dense == {"packed-model.safetensors"}
 
 
 # ------------------------------------------------------------------------------------- folders of compressed-tensors
@@ -359,6 +371,19 @@ def test_a_full_disk_leaves_nothing_behind(dense, packed, tmp_path, monkeypatch,
     with pytest.raises(OSError, match="cannot be written, because its disk is full"):
         pack(dense[0], tmp_path / "out") if direction == "pack" else unpack(packed, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_holds_only_the_dense_model_is_refused_before_it_is_packed(tmp_path, monkeypatch):
+    def examine(*arguments):  # after the dense model was written
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000))
+        return examined(*arguments)
+
+    usage, examined = shutil.disk_usage(tmp_path), folders._parts_to_pack
+    monkeypatch.setattr(folders, "_parts_to_pack", examine)
+    monkeypatch.setattr(folders, "_write_packed", None)
+    with pytest.raises(OSError, match=r"needs .* MB, but 0\.00 MB are free"):
+        save_packed(zeroed_llama(0), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("direction", ["pack", "unpack"])

@@ -11,10 +11,12 @@ import transformers as hf
 from safetensors.torch import load_file
 from support.modules import VIT, same_weights, tiny_llama
 from support.tiny import tiny
+from timm.models import save_for_hf
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
 from wanda_lightning import CausalLMModule, ImageClassifierModule, load_packed, pack, save_packed, unpack
+from wanda_lightning.modules.loading import create_classifier
 from wanda_lightning.packing.quantizer import PackedConfig
 
 
@@ -226,6 +228,21 @@ def test_timm_models(tmp_path):
     assert same_weights(load_packed(tmp_path / "test_convnext"), model)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict"):
         timm.create_model(f"local-dir:{tmp_path / 'test_convnext'}", pretrained=True)
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}, {"img_size": 48}])
+def test_timm_adapts_packed_weights_like_dense_ones(tmp_path, change):
+    torch.manual_seed(0)
+    model = zeroed(timm.create_model("vit_tiny_patch16_224", num_classes=7, **VIT))
+    save_for_hf(model, tmp_path / "dense", model_args=VIT, safe_serialization=True)
+    pack(tmp_path / "dense", tmp_path / "packed")
+    models = []
+    for name in ("dense", "packed"):
+        torch.manual_seed(1)  # of a new head
+        models.append(create_classifier(f"local-dir:{tmp_path / name}", True, change))
+    dense, packed = models
+    assert same_weights(packed, dense)
+    assert {**packed.pretrained_cfg, "file": None} == {**dense.pretrained_cfg, "file": None}
 
 
 def test_any_module(tmp_path):

@@ -44,7 +44,7 @@ def run(options: FinetuneOptions) -> None:
             f"{options.model} has no zeros to keep. Prune it first: wanda-lightning prune --save_model DIR."
         )
     windows.setup("fit")
-    refuse_no_space(options.save_model, module)
+    refuse_no_space(options.save_model, module, options.packed)
     if options.method != "full":  # before anything is measured, since it may be refused
         _add_adapters(module, options)
     perplexity: dict[str, float] = {}

@@ -44,18 +44,19 @@ def checked_seqlen(seqlen: int | None, config: Any, default: int) -> int:
     return min(default, context) if seqlen is None else seqlen
 
 
-def refuse_no_space(folder: str | None, module: L.LightningModule) -> None:
-    """Refuse a folder on a disk that cannot hold the module's weights."""
+def refuse_no_space(folder: str | None, module: L.LightningModule, packed: bool) -> None:
+    """Refuse a folder on a disk that cannot hold the module's weights; to pack them, they are written twice."""
     if folder is not None:
         tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-        refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        refuse_full(folder, 2 * size if packed else size)
 
 
 def save_model(module: Any, folder: str | None, overwrite: bool, packed: bool) -> None:
     """Save a model, next to the folder if another run has saved one in it meanwhile."""
     if folder is None:
         return
-    refuse_no_space(folder, module)
+    refuse_no_space(folder, module, packed)
     place = unclaimed(folder, "config.json", overwrite)
     module.save_pretrained(place, overwrite=overwrite, packed=packed)
     if place != Path(folder):

@@ -45,7 +45,7 @@ def run(options: PruneOptions) -> None:
     module, data = _classifier(options, samples) if options.is_image else _language_model(options)
     metric, heading = ("val_accuracy", "top-1") if options.is_image else ("val_perplexity", "perplexity")
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
-    refuse_no_space(options.save_model, module)
+    refuse_no_space(options.save_model, module, options.packed)
     if callback.config.data_reader is not None and isinstance(data, TextDataModule):
         _ = data.calibration_windows  # to refuse a short text, too
     dense = measure(module, data)[metric]

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from wanda_lightning.checks import one_line
 from wanda_lightning.model_sources import load_config, load_tokenizer, locate, reading, timm_name
 from wanda_lightning.packing.layout import is_packed, read_config
-from wanda_lightning.packing.models import load_packed
+from wanda_lightning.packing.models import packed_state_dict
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED = (*DTYPES.values(), torch.float64)
@@ -163,9 +163,9 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
         _require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
-    packed = folder if folder is not None and is_packed(read_config(folder)) and pretrained else None
+    packed = folder if folder is not None and pretrained and is_packed(read_config(folder)) else None
     try:
-        model = timm.create_model(checked, pretrained=pretrained and packed is None, **kwargs)
+        model = _from_packed(packed, kwargs) if packed else timm.create_model(checked, pretrained, **kwargs)
     except OSError as error:
         raise OSError(
             f"The weights of {checked!r} are not in the cache and cannot be downloaded. Check the connection, give a "
@@ -181,12 +181,19 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         raise ValueError(
             f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
         ) from error
-    if packed is not None:
-        load_packed(packed, model)
-    elif folder is not None and pretrained:
+    if folder is not None and pretrained and packed is None:
         check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
         check_finite(model.named_parameters(), checked)
+    return model
+
+
+def _from_packed(folder: Path, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Create a timm model from a packed folder; timm adapts the weights to other arguments, such as `num_classes`."""
+    overlay = {**kwargs.get("pretrained_cfg_overlay", {}), "source": "", "state_dict": packed_state_dict(folder)}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
+    del model.pretrained_cfg["state_dict"]
+    model.pretrained_cfg["source"] = "local-dir"
     return model
 
 

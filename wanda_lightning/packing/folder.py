@@ -24,6 +24,7 @@ from wanda_lightning.progress import ProgressBar
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDICES = "*.safetensors", "*.safetensors.index.json"
+_DENSE_FORMATS = ("pytorch_model*", "tf_model*", "flax_model*", "*.gguf", "*.onnx")  # the dense weights once more
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 
@@ -51,7 +52,8 @@ def pack(
 ) -> PackedSize:
     """Pack the model in a folder: a matrix with enough zeros is stored as its kept values and their positions.
 
-    Only one tensor is in memory at a time. Other files are copied.
+    Only one tensor is in memory at a time. Other files are copied, except for the same weights in other formats, such
+    as pytorch_model.bin.
 
     Args:
         source: Folder of a Hugging Face or timm model with weights in safetensors.
@@ -81,6 +83,7 @@ def pack_in_place(folder: Path) -> PackedSize:
     """Pack the dense model in a folder that nothing else uses yet."""
     _refuse_to_pack(folder)
     parts, codes = _parts_to_pack(folder)
+    refuse_full(folder, sum(part.size for part in parts))
     dense = [*folder.glob(_WEIGHTS), *folder.glob(_INDICES)]
     _write_packed(parts, codes, folder, folder)
     for path in dense:
@@ -346,7 +349,7 @@ def _write_indices(parts: Sequence[_Part], source: Path, target: Path, renamed: 
 
 
 def _copy_other_files(source: Path, target: Path) -> None:
-    ignored = shutil.ignore_patterns(_WEIGHTS, _INDICES, _CONFIG, ".git")
+    ignored = shutil.ignore_patterns(_WEIGHTS, _INDICES, _CONFIG, *_DENSE_FORMATS, ".git")
     for path in source.iterdir():
         if path.name in ignored(str(source), [path.name]):
             continue

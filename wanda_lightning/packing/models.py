@@ -103,7 +103,7 @@ def load_packed(folder: str | os.PathLike[str], model: nn.Module | None = None) 
         import timm
 
         model = timm.create_model(f"local-dir:{path}", pretrained=False)
-    weights = _read(path)
+    weights = packed_state_dict(path)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -111,8 +111,8 @@ def load_packed(folder: str | os.PathLike[str], model: nn.Module | None = None) 
     return model
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a packed folder."""
+def packed_state_dict(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a packed folder, unpacked, by name."""
     files = packed_files(folder)
     adds_weight = layout.is_old_bitmask(layout.read_config(folder)) and layout.lacks_weight(files)
     weights = {}
