@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
-PARKING = ("memory", "disk")
+PARKING = ("memory", "cpu", "disk")
 """The places for the activations of waiting batches while a model is pruned from disk."""
 
 Choice = Callable[[], Any]

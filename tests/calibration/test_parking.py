@@ -1,4 +1,4 @@
-"""Activations in files: the same values in the same tensors, wherever they are."""
+"""Activations that are moved: the same values in the same tensors, wherever they are."""
 
 import gc
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.chains import Chain, Mlp, forwards, through, vectors
+from support.parking import HiddenParking, is_hidden
 from support.zoo import ZOO
 from torch import nn
 
@@ -23,7 +24,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.pruning import prune_as
 from wanda_lightning.weight_store import WeightStore
 
-WIDE = 1 << 15  # numbers, which take more memory than the smallest file
+WIDE = 1 << 15  # numbers, which take more memory than the smallest that is moved
 
 
 def is_in_a_file(tensor):
@@ -33,6 +34,11 @@ def is_in_a_file(tensor):
 @pytest.fixture
 def all_sizes(monkeypatch):
     monkeypatch.setattr(parking, "SMALLEST", 0)
+
+
+def makers(folder):
+    """What makes the parking of a batch."""
+    return {"disk": partial(DiskParking, folder), "host": partial(HiddenParking, {})}
 
 
 @torch.no_grad()
@@ -154,6 +160,29 @@ def test_a_full_disk_is_explained(tmp_path):
     assert not is_in_a_file(x)
 
 
+@torch.no_grad()
+def test_what_is_moved_to_the_host_comes_back():
+    x = torch.randn(4, WIDE)
+    views = [x[1:], x.t(), x.view(2, 2, WIDE).transpose(0, 1)]
+    small, copies, version = torch.ones(8), [each.clone() for each in (x, *views)], x._version
+    host, other = (HiddenParking(away) for away in [{}] * 2)
+    host.add([*views, small])
+    for _ in range(2):
+        for _ in range(2):
+            host.vacate()
+            assert all(map(is_hidden, (x, *views)))
+            assert not is_hidden(small)
+            assert not torch.equal(x, copies[0])
+        host.occupy()
+        assert all(map(torch.equal, (x, *views), copies))
+        assert [each.stride() for each in views] == [each.stride() for each in (x[1:], x.t(), views[2])]
+        assert x._version == version
+    host.vacate()
+    with other:  # another batch, which knows nothing of these tensors, and uses one of them
+        assert torch.equal(torch.stack([views[0]])[0], copies[1])
+    assert torch.equal(x, copies[0])
+
+
 class Gated(nn.Module):
     """While `up` waits, the output of `gate` is only on the stack of the interpreter."""
 
@@ -190,8 +219,9 @@ def test_a_waiting_batch_holds_nothing_in_memory(tmp_path, all_sizes, module):
         assert all(torch.equal(output, model(x)) for output, x in zip(outputs, batches, strict=True))
 
 
-def test_tensors_that_batches_share_stay_valid(tmp_path, all_sizes):
-    """Every batch adds one table, which the model keeps; the first batch moves it to a file."""
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_tensors_that_batches_share_stay_valid(tmp_path, all_sizes, kind):
+    """Every batch adds one table, which the model keeps; the first batch moves it."""
 
     class Sharing(Chain):
         table = None
@@ -206,14 +236,16 @@ def test_tensors_that_batches_share_stay_valid(tmp_path, all_sizes):
 
     model, batches = Sharing(Mlp(), Mlp()), vectors(4)
     table = torch.arange(batches[0].shape[-1]) * 1.0
-    with closing(
-        lockstep(forwards(model, batches), model.blocks, make_parking=partial(DiskParking, tmp_path))
-    ) as stops:
+    make = makers(tmp_path)[kind]
+    with closing(lockstep(forwards(model, batches), model.blocks, make_parking=make)) as stops:
         for stop in stops:
             for call in stop.calls:
                 x = batches[call.batch] + table
+                call.parking.occupy()
                 assert torch.equal(call.args[0], x if stop.unit == 0 else through(model.blocks[:1], x) + table)
-    assert is_in_a_file(model.table)
+                call.parking.vacate()
+    assert is_in_a_file(model.table) == (kind == "disk")
+    assert not is_hidden(model.table)  # the last batch has copied it back
     assert torch.equal(model.table, table)
 
 
@@ -236,13 +268,14 @@ def test_an_interrupted_run_leaves_no_file_and_no_thread(tmp_path, all_sizes):
     [
         {"method": "sparsegpt", "sequential": "layer"},
         {"method": "wanda", "sequential": "block", "recovery": "reconstruct"},
-        {"method": "wanda", "allocation": "owl"},
+        {"method": "wanda", "allocation": "owl", "pattern": "2:4", "permutation": "assignment"},
     ],
     ids=str,
 )
-def test_every_model_is_pruned_the_same(tmp_path, all_sizes, name, choices):
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_every_model_is_pruned_the_same(tmp_path, all_sizes, name, choices, kind):
     specimen, store = ZOO[name], WeightStore()
-    store.make_parking = partial(DiskParking, tmp_path)
+    store.make_parking = makers(tmp_path)[kind]
     models = [specimen.build() for _ in range(2)]
     config = PruningConfig.from_names(0.5, **choices)
     reports = [

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import families
+from support.parking import HiddenParking
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
@@ -23,6 +24,7 @@ from wanda_lightning.files import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.parallel import Processes
 from wanda_lightning.pruning import prune_as
+from wanda_lightning.streaming import from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk
 from wanda_lightning.streaming.output import OutputFolder
@@ -112,9 +114,12 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
         assert (tmp_path / "disk" / file).read_text() == (tmp_path / "memory" / file).read_text()
 
 
+@pytest.mark.parametrize("kind", ["disk", "host"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_parked_activations_change_nothing(source, tmp_path, monkeypatch, name):
+def test_parked_activations_change_nothing(source, tmp_path, monkeypatch, name, kind):
     monkeypatch.setattr(parking, "SMALLEST", 0)
+    if kind == "host":  # park='cpu' as far as it can be tested without a GPU
+        monkeypatch.setattr(from_disk, "parking_maker", lambda *_: partial(HiddenParking, {}))
     choices = {"progress": False, **CHOICES[name]}
     expected = prune_from_disk(source, tmp_path / "memory", batches(), 0.5, **choices)
     report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, park="disk", **choices)
@@ -268,7 +273,7 @@ def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeyp
     measured = perplexity_from_disk(source, batches(40), progress=False)
     assert measured == pytest.approx(float(metric.compute()), rel=1e-6)
     monkeypatch.setattr(parking, "SMALLEST", 0)
-    assert perplexity_from_disk(source, batches(40), progress=False, parked_in=tmp_path) == measured
+    assert perplexity_from_disk(source, batches(40), progress=False, park="disk", parked_in=tmp_path) == measured
 
 
 def streamed(rank, source, folder, shares, choices):
@@ -486,7 +491,7 @@ def test_a_refused_run_can_be_repeated_with_other_choices(source, tmp_path, monk
 
 
 def test_bad_places_are_refused(source, tmp_path):
-    with pytest.raises(ValueError, match="park must be one of memory, disk, but it is 'tape'"):
+    with pytest.raises(ValueError, match="park must be one of memory, cpu, disk, but it is 'tape'"):
         prune_from_disk(source, tmp_path / "out", batches(), park="tape")
     for place in (source, source / "out"):
         with pytest.raises(ValueError, match="output must lie outside of the source"):
@@ -610,11 +615,19 @@ def test_a_device_that_cannot_be_used_is_refused(source, tmp_path, device):
     assert not (tmp_path / "out").exists()
 
 
-def test_files_for_activations_of_another_device_are_refused(source, tmp_path):
-    with pytest.raises(
-        ValueError, match="park='disk' moves activations out of the memory of the CPU, but device='cuda'"
-    ):
-        prune_from_disk(source, tmp_path / "out", batches(), park="disk", device="cuda")
+@pytest.mark.parametrize(
+    ("park", "device", "message"),
+    [
+        ("disk", "cuda", "park='disk' moves activations out of the memory of the CPU, but device='cuda' has its own"),
+        ("cpu", "cpu", "park='cpu' moves activations from the device .* but device='cpu' keeps them there anyway"),
+    ],
+)
+def test_a_place_for_activations_that_does_not_suit_the_device_is_refused(source, tmp_path, park, device, message):
+    with pytest.raises(ValueError, match=message):
+        prune_from_disk(source, tmp_path / "out", batches(), park=park, device=device)
+    with pytest.raises(ValueError, match=message):
+        perplexity_from_disk(source, batches(), park=park, device=device)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

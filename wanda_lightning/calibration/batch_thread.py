@@ -32,6 +32,7 @@ class Call:
 
     def run(self, on_copies: bool = False) -> Any:
         """Run the unit and return its output; on clones of its arguments if it will run again on the same values."""
+        self.parking.occupy()
         arguments = self.args, self.kwargs
         with (
             naming_batch(self.batch, arguments, self.unit),
@@ -114,6 +115,7 @@ class BatchThread(threading.Thread):
         """
         self.call, self._output = None, output
         del output
+        self._parking.occupy()
         switches = ProcessSwitches()
         try:
             with self._watch(self):

@@ -96,6 +96,7 @@ class BlockRuns:
         def run(*args: Any, **kwargs: Any) -> None:
             records.append(self._run(call, args, kwargs, with_inputs)[1])
 
+        call.parking.occupy()
         args, kwargs = clone_arguments((call.args, call.kwargs))
         replace(call, args=args, kwargs=kwargs, forward=run).run()
         return records[0]

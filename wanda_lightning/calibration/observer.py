@@ -115,6 +115,7 @@ class Observer:
             return {names[name]: value for name, value in statistics.items()}
         identities = []
         for call, x in zip(calls, inputs, strict=True):
+            call.parking.occupy()
             with naming_batch(call.batch, x, unit.name):
                 reader = self._read(unit, call.batch, x)
             call.parking.vacate()

@@ -1,9 +1,10 @@
-"""Keep the activations of waiting batches in files instead of memory.
+"""Keep the activations of waiting batches in files or in the memory of the host.
 
 Between two units, a batch holds its activations in the call at which it waits, in local variables, and on the stack of
 the interpreter. No code can replace all these references. But PyTorch can replace the memory behind a tensor
-(`tensor.data = ...`), and so every reference stays valid: the new memory is a file, mapped into the address space, from
-which the operating system reads what a forward pass uses. The file has no name, so it vanishes with its tensors.
+(`tensor.data = ...`), and so every reference stays valid. The new memory is a file, mapped into the address space, from
+which the operating system reads what a forward pass uses; or, for activations on an accelerator, memory of the host,
+which is copied back before the batch runs again. The file has no name, so it vanishes with its tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from wanda_lightning.calibration.cloning import tensors_within
 
 SMALLEST = 1 << 16
-"""Bytes of the smallest memory that is worth a file."""
+"""Bytes of the smallest memory that is worth moving."""
 
 _FILES = "/dev/fd/"  # the names of open files: those of parked activations have no other
 
@@ -46,23 +47,22 @@ class Parking:
     def vacate(self) -> None:
         """Free memory until the batch, or a unit on its inputs, runs again."""
 
+    def occupy(self) -> None:
+        """Have the activations in memory, for the batch or a unit that is about to run."""
+
 
 MakeParking = Callable[[], Parking]  # for one batch
 
 
-class DiskParking(TorchFunctionMode, Parking):
-    """The activations of one batch, which are in files while the batch waits.
+class _MovingParking(TorchFunctionMode, Parking):
+    """Finds the activations of one batch, to move them while the batch waits.
 
     The mode finds what the batch computes between the units, and `add` finds what the units return. Memory is replaced
     only if all tensors that share it are found, so that they continue to share it, and no other library points to it.
-
-    Args:
-        folder: Where the files are created.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._folder = folder
         self._made: dict[int, weakref.ref[Tensor]] = {}  # by id: an entry of a dead tensor may be overwritten
 
     def __torch_function__(
@@ -83,31 +83,41 @@ class DiskParking(TorchFunctionMode, Parking):
         if type(value) is Tensor:
             self._made[id(value)] = weakref.ref(value)
 
+    def _alive(self) -> Iterator[list[Tensor]]:
+        """Return the tensors that are still there, grouped by the memory that they share."""
+        alive = [tensor for reference in self._made.values() if (tensor := reference()) is not None]
+        self._made = {id(tensor): weakref.ref(tensor) for tensor in alive}
+        return _by_memory(alive)
+
+
+class DiskParking(_MovingParking):
+    """The activations of one batch, which are in files while the batch waits.
+
+    Args:
+        folder: Where the files are created.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
     def vacate(self) -> None:
         """Move the activations to files; those that are there already, and were read, leave memory again.
 
         Raises:
             OSError: If a file cannot be written.
         """
-        alive = [tensor for reference in self._made.values() if (tensor := reference()) is not None]
-        self._made = {id(tensor): weakref.ref(tensor) for tensor in alive}
         has_moved = False
-        for tensors in _by_memory(alive):
+        for tensors in self._alive():
             memory = tensors[0].untyped_storage()
             if (memory.filename or "").startswith(_FILES):
                 _leave_memory(memory)
-            elif memory.nbytes() >= SMALLEST and _can_move(tensors):
-                self._move(tensors)
+            elif _can_move(tensors, "cpu"):
+                _replace_memory(tensors, self._mapped_copy(memory))
                 has_moved = True
             del memory
         if has_moved:
             return_freed_memory()
-
-    def _move(self, tensors: Sequence[Tensor]) -> None:
-        file = self._mapped_copy(tensors[0].untyped_storage())
-        for tensor in tensors:
-            place = torch.empty(0, dtype=tensor.dtype, device="cpu")
-            tensor.data = place.set_(file, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def _mapped_copy(self, memory: torch.UntypedStorage) -> Any:
         try:
@@ -124,6 +134,71 @@ class DiskParking(TorchFunctionMode, Parking):
             ) from error
 
 
+_Away = list[weakref.ref[Tensor]]  # tensors that share their memory
+
+
+class HostParking(_MovingParking):
+    """The activations of one batch on an accelerator, which are in the memory of the host while the batch waits.
+
+    Args:
+        device: Where the activations are while the batch runs.
+        away: What is in the memory of the host, by the id of each tensor; the same for all batches, which may share
+            tensors that the model keeps.
+    """
+
+    def __init__(self, device: torch.device, away: dict[int, _Away]) -> None:
+        super().__init__()
+        self._device = device
+        self._away = away
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function; first copy back what another batch has moved."""
+        for value in (*args, *(kwargs or {}).values()):
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                self._return(tensor)
+        return super().__torch_function__(function, types, args, kwargs)
+
+    def vacate(self) -> None:
+        """Move the activations to the host."""
+        for tensors in self._alive():
+            if not self._moved_with(tensors[0]) and _can_move(tensors, self._device.type):
+                _replace_memory(tensors, self._copy(tensors[0].untyped_storage(), torch.device("cpu")))
+                moved: _Away = [weakref.ref(tensor) for tensor in tensors]
+                self._away.update({id(tensor): moved for tensor in tensors})
+
+    def occupy(self) -> None:
+        """Move the activations back to the device."""
+        for tensors in self._alive():
+            self._return(tensors[0])
+
+    def _return(self, value: object) -> None:
+        """Move a tensor back, and all that share its memory, if it is away."""
+        if tensors := self._moved_with(value):
+            _replace_memory(tensors, self._copy(tensors[0].untyped_storage(), self._device))
+            for tensor in tensors:
+                self._away.pop(id(tensor), None)
+
+    def _moved_with(self, value: object) -> list[Tensor]:
+        """Return a tensor that is away and those that share its memory; nothing for any other value."""
+        tensors = [tensor for reference in self._away.get(id(value), ()) if (tensor := reference()) is not None]
+        is_one = any(tensor is value for tensor in tensors)  # and not a new one with the id of one that is gone
+        return tensors if is_one else []
+
+    def _copy(self, memory: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
+        is_pinned = device.type == "cpu" and self._device.type == "cuda"  # which is faster to copy from and to
+        copy = torch.empty(memory.nbytes(), dtype=torch.uint8, device=device, pin_memory=is_pinned)
+        return copy.copy_(torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)).untyped_storage()
+
+
+def _replace_memory(tensors: Sequence[Tensor], memory: torch.UntypedStorage) -> None:
+    """Let tensors that share their memory share a copy of it instead."""
+    for tensor in tensors:
+        place: Any = torch.empty(0, dtype=tensor.dtype, device=memory.device)
+        tensor.data = place.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def _by_memory(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Group tensors, and the tensors that they are views of, by the memory that they share."""
     found = {id(tensor): tensor for tensor in tensors}
@@ -135,12 +210,13 @@ def _by_memory(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield from groups.values()
 
 
-def _can_move(tensors: Sequence[Any]) -> bool:
-    """Whether no other tensor shares the memory of these, and nothing but PyTorch points to it."""
+def _can_move(tensors: Sequence[Any], device: str) -> bool:
+    """Whether the memory is large and on a device, no other tensor shares it, and nothing but PyTorch points to it."""
     memory = tensors[0].untyped_storage()
     views = [id(tensor._base) for tensor in tensors if tensor._base is not None]
     return (
-        memory.device.type == "cpu"
+        memory.device.type == device
+        and memory.nbytes() >= SMALLEST
         and memory.resizable()  # False once NumPy points to it
         and torch._C._storage_Use_Count(memory._cdata) == len(tensors) + 1  # and `memory`
         # A tensor that C++ code holds, for example for DLPack. A view holds its base.

@@ -110,8 +110,8 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
     )
     dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
     park: str = option(
-        "Where the activations of batches are while they wait, with --stream: memory, or disk, in files on the disk of "
-        "the pruned model.",
+        "Where the activations of batches are while they wait, with --stream: memory (of --device), cpu (its "
+        "memory, if --device is another), or disk (files beside the pruned model).",
         "memory",
         rule=OneOf(PARKING),
     )

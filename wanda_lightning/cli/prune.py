@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport
 from wanda_lightning.streaming import perplexity_from_disk
-from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_parking, refuse_whole_model
+from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
+from wanda_lightning.streaming.parking import refuse_parking
 
 
 def run(options: PruneOptions) -> None:
@@ -77,14 +79,15 @@ def _stream(options: PruneOptions) -> None:
     check_decoder_only(config)
     data = _text(options, tokenizer, config)
     source, output = options.model, options.save_model or ""
-    how: dict[str, Any] = {"dtype": options.dtype or "auto", "device": options.device}
-    parked_in = existing_parent(output) if options.park == "disk" else None
-    dense = perplexity_from_disk(source, data.val_dataloader(), parked_in=parked_in, **how, **hub)
+    dtype = options.dtype or "auto"
+    where = {"park": options.park, "device": options.device}
+    measured = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **hub)
+    dense = measured(source, data.val_dataloader(), dtype=dtype)
     batches = data.calibration_dataloader()
     with pruned_from_disk(
-        choices, source, output, batches, tokenizer=tokenizer, hub=hub, park=options.park, **how
+        choices, source, output, batches, tokenizer=tokenizer, hub=hub, dtype=dtype, **where
     ) as report:
-        pruned = perplexity_from_disk(output, data.val_dataloader(), parked_in=parked_in, device=options.device, **hub)
+        pruned = measured(output, data.val_dataloader())
         _describe_run(report, options, data, "val_perplexity", dense, pruned)
         if options.save is not None:
             _write_results(options, "ppl_test", pruned, report)

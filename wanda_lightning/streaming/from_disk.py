@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.calibration.parking import DiskParking, Parking
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.methods import PARKING
 from wanda_lightning.modules.loading import check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
@@ -21,6 +19,7 @@ from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.output import OutputFolder, fingerprint
+from wanda_lightning.streaming.parking import parking_maker, refuse_parking
 from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.streaming.weights import StreamedWeights
 
@@ -66,8 +65,8 @@ def prune_from_disk(
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
-        park: Where the activations of batches are kept while they wait: `"memory"` of the device, or `"disk"`, in
-            the output folder.
+        park: Where the activations of batches are while they wait: `"memory"` of the device, `"cpu"` if that is
+            another device, or `"disk"`, in the output folder.
         device: Where the model computes, for example `"cuda"`. Two blocks are there, and the activations.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
@@ -129,9 +128,7 @@ def pruned_from_disk(
         if folder.report:
             report = PruningReport.from_json(folder.report)
         else:
-            weights = StreamedWeights(
-                checkpoint, folder, partial(DiskParking, folder.path) if park == "disk" else Parking
-            )
+            weights = StreamedWeights(checkpoint, folder, parking_maker(park, checkpoint.device, folder.path))
             with weights.streaming():
                 run = None if forward is None else partial(forward, checkpoint.model)
                 report = prune_as(
@@ -190,17 +187,6 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
                 f"{config.shown(name)}{other} needs {needed} in memory, but the model is read block by block. Use "
                 f"{name}={instead}, or prune in memory."
             )
-
-
-def refuse_parking(park: str, device: str) -> None:
-    """Refuse an unknown place for activations, and files for those of another device than the CPU."""
-    if park not in PARKING:
-        raise ValueError(f"park must be one of {', '.join(PARKING)}, but it is {park!r}.")
-    if park == "disk" and not device.startswith("cpu"):
-        raise ValueError(
-            f"park='disk' moves activations out of the memory of the CPU, but device={device!r} has its own. Use "
-            "park='memory', which keeps them there, or device='cpu'."
-        )
 
 
 def refuse_nested(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sized
 from functools import partial
 from itertools import islice
@@ -12,12 +13,12 @@ from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
-from wanda_lightning.calibration.parking import DiskParking, Parking
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.progress import ProgressBar, as_size
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
+from wanda_lightning.streaming.parking import parking_maker, refuse_parking
 
 AT_ONCE = 32  # batches that pass through the model together
 
@@ -28,6 +29,7 @@ def perplexity_from_disk(
     *,
     dtype: str = "auto",
     progress: bool = True,
+    park: str = "memory",
     parked_in: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     **hub: Any,
@@ -41,10 +43,12 @@ def perplexity_from_disk(
         batches: Batches with `input_ids` and perhaps an `attention_mask`, each (samples, tokens).
         dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
         progress: Show a bar.
-        parked_in: Folder with the activations of batches that wait; by default they stay in memory.
+        park: Where the activations of batches are while they wait, as for `prune_from_disk`.
+        parked_in: Folder for `park="disk"`; by default that of temporary files.
         device: Where the model computes.
         **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
     """
+    refuse_parking(park, device)
     checkpoint = Checkpoint(str(source), dtype, hub, device)
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
@@ -54,7 +58,7 @@ def perplexity_from_disk(
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
-    make_parking = Parking if parked_in is None else partial(DiskParking, Path(parked_in))
+    make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
     modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
     remaining, total = iter(batches), None
     if isinstance(batches, Sized):
