@@ -160,6 +160,11 @@ class HostParking(_MovingParking):
                 self._return(tensor)
         return super().__torch_function__(function, types, args, kwargs)
 
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        """Move back what outlives the forward pass, such as the batch itself."""
+        self.occupy()
+        super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
+
     def vacate(self) -> None:
         """Move the activations to the host."""
         for tensors in self._alive():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def _stream(options: PruneOptions) -> None:
     data = _text(options, tokenizer, config)
     source, output = options.model, options.save_model or ""
     dtype = options.dtype or "auto"
-    where = {"park": options.park, "device": options.device}
-    measured = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **hub)
+    where: dict[str, Any] = {"park": options.park, "device": options.device}
+    measured: Callable[..., float] = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **hub)
     dense = measured(source, data.val_dataloader(), dtype=dtype)
     batches = data.calibration_dataloader()
     with pruned_from_disk(
