@@ -77,12 +77,13 @@ def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, p
     hidden, size = _hidden_size(model), _element_size(model)
     recorded = samples.count * samples.length
     tokens = samples.batch_tokens if park == "disk" else recorded
-    # A batch that waits at a layer also holds the residual stream and what the layers before it have computed.
-    waiting, work = hidden, 0
+    # A batch holds its embeddings to the end, and the residual stream. One that waits at a layer also holds the
+    # normalized residual stream, and queries, keys, values and the output of the attention, or what the MLP computes.
+    waiting, work = 2 * hidden, 0
     for unit in inventory.units:
         widest = max(max(layer.shape) for layer in unit.layers)
         if config.sequential == "layer":
-            waiting = max(waiting, 2 * hidden + max(widest, 3 * hidden))
+            waiting = max(waiting, 3 * hidden + max(widest, 4 * hidden))
         at_once = samples.batch_tokens * (size * (2 * hidden + 3 * widest) + 2 * _FLOAT32 * widest)
         work = max(work, _to_observe(unit.layers, config) + at_once, _to_solve(unit.layers, config))
         work = max(work, _FLOAT32 * config.recovery.workspace(unit) + at_once)
@@ -103,7 +104,7 @@ def memory_to_measure(model: nn.Module, length: int, batch_size: int, park: str 
     vocabulary: Any = getattr(model, "get_output_embeddings", lambda: None)()
     logits = 0 if vocabulary is None else len(vocabulary.weight)
     tokens = samples.batch_tokens if park == "disk" else samples.count * length
-    return _memory(model, tokens * hidden * size, samples.batch_tokens * logits * size)
+    return _memory(model, tokens * 2 * hidden * size, samples.batch_tokens * logits * size)
 
 
 def _memory(model: nn.Module, activations: int, work: int) -> Memory:
