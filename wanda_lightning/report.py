@@ -126,6 +126,67 @@ class Permuted:
     why_not: str = ""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a language model writes after a prompt.
+
+    Attributes:
+        prompt: The prompt.
+        before: The continuation by the dense model.
+        after: The continuation by the pruned model.
+    """
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class ChangedImage:
+    """An image to which the pruned model gives another class than the dense model.
+
+    Attributes:
+        png: A small version of the image: a PNG file in base64.
+        label: Its class.
+        before: The prediction of the dense model.
+        after: The prediction of the pruned model.
+    """
+
+    png: str
+    label: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that pruned the model: on which data, and with which result. What is not known is empty or None.
+
+    Attributes:
+        command: The shell command that repeats it; empty for a run that was started from Python.
+        model: Name of the dense model.
+        metric: What was measured: "perplexity", or "top-1", a fraction of the images.
+        before: The result of the dense model.
+        after: The result of the pruned model.
+        data: The data on which both were measured.
+        calibration: The calibration data; empty if the method reads none.
+        zero_shot: For each zero-shot task, the results of the pruned model.
+        samples: Text by both models.
+        images: Images of which the prediction changed.
+    """
+
+    command: str = ""
+    model: str = ""
+    metric: str = ""
+    before: float | None = None
+    after: float | None = None
+    data: str = ""
+    calibration: str = ""
+    zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
+    images: tuple[ChangedImage, ...] = ()
+
+
 @dataclass
 class PruningReport:
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
@@ -142,6 +203,7 @@ class PruningReport:
         versions: Versions of Python and the libraries.
         notes: Sentences about the pruning as a whole.
         training: The training of the whole pruned model; None if there was none.
+        run: The run that pruned the model; None from `prune()`, which measures nothing.
     """
 
     layers: list[PrunedLayer]
@@ -152,6 +214,7 @@ class PruningReport:
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     training: Training | None = None
+    run: Run | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     @property
@@ -217,6 +280,8 @@ class PruningReport:
         if training := fields.pop("training", None):
             passes = tuple(TrainingPass(**each) for each in training.pop("passes"))
             fields["training"] = Training(**training, passes=passes)
+        if run := fields.pop("run", None):
+            fields["run"] = read_run(run)
         return cls(layers=layers, skipped=skipped, **fields)
 
     def save(self, folder: str | Path) -> Path:
@@ -255,6 +320,13 @@ def read_layer(fields: Mapping[str, Any]) -> PrunedLayer:
 def read_skipped(fields: Mapping[str, Any]) -> SkippedMatrix:
     """Construct a skipped matrix from the fields that JSON holds."""
     return SkippedMatrix(fields["name"], tuple(fields["shape"]), SkipReason(fields["reason"]), fields["detail"])
+
+
+def read_run(fields: Mapping[str, Any]) -> Run:
+    """Construct a run from the fields that JSON holds."""
+    samples = tuple(Sample(**each) for each in fields["samples"])
+    images = tuple(ChangedImage(**each) for each in fields["images"])
+    return Run(**{**fields, "samples": samples, "images": images})
 
 
 def _sparsity(layers: Sequence[PrunedLayer]) -> float:

@@ -111,7 +111,9 @@ class Cell:
                 last = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
                 raise RuntimeError(f"failed with status {status}: {last} (all of it: {output})")
         report = _read(folder / REPORT_NAME)
-        record = {"options": self.options, "sparsity": report["sparsity"], **report["config"]["measured"]}
+        measured = report["run"]
+        record = {"options": self.options, "sparsity": report["sparsity"], "zero_shot": measured["zero_shot"]}
+        record |= {"metric": measured["metric"], "dense": measured["before"], "pruned": measured["after"]}
         record["ours"] = record["pruned"]
         if len(self.commands(out)) > 1:
             (results,) = _read(folder / "evaluation.json")["models"].values()
@@ -268,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _number(row: Mapping[str, Any]) -> str:
-    return f"{row['ours'] * (100 if row['metric'] == 'val_accuracy' else 1):.2f}"  # accuracies in percent
+    return f"{row['ours'] * (100 if 'perplexity' not in row['metric'] else 1):.2f}"  # accuracies in percent
 
 
 def _command(name: str, options: Mapping[str, str]) -> list[str]:

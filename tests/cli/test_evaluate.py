@@ -374,12 +374,12 @@ def test_zero_shot_after_pruning(inputs, pruning, capsys):
     command = [*pruning, "--eval_zero_shot", "--tasks_dir", inputs / "tasks", "--save", "log", "--save_model", "model"]
     assert run(*command) == 0
     out = capsys.readouterr().out
-    measured = json.loads(Path("log/pruning_report.json").read_text())["config"]["measured"]
-    assert list(measured["zero_shot"]) == [*PAPER_TASKS, "mean"]
+    measured = json.loads(Path("log/pruning_report.json").read_text())["run"]["zero_shot"]
+    assert list(measured) == [*PAPER_TASKS, "mean"]
     pruned = AutoModelForCausalLM.from_pretrained("model")
     assert sparsity_of(pruned)["layers"] == 0.5
     for name in PAPER_TASKS:
-        found = measured["zero_shot"][name]
+        found = measured[name]
         expected = accuracies_by_hand(pruned, tiny_tokenizer(), name, DOCUMENTS[name])
         assert {"acc": found["acc"], "acc_norm": found.get("acc_norm", expected["acc_norm"])} == expected
         assert f"{name} acc " in out

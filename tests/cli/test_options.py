@@ -1,6 +1,7 @@
 """Every option: its help, its default, and what is refused before a library is loaded."""
 
 import inspect
+import shlex
 from dataclasses import fields
 
 import psutil
@@ -9,7 +10,7 @@ from support.cli import run
 
 from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.options import DTYPES, FLAGS, OPTIONS, PRECISIONS, TASKS, EvaluateOptions
+from wanda_lightning.cli.options import DTYPES, FLAGS, OPTIONS, PRECISIONS, TASKS, EvaluateOptions, as_command
 from wanda_lightning.evaluation import PAPER_TASKS
 from wanda_lightning.modules import loading
 
@@ -250,3 +251,22 @@ def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
         else:
             with pytest.raises(ValueError, match="must fit in memory"):
                 ours.refuse_early()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("prune", ["--model", "m"]),
+        ("prune", ["--model=it's here", "--sparsity_type", "2:4", "--seed", "3", "--stream", "--save_model", "a b"]),
+        ("prune", ["--model", "m", "--skip", "lm_head,re:x{1,3}(a,b)", "--sparsity_ratio", "0.25", "--overwrite"]),
+        ("prune", ["--model", "m", "--skip", '["re:a,b", "[ab]"]', "--only", "[ab]*"]),
+        ("finetune", ["--model", "m", "--target_modules", "q_proj", "--lr", "1e-05"]),
+        ("pack", ["in", "out", "--overwrite"]),
+    ],
+)
+def test_a_command_is_parsed_into_the_options_from_which_it_was_made(command, arguments):
+    options = parse_options(command, arguments)
+    program, name, *again = shlex.split(as_command(command, options))
+    assert (program, name) == ("wanda-lightning", command)
+    assert parse_options(command, again) == options
+    assert len(again) <= len(arguments) + sum("=" in argument for argument in arguments)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from support.cli import OUT, SEQLEN, everything_in, perplexity_by_hand, run, zer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wanda_lightning import PruningReport
+from wanda_lightning.cli import parse_options
+from wanda_lightning.report import Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -77,8 +80,18 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     given |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "save": "out/logs"}
     given |= {"prune_method": method, "sparsity_type": kind, "sparsity_ratio": float(ratio), "use_variant": bool(more)}
     assert given.items() <= report.config["command"].items()
-    both = {"dense": pytest.approx(before, rel=1e-6), "pruned": pytest.approx(measured, rel=1e-6)}
-    assert report.config["measured"] == {"metric": "val_perplexity", **both}
+    program, command, *arguments = shlex.split(report.run.command)
+    assert (program, command) == ("wanda-lightning", "prune")
+    assert parse_options("prune", arguments) == parse_options("prune", [*flags.split(), *more, *ours.split()])
+    assert report.run == Run(
+        command=report.run.command,
+        model=f"{inputs}/llama",
+        metric="perplexity",
+        before=pytest.approx(before, rel=1e-6),
+        after=pytest.approx(measured, rel=1e-6),
+        data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
+        calibration="" if method == "magnitude" else f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0",
+    )
     (shown,) = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith(f"│ {method} ")]
     assert shown[1].strip() == f"{reached:.2%}"
     assert [float(cell) for cell in shown[3:5]] == [pytest.approx(before, abs=0.01), pytest.approx(measured, abs=0.01)]
@@ -219,7 +232,10 @@ def test_an_image_classifier(inputs, images, tmp_path, capsys, name, method, gro
     _, row, _ = (tmp_path / f"out/log_{method}.txt").read_text().split("\n")
     assert row == f"{method}\t{report.sparsity:.4f}\t0.2500"
     assert {"data_path": f"{inputs}/images", "nsamples": 6}.items() <= report.config["command"].items()
-    assert report.config["measured"] == {"metric": "val_accuracy", "dense": 0.25, "pruned": 0.25}
+    assert report.run is not None
+    assert (report.run.metric, report.run.before, report.run.after) == ("top-1", 0.25, 0.25)
+    assert report.run.data == f"{inputs}/images, 8 images"
+    assert report.run.calibration == ("" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0")
 
 
 def test_the_digits_that_need_no_network(inputs, capsys):
@@ -295,8 +311,8 @@ def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_
     assert weightless[0] == weightless[1]
     reports = [PruningReport.from_json((out / "pruning_report.json").read_text()) for out in (memory, disk)]
     assert reports[0].layers == reports[1].layers
-    for when in ("dense", "pruned"):
-        assert reports[1].config["measured"][when] == pytest.approx(reports[0].config["measured"][when], rel=1e-6)
+    for when in ("before", "after"):
+        assert getattr(reports[1].run, when) == pytest.approx(getattr(reports[0].run, when), rel=1e-6)
     assert (memory / f"log_{method}.txt").read_text() == (disk / f"log_{method}.txt").read_text()
 
 
@@ -315,8 +331,8 @@ def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_s
         assert run(*command) != 0
     assert not (tmp_path / "out" / "pruning_report.json").exists()
     assert run(*command) == 0
-    measured = PruningReport.from_json((tmp_path / "out" / "pruning_report.json").read_text()).config["measured"]
-    assert min(measured["pruned"], measured["dense"]) > 1
+    measured = PruningReport.from_json((tmp_path / "out" / "pruning_report.json").read_text()).run
+    assert min(measured.after, measured.before) > 1
     assert not (tmp_path / "out" / "model" / "pruning_progress.json").exists()
 
 

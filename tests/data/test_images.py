@@ -59,6 +59,14 @@ def test_calibration_images_are_a_seeded_choice_of_training_images():
     assert torch.equal(images, train[order[:64]])
 
 
+def test_descriptions_count_the_images_that_are_read():
+    data = ImageDataModule("digits", vit(), num_samples=64, seed=3)
+    data.setup("validate")
+    assert data.describe_calibration(1) == "digits, 1 image, seed 3"
+    assert data.describe_calibration(100) == f"digits, {len(data.calibration_dataloader().dataset)} images, seed 3"
+    assert data.describe_evaluation() == f"digits, {len(data.val_dataloader().dataset)} images"
+
+
 def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
     def epoch(seed):
         data = ImageDataModule("digits", vit(), seed=seed)

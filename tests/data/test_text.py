@@ -56,6 +56,14 @@ def test_calibration_on_python_docs_draws_from_its_part(tokenizer):
     assert torch.equal(data.calibration_windows, slow_text_windows(ids, 64, 5, 2))
 
 
+def test_descriptions_count_the_windows_that_are_read(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("x" * 40)
+    data = TextDataModule(tokenizer, "python-docs", str(tmp_path / "a.txt"), seqlen=16, num_samples=1024, seed=3)
+    assert data.describe_calibration(2048) == "python-docs, 1,024 windows of 16 tokens, seed 3"
+    assert data.describe_calibration(1) == "python-docs, 1 window of 16 tokens, seed 3"
+    assert data.describe_evaluation() == f"{tmp_path}/a.txt, {len(data.val_dataloader().dataset)} windows of 16 tokens"
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_evaluation_cuts_the_joined_text(tmp_path, tokenizer, kind):
     texts = documents([30, 41, 10])

@@ -199,8 +199,7 @@ def test_a_sweep_on_a_small_model_resumes_and_hides_what_is_not_comparable(input
     for row in found[1:]:
         report = json.loads(Path("out/llama/llama", row["cell"], "pruning_report.json").read_text())
         assert report["config"]["command"]["prune_method"] == row["cell"].split("_")[0]
-        measured = report["config"]["measured"]
-        assert (row["ours"], found[0]["ours"]) == (measured["pruned"], measured["dense"])
+        assert (row["ours"], found[0]["ours"]) == (report["run"]["after"], report["run"]["before"])
         assert (row["published"], row["sparsity"]) == (None, 0.5)
     assert f"{found[3]['ours']:.2f}" in shown
 
@@ -290,7 +289,7 @@ def test_a_cell_with_fine_tuning_is_measured_afterwards_without_a_zero_lost(smal
     assert evaluation["config"]["seqlen"] == 32
     (results,) = evaluation["models"].values()
     (measured,) = [found for found in results.values() if "perplexity" in found]
-    pruned = json.loads((folder / "pruning_report.json").read_text())["config"]["measured"]["pruned"]
+    pruned = json.loads((folder / "pruning_report.json").read_text())["run"]["after"]
     _, row = rows()
     assert row["ours"] == measured["perplexity"] != pruned
     assert measured["windows"] == 3
@@ -308,8 +307,8 @@ def test_accuracies_of_image_classifiers_are_in_percent(tmp_path, capsys):
     assert run(PAPER / "vision.yaml", "--out", "out", "--model", "timm:test_vit", *options, *only) == 0
     dense, wanda = rows()
     report = json.loads(Path("out/vision/timm_test_vit/wanda_80/pruning_report.json").read_text())
-    assert report["config"]["measured"]["metric"] == "val_accuracy"
-    assert wanda["ours"] == report["config"]["measured"]["pruned"]
+    assert report["run"]["metric"] == "top-1"
+    assert wanda["ours"] == report["run"]["after"]
     assert wanda["sparsity"] == pytest.approx(0.8, abs=0.01)
     out = capsys.readouterr().out
     assert "top-1 on digits" in out

@@ -22,6 +22,7 @@ from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.callbacks import checks
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.keep_zeros import clear_copies
+from wanda_lightning.callbacks.run import run_of, with_result
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, shows_progress
@@ -117,6 +118,7 @@ class PruningCallback(Callback):
         self._validation: _ValidationLoop | None = None  # while a validation loop is calibrated on
         self._processes = SINGLE_PROCESS
         self._is_set_up = False
+        self._pruned_to_evaluate = False  # the loop that runs has pruned the model at its start
         self._resumed = False  # weights and state come from the same checkpoint
 
     @property
@@ -205,18 +207,24 @@ class PruningCallback(Callback):
             self._validation.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune with the collected statistics."""
-        if self._validation is not None:
-            report, self._validation = self._validation.prune(), None
-            self._record(report, self._shares_due(trainer)[-1], trainer)
-            if trainer.state.fn == TrainerFn.FITTING:
-                self._hold(trainer, pl_module)
+        """Prune with the collected statistics, or record the result of the pruned model."""
+        if self._validation is None:
+            self._record_result(trainer)
+            return
+        report, self._validation = self._validation.prune(), None
+        self._record(report, self._shares_due(trainer)[-1], trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._hold(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before `trainer.test` or `trainer.predict`."""
         self._prune_to_evaluate(trainer, pl_module)
 
     on_predict_start = on_test_start
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the result of the pruned model."""
+        self._record_result(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
@@ -268,6 +276,7 @@ class PruningCallback(Callback):
         return asked and not later
 
     def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pruned_to_evaluate = False
         self._forget_if_dense(pl_module)
         if not self.should_prune(trainer):
             checks.warn_if_dense(self._name, self._state, self.schedule)
@@ -278,6 +287,7 @@ class PruningCallback(Callback):
         (share,) = self._shares_due(trainer)
         checks.warn_if_late(self._name, share, self.schedule)
         self._prune(share, trainer, pl_module)
+        self._pruned_to_evaluate = True
 
     def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune to a share of the final sparsity, without changing the random numbers that training draws."""
@@ -295,11 +305,26 @@ class PruningCallback(Callback):
 
     def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
         """Record, show, log and save the report."""
+        reads_datamodule = self.dataloader is None and self.calibrate_on == "calibration"
+        samples = self.num_samples if reads_datamodule and self.config.data_reader is not None else 0
+        report.run = run_of(trainer, trainer.lightning_module, samples)
+        if self.calibrate_on == "validation":
+            report.run = with_result(report.run, trainer, is_dense=True)
         self._state.record(report, share)
         if shows_progress(trainer):
             rank_zero_info(f"{self._name}: {report.summary()}")
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=trainer.global_step)
+        self._save(report, trainer)
+
+    def _record_result(self, trainer: L.Trainer) -> None:
+        """Add what the evaluation loop has measured to the report, if the loop has pruned the model at its start."""
+        measured, self._pruned_to_evaluate = self._pruned_to_evaluate, False
+        if measured and self.report is not None and self.report.run is not None:
+            self.report.run = with_result(self.report.run, trainer, is_dense=False)
+            self._save(self.report, trainer)
+
+    def _save(self, report: PruningReport, trainer: L.Trainer) -> None:
         if self.report_dir is not None and trainer.is_global_zero:
             report.save(self.report_dir)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from wanda_lightning.checks import check_memory
-from wanda_lightning.cli.parser import UsageError, default_of, option
+from wanda_lightning.cli.parser import UsageError, as_list, default_of, option
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources
@@ -464,6 +468,25 @@ OPTIONS: dict[str, type] = {
 def as_given(options: Any) -> dict[str, Any]:
     """Return the options that were given or have a default, for reports."""
     return {name: value for name, value in asdict(options).items() if value is not None}
+
+
+def as_command(command: str, options: Any) -> str:
+    """Return a shell command with these options, without those that have their defaults."""
+    words = ["wanda-lightning", command]
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if value == default_of(each):
+            continue
+        if isinstance(value, list):
+            joined = ",".join(value)
+            value = (
+                joined
+                if as_list(joined) == value
+                else yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
+            )
+        named = [] if each.metadata["position"] else [f"--{each.name}"]
+        words += named if value is True else [*named, str(value)]
+    return shlex.join(words)
 
 
 def refuse_given(options: Any, purpose: str, names: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wanda_lightning.cli.options import (
     PAPER_SEQUENCES,
     SEQUENCES_AT_ONCE,
     PruneOptions,
+    as_command,
     as_given,
 )
 from wanda_lightning.cli.output import print_line, print_table
@@ -31,7 +33,7 @@ from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
-from wanda_lightning.report import REPORT_NAME, PruningReport
+from wanda_lightning.report import REPORT_NAME, PruningReport, Run
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.parking import refuse_parking
@@ -46,7 +48,7 @@ def run(options: PruneOptions) -> None:
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
     module, data = _classifier(options, samples) if options.is_image else _language_model(options)
-    metric, heading = ("val_accuracy", "top-1") if options.is_image else ("val_perplexity", "perplexity")
+    metric = "val_accuracy" if options.is_image else "val_perplexity"
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module, options.packed)
     if callback.config.data_reader is not None and isinstance(data, TextDataModule):
@@ -55,14 +57,14 @@ def run(options: PruneOptions) -> None:
     pruned = measure(module, data, callback)[metric]
     report = callback.report
     assert report is not None
-    _describe_run(report, options, data, metric, dense, pruned)
+    run = _record_run(report, options, data, callback.config, dense, pruned)
     save_model(module, options.save_model, options.overwrite, options.packed)
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
-        report.config["measured"]["zero_shot"] = accuracies
+        report.run = replace(run, zero_shot=accuracies)
     if options.save is not None:
-        _write_results(options, "top1_test" if options.is_image else "ppl_test", pruned, report)
-    _print_results(options.name, heading, dense, pruned, report)
+        _write_results(options, report)
+    _print_results(options.name, report)
     if tasks:
         print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
     return None
@@ -89,10 +91,10 @@ def _stream(options: PruneOptions) -> None:
         choices, source, output, batches, tokenizer=tokenizer, hub=hub, dtype=dtype, **where
     ) as report:
         pruned = measured(output, data.val_dataloader())
-        _describe_run(report, options, data, "val_perplexity", dense, pruned)
+        _record_run(report, options, data, choices, dense, pruned)
         if options.save is not None:
-            _write_results(options, "ppl_test", pruned, report)
-    _print_results(options.name, "perplexity", dense, pruned, report)
+            _write_results(options, report)
+    _print_results(options.name, report)
 
 
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
@@ -130,16 +132,26 @@ def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
     )
 
 
-def _describe_run(
+def _record_run(
     report: PruningReport,
     options: PruneOptions,
     data: TextDataModule | ImageDataModule,
-    metric: str,
+    config: PruningConfig,
     dense: float,
     pruned: float,
-) -> None:
+) -> Run:
+    """Record the options and the results in the report, and return the results."""
     report.config["command"] = as_given(options) | _as_used(options, data)
-    report.config["measured"] = {"metric": metric, "dense": dense, "pruned": pruned}
+    report.run = Run(
+        command=as_command("prune", options),
+        model=options.model,
+        metric="top-1" if options.is_image else "perplexity",
+        before=dense,
+        after=pruned,
+        data=data.describe_evaluation(),
+        calibration="" if config.data_reader is None else data.describe_calibration(data.num_samples),
+    )
+    return report.run
 
 
 def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:
@@ -152,24 +164,27 @@ def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> d
     return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
 
 
-def _write_results(options: PruneOptions, column: str, measured: float, report: PruningReport) -> None:
+def _write_results(options: PruneOptions, report: PruningReport) -> None:
+    assert report.run is not None
+    column = "top1_test" if options.is_image else "ppl_test"
     folder = unclaimed(options.save or "", REPORT_NAME, options.overwrite)
     report.save(folder)
     with whole_file(folder / f"log_{options.name}.txt") as temporary:
         temporary.write_text(
-            f"method\tactual_sparsity\t{column}\n{options.name}\t{report.sparsity:.4f}\t{measured:.4f}\n",
+            f"method\tactual_sparsity\t{column}\n{options.name}\t{report.sparsity:.4f}\t{report.run.after:.4f}\n",
             encoding="utf-8",
         )
     if folder != Path(options.save or ""):
         print_line(f"Note: another run has written to {options.save} meanwhile. The results are in {folder}.")
 
 
-def _print_results(method: str, heading: str, dense: float, pruned: float, report: PruningReport) -> None:
-    table = Table()
-    for column in ("method", "sparsity", "of the model", f"dense {heading}", f"pruned {heading}", "seconds to prune"):
+def _print_results(method: str, report: PruningReport) -> None:
+    assert report.run is not None
+    metric, table, measured = report.run.metric, Table(), (report.run.before, report.run.after)
+    for column in ("method", "sparsity", "of the model", f"dense {metric}", f"pruned {metric}", "seconds to prune"):
         table.add_column(column, justify="left" if column == "method" else "right")
     numbers: list[Any] = [f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%}"]
-    numbers += [f"{value:.2%}" if heading == "top-1" else f"{value:.2f}" for value in (dense, pruned)]
+    numbers += [f"{value:.2%}" if metric == "top-1" else f"{value:.2f}" for value in measured]
     table.add_row(escape(method), *numbers, f"{report.total_seconds:.1f}")
     print_table(table)
     for note in report.notes:

@@ -158,10 +158,24 @@ class ImageDataModule(DataModule):
             self._kept[part] = list(images)
         return self._kept[part]
 
+    @property
+    def _calibration_part(self) -> str:
+        return "evaluation" if self._opened().train is None else "train"
+
+    def describe_calibration(self, num_samples: int) -> str:
+        """Return the source, and how many of its images a seed has drawn."""
+        count = min(num_samples, self.num_samples, len(getattr(self._opened(), self._calibration_part)))
+        return f"{self.data}, {count:,} image{'s' * (count != 1)}, seed {self.seed}"
+
+    def describe_evaluation(self) -> str:
+        """Return the source, and how many images it has."""
+        count = len(self._opened().evaluation)
+        return f"{self.data}, {count:,} image{'s' * (count != 1)}"
+
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
         check_source(self.data, calibrates=True)
-        images = self._dataset("evaluation" if self._opened().train is None else "train")
+        images = self._dataset(self._calibration_part)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         return self._loader(Subset(images, order[: self.num_samples].tolist()))
 

@@ -172,6 +172,15 @@ class TextDataModule(DataModule):
             self._module.check_tokens(windows)
         return windows
 
+    def describe_calibration(self, num_samples: int) -> str:
+        """Return the source, and how many windows of which length a seed has drawn from it."""
+        count = min(num_samples, self.num_samples)
+        return f"{self.calibration}, {_windows(count, self.seqlen)}, seed {self.seed}"
+
+    def describe_evaluation(self) -> str:
+        """Return the source, and how many windows of which length it has."""
+        return f"{self.evaluation}, {_windows(len(self.evaluation_windows), self.seqlen)}"
+
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the calibration windows, in the order in which they were drawn."""
         return self._loader(self._check_tokens(self.calibration_windows))
@@ -190,3 +199,7 @@ class TextDataModule(DataModule):
         silence_worker_advice()
         dataset: Any = [{"input_ids": window} for window in windows]
         return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)
+
+
+def _windows(count: int, seqlen: int) -> str:
+    return f"{count:,} window{'s' * (count != 1)} of {seqlen:,} tokens"

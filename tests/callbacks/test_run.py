@@ -1,0 +1,86 @@
+"""What a report says about the run in which a callback has pruned: never more than the Trainer knows."""
+
+import pytest
+import torch
+from support.callbacks import Net, loader, trainer
+from support.modules import tiny_llama, tiny_tokenizer
+
+from wanda_lightning import CausalLMModule, MagnitudePrune, PruningReport, TextDataModule, WandaPrune
+from wanda_lightning.report import REPORT_NAME, Run
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+]
+
+
+@pytest.fixture
+def text(tmp_path):
+    words = torch.randint(128, (400,), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
+    file = f"{tmp_path}/text.txt"
+    return TextDataModule(tiny_tokenizer(), file, file, seqlen=16, num_samples=8, batch_size=2, limit=5, seed=3)
+
+
+def module():
+    return CausalLMModule(tiny_llama(), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("loop", ["validate", "test"])
+def test_a_loop_that_prunes_and_measures(tmp_path, text, loop):
+    callback = WandaPrune(num_samples=4, report_dir=tmp_path / "out")
+    run = trainer(callback)
+    (measured,) = getattr(run, loop)(model := module(), text, verbose=False)
+    expected = Run(
+        model="LlamaForCausalLM",
+        metric="perplexity",
+        after=measured[f"{loop[:3] if loop == 'validate' else loop}_perplexity"],
+        data=f"{text.evaluation}, 5 windows of 16 tokens",
+        calibration=f"{text.calibration}, 4 windows of 16 tokens, seed 3",
+    )
+    assert callback.report.run == expected
+    assert PruningReport.from_json((tmp_path / "out" / REPORT_NAME).read_text()).run == expected
+    getattr(run, loop)(model, text, verbose=False)  # the model is not pruned again
+    assert callback.report.run == expected
+
+
+def test_a_loop_that_measures_the_dense_model_and_calibrates_on_it(text):
+    callback = WandaPrune(num_samples=4, calibrate_on="validation")
+    (dense,) = trainer().validate(module(), text, verbose=False)
+    (measured,) = trainer(callback).validate(module(), text, verbose=False)
+    assert measured == dense
+    run = callback.report.run
+    assert (run.before, run.after, run.calibration) == (dense["val_perplexity"], None, "")
+
+
+def test_training_measures_no_model_that_was_only_pruned(text):
+    callback = MagnitudePrune()
+    trainer(callback, max_steps=2).fit(module(), text)
+    assert callback.report.run == Run(model="LlamaForCausalLM")
+
+
+def test_part_of_the_data_is_not_described_as_all_of_it(text):
+    callback = WandaPrune(num_samples=4)
+    trainer(callback, limit_val_batches=1).validate(module(), text, verbose=False)
+    assert callback.report.run.after is not None
+    assert callback.report.run.data == ""
+
+
+def test_a_loop_after_another_that_has_pruned(text):
+    callback, model = MagnitudePrune(), module()
+    trainer(callback).predict(model, text)
+    trainer(callback).validate(model, text, verbose=False)
+    assert callback.report.run == Run(model="LlamaForCausalLM")
+
+
+def test_data_and_metrics_of_a_users_own_module_are_not_known():
+    callback = WandaPrune(num_samples=4)
+    trainer(callback).validate(Net(), loader(), verbose=False)
+    assert callback.report.run == Run(model="Net")
+
+
+def test_calibration_data_of_ones_own(text):
+    callback = WandaPrune(num_samples=4, dataloader=[{"input_ids": torch.zeros(4, 8, dtype=torch.long)}])
+    trainer(callback).validate(module(), text, verbose=False)
+    assert callback.report.run.calibration == ""
+    assert callback.report.run.metric == "perplexity"

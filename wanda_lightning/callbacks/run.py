@@ -1,0 +1,54 @@
+"""What a Trainer tells about the run in which a model is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+
+from wanda_lightning.callbacks.trainer import pruning_target
+from wanda_lightning.report import Run
+
+_METRICS = {
+    "val_perplexity": "perplexity",
+    "test_perplexity": "perplexity",
+    "val_accuracy": "top-1",
+    "test_accuracy": "top-1",
+}
+
+
+def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples: int) -> Run:
+    """Return what is known before a loop has measured anything.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module whose model is pruned.
+        calibration_samples: Number of samples of the datamodule's calibration data; 0 if another source is read, or
+            none.
+    """
+    name = pl_module.hparams.get("model")
+    run = Run(model=name if isinstance(name, str) else type(pruning_target(pl_module)).__name__)
+    describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
+    return replace(run, calibration=describe(calibration_samples)) if describe and calibration_samples else run
+
+
+def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
+    """Return the run with the result of the evaluation loop that has just ended, if it measured a known metric.
+
+    Args:
+        run: The run so far.
+        trainer: The Trainer, after `validate` or `test`.
+        is_dense: Whether the loop ran the dense model.
+    """
+    metrics: Mapping[str, Any] = trainer.callback_metrics
+    found = next((name for name in _METRICS if name in metrics), None)
+    if found is None:
+        return run
+    describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_evaluation", None)
+    limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+    is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
+    run = replace(run, metric=_METRICS[found], data=describe() if describe and is_whole else "")
+    value = float(metrics[found])
+    return replace(run, before=value) if is_dense else replace(run, after=value)
