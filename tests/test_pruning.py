@@ -412,6 +412,31 @@ class Parallel(torch.nn.Module):
         return self.out(self.q(x) * self.k(x) + self.v(x))
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda"])
+def test_the_error_of_each_layer_is_that_of_its_outputs(method):
+    torch.manual_seed(0)
+    model, batches = Parallel(), torch.randn(4, 20, 16)
+    dense = copy.deepcopy(model)
+    report = prune(model, list(batches), 0.5, method=method, sequential="none", progress=False)
+    inner = (dense.q(batches) * dense.k(batches) + dense.v(batches)).detach()
+    inputs = dict.fromkeys(("q", "k", "v"), batches) | {"out": inner}
+    for layer in report.layers:
+        weight, pruned = (net.get_submodule(layer.name).weight.detach() for net in (dense, model))
+        outputs, after = (inputs[layer.name] @ matrix.t() for matrix in (weight, pruned))
+        expected = float((outputs - after).square().sum() / outputs.square().sum())
+        assert layer.error == (None if method == "wanda" else pytest.approx(expected, rel=1e-4))
+
+
+def test_each_layer_names_its_block():
+    specimen = ZOO["mixtral"]
+    model = specimen.build()
+    report = prune(model, specimen.batches(), 0.5, progress=False)
+    assert {layer.block for layer in report.layers} == {
+        f"model.layers.{index}" for index in range(len(model.model.layers))
+    }
+    assert all(layer.name.startswith(f"{layer.block}.") for layer in report.layers)
+
+
 def test_one_factorisation_for_layers_with_one_input(monkeypatch):
     from wanda_lightning.core import statistics as module
 

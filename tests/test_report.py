@@ -54,3 +54,16 @@ def test_a_report_from_before_there_were_runs_is_read():
     fields = json.loads(report.to_json())
     assert fields.pop("run") is None
     assert PruningReport.from_json(json.dumps(fields)) == report
+
+
+def test_reports_without_errors_and_blocks_can_be_read():
+    specimen = ZOO["llama"]
+    report = prune(specimen.build(), specimen.batches(), 0.5, method="sparsegpt", progress=False)
+    assert all(0 < layer.error < 1 for layer in report.layers)
+    assert PruningReport.from_json(report.to_json()) == report
+    fields = json.loads(report.to_json())
+    for layer in fields["layers"]:
+        del layer["error"], layer["block"]
+    again = PruningReport.from_json(json.dumps(fields))
+    assert [layer.sparsity for layer in again.layers] == [layer.sparsity for layer in report.layers]
+    assert {(layer.error, layer.block) for layer in again.layers} == {(None, "")}

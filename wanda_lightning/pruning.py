@@ -21,6 +21,7 @@ from wanda_lightning.calibration.gradients import gradient_statistics, gradient_
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.gram import relative_error
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_unloaded, is_wrapper
@@ -368,14 +369,15 @@ def _prune_layers(outcome: Outcome, layers: Sequence[Layer], inputs: InputStatis
             pairs = outcome.plan.config.solver.solve_together([*rows.values()], inputs, selections)
         solved = {name: weight for name, (weight, _) in zip(rows, pairs, strict=True)}
     for layer in layers:
-        before = sparsity = 0.0
+        target, block = outcome.selections[layer.name].sparsity, outcome.plan.inventory.blocks[layer.name]
+        pruned = PrunedLayer(layer.name, layer.shape, target, 0.0, inputs.count, siblings=layer.siblings, block=block)
         if layer.name in solved:
-            before, sparsity = _share_of_zeros(weights[layer.name]), _share_of_zeros(solved[layer.name])
-            layer.write(solved[layer.name])
-        target = outcome.selections[layer.name].sparsity
-        yield PrunedLayer(
-            layer.name, layer.shape, target, sparsity, inputs.count, siblings=layer.siblings, before=before
-        )
+            dense, sparse = weights[layer.name], solved[layer.name]
+            pruned.before, pruned.sparsity = _share_of_zeros(dense), _share_of_zeros(sparse)
+            if "gram" in inputs.sums and not isinstance(layer.parameter, DTensor):
+                pruned.error = relative_error(dense, sparse, inputs.sums["gram"])
+            layer.write(sparse)
+        yield pruned
 
 
 def _share_of_zeros(weight: Weight) -> float:

@@ -34,6 +34,9 @@ class PrunedLayer:
         note: Remarks about this layer, or an empty string.
         siblings: For a matrix of an expert, a glob that matches this matrix of every expert of its module.
         before: The fraction of its weights that were zero before pruning.
+        block: The block of the model that contains it; its own module if it lies in no block.
+        error: The relative squared error of its outputs on the calibration tokens, before any recovery; None if the
+            method collects no Gram matrix to compute it from, or several processes hold the rows.
     """
 
     name: str
@@ -44,6 +47,8 @@ class PrunedLayer:
     note: str = ""
     siblings: str = ""
     before: float = 0.0
+    block: str = ""
+    error: float | None = None
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.layers import random_layer, solve
 
-from wanda_lightning.core.gram import cholesky, dampened, inverse_factor, scaled
+from wanda_lightning.core.gram import cholesky, dampened, inverse_factor, relative_error, scaled
 from wanda_lightning.core.solvers import SparseGPT
 
 
@@ -51,3 +51,30 @@ def test_too_few_tokens_are_dampened(caplog):
     tokens[0, 0] = float("nan")
     with pytest.raises(ValueError, match="no Cholesky factor, not even with dampening"):
         solve(SparseGPT(), weight, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_relative_error_is_that_of_the_outputs(dtype):
+    weight, tokens = random_layer(torch.float64)
+    weight = weight.to(dtype)
+    pruned, _ = solve(SparseGPT(), weight.float(), tokens.float())
+    pruned = pruned.to(dtype)
+    outputs = weight.double() @ tokens.t()
+    lost = outputs - pruned.double() @ tokens.t()
+    expected = float(lost.square().sum() / outputs.square().sum())
+    assert relative_error(weight, pruned, gram_of(tokens.float())) == pytest.approx(expected, rel=1e-4)
+    assert relative_error(weight, weight, gram_of(tokens)) == 0
+    assert relative_error(weight, torch.zeros_like(weight), gram_of(tokens)) == 1
+
+
+def test_the_relative_error_of_a_tall_layer_is_that_of_evenly_spaced_rows():
+    generator = torch.Generator().manual_seed(0)
+    weight, tokens = (torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (600, 50))
+    pruned = torch.where(weight.abs() > 0.5, weight, 0)
+    outputs, after = ((each[::3] @ tokens.t()) for each in (weight, pruned))
+    expected = float((outputs - after).square().sum() / outputs.square().sum())
+    assert relative_error(weight, pruned, gram_of(tokens)) == pytest.approx(expected)
+
+
+def test_a_layer_without_outputs_has_no_error():
+    assert relative_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0
