@@ -225,7 +225,7 @@ class PruningReport:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over the pruned layers."""
-        return _sparsity(self.layers)
+        return share_of_zeros(self.layers)
 
     @property
     def model_sparsity(self) -> float:
@@ -259,11 +259,11 @@ class PruningReport:
         return {
             "sparsity/model": self.model_sparsity,
             "sparsity/pruned_layers": self.sparsity,
-            **{f"sparsity/{name}": _sparsity(layers) for name, layers in self._rows().items()},
+            **{f"sparsity/{name}": share_of_zeros(layers) for name, layers in self.rows().items()},
         }
 
-    def _rows(self) -> dict[str, list[PrunedLayer]]:
-        """The pruned layers by name; all experts of a module share one."""
+    def rows(self) -> dict[str, list[PrunedLayer]]:
+        """The pruned layers by name; all experts of a module share a row."""
         rows: dict[str, list[PrunedLayer]] = {}
         for layer in self.layers:
             rows.setdefault(layer.siblings or layer.name, []).append(layer)
@@ -300,7 +300,7 @@ class PruningReport:
     def __str__(self) -> str:
         """The report as a table."""
         pruned = _table("Pruned layers", "layer", "shape", "target", "sparsity", "tokens", "note")
-        for name, layers in self._rows().items():
+        for name, layers in self.rows().items():
             shape = " x ".join(map(str, layers[0].shape))
             targets = _range([layer.target for layer in layers], ".2%")
             sparsities = _range([layer.sparsity for layer in layers], ".2%")
@@ -334,7 +334,7 @@ def read_run(fields: Mapping[str, Any]) -> Run:
     return Run(**{**fields, "samples": samples, "images": images})
 
 
-def _sparsity(layers: Sequence[PrunedLayer]) -> float:
+def share_of_zeros(layers: Sequence[PrunedLayer]) -> float:
     size = sum(layer.size for layer in layers)
     return sum(layer.zeros for layer in layers) / size if size else 0.0
 
