@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from math import inf
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 
 
 def check_positive(**values: object) -> None:
@@ -62,6 +64,28 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")
+
+
+REPORT_SUFFIXES = (".html", ".png")
+
+
+def check_report_path(path: str | PathLike[str]) -> str:
+    """Return how the path of a report ends.
+
+    Raises:
+        ValueError: Unless it ends with one of `REPORT_SUFFIXES`.
+        ImportError: If a library that writes reports is missing.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in REPORT_SUFFIXES:
+        raise ValueError(f"report must end with {' or '.join(REPORT_SUFFIXES)}, but it is {str(path)!r}.")
+    require_report_extra()
+    return suffix
+
+
+def require_report_extra() -> None:
+    """Raise an ImportError if a library that writes reports is missing."""
+    require_extra("report", "jinja2", "matplotlib", purpose="Reports with figures")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """What happened to every matrix: as objects, as JSON, as text, and as a page with figures."""
 
+from wanda_lightning.report.comparison import comparison_table, groups_of, read_reports, write_comparison
+from wanda_lightning.report.page import images_of, write_report
 from wanda_lightning.report.pruning_report import (
     REPORT_NAME,
     BatchNormCorrection,
@@ -28,8 +30,14 @@ __all__ = [
     "Sample",
     "Training",
     "TrainingPass",
+    "comparison_table",
+    "groups_of",
+    "images_of",
     "read_layer",
+    "read_reports",
     "read_skipped",
     "skipped_table",
     "versions",
+    "write_comparison",
+    "write_report",
 ]

@@ -289,6 +289,26 @@ class PruningReport:
             fields["run"] = read_run(run)
         return cls(layers=layers, skipped=skipped, **fields)
 
+    def to_html(self, path: str | Path) -> None:
+        """Write a page with figures and tables: one file, which needs no network.
+
+        Raises:
+            ImportError: Unless the extra `report` is installed.
+        """
+        from wanda_lightning.report.page import write_html
+
+        write_html(self, path)
+
+    def to_png(self, path: str | Path) -> None:
+        """Write the figures of the page into one picture.
+
+        Raises:
+            ImportError: Unless the extra `report` is installed.
+        """
+        from wanda_lightning.report.page import write_png
+
+        write_png(self, path)
+
     def save(self, folder: str | Path) -> Path:
         """Write `pruning_report.json` into a folder, atomically, and return its path."""
         path = Path(folder) / REPORT_NAME
@@ -302,10 +322,10 @@ class PruningReport:
         pruned = _table("Pruned layers", "layer", "shape", "target", "sparsity", "tokens", "note")
         for name, layers in self.rows().items():
             shape = " x ".join(map(str, layers[0].shape))
-            targets = _range([layer.target for layer in layers], ".2%")
-            sparsities = _range([layer.sparsity for layer in layers], ".2%")
-            tokens = _range([layer.tokens for layer in layers], ",")
-            pruned.add_row(escape(name), shape, targets, sparsities, tokens, escape(_note(layers)))
+            targets = text_range([layer.target for layer in layers], ".2%")
+            sparsities = text_range([layer.sparsity for layer in layers], ".2%")
+            tokens = text_range([layer.tokens for layer in layers], ",")
+            pruned.add_row(escape(name), shape, targets, sparsities, tokens, escape(note_of(layers)))
         console = Console(width=140, color_system=None, highlight=False, emoji=False)  # `N:M:` is not an emoji
         with console.capture() as capture:
             console.print(pruned)
@@ -335,17 +355,19 @@ def read_run(fields: Mapping[str, Any]) -> Run:
 
 
 def share_of_zeros(layers: Sequence[PrunedLayer]) -> float:
+    """Return the fraction of zeros over several layers."""
     size = sum(layer.size for layer in layers)
     return sum(layer.zeros for layer in layers) / size if size else 0.0
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def text_range(values: Sequence[float], form: str) -> str:
+    """Return the smallest and the largest number, or one if they look the same."""
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low} - {high}"
 
 
-def _note(layers: Sequence[PrunedLayer]) -> str:
-    """The note of a layer; for experts, each distinct note with the numbers of the experts that have it."""
+def note_of(layers: Sequence[PrunedLayer]) -> str:
+    """Return the note of a layer; for experts, each distinct note with the numbers of the experts that have it."""
     if not (siblings := layers[0].siblings):
         return layers[0].note
     before, _, after = siblings.partition("*")

@@ -1,0 +1,86 @@
+"""The page of a report: complete, in one file, and readable without scripts and network."""
+
+import pytest
+from support.reports import Page, llama_report
+from support.zoo import ZOO
+
+pytest.importorskip("matplotlib", reason="pages need the extra report")
+
+from wanda_lightning import prune
+
+
+def page_of(report, folder):
+    report.to_html(folder / "out" / "report.html")
+    page = Page(folder / "out" / "report.html")
+    assert page.open == []
+    return page
+
+
+def test_a_large_report_is_one_small_file(tmp_path):
+    report = llama_report(30)
+    page = page_of(report, tmp_path)
+    assert len(page.source.encode()) < 1_000_000
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert "http" not in page.source.replace('http-equiv="Content-Security-Policy"', "")
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_page_shows_everything_that_the_report_has(tmp_path):
+    report = llama_report(4)
+    page = page_of(report, tmp_path)
+    assert (
+        "Pruned with SparseGPT, unstructured, Fisher, Distil in 1 min 36 s: 43.07% of the weights in 28 layers"
+        in page.text
+    )
+    assert "Perplexity on python-docs, 32 windows of 512 tokens rose from 16.06 to 18.93." in page.text
+    for layer in report.layers:
+        assert f" {layer.name} " in page.text
+        assert f" {layer.error:.2%} " in page.text
+        assert f" {layer.sparsity:.2%} " in page.text
+    for matrix in report.skipped:
+        assert matrix.name in page.text
+        assert matrix.detail in page.text
+    for text in (*report.notes, report.run.command, report.run.calibration, "boolq", "56.25%", "1 min 36 s"):
+        assert text in page.text
+    for sample in report.run.samples:
+        assert all(" ".join(text.split()) in page.text for text in (sample.prompt, sample.before, sample.after))
+    assert any(attributes.get("src", "").endswith(report.run.images[0].png) for _, attributes in page.tags)
+    assert all(f"{name} {version}" in page.text for name, version in report.versions.items())
+    assert "Training after pruning" in page.text
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "vit", "convnext", "t5"])
+def test_the_page_says_what_is_not_available(tmp_path, name):
+    specimen = ZOO[name]
+    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
+    page = page_of(report, tmp_path)
+    assert "The effect on the predictions was not measured." in page.text
+    assert "Not available. Wanda collects no Gram matrix" in page.text
+    assert "Errors of whole blocks are not available" in page.text
+    assert ("Coverage of experts" in page.text) == (name == "mixtral")
+    for heading in ("Text before and after", "Images whose", "Zero-shot", "Training after", "To repeat it"):
+        assert heading not in page.text
+    for layer in report.layers:
+        assert (layer.siblings or layer.name) in page.text
+
+
+def test_accuracy_is_in_percent(tmp_path):
+    from dataclasses import replace
+
+    report = llama_report(2)
+    report.run = replace(report.run, metric="top-1", before=0.9, after=0.875, data="digits, 360 images")
+    page = page_of(report, tmp_path)
+    assert "Top-1 accuracy on digits, 360 images fell from 90.00% to 87.50%." in page.text
+    assert "-2.50 points" in page.text
+
+
+def test_errors_by_block_are_in_the_notes_of_a_reconstruction(tmp_path):
+    specimen = ZOO["llama"]
+    report = prune(specimen.build(), specimen.batches(), 0.5, recovery="reconstruct", progress=False)
+    page = page_of(report, tmp_path)
+    assert "The notes of the layers have the errors of attention and MLP" in page.text
+    assert "error of model.layers.1.mlp" in page.text

@@ -1,0 +1,103 @@
+"""Reports of models that are too large to prune in a test, and a reader of pages."""
+
+import math
+from html.parser import HTMLParser
+
+from wanda_lightning import PruningReport
+from wanda_lightning.models import SkippedMatrix, SkipReason
+from wanda_lightning.report import ChangedImage, PrunedLayer, Run, Sample, Training, TrainingPass
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="  # one pixel
+SHAPES = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+CONFIG = {
+    "sparsity": 0.5,
+    "criterion": {"name": "Saliency", "dampening": 0.01},
+    "pattern": {"name": "Unstructured", "group": "layer", "weigh_rows": True},
+    "allocation": {"name": "Fisher", "num_samples": 16},
+    "solver": {"name": "SparseGPT", "block_size": 128},
+    "recovery": {"name": "Distil", "epochs": 3},
+    "permutation": {"name": "NoPermutation"},
+}
+
+
+def llama_report(blocks=30, name="smollm2", perplexity=18.93, seconds=95.5):
+    """A report with everything that one can have: 30 blocks are those of SmolLM2-135M."""
+    layers = [
+        _layer(block, number, kind, shape)
+        for block in range(blocks)
+        for number, (kind, shape) in enumerate(SHAPES.items())
+    ]
+    embedding = SkippedMatrix("model.embed_tokens", (49152, 576), SkipReason.EMBEDDING, "embedding")
+    head = SkippedMatrix("lm_head", (49152, 576), SkipReason.TIED, "tied to model.embed_tokens")
+    passes = (TrainingPass(None, 0.61), TrainingPass(0.52, 0.44), TrainingPass(0.43, 0.41), TrainingPass(0.4, 0.395))
+    return PruningReport(
+        layers=layers,
+        skipped=[embedding, head],
+        parameters=sum(layer.size for layer in layers) + embedding.size + (2 * blocks + 1) * 576,
+        zeros=sum(layer.zeros for layer in layers),
+        seconds={"prepare": 0.5, "prune": seconds - 0.5},
+        config=CONFIG,
+        notes=["an <escaped> note & a second half"],
+        training=Training("Distil(epochs=3)", 28, 4, passes),
+        run=Run(
+            command=f"wanda-lightning prune --model {name} --preset thorough --calibration python-docs --nsamples 32",
+            model=name,
+            metric="perplexity",
+            before=16.06,
+            after=perplexity,
+            data="python-docs, 32 windows of 512 tokens",
+            calibration="python-docs, 32 windows of 512 tokens, seed 0",
+            zero_shot={"boolq": {"acc": 0.5625, "acc_stderr": 0.02, "documents": 400}},
+            samples=(
+                Sample("The library", " is <b>open</b>.", " is closed."),
+                Sample("def f():", "\n    return", " f f f"),
+            ),
+            images=(ChangedImage(PNG, "cat", "cat", "dog"),),
+        ),
+    )
+
+
+def _layer(block, number, kind, shape):
+    sparsity = round((0.42 + 0.006 * block + 0.03 * math.sin(block + number)) * shape[0] * shape[1]) / (
+        shape[0] * shape[1]
+    )
+    name, error = f"model.layers.{block}", (0.02 + 0.02 * number) * (1 + block / 40)
+    note = "3 inputs never active" if block % 7 == 0 else ""
+    return PrunedLayer(f"{name}.{kind}", shape, sparsity, sparsity, 16384, note, block=name, error=error)
+
+
+class Page(HTMLParser):
+    """Texts and attributes of a page, and whether each element is closed."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "input", "path", "use"})
+
+    def __init__(self, path):
+        super().__init__()
+        self.words, self.tags, self.open = [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)

@@ -1,0 +1,351 @@
+"""Figures of a report, drawn on Matplotlib axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from wanda_lightning.report.facts import (
+    ExpertTokens,
+    Grid,
+    Weights,
+    error_grid,
+    expert_tokens,
+    sparsity_grid,
+    weights_by_kind,
+)
+from wanda_lightning.report.pruning_report import PruningReport, Training
+from wanda_lightning.report.theme import ACCENT, INK, LINE, MUTED, SERIES, SURFACE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NARROW = 500  # pixels; a narrower figure has less room for labels
+_MOST_LINES = 8  # more cannot be told apart by their colors
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure.
+
+    Attributes:
+        name: A short name, unique on a page.
+        title: What it shows.
+        height: In pixels.
+        draw: Draws it on axes of the given width in pixels.
+    """
+
+    name: str
+    title: str
+    height: int
+    draw: Callable[[Axes, int], None]
+
+
+def plots_of(report: PruningReport) -> list[Plot]:
+    """Return the figures for which the report has numbers."""
+    plots = []
+    sparsity, errors = sparsity_grid(report), error_grid(report)
+    if len(set(sparsity.known)) > 1:
+        plots.append(_heat_map("sparsity", "Zeros by layer", sparsity))
+    if len(errors.blocks) > 1 and errors.known:
+        plots.append(_errors(errors))
+    plots.append(_weights(weights_by_kind(report)))
+    experts = expert_tokens(report)
+    if len(experts) > 1:
+        plots.append(Plot("experts", "Calibration tokens per expert", 260, lambda axes, _: draw_experts(axes, experts)))
+    if (training := report.training) and len(training.passes) > 1:
+        plots.append(Plot("training", "Loss of the recovery", 240, lambda axes, _: draw_training(axes, training)))
+    return plots
+
+
+def _heat_map(name: str, title: str, grid: Grid) -> Plot:
+    height = 60 + 24 * len(grid.kinds)
+    return Plot(name, title, height, lambda axes, width: draw_heat_map(axes, grid, width))
+
+
+def _errors(grid: Grid) -> Plot:
+    title = "Relative error of the layers' outputs"
+    if len(grid.kinds) > _MOST_LINES:
+        return _heat_map("error", title, grid)
+    return Plot("error", title, 300, lambda axes, _: draw_lines(axes, grid))
+
+
+def _weights(bars: Sequence[Weights]) -> Plot:
+    return Plot("weights", "Where the zeros are", 50 + 22 * len(bars), lambda axes, _: draw_weights(axes, bars))
+
+
+def draw_heat_map(axes: Axes, grid: Grid, width: int) -> None:
+    """Draw a cell for each layer: the larger the value, the stronger its color."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgb
+
+    low, high = min(grid.known), max(grid.known)
+    corners, colors = [], []
+    writes = width / max(1, len(grid.blocks)) > 26
+    for row, values in enumerate(grid.values):
+        for column, value in enumerate(values):
+            if value is None:
+                continue
+            strength = 0.12 + 0.88 * (value - low) / (high - low) if high > low else 0.5
+            corners.append([(column + x, row + y) for x, y in ((0.04, 0.06), (0.96, 0.06), (0.96, 0.94), (0.04, 0.94))])
+            colors.append((*to_rgb(ACCENT), strength))
+            if writes:
+                ink = SURFACE if strength > 0.55 else INK
+                axes.text(column + 0.5, row + 0.52, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=9)
+    axes.add_collection(PolyCollection(corners, facecolors=colors, linewidths=0))
+    axes.set(xlim=(0, len(grid.blocks)), ylim=(len(grid.kinds), 0))
+    axes.set_yticks([row + 0.5 for row in range(len(grid.kinds))], grid.labels)
+    _number_blocks(axes, grid, offset=0.5)
+    axes.set_title(f"from {low:.1%} (pale) to {high:.1%} (strong)", loc="left", size=10, color=MUTED)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _number_blocks(axes: Axes, grid: Grid, offset: float = 0.0) -> None:
+    """Number the blocks, and mark where another list of blocks begins."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    if offset:
+        step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(grid.blocks) / step <= 16)
+        numbers = range(0, len(grid.blocks), step)
+        axes.set_xticks([number + offset for number in numbers], [str(number) for number in numbers])
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+    axes.set_xlabel("block")
+    if len(grid.stacks) > 1:
+        for name, start in grid.stacks.items():
+            if start:
+                axes.axvline(start - (0 if offset else 0.5), color=LINE, linewidth=1)
+            axes.text(start + 0.05, 1.01, name, transform=axes.get_xaxis_transform(), size=9, color=MUTED)
+
+
+def draw_lines(axes: Axes, grid: Grid) -> None:
+    """Draw a line over the blocks for each kind of layer, in percent, with its name at the right end."""
+    ends = []
+    for label, values, color in zip(grid.labels, grid.values, SERIES, strict=False):
+        known = [(column, 100 * value) for column, value in enumerate(values) if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=color, linewidth=1.6, solid_capstyle="round")
+            ends.append((known[-1][1], label, color))
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    _number_blocks(axes, grid)
+    _percent(axes.yaxis)
+    _quiet(axes)
+    _label_ends(axes, ends)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write (height, name, color) of lines next to their right ends, moved apart where they would overlap."""
+    _lay_out(axes)
+    box = axes.get_window_extent()
+    heights = [float(axes.transData.transform((1, y))[1]) for y, _, _ in ends]
+    spread = spread_out(heights, 13 * _scale(axes), box.y0, box.y1)
+    for y, (_, label, color) in zip(spread, ends, strict=True):
+        axes.annotate(
+            label,
+            (1, (y - box.y0) / box.height),
+            xycoords="axes fraction",
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            size=10,
+            annotation_clip=False,
+        )
+
+
+def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move numbers apart until neighbors differ by at least `gap`, in the same order and as little as needed.
+
+    >>> spread_out([1.0, 1.1, 5.0], 1.0, 0.0, 10.0)
+    [1.0, 2.0, 5.0]
+    """
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved, lowest = list(places), low
+    for index in order:
+        moved[index] = lowest = max(moved[index], lowest)
+        lowest += gap
+    highest = high
+    for index in reversed(order):
+        moved[index] = highest = min(moved[index], highest)
+        highest -= gap
+    return moved
+
+
+def draw_weights(axes: Axes, bars: Sequence[Weights]) -> None:
+    """Draw a bar for each kind of matrix: zeros, other weights of pruned layers, and weights left dense."""
+    rows = range(len(bars))
+    start = [0.0] * len(bars)
+    for name, color, alpha in (("zeros", ACCENT, 1.0), ("kept", ACCENT, 0.35), ("dense", MUTED, 0.3)):
+        sizes = [getattr(bar, name) for bar in bars]
+        axes.barh(rows, sizes, 0.68, left=start, color=color, alpha=alpha, linewidth=0)
+        start = [left + size for left, size in zip(start, sizes, strict=True)]
+    for row, bar in enumerate(bars):
+        text = (
+            f"{_short(bar.size)} dense"
+            if bar.dense == bar.size
+            else f"{bar.zeros / bar.size:.1%} of {_short(bar.size)}"
+        )
+        axes.text(start[row], row, f"  {text}", va="center", size=10, color=MUTED)
+    axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(start)))
+    axes.set_yticks(rows, [bar.name for bar in bars])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _short(size: int) -> str:
+    unit, suffix = next((each for each in ((1e9, " B"), (1e6, " M"), (1e3, " K")) if size >= each[0]), (1, ""))
+    return f"{size / unit:.3g}{suffix}"
+
+
+def draw_experts(axes: Axes, experts: Sequence[ExpertTokens]) -> None:
+    """Draw the median of the experts' tokens in each block, and the range from the least to the most."""
+    columns = range(len(experts))
+    least, middle, most = ([getattr(each, name) for each in experts] for name in ("least", "median", "most"))
+    axes.fill_between(columns, least, most, color=ACCENT, alpha=0.2, linewidth=0)
+    axes.plot(columns, middle, color=ACCENT, linewidth=1.8)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("block with experts")
+    axes.margins(x=0.01)
+    _quiet(axes)
+    names = (("most", most, MUTED), ("median", middle, ACCENT), ("fewest", least, MUTED))
+    for name, values, color in names:
+        axes.annotate(
+            name,
+            (columns[-1], values[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            size=10,
+            annotation_clip=False,
+        )
+
+
+def draw_training(axes: Axes, training: Training) -> None:
+    """Draw the losses of each pass of a recovery of the whole model."""
+    from matplotlib.ticker import MaxNLocator
+
+    ends = []
+    for name, key, color in (("trained on", "loss", MUTED), ("held out", "held_out", ACCENT)):
+        losses = ((number, getattr(each, key)) for number, each in enumerate(training.passes))
+        known = [(number, loss) for number, loss in losses if loss is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=color, linewidth=1.8, marker="o", markersize=4)
+            ends.append((known[-1][1], name, color))
+    axes.set_xlabel("pass over the samples")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.02, y=0.12)
+    _quiet(axes)
+    _label_ends(axes, ends)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pruning in a figure that compares several."""
+
+    label: str
+    x: float
+    y: float
+    color: str
+
+
+def draw_points(axes: Axes, points: Sequence[Point], dense: float | None, xlabel: str) -> None:
+    """Draw labeled points, and a line at the value of the dense model. An axis with large ratios is logarithmic."""
+    _scale_axis(axes, "x", [point.x for point in points])
+    _scale_axis(axes, "y", [*(point.y for point in points), *([] if dense is None else [dense])])
+    for point in points:
+        axes.plot(point.x, point.y, "o", color=point.color, markersize=7)
+    if dense is not None:
+        axes.axhline(dense, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.margins(x=0.08, y=0.14)
+    axes.set_xlabel(xlabel)
+    _quiet(axes)
+    if dense is not None:
+        _label_ends(axes, [(dense, "dense", MUTED)])
+    _label_points(axes, points)
+
+
+def _scale_axis(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) -> None:
+    """Make an axis logarithmic if its values differ by more than a factor of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if min(values) <= 0 or max(values) <= 10 * min(values):
+        return
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _label_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Write each label where it covers neither a point nor another label, if there is such a place."""
+    _lay_out(axes)
+    scale, inside = _scale(axes), axes.get_window_extent()
+    places = [axes.transData.transform((point.x, point.y)) / scale for point in points]
+    taken = [(float(x) - 5, float(y) - 5, float(x) + 5, float(y) + 5) for x, y in places]
+    for point, (x, y) in zip(points, places, strict=True):
+        width = 6.2 * len(point.label)
+        found = [(side, up, _label_box(x, y, width, side, up)) for up in (0, 13, -13, 26, -26) for side in (1, -1)]
+        free = [
+            each
+            for each in found
+            if inside.x0 <= scale * each[2][0]
+            and scale * each[2][2] <= inside.x1
+            and not any(_overlap(each[2], other) for other in taken)
+        ]
+        side, up, box = (free or found)[0]
+        taken.append(box)
+        axes.annotate(
+            point.label,
+            (point.x, point.y),
+            xytext=(8 * side, up),
+            textcoords="offset points",
+            color=INK,
+            va="center",
+            ha="left" if side > 0 else "right",
+            size=10,
+            annotation_clip=False,
+        )
+
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+
+def _label_box(x: float, y: float, width: float, side: int, up: int) -> Box:
+    left = x + 8 if side > 0 else x - 8 - width
+    return left, y + up - 6, left + width, y + up + 6
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _lay_out(axes: Axes) -> None:
+    """Give the axes their final size, which labels are placed by."""
+    axes.figure.figure.draw_without_rendering()
+
+
+def _scale(axes: Axes) -> float:
+    """The number of pixels in a point."""
+    return float(axes.figure.figure.dpi) / 72
+
+
+def _percent(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+
+
+def _quiet(axes: Axes) -> None:
+    """Leave only what helps to read the values: light lines, and no frame."""
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0)
