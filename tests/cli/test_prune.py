@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from support.cli import OUT, SEQLEN, everything_in, perplexity_by_hand, run, zeros_by_layer
+from support.reports import Page
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wanda_lightning import PruningReport
@@ -502,3 +504,41 @@ def test_weights_that_cannot_be_read_are_refused(inputs, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:200])
     assert run("prune", "--model", folder, "--calibration", "python-docs", "--eval", "python-docs") == 1
     assert "cannot be used: a file is incomplete or damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.png"])
+def test_the_report_is_also_a_page_or_a_picture(inputs, tmp_path, capsys, name):
+    pytest.importorskip("matplotlib", reason="pages need the extra report")
+    texts = f"--calibration {inputs}/long.txt --eval {inputs}/other.txt --seqlen {SEQLEN} --limit 3 --nsamples 2"
+    command = f"--model {inputs}/llama --prune_method sparsegpt --sparsity_ratio 0.5 --report out/{name}"
+    assert run("prune", *command.split(), *texts.split()) == 0
+    assert f"The report is in out/{name}." in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    if name == "report.png":
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+        return
+    page = Page(tmp_path / "out" / name)
+    assert f"{inputs}/llama" in page.text
+    assert "--prune_method sparsegpt" in page.text
+    assert re.search(r"Perplexity on \S+, 3 windows of 32 tokens (rose|fell) from [\d,.]+ to [\d,.]+\.", page.text)
+
+
+def test_a_streamed_model_has_a_page_too(inputs, tmp_path):
+    pytest.importorskip("matplotlib", reason="pages need the extra report")
+    texts = f"--calibration {inputs}/long.txt --eval {inputs}/other.txt --seqlen {SEQLEN} --limit 3 --nsamples 2"
+    command = f"--model {inputs}/llama --prune_method sparsegpt --sparsity_ratio 0.5 --stream --save_model out/model"
+    assert run("prune", *command.split(), *texts.split(), "--report", "out/report.html") == 0
+    assert "--stream" in Page(tmp_path / "out/report.html").text
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_pruning(inputs, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pages need the extra report")
+    (tmp_path / "old.html").write_text("old")
+    for path, message in (
+        ("report.pdf", "--report must end with .html or .png, but it is 'report.pdf'."),
+        ("old.html", "--report old.html already exists. Choose another name, or replace it with --overwrite."),
+        ("old.html/a.html", "--report old.html/a.html cannot be written"),
+    ):
+        assert run("prune", "--model", f"{inputs}/llama", "--calibration", "python-docs", "--report", path) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "old.html").read_text() == "old"

@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "Fine-tune a pruned language model without losing a zero, and measure it before and after.",
     "evaluate": "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity.",
     "inspect": "Show what prune would prune, what not, and why. No weight is loaded.",
+    "compare": "Show several prunings side by side: perplexity or accuracy, sparsity and time; also as a page.",
     "pack": "Store a pruned model in fewer bytes: the kept values of each matrix, and where they are.",
     "unpack": "Restore the model that was packed, bit for bit.",
     "check": "Count the zeros of a pruned model that a quantized or fine-tuned version of it has lost, by layer.",

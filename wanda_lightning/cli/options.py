@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from wanda_lightning.checks import check_memory
+from wanda_lightning.checks import check_memory, check_report_path
 from wanda_lightning.cli.parser import UsageError, as_list, default_of, option
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.core.hyperparameters import Number, OneOf
@@ -49,6 +49,7 @@ _TRUST = "Run the code that comes with a hub model."
 _DTYPE = "Data type of the weights; by default auto, as they are stored."
 _LIMIT = "Number of windows to measure on; by default all."
 _PACKED = "Pack the saved model: store only the kept weights and their positions; import wanda_lightning to load it."
+_REPORT = "Page (.html) or picture (.png) to write, with figures and tables (needs the extra report)."
 _SEQLEN = "Number of tokens in a window; by default the model's context, at most"
 
 
@@ -200,6 +201,7 @@ class PruneOptions(InspectOptions):
     data_path: str | None = option(f"Images to calibrate and measure on: {_IMAGES}")
     resume: str | None = option("Weights (.safetensors) of the image classifier.")
     save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
+    report: str | None = option(_REPORT)
     save_model: str | None = option("Folder for the pruned model.")
     packed: bool = option(_PACKED, False)
     device: str = option("Device to compute on with --stream, such as cuda.", "cpu")
@@ -209,7 +211,9 @@ class PruneOptions(InspectOptions):
         False,
     )
     overwrite: bool = option(
-        "Add to a --save folder that is not empty, and replace a --save_model folder with everything in it.", False
+        "Add to a --save folder that is not empty, replace a --report, and replace a --save_model folder with "
+        "everything in it.",
+        False,
     )
     eval_zero_shot: bool = option(
         "Also measure the pruned model on the paper's seven zero-shot tasks (needs lm-eval).", False
@@ -228,7 +232,8 @@ class PruneOptions(InspectOptions):
         if not self.eval_zero_shot:
             refuse_given(self, "pruning without --eval_zero_shot", "tasks_dir")
         if self.stream:
-            refuse_given(self, "--stream", "eval_zero_shot" if self.save else "overwrite eval_zero_shot")
+            writes = self.save or self.report
+            refuse_given(self, "--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
             if self.packed:
@@ -248,6 +253,7 @@ class PruneOptions(InspectOptions):
         _refuse_place(self, "save_model", refuse_unresumable if self.stream else refuse_replacement)
         if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
             _refuse_place(self, "save", refuse_nonempty)  # a run that continues may find its model there
+        _refuse_report(self)
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:
@@ -415,6 +421,26 @@ class PackOptions:
 
 
 @dataclass(kw_only=True)
+class CompareOptions:
+    """The options of `wanda-lightning compare`."""
+
+    reports: list[str] = option("The pruning_report.json of each pruning.", [], position="REPORT")
+    report: str | None = option(_REPORT)
+    overwrite: bool = option("Replace a --report.", False)
+
+    def __post_init__(self) -> None:
+        if not self.reports:
+            raise UsageError("REPORT is required: give the pruning_report.json of each pruning to compare.")
+
+    def refuse_early(self) -> None:
+        """Refuse reports that do not exist, and a place that cannot be written."""
+        for path in self.reports:
+            if not Path(path).is_file():
+                raise UsageError(f"REPORT {path} does not exist, or is not a file. Check the path.")
+        _refuse_report(self)
+
+
+@dataclass(kw_only=True)
 class CheckOptions:
     """The options of `wanda-lightning check`."""
 
@@ -460,6 +486,7 @@ OPTIONS: dict[str, type] = {
     "inspect": InspectOptions,
     "pack": PackOptions,
     "unpack": PackOptions,
+    "compare": CompareOptions,
     "check": CheckOptions,
     "speed": SpeedOptions,
 }
@@ -515,6 +542,13 @@ def refuse_missing(options: Any, names: str) -> None:
             is_local = name in ("resume", "tasks_dir") or path.is_absolute() or path.suffix in (".gguf", ".safetensors")
             if is_local and not path.exists():
                 raise UsageError(f"--{name} {value} does not exist. Check the path.")
+
+
+def _refuse_report(options: Any) -> None:
+    """Refuse a report that could not be written after pruning."""
+    if options.report is not None:
+        check_report_path(options.report)
+        _refuse_place(options, "report", refuse_existing)
 
 
 def _refuse_place(options: Any, name: str, refuse: Callable[[str, bool], None]) -> None:

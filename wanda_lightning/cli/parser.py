@@ -57,7 +57,8 @@ class CommandParser(argparse.ArgumentParser):
             if (position := each.metadata["position"]) is None:
                 self.add_argument(f"--{each.name}", **_argument(each))
             else:
-                self.add_argument(each.name, nargs="?", metavar=position, help=each.metadata["help"])
+                nargs = "*" if _kind(each) is list else "?"
+                self.add_argument(each.name, nargs=nargs, metavar=position, help=each.metadata["help"])
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UsageError`, where argparse would end the process."""
@@ -71,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
         texts: dict[str, Any] = {}
         for path in given.config:
             texts |= self._read(path)
-        texts |= {name: text for name in self._fields if (text := getattr(given, name)) is not None}
+        texts |= {name: text for name in self._fields if (text := getattr(given, name)) not in (None, [])}
         values = {name: default_of(each) for name, each in self._fields.items()}
         values |= {name: _value(self._fields[name], text) for name, text in texts.items()}
         if given.print_config:

@@ -33,7 +33,7 @@ from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
-from wanda_lightning.report import REPORT_NAME, PruningReport, Run
+from wanda_lightning.report import REPORT_NAME, PruningReport, Run, write_report
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.parking import refuse_parking
@@ -62,8 +62,7 @@ def run(options: PruneOptions) -> None:
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.run = replace(run, zero_shot=accuracies)
-    if options.save is not None:
-        _write_results(options, report)
+    _write_results(options, report)
     _print_results(options.name, report)
     if tasks:
         print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
@@ -92,8 +91,7 @@ def _stream(options: PruneOptions) -> None:
     ) as report:
         pruned = measured(output, data.val_dataloader())
         _record_run(report, options, data, choices, dense, pruned)
-        if options.save is not None:
-            _write_results(options, report)
+        _write_results(options, report)
     _print_results(options.name, report)
 
 
@@ -165,6 +163,14 @@ def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> d
 
 
 def _write_results(options: PruneOptions, report: PruningReport) -> None:
+    if options.report is not None:
+        write_report(report, options.report)
+        print_line(f"The report is in {options.report}.")
+    if options.save is not None:
+        _save_results(options, report)
+
+
+def _save_results(options: PruneOptions, report: PruningReport) -> None:
     assert report.run is not None
     column = "top1_test" if options.is_image else "ppl_test"
     folder = unclaimed(options.save or "", REPORT_NAME, options.overwrite)
