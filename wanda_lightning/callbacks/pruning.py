@@ -21,20 +21,21 @@ from wanda_lightning.calibration.batches import batch_size
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.callbacks import checks
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
+from wanda_lightning.callbacks.figures import log_figures
 from wanda_lightning.callbacks.keep_zeros import clear_copies
 from wanda_lightning.callbacks.run import run_of, with_result
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, shows_progress
-from wanda_lightning.checks import check_at_least, refuse_pytorch_lightning
+from wanda_lightning.checks import check_at_least, check_report_path, refuse_pytorch_lightning
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.criteria import Magnitude, Wanda
 from wanda_lightning.core.solvers import SparseGPT
-from wanda_lightning.files import refuse_nonempty
+from wanda_lightning.files import refuse_existing, refuse_nonempty
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as, prune_collected
-from wanda_lightning.report import PruningReport
+from wanda_lightning.report import PruningReport, write_report
 from wanda_lightning.zeros import HeldZeros, zeros_of
 
 
@@ -70,6 +71,8 @@ class PruningCallback(Callback):
         dataloader: The calibration data.
         keep_zeros: Keep the zeros while the model trains.
         report_dir: Folder to which `pruning_report.json` is saved.
+        report: Page (`.html`) or picture (`.png`) of the report to write, with figures, which also go to the loggers of
+            the Trainer that take images. It needs the extra `report`.
         at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
@@ -81,6 +84,7 @@ class PruningCallback(Callback):
             `keep_batch_norm`.
 
     Raises:
+        ImportError: If a library that writes the `report` is missing.
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model
             cannot be pruned as requested, now or at a later stage.
         MisconfigurationException: When a loop starts: if the strategy distributes the model in a way that cannot be
@@ -95,6 +99,7 @@ class PruningCallback(Callback):
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
         report_dir: str | Path | None = None,
+        report: str | Path | None = None,
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
@@ -106,12 +111,15 @@ class PruningCallback(Callback):
         self.config = config
         self.schedule = schedule_of(at_step, schedule)
         check_at_least(1, num_samples=num_samples)
+        if report is not None:
+            check_report_path(report)
         checks.check_stages(self.schedule, self.config.pattern)
         checks.check_calibrate_on(calibrate_on, self.config, dataloader)
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
         self.report_dir = report_dir
+        self.report_path = report
         self.calibrate_on = calibrate_on
         self._zeros = HeldZeros()
         self._state = PruningState(self._fixed_choices)
@@ -144,7 +152,7 @@ class PruningCallback(Callback):
         return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse an unsupported Trainer, and a `report_dir` that cannot be written."""
+        """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
         refuse_pytorch_lightning(trainer)
         self._is_set_up = True
         checks.refuse_equal_keys(self, trainer)
@@ -152,6 +160,8 @@ class PruningCallback(Callback):
         with self._processes.fail_together():
             if self.report_dir is not None and trainer.is_global_zero:
                 refuse_nonempty(self.report_dir, overwrite=True)
+            if self.report_path is not None and trainer.is_global_zero:
+                refuse_existing(self.report_path, overwrite=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
@@ -315,6 +325,8 @@ class PruningCallback(Callback):
             rank_zero_info(f"{self._name}: {report.summary()}")
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=trainer.global_step)
+        if self.report_path is not None:
+            log_figures(report, trainer)
         self._save(report, trainer)
 
     def _record_result(self, trainer: L.Trainer) -> None:
@@ -327,6 +339,8 @@ class PruningCallback(Callback):
     def _save(self, report: PruningReport, trainer: L.Trainer) -> None:
         if self.report_dir is not None and trainer.is_global_zero:
             report.save(self.report_dir)
+        if self.report_path is not None and trainer.is_global_zero:
+            write_report(report, self.report_path)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:

@@ -49,13 +49,11 @@ def result(metric: str, value: float | None) -> str:
     """Return a result of a model: a fraction as percent, or a perplexity.
 
     >>> result("top-1", 0.8125), result("perplexity", 16.058), result("perplexity", 12345.6), result("top-1", None)
-    ('81.25%', '16.06', '12,346', 'not measured')
+    ('81.25%', '16.06', '12,345.60', 'not measured')
     """
     if value is None:
         return "not measured"
-    if metric == "top-1":
-        return f"{value:.2%}"
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:.2%}" if metric == "top-1" else f"{value:,.2f}"
 
 
 def change(metric: str, before: float | None, after: float | None) -> str:

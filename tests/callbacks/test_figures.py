@@ -1,0 +1,90 @@
+"""The page and the figures of a callback: written by the first process, and refused before anything is pruned."""
+
+import numpy as np
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, Logger
+from support.callbacks import Net, loader, trainer
+from support.reports import Page
+
+pytest.importorskip("matplotlib", reason="figures need the extra report")
+
+from wanda_lightning import PruningCallback, SparseGPTPrune, WandaPrune
+from wanda_lightning.report import images_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+]
+
+
+class ImageLogger(Logger):
+    """A logger with the method of `WandbLogger`."""
+
+    name, version = "images", 0
+
+    def __init__(self):
+        super().__init__()
+        self.images = {}
+
+    def log_metrics(self, metrics, step=None):
+        assert metrics
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    def log_image(self, key, images, step=None, **kwargs):
+        self.images[key] = (images, step)
+
+
+def test_a_page_is_written_when_the_callback_prunes(tmp_path):
+    callback = SparseGPTPrune(0.5, report=tmp_path / "out/report.html", num_samples=12)
+    trainer(callback, max_steps=1).fit(Net(), loader(), loader())
+    page = Page(tmp_path / "out/report.html")
+    assert page.open == []
+    assert all(layer.name in page.text for layer in callback.report.layers)
+
+
+def test_loggers_that_take_images_get_the_figures(tmp_path):
+    logger = ImageLogger()
+    callback = SparseGPTPrune(0.5, report=tmp_path / "report.png", num_samples=12, at_step=2)
+    run = trainer(callback, max_steps=3, logger=[logger, CSVLogger(tmp_path)])
+    run.fit(Net(), loader(), loader())
+    expected = images_of(callback.report)
+    assert logger.images.keys() == {f"pruning/{name}" for name in expected}
+    for name, image in expected.items():
+        (found,), step = logger.images[f"pruning/{name}"]
+        assert step == 2
+        np.testing.assert_array_equal(found, image)
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tensorboard_gets_the_figures(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callback = WandaPrune(0.5, report=tmp_path / "report.html", num_samples=12)
+    run = trainer(callback, max_steps=1, logger=TensorBoardLogger(tmp_path))
+    run.fit(Net(), loader(), loader())
+    events = EventAccumulator(run.logger.log_dir)
+    events.Reload()
+    assert events.Tags()["images"] == [f"pruning/{name}" for name in images_of(callback.report)]
+
+
+def test_without_a_report_no_figure_is_drawn(tmp_path):
+    logger = ImageLogger()
+    trainer(WandaPrune(0.5, num_samples=12), max_steps=1, logger=logger).fit(Net(), loader(), loader())
+    assert logger.images == {}
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"report must end with \.html or \.png, but it is 'report\.pdf'"):
+        PruningCallback(report="report.pdf")
+    (tmp_path / "file").write_text("")
+    model = Net()
+    with pytest.raises((OSError, MisconfigurationException), match="cannot be written"):
+        trainer(WandaPrune(report=tmp_path / "file/report.html", num_samples=12), max_steps=1).fit(
+            model, loader(), loader()
+        )
+    assert all((parameter != 0).any() for parameter in model.parameters())
