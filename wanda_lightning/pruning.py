@@ -30,8 +30,8 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, resh
 from wanda_lightning.permuting import permute
 from wanda_lightning.plan import Plan, Selections, make_plan
 from wanda_lightning.progress import ProgressBar
-from wanda_lightning.recovery import BatchNormStatistics, DenseModel, ModelRecovery, RecoveredPart, batch_norm_layers
-from wanda_lightning.report import Permuted, PrunedLayer, PruningReport
+from wanda_lightning.recovery import BatchNormStatistics, DenseModel, ModelRecovery, batch_norm_layers
+from wanda_lightning.report import Permuted, PrunedLayer, PruningReport, TrainedPart
 from wanda_lightning.weight_store import WeightStore
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,8 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: 
                 _prune_unit(outcome, unit, inputs, observer)
                 del inputs
                 for part in recovery.train(bar.show):
-                    _note_recovery(outcome, part)
+                    for name in part.layers & outcome.layers.keys():
+                        outcome.layers[name].part = TrainedPart(part.name, part.before, part.after)
             if not plan.is_one_pass:
                 bar.advance()
         store.finish(outcome)
@@ -396,13 +397,6 @@ def _layer_notes(outcome: Outcome, pruned: PrunedLayer, inputs: InputStatistics,
         yield "every token counted: the model passes all tokens to every expert"
     if pruned.name in observer.pooled:
         yield "few tokens: pruned with the statistics of all experts"
-
-
-def _note_recovery(outcome: Outcome, part: RecoveredPart) -> None:
-    trained = f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}"
-    for name in part.layers & outcome.layers.keys():
-        layer = outcome.layers[name]
-        layer.note = f"{layer.note}; {trained}" if layer.note else trained
 
 
 def _make_report(outcome: Outcome, batches: int, stored_zeros: int = 0) -> PruningReport:

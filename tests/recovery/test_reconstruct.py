@@ -8,7 +8,7 @@ from support.allocated import most_allocated
 from support.zoo import ZOO, run
 from torch import nn
 
-from wanda_lightning import ADMM, NM, Reconstruct, prune
+from wanda_lightning import ADMM, NM, PruningReport, Reconstruct, prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.solvers import ZeroOut
@@ -152,8 +152,10 @@ def test_it_stops_early_and_goes_back():
     report = prune(model, batches, 0.5, recovery=Reconstruct(epochs=50, learning_rate=100.0), progress=False)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, start.get_parameter(name))
-    before, after = report.layers[0].note.removeprefix("error of 0.mlp ").split(", trained ")
-    assert before == after
+    part = report.layers[0].part
+    assert part.name == "0.mlp"
+    assert part.before == part.after
+    assert part.before > 0
 
 
 def test_what_fails_in_training_leaves_the_pruned_weights():
@@ -212,8 +214,10 @@ def test_a_part_that_writes_into_its_input_reproduces_itself():
     for block in model:
         block.mlp = WritesIntoItsInput().to(torch.float64)
     report = prune(model, batches, 0.0, recovery="reconstruct", progress=False)
-    notes = [layer.note for layer in report.layers]
+    notes = [layer.remarks for layer in report.layers]
     assert notes == [f"error of {i}.mlp 0.00%, trained 0.00%" for i in (0, 0, 1, 1)]
+    assert notes[0] in str(report)
+    assert PruningReport.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_padded", "opt", "gpt2", "t5", "vit", "convnext", "swin", "resnet18"])
@@ -230,12 +234,10 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(name, solver):
         before, after = start.get_submodule(layer.name).weight, layer.parameter
         assert torch.equal(before == 0, after == 0)
         moved += int((before != after).sum())
-    trained = [layer for layer in report.layers if layer.note.startswith("error of ")]
+    trained = [layer.part for layer in report.layers if layer.part]
     assert moved > 0 or (name, solver) == ("resnet18", ADMM())  # of its ten tokens ADMM has learned all
     assert trained
-    for layer in trained:
-        before, after = (float(part.split()[-1].rstrip("%")) for part in layer.note.split(", trained "))
-        assert after <= before
+    assert all(part.after <= part.before for part in trained)
     assert hooks == sum(len(module._forward_hooks) for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     others = dict(start.named_parameters())

@@ -56,6 +56,18 @@ def test_every_parameter_is_counted_once(name):
     assert all(kind.replace(".*", "").endswith(label) for kind, label in zip(grid.kinds, grid.labels, strict=True))
 
 
+def test_parts_that_were_trained():
+    _, report = pruned("llama", recovery="reconstruct")
+    grid = facts.part_grid(report)
+    assert grid.kinds == ("self_attn before", "self_attn after", "mlp before", "mlp after")
+    for block, *values in zip(grid.blocks, *grid.values, strict=True):
+        parts = [
+            next(layer.part for layer in report.layers if layer.name.startswith(f"{block}.{name}"))
+            for name in ("self_attn", "mlp")
+        ]
+        assert values == [error for part in parts for error in (part.before, part.after)]
+
+
 def test_lists_of_blocks_are_told_apart():
     _, report = pruned("t5")
     stacks = facts.sparsity_grid(report).stacks

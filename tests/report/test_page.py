@@ -78,9 +78,9 @@ def test_accuracy_is_in_percent(tmp_path):
     assert "-2.50 points" in page.text
 
 
-def test_errors_by_block_are_in_the_notes_of_a_reconstruction(tmp_path):
+def test_errors_of_trained_parts_are_shown(tmp_path):
     specimen = ZOO["llama"]
     report = prune(specimen.build(), specimen.batches(), 0.5, recovery="reconstruct", progress=False)
     page = page_of(report, tmp_path)
-    assert "The notes of the layers have the errors of attention and MLP" in page.text
+    assert "The recovery has trained the parts of each block toward their dense outputs" in page.text
     assert "error of model.layers.1.mlp" in page.text

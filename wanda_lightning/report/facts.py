@@ -58,6 +58,17 @@ def error_grid(report: PruningReport) -> Grid:
     return _grid(report, mean_error)
 
 
+def part_grid(report: PruningReport) -> Grid:
+    """Return the errors of the parts of each block before and after a recovery has trained them."""
+    cells: dict[tuple[str, str], float] = {}
+    for layer in report.layers:
+        if part := layer.part:
+            kind = part.name.removeprefix(f"{layer.block}.") if part.name != layer.block else "block"
+            cells[f"{kind} before", layer.block] = part.before
+            cells[f"{kind} after", layer.block] = part.after
+    return _as_grid(cells)
+
+
 def mean_error(layers: Sequence[PrunedLayer]) -> float | None:
     """Return the mean of the relative output errors that are known; None if none is."""
     errors = [layer.error for layer in layers if layer.error is not None]
@@ -69,10 +80,14 @@ def _grid(report: PruningReport, value: Callable[[Sequence[PrunedLayer]], float 
     for layer in report.layers:
         if kind := _kind_in_block(layer):
             cells.setdefault((kind, layer.block), []).append(layer)
+    return _as_grid({cell: value(layers) for cell, layers in cells.items()})
+
+
+def _as_grid(cells: Mapping[tuple[str, str], float | None]) -> Grid:
+    """Arrange values by kind and block, in the order in which these are first named."""
     kinds = tuple(dict.fromkeys(kind for kind, _ in cells))
     blocks = tuple(dict.fromkeys(block for _, block in cells))
-    found = {cell: value(layers) for cell, layers in cells.items()}
-    return Grid(kinds, blocks, tuple(tuple(found.get((kind, block)) for block in blocks) for kind in kinds))
+    return Grid(kinds, blocks, tuple(tuple(cells.get((kind, block)) for block in blocks) for kind in kinds))
 
 
 def _kind_in_block(layer: PrunedLayer) -> str:

@@ -138,7 +138,7 @@ def report_page(report: PruningReport) -> dict[str, Any]:
         "run": report.run,
         "verdict": _verdict(report),
         "tile_list": _tiles(report),
-        "plots": {name: figures.get(name) for name in ("weights", "sparsity", "error", "experts", "training")},
+        "plots": {name: figures.get(name) for name in ("weights", "sparsity", "error", "parts", "experts", "training")},
         "allocation": _allocation(sparsity_grid(report), report),
         "no_errors": _why_no_errors(report),
         "block_errors": _block_errors(report),
@@ -211,8 +211,11 @@ def _why_no_errors(report: PruningReport) -> str:
 
 
 def _block_errors(report: PruningReport) -> str:
-    if any("error of " in layer.note for layer in report.layers):
-        return "The notes of the layers have the errors of attention and MLP, before and after their training."
+    if any(layer.part for layer in report.layers):
+        return (
+            "The recovery has trained the parts of each block toward their dense outputs, on inputs from the dense "
+            "block. These are the errors of their outputs on held-out batches, before and after the training."
+        )
     return "Errors of whole blocks are not available: only the recovery \u201creconstruct\u201d measures them."
 
 
@@ -224,7 +227,7 @@ def _has(report: PruningReport, choice: str, neutral: str) -> bool:
 def _layers_table(report: PruningReport) -> Table:
     rows = report.rows()
     shows_errors = any(layer.error is not None for layer in report.layers)
-    shows_notes = any(layer.note or layer.siblings for layer in report.layers)
+    shows_notes = any(layer.remarks or layer.siblings for layer in report.layers)
     number = "number"
     headings = [Column("Layer", "code"), Column("Shape", number), Column("Weights", number), Column("Target", number)]
     headings += [

@@ -12,6 +12,7 @@ from wanda_lightning.report.facts import (
     Weights,
     error_grid,
     expert_tokens,
+    part_grid,
     sparsity_grid,
     weights_by_kind,
 )
@@ -45,11 +46,13 @@ class Plot:
 def plots_of(report: PruningReport) -> list[Plot]:
     """Return the figures for which the report has numbers."""
     plots = []
-    sparsity, errors = sparsity_grid(report), error_grid(report)
+    sparsity, errors, parts = sparsity_grid(report), error_grid(report), part_grid(report)
     if len(set(sparsity.known)) > 1:
         plots.append(_heat_map("sparsity", "Zeros by layer", sparsity))
     if len(errors.blocks) > 1 and errors.known:
-        plots.append(_errors(errors))
+        plots.append(_errors("error", "Relative error of the layers' outputs", errors))
+    if len(parts.blocks) > 1:
+        plots.append(_errors("parts", "Relative error of attention and MLP, before and after their training", parts))
     plots.append(_weights(weights_by_kind(report)))
     experts = expert_tokens(report)
     if len(experts) > 1:
@@ -64,11 +67,10 @@ def _heat_map(name: str, title: str, grid: Grid) -> Plot:
     return Plot(name, title, height, lambda axes, width: draw_heat_map(axes, grid, width))
 
 
-def _errors(grid: Grid) -> Plot:
-    title = "Relative error of the layers' outputs"
+def _errors(name: str, title: str, grid: Grid) -> Plot:
     if len(grid.kinds) > _MOST_LINES:
-        return _heat_map("error", title, grid)
-    return Plot("error", title, 300, lambda axes, _: draw_lines(axes, grid))
+        return _heat_map(name, title, grid)
+    return Plot(name, title, 300, lambda axes, _: draw_lines(axes, grid))
 
 
 def _weights(bars: Sequence[Weights]) -> Plot:

@@ -21,6 +21,21 @@ REPORT_NAME = "pruning_report.json"
 _LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets", "lm_eval")
 
 
+@dataclass(frozen=True)
+class TrainedPart:
+    """A part of a block, such as its MLP, whose kept weights a recovery has trained toward the dense part.
+
+    Attributes:
+        name: The module's name in the model.
+        before: The relative squared error of its outputs on held-out batches before the training.
+        after: The same after the training.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
 @dataclass
 class PrunedLayer:
     """One matrix that was pruned.
@@ -37,6 +52,7 @@ class PrunedLayer:
         block: The block of the model that contains it; its own module if it lies in no block.
         error: The relative squared error of its outputs on the calibration tokens, before any recovery; None if the
             method collects no Gram matrix to compute it from, or several processes hold the rows.
+        part: The part of the block in which a recovery trained it; None without such a recovery.
     """
 
     name: str
@@ -49,6 +65,7 @@ class PrunedLayer:
     before: float = 0.0
     block: str = ""
     error: float | None = None
+    part: TrainedPart | None = None
 
     @property
     def size(self) -> int:
@@ -59,6 +76,13 @@ class PrunedLayer:
     def zeros(self) -> int:
         """Number of weights that are zero."""
         return round(self.sparsity * self.size)
+
+    @property
+    def remarks(self) -> str:
+        """The note, and the errors of the part that was trained."""
+        part = self.part
+        trained = f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}" if part else ""
+        return "; ".join(filter(None, (self.note, trained)))
 
 
 @dataclass(frozen=True)
@@ -339,7 +363,8 @@ class PruningReport:
 
 def read_layer(fields: Mapping[str, Any]) -> PrunedLayer:
     """Construct a layer from the fields that JSON holds."""
-    return PrunedLayer(**{**fields, "shape": tuple(fields["shape"])})
+    part = TrainedPart(**fields["part"]) if fields.get("part") else None
+    return PrunedLayer(**{**fields, "shape": tuple(fields["shape"]), "part": part})
 
 
 def read_skipped(fields: Mapping[str, Any]) -> SkippedMatrix:
@@ -369,13 +394,13 @@ def text_range(values: Sequence[float], form: str) -> str:
 def note_of(layers: Sequence[PrunedLayer]) -> str:
     """Return the note of a layer; for experts, each distinct note with the numbers of the experts that have it."""
     if not (siblings := layers[0].siblings):
-        return layers[0].note
+        return layers[0].remarks
     before, _, after = siblings.partition("*")
     experts: dict[str, list[str]] = {}
     for layer in layers:
-        if layer.note:
+        if layer.remarks:
             number = layer.name.removeprefix(before).removesuffix(after)
-            experts.setdefault(layer.note, []).append(number)
+            experts.setdefault(layer.remarks, []).append(number)
     notes = [f"{', '.join(numbers)}: {note}" for note, numbers in experts.items()]
     return "; ".join([f"{len(layers)} experts", *notes])
 
