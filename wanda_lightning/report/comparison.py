@@ -75,13 +75,16 @@ def groups_of(reports: Mapping[str, PruningReport]) -> list[Group]:
     for name, report in reports.items():
         run = report.run
         is_measured = run is not None and run.after is not None
-        key = (title_of(report), run.data, run.metric) if run is not None and is_measured else ("", "", "")
+        key = (run.model, run.data, run.metric) if run is not None and is_measured else ("", "", "")
         groups.setdefault(key, {})[name] = report
     ordered = sorted(groups.items(), key=lambda item: not item[0][2])
-    return [
-        Group(f"{model}, {data}" if data else model or "Without results", metric, members)
-        for (model, data, metric), members in ordered
-    ]
+    return [Group(_title(members, data, metric), metric, members) for (_, data, metric), members in ordered]
+
+
+def _title(members: Mapping[str, PruningReport], data: str, metric: str) -> str:
+    if not metric:
+        return "Without results"
+    return ", ".join(filter(None, (title_of(next(iter(members.values()))), data)))
 
 
 def plots_of_group(number: int, group: Group) -> list[Plot]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import PurePath
 from typing import Any
 
 from wanda_lightning.checks import check_report_path, require_report_extra
@@ -123,9 +124,10 @@ def drawn(plots: Sequence[Plot]) -> dict[str, dict[str, Any]]:
 
 
 def title_of(report: PruningReport) -> str:
-    """Return the name of the model, or what is known instead."""
+    """Return the name of the model, without the folder of a file, or what is known instead."""
     name = report.run.model if report.run else ""
-    return name or f"A model of {count(report.parameters)} parameters"
+    is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
+    return (PurePath(name).name if is_path else name) or f"A model of {count(report.parameters)} parameters"
 
 
 def report_page(report: PruningReport) -> dict[str, Any]:

@@ -84,13 +84,15 @@ def draw_heat_map(axes: Axes, grid: Grid, width: int) -> None:
 
     low, high = min(grid.known), max(grid.known)
     corners, colors = [], []
+    gap = len(grid.blocks) / width  # a pixel
     writes = width / max(1, len(grid.blocks)) > 26
     for row, values in enumerate(grid.values):
         for column, value in enumerate(values):
             if value is None:
                 continue
             strength = 0.12 + 0.88 * (value - low) / (high - low) if high > low else 0.5
-            corners.append([(column + x, row + y) for x, y in ((0.04, 0.06), (0.96, 0.06), (0.96, 0.94), (0.04, 0.94))])
+            left, right, top, bottom = column + gap, column + 1 - gap, row + 0.05, row + 0.95
+            corners.append([(left, top), (right, top), (right, bottom), (left, bottom)])
             colors.append((*to_rgb(ACCENT), strength))
             if writes:
                 ink = SURFACE if strength > 0.55 else INK
@@ -99,7 +101,7 @@ def draw_heat_map(axes: Axes, grid: Grid, width: int) -> None:
     axes.set(xlim=(0, len(grid.blocks)), ylim=(len(grid.kinds), 0))
     axes.set_yticks([row + 0.5 for row in range(len(grid.kinds))], grid.labels)
     _number_blocks(axes, grid, offset=0.5)
-    axes.set_title(f"from {low:.1%} (pale) to {high:.1%} (strong)", loc="left", size=10, color=MUTED)
+    axes.set_xlabel(f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
 
@@ -124,13 +126,20 @@ def _number_blocks(axes: Axes, grid: Grid, offset: float = 0.0) -> None:
 
 
 def draw_lines(axes: Axes, grid: Grid) -> None:
-    """Draw a line over the blocks for each kind of layer, in percent, with its name at the right end."""
+    """Draw a line over the blocks for each kind, in percent, with its name at the right end.
+
+    A kind that is measured before and after something has two lines of one color; the first is dashed.
+    """
+    names = [label.removesuffix(" before").removesuffix(" after") for label in grid.labels]
+    colors = dict(zip(dict.fromkeys(names), SERIES, strict=False))
     ends = []
-    for label, values, color in zip(grid.labels, grid.values, SERIES, strict=False):
+    for label, name, values in zip(grid.labels, names, grid.values, strict=True):
         known = [(column, 100 * value) for column, value in enumerate(values) if value is not None]
-        if known:
-            axes.plot(*zip(*known, strict=True), color=color, linewidth=1.6, solid_capstyle="round")
-            ends.append((known[-1][1], label, color))
+        if not known:
+            continue
+        style = "--" if label.endswith(" before") else "-"
+        axes.plot(*zip(*known, strict=True), color=colors[name], linestyle=style, linewidth=1.6)
+        ends.append((known[-1][1], label, colors[name]))
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
     _number_blocks(axes, grid)
@@ -206,27 +215,21 @@ def _short(size: int) -> str:
 
 def draw_experts(axes: Axes, experts: Sequence[ExpertTokens]) -> None:
     """Draw the median of the experts' tokens in each block, and the range from the least to the most."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     columns = range(len(experts))
     least, middle, most = ([getattr(each, name) for each in experts] for name in ("least", "median", "most"))
     axes.fill_between(columns, least, most, color=ACCENT, alpha=0.2, linewidth=0)
     axes.plot(columns, middle, color=ACCENT, linewidth=1.8)
-    axes.set_yscale("symlog", linthresh=1)
+    if max(most) > 10 * max(1, min(least)):
+        axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("block with experts")
     axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
     _quiet(axes)
-    names = (("most", most, MUTED), ("median", middle, ACCENT), ("fewest", least, MUTED))
-    for name, values, color in names:
-        axes.annotate(
-            name,
-            (columns[-1], values[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            size=10,
-            annotation_clip=False,
-        )
+    _label_ends(axes, [(most[-1], "most", MUTED), (middle[-1], "median", ACCENT), (least[-1], "fewest", MUTED)])
 
 
 def draw_training(axes: Axes, training: Training) -> None:

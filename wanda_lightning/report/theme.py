@@ -7,7 +7,6 @@ COLORS = {
     "surface": ("#fefefd", "#12161c"),
     "raised": ("#f5f6f8", "#1a2028"),
     "accent": ("#2c68ad", "#6aa9ec"),
-    "warning": ("#9a5b13", "#e0a458"),
     "series-1": ("#2d6ab0", "#6eaaee"),
     "series-2": ("#c8692f", "#ee9a66"),
     "series-3": ("#3a8a5a", "#6cc08c"),
