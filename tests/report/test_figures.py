@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib", reason="figures need the extra report")
 
 from wanda_lightning import prune
 from wanda_lightning.report.figures import to_array, to_png, to_svg
-from wanda_lightning.report.plots import plots_of, spread_out
+from wanda_lightning.report.labels import spread_out
+from wanda_lightning.report.plots import plots_of
 from wanda_lightning.report.theme import COLORS
 
 

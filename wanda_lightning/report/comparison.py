@@ -13,8 +13,9 @@ from wanda_lightning.checks import check_report_path
 from wanda_lightning.files import whole_file
 from wanda_lightning.report.facts import method_of
 from wanda_lightning.report.figures import to_png
+from wanda_lightning.report.labels import Point
 from wanda_lightning.report.page import Cell, Column, Table, drawn, title_of, write_page
-from wanda_lightning.report.plots import Plot, Point, draw_points
+from wanda_lightning.report.plots import Plot, draw_points
 from wanda_lightning.report.pruning_report import REPORT_NAME, PruningReport
 from wanda_lightning.report.theme import SERIES
 from wanda_lightning.report.words import change, counted, duration, metric_name, result

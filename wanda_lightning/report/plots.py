@@ -16,13 +16,13 @@ from wanda_lightning.report.facts import (
     sparsity_grid,
     weights_by_kind,
 )
+from wanda_lightning.report.labels import Point, label_ends, label_points
 from wanda_lightning.report.pruning_report import PruningReport, Training
 from wanda_lightning.report.theme import ACCENT, INK, LINE, MUTED, SERIES, SURFACE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NARROW = 500  # pixels; a narrower figure has less room for labels
 _MOST_LINES = 8  # more cannot be told apart by their colors
 
 
@@ -83,46 +83,44 @@ def draw_heat_map(axes: Axes, grid: Grid, width: int) -> None:
     from matplotlib.colors import to_rgb
 
     low, high = min(grid.known), max(grid.known)
-    corners, colors = [], []
-    gap = len(grid.blocks) / width  # a pixel
-    writes = width / max(1, len(grid.blocks)) > 26
-    for row, values in enumerate(grid.values):
-        for column, value in enumerate(values):
-            if value is None:
-                continue
-            strength = 0.12 + 0.88 * (value - low) / (high - low) if high > low else 0.5
-            left, right, top, bottom = column + gap, column + 1 - gap, row + 0.05, row + 0.95
-            corners.append([(left, top), (right, top), (right, bottom), (left, bottom)])
-            colors.append((*to_rgb(ACCENT), strength))
-            if writes:
-                ink = SURFACE if strength > 0.55 else INK
-                axes.text(column + 0.5, row + 0.52, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=9)
+    cells = [
+        (row, column, value, 0.12 + 0.88 * (value - low) / (high - low) if high > low else 0.5)
+        for row, values in enumerate(grid.values)
+        for column, value in enumerate(values)
+        if value is not None
+    ]
+    x_gap, y_gap = len(grid.blocks) / width, 0.05  # about a pixel
+    corners = [
+        [
+            (column + x, row + y)
+            for x, y in ((x_gap, y_gap), (1 - x_gap, y_gap), (1 - x_gap, 1 - y_gap), (x_gap, 1 - y_gap))
+        ]
+        for row, column, _, _ in cells
+    ]
+    colors = [(*to_rgb(ACCENT), strength) for _, _, _, strength in cells]
     axes.add_collection(PolyCollection(corners, facecolors=colors, linewidths=0))
+    if width >= 26 * len(grid.blocks):
+        for row, column, value, strength in cells:
+            ink = SURFACE if strength > 0.55 else INK
+            axes.text(column + 0.5, row + 0.52, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=9)
     axes.set(xlim=(0, len(grid.blocks)), ylim=(len(grid.kinds), 0))
     axes.set_yticks([row + 0.5 for row in range(len(grid.kinds))], grid.labels)
-    _number_blocks(axes, grid, offset=0.5)
-    axes.set_xlabel(f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
+    _number_blocks(axes, grid, 0.5, f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
 
 
-def _number_blocks(axes: Axes, grid: Grid, offset: float = 0.0) -> None:
-    """Number the blocks, and mark where another list of blocks begins."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    if offset:
-        step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(grid.blocks) / step <= 16)
-        numbers = range(0, len(grid.blocks), step)
-        axes.set_xticks([number + offset for number in numbers], [str(number) for number in numbers])
-    else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
-    axes.set_xlabel("block")
-    if len(grid.stacks) > 1:
-        for name, start in grid.stacks.items():
-            if start:
-                axes.axvline(start - (0 if offset else 0.5), color=LINE, linewidth=1)
-            axes.text(start + 0.05, 1.01, name, transform=axes.get_xaxis_transform(), size=9, color=MUTED)
+def _number_blocks(axes: Axes, grid: Grid, center: float, label: str = "block") -> None:
+    """Number the blocks, each at its number plus `center`, and mark where another list of blocks begins."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if len(grid.blocks) <= 16 * step)
+    numbers = range(0, len(grid.blocks), step)
+    axes.set_xticks([number + center for number in numbers], [str(number) for number in numbers])
+    axes.set_xlabel(label)
+    for name, first in grid.stacks.items() if len(grid.stacks) > 1 else ():
+        start = first + center - 0.5
+        if first:
+            axes.axvline(start, color=LINE, linewidth=1)
+        axes.text(start + 0.05, 1.01, name, transform=axes.get_xaxis_transform(), size=9, color=MUTED)
 
 
 def draw_lines(axes: Axes, grid: Grid) -> None:
@@ -142,48 +140,10 @@ def draw_lines(axes: Axes, grid: Grid) -> None:
         ends.append((known[-1][1], label, colors[name]))
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    _number_blocks(axes, grid)
+    _number_blocks(axes, grid, 0)
     _percent(axes.yaxis)
     _quiet(axes)
-    _label_ends(axes, ends)
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write (height, name, color) of lines next to their right ends, moved apart where they would overlap."""
-    _lay_out(axes)
-    box = axes.get_window_extent()
-    heights = [float(axes.transData.transform((1, y))[1]) for y, _, _ in ends]
-    spread = spread_out(heights, 13 * _scale(axes), box.y0, box.y1)
-    for y, (_, label, color) in zip(spread, ends, strict=True):
-        axes.annotate(
-            label,
-            (1, (y - box.y0) / box.height),
-            xycoords="axes fraction",
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            size=10,
-            annotation_clip=False,
-        )
-
-
-def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move numbers apart until neighbors differ by at least `gap`, in the same order and as little as needed.
-
-    >>> spread_out([1.0, 1.1, 5.0], 1.0, 0.0, 10.0)
-    [1.0, 2.0, 5.0]
-    """
-    order = sorted(range(len(places)), key=places.__getitem__)
-    moved, lowest = list(places), low
-    for index in order:
-        moved[index] = lowest = max(moved[index], lowest)
-        lowest += gap
-    highest = high
-    for index in reversed(order):
-        moved[index] = highest = min(moved[index], highest)
-        highest -= gap
-    return moved
+    label_ends(axes, ends)
 
 
 def draw_weights(axes: Axes, bars: Sequence[Weights]) -> None:
@@ -229,7 +189,7 @@ def draw_experts(axes: Axes, experts: Sequence[ExpertTokens]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
     _quiet(axes)
-    _label_ends(axes, [(most[-1], "most", MUTED), (middle[-1], "median", ACCENT), (least[-1], "fewest", MUTED)])
+    label_ends(axes, [(most[-1], "most", MUTED), (middle[-1], "median", ACCENT), (least[-1], "fewest", MUTED)])
 
 
 def draw_training(axes: Axes, training: Training) -> None:
@@ -247,17 +207,7 @@ def draw_training(axes: Axes, training: Training) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02, y=0.12)
     _quiet(axes)
-    _label_ends(axes, ends)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One pruning in a figure that compares several."""
-
-    label: str
-    x: float
-    y: float
-    color: str
+    label_ends(axes, ends)
 
 
 def draw_points(axes: Axes, points: Sequence[Point], dense: float | None, xlabel: str) -> None:
@@ -272,8 +222,8 @@ def draw_points(axes: Axes, points: Sequence[Point], dense: float | None, xlabel
     axes.set_xlabel(xlabel)
     _quiet(axes)
     if dense is not None:
-        _label_ends(axes, [(dense, "dense", MUTED)])
-    _label_points(axes, points)
+        label_ends(axes, [(dense, "dense", MUTED)])
+    label_points(axes, points)
 
 
 def _scale_axis(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) -> None:
@@ -287,59 +237,6 @@ def _scale_axis(axes: Axes, name: Literal["x", "y"], values: Sequence[float]) ->
     axis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Write each label where it covers neither a point nor another label, if there is such a place."""
-    _lay_out(axes)
-    scale, inside = _scale(axes), axes.get_window_extent()
-    places = [axes.transData.transform((point.x, point.y)) / scale for point in points]
-    taken = [(float(x) - 5, float(y) - 5, float(x) + 5, float(y) + 5) for x, y in places]
-    for point, (x, y) in zip(points, places, strict=True):
-        width = 6.2 * len(point.label)
-        found = [(side, up, _label_box(x, y, width, side, up)) for up in (0, 13, -13, 26, -26) for side in (1, -1)]
-        free = [
-            each
-            for each in found
-            if inside.x0 <= scale * each[2][0]
-            and scale * each[2][2] <= inside.x1
-            and not any(_overlap(each[2], other) for other in taken)
-        ]
-        side, up, box = (free or found)[0]
-        taken.append(box)
-        axes.annotate(
-            point.label,
-            (point.x, point.y),
-            xytext=(8 * side, up),
-            textcoords="offset points",
-            color=INK,
-            va="center",
-            ha="left" if side > 0 else "right",
-            size=10,
-            annotation_clip=False,
-        )
-
-
-Box = tuple[float, float, float, float]  # left, bottom, right, top
-
-
-def _label_box(x: float, y: float, width: float, side: int, up: int) -> Box:
-    left = x + 8 if side > 0 else x - 8 - width
-    return left, y + up - 6, left + width, y + up + 6
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _lay_out(axes: Axes) -> None:
-    """Give the axes their final size, which labels are placed by."""
-    axes.figure.figure.draw_without_rendering()
-
-
-def _scale(axes: Axes) -> float:
-    """The number of pixels in a point."""
-    return float(axes.figure.figure.dpi) / 72
 
 
 def _percent(axis: Any) -> None:
