@@ -14,9 +14,10 @@ from wanda_lightning.files import whole_file
 from wanda_lightning.report.facts import method_of
 from wanda_lightning.report.figures import to_png
 from wanda_lightning.report.labels import Point
-from wanda_lightning.report.page import Cell, Column, Table, drawn, title_of, write_page
+from wanda_lightning.report.page import drawn, title_of, write_page
 from wanda_lightning.report.plots import Plot, draw_points
 from wanda_lightning.report.pruning_report import REPORT_NAME, PruningReport
+from wanda_lightning.report.tables import Cell, Column, Table, numbers
 from wanda_lightning.report.theme import SERIES
 from wanda_lightning.report.words import change, counted, duration, metric_name, result
 
@@ -114,16 +115,11 @@ def _plot(name: str, title: str, group: Group, against: str) -> Plot:
 
 def comparison_table(group: Group) -> Table:
     """Return a row for each pruning."""
-    number, metric = "number", metric_name(group.metric)
-    headings = [
-        Column("Pruning", "code"),
-        Column("Method", "text"),
-        Column("Zeros", number),
-        Column("Of the model", number),
-    ]
+    metric = metric_name(group.metric)
+    headings = [Column("Pruning", is_code=True), Column("Method", is_long=True), *numbers("Zeros", "Of the model")]
     if group.metric:
-        headings += [Column(f"Dense {metric}", number), Column(f"Pruned {metric}", number), Column("Change", number)]
-    headings.append(Column("Time", number))
+        headings += numbers(f"Dense {metric}", f"Pruned {metric}", "Change")
+    headings += numbers("Time")
     return Table(headings, [_row(name, report, group.metric) for name, report in group.reports.items()])
 
 

@@ -10,18 +10,11 @@ from typing import Any
 
 from wanda_lightning.checks import check_report_path, require_report_extra
 from wanda_lightning.files import whole_file
-from wanda_lightning.report.facts import (
-    Grid,
-    dense_by_reason,
-    expert_tokens,
-    mean_error,
-    method_of,
-    settings,
-    sparsity_grid,
-)
+from wanda_lightning.report.facts import Grid, dense_by_reason, expert_tokens, method_of, settings, sparsity_grid
 from wanda_lightning.report.figures import to_array, to_png, to_svg
 from wanda_lightning.report.plots import Plot, plots_of
-from wanda_lightning.report.pruning_report import PrunedLayer, PruningReport, Run, note_of, share_of_zeros, text_range
+from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.report.tables import dense_table, experts_table, layers_table, zero_shot_table
 from wanda_lightning.report.theme import COLORS
 from wanda_lightning.report.words import change, count, counted, duration, metric_name, result
 
@@ -68,45 +61,6 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of a table: numbers are aligned to the right, names are set in a fixed width, long texts may wrap."""
-
-    text: str
-    kind: str = ""
-
-    @property
-    def is_number(self) -> bool:
-        """Whether it holds numbers."""
-        return self.kind == "number"
-
-    @property
-    def is_code(self) -> bool:
-        """Whether it holds names from the model."""
-        return self.kind == "code"
-
-    @property
-    def is_long(self) -> bool:
-        """Whether it holds sentences."""
-        return self.kind == "text"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table, with the number by which it is sorted if there is one."""
-
-    text: str
-    value: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that can be sorted and searched."""
-
-    headings: Sequence[Column]
-    rows: Sequence[Sequence[Cell]]
-
-
-@dataclass(frozen=True)
 class Tile:
     """A number in large type with its name, and what else there is to know about it."""
 
@@ -133,7 +87,6 @@ def title_of(report: PruningReport) -> str:
 def report_page(report: PruningReport) -> dict[str, Any]:
     """Return what the template shows of a report."""
     experts, figures = expert_tokens(report), drawn(plots_of(report))
-    pooled = sum(each.pooled for each in experts)
     return {
         "title": title_of(report),
         "report": report,
@@ -145,15 +98,12 @@ def report_page(report: PruningReport) -> dict[str, Any]:
         "no_errors": _why_no_errors(report),
         "block_errors": _block_errors(report),
         "recovered": _has(report, "recovery", "NoRecovery"),
-        "experts": _experts_table(report) if experts else None,
-        "pooled": f"{counted(pooled, 'matrix', 'matrices')} received too few and used the statistics of all experts of "
-        "their module."
-        if pooled
-        else "",
-        "layers": _layers_table(report),
-        "dense": _dense_table(report),
+        "experts": experts_table(report),
+        "pooled": sum(each.pooled for each in experts),
+        "layers": layers_table(report),
+        "dense": dense_table(report),
         "dense_groups": dense_by_reason(report),
-        "zero_shot": _zero_shot(report.run),
+        "zero_shot": zero_shot_table(report),
         "made_with": _made_with(report),
     }
 
@@ -168,13 +118,13 @@ def _verdict(report: PruningReport) -> str:
     run = report.run
     if run is None or run.after is None:
         return f"{text} The effect on the predictions was not measured."
-    where = f" on {run.data}" if run.data else ""
-    subject = metric_name(run.metric)
+    subject = metric_name(run.metric) + (f" on {run.data}" if run.data else "")
+    before, after = result(run.metric, run.before), result(run.metric, run.after)
     if run.before is None:
-        return f"{text} {subject}{where} is {result(run.metric, run.after)} afterward."
-    how = "rose" if run.after > run.before else "fell" if run.after < run.before else "stayed"
-    moved = f"{how} from {result(run.metric, run.before)} to {result(run.metric, run.after)}"
-    return f"{text} {subject}{where} {moved if how != 'stayed' else f'stayed at {result(run.metric, run.after)}'}."
+        return f"{text} {subject} is {after} afterward."
+    if before == after:
+        return f"{text} {subject} stayed at {after}."
+    return f"{text} {subject} {'rose' if run.after > run.before else 'fell'} from {before} to {after}."
 
 
 def _tiles(report: PruningReport) -> list[Tile]:
@@ -184,10 +134,9 @@ def _tiles(report: PruningReport) -> list[Tile]:
         Tile("Method", method_of(report.config)),
     ]
     if (run := report.run) and run.metric and run.after is not None:
-        detail = f"dense {result(run.metric, run.before)}, {change(run.metric, run.before, run.after)}"
-        tiles.insert(
-            1, Tile(metric_name(run.metric), result(run.metric, run.after), detail if run.before is not None else "")
-        )
+        moved = f"dense {result(run.metric, run.before)}, {change(run.metric, run.before, run.after)}"
+        detail = "" if run.before is None else moved
+        tiles.insert(1, Tile(metric_name(run.metric), result(run.metric, run.after), detail))
     return tiles
 
 
@@ -224,81 +173,6 @@ def _block_errors(report: PruningReport) -> str:
 def _has(report: PruningReport, choice: str, neutral: str) -> bool:
     found = report.config.get(choice)
     return isinstance(found, Mapping) and found.get("name") != neutral
-
-
-def _layers_table(report: PruningReport) -> Table:
-    rows = report.rows()
-    shows_errors = any(layer.error is not None for layer in report.layers)
-    shows_notes = any(layer.remarks or layer.siblings for layer in report.layers)
-    number = "number"
-    headings = [Column("Layer", "code"), Column("Shape", number), Column("Weights", number), Column("Target", number)]
-    headings += [
-        Column("Zeros", number),
-        *([Column("Error", number)] if shows_errors else []),
-        Column("Tokens", number),
-    ]
-    headings += [Column("Note", "text")] if shows_notes else []
-    return Table(headings, [_layer_row(name, layers, shows_errors, shows_notes) for name, layers in rows.items()])
-
-
-def _layer_row(name: str, layers: Sequence[PrunedLayer], shows_errors: bool, shows_notes: bool) -> list[Cell]:
-    size, error = sum(layer.size for layer in layers), mean_error(layers)
-    target = sum(layer.target * layer.size for layer in layers) / size
-    cells = [
-        Cell(name),
-        Cell(" \u00d7 ".join(map(str, layers[0].shape)), layers[0].size),
-        Cell(f"{size:,}", size),
-        Cell(text_range([layer.target for layer in layers], ".2%"), target),
-        Cell(text_range([layer.sparsity for layer in layers], ".2%"), share_of_zeros(layers)),
-    ]
-    if shows_errors:
-        cells.append(Cell("" if error is None else f"{error:.2%}", error))
-    cells.append(Cell(text_range([layer.tokens for layer in layers], ","), layers[0].tokens))
-    return [*cells, Cell(note_of(layers))] if shows_notes else cells
-
-
-def _dense_table(report: PruningReport) -> Table | None:
-    if not (groups := dense_by_reason(report)):
-        return None
-    headings = [
-        Column("Why", "text"),
-        Column("Matrices", "number"),
-        Column("Parameters", "number"),
-        Column("First", "code"),
-    ]
-    rows = [
-        [
-            Cell(group.why),
-            Cell(f"{len(group.matrices):,}", len(group.matrices)),
-            Cell(f"{group.size:,}", group.size),
-            Cell(group.matrices[0].name),
-        ]
-        for group in groups
-    ]
-    return Table(headings, rows)
-
-
-def _experts_table(report: PruningReport) -> Table:
-    names = ("Matrices", "Fewest tokens", "Median", "Most", "Pooled")
-    headings = [Column("Block", "code"), *(Column(name, "number") for name in names)]
-    rows = []
-    for each in expert_tokens(report):
-        values = (each.experts, each.least, each.median, each.most, each.pooled)
-        rows.append([Cell(each.name), *(Cell(f"{value:,.0f}", value) for value in values)])
-    return Table(headings, rows)
-
-
-def _zero_shot(run: Run | None) -> Table | None:
-    if run is None or not run.zero_shot:
-        return None
-    headings = [Column("Task"), Column("Metric"), Column("Pruned model", "number")]
-    rows = [
-        [Cell(task), Cell(metric), Cell(f"{value:.2%}", value)]
-        for task, results in run.zero_shot.items()
-        for metric, value in results.items()
-        if 0 <= value <= 1 and not metric.endswith("_stderr")
-    ]
-    return Table(headings, rows)
 
 
 def _made_with(report: PruningReport) -> list[tuple[str, str]]:
