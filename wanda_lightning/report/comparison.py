@@ -115,10 +115,9 @@ def _plot(name: str, title: str, group: Group, against: str) -> Plot:
 
 def comparison_table(group: Group) -> Table:
     """Return a row for each pruning."""
-    metric = metric_name(group.metric)
     headings = [Column("Pruning", is_code=True), Column("Method", is_long=True), *numbers("Zeros", "Of the model")]
     if group.metric:
-        headings += numbers(f"Dense {metric}", f"Pruned {metric}", "Change")
+        headings += numbers(f"Dense {group.metric}", f"Pruned {group.metric}", "Change")
     headings += numbers("Time")
     return Table(headings, [_row(name, report, group.metric) for name, report in group.reports.items()])
 
@@ -161,5 +160,9 @@ def _content(title: str, groups: Sequence[Group], plots: Sequence[Sequence[Plot]
     return {"title": title, "sections": sections, "count": sum(bool(group.metric) for group in groups)}
 
 
-def _commands(group: Group) -> list[tuple[str, str]]:
-    return [(name, report.run.command) for name, report in group.reports.items() if report.run and report.run.command]
+def _commands(group: Group) -> list[tuple[str, list[str]]]:
+    return [
+        (name, report.run.command.split(" "))
+        for name, report in group.reports.items()
+        if report.run and report.run.command
+    ]

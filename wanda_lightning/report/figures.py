@@ -27,7 +27,7 @@ def _style(salt: str) -> Iterator[None]:
         "svg.fonttype": "none",  # text stays text: selectable, and a tenth of the size
         "svg.hashsalt": salt,
         "text.parse_math": False,  # a dollar in a name is no formula
-        "font.size": 11,
+        "font.size": 12,
         "axes.edgecolor": MUTED,
         "axes.labelcolor": MUTED,
         "xtick.color": MUTED,

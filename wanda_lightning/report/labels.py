@@ -11,8 +11,8 @@ from wanda_lightning.report.theme import INK
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_HEIGHT = 13  # points of a line of text
-_LETTER = 6.2  # points of an average letter
+_HEIGHT = 14  # points of a line of text
+_LETTER = 6.8  # points of an average letter
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     spread = spread_out(heights, _HEIGHT * _pixels(axes), box.y0, box.y1)
     for y, (_, label, color) in zip(spread, ends, strict=True):
         place = (1, (y - box.y0) / box.height)
-        _write(axes, label, place, (6, 0), xycoords="axes fraction", color=color)
+        write(axes, label, place, (6, 0), xycoords="axes fraction", color=color)
 
 
 def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -71,7 +71,7 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
         )
         offset, box = next(free, candidates[0])
         taken.append(box)
-        _write(axes, point.label, (point.x, point.y), offset, ha="left" if offset[0] > 0 else "right", color=INK)
+        write(axes, point.label, (point.x, point.y), offset, ha="left" if offset[0] > 0 else "right", color=INK)
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,15 @@ def _around(x: float, y: float, width: float) -> Iterator[tuple[tuple[float, flo
             yield (offset, up), _Box(left, y + up - _HEIGHT / 2, left + width, y + up + _HEIGHT / 2)
 
 
-def _write(axes: Axes, label: str, place: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+def write(axes: Axes, label: str, place: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Write a label at an offset, in points, from a place."""
     axes.annotate(
         label,
         place,
         xytext=offset,
         textcoords="offset points",
         va="center",
-        size=10,
+        size=11,
         annotation_clip=False,
         **style,
     )

@@ -16,7 +16,7 @@ from wanda_lightning.report.plots import Plot, plots_of
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.tables import dense_table, experts_table, layers_table, zero_shot_table
 from wanda_lightning.report.theme import COLORS
-from wanda_lightning.report.words import change, count, counted, duration, metric_name, result
+from wanda_lightning.report.words import change, continuation, count, counted, duration, metric_name, result
 
 _WIDE, _NARROW = 970, 360  # pixels of a figure; the page shows the one that fits
 
@@ -91,6 +91,8 @@ def report_page(report: PruningReport) -> dict[str, Any]:
         "title": title_of(report),
         "report": report,
         "run": report.run,
+        "command": report.run.command.split(" ") if report.run else [],
+        "continuation": continuation,
         "verdict": _verdict(report),
         "tile_list": _tiles(report),
         "plots": {name: figures.get(name) for name in ("weights", "sparsity", "error", "parts", "experts", "training")},
@@ -128,10 +130,11 @@ def _verdict(report: PruningReport) -> str:
 
 
 def _tiles(report: PruningReport) -> list[Tile]:
+    method, _, others = method_of(report.config).partition(", ")
     tiles = [
         Tile("Zeros in pruned layers", f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%} of the whole model"),
         Tile("Time to prune", duration(report.total_seconds), _slowest(report)),
-        Tile("Method", method_of(report.config)),
+        Tile("Method", method, others),
     ]
     if (run := report.run) and run.metric and run.after is not None:
         moved = f"dense {result(run.metric, run.before)}, {change(run.metric, run.before, run.after)}"

@@ -16,7 +16,7 @@ from wanda_lightning.report.facts import (
     sparsity_grid,
     weights_by_kind,
 )
-from wanda_lightning.report.labels import Point, label_ends, label_points
+from wanda_lightning.report.labels import Point, label_ends, label_points, write
 from wanda_lightning.report.pruning_report import PruningReport, Training
 from wanda_lightning.report.theme import ACCENT, INK, LINE, MUTED, SERIES, SURFACE
 
@@ -101,8 +101,8 @@ def draw_heat_map(axes: Axes, grid: Grid, width: int) -> None:
     axes.add_collection(PolyCollection(corners, facecolors=colors, linewidths=0))
     if width >= 26 * len(grid.blocks):
         for row, column, value, strength in cells:
-            ink = SURFACE if strength > 0.55 else INK
-            axes.text(column + 0.5, row + 0.52, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=9)
+            ink = SURFACE if strength > 0.72 else INK
+            axes.text(column + 0.5, row + 0.52, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=10)
     axes.set(xlim=(0, len(grid.blocks)), ylim=(len(grid.kinds), 0))
     axes.set_yticks([row + 0.5 for row in range(len(grid.kinds))], grid.labels)
     _number_blocks(axes, grid, 0.5, f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
@@ -120,7 +120,7 @@ def _number_blocks(axes: Axes, grid: Grid, center: float, label: str = "block") 
         start = first + center - 0.5
         if first:
             axes.axvline(start, color=LINE, linewidth=1)
-        axes.text(start + 0.05, 1.01, name, transform=axes.get_xaxis_transform(), size=9, color=MUTED)
+        axes.text(start + 0.05, 1.01, name, transform=axes.get_xaxis_transform(), size=10, color=MUTED)
 
 
 def draw_lines(axes: Axes, grid: Grid) -> None:
@@ -160,7 +160,7 @@ def draw_weights(axes: Axes, bars: Sequence[Weights]) -> None:
             if bar.dense == bar.size
             else f"{bar.zeros / bar.size:.1%} of {_short(bar.size)}"
         )
-        axes.text(start[row], row, f"  {text}", va="center", size=10, color=MUTED)
+        write(axes, text, (start[row], row), (6, 0), color=MUTED)
     axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(start)))
     axes.set_yticks(rows, [bar.name for bar in bars])
     axes.set_xticks([])

@@ -65,3 +65,12 @@ def change(metric: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
     return f"{100 * (after - before):+.2f} points" if metric == "top-1" else f"{after / before - 1:+.1%}"
+
+
+def continuation(text: str) -> str:
+    r"""Return what a model wrote after a prompt, without the space or the line break that joins it to the prompt.
+
+    >>> continuation(" is open.\n"), continuation("\n    return 1\n")
+    ('is open.', '    return 1')
+    """
+    return text.strip("\n") if text.startswith("\n") else text.strip()
