@@ -4,8 +4,8 @@
     python recipes/llm/demo.py --model FOLDER_OR_GGUF --sparsity 0.5 --pattern 2:4
 
 Result of `make demo`: perplexity 12.95 dense, 322.82 with magnitude, 24.46 with Wanda. The table that it prints has
-the seconds. Calibration and evaluation use different topics of Python's own documentation, so nothing is downloaded
-for them.
+the seconds, and the page that it writes shows what Wanda did. Calibration and evaluation use different topics of
+Python's own documentation, so nothing is downloaded for them.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import copy
 import logging
 import time
 import warnings
+from dataclasses import replace
 
 import lightning as L
 from rich.console import Console
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
+    parser.add_argument("--report", default="out/report.html", help="page to write about Wanda")
     options = parser.parse_args()
 
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
@@ -39,11 +41,13 @@ def main() -> None:
     data = TextDataModule(
         module.tokenizer, seqlen=options.seqlen, num_samples=options.nsamples, limit=options.limit, batch_size=4
     )
+    wanda = WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.nsamples)
     methods: dict[str, PruningCallback | None] = {
         "dense": None,
         "magnitude": MagnitudePrune(options.sparsity, pattern=options.pattern),
-        "wanda": WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.nsamples),
+        "wanda": wanda,
     }
+    perplexity: dict[str, float] = {}
     dense = copy.deepcopy(module.state_dict())
     table = Table(title=f"{options.model}, perplexity on {options.limit} windows of {options.seqlen} tokens")
     for heading in ("method", "sparsity", "perplexity", "seconds to prune", "seconds in total"):
@@ -59,15 +63,21 @@ def main() -> None:
             callbacks=[callback] if callback else [],
         )
         (metrics,) = trainer.validate(module, data, verbose=False)
+        perplexity[name] = metrics["val_perplexity"]
         report = callback.report if callback else None
         table.add_row(
             name,
             f"{report.sparsity:.2%}" if report else "",
-            f"{metrics['val_perplexity']:.2f}",
+            f"{perplexity[name]:.2f}",
             f"{report.total_seconds:.1f}" if report else "",
             f"{time.perf_counter() - started:.1f}",
         )
     Console(width=max(100, Console().width)).print(table)
+    assert wanda.report is not None
+    assert wanda.report.run is not None
+    wanda.report.run = replace(wanda.report.run, before=perplexity["dense"])
+    wanda.report.to_html(options.report)
+    print(f"The report of Wanda is in {options.report}.")
 
 
 if __name__ == "__main__":
