@@ -520,7 +520,7 @@ def test_the_report_is_also_a_page_or_a_picture(inputs, tmp_path, capsys, name):
     page = Page(tmp_path / "out" / name)
     assert f"{inputs}/llama" in page.text
     assert "--prune_method sparsegpt" in page.text
-    assert re.search(r"Perplexity on \S+, 3 windows of 32 tokens (rose|fell) from [\d,.]+ to [\d,.]+\.", page.text)
+    assert re.search(r"Perplexity on \S+ \(3 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.", page.text)
 
 
 def test_a_streamed_model_has_a_page_too(inputs, tmp_path):

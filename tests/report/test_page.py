@@ -36,7 +36,7 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path):
         "Pruned with SparseGPT, unstructured, Fisher, Distil in 1 min 36 s: 43.07% of the weights in 28 layers"
         in page.text
     )
-    assert "Perplexity on python-docs, 32 windows of 512 tokens rose from 16.06 to 18.93." in page.text
+    assert "Perplexity on python-docs (32 windows of 512 tokens) rose from 16.06 to 18.93." in page.text
     for layer in report.layers:
         assert f" {layer.name} " in page.text
         assert f" {layer.error:.2%} " in page.text
@@ -74,7 +74,7 @@ def test_accuracy_is_in_percent(tmp_path):
     report = llama_report(2)
     report.run = replace(report.run, metric="top-1", before=0.9, after=0.875, data="digits, 360 images")
     page = page_of(report, tmp_path)
-    assert "Top-1 accuracy on digits, 360 images fell from 90.00% to 87.50%." in page.text
+    assert "Top-1 accuracy on digits (360 images) fell from 90.00% to 87.50%." in page.text
     assert "-2.50 points" in page.text
 
 

@@ -120,7 +120,8 @@ def _verdict(report: PruningReport) -> str:
     run = report.run
     if run is None or run.after is None:
         return f"{text} The effect on the predictions was not measured."
-    subject = metric_name(run.metric) + (f" on {run.data}" if run.data else "")
+    data, _, amount = run.data.partition(", ")
+    subject = metric_name(run.metric) + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
     before, after = result(run.metric, run.before), result(run.metric, run.after)
     if run.before is None:
         return f"{text} {subject} is {after} afterward."
