@@ -1,10 +1,14 @@
 """SavePretrained: what is saved when training ends, and what is refused before it starts."""
 
+import subprocess
+import sys
+
 import lightning as L
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy
 from support.callbacks import Net, loader, same, share_of_zeros, trainer
+from support.hub import running_hub
 
 from wanda_lightning import MagnitudePrune, SavePretrained
 
@@ -81,3 +85,30 @@ def test_a_strategy_that_distributes_the_model_is_refused(tmp_path):
     run.strategy.__class__ = FSDPStrategy  # which itself needs a GPU
     with pytest.raises(MisconfigurationException, match="FSDPStrategy distributes the model"):
         SavePretrained(tmp_path / "out").setup(run, Saving(), "fit")
+
+
+PUSH = """
+import sys
+from support.callbacks import loader, trainer
+from support.modules import tiny_llama
+from support.modules import windows_of_text
+from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained
+
+saving = SavePretrained(sys.argv[1], push_to_hub="us/tiny")
+trainer(MagnitudePrune(), saving, max_steps=1).fit(CausalLMModule(tiny_llama()), windows_of_text(1)[None])
+"""
+
+
+def test_the_folder_is_pushed_to_the_hub(tmp_path):
+    with running_hub() as hub:
+        environment = hub.environment(tmp_path / "home", PYTHONPATH=":".join(sys.path))
+        ended = subprocess.run([sys.executable, "-c", PUSH, tmp_path / "out"], env=environment, capture_output=True)
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert hub.repositories == {"us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}}
+
+
+def test_a_malformed_repository_is_refused_before_training(tmp_path):
+    module = Saving()
+    with pytest.raises(ValueError, match="push_to_hub must be OWNER/NAME"):
+        trainer(SavePretrained(tmp_path / "out", push_to_hub="a/b/c"), max_steps=1).fit(module, loader())
+    assert same(module, Saving())

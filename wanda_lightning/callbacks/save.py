@@ -9,9 +9,11 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from wanda_lightning.checks import refuse_pytorch_lightning
 from wanda_lightning.files import refuse_replacement
+from wanda_lightning.hub.upload import refuse_upload, upload
 
 
 class SavePretrained(Callback):
@@ -25,17 +27,28 @@ class SavePretrained(Callback):
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
         packed: Also pass `packed=True`, to store only the kept weights and their positions.
+        push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the folder is uploaded. A new
+            repository is public; create it beforehand to make it private.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
+        ValueError: When training starts, if nothing can be uploaded to `push_to_hub`, for example without a token.
+        OSError: If the upload fails. The folder is saved, and the message names the command that uploads it later.
         MisconfigurationException: When training starts, if the module has no `save_pretrained`, or one without `packed`
             although the model should be packed, or if no process holds the whole model.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False, packed: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        overwrite: bool = False,
+        packed: bool = False,
+        push_to_hub: str | None = None,
+    ) -> None:
         self.folder = folder
         self.overwrite = overwrite
         self.packed = packed
+        self.push_to_hub = push_to_hub
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved, before training starts."""
@@ -43,6 +56,8 @@ class SavePretrained(Callback):
         if stage != "fit":
             return
         refuse_replacement(self.folder, self.overwrite)
+        if self.push_to_hub is not None:
+            refuse_upload(self.push_to_hub)
         self._refuse_other_modules(pl_module)
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
@@ -66,9 +81,12 @@ class SavePretrained(Callback):
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge the adapters in every process, and save in the first."""
+        """Merge the adapters in every process, and save and upload in the first."""
         if callable(merge := getattr(pl_module, "merge", None)):
             merge()
-        if trainer.is_global_zero:
-            choices = {"packed": True} if self.packed else {}  # a module of yours may not have it
-            pl_module.save_pretrained(self.folder, overwrite=self.overwrite, **choices)  # type: ignore[operator]
+        if not trainer.is_global_zero:
+            return
+        choices = {"packed": True} if self.packed else {}  # a module of yours may not have it
+        pl_module.save_pretrained(self.folder, overwrite=self.overwrite, **choices)  # type: ignore[operator]
+        if self.push_to_hub is not None:
+            rank_zero_info(f"SavePretrained: uploaded to {upload(self.folder, self.push_to_hub)}")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import KeepZeros
 from wanda_lightning.checks import one_line
-from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
+from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import TextDataModule
@@ -56,7 +56,7 @@ def run(options: FinetuneOptions) -> None:
         perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
-    save_model(module, options.save_model, options.overwrite, options.packed)
+    folder = save_model(module, options.save_model, options.overwrite, options.packed)
     table = Table("model")
     table.add_column("perplexity", justify="right")
     for name, value in perplexity.items():
@@ -64,6 +64,7 @@ def run(options: FinetuneOptions) -> None:
     print_table(table)
     steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
     print_line(f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}.")
+    push(folder, options.push_to_hub)
 
 
 def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:

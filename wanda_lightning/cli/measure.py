@@ -1,4 +1,4 @@
-"""Shared steps of the commands: choose the length of windows, measure a model, and save it."""
+"""Shared steps of the commands: choose the length of windows, measure a model, save it, and upload it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from wanda_lightning.cli.output import print_line
 from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.files import refuse_full, unclaimed
+from wanda_lightning.hub.upload import upload
 from wanda_lightning.model_sources import load_config
 
 
@@ -52,12 +53,19 @@ def refuse_no_space(folder: str | None, module: L.LightningModule, packed: bool)
         refuse_full(folder, 2 * size if packed else size)
 
 
-def save_model(module: Any, folder: str | None, overwrite: bool, packed: bool) -> None:
-    """Save a model, next to the folder if another run has saved one in it meanwhile."""
+def save_model(module: Any, folder: str | None, overwrite: bool, packed: bool) -> Path | None:
+    """Save a model, next to the folder if another run has saved one in it meanwhile, and return where it is."""
     if folder is None:
-        return
+        return None
     refuse_no_space(folder, module, packed)
     place = unclaimed(folder, "config.json", overwrite)
     module.save_pretrained(place, overwrite=overwrite, packed=packed)
     if place != Path(folder):
         print_line(f"Note: another run has written to {folder} meanwhile. The model is in {place}.")
+    return place
+
+
+def push(folder: Path | None, repo_id: str | None) -> None:
+    """Upload the folder of a saved model if a repository is given. Call it last, since it may fail."""
+    if folder is not None and repo_id is not None:
+        print_line(f"Uploaded {folder} to {upload(folder, repo_id)}.")

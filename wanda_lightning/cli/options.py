@@ -25,6 +25,7 @@ from wanda_lightning.files import (
     refuse_replacement,
     refuse_unresumable,
 )
+from wanda_lightning.hub.upload import refuse_upload
 from wanda_lightning.methods import PARKING, PRESETS
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
@@ -50,6 +51,10 @@ _DTYPE = "Data type of the weights; by default auto, as they are stored."
 _LIMIT = "Number of windows to measure on; by default all."
 _PACKED = "Pack the saved model: store only the kept weights and their positions; import wanda_lightning to load it."
 _REPORT = "Page (.html) or picture (.png) to write, with figures and tables (needs the extra report)."
+_PUSH = (
+    "OWNER/NAME of a repository on the Hugging Face hub, to which the saved model is uploaded. A new "
+    "repository is public; create it beforehand to make it private."
+)
 _SEQLEN = "Number of tokens in a window; by default the model's context, at most"
 
 
@@ -204,6 +209,7 @@ class PruneOptions(InspectOptions):
     report: str | None = option(_REPORT)
     save_model: str | None = option("Folder for the pruned model.")
     packed: bool = option(_PACKED, False)
+    push_to_hub: str | None = option(_PUSH)
     device: str = option("Device to compute on with --stream, such as cuda.", "cpu")
     stream: bool = option(
         "Read a language model block by block from disk, and write each pruned block to --save_model. If pruning is "
@@ -244,7 +250,7 @@ class PruneOptions(InspectOptions):
         else:
             refuse_given(self, "pruning without --stream, which uses a GPU if there is one", "device park")
         if self.save_model is None:
-            refuse_given(self, "pruning without --save_model", "packed")
+            refuse_given(self, "pruning without --save_model", "packed push_to_hub")
         super().__post_init__()
 
     def refuse_early(self) -> None:
@@ -254,6 +260,8 @@ class PruneOptions(InspectOptions):
         if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
             _refuse_place(self, "save", refuse_nonempty)  # a run that continues may find its model there
         _refuse_report(self)
+        if self.push_to_hub is not None:
+            refuse_upload(self.push_to_hub)
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:
@@ -277,6 +285,7 @@ class FinetuneOptions:
     dense: str | None = option("The model before pruning, to measure it for comparison.")
     save_model: str | None = option("Folder for the fine-tuned model, with its adapters merged.")
     packed: bool = option(_PACKED, False)
+    push_to_hub: str | None = option(_PUSH)
     data: str = option(f"Text to train on: {_TEXTS}.", "c4")
     eval: str = option(f"Text to measure perplexity on: {_TEXTS}.", "wikitext2")
     limit: int | None = option(_LIMIT, rule=_COUNT)
@@ -311,7 +320,7 @@ class FinetuneOptions:
                 self, "--method full, which trains no adapters", "lora_r lora_alpha lora_dropout target_modules"
             )
         if self.save_model is None:
-            refuse_given(self, "fine-tuning without --save_model", "packed")
+            refuse_given(self, "fine-tuning without --save_model", "packed push_to_hub")
         for name in (self.model, self.dense or ""):
             if name.startswith(TIMM):
                 raise UsageError(f"--model and --dense must be language models, but one is {name}.")
@@ -322,6 +331,8 @@ class FinetuneOptions:
         text_sources.check_source(self.data, "--data")
         text_sources.check_source(self.eval, "--eval")
         _refuse_place(self, "save_model", refuse_replacement)
+        if self.push_to_hub is not None:
+            refuse_upload(self.push_to_hub)
         check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
-from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows, refuse_no_space, save_model
+from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import (
     IMAGES_AT_ONCE,
     PAPER_IMAGES,
@@ -58,7 +58,7 @@ def run(options: PruneOptions) -> None:
     report = callback.report
     assert report is not None
     run = _record_run(report, options, data, callback.config, dense, pruned)
-    save_model(module, options.save_model, options.overwrite, options.packed)
+    folder = save_model(module, options.save_model, options.overwrite, options.packed)
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.run = replace(run, zero_shot=accuracies)
@@ -66,6 +66,7 @@ def run(options: PruneOptions) -> None:
     _print_results(options.name, report)
     if tasks:
         print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
+    push(folder, options.push_to_hub)
     return None
 
 
@@ -93,6 +94,7 @@ def _stream(options: PruneOptions) -> None:
         _record_run(report, options, data, choices, dense, pruned)
         _write_results(options, report)
     _print_results(options.name, report)
+    push(Path(output), options.push_to_hub)
 
 
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:

@@ -1,0 +1,100 @@
+"""Uploads to a hub on this machine, and what is refused before one begins."""
+
+import subprocess
+import sys
+
+import pytest
+from support.hub import running_hub
+
+from wanda_lightning.hub.upload import refuse_upload
+
+UPLOAD = (
+    "import sys; from wanda_lightning.hub.upload import *; refuse_upload(sys.argv[2]); print(upload(*sys.argv[1:]))"
+)
+
+
+@pytest.fixture
+def hub():
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with the kinds of files that a model has."""
+    files = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
+    (tmp_path / "a model").mkdir()
+    for name, content in files.items():
+        (tmp_path / "a model" / name).write_bytes(content)
+    return tmp_path / "a model", files
+
+
+def run(hub, folder, repo_id, **environment):
+    """Upload in a process of its own, since huggingface_hub reads the environment when it is imported."""
+    return subprocess.run(
+        [sys.executable, "-c", UPLOAD, folder, repo_id],
+        env=hub.environment(folder.parent / "home", **environment),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_folder_is_uploaded_to_a_new_repository(hub, model):
+    folder, files = model
+    ended = run(hub, folder, "us/tiny")
+    assert (ended.returncode, ended.stdout) == (0, f"{hub.url}/us/tiny\n"), ended.stderr
+    assert hub.repositories == {"us/tiny": files}
+
+
+def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model):
+    folder, files = model
+    (folder / "model.safetensors").rename(folder / "model.bin")  # the hub of the tests takes it without xet
+    ended = run(hub, folder, "us/tiny", HF_HUB_DISABLE_XET="0")
+    assert ended.returncode == 0, ended.stderr
+    assert hub.repositories["us/tiny"]["model.bin"] == files["model.safetensors"]
+
+
+def test_weights_of_another_model_in_the_repository_are_deleted(hub, model):
+    folder, files = model
+    names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "packed-model.safetensors"]
+    others = {"LICENSE": b"mine", "adapter_model.safetensors": b"adapters"}
+    hub.repositories["us/tiny"] = {**dict.fromkeys(names, b"old"), **others, "config.json": b"old"}
+    ended = run(hub, folder, "us/tiny")
+    assert ended.returncode == 0, ended.stderr
+    assert hub.repositories["us/tiny"] == {**others, **files}
+
+
+def test_a_refused_upload_says_how_to_repeat_it(hub, model):
+    folder, files = model
+    hub.refused = "us/tiny"
+    ended = run(hub, folder, "us/tiny")
+    assert ended.returncode != 0
+    last = ended.stderr.strip().splitlines()[-1]
+    assert f"push_to_hub='us/tiny' failed: the model is saved in {folder}, but it was not uploaded" in last
+    assert "You have no permission to write" in last
+    assert last.endswith(f"run: hf upload us/tiny '{folder}'")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+
+
+def test_a_hub_that_cannot_be_reached(hub, model):
+    ended = run(hub, model[0], "us/tiny", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "hf upload us/tiny" in ended.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"HF_TOKEN": ""}, "push_to_hub must be left out without a token that may write to 'us/tiny'"),
+        ({"HF_HUB_OFFLINE": "1"}, "push_to_hub must be left out while HF_HUB_OFFLINE is set, but it is 'us/tiny'"),
+    ],
+)
+def test_what_cannot_succeed_is_refused_without_a_request(hub, model, environment, message):
+    ended = run(hub, model[0], "us/tiny", **environment)
+    assert message in ended.stderr.strip().splitlines()[-1]
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("repo_id", ["tiny", "a/b/c", "us/ti ny", "", "us--tiny", True])
+def test_malformed_names_are_refused(repo_id):
+    with pytest.raises(ValueError, match="push_to_hub must be OWNER/NAME of a model repository, but it is "):
+        refuse_upload(repo_id)

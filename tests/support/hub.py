@@ -1,0 +1,134 @@
+"""A Hugging Face hub on this machine: the part of its API with which a folder is uploaded."""
+
+import base64
+import json
+import os
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TOKEN = "hf_of_the_tests"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories in memory.
+
+    Attributes:
+        repositories: The files of each repository, by path.
+        refused: A repository to which nothing can be committed.
+        requests: Method and path of each request.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.refused = ""
+        self.requests: list[str] = []
+        self.uploaded: dict[str, bytes] = {}  # by sha256
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self, home, **more):
+        """Variables for a process that uploads to this hub; without hf_xet, whose protocol is not public."""
+        hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        return {**inherited, **hub, "OMP_NUM_THREADS": "1", **more}
+
+
+@contextmanager
+def running_hub():
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def _answer(self, content, status=200):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _handle(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.partition("?")[0]
+        self.server.requests.append(f"{self.command} {path}")
+        if path.startswith("/lfs/"):  # a storage service, which gets no token
+            self.server.uploaded[path.removeprefix("/lfs/")] = body
+            return self._answer({})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._answer({"error": "Invalid username or password."}, 401)
+        for pattern, answer in _ANSWERS.items():
+            if found := re.fullmatch(pattern, f"{self.command} {path}"):
+                return answer(self, body, *found.groups())
+        return self._answer({"error": "Not found"}, 404)
+
+    do_GET = do_POST = do_PUT = _handle
+
+    def create(self, body):
+        asked = json.loads(body)
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        exists = repo_id in self.server.repositories
+        self.server.repositories.setdefault(repo_id, {})
+        self._answer({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
+
+    def tree(self, body, repo_id):
+        files = self.server.repositories[repo_id].items()
+        self._answer([{"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in files])
+
+    def validate(self, body):
+        self._answer({"errors": [], "warnings": []})
+
+    def preupload(self, body, repo_id):
+        modes = {True: "lfs", False: "regular"}
+        files = [
+            {"path": file["path"], "uploadMode": modes[file["path"].endswith(".safetensors")], "shouldIgnore": False}
+            for file in json.loads(body)["files"]
+        ]
+        self._answer({"files": files})
+
+    def batch(self, body, repo_id):
+        objects = json.loads(body)["objects"]
+        links = [{"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}} for each in objects]
+        self._answer({"objects": [each | {"actions": link} for each, link in zip(objects, links, strict=True)]})
+
+    def commit(self, body, repo_id):
+        if repo_id == self.server.refused:
+            return self._answer({"error": "You have no permission to write."}, 403)
+        files = self.server.repositories[repo_id]
+        for line in map(json.loads, body.splitlines()):
+            kind, value = line["key"], line["value"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                files[value["path"]] = self.server.uploaded[value["oid"]]
+            elif kind == "deletedFile":
+                del files[value["path"]]
+        return self._answer({"commitUrl": f"{self.server.url}/{repo_id}/commit/1", "commitOid": "1"})
+
+
+_ID = r"([\w.-]+/[\w.-]+)"
+_ANSWERS = {
+    "POST /api/repos/create": _Handler.create,
+    "POST /api/validate-yaml": _Handler.validate,
+    f"GET /api/models/{_ID}/tree/main": _Handler.tree,
+    f"POST /api/models/{_ID}/preupload/main": _Handler.preupload,
+    f"POST /api/models/{_ID}/commit/main": _Handler.commit,
+    f"POST /{_ID}\\.git/info/lfs/objects/batch": _Handler.batch,
+}

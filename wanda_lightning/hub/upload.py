@@ -1,0 +1,74 @@
+"""Upload the folder of a model to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from wanda_lightning.checks import one_line
+
+_WEIGHTS = [f"{packed}model*.safetensors{index}" for packed in ("", "packed-") for index in ("", ".index.json")]
+
+_EXPECTED = "push_to_hub must be OWNER/NAME of a model repository"
+
+
+def refuse_upload(repo_id: str) -> None:
+    """Raise a ValueError for an upload that cannot succeed, without connecting to the hub.
+
+    Args:
+        repo_id: OWNER/NAME of a model repository.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{_EXPECTED}, but it is {repo_id!r}: {one_line(error)}") from error
+    if "/" not in repo_id:  # the card names the repository, and whose it would be is not known
+        raise ValueError(f"{_EXPECTED}, but it is {repo_id!r}. Add the user or the organization.")
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"push_to_hub must be left out while HF_HUB_OFFLINE is set, but it is {repo_id!r}. Unset HF_HUB_OFFLINE, "
+            "or upload the saved model later: hf upload."
+        )
+    if get_token() is None:
+        raise ValueError(
+            f"push_to_hub must be left out without a token that may write to {repo_id!r}, but no token was found. Run "
+            "hf auth login, or set HF_TOKEN."
+        )
+
+
+def upload(folder: str | os.PathLike[str], repo_id: str) -> str:
+    """Upload all files of a folder to a model repository, in one commit, and return its address.
+
+    A repository that does not exist is created, and is public unless the organization has another default. Weights of
+    another model that the repository holds are deleted, because they might be loaded instead.
+
+    Args:
+        folder: The folder of the model.
+        repo_id: OWNER/NAME of the repository.
+
+    Raises:
+        OSError: If it fails, for whatever reason. The message names the command that uploads the folder later.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="wanda_lightning")
+    try:
+        address = api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=Path(folder),
+            commit_message="Upload pruned model with wanda_lightning",
+            delete_patterns=_WEIGHTS,
+        )
+    except Exception as error:  # of the connection, of the server, of the disk
+        raise OSError(
+            f"push_to_hub={repo_id!r} failed: the model is saved in {folder}, but it was not uploaded "
+            f"({type(error).__name__}: {one_line(error)}). To upload it later, run: "
+            f"hf upload {shlex.join([repo_id, os.fspath(folder)])}"
+        ) from error
+    return str(address)
