@@ -15,17 +15,15 @@ from wanda_lightning.hub.upload import upload
 from wanda_lightning.model_sources import load_config
 
 
-def measure(
-    module: L.LightningModule, data: L.LightningDataModule, callback: Callback | None = None
-) -> dict[str, float]:
-    """Run one validation loop, before which the callback may prune, and return its metrics."""
+def measure(module: L.LightningModule, data: L.LightningDataModule, *callbacks: Callback) -> dict[str, float]:
+    """Run one validation loop, before which a callback may prune, and return its metrics."""
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[callback] if callback else [],
+        callbacks=list(callbacks),
     )
     (metrics,) = trainer.validate(module, data, verbose=False)
     return {name: float(value) for name, value in metrics.items()}

@@ -92,6 +92,10 @@ class ImageDataModule(DataModule):
         """Number of classes; available after `setup`."""
         return len(self.class_names)
 
+    def evaluation_image(self, index: int) -> tuple[Any, int]:
+        """Return an evaluation image as a PIL image before any transform, and its label; available after `setup`."""
+        return self._opened().evaluation[index]
+
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""
         model = self.model if self.model is not None else getattr(self.trainer, "lightning_module", None)

@@ -128,15 +128,15 @@ class ImageClassifierModule(L.LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the images to the loss and the accuracies of the validation."""
-        self._measure("val", batch)
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Add the images to the loss and the accuracies of the validation, and return the predicted labels."""
+        return self._measure("val", batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the images to the loss and the accuracies of the test."""
-        self._measure("test", batch)
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Add the images to the loss and the accuracies of the test, and return the predicted labels."""
+        return self._measure("test", batch)
 
-    def _measure(self, stage: str, batch: Any) -> None:
+    def _measure(self, stage: str, batch: Any) -> Tensor:
         images, labels = _read_labeled(batch)
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(images))
@@ -145,6 +145,7 @@ class ImageClassifierModule(L.LightningModule):
                 assert isinstance(metric, Metric)
                 metric.update(logits, labels)
                 self.log(name, metric, prog_bar=True, batch_size=len(images))
+        return logits.argmax(dim=-1)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the logits of the batch; it needs no labels."""
