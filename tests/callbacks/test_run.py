@@ -1,11 +1,22 @@
 """What a report says about the run in which a callback has pruned: never more than the Trainer knows."""
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from support.callbacks import Net, loader, trainer
 from support.modules import tiny_llama, tiny_tokenizer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
-from wanda_lightning import CausalLMModule, MagnitudePrune, PruningReport, TextDataModule, WandaPrune
+from wanda_lightning import (
+    CausalLMModule,
+    ImageClassifierModule,
+    MagnitudePrune,
+    PruningReport,
+    TextDataModule,
+    WandaPrune,
+)
 from wanda_lightning.report import REPORT_NAME, Run
 
 pytestmark = [
@@ -32,7 +43,7 @@ def test_a_loop_that_prunes_and_measures(tmp_path, text, loop):
     run = trainer(callback)
     (measured,) = getattr(run, loop)(model := module(), text, verbose=False)
     expected = Run(
-        model="LlamaForCausalLM",
+        model="",
         metric="perplexity",
         after=measured[f"{loop[:3] if loop == 'validate' else loop}_perplexity"],
         data=f"{text.evaluation}, 5 windows of 16 tokens",
@@ -56,7 +67,7 @@ def test_a_loop_that_measures_the_dense_model_and_calibrates_on_it(text):
 def test_training_measures_no_model_that_was_only_pruned(text):
     callback = MagnitudePrune()
     trainer(callback, max_steps=2).fit(module(), text)
-    assert callback.report.run == Run(model="LlamaForCausalLM")
+    assert callback.report.run == Run()
 
 
 def test_part_of_the_data_is_not_described_as_all_of_it(text):
@@ -70,13 +81,36 @@ def test_a_loop_after_another_that_has_pruned(text):
     callback, model = MagnitudePrune(), module()
     trainer(callback).predict(model, text)
     trainer(callback).validate(model, text, verbose=False)
-    assert callback.report.run == Run(model="LlamaForCausalLM")
+    assert callback.report.run == Run()
 
 
 def test_data_and_metrics_of_a_users_own_module_are_not_known():
     callback = WandaPrune(num_samples=4)
     trainer(callback).validate(Net(), loader(), verbose=False)
-    assert callback.report.run == Run(model="Net")
+    assert callback.report.run == Run()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"model": "test_vit", "pretrained": False}, "timm:test_vit (not pretrained)"),
+        ({"model": "timm:test_vit", "checkpoint": "w.safetensors"}, "timm:test_vit (w.safetensors)"),
+    ],
+)
+def test_the_name_of_a_classifier_says_which_weights_it_had(tmp_path, monkeypatch, options, name):
+    monkeypatch.chdir(tmp_path)
+    save_file(timm.create_model("test_vit").state_dict(), "w.safetensors")
+    callback, images = MagnitudePrune(), DataLoader(torch.zeros(1, 3, 160, 160))
+    trainer(callback).predict(ImageClassifierModule(**options), images)
+    assert callback.report.run == Run(model=name)
+
+
+def test_the_name_of_a_language_model_is_that_of_its_folder(tmp_path, text):
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    for model in (f"{tmp_path}/llama", AutoModelForCausalLM.from_pretrained(tmp_path / "llama")):
+        callback = MagnitudePrune()
+        trainer(callback).predict(CausalLMModule(model, tiny_tokenizer()), text)
+        assert callback.report.run == Run(model=f"{tmp_path}/llama")
 
 
 def test_calibration_data_of_ones_own(text):

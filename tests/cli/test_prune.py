@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
+from wanda_lightning.cli.examples import PROMPTS
 from wanda_lightning.report import Run
 
 pytestmark = [
@@ -193,6 +194,31 @@ def test_the_seed_draws_the_calibration(text):
     first, again, other = masks("a"), masks("b", "--seed", "0"), masks("c", "--seed", "1")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_report_has_text_by_both_models_and_changes_nothing_else(inputs, text):
+    method = ["--prune_method", "magnitude", "--sparsity_ratio", "0.8"]
+    assert run(*text, *method, "--save", "a", "--save_model", "a/model", "--report", "a.html") == 0
+    assert run(*text, *method, "--save", "b", "--save_model", "b/model") == 0
+    a, b = (json.loads(Path(name, "pruning_report.json").read_text())["run"] for name in "ab")
+    assert [sample["prompt"] for sample in a.pop("samples")] == list(PROMPTS)
+    assert b.pop("samples") == []
+    assert a.pop("command") != b.pop("command")
+    assert a == b
+    weights = [load_file(f"{name}/model/model.safetensors") for name in "ab"]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_the_report_has_images_whose_prediction_changed(inputs, images, tmp_path):
+    weights = load_file(inputs / "test_vit.safetensors")
+    weights["head.bias"].zero_()  # else it says the same of every image
+    save_file(weights, tmp_path / "sure.safetensors")
+    method = ["--prune_method", "magnitude", "--sparsity_ratio", "0.8"]
+    assert run(*images, "--resume", "sure.safetensors", *method, "--save", "out", "--report", "out/page.html") == 0
+    shown = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text()).run.images
+    assert 0 < len(shown) <= 8
+    assert {image.label for image in shown} <= {"ape", "bee", "cat", "dog"}
+    assert all(image.before != image.after for image in shown)
 
 
 def test_nothing_is_written_that_was_not_asked_for(text, tmp_path, capsys):

@@ -28,8 +28,7 @@ def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples
         calibration_samples: Number of samples of the datamodule's calibration data; 0 if another source is read, or
             none.
     """
-    name = pl_module.hparams.get("model")
-    run = Run(model=name if isinstance(name, str) else type(pruning_target(pl_module)).__name__)
+    run = Run(model=_name_of(pl_module))
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
     return replace(run, calibration=describe(calibration_samples)) if describe and calibration_samples else run
 
@@ -52,3 +51,17 @@ def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
     run = replace(run, metric=_METRICS[found], data=describe() if describe and is_whole else "")
     value = float(metrics[found])
     return replace(run, before=value) if is_dense else replace(run, after=value)
+
+
+def _name_of(pl_module: L.LightningModule) -> str:
+    """Return the name from which the model was loaded; empty if it is not known."""
+    choices, model = pl_module.hparams, pruning_target(pl_module)
+    name = choices.get("model")
+    if not isinstance(name, str):
+        return str(getattr(model, "name_or_path", ""))
+    if not hasattr(model, "pretrained_cfg"):
+        return name
+    name = f"timm:{name.removeprefix('timm:')}"
+    if checkpoint := choices.get("checkpoint"):
+        return f"{name} ({checkpoint})"
+    return name if choices.get("pretrained", True) else f"{name} (not pretrained)"

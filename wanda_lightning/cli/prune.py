@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
 from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import (
     IMAGES_AT_ONCE,
@@ -53,11 +54,13 @@ def run(options: PruneOptions) -> None:
     refuse_no_space(options.save_model, module, options.packed)
     if callback.config.data_reader is not None and isinstance(data, TextDataModule):
         _ = data.calibration_windows  # to refuse a short text, too
-    dense = measure(module, data)[metric]
-    pruned = measure(module, data, callback)[metric]
+    before, after = (_examples(options, data) for _ in range(2))
+    dense = measure(module, data, before)[metric]
+    pruned = measure(module, data, callback, after)[metric]
     report = callback.report
     assert report is not None
-    run = _record_run(report, options, data, callback.config, dense, pruned)
+    run = replace(_record_run(report, options, data, callback.config, dense, pruned), **after.since(before))
+    report.run = run
     folder = save_model(module, options.save_model, options.overwrite, options.packed)
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
@@ -132,6 +135,13 @@ def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
     )
 
 
+def _examples(options: PruneOptions, data: TextDataModule | ImageDataModule) -> Examples:
+    """Return what collects examples for a report."""
+    if options.report is None:
+        return Examples()
+    return ImageExamples(data) if isinstance(data, ImageDataModule) else TextExamples()
+
+
 def _record_run(
     report: PruningReport,
     options: PruneOptions,
@@ -144,7 +154,7 @@ def _record_run(
     report.config["command"] = as_given(options) | _as_used(options, data)
     report.run = Run(
         command=as_command("prune", options),
-        model=options.model,
+        model=f"{options.model} ({options.resume})" if options.resume else options.model,
         metric="top-1" if options.is_image else "perplexity",
         before=dense,
         after=pruned,

@@ -193,7 +193,7 @@ class Run:
 
     Attributes:
         command: The shell command that repeats it; empty for a run that was started from Python.
-        model: Name of the dense model.
+        model: Name of the dense model, and in parentheses the file of its weights if the name alone does not load them.
         metric: What was measured: "perplexity", or "top-1", a fraction of the images.
         before: The result of the dense model.
         after: The result of the pruned model.
