@@ -5,12 +5,15 @@ import sys
 
 import lightning as L
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy
 from support.callbacks import Net, loader, same, share_of_zeros, trainer
 from support.hub import running_hub
+from support.modules import tiny_llama, windows_of_text
+from torch.utils.data import DataLoader
 
-from wanda_lightning import MagnitudePrune, SavePretrained
+from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -85,6 +88,33 @@ def test_a_strategy_that_distributes_the_model_is_refused(tmp_path):
     run.strategy.__class__ = FSDPStrategy  # which itself needs a GPU
     with pytest.raises(MisconfigurationException, match="FSDPStrategy distributes the model"):
         SavePretrained(tmp_path / "out").setup(run, Saving(), "fit")
+
+
+def card_after(tmp_path, *callbacks, steps=2):
+    callbacks = [*callbacks, SavePretrained(tmp_path / "out")]
+    module = CausalLMModule(tiny_llama(), lr=0.1)
+    trainer(*callbacks, max_steps=steps).fit(module, DataLoader(windows_of_text(2)))
+    path = tmp_path / "out/README.md"
+    return module, path.read_text() if path.exists() else None
+
+
+def test_a_pruned_model_gets_a_card(tmp_path):
+    _, card = card_after(tmp_path, MagnitudePrune())
+    assert "50.00% of the weights in 14 layers are zero" in card
+    assert "The same run trained it for 2 steps." in card
+    assert f'from_pretrained("{tmp_path}/out")' in card
+
+
+def test_the_card_counts_the_zeros_after_training(tmp_path):
+    module, card = card_after(tmp_path, MagnitudePrune(keep_zeros=False))
+    weights = [m.weight for name, m in module.model.named_modules() if name.endswith("_proj")]
+    zeros, size = (sum(count(weight) for weight in weights) for count in (lambda w: int((w == 0).sum()), torch.numel))
+    assert zeros < size / 4
+    assert f"{zeros / size:.2%} of the weights in 14 layers are zero" in card
+
+
+def test_a_model_that_was_not_pruned_gets_no_card(tmp_path):
+    assert card_after(tmp_path)[1] is None
 
 
 PUSH = """

@@ -16,6 +16,7 @@ import timm
 import torch
 import transformers
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from support.cli import OUT, SEQLEN, everything_in, perplexity_by_hand, run, zeros_by_layer
 from support.reports import Page
@@ -115,6 +116,8 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
         assert kept_as_they_were == (method in ("wanda", "magnitude"))
     assert torch.equal(pruned.lm_head.weight, dense.lm_head.weight)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/model")("ab").input_ids
+    (found,) = ModelCard.load(tmp_path / "out/model/README.md").data.eval_results
+    assert (found.dataset_name, found.metric_value) == (report.run.data, report.run.after)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "8:16"])

@@ -32,6 +32,9 @@ def test_a_pruned_model(hub, text, how):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."
     assert hub.repositories == {"us/tiny": files_in("out")}
+    card = hub.repositories["us/tiny"]["README.md"].decode()
+    assert 'from_pretrained("us/tiny")' in card
+    assert ("import wanda_lightning" in card) == (how == "--packed")
 
 
 def test_a_fine_tuned_model(hub, text, inputs):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,13 +13,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from wanda_lightning.callbacks.pruning import PruningCallback
+from wanda_lightning.callbacks.trainer import pruning_target
 from wanda_lightning.checks import refuse_pytorch_lightning
 from wanda_lightning.files import refuse_replacement
+from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import refuse_upload, upload
+from wanda_lightning.report import PruningReport
+from wanda_lightning.zeros import zeros_of
 
 
 class SavePretrained(Callback):
     """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
+
+    If a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too, unless
+    the module has written one.
 
     If the module has a `merge()` method, it is called first, to merge adapters: the saved folder loads without peft,
     and the module in memory no longer has adapters. Checkpoints from before the merge load only into a module with
@@ -88,5 +98,27 @@ class SavePretrained(Callback):
             return
         choices = {"packed": True} if self.packed else {}  # a module of yours may not have it
         pl_module.save_pretrained(self.folder, overwrite=self.overwrite, **choices)  # type: ignore[operator]
+        self._write_card(trainer, pl_module)
         if self.push_to_hub is not None:
             rank_zero_info(f"SavePretrained: uploaded to {upload(self.folder, self.push_to_hub)}")
+
+    def _write_card(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the card of a pruned model, with the zeros that it has after training."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback.report for callback in callbacks if isinstance(callback, PruningCallback)]
+        if reports := [report for report in found if report is not None]:
+            write_card(
+                self.folder,
+                _recounted(reports[-1], zeros_of(pruning_target(pl_module))),
+                name=self.push_to_hub or self.folder,
+                packed=self.packed,
+                on_hub=self.push_to_hub is not None,
+                trained_steps=trainer.global_step,
+            )
+
+
+def _recounted(report: PruningReport, zeros: Mapping[str, int]) -> PruningReport:
+    """Return the report with the zeros that the layers have now: training may have filled some."""
+    layers = [replace(layer, sparsity=zeros.get(layer.name, layer.zeros) / layer.size) for layer in report.layers]
+    filled = sum(before.zeros - after.zeros for before, after in zip(report.layers, layers, strict=True))
+    return replace(report, layers=layers, zeros=report.zeros - filled)

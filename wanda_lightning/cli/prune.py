@@ -30,6 +30,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import existing_parent, unclaimed, whole_file
+from wanda_lightning.hub.card import write_card
 from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
@@ -62,9 +63,11 @@ def run(options: PruneOptions) -> None:
     run = replace(_record_run(report, options, data, callback.config, dense, pruned), **after.since(before))
     report.run = run
     folder = save_model(module, options.save_model, options.overwrite, options.packed)
+    _write_card(folder, options, report)
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.run = replace(run, zero_shot=accuracies)
+        _write_card(folder, options, report)
     _write_results(options, report)
     _print_results(options.name, report)
     if tasks:
@@ -95,6 +98,7 @@ def _stream(options: PruneOptions) -> None:
     ) as report:
         pruned = measured(output, data.val_dataloader())
         _record_run(report, options, data, choices, dense, pruned)
+        _write_card(Path(output), options, report)
         _write_results(options, report)
     _print_results(options.name, report)
     push(Path(output), options.push_to_hub)
@@ -172,6 +176,12 @@ def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> d
     if isinstance(data, ImageDataModule):
         return used
     return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
+
+
+def _write_card(folder: Path | None, options: PruneOptions, report: PruningReport) -> None:
+    if folder is not None:
+        name = options.push_to_hub or folder
+        write_card(folder, report, name=name, packed=options.packed, on_hub=options.push_to_hub is not None)
 
 
 def _write_results(options: PruneOptions, report: PruningReport) -> None:

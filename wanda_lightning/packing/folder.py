@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanda_lightning.files import refuse_full, refuse_replacement, whole_folder
+from wanda_lightning.hub.card import update_card
 from wanda_lightning.packing import codec, layout
 from wanda_lightning.packing.tensor_file import WORD_SIZES, Entry, TensorFile, writing
 from wanda_lightning.progress import ProgressBar
@@ -53,7 +54,7 @@ def pack(
     """Pack the model in a folder: a matrix with enough zeros is stored as its kept values and their positions.
 
     Only one tensor is in memory at a time. Other files are copied, except for the same weights in other formats, such
-    as pytorch_model.bin.
+    as pytorch_model.bin. A model card that this package wrote is updated.
 
     Args:
         source: Folder of a Hugging Face or timm model with weights in safetensors.
@@ -76,6 +77,7 @@ def pack(
     with whole_folder(target, overwrite) as new:
         _copy_other_files(place, new)
         _write_packed(parts, codes, place, new, show_progress)
+        update_card(new, target, packed=True)
     return _size(parts, codes)
 
 
@@ -127,6 +129,7 @@ def unpack(
         _write_indices(parts, place, new, _dense_name)
         if dense := layout.dense_config(config):
             _write_json(new / _CONFIG, dense)
+        update_card(new, target, packed=False)
 
 
 def packed_files(folder: Path) -> list[TensorFile]:

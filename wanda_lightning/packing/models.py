@@ -11,15 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wanda_lightning.files import whole_folder
+from wanda_lightning.hub.card import write_card
 from wanda_lightning.models.quantized import quantizer
 from wanda_lightning.packing import layout
 from wanda_lightning.packing.folder import PackedSize, pack_in_place, packed_files
 from wanda_lightning.packing.tensors import unpacked
+from wanda_lightning.report import PruningReport
 
 _WEIGHTS = "model.safetensors"
 
 
-def save_packed(model: nn.Module, folder: str | os.PathLike[str], overwrite: bool = False) -> PackedSize:
+def save_packed(
+    model: nn.Module, folder: str | os.PathLike[str], overwrite: bool = False, report: PruningReport | None = None
+) -> PackedSize:
     """Save a model as a packed folder. Call it in one process only.
 
     The dense model is written first, then packed, and deleted at the end, so the disk must hold both for a moment.
@@ -29,6 +33,7 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str], overwrite: boo
         folder: Path to write. After `import wanda_lightning`, `from_pretrained(folder)` loads a transformers model;
             `load_packed` loads any other.
         overwrite: Replace a model that is already in the folder.
+        report: What `prune` returned, to write a model card (`README.md`).
 
     Returns:
         The sizes before and after.
@@ -40,7 +45,10 @@ def save_packed(model: nn.Module, folder: str | os.PathLike[str], overwrite: boo
     refuse_to_pack_model(model)
     with whole_folder(folder, overwrite) as new:
         _save_dense(model, new)
-        return pack_in_place(new)
+        size = pack_in_place(new)
+        if report is not None:
+            write_card(new, report, name=folder, packed=True)
+        return size
 
 
 def refuse_to_pack_model(model: nn.Module) -> None:

@@ -1,0 +1,216 @@
+"""Model cards: read back with huggingface_hub, and their code is run."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import timm
+from huggingface_hub import ModelCard
+from support.modules import same_weights, tiny_llama, tiny_tokenizer
+from support.zoo import ZOO
+from torch import nn
+
+from wanda_lightning import CausalLMModule, pack, prune, save_packed, unpack
+from wanda_lightning.hub.card import PICTURE_NAME, write_card
+from wanda_lightning.hub.source import Source, find_source
+from wanda_lightning.report import Run, Sample
+
+RUN = Run(
+    command="wanda-lightning prune --model 'a b' --sparsity_ratio 0.5",
+    model="",
+    metric="perplexity",
+    before=12.5,
+    after=16.25,
+    data="wikitext2, 83 windows of 2,048 tokens",
+    calibration="c4, 128 windows of 2,048 tokens, seed 0",
+    zero_shot={"boolq": {"acc": 0.625, "acc_stderr": 0.01}, "mean": {"acc": 0.625}},
+    samples=(Sample("Once", " upon\n# a time", " again"),),
+)
+
+
+def pruned_llama(run=RUN):
+    model = tiny_llama()
+    report = prune(model, None, 0.5, criterion="magnitude", progress=False)
+    return model, replace(report, run=run)
+
+
+def card_of(model, report, folder, **how):
+    CausalLMModule(model, tiny_tokenizer()).save_pretrained(folder, packed=how.get("packed", False))
+    write_card(folder, report, **{"name": folder, **how})
+    return ModelCard.load(folder / "README.md")
+
+
+def test_metadata_describe_the_model_and_its_results(tmp_path):
+    card = card_of(*pruned_llama(), tmp_path / "tiny")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"pruned", "sparse"} <= set(card.data.tags)
+    assert card.data.model_name == "tiny"
+    assert not {"base_model", "base_model_relation", "license"} & card.data.to_dict().keys()
+    found = {(each.dataset_type, each.dataset_name, each.metric_type): each for each in card.data.eval_results}
+    assert {key: (each.task_type, each.metric_value) for key, each in found.items()} == {
+        ("wikitext2", "wikitext2, 83 windows of 2,048 tokens", "perplexity"): ("text-generation", 16.25),
+        ("boolq", "boolq", "accuracy"): ("text-generation", 0.625),
+    }
+
+
+def test_the_text_says_what_was_measured_and_how_to_repeat_it(tmp_path):
+    model, report = pruned_llama()
+    text = card_of(model, report, tmp_path / "tiny").text
+    assert f"50.00% of the weights in 14 layers are zero, which is {report.model_sparsity:.2%} of all" in text
+    assert "| Perplexity, wikitext2, 83 windows of 2,048 tokens | 12.50 | 16.25 |" in text
+    assert "| boolq, accuracy |  | 62.50% |" in text
+    assert "| Calibration data | c4, 128 windows of 2,048 tokens, seed 0 |" in text
+    assert f"```shell\n{RUN.command}\n```" in text
+    assert "Dense:\n\n    Once upon\n    # a time\n\nPruned:\n\n    Once again" in text  # no heading
+    assert (tmp_path / "tiny" / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
+    assert f"]({PICTURE_NAME})" in text
+
+
+def test_what_is_not_known_is_left_out(tmp_path):
+    model, report = pruned_llama(None)
+    card = card_of(model, report, tmp_path / "tiny")
+    assert card.data.eval_results is None
+    assert "dense" not in card.text
+    assert "shell" not in card.text
+    assert "before and after" not in card.text
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm", "neither"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_code_of_the_card_loads_the_model(tmp_path, library, packed):
+    if library == "transformers":
+        model, new = tiny_llama(), None
+    elif library == "timm":
+        model, new = timm.create_model("test_vit"), None
+    else:
+        model, new = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].build()
+        nn.init.zeros_(next(new.parameters()))
+    report = prune(model, None, 0.5, criterion="magnitude", progress=False)
+    if packed:
+        save_packed(model, tmp_path / "out", report=report)
+    elif library == "neither":
+        return  # no library loads it
+    else:
+        if library == "timm":
+            timm.models.save_for_hf(model, str(tmp_path / "out"), safe_serialization=True)
+        else:
+            model.save_pretrained(tmp_path / "out")
+        write_card(tmp_path / "out", report, name=tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)\n```", (tmp_path / "out/README.md").read_text(), flags=re.DOTALL)
+    names = {"model": new}
+    exec(code, names)
+    assert ("wanda_lightning" in code) == packed
+    assert same_weights(names["model"], model)
+
+
+def test_the_code_is_updated_when_the_model_is_packed_and_unpacked(tmp_path):
+    card_of(*pruned_llama(), tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    dense, packed, again = ((tmp_path / name / "README.md").read_text() for name in ("dense", "packed", "again"))
+    assert "import wanda_lightning" not in dense
+    assert "\nimport wanda_lightning  # so that transformers can load packed weights\n" in packed
+    assert f'from_pretrained("{tmp_path}/packed")' in packed
+    assert again == dense.replace(f"{tmp_path}/dense", f"{tmp_path}/again")
+
+
+def test_the_card_of_someone_else_is_packed_as_it_is(tmp_path):
+    CausalLMModule(tiny_llama(), tiny_tokenizer()).save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense/README.md").write_text("```python\nmine\n```\n")
+    pack(tmp_path / "dense", tmp_path / "packed")
+    assert (tmp_path / "packed/README.md").read_text() == "```python\nmine\n```\n"
+
+
+@pytest.mark.parametrize(
+    ("library", "packed", "line"),
+    [
+        ("transformers", False, 'model = AutoModelForCausalLM.from_pretrained("us/tiny")'),
+        ("timm", False, 'model = timm.create_model("hf-hub:us/tiny", pretrained=True)'),
+        ("timm", True, 'model = load_packed(snapshot_download("us/tiny"))'),
+    ],
+)
+def test_the_code_of_a_card_on_the_hub(tmp_path, library, packed, line):
+    _, report = pruned_llama()
+    config = {"transformers": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'}
+    (tmp_path / "config.json").write_text(config.get(library, '{"architecture": "test_vit"}'))
+    write_card(tmp_path, report, name="us/tiny", packed=packed, on_hub=True)
+    assert f"\n{line}\n```" in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_that_someone_else_wrote_is_kept(tmp_path):
+    _, report = pruned_llama()
+    (tmp_path / "README.md").write_text("mine")
+    write_card(tmp_path, report, name=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_our_own_card_is_replaced(tmp_path):
+    model, report = pruned_llama()
+    card_of(model, report, tmp_path / "tiny")
+    write_card(tmp_path / "tiny", replace(report, run=replace(RUN, after=99.0)), name="tiny")
+    assert ModelCard.load(tmp_path / "tiny/README.md").data.eval_results[0].metric_value == 99.0
+
+
+def test_the_training_of_the_same_run_is_named(tmp_path):
+    card = card_of(*pruned_llama(), tmp_path / "tiny", trained_steps=1)
+    assert "The same run trained it for 1 step." in card.text
+
+
+def test_names_are_no_markup(tmp_path):
+    model, report = pruned_llama(replace(RUN, data="a|b_c, <i>", model="x*y*z"))
+    text = card_of(model, replace(report, notes=["few tokens: `layers.*.up_proj`"]), tmp_path / "a_b_c").text
+    for raw in ("a|b_c", "<i>", "x*y", " `layers", "a_b_c\n"):
+        assert raw not in text.replace(f'"{tmp_path}/a_b_c"', "")
+
+
+# ------------------------------------------------------------------------------------------------ the dense model
+
+
+def folder_with_card(folder, metadata):
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
+    return str(folder)
+
+
+def test_license_and_base_of_a_folder_are_kept(tmp_path):
+    metadata = "license: other\nlicense_name: llama\nlicense_link: LICENSE\nlanguage:\n- en\nbase_model: us/base\nx: 1"
+    folder = folder_with_card(tmp_path / "dense", metadata)
+    kept = {"license": "other", "license_name": "llama", "license_link": "LICENSE", "language": ["en"]}
+    assert find_source(folder) == find_source(f"timm:local-dir:{folder}") == Source("us/base", kept)
+    (tmp_path / "dense/model.gguf").touch()
+    assert find_source(f"{folder}/model.gguf") == Source("us/base", kept)
+
+    card = card_of(*pruned_llama(replace(RUN, model=folder)), tmp_path / "tiny")
+    assert {"base_model": "us/base", "base_model_relation": "finetune", **kept}.items() <= card.data.to_dict().items()
+    assert "[us/base](https://huggingface.co/us/base), pruned with" in card.text
+
+
+@pytest.mark.parametrize("card", [None, "no metadata", "---\n: {\n---\n", "---\n- a\n---\n", b"\xff\xfe\xfd"])
+def test_a_folder_without_a_readable_card(tmp_path, card):
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert find_source(str(tmp_path)) == Source()
+
+
+def test_the_card_of_a_hub_model_comes_from_the_cache(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--us--base/snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--us--base/refs").mkdir()
+    (tmp_path / "models--us--base/refs/main").write_text("0" * 40)
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    link = "https://huggingface.co/us/base/blob/main/LICENSE"
+    for name in ("us/base", "timm:hf-hub:us/base"):
+        found = find_source(name, cache_dir=str(tmp_path))
+        assert found == Source("us/base", {"license": "other", "license_link": link})
+    assert find_source("us/unknown", cache_dir=str(tmp_path)) == Source("us/unknown")
+
+
+def test_weights_of_timm_are_on_the_hub():
+    known = timm.get_pretrained_cfg("test_vit")
+    assert find_source("timm:test_vit") == Source(known.hf_hub_id, {"license": known.license})
+    assert find_source("timm:test_vit (mine.safetensors)") == find_source("timm:test_vit.other_tag") == Source()
+    assert find_source("a b (mine.safetensors)") == Source()

@@ -1,0 +1,229 @@
+"""The model card of a pruned model: how it was pruned, what that cost, and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from wanda_lightning.files import whole_file
+from wanda_lightning.hub.source import CARD_NAME, Source, find_source
+from wanda_lightning.report import PruningReport, Run, write_report
+from wanda_lightning.report.facts import method_of
+from wanda_lightning.report.words import count, counted, duration, metric_name, result
+
+PICTURE_NAME = "pruning_report.png"
+_MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
+_METRICS = {"perplexity": ("text-generation", "perplexity"), "top-1": ("image-classification", "accuracy")}
+
+
+def write_card(
+    folder: str | os.PathLike[str],
+    report: PruningReport,
+    *,
+    name: str | os.PathLike[str],
+    packed: bool = False,
+    on_hub: bool = False,
+    trained_steps: int = 0,
+) -> None:
+    """Write the model card, and a picture if matplotlib is installed, into the folder of a saved model.
+
+    A README.md that this function did not write is kept.
+
+    Args:
+        folder: The folder.
+        report: The report of the pruning.
+        name: The name by which the model is loaded: a path, or an id on the hub.
+        packed: Whether the folder is packed.
+        on_hub: Whether the name is an id on the hub.
+        trained_steps: Number of optimizer steps of the run that pruned the model.
+    """
+    path = Path(folder) / CARD_NAME
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
+    if has_picture:
+        write_report(report, Path(folder) / PICTURE_NAME)
+    saved = _Saved(os.fspath(name), _read_config(Path(folder)), packed, on_hub)
+    card = model_card(report, saved, has_picture, trained_steps)
+    with whole_file(path) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+def update_card(folder: Path, name: str | os.PathLike[str], packed: bool) -> None:
+    """Replace the code that loads the model in a card that `write_card` wrote, for a model that was packed or unpacked.
+
+    Args:
+        folder: The folder.
+        name: The path by which the model is loaded.
+        packed: Whether the folder is packed.
+    """
+    path = folder / CARD_NAME
+    if path.exists() and _MARK in (card := path.read_text(encoding="utf-8", errors="replace")):
+        code = f"```python\n{_loading(_Saved(os.fspath(name), _read_config(folder), packed, on_hub=False))}\n```"
+        path.write_text(re.sub(r"```python\n.*?\n```", lambda _: code, card, flags=re.DOTALL), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A saved model: the name by which it is loaded, its config.json, and in which form it is."""
+
+    name: str
+    config: Mapping[str, Any]
+    packed: bool
+    on_hub: bool
+
+    @property
+    def title(self) -> str:
+        return Path(self.name).name
+
+    @property
+    def library(self) -> str | None:
+        if "architecture" in self.config:
+            return "timm"
+        return "transformers" if "model_type" in self.config else None
+
+    @property
+    def model_class(self) -> str:
+        """The class of transformers."""
+        (name, *_) = self.config.get("architectures") or ["AutoModel"]
+        return "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
+
+    @property
+    def task(self) -> str | None:
+        if self.library == "timm":
+            return "image-classification"
+        return "text-generation" if self.library and self.model_class.endswith("ForCausalLM") else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained_steps: int) -> str:
+    """Return the text of the card: metadata as YAML, then Markdown."""
+    from huggingface_hub import ModelCard
+
+    run = report.run or Run()
+    source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
+    parts = [
+        f"---\n{_metadata(report, run, source, saved)}\n---",
+        _MARK,
+        f"# {_escaped(saved.title)}",
+        _summary(report, run, source, trained_steps),
+        _results(run),
+        f"![Where the zeros are]({PICTURE_NAME})" if has_picture else "",
+        f"## How to load it\n\n```python\n{_loading(saved)}\n```",
+        _settings(report, run),
+        _samples(run),
+        "\n".join(["## Notes\n", *(f"- {_escaped(note)}" for note in report.notes)]) if report.notes else "",
+    ]
+    return str(ModelCard("\n\n".join(filter(None, parts)) + "\n"))
+
+
+def _metadata(report: PruningReport, run: Run, source: Source, saved: _Saved) -> str:
+    from huggingface_hub import ModelCardData
+
+    results = _eval_results(run)
+    derived = {"base_model": source.hub_id, "base_model_relation": "finetune"} if source.hub_id else {}
+    command: Mapping[str, Any] = report.config.get("command", {})
+    method = command.get("preset") or command.get("prune_method")
+    data = ModelCardData(
+        **{**source.metadata, **derived},
+        library_name=saved.library,
+        pipeline_tag=saved.task,
+        tags=["pruned", "sparse", "wanda_lightning", *([method] if method else [])],
+        model_name=saved.title if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _eval_results(run: Run) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    results = []
+    if run.after is not None:
+        task, metric = _METRICS[run.metric]
+        data = run.data or "unknown"
+        results.append(EvalResult(task, data.partition(", ")[0], data, metric, run.after, metric_name=run.metric))
+    for name, measured in run.zero_shot.items():
+        if name != "mean":
+            results.append(EvalResult("text-generation", name, name, "accuracy", measured["acc"]))
+    return results
+
+
+def _summary(report: PruningReport, run: Run, source: Source, trained_steps: int) -> str:
+    base = f"[{source.hub_id}](https://huggingface.co/{source.hub_id})" if source.hub_id else _escaped(run.model)
+    trained = f" The same run trained it for {counted(trained_steps, 'step')}." if trained_steps else ""
+    return (
+        f"{base or 'A model'}, pruned with wanda_lightning: {report.sparsity:.2%} of the weights in "
+        f"{counted(len(report.layers), 'layer')} are zero, which is {report.model_sparsity:.2%} of all "
+        f"{count(report.parameters)} parameters.{trained}"
+    )
+
+
+def _results(run: Run) -> str:
+    rows = []
+    if run.before is not None or run.after is not None:
+        where = f", {run.data}" if run.data else ""
+        numbers = [result(run.metric, value) for value in (run.before, run.after)]
+        rows.append([f"{metric_name(run.metric)}{where}", *numbers])
+    rows += [[f"{name}, accuracy", "", result("top-1", found["acc"])] for name, found in run.zero_shot.items()]
+    return _table(["", "dense", "pruned"], rows) if rows else ""
+
+
+def _settings(report: PruningReport, run: Run) -> str:
+    known = {
+        "Method": method_of(report.config),
+        "Calibration data": run.calibration or "none",
+        "Time": duration(report.total_seconds),
+        "Versions": ", ".join(f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()),
+    }
+    command = f"\n\n```shell\n{run.command}\n```" if run.command else ""
+    return f"## How it was pruned\n\n{_table(['', ''], known.items())}{command}"
+
+
+def _loading(saved: _Saved) -> str:
+    """Return Python code that loads the model."""
+    name = json.dumps(saved.name)
+    if saved.library == "transformers":
+        needed = "import wanda_lightning  # so that transformers can load packed weights\n" if saved.packed else ""
+        call = f"model = {saved.model_class}.from_pretrained({name})"
+        return f"{needed}from transformers import {saved.model_class}\n\n{call}"
+    if saved.packed:
+        found = f"snapshot_download({name})" if saved.on_hub else name
+        download = "from huggingface_hub import snapshot_download\n" if saved.on_hub else ""
+        own = "" if saved.library else ", model"
+        return f"{download}from wanda_lightning import load_packed\n\nmodel = load_packed({found}{own})"
+    place = json.dumps(f"{'hf-hub' if saved.on_hub else 'local-dir'}:{saved.name}")
+    return f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+
+
+def _samples(run: Run) -> str:
+    if not run.samples:
+        return ""
+    return "\n\n".join(["## Text before and after", *(block for each in run.samples for block in _sample(each))])
+
+
+def _sample(sample: Any) -> Iterator[str]:
+    for model, text in (("Dense", sample.before), ("Pruned", sample.after)):
+        yield f"{model}:"
+        yield indent(sample.prompt + text, "    ", lambda _: True)
+
+
+def _table(headings: list[str], rows: Any) -> str:
+    lines = [headings, ["---"] * len(headings), *([_escaped(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _escaped(text: str) -> str:
+    """Return a text in which Markdown finds no markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)

@@ -1,0 +1,91 @@
+"""What is known about the model that was pruned: its id on the hub, and what its own card says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CARD_NAME = "README.md"
+_KEPT = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that was pruned.
+
+    Attributes:
+        hub_id: Its id on the hub; empty if it is not there, or if this is not known.
+        metadata: License and language, as in its model card.
+    """
+
+    hub_id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_source(model: str, cache_dir: str | None = None) -> Source:
+    """Find the card of a model, on this machine or on the hub. What cannot be found is left out.
+
+    Args:
+        model: Name of the model as in `Run.model`: a hub id, a folder, a `.gguf` file, or `timm:` and a name of timm.
+        cache_dir: Folder for downloads from the hub.
+    """
+    name = model.removeprefix("timm:")
+    if name.startswith("hf-hub:"):
+        return _on_hub(name.removeprefix("hf-hub:"), cache_dir)
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if path.exists():
+        return _in_folder(path if path.is_dir() else path.parent)
+    return _in_timm(name) if model.startswith("timm:") else _on_hub(name, cache_dir)
+
+
+def _in_folder(folder: Path) -> Source:
+    """Read the card in a folder. A folder has no id of its own, but its card names the model that it derives from."""
+    card = _metadata(folder / CARD_NAME)
+    base = card.get("base_model")
+    return Source(base if isinstance(base, str) else "", _kept(card))
+
+
+def _in_timm(name: str) -> Source:
+    """Look up the pretrained weights of a timm model, which are on the hub."""
+    import timm
+
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        return Source()
+    if known is None or not known.hf_hub_id:
+        return Source()
+    return Source(known.hf_hub_id, {"license": known.license} if known.license else {})
+
+
+def _on_hub(name: str, cache_dir: str | None) -> Source:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        card = _metadata(Path(hf_hub_download(name, CARD_NAME, cache_dir=cache_dir)))
+    except HFValidationError:  # no id, such as "vit (weights.safetensors)"
+        return Source()
+    except OSError:  # no card, or no connection
+        return Source(name)
+    kept = _kept(card)
+    if (link := kept.get("license_link", "://")) and "://" not in link:
+        kept["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+    return Source(name, kept)
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """Return the metadata of a card; none if there is no card, or if it is damaged."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _kept(card: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: card[name] for name in _KEPT if name in card}
