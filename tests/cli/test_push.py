@@ -43,6 +43,9 @@ def test_a_fine_tuned_model(hub, text, inputs):
     ended = run(hub, ["finetune", "--model", "pruned", *texts, "--save_model", "tuned", "--push_to_hub", "us/tiny"])
     assert ended.returncode == 0, ended.stderr
     assert hub.repositories == {"us/tiny": files_in("tuned")}
+    card = hub.repositories["us/tiny"]["README.md"].decode()
+    assert "## Fine-tuning" in card
+    assert 'from_pretrained("us/tiny")' in card
 
 
 def test_a_refused_upload_leaves_the_model_and_the_results(hub, text):

@@ -11,7 +11,7 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import CausalLMModule, pack, prune, save_packed, unpack
-from wanda_lightning.hub.card import PICTURE_NAME, write_card
+from wanda_lightning.hub.card import PICTURE_NAME, continue_card, write_card
 from wanda_lightning.hub.source import Source, find_source
 from wanda_lightning.report import Run, Sample
 
@@ -112,6 +112,36 @@ def test_the_code_is_updated_when_the_model_is_packed_and_unpacked(tmp_path):
     assert "\nimport wanda_lightning  # so that transformers can load packed weights\n" in packed
     assert f'from_pretrained("{tmp_path}/packed")' in packed
     assert again == dense.replace(f"{tmp_path}/dense", f"{tmp_path}/again")
+
+
+def test_a_fine_tuned_model_has_the_card_of_the_pruned_one_and_a_section(tmp_path):
+    before = card_of(*pruned_llama(), tmp_path / "pruned")
+    run = Run("wanda-lightning finetune --model pruned", "", "perplexity", 16.5, 14.25, "a.txt, 2 windows of 8 tokens")
+    tiny_llama().save_pretrained(tmp_path / "tuned")
+    continue_card(tmp_path / "pruned", tmp_path / "tuned", run, name="us/tuned", on_hub=True)
+    card = ModelCard.load(tmp_path / "tuned/README.md")
+    (found,) = card.data.eval_results
+    assert (found.dataset_name, found.metric_value) == (run.data, 14.25)
+    changed = {"model_name", "eval_results"}
+    assert card.data.model_name == "tuned"
+    assert all(card.data[key] == value for key, value in before.data.__dict__.items() if key not in changed)
+    section = card.text[card.text.index("## Fine-tuning") : card.text.index("## How it was pruned")]
+    assert "| Perplexity, a.txt, 2 windows of 8 tokens | 16.50 | 14.25 |" in section
+    assert f"```shell\n{run.command}\n```" in section
+    expected = before.text.replace("# pruned\n", "# tuned\n")
+    assert card.text.replace(section, "") == expected.replace(f"{tmp_path}/pruned", "us/tuned")
+    picture = [(tmp_path / name / PICTURE_NAME).read_bytes() for name in ("pruned", "tuned")]
+    assert picture[0] == picture[1]
+
+
+@pytest.mark.parametrize("card", [None, "mine"])
+def test_a_fine_tuned_model_has_no_card_if_the_pruned_one_has_none_of_ours(tmp_path, card):
+    for name in ("pruned", "tuned"):
+        (tmp_path / name).mkdir()
+    if card:
+        (tmp_path / "pruned/README.md").write_text(card)
+    continue_card(tmp_path / "pruned", tmp_path / "tuned", RUN, name="tuned")
+    assert list((tmp_path / "tuned").iterdir()) == []
 
 
 def test_the_card_of_someone_else_is_packed_as_it_is(tmp_path):

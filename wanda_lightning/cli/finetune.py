@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,10 +13,12 @@ from rich.table import Table
 from wanda_lightning.callbacks import KeepZeros
 from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
-from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
+from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import TextDataModule
+from wanda_lightning.hub.card import continue_card
 from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.report import Run
 from wanda_lightning.zeros import zeros_of
 
 _PAPER_SEQLEN = 1024
@@ -57,6 +61,7 @@ def run(options: FinetuneOptions) -> None:
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
     folder = save_model(module, options.save_model, options.overwrite, options.packed)
+    _write_card(folder, options, perplexity, windows)
     table = Table("model")
     table.add_column("perplexity", justify="right")
     for name, value in perplexity.items():
@@ -98,6 +103,22 @@ def _train(module: CausalLMModule, windows: TextDataModule, options: FinetuneOpt
     started = time.perf_counter()
     trainer.fit(module, windows)
     return time.perf_counter() - started
+
+
+def _write_card(
+    folder: Path | None, options: FinetuneOptions, perplexity: Mapping[str, float], windows: TextDataModule
+) -> None:
+    if folder is None:
+        return
+    run = Run(
+        command=as_command("finetune", options),
+        metric="perplexity",
+        before=perplexity["pruned"],
+        after=perplexity["fine-tuned"],
+        data=windows.describe_evaluation(),
+    )
+    name, on_hub = options.push_to_hub or folder, options.push_to_hub is not None
+    continue_card(Path(options.model), folder, run, name=name, packed=options.packed, on_hub=on_hub)
 
 
 def _count_zeros(module: CausalLMModule) -> int:

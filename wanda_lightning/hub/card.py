@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from wanda_lightning.report.words import count, counted, duration, metric_name, 
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
+_HOW_PRUNED = "## How it was pruned"
 _METRICS = {"perplexity": ("text-generation", "perplexity"), "top-1": ("image-classification", "accuracy")}
 
 
@@ -45,7 +47,7 @@ def write_card(
         trained_steps: Number of optimizer steps of the run that pruned the model.
     """
     path = Path(folder) / CARD_NAME
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and not _own_card(Path(folder)):
         return
     has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
     if has_picture:
@@ -64,10 +66,49 @@ def update_card(folder: Path, name: str | os.PathLike[str], packed: bool) -> Non
         name: The path by which the model is loaded.
         packed: Whether the folder is packed.
     """
+    if card := _own_card(folder):
+        saved = _Saved(os.fspath(name), _read_config(folder), packed, on_hub=False)
+        (folder / CARD_NAME).write_text(_with_code(card, saved), encoding="utf-8")
+
+
+def continue_card(
+    source: Path, folder: Path, run: Run, *, name: str | os.PathLike[str], packed: bool = False, on_hub: bool = False
+) -> None:
+    """Write the card of a pruned model that was fine-tuned: the one that `write_card` wrote before, and a section.
+
+    Args:
+        source: The folder of the model before fine-tuning. Without a card from `write_card`, none is written.
+        folder: The folder of the model after it.
+        run: The results before and after it, and the command.
+        name: The name by which the model is loaded: a path, or an id on the hub.
+        packed: Whether the folder is packed.
+        on_hub: Whether the name is an id on the hub.
+    """
+    from huggingface_hub import ModelCard
+
+    if not (text := _own_card(source)) or (folder / CARD_NAME).exists():
+        return
+    if (source / PICTURE_NAME).is_file():  # the zeros are the same
+        shutil.copyfile(source / PICTURE_NAME, folder / PICTURE_NAME)
+    saved = _Saved(os.fspath(name), _read_config(folder), packed, on_hub)
+    card = ModelCard(_with_code(text, saved))
+    card.data["model_name"], card.data["eval_results"] = saved.title, _eval_results(run)
+    before, heading, after = card.text.partition(_HOW_PRUNED)
+    before = re.sub(r"^# .*$", lambda _: f"# {_escaped(saved.title)}", before, count=1, flags=re.MULTILINE)
+    card.text = "\n\n".join([before.rstrip("\n"), _fine_tuning(run), heading + after])
+    card.save(folder / CARD_NAME)
+
+
+def _own_card(folder: Path) -> str:
+    """Return the card that `write_card` wrote into a folder; empty if there is none, or if it is not ours."""
     path = folder / CARD_NAME
-    if path.exists() and _MARK in (card := path.read_text(encoding="utf-8", errors="replace")):
-        code = f"```python\n{_loading(_Saved(os.fspath(name), _read_config(folder), packed, on_hub=False))}\n```"
-        path.write_text(re.sub(r"```python\n.*?\n```", lambda _: code, card, flags=re.DOTALL), encoding="utf-8")
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return card if _MARK in card else ""
+
+
+def _with_code(card: str, saved: _Saved) -> str:
+    code = f"```python\n{_loading(saved)}\n```"
+    return re.sub(r"```python\n.*?\n```", lambda _: code, card, count=1, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -133,8 +174,7 @@ def _metadata(report: PruningReport, run: Run, source: Source, saved: _Saved) ->
 
     results = _eval_results(run)
     derived = {"base_model": source.hub_id, "base_model_relation": "finetune"} if source.hub_id else {}
-    command: Mapping[str, Any] = report.config.get("command", {})
-    method = command.get("preset") or command.get("prune_method")
+    method = method_of(report.config).partition(",")[0].lower()
     data = ModelCardData(
         **{**source.metadata, **derived},
         library_name=saved.library,
@@ -188,7 +228,7 @@ def _settings(report: PruningReport, run: Run) -> str:
         "Versions": ", ".join(f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()),
     }
     command = f"\n\n```shell\n{run.command}\n```" if run.command else ""
-    return f"## How it was pruned\n\n{_table(['', ''], known.items())}{command}"
+    return f"{_HOW_PRUNED}\n\n{_table(['', ''], known.items())}{command}"
 
 
 def _loading(saved: _Saved) -> str:
@@ -205,6 +245,12 @@ def _loading(saved: _Saved) -> str:
         return f"{download}from wanda_lightning import load_packed\n\nmodel = load_packed({found}{own})"
     place = json.dumps(f"{'hf-hub' if saved.on_hub else 'local-dir'}:{saved.name}")
     return f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+
+
+def _fine_tuning(run: Run) -> str:
+    numbers = [result(run.metric, value) for value in (run.before, run.after)]
+    table = _table(["", "before", "after"], [[f"{metric_name(run.metric)}, {run.data}", *numbers]])
+    return f"## Fine-tuning\n\nThe kept weights were fine-tuned.\n\n{table}\n\n```shell\n{run.command}\n```"
 
 
 def _samples(run: Run) -> str:
