@@ -347,6 +347,14 @@ def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_
     assert (memory / f"log_{method}.txt").read_text() == (disk / f"log_{method}.txt").read_text()
 
 
+def test_the_report_of_a_streamed_model_says_why_it_has_no_text(text, capsys):
+    magnitude = ["--prune_method", "magnitude", "--stream", "--save", "out", "--save_model", "out/model"]
+    assert run(*text, *magnitude, "--report", "page.html") == 0
+    assert "Note: no text by the dense and the pruned model is shown, since --stream" in capsys.readouterr().out
+    assert PruningReport.from_json(Path("out/pruning_report.json").read_text()).run.samples == ()
+    assert "no text by the dense and the pruned model is shown" in Path("page.html").read_text()
+
+
 def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_same_command(
     text, tmp_path, monkeypatch
 ):

@@ -40,6 +40,10 @@ from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.parking import refuse_parking
 
+_NO_TEXT = (
+    "no text by the dense and the pruned model is shown, since --stream never has a whole model in memory to write it"
+)
+
 
 def run(options: PruneOptions) -> None:
     """Prune a model, measure it before and after, and save what was asked for."""
@@ -99,6 +103,8 @@ def _stream(options: PruneOptions) -> None:
         pruned = measured(output, data.val_dataloader())
         _record_run(report, options, data, choices, dense, pruned)
         _write_card(Path(output), options, report)
+        if options.report is not None:
+            report.notes.append(_NO_TEXT)
         _write_results(options, report)
     _print_results(options.name, report)
     push(Path(output), options.push_to_hub)
