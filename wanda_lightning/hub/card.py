@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from wanda_lightning.files import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
-from wanda_lightning.report import PruningReport, Run, write_report
+from wanda_lightning.report import PruningReport, Run, Sample, write_report
 from wanda_lightning.report.facts import method_of
 from wanda_lightning.report.words import count, counted, duration, metric_name, result
 
@@ -53,7 +53,7 @@ def write_card(
     if has_picture:
         write_report(report, Path(folder) / PICTURE_NAME)
     saved = _Saved(os.fspath(name), _read_config(Path(folder)), packed, on_hub)
-    card = model_card(report, saved, has_picture, trained_steps)
+    card = _model_card(report, saved, has_picture, trained_steps)
     with whole_file(path) as temporary:
         temporary.write_text(card, encoding="utf-8")
 
@@ -107,8 +107,7 @@ def _own_card(folder: Path) -> str:
 
 
 def _with_code(card: str, saved: _Saved) -> str:
-    code = f"```python\n{_loading(saved)}\n```"
-    return re.sub(r"```python\n.*?\n```", lambda _: code, card, count=1, flags=re.DOTALL)
+    return re.sub(r"```python\n.*?\n```", lambda _: _code(saved), card, count=1, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
-def model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained_steps: int) -> str:
+def _model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained_steps: int) -> str:
     """Return the text of the card: metadata as YAML, then Markdown."""
     from huggingface_hub import ModelCard
 
@@ -161,7 +160,7 @@ def model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained_
         _summary(report, run, source, trained_steps),
         _results(run),
         f"![Where the zeros are]({PICTURE_NAME})" if has_picture else "",
-        f"## How to load it\n\n```python\n{_loading(saved)}\n```",
+        f"## How to load it\n\n{_code(saved)}" if saved.library or saved.packed else "",
         _settings(report, run),
         _samples(run),
         "\n".join(["## Notes\n", *(f"- {_escaped(note)}" for note in report.notes)]) if report.notes else "",
@@ -223,16 +222,21 @@ def _results(run: Run) -> str:
 def _settings(report: PruningReport, run: Run) -> str:
     known = {
         "Method": method_of(report.config),
-        "Calibration data": run.calibration or "none",
+        "Calibration data": run.calibration,
         "Time": duration(report.total_seconds),
         "Versions": ", ".join(f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()),
     }
+    rows = [(name, value) for name, value in known.items() if value]
     command = f"\n\n```shell\n{run.command}\n```" if run.command else ""
-    return f"{_HOW_PRUNED}\n\n{_table(['', ''], known.items())}{command}"
+    return f"{_HOW_PRUNED}\n\n{_table(['', ''], rows)}{command}"
+
+
+def _code(saved: _Saved) -> str:
+    """Return a block of Python code that loads the model."""
+    return f"```python\n{_loading(saved)}\n```"
 
 
 def _loading(saved: _Saved) -> str:
-    """Return Python code that loads the model."""
     name = json.dumps(saved.name)
     if saved.library == "transformers":
         needed = "import wanda_lightning  # so that transformers can load packed weights\n" if saved.packed else ""
@@ -259,13 +263,13 @@ def _samples(run: Run) -> str:
     return "\n\n".join(["## Text before and after", *(block for each in run.samples for block in _sample(each))])
 
 
-def _sample(sample: Any) -> Iterator[str]:
+def _sample(sample: Sample) -> Iterator[str]:
     for model, text in (("Dense", sample.before), ("Pruned", sample.after)):
         yield f"{model}:"
         yield indent(sample.prompt + text, "    ", lambda _: True)
 
 
-def _table(headings: list[str], rows: Any) -> str:
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *([_escaped(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

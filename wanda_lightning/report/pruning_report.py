@@ -198,7 +198,7 @@ class Run:
         before: The result of the dense model.
         after: The result of the pruned model.
         data: The data on which both were measured.
-        calibration: The calibration data; empty if the method reads none.
+        calibration: The calibration data; also empty if the method reads none.
         zero_shot: For each zero-shot task, the results of the pruned model.
         samples: Text by both models.
         images: Images of which the prediction changed.
