@@ -190,6 +190,13 @@ def test_the_training_of_the_same_run_is_named(tmp_path):
     assert "The same run trained it for 1 step." in card.text
 
 
+@pytest.mark.parametrize(("model", "shown"), [("/home/me/dense.gguf", "dense.gguf"), ("us/base", "us/base")])
+def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypatch, model, shown):
+    monkeypatch.setattr("wanda_lightning.hub.card.find_source", lambda *_: Source())
+    text = card_of(*pruned_llama(replace(RUN, model=model)), tmp_path / "tiny").text
+    assert f"\n{shown}, pruned with wanda_lightning" in text
+
+
 def test_names_are_no_markup(tmp_path):
     model, report = pruned_llama(replace(RUN, data="a|b_c, <i>", model="x*y*z"))
     text = card_of(model, replace(report, notes=["few tokens: `layers.*.up_proj`"]), tmp_path / "a_b_c").text

@@ -16,11 +16,7 @@ from wanda_lightning.data import ImageDataModule
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import ChangedImage, Sample
 
-PROMPTS = (
-    "The capital of France is",
-    "To make a good cup of tea, first",
-    "def is_prime(n):\n    ",
-)
+PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
 _NEW_TOKENS = 40
 _IMAGES, _SIDE, _COLORS = 12, 96, 128  # about 8 kB each as a PNG
 

@@ -200,7 +200,8 @@ def _eval_results(run: Run) -> list[Any]:
 
 
 def _summary(report: PruningReport, run: Run, source: Source, trained_steps: int) -> str:
-    base = f"[{source.hub_id}](https://huggingface.co/{source.hub_id})" if source.hub_id else _escaped(run.model)
+    name = Path(run.model).name if Path(run.model).is_absolute() else run.model
+    base = f"[{source.hub_id}](https://huggingface.co/{source.hub_id})" if source.hub_id else _escaped(name)
     trained = f" The same run trained it for {counted(trained_steps, 'step')}." if trained_steps else ""
     return (
         f"{base or 'A model'}, pruned with wanda_lightning: {report.sparsity:.2%} of the weights in "
