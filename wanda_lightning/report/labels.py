@@ -58,6 +58,7 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
     """Write each label where it covers neither a point nor another label, if there is such a place near its point."""
     _lay_out(axes)
     pixels, inside = _pixels(axes), axes.get_window_extent()
+    points = sorted(points, key=lambda point: -point.y)
     places = [axes.transData.transform((point.x, point.y)) / pixels for point in points]
     taken = [_Box(float(x) - 5, float(y) - 5, float(x) + 5, float(y) + 5) for x, y in places]
     for point, (x, y) in zip(points, places, strict=True):
@@ -88,7 +89,7 @@ class _Box:
 
 def _around(x: float, y: float, width: float) -> Iterator[tuple[tuple[float, float], _Box]]:
     """Yield places of a label, as offsets from its point and as boxes, nearest first."""
-    for up in (0, _HEIGHT, -_HEIGHT, 2 * _HEIGHT, -2 * _HEIGHT):
+    for up in (lines * _HEIGHT for lines in (0, 1, -1, 2, -2, 3, -3, 4, -4)):
         for offset, left in ((8, x + 8), (-8, x - 8 - width)):
             yield (offset, up), _Box(left, y + up - _HEIGHT / 2, left + width, y + up + _HEIGHT / 2)
 
