@@ -579,3 +579,9 @@ def test_a_report_that_cannot_be_written_is_refused_before_pruning(inputs, tmp_p
         assert run("prune", "--model", f"{inputs}/llama", "--calibration", "python-docs", "--report", path) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "old.html").read_text() == "old"
+
+
+def test_a_report_without_the_extra_is_refused_before_pruning(inputs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert run("prune", "--model", inputs / "llama", "--calibration", "python-docs", "--report", "a.html") == 2
+    assert "Reports with figures need matplotlib: pip install 'wanda_lightning[report]'" in capsys.readouterr().err
