@@ -33,7 +33,7 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path):
     report = llama_report(4)
     page = page_of(report, tmp_path)
     assert (
-        "Pruned with SparseGPT, unstructured, Fisher, Distil in 1 min 36 s: 43.07% of the weights in 28 layers"
+        "Pruned with SparseGPT (unstructured, Fisher, Distil) in 1 min 36 s: 43.07% of the weights in 28 layers"
         in page.text
     )
     assert "Perplexity on python-docs (32 windows of 512 tokens) rose from 16.06 to 18.93." in page.text

@@ -112,9 +112,11 @@ def report_page(report: PruningReport) -> dict[str, Any]:
 
 def _verdict(report: PruningReport) -> str:
     """Say in two sentences what was done and what it cost."""
+    method, _, others = method_of(report.config).partition(", ")
+    choices = f"{method} ({others})" if others else method
     text = (
-        f"Pruned with {method_of(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of the "
-        f"weights in {counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
+        f"Pruned with {choices} in {duration(report.total_seconds)}: {report.sparsity:.2%} of the weights in "
+        f"{counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
         f"{count(report.parameters)} parameters."
     )
     run = report.run
