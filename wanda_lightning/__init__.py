@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
     from wanda_lightning.core.permutation import Assignment, NoPermutation
     from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
-    from wanda_lightning.data import ImageDataModule, TextDataModule
+    from wanda_lightning.data import ImageDataModule, TextDataModule, sample_windows
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
     from wanda_lightning.packing.folder import pack, unpack
     from wanda_lightning.packing.models import load_packed, save_packed
@@ -51,7 +51,7 @@ _HOMES = {
     "core.patterns": "EqualShare NM Unstructured",
     "core.permutation": "Assignment NoPermutation",
     "core.solvers": "ADMM Refit SparseGPT ZeroOut",
-    "data": "ImageDataModule TextDataModule",
+    "data": "ImageDataModule TextDataModule sample_windows",
     "modules": "CausalLMModule ImageClassifierModule",
     "packing.folder": "pack unpack",
     "packing.models": "load_packed save_packed",
@@ -108,6 +108,7 @@ __all__ = [
     "perplexity_from_disk",
     "prune",
     "prune_from_disk",
+    "sample_windows",
     "save_packed",
     "unpack",
 ]

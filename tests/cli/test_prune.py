@@ -324,6 +324,20 @@ REFUSED = [
 ]
 
 
+def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
+    command = [*text, "--calibration", "self", "--prune_method", "sparsegpt", "--save", "out", "--model"]
+    assert run(*command, inputs / "llama") == 1
+    assert "--calibration self needs a tokenizer with a token that begins or ends a text" in capsys.readouterr().err
+    shutil.copytree(inputs / "llama", "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained("model")
+    assert run(*command, "model") == 0
+    report = PruningReport.from_json(Path("out/pruning_report.json").read_text())
+    assert report.run.calibration.startswith("self, 4 windows of ")
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
 def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_path, method):
     more = ["--preset" if method == "best" else "--prune_method", method, "--sequential", "layer"]
@@ -381,6 +395,7 @@ NOT_STREAMED = [
     (["--device", "cuda", *OUT], "--device has no meaning for pruning without --stream", 2),
     (["--park", "disk", *OUT], "--park has no meaning for pruning without --stream", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
+    (["--stream", "--calibration", "self", *OUT], "--calibration self needs the whole model in memory", 2),
     (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),
     (["--stream", "--preset", "thorough", *OUT], "needs the whole model in memory", 1),
     (

@@ -200,7 +200,9 @@ class PruneOptions(InspectOptions):
     """The options of `wanda-lightning prune`: those of `inspect`, the data, and where the results go."""
 
     seed: int = option("Seed that draws the calibration samples.", 0, rule=_SEED)
-    calibration: str | None = option(f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}.")
+    calibration: str | None = option(
+        f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}; or self, what the dense model writes."
+    )
     eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
     limit: int | None = option(_LIMIT, rule=_COUNT)
     data_path: str | None = option(f"Images to calibrate and measure on: {_IMAGES}")
@@ -242,6 +244,11 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
+            if self.calibration == text_sources.SELF:
+                raise UsageError(
+                    "--calibration self needs the whole model in memory to write a text, but --stream reads it block "
+                    "by block. Give a text, or leave --stream out."
+                )
             if self.packed:
                 raise UsageError(
                     "--packed packs a model that is complete, but --stream writes it block by block. Leave --packed "
@@ -265,7 +272,8 @@ class PruneOptions(InspectOptions):
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:
-            text_sources.check_source(self.calibration or "c4", "--calibration")
+            if self.calibration != text_sources.SELF:
+                text_sources.check_source(self.calibration or "c4", "--calibration")
             text_sources.check_source(self.eval or "wikitext2", "--eval")
             check_memory("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
         PruningConfig.from_names(**self.choices)  # last, since it imports torch

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from wanda_lightning.checks import check_at_least, check_memory, check_positive
 from wanda_lightning.data.module import DataModule, silence_worker_advice
-from wanda_lightning.data.text_sources import calibration_source, check_source, evaluation_text
+from wanda_lightning.data.own_text import first_token, sample_windows
+from wanda_lightning.data.text_sources import SELF, calibration_source, check_source, evaluation_text
 from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
 from wanda_lightning.model_sources import load_tokenizer, locate
 
@@ -43,7 +44,8 @@ class TextDataModule(DataModule):
         tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
             module that the Trainer runs.
         calibration: c4, wikitext2, python-docs (needs no network) or a FILE: a .txt file is one text; .jsonl and
-            .parquet files have documents in the field `text`.
+            .parquet files have documents in the field `text`. Or self: what the model that the Trainer runs writes
+            (see `sample_windows`) when the windows are first used, which must be before it is pruned.
         evaluation: Text for perplexity, with the same choices.
         seqlen: Number of tokens in a window, including the special tokens of the tokenizer.
         num_samples: Number of calibration windows.
@@ -78,7 +80,8 @@ class TextDataModule(DataModule):
         check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
         check_memory("num_samples", num_samples, seqlen)
         check_memory("train_samples", train_samples or 0, seqlen)
-        check_source(calibration, "calibration")
+        if calibration != SELF:
+            check_source(calibration, "calibration")
         check_source(evaluation, "evaluation")
         if isinstance(tokenizer, (str, os.PathLike)):
             locate(tokenizer)
@@ -86,6 +89,8 @@ class TextDataModule(DataModule):
             raise ValueError(
                 f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {tokenizer!r}."
             )
+        elif tokenizer is not None and calibration == SELF:
+            first_token(tokenizer)
         self._given_tokenizer = tokenizer
         self.calibration = calibration
         self.evaluation = evaluation
@@ -131,11 +136,22 @@ class TextDataModule(DataModule):
         return self.calibration_windows if self.train_samples == self.num_samples else self._draw(self.train_samples)
 
     def _draw(self, count: int) -> Tensor:
+        if self.calibration == SELF:
+            return self._write(count)
         content = calibration_source(self.calibration, self.cache_dir)
         draw = (self.seqlen, count, self.seed, self.calibration)
         if isinstance(content, str):
             return draw_from_text(self._tokenize(content), *draw)
         return draw_from_documents(content, self._tokenize, *draw)
+
+    def _write(self, count: int) -> Tensor:
+        model = getattr(self._module, "model", None)
+        if model is None:
+            raise ValueError(
+                "calibration='self' needs a Trainer that runs a module with a model, which writes the text, but there "
+                "is none. Pass the data to its validate, test or fit, or call wanda_lightning.sample_windows."
+            )
+        return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
 
     @cached_property
     def evaluation_windows(self) -> Tensor:

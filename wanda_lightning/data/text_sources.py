@@ -9,6 +9,9 @@ from wanda_lightning.core.name_patterns import did_you_mean
 from wanda_lightning.data.hub import load_from_hub
 from wanda_lightning.data.text_files import EXTENSIONS, read_file
 
+SELF = "self"
+"""In place of a text to calibrate on: what the model itself writes."""
+
 _NAMES = ("c4", "wikitext2", "python-docs")
 _ALTERNATIVE = "python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}

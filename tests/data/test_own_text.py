@@ -1,0 +1,67 @@
+"""Text that the model writes: the same draws as a loop without a cache, and what cannot write."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.data import byte_tokenizer, quiet_trainer
+from support.modules import tiny_llama
+from torch import nn
+
+from wanda_lightning import CausalLMModule, PruningCallback, TextDataModule, sample_windows
+
+TOKENIZER = SimpleNamespace(bos_token_id=5, eos_token_id=7)
+
+
+def written_by_hand(model, start, count, seqlen, seed, batch_size):
+    torch.manual_seed(seed)
+    windows = []
+    for done in range(0, count, batch_size):
+        ids = torch.full((min(batch_size, count - done), 1), start)
+        for _ in range(seqlen):
+            with torch.no_grad():
+                chances = model(ids, use_cache=False).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1)], 1)
+        windows.append(ids[:, 1:])
+    return torch.cat(windows)
+
+
+def test_tokens_are_drawn_from_the_predictions():
+    model = tiny_llama().double().train()
+    model.generation_config.update(eos_token_id=list(range(64)), repetition_penalty=2.0, top_k=3)
+    own, state = model.generation_config, torch.get_rng_state()
+    windows = sample_windows(model, TOKENIZER, 5, 12, seed=3, batch_size=2, progress=False)
+    assert model.generation_config is own
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(windows, written_by_hand(model.eval(), 5, 5, 12, 3, 2))
+    assert not torch.equal(windows, sample_windows(model, TOKENIZER, 5, 12, seed=4, batch_size=2, progress=False))
+
+
+def test_a_tokenizer_without_a_first_token_begins_with_the_last():
+    model = tiny_llama().double()
+    tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=7)
+    assert torch.equal(sample_windows(model, tokenizer, 2, 4, progress=False), written_by_hand(model, 7, 2, 4, 0, 2))
+    with pytest.raises(ValueError, match=r"but this one has neither\. Set its bos_token"):
+        sample_windows(model, SimpleNamespace(bos_token_id=None, eos_token_id=None), 2, 4)
+
+
+def test_a_model_that_cannot_write_is_refused():
+    with pytest.raises(ValueError, match="but Linear has no method generate"):
+        sample_windows(nn.Linear(2, 2), TOKENIZER, 2, 4)
+    with pytest.raises(ValueError, match=r"a Trainer that runs a module with a model, .* but there is none"):
+        TextDataModule(byte_tokenizer(), calibration="self").calibration_dataloader()
+
+
+@pytest.mark.parametrize("choices", [{"method": "wanda"}, {"method": "sparsegpt", "recovery": "distil"}], ids=str)
+def test_the_dense_model_writes_the_text_that_it_is_calibrated_on(choices):
+    tokenizer = byte_tokenizer()
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    module = CausalLMModule(model, tokenizer=tokenizer)
+    expected = sample_windows(module.model, tokenizer, 9, 16, seed=1, progress=False)
+    data = TextDataModule(tokenizer, calibration="self", seqlen=16, num_samples=9, seed=1, limit=4)
+    callback = PruningCallback(num_samples=9, **choices)
+    quiet_trainer(callbacks=[callback]).validate(module, data, verbose=False)
+    assert torch.equal(data.calibration_windows, expected)
+    assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)

@@ -1,0 +1,128 @@
+"""Text that a language model writes itself, for calibration without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.checks import check_at_least, check_positive
+from wanda_lightning.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def sample_windows(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seqlen: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Tensor:
+    """Sample windows of text from a causal language model.
+
+    Each window begins with what the model writes after the token that begins a text. Tokens are drawn from the model's
+    predictions, without temperature or truncation. Where a text ends within a window, the next one follows. The time
+    is about that of `seqlen` forward passes of one token for each batch of windows.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer, which knows the token that begins a text, or else the one that ends a text.
+        count: Number of windows.
+        seqlen: Number of tokens in a window.
+        seed: Seed of the draws; the global random state does not change.
+        batch_size: Number of windows that are written together.
+        progress: Show a bar.
+
+    Returns:
+        Token ids of shape (count, seqlen), int64, on the CPU.
+
+    Raises:
+        ValueError: If the model cannot write text, or no token begins or ends a text.
+    """
+    check_positive(count=count, batch_size=batch_size)
+    check_at_least(2, seqlen=seqlen)
+    if not callable(getattr(model, "generate", None)):
+        raise ValueError(
+            f"calibration='self' needs a language model of transformers, which can write text, but "
+            f"{type(model).__name__} has no method generate. Give a text."
+        )
+    start = first_token(tokenizer)
+    sizes = [min(batch_size, count - done) for done in range(0, count, batch_size)]
+    windows = []
+    with (
+        torch.inference_mode(False),  # or training on the windows would fail
+        torch.random.fork_rng(devices=_cuda_devices(model)),
+        _sampling(model),
+        ProgressBar("Writing text", len(sizes) * seqlen, progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for size in sizes:
+            first = torch.full((size, 1), start, device=model.device)
+            written = model.generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=seqlen,
+                streamer=_Advancing(bar),
+            )
+            windows.append(written[:, 1:].cpu())
+    return torch.cat(windows)
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that begins a text, or else the one that ends a text.
+
+    Raises:
+        ValueError: If the tokenizer has neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(
+            "calibration='self' needs a tokenizer with a token that begins or ends a text, but this one has neither. "
+            "Set its bos_token, or give a text."
+        )
+    return int(start)
+
+
+def _cuda_devices(model: Any) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []
+
+
+@contextmanager
+def _sampling(model: Any) -> Iterator[None]:
+    """Sample plainly: without the model's own settings, among them the token that ends a text and so the window."""
+    from transformers import GenerationConfig
+
+    own, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+class _Advancing:
+    """Advances a bar for each token."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar, self._has_begun = bar, False
+
+    def put(self, tokens: Tensor) -> None:
+        """Count a token of each window; the first call brings what was given."""
+        if self._has_begun:
+            self._bar.advance()
+        self._has_begun = True
+
+    def end(self) -> None:
+        """End the text."""
