@@ -193,8 +193,16 @@ def test_the_training_of_the_same_run_is_named(tmp_path):
 @pytest.mark.parametrize(("model", "shown"), [("/home/me/dense.gguf", "dense.gguf"), ("us/base", "us/base")])
 def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypatch, model, shown):
     monkeypatch.setattr("wanda_lightning.hub.card.find_source", lambda *_: Source())
-    text = card_of(*pruned_llama(replace(RUN, model=model)), tmp_path / "tiny").text
-    assert f"\n{shown}, pruned with wanda_lightning" in text
+    command = "wanda-lightning prune --model x --cache_dir /home/me/cache --save out/log"
+    run = replace(
+        RUN, model=model, data="/home/me/t.txt, 4 windows", calibration="~/c.jsonl, 2 windows", command=command
+    )
+    card = card_of(*pruned_llama(run), tmp_path / "tiny")
+    assert f"\n{shown}, pruned with wanda_lightning" in card.text
+    assert "home/me" not in card.content
+    assert "~" not in card.content
+    assert "--cache_dir cache --save out/log" in card.text
+    assert card.data.eval_results[0].dataset_name == "t.txt, 4 windows"
 
 
 def test_names_are_no_markup(tmp_path):
@@ -217,13 +225,13 @@ def test_license_and_base_of_a_folder_are_kept(tmp_path):
     metadata = "license: other\nlicense_name: llama\nlicense_link: LICENSE\nlanguage:\n- en\nbase_model: us/base\nx: 1"
     folder = folder_with_card(tmp_path / "dense", metadata)
     kept = {"license": "other", "license_name": "llama", "license_link": "LICENSE", "language": ["en"]}
-    assert find_source(folder) == find_source(f"timm:local-dir:{folder}") == Source("us/base", kept)
+    assert find_source(folder) == find_source(f"timm:local-dir:{folder}") == Source("us/base", kept, is_derived=True)
     (tmp_path / "dense/model.gguf").touch()
-    assert find_source(f"{folder}/model.gguf") == Source("us/base", kept)
+    assert find_source(f"{folder}/model.gguf") == Source("us/base", kept, is_derived=True)
 
     card = card_of(*pruned_llama(replace(RUN, model=folder)), tmp_path / "tiny")
     assert {"base_model": "us/base", "base_model_relation": "finetune", **kept}.items() <= card.data.to_dict().items()
-    assert "[us/base](https://huggingface.co/us/base), pruned with" in card.text
+    assert "\ndense, pruned with" in card.text  # it is derived from us/base, but is another model
 
 
 @pytest.mark.parametrize("card", [None, "no metadata", "---\n: {\n---\n", "---\n- a\n---\n", b"\xff\xfe\xfd"])
@@ -247,6 +255,21 @@ def test_the_card_of_a_hub_model_comes_from_the_cache(tmp_path, monkeypatch):
         found = find_source(name, cache_dir=str(tmp_path))
         assert found == Source("us/base", {"license": "other", "license_link": link})
     assert find_source("us/unknown", cache_dir=str(tmp_path)) == Source("us/unknown")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("reset"), ConnectionError("proxy"), OSError("no card")])
+def test_a_hub_that_cannot_be_reached_is_no_error(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    assert find_source("us/model") == Source("us/model")
+
+
+def test_results_that_are_no_numbers_are_left_out(tmp_path):
+    card = card_of(*pruned_llama(replace(RUN, after=float("inf"), zero_shot={})), tmp_path / "tiny").content
+    assert "model-index" not in card
+    assert ".inf" not in card
 
 
 def test_weights_of_timm_are_on_the_hub():

@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -22,6 +23,7 @@ from wanda_lightning.report.words import count, counted, duration, metric_name, 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
 _HOW_PRUNED = "## How it was pruned"
+_FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of absolute paths
 _METRICS = {"perplexity": ("text-generation", "perplexity"), "top-1": ("image-classification", "accuracy")}
 
 
@@ -46,7 +48,8 @@ def write_card(
         on_hub: Whether the name is an id on the hub.
         trained_steps: Number of optimizer steps of the run that pruned the model.
     """
-    path = Path(folder) / CARD_NAME
+    folder = Path(folder).expanduser()
+    path = folder / CARD_NAME
     if path.exists() and not _own_card(Path(folder)):
         return
     has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
@@ -153,6 +156,7 @@ def _model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained
 
     run = report.run or Run()
     source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
+    run = _to_publish(run)
     parts = [
         f"---\n{_metadata(report, run, source, saved)}\n---",
         _MARK,
@@ -166,6 +170,15 @@ def _model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained
         "\n".join(["## Notes\n", *(f"- {_escaped(note)}" for note in report.notes)]) if report.notes else "",
     ]
     return str(ModelCard("\n\n".join(filter(None, parts)) + "\n"))
+
+
+def _to_publish(run: Run) -> Run:
+    """Return what a card shows: without the folders of this machine, and without results that are no numbers."""
+    model, data, calibration, command = (
+        _FOLDERS.sub("", text) for text in (run.model, run.data, run.calibration, run.command)
+    )
+    before, after = (value if value is None or isfinite(value) else None for value in (run.before, run.after))
+    return replace(run, model=model, data=data, calibration=calibration, command=command, before=before, after=after)
 
 
 def _metadata(report: PruningReport, run: Run, source: Source, saved: _Saved) -> str:
@@ -200,8 +213,8 @@ def _eval_results(run: Run) -> list[Any]:
 
 
 def _summary(report: PruningReport, run: Run, source: Source, trained_steps: int) -> str:
-    name = Path(run.model).name if Path(run.model).is_absolute() else run.model
-    base = f"[{source.hub_id}](https://huggingface.co/{source.hub_id})" if source.hub_id else _escaped(name)
+    is_on_hub = source.hub_id and not source.is_derived
+    base = f"[{source.hub_id}](https://huggingface.co/{source.hub_id})" if is_on_hub else _escaped(run.model)
     trained = f" The same run trained it for {counted(trained_steps, 'step')}." if trained_steps else ""
     return (
         f"{base or 'A model'}, pruned with wanda_lightning: {report.sparsity:.2%} of the weights in "

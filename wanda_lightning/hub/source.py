@@ -16,12 +16,14 @@ class Source:
     """The model that was pruned.
 
     Attributes:
-        hub_id: Its id on the hub; empty if it is not there, or if this is not known.
+        hub_id: Its id on the hub, or that of the model that it derives from; empty if neither is known.
         metadata: License and language, as in its model card.
+        is_derived: Whether the id is that of the model that it derives from.
     """
 
     hub_id: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    is_derived: bool = False
 
 
 def find_source(model: str, cache_dir: str | None = None) -> Source:
@@ -44,7 +46,10 @@ def _in_folder(folder: Path) -> Source:
     """Read the card in a folder. A folder has no id of its own, but its card names the model that it derives from."""
     card = _metadata(folder / CARD_NAME)
     base = card.get("base_model")
-    return Source(base if isinstance(base, str) else "", _kept(card))
+    if isinstance(base, list) and len(base) == 1:
+        (base,) = base
+    base = base if isinstance(base, str) else ""
+    return Source(base, _kept(card), is_derived=bool(base))
 
 
 def _in_timm(name: str) -> Source:
@@ -62,16 +67,19 @@ def _in_timm(name: str) -> Source:
 
 def _on_hub(name: str, cache_dir: str | None) -> Source:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         card = _metadata(Path(hf_hub_download(name, CARD_NAME, cache_dir=cache_dir)))
-    except HFValidationError:  # no id, such as "vit (weights.safetensors)"
+    except GatedRepoError:
+        return Source(name)
+    except (HFValidationError, RepositoryNotFoundError):  # not on the hub, such as "vit (weights.safetensors)"
         return Source()
-    except OSError:  # no card, or no connection
+    except Exception:  # no card, or no connection: libraries of the network raise errors of many kinds
         return Source(name)
     kept = _kept(card)
-    if (link := kept.get("license_link", "://")) and "://" not in link:
+    link = kept.get("license_link")
+    if isinstance(link, str) and "://" not in link:
         kept["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
     return Source(name, kept)
 
