@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from wanda_lightning import (
     CausalLMModule,
     ImageClassifierModule,
+    LinearSchedule,
     MagnitudePrune,
     PruningReport,
     TextDataModule,
@@ -81,6 +82,33 @@ def test_a_loop_after_another_that_has_pruned(text):
     callback, model = MagnitudePrune(), module()
     trainer(callback).predict(model, text)
     trainer(callback).validate(model, text, verbose=False)
+    assert callback.report.run == Run()
+
+
+def test_training_after_another_loop_that_has_pruned(text):
+    callback, model = MagnitudePrune(), module()
+    trainer(callback).predict(model, text)
+    trainer(callback, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1).fit(model, text)
+    assert callback.report.run == Run()
+
+
+def test_only_the_loop_before_the_first_stage_measures_the_dense_model(text):
+    callback = MagnitudePrune(calibrate_on="validation", schedule=LinearSchedule(0, 4, every=2))
+    (dense,) = trainer().validate(model := module(), text, verbose=False)
+    model.lr = 0.0
+    trainer(callback, max_steps=6, val_check_interval=1).fit(model, text)
+    assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert callback.report.run.before == dense["val_perplexity"]
+    assert callback.report.run.after is None
+
+
+def test_an_accuracy_in_percent_is_not_taken_for_a_fraction():
+    class Percent(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_accuracy", 87.5)
+
+    callback = MagnitudePrune()
+    trainer(callback).validate(Percent(), loader(), verbose=False)
     assert callback.report.run == Run()
 
 

@@ -113,6 +113,18 @@ def test_the_card_counts_the_zeros_after_training(tmp_path):
     assert f"{zeros / size:.2%} of the weights in 14 layers are zero" in card
 
 
+def test_results_from_before_training_are_not_those_of_the_saved_model(tmp_path):
+    module, callback = CausalLMModule(tiny_llama(), lr=0.1), MagnitudePrune()
+    batches = DataLoader(windows_of_text(2))
+    trainer(callback).validate(module, batches, verbose=False)
+    assert callback.report.run.after is not None
+    trainer(callback, SavePretrained(tmp_path / "out"), max_steps=2).fit(module, batches)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "2 steps" in card
+    assert "model-index" not in card
+    assert "erplexity" not in card
+
+
 def test_a_model_that_was_not_pruned_gets_no_card(tmp_path):
     assert card_after(tmp_path)[1] is None
 

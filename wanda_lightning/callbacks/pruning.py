@@ -35,7 +35,7 @@ from wanda_lightning.files import refuse_existing, refuse_nonempty
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as, prune_collected
-from wanda_lightning.report import PruningReport, write_report
+from wanda_lightning.report import PruningReport, Run, write_report
 from wanda_lightning.zeros import HeldZeros, zeros_of
 
 
@@ -155,6 +155,7 @@ class PruningCallback(Callback):
         """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
         refuse_pytorch_lightning(trainer)
         self._is_set_up = True
+        self._pruned_to_evaluate = False  # an earlier loop may have been interrupted
         checks.refuse_equal_keys(self, trainer)
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
@@ -318,8 +319,8 @@ class PruningCallback(Callback):
         reads_datamodule = self.dataloader is None and self.calibrate_on == "calibration"
         samples = self.num_samples if reads_datamodule and self.config.data_reader is not None else 0
         report.run = run_of(trainer, trainer.lightning_module, samples)
-        if self.calibrate_on == "validation":
-            report.run = with_result(report.run, trainer, is_dense=True)
+        if self.calibrate_on == "validation":  # the loop that has just ended ran the model before this stage
+            report.run = self._measured_before(report.run, trainer)
         self._state.record(report, share)
         if shows_progress(trainer):
             rank_zero_info(f"{self._name}: {report.summary()}")
@@ -328,6 +329,13 @@ class PruningCallback(Callback):
         if self.report_path is not None:
             log_figures(report, trainer)
         self._save(report, trainer)
+
+    def _measured_before(self, run: Run, trainer: L.Trainer) -> Run:
+        """Return the run with the result of the dense model, which the loop before the first stage has measured."""
+        if not self._state.share:
+            return with_result(run, trainer, is_dense=True)
+        first = self.report.run if self.report is not None else None
+        return run if first is None else replace(run, metric=first.metric, before=first.before, data=first.data)
 
     def _record_result(self, trainer: L.Trainer) -> None:
         """Add what the evaluation loop has measured to the report, if the loop has pruned the model at its start."""

@@ -1,4 +1,4 @@
-"""What a Trainer tells about the run in which a model is pruned."""
+"""What is known, from a Trainer, about the run in which a model is pruned."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_evaluation", None)
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
     is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
-    run = replace(run, metric=_METRICS[found], data=describe() if describe and is_whole else "")
     value = float(metrics[found])
+    if _METRICS[found] == "top-1" and value > 1:  # not a fraction
+        return run
+    run = replace(run, metric=_METRICS[found], data=describe() if describe and is_whole else "")
     return replace(run, before=value) if is_dense else replace(run, after=value)
 
 
@@ -57,10 +59,11 @@ def _name_of(pl_module: L.LightningModule) -> str:
     """Return the name from which the model was loaded; empty if it is not known."""
     choices, model = pl_module.hparams, pruning_target(pl_module)
     name = choices.get("model")
-    if not isinstance(name, str):
-        return str(getattr(model, "name_or_path", ""))
     if not hasattr(model, "pretrained_cfg"):
-        return name
+        own = str(getattr(model, "name_or_path", ""))  # other models have none, so `name` could mean anything
+        return name if isinstance(name, str) and hasattr(model, "name_or_path") else own
+    if not isinstance(name, str):
+        return ""
     name = f"timm:{name.removeprefix('timm:')}"
     if checkpoint := choices.get("checkpoint"):
         return f"{name} ({checkpoint})"

@@ -107,9 +107,12 @@ class SavePretrained(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         found = [callback.report for callback in callbacks if isinstance(callback, PruningCallback)]
         if reports := [report for report in found if report is not None]:
+            report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
+            if trainer.global_step and report.run is not None:  # the results are those of the model before training
+                report.run = replace(report.run, after=None, zero_shot={}, samples=(), images=())
             write_card(
                 self.folder,
-                _recounted(reports[-1], zeros_of(pruning_target(pl_module))),
+                report,
                 name=self.push_to_hub or self.folder,
                 packed=self.packed,
                 on_hub=self.push_to_hub is not None,
