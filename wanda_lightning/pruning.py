@@ -389,7 +389,8 @@ def _layer_notes(outcome: Outcome, pruned: PrunedLayer, inputs: InputStatistics,
     if outcome.permuted and pruned.name in outcome.permuted.kept:
         before, after = outcome.permuted.kept[pruned.name]
         yield f"inputs permuted: kept score {after / before - 1:+.2%}"
-    if inputs.count and (inactive := int(inputs.inactive().count_nonzero())):
+    has_energy = inputs.sums.keys() & {"square_sum", "gram"}
+    if inputs.count and has_energy and (inactive := int(inputs.inactive().count_nonzero())):
         yield f"{inactive} inputs never active"
     if pruned.name in observer.padding_counted:
         yield "padding counted: the attention_mask does not show which inputs are padding"

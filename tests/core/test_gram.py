@@ -76,5 +76,15 @@ def test_the_relative_error_of_a_tall_layer_is_that_of_evenly_spaced_rows():
     assert relative_error(weight, pruned, gram_of(tokens)) == pytest.approx(expected)
 
 
+def test_the_relative_error_needs_no_autocast_and_is_unknown_if_it_overflows():
+    weight, tokens = random_layer(torch.float32)
+    pruned = torch.where(weight.abs() > 0.5, weight, 0)
+    gram = gram_of(tokens)
+    expected = relative_error(weight, pruned, gram)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(weight, pruned, gram) == expected
+    assert relative_error(weight, pruned, gram * 1e38) is None
+
+
 def test_a_layer_without_outputs_has_no_error():
     assert relative_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0

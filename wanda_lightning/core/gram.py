@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
@@ -81,8 +82,8 @@ def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
     return scale, result.div_(scale).div_(scale[:, None])
 
 
-def relative_error(dense: Weight, pruned: Weight, gram: Gram) -> float:
-    """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs.
+def relative_error(dense: Weight, pruned: Weight, gram: Gram) -> float | None:
+    """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
 
     Of a layer with more than 256 rows, only about 256, evenly spaced, are compared.
 
@@ -93,5 +94,8 @@ def relative_error(dense: Weight, pruned: Weight, gram: Gram) -> float:
     rows = slice(None, None, -(-len(dense) // _ROWS))
     weight = dense[rows].to(gram.dtype)
     lost = weight - pruned[rows].to(gram.dtype)
-    error, energy = (float((torch.mm(each, gram) * each).sum()) for each in (lost, weight))
+    with torch.autocast(gram.device.type, enabled=False):
+        error, energy = (float((torch.mm(each, gram) * each).sum()) for each in (lost, weight))
+    if not math.isfinite(error + energy):
+        return None
     return max(0.0, error) / energy if energy > 0 else 0.0
