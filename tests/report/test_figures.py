@@ -2,6 +2,7 @@
 
 import re
 import struct
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -43,6 +44,17 @@ def test_svg_has_colors_of_the_page_and_ids_of_its_own():
         assert len(set(ids)) == len(ids)
     everywhere = [found for text in texts for found in re.findall(r' id="([^"]+)"', text)]
     assert len(set(everywhere)) == len(everywhere)
+
+
+def test_text_of_figures_is_not_rounded():
+    (plot, *_) = plots_of(llama_report())
+
+    def draw(axes, width):
+        axes.text(0.123456, 0.5, "run-0.6251")
+
+    svg = to_svg(replace(plot, draw=draw), 400)
+    assert ">run-0.6251<" in svg
+    assert not re.search(r"\d\.\d{3}", svg.replace("run-0.6251", ""))
 
 
 def test_svg_is_the_same_each_time():

@@ -55,12 +55,20 @@ def to_svg(plot: Plot, width: int) -> str:
     text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{plot.title}"', text, count=1)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)  # Matplotlib before 3.11
     text = re.sub(r"font-family: [^;\"]+; ?", "", text)  # that of the page
-    text = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _rounded, tag[0]), text)
     text = re.sub(r"\s*\n\s*", " ", text)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
-    return re.sub("|".join(_VARIABLES), lambda color: _VARIABLES[color[0]], text)
+    return re.sub(r"<[^>]+>", lambda tag: re.sub("|".join(_VARIABLES), _variable, tag[0]), text)
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}"
+
+
+def _variable(color: re.Match[str]) -> str:
+    return _VARIABLES[color[0]]
 
 
 def _figure(width: int, height: int) -> Figure:

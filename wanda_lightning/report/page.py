@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from os import PathLike
 from pathlib import PurePath
 from typing import Any
@@ -125,8 +126,9 @@ def _verdict(report: PruningReport) -> str:
     data, _, amount = run.data.partition(", ")
     subject = metric_name(run.metric) + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
     before, after = result(run.metric, run.before), result(run.metric, run.after)
-    if run.before is None:
-        return f"{text} {subject} is {after} afterward."
+    if run.before is None or not isfinite(run.before + run.after):
+        dense = "" if run.before is None else f" ({before} before)"
+        return f"{text} {subject} is {after} afterward{dense}."
     if before == after:
         return f"{text} {subject} stayed at {after}."
     return f"{text} {subject} {'rose' if run.after > run.before else 'fell'} from {before} to {after}."
@@ -140,8 +142,8 @@ def _tiles(report: PruningReport) -> list[Tile]:
         Tile("Method", method, others),
     ]
     if (run := report.run) and run.metric and run.after is not None:
-        moved = f"dense {result(run.metric, run.before)}, {change(run.metric, run.before, run.after)}"
-        detail = "" if run.before is None else moved
+        moved = [f"dense {result(run.metric, run.before)}", change(run.metric, run.before, run.after)]
+        detail = "" if run.before is None else ", ".join(filter(None, moved))
         tiles.insert(1, Tile(metric_name(run.metric), result(run.metric, run.after), detail))
     return tiles
 

@@ -112,7 +112,7 @@ def draw_heat_map(axes: Axes, grid: Grid, width: int) -> None:
 
 def _number_blocks(axes: Axes, grid: Grid, center: float, label: str = "block") -> None:
     """Number the blocks, each at its number plus `center`, and mark where another list of blocks begins."""
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if len(grid.blocks) <= 16 * step)
+    step = next((step for step in (1, 2, 5, 10, 20, 50, 100) if len(grid.blocks) <= 16 * step), 1000)
     numbers = range(0, len(grid.blocks), step)
     axes.set_xticks([number + center for number in numbers], [str(number) for number in numbers])
     axes.set_xlabel(label)

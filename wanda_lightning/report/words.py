@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 
 def duration(seconds: float) -> str:
     """Return a duration.
@@ -50,9 +52,11 @@ def result(metric: str, value: float | None) -> str:
 
     >>> result("top-1", 0.8125), result("perplexity", 16.058), result("perplexity", 12345.6), result("top-1", None)
     ('81.25%', '16.06', '12,345.60', 'not measured')
+    >>> result("perplexity", float("inf"))
+    'not finite'
     """
-    if value is None:
-        return "not measured"
+    if value is None or not isfinite(value):
+        return "not measured" if value is None else "not finite"
     return f"{value:.2%}" if metric == "top-1" else f"{value:,.2f}"
 
 
@@ -62,7 +66,7 @@ def change(metric: str, before: float | None, after: float | None) -> str:
     >>> change("top-1", 0.9, 0.875), change("perplexity", 16.0, 20.0)
     ('-2.50 points', '+25.0%')
     """
-    if before is None or after is None:
+    if before is None or after is None or not isfinite(before + after) or not before:
         return ""
     return f"{100 * (after - before):+.2f} points" if metric == "top-1" else f"{after / before - 1:+.1%}"
 
