@@ -53,6 +53,20 @@ def test_a_model_that_cannot_write_is_refused():
         TextDataModule(byte_tokenizer(), calibration="self").calibration_dataloader()
 
 
+def test_a_resumed_run_has_the_text_of_the_run_before():
+    tokenizer = byte_tokenizer()
+    data, resumed = (TextDataModule(tokenizer, calibration="self", seqlen=8, num_samples=2) for _ in range(2))
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    data.trainer = quiet_trainer()
+    data.trainer.strategy.connect(CausalLMModule(model, tokenizer=tokenizer))
+    assert data.state_dict() == {}
+    windows = data.calibration_windows
+    resumed.load_state_dict(data.state_dict())
+    assert torch.equal(resumed.calibration_windows, windows)  # no Trainer runs a model that could write it
+    assert TextDataModule(tokenizer).state_dict() == {}
+
+
 @pytest.mark.parametrize("choices", [{"method": "wanda"}, {"method": "sparsegpt", "recovery": "distil"}], ids=str)
 def test_the_dense_model_writes_the_text_that_it_is_calibrated_on(choices):
     tokenizer = byte_tokenizer()

@@ -144,6 +144,16 @@ class TextDataModule(DataModule):
             return draw_from_text(self._tokenize(content), *draw)
         return draw_from_documents(content, self._tokenize, *draw)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the windows that the model has written so far: a resumed run cannot have them written again."""
+        names = ("calibration_windows", "train_windows") if self.calibration == SELF else ()
+        return {name: vars(self)[name] for name in names if name in vars(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Use the windows of the run that is resumed."""
+        if self.calibration == SELF:
+            vars(self).update(state_dict)
+
     def _write(self, count: int) -> Tensor:
         model = getattr(self._module, "model", None)
         if model is None:
