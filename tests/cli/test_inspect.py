@@ -174,7 +174,7 @@ def test_inspect_prints_the_memory_of_streaming(inputs, capsys):
     assert run("inspect", "--model", "weightless", *many, "--park", "disk") == 0
     assert sum_of(capsys.readouterr().out) == pytest.approx(few, abs=0.03)
     assert run("inspect", "--model", "weightless", "--stream", "--nsamples", str(2**20), "--seqlen", "32") in (0, 1)
-    assert sum_of(capsys.readouterr().out) == pytest.approx(few + 2**20 * 32 * 32 * 4 / 2**30, abs=0.03)  # float32
+    assert sum_of(capsys.readouterr().out) == pytest.approx(few + 2**20 * 32 * 2 * 32 * 4 / 2**30, abs=0.03)  # float32
 
 
 def test_too_little_memory_is_an_error(inputs, capsys, monkeypatch):

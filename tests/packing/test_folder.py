@@ -158,8 +158,8 @@ def test_a_single_file_supersedes_shards(tmp_path, stale):
 
 def test_the_same_weights_in_other_formats_are_left_out(tmp_path):
     zeroed_llama(0).save_pretrained(tmp_path / "dense")
-    left_out = {"pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "q8.gguf"}
-    for name in (*left_out, "tokenizer.json", "training_args.bin"):
+    left_out = {"pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack"}
+    for name in (*left_out, "tokenizer.json", "training_args.bin", "q8.gguf"):
         (tmp_path / "dense" / name).write_text("{}")
     pack(tmp_path / "dense", tmp_path / "packed")
     dense, packed = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("dense", "packed"))

@@ -163,6 +163,10 @@ class HostParking(_MovingParking):
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """Move back what outlives the forward pass, such as the batch itself."""
         self.occupy()
+        for key in [
+            key for key, moved in self._away.items() if not any(reference() is not None for reference in moved)
+        ]:
+            del self._away[key]
         super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
 
     def vacate(self) -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.checks import one_line
 from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
 from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import (
@@ -186,17 +187,21 @@ def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> d
 
 
 def _write_card(folder: Path | None, options: PruneOptions, report: PruningReport) -> None:
-    if folder is not None:
-        name = options.push_to_hub or folder
+    if folder is None:
+        return
+    name = options.push_to_hub or folder
+    try:
         write_card(folder, report, name=name, packed=options.packed, on_hub=options.push_to_hub is not None)
+    except Exception as error:  # the results, which are not written yet, matter more than the card
+        print_line(f"Note: no model card could be written into {folder}: {one_line(error)}")
 
 
 def _write_results(options: PruneOptions, report: PruningReport) -> None:
+    if options.save is not None:
+        _save_results(options, report)
     if options.report is not None:
         write_report(report, options.report)
         print_line(f"The report is in {options.report}.")
-    if options.save is not None:
-        _save_results(options, report)
 
 
 def _save_results(options: PruneOptions, report: PruningReport) -> None:

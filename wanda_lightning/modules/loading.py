@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,12 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
         _require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
-    packed = folder if folder is not None and pretrained and is_packed(read_config(folder)) else None
+    weights = None
+    if folder is not None and pretrained and is_packed(read_config(folder)):
+        weights = packed_state_dict(folder)
     try:
-        model = _from_packed(packed, kwargs) if packed else timm.create_model(checked, pretrained, **kwargs)
+        create = partial(timm.create_model, pretrained=pretrained) if weights is None else partial(_created, weights)
+        model = create(checked, **kwargs)
     except OSError as error:
         raise OSError(
             f"The weights of {checked!r} are not in the cache and cannot be downloaded. Check the connection, give a "
@@ -181,17 +185,17 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         raise ValueError(
             f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
         ) from error
-    if folder is not None and pretrained and packed is None:
+    if folder is not None and pretrained and weights is None:
         check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
         check_finite(model.named_parameters(), checked)
     return model
 
 
-def _from_packed(folder: Path, kwargs: Mapping[str, Any]) -> nn.Module:
-    """Create a timm model from a packed folder; timm adapts the weights to other arguments, such as `num_classes`."""
-    overlay = {**kwargs.get("pretrained_cfg_overlay", {}), "source": "", "state_dict": packed_state_dict(folder)}
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
+def _created(weights: Mapping[str, torch.Tensor], name: str, **kwargs: Any) -> nn.Module:
+    """Create a timm model with these weights; timm adapts them to other arguments, such as `num_classes`."""
+    overlay = {**kwargs.get("pretrained_cfg_overlay", {}), "source": "", "state_dict": weights}
+    model = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     del model.pretrained_cfg["state_dict"]
     model.pretrained_cfg["source"] = "local-dir"
     return model

@@ -25,7 +25,7 @@ from wanda_lightning.progress import ProgressBar
 
 _CONFIG = "config.json"
 _WEIGHTS, _INDICES = "*.safetensors", "*.safetensors.index.json"
-_DENSE_FORMATS = ("pytorch_model*", "tf_model*", "flax_model*", "*.gguf", "*.onnx")  # the dense weights once more
+_OTHER_WEIGHTS = ("pytorch_model*", "tf_model*", "flax_model*")  # the dense weights in formats before safetensors
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 
@@ -53,8 +53,8 @@ def pack(
 ) -> PackedSize:
     """Pack the model in a folder: a matrix with enough zeros is stored as its kept values and their positions.
 
-    Only one tensor is in memory at a time. Other files are copied, except for the same weights in other formats, such
-    as pytorch_model.bin. A model card that this package wrote is updated.
+    Only one tensor is in memory at a time. Other files are copied, but not the same weights in the formats of
+    earlier versions of transformers, such as pytorch_model.bin. A model card that this package wrote is updated.
 
     Args:
         source: Folder of a Hugging Face or timm model with weights in safetensors.
@@ -75,7 +75,7 @@ def pack(
     parts, codes = _parts_to_pack(place, show_progress)
     refuse_full(target, sum(part.size for part in parts))
     with whole_folder(target, overwrite) as new:
-        _copy_other_files(place, new)
+        _copy_other_files(place, new, _OTHER_WEIGHTS)
         _write_packed(parts, codes, place, new, show_progress)
         update_card(new, target, packed=True)
     return _size(parts, codes)
@@ -351,8 +351,8 @@ def _write_indices(parts: Sequence[_Part], source: Path, target: Path, renamed: 
         _write_json(target / renamed(path.name), {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
-    ignored = shutil.ignore_patterns(_WEIGHTS, _INDICES, _CONFIG, *_DENSE_FORMATS, ".git")
+def _copy_other_files(source: Path, target: Path, left_out: Sequence[str] = ()) -> None:
+    ignored = shutil.ignore_patterns(_WEIGHTS, _INDICES, _CONFIG, *left_out, ".git")
     for path in source.iterdir():
         if path.name in ignored(str(source), [path.name]):
             continue
