@@ -8,12 +8,12 @@ NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
-.PHONY: install test demo demo-vision benchmark clean
+.PHONY: install test demo demo-vision benchmark results clean
 
 install: .venv/test
 
 # The demos need less than the tests, and no libraries that print warnings when they are imported.
-.venv/demo .venv/test: pyproject.toml
+.venv/demo .venv/report .venv/test: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[$(@F)]'
 	touch $@
@@ -34,6 +34,11 @@ demo-vision: .venv/demo
 
 benchmark: .venv/demo $(SMOLLM2)
 	$(BIN)/python benchmarks/pruning.py --model $(SMOLLM2)
+
+# The tables and figures of the documentation, from the runs in benchmarks/results.
+results: .venv/report
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/figures.py
 
 $(SMOLLM2): | .venv/demo
 	$(BIN)/python recipes/llm/get_smollm2.py .cache

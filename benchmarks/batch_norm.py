@@ -1,6 +1,6 @@
 """Accuracy of a small network that is pruned with and without the correction of its BatchNorm statistics.
 
-    python benchmarks/batch_norm.py
+    OMP_NUM_THREADS=1 python benchmarks/batch_norm.py --save benchmarks/results
     python benchmarks/batch_norm.py --model efficientnet
     python benchmarks/batch_norm.py --goals 70 2:4 --methods wanda_none wanda_block wanda_layer
 
@@ -11,10 +11,14 @@ training images in batches of 64. Each cell holds the accuracy on 360 held-out d
 
 import argparse
 import copy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+from measuring import fingerprint
+from result import Result, Runs, Samples, sparsity_of
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -71,6 +75,16 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return float((model(inputs).argmax(dim=1) == labels).float().mean())
 
 
+def measure(dense: nn.Module, batches: list[Tensor], evaluation: tuple[Tensor, Tensor], chosen: dict) -> dict:
+    """Prune two copies and return their accuracy, without and with the correction."""
+    measured = {}
+    for name, keep in (("top1_uncorrected", True), ("top1", False)):
+        model = copy.deepcopy(dense)
+        prune(model, batches, **chosen, keep_batch_norm=keep, progress=False)
+        measured[name] = accuracy(model, *evaluation)
+    return measured
+
+
 def main() -> None:
     """Train once, then prune copies."""
     parser = argparse.ArgumentParser(description="Measure the correction of BatchNorm statistics.")
@@ -78,26 +92,29 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--goals", nargs="+", default=["50", "60", "70", "2:4"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
     options = parser.parse_args()
     training, evaluation = digits()
     dense = train(options.model, *training, options.epochs)
     order = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(0))
     batches = list(training[0][order[:256]].split(64))
 
-    title = f"{options.model}: top-1 without and with the correction; dense {accuracy(dense, *evaluation):.1%}"
+    runs, top1 = Runs(options.save, "batch_norm"), accuracy(dense, *evaluation)
+    case = {"weights": fingerprint(dense)}
+    trained = Result(model=options.model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0])))
+    runs(trained, lambda: {"top1": top1})
+    title = f"{options.model}: top-1 without and with the correction; dense {top1:.1%}"
     table = Table(title=title)
     for heading in ("method", *options.goals):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method in options.methods:
-        row = []
+        cells = []
         for goal in options.goals:
-            chosen = {"pattern": goal, "sparsity": 0.5} if ":" in goal else {"sparsity": float(goal) / 100}
-            for keep in (True, False):
-                model = copy.deepcopy(dense)
-                prune(model, batches, **METHODS[method], **chosen, keep_batch_norm=keep, progress=False)
-                row.append(f"{accuracy(model, *evaluation):.1%}")
-        cells = [f"{without} -> {corrected}" for without, corrected in zip(row[::2], row[1::2], strict=True)]
-        print(method, *cells, flush=True)
+            planned = replace(trained, method=method, **sparsity_of(goal), arguments=METHODS[method])
+            planned = replace(planned, calibration=Samples("digits", 256))
+            chosen = {**METHODS[method], "sparsity": planned.sparsity, "pattern": planned.pattern}
+            measured = runs(planned, partial(measure, dense, batches, evaluation, chosen)).measured
+            cells.append(f"{measured['top1_uncorrected']:.1%} -> {measured['top1']:.1%}")
         table.add_row(method, *cells)
     Console(width=120).print(table)
 

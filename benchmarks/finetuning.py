@@ -1,6 +1,6 @@
 """Measure what keeping zeros costs in training: time and peak memory of a step, as ratios in one process.
 
-    python benchmarks/finetuning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --batch_size 4 --seqlen 512
+    python benchmarks/finetuning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --save benchmarks/results
 
 The model is pruned by magnitude to 50 %; training costs the same after any other pruning. Times are medians over
 `--runs` steps after a warm-up, and the two sides of a ratio run alternately. Memory is the peak of a step above the
@@ -11,10 +11,13 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
 from peft import LoraConfig, get_peft_model
+from result import Result, Runs, Samples
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -52,9 +55,18 @@ def peak(clock: Callable[[], float]) -> float:
     return statistics.median(once() for _ in range(3))
 
 
-def row(without: float, kept: float, digits: int = 2) -> tuple[str, str, str]:
-    """Return two numbers and their ratio as table cells."""
-    return f"{without:.{digits}f}", f"{kept:.{digits}f}", f"{kept / without:.3f}"
+def measure(without: Callable[[], float], kept: Callable[[], float], runs: int) -> dict[str, float]:
+    """Return the time and peak memory of a step without and with kept zeros."""
+    plain, ours = medians(without, kept, runs=runs)
+    memory = {"peak_mib": peak(kept), "plain_peak_mib": peak(without)}
+    return {"seconds": ours, "plain_seconds": plain, "ratio": ours / plain, **memory}
+
+
+def row(measured: dict[str, float]) -> list[str]:
+    """Return numbers as table cells."""
+    plain, ours = measured["plain_peak_mib"], measured["peak_mib"]
+    times = f"{measured['plain_seconds']:.2f}", f"{measured['seconds']:.2f}", f"{measured['ratio']:.3f}"
+    return [*times, f"{plain:.0f}", f"{ours:.0f}", f"{ours / plain:.3f}"]
 
 
 def main() -> None:
@@ -64,6 +76,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -89,17 +102,20 @@ def main() -> None:
         return duration
 
     layers = [layer.name for layer in report.layers]
-    without, kept = medians(free, held, runs=options.runs)
-    table.add_row("KeepZeros, all weights", *row(without, kept), *row(peak(free), peak(held), 0))
+    runs, tokens = Runs(options.save, "keeping_zeros"), Samples("random tokens", options.batch_size, options.seqlen)
+    planned = Result(model=Path(options.model).name, method="KeepZeros", sparsity=0.5, calibration=tokens)
+    planned = replace(planned, arguments={"method": "magnitude"})
+    run = runs.save(planned, measure(free, held, options.runs))
+    table.add_row("KeepZeros, all weights", *row(run.measured))
     model.load_state_dict(pruned)
 
     for name, arguments in ADAPTERS.items():
         arguments = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **arguments}
         plain = training(get_peft_model(copy.deepcopy(model), LoraConfig(**arguments)), ids)
         keeping = training(get_peft_model(copy.deepcopy(model), KeepZerosLoraConfig(**arguments)), ids)
-        without, kept = medians(plain, keeping, runs=options.runs)
-        cells = *row(without, kept), *row(peak(plain), peak(keeping), 0)
-        table.add_row(f"KeepZerosLora / LoRA: {name}", *cells)
+        adapted = replace(planned, method="KeepZerosLoraConfig", case={"adapters": name})
+        run = runs.save(adapted, measure(plain, keeping, options.runs))
+        table.add_row(f"KeepZerosLora / LoRA: {name}", *row(run.measured))
         del plain, keeping
     Console(width=130).print(table)
 

@@ -1,13 +1,17 @@
-"""Clocks and memory for the benchmarks."""
+"""Clocks, memory, fingerprints and empty tables for the benchmarks."""
 
 import ctypes
 import gc
+import hashlib
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from rich.table import Table
+from torch import nn
 
 MIB = 2**20
 
@@ -23,6 +27,22 @@ def medians(*clocks: Callable[[], float], runs: int, warm_up: bool = True) -> li
     """Return the median of each clock. The clocks run alternately, after one warm-up run each if `warm_up`."""
     rounds = [[clock() for clock in clocks] for _ in range(warm_up + runs)]
     return [statistics.median(times) for times in zip(*rounds[warm_up:], strict=True)]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a short hash of all weights, since another machine or number of threads trains another model."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()[:6]
+
+
+def columns(title: str, *headings: str) -> Table:
+    """Return an empty table with numbers aligned to the right."""
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
 
 
 class PeakMemory:

@@ -1,7 +1,7 @@
 """Measure packing: sizes of a pruned model, and speed against safetensors and zstd.
 
-    python benchmarks/packing.py sizes FOLDER --model SmolLM2.gguf  (1 GB of disk)
-    python benchmarks/packing.py speed FOLDER --megabytes 1000  (twice this on disk)
+    python benchmarks/packing.py sizes FOLDER --model SmolLM2.gguf --save benchmarks/results  (1 GB of disk)
+    python benchmarks/packing.py speed FOLDER --megabytes 1000 --save benchmarks/results  (twice this on disk)
     PYTHONPATH=tests python benchmarks/packing.py families FOLDER
 
 `sizes` prunes the model by magnitude in bfloat16, which needs no data: how many weights are kept decides the size, not
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from measuring import medians, seconds
+from result import Result, Runs
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -37,6 +38,7 @@ PATTERNS: Mapping[str, dict] = {
     "2:4": {"sparsity": 0.5, "pattern": "2:4"},
 }
 WIDTH = 4096
+STEPS = ("choose", "pack", "unpack", "pack_folder", "unpack_folder", "load", "zstd", "unzstd")
 
 
 def main() -> None:
@@ -48,18 +50,20 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=512, help="for speed")
     parser.add_argument("--runs", type=int, default=3, help="for speed")
     parser.add_argument("--cpu", action="store_true", help="measure CPU time, for a machine that does other work, too")
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.what == "sizes":
-        sizes(arguments.folder, arguments.model)
+        sizes(arguments.folder, arguments.model, Runs(arguments.save, "packing"))
     elif arguments.what == "families":
         families(arguments.folder)
     else:
         clock = cpu_seconds if arguments.cpu else seconds
-        speed(arguments.folder, arguments.megabytes * 10**6, arguments.runs, clock)
+        runs = Runs(arguments.save, "packing")
+        speed(arguments.folder, arguments.megabytes * 10**6, arguments.runs, clock, runs)
 
 
-def sizes(folder: Path, name: str) -> None:
+def sizes(folder: Path, name: str, runs: Runs) -> None:
     """Print the sizes of a model that is pruned to each pattern."""
     table = Table(title=f"{name} in bfloat16: bytes after / bytes before", title_justify="left")
     for heading in ("pattern", "packed matrices", "whole file", "zstd, whole file", "code", "same after loading"):
@@ -74,18 +78,27 @@ def sizes(folder: Path, name: str) -> None:
         dense, packed = (AutoModelForCausalLM.from_pretrained(folder / place) for place in ("dense", "packed"))
         pairs = zip(dense.state_dict().values(), packed.state_dict().values(), strict=True)
         is_same = all(a.view(torch.int16).equal(b.view(torch.int16)) for a, b in pairs)
-        table.add_row(
-            pattern,
-            f"{size.packed_matrices / size.dense_matrices:.4f}",
-            f"{size.packed / size.dense:.4f}",
-            f"{zstd_size(folder / 'dense') / size.dense:.4f}",
-            ", ".join(sorted(set(size.codes.values()))),
-            "yes" if is_same else "NO",
-        )
+        codes = ", ".join(sorted(set(size.codes.values())))
+        planned = planned_run(Path(name).name, pattern, "bfloat16", {"method": "magnitude", "code": codes})
+        measured = {
+            "packed_matrices": size.packed_matrices / size.dense_matrices,
+            "packed_file": size.packed / size.dense,
+            "zstd_file": zstd_size(folder / "dense") / size.dense,
+        }
+        ratios = [f"{ratio:.4f}" for ratio in runs.save(planned, measured).measured.values()]
+        table.add_row(pattern, *ratios, codes, "yes" if is_same else "NO")
     Console(width=120).print(table)
 
 
-def speed(folder: Path, size: int, runs: int, clock: Callable[[Callable[[], object]], float]) -> None:
+def planned_run(model: str, pattern: str, dtype: str, arguments: dict[str, str]) -> Result:
+    """Describe a run."""
+    choices = PATTERNS[pattern]
+    kind, case = choices.get("pattern", "unstructured"), {"dtype": dtype}
+    described = {"sparsity": choices["sparsity"], "pattern": kind, "case": case, "arguments": arguments}
+    return Result(model=model, method="packed", **described)
+
+
+def speed(folder: Path, size: int, repeats: int, clock: Callable, runs: Runs) -> None:
     """Print how fast weights are packed and unpacked."""
     table = Table(title="Sizes relative to dense, and GB of dense weights per second, one thread", title_justify="left")
     columns = [
@@ -105,10 +118,14 @@ def speed(folder: Path, size: int, runs: int, clock: Callable[[Callable[[], obje
         table.add_column(heading, justify="right" if heading else "left")
     for dtype in (torch.bfloat16, torch.float32):
         for pattern in PATTERNS:
-            *ratios, clocks = measured(folder, size // dtype.itemsize, dtype, pattern, runs, clock)
+            *ratios, clocks = measured(folder, size // dtype.itemsize, dtype, pattern, repeats, clock)
+            name = str(dtype).removeprefix("torch.")
+            speeds = {f"{step}_gb_per_second": size / 1e9 / each for step, each in zip(STEPS, clocks, strict=True)}
+            numbers = {"packed_matrices": ratios[0], "zstd_file": ratios[1], **speeds}
+            runs.save(planned_run("random matrix", pattern, name, {}), numbers)
             rates = [f"{size / 1e9 / elapsed:.2f}" for elapsed in clocks]
             sizes = [f"{ratio:.4f}" for ratio in ratios]
-            table.add_row(f"{str(dtype).removeprefix('torch.')} {pattern}", *sizes, *rates)
+            table.add_row(f"{name} {pattern}", *sizes, *rates)
     Console(width=160).print(table)
 
 

@@ -1,6 +1,6 @@
 """Measure what pruning costs, as ratios to a plain forward pass of the same batches in the same process.
 
-    python benchmarks/pruning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --nsamples 16 --seqlen 512
+    python benchmarks/pruning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --save benchmarks/results
     python benchmarks/pruning.py --images vit_small_patch16_224 convnext_atto resnet18 efficientnet_lite0
 
 Each number is a median over `--runs` after a warm-up, and the two sides of a ratio run alternately. Weights are
@@ -10,10 +10,13 @@ restored between runs, which is not timed.
 import argparse
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
+from result import Result, Runs, Samples
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch_size", type=int, help="default 4; with --images 32")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
     options.nsamples = options.nsamples or (128 if options.images else 16)
     options.batch_size = options.batch_size or (32 if options.images else 4)
@@ -72,9 +76,15 @@ def measure_images(options: argparse.Namespace) -> None:
     """Measure several choices for each image model."""
     table = Table(title=f"Ratios to a forward pass of {options.nsamples} images in batches of {options.batch_size}")
     table.add_column("what")
-    columns = []
+    columns, runs = [], Runs(options.save, "image_costs")
     for name in options.images:
         plain, *ours = _seconds_of_choices(*load_images(name, options), options.runs)
+        planned = Result(model=name, method="forward pass", calibration=Samples("random images", options.nsamples))
+        runs.save(planned, {"seconds": plain})
+        for (method, choices), each in zip(IMAGE_CHOICES.items(), ours, strict=True):
+            arguments = {key: str(value) for key, value in choices.items()}
+            run = replace(planned, method=method, sparsity=0.5, arguments=arguments)
+            runs.save(run, {"seconds": each, "plain_seconds": plain, "ratio": each / plain})
         columns.append([f"{plain:.2f} s", *(f"{each / plain:.2f}" for each in ours)])
         table.add_column(name, justify="right")
     for row in zip(("forward pass", *IMAGE_CHOICES), *columns, strict=True):
@@ -116,38 +126,43 @@ def measure_model(options: argparse.Namespace) -> None:
 
         return run
 
+    runs, calibration = Runs(options.save, "costs"), Samples("random tokens", options.nsamples, options.seqlen)
+    planned = Result(model=Path(options.model).name, method="forward pass", calibration=calibration)
     table = Table(title=f"{options.model}: {options.nsamples} samples in batches of {options.batch_size}")
-    for heading in ("what", "plain (s)", "ours (s)", "ratio"):
+    for heading in ("what", "plain (s)", "ours (s)", "ratio", "peak above the model (MiB)"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
-
+    peak = _peak(forward)
+    runs.save(planned, {"peak_mib": peak})
+    table.add_row("plain forward pass, batch by batch", "", "", "", f"{peak:.0f}")
     for sequential, passes in (("block", 2), ("layer", 1), ("none", 1)):
         plain, ours = medians(forward, pruning(sequential), runs=options.runs)
+        measured = {"seconds": ours, "plain_seconds": passes * plain, "ratio": ours / (passes * plain)}
+        measured["peak_mib"] = _peak(pruning(sequential))
+        choice = {"sequential": sequential}
+        runs.save(replace(planned, method="wanda", sparsity=0.5, case=choice, arguments=choice), measured)
         name = f"sequential={sequential} / {passes} forward pass{'es' if passes > 1 else ''}"
-        table.add_row(name, f"{passes * plain:.2f}", f"{ours:.2f}", f"{ours / (passes * plain):.3f}")
+        times = f"{passes * plain:.2f}", f"{ours:.2f}", f"{measured['ratio']:.3f}"
+        table.add_row(name, *times, f"{measured['peak_mib']:.0f}")
+    plain, ours = _seconds_of_mask(max(options.runs, 5))
+    mask = Result(model="random matrix 4096 x 11008", method="2:4 mask", sparsity=0.5, pattern="2:4")
+    runs.save(mask, {"seconds": ours, "plain_seconds": plain, "ratio": ours / plain})
+    table.add_row("2:4 keep of 4096 x 11008 / |W| * ||x||", f"{plain:.3f}", f"{ours:.3f}", f"{ours / plain:.2f}", "")
+    Console(width=120).print(table)
 
+
+def _seconds_of_mask(runs: int) -> list[float]:
+    """Return the median seconds of Wanda's scores, and of their 2:4 mask."""
     weight, norm = torch.randn(4096, 11008), torch.rand(11008)
     scores = weight.abs() * norm
-    plain, ours = medians(
-        lambda: seconds(lambda: weight.abs().mul_(norm)),
-        lambda: seconds(lambda: NM(2, 4)(scores, 0.5)),
-        runs=max(options.runs, 5),
-    )
-    table.add_row("2:4 keep of 4096 x 11008 / |W| * ||x||", f"{plain:.3f}", f"{ours:.3f}", f"{ours / plain:.2f}")
-    console = Console()
-    console.print(table)
+    score, mask = (lambda: weight.abs().mul_(norm)), (lambda: NM(2, 4)(scores, 0.5))
+    return medians(partial(seconds, score), partial(seconds, mask), runs=runs)
 
-    memory = Table(title="Peak resident memory above the loaded model (MiB)")
-    for heading in ("what", "MiB"):
-        memory.add_column(heading, justify="left" if heading == "what" else "right")
-    with PeakMemory() as peak:
-        forward()
-    memory.add_row("plain forward pass, batch by batch", f"{peak.peak / MIB:.0f}")
-    for sequential in ("block", "layer", "none"):
-        run = pruning(sequential)
-        with PeakMemory() as peak:
-            run()
-        memory.add_row(f"sequential={sequential}", f"{peak.peak / MIB:.0f}")
-    console.print(memory)
+
+def _peak(step: Callable[[], object]) -> float:
+    """Return the peak memory of a step above the loaded model, in MiB."""
+    with PeakMemory() as memory:
+        step()
+    return memory.peak / MIB
 
 
 def _call(body: Callable[..., object], batch: dict[str, torch.Tensor]) -> object:

@@ -1,32 +1,33 @@
 """Compare all methods with one model and its data: perplexity, seconds and memory at several sparsities, in one table.
 
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
-        --nsamples 16 --seqlen 512 --limit 40 --save results.json
+        --nsamples 16 --seqlen 512 --limit 40 --save benchmarks/results
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --held_out
     python benchmarks/quality.py --model M.gguf --baseline --goals 50 2:4
-    python benchmarks/quality.py --images --save images.json
+    python benchmarks/quality.py --images --save benchmarks/results
 
-Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, the same command
-again measures only the cells that the file lacks or that used other choices. `--held_out` measures on the part of the
-calibration text that calibration does not use, to choose hyperparameters. `--baseline` compares our SparseGPT and
-`balanced` with a plain implementation of SparseGPT. `--images` trains and prunes the models of recipes/vision/demo.py.
+Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, each cell is a
+file (benchmarks/result.py), and the same command again measures only cells that are missing or used other choices.
+`--held_out` measures on the part of the calibration text that calibration does not use, to choose hyperparameters.
+`--baseline` compares our SparseGPT and `balanced` with a plain implementation of SparseGPT. `--images` trains and
+prunes the models of recipes/vision/demo.py.
 """
 
 import argparse
 import copy
-import json
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import MIB, PeakMemory, medians, seconds
+from measuring import MIB, PeakMemory, columns, fingerprint, medians, seconds
+from result import Result, Runs, Samples, sparsity_of
 from rich.console import Console
-from rich.table import Table
 from sparsegpt_by_hand import prune_by_hand
 from torch import Tensor, nn
 
@@ -43,12 +44,12 @@ from wanda_lightning import (
     prune,
 )
 from wanda_lightning.data.text_sources import calibration_source
-from wanda_lightning.files import whole_file
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.plan import make_plan
 
 Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
+Measured = dict[str, float]
 
 TEXT: dict[str, Choices] = {
     **{name: {"method": name} for name in METHODS if not name.startswith("ablate_")},
@@ -70,15 +71,12 @@ IMAGES: dict[str, Choices] = {
     **{name: {"method": name} for name in PRESETS},
 }
 GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "80", "90", "2:4")}  # by whether they are images
-WINDOWS = ("model", "calibration", "nsamples", "seqlen", "limit")  # options that a measurement depends on
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt at layer": {"method": "sparsegpt", "sequential": "layer"},
     "balanced": {"method": "balanced"},
 }
-
-Cell = dict[str, Any]
 
 
 def choices(method: Choices, goal: str) -> Choices:
@@ -89,44 +87,9 @@ def choices(method: Choices, goal: str) -> Choices:
     return {**method, "sparsity": pattern.sparsity, "pattern": pattern}
 
 
-def in_short(cell: Cell) -> str:
-    """Return the figures of a cell on one line."""
-    figures = (
-        f"({in_short(x)})" if isinstance(x, dict) else f"{x:.4g}" if isinstance(x, float) else x for x in cell.values()
-    )
-    return ", ".join(f"{key} {figure}" for key, figure in zip(cell, figures, strict=True))
-
-
-class Results:
-    """Cells by method and goal, written to a file after each measurement.
-
-    Raises:
-        ValueError: The file holds measurements with other options.
-    """
-
-    def __init__(self, file: str | None, options: Mapping[str, object]) -> None:
-        self.file, self.options, self.cells = file, dict(options), {}
-        if file and Path(file).exists():
-            found = json.loads(Path(file).read_text(encoding="utf-8"))
-            if found["options"] != self.options:
-                raise ValueError(
-                    f"--save must name a file with the same options, but {file} has {found['options']} instead of "
-                    f"{self.options}. Use those options, or another file."
-                )
-            self.cells = found["cells"]
-
-    def __call__(self, name: str, goal: str, made: object, measure: Callable[[], Cell]) -> Cell:
-        """Return a cell of the file if it has the same choices (`made`), otherwise measure it."""
-        cells = self.cells.setdefault(name, {})
-        if cells.get(goal, {}).get("made") != str(made):
-            measured = measure()
-            print(f"{name:<12} {goal:>4}  {in_short(measured)}", flush=True)
-            cells[goal] = {"made": str(made), **measured}
-            if self.file:
-                with whole_file(self.file) as new:
-                    content = {"options": self.options, "cells": self.cells}
-                    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return cells[goal]
+def arguments(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Return arguments of `prune` as text, without the sparsity and N:M."""
+    return {name: str(value) for name, value in chosen.items() if name != "sparsity" and not isinstance(value, NM)}
 
 
 def refusal(model: nn.Module, chosen: Mapping[str, Any]) -> str:
@@ -184,6 +147,23 @@ class LanguageModel:
         self.tokenizer, self.model, self.samples = module.tokenizer, module.model.eval(), data.calibration_windows
         self.calibration, self.evaluation = list(data.calibration_dataloader()), data.val_dataloader()
         self.dense = copy.deepcopy(self.model.state_dict())
+        names = [source if source == "python-docs" else Path(source).name for source in sources]
+        evaluated = f"{names[1]}, held out" if options.held_out else names[1]
+        self.planned = Result(
+            model=Path(options.model).name,
+            method="dense",
+            calibration=Samples(names[0], options.nsamples, options.seqlen),
+            evaluation=Samples(evaluated, options.limit, options.seqlen),
+        )
+
+    def plan(self, name: str, goal: str, chosen: Mapping[str, Any]) -> Result:
+        """Describe a run."""
+        return replace(self.planned, method=name, **sparsity_of(goal), arguments=arguments(chosen))
+
+    def refusal(self, chosen: Mapping[str, Any]) -> str:
+        """Return in short why the model cannot be pruned with these choices, or an empty string."""
+        self.model.load_state_dict(self.dense)
+        return refusal(self.model, chosen)
 
     def prune(self, chosen: Mapping[str, Any]) -> float:
         """Prune, and return the sparsity of the pruned layers."""
@@ -193,23 +173,23 @@ class LanguageModel:
 
         return prune(self.model, self.calibration, **chosen, forward=forward, progress=False).sparsity
 
-    def measure_dense(self) -> Cell:
+    def measure_dense(self) -> Measured:
         """Measure the dense model."""
         return {"perplexity": perplexity(self.model, self.evaluation)}
 
-    def measure(self, chosen: Mapping[str, Any]) -> Cell:
+    def measure(self, chosen: Mapping[str, Any]) -> Measured:
         """Prune, and return one cell of the table."""
         self.model.load_state_dict(self.dense)
-        if reason := refusal(self.model, chosen):
-            return {"refused": reason}
         sparsities: list[float] = []
         with PeakMemory() as memory:
             duration = seconds(lambda: sparsities.append(self.prune(chosen)))
         measured = {"perplexity": perplexity(self.model, self.evaluation), "seconds": duration}
-        return {**measured, "MiB": memory.peak / MIB, "sparsity": sparsities[0]}
+        return {**measured, "peak_mib": memory.peak / MIB, "sparsity": sparsities[0]}
 
-    def against_baseline(self, methods: Mapping[str, Mapping[str, Any]], runs: int, warm_up: bool) -> Cell:
-        """Measure the plain SparseGPT and the methods alternately: seconds and perplexity."""
+    def against_baseline(
+        self, methods: Mapping[str, Mapping[str, Any]], runs: int, warm_up: bool
+    ) -> dict[str, Measured]:
+        """Measure the plain SparseGPT and the methods alternately: seconds and perplexity of each."""
         perplexities: dict[str, float] = {}
         first = next(iter(methods.values()))
         group = {name: getattr(first.get("pattern"), name, 0) for name in ("n", "m")}
@@ -227,90 +207,95 @@ class LanguageModel:
         by_hand = clock(BASELINE, lambda: prune_by_hand(self.model, self.samples, first["sparsity"], **group))
         clocks = [clock(name, partial(self.prune, chosen)) for name, chosen in methods.items()]
         times = medians(by_hand, *clocks, runs=runs, warm_up=warm_up)
-        names = (BASELINE, *methods)
-        return {"seconds": dict(zip(names, times, strict=True)), "perplexity": perplexities}
+        plain = {"plain_seconds": times[0]}
+        return {
+            name: {"perplexity": perplexities[name], "seconds": duration}
+            | ({} if name == BASELINE else {**plain, "ratio": duration / times[0]})
+            for name, duration in zip((BASELINE, *methods), times, strict=True)
+        }
 
 
-def columns(title: str, *headings: str) -> Table:
-    """Return an empty table with numbers aligned to the right."""
-    table = Table(title=title)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left")
-    return table
-
-
-def measure_text(options: argparse.Namespace, results: Results, console: Console) -> None:
+def measure_text(options: argparse.Namespace, console: Console) -> None:
     """Measure all methods with a language model."""
-    language = LanguageModel(options)
+    language, runs = LanguageModel(options), Runs(options.save, "held_out" if options.held_out else "methods")
     table = columns(f"{options.model}: perplexity (seconds of pruning)", "method", *options.goals, "peak MiB")
-    dense = results("dense", "", "", language.measure_dense)
-    table.add_row("dense", *[f"{dense['perplexity']:.2f}"] * len(options.goals), "")
-    cells: dict[tuple[str, str], Cell] = {}
+    dense = runs(replace(language.planned, calibration=None), language.measure_dense)
+    table.add_row("dense", *[f"{dense.measured['perplexity']:.2f}"] * len(options.goals), "")
+    cells: dict[tuple[str, str], Result] = {}
     for name in options.methods:
+        row = []
         for goal in options.goals:
-            if name not in (UNSTRUCTURED if ":" in goal else PERMUTED):
-                chosen = choices(TEXT[name], goal)
-                cells[name, goal] = results(name, goal, chosen, partial(language.measure, chosen))
-        row = [text_cell(cells.get((name, goal)), goal) for goal in options.goals]
-        peaks = [cells[name, goal]["MiB"] for goal in options.goals if "MiB" in cells.get((name, goal), {})]
+            if name in (UNSTRUCTURED if ":" in goal else PERMUTED):
+                row.append("-")
+                continue
+            chosen = choices(TEXT[name], goal)
+            if reason := language.refusal(chosen):
+                row.append(reason)
+                continue
+            cells[name, goal] = runs(language.plan(name, goal, chosen), partial(language.measure, chosen))
+            row.append(text_cell(cells[name, goal]))
+        peaks = [run.measured["peak_mib"] for (method, _), run in cells.items() if method == name]
         table.add_row(name, *row, f"{max(peaks):.0f}" if peaks else "")
     console.print(table)
-    for name in options.methods:
-        pairs = {goal: (cells.get((name, goal), {}), cells.get(("wanda", goal), {})) for goal in options.goals}
-        lost = [goal for goal, (a, b) in pairs.items() if a.get("perplexity", 0) > b.get("perplexity", torch.inf)]
-        if lost:
-            console.print(f"{name} is worse than wanda at {', '.join(lost)}", highlight=False)
 
 
-def text_cell(cell: Cell | None, goal: str) -> str:
+def text_cell(run: Result) -> str:
     """Return perplexity and seconds, and the sparsity if it is not that of the goal."""
-    if cell is None or "refused" in cell:
-        return "-" if cell is None else cell["refused"]
-    missed = ":" not in goal and abs(cell["sparsity"] - float(goal) / 100) > 0.005
-    duration = f"{cell['seconds']:.{0 if cell['seconds'] >= 10 else 1}f} s"
-    return f"{cell['perplexity']:.2f} ({duration})" + (f" at {cell['sparsity']:.1%}" if missed else "")
+    measured = run.measured
+    missed = run.pattern == "unstructured" and abs(measured["sparsity"] - run.sparsity) > 0.005
+    duration = f"{measured['seconds']:.{0 if measured['seconds'] >= 10 else 1}f} s"
+    return f"{measured['perplexity']:.2f} ({duration})" + (f" at {measured['sparsity']:.1%}" if missed else "")
 
 
-def measure_baseline(options: argparse.Namespace, results: Results, console: Console) -> None:
+def measure_baseline(options: argparse.Namespace, console: Console) -> None:
     """Compare our SparseGPT with the plain implementation."""
-    language = LanguageModel(options)
+    language, runs = LanguageModel(options), Runs(options.save, "sparsegpt")
     table = columns(f"{options.model}: SparseGPT by hand, and ours", "method", "goal", "seconds", "ratio", "perplexity")
     for goal in options.goals:
         methods = {name: choices(method, goal) for name, method in AGAINST_BASELINE.items()}
-        if reason := refusal(language.model, methods["sparsegpt"]):
+        if reason := language.refusal(methods["sparsegpt"]):
             raise ValueError(reason)
-        made = {**methods, "runs": options.runs, "warm_up": options.warm_up}
-        measure = partial(language.against_baseline, methods, options.runs, options.warm_up)
-        cell = results(BASELINE, goal, made, measure)
-        for name, duration in cell["seconds"].items():
-            ratio = f"{duration / cell['seconds'][BASELINE]:.3f}"
-            table.add_row(name, goal, f"{duration:.2f}", ratio, f"{cell['perplexity'][name]:.2f}")
+        planned = {name: language.plan(name, goal, chosen) for name, chosen in {BASELINE: {}, **methods}.items()}
+        planned[BASELINE] = replace(planned[BASELINE], code="plain")
+        results = {name: runs.saved(run) for name, run in planned.items()}
+        if None in results.values():
+            measured = language.against_baseline(methods, options.runs, options.warm_up)
+            results = {name: runs.save(run, measured[name]) for name, run in planned.items()}
+        for name, run in results.items():
+            ratio = f"{run.measured.get('ratio', 1):.3f}"
+            table.add_row(name, goal, f"{run.measured['seconds']:.2f}", ratio, f"{run.measured['perplexity']:.2f}")
     console.print(table)
 
 
-def measure_images(options: argparse.Namespace, results: Results, console: Console) -> None:
+def measure_images(options: argparse.Namespace, console: Console) -> None:
     """Measure all methods with a ViT and a ConvNeXt that are trained on digits."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from recipes.vision import demo
 
+    runs = Runs(options.save, "images")
     for name in demo.MODELS:
         module, data, accuracy = demo.train(name, options.epochs)
         dense = copy.deepcopy(module.state_dict())
+        trained = Result(
+            model=name, method="dense", case={"weights": fingerprint(module)}, evaluation=Samples("digits", 360)
+        )
+        runs(trained, lambda accuracy=accuracy: {"top1": accuracy})
         table = columns(f"{name}: top-1; dense {accuracy:.2%}", "method", *options.goals)
 
-        def measure(chosen: Mapping[str, Any], module=module, data=data, dense=dense) -> Cell:
-            module.load_state_dict(dense)
-            if reason := refusal(module.model, chosen):
-                return {"refused": reason}
-            return {"accuracy": demo.run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))}
+        def measure(chosen: Mapping[str, Any], module=module, data=data) -> Measured:
+            return {"top1": demo.run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))}
 
         for method in options.methods:
             row = []
             for goal in options.goals:
                 chosen = choices(IMAGES[method], goal)
-                made = {**chosen, "dense": accuracy}
-                cell = results(f"{name}, {method}", goal, made, partial(measure, chosen))
-                row.append(cell.get("refused") or f"{cell['accuracy']:.2%}")
+                module.load_state_dict(dense)
+                if reason := refusal(module.model, chosen):
+                    row.append(reason)
+                    continue
+                planned = replace(trained, method=method, **sparsity_of(goal), arguments=arguments(chosen))
+                planned = replace(planned, calibration=Samples("digits", data.num_samples))
+                row.append(f"{runs(planned, partial(measure, chosen)).measured['top1']:.2%}")
             table.add_row(method, *row)
         console.print(table)
 
@@ -324,7 +309,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
     parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M, such as: 50 2:4")
-    parser.add_argument("--save", help="FILE.json, read at the start and written after each cell")
+    parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, known: Iterable[str]) -> None:
@@ -334,18 +319,6 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, 
     for goal in options.goals:
         if not re.fullmatch(r"\d+:\d+", goal) and not (re.fullmatch(r"\d+(\.\d+)?", goal) and 0 < float(goal) < 100):
             parser.error(f"--goals must be percentages such as 50, or N:M such as 2:4, but one is {goal!r}.")
-
-
-def open_results(parser: argparse.ArgumentParser, options: argparse.Namespace, used: Iterable[str]) -> Results:
-    """Return the results in the file of --save, or end the program if they were measured with other options."""
-    try:
-        return Results(options.save, {name: _without_folder(getattr(options, name)) for name in used})
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _without_folder(value: object) -> object:
-    return Path(value).name if isinstance(value, str) else value
 
 
 def main() -> None:
@@ -369,11 +342,8 @@ def main() -> None:
     check_options(parser, options, known)
     if not (options.model or options.images):
         parser.error("--model must be given, except with --images.")
-    used = ("epochs",) if options.images else (*WINDOWS, "held_out")
-    used += () if options.images or options.held_out else ("eval",)
-    results = open_results(parser, options, used)
     run = measure_images if options.images else measure_baseline if options.baseline else measure_text
-    run(options, results, Console(width=130))
+    run(options, Console(width=130))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Zeros that quantizers keep, and the perplexity of the quantized model.
 
     pip install torchao bitsandbytes compressed-tensors loguru  (each is optional)
-    python benchmarks/quantization.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/quantization.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --save benchmarks/results
     python benchmarks/quantization.py --model MODEL --calibration web.txt --eval web.txt --limit 32
 
 Prunes a language model to 50 % with Wanda. Each scheme quantizes and dequantizes every pruned matrix of a copy in
@@ -12,11 +12,14 @@ weights that became zero. Quantizers that are not installed, or do not run on th
 import argparse
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from result import Result, Runs, Samples
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -131,6 +134,26 @@ def perplexity(model: nn.Module, data: TextDataModule) -> float:
     return float(metric.compute())
 
 
+def measure(pruned: nn.Module, scheme: Scheme, data: TextDataModule) -> dict[str, float]:
+    """Return what quantization does to zeros and perplexity."""
+    quantized, kept, new = quantize(pruned, scheme)
+    return {"zeros_kept": kept, "new_zeros": new, "perplexity": perplexity(quantized, data)}
+
+
+def plan(options: argparse.Namespace, quantizer: str = "", scheme: str = "none") -> Result:
+    """Describe a run: without a quantizer, that of the dense model."""
+    calibration, evaluation = (
+        Samples(Path(data).name, windows, options.seqlen)
+        for data, windows in ((options.calibration, options.nsamples), (options.eval, options.limit))
+    )
+    dense = Result(model=Path(options.model).name, method="dense", evaluation=evaluation)
+    if not quantizer:
+        return dense
+    case, arguments = {"quantizer": quantizer, "scheme": scheme}, {"method": "wanda"}
+    chosen = {"sparsity": options.sparsity, "case": case, "arguments": arguments, "calibration": calibration}
+    return replace(dense, method="wanda", **chosen)
+
+
 def main() -> None:
     """Prune once, then quantize copies."""
     parser = argparse.ArgumentParser(description="Measure which quantizers keep zeros.")
@@ -141,6 +164,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
     options = parser.parse_args()
     module = CausalLMModule(options.model, dtype="float32")
     sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
@@ -150,21 +174,25 @@ def main() -> None:
     table = Table("quantizer", "scheme")
     for heading in ("zeros kept", "new zeros", "perplexity"):
         table.add_column(heading, justify="right")
-    table.add_row("", "none, dense", "", "", f"{perplexity(model, data):.2f}")
+    runs = Runs(options.save, "quantization")
+    dense = runs(plan(options), lambda: {"perplexity": perplexity(model, data)})
+    table.add_row("", "none, dense", "", "", f"{dense.measured['perplexity']:.2f}")
     prune(model, data.calibration_dataloader(), options.sparsity, method="wanda", progress=False)
-    table.add_row("", "none, pruned", "100 %", "0 %", f"{perplexity(model, data):.2f}")
+    unchanged = {"zeros_kept": 1.0, "new_zeros": 0.0}
+    pruned = runs(plan(options, "none"), lambda: {**unchanged, "perplexity": perplexity(model, data)})
+    table.add_row("", "none, pruned", "100 %", "0 %", f"{pruned.measured['perplexity']:.2f}")
     failures: list[str] = []
     for package, name in track(SCHEMES, "Quantizing"):
         if find_spec(package) is None:
             failures.append(f"{package} {name}: {package} is not installed.")
             continue
         try:
-            quantized, kept, new = quantize(model, SCHEMES[package, name])
+            run = runs(plan(options, package, name), partial(measure, model, SCHEMES[package, name], data))
         except Exception as error:
             failures.append(f"{package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
             continue
-        measured = f"{perplexity(quantized, data):.2f}"
-        table.add_row(package, name, "100 %" if kept == 1 else f"{100 * kept:.3f} %", f"{100 * new:.3g} %", measured)
+        kept, new = (100 * run.measured[part] for part in ("zeros_kept", "new_zeros"))
+        table.add_row(package, name, f"{kept:.3g} %", f"{new:.3g} %", f"{run.measured['perplexity']:.2f}")
     console = Console(width=120)
     console.print(table)
     for failure in failures:

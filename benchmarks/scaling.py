@@ -1,6 +1,6 @@
 """Measure how the seconds of pruning grow with calibration tokens, layers and width.
 
-    python benchmarks/scaling.py --save benchmarks/results/scaling.json --picture docs/scaling.svg
+    python benchmarks/scaling.py --save benchmarks/results
 
 The model is a random Llama in float32, pruned in memory to 50 % with `sequential="layer"`. Each line varies one size;
 the others keep their defaults: 16 windows of 512 tokens, 8 blocks, width 512. The exponent is the slope of a line
@@ -8,18 +8,16 @@ through the points, both axes logarithmic: 1 is linear.
 """
 
 import argparse
-import json
 import math
-from pathlib import Path
 
 import torch
 from measuring import medians, seconds
+from result import Result, Runs, Samples
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import prune
-from wanda_lightning.files import whole_file
 
 METHODS = ("wanda", "sparsegpt", "admm")
 DEFAULTS = {"windows": 16, "blocks": 8, "width": 512}
@@ -49,7 +47,7 @@ def measure(windows: int, blocks: int, width: int, runs: int) -> dict[str, float
         return seconds(lambda: prune(model, batches, 0.5, method=method, sequential="layer", progress=False))
 
     clocks = [forward, *(lambda method=method: pruning(method) for method in METHODS)]
-    return dict(zip(("forward", *METHODS), medians(*clocks, runs=runs, warm_up=False), strict=True))
+    return dict(zip(("forward pass", *METHODS), medians(*clocks, runs=runs, warm_up=False), strict=True))
 
 
 def exponent(points: list[tuple[int, float]]) -> float:
@@ -59,49 +57,32 @@ def exponent(points: list[tuple[int, float]]) -> float:
     return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
-def draw(found: dict[str, dict[str, list[tuple[int, float]]]], path: str) -> None:
-    """Draw one panel for each size, both axes logarithmic."""
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-
-    mpl.rcParams["svg.hashsalt"] = "scaling"  # the same picture has the same bytes
-    figure, panels = plt.subplots(1, len(found), figsize=(5 * len(found), 4.2), layout="constrained")
-    for panel, (size, lines) in zip(panels, found.items(), strict=True):
-        for name, points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, label=name)
-        panel.set(xscale="log", yscale="log", xlabel=size, title=f"by {size}")
-        panel.set_xticks(SIZES[size], [str(each) for each in SIZES[size]], minor=False)
-        panel.minorticks_off()
-    panels[0].set_ylabel("seconds")
-    panels[0].legend()
-    with whole_file(path) as new:
-        figure.savefig(new, format=Path(path).suffix[1:], metadata={"Date": None})
-
-
 def main() -> None:
-    """Measure, print a table and draw."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--save", help="FILE.json to write")
-    parser.add_argument("--picture", help="FILE.svg to write")
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
-    console, found = Console(width=120), {}
+    console, runs = Console(width=120), Runs(options.save, "scaling")
     for size, values in SIZES.items():
         table = Table("seconds by", *(f"{size} {value}" for value in values), "exponent")
-        lines: dict[str, list[tuple[int, float]]] = {name: [] for name in ("forward", *METHODS)}
+        lines: dict[str, list[tuple[int, float]]] = {name: [] for name in ("forward pass", *METHODS)}
         for value in values:
-            for name, duration in measure(**{**DEFAULTS, size: value}, runs=options.runs).items():
+            sizes = {**DEFAULTS, size: value}
+            for name, duration in measure(**sizes, runs=options.runs).items():
                 lines[name].append((value, duration))
-            console.print(f"{size} {value} done")
+                planned = Result(
+                    model="random Llama",
+                    method=name,
+                    sparsity=0.5 if name in METHODS else 0.0,
+                    case={"by": size, "value": value},
+                    arguments={"method": name, "sequential": "layer"} if name in METHODS else {},
+                    calibration=Samples("random tokens", sizes["windows"], LENGTH),
+                )
+                runs.save(planned, {"seconds": duration})
         for name, points in lines.items():
             table.add_row(name, *(f"{duration:.2f}" for _, duration in points), f"{exponent(points):.2f}")
         console.print(table)
-        found[size] = lines
-    if options.save:
-        with whole_file(options.save) as new:
-            new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if options.picture:
-        draw(found, options.picture)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py matrices                    (products of one token, with cold caches; 6 GB)
     python benchmarks/speed.py matrices --cold 0.1 --runs 5 --shapes 576x1536    (a small run, to try it out)
-    python benchmarks/speed.py decoding --model MODEL --dtype bfloat16           (MODEL is dense)
+    python benchmarks/speed.py decoding --model MODEL --dtype bfloat16 --save benchmarks/results    (MODEL is dense)
 
 `matrices` cycles through so many copies of each matrix that they exceed the caches (`--cold` GB of dense weights), and
 runs the executions alternately. `decoding` sets the smallest weights of each row to zero and generates tokens greedily;
@@ -14,10 +14,12 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from result import Result, Runs, sparsity_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -122,6 +124,10 @@ def time_decoding(options: argparse.Namespace) -> Table:
     dense = median(times[0])
     for name, found in zip(("dense", "packed", "int8"), times, strict=True):
         each = median(found)
+        goal = options.sparsity if ":" in options.sparsity else str(100 * float(options.sparsity))
+        described = {"method": name, **sparsity_of(goal), "case": {"dtype": options.dtype}}
+        planned = Result(model=Path(options.model).name, **described)
+        Runs(options.save, "speed").save(planned, {"seconds": each, "tokens_per_second": 1 / each})
         table.add_row(name, f"{1000 * each:.1f}", f"{1 / each:.1f}", f"{dense / each:.2f}")
     return table
 
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--sparsity", default="0.6")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--save", help="FOLDER in which each run of decoding becomes a file")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)

@@ -1,7 +1,7 @@
 """Compare methods by zero-shot accuracy beside perplexity, on real documents or on documents made from a text.
 
     python benchmarks/zero_shot.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
-        --text wikitext2_test.raw.txt --tasks_dir out/zero_shot --save zero_shot.json
+        --text wikitext2_test.raw.txt --tasks_dir out/zero_shot --save benchmarks/results
 
 With `--text`, documents in the format of OpenBookQA are written to `--tasks_dir`. Each asks which of four words ends a
 sentence, after the sentence before it. The wrong words end other sentences of the same article and are about as long as
@@ -14,19 +14,23 @@ import json
 import random
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from quality import TEXT, WINDOWS, Cell, LanguageModel, add_options, check_options, choices, columns, open_results
+from measuring import columns
+from quality import TEXT, LanguageModel, Measured, add_options, check_options, choices
+from result import Result, Runs
 from rich.console import Console
 
 from wanda_lightning.data.text_sources import check_source, evaluation_text
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "best", "thorough")
+Step = Callable[[], Measured]
 LABELS = ["A", "B", "C", "D"]
 ARTICLE = re.compile(r"^ ?= [^=\n]+ = *$", re.MULTILINE)  # title in WikiText
 END_OF_SENTENCE = re.compile(r"(?<=[a-z\d)\" ]{2}[.!?])\s+(?=[A-Z\"])")  # not after "Mr." or "U.S."
@@ -64,19 +68,28 @@ def write_documents(text: str, folder: Path, count: int) -> None:
     (folder / "openbookqa.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def measure(language: LanguageModel, tasks: dict[str, Any], perplexity: Callable[[], Cell]) -> Cell:
-    """Prune and measure perplexity, then the accuracy of each task with its standard error."""
-    cell = perplexity()
-    return cell if "refused" in cell else {**cell, **zero_shot(language.model, language.tokenizer, tasks)}
+def measure(language: LanguageModel, tasks: dict[str, Any], runs: Runs, planned: Result, prune: Step) -> list[Result]:
+    """Return one run for each task, measured together unless all are saved: perplexity, and accuracy with its error."""
+    each = {name: replace(planned, case={"task": name}) for name in tasks}
+    saved = [runs.saved(run) for run in each.values()]
+    if None not in saved:
+        return saved
+    measured = prune()
+    found = zero_shot(language.model, language.tokenizer, tasks)
+    return [runs.save(run, {**measured, **accuracies(found[name])}) for name, run in each.items()]
 
 
-def accuracies(cell: Cell, tasks: Sequence[str]) -> list[str]:
-    """Return a row of the table: perplexity, and for each task acc and, if the task has it, acc_norm."""
-    if "refused" in cell:
-        return [cell["refused"]]
-    found = [(cell[task], metric) for task in tasks for metric in ("acc", "acc_norm")]
-    shown = [f"{r[m]:.1%} ± {100 * r[f'{m}_stderr']:.1f}" if m in r else "" for r, m in found]
-    return [f"{cell['perplexity']:.2f}", *shown]
+def accuracies(found: dict[str, float]) -> Measured:
+    """Return acc and, if the task has it, acc_norm, each with its standard error."""
+    metrics = [metric for metric in ("acc", "acc_norm") if metric in found]
+    return {metric: found[metric] for metric in metrics} | {f"{m}_error": found[f"{m}_stderr"] for m in metrics}
+
+
+def row(results: list[Result]) -> list[str]:
+    """Return perplexity, and for each task acc and, if the task has it, acc_norm."""
+    shown = [(run.measured, metric) for run in results for metric in ("acc", "acc_norm")]
+    cells = [f"{m[metric]:.1%} ± {100 * m[f'{metric}_error']:.1f}" if metric in m else "" for m, metric in shown]
+    return [f"{results[0].measured['perplexity']:.2f}", *cells]
 
 
 def main() -> None:
@@ -105,17 +118,19 @@ def main() -> None:
         parser.error(
             f"--tasks_dir must have a file TASK.jsonl, but {folder} has none. Add --text, or name another folder."
         )
-    results = open_results(parser, options, (*WINDOWS, "eval", "text", "documents", "tasks_dir"))
-    language = LanguageModel(options)
+    runs, language = Runs(options.save, "tasks"), LanguageModel(options)
     metrics = [f"{name} {metric}" for name in names for metric in ("acc", "acc_norm")]
     table = columns(f"{options.model}: zero-shot accuracy ± standard error", "", "goal", "perplexity", *metrics)
-    dense = results("dense", "", "", partial(measure, language, tasks, language.measure_dense))
-    table.add_row("dense", "", *accuracies(dense, names))
+    dense = replace(language.planned, calibration=None)
+    table.add_row("dense", "", *row(measure(language, tasks, runs, dense, language.measure_dense)))
     for name in options.methods:
         for goal in options.goals:
             chosen = choices(TEXT[name], goal)
-            step = partial(measure, language, tasks, partial(language.measure, chosen))
-            table.add_row(name, goal, *accuracies(results(name, goal, chosen, step), names))
+            if reason := language.refusal(chosen):
+                table.add_row(name, goal, reason)
+                continue
+            step = partial(language.measure, chosen)
+            table.add_row(name, goal, *row(measure(language, tasks, runs, language.plan(name, goal, chosen), step)))
     Console(width=150).print(table)
 
 

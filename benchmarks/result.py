@@ -1,0 +1,224 @@
+"""A measured run as a JSON file: what was done, on which data, what came out, and how to repeat it.
+
+`benchmarks/results/TABLE/NAME.json` holds one run. The benchmarks write these files with `--save benchmarks/results`,
+and `make results` makes the tables and figures of the documentation from them.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from wanda_lightning.files import whole_file
+
+FOLDER = Path(__file__).parent / "results"
+OURS = "wanda_lightning"
+PACKAGES = (OURS, "lightning", "timm", "torch", "transformers")
+QUANTITIES: Mapping[str, str] = {
+    "perplexity": "on the evaluation windows",
+    "perplexity_before": "the same before fine-tuning",
+    "top1": "fraction of the evaluation images that are classified correctly",
+    "top1_uncorrected": "the same without the correction of BatchNorm statistics",
+    "acc": "zero-shot accuracy of lm-eval, as a fraction",
+    "acc_error": "its standard error",
+    "acc_norm": "zero-shot accuracy, normalized by the length of the answers",
+    "acc_norm_error": "its standard error",
+    "sparsity": "fraction of zeros in the pruned layers",
+    "seconds": "duration",
+    "plain_seconds": "duration of what it is compared with, in the same process",
+    "ratio": "seconds / plain_seconds",
+    "peak_mib": "largest increase of resident memory, in MiB",
+    "plain_peak_mib": "the same for what it is compared with",
+    "tokens_per_second": "generated tokens",
+    "zeros_kept": "fraction of the pruned weights that are still zero",
+    "new_zeros": "fraction of the kept weights that became zero",
+    "packed_matrices": "bytes of packed matrices / dense matrices",
+    "packed_file": "bytes of packed file / dense file",
+    "zstd_file": "bytes of compressed dense file / dense file",
+    **{
+        f"{step}_gb_per_second": "gigabytes of dense weights"
+        for step in ("choose", "pack", "unpack", "pack_folder", "unpack_folder", "load", "zstd", "unzstd")
+    },
+}
+"""What `measured` may hold."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Data for calibration or evaluation: its name, the number of windows or images, and the tokens in a window."""
+
+    data: str
+    windows: int | None = None
+    length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One measured run.
+
+    Attributes:
+        model: What was pruned.
+        method: Row of the table.
+        sparsity: What was asked for. 0 is the dense model.
+        pattern: `unstructured`, or N:M.
+        case: What else tells the runs of a table apart, such as a dtype.
+        arguments: Further arguments of `prune`.
+        code: Whose implementation.
+        calibration: Calibration data.
+        evaluation: Evaluation data.
+        measured: Numbers by the names in `QUANTITIES`.
+        machine: Processor or GPU.
+        versions: Versions of packages.
+        command: Repeats the run. The folders of files are left out.
+        date: Day of the run.
+        note: What a reader should know about the numbers.
+
+    The last five, and the data, are None where they are not known.
+    """
+
+    model: str
+    method: str
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
+    case: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, str] = field(default_factory=dict)
+    code: str = OURS
+    calibration: Samples | None = None
+    evaluation: Samples | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+    machine: str | None = None
+    versions: dict[str, str] | None = None
+    command: str | None = None
+    date: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := self.measured.keys() - QUANTITIES.keys():
+            raise ValueError(f"measured must have names from QUANTITIES, but {min(unknown)!r} is not one of them.")
+        if not (0 <= self.sparsity < 1 and re.fullmatch(r"unstructured|\d+:\d+", self.pattern)):
+            raise ValueError(
+                "sparsity must be in [0, 1) and pattern be 'unstructured' or N:M, "
+                f"but they are {self.sparsity} and {self.pattern!r}."
+            )
+
+    @property
+    def goal(self) -> str:
+        """Column of the table: `50 %`, `2:4`, or `dense`."""
+        return self.pattern if ":" in self.pattern else f"{100 * self.sparsity:g} %" if self.sparsity else "dense"
+
+    @property
+    def name(self) -> str:
+        """Name of the file, without the ending."""
+        code = "" if self.code == OURS else self.code
+        parts = (self.model, code, self.method, "" if self.method == "dense" else self.goal, *self.case.values())
+        return "-".join(filter(None, (re.sub(r"[^\w.+]+", "-", str(part)).strip("-") for part in parts))).lower()
+
+    def save(self, folder: Path) -> None:
+        """Write the file into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / f"{self.name}.json") as new:
+            new.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(file: Path) -> Result:
+    """Read one run.
+
+    Raises:
+        ValueError: The file holds no run.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("calibration", "evaluation"):
+            fields[name] = fields[name] and Samples(**fields[name])
+        return Result(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} must hold the fields of benchmarks/result.py, but: {error}") from error
+
+
+def read_table(table: str, folder: Path = FOLDER) -> list[Result]:
+    """Return all runs of a table, in the order of their file names."""
+    return [read(file) for file in sorted((folder / table).glob("*.json"))]
+
+
+class Runs:
+    """Runs of one table, each written to its file as soon as it is measured.
+
+    Args:
+        folder: `--save`. Empty measures everything and writes nothing.
+        table: The subfolder.
+    """
+
+    def __init__(self, folder: str | None, table: str) -> None:
+        self.folder = Path(folder) / table if folder else None
+
+    def __call__(self, planned: Result, measure: Callable[[], Mapping[str, float]]) -> Result:
+        """Return the saved run, or measure and save it."""
+        return self.saved(planned) or self.save(planned, measure())
+
+    def saved(self, planned: Result) -> Result | None:
+        """Return the saved run, or None if there is none that was made with the same arguments.
+
+        Raises:
+            ValueError: The saved run used other data.
+        """
+        file = self.folder and self.folder / f"{planned.name}.json"
+        if not (file and file.exists()):
+            return None
+        found = read(file)
+        data, asked = ((run.calibration, run.evaluation) for run in (found, planned))
+        if data != asked:
+            raise ValueError(
+                f"--save must name a folder with runs on the same data, but {file} has {data} instead of {asked}. "
+                "Use those options, or another folder."
+            )
+        return found if found.arguments == planned.arguments else None
+
+    def save(self, planned: Result, measured: Mapping[str, float]) -> Result:
+        """Return the run with its numbers, after printing and saving it."""
+        result = replace(planned, measured=dict(measured), **here())
+        print(f"{result.name}: {in_short(measured)}", flush=True)
+        if self.folder:
+            result.save(self.folder)
+        return result
+
+
+def in_short(measured: Mapping[str, float]) -> str:
+    """Return numbers on one line."""
+    return ", ".join(f"{key} {number:.4g}" for key, number in measured.items())
+
+
+def here() -> dict[str, Any]:
+    """Return the fields that describe this process: machine, versions, command and date."""
+    arguments = (Path(each).name if each.startswith(("/", "~")) else each for each in sys.argv[1:])
+    return {
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+        "date": date.today().isoformat(),
+    }
+
+
+def machine() -> str:
+    """Return the processor with its number of cores, and the GPU if there is one."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    cores = f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    return f"{cores}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cores
+
+
+def sparsity_of(goal: str) -> dict[str, Any]:
+    """Return sparsity and pattern of a goal: a percentage such as `50`, or N:M."""
+    if ":" not in goal:
+        return {"sparsity": float(goal) / 100, "pattern": "unstructured"}
+    kept, group = map(int, goal.split(":"))
+    return {"sparsity": 1 - kept / group, "pattern": goal}

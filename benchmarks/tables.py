@@ -1,0 +1,414 @@
+"""Write the tables of the documentation from the runs in benchmarks/results.
+
+    make results                     (runs this script and benchmarks/figures.py)
+
+Each function in `FRAGMENTS` returns the text of `docs/results/NAME.md`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from result import OURS, Result, Samples, read_table
+
+from wanda_lightning.files import whole_file
+
+ROOT = Path(__file__).parents[1]
+LABELS: Mapping[str, str] = {
+    "dense": "dense",
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "wanda, row": "Wanda, within a row",
+    "wanda, layer": "Wanda, within a layer",
+    "variant": "the paper's variant",
+    "ria": "`RIA`",
+    "owl": "Wanda with `OWL`",
+    "alpha": "Wanda with `AlphaPruning`",
+    "fisher": "Wanda with `Fisher`",
+    "wanda+permutation": "Wanda with a permutation",
+    **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block", "layer")},
+    "fast": "`fast`",
+    "sparsegpt": "`SparseGPT`",
+    "sparsegpt at layer": '`SparseGPT`, `sequential="layer"`',
+    **{f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`' for name in ("none", "block", "layer")},
+    "sparsegpt by hand": "plain SparseGPT",
+    "refit": "`Refit`",
+    "alps": "ALPS",
+    "admm": "`ADMM`",
+    "balanced": "`balanced`",
+    "balanced+permutation": "`balanced` with a permutation",
+    "reconstruct": "`reconstruct`",
+    "best": "`best`",
+    "thorough": "`thorough`",
+}
+"""How a method is written. Tables list methods in this order."""
+
+Row = Sequence[str]
+Lookup = Mapping[tuple[str, str], Result]
+
+
+def markdown(headings: Row, rows: Iterable[Row]) -> str:
+    """Return a table with all columns but the first aligned to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def lookup(results: Iterable[Result]) -> Lookup:
+    """Return results by method and goal.
+
+    Raises:
+        ValueError: Two of them have the same method and goal.
+    """
+    found: dict[tuple[str, str], Result] = {}
+    for result in results:
+        key = result.method, result.goal
+        if key in found:
+            raise ValueError(
+                f"A table must have one run in each cell, but {result.name} and {found[key].name} share one."
+            )
+        found[key] = result
+    return found
+
+
+def methods_of(found: Lookup) -> list[str]:
+    """Return the methods in the order of `LABELS`, without the dense model."""
+    return sorted({method for method, _ in found} - {"dense"}, key=list(LABELS).index)
+
+
+def number(result: Result | None, quantity: str, form: str = ".4g") -> str:
+    """Return a measured number, or an empty string if it was not measured."""
+    measured = result.measured.get(quantity) if result else None
+    return "" if measured is None else f"{measured:{form}}"
+
+
+def percent(result: Result | None, quantity: str, digits: int = 2) -> str:
+    """Return a measured fraction in percent."""
+    return number(result, quantity, f".{digits}%").replace("%", " %")
+
+
+def seconds(result: Result | None) -> str:
+    """Return measured seconds, with one decimal below ten."""
+    measured = result.measured.get("seconds") if result else None
+    return "" if measured is None else f"{measured:.{0 if measured >= 10 else 1}f}"
+
+
+def perplexity(result: Result | None) -> str:
+    """Return perplexity with four digits."""
+    return "" if result is None else f"{_perplexity(result):{'.0f' if _perplexity(result) >= 1000 else '#.4g'}}"
+
+
+def by_goal(goal: str) -> tuple[bool, str]:
+    """Order percentages before N:M."""
+    return ":" in goal, goal
+
+
+def samples(data: Samples) -> str:
+    """Describe calibration or evaluation data."""
+    if not data.length:
+        return f"{data.windows} {data.data}"
+    tokens = data.data if data.data == "random tokens" else f"tokens of {data.data}"
+    return f"{data.windows} windows of {data.length} {tokens}"
+
+
+def source(results: Sequence[Result], data: bool = True) -> str:
+    """Describe the data, the machines, the notes and the commands of all results."""
+    lines = []
+    for name in ("calibration", "evaluation") if data else ():
+        if used := _distinct(samples(own) for result in results if (own := getattr(result, name))):
+            lines.append(f"{name.capitalize()}: {'; '.join(used)}.")
+    versions = _distinct(
+        ", ".join(f"{name} {version}" for name, version in (r.versions or {}).items()) for r in results
+    )
+    machines = _distinct(result.machine for result in results)
+    lines.append(f"Measured on {'; '.join(machines)}, with {'; '.join(versions)}.")
+    parts = [" ".join(lines)]
+    if notes := _distinct(result.note for result in results):
+        parts.append("\n".join(f"- {_noted(note, results)}{note}" for note in notes))
+    if commands := _distinct(result.command for result in results):
+        parts.append("\n".join(["```bash", *commands, "```"]))
+    return "\n\n".join(parts)
+
+
+def _noted(note: str, results: Sequence[Result]) -> str:
+    """Name the runs that have a note, unless all have it."""
+    noted = [result for result in results if result.note == note]
+    if len(noted) == len(results):
+        return ""
+    groups = defaultdict(list)
+    for result in noted:
+        label = ", ".join([LABELS.get(result.method, result.method), *map(str, result.case.values())])
+        groups[label].append(result.goal)
+    return "; ".join(f"{label}, {', '.join(sorted(goals, key=by_goal))}" for label, goals in groups.items()) + ": "
+
+
+def _distinct(values: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(filter(None, values)))
+
+
+def all_methods() -> str:
+    """Perplexity, seconds and memory of all methods with a language model."""
+    results, goals = read_table("methods"), ("50 %", "60 %", "2:4")
+    found = lookup(results)
+    rows = [["dense", *[perplexity(found["dense", "dense"])] * 3, "", ""]]
+    worse = []
+    for method in methods_of(found):
+        cells = [found.get((method, goal)) for goal in goals]
+        times = ", ".join(filter(None, map(seconds, cells)))
+        peaks = [cell.measured["peak_mib"] for cell in cells if cell and "peak_mib" in cell.measured]
+        rows.append([LABELS[method], *(perplexity(cell) for cell in cells), times])
+        rows[-1].append(f"{max(peaks):.0f}" if peaks else "")
+        lost = [cell.goal for cell in cells if cell and _perplexity(cell) > _perplexity(found["wanda", cell.goal])]
+        if lost and method != "magnitude":
+            worse.append(f"{LABELS[method]} ({', '.join(lost)})")
+    others = [result for result in results if result.goal not in ("dense", *goals)]
+    others = sorted(others, key=lambda result: by_goal(result.goal))
+    other = [f"{LABELS[result.method]} {perplexity(result)} at {result.goal}" for result in others]
+    headings = ("perplexity", *goals, "seconds", "peak memory above the model, MiB")
+    sentences = f"Worse than Wanda: {', '.join(worse)}. Other sparsities: {', '.join(other)}."
+    return "\n\n".join([markdown(headings, rows), sentences, source(results)])
+
+
+def _perplexity(result: Result) -> float:
+    return result.measured["perplexity"]
+
+
+def reference() -> str:
+    """Our perplexity beside that of other implementations."""
+    results = read_table("reference")
+    ours, paper = (lookup(r for r in results if r.code == code) for code in (OURS, "locuslab/wanda"))
+    more = lookup(read_table("methods"))
+    rows = []
+    for key in sorted(paper, key=lambda key: (list(LABELS).index(key[0]), by_goal(key[1]))):
+        own = ours.get(key) or more[key]
+        goal = "" if key[0] == "dense" else key[1]
+        rows.append([LABELS[key[0]], goal, perplexity(own), perplexity(paper[key]), seconds(own)])
+    first = markdown(("method", "sparsity", "ours", "reference code", "our seconds"), rows)
+    alps = sorted((r for r in results if r.code == "ALPS"), key=lambda r: by_goal(r.goal))
+    rows = []
+    for result in alps:
+        own = [more[method, result.goal] for method in ("balanced", "best", "thorough")]
+        rows.append([result.goal, *(f"{perplexity(r)}, {seconds(r)} s" for r in (result, *own))])
+    second = markdown(("perplexity, seconds", "ALPS", "`balanced`", "`best`", "`thorough`"), rows)
+    return "\n\n".join([first, second, source([*ours.values(), *alps])])
+
+
+def images() -> str:
+    """Accuracy of image classifiers."""
+    return _by_model(read_table("images"), lambda r: percent(r, "top1"), ("50 %", "70 %", "80 %", "90 %", "2:4"))
+
+
+def batch_norm() -> str:
+    """Accuracy without and with the correction of BatchNorm statistics."""
+
+    def cell(result: Result | None) -> str:
+        without = number(result, "top1_uncorrected", ".1%").rstrip("%")
+        return f"{without} -> {percent(result, 'top1', 1)}" if result else ""
+
+    return _by_model(read_table("batch_norm"), cell, ("50 %", "60 %", "70 %", "2:4"))
+
+
+def _by_model(results: Sequence[Result], cell: Callable[[Result | None], str], goals: Row) -> str:
+    """Return one table for each trained model: first by the weights, then by name."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[result.case["weights"], result.model].append(result)
+    parts = []
+    for (weights, model), group in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[0][1]))):
+        found = lookup(group)
+        rows = [[LABELS[name], *(cell(found.get((name, goal))) for goal in goals)] for name in methods_of(found)]
+        title = f"`{model}` with the weights `{weights}`, {percent(found['dense', 'dense'], 'top1')} dense:"
+        parts += [title, markdown(("method", *goals), rows)]
+    return "\n\n".join([*parts, source(results)])
+
+
+def costs() -> str:
+    """Cost of pruning as ratios to forward passes."""
+    results = read_table("costs")
+    passes = {"block": "two forward passes", "layer": "one forward pass", "none": "one forward pass"}
+    rows = []
+    for result in results:
+        name = result.method
+        if order := result.case.get("sequential"):
+            name = f'Wanda, `sequential="{order}"` / {passes[order]}'
+        elif name == "2:4 mask":
+            name = f"2:4 mask of a {result.model} / `w.abs().mul_(s)`"
+        rows.append([name, number(result, "ratio", ".2f"), number(result, "peak_mib", ".0f")])
+    return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + "\n\n" + source(results)
+
+
+def image_costs() -> str:
+    """Cost of pruning image models as ratios to a forward pass."""
+    results = read_table("image_costs")
+    found = {(result.method, result.model): result for result in results}
+    models = _distinct(result.model for result in results)
+    rows = []
+    for method in _distinct(result.method for result in results):
+        form = (lambda r: f"{seconds(r)} s") if method == "forward pass" else (lambda r: number(r, "ratio", ".2f"))
+        rows.append([method, *(form(found[method, model]) for model in models)])
+    return markdown(("", *models), rows) + "\n\n" + source(results)
+
+
+def scaling() -> str:
+    """Seconds by windows, blocks and width."""
+    results, parts = read_table("scaling"), []
+    for size in ("windows", "blocks", "width"):
+        runs = {(r.method, r.case["value"]): r for r in results if r.case["by"] == size}
+        values = sorted({value for _, value in runs})
+        rows = [[LABELS.get(m, m), *(number(runs[m, v], "seconds", ".1f") for v in values)] for m in SCALED]
+        parts.append(markdown((f"seconds by {size}", *map(str, values)), rows))
+    return "\n\n".join([*parts, source(results, data=False)])
+
+
+SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
+
+
+def finetuning() -> str:
+    """Perplexity before and after fine-tuning."""
+    results = read_table("finetuning")
+    rows = []
+    for goal in ("50 %", "2:4"):
+        own = {result.method: result for result in results if result.goal == goal}
+        tuned = [perplexity(own[name]) for name in ("keep-zeros-lora", "full")]
+        rows.append([f"Wanda, {goal}", number(own["full"], "perplexity_before"), *tuned])
+    headings = ("perplexity", "pruned", "then `keep-zeros-lora`", "then `full`")
+    return markdown(headings, rows) + "\n\n" + source(results)
+
+
+def keeping_zeros() -> str:
+    """Cost of keeping zeros in a training step."""
+    results, rows = read_table("keeping_zeros"), []
+    for result in results:
+        adapters = result.case.get("adapters")
+        name = f"`{result.method}` / {f'LoRA: {adapters}' if adapters else 'without: AdamW, all weights'}"
+        memory = f"{number(result, 'peak_mib', '.0f')} / {number(result, 'plain_peak_mib', '.0f')}"
+        rows.append([name, number(result, "ratio", ".2f"), memory])
+    return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + "\n\n" + source(results)
+
+
+def sparsegpt() -> str:
+    """Our SparseGPT against a plain implementation."""
+    results, goals = read_table("sparsegpt"), ("50 %", "60 %", "2:4")
+    found, rows = lookup(results), []
+    for method in ("sparsegpt by hand", "sparsegpt", "sparsegpt at layer", "balanced"):
+        cells = [found[method, goal] for goal in goals]
+        shown = [f"{perplexity(c)}, {seconds(c)} s" for c in cells]
+        rows.append([LABELS[method], *shown, ", ".join(filter(None, (number(c, "ratio", ".2f") for c in cells)))])
+    return markdown(("perplexity, seconds", *goals, "seconds / plain"), rows) + "\n\n" + source(results)
+
+
+def packing() -> str:
+    """Sizes of packed files and speed of packing."""
+    results = read_table("packing")
+    results.sort(key=lambda result: (result.case["dtype"], by_goal(result.goal)))
+    model = [result for result in results if result.model != "random matrix"]
+    matrix = [result for result in results if result.model == "random matrix"]
+    quantities = ("packed_matrices", "packed_file", "zstd_file")
+    rows = [[r.goal, *(number(r, q, ".4f") for q in quantities), r.arguments["code"]] for r in model]
+    sizes = markdown(("bytes / dense bytes", "packed matrices", "packed file", "zstd, whole file", "code"), rows)
+    steps = ("pack", "unpack", "pack_folder", "unpack_folder", "load", "zstd", "unzstd")
+    rows = [
+        [
+            f"{r.case['dtype']}, {r.goal}",
+            *(number(r, quantity, ".4f") for quantity in ("packed_matrices", "zstd_file")),
+            *(number(r, f"{step}_gb_per_second", ".2f") for step in steps),
+        ]
+        for r in matrix
+    ]
+    headings = (
+        "",
+        "packed size",
+        "zstd size",
+        "pack",
+        "unpack",
+        "pack a folder",
+        "unpack a folder",
+        "load the dense file",
+    )
+    speeds = markdown((*headings, "zstd", "unzstd"), rows)
+    parts = [f"{model[0].model} in bfloat16:", sizes, source(model)]
+    title = (
+        "Normally distributed weights: sizes relative to dense ones, and GB of dense weights per second in one thread:"
+    )
+    return "\n\n".join([*parts, title, speeds, source(matrix)])
+
+
+def quantization() -> str:
+    """Zeros that quantizers keep."""
+    results = read_table("quantization")
+    order = {"torchao": 1, "bitsandbytes": 2, "gguf": 3, "compressed_tensors": 4}
+
+    def key(result: Result) -> tuple[bool, int, bool]:
+        return result.method != "dense", order.get(result.case.get("quantizer", ""), 0), result.case.get("scheme", "")
+
+    rows = []
+    for result in sorted(results, key=key):
+        quantizer, scheme = (result.case.get(name, "none") for name in ("quantizer", "scheme"))
+        if quantizer == "none":
+            quantizer, scheme = "", f"none, {'dense' if result.method == 'dense' else 'pruned'}"
+        fractions = [result.measured.get(name) for name in ("zeros_kept", "new_zeros")]
+        shown = ["" if fraction is None else f"{100 * fraction:.3g} %" for fraction in fractions]
+        rows.append([quantizer, scheme, *shown, perplexity(result)])
+    return markdown(("quantizer", "scheme", "zeros kept", "new zeros", "perplexity"), rows) + "\n\n" + source(results)
+
+
+def speed() -> str:
+    """Decoding with packed and with int8 weights beside dense ones."""
+    results = read_table("speed")
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        own = {result.method: result for result in results if result.case["dtype"] == dtype}
+        for method, result in sorted(own.items()):
+            times = own["dense"].measured["seconds"] / result.measured["seconds"]
+            ms = f"{1000 * result.measured['seconds']:.1f}"
+            rows.append([f"{dtype}, {method}", ms, number(result, "tokens_per_second", ".1f"), f"{times:.2f}"])
+    headings = ("weights", "ms for a token", "tokens/s", "times dense")
+    return markdown(headings, rows) + "\n\n" + source(results)
+
+
+def tasks() -> str:
+    """Zero-shot accuracy beside perplexity."""
+    results = read_table("tasks")
+
+    def accuracy(result: Result, metric: str) -> str:
+        return f"{100 * result.measured[metric]:.1f} ± {100 * result.measured[f'{metric}_error']:.1f} %"
+
+    rows = []
+    for result in sorted(results, key=_perplexity):
+        goal = "" if result.method == "dense" else f", {result.goal}"
+        shown = (accuracy(result, "acc"), accuracy(result, "acc_norm"))
+        rows.append([LABELS[result.method] + goal, perplexity(result), *shown])
+    return markdown(("", "perplexity", "acc", "acc_norm"), rows) + "\n\n" + source(results)
+
+
+FRAGMENTS: Mapping[str, Callable[[], str]] = {
+    "methods": all_methods,
+    "reference": reference,
+    "images": images,
+    "batch_norm": batch_norm,
+    "costs": costs,
+    "scaling": scaling,
+    "finetuning": finetuning,
+    "keeping_zeros": keeping_zeros,
+    "sparsegpt": sparsegpt,
+    "packing": packing,
+    "quantization": quantization,
+    "speed": speed,
+    "tasks": tasks,
+}
+
+
+def files() -> dict[Path, str]:
+    """Return the text of every fragment."""
+    return {ROOT / "docs" / "results" / f"{name}.md": text() + "\n" for name, text in FRAGMENTS.items()}
+
+
+def write(files: Mapping[Path, str]) -> None:
+    """Write generated files."""
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as new:
+            new.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(files())

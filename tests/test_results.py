@@ -1,0 +1,117 @@
+"""The runs in benchmarks/results, and the tables and figures that are made from them."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import figures  # noqa: E402
+import tables  # noqa: E402
+from result import FOLDER, Result, Runs, Samples, read, read_table  # noqa: E402
+
+DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
+RUN = Result(
+    model="tiny.gguf",
+    method="wanda",
+    sparsity=0.5,
+    arguments={"method": "wanda"},
+    calibration=Samples("a.txt", 2, 16),
+    evaluation=Samples("b.txt", 3, 16),
+)
+
+
+@pytest.mark.parametrize("table", sorted(folder.name for folder in FOLDER.iterdir()))
+def test_every_run_can_be_read_and_has_the_name_of_its_file(table):
+    files = sorted((FOLDER / table).iterdir())
+    assert files
+    for file in files:
+        run = read(file)
+        assert file.name == f"{run.name}.json"
+        assert run.measured
+
+
+def test_every_page_of_results_is_what_the_runs_give():
+    made = tables.files()
+    assert set(made) == set((ROOT / "docs" / "results").iterdir())
+    for file, text in made.items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name} is out of date: make results"
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_shows_the_runs(name):
+    collect, _ = figures.FIGURES[name]
+    (description,) = ElementTree.parse(ROOT / "docs" / f"{name}.svg").iterfind(DESCRIPTION)
+    assert json.loads(description.text) == json.loads(json.dumps(collect())), "out of date: make results"
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_can_be_drawn(name, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("svg")
+    collect, draw = figures.FIGURES[name]
+    draw(collect()).savefig(tmp_path / "figure.svg")
+
+
+def test_the_table_of_all_methods_has_the_numbers_of_the_files():
+    rows = [line.split(" | ") for line in tables.all_methods().splitlines() if line.startswith("| ")]
+    cells = {
+        (row[0].removeprefix("| "), goal): cell
+        for row in rows
+        for goal, cell in zip(rows[0][1:4], row[1:4], strict=True)
+    }
+    runs = [run for run in read_table("methods") if run.goal in rows[0]]
+    assert len(runs) > 30
+    for run in runs:
+        shown = float(cells[tables.LABELS[run.method], run.goal])
+        assert shown == pytest.approx(run.measured["perplexity"], rel=1e-3)
+
+
+def test_a_run_is_measured_once(tmp_path):
+    measured = []
+
+    def measure():
+        measured.append(len(measured))
+        return {"perplexity": 10.0 + len(measured)}
+
+    for _ in range(2):
+        run = Runs(str(tmp_path), "methods")(RUN, measure)
+        assert run.measured == {"perplexity": 11.0}
+    assert read_table("methods", tmp_path) == [run]
+    assert run.command.startswith("python benchmarks/")
+    assert run.versions["torch"]
+
+
+def test_a_run_with_other_arguments_is_measured_again(tmp_path):
+    Runs(str(tmp_path), "methods")(RUN, lambda: {"perplexity": 1.0})
+    other = Runs(str(tmp_path), "methods")(replace(RUN, arguments={"method": "best"}), lambda: {"perplexity": 2.0})
+    assert read_table("methods", tmp_path) == [other]
+    assert other.measured == {"perplexity": 2.0}
+
+
+def test_a_run_on_other_data_is_not_overwritten(tmp_path):
+    first = Runs(str(tmp_path), "methods")(RUN, lambda: {"perplexity": 1.0})
+    other = replace(RUN, calibration=Samples("a.txt", 4, 16))
+    with pytest.raises(ValueError, match="--save must name a folder with runs on the same data"):
+        Runs(str(tmp_path), "methods")(other, lambda: {"perplexity": 2.0})
+    assert read_table("methods", tmp_path) == [first]
+
+
+def test_unknown_quantities_and_fields_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'accuracy' is not one of them"):
+        Result(model="m", method="wanda", measured={"accuracy": 0.5})
+    with pytest.raises(ValueError, match="sparsity must be in"):
+        Result(model="m", method="wanda", sparsity=50)
+    (tmp_path / "a.json").write_text('{"model": "m", "speed": 3}')
+    with pytest.raises(ValueError, match="must hold the fields of"):
+        read(tmp_path / "a.json")
+
+
+def test_two_runs_in_one_cell_are_refused():
+    with pytest.raises(ValueError, match="one run in each cell"):
+        tables.lookup([RUN, RUN])
