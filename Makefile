@@ -8,7 +8,7 @@ NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
-.PHONY: install test demo demo-vision benchmark results clean
+.PHONY: install test demo demo-vision benchmark results package clean
 
 install: .venv/test
 
@@ -39,6 +39,11 @@ benchmark: .venv/demo $(SMOLLM2)
 results: .venv/report
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/figures.py
+
+# The wheel and the sdist, checked, and used for one pruning in an environment that has only what they require.
+package: .venv/test
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python .ci/package.py
 
 $(SMOLLM2): | .venv/demo
 	$(BIN)/python recipes/llm/get_smollm2.py .cache

@@ -1,0 +1,55 @@
+"""Versions, extras and the workflow agree with pyproject.toml."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def test_all_files_name_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["version"]
+    released = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert released[0] == PROJECT["version"]
+
+
+def test_every_extra_that_a_message_or_a_page_names_exists():
+    files = [*(ROOT / "wanda_lightning").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    named = {extra for text in texts for extra in re.findall(r'require_extra\(\s*"(\w+)"', text)}
+    lists = [found for text in texts for found in re.findall(r"pip install '(?:wanda_lightning|\.)\[([\w,]+)\]'", text)]
+    named |= {extra for extras in lists for extra in extras.split(",")}
+    assert {"demo", "eval", "lora"} <= named <= set(EXTRAS)
+
+
+def test_an_extra_installs_what_its_message_names():
+    names = {"sklearn": "scikit-learn", "lm_eval": "lm-eval"}
+    for file in (ROOT / "wanda_lightning").rglob("*.py"):
+        for extra, rest in re.findall(
+            r'require_extra\(\s*"(\w+)",(.*?)purpose=', file.read_text(encoding="utf-8"), re.S
+        ):
+            for package in re.findall(r'"(\w+)"', rest):
+                name = names.get(package, package)
+                assert any(re.match(rf"{name}\b", requirement) for requirement in EXTRAS[extra]), (extra, name)
+
+
+def test_the_workflow_runs_ci_on_the_oldest_and_the_newest_python():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+    oldest, after_newest = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
+    assert job["strategy"]["matrix"]["python"] == [f"3.{oldest}", f"3.{int(after_newest) - 1}"]
+
+
+@pytest.mark.parametrize("name", ["bug", "model"])
+def test_issue_templates_ask_for_the_report(name):
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
+    (report,) = (field for field in form["body"] if field.get("id") == "report")
+    assert "pruning_report.json" in report["attributes"]["description"]
+    assert report["validations"]["required"]
