@@ -32,6 +32,8 @@ from unittest.mock import patch
 import psutil
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
+from result import Result, Runs
+from result import Samples as Data
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -131,6 +133,20 @@ def stream(
     return duration, memory.start + memory.peak, opened[0].bytes_read, written
 
 
+def plan(options: argparse.Namespace, method: str, **case: object) -> Result:
+    """Describe a run."""
+    others = {name: getattr(options, name) for name in OTHERS if getattr(options, name) is not None}
+    pattern = others.pop("pattern", "unstructured")
+    return Result(
+        model=Path(options.model).name if options.model else f"random Llama {options.shape}",
+        method=method,
+        sparsity=0.5,
+        pattern=pattern,
+        case={**case, "sequential": options.sequential, **others},
+        calibration=Data("random tokens", options.samples, options.length),
+    )
+
+
 def in_new_process(function: Any, *arguments: object) -> Any:
     """Call a function in a process of its own, whose memory nothing else has used."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -160,6 +176,10 @@ def measure_memory(options: argparse.Namespace) -> None:
             expected = in_new_process(estimate, folder, options, method, park)
             row = f"{duration:.1f} {peak / MIB:.0f} {expected / MIB:.0f} {expected / peak:.2f}"
             number = AutoConfig.from_pretrained(folder).num_hidden_layers
+            read, written = (size / 1e9 for size in moved)
+            numbers = {"seconds": duration, "peak_rss_mib": peak / MIB, "estimate_mib": expected / MIB}
+            planned = plan(options, method, layers=number, park=park)
+            Runs(options.save, "streaming_memory").save(planned, {**numbers, "read_gb": read, "written_gb": written})
             table.add_row(str(number), method, park, *row.split(), *(f"{size / 1e9:.2f}" for size in moved))
     Console(width=100).print(table)
 
@@ -191,6 +211,8 @@ def measure_seconds(options: argparse.Namespace) -> None:
         )
         first, second = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (disk, memory))
         equal = all(torch.equal(first[key], second[key]) for key in first)
+        measured = {"seconds": streamed, "plain_seconds": loaded, "ratio": streamed / loaded}
+        Runs(options.save, "streaming_seconds").save(plan(options, method), measured)
         times = (streamed, loaded, statistics.median(alone[-options.runs :]))
         table.add_row(method, *(f"{each:.1f}" for each in times), f"{streamed / loaded:.2f}", str(equal))
     Console(width=100).print(table)
@@ -243,6 +265,7 @@ def main() -> None:
     parser.add_argument("--park", nargs="+", default=["memory"], choices=("memory", "disk"))
     parser.add_argument("--runs", type=int, default=3, help="of each clock, after a warm-up")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--save", help="FOLDER in which each run of memory and seconds becomes a file")
     options = parser.parse_args()
     commands[options.command](options)
 

@@ -7,6 +7,7 @@ Each function in `FRAGMENTS` returns the text of `docs/results/NAME.md`.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from result import OURS, Result, Samples, read_table
@@ -45,6 +46,7 @@ LABELS: Mapping[str, str] = {
 
 Row = Sequence[str]
 Lookup = Mapping[tuple[str, str], Result]
+Cell = Callable[[Result | None], str]
 
 
 def markdown(headings: Row, rows: Iterable[Row]) -> str:
@@ -136,9 +138,11 @@ def _noted(note: str, results: Sequence[Result]) -> str:
         return ""
     groups = defaultdict(list)
     for result in noted:
-        label = ", ".join([LABELS.get(result.method, result.method), *map(str, result.case.values())])
-        groups[label].append(result.goal)
-    return "; ".join(f"{label}, {', '.join(sorted(goals, key=by_goal))}" for label, goals in groups.items()) + ": "
+        alike = [other for other in results if (other.method, other.goal) == (result.method, result.goal)]
+        case = () if all(other.note == note for other in alike) else map(str, result.case.values())
+        groups[", ".join([LABELS.get(result.method, result.method), *case])].append(result.goal)
+    goals = {label: ", ".join(sorted(set(goals), key=by_goal)) for label, goals in groups.items()}
+    return "; ".join(f"{label}, {own}" for label, own in goals.items()) + ": "
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:
@@ -207,7 +211,7 @@ def batch_norm() -> str:
     return _by_model(read_table("batch_norm"), cell, ("50 %", "60 %", "70 %", "2:4"))
 
 
-def _by_model(results: Sequence[Result], cell: Callable[[Result | None], str], goals: Row) -> str:
+def _by_model(results: Sequence[Result], cell: Cell, goals: Row) -> str:
     """Return one table for each trained model: first by the weights, then by name."""
     groups = defaultdict(list)
     for result in results:
@@ -380,6 +384,98 @@ def tasks() -> str:
     return markdown(("", "perplexity", "acc", "acc_norm"), rows) + "\n\n" + source(results)
 
 
+def streaming() -> str:
+    """Memory and seconds of pruning from disk."""
+    results = sorted(read_table("streaming_memory"), key=lambda r: (r.model, r.method, r.case["layers"], r.name))
+    rows = []
+    for result in results:
+        case = {key: value for key, value in result.case.items() if key != "layers"}
+        choices = ", ".join([LABELS[result.method], result.goal, *(f"{key} {value}" for key, value in case.items())])
+        gigabytes = [number(result, name, ".2f") for name in ("read_gb", "written_gb")]
+        memory = [number(result, name, ".0f") for name in ("peak_rss_mib", "estimate_mib")]
+        rows.append([result.model, choices, str(result.case["layers"]), *memory, *gigabytes])
+    headings = ("model", "choices", "layers", "peak, MiB", "`inspect --stream`, MiB", "GB read", "GB written")
+    parts = [markdown(headings, rows), source(results)]
+    results = read_table("streaming_seconds")
+    quantities = {"seconds": ".1f", "plain_seconds": ".1f", "ratio": ".2f"}
+    rows = [
+        [f"{r.model}, {LABELS[r.method]}, {r.case['sequential']}", *(number(r, q, f) for q, f in quantities.items())]
+        for r in results
+    ]
+    return "\n\n".join([*parts, markdown(("seconds", "from disk", "in memory", "ratio"), rows), source(results)])
+
+
+def grid(table: str, columns: Mapping[str, Callable[[Result], bool]], cell: Cell = perplexity) -> str:
+    """Return a table with one row for each method, from the highest number to the lowest."""
+    results = read_table(table)
+    rows: dict[str, dict[str, Result]] = defaultdict(dict)
+    for result in results:
+        for heading, fits in columns.items():
+            if fits(result):
+                rows[result.method][heading] = result
+    ordered = sorted(rows.items(), key=lambda row: -max(next(iter(r.measured.values())) for r in row[1].values()))
+    shown = [[LABELS.get(name, name), *(cell(row.get(heading)) for heading in columns)] for name, row in ordered]
+    return markdown(("", *columns), shown) + "\n\n" + source(results)
+
+
+def _with_goal(*goals: str) -> dict[str, Callable[[Result], bool]]:
+    return {goal: lambda result, goal=goal: result.goal == goal for goal in goals}
+
+
+def _with_case(name: str, *values: object) -> dict[str, Callable[[Result], bool]]:
+    return {str(value): lambda result, value=value: result.case[name] == value for value in values}
+
+
+def with_cost(result: Result | None) -> str:
+    """Return perplexity with seconds and memory, where they were measured."""
+    parts = (perplexity(result), f"{seconds(result)} s", f"{number(result, 'peak_mib', '.0f')} MiB")
+    return ", ".join(part for part in parts if part[0].isdigit()) if result else ""
+
+
+def distil_starts() -> str:
+    """Perplexity on two texts by start and passes."""
+    texts = ("held-out text", "WikiText-2")
+    columns = {
+        f"{passes} passes, {text}": lambda r, passes=passes, text=text: (
+            (r.case["passes"], r.case["on"]) == (passes, text)
+        )
+        for passes in (0, 1, 3)
+        for text in texts
+    }
+    return grid("distil_starts", columns)
+
+
+def distil_seeds() -> str:
+    """Perplexity by seed, that is, by the windows of calibration."""
+    return grid(
+        "distil_seeds",
+        {
+            f"{goal}, seed {seed}": lambda r, goal=goal, seed=seed: (r.goal, r.case["seed"]) == (goal, seed)
+            for goal in ("60 %", "2:4")
+            for seed in (0, 1, 2)
+        },
+    )
+
+
+def row_weights() -> str:
+    """Perplexity without and with row weights."""
+    columns = {
+        f"{rows}, {text}": lambda r, rows=rows, text=text: (r.case["rows"], r.case["on"]) == (rows, text)
+        for text in ("held-out text", "WikiText-2")
+        for rows in ("equal", "weighed")
+    }
+    return grid("row_weights", columns)
+
+
+def distil_images() -> str:
+    """Divergence from the dense ViT and seconds."""
+    results = sorted(read_table("distil_images"), key=lambda result: -result.measured["divergence"])
+    rows = [
+        [result.method, number(result, "divergence", ".4f"), number(result, "seconds", ".1f")] for result in results
+    ]
+    return markdown(("80 % zeros", "divergence", "seconds"), rows) + "\n\n" + source(results)
+
+
 FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "methods": all_methods,
     "reference": reference,
@@ -394,6 +490,15 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "quantization": quantization,
     "speed": speed,
     "tasks": tasks,
+    "streaming": streaming,
+    "distil_held_out": partial(grid, "distil_held_out", _with_goal("50 %", "60 %", "2:4")),
+    "distil_loss": partial(grid, "distil_loss", _with_case("on", "held-out text", "WikiText-2")),
+    "distil_steps": partial(grid, "distil_steps", _with_goal("50 %", "60 %", "2:4"), with_cost),
+    "distil_starts": distil_starts,
+    "distil_seeds": distil_seeds,
+    "distil_images": distil_images,
+    "permutations": partial(grid, "permutations", _with_case("permutation", "none", "assignment"), with_cost),
+    "row_weights": row_weights,
 }
 
 
