@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from result import OURS, Result, read_table
 from tables import LABELS, ROOT, SCALED
 
+from wanda_lightning.checks import require_extra
 from wanda_lightning.files import whole_file
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ FIGURES: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str,
 
 def main() -> None:
     """Draw all figures."""
+    require_extra("report", "matplotlib", purpose="Figures")
     import matplotlib as mpl
 
     mpl.use("svg")

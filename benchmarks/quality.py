@@ -242,9 +242,10 @@ def measure_text(options: argparse.Namespace, console: Console) -> None:
 def text_cell(run: Result) -> str:
     """Return perplexity and seconds, and the sparsity if it is not that of the goal."""
     measured = run.measured
-    missed = run.pattern == "unstructured" and abs(measured["sparsity"] - run.sparsity) > 0.005
+    sparsity = measured.get("sparsity", run.sparsity)
+    missed = run.pattern == "unstructured" and abs(sparsity - run.sparsity) > 0.005
     duration = f"{measured['seconds']:.{0 if measured['seconds'] >= 10 else 1}f} s"
-    return f"{measured['perplexity']:.2f} ({duration})" + (f" at {measured['sparsity']:.1%}" if missed else "")
+    return f"{measured['perplexity']:.2f} ({duration})" + (f" at {sparsity:.1%}" if missed else "")
 
 
 def measure_baseline(options: argparse.Namespace, console: Console) -> None:
