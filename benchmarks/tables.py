@@ -6,7 +6,7 @@ Each function in `FRAGMENTS` returns the text of `docs/results/NAME.md`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -118,9 +118,7 @@ def source(results: Sequence[Result], data: bool = True) -> str:
     for name in ("calibration", "evaluation") if data else ():
         if used := _distinct(samples(own) for result in results if (own := getattr(result, name))):
             lines.append(f"{name.capitalize()}: {'; '.join(used)}.")
-    versions = _distinct(
-        ", ".join(f"{name} {version}" for name, version in (r.versions or {}).items()) for r in results
-    )
+    versions = _distinct(", ".join(_versions(result.versions or {})) for result in results)
     machines = _distinct(result.machine for result in results)
     lines.append(f"Measured on {'; '.join(machines)}, with {'; '.join(versions)}.")
     parts = [" ".join(lines)]
@@ -129,6 +127,12 @@ def source(results: Sequence[Result], data: bool = True) -> str:
     if commands := _distinct(result.command for result in results):
         parts.append("\n".join(["```bash", *commands, "```"]))
     return "\n\n".join(parts)
+
+
+def _versions(versions: Mapping[str, str]) -> Iterator[str]:
+    """Yield the versions that numbers depend on most, without the last part."""
+    for name in sorted(versions.keys() - {"python", "lightning", "timm"}, key=lambda name: (name != OURS, name)):
+        yield f"{name} {versions[name] if name == OURS else '.'.join(versions[name].split('.')[:2])}"
 
 
 def _noted(note: str, results: Sequence[Result]) -> str:
