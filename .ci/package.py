@@ -69,10 +69,11 @@ def link(name: str, folder: Path) -> None:
             place.symlink_to(target, target_is_directory=target.is_dir())
 
 
-def run(*command: object, **options: object) -> str:
+def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
     """Run a command, print it, and return what it printed. End the script if it fails."""
-    print("$", *command, flush=True)
-    done = subprocess.run([str(part) for part in command], text=True, stdout=subprocess.PIPE, cwd=ROOT, **options)
+    words = [str(part) for part in command]
+    print("$", *(word for word in words if "\n" not in word), flush=True)
+    done = subprocess.run(words, text=True, stdout=subprocess.PIPE, cwd=cwd, env=env)
     print(done.stdout, end="", flush=True)
     if done.returncode:
         sys.exit(f"Failed with status {done.returncode}.")
@@ -94,7 +95,7 @@ def main() -> None:
         installed = metadata.Distribution.at(next(site.glob("wanda_lightning-*.dist-info")))
         for distribution in sorted(closure(installed)):
             link(distribution, site)
-        isolated = {"env": {"HOME": name, "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}}
+        isolated = {"cwd": folder, "env": {"HOME": name, "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}}
         run(python, "-c", PRUNE.format(prefix=name), **isolated)
         command = python.with_name("wanda-lightning")
         assert "wanda_lightning" in run(command, "--version", **isolated)

@@ -34,6 +34,7 @@ QUANTITIES: Mapping[str, str] = {
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
     "plain_seconds": "duration of what it is compared with, in the same process",
+    "int8_seconds": "duration with dense 8-bit weights, in the same process",
     "ratio": "seconds / plain_seconds",
     "peak_mib": "largest increase of resident memory, in MiB",
     "plain_peak_mib": "the same for what it is compared with",

@@ -1,6 +1,6 @@
 """Time packed weights on a CPU beside dense weights of the same dtype, and beside dense int8.
 
-    python benchmarks/speed.py matrices                    (products of one token, with cold caches; 6 GB)
+    python benchmarks/speed.py matrices --save benchmarks/results    (products of one token, with cold caches; 6 GB)
     python benchmarks/speed.py matrices --cold 0.1 --runs 5 --shapes 576x1536    (a small run, to try it out)
     python benchmarks/speed.py decoding --model MODEL --dtype bfloat16 --save benchmarks/results    (MODEL is dense)
 
@@ -63,10 +63,24 @@ def time_matrices(options: argparse.Namespace) -> Table:
                 rows, columns = map(int, shape.split("x"))
                 weight = sparse(torch.randn(rows, columns), sparsity).to(dtype)
                 seconds = _time_products(weight, options)
+                save_product(options, shape, str(dtype).removeprefix("torch."), sparsity, seconds)
                 cells = [f"{1000 * each:.3f}" for each in seconds]
                 ratios = [f"{seconds[0] / each:.2f}" for each in seconds[1:]]
                 table.add_row(shape, str(dtype).removeprefix("torch."), sparsity, *cells, *ratios)
     return table
+
+
+def save_product(options: argparse.Namespace, shape: str, dtype: str, sparsity: str, seconds: list[float]) -> None:
+    """Save one row: the seconds with dense, packed and int8 weights."""
+    dense, packed, int8 = seconds
+    planned = Result(model=shape, method="packed", **sparsity_of(goal_of(sparsity)), case={"dtype": dtype})
+    numbers = {"seconds": packed, "plain_seconds": dense, "ratio": packed / dense, "int8_seconds": int8}
+    Runs(options.save, "products").save(planned, numbers)
+
+
+def goal_of(sparsity: str) -> str:
+    """Return a percentage for a fraction. N:M stays as it is."""
+    return sparsity if ":" in sparsity else f"{100 * float(sparsity):g}"
 
 
 def _time_products(weight: Tensor, options: argparse.Namespace) -> list[float]:
@@ -124,8 +138,7 @@ def time_decoding(options: argparse.Namespace) -> Table:
     dense = median(times[0])
     for name, found in zip(("dense", "packed", "int8"), times, strict=True):
         each = median(found)
-        goal = options.sparsity if ":" in options.sparsity else str(100 * float(options.sparsity))
-        described = {"method": name, **sparsity_of(goal), "case": {"dtype": options.dtype}}
+        described = {"method": name, **sparsity_of(goal_of(options.sparsity)), "case": {"dtype": options.dtype}}
         planned = Result(model=Path(options.model).name, **described)
         Runs(options.save, "speed").save(planned, {"seconds": each, "tokens_per_second": 1 / each})
         table.add_row(name, f"{1000 * each:.1f}", f"{1 / each:.1f}", f"{dense / each:.2f}")
@@ -153,7 +166,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--sparsity", default="0.6")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--save", help="FOLDER in which each run of decoding becomes a file")
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)

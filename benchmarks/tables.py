@@ -5,6 +5,7 @@
 Each function in `FRAGMENTS` returns the text of `docs/results/NAME.md`.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -144,7 +145,8 @@ def _noted(note: str, results: Sequence[Result]) -> str:
     for result in noted:
         alike = [other for other in results if (other.method, other.goal) == (result.method, result.goal)]
         case = () if all(other.note == note for other in alike) else map(str, result.case.values())
-        groups[", ".join([LABELS.get(result.method, result.method), *case])].append(result.goal)
+        name = LABELS.get(result.method, result.method) if result.method != "packed" else result.model
+        groups[", ".join([name, *case])].append(result.goal)
     goals = {label: ", ".join(sorted(set(goals), key=by_goal)) for label, goals in groups.items()}
     return "; ".join(f"{label}, {own}" for label, own in goals.items()) + ": "
 
@@ -250,7 +252,7 @@ def image_costs() -> str:
     found = {(result.method, result.model): result for result in results}
     models = _distinct(result.model for result in results)
     rows = []
-    for method in _distinct(result.method for result in results):
+    for method in _distinct(["forward pass", *(result.method for result in results)]):
         form = (lambda r: f"{seconds(r)} s") if method == "forward pass" else (lambda r: number(r, "ratio", ".2f"))
         rows.append([method, *(form(found[method, model]) for model in models)])
     return markdown(("", *models), rows) + "\n\n" + source(results)
@@ -373,6 +375,22 @@ def speed() -> str:
     return markdown(headings, rows) + "\n\n" + source(results)
 
 
+def products() -> str:
+    """Products of one token with packed and with int8 weights beside dense ones."""
+    results, rows = read_table("products"), []
+    for result in sorted(results, key=lambda r: (math.prod(_shape(r)), r.model, r.case["dtype"], by_goal(r.goal))):
+        dense, packed, int8 = (result.measured[name] for name in ("plain_seconds", "seconds", "int8_seconds"))
+        times = [f"{1000 * each:.3f}" for each in (dense, packed, int8)]
+        name = f"{' x '.join(map(str, _shape(result)))}, {result.case['dtype']}"
+        rows.append([name, result.goal, *times, f"{dense / packed:.2f}", f"{dense / int8:.2f}"])
+    headings = ("matrix", "zeros", "dense, ms", "packed, ms", "int8, ms", "dense / packed", "dense / int8")
+    return markdown(headings, rows) + "\n\n" + source(results)
+
+
+def _shape(result: Result) -> list[int]:
+    return [int(size) for size in result.model.split("x")]
+
+
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
     results = read_table("tasks")
@@ -486,6 +504,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "images": images,
     "batch_norm": batch_norm,
     "costs": costs,
+    "image_costs": image_costs,
     "scaling": scaling,
     "finetuning": finetuning,
     "keeping_zeros": keeping_zeros,
@@ -493,6 +512,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "packing": packing,
     "quantization": quantization,
     "speed": speed,
+    "products": products,
     "tasks": tasks,
     "streaming": streaming,
     "distil_held_out": partial(grid, "distil_held_out", _with_goal("50 %", "60 %", "2:4")),
