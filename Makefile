@@ -13,7 +13,7 @@ LIMIT ?= 32
 install: .venv/test
 
 # The demos need less than the tests, and no libraries that print warnings when they are imported.
-.venv/demo .venv/report .venv/test: pyproject.toml
+.venv/demo .venv/test: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[$(@F)]'
 	touch $@
@@ -36,7 +36,7 @@ benchmark: .venv/demo $(SMOLLM2)
 	$(BIN)/python benchmarks/pruning.py --model $(SMOLLM2)
 
 # The tables and figures of the documentation, from the runs in benchmarks/results.
-results: .venv/report
+results: .venv/demo
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/figures.py
 

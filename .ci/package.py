@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -31,12 +32,15 @@ for method in ("wanda", "best"):
     report = prune(model, batches, 0.5, method=method, pattern="2:4", progress=False)
     assert abs(report.sparsity - 0.5) < 1e-6, report.sparsity
 print(report.summary())
+report.save({prefix!r})
 model.save_pretrained({prefix!r} + "/model")
 """
 EXTRAS = {  # what asks for each extra
     "demo": "from wanda_lightning import ImageDataModule; ImageDataModule('digits').setup('fit')",
     "eval": "from wanda_lightning.evaluation import load_tasks; load_tasks(['boolq'])",
     "lora": "import wanda_lightning.lora",
+    "report": "from pathlib import Path; from wanda_lightning import PruningReport; "
+    "PruningReport.from_json(Path('pruning_report.json').read_text()).to_html('report.html')",
 }
 
 
@@ -90,6 +94,8 @@ def main() -> None:
         venv.create(folder / "venv", symlinks=True)
         python = folder / "venv" / "bin" / "python"
         wheel = next(file for file in built if file.suffix == ".whl")
+        missing = set(run("git", "ls-files", "wanda_lightning").split()) - set(zipfile.ZipFile(wheel).namelist())
+        assert not missing, f"The wheel lacks {', '.join(sorted(missing))}"
         run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
         site = next((folder / "venv" / "lib").glob("python*/site-packages"))
         installed = metadata.Distribution.at(next(site.glob("wanda_lightning-*.dist-info")))

@@ -203,7 +203,9 @@ def in_short(measured: Mapping[str, float]) -> str:
 
 def here() -> dict[str, Any]:
     """Return the fields that describe this process: machine, versions, command and date."""
-    arguments = (Path(each).name if each.startswith(("/", "~")) else each for each in sys.argv[1:])
+    saved = sys.argv.index("--save") if "--save" in sys.argv else len(sys.argv)
+    given = sys.argv[1:saved] + sys.argv[saved + 2 :]
+    arguments = (Path(each).name if each.startswith(("/", "~")) else each for each in given)
     return {
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},

@@ -182,6 +182,13 @@ def _perplexity(result: Result) -> float:
     return result.measured["perplexity"]
 
 
+def demo() -> str:
+    """Perplexity in `make demo`."""
+    results = read_table("demo")
+    rows = [[LABELS[r.method], r.goal if r.sparsity else "0", perplexity(r)] for r in results]
+    return markdown(("method", "sparsity", "perplexity"), rows) + "\n\n" + source(results)
+
+
 def reference() -> str:
     """Our perplexity beside that of other implementations."""
     results = read_table("reference")
@@ -500,6 +507,7 @@ def distil_images() -> str:
 
 FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "methods": all_methods,
+    "demo": demo,
     "reference": reference,
     "images": images,
     "batch_norm": batch_norm,
