@@ -35,9 +35,10 @@ demo-vision: .venv/demo
 benchmark: .venv/demo $(SMOLLM2)
 	$(BIN)/python benchmarks/pruning.py --model $(SMOLLM2)
 
-# The tables and figures of the documentation, from the runs in benchmarks/results.
+# The tables and figures of the documentation and the numbers in README.md, from the runs in benchmarks/results.
 results: .venv/demo
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python benchmarks/figures.py
 
 # The wheel and the sdist, checked, and used for one pruning in an environment that has only what they require.

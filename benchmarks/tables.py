@@ -1,6 +1,6 @@
 """Write the tables of the documentation from the runs in benchmarks/results.
 
-    make results                     (runs this script and benchmarks/figures.py)
+    make results                     (runs this script, benchmarks/readme.py and benchmarks/figures.py)
 
 Each function in `FRAGMENTS` returns the text of `docs/results/NAME.md`.
 """

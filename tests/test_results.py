@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import figures  # noqa: E402
+import readme  # noqa: E402
 import tables  # noqa: E402
 from result import FOLDER, Result, Runs, Samples, read, read_table  # noqa: E402
 
@@ -41,6 +42,13 @@ def test_every_page_of_results_is_what_the_runs_give():
     assert set(made) == set((ROOT / "docs" / "results").iterdir())
     for file, text in made.items():
         assert file.read_text(encoding="utf-8") == text, f"{file.name} is out of date: make results"
+
+
+def test_the_readme_has_the_numbers_of_the_runs():
+    text = readme.FILE.read_text(encoding="utf-8")
+    assert {name for _, name, _ in readme.PART.findall(text)} == set(readme.PARTS)
+    assert readme.fill(text) == text, "README.md is out of date: make results"
+    assert text.count("\n") <= 150
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)

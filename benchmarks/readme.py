@@ -1,0 +1,108 @@
+"""Write the numbers in README.md from the runs in benchmarks/results.
+
+    make results                     (runs benchmarks/tables.py, this script and benchmarks/figures.py)
+
+Each function in `PARTS` returns the text between `<!-- results: NAME -->` and `<!-- /results -->`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import tables
+from result import Result, read_table
+from tables import ROOT, Lookup, lookup, markdown, number, perplexity, seconds, write
+
+FILE = ROOT / "README.md"
+PART = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+PRESETS = {
+    "fast": ("Wanda in one pass", "a first look, or at most 50 %"),
+    "balanced": ("mask and weights together, by ADMM", "most of the time"),
+    "best": ("ADMM; layers and rows that matter more keep more weights", "more than 50 %, or 2:4"),
+    "thorough": ("`best`, then distillation from the dense model", "the last bit of quality, with memory to spare"),
+}
+"""What each preset does, and when to choose it."""
+
+
+def claims() -> str:
+    """What the package is good for, each with its number."""
+    theirs = {(r.method, r.goal, r.code): r for r in read_table("reference")}
+    ours, reference, alps = lookup(read_table("methods")), "locuslab/wanda", theirs["alps", "50 %", "ALPS"]
+    wanda, best, dense = ours["wanda", "50 %"], ours["best", "50 %"], ours["dense", "dense"]
+    tuned = next(r for r in read_table("finetuning") if (r.method, r.goal) == ("keep-zeros-lora", "50 %"))
+    same = perplexity(theirs["wanda", "50 %", reference])
+    if perplexity(wanda) != same:
+        raise ValueError(f"The claim that both codes have one perplexity must be changed: {perplexity(wanda)}, {same}.")
+    lines = (
+        f"**The reference's masks, bit for bit.** Wanda at 50 % has perplexity {same} in both codes (dense: "
+        f"{perplexity(dense)}). [All comparisons](docs/measured.md)",
+        f"**Better models for the time.** At 50 %, `best` has perplexity {perplexity(best)} after {seconds(best)} s; "
+        f"ALPS has {perplexity(alps)} after {seconds(alps)} s with its authors' code, and SparseGPT "
+        f"{perplexity(theirs['sparsegpt', '50 %', reference])}. [All methods](docs/measured.md)",
+        f"**Any family of models.** {families()} families of transformers and timm can be pruned, without code for any "
+        "of them: a small model of each was pruned and checked. [All families](docs/models.md)",
+        "**Zeros that stay zero.** 200 steps of LoRA on the Wanda model lower its perplexity from "
+        f"{number(tuned, 'perplexity_before')} to {perplexity(tuned)}, and after the merge the same weights are zero. "
+        "[Training](docs/train.md)",
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def families(page: Path = ROOT / "docs" / "models.md") -> str:
+    """Return how many families pass, such as `359 of 359`, from the page that tests/support/families.py writes."""
+    (passed,) = re.findall(r"^(\d+ of \d+) families that can be built pass", page.read_text(encoding="utf-8"), re.M)
+    return passed
+
+
+def which() -> str:
+    """The presets: what they do, when to choose them, what they give and cost."""
+    ours, goals = lookup(read_table("methods")), ("50 %", "60 %", "2:4")
+    rows = []
+    for preset, (does, when) in PRESETS.items():
+        runs = [ours[preset, goal] for goal in goals]
+        times = sorted(run.measured["seconds"] for run in runs)
+        cells = [*map(perplexity, runs), f"{times[0]:.0f} to {times[-1]:.0f}"]
+        rows.append([f"`{preset}`", does, when, *cells])
+    return markdown(("preset", "what it does", "when", *goals, "seconds"), rows).replace("---: | ---:", "--- | ---", 1)
+
+
+def zeros() -> str:
+    """What zeros are not good for."""
+    packed = _only(r for r in read_table("packing") if r.goal == "50 %" and r.model != "random matrix")
+    decoding = {r.method: r.measured["seconds"] for r in read_table("speed") if r.case["dtype"] == "bfloat16"}
+    times = {name: f"{decoding['dense'] / decoding[name]:.2f}" for name in ("packed", "int8")}
+    ours: Lookup = lookup(read_table("methods"))
+    lines = (
+        "**Smaller files**: a safetensors file stores zeros like other numbers. [Packed](docs/packing.md), the model "
+        f"takes {number(packed, 'packed_file', '.2f')} of its bytes at 50 % (its pruned matrices "
+        f"{number(packed, 'packed_matrices', '.2f')}). 8-bit quantization takes 0.50.",
+        "**Speed**: dense kernels multiply by zeros, too. On a CPU, [packed weights](docs/speed.md) with 60 % zeros "
+        f"generate tokens {times['packed']} times as fast as dense bfloat16, 8-bit weights {times['int8']} times, and "
+        "prompts get slower. For NVIDIA GPUs, 2:4 on sparse tensor cores is built in, but not measured.",
+        f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
+        f"{perplexity(ours['thorough', '50 %'])} at 50 %. All these numbers are for one small model, one seed and "
+        "8 thousand calibration tokens.",
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def demo() -> str:
+    """The table of `make demo`, without its source."""
+    return tables.demo().partition("\n\n")[0]
+
+
+def _only(results: Iterable[Result]) -> Result:
+    (result,) = results
+    return result
+
+
+PARTS: Mapping[str, Callable[[], str]] = {"demo": demo, "claims": claims, "which": which, "zeros": zeros}
+
+
+def fill(text: str) -> str:
+    """Return the text of README.md with its parts written anew."""
+    return PART.sub(lambda found: f"{found[1]}{PARTS[found[2]]()}\n{found[3]}", text)
+
+
+if __name__ == "__main__":
+    write({FILE: fill(FILE.read_text(encoding="utf-8"))})
