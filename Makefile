@@ -8,12 +8,12 @@ NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
-.PHONY: install test demo demo-vision benchmark results package clean
+.PHONY: install test demo demo-vision benchmark results package docs linkcheck clean
 
 install: .venv/test
 
 # The demos need less than the tests, and no libraries that print warnings when they are imported.
-.venv/demo .venv/test: pyproject.toml
+.venv/demo .venv/docs .venv/test: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[$(@F)]'
 	touch $@
@@ -49,5 +49,13 @@ package: .venv/test
 $(SMOLLM2): | .venv/demo
 	$(BIN)/python recipes/llm/get_smollm2.py .cache
 
+# The documentation, in docs/_build/html. Warnings are errors. Needs no network; DOCS_ONLINE=1 also links other projects.
+docs: .venv/docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
+
+# Links to other sites, which needs a network.
+linkcheck: .venv/docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
+
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build

@@ -1,0 +1,86 @@
+"""The documentation: every block of Python on a page runs, and every command in a shell block has these options.
+
+The blocks run with smaller models and data. `SMALLER` is all that is replaced.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.zoo import save_llama_of_bytes
+from transformers import AutoModelForCausalLM
+
+import wanda_lightning
+from wanda_lightning import pack, prune
+from wanda_lightning.cli import COMMANDS, parse_options
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+SMALLER = {
+    ".cache/SmolLM2-135M-Instruct.Q4_1.gguf": "folder",
+    "HuggingFaceTB/SmolLM2-135M": "folder",
+    '"c4"': '"text.txt"',
+    '"wikitext2"': '"text.txt"',
+    '"python-docs"': '"text.txt"',
+    "seqlen=2048": "seqlen=16",
+    "seqlen=512": "seqlen=16",
+    "num_samples=128": "num_samples=4",
+    '"convnext_tiny.fb_in1k"': '"convnext_atto", False, 10, model_kwargs={"in_chans": 1, "depths": (1, 1, 1, 1)}',
+    '"/data/imagenet", model': '"digits", model, image_size=32',
+    "devices=4": 'devices=2, accelerator="cpu"',
+    "num_samples=4096": "num_samples=64",
+    "num_samples=1024": "num_samples=64",
+    '"embed_dim": 96, "depth": 4': '"embed_dim": 32, "depth": 2',
+    "max_epochs=30": "max_epochs=1, limit_train_batches=1",
+}
+
+
+def blocks(page, language):
+    """Return the line and the text of each block in a language."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory with a model, a pruned model and a text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    torch.manual_seed(0)
+    save_llama_of_bytes("folder")
+    model = AutoModelForCausalLM.from_pretrained("folder")
+    prune(model, sparsity=0.5, method="magnitude", progress=False)
+    model.save_pretrained("out/model")
+    pack("out/model", "out/packed")
+    (tmp_path / "text.txt").write_text("A page of text, " * 200)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_the_python_on_a_page_runs(page, folder):
+    if page.stem == "speed" and not (shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("accelerate_cpu needs a compiler")
+    names = {}
+    for line, block in blocks(page, "python"):
+        for large, small in SMALLER.items():
+            block = block.replace(large, small)
+        exec(compile("\n" * line + block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=lambda page: page.stem)
+def test_the_commands_on_a_page_have_these_options(page):
+    for _, block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["wanda-lightning"] and words[1] in COMMANDS:
+                parse_options(words[1], words[2:])
+
+
+def test_every_public_name_is_described():
+    described = "".join((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in ("api", "methods"))
+    found = re.findall(r"^\.\. auto(?:class|function):: wanda_lightning\.(\w+)\b(?!\.)", described, flags=re.MULTILINE)
+    assert sorted(found) == sorted(wanda_lightning.__all__)
