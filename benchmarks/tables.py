@@ -480,7 +480,7 @@ def distil_seeds() -> str:
         "distil_seeds",
         {
             f"{goal}, seed {seed}": lambda r, goal=goal, seed=seed: (r.goal, r.case["seed"]) == (goal, seed)
-            for goal in ("60 %", "2:4")
+            for goal in ("50 %", "60 %", "2:4")
             for seed in (0, 1, 2)
         },
     )
@@ -528,6 +528,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "distil_steps": partial(grid, "distil_steps", _with_goal("50 %", "60 %", "2:4"), with_cost),
     "distil_starts": distil_starts,
     "distil_seeds": distil_seeds,
+    "distil_windows": partial(grid, "distil_windows", _with_case("on", "held-out text", "WikiText-2")),
     "distil_images": distil_images,
     "permutations": partial(grid, "permutations", _with_case("permutation", "none", "assignment"), with_cost),
     "row_weights": row_weights,
