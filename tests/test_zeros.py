@@ -108,22 +108,6 @@ def test_a_resumed_loop_equals_one_that_was_not_interrupted():
     assert same(again, module)
 
 
-def test_a_state_without_layers_holds_nothing():
-    module = Net()
-    with pytest.warns(UserWarning, match="No zeros were found"):
-        held = keep_zeros(module)
-    saved = held.state_dict()
-    held.release()
-    pruned = pruned_net()
-    before, optimizer = zeros(pruned), ADAMW(pruned.parameters())
-    with pytest.warns(UserWarning, match="No zeros were found"):
-        held = keep_zeros(pruned, optimizer, state=saved)
-    assert held.layers == []
-    train(pruned, loader(24), optimizer)
-    held.release()
-    assert all(where.sum() < before[name].sum() for name, where in zeros(pruned).items() if before[name].any())
-
-
 def test_a_state_of_another_model_is_refused():
     module = pruned_net()
     with keep_zeros(module.layers) as held:

@@ -74,7 +74,7 @@ class HeldZeros:
 
     def __init__(self) -> None:
         self.layers: list[str] = []
-        self._resumed: list[str] | None = None  # layers of a loaded state
+        self._resumed: list[str] = []  # layers of a loaded state
         self._handles: list[RemovableHandle] = []
         self._held_layers: list[tuple[Layer, nn.Parameter]] = []
         self._keep: dict[nn.Parameter, Tensor] = {}
@@ -98,8 +98,8 @@ class HeldZeros:
 
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
-        layers, self._resumed = self._resumed, None
-        if layers is None:
+        layers, self._resumed = self._resumed, []
+        if not layers:
             found = prunable_layers(model)
             for layer in found:
                 refuse_sharded_experts(layer)
@@ -166,7 +166,7 @@ class HeldZeros:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names of the layers and which of their zeros are not held; the held zeros are in the weights."""
-        return {"layers": self.layers if self._resumed is None else self._resumed, "unheld_zeros": self.unheld_zeros()}
+        return {"layers": self._resumed or self.layers, "unheld_zeros": self.unheld_zeros()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`."""
