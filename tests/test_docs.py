@@ -18,7 +18,7 @@ from wanda_lightning import pack, prune
 from wanda_lightning.cli import COMMANDS, parse_options
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"]
 SMALLER = {
     ".cache/SmolLM2-135M-Instruct.Q4_1.gguf": "folder",
     "HuggingFaceTB/SmolLM2-135M": "folder",
