@@ -136,7 +136,7 @@ class _Saved:
     def model_class(self) -> str:
         """The class of transformers."""
         (name, *_) = self.config.get("architectures") or ["AutoModel"]
-        return "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
+        return "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else name
 
     @property
     def task(self) -> str | None:

@@ -156,7 +156,7 @@ def _slowest(report: PruningReport) -> str:
 def _allocation(grid: Grid, report: PruningReport) -> str:
     if len(set(grid.known)) == 1:
         return f"Every layer has the same share of zeros: {grid.known[0]:.2%}."
-    return "Not shown by depth: the report does not name the blocks of the layers. The table of pruned layers has all."
+    return "Not shown by depth: no blocks of these layers are known. The table of pruned layers has all of them."
 
 
 def _why_no_errors(report: PruningReport) -> str:
