@@ -99,9 +99,9 @@ def test_reconstruct_trains_experts_but_those_left_dense():
     assert not torch.equal(experts.gate_up_proj, other.gate_up_proj)
     kept = dict(dense.named_modules())["model.layers.0.mlp.experts"].down_proj
     assert [torch.equal(experts.down_proj[e], kept[e]) for e in range(4)] == [False, True, False, False]
-    notes = {layer.name: layer.note for layer in report.layers}
-    before, after = notes["model.layers.0.mlp.experts.gate_up_proj.0"].split("%")[:2]
-    assert float(after.split()[-1]) < 0.7 * float(before.split()[-1])
+    parts = {layer.name: layer.part for layer in report.layers}
+    part = parts["model.layers.0.mlp.experts.gate_up_proj.0"]
+    assert part.after < 0.7 * part.before
 
 
 def test_two_of_four_runs_along_the_inputs():
