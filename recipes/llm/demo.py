@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
-    parser.add_argument("--report", default="out/report.html", help="page to write about Wanda")
+    parser.add_argument("--report", default="out/demo.html", help="page to write about Wanda")
     options = parser.parse_args()
 
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
