@@ -120,8 +120,9 @@ def test_the_code_is_updated_when_the_model_is_packed_and_unpacked(tmp_path):
 def test_a_fine_tuned_model_has_the_card_of_the_pruned_one_and_a_section(tmp_path):
     before = card_of(*pruned_llama(), tmp_path / "pruned")
     run = Run("wanda-lightning finetune --model pruned", "", "perplexity", 16.5, 14.25, "a.txt, 2 windows of 8 tokens")
+    typed = replace(run, command=run.command.replace("pruned", "/home/me/pruned"), data=f"/home/me/{run.data}")
     tiny_llama().save_pretrained(tmp_path / "tuned")
-    continue_card(tmp_path / "pruned", tmp_path / "tuned", run, name="us/tuned", on_hub=True)
+    continue_card(tmp_path / "pruned", tmp_path / "tuned", typed, name="us/tuned", on_hub=True)
     card = ModelCard.load(tmp_path / "tuned/README.md")
     (found,) = card.data.eval_results
     assert (found.dataset_name, found.metric_value) == (run.data, 14.25)

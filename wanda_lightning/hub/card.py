@@ -93,7 +93,7 @@ def continue_card(
         return
     if (source / PICTURE_NAME).is_file():  # the zeros are the same
         shutil.copyfile(source / PICTURE_NAME, folder / PICTURE_NAME)
-    saved = _Saved(os.fspath(name), _read_config(folder), packed, on_hub)
+    saved, run = _Saved(os.fspath(name), _read_config(folder), packed, on_hub), _to_publish(run)
     card = ModelCard(_with_code(text, saved))
     card.data["model_name"], card.data["eval_results"] = saved.title, _eval_results(run)
     before, heading, after = card.text.partition(_HOW_PRUNED)
