@@ -31,7 +31,7 @@ from wanda_lightning.permuting import permute
 from wanda_lightning.plan import Plan, Selections, make_plan
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery import BatchNormStatistics, DenseModel, ModelRecovery, batch_norm_layers
-from wanda_lightning.report import Permuted, PrunedLayer, PruningReport, TrainedPart
+from wanda_lightning.report import POOLED, Permuted, PrunedLayer, PruningReport, TrainedPart
 from wanda_lightning.weight_store import WeightStore
 
 log = logging.getLogger(__name__)
@@ -397,7 +397,7 @@ def _layer_notes(outcome: Outcome, pruned: PrunedLayer, inputs: InputStatistics,
     if pruned.name in observer.not_routed:
         yield "every token counted: the model passes all tokens to every expert"
     if pruned.name in observer.pooled:
-        yield "few tokens: pruned with the statistics of all experts"
+        yield POOLED
 
 
 def _make_report(outcome: Outcome, batches: int, stored_zeros: int = 0) -> PruningReport:

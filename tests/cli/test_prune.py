@@ -334,7 +334,7 @@ def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
     tokenizer.save_pretrained("model")
     assert run(*command, "model") == 0
     report = PruningReport.from_json(Path("out/pruning_report.json").read_text())
-    assert report.run.calibration.startswith("self, 4 windows of ")
+    assert report.run.calibration.startswith("text by the dense model, 4 windows of ")
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
 
 

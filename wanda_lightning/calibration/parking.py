@@ -48,7 +48,7 @@ class Parking:
         """Free memory until the batch, or a unit on its inputs, runs again."""
 
     def occupy(self) -> None:
-        """Have the activations in memory, for the batch or a unit that is about to run."""
+        """Bring the activations back into memory, for the batch or a unit that is about to run."""
 
 
 MakeParking = Callable[[], Parking]  # for one batch

@@ -1,4 +1,4 @@
-"""What is known, from a Trainer, about the run in which a model is pruned."""
+"""Read from a Trainer what a report says about the run: the model, the data and the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model does before and after pruning: text that it writes, and images that it classifies differently."""
+"""Examples for a report: text before and after pruning, and images that the pruned model classifies differently."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMAGES, _SIDE, _COLORS = 12, 96, 128  # about 8 kB each as a PNG
 
 
 class Examples(Callback):
-    """Collects nothing; the base of what collects examples from one validation loop."""
+    """Base class for collecting examples from one validation loop; it collects none itself."""
 
     def since(self, dense: Any) -> Mapping[str, Any]:
         """Return fields of a `Run`: the examples of the pruned model beside those of the dense one."""

@@ -201,7 +201,8 @@ class TextDataModule(DataModule):
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, and how many windows of which length a seed has drawn from it."""
         count = min(num_samples, self.num_samples)
-        return f"{self.calibration}, {_windows(count, self.seqlen)}, seed {self.seed}"
+        source = "text by the dense model" if self.calibration == SELF else self.calibration
+        return f"{source}, {_windows(count, self.seqlen)}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
         """Return the source, and how many windows of which length it has."""

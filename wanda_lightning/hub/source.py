@@ -1,4 +1,4 @@
-"""What is known about the model that was pruned: its id on the hub, and what its own card says."""
+"""Find the model that was pruned on the Hugging Face hub, and the metadata of its model card."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What happened to every matrix: as objects, as JSON, as text, and as a page with figures."""
+"""The report of a pruning: what happened to every matrix, as JSON, as text, and as a page with figures."""
 
 from wanda_lightning.report.comparison import comparison_table, groups_of, read_reports, write_comparison
 from wanda_lightning.report.page import images_of, write_report
 from wanda_lightning.report.pruning_report import (
+    POOLED,
     REPORT_NAME,
     BatchNormCorrection,
     ChangedImage,
@@ -21,6 +22,7 @@ from wanda_lightning.report.pruning_report import (
 )
 
 __all__ = [
+    "POOLED",
     "REPORT_NAME",
     "BatchNormCorrection",
     "ChangedImage",

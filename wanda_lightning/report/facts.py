@@ -1,4 +1,4 @@
-"""What pages and figures show of a report: values by kind of layer and depth, groups, and words."""
+"""Select and group what pages and figures show of a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report.pruning_report import PrunedLayer, PruningReport, share_of_zeros
+from wanda_lightning.report.pruning_report import POOLED, PrunedLayer, PruningReport, share_of_zeros
 
 _GROUP = re.compile(r"(^|\.)group\d+$")  # each group of a grouped convolution is a layer
 _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
@@ -109,7 +109,7 @@ def _shortest_end(name: str, others: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """How many weights one kind of matrix has.
+    """The numbers of weights of one kind of matrix.
 
     Attributes:
         name: The kind of layer, or why the matrices are left dense.
@@ -186,7 +186,7 @@ def expert_tokens(report: PruningReport) -> list[ExpertTokens]:
     found = []
     for name, layers in blocks.items():
         tokens = [layer.tokens for layer in layers]
-        pooled = sum(layer.note.startswith("few tokens") or "; few tokens" in layer.note for layer in layers)
+        pooled = sum(POOLED in layer.note for layer in layers)
         found.append(ExpertTokens(name, len(layers), min(tokens), median(tokens), max(tokens), pooled))
     return found
 

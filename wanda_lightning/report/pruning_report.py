@@ -18,6 +18,9 @@ from wanda_lightning.files import whole_file
 from wanda_lightning.models import SkippedMatrix, SkipReason
 
 REPORT_NAME = "pruning_report.json"
+POOLED = "few tokens: pruned with the statistics of all experts"
+"""The note of an expert's matrix whose own statistics were not used."""
+
 _LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets", "lm_eval")
 
 
