@@ -7,9 +7,9 @@
 
 The model is built on the device. `block` prunes with two forward passes, `layer` with one: `forward passes`
 divides the time of pruning by that of so many plain forward passes. Peak memory is that of the device and includes the
-model; it is not measured on a CPU. With `--folder`, the model is saved there and also pruned from disk, with its
-activations on the device; the time then includes reading and writing. `equal` says whether the weights equal those
-pruned in memory.
+model; it is not measured on a CPU. With `--folder`, the model is saved there and also pruned from disk; the time then
+includes reading and writing. Activations of waiting batches are on the device or, with `park cpu`, in memory of the
+CPU, and are copied back while the batch before runs. `equal` says whether the weights equal those pruned in memory.
 """
 
 import argparse
@@ -104,7 +104,9 @@ def main() -> None:
     prune(build(options), batches[:1], method=options.method[0], sequential="layer", progress=False)
     plain, peak = measured(options, lambda: forward(model, batches))
     table.add_row("forward", f"{plain:.2f}", peak, "", "")
+    streamed: tuple[str, ...] = ()
     if options.folder:
+        streamed = ("memory",) if options.device == "cpu" else ("memory", "cpu")
         source, output = Path(options.folder) / "dense", Path(options.folder) / "pruned"
         build(options).save_pretrained(source)
     for method in options.method:
@@ -117,11 +119,12 @@ def main() -> None:
             table.add_row(f"{method} {sequential}", f"{took:.2f}", peak, relative, "")
             if options.folder:
                 model.cpu()  # for the comparison; its place on the device is free meanwhile
+            for park in streamed:
                 shutil.rmtree(output, ignore_errors=True)
-                streamed = partial(prune_from_disk, source, output, batches, options.sparsity, device=options.device)
-                took, peak = measured(options, partial(streamed, **choices))
+                from_disk = partial(prune_from_disk, source, output, batches, options.sparsity, device=options.device)
+                took, peak = measured(options, partial(from_disk, park=park, **choices))
                 relative = f"{took / (passes * plain):.3f} x {passes}"
-                table.add_row("  from disk", f"{took:.2f}", peak, relative, str(same(model, output)))
+                table.add_row(f"  from disk, park {park}", f"{took:.2f}", peak, relative, str(same(model, output)))
     Console().print(table)
 
 

@@ -103,6 +103,15 @@ def test_one_batch_is_counted_if_the_others_are_on_disk(tmp_path):
         assert measuring.activations == measuring_one.activations / 32 == 2 * LENGTH * 2 * 768 * 2
 
 
+def test_a_batch_that_moves_ahead_is_counted_on_the_cpu_and_on_the_device(tmp_path):
+    folder = save(tmp_path / "model", 1)
+    for choices in ({}, {"sequential": "layer"}):
+        moved, measuring = estimate(folder, Samples(8, LENGTH, 2), park="cpu", **choices)
+        one_batch_more, measuring_32 = estimate(folder, Samples(10, LENGTH, 2), **choices)
+        assert moved == one_batch_more
+        assert measuring.activations == measuring_32.activations / 32 * 33
+
+
 needs_linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux reports"
 )

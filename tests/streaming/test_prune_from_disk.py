@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import families
-from support.parking import HiddenParking
+from support.parking import HiddenTransfers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
@@ -119,7 +119,8 @@ def test_the_weights_and_the_report_are_those_of_prune(source, tmp_path, name):
 def test_parked_activations_change_nothing(source, tmp_path, monkeypatch, name, kind):
     monkeypatch.setattr(parking, "SMALLEST", 0)
     if kind == "host":  # park='cpu' as far as it can be tested without a GPU
-        monkeypatch.setattr(from_disk, "parking_maker", lambda *_: partial(HiddenParking, {}))
+        host = parking.Host(HiddenTransfers())
+        monkeypatch.setattr(from_disk, "parking_maker", lambda *_: partial(parking.HostParking, host))
     choices = {"progress": False, **CHOICES[name]}
     expected = prune_from_disk(source, tmp_path / "memory", batches(), 0.5, **choices)
     report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, park="disk", **choices)
@@ -631,16 +632,19 @@ def test_a_place_for_activations_that_does_not_suit_the_device_is_refused(source
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("park", ["memory", "cpu"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, name):
+def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, monkeypatch, name, park):
+    monkeypatch.setattr(parking, "SMALLEST", 0)
     model = AutoModelForCausalLM.from_pretrained(source).cuda()
     expected = prune(model, batches(), 0.5, progress=False, **CHOICES[name])
     model.save_pretrained(tmp_path / "memory")
-    report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, progress=False, device="cuda", **CHOICES[name])
+    on_gpu = {"progress": False, "device": "cuda", "park": park}
+    report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, **on_gpu, **CHOICES[name])
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
     assert report.layers == expected.layers
-    on_gpu = perplexity_from_disk(tmp_path / "disk", batches(), progress=False, device="cuda")
-    assert on_gpu == pytest.approx(perplexity_from_disk(tmp_path / "disk", batches(), progress=False), rel=1e-2)
+    perplexity = perplexity_from_disk(tmp_path / "disk", batches(), **on_gpu)
+    assert perplexity == pytest.approx(perplexity_from_disk(tmp_path / "disk", batches(), progress=False), rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["timm:test_vit", "model.gguf"])

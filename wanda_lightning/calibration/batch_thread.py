@@ -31,7 +31,10 @@ class Call:
     watch: Watch = nullcontext  # watches the thread that runs the call
 
     def run(self, on_copies: bool = False) -> Any:
-        """Run the unit and return its output; on clones of its arguments if it will run again on the same values."""
+        """Run the unit and return its output; on clones of its arguments if it will run again on the same values.
+
+        The activations stay in memory afterward: call `parking.vacate` unless the batch continues now.
+        """
         self.parking.occupy()
         arguments = self.args, self.kwargs
         with (
@@ -40,9 +43,7 @@ class Call:
             self.thread_state.entered(),
         ):
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
-            output = self.forward(*args, **kwargs)
-        self.parking.vacate()
-        return output
+            return self.forward(*args, **kwargs)
 
 
 class StopForward(BaseException):
@@ -65,8 +66,9 @@ class BatchThread(threading.Thread):
         self.batch = batch
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.unit = -1  # index of the unit at which the batch is parked, or was parked last
+        self.parking = parking
         self._forward: Callable[[], object] | None = forward
-        self._names, self._thread_state, self._watch, self._parking = names, thread_state, watch, parking
+        self._names, self._thread_state, self._watch = names, thread_state, watch
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -78,7 +80,7 @@ class BatchThread(threading.Thread):
         try:
             if not self._cancelled:
                 assert self._forward is not None
-                with self._thread_state.entered(), self._parking:
+                with self._thread_state.entered(), self.parking:
                     self._forward()
         except StopForward:
             pass
@@ -94,17 +96,17 @@ class BatchThread(threading.Thread):
             raise StopForward
         thread_state = ThreadState()
         name = self._names[unit]
-        call = Call(self.batch, name, forward, args, kwargs, thread_state, self._parking, self._watch)
+        call = Call(self.batch, name, forward, args, kwargs, thread_state, self.parking, self._watch)
         self.unit, self.call = unit, call
         del call
-        self._parking.add((args, kwargs))
+        self.parking.add((args, kwargs))
         self._back.release()
         self._go.acquire()
         thread_state.switches.restore()
         if self._cancelled:
             raise StopForward
         output, self._output = self._output, None
-        self._parking.add(output)
+        self.parking.add(output)
         return output
 
     def advance(self, output: Any = None) -> None:
@@ -115,7 +117,7 @@ class BatchThread(threading.Thread):
         """
         self.call, self._output = None, output
         del output
-        self._parking.occupy()
+        self.parking.occupy()
         switches = ProcessSwitches()
         try:
             with self._watch(self):
@@ -126,7 +128,7 @@ class BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
         if self.call is not None:
-            self._parking.vacate()
+            self.parking.vacate()
 
     def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
         """Run the unit at which the batch is parked, and let the batch continue with its output.

@@ -99,6 +99,7 @@ class BlockRuns:
         call.parking.occupy()
         args, kwargs = clone_arguments((call.args, call.kwargs))
         replace(call, args=args, kwargs=kwargs, forward=run).run()
+        call.parking.vacate()
         return records[0]
 
     def _run(self, call: Call, args: Any, kwargs: Any, with_inputs: bool) -> tuple[Any, _Record]:

@@ -81,6 +81,8 @@ def lockstep(
             if unit == len(units):
                 return
             here = [thread for thread in parked if thread.unit == unit]
+            for thread, following in zip(here, [*here[1:], *here[:1]], strict=True):  # each run is in this order
+                thread.parking.next = following.parking
             if unit in pending:
                 yield Stop(unit, tuple(thread.call for thread in here if thread.call is not None))
                 pending.remove(unit)

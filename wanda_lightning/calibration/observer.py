@@ -69,6 +69,7 @@ class Observer:
                     with self.collect(unit, call.batch):
                         # A unit runs again after it is pruned, and may write into its inputs.
                         call.run(on_copies=unit.module is not None)
+                    call.parking.vacate()
                 statistics = self._take(unit)
         return self._of_all(unit, statistics)
 

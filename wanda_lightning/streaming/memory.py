@@ -25,7 +25,8 @@ class Memory:
     Attributes:
         outside: The weights outside of all blocks.
         blocks: The two largest blocks that follow each other.
-        activations: The activations of all batches that wait at a unit, or of one batch if the others are on disk.
+        activations: The activations of all batches that wait at a unit, or of one batch if the others are on disk. If
+            they wait on the CPU, also those of one batch that are copied to the device ahead of use.
         work: Statistics and workspace of the most expensive unit, or the logits of a batch.
     """
 
@@ -63,6 +64,12 @@ class Samples:
         """Number of tokens in a batch."""
         return min(self.count, self.batch_size) * self.length
 
+    def parked_tokens(self, park: str) -> int:
+        """Number of tokens whose activations are in memory; on the CPU and on the device, it counts twice."""
+        if park == "disk":
+            return self.batch_tokens
+        return self.count * self.length + (self.batch_tokens if park == "cpu" else 0)
+
 
 def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, park: str = "memory") -> Memory:
     """Estimate the memory of `prune_from_disk`.
@@ -71,12 +78,13 @@ def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, p
         model: The model on the meta device, in the dtype of pruning.
         config: The choices; `sequential` is not `"auto"`.
         samples: The calibration samples.
-        park: `"memory"`, or `"disk"` if only one batch of activations is in memory.
+        park: `"memory"`; `"cpu"`, with memory of the CPU and of the device together; or `"disk"`, with only one batch
+            of activations in memory.
     """
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     hidden, size = _hidden_size(model), _element_size(model)
     recorded = samples.count * samples.length
-    tokens = samples.batch_tokens if park == "disk" else recorded
+    tokens = samples.parked_tokens(park)
     # A batch holds its embeddings to the end, and the residual stream. One that waits at a layer also holds the
     # normalized residual stream, and queries, keys, values and the output of the attention, or what the MLP computes.
     waiting, work = 2 * hidden, 0
@@ -103,7 +111,7 @@ def memory_to_measure(model: nn.Module, length: int, batch_size: int, park: str 
     samples = Samples(AT_ONCE * batch_size, length, batch_size)
     vocabulary: Any = getattr(model, "get_output_embeddings", lambda: None)()
     logits = 0 if vocabulary is None else len(vocabulary.weight)
-    tokens = samples.batch_tokens if park == "disk" else samples.count * length
+    tokens = samples.parked_tokens(park)
     return _memory(model, tokens * 2 * hidden * size, samples.batch_tokens * logits * size)
 
 
