@@ -336,6 +336,14 @@ def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
     report = PruningReport.from_json(Path("out/pruning_report.json").read_text())
     assert report.run.calibration.startswith("text by the dense model, 4 windows of ")
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    chat = [*text, "--calibration", "self-chat", "--prune_method", "wanda", "--save", "chat", "--model", "model"]
+    assert run(*chat) == 1
+    assert "--calibration self-chat needs a tokenizer with a chat template" in capsys.readouterr().err
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained("model")
+    assert run(*chat) == 0
+    report = PruningReport.from_json(Path("chat/pruning_report.json").read_text())
+    assert report.run.calibration.startswith("chats by the dense model, 4 windows of ")
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
@@ -396,6 +404,7 @@ NOT_STREAMED = [
     (["--park", "disk", *OUT], "--park has no meaning for pruning without --stream", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
     (["--stream", "--calibration", "self", *OUT], "--calibration self needs the whole model in memory", 2),
+    (["--stream", "--calibration", "self-chat", *OUT], "--calibration self-chat needs the whole model in memory", 2),
     (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),
     (["--stream", "--preset", "thorough", *OUT], "needs the whole model in memory", 1),
     (

@@ -201,7 +201,8 @@ class PruneOptions(InspectOptions):
 
     seed: int = option("Seed that draws the calibration samples.", 0, rule=_SEED)
     calibration: str | None = option(
-        f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}; or self, what the dense model writes."
+        f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}; self, what the dense model "
+        "writes; or self-chat, a chat that it writes, for models that are trained on chats."
     )
     eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
     limit: int | None = option(_LIMIT, rule=_COUNT)
@@ -244,10 +245,10 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
-            if self.calibration == text_sources.SELF:
+            if self.calibration in text_sources.OWN_TEXT:
                 raise UsageError(
-                    "--calibration self needs the whole model in memory to write a text, but --stream reads it block "
-                    "by block. Give a text, or leave --stream out."
+                    f"--calibration {self.calibration} needs the whole model in memory to write a text, but --stream "
+                    "reads it block by block. Give a text, or leave --stream out."
                 )
             if self.packed:
                 raise UsageError(
@@ -272,7 +273,7 @@ class PruneOptions(InspectOptions):
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:
-            if self.calibration != text_sources.SELF:
+            if self.calibration not in text_sources.OWN_TEXT:
                 text_sources.check_source(self.calibration or "c4", "--calibration")
             text_sources.check_source(self.eval or "wikitext2", "--eval")
             check_memory("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)

@@ -29,7 +29,7 @@ from wanda_lightning.cli.options import (
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.data.text_sources import SELF
+from wanda_lightning.data.text_sources import OWN_TEXT
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import existing_parent, unclaimed, whole_file
 from wanda_lightning.hub.card import write_card
@@ -59,7 +59,7 @@ def run(options: PruneOptions) -> None:
     metric = "val_accuracy" if options.is_image else "val_perplexity"
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module, options.packed)
-    if callback.config.data_reader is not None and isinstance(data, TextDataModule) and data.calibration != SELF:
+    if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration not in OWN_TEXT:
         _ = data.calibration_windows  # to refuse a short text, too
     before, after = (_examples(options, data) for _ in range(2))
     dense = measure(module, data, before)[metric]
