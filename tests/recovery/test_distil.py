@@ -680,24 +680,6 @@ def test_batches_of_inference_mode():
     assert report.training.trained == 2
 
 
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        (torch.zeros(2, 5), True),
-        (torch.zeros(2, 1), False),
-        (torch.zeros(2, 3, 5), False),
-        ((torch.zeros(2, 3, 5), None), False),
-        ({"logits": torch.zeros(2, 3, 5)}, True),
-        ({"logits": torch.zeros(2, 5, 4, 4)}, False),
-    ],
-    ids=["classes", "one_class", "sequence", "tuple", "tokens", "images"],
-)
-def test_which_outputs_are_classes(output, expected):
-    from wanda_lightning.recovery.predictions import has_classes
-
-    assert has_classes(output) is expected
-
-
 def test_a_sparsity_of_0_trains_nothing():
     model, batches = classifier(), some_batches(4)
     before = copy.deepcopy(model.state_dict())

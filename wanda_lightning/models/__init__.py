@@ -7,6 +7,7 @@ from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReaso
 from wanda_lightning.models.layers import Layer, is_plain, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.placeholders import is_unloaded, placeholder
+from wanda_lightning.models.predictions import causal_config, find_predictions, has_classes, own_head
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.models.reads_images import reads_images
 
@@ -18,14 +19,18 @@ __all__ = [
     "SkippedMatrix",
     "TokenMask",
     "Unit",
+    "causal_config",
     "find_layers",
+    "find_predictions",
     "fitting_mask",
+    "has_classes",
     "hidden_units",
     "is_plain",
     "is_unloaded",
     "is_wrapper",
     "layer_kinds",
     "model_from_config",
+    "own_head",
     "placeholder",
     "reads_images",
     "token_masks",

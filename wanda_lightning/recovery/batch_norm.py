@@ -13,15 +13,10 @@ from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.calibration.batches import CalibrationBatches, Sample
 from wanda_lightning.calibration.error_notes import add_note
+from wanda_lightning.core.losses import divergence, squared_error
+from wanda_lightning.models import find_predictions, has_classes
 from wanda_lightning.parallel import Processes
-from wanda_lightning.recovery.predictions import (
-    HELD_OUT,
-    divergence,
-    find_predictions,
-    has_classes,
-    rows_of,
-    squared_error,
-)
+from wanda_lightning.recovery.predictions import HELD_OUT, rows_of
 from wanda_lightning.report import BatchNormCorrection
 
 _SAMPLES = 512  # maximum number of samples, over all processes

@@ -18,23 +18,14 @@ from wanda_lightning.calibration.batches import Sample, fit_together
 from wanda_lightning.calibration.error_notes import add_note
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
+from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
-from wanda_lightning.models import Layer
+from wanda_lightning.models import Layer, causal_config, find_predictions, has_classes, own_head
 from wanda_lightning.parallel import Processes
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery.base import DenseModel, ModelRecovery, Recovery
-from wanda_lightning.recovery.predictions import (
-    HELD_OUT,
-    causal_config,
-    cross_entropy,
-    divergence,
-    find_predictions,
-    has_classes,
-    next_tokens,
-    rows_of,
-    squared_error,
-)
+from wanda_lightning.recovery.predictions import HELD_OUT, next_tokens, rows_of
 from wanda_lightning.report import Training, TrainingPass
 
 log = logging.getLogger(__name__)
@@ -523,19 +514,10 @@ def _output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
     """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
     pruned = _by_parameter(layers)
     for module in model.modules():
-        head = _own_head(module)
+        head = own_head(module)
         if head is not None:
             return None if any(id(parameter) in pruned for parameter in head.parameters()) else head
     return None
-
-
-def _own_head(module: nn.Module) -> nn.Module | None:
-    find: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
-    try:
-        head = find() if find is not None else None
-    except NotImplementedError:
-        return None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _refuse_untrainable(predictions: Tensor, batch: int) -> None:

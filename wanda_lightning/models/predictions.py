@@ -1,0 +1,45 @@
+"""Find the predictions in the output of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def find_predictions(output: object) -> Tensor | None:
+    """Return the logits of an output, or the output if it is a tensor; None if there are no predictions."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    return found if isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 1 else None
+
+
+def has_classes(output: object) -> bool:
+    """Return whether the last dimension of the predictions holds classes, judging by where they are and their shape."""
+    predictions = find_predictions(output)
+    if predictions is None or predictions.shape[-1] < 2:
+        return False
+    has_logits = predictions is not output and not isinstance(output, tuple | list)
+    # Logits with more dimensions are images, whose last dimension is the width.
+    return predictions.ndim in ((2, 3) if has_logits else (2,))
+
+
+def causal_config(model: nn.Module) -> Any | None:
+    """Return the config of a causal language model of transformers without an encoder, which a model is or contains."""
+    for module in model.modules():
+        can_generate = getattr(module, "can_generate", None)
+        if callable(can_generate) and can_generate():
+            return None if getattr(module.config, "is_encoder_decoder", False) else module.config
+    return None
+
+
+def own_head(module: nn.Module) -> nn.Module | None:
+    """Return the output head of a language model of transformers; None for any other module."""
+    find: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
+    try:
+        head = find() if find is not None else None
+    except NotImplementedError:
+        return None
+    return head if isinstance(head, nn.Module) else None
