@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
+
+_AT_ONCE = 2**22  # logits whose probabilities are in memory at the same time, 16 MiB in float32
 
 
 def cross_entropy(predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,3 +33,57 @@ def squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared error summed over the rows and averaged over their entries, and its gradient."""
     difference = predicted - dense
     return difference.square().mean(dim=-1).sum(), difference.mul_(2 / difference.shape[-1])
+
+
+def summed_divergence(predicted: Tensor, dense: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """Return `KL(dense || predicted)` of logits divided by a temperature, summed over rows, for autograd.
+
+    It needs memory for one tensor of the size of the predictions, their gradient, which is computed together with the
+    loss for some rows at a time. Autograd of `log_softmax` and `kl_div` would hold several. One backward pass uses
+    the gradient up.
+
+    Args:
+        predicted: Logits of shape (rows, classes).
+        dense: Logits of shape (rows, classes), without a gradient.
+        keep: Which rows count, of shape (rows,); by default all.
+        temperature: The temperature, above 0.
+
+    Returns:
+        A scalar in float32, or in float64 for float64.
+    """
+    total: Tensor = _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SummedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, dense: Tensor, keep: Tensor | None, temperature: float) -> Tensor:
+        ctx.gradient = torch.empty_like(predicted) if keep is None else torch.zeros_like(predicted)
+        wide = torch.promote_types(predicted.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=predicted.device)
+        for part in _parts(predicted, keep):
+            loss, slopes = divergence(predicted[part].to(wide) / temperature, dense[part].to(wide) / temperature)
+            total += loss
+            # Summed, not averaged: divided by many rows, slopes would be zero in float16.
+            ctx.gradient[part] = slopes.div_(temperature).to(predicted.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "retain_graph must be False for a loss with distillation: its gradient is computed in place to save "
+                "memory, so its graph can be passed backward only once."
+            )
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(slope), None, None, None
+
+
+def _parts(rows: Tensor, keep: Tensor | None) -> Iterator[slice | Tensor]:
+    """Yield indices of a few rows at a time, of those that count."""
+    size = max(1, _AT_ONCE // rows.shape[-1])
+    if keep is not None:
+        yield from keep.nonzero().squeeze(1).split(size)
+        return
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)

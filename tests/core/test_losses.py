@@ -1,0 +1,58 @@
+"""The divergence of rows, against `kl_div` of PyTorch and its autograd."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from wanda_lightning.core import losses
+
+
+def by_pytorch(predicted, dense, keep, temperature):
+    log_q, log_p = (x[keep].log_softmax(-1) for x in (predicted / temperature, dense / temperature))
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def gradient(loss, at):
+    (found,) = torch.autograd.grad(3 * loss, at)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("padding", ["none", "some", "all"])
+def test_loss_and_gradient_are_those_of_pytorch(monkeypatch, padding, temperature):
+    monkeypatch.setattr(losses, "_AT_ONCE", 3 * 7)  # three rows at a time
+    torch.manual_seed(0)
+    predicted, dense = torch.randn(10, 7, dtype=torch.float64, requires_grad=True), torch.randn(10, 7).double()
+    keep = {"none": torch.ones(10), "some": torch.arange(10) % 3, "all": torch.zeros(10)}[padding].bool()
+    loss = losses.summed_divergence(predicted, dense, None if padding == "none" else keep, temperature)
+    expected = by_pytorch(predicted, dense, keep, temperature)
+    torch.testing.assert_close(loss, expected)
+    assert (loss > 0) == (padding != "all")
+    torch.testing.assert_close(gradient(loss, predicted), gradient(expected, predicted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_in_16_bits_are_compared_in_float32(dtype):
+    torch.manual_seed(0)
+    predicted, dense = torch.randn(4, 500, dtype=dtype, requires_grad=True), torch.randn(4, 500, dtype=dtype)
+    wide = predicted.detach().float().requires_grad_()
+    loss, expected = losses.summed_divergence(predicted, dense), by_pytorch(wide, dense.float(), slice(None), 1.0)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, predicted).float(), gradient(expected, wide), rtol=1e-2, atol=1e-6)
+
+
+def test_impossible_classes_do_not_count():
+    predicted, dense = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    masked = torch.cat([dense, torch.full((3, 1), -torch.inf)], dim=1)
+    with_impossible = torch.cat([predicted, torch.full((3, 1), -torch.inf)], dim=1)
+    torch.testing.assert_close(
+        losses.summed_divergence(with_impossible, masked), losses.summed_divergence(predicted, dense)
+    )
+
+
+def test_a_second_backward_pass_is_refused():
+    predicted = torch.randn(2, 3, requires_grad=True)
+    loss = losses.summed_divergence(predicted, torch.randn(2, 3))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph must be False"):
+        loss.backward()
