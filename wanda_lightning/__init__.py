@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from wanda_lightning.acceleration import accelerate_2to4, accelerate_cpu
     from wanda_lightning.callbacks import (
         CubicSchedule,
+        DistillFromDense,
         KeepZeros,
         LinearSchedule,
         MagnitudePrune,
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "acceleration": "accelerate_2to4 accelerate_cpu",
     "callbacks": (
-        "CubicSchedule KeepZeros LinearSchedule MagnitudePrune OneShot PruningCallback SavePretrained Schedule "
-        "SparseGPTPrune WandaPrune"
+        "CubicSchedule DistillFromDense KeepZeros LinearSchedule MagnitudePrune OneShot PruningCallback "
+        "SavePretrained Schedule SparseGPTPrune WandaPrune"
     ),
     "config": "PruningConfig",
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
@@ -73,6 +74,7 @@ __all__ = [
     "CausalLMModule",
     "CubicSchedule",
     "Distil",
+    "DistillFromDense",
     "EqualShare",
     "Fisher",
     "ImageClassifierModule",

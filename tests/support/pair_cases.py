@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wanda_lightning import Distil, Fisher, PerLayer
+from wanda_lightning import Distil, DistillFromDense, Fisher, KeepZeros, PerLayer, prune
 from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.callbacks import SavePretrained
@@ -403,16 +403,15 @@ class PruneAtStart(L.Callback):
         self.weights = whole(target)
 
 
-def trainer(strategy, *callbacks):
+def trainer(strategy, *callbacks, **options):
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     return L.Trainer(
-        devices=2,
         accelerator="cpu",
         strategy=strategy,
         max_steps=3,
         callbacks=list(callbacks),
         num_sanity_val_steps=1,
-        **quiet,
+        **{"devices": 2, **quiet, **options},
     )
 
 
@@ -490,6 +489,20 @@ def validate_with(rank, strategy, make):
     module, callback = Regression(strategy == "fsdp2"), make()
     trainer(strategy_named(strategy), callback).validate(module, DataLoader(SAMPLES, batch_size=2), verbose=False)
     return whole(module), callback.report
+
+
+def distill(rank, strategy):
+    """Train a pruned module toward a dense one, on batches of four samples over all processes."""
+    module, dense = Regression(strategy == "fsdp2"), Regression()
+    with torch.no_grad():
+        for weight in dense.parameters():
+            weight.mul_(1.5)
+    prune(module, criterion="magnitude", progress=False)
+    devices, share = (1, slice(None)) if rank is None else (2, slice(rank, None, 2))
+    callbacks = KeepZeros(), DistillFromDense(dense)
+    fit = trainer(strategy_named(strategy), *callbacks, devices=devices, use_distributed_sampler=False)
+    fit.fit(module, DataLoader(SAMPLES.view(4, 4, 16)[:, share], batch_size=None))
+    return whole(module)
 
 
 class Llama(CausalLMModule):

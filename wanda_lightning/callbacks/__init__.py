@@ -1,5 +1,6 @@
-"""Lightning callbacks that prune a model, keep its zeros during training, and save it."""
+"""Lightning callbacks that prune a model, keep its zeros during training, distill it, and save it."""
 
+from wanda_lightning.callbacks.distillation import DistillFromDense
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
 from wanda_lightning.callbacks.pruning import MagnitudePrune, PruningCallback, SparseGPTPrune, WandaPrune
 from wanda_lightning.callbacks.save import SavePretrained
@@ -7,6 +8,7 @@ from wanda_lightning.callbacks.schedules import CubicSchedule, LinearSchedule, O
 
 __all__ = [
     "CubicSchedule",
+    "DistillFromDense",
     "KeepZeros",
     "LinearSchedule",
     "MagnitudePrune",

@@ -7,7 +7,13 @@ from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReaso
 from wanda_lightning.models.layers import Layer, is_plain, layer_kinds
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.placeholders import is_unloaded, placeholder
-from wanda_lightning.models.predictions import causal_config, find_predictions, has_classes, own_head
+from wanda_lightning.models.predictions import (
+    causal_config,
+    find_predictions,
+    has_classes,
+    number_of_classes,
+    own_head,
+)
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.models.reads_images import reads_images
 
@@ -30,6 +36,7 @@ __all__ = [
     "is_wrapper",
     "layer_kinds",
     "model_from_config",
+    "number_of_classes",
     "own_head",
     "placeholder",
     "reads_images",

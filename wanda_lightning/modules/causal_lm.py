@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -206,6 +206,18 @@ class CausalLMModule(L.LightningModule):
             )
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
+        """Load another model in the dtype of this one, from the same cache.
+
+        Args:
+            name: Hub id, local folder or `.gguf` file.
+        """
+        hub = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
+        dtype = next((key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto")
+        model, _ = load_causal_lm(os.fspath(name), dtype, hub, with_tokenizer=False)
+        check_causal(model)
+        return cast(nn.Module, model)
 
     def add_adapters(self, keep_zeros: bool = True, **arguments: Any) -> None:
         """Freeze the model and add low-rank adapters to train (Hu et al. 2021).

@@ -112,6 +112,16 @@ class ImageClassifierModule(L.LightningModule):
         """Run the images of the batch through the model."""
         self(_read_images(batch)[0])
 
+    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
+        """Load another pretrained classifier with the same arguments of `timm.create_model`.
+
+        Args:
+            name: A name that timm knows, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, or a folder as a `Path`.
+        """
+        # timm would replace a head with another number of classes by a random one.
+        kwargs = {key: value for key, value in self._model_kwargs.items() if key != "num_classes"}
+        return create_classifier(name, pretrained=True, kwargs=kwargs)
+
     def on_fit_start(self) -> None:
         """Store the class names of the data in the model, so that they are saved with it."""
         model: Any = self.model

@@ -1,0 +1,480 @@
+"""Distillation while training, against the loss written out with `kl_div` and a loop by hand."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support import pair_cases as cases
+from support.callbacks import (
+    ADAMW,
+    LAYERS,
+    SGD,
+    Manual,
+    Net,
+    SaveAt,
+    all_at,
+    equal,
+    hooks_of,
+    loader,
+    same,
+    share_of_zeros,
+    train_by_hand,
+    trainer,
+    zeros,
+)
+from support.modules import tiny_llama, tiny_vit
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune, prune
+from wanda_lightning.callbacks.dense import fingerprint
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # these tests only train
+]
+
+
+def divergence(predicted, dense, temperature=1.0, keep=slice(None)):
+    """The mean over the predictions that count, times the squared temperature, by PyTorch."""
+    log_q, log_p = ((x[keep].flatten(0, -2) / temperature).log_softmax(-1) for x in (predicted, dense))
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+class Dense(Net):
+    """The dense model for `Net`: other weights of the same kind."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
+
+
+class ByHand(Net):
+    """Its loss has the divergence written out."""
+
+    def __init__(self, dense, weight, temperature):
+        super().__init__()
+        self.of_dense = [dense]  # no submodule
+        self.weight, self.temperature = weight, temperature
+
+    def _loss(self, batch):
+        x, labels = batch
+        predicted = self(x)
+        with torch.no_grad():
+            dense = self.of_dense[0](x)
+        own = F.cross_entropy(predicted, labels)
+        return (1 - self.weight) * own + self.weight * divergence(predicted, dense, self.temperature)
+
+
+class Losses(L.Callback):
+    """Records the logged divergence of each step."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.logged.append(trainer.callback_metrics["distillation_loss"].item())
+
+
+def assert_close(a, b, **tolerance):
+    for name, weight in a.state_dict().items():
+        torch.testing.assert_close(weight, b.state_dict()[name], **tolerance)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (1.0, 1.0), (0.3, 2.5)])
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.1)])
+def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, accumulate, clip):
+    module, dense = Net(), Dense()
+    by_hand = ByHand(copy.deepcopy(dense), weight, temperature)
+    for each in (module, by_hand):
+        prune(each, criterion="magnitude", progress=False)
+    callbacks = KeepZeros(), DistillFromDense(dense, weight, temperature), Losses()
+    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
+    trainer(*callbacks, max_epochs=2, **options).fit(module, loader(24))
+    batches, pruned = [*loader(24)], zeros(by_hand)
+    first = divergence(by_hand(batches[0][0]), by_hand.of_dense[0](batches[0][0]), temperature).item()
+    train_by_hand(by_hand, batches * 2, SGD(by_hand.parameters()), accumulate, clip)
+    assert callbacks[2].logged[0] == pytest.approx(first)
+    assert_close(module, by_hand)
+    assert equal(zeros(module), pruned)
+    assert hooks_of(module, module.used_optimizer) == []
+    assert "training_step" not in vars(module)
+
+
+def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
+    module, by_hand = Net(), ByHand(Net(), 0.5, 1.0)
+    trainer(WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2).fit(module, loader())
+    prune(by_hand, [batch[0] for batch in loader()], progress=False)
+    train_by_hand(by_hand, [*loader()] * 2, SGD(by_hand.parameters()), 1, None)
+    assert_close(module, by_hand)
+    assert share_of_zeros(module) == all_at(0.5)
+
+
+def test_the_dense_model_is_in_no_checkpoint_and_stays_the_same(tmp_path):
+    module, dense = Net(ADAMW), Dense()
+    before = copy.deepcopy(dense.state_dict())
+    trainer(DistillFromDense(dense), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
+    checkpoint = torch.load(tmp_path / "2.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
+    assert len(checkpoint["optimizer_states"][0]["param_groups"][0]["params"]) == len([*module.parameters()])
+    assert equal(before, dense.state_dict())
+    assert not any(weight.requires_grad or weight.grad is not None for weight in dense.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(precision):
+    module, dense, losses = Net(ADAMW), Dense(), Losses()
+    expected = ByHand(copy.deepcopy(dense), 0.5, 1.0)
+    first = divergence(expected(next(iter(loader()))[0]), dense(next(iter(loader()))[0])).item()
+    trainer(DistillFromDense(dense), losses, precision=precision, max_steps=3).fit(module, loader())
+    assert losses.logged[0] == pytest.approx(first, rel=1e-9 if precision == "64-true" else 0.05, abs=1e-6)
+    assert {weight.dtype for weight in dense.parameters()} == {weight.dtype for weight in module.parameters()}
+
+
+def test_a_step_of_two_batches_is_two_accumulated_batches():
+    results = []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        module = Net()
+        options = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
+        trainer(DistillFromDense(Dense()), **options).fit(module, loader(12, batch_size))
+        results.append(module)
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("dense", [None, Dense])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
+    def fit(steps, path=None):
+        callbacks = WandaPrune(num_samples=12), DistillFromDense(dense and dense(), temperature=2.0)
+        module = Net(ADAMW)
+        trainer(*callbacks, SaveAt(tmp_path, 3), max_steps=steps).fit(module, loader(), ckpt_path=path)
+        return module
+
+    whole = fit(6)
+    assert same(whole, fit(6, tmp_path / "3.ckpt"))
+    assert not same(whole, fit(3))
+
+
+def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
+    trainer(DistillFromDense(Dense()), SaveAt(tmp_path, 3), max_steps=3).fit(Net(), loader())
+    other = Dense()
+    with torch.no_grad():
+        other.layers[2].bias += 1e-3
+    for callback in (DistillFromDense(Dense(), weight=0.4), DistillFromDense(other), DistillFromDense(Net())):
+        module = Net()
+        with pytest.raises(ValueError, match="must be the same as in the checkpoint"):
+            trainer(callback, max_steps=6).fit(module, loader(), ckpt_path=tmp_path / "3.ckpt")
+        assert "training_step" not in vars(module)
+    trainer(DistillFromDense(Dense(), weight=0.4)).validate(Net(), loader(), ckpt_path=tmp_path / "3.ckpt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one(pair, strategy):
+    first, second = pair.run(cases.distill, strategy)
+    for name, weight in cases.distill(None, "auto").items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight)
+
+
+IDS = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(1))
+MASK = (torch.arange(24) < torch.tensor([24, 9, 2, 0])[:, None]).long()
+
+
+def language_model(**lora):
+    model = tiny_llama()
+    prune(model, None, 0.5, criterion="magnitude", progress=False)
+    return CausalLMModule(model, lr=1e-2, lora=lora or None)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_language_model_is_compared_without_padding(padding, temperature):
+    batch = {"input_ids": IDS, "attention_mask": MASK} if padding else IDS
+    module, dense, losses = language_model(), tiny_llama(), Losses()
+    by_hand, before = copy.deepcopy(module), zeros(module.model)
+    callbacks = KeepZeros(), DistillFromDense(dense, 0.3, temperature), losses
+    trainer(*callbacks, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+    mask, keep = (MASK, MASK.bool()) if padding else (None, slice(None))
+    logits = by_hand(IDS, mask).logits
+    expected = divergence(logits, tiny_llama()(IDS, mask).logits, temperature, keep)
+    assert losses.logged == [pytest.approx(expected.item(), rel=1e-4)]
+    by_hand.log = lambda *args, **kwargs: None
+    (0.7 * by_hand.training_step(batch, 0) + 0.3 * expected).backward()
+    optimizer = by_hand.configure_optimizers()
+    for name, weight in by_hand.model.named_parameters():
+        if name in before:
+            weight.grad[before[name] & (share(before[name]) < 1)] = 0
+    optimizer.step()
+    for name, weight in module.model.named_parameters():
+        if name in before and "proj" in name:
+            assert torch.equal(weight == 0, before[name])
+            moved = (weight - by_hand.model.get_parameter(name)).abs()[~before[name]]
+            assert moved.quantile(0.99) < 1e-5  # AdamW's first step is the sign of each gradient
+
+
+def share(where):
+    return where.float().mean().item()
+
+
+@pytest.mark.parametrize("keep_zeros", [True, False])
+def test_adapters_learn_from_the_dense_model(keep_zeros):
+    module = language_model(r=4, target_modules=["q_proj", "v_proj"], keep_zeros=keep_zeros)
+    losses = Losses()
+    base = copy.deepcopy(module.pruning_target.state_dict())
+    batches = DataLoader([IDS] * 20, batch_size=None)
+    trainer(DistillFromDense(tiny_llama(), weight=1.0), losses, max_steps=20).fit(module, batches)
+    start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
+    assert losses.logged[0] == pytest.approx(start, rel=1e-4)
+    assert losses.logged[-1] < 0.9 * start
+    after = module.pruning_target.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in base.items() if "lora_" not in name)
+
+
+def test_adapters_on_a_model_that_is_pruned_in_the_same_fit():
+    """By default the dense model is then the one before pruning, to which new adapters add nothing."""
+    module, losses = CausalLMModule(tiny_llama(), lora={"r": 4, "target_modules": ["q_proj"]}), Losses()
+    batches = DataLoader([IDS], batch_size=None)
+    trainer(WandaPrune(num_samples=4), DistillFromDense(), losses, max_steps=1).fit(module, batches)
+    by_hand = tiny_llama()
+    prune(by_hand, [{"input_ids": IDS}], progress=False)
+    expected = divergence(by_hand(IDS).logits, tiny_llama()(IDS).logits).item()
+    assert losses.logged == [pytest.approx(expected, rel=1e-3)]
+
+
+def test_a_dense_language_model_by_name(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    results = []
+    for dense in (tmp_path / "dense", str(tmp_path / "dense"), tiny_llama(), CausalLMModule(tiny_llama())):
+        module = language_model()
+        trainer(KeepZeros(), DistillFromDense(dense), max_steps=2).fit(module, DataLoader([IDS] * 2, batch_size=None))
+        results.append(module)
+    assert all(same(results[0], other) for other in results[1:])
+
+
+def test_an_image_classifier(tmp_path):
+    module, dense, losses = tiny_vit(lr=1e-5), tiny_vit(), Losses()
+    dense.save_pretrained(tmp_path / "dense")
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prune(module, criterion="magnitude", progress=False)
+    expected = divergence(copy.deepcopy(module).eval()(images), dense.eval()(images)).item()
+    batches = DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None)
+    callback = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
+    trainer(KeepZeros(), callback, losses, max_steps=2).fit(module, batches)
+    assert losses.logged[0] == pytest.approx(expected, rel=1e-4)
+    assert losses.logged[1] < losses.logged[0]
+
+
+class Parts(Net):
+    """Its training step calls a part, and returns a dictionary."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.layers(batch[0] + 1)  # does not count
+        logits = self.layers(batch[0])
+        return {"loss": F.cross_entropy(logits, batch[1]), "logits": logits.detach()}
+
+
+def test_a_part_of_a_module_and_a_training_step_that_returns_a_dictionary():
+    results = []
+    for module in (Net(), Parts()):
+        network = "layers" if isinstance(module, Parts) else None
+        trainer(DistillFromDense(Dense(), network=network), max_steps=3).fit(module, loader())
+        results.append(module)
+    assert same(*results)
+
+
+class Recomputing(Net):
+    def forward(self, x):
+        return checkpoint(self.layers, x, use_reentrant=False)
+
+
+class Compiled(Net):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.compile(self.layers, backend="eager")
+
+
+class CompiledPart(Compiled):
+    """The compiled module is the network."""
+
+    @property
+    def pruning_target(self):
+        return self.layers
+
+
+@pytest.mark.parametrize("make", [Recomputing, Compiled, CompiledPart])
+def test_other_ways_to_run_a_network(make):
+    if "Compiled" in make.__name__ and not torch._dynamo.is_dynamo_supported():
+        pytest.skip("torch.compile does not know this Python")
+    results = []
+    for kind in (Net, make):
+        module = kind()
+        trainer(WandaPrune(num_samples=12), DistillFromDense(), max_steps=3).fit(module, loader())
+        results.append([*module.parameters()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def compiled_in_place():
+    module = Net()
+    module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
+@pytest.mark.parametrize("make", [compiled_in_place, lambda: torch.compile(Net(), backend="eager")])
+def test_code_that_is_compiled_with_the_training_step_is_refused(make):
+    with pytest.raises(MisconfigurationException, match="the compiled code of Net hides"):
+        trainer(DistillFromDense(), max_steps=1).fit(make(), loader())
+
+
+class NeverCalls(Net):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.layers(batch[0]), batch[1])
+
+
+class Pooled(Net):
+    def forward(self, x):
+        return self.layers(x).mean(dim=1, keepdim=True)
+
+    def _loss(self, batch):
+        return self(batch[0]).square().mean()
+
+
+class Detached(Net):
+    def _loss(self, batch):
+        x = batch[0].requires_grad_()
+        return self(x).sum() * 0 + self.layers[0].weight.sum()
+
+    def forward(self, x):
+        return self.layers(x).detach()
+
+
+class Wider(Net):
+    """A dense model with more classes, which no attribute shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers[4] = nn.Linear(self.layers[4].in_features, 20)
+
+
+@pytest.mark.parametrize(
+    ("make", "dense", "error", "message"),
+    [
+        (NeverCalls, Dense, MisconfigurationException, "training_step never called NeverCalls .* there are layers"),
+        (Pooled, Pooled, ValueError, r"logits.*it returns a tensor of shape \(4, 1\)"),
+        (Detached, Dense, ValueError, "its predictions have none"),
+        (Net, Wider, ValueError, r"shape \(4, 20\) and those of the network \(4, 16\)"),
+    ],
+)
+def test_what_the_first_step_shows_is_refused_before_a_weight_changes(make, dense, error, message):
+    module = make()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(error, match=message):
+        trainer(DistillFromDense(dense()), max_steps=3).fit(module, loader())
+    assert equal(before, module.state_dict())
+    assert "training_step" not in vars(module)
+    assert all("forward" not in vars(part) for part in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": 0.0}, "weight of DistillFromDense must be a number above 0 and at most 1, but it is 0.0"),
+        ({"weight": 1.5}, "at most 1, but it is 1.5"),
+        ({"temperature": 0}, "temperature of DistillFromDense must be a number above 0, but it is 0"),
+        ({"temperature": float("inf")}, "temperature"),
+    ],
+)
+def test_wrong_values_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DistillFromDense(**options)
+
+
+def pruned_net():
+    module = Net()
+    prune(module, criterion="magnitude", only=[LAYERS[1]], progress=False)
+    return module
+
+
+class Later(Net):
+    """Builds its layers only when the strategy asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = None
+
+    def configure_model(self):
+        self.layers = Net().layers
+
+
+@pytest.mark.parametrize(
+    ("make", "choices", "error", "message"),
+    [
+        (pruned_net, {}, ValueError, "dense must be given, since the network is already pruned: 50% .* layers.2 are"),
+        (Later, {}, ValueError, "dense must be given, since Later has no parameters in setup"),
+        (Net, {"dense": "some/name"}, MisconfigurationException, "Net has no method load_dense_model"),
+        (Net, {"network": "head"}, MisconfigurationException, "submodule of Net, but 'head' is none. .* are layers"),
+        (Manual, {}, MisconfigurationException, "Manual optimizes manually"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_training(make, choices, error, message):
+    module = make()
+    with pytest.raises(error, match=message):
+        trainer(WandaPrune(num_samples=12), DistillFromDense(**choices), max_steps=1).fit(module, loader())
+    assert share_of_zeros(module)[f"{LAYERS[0]}.weight"] == 0 if module.layers is not None else True
+
+
+def test_a_dense_model_that_is_trained_itself_is_refused():
+    module = Net()
+    for dense in (module, module.layers):
+        with pytest.raises(ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"):
+            trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
+
+
+def test_a_given_model_that_was_pruned_causes_a_warning():
+    with pytest.warns(UserWarning, match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero"):
+        trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
+
+
+def test_other_classes_are_refused_before_training():
+    for module, dense in ((language_model(), tiny_llama(tie_word_embeddings=True)), (tiny_vit(), tiny_vit())):
+        if isinstance(module, CausalLMModule):
+            dense.resize_token_embeddings(140)
+        else:
+            dense = tiny_vit(num_classes=7)
+        with pytest.raises(ValueError, match="dense must predict the same classes or tokens as the network, but it"):
+            trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
+
+
+def test_a_trainer_of_pytorch_lightning_is_refused():
+    kind = type("Trainer", (), {"__module__": "pytorch_lightning.trainer"})
+    with pytest.raises(ValueError, match="trainer must be a lightning"):
+        DistillFromDense().setup(kind(), Net(), "fit")
+
+
+def test_a_fit_without_a_new_dense_model_uses_no_old_one():
+    callback, module = DistillFromDense(), Net()
+    trainer(WandaPrune(num_samples=12), callback, max_steps=1).fit(module, loader())
+    with pytest.raises(ValueError, match="already pruned"):
+        trainer(callback, max_steps=1).fit(module, loader())
+
+
+def test_the_fingerprint_depends_on_the_weights_alone():
+    assert fingerprint(Net()) == fingerprint(Net()) != fingerprint(Dense())
+    assert fingerprint(Net().requires_grad_(False).eval()) == fingerprint(Net())
+    assert fingerprint(Net().layers) != fingerprint(Net())  # other names
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_pruning_while_it_trains(optimizer):
+    module, losses = Net(optimizer), Losses()
+    trainer(WandaPrune(num_samples=12, at_step=3), DistillFromDense(), losses, max_steps=6).fit(module, loader())
+    assert losses.logged[0] == pytest.approx(0, abs=1e-9)  # still the dense model
+    assert losses.logged[3] > losses.logged[0]
+    assert share_of_zeros(module) == all_at(0.5)
