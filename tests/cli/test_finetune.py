@@ -1,11 +1,15 @@
 """`wanda-lightning finetune`: zeros stay, and perplexity is measured again by hand."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support.cli import SEQLEN, perplexity_by_hand, run, zeros_by_layer
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+
+from wanda_lightning.modules import causal_lm, loading
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
@@ -42,6 +46,33 @@ def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method):
     assert f"Zeros before: {zeros:,}, after: {zeros:,}." in printed
 
 
+@pytest.mark.parametrize("method", ["full", "keep-zeros-lora", "lora"])
+def test_learning_from_the_dense_model(tuned, inputs, monkeypatch, method):
+    loaded = []
+    load = loading.load_causal_lm
+    monkeypatch.setattr(
+        causal_lm, "load_causal_lm", lambda name, *args, **kw: loaded.append(name) or load(name, *args, **kw)
+    )
+    options = ["--method", method, "--dense", inputs / "llama", "--steps", "20"]
+    assert run(*tuned, *options, "--save_model", "plain") == 0
+    loaded.clear()
+    assert run(*tuned, *options, "--distill", "--save_model", "tuned") == 0
+    assert sorted(loaded) == sorted(["pruned", str(inputs / "llama")])  # each once
+    names = inputs / "llama", "pruned", "plain", "tuned"
+    dense, pruned, plain, new = (AutoModelForCausalLM.from_pretrained(name) for name in names)
+    before, after = zeros_by_layer(pruned), zeros_by_layer(new)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert divergence(new, dense, inputs) < divergence(plain, dense, inputs)
+    assert "--distill" in Path("tuned/README.md").read_text()
+
+
+@torch.no_grad()
+def divergence(model, dense, inputs):
+    ids = torch.tensor(list((inputs / "long.txt").read_bytes()[: 8 * SEQLEN])).view(8, SEQLEN)
+    log_q, log_p = (each(ids).logits.log_softmax(-1) for each in (model, dense))
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
+
+
 def test_all_linear_adapters(tuned):
     assert run(*tuned, "--target_modules", "all-linear", "--save_model", "tuned") == 0
     pruned, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("pruned", "tuned"))
@@ -67,6 +98,8 @@ def test_adapters_without_peft_are_explained(tuned, refused, monkeypatch):
 
 def test_what_cannot_be_fine_tuned(tuned, inputs, refused, tmp_path):
     refused(*tuned, "--model", inputs / "llama", message="has no zeros to keep. Prune it first")
+    refused(*tuned, "--distill", message="--distill learns from the dense model, but none is given", code=2)
+    refused(*tuned, "--distill", "--dense", "pruned", message="but --dense is the pruned one, pruned", code=2)
     refused(*tuned, "--steps", "0", message="--steps must be a whole number of at least 1, but it is 0", code=2)
     refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65", code=2)
     refused(*tuned, "--target_modules", "no_such", message="no_such")

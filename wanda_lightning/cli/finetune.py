@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 
-from wanda_lightning.callbacks import KeepZeros
+from wanda_lightning.callbacks import DistillFromDense, KeepZeros
 from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
@@ -52,10 +53,14 @@ def run(options: FinetuneOptions) -> None:
     if options.method != "full":  # before anything is measured, since it may be refused
         _add_adapters(module, options)
     perplexity: dict[str, float] = {}
+    callbacks: list[Callback] = [KeepZeros()] if options.method == "full" else []
     if options.dense is not None:
-        perplexity["dense"] = measure(CausalLMModule(options.dense, **hub), windows)["val_perplexity"]
+        dense = CausalLMModule(options.dense, **hub)
+        perplexity["dense"] = measure(dense, windows)["val_perplexity"]
+        callbacks += [DistillFromDense(dense)] if options.distill else []
+        del dense  # unless it is still needed, free it before training
     perplexity["pruned"] = measure(module, windows)["val_perplexity"]  # new adapters add nothing
-    seconds = _train(module, windows, options)
+    seconds = _train(module, windows, options.precision, callbacks)
     if options.method == "lora":
         perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
     module.merge(reprune=options.method == "lora")
@@ -86,19 +91,21 @@ def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:
         raise ValueError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
 
 
-def _train(module: CausalLMModule, windows: TextDataModule, options: FinetuneOptions) -> float:
+def _train(
+    module: CausalLMModule, windows: TextDataModule, precision: str | None, callbacks: Sequence[Callback]
+) -> float:
     """Train, and return the number of seconds."""
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
-        precision=options.precision,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
         limit_val_batches=0,
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=KeepZeros() if options.method == "full" else None,
+        callbacks=list(callbacks),
     )
     started = time.perf_counter()
     trainer.fit(module, windows)

@@ -292,6 +292,9 @@ class FinetuneOptions:
         rule=OneOf(tuple(LEARNING_RATES)),
     )
     dense: str | None = option("The model before pruning, to measure it for comparison.")
+    distill: bool = option(
+        "Also learn the predictions of --dense, which are half of the loss: it needs memory for a second model.", False
+    )
     save_model: str | None = option("Folder for the fine-tuned model, with its adapters merged.")
     packed: bool = option(_PACKED, False)
     push_to_hub: str | None = option(_PUSH)
@@ -330,6 +333,10 @@ class FinetuneOptions:
             )
         if self.save_model is None:
             refuse_given(self, "fine-tuning without --save_model", "packed push_to_hub")
+        if self.distill and self.dense is None:
+            raise UsageError("--distill learns from the dense model, but none is given. Name it with --dense.")
+        if self.distill and self.dense == self.model:
+            raise UsageError(f"--distill learns from the dense model, but --dense is the pruned one, {self.model}.")
         for name in (self.model, self.dense or ""):
             if name.startswith(TIMM):
                 raise UsageError(f"--model and --dense must be language models, but one is {name}.")
