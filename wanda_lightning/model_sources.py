@@ -16,14 +16,27 @@ from typing import Any
 from wanda_lightning.checks import one_line, require_extra
 from wanda_lightning.core.name_patterns import did_you_mean
 
-_LOCAL_FOLDER = "local-dir:"  # timm's prefix of a folder
+_LOCAL_FOLDER, _ON_HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder and of a hub id
+
+
+def why_missing(name: str | os.PathLike[str]) -> str:
+    """Return why a name is neither a path that exists nor a hub id, as a predicate; empty if it may be."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return ""
+    is_file = path.suffix in (".gguf", ".safetensors")
+    if is_file or path.is_absolute() or os.fspath(name).startswith(".") or len(path.parts) > 2:
+        return "does not exist. Check the path."
+    if len(path.parts) == 2 and path.parent.is_dir():
+        return f"does not exist in the folder {path.parent}. Check the path. For a hub id, work in another folder."
+    return ""
 
 
 def locate(name: str | os.PathLike[str]) -> dict[str, str]:
     """Return the arguments of `from_pretrained` for a path that exists, with `~` expanded, or else a hub id.
 
     Raises:
-        FileNotFoundError: If a GGUF file does not exist.
+        FileNotFoundError: If a GGUF file or a folder does not exist.
         ImportError: If a package that reads GGUF files is missing.
     """
     path = Path(name).expanduser()
@@ -32,6 +45,8 @@ def locate(name: str | os.PathLike[str]) -> dict[str, str]:
             raise FileNotFoundError(f"The GGUF file {name} does not exist. Download it and give its local path.")
         require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if reason := why_missing(name):
+        raise FileNotFoundError(f"The model {name} {reason}")
     return {"pretrained_model_name_or_path": str(path if path.exists() else name)}
 
 
@@ -58,6 +73,7 @@ def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
     from transformers import AutoConfig
 
     with reading("configuration", name):
+        refuse_unreachable(source["pretrained_model_name_or_path"], hub.get("cache_dir"))
         return AutoConfig.from_pretrained(**source, **hub)
 
 
@@ -67,7 +83,29 @@ def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
     from transformers import AutoTokenizer
 
     with reading("tokenizer", name):
+        refuse_unreachable(source["pretrained_model_name_or_path"], hub.get("cache_dir"))
         return AutoTokenizer.from_pretrained(**source, **hub)
+
+
+def refuse_unreachable(hub_id: str, cache_dir: str | None = None) -> None:
+    """Raise an OSError if a hub model is not in the cache and the hub cannot be reached.
+
+    The libraries would try again for half a minute.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
+
+    if Path(hub_id).exists():
+        return
+    try:
+        folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
+        if not (folder / "snapshots").is_dir():
+            get_hf_file_metadata(hf_hub_url(hub_id, "config.json"))
+    except (HfHubHTTPError, HFValidationError):  # the hub has answered, or it is no hub id: the libraries explain it
+        return
+    except Exception as error:  # libraries of the network raise errors of many kinds
+        raise OSError(f"{hub_id} is not in the cache, and the hub cannot be reached ({one_line(error)}).") from error
 
 
 @contextmanager
@@ -120,13 +158,18 @@ def timm_name(name: str | os.PathLike[str]) -> str:
             `hf-hub:OWNER/NAME`; `local-dir:FOLDER`; or a path object of a folder.
 
     Raises:
-        OSError: If a local folder lacks a file.
+        OSError: If a local folder lacks a file, or the hub cannot be reached.
         ValueError: If timm does not know the model or the tag, or a folder is not a timm model.
     """
     text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
     if text.startswith(_LOCAL_FOLDER):
         return f"{_LOCAL_FOLDER}{_timm_folder(Path(text.removeprefix(_LOCAL_FOLDER)).expanduser())}"
-    if ":" in text:  # hf-hub:OWNER/NAME is checked by the hub
+    if text.startswith(_ON_HUB):
+        try:
+            refuse_unreachable(text.removeprefix(_ON_HUB))
+        except OSError as error:
+            raise OSError(f"{error} Check the connection, or give a folder: {_LOCAL_FOLDER}FOLDER.") from error
+    if ":" in text:
         return text
     import timm
 

@@ -134,7 +134,7 @@ def test_inspect_shows_the_units_of_the_method(inputs, capsys, more, sequential)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model", "gone"], "couldn't connect to 'https://huggingface.co'"),
+        (["--model", "gone"], "gone is not in the cache, and the hub cannot be reached"),
         (["--model", "timm:test_vitt"], "Did you mean test_vit"),
         (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "--only blocks.9 matches no matrix"),

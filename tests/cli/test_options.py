@@ -3,6 +3,7 @@
 import inspect
 import shlex
 from dataclasses import fields
+from pathlib import Path
 
 import psutil
 import pytest
@@ -234,9 +235,12 @@ def test_the_fields_of_the_task_files_are_in_the_help():
         ("evaluate", ["--model", "x,gone.gguf"], "--model gone.gguf does not exist"),
         ("evaluate", [*VIT, "--resume", "gone.safetensors"], "--resume gone.safetensors does not exist"),
         ("inspect", ["--model", "timm:local-dir:/gone"], "--model timm:local-dir:/gone does not exist"),
+        ("inspect", ["--model", "timm:local-dir:gone"], "--model timm:local-dir:gone does not exist"),
+        ("inspect", ["--model", "out/modl"], "--model out/modl does not exist in the folder out. Check the path."),
     ],
 )
 def test_missing_files_and_too_many_samples_are_refused_early(command, more, message, capsys):
+    Path("out").mkdir()
     assert run(command, *more) == 2
     assert message in capsys.readouterr().err
 
@@ -270,3 +274,9 @@ def test_a_command_is_parsed_into_the_options_from_which_it_was_made(command, ar
     assert (program, name) == ("wanda-lightning", command)
     assert parse_options(command, again) == options
     assert len(again) <= len(arguments) + sum("=" in argument for argument in arguments)
+
+
+def test_a_command_shows_defaults_only_on_request():
+    options = parse_options("prune", ["--model", "m", "--sparsity_ratio", "0.5"])
+    assert as_command("prune", options) == "wanda-lightning prune --model m"
+    assert as_command("prune", options, ["sparsity_ratio"]) == "wanda-lightning prune --model m --sparsity_ratio 0.5"

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from wanda_lightning.cli import parse_options
+from wanda_lightning.cli.options import FLAGS
 from wanda_lightning.cli.parser import UsageError, as_list
 
 
@@ -76,6 +77,14 @@ def test_files_that_are_refused(content, message):
     with pytest.raises(UsageError) as caught:
         parse("--config", "a.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("keyword", FLAGS)
+@pytest.mark.parametrize("command", ["prune", "inspect"])
+def test_the_name_of_an_option_in_python_leads_to_its_flag(command, keyword):
+    with pytest.raises(UsageError) as caught:
+        parse("--model", "x", f"--{keyword}", "0.5", command=command)
+    assert str(caught.value) == f"--{keyword} is not an option of {command}. Did you mean --{FLAGS[keyword]}?"
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):

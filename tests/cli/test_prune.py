@@ -87,6 +87,7 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     program, command, *arguments = shlex.split(report.run.command)
     assert (program, command) == ("wanda-lightning", "prune")
     assert parse_options("prune", arguments) == parse_options("prune", [*flags.split(), *more, *ours.split()])
+    assert ("--sparsity_ratio" in arguments) == (kind == "unstructured")
     assert report.run == Run(
         command=report.run.command,
         model=f"{inputs}/llama",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from wanda_lightning.files import (
 )
 from wanda_lightning.hub.upload import refuse_upload
 from wanda_lightning.methods import PARKING, PRESETS
+from wanda_lightning.model_sources import why_missing
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
 """The names in the reference code of some arguments of `PruningConfig.from_names`."""
@@ -78,7 +80,7 @@ def _pruning_options() -> Iterator[tuple[str, str, Any]]:
         rule = OneOf(tuple(NAMES[name])) if name in NAMES else None
         if name == "pattern":
             rule = _Pattern(("unstructured", *NAMES[name], "any other N:M with 1 <= N < M"))
-        yield FLAGS.get(name, name), parameter.annotation, option(help, parameter.default, rule)
+        yield FLAGS.get(name, name), parameter.annotation, option(help, parameter.default, rule, keyword=name)
 
 
 _MODEL = option(
@@ -524,12 +526,12 @@ def as_given(options: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if value is not None}
 
 
-def as_command(command: str, options: Any) -> str:
-    """Return a shell command with these options, without those that have their defaults."""
+def as_command(command: str, options: Any, always: Collection[str] = ()) -> str:
+    """Return a shell command with the options that differ from their defaults, and with those in `always`."""
     words = ["wanda-lightning", command]
     for each in fields(options):
         value = getattr(options, each.name)
-        if value == default_of(each):
+        if value == default_of(each) and each.name not in always:
             continue
         if isinstance(value, list):
             joined = ",".join(value)
@@ -565,10 +567,11 @@ def refuse_missing(options: Any, names: str) -> None:
     for name in names.split():
         given = getattr(options, name)
         for value in [given] if isinstance(given, str) else given or ():
-            path = Path(value.removeprefix("timm:local-dir:"))
-            is_local = name in ("resume", "tasks_dir") or path.is_absolute() or path.suffix in (".gguf", ".safetensors")
-            if is_local and not path.exists():
-                raise UsageError(f"--{name} {value} does not exist. Check the path.")
+            path = value.removeprefix("timm:local-dir:")
+            if name in ("resume", "tasks_dir") or path != value:
+                path = os.path.abspath(path)  # never a hub id
+            if reason := why_missing(path):
+                raise UsageError(f"--{name} {value} {reason}")
 
 
 def _refuse_report(options: Any) -> None:

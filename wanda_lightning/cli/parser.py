@@ -23,7 +23,13 @@ class UsageError(ValueError):
     """A wrong option. The command ends with status 2."""
 
 
-def option(help: str, default: Any = None, rule: Number | OneOf | None = None, position: str | None = None) -> Any:
+def option(
+    help: str,
+    default: Any = None,
+    rule: Number | OneOf | None = None,
+    position: str | None = None,
+    keyword: str | None = None,
+) -> Any:
     """Make a field of a dataclass of options.
 
     Args:
@@ -31,8 +37,9 @@ def option(help: str, default: Any = None, rule: Number | OneOf | None = None, p
         default: Its default; MISSING if it is required.
         rule: Which values are allowed.
         position: Its name in the usage, if it is given by its position instead of `--name`.
+        keyword: Its name in Python. An unknown option with that name is refused with a suggestion of this one.
     """
-    metadata = {"help": help, "rule": rule, "position": position}
+    metadata = {"help": help, "rule": rule, "position": position, "keyword": keyword}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -91,7 +98,9 @@ class CommandParser(argparse.ArgumentParser):
             positions = [each.metadata["position"] for each in self._fields.values() if each.metadata["position"]]
             taken = " and ".join([*positions, "options"]) if positions else "only options"
             return f"{self._command} takes {taken}, but {name!r} is not one.{did_you_mean(f'--{name}', known)}"
-        return f"{name} is not an option of {self._command}.{did_you_mean(name, known)}"
+        meant = [f"--{each.name}" for each in self._fields.values() if f"--{each.metadata['keyword']}" == name]
+        near = f" Did you mean {meant[0]}?" if meant else did_you_mean(name, known)
+        return f"{name} is not an option of {self._command}.{near}"
 
     def _read(self, path: str) -> dict[str, Any]:
         """Read a YAML file without converting its values, since YAML reads 2:4 as 124."""

@@ -165,7 +165,9 @@ def _record_run(
     """Record the options and the results in the report, and return the results."""
     report.config["command"] = as_given(options) | _as_used(options, data)
     report.run = Run(
-        command=as_command("prune", options),
+        command=as_command(
+            "prune", options, always=("sparsity_ratio",) if config.pattern.fixed_sparsity is None else ()
+        ),
         model=f"{options.model} ({options.resume})" if options.resume else options.model,
         metric="top-1" if options.is_image else "perplexity",
         before=dense,

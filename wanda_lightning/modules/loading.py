@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.checks import one_line
-from wanda_lightning.model_sources import load_config, load_tokenizer, locate, reading, timm_name
+from wanda_lightning.model_sources import load_config, load_tokenizer, locate, reading, refuse_unreachable, timm_name
 from wanda_lightning.packing.layout import is_packed, read_config
 from wanda_lightning.packing.models import packed_state_dict
 
@@ -168,6 +168,8 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     if folder is not None and pretrained and is_packed(read_config(folder)):
         weights = packed_state_dict(folder)
     try:
+        if pretrained and folder is None:
+            _refuse_unreachable_weights(checked, kwargs)
         create = partial(timm.create_model, pretrained=pretrained) if weights is None else partial(_created, weights)
         model = create(checked, **kwargs)
     except OSError as error:
@@ -190,6 +192,13 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     if pretrained:
         check_finite(model.named_parameters(), checked)
     return model
+
+
+def _refuse_unreachable_weights(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise an OSError if the usual weights of a timm model can neither be downloaded nor found."""
+    known = None if ":" in name else timm.models.get_pretrained_cfg(name)
+    if known is not None and known.hf_hub_id and not {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys():
+        refuse_unreachable(known.hf_hub_id, kwargs.get("cache_dir"))
 
 
 def _created(weights: Mapping[str, torch.Tensor], name: str, **kwargs: Any) -> nn.Module:
