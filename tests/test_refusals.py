@@ -50,6 +50,12 @@ def build(make=Chain):
         return make()
 
 
+@pytest.mark.parametrize("other", [[torch.zeros(2, 8)], "HuggingFaceTB/SmolLM2-135M", None])
+def test_the_model_comes_first(other):
+    with pytest.raises(ValueError, match=rf"^model must be a torch\.nn\.Module, but it is a {type(other).__name__}\. "):
+        prune(other, build(), progress=False)
+
+
 def vectors(width=8):
     """Three batches; the second is the one with three samples."""
     generator = torch.Generator().manual_seed(0)

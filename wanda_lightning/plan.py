@@ -18,7 +18,13 @@ from wanda_lightning.models import Inventory, Layer, Unit, find_layers, reads_im
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
 from wanda_lightning.progress import ProgressBar
-from wanda_lightning.refusals import refuse_nothing_to_prune, refuse_sharding, refuse_too_wide, refuse_unprunable
+from wanda_lightning.refusals import (
+    refuse_no_module,
+    refuse_nothing_to_prune,
+    refuse_sharding,
+    refuse_too_wide,
+    refuse_unprunable,
+)
 
 Selections = Mapping[str, Selection]  # by layer
 
@@ -180,6 +186,7 @@ def make_plan(
     Raises:
         ValueError: If the model cannot be pruned as asked.
     """
+    refuse_no_module(model)
     reshard(model)
     config = config_for(config, model)
     # Blocks are loaded one at a time, also to be pruned with statistics of the dense model.

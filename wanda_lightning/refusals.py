@@ -16,6 +16,15 @@ from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import Processes
 
 
+def refuse_no_module(model: object) -> None:
+    """Refuse anything that is no module, for example batches."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a torch.nn.Module, but it is a {type(model).__name__}. Give the model first, then the "
+            "calibration batches: prune(model, batches)."
+        )
+
+
 def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None:
     """Refuse matrices that the user must decide about, and a model without any layer to prune."""
     undecided = [m for m in inventory.skipped if m.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)]

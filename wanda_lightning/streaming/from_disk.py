@@ -115,7 +115,7 @@ def pruned_from_disk(
     """
     refuse_parking(park, device)
     refuse_whole_model(config, processes)
-    refuse_nested(source, output)
+    refuse_places(source, output)
     with processes.fail_together():
         held = list(batches)
         checkpoint = Checkpoint(str(source), dtype, hub, device)
@@ -189,8 +189,14 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
             )
 
 
-def refuse_nested(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Refuse an output inside of the source folder, or the source itself."""
+def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Refuse what is no path, and an output inside of the source folder, or the source itself."""
+    for name, given in (("source", source), ("output", output)):
+        if not isinstance(given, str | os.PathLike):
+            raise ValueError(
+                f"{name} must be a string or a path, but it is a {type(given).__name__}. Call "
+                "prune_from_disk(source, output, batches), or prune(model, batches) for a model in memory."
+            )
     folder, target = Path(source).expanduser().resolve(), Path(output).expanduser().resolve()
     if folder.is_dir() and target.is_relative_to(folder):
         raise ValueError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")
