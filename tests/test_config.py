@@ -139,3 +139,15 @@ def test_the_description_is_plain_data():
     assert described["pattern"] == {"name": "NM", "n": 2, "m": 4}
     assert described["skip"] == ["a"]
     assert described.keys() == {field.name for field in dataclasses.fields(PruningConfig)}
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_recognized_by_its_choices(name, pattern):
+    assert PruningConfig.from_names(method=name, pattern=pattern).preset == name
+    assert PruningConfig.from_names(method=name, pattern=pattern, allocation="owl").preset == ""
+    assert PruningConfig.from_names(pattern=pattern).preset == ""
+
+
+def test_a_preset_can_be_spelled_out():
+    assert PruningConfig.from_names(criterion="wanda", sequential="layer").preset == "fast"

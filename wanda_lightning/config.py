@@ -137,6 +137,17 @@ class PruningConfig:
         return f"{option}={named!r}" if named else f"{option}={value}"
 
     @property
+    def preset(self) -> str:
+        """Name of the preset whose choices these are; empty if they are those of none."""
+        pattern = "unstructured" if self.pattern.fixed_sparsity is None else self.pattern
+        choices = [option for option in NAMES if option != "method"]
+        for name in methods.PRESETS:
+            preset = PruningConfig.from_names(self.sparsity, method=name, pattern=pattern)
+            if all(getattr(preset, option) == getattr(self, option) for option in choices):
+                return name
+        return ""
+
+    @property
     def unit_needs(self) -> frozenset[str]:
         """The statistics that are collected at each unit, before it is pruned."""
         return self.criterion.needs | self.solver.needs | self.recovery.needs

@@ -434,7 +434,7 @@ def _make_report(outcome: Outcome, batches: int, stored_zeros: int = 0) -> Pruni
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
         seconds=outcome.seconds,
-        config={**plan.config.describe(), "calibration_batches": batches},
+        config={"preset": plan.config.preset, **plan.config.describe(), "calibration_batches": batches},
         notes=[note.text for note in notes],
         training=outcome.training,
     )

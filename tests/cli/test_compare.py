@@ -20,7 +20,7 @@ def test_prunings_are_compared_on_the_terminal_and_as_a_page(inputs, capsys, tmp
         assert run("prune", "--model", inputs / "llama", *options, *texts) == 0
     capsys.readouterr()
     files = [f"out/{method}/pruning_report.json" for method in ("magnitude", "wanda")]
-    assert run("compare", *files, "--report", "compare.html") == 0
+    assert run("compare", files[0], "out/wanda", "--report", "compare.html") == 0
     out = capsys.readouterr().out
     page = Page(tmp_path / "compare.html")
     for file, method in zip(files, ("magnitude", "wanda"), strict=True):
@@ -38,16 +38,16 @@ def test_the_page_is_not_needed(capsys):
     llama_report(1).save("out/one")
     assert run("compare", "out/one/pruning_report.json") == 0
     out, err = capsys.readouterr()
-    assert "SparseGPT, unstructured, Fisher, Distil" in out
+    assert "SparseGPT (unstructured, Fisher, Distil)" in out
     assert err == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, "REPORT is required: give the pruning_report.json of each pruning to compare."),
-        (["none.json"], 2, "REPORT none.json does not exist, or is not a file. Check the path."),
-        (["out"], 2, "REPORT out does not exist, or is not a file. Check the path."),
+        ([], 2, "REPORT is required: give the pruning_report.json of each pruning to compare, or its folder."),
+        (["none.json"], 2, "REPORT none.json does not exist. Check the path."),
+        (["empty"], 1, "empty has no pruning_report.json. Give a folder of prune --save or report_dir."),
         (["other.json"], 1, "other.json is not the report of a pruning."),
         (
             [ONE, "--report", "a.pdf"],
@@ -65,6 +65,7 @@ def test_the_page_is_not_needed(capsys):
 def test_wrong_arguments_are_refused(capsys, tmp_path, arguments, status, message):
     pytest.importorskip("matplotlib", reason="pages need the extra report")
     llama_report(1).save("out")
+    (tmp_path / "empty").mkdir()
     for name in ("other.json", "old.html"):
         (tmp_path / name).write_text("old")
     assert run("compare", *arguments) == status

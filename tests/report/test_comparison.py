@@ -63,9 +63,16 @@ def test_names_tell_the_paths_apart(tmp_path):
     files = [report.save(place) for place in places]
     assert list(read_reports(files)) == ["a/x", "a/y", "b/x", "b/y"]
     assert list(read_reports(files[:2])) == ["x", "y"]
+    assert list(read_reports([files[0], files[2]])) == ["a", "b"]
+    assert list(read_reports(places)) == ["a/x", "a/y", "b/x", "b/y"]
     (tmp_path / "one.json").write_text(report.to_json())
     assert list(read_reports([tmp_path / "one.json", files[0]])) == ["one", "x"]
     assert len(read_reports([files[0], files[0]])) == 1
+
+
+def test_a_folder_without_a_report_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path} has no pruning_report\.json\. Give a folder of prune"):
+        read_reports([tmp_path])
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{}", '{"layers": 3}', "\ud83d\ude00", b"\xff\xfe"])

@@ -81,19 +81,22 @@ def test_lists_of_blocks_are_told_apart():
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({}, "Wanda, unstructured"),
-        ({"method": "sparsegpt", "pattern": "2:4"}, "SparseGPT, 2:4"),
+        ({}, "Wanda (unstructured)"),
+        ({"method": "sparsegpt", "pattern": "2:4"}, "SparseGPT (2:4)"),
         (
             {"method": "magnitude", "allocation": "owl", "pattern": "equal_share"},
-            "Magnitude, equal share of the scores, OWL",
+            "Magnitude (equal share of the scores, OWL)",
         ),
+        ({"method": "best"}, "best (ADMM, unstructured, Fisher)"),
+        ({"method": "best", "pattern": "2:4"}, "best (ADMM, 2:4, permuted)"),
+        ({"method": "best", "allocation": "uniform"}, "ADMM (unstructured)"),
     ],
 )
 def test_methods_in_words(choices, words):
     _, report = pruned("llama", **choices)
-    assert facts.method_of(report.config) == words
+    assert facts.method_in_words(report.config) == words
 
 
 def test_a_method_with_a_recovery_in_words():
-    assert facts.method_of(llama_report(1).config) == "SparseGPT, unstructured, Fisher, Distil"
-    assert facts.method_of({}) == ""
+    assert facts.method_in_words(llama_report(1).config) == "SparseGPT (unstructured, Fisher, Distil)"
+    assert facts.method_in_words({}) == ""

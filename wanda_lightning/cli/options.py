@@ -453,19 +453,21 @@ class PackOptions:
 class CompareOptions:
     """The options of `wanda-lightning compare`."""
 
-    reports: list[str] = option("The pruning_report.json of each pruning.", [], position="REPORT")
+    reports: list[str] = option("The pruning_report.json of each pruning, or its folder.", [], position="REPORT")
     report: str | None = option(_REPORT)
     overwrite: bool = option("Replace a --report.", False)
 
     def __post_init__(self) -> None:
         if not self.reports:
-            raise UsageError("REPORT is required: give the pruning_report.json of each pruning to compare.")
+            raise UsageError(
+                "REPORT is required: give the pruning_report.json of each pruning to compare, or its folder."
+            )
 
     def refuse_early(self) -> None:
         """Refuse reports that do not exist, and a place that cannot be written."""
         for path in self.reports:
-            if not Path(path).is_file():
-                raise UsageError(f"REPORT {path} does not exist, or is not a file. Check the path.")
+            if not Path(path).exists():
+                raise UsageError(f"REPORT {path} does not exist. Check the path.")
         _refuse_report(self)
 
 

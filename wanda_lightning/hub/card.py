@@ -17,7 +17,7 @@ from typing import Any
 from wanda_lightning.files import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
 from wanda_lightning.report import PruningReport, Run, Sample, write_report
-from wanda_lightning.report.facts import method_of
+from wanda_lightning.report.facts import choices_of, method_in_words
 from wanda_lightning.report.words import count, counted, duration, metric_name, result
 
 PICTURE_NAME = "pruning_report.png"
@@ -186,7 +186,7 @@ def _metadata(report: PruningReport, run: Run, source: Source, saved: _Saved) ->
 
     results = _eval_results(run)
     derived = {"base_model": source.hub_id, "base_model_relation": "finetune"} if source.hub_id else {}
-    method = method_of(report.config).partition(",")[0].lower()
+    method = choices_of(report.config).partition(",")[0].lower()
     data = ModelCardData(
         **{**source.metadata, **derived},
         library_name=saved.library,
@@ -235,7 +235,7 @@ def _results(run: Run) -> str:
 
 def _settings(report: PruningReport, run: Run) -> str:
     known = {
-        "Method": method_of(report.config),
+        "Method": method_in_words(report.config),
         "Calibration data": run.calibration,
         "Time": duration(report.total_seconds),
         "Versions": ", ".join(f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()),

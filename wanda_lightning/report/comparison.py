@@ -11,7 +11,7 @@ from typing import Any
 
 from wanda_lightning.checks import check_report_path
 from wanda_lightning.files import whole_file
-from wanda_lightning.report.facts import method_of
+from wanda_lightning.report.facts import method_in_words
 from wanda_lightning.report.figures import to_png
 from wanda_lightning.report.labels import Point
 from wanda_lightning.report.page import drawn, title_of, write_page
@@ -23,17 +23,23 @@ from wanda_lightning.report.words import change, counted, duration, metric_name,
 
 
 def read_reports(paths: Iterable[str | Path]) -> dict[str, PruningReport]:
-    """Read `pruning_report.json` files, and name each after what tells its path from the others.
+    """Read reports, and name each after what tells its path from the others.
+
+    Args:
+        paths: Files, or folders with a `pruning_report.json`.
 
     Raises:
         OSError: If a file cannot be read.
         ValueError: If a file is not the report of a pruning.
     """
-    found = {Path(path): _read(Path(path)) for path in paths}
+    files = (Path(path) / REPORT_NAME if Path(path).is_dir() else Path(path) for path in paths)
+    found = {file: _read(file) for file in files}
     return dict(zip(_names(list(found)), found.values(), strict=True))
 
 
 def _read(path: Path) -> PruningReport:
+    if path.name == REPORT_NAME and not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {REPORT_NAME}. Give a folder of prune --save or report_dir.")
     try:
         return PruningReport.from_json(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -43,8 +49,10 @@ def _read(path: Path) -> PruningReport:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that differ, without the file name if it is the same for all."""
+    """Return the shortest ends of the paths that differ, without what all of them end with."""
     parts = [path.parent.parts or (".",) if path.name == REPORT_NAME else path.with_suffix("").parts for path in paths]
+    while len({each[-1] for each in parts}) == 1 < len(parts) and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]
     longest = max(map(len, parts))
     ends = (["/".join(each[-length:]) for each in parts] for length in range(1, longest + 1))
     return next((names for names in ends if len(set(names)) == len(names)), [str(path) for path in paths])
@@ -123,7 +131,7 @@ def comparison_table(group: Group) -> Table:
 
 
 def _row(name: str, report: PruningReport, metric: str) -> list[Cell]:
-    cells = [Cell(name), Cell(method_of(report.config))]
+    cells = [Cell(name), Cell(method_in_words(report.config))]
     cells += [Cell(f"{value:.2%}", value) for value in (report.sparsity, report.model_sparsity)]
     if metric and (run := report.run) is not None:
         cells += [Cell(result(metric, value), value) for value in (run.before, run.after)]

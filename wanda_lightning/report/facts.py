@@ -212,7 +212,20 @@ def dense_by_reason(report: PruningReport) -> list[Dense]:
     return sorted((Dense(why, tuple(found)) for why, found in groups.items()), key=lambda group: -group.size)
 
 
-def method_of(config: Mapping[str, Any]) -> str:
+def method_in_words(config: Mapping[str, Any]) -> str:
+    """Return a method with its choices, such as `best (ADMM, unstructured, Fisher)` or `SparseGPT (2:4, OWL)`."""
+    name, others = method_of(config)
+    return f"{name} ({others})" if others else name
+
+
+def method_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the preset, or else the criterion or solver, and the other choices."""
+    words, preset = choices_of(config), config.get("preset", "")
+    name, _, others = words.partition(", ")
+    return (preset, words) if preset else (name, others)
+
+
+def choices_of(config: Mapping[str, Any]) -> str:
     """Return the choices of a pruning in words, such as `SparseGPT, 2:4, OWL`."""
     names = {choice: _name(config.get(choice)) for choice in ("criterion", "solver", "allocation", "recovery")}
     method = names["criterion"] if names["solver"] in ("", "ZeroOut") else names["solver"]

@@ -11,7 +11,16 @@ from typing import Any
 
 from wanda_lightning.checks import check_report_path, require_report_extra
 from wanda_lightning.files import whole_file
-from wanda_lightning.report.facts import Grid, dense_by_reason, expert_tokens, method_of, settings, sparsity_grid
+from wanda_lightning.report.facts import (
+    Grid,
+    choices_of,
+    dense_by_reason,
+    expert_tokens,
+    method_in_words,
+    method_of,
+    settings,
+    sparsity_grid,
+)
 from wanda_lightning.report.figures import to_array, to_png, to_svg
 from wanda_lightning.report.plots import Plot, plots_of
 from wanda_lightning.report.pruning_report import PruningReport
@@ -39,7 +48,7 @@ def write_png(report: PruningReport, path: Path) -> None:
     """Write the figures of a report into one PNG file."""
     require_report_extra()
     with whole_file(path) as temporary:
-        to_png(plots_of(report), temporary, f"{title_of(report)}: {method_of(report.config)}")
+        to_png(plots_of(report), temporary, f"{title_of(report)}: {method_in_words(report.config)}")
 
 
 def images_of(report: PruningReport) -> dict[str, Any]:
@@ -113,11 +122,9 @@ def report_page(report: PruningReport) -> dict[str, Any]:
 
 def _verdict(report: PruningReport) -> str:
     """Say in two sentences what was done and what it cost."""
-    method, _, others = method_of(report.config).partition(", ")
-    choices = f"{method} ({others})" if others else method
     text = (
-        f"Pruned with {choices} in {duration(report.total_seconds)}: {report.sparsity:.2%} of the weights in "
-        f"{counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
+        f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
+        f"the weights in {counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
         f"{count(report.parameters)} parameters."
     )
     run = report.run
@@ -135,7 +142,7 @@ def _verdict(report: PruningReport) -> str:
 
 
 def _tiles(report: PruningReport) -> list[Tile]:
-    method, _, others = method_of(report.config).partition(", ")
+    method, others = method_of(report.config)
     tiles = [
         Tile("Zeros in pruned layers", f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%} of the whole model"),
         Tile("Time to prune", duration(report.total_seconds), _slowest(report)),
@@ -163,7 +170,7 @@ def _why_no_errors(report: PruningReport) -> str:
     if any(layer.error is not None for layer in report.layers):
         return "The table of pruned layers has the errors of their outputs, which cannot be shown by depth."
     return (
-        f"Not available. {method_of(report.config).partition(',')[0]} collects no Gram matrix of the inputs, without "
+        f"Not available. {choices_of(report.config).partition(',')[0]} collects no Gram matrix of the inputs, without "
         "which the error cannot be computed, or several processes hold the rows of each matrix. Methods that collect "
         "one, such as sparsegpt and admm, report it."
     )
