@@ -73,6 +73,16 @@ def divergence(model, dense, inputs):
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
 
 
+def test_a_model_that_is_fine_tuned_in_its_own_folder_keeps_its_card(tuned, tmp_path):
+    before = (tmp_path / "pruned/README.md").read_text()
+    picture = (tmp_path / "pruned/pruning_report.png").read_bytes()
+    assert run(*tuned, "--save_model", "pruned", "--overwrite") == 0
+    after = (tmp_path / "pruned/README.md").read_text()
+    assert "## Fine-tuning" in after
+    assert after.partition("## How it was pruned")[2] == before.partition("## How it was pruned")[2] != ""
+    assert (tmp_path / "pruned/pruning_report.png").read_bytes() == picture
+
+
 def test_all_linear_adapters(tuned):
     assert run(*tuned, "--target_modules", "all-linear", "--save_model", "tuned") == 0
     pruned, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("pruned", "tuned"))

@@ -99,7 +99,10 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     )
     (shown,) = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith(f"│ {method} ")]
     assert shown[1].strip() == f"{reached:.2%}"
-    assert [float(cell) for cell in shown[3:5]] == [pytest.approx(before, abs=0.01), pytest.approx(measured, abs=0.01)]
+    assert [float(cell.replace(",", "")) for cell in shown[3:5]] == [
+        pytest.approx(before, abs=0.01),
+        pytest.approx(measured, abs=0.01),
+    ]
     assert "Pruning 2/2 done" in err
     assert sorted(os.listdir(tmp_path / "out/logs")) == [f"log_{method}.txt", "pruning_report.json"]
     assert sorted(os.listdir(tmp_path)) == ["out"]

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import huggingface_hub.constants
 import pytest
 import timm
 from huggingface_hub import ModelCard
@@ -11,7 +12,7 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import CausalLMModule, pack, prune, save_packed, unpack
-from wanda_lightning.hub.card import PICTURE_NAME, continue_card, write_card
+from wanda_lightning.hub.card import PICTURE_NAME, OwnCard, continue_card, read_card, write_card
 from wanda_lightning.hub.source import Source, find_source
 from wanda_lightning.report import Run, Sample
 
@@ -122,7 +123,7 @@ def test_a_fine_tuned_model_has_the_card_of_the_pruned_one_and_a_section(tmp_pat
     run = Run("wanda-lightning finetune --model pruned", "", "perplexity", 16.5, 14.25, "a.txt, 2 windows of 8 tokens")
     typed = replace(run, command=run.command.replace("pruned", "/home/me/pruned"), data=f"/home/me/{run.data}")
     tiny_llama().save_pretrained(tmp_path / "tuned")
-    continue_card(tmp_path / "pruned", tmp_path / "tuned", typed, name="us/tuned", on_hub=True)
+    continue_card(read_card(str(tmp_path / "pruned")), tmp_path / "tuned", typed, name="us/tuned", on_hub=True)
     card = ModelCard.load(tmp_path / "tuned/README.md")
     (found,) = card.data.eval_results
     assert (found.dataset_name, found.metric_value) == (run.data, 14.25)
@@ -144,7 +145,7 @@ def test_a_fine_tuned_model_has_no_card_if_the_pruned_one_has_none_of_ours(tmp_p
         (tmp_path / name).mkdir()
     if card:
         (tmp_path / "pruned/README.md").write_text(card)
-    continue_card(tmp_path / "pruned", tmp_path / "tuned", RUN, name="tuned")
+    continue_card(read_card(str(tmp_path / "pruned")), tmp_path / "tuned", RUN, name="tuned")
     assert list((tmp_path / "tuned").iterdir()) == []
 
 
@@ -213,6 +214,17 @@ def test_names_are_no_markup(tmp_path):
         assert raw not in text.replace(f'"{tmp_path}/a_b_c"', "")
 
 
+def test_the_card_of_a_hub_model_is_read_as_that_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--us--pruned/snapshots" / ("0" * 40)
+    card_of(*pruned_llama(), snapshot)
+    (tmp_path / "models--us--pruned/refs").mkdir()
+    (tmp_path / "models--us--pruned/refs/main").write_text("0" * 40)
+    assert read_card("us/pruned", str(tmp_path)) == read_card(str(snapshot))
+    assert read_card("us/pruned", str(tmp_path)).text == (snapshot / "README.md").read_text()
+    assert read_card("us/unknown", str(tmp_path)) == OwnCard()
+
+
 # ------------------------------------------------------------------------------------------------ the dense model
 
 
@@ -243,8 +255,6 @@ def test_a_folder_without_a_readable_card(tmp_path, card):
 
 
 def test_the_card_of_a_hub_model_comes_from_the_cache(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--us--base/snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

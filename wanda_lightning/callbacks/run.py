@@ -10,13 +10,7 @@ import lightning as L
 
 from wanda_lightning.callbacks.trainer import pruning_target
 from wanda_lightning.report import Run
-
-_METRICS = {
-    "val_perplexity": "perplexity",
-    "test_perplexity": "perplexity",
-    "val_accuracy": "top-1",
-    "test_accuracy": "top-1",
-}
+from wanda_lightning.report.metrics import METRICS
 
 
 def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples: int) -> Run:
@@ -41,17 +35,18 @@ def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
         trainer: The Trainer, after `validate` or `test`.
         is_dense: Whether the loop ran the dense model.
     """
-    metrics: Mapping[str, Any] = trainer.callback_metrics
-    found = next((name for name in _METRICS if name in metrics), None)
-    if found is None:
+    logged: Mapping[str, Any] = trainer.callback_metrics
+    found = [(metric, name) for metric in METRICS.values() for name in metric.logged if name in logged]
+    if not found:
+        return run
+    (metric, name), *_ = found
+    value = float(logged[name])
+    if metric.is_share and value > 1:  # not a fraction
         return run
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_evaluation", None)
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
     is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
-    value = float(metrics[found])
-    if _METRICS[found] == "top-1" and value > 1:  # not a fraction
-        return run
-    run = replace(run, metric=_METRICS[found], data=describe() if describe and is_whole else "")
+    run = replace(run, metric=metric.name, data=describe() if describe and is_whole else "")
     return replace(run, before=value) if is_dense else replace(run, after=value)
 
 

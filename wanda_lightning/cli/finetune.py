@@ -17,9 +17,10 @@ from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_lo
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import TextDataModule
-from wanda_lightning.hub.card import continue_card
+from wanda_lightning.hub.card import OwnCard, continue_card, read_card
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.report import Run
+from wanda_lightning.report.metrics import PERPLEXITY
 from wanda_lightning.zeros import zeros_of
 
 _PAPER_SEQLEN = 1024
@@ -65,8 +66,9 @@ def run(options: FinetuneOptions) -> None:
         perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
+    card = OwnCard() if options.save_model is None else read_card(options.model, options.cache_dir)  # may be replaced
     folder = save_model(module, options.save_model, options.overwrite, options.packed)
-    _write_card(folder, options, perplexity, windows)
+    _write_card(card, folder, options, perplexity, windows)
     table = Table("model")
     table.add_column("perplexity", justify="right")
     for name, value in perplexity.items():
@@ -113,19 +115,23 @@ def _train(
 
 
 def _write_card(
-    folder: Path | None, options: FinetuneOptions, perplexity: Mapping[str, float], windows: TextDataModule
+    card: OwnCard,
+    folder: Path | None,
+    options: FinetuneOptions,
+    perplexity: Mapping[str, float],
+    windows: TextDataModule,
 ) -> None:
     if folder is None:
         return
     run = Run(
         command=as_command("finetune", options),
-        metric="perplexity",
+        metric=PERPLEXITY.name,
         before=perplexity["pruned"],
         after=perplexity["fine-tuned"],
         data=windows.describe_evaluation(),
     )
     name, on_hub = options.push_to_hub or folder, options.push_to_hub is not None
-    continue_card(Path(options.model), folder, run, name=name, packed=options.packed, on_hub=on_hub)
+    continue_card(card, folder, run, name=name, packed=options.packed, on_hub=on_hub)
 
 
 def _count_zeros(module: CausalLMModule) -> int:

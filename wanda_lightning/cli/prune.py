@@ -38,6 +38,7 @@ from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport, Run, write_report
+from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.parking import refuse_parking
@@ -56,7 +57,7 @@ def run(options: PruneOptions) -> None:
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
     module, data = _classifier(options, samples) if options.is_image else _language_model(options)
-    metric = "val_accuracy" if options.is_image else "val_perplexity"
+    metric, _ = _metric(options).logged
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module, options.packed)
     if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration not in OWN_TEXT:
@@ -110,6 +111,10 @@ def _stream(options: PruneOptions) -> None:
         _write_results(options, report)
     _print_results(options.name, report)
     push(Path(output), options.push_to_hub)
+
+
+def _metric(options: PruneOptions) -> Metric:
+    return TOP1 if options.is_image else PERPLEXITY
 
 
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
@@ -169,7 +174,7 @@ def _record_run(
             "prune", options, always=("sparsity_ratio",) if config.pattern.fixed_sparsity is None else ()
         ),
         model=f"{options.model} ({options.resume})" if options.resume else options.model,
-        metric="top-1" if options.is_image else "perplexity",
+        metric=_metric(options).name,
         before=dense,
         after=pruned,
         data=data.describe_evaluation(),
@@ -208,7 +213,7 @@ def _write_results(options: PruneOptions, report: PruningReport) -> None:
 
 def _save_results(options: PruneOptions, report: PruningReport) -> None:
     assert report.run is not None
-    column = "top1_test" if options.is_image else "ppl_test"
+    column = METRICS[report.run.metric].column
     folder = unclaimed(options.save or "", REPORT_NAME, options.overwrite)
     report.save(folder)
     with whole_file(folder / f"log_{options.name}.txt") as temporary:
@@ -222,11 +227,12 @@ def _save_results(options: PruneOptions, report: PruningReport) -> None:
 
 def _print_results(method: str, report: PruningReport) -> None:
     assert report.run is not None
-    metric, table, measured = report.run.metric, Table(), (report.run.before, report.run.after)
-    for column in ("method", "sparsity", "of the model", f"dense {metric}", f"pruned {metric}", "seconds to prune"):
+    run, metric, table = report.run, METRICS[report.run.metric], Table()
+    columns = ("sparsity", "of the model", f"dense {metric.name}", f"pruned {metric.name}", "seconds to prune")
+    for column in ("method", *columns):
         table.add_column(column, justify="left" if column == "method" else "right")
-    numbers: list[Any] = [f"{report.sparsity:.2%}", f"{report.model_sparsity:.2%}"]
-    numbers += [f"{value:.2%}" if metric == "top-1" else f"{value:.2f}" for value in measured]
+    numbers = [f"{value:.2%}" for value in (report.sparsity, report.model_sparsity)]
+    numbers += [metric.text(value) for value in (run.before, run.after)]
     table.add_row(escape(method), *numbers, f"{report.total_seconds:.1f}")
     print_table(table)
     for note in report.notes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,13 +17,13 @@ from wanda_lightning.files import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
 from wanda_lightning.report import PruningReport, Run, Sample, write_report
 from wanda_lightning.report.facts import choices_of, method_in_words
-from wanda_lightning.report.words import count, counted, duration, metric_name, result
+from wanda_lightning.report.metrics import METRICS, TOP1
+from wanda_lightning.report.words import count, counted, duration
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
 _HOW_PRUNED = "## How it was pruned"
 _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of absolute paths
-_METRICS = {"perplexity": ("text-generation", "perplexity"), "top-1": ("image-classification", "accuracy")}
 
 
 def write_card(
@@ -50,7 +49,7 @@ def write_card(
     """
     folder = Path(folder).expanduser()
     path = folder / CARD_NAME
-    if path.exists() and not _own_card(Path(folder)):
+    if path.exists() and not read_card(str(folder)).text:
         return
     has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
     if has_picture:
@@ -69,18 +68,44 @@ def update_card(folder: Path, name: str | os.PathLike[str], packed: bool) -> Non
         name: The path by which the model is loaded.
         packed: Whether the folder is packed.
     """
-    if card := _own_card(folder):
+    if card := read_card(str(folder)).text:
         saved = _Saved(os.fspath(name), _read_config(folder), packed, on_hub=False)
         (folder / CARD_NAME).write_text(_with_code(card, saved), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class OwnCard:
+    """A card that `write_card` wrote: its text and its picture, each empty if there is none."""
+
+    text: str = ""
+    picture: bytes = b""
+
+
+def read_card(model: str, cache_dir: str | None = None) -> OwnCard:
+    """Read the card of a folder or a hub model; an empty one if it has none that `write_card` wrote."""
+    text = _read(model, CARD_NAME, cache_dir).decode("utf-8", errors="replace")
+    return OwnCard(text, _read(model, PICTURE_NAME, cache_dir)) if _MARK in text else OwnCard()
+
+
+def _read(model: str, file: str, cache_dir: str | None) -> bytes:
+    path = Path(model).expanduser() / file
+    if not path.parent.exists():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(model, file, cache_dir=cache_dir))
+        except Exception:  # no such file, or no connection: libraries of the network raise errors of many kinds
+            return b""
+    return path.read_bytes() if path.is_file() else b""
+
+
 def continue_card(
-    source: Path, folder: Path, run: Run, *, name: str | os.PathLike[str], packed: bool = False, on_hub: bool = False
+    card: OwnCard, folder: Path, run: Run, *, name: str | os.PathLike[str], packed: bool = False, on_hub: bool = False
 ) -> None:
-    """Write the card of a pruned model that was fine-tuned: the one that `write_card` wrote before, and a section.
+    """Write the card of a pruned model that was fine-tuned: the one that it had before, and a section.
 
     Args:
-        source: The folder of the model before fine-tuning. Without a card from `write_card`, none is written.
+        card: The card of the model before fine-tuning. If it is empty, none is written.
         folder: The folder of the model after it.
         run: The results before and after it, and the command.
         name: The name by which the model is loaded: a path, or an id on the hub.
@@ -89,24 +114,17 @@ def continue_card(
     """
     from huggingface_hub import ModelCard
 
-    if not (text := _own_card(source)) or (folder / CARD_NAME).exists():
+    if not card.text or (folder / CARD_NAME).exists():
         return
-    if (source / PICTURE_NAME).is_file():  # the zeros are the same
-        shutil.copyfile(source / PICTURE_NAME, folder / PICTURE_NAME)
+    if card.picture:  # the zeros are the same
+        (folder / PICTURE_NAME).write_bytes(card.picture)
     saved, run = _Saved(os.fspath(name), _read_config(folder), packed, on_hub), _to_publish(run)
-    card = ModelCard(_with_code(text, saved))
-    card.data["model_name"], card.data["eval_results"] = saved.title, _eval_results(run)
-    before, heading, after = card.text.partition(_HOW_PRUNED)
+    new = ModelCard(_with_code(card.text, saved))
+    new.data["model_name"], new.data["eval_results"] = saved.title, _eval_results(run)
+    before, heading, after = new.text.partition(_HOW_PRUNED)
     before = re.sub(r"^# .*$", lambda _: f"# {_escaped(saved.title)}", before, count=1, flags=re.MULTILINE)
-    card.text = "\n\n".join([before.rstrip("\n"), _fine_tuning(run), heading + after])
-    card.save(folder / CARD_NAME)
-
-
-def _own_card(folder: Path) -> str:
-    """Return the card that `write_card` wrote into a folder; empty if there is none, or if it is not ours."""
-    path = folder / CARD_NAME
-    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return card if _MARK in card else ""
+    new.text = "\n\n".join([before.rstrip("\n"), _fine_tuning(run), heading + after])
+    new.save(folder / CARD_NAME)
 
 
 def _with_code(card: str, saved: _Saved) -> str:
@@ -203,9 +221,9 @@ def _eval_results(run: Run) -> list[Any]:
 
     results = []
     if run.after is not None:
-        task, metric = _METRICS[run.metric]
-        data = run.data or "unknown"
-        results.append(EvalResult(task, data.partition(", ")[0], data, metric, run.after, metric_name=run.metric))
+        metric, data = METRICS[run.metric], run.data or "unknown"
+        kind = data.partition(", ")[0]
+        results.append(EvalResult(metric.task, kind, data, metric.on_hub, run.after, metric_name=metric.name))
     for name, measured in run.zero_shot.items():
         if name != "mean":
             results.append(EvalResult("text-generation", name, name, "accuracy", measured["acc"]))
@@ -227,9 +245,9 @@ def _results(run: Run) -> str:
     rows = []
     if run.before is not None or run.after is not None:
         where = f", {run.data}" if run.data else ""
-        numbers = [result(run.metric, value) for value in (run.before, run.after)]
-        rows.append([f"{metric_name(run.metric)}{where}", *numbers])
-    rows += [[f"{name}, accuracy", "", result("top-1", found["acc"])] for name, found in run.zero_shot.items()]
+        metric = METRICS[run.metric]
+        rows.append([f"{metric.title}{where}", metric.text(run.before), metric.text(run.after)])
+    rows += [[f"{name}, accuracy", "", TOP1.text(found["acc"])] for name, found in run.zero_shot.items()]
     return _table(["", "dense", "pruned"], rows) if rows else ""
 
 
@@ -266,8 +284,9 @@ def _loading(saved: _Saved) -> str:
 
 
 def _fine_tuning(run: Run) -> str:
-    numbers = [result(run.metric, value) for value in (run.before, run.after)]
-    table = _table(["", "before", "after"], [[f"{metric_name(run.metric)}, {run.data}", *numbers]])
+    metric = METRICS[run.metric]
+    row = [f"{metric.title}, {run.data}", metric.text(run.before), metric.text(run.after)]
+    table = _table(["", "before", "after"], [row])
     return f"## Fine-tuning\n\nThe kept weights were fine-tuned.\n\n{table}\n\n```shell\n{run.command}\n```"
 
 

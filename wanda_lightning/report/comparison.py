@@ -14,12 +14,13 @@ from wanda_lightning.files import whole_file
 from wanda_lightning.report.facts import method_in_words
 from wanda_lightning.report.figures import to_png
 from wanda_lightning.report.labels import Point
+from wanda_lightning.report.metrics import METRICS
 from wanda_lightning.report.page import drawn, title_of, write_page
 from wanda_lightning.report.plots import Plot, draw_points
 from wanda_lightning.report.pruning_report import REPORT_NAME, PruningReport
 from wanda_lightning.report.tables import Cell, Column, Table, numbers
 from wanda_lightning.report.theme import SERIES
-from wanda_lightning.report.words import change, counted, duration, metric_name, result
+from wanda_lightning.report.words import counted, duration
 
 
 def read_reports(paths: Iterable[str | Path]) -> dict[str, PruningReport]:
@@ -101,7 +102,8 @@ def plots_of_group(number: int, group: Group) -> list[Plot]:
     """Return the results against the time, and against the sparsity; none if there are no results."""
     if not group.metric:
         return []
-    name = metric_name(group.metric) + (", in percent," if group.metric == "top-1" else "")
+    metric = METRICS[group.metric]
+    name = metric.title + (", in percent," if metric.is_share else "")
     return [
         _plot(f"time-{number}", f"{name} against the time to prune", group, "seconds"),
         _plot(f"zeros-{number}", f"{name} against the zeros in pruned layers", group, "zeros"),
@@ -109,14 +111,13 @@ def plots_of_group(number: int, group: Group) -> list[Plot]:
 
 
 def _plot(name: str, title: str, group: Group, against: str) -> Plot:
-    in_percent = group.metric == "top-1"
-    points = []
+    scale, points = METRICS[group.metric].scale, []
     for (label, report), color in zip(group.reports.items(), cycle(SERIES), strict=False):
         assert report.run is not None
         assert report.run.after is not None
         x = report.total_seconds if against == "seconds" else 100 * report.sparsity
-        points.append(Point(label, x, report.run.after * (100 if in_percent else 1), color))
-    dense = None if group.dense is None else group.dense * (100 if in_percent else 1)
+        points.append(Point(label, x, scale * report.run.after, color))
+    dense = None if group.dense is None else scale * group.dense
     axis = {"seconds": "seconds to prune", "zeros": "zeros in pruned layers, in percent"}[against]
     return Plot(name, title, 340, lambda axes, _: draw_points(axes, points, dense, axis))
 
@@ -134,9 +135,9 @@ def _row(name: str, report: PruningReport, metric: str) -> list[Cell]:
     cells = [Cell(name), Cell(method_in_words(report.config))]
     cells += [Cell(f"{value:.2%}", value) for value in (report.sparsity, report.model_sparsity)]
     if metric and (run := report.run) is not None:
-        cells += [Cell(result(metric, value), value) for value in (run.before, run.after)]
+        cells += [Cell(METRICS[metric].text(value), value) for value in (run.before, run.after)]
         moved = None if run.before is None or run.after is None else run.after - run.before
-        cells.append(Cell(change(metric, run.before, run.after), moved))
+        cells.append(Cell(METRICS[metric].change(run.before, run.after), moved))
     return [*cells, Cell(duration(report.total_seconds), report.total_seconds)]
 
 

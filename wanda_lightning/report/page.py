@@ -22,11 +22,12 @@ from wanda_lightning.report.facts import (
     sparsity_grid,
 )
 from wanda_lightning.report.figures import to_array, to_png, to_svg
+from wanda_lightning.report.metrics import METRICS
 from wanda_lightning.report.plots import Plot, plots_of
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.tables import dense_table, experts_table, layers_table, zero_shot_table
 from wanda_lightning.report.theme import COLORS
-from wanda_lightning.report.words import change, continuation, count, counted, duration, metric_name, result
+from wanda_lightning.report.words import continuation, count, counted, duration
 
 _WIDE, _NARROW = 970, 360  # pixels of a figure; the page shows the one that fits
 
@@ -131,8 +132,9 @@ def _verdict(report: PruningReport) -> str:
     if run is None or run.after is None:
         return f"{text} The effect on the predictions was not measured."
     data, _, amount = run.data.partition(", ")
-    subject = metric_name(run.metric) + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
-    before, after = result(run.metric, run.before), result(run.metric, run.after)
+    metric = METRICS[run.metric]
+    subject = metric.title + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
+    before, after = metric.text(run.before), metric.text(run.after)
     if run.before is None or not isfinite(run.before + run.after):
         dense = "" if run.before is None else f" ({before} before)"
         return f"{text} {subject} is {after} afterward{dense}."
@@ -149,9 +151,10 @@ def _tiles(report: PruningReport) -> list[Tile]:
         Tile("Method", method, others),
     ]
     if (run := report.run) and run.metric and run.after is not None:
-        moved = [f"dense {result(run.metric, run.before)}", change(run.metric, run.before, run.after)]
+        metric = METRICS[run.metric]
+        moved = [f"dense {metric.text(run.before)}", metric.change(run.before, run.after)]
         detail = "" if run.before is None else ", ".join(filter(None, moved))
-        tiles.insert(1, Tile(metric_name(run.metric), result(run.metric, run.after), detail))
+        tiles.insert(1, Tile(metric.title, metric.text(run.after), detail))
     return tiles
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
-
 
 def duration(seconds: float) -> str:
     """Return a duration.
@@ -36,39 +34,6 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     ('1 layer', '210 layers', '2 matrices')
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
-
-
-def metric_name(metric: str) -> str:
-    """Return the name of a metric at the start of a sentence.
-
-    >>> metric_name("top-1"), metric_name("perplexity")
-    ('Top-1 accuracy', 'Perplexity')
-    """
-    return "Top-1 accuracy" if metric == "top-1" else metric.capitalize()
-
-
-def result(metric: str, value: float | None) -> str:
-    """Return a result of a model: a fraction as percent, or a perplexity.
-
-    >>> result("top-1", 0.8125), result("perplexity", 16.058), result("perplexity", 12345.6), result("top-1", None)
-    ('81.25%', '16.06', '12,345.60', 'not measured')
-    >>> result("perplexity", float("inf"))
-    'not finite'
-    """
-    if value is None or not isfinite(value):
-        return "not measured" if value is None else "not finite"
-    return f"{value:.2%}" if metric == "top-1" else f"{value:,.2f}"
-
-
-def change(metric: str, before: float | None, after: float | None) -> str:
-    """Return how a result changed: in points, or, for perplexity, in percent; empty if it is not known.
-
-    >>> change("top-1", 0.9, 0.875), change("perplexity", 16.0, 20.0)
-    ('-2.50 points', '+25.0%')
-    """
-    if before is None or after is None or not isfinite(before + after) or not before:
-        return ""
-    return f"{100 * (after - before):+.2f} points" if metric == "top-1" else f"{after / before - 1:+.1%}"
 
 
 def continuation(text: str) -> str:
