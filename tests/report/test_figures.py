@@ -8,6 +8,8 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.reports import llama_report
 from support.zoo import ZOO
 
@@ -16,7 +18,7 @@ pytest.importorskip("matplotlib", reason="figures need the extra report")
 from wanda_lightning import prune
 from wanda_lightning.report.figures import to_array, to_png, to_svg
 from wanda_lightning.report.labels import spread_out
-from wanda_lightning.report.plots import plots_of
+from wanda_lightning.report.plots import color_range, plots_of
 from wanda_lightning.report.theme import COLORS
 
 
@@ -69,6 +71,35 @@ def test_svg_names_each_kind_and_each_value():
     cells = re.findall(r">(\d+)</text>", text)
     assert Counter(f"{100 * layer.sparsity:.0f}" for layer in report.layers) <= Counter(cells)
     assert all(f">{kind}</text>" in text for kind in ("q_proj", "down_proj"))
+
+
+def spread_of_colors(report):
+    """Largest difference in brightness between the cells of the heat map, which are wider than any letter."""
+    image = to_array(plots_of(report)[0], width=970).astype(int)
+    rows = image[10:-45:6, 150:-10]  # without the labels
+    plain = [
+        row[start] for row in rows for start in range(row.shape[0] - 4) if (row[start : start + 5] == row[start]).all()
+    ]
+    blue = [color.sum() for color in plain if color[2] > color[0] + 5]  # no surface, no ink
+    return max(blue) - min(blue)
+
+
+def test_nearly_uniform_sparsities_look_nearly_uniform():
+    wide = llama_report(2)
+    narrow = replace(wide, layers=[replace(each, sparsity=0.5 + 0.01 * (each.sparsity - 0.5)) for each in wide.layers])
+    assert spread_of_colors(narrow) < spread_of_colors(wide) / 10
+    label = re.search(r"from (\S+)% \(pale\) to (\S+)% \(strong\)", to_svg(plots_of(narrow)[0], 970))
+    assert float(label[2]) - float(label[1]) == pytest.approx(10)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(0, 1))
+def test_colors_span_all_values_and_the_least_range(values, least):
+    low, high = color_range(values, least)
+    assert low <= min(values) + 1e-9
+    assert high >= max(values) - 1e-9
+    assert low >= -1e-9
+    assert high <= 1 + 1e-9
+    assert high - low == pytest.approx(max(least, max(values) - min(values)))
 
 
 def test_png_and_array_have_the_same_width():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_LINES = 8  # more cannot be told apart by their colors
+_LEAST_RANGE = 0.1  # of the sparsities that colors span, so that nearly uniform ones look nearly uniform
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def plots_of(report: PruningReport) -> list[Plot]:
     plots = []
     sparsity, errors, parts = sparsity_grid(report), error_grid(report), part_grid(report)
     if len(set(sparsity.known)) > 1:
-        plots.append(_heat_map("sparsity", "Zeros by layer", sparsity))
+        plots.append(_heat_map("sparsity", "Zeros by layer", sparsity, _LEAST_RANGE))
     if len(errors.blocks) > 1 and errors.known:
         plots.append(_errors("error", "Relative error of the layers' outputs", errors))
     if len(parts.blocks) > 1:
@@ -62,9 +63,9 @@ def plots_of(report: PruningReport) -> list[Plot]:
     return plots
 
 
-def _heat_map(name: str, title: str, grid: Grid) -> Plot:
+def _heat_map(name: str, title: str, grid: Grid, least_range: float = 0.0) -> Plot:
     height = 60 + 24 * len(grid.kinds)
-    return Plot(name, title, height, lambda axes, width: draw_heat_map(axes, grid, width))
+    return Plot(name, title, height, lambda axes, width: draw_heat_map(axes, grid, width, least_range))
 
 
 def _errors(name: str, title: str, grid: Grid) -> Plot:
@@ -77,12 +78,34 @@ def _weights(bars: Sequence[Weights]) -> Plot:
     return Plot("weights", "Where the zeros are", 50 + 22 * len(bars), lambda axes, _: draw_weights(axes, bars))
 
 
-def draw_heat_map(axes: Axes, grid: Grid, width: int) -> None:
-    """Draw a cell for each layer: the larger the value, the stronger its color."""
+def color_range(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Return the values of the palest and the strongest color: those of the data, or a wider range inside [0, 1].
+
+    >>> color_range([0.2, 0.7], 0.1)
+    (0.2, 0.7)
+    >>> [round(end, 3) for end in color_range([0.49, 0.51], 0.1)]
+    [0.45, 0.55]
+    """
+    low, high = min(values), max(values)
+    if high - low >= least:
+        return low, high
+    low = min(max(0.0, (low + high - least) / 2), 1 - least)
+    return low, low + least
+
+
+def draw_heat_map(axes: Axes, grid: Grid, width: int, least_range: float = 0.0) -> None:
+    """Draw a cell for each layer: the larger the value, the stronger its color.
+
+    Args:
+        axes: Where to draw.
+        grid: The values.
+        width: Of the figure, in pixels.
+        least_range: The least difference between the values of the palest and the strongest color.
+    """
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import to_rgb
 
-    low, high = min(grid.known), max(grid.known)
+    low, high = color_range(grid.known, least_range)
     cells = [
         (row, column, value, 0.12 + 0.88 * (value - low) / (high - low) if high > low else 0.5)
         for row, values in enumerate(grid.values)
