@@ -109,6 +109,10 @@ def test_pruned_by_the_validation_loop(pair, strategy):
     ]
 
 
+def test_all_processes_wait_until_the_folder_is_saved(pair, tmp_path):
+    assert pair.run(cases.save_slowly, tmp_path / "out") == [True, True]
+
+
 def test_a_folder_is_not_saved_from_shards(pair, tmp_path):
     for error in pair.run(cases.save_shards, tmp_path / "out"):
         assert error[0] == "MisconfigurationException"

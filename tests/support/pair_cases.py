@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import time
 from functools import partial
 from unittest import mock
 
@@ -532,6 +533,18 @@ def fit_llama(rank, sequential):
 def save_shards(rank, folder):
     fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
     return attempt_any(lambda: fit(Llama(), DataLoader(SAMPLES)))
+
+
+class SlowlySaved(Regression):
+    def save_pretrained(self, folder, overwrite):
+        time.sleep(1)
+        folder.mkdir()
+
+
+def save_slowly(rank, folder):
+    """Whether the saved folder is there when training has ended."""
+    trainer("ddp", SavePretrained(folder)).fit(SlowlySaved(), DataLoader(SAMPLES))
+    return folder.is_dir()
 
 
 def tensor_parallel(rank):

@@ -91,11 +91,16 @@ class SavePretrained(Callback):
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge the adapters in every process, and save and upload in the first."""
+        """Merge the adapters in every process, and save and upload in the first, while the others wait."""
         if callable(merge := getattr(pl_module, "merge", None)):
             merge()
-        if not trainer.is_global_zero:
-            return
+        try:
+            if trainer.is_global_zero:
+                self._save(trainer, pl_module)
+        finally:  # also if the upload fails
+            trainer.strategy.barrier("SavePretrained")
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         choices = {"packed": True} if self.packed else {}  # a module of yours may not have it
         pl_module.save_pretrained(self.folder, overwrite=self.overwrite, **choices)  # type: ignore[operator]
         self._write_card(trainer, pl_module)
