@@ -15,7 +15,8 @@ from selenium.webdriver.common.by import By
 from wanda_lightning import prune
 from wanda_lightning.report import write_comparison
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Chrome first: where both are installed, as on the runners of GitHub, chromedriver is that of Chrome.
+BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no browser: apt-get install chromium chromium-driver")
 
