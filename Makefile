@@ -35,7 +35,7 @@ demo-vision: .venv/demo
 benchmark: .venv/demo $(SMOLLM2)
 	$(BIN)/python benchmarks/pruning.py --model $(SMOLLM2)
 
-# The tables and figures of the documentation and the numbers in README.md, from the runs in benchmarks/results.
+# The tables, figures and numbers of the documentation and of README.md, from the runs in benchmarks/results.
 results: .venv/demo
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme.py
