@@ -27,8 +27,6 @@ def why_missing(name: str | os.PathLike[str]) -> str:
     is_file = path.suffix in (".gguf", ".safetensors")
     if is_file or path.is_absolute() or os.fspath(name).startswith(".") or len(path.parts) > 2:
         return "does not exist. Check the path."
-    if len(path.parts) == 2 and path.parent.is_dir():
-        return f"does not exist in the folder {path.parent}. Check the path. For a hub id, work in another folder."
     return ""
 
 

@@ -236,7 +236,7 @@ def test_the_fields_of_the_task_files_are_in_the_help():
         ("evaluate", [*VIT, "--resume", "gone.safetensors"], "--resume gone.safetensors does not exist"),
         ("inspect", ["--model", "timm:local-dir:/gone"], "--model timm:local-dir:/gone does not exist"),
         ("inspect", ["--model", "timm:local-dir:gone"], "--model timm:local-dir:gone does not exist"),
-        ("inspect", ["--model", "out/modl"], "--model out/modl does not exist in the folder out. Check the path."),
+        ("inspect", ["--model", "./out/modl"], "--model ./out/modl does not exist. Check the path."),
     ],
 )
 def test_missing_files_and_too_many_samples_are_refused_early(command, more, message, capsys):
