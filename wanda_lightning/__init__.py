@@ -15,10 +15,12 @@ if TYPE_CHECKING:
         CubicSchedule,
         DistillFromDense,
         KeepZeros,
+        LearnMasks,
         LinearSchedule,
         MagnitudePrune,
         OneShot,
         PruningCallback,
+        RigL,
         SavePretrained,
         Schedule,
         SparseGPTPrune,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "acceleration": "accelerate_2to4 accelerate_cpu",
     "callbacks": (
-        "CubicSchedule DistillFromDense KeepZeros LinearSchedule MagnitudePrune OneShot PruningCallback "
+        "CubicSchedule DistillFromDense KeepZeros LearnMasks LinearSchedule MagnitudePrune OneShot PruningCallback RigL "
         "SavePretrained Schedule SparseGPTPrune WandaPrune"
     ),
     "config": "PruningConfig",
@@ -80,6 +82,7 @@ __all__ = [
     "ImageClassifierModule",
     "ImageDataModule",
     "KeepZeros",
+    "LearnMasks",
     "LinearSchedule",
     "Magnitude",
     "MagnitudePrune",
@@ -92,6 +95,7 @@ __all__ = [
     "PruningReport",
     "Reconstruct",
     "Refit",
+    "RigL",
     "SavePretrained",
     "Schedule",
     "SparseGPT",

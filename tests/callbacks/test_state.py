@@ -19,12 +19,14 @@ from support.callbacks import (
     SGD,
     Lion,
     Net,
+    Resumable,
     SaveAt,
     all_at,
     equal,
     loader,
     same,
     share_of_zeros,
+    state,
     to_quarters,
     trainer,
     zeros,
@@ -34,7 +36,9 @@ from torch import nn
 from wanda_lightning import (
     CubicSchedule,
     KeepZeros,
+    LearnMasks,
     MagnitudePrune,
+    RigL,
     WandaPrune,
     prune,
 )
@@ -91,29 +95,6 @@ class TestCheckpoints:
         assert key(skip=["layers.0"]) != key(only=["layers.0"])
 
 
-class Resumable:
-    """A stateful loader: a run resumed within an epoch continues with the next batch."""
-
-    def __init__(self, count=24, batch_size=4):
-        self.batches = list(loader(count, batch_size))
-        self.done = 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        self.done %= len(self)
-        while self.done < len(self):
-            self.done += 1
-            yield self.batches[self.done - 1]
-
-    def state_dict(self):
-        return {"done": self.done}
-
-    def load_state_dict(self, state):
-        self.done = state["done"]
-
-
 class Counted(WandaPrune):
     """Records the steps at which it pruned."""
 
@@ -125,10 +106,6 @@ class Counted(WandaPrune):
         due = super().should_prune(trainer)
         self.pruned_at += [trainer.global_step] * due
         return due
-
-
-def state(module):
-    return {"weights": module.state_dict(), "optimizer": module.used_optimizer.state_dict()}
 
 
 OPTIMIZERS = {
@@ -484,9 +461,10 @@ def attempt(folder, steps, kill, when):
     """Continue from the last checkpoint, if there is one, and write the result."""
     torch.set_num_threads(1)
     module = Killed(steps, kill)
-    callback = WandaPrune(num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN[when])
+    callback = WandaPrune(num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN.get(when, {}))
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
-    run = trainer(callback, KillAfterStep(kill), saving, max_steps=14, enable_checkpointing=True)
+    moving = [make() for make in MOVING.get(when, ())]
+    run = trainer(callback, *moving, KillAfterStep(kill), saving, max_steps=14, enable_checkpointing=True)
     run.fit(module, Resumable(), ckpt_path="last" if any(folder.glob("last*.ckpt")) else None)
     torch.save(state(module), folder / "final.pt")
 
@@ -514,13 +492,19 @@ def attempts(folder, kills, when):
     return begun, exits, torch.load(folder / "final.pt", weights_only=True)
 
 
+MOVING = {
+    "learned": [partial(LearnMasks, learning_rate=1.0, noise=(1.0, 0.0))],
+    "rigl": [partial(RigL, every=2)],
+}
 KILLS = {
     "at_step": [("step", 0), ("after", 1), ("calibration", None), ("step", 5), ("after", 6), ("step", 8)],
     "cubic": [("after", 3), ("calibration", None), ("after", 6), ("step", 6), ("after", 9), ("after", 13)],
+    "learned": [("calibration", None), ("step", 3), ("after", 5), ("step", 9), ("after", 13)],
+    "rigl": [("step", 2), ("after", 4), ("step", 5), ("after", 6)],
 }
 
 
-@pytest.mark.parametrize("when", ["at_step", "cubic"])
+@pytest.mark.parametrize("when", KILLS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, when):
     _, exits, whole = attempts(tmp_path / "whole", (), when)
     assert exits == [0]

@@ -266,3 +266,30 @@ class Recorder(Net):
 
 def tagged(tag, count=4):
     return DataLoader(TensorDataset(torch.full((count, 32), float(tag)), torch.zeros(count, dtype=torch.long)), count)
+
+
+class Resumable:
+    """A stateful loader: a run resumed within an epoch continues with the next batch."""
+
+    def __init__(self, count=24, batch_size=4):
+        self.batches = list(loader(count, batch_size))
+        self.done = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.done %= len(self)
+        while self.done < len(self):
+            self.done += 1
+            yield self.batches[self.done - 1]
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+def state(module):
+    return {"weights": module.state_dict(), "optimizer": module.used_optimizer.state_dict()}

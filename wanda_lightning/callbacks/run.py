@@ -35,19 +35,25 @@ def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
         trainer: The Trainer, after `validate` or `test`.
         is_dense: Whether the loop ran the dense model.
     """
-    logged: Mapping[str, Any] = trainer.callback_metrics
-    found = [(metric, name) for metric in METRICS.values() for name in metric.logged if name in logged]
-    if not found:
+    if (result := result_of(trainer)) is None:
         return run
-    (metric, name), *_ = found
-    value = float(logged[name])
-    if metric.is_share and value > 1:  # not a fraction
-        return run
+    metric, value = result
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_evaluation", None)
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
     is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
     run = replace(run, metric=metric.name, data=describe() if describe and is_whole else "")
     return replace(run, before=value) if is_dense else replace(run, after=value)
+
+
+def result_of(trainer: L.Trainer) -> tuple[Metric, float] | None:
+    """Return the metric that the latest evaluation loop measured, with its value, if it is a known one."""
+    logged: Mapping[str, Any] = trainer.callback_metrics
+    found = [(metric, name) for metric in METRICS.values() for name in metric.logged if name in logged]
+    if not found:
+        return None
+    (metric, name), *_ = found
+    value = float(logged[name])
+    return None if metric.is_share and value > 1 else (metric, value)  # not a fraction
 
 
 def _name_of(pl_module: L.LightningModule) -> str:

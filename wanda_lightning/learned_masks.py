@@ -1,0 +1,257 @@
+"""Learn which weights are zero while a model trains, in any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.core.bits import pack, unpack
+from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.core.relaxation import Relaxation
+from wanda_lightning.models import Layer
+
+_MOMENTUM = 0.9
+_LARGEST_STEP = 10.0  # of a score in units of the learning rate: gradients have heavy tails
+
+
+@dataclass(frozen=True)
+class MaskLearning:
+    """How masks are learned: the choices of `LearnMasks` that do not depend on the model.
+
+    Attributes:
+        learning_rate: Largest change of a score at a slope of the layer's root mean square; it falls linearly to 0.
+        prior: Score that a weight of the start mask has in advance.
+        temperature: Temperature of the relaxation at the first and last step; it falls geometrically.
+        noise: Factor of the noise at the first and last step; it changes linearly.
+        straight_through: Train with exact masks, and use the relaxation only for gradients.
+        train_weights: Train the weights, too.
+        seed: Seed of the noise.
+    """
+
+    learning_rate: float = 0.05
+    prior: float = 2.0
+    temperature: tuple[float, float] = (1.0, 0.1)
+    noise: tuple[float, float] = (0.0, 0.0)
+    straight_through: bool = True
+    train_weights: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, learning_rate=Number(above=0, maximum=10), prior=Number(above=1, maximum=1000))
+        check(self, seed=Number(minimum=0, whole=True))
+        for name, rule in (("temperature", Number(above=0)), ("noise", Number(minimum=0))):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list) or len(values) != 2 or not all(map(rule.accepts, values)):
+                raise ValueError(
+                    f"{name} must be two values, for the first and the last step, each {rule}, but it is {values!r}."
+                )
+
+    def temperature_at(self, progress: float) -> float:
+        """Return the temperature after a fraction of the steps."""
+        first, last = self.temperature
+        return first * (last / first) ** progress
+
+    def noise_at(self, progress: float) -> float:
+        """Return the factor of the noise after a fraction of the steps."""
+        first, last = self.noise
+        return first + (last - first) * progress
+
+
+@dataclass
+class LearnedLayer:
+    """The state of one layer. All tensors but `start` are matrices (d_out, d_in).
+
+    Attributes:
+        layer: The layer.
+        values: The weights without the mask, in the dtype of the weight.
+        scores: float16. Larger scores survive.
+        momentum: bfloat16; the running mean of the slopes of the loss with respect to the scores.
+        keep: The exact mask, boolean.
+        start: The mask at the start, as `core.bits.pack` stores it.
+    """
+
+    layer: Layer
+    values: Tensor
+    scores: Tensor
+    momentum: Tensor
+    keep: Tensor
+    start: Tensor
+
+    @classmethod
+    def begin(cls, layer: Layer, keep: Tensor, dense: Tensor, prior: float) -> LearnedLayer:
+        """Start from the mask of a pruned layer, and from the dense values of its zeros.
+
+        Scores are `prior` for the kept weights plus, for all weights, the hyperbolic tangent of the magnitude relative
+        to the root mean square of the kept ones, which orders weights within the kept and the dropped ones.
+        """
+        values = torch.where(keep, layer.read(), dense)
+        kept = values.float().masked_fill(~keep, 0)
+        scale = (kept.square().sum() / keep.sum().clamp(min=1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        scores = (values.float().abs() / scale).tanh_().add_(keep, alpha=prior)
+        momentum = torch.zeros_like(scores, dtype=torch.bfloat16)
+        return cls(layer, values, scores.half(), momentum, keep.clone(), pack(keep))
+
+    @classmethod
+    def resume(cls, layer: Layer, state: Mapping[str, Tensor]) -> LearnedLayer:
+        """Restore a layer from `state_dict`."""
+        device = layer.weight.device
+        values, scores, momentum = (state[name].to(device) for name in ("values", "scores", "momentum"))
+        return cls(layer, values, scores, momentum, torch.empty_like(values, dtype=torch.bool), state["start"])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors without the mask, which the scores define."""
+        return {"values": self.values, "scores": self.scores, "momentum": self.momentum, "start": self.start}
+
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of the weight; None if there is none."""
+        gradient = self.layer.parameter.grad
+        return None if gradient is None else self.layer.kind.read(self.layer.part(gradient))
+
+    def write(self, mask: Tensor) -> None:
+        """Write the masked values into the model."""
+        self.layer.write(self.values * mask)
+
+    def first_keep(self) -> Tensor:
+        """Return the mask at the start, boolean."""
+        return unpack(self.start, self.keep.shape).to(self.keep.device)
+
+    def descend(self, slope: Tensor, rate: float) -> None:
+        """Change the scores against the slope of the loss."""
+        size = slope.square().mean().sqrt()
+        if size > 0:
+            slope.div_(size).clamp_(-_LARGEST_STEP, _LARGEST_STEP)
+        momentum = self.momentum.float().lerp_(slope, 1 - _MOMENTUM)
+        self.momentum.copy_(momentum)
+        self.scores.copy_(self.scores.float().sub_(momentum, alpha=rate))
+
+
+class LearnedMasks:
+    """Learn the masks of some layers by gradient descent on scores, one for each weight.
+
+    Between two steps the weights hold the exact masks, which the present scores define. `apply` may write other masks
+    before the forward pass: samples, or relaxed ones. The gradient `g` of a masked weight `v * m` gives the slopes of
+    both factors: `g * v` for the mask `m`, and from there through the relaxation for the score, and `g * m` for the
+    value `v`. So the model needs no other forward pass, and every layer and wrapper works.
+
+    A score changes by descent with momentum on its slope, which is divided by the root mean square of the slopes of its
+    layer.
+
+    Args:
+        choices: How masks are learned.
+        groups: Layers that share a number of zeros, with their relaxation.
+    """
+
+    def __init__(self, choices: MaskLearning, groups: Sequence[tuple[Relaxation, Sequence[LearnedLayer]]]) -> None:
+        self.choices, self._groups = choices, groups
+        self._choose()
+
+    @property
+    def layers(self) -> list[LearnedLayer]:
+        """All layers."""
+        return [layer for _, layers in self._groups for layer in layers]
+
+    @torch.no_grad()
+    def apply(self, step: int, progress: float) -> None:
+        """Write values with the masks of this step into the model.
+
+        Args:
+            step: Number of the optimizer step, which seeds the noise.
+            progress: Fraction of the steps that are done.
+        """
+        if self.choices.straight_through and not self.choices.noise_at(progress):
+            return  # the weights hold the exact masks
+        for relaxation, layers, scores in self._perturbed(step, progress):
+            exact, boundary = self._exact(relaxation, layers, scores, progress), relaxation.boundary(scores)
+            for index, layer in enumerate(layers):
+                relax = partial(relaxation.relax, scores[index], boundary, self.choices.temperature_at(progress))
+                layer.write(relax() if exact is None else exact[index])
+
+    @torch.no_grad()
+    def learn(self, step: int, progress: float) -> None:
+        """Update the scores by the gradients of the weights, and prepare the weights for the step of the optimizer.
+
+        After this call, the weights hold the values without masks and their gradients. If the weights are not trained,
+        the gradients are gone. Scores do not change if a gradient is NaN or infinite, as with a loss scale that is too
+        large.
+
+        Args:
+            step: Number of the optimizer step, the same as for `apply`.
+            progress: Fraction of the steps that are done, the same as for `apply`.
+        """
+        is_finite = all(bool(g.sum().isfinite()) for each in self.layers if (g := each.gradient()) is not None)
+        rate, temperature = self.choices.learning_rate * (1 - progress), self.choices.temperature_at(progress)
+        for relaxation, layers, scores in self._perturbed(step, progress):
+            exact, boundary = self._exact(relaxation, layers, scores, progress), relaxation.boundary(scores)
+            for index, layer in enumerate(layers):
+                gradient = layer.gradient()
+                if gradient is None:
+                    continue
+                with torch.enable_grad():
+                    relaxed = relaxation.relax(scores[index].requires_grad_(), boundary, temperature)
+                if is_finite:
+                    (slope,) = torch.autograd.grad(relaxed, scores[index], gradient.float() * layer.values.float())
+                    layer.descend(slope, rate)
+                if self.choices.train_weights:
+                    gradient.mul_(relaxed.detach() if exact is None else exact[index])
+        for layer in self.layers:
+            if self.choices.train_weights:
+                layer.layer.write(layer.values)
+            else:
+                layer.layer.parameter.grad = None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Read the values that the optimizer has written, and write them with the exact masks of the new scores."""
+        for layer in self.layers if self.choices.train_weights else ():
+            layer.values.copy_(layer.layer.read())
+        self._choose()
+        self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the values with the exact masks into the model."""
+        for layer in self.layers:
+            layer.write(layer.keep)
+
+    def moved(self) -> dict[str, float]:
+        """Return for each layer the fraction of the weights of its start mask that are no longer kept."""
+        masks = ((layer.layer.name, layer.first_keep(), layer.keep) for layer in self.layers)
+        return {name: float((keep & ~now).sum() / keep.sum()) for name, keep, now in masks}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state of each layer by its name."""
+        return {layer.layer.name: layer.state_dict() for layer in self.layers}
+
+    def _choose(self) -> None:
+        """Choose the exact masks by the scores."""
+        for relaxation, layers in self._groups:
+            masks = relaxation.keep([layer.scores.float() for layer in layers])
+            for layer, keep in zip(layers, masks, strict=True):
+                layer.keep.copy_(keep)
+
+    def _perturbed(
+        self, step: int, progress: float
+    ) -> Iterator[tuple[Relaxation, Sequence[LearnedLayer], list[Tensor]]]:
+        """Yield each group with the scores of its layers plus noise, in float32."""
+        factor = self.choices.noise_at(progress)
+        generators: dict[torch.device, torch.Generator] = {}
+        for relaxation, layers in self._groups:
+            perturbed = [layer.scores.float() for layer in layers]
+            for scores in perturbed if factor else ():
+                if scores.device not in generators:
+                    seed = self.choices.seed * 2**32 + step
+                    generators[scores.device] = torch.Generator(scores.device).manual_seed(seed)
+                scores.add_(relaxation.noise(scores, generators[scores.device]), alpha=factor)
+            yield relaxation, layers, perturbed
+
+    def _exact(
+        self, relaxation: Relaxation, layers: Sequence[LearnedLayer], scores: Sequence[Tensor], progress: float
+    ) -> Sequence[Tensor] | None:
+        """Return the exact masks of some scores; None if relaxed masks are trained with."""
+        if not self.choices.straight_through:
+            return None
+        return relaxation.keep(scores) if self.choices.noise_at(progress) else [layer.keep for layer in layers]
