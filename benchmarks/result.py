@@ -45,6 +45,8 @@ QUANTITIES: Mapping[str, str] = {
     "divergence": "Kullback-Leibler divergence from the dense predictions",
     "tokens_per_second": "generated tokens",
     "zeros_kept": "fraction of the pruned weights that are still zero",
+    "moved": "fraction of the kept weights that became zero, as others took their place",
+    "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
     "packed_matrices": "bytes of packed matrices / dense matrices",
     "packed_file": "bytes of packed file / dense file",

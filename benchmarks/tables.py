@@ -42,6 +42,10 @@ LABELS: Mapping[str, str] = {
     "reconstruct": "`reconstruct`",
     "best": "`best`",
     "thorough": "`thorough`",
+    "fixed": "then `DistillFromDense` and fixed masks",
+    "learned": "then `DistillFromDense` and `LearnMasks`",
+    "rigl": "then `DistillFromDense` and `RigL`",
+    "trained longer": "dense, trained as long",
 }
 """How a method is written. Tables list methods in this order."""
 
@@ -505,6 +509,25 @@ def distil_images() -> str:
     return markdown(("80 % zeros", "divergence", "seconds"), rows) + "\n\n" + source(results)
 
 
+def training() -> str:
+    """Perplexity, seconds and moved weights of models that are trained on after pruning."""
+
+    def cell(result: Result | None) -> str:
+        if result is None or "moved" not in result.measured:
+            return perplexity(result)
+        return f"{perplexity(result)}, {seconds(result)} s, {percent(result, 'moved', 1)} moved"
+
+    results, goals = read_table("training"), ("50 %", "60 %", "2:4")
+    found = lookup(results)
+    rows = [[LABELS[method], *(cell(found.get((method, goal))) for goal in goals)] for method in methods_of(found)]
+    return markdown(("perplexity", *goals), rows) + "\n\n" + source(results)
+
+
+def training_images() -> str:
+    """Accuracy of image classifiers that are trained on after pruning."""
+    return _by_model(read_table("training_images"), lambda r: percent(r, "top1"), ("dense", "70 %", "80 %", "90 %"))
+
+
 FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "methods": all_methods,
     "demo": demo,
@@ -532,6 +555,8 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "distil_images": distil_images,
     "permutations": partial(grid, "permutations", _with_case("permutation", "none", "assignment"), with_cost),
     "row_weights": row_weights,
+    "training": training,
+    "training_images": training_images,
 }
 
 
