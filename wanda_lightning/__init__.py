@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "acceleration": "accelerate_2to4 accelerate_cpu",
     "callbacks": (
-        "CubicSchedule DistillFromDense KeepZeros LearnMasks LinearSchedule MagnitudePrune OneShot PruningCallback RigL "
-        "SavePretrained Schedule SparseGPTPrune WandaPrune"
+        "CubicSchedule DistillFromDense KeepZeros LearnMasks LinearSchedule MagnitudePrune OneShot PruningCallback "
+        "RigL SavePretrained Schedule SparseGPTPrune WandaPrune"
     ),
     "config": "PruningConfig",
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from wanda_lightning.callbacks.dense import dense_model
+from wanda_lightning.callbacks.dense import Dense, dense_model
 from wanda_lightning.callbacks.keep_zeros import holders
 from wanda_lightning.callbacks.moving_zeros import pattern_of, pruning_has_ended, refuse_at_start, refuse_in_setup
 from wanda_lightning.callbacks.pruning import PruningCallback
@@ -49,8 +48,8 @@ class LearnMasks(Callback):
     checkpoint.
 
     Args:
-        dense: The dense model: a hub id, folder or file, or a module with the same layers. It is not needed if the
-            model is pruned during the same training.
+        dense: The dense model, as for `DistillFromDense`. It is not needed if the model is pruned during the same
+            training.
         pattern: The pattern that the masks keep, `"unstructured"` or N:M such as `"2:4"`. By default it is that of the
             `PruningCallback`; it is required if only `KeepZeros` holds the zeros.
         scope: Where the number of zeros is fixed: in each `"layer"`, or, for unstructured zeros, in the whole
@@ -66,7 +65,7 @@ class LearnMasks(Callback):
 
     def __init__(
         self,
-        dense: str | Path | nn.Module | None = None,
+        dense: Dense = None,
         pattern: str | Pattern | None = None,
         scope: Literal["layer", "model"] = "layer",
         **choices: Any,
