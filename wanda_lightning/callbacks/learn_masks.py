@@ -27,6 +27,7 @@ from wanda_lightning.core.relaxation import Gates, PatternChoice, Relaxation
 from wanda_lightning.learned_masks import LearnedLayer, LearnedMasks, MaskLearning
 from wanda_lightning.models import Layer
 from wanda_lightning.report import PrunedLayer
+from wanda_lightning.report.metrics import Metric
 from wanda_lightning.zeros import prunable_layers
 
 _SCOPE = OneOf(("layer", "model"))
@@ -82,7 +83,7 @@ class LearnMasks(Callback):
         self._first_step = 0
         self._loaded: Mapping[str, Any] | None = None
         self._is_applied = self._has_learned = False
-        self._results: list[tuple[str, float]] = []
+        self._results: list[tuple[Metric, float]] = []
 
     @property
     def moved(self) -> dict[str, float]:
@@ -265,7 +266,7 @@ class LearnMasks(Callback):
         if len(self._results) < 2:
             return text
         (metric, before), (_, after) = self._results[0], self._results[-1]
-        return f"{text} Validation {metric}: {before:.4g} at first, {after:.4g} at the end."
+        return f"{text} {metric.title} in validation: {metric.text(before)} at first, {metric.text(after)} at the end."
 
 
 def _with_moved(pruned: PrunedLayer, layer: Layer, moved: Mapping[str, float]) -> PrunedLayer:

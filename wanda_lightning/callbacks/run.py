@@ -10,7 +10,7 @@ import lightning as L
 
 from wanda_lightning.callbacks.trainer import pruning_target
 from wanda_lightning.report import Run
-from wanda_lightning.report.metrics import METRICS
+from wanda_lightning.report.metrics import METRICS, Metric
 
 
 def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples: int) -> Run:
