@@ -46,12 +46,10 @@ HELD_OUT = 8  # every eighth window of the training text
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 ROWS: dict[str, Callable[[nn.Module | None, str | None, argparse.Namespace], list[Callback]]] = {
     "fixed": lambda dense, pattern, options: [],
-    "learned": lambda dense, pattern, options: [
-        LearnMasks(dense, pattern, learning_rate=options.mask_lr, prior=options.prior)
-    ],
+    "learned": lambda dense, pattern, options: [LearnMasks(dense, pattern, travel=options.travel, prior=options.prior)],
     "rigl": lambda dense, pattern, options: [RigL(options.every, options.share, pattern=pattern)],
 }
-ARGUMENTS = {"fixed": (), "learned": ("mask_lr", "prior"), "rigl": ("every", "share")}
+ARGUMENTS = {"fixed": (), "learned": ("travel", "prior"), "rigl": ("every", "share")}
 
 
 def training_windows(options: argparse.Namespace, dense: CausalLMModule) -> tuple[Tensor, Tensor]:
@@ -171,7 +169,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--accumulate", type=int, default=2, help="windows in an optimizer step")
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--mask_lr", type=float, default=1.0, help="learning rate of LearnMasks")
+    parser.add_argument("--travel", type=float, default=2.0, help="travel of LearnMasks")
     parser.add_argument("--prior", type=float, default=2.0, help="prior of LearnMasks")
     parser.add_argument("--every", type=int, default=10, help="steps between two moves of RigL")
     parser.add_argument("--share", type=float, default=0.02, help="share that RigL moves first")

@@ -14,8 +14,9 @@ from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.relaxation import Relaxation
 from wanda_lightning.models import Layer
 
-_MOMENTUM = 0.9
-_LARGEST_STEP = 10.0  # of a score in units of the learning rate: gradients have heavy tails
+_DECAY = 0.95  # of both running means; bfloat16 would round smaller changes of a mean away
+_SMALLEST = 1e-18
+_STORED = ("values", "scores", "mean", "square")
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class MaskLearning:
     """How masks are learned: the choices of `LearnMasks` that do not depend on the model.
 
     Attributes:
-        learning_rate: Largest change of a score at a slope of the layer's root mean square; it falls linearly to 0.
-        prior: Score that a weight of the start mask has in advance.
+        travel: How far a score moves in the whole training if its slope always has the same sign.
+        prior: Score that a weight of the start mask has in advance. With `travel` equal to it, a kept and a dropped
+            weight change places if their slopes point there about half of the time.
         temperature: Temperature of the relaxation at the first and last step; it falls geometrically.
         noise: Factor of the noise at the first and last step; it changes linearly.
         straight_through: Train with exact masks, and use the relaxation only for gradients.
@@ -32,7 +34,7 @@ class MaskLearning:
         seed: Seed of the noise.
     """
 
-    learning_rate: float = 0.05
+    travel: float = 2.0
     prior: float = 2.0
     temperature: tuple[float, float] = (1.0, 0.1)
     noise: tuple[float, float] = (0.0, 0.0)
@@ -41,7 +43,7 @@ class MaskLearning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self, learning_rate=Number(above=0, maximum=10), prior=Number(above=1, maximum=1000))
+        check(self, travel=Number(above=0, maximum=1000), prior=Number(above=1, maximum=1000))
         check(self, seed=Number(minimum=0, whole=True))
         for name, rule in (("temperature", Number(above=0)), ("noise", Number(minimum=0))):
             values = getattr(self, name)
@@ -69,7 +71,8 @@ class LearnedLayer:
         layer: The layer.
         values: The weights without the mask, in the dtype of the weight.
         scores: float16. Larger scores survive.
-        momentum: bfloat16; the running mean of the slopes of the loss with respect to the scores.
+        mean: bfloat16; the running mean of the slopes of the loss with respect to the scores.
+        square: bfloat16; the running mean of their squares.
         keep: The exact mask, boolean.
         start: The mask at the start, as `core.bits.pack` stores it.
     """
@@ -77,7 +80,8 @@ class LearnedLayer:
     layer: Layer
     values: Tensor
     scores: Tensor
-    momentum: Tensor
+    mean: Tensor
+    square: Tensor
     keep: Tensor
     start: Tensor
 
@@ -92,19 +96,19 @@ class LearnedLayer:
         kept = values.float().masked_fill(~keep, 0)
         scale = (kept.square().sum() / keep.sum().clamp(min=1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         scores = (values.float().abs() / scale).tanh_().add_(keep, alpha=prior)
-        momentum = torch.zeros_like(scores, dtype=torch.bfloat16)
-        return cls(layer, values, scores.half(), momentum, keep.clone(), pack(keep))
+        mean = torch.zeros_like(scores, dtype=torch.bfloat16)
+        return cls(layer, values, scores.half(), mean, mean.clone(), keep.clone(), pack(keep))
 
     @classmethod
     def resume(cls, layer: Layer, state: Mapping[str, Tensor]) -> LearnedLayer:
         """Restore a layer from `state_dict`."""
-        device = layer.weight.device
-        values, scores, momentum = (state[name].to(device) for name in ("values", "scores", "momentum"))
-        return cls(layer, values, scores, momentum, torch.empty_like(values, dtype=torch.bool), state["start"])
+        stored = {name: state[name].to(layer.weight.device) for name in _STORED}
+        keep = torch.empty_like(stored["values"], dtype=torch.bool)
+        return cls(layer, **stored, keep=keep, start=state["start"])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors without the mask, which the scores define."""
-        return {"values": self.values, "scores": self.scores, "momentum": self.momentum, "start": self.start}
+        return {name: getattr(self, name) for name in (*_STORED, "start")}
 
     def gradient(self) -> Tensor | None:
         """Return the gradient of the weight; None if there is none."""
@@ -120,13 +124,18 @@ class LearnedLayer:
         return unpack(self.start, self.keep.shape).to(self.keep.device)
 
     def descend(self, slope: Tensor, rate: float) -> None:
-        """Change the scores against the slope of the loss."""
-        size = slope.square().mean().sqrt()
-        if size > 0:
-            slope.div_(size).clamp_(-_LARGEST_STEP, _LARGEST_STEP)
-        momentum = self.momentum.float().lerp_(slope, 1 - _MOMENTUM)
-        self.momentum.copy_(momentum)
-        self.scores.copy_(self.scores.float().sub_(momentum, alpha=rate))
+        """Change the scores against the slope of the loss, by at most `rate`.
+
+        This is Adam (Kingma & Ba 2015) with equal decays, so that the mean divided by the root of the squares is
+        between -1 and 1. It is near 0 where slopes are noise, as they mostly are for large weights.
+        """
+        mean = self.mean.float().lerp_(slope, 1 - _DECAY)
+        square = self.square.float().lerp_(slope.square_(), 1 - _DECAY)
+        self.mean.copy_(mean)
+        self.square.copy_(square)
+        # bfloat16 has subnormal squares, of which the root must not be divided by
+        step = mean.div_(square.sqrt_().clamp_(min=_SMALLEST)).clamp_(-1, 1)
+        self.scores.copy_(self.scores.float().sub_(step, alpha=rate))
 
 
 class LearnedMasks:
@@ -137,8 +146,8 @@ class LearnedMasks:
     both factors: `g * v` for the mask `m`, and from there through the relaxation for the score, and `g * m` for the
     value `v`. So the model needs no other forward pass, and every layer and wrapper works.
 
-    A score changes by descent with momentum on its slope, which is divided by the root mean square of the slopes of its
-    layer.
+    A score changes by the mean of its slopes divided by the root of their mean square, so that it moves where slopes
+    agree, whatever their size.
 
     Args:
         choices: How masks are learned.
@@ -171,7 +180,7 @@ class LearnedMasks:
                 layer.write(relax() if exact is None else exact[index])
 
     @torch.no_grad()
-    def learn(self, step: int, progress: float) -> None:
+    def learn(self, step: int, progress: float, steps: float) -> None:
         """Update the scores by the gradients of the weights, and prepare the weights for the step of the optimizer.
 
         After this call, the weights hold the values without masks and their gradients. If the weights are not trained,
@@ -181,9 +190,11 @@ class LearnedMasks:
         Args:
             step: Number of the optimizer step, the same as for `apply`.
             progress: Fraction of the steps that are done, the same as for `apply`.
+            steps: Number of all steps.
         """
         is_finite = all(bool(g.sum().isfinite()) for each in self.layers if (g := each.gradient()) is not None)
-        rate, temperature = self.choices.learning_rate * (1 - progress), self.choices.temperature_at(progress)
+        rate = 2 * self.choices.travel / steps * (1 - progress)  # the sum over all steps is `travel`
+        temperature = self.choices.temperature_at(progress)
         for relaxation, layers, scores in self._perturbed(step, progress):
             exact, boundary = self._exact(relaxation, layers, scores, progress), relaxation.boundary(scores)
             for index, layer in enumerate(layers):

@@ -493,7 +493,7 @@ def attempts(folder, kills, when):
 
 
 MOVING = {
-    "learned": [partial(LearnMasks, learning_rate=1.0, noise=(1.0, 0.0))],
+    "learned": [partial(LearnMasks, travel=20.0, noise=(1.0, 0.0))],
     "rigl": [partial(RigL, every=2)],
 }
 KILLS = {

@@ -503,7 +503,7 @@ def prune_and_learn(**choices):
     """Callbacks that prune and learn masks; a function, so that another process can call it."""
     return [
         WandaPrune(num_samples=16, dataloader=DataLoader(SAMPLES, batch_size=2)),
-        LearnMasks(learning_rate=2.0, **choices),
+        LearnMasks(travel=50.0, **choices),
     ]
 
 

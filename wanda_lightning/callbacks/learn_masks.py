@@ -45,7 +45,7 @@ class LearnMasks(Callback):
     if a `PruningCallback` prunes during the same training, else the one in `dense`.
 
     While masks are learned, each weight of a pruned layer takes memory for its value without the mask (2 or 4 bytes),
-    a score (float16), a momentum (bfloat16) and its mask: 7 to 9 GB for a billion weights, and almost as much in each
+    a score (float16), two moments (bfloat16) and its mask: 9 to 11 GB for a billion weights, and almost as much in each
     checkpoint.
 
     Args:
@@ -55,8 +55,8 @@ class LearnMasks(Callback):
             `PruningCallback`; it is required if only `KeepZeros` holds the zeros.
         scope: Where the number of zeros is fixed: in each `"layer"`, or, for unstructured zeros, in the whole
             `"model"`.
-        **choices: The attributes of `MaskLearning`: `learning_rate`, `prior`, `temperature`, `noise`,
-            `straight_through`, `train_weights` and `seed`.
+        **choices: The attributes of `MaskLearning`: `travel`, `prior`, `temperature`, `noise`, `straight_through`,
+            `train_weights` and `seed`.
 
     Raises:
         ValueError: If a value is out of range, or differs from a checkpoint. When training starts: if the pattern does
@@ -130,7 +130,7 @@ class LearnMasks(Callback):
         if self._masks is None:
             return
         _refuse_no_gradients(self._masks)
-        self._masks.learn(trainer.global_step, self._progress(trainer))
+        self._masks.learn(trainer.global_step, self._progress(trainer), self._steps(trainer))
         if not self.choices.train_weights:
             for parameter in pl_module.parameters():
                 parameter.grad = None
@@ -220,8 +220,11 @@ class LearnMasks(Callback):
 
     def _progress(self, trainer: L.Trainer) -> float:
         """Return which fraction of the steps is done, from 0 at the first to 1 at the last one."""
-        steps = last_step(trainer) - self._first_step
-        return min(1.0, (trainer.global_step - self._first_step) / max(1.0, steps - 1))
+        return min(1.0, (trainer.global_step - self._first_step) / max(1.0, self._steps(trainer) - 1))
+
+    def _steps(self, trainer: L.Trainer) -> float:
+        """Return the number of steps in which masks are learned."""
+        return last_step(trainer) - self._first_step
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the layers over from the callbacks that hold their zeros."""
