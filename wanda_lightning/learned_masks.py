@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.core.masking import mask_, masked
 from wanda_lightning.core.relaxation import Relaxation
 from wanda_lightning.models import Layer
 
@@ -25,12 +26,11 @@ class MaskLearning:
 
     Attributes:
         travel: How far a score moves in the whole training if its slope always has the same sign.
-        prior: Score that a weight of the start mask has in advance. With `travel` equal to it, a kept and a dropped
-            weight change places if their slopes point there about half of the time.
+        prior: Score that a weight of the start mask has in advance, above 1.
         temperature: Temperature of the relaxation at the first and last step; it falls geometrically.
         noise: Factor of the noise at the first and last step; it changes linearly.
         straight_through: Train with exact masks, and use the relaxation only for gradients.
-        train_weights: Train the weights, too.
+        train_weights: Also train the weights; if false, all parameters of the module stay fixed.
         seed: Seed of the noise.
     """
 
@@ -116,8 +116,8 @@ class LearnedLayer:
         return None if gradient is None else self.layer.kind.read(self.layer.part(gradient))
 
     def write(self, mask: Tensor) -> None:
-        """Write the masked values into the model."""
-        self.layer.write(self.values * mask)
+        """Write the values with an exact mask (boolean) or a relaxed one into the model."""
+        self.layer.write(masked(self.values, mask) if mask.dtype == torch.bool else self.values * mask)
 
     def first_keep(self) -> Tensor:
         """Return the mask at the start, boolean."""
@@ -133,7 +133,6 @@ class LearnedLayer:
         square = self.square.float().lerp_(slope.square_(), 1 - _DECAY)
         self.mean.copy_(mean)
         self.square.copy_(square)
-        # bfloat16 has subnormal squares, of which the root must not be divided by
         step = mean.div_(square.sqrt_().clamp_(min=_SMALLEST)).clamp_(-1, 1)
         self.scores.copy_(self.scores.float().sub_(step, alpha=rate))
 
@@ -206,8 +205,10 @@ class LearnedMasks:
                 if is_finite:
                     (slope,) = torch.autograd.grad(relaxed, scores[index], gradient.float() * layer.values.float())
                     layer.descend(slope, rate)
-                if self.choices.train_weights:
-                    gradient.mul_(relaxed.detach() if exact is None else exact[index])
+                if exact is not None:
+                    mask_(gradient, exact[index])
+                else:
+                    gradient.mul_(relaxed.detach())
         for layer in self.layers:
             if self.choices.train_weights:
                 layer.layer.write(layer.values)
