@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.hyperparameters import Number, check
-from wanda_lightning.core.masking import mask_, masked
+from wanda_lightning.core.masking import masked
 from wanda_lightning.core.relaxation import Relaxation
 from wanda_lightning.models import Layer
 
@@ -43,8 +43,8 @@ class MaskLearning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self, travel=Number(above=0, maximum=1000), prior=Number(above=1, maximum=1000))
-        check(self, seed=Number(minimum=0, whole=True))
+        check(self, travel=Number(above=0, maximum=1000), prior=Number(above=1, maximum=100))
+        check(self, seed=Number(minimum=0, maximum=2**31 - 1, whole=True))
         for name, rule in (("temperature", Number(above=0)), ("noise", Number(minimum=0))):
             values = getattr(self, name)
             if not isinstance(values, tuple | list) or len(values) != 2 or not all(map(rule.accepts, values)):
@@ -70,7 +70,7 @@ class LearnedLayer:
     Attributes:
         layer: The layer.
         values: The weights without the mask, in the dtype of the weight.
-        scores: float16. Larger scores survive.
+        scores: float32. Larger scores survive.
         mean: bfloat16; the running mean of the slopes of the loss with respect to the scores.
         square: bfloat16; the running mean of their squares.
         keep: The exact mask, boolean.
@@ -97,7 +97,7 @@ class LearnedLayer:
         scale = (kept.square().sum() / keep.sum().clamp(min=1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         scores = (values.float().abs() / scale).tanh_().add_(keep, alpha=prior)
         mean = torch.zeros_like(scores, dtype=torch.bfloat16)
-        return cls(layer, values, scores.half(), mean, mean.clone(), keep.clone(), pack(keep))
+        return cls(layer, values, scores, mean, mean.clone(), keep.clone(), pack(keep))
 
     @classmethod
     def resume(cls, layer: Layer, state: Mapping[str, Tensor]) -> LearnedLayer:
@@ -114,6 +114,15 @@ class LearnedLayer:
         """Return the gradient of the weight; None if there is none."""
         gradient = self.layer.parameter.grad
         return None if gradient is None else self.layer.kind.read(self.layer.part(gradient))
+
+    def mask_gradient(self, mask: Tensor) -> None:
+        """Multiply the gradient of the weight by an exact mask (boolean) or a relaxed one."""
+        gradient = self.gradient()
+        assert gradient is not None
+        product = masked(gradient, mask) if mask.dtype == torch.bool else gradient * mask
+        whole = self.layer.parameter.grad
+        assert whole is not None
+        self.layer.kind.write(self.layer.part(whole), product)  # `gradient` is a copy for convolutions
 
     def write(self, mask: Tensor) -> None:
         """Write the values with an exact mask (boolean) or a relaxed one into the model."""
@@ -134,13 +143,13 @@ class LearnedLayer:
         self.mean.copy_(mean)
         self.square.copy_(square)
         step = mean.div_(square.sqrt_().clamp_(min=_SMALLEST)).clamp_(-1, 1)
-        self.scores.copy_(self.scores.float().sub_(step, alpha=rate))
+        self.scores.sub_(step, alpha=rate)
 
 
 class LearnedMasks:
     """Learn the masks of some layers by gradient descent on scores, one for each weight.
 
-    Between two steps the weights hold the exact masks, which the present scores define. `apply` may write other masks
+    After `settle` the weights hold the exact masks, which the present scores define. `apply` may write other masks
     before the forward pass: samples, or relaxed ones. The gradient `g` of a masked weight `v * m` gives the slopes of
     both factors: `g * v` for the mask `m`, and from there through the relaxation for the score, and `g * m` for the
     value `v`. So the model needs no other forward pass, and every layer and wrapper works.
@@ -155,7 +164,7 @@ class LearnedMasks:
 
     def __init__(self, choices: MaskLearning, groups: Sequence[tuple[Relaxation, Sequence[LearnedLayer]]]) -> None:
         self.choices, self._groups = choices, groups
-        self._choose()
+        self._choose()  # groups of N:M in which a kept weight is zero by chance get their N again
 
     @property
     def layers(self) -> list[LearnedLayer]:
@@ -182,17 +191,18 @@ class LearnedMasks:
     def learn(self, step: int, progress: float, steps: float) -> None:
         """Update the scores by the gradients of the weights, and prepare the weights for the step of the optimizer.
 
-        After this call, the weights hold the values without masks and their gradients. If the weights are not trained,
-        the gradients are gone. Scores do not change if a gradient is NaN or infinite, as with a loss scale that is too
-        large.
+        After this call and until `settle`, the weights hold the values without masks and their gradients. If the
+        weights are not trained, the gradients are gone. Scores do not change if a gradient is NaN or infinite, as with
+        a loss scale that is too large.
 
         Args:
             step: Number of the optimizer step, the same as for `apply`.
             progress: Fraction of the steps that are done, the same as for `apply`.
             steps: Number of all steps.
         """
-        is_finite = all(bool(g.sum().isfinite()) for each in self.layers if (g := each.gradient()) is not None)
-        rate = 2 * self.choices.travel / steps * (1 - progress)  # the sum over all steps is `travel`
+        gradients = (layer.gradient() for layer in self.layers)
+        is_finite = all(bool(g.sum(dtype=torch.float32).isfinite()) for g in gradients if g is not None)
+        rate = 2 * self.choices.travel / max(2, steps) * (1 - progress)  # the sum over all steps is `travel`
         temperature = self.choices.temperature_at(progress)
         for relaxation, layers, scores in self._perturbed(step, progress):
             exact, boundary = self._exact(relaxation, layers, scores, progress), relaxation.boundary(scores)
@@ -205,10 +215,7 @@ class LearnedMasks:
                 if is_finite:
                     (slope,) = torch.autograd.grad(relaxed, scores[index], gradient.float() * layer.values.float())
                     layer.descend(slope, rate)
-                if exact is not None:
-                    mask_(gradient, exact[index])
-                else:
-                    gradient.mul_(relaxed.detach())
+                layer.mask_gradient(relaxed.detach() if exact is None else exact[index])
         for layer in self.layers:
             if self.choices.train_weights:
                 layer.layer.write(layer.values)
@@ -241,7 +248,7 @@ class LearnedMasks:
     def _choose(self) -> None:
         """Choose the exact masks by the scores."""
         for relaxation, layers in self._groups:
-            masks = relaxation.keep([layer.scores.float() for layer in layers])
+            masks = relaxation.keep([layer.scores for layer in layers])
             for layer, keep in zip(layers, masks, strict=True):
                 layer.keep.copy_(keep)
 
@@ -252,7 +259,7 @@ class LearnedMasks:
         factor = self.choices.noise_at(progress)
         generators: dict[torch.device, torch.Generator] = {}
         for relaxation, layers in self._groups:
-            perturbed = [layer.scores.float() for layer in layers]
+            perturbed = [layer.scores.clone() for layer in layers]
             for scores in perturbed if factor else ():
                 if scores.device not in generators:
                     seed = self.choices.seed * 2**32 + step

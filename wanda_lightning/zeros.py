@@ -155,14 +155,18 @@ class HeldZeros:
 
     @torch.no_grad()
     def move(self, choose: Callable[[Tensor, Tensor, Tensor], KeepMask]) -> None:
-        """Replace the mask of each held layer whose gradient is known and finite, and zero weights and gradients anew.
+        """Replace the mask of each held layer that has a gradient, and zero weights and gradients anew.
+
+        No mask changes if a gradient is NaN or infinite, as with a loss scale that is too large.
 
         Args:
             choose: Returns the new mask for the weight, the gradient and the present mask of a layer, (d_out, d_in).
         """
-        for layer, weight in self._held_layers:
+        gradients = [weight.grad for weight in self._keep if weight.grad is not None]
+        is_finite = all(bool(gradient.sum(dtype=torch.float32).isfinite()) for gradient in gradients)
+        for layer, weight in self._held_layers if is_finite else ():
             gradient = weight.grad
-            if gradient is not None and gradient.sum().isfinite():
+            if gradient is not None:
                 keep = layer.part(self._keep[weight])
                 old, read = layer.kind.read(keep), layer.kind.read
                 layer.kind.write(keep, choose(layer.read(), read(layer.part(gradient)), old))

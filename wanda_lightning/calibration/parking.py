@@ -158,6 +158,11 @@ class _Away:
     tensors: list[weakref.ref[Tensor]]
     arrival: Arrival | None = None
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether no tensor is left."""
+        return all(tensor() is None for tensor in self.tensors)
+
 
 @dataclass
 class Host:
@@ -199,9 +204,10 @@ class HostParking(_MovingParking):
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """Move back what outlives the forward pass, such as the batch itself."""
         self._return_all()
-        away = self._host.away
-        for key in [key for key, group in away.items() if not any(tensor() is not None for tensor in group.tensors)]:
-            del away[key]
+        host = self._host
+        for key in [key for key, group in host.away.items() if group.is_gone]:
+            del host.away[key]
+        host.ahead[:] = [group for group in host.ahead if not group.is_gone]
         super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
 
     def vacate(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import lightning as L
 import torch
@@ -44,26 +45,68 @@ def pruning_has_ended(trainer: L.Trainer) -> bool:
     return all(callback.is_done for callback, _ in holders(trainer) if isinstance(callback, PruningCallback))
 
 
-def refuse_in_setup(trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
-    """Raise an error for a Trainer or module with which zeros cannot move, before a checkpoint is loaded."""
+def refuse_in_setup(trainer: L.Trainer, pl_module: L.LightningModule, name: str, pattern: Pattern | None) -> None:
+    """Raise an error for a Trainer or module with which zeros cannot move, before a checkpoint is loaded.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        name: Class of the callback that moves the zeros.
+        pattern: The pattern that the user gave to it.
+    """
     refuse_pytorch_lightning(trainer)
     processes_of(trainer)
-    if not holders(trainer):
+    if not (found := [callback for callback, _ in holders(trainer)]):
         raise MisconfigurationException(
             f"{name} moves the zeros that PruningCallback or KeepZeros holds, but the Trainer has neither. Add one."
         )
+    for callback in found:
+        _refuse_holder(callback, name, pattern)
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} needs automatic optimization, but {type(pl_module).__name__} calls its optimizers itself. Set "
             "automatic_optimization=True."
         )
-    frozen = [layer.name for layer in prunable_layers(pruning_target(pl_module)) if not layer.parameter.requires_grad]
-    if frozen:
-        others = f" and {len(frozen) - 1:,} others are" if len(frozen) > 1 else " is"
+    layers = prunable_layers(pruning_target(pl_module))
+    if layers and not any(layer.parameter.requires_grad for layer in layers):
+        _refuse_frozen(layers[0].name, name)
+
+
+def refuse_held(trainer: L.Trainer, name: str) -> None:
+    """Raise an error if no zeros are held, two callbacks hold the same layer, or a held layer is frozen."""
+    layers = [layer for _, zeros in holders(trainer) for layer, _ in zeros.masks()]
+    if not layers:
         raise MisconfigurationException(
-            f"{name} needs the gradients of all layers that can be pruned, but {frozen[0]}{others} frozen. Call "
-            "requires_grad_(True) on their weights; LearnMasks(train_weights=False) keeps the values fixed itself."
+            f"{name} moves the zeros of a pruned model, but no zeros are held. Prune the model, or load pruned weights."
         )
+    if twice := [layer for layer, count in Counter(layer.name for layer in layers).items() if count > 1]:
+        raise MisconfigurationException(
+            f"{name} needs one callback that holds the zeros of each layer, but two hold those of {twice[0]}. Remove "
+            "KeepZeros if a PruningCallback prunes the same layers."
+        )
+    for layer in layers:
+        if not layer.parameter.requires_grad:
+            _refuse_frozen(layer.name, name)
+
+
+def _refuse_holder(holder: Callback, name: str, pattern: Pattern | None) -> None:
+    if isinstance(holder, PruningCallback) and not holder.keep_zeros:
+        raise MisconfigurationException(
+            f"{name} moves zeros that are held, but {type(holder).__name__} has keep_zeros=False. Leave it True."
+        )
+    own = pattern_of(holder, pattern, name)
+    if pattern is not None and (pattern.group_size, pattern.group_kept) != (own.group_size, own.group_kept):
+        raise MisconfigurationException(
+            f"pattern of {name} must be that of the zeros, but it is {pattern}, and {type(holder).__name__} prunes "
+            f"with {own}. Leave it out."
+        )
+
+
+def _refuse_frozen(layer: str, name: str) -> None:
+    raise MisconfigurationException(
+        f"{name} needs the gradients of the layers whose zeros move, but {layer} is frozen. Call requires_grad_(True) "
+        "on its weight; LearnMasks(train_weights=False) keeps the values fixed itself."
+    )
 
 
 def refuse_at_start(trainer: L.Trainer, name: str) -> None:
@@ -75,8 +118,8 @@ def refuse_at_start(trainer: L.Trainer, name: str) -> None:
         )
     if averaged_models(trainer):
         raise MisconfigurationException(
-            f"{name} moves zeros, and an average of weights whose zeros move has hardly any. Remove the callback that "
-            "averages weights, or average in a second training with KeepZeros."
+            f"{name} moves zeros, and averaging weights while zeros move fills them. Remove the callback that averages "
+            "weights, or average in a second training with KeepZeros."
         )
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(

@@ -329,7 +329,6 @@ class PruningCallback(Callback):
 
     def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune to a share of the final sparsity, without changing the random numbers that training draws."""
-        self._before_pruning(trainer, pl_module)
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
             report = prune_as(
                 checks.without_permutation_in_training(self.config.scaled(share), trainer),
@@ -339,6 +338,7 @@ class PruningCallback(Callback):
                 predict=partial(calibration_forward, trainer, pl_module, for_predictions=True),
                 progress=shows_progress(trainer),
                 processes=self._processes,
+                see_dense=partial(self._before_pruning, trainer, pl_module),
             )
         self._record(report, share, trainer)
 

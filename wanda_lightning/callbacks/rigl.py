@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 
 from wanda_lightning.callbacks.keep_zeros import holders
 from wanda_lightning.callbacks.learn_masks import LearnMasks
-from wanda_lightning.callbacks.moving_zeros import pattern_of, pruning_has_ended, refuse_at_start, refuse_in_setup
+from wanda_lightning.callbacks.moving_zeros import (
+    pattern_of,
+    pruning_has_ended,
+    refuse_at_start,
+    refuse_held,
+    refuse_in_setup,
+)
 from wanda_lightning.callbacks.trainer import last_step
 from wanda_lightning.checks import check_at_least
 from wanda_lightning.config import resolve_pattern
@@ -35,12 +41,12 @@ class RigL(Callback):
         every: Number of optimizer steps from one move to the next.
         share: Fraction of the kept weights of each layer that are replaced, in (0, 1], before it falls.
         until: Fraction of the steps of training after which no zeros move, in (0, 1].
-        pattern: The pattern of the zeros, `"unstructured"` or N:M such as `"2:4"`. By default it is that of the
-            `PruningCallback`; it is required if only `KeepZeros` holds the zeros.
+        pattern: The pattern of the zeros that `KeepZeros` holds, `"unstructured"` or N:M such as `"2:4"`. The pattern
+            of a `PruningCallback` is known.
 
     Raises:
         ValueError: If a value is out of range.
-        MisconfigurationException: When training starts: if Trainer and module do not allow that zeros move, or training
+        MisconfigurationException: When training starts: if Trainer and module do not allow moving zeros, or training
             ends before the first move.
     """
 
@@ -58,11 +64,9 @@ class RigL(Callback):
         if stage != "fit":
             return
         self._is_due = False
-        refuse_in_setup(trainer, pl_module, type(self).__name__)
+        refuse_in_setup(trainer, pl_module, type(self).__name__, self.pattern)
         if any(isinstance(other, LearnMasks) for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise MisconfigurationException("RigL and LearnMasks both move the zeros of a model. Use one of them.")
-        for callback, _ in holders(trainer):
-            pattern_of(callback, self.pattern, type(self).__name__)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a Trainer that leaves no steps to move zeros at."""
@@ -79,11 +83,13 @@ class RigL(Callback):
         """Let the gradients of zeros accumulate if the next optimizer step moves zeros."""
         step = trainer.global_step + 1
         self._is_due = step % self.every == 0 and step <= self.until * last_step(trainer) and pruning_has_ended(trainer)
+        if self._is_due:
+            refuse_held(trainer, type(self).__name__)
         for _, zeros in holders(trainer):
             zeros.masks_gradients = not self._is_due
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Move the zeros if this step is to."""
+        """Move the zeros if this step is due."""
         if not self._is_due:
             return
         progress = (trainer.global_step + 1) / (self.until * last_step(trainer))

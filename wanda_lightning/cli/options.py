@@ -337,7 +337,7 @@ class FinetuneOptions:
             refuse_given(self, "fine-tuning without --save_model", "packed push_to_hub")
         if self.distill and self.dense is None:
             raise UsageError("--distill learns from the dense model, but none is given. Name it with --dense.")
-        if self.distill and self.dense == self.model:
+        if self.distill and _same_path(self.dense, self.model):
             raise UsageError(f"--distill learns from the dense model, but --dense is the pruned one, {self.model}.")
         for name in (self.model, self.dense or ""):
             if name.startswith(TIMM):
@@ -486,7 +486,7 @@ class CheckOptions:
         for name in (self.folder, self.against):
             if name.startswith(TIMM):
                 raise UsageError(f"FOLDER and --against must be language models, but one is {name}.")
-        if Path(self.folder).resolve() == Path(self.against).resolve():
+        if _same_path(self.folder, self.against):
             raise UsageError(f"--against must be another model than FOLDER, but both are {self.folder}.")
 
 
@@ -554,6 +554,10 @@ def refuse_given(options: Any, purpose: str, names: str) -> None:
     if given:
         verb, them = ("has", "it") if len(given) == 1 else ("have", "them")
         raise UsageError(f"{', '.join(given)} {verb} no meaning for {purpose}. Leave {them} out.")
+
+
+def _same_path(first: str | None, second: str) -> bool:
+    return first is not None and Path(first).resolve() == Path(second).resolve()
 
 
 def _require_images(model: str, data_path: str | None) -> None:
