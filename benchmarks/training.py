@@ -13,6 +13,7 @@ text out of training and measures on these windows, to choose hyperparameters. P
 import argparse
 import copy
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,7 @@ from wanda_lightning import (
     LearnMasks,
     PruningCallback,
     RigL,
+    TextDataModule,
     sample_windows,
 )
 from wanda_lightning.data.windows import cut
@@ -80,15 +82,39 @@ def perplexity(module: CausalLMModule, windows: Tensor) -> float:
     return result["val_perplexity"]
 
 
+class Start(Callback):
+    """Records the masks and the time at the first batch."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: CausalLMModule, batch: object, batch_idx: int
+    ) -> None:
+        """Record them."""
+        if not hasattr(self, "keep"):
+            self.keep = {name: layer.weight != 0 for name, layer in pruned_layers(pl_module).items()}
+            self.time = time.perf_counter()
+
+
 def train(
-    options: argparse.Namespace, method: str, dense: CausalLMModule, windows: Tensor
+    options: argparse.Namespace, method: str, dense: CausalLMModule, windows: Tensor, evaluated: Tensor
 ) -> tuple[CausalLMModule, dict[str, float]]:
-    """Train one row, and return the model with its numbers."""
+    """Train one row, and return the model with its numbers.
+
+    `LearnMasks` needs dense weights in the order of the pruned ones, which `thorough` permutes for N:M, so that row
+    prunes by itself.
+    """
     L.seed_everything(options.seed, verbose=False)
-    module = CausalLMModule(options.start, dtype="float32", lr=options.lr, lr_decay=True)
-    before = {name: layer.weight != 0 for name, layer in pruned_layers(module).items()}
-    pattern = options.goal if ":" in options.goal else "unstructured"
-    callbacks = [KeepZeros(), DistillFromDense(dense.model), *ROWS[method](dense.model, pattern, options)]
+    pattern, measured = options.goal if ":" in options.goal else "unstructured", {}
+    prunes = method == "learned" and ":" in options.goal
+    name = options.dense if prunes else options.start
+    module = CausalLMModule(name, dtype="float32", lr=options.lr, lr_decay=True)
+    moving, start, holder = ROWS[method](None if prunes else dense.model, pattern, options), Start(), KeepZeros()
+    if prunes:
+        data = TextDataModule(dense.tokenizer, options.train, seqlen=options.seqlen, num_samples=options.nsamples)
+        chosen = {**sparsity_of(options.goal), "method": "thorough", "dataloader": data.calibration_dataloader()}
+        holder, moving = PruningCallback(**chosen, num_samples=options.nsamples), ROWS[method](None, None, options)
+        trainer = L.Trainer(devices=1, callbacks=[holder, *moving], **QUIET)
+        (result,) = trainer.validate(module, loader(evaluated, 4), verbose=False)
+        measured["perplexity_before"] = result["val_perplexity"]
     trainer = L.Trainer(
         devices=1,
         precision=options.precision,
@@ -96,16 +122,17 @@ def train(
         limit_val_batches=0,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=1.0,
-        callbacks=callbacks,
+        callbacks=[holder, start, DistillFromDense(dense.model), *moving],
         **QUIET,
     )
-    seconds_taken = seconds(lambda: trainer.fit(module, loader(windows, 1)))
+    trainer.fit(module, loader(windows, 1))
+    seconds_taken = time.perf_counter() - start.time
     after = {name: layer.weight != 0 for name, layer in pruned_layers(module).items()}
-    lost = sum(int((before[name] & ~after[name]).sum()) for name in before)
-    return module, {
+    lost = sum(int((start.keep[name] & ~after[name]).sum()) for name in after)
+    return module, measured | {
         "seconds": seconds_taken,
         "trained_tokens": windows.numel(),
-        "moved": lost / sum(int(keep.sum()) for keep in before.values()),
+        "moved": lost / sum(int(keep.sum()) for keep in start.keep.values()),
         "sparsity": 1 - sum(int(keep.sum()) for keep in after.values()) / sum(keep.numel() for keep in after.values()),
     }
 
@@ -164,6 +191,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=256, help="number of windows to train on")
     parser.add_argument("--own", type=int, default=0, help="number of windows among them that the dense model writes")
     parser.add_argument("--own_file", default="own_windows.pt", help="FILE that keeps the windows that it has written")
+    parser.add_argument("--nsamples", type=int, default=16, help="calibration windows, for a row that prunes by itself")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="number of windows to measure on")
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -210,7 +238,7 @@ def main() -> None:
         row = replace(planned, method=method, arguments=arguments)
 
         def measured(method: str = method) -> dict[str, float]:
-            module, numbers = train(options, method, dense, windows)
+            module, numbers = train(options, method, dense, windows, evaluated)
             return {"perplexity": perplexity(module, evaluated), **numbers}
 
         runs(row, measured)
