@@ -136,7 +136,7 @@ class LearnedLayer:
         """Change the scores against the slope of the loss, by at most `rate`.
 
         This is Adam (Kingma & Ba 2015) with equal decays, so that the mean divided by the root of the squares is
-        between -1 and 1. It is near 0 where slopes are noise, as they mostly are for large weights.
+        between -1 and 1. It is near 0 where slopes are noise.
         """
         mean = self.mean.float().lerp_(slope, 1 - _DECAY)
         square = self.square.float().lerp_(slope.square_(), 1 - _DECAY)
