@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.callbacks.dense import Dense, dense_model, fingerprint, move_beside, network_of
-from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.checks import refuse_pytorch_lightning
 from wanda_lightning.core.hyperparameters import Number, check
@@ -44,7 +43,8 @@ class DistillFromDense(Callback):
     Args:
         dense: The dense model: a module (of a LightningModule, the network in it); or a name that our modules load,
             such as a hub id or a folder. It is frozen, and moved to the device and dtype of the network. By default a
-            copy of the network, made when `fit` starts, before anything is pruned or a checkpoint is restored.
+            copy of the network, made when `fit` starts, before anything is pruned or a checkpoint is restored; the
+            network must be trained by then.
         weight: Share of the divergence in the loss, above 0 and at most 1.
         temperature: Divides the logits of both models; above 1, unlikely classes count more.
         network: Name of the submodule whose predictions are compared; by default the module's `pruning_target` if it
@@ -76,8 +76,6 @@ class DistillFromDense(Callback):
             return
         self._release()  # an earlier fit may have been interrupted
         _refuse_module(pl_module, network_of(pl_module, self.network))
-        if self.dense is None:
-            _refuse_later_pruning(trainer)
         self._teacher = dense_model(self.dense, pl_module, self.network)
         self._fingerprint = fingerprint(self._teacher)
 
@@ -135,17 +133,6 @@ class DistillFromDense(Callback):
     def _release(self) -> None:
         self._patches.close()
         self._teacher = None
-
-
-def _refuse_later_pruning(trainer: L.Trainer) -> None:
-    """Raise an error if the network trains before it is pruned: a copy from the start would not be its dense model."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, PruningCallback) and (first := callback.schedule.stages[0][0]):
-            raise MisconfigurationException(
-                "dense must be given if the network trains before it is pruned, since a copy from the start of fit is "
-                f"not what the network will be at step {first}, when {type(callback).__name__} prunes. Give the dense "
-                "model, or prune at step 0."
-            )
 
 
 def _refuse_module(pl_module: L.LightningModule, network: nn.Module) -> None:
