@@ -515,12 +515,18 @@ def training() -> str:
     def cell(result: Result | None) -> str:
         if result is None or "moved" not in result.measured:
             return perplexity(result)
-        return f"{perplexity(result)}, {seconds(result)} s, {percent(result, 'moved', 1)} moved"
+        moved = f", {percent(result, 'moved', 3)} moved" if result.measured["moved"] else ""
+        return f"{perplexity(result)}, {seconds(result)} s{moved}"
 
     results, goals = read_table("training"), ("50 %", "60 %", "2:4")
     found = lookup(results)
     rows = [[LABELS[method], *(cell(found.get((method, goal))) for goal in goals)] for method in methods_of(found)]
-    return markdown(("perplexity", *goals), rows) + "\n\n" + source(results)
+    data = _distinct(samples(result.calibration) for result in results if result.calibration)
+    table = markdown(("perplexity, seconds of training", *goals), rows)
+    measured_on = samples(results[0].evaluation) if results[0].evaluation else ""
+    return "\n\n".join(
+        [table, f"Trained on {'; '.join(data)}. Measured on {measured_on}.", source(results, data=False)]
+    )
 
 
 def training_images() -> str:
@@ -556,7 +562,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "permutations": partial(grid, "permutations", _with_case("permutation", "none", "assignment"), with_cost),
     "row_weights": row_weights,
     "training": training,
-    "training_images": training_images,
 }
 
 

@@ -223,11 +223,12 @@ def main() -> None:
         text = Path(options.eval).read_text(encoding="utf-8")
         tokens = dense.tokenizer(text, verbose=False).input_ids
         evaluated, data = cut(tokens, options.seqlen, options.limit, options.eval), Path(options.eval).name
+    trained_on = Path(options.train).name + (" and text by the dense model" if options.own else "")
     planned = Result(
         model=Path(options.dense).name,
         method="thorough",
         **sparsity_of(options.goal),
-        calibration=Samples(Path(options.train).name, len(windows), options.seqlen),
+        calibration=Samples(trained_on, len(windows), options.seqlen),
         evaluation=Samples(data, len(evaluated), options.seqlen),
     )
     runs = Runs(options.save, "training")
