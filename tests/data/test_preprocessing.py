@@ -20,12 +20,20 @@ def test_preprocessing_is_the_models_own():
     assert gray["std"] == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
 
 
-@pytest.mark.parametrize("name", ["hf-hub:owner/name", "local-dir:."])
-def test_a_name_without_a_configuration_is_refused(name, tmp_path, monkeypatch):
+def test_a_folder_without_a_configuration_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "test_vit"}')
     with pytest.raises(ValueError, match=r"^model must be a name for which timm has transforms, but it is"):
-        resolve_preprocessing(name)
+        resolve_preprocessing("local-dir:.")
+
+
+def test_a_hub_model_needs_the_hub(monkeypatch):
+    url = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
+    with pytest.raises(
+        OSError, match=r"owner/name is not in the cache, and the hub cannot be reached.*local-dir:FOLDER"
+    ):
+        resolve_preprocessing("hf-hub:owner/name")
 
 
 def test_class_names_come_from_the_model_or_imagenet():
