@@ -45,7 +45,6 @@ LABELS: Mapping[str, str] = {
     "fixed": "then `DistillFromDense` and fixed masks",
     "learned": "then `DistillFromDense` and `LearnMasks`",
     "rigl": "then `DistillFromDense` and `RigL`",
-    "trained longer": "dense, trained as long",
 }
 """How a method is written. Tables list methods in this order."""
 
@@ -527,11 +526,6 @@ def training() -> str:
     return "\n\n".join(
         [table, f"Trained on {'; '.join(data)}. Measured on {measured_on}.", source(results, data=False)]
     )
-
-
-def training_images() -> str:
-    """Accuracy of image classifiers that are trained on after pruning."""
-    return _by_model(read_table("training_images"), lambda r: percent(r, "top1"), ("dense", "70 %", "80 %", "90 %"))
 
 
 FRAGMENTS: Mapping[str, Callable[[], str]] = {
