@@ -45,6 +45,7 @@ LABELS: Mapping[str, str] = {
     "fixed": "then `DistillFromDense` and fixed masks",
     "learned": "then `DistillFromDense` and `LearnMasks`",
     "rigl": "then `DistillFromDense` and `RigL`",
+    "trained longer": "dense, trained as long",
 }
 """How a method is written. Tables list methods in this order."""
 
@@ -528,6 +529,11 @@ def training() -> str:
     )
 
 
+def training_images() -> str:
+    """Accuracy of image classifiers that are trained on after pruning."""
+    return _by_model(read_table("training_images"), lambda r: percent(r, "top1"), ("dense", "70 %", "80 %", "90 %"))
+
+
 FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "methods": all_methods,
     "demo": demo,
@@ -556,6 +562,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "permutations": partial(grid, "permutations", _with_case("permutation", "none", "assignment"), with_cost),
     "row_weights": row_weights,
     "training": training,
+    "training_images": training_images,
 }
 
 
