@@ -22,7 +22,7 @@ _STORED = ("values", "scores", "mean", "square")
 
 @dataclass(frozen=True)
 class MaskLearning:
-    """How masks are learned: the choices of `LearnMasks` that do not depend on the model.
+    """The hyperparameters of `LearnMasks`.
 
     Attributes:
         travel: How far a score moves in the whole training if its slope always has the same sign.

@@ -166,7 +166,7 @@ class _Away:
 
 @dataclass
 class Host:
-    """What the parkings of all batches share, since batches may share tensors that the model keeps.
+    """State shared by the parkings of all batches, since batches may share tensors that the model keeps.
 
     Attributes:
         transfers: Copies activations to the host and back.

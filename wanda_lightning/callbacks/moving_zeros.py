@@ -1,4 +1,4 @@
-"""What callbacks that move zeros while a model trains have in common: which pattern the zeros have, and refusals."""
+"""Shared by the callbacks that move zeros during training: the pattern of the zeros, and refusals."""
 
 from __future__ import annotations
 

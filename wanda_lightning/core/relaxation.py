@@ -23,7 +23,7 @@ _MOST_PATTERNS = 100  # each adds a number for each group to the memory of one l
 
 
 class Relaxation(ABC):
-    """How the scores of some layers become masks, exactly and smoothly."""
+    """Turns the scores of one or more layers into masks, exactly or smoothly."""
 
     @abstractmethod
     def keep(self, scores: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What is measured on a model before and after pruning, and how it is shown."""
+"""The metrics that are measured before and after pruning, and how they are shown."""
 
 from __future__ import annotations
 
