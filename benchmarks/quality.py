@@ -153,7 +153,7 @@ class LanguageModel:
         self.tokenizer, self.model, self.samples = module.tokenizer, module.model.eval(), data.calibration_windows
         self.calibration, self.evaluation = list(data.calibration_dataloader()), data.val_dataloader()
         self.dense = copy.deepcopy(self.model.state_dict())
-        names = [source if source == "python-docs" else Path(source).name for source in sources]
+        names = [OWN_TEXT.get(source, source if source == "python-docs" else Path(source).name) for source in sources]
         evaluated = f"{names[1]}, held out" if options.held_out else names[1]
         self.planned = Result(
             model=Path(options.model).name,

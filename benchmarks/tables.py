@@ -148,7 +148,7 @@ def _noted(note: str, results: Sequence[Result]) -> str:
     groups = defaultdict(list)
     for result in noted:
         alike = [other for other in results if (other.method, other.goal) == (result.method, result.goal)]
-        case = () if all(other.note == note for other in alike) else map(str, result.case.values())
+        case = () if all(other.note == note for other in alike) else (f"{k} {v}" for k, v in result.case.items())
         name = LABELS.get(result.method, result.method) if result.method != "packed" else result.model
         groups[", ".join([name, *case])].append(result.goal)
     goals = {label: ", ".join(sorted(set(goals), key=by_goal)) for label, goals in groups.items()}
@@ -490,6 +490,23 @@ def distil_seeds() -> str:
     )
 
 
+def own_text() -> str:
+    """Perplexity after calibration with web text, and with text that the dense model writes."""
+    results = [r for r in read_table("own_text") if r.method != "dense"]
+    goals = {(result.method, result.goal) for result in results}
+    web = [result for result in read_table("methods") if (result.method, result.goal) in goals]
+    columns = {
+        "web text": lookup(web),
+        "sampled from the beginning-of-text token": lookup(r for r in results if r.case["calibration"] == "self"),
+        "sampled from the chat template": lookup(r for r in results if r.case["calibration"] == "self-chat"),
+    }
+    rows = [
+        [f"{LABELS[method]}, {goal}", *(perplexity(found.get((method, goal))) for found in columns.values())]
+        for method, goal in sorted(goals, key=lambda key: (by_goal(key[1]), list(LABELS).index(key[0])))
+    ]
+    return markdown(("perplexity", *columns), rows) + "\n\n" + source([*results, *web])
+
+
 def row_weights() -> str:
     """Perplexity without and with row weights."""
     columns = {
@@ -515,18 +532,52 @@ def training() -> str:
     def cell(result: Result | None) -> str:
         if result is None or "moved" not in result.measured:
             return perplexity(result)
-        moved = f", {percent(result, 'moved', 3)} moved" if result.measured["moved"] else ""
-        return f"{perplexity(result)}, {seconds(result)} s{moved}"
+        if not result.measured["moved"]:
+            return f"{perplexity(result)}, {seconds(result)} s"
+        choices = ", ".join(f"{name} {result.arguments[name]}" for name in ("travel", "prior"))
+        return f"{perplexity(result)}, {seconds(result)} s, {percent(result, 'moved', 3)} moved ({choices})"
 
-    results, goals = read_table("training"), ("50 %", "60 %", "2:4")
-    found = lookup(results)
-    rows = [[LABELS[method], *(cell(found.get((method, goal))) for goal in goals)] for method in methods_of(found)]
-    data = _distinct(samples(result.calibration) for result in results if result.calibration)
-    table = markdown(("perplexity, seconds of training", *goals), rows)
-    measured_on = samples(results[0].evaluation) if results[0].evaluation else ""
+    results, goals, rows = read_table("training"), ("50 %", "60 %", "2:4"), []
+    for windows, steps in sorted({_training_length(result) for result in results}):
+        alike = [result for result in results if _training_length(result) == (windows, steps)]
+        found = lookup(result for result in alike if result.case.get("text") in (None, "both"))
+        length = f", {windows} windows in {steps} steps" if windows else ""
+        for method in methods_of(found):
+            rows.append([LABELS[method] + length, *(cell(found.get((method, goal))) for goal in goals)])
+    names = _distinct(result.calibration.data for result in results if result.case.get("text") == "both")
+    tokens = _distinct(str(result.calibration.length) for result in results if result.calibration)
+    measured_on = _distinct(samples(result.evaluation) for result in results if result.evaluation)
     return "\n\n".join(
-        [table, f"Trained on {'; '.join(data)}. Measured on {measured_on}.", source(results, data=False)]
+        [
+            markdown(("perplexity, seconds of training", *goals), rows),
+            f"Trained on windows of {', '.join(tokens)} tokens of {'; '.join(names)}. "
+            f"Measured on {'; '.join(measured_on)}.",
+            _by_training_text(results),
+            source(results, data=False),
+        ]
     )
+
+
+def _training_length(result: Result) -> tuple[int, int]:
+    """Return the numbers of windows and optimizer steps, 0 for a model that is not trained on."""
+    return result.case.get("windows", 0), result.case.get("steps", 0)
+
+
+def _by_training_text(results: Sequence[Result]) -> str:
+    """Return perplexity by the text that models are trained on, for those with more than one text."""
+    runs = defaultdict[tuple[str, str, tuple[int, int]], dict[str, Result]](dict)
+    for result in results:
+        if text := result.case.get("text"):
+            runs[result.method, result.goal, _training_length(result)][text] = result
+    rows = [
+        [
+            f"{LABELS[method]}, {goal}, {windows} windows in {steps} steps",
+            *(perplexity(texts[t]) for t in ("web", "own")),
+        ]
+        for (method, goal, (windows, steps)), texts in runs.items()
+        if texts.keys() >= {"web", "own"}
+    ]
+    return markdown(("perplexity by training text", "web text", "text by the dense model"), rows)
 
 
 def training_images() -> str:
@@ -561,6 +612,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "distil_images": distil_images,
     "permutations": partial(grid, "permutations", _with_case("permutation", "none", "assignment"), with_cost),
     "row_weights": row_weights,
+    "own_text": own_text,
     "training": training,
     "training_images": training_images,
 }

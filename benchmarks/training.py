@@ -5,13 +5,15 @@
     python benchmarks/training.py --dense M.gguf --start out/thorough --goal 2:4 --train c4_sample.txt --held_out
     python benchmarks/training.py --images --lr 5e-4 --save benchmarks/results
 
-All rows start from the same pruned folder and train on the same windows in the same order: adjacent windows of the
-training text and windows that the dense model writes, shuffled. `--held_out` leaves every eighth window of the training
-text out of training and measures on these windows, to choose hyperparameters. Perplexity is measured in float32.
+All rows start from the same pruned folder and, for one `--text`, train on the same windows in the same order: adjacent
+windows of the training text (`web`), windows that the dense model writes (`own`), or `both`, shuffled. `--held_out`
+leaves every eighth window of the training text out of training and measures on these windows, to choose
+hyperparameters. Perplexity is measured in float32.
 """
 
 import argparse
 import copy
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +42,7 @@ from wanda_lightning import (
     TextDataModule,
     sample_windows,
 )
+from wanda_lightning.data.text_sources import OWN_TEXT, SELF
 from wanda_lightning.data.windows import cut
 from wanda_lightning.models import Layer
 from wanda_lightning.zeros import prunable_layers
@@ -51,6 +54,7 @@ ROWS: dict[str, Callable[[nn.Module | None, str | None, argparse.Namespace], lis
     "learned": lambda dense, pattern, options: [LearnMasks(dense, pattern, travel=options.travel, prior=options.prior)],
     "rigl": lambda dense, pattern, options: [RigL(options.every, options.share, pattern=pattern)],
 }
+TEXTS = {"web": "{}", "own": OWN_TEXT[SELF], "both": f"{{}} and {OWN_TEXT[SELF]}"}
 ARGUMENTS = {"fixed": (), "learned": ("travel", "prior"), "rigl": ("every", "share")}
 
 
@@ -59,12 +63,17 @@ def training_windows(options: argparse.Namespace, dense: CausalLMModule) -> tupl
     text = Path(options.train).read_text(encoding="utf-8")
     web = cut(dense.tokenizer(text, verbose=False).input_ids, options.seqlen, None, options.train)
     is_held = torch.arange(len(web)) % HELD_OUT == HELD_OUT - 1
-    parts = [web[~is_held] if options.held_out else web]
-    if options.own:
+    parts = [web[~is_held] if options.held_out else web] if options.text != "own" else []
+    if options.text != "web":
         file = Path(options.own_file)
         if not file.exists():
             torch.save(sample_windows(dense.model, dense.tokenizer, options.own, options.seqlen, seed=100), file)
-        parts.append(torch.load(file)[: options.own])
+        own = torch.load(file)
+        if len(own) != options.own:
+            raise ValueError(
+                f"--own_file {file} has {len(own)} windows. Ask for as many with --own, or name a new file."
+            )
+        parts.append(own)
     windows = torch.cat(parts)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
     repeated = order.repeat(-(-options.windows // len(order)))[: options.windows]
@@ -189,7 +198,8 @@ def main() -> None:
     parser.add_argument("--eval", help="text to measure on; not needed with --held_out")
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--windows", type=int, default=256, help="number of windows to train on")
-    parser.add_argument("--own", type=int, default=0, help="number of windows among them that the dense model writes")
+    parser.add_argument("--text", default="both", choices=list(TEXTS), help="source of the training windows")
+    parser.add_argument("--own", type=int, default=256, help="number of windows to sample from the dense model")
     parser.add_argument("--own_file", default="own_windows.pt", help="FILE that keeps the windows that it has written")
     parser.add_argument("--nsamples", type=int, default=16, help="calibration windows, for a row that prunes by itself")
     parser.add_argument("--seqlen", type=int, default=512)
@@ -223,19 +233,21 @@ def main() -> None:
         text = Path(options.eval).read_text(encoding="utf-8")
         tokens = dense.tokenizer(text, verbose=False).input_ids
         evaluated, data = cut(tokens, options.seqlen, options.limit, options.eval), Path(options.eval).name
-    trained_on = Path(options.train).name + (" and text by the dense model" if options.own else "")
     planned = Result(
         model=Path(options.dense).name,
         method="thorough",
         **sparsity_of(options.goal),
-        calibration=Samples(trained_on, len(windows), options.seqlen),
         evaluation=Samples(data, len(evaluated), options.seqlen),
     )
     runs = Runs(options.save, "training")
     start = runs(planned, lambda: {"perplexity": perplexity(CausalLMModule(options.start, dtype="float32"), evaluated)})
+    trained_on = Samples(TEXTS[options.text].format(Path(options.train).name), len(windows), options.seqlen)
+    case = {"windows": len(windows), "steps": math.ceil(len(windows) / options.accumulate), "text": options.text}
+    planned = replace(planned, case=case, calibration=trained_on)
     print(f"{options.goal}: {start.measured['perplexity']:.2f} at the start", flush=True)
     for method in options.methods:
-        arguments = {name: str(getattr(options, name)) for name in ("lr", "accumulate", "own", *ARGUMENTS[method])}
+        own = () if options.text == "web" else ("own",)
+        arguments = {name: str(getattr(options, name)) for name in ("lr", "accumulate", *own, *ARGUMENTS[method])}
         row = replace(planned, method=method, arguments=arguments)
 
         def measured(method: str = method) -> dict[str, float]:
