@@ -534,7 +534,8 @@ def training() -> str:
             return perplexity(result)
         if not result.measured["moved"]:
             return f"{perplexity(result)}, {seconds(result)} s"
-        choices = ", ".join(f"{name} {result.arguments[name]}" for name in ("travel", "prior"))
+        own = {name: value for name, value in result.arguments.items() if name not in ("lr", "accumulate", "own")}
+        choices = ", ".join(f"{name} {value}" for name, value in own.items())
         return f"{perplexity(result)}, {seconds(result)} s, {percent(result, 'moved', 3)} moved ({choices})"
 
     results, goals, rows = read_table("training"), ("50 %", "60 %", "2:4"), []
