@@ -158,7 +158,7 @@ def weights_by_kind(report: PruningReport, most: int = 14) -> list[Weights]:
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """How many calibration tokens the experts of one module received.
+    """The numbers of calibration tokens that the experts of one module received.
 
     Attributes:
         name: The module, or the block that contains it.

@@ -160,7 +160,7 @@ class Permuted:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a language model writes after a prompt.
+    """The text that a language model writes after a prompt.
 
     Attributes:
         prompt: The prompt.
