@@ -13,7 +13,6 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 from wanda_lightning import prune
-from wanda_lightning.report import write_comparison
 
 # Chrome first: where both are installed, as on the runners of GitHub, chromedriver is that of Chrome.
 BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
@@ -35,13 +34,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A report with everything, one of a mixture of experts, and a comparison."""
-    folder = tmp_path_factory.mktemp("pages")
-    report, experts = llama_report(30), ZOO["mixtral"]
-    report.to_html(folder / "full.html")
+    """A report with everything, and one of a mixture of experts."""
+    folder, experts = tmp_path_factory.mktemp("pages"), ZOO["mixtral"]
+    llama_report(30).to_html(folder / "full.html")
     prune(experts.build(), experts.batches(), 0.5, progress=False).to_html(folder / "experts.html")
-    reports = {name: llama_report(2, perplexity=p, seconds=s) for name, p, s in (("wanda", 20, 40), ("best", 17, 400))}
-    write_comparison(reports, folder / "compare.html")
     return folder
 
 
@@ -55,7 +51,7 @@ def show(browser, page, width=1400, theme="light", scripts=True):
     browser.get(page.as_uri())
 
 
-NAMES = ("full", "experts", "compare")
+NAMES = ("full", "experts")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,4 +1,4 @@
-"""Figures: readable without a network, in both themes, and several on one page."""
+"""Figures: the numbers they show, compared with plain loops, and how they look in both themes, several on one page."""
 
 import re
 import struct
@@ -16,10 +16,90 @@ from support.zoo import ZOO
 pytest.importorskip("matplotlib", reason="figures need the extra report")
 
 from wanda_lightning import prune
-from wanda_lightning.report.figures import to_array, to_png, to_svg
-from wanda_lightning.report.labels import spread_out
-from wanda_lightning.report.plots import color_range, plots_of
-from wanda_lightning.report.theme import COLORS
+from wanda_lightning.report.figures import (
+    COLORS,
+    color_range,
+    expert_tokens,
+    layer_grid,
+    part_grid,
+    plots_of,
+    shortest_ends,
+    spread_out,
+    to_array,
+    to_png,
+    to_svg,
+    weights_by_kind,
+)
+
+
+def pruned(name, **choices):
+    specimen = ZOO[name]
+    model = specimen.build()
+    return model, prune(model, specimen.batches(), 0.5, progress=False, **choices)
+
+
+def test_values_by_kind_and_block():
+    _, report = pruned("llama", method="sparsegpt", allocation="owl")
+    by_name = {layer.name: layer for layer in report.layers}
+    sparsity, errors = layer_grid(report, "sparsity"), layer_grid(report, "error")
+    assert sparsity.blocks == errors.blocks == ["model.layers.0", "model.layers.1"]
+    assert len(sparsity.kinds) * len(sparsity.blocks) == len(by_name)
+    for kind, zeros, error in zip(sparsity.kinds, sparsity.values, errors.values, strict=True):
+        layers = [by_name[f"{block}.{kind}"] for block in sparsity.blocks]
+        assert zeros == pytest.approx([layer.sparsity for layer in layers])
+        assert error == pytest.approx([layer.error for layer in layers])
+    assert sparsity.labels == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_experts_of_a_block_are_one_kind():
+    _, report = pruned("mixtral")
+    grid = layer_grid(report, "sparsity")
+    experts = [layer for layer in report.layers if layer.siblings]
+    kinds = {layer.siblings.removeprefix(f"{layer.block}.") for layer in experts}
+    assert {kind for kind in grid.kinds if "*" in kind} == kinds
+    found = expert_tokens(report)
+    assert list(found) == grid.blocks
+    for block, numbers in found.items():
+        layers = [layer for layer in experts if layer.block == block]
+        tokens = sorted(layer.tokens for layer in layers)
+        pooled = sum("statistics of all experts" in layer.note for layer in layers)
+        middle = (tokens[(len(tokens) - 1) // 2] + tokens[len(tokens) // 2]) / 2
+        assert list(numbers.values()) == [len(layers), tokens[0], middle, tokens[-1], pooled]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_parameter_is_counted_once(name):
+    model, report = pruned(name)
+    found = weights_by_kind(report)
+    names, zeros, kept, dense = zip(*found, strict=True)
+    assert sum(zeros + kept + dense) == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(zeros) == sum(layer.zeros for layer in report.layers)
+    assert len(set(names)) == len(found) <= 14
+    grid = layer_grid(report, "sparsity")
+    assert len(set(grid.labels)) == len(grid.kinds)
+    assert all(kind.replace(".*", "").endswith(label) for kind, label in zip(grid.kinds, grid.labels, strict=True))
+
+
+def test_parts_that_were_trained():
+    _, report = pruned("llama", recovery="reconstruct")
+    grid = part_grid(report)
+    assert grid.kinds == ["self_attn before", "self_attn after", "mlp before", "mlp after"]
+    for block, *values in zip(grid.blocks, *grid.values, strict=True):
+        parts = [
+            next(layer.part for layer in report.layers if layer.name.startswith(f"{block}.{name}"))
+            for name in ("self_attn", "mlp")
+        ]
+        assert values == [error for part in parts for error in (part.before, part.after)]
+
+
+def test_lists_of_blocks_are_told_apart():
+    _, report = pruned("t5")
+    stacks = layer_grid(report, "sparsity").stacks
+    assert list(stacks) == ["encoder.block", "decoder.block"]
+    assert list(stacks.values()) == [
+        0,
+        sum(block.startswith("encoder") for block in layer_grid(report, "sparsity").blocks),
+    ]
 
 
 def test_a_report_with_everything_has_all_figures_but_experts():
@@ -27,8 +107,7 @@ def test_a_report_with_everything_has_all_figures_but_experts():
 
 
 def test_experts_have_a_figure():
-    specimen = ZOO["mixtral"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
+    _, report = pruned("mixtral")
     assert [plot.name for plot in plots_of(report)] == ["weights", "experts"]
 
 
@@ -92,6 +171,19 @@ def test_nearly_uniform_sparsities_look_nearly_uniform():
     assert float(label[2]) - float(label[1]) == pytest.approx(10)
 
 
+def test_kinds_are_named_by_their_shortest_ends():
+    names = ["self_attn.q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
+    assert shortest_ends(names) == ["q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
+
+
+def test_the_smallest_kinds_are_added_up():
+    report = llama_report(2)
+    found, all_kinds = weights_by_kind(report, most=4), weights_by_kind(report)
+    assert found[:3] == all_kinds[:3]
+    others = [sum(numbers) for numbers in list(zip(*all_kinds[3:], strict=True))[1:]]
+    assert found[3:] == [(f"{len(all_kinds) - 3} others", *others)]
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(0, 1))
 def test_colors_span_all_values_and_the_least_range(values, least):
     low, high = color_range(values, least)
@@ -119,3 +211,4 @@ def test_labels_are_moved_apart_as_little_as_needed():
     assert spread_out([1, 1, 1], 2, 0, 10) == [1, 3, 5]
     assert spread_out([9, 10, 10], 2, 0, 10) == [6, 8, 10]
     assert spread_out([5, 1], 2, 0, 10) == [5, 1]
+    assert spread_out([1.0, 1.1, 5.0], 1.0, 0.0, 10.0) == [1, 2, 5]

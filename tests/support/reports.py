@@ -48,7 +48,7 @@ def llama_report(blocks=30, name="smollm2", perplexity=18.93, seconds=95.5):
         notes=["an <escaped> note & a second half"],
         training=Training("Distil(epochs=3)", 28, 4, passes),
         run=Run(
-            command=f"wanda-lightning prune --model {name} --preset thorough --calibration python-docs --nsamples 32",
+            command=f"wanda-lightning prune --model {name} --prune_method thorough --nsamples 32",
             model=name,
             metric="perplexity",
             before=16.06,

@@ -1,45 +1,123 @@
-"""Numbers as words, for pages."""
+"""Numbers, methods and reports in words, for pages and model cards."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import PurePath
+from typing import Any
+
+from wanda_lightning.models import SkippedMatrix
+from wanda_lightning.report import PruningReport, Run, grouped
+from wanda_lightning.report.metrics import METRICS
+
+_NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
+
 
 def duration(seconds: float) -> str:
-    """Return a duration.
-
-    >>> duration(7.25), duration(192), duration(7500)
-    ('7.2 s', '3 min 12 s', '2 h 5 min')
-    """
+    """Return a duration, such as `7.2 s`, `3 min 12 s` or `2 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def count(number: int) -> str:
-    """Return a large number with three digits.
-
-    >>> count(134_515_008), count(950)
-    ('135 million', '950')
-    """
-    for unit, name in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return str(number)
+def count(number: int, names: Sequence[str] = (" billion", " million", " thousand")) -> str:
+    """Return a large number with three digits, such as `135 million`."""
+    units = zip((1e9, 1e6, 1e3), names, strict=True)
+    return next((f"{number / unit:.3g}{name}" for unit, name in units if number >= unit), str(number))
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun.
-
-    >>> counted(1, "layer"), counted(210, "layer"), counted(2, "matrix", "matrices")
-    ('1 layer', '210 layers', '2 matrices')
-    """
+    """Return a number with its noun, such as `1 layer` or `210 layers`."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
-def continuation(text: str) -> str:
-    r"""Return what a model wrote after a prompt, without the space or the line break that joins it to the prompt.
+def title_of(report: PruningReport) -> str:
+    """Return the name of the model, without the folder of a file, or what is known instead."""
+    name = report.run.model if report.run else ""
+    is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
+    return (PurePath(name).name if is_path else name) or f"A model of {count(report.parameters)} parameters"
 
-    >>> continuation(" is open.\n"), continuation("\n    return 1\n")
-    ('is open.', '    return 1')
-    """
-    return text.strip("\n") if text.startswith("\n") else text.strip()
+
+def verdict(report: PruningReport) -> str:
+    """Say in two sentences what was done and what it cost."""
+    text = (
+        f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
+        f"the weights in {counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
+        f"{count(report.parameters)} parameters."
+    )
+    run = report.run
+    if run is None or run.after is None:
+        return f"{text} The effect on the predictions was not measured."
+    data, _, amount = run.data.partition(", ")
+    metric = METRICS[run.metric]
+    subject = metric.title + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
+    before, after = metric.text(run.before), metric.text(run.after)
+    if run.before is None or not isfinite(run.before + run.after):
+        dense = "" if run.before is None else f" ({before} before)"
+        return f"{text} {subject} is {after} afterward{dense}."
+    if before == after:
+        return f"{text} {subject} stayed at {after}."
+    return f"{text} {subject} {'rose' if run.after > run.before else 'fell'} from {before} to {after}."
+
+
+def method_in_words(config: Mapping[str, Any]) -> str:
+    """Return a method with its choices, such as `best (ADMM, unstructured, Fisher)` or `SparseGPT (2:4, OWL)`."""
+    name, others = method_of(config)
+    return f"{name} ({others})" if others else name
+
+
+def method_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the preset, or else the criterion or solver, and the other choices."""
+    name, _, others = (choices := choices_of(config)).partition(", ")
+    return (config["preset"], choices) if config.get("preset") else (name, others)
+
+
+def choices_of(config: Mapping[str, Any]) -> str:
+    """Return the choices of a pruning in words, such as `SparseGPT, 2:4, OWL`."""
+    method = choice_of(config, "solver") or choice_of(config, "criterion")
+    pattern = choice_of(config, "pattern").lower().replace("equalshare", "equal share of the scores")
+    if pattern == "nm":
+        pattern = f"{config['pattern']['n']}:{config['pattern']['m']}"
+    permuted = "permuted" if choice_of(config, "permutation") else ""
+    words = [method, pattern, choice_of(config, "allocation"), choice_of(config, "recovery"), permuted]
+    return ", ".join(filter(None, words))
+
+
+def choice_of(config: Mapping[str, Any], option: str) -> str:
+    """Return the name of a choice; empty if it changes nothing."""
+    choice = config.get(option)
+    name = str(choice.get("name", "")) if isinstance(choice, Mapping) else ""
+    return "" if name in _NEUTRAL else name
+
+
+def stages(report: PruningReport, least: float = 0.0) -> str:
+    """Return the time of each stage that took at least a fraction of the whole time."""
+    found = (each for each in report.seconds.items() if each[1] >= least * report.total_seconds)
+    return ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in found)
+
+
+def dense_by_reason(report: PruningReport) -> list[tuple[str, list[SkippedMatrix]]]:
+    """Return each reason to leave matrices dense with its matrices, most weights first."""
+    groups = grouped(report.skipped, lambda matrix: matrix.detail)
+    return sorted(groups.items(), key=lambda group: -sum(matrix.size for matrix in group[1]))
+
+
+def made_with(report: PruningReport) -> dict[str, str]:
+    """Return the data, the settings, the time of each stage, and the versions."""
+    run = report.run or Run()
+    settings = {name: _as_text(value) for name, value in report.config.items() if name not in ("command", "measured")}
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    found = {"calibration data": run.calibration, "measured on": run.data, **settings}
+    found |= {"time": stages(report), "versions": versions}
+    return {name.replace("_", " "): value for name, value in found.items() if value}
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        inside = ", ".join(f"{name}={_as_text(each)}" for name, each in value.items() if name != "name")
+        return f"{value['name']}({inside})"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_as_text, value)) or "none"
+    return str(value)

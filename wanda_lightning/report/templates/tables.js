@@ -1,48 +1,30 @@
-"use strict";
-for (const table of document.querySelectorAll("table.sortable")) {
+for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0], headings = [...table.tHead.rows[0].cells];
-  const value = (row, column) => {
-    const cell = row.cells[column], text = cell.dataset.value ?? cell.textContent.trim();
-    return text === "" || isNaN(text) ? text : Number(text);
-  };
-  const compare = (a, b) => {
-    if (a === "" || b === "") return (a === "") - (b === "");
-    if (typeof a === typeof b) return typeof a === "number" ? a - b : a.localeCompare(b, undefined, {numeric: true});
-    return typeof a === "number" ? -1 : 1;
-  };
   headings.forEach((heading, column) => {
     const button = document.createElement("button");
     button.append(...heading.childNodes);
     heading.append(button);
+    const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
+    const text = new Intl.Collator(undefined, {numeric: true}).compare;
+    const compare = (a, b) => isNaN(a) - isNaN(b) || (isNaN(a) ? text(a, b) : a - b);  // numbers are before text
     button.addEventListener("click", () => {
-      const up = heading.getAttribute("aria-sort") !== "ascending";
+      const sign = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       headings.forEach((each) => each.removeAttribute("aria-sort"));
-      heading.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const rows = [...body.rows].map((row) => [value(row, column), row]);
-      rows.sort(([a], [b]) => (a === "" || b === "" || up ? compare(a, b) : compare(b, a)));
-      body.append(...rows.map(([, row]) => row));
+      heading.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+      const order = (a, b) => (a === "") - (b === "") || sign * compare(a, b);  // empty cells are last
+      body.append(...[...body.rows].sort((one, other) => order(key(one), key(other))));
     });
   });
   if (body.rows.length > 8) {
-    const search = document.createElement("label"), input = document.createElement("input");
-    const count = document.createElement("span");
-    search.className = "search";
-    input.type = "search";
-    input.placeholder = "Search this table";
+    const search = '<label class="search"><input type="search" placeholder="Search this table"><span></span></label>';
+    table.parentElement.insertAdjacentHTML("beforebegin", search);
+    const [input, count] = table.parentElement.previousElementSibling.children;
     input.setAttribute("aria-label", `Search the table: ${table.getAttribute("aria-label")}`);
-    search.append(input, count);
-    table.parentElement.before(search);
-    const filter = () => {
-      const words = input.value.toLowerCase().split(/\s+/);
-      let shown = 0;
-      for (const row of body.rows) {
-        const text = row.textContent.toLowerCase();
-        row.hidden = !words.every((word) => text.includes(word));
-        shown += !row.hidden;
-      }
-      count.textContent = `${shown} of ${body.rows.length} rows`;
+    input.oninput = () => {
+      const words = input.value.toLowerCase().split(/\s+/), rows = [...body.rows];
+      rows.forEach((row) => row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word)));
+      count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
     };
-    input.addEventListener("input", filter);
-    filter();
+    input.oninput();
   }
 }

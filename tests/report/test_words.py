@@ -1,0 +1,48 @@
+"""Numbers and methods in words."""
+
+import pytest
+from support.reports import llama_report
+from support.zoo import ZOO
+
+from wanda_lightning import prune
+from wanda_lightning.report.words import count, counted, dense_by_reason, duration, method_in_words
+
+
+def test_numbers_in_words():
+    assert [duration(seconds) for seconds in (7.25, 192, 7500)] == ["7.2 s", "3 min 12 s", "2 h 5 min"]
+    assert [count(number) for number in (134_515_008, 950)] == ["135 million", "950"]
+    found = counted(1, "layer"), counted(210, "layer"), counted(2, "matrix", "matrices")
+    assert found == ("1 layer", "210 layers", "2 matrices")
+
+
+def test_matrices_left_dense_are_grouped_by_reason_with_most_weights_first():
+    report = llama_report(1)
+    report.skipped += [report.skipped[0]] * 2
+    first, second = dense_by_reason(report)
+    assert first == ("embedding", [report.skipped[0]] * 3)
+    assert second == ("tied to model.embed_tokens", [report.skipped[1]])
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({}, "Wanda (unstructured)"),
+        ({"method": "sparsegpt", "pattern": "2:4"}, "SparseGPT (2:4)"),
+        (
+            {"method": "magnitude", "allocation": "owl", "pattern": "equal_share"},
+            "Magnitude (equal share of the scores, OWL)",
+        ),
+        ({"method": "best"}, "best (ADMM, unstructured, Fisher)"),
+        ({"method": "best", "pattern": "2:4"}, "best (ADMM, 2:4, permuted)"),
+        ({"method": "best", "allocation": "uniform"}, "ADMM (unstructured)"),
+    ],
+)
+def test_methods_in_words(choices, words):
+    specimen = ZOO["llama"]
+    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False, **choices)
+    assert method_in_words(report.config) == words
+
+
+def test_a_method_with_a_recovery_in_words():
+    assert method_in_words(llama_report(1).config) == "SparseGPT (unstructured, Fisher, Distil)"
+    assert method_in_words({}) == ""
