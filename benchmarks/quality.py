@@ -2,14 +2,14 @@
 
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --nsamples 16 --seqlen 512 --limit 40 --save benchmarks/results
-    python benchmarks/quality.py --model M.gguf --calibration self-chat --eval wikitext2_test.raw.txt --goals 60
+    python benchmarks/quality.py --model M.gguf --calibration self --eval wikitext2_test.raw.txt --goals 60
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --held_out
     python benchmarks/quality.py --model M.gguf --baseline --goals 50 2:4
     python benchmarks/quality.py --images --save benchmarks/results
 
 Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, each cell is a
 file (benchmarks/result.py), and the same command again measures only cells that are missing or used other choices.
-With `--calibration self` or `self-chat`, the dense model writes the windows, and the files are in a table of their own.
+With `--calibration self`, the dense model writes the windows, and the files are in a table of their own.
 `--held_out` measures on the part of the calibration text that calibration does not use, to choose hyperparameters.
 `--baseline` compares our SparseGPT and `balanced` with a plain implementation of SparseGPT. `--images` trains and
 prunes the models of recipes/vision/demo.py.
@@ -46,7 +46,7 @@ from wanda_lightning import (
     prune,
     sample_windows,
 )
-from wanda_lightning.data.text_sources import OWN_TEXT, SELF_CHAT, calibration_source
+from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.plan import make_plan
@@ -147,18 +147,19 @@ class LanguageModel:
         data = TextDataModule(module.tokenizer, *sources, **windows, batch_size=4, seed=0)
         if options.held_out:
             data.evaluation_windows = held_out(data)
-        if options.calibration in OWN_TEXT:  # no Trainer runs the model
-            chat, shape = options.calibration == SELF_CHAT, (options.nsamples, options.seqlen)
-            data.calibration_windows = sample_windows(module.model, module.tokenizer, *shape, chat=chat)
+        if options.calibration == SELF:  # no Trainer runs the model
+            shape = options.nsamples, options.seqlen
+            data.calibration_windows = sample_windows(module.model, module.tokenizer, *shape)
         self.tokenizer, self.model, self.samples = module.tokenizer, module.model.eval(), data.calibration_windows
         self.calibration, self.evaluation = list(data.calibration_dataloader()), data.val_dataloader()
         self.dense = copy.deepcopy(self.model.state_dict())
-        names = [OWN_TEXT.get(source, source if source == "python-docs" else Path(source).name) for source in sources]
+        named = {SELF: OWN_TEXT, "python-docs": "python-docs"}
+        names = [named.get(source, Path(source).name) for source in sources]
         evaluated = f"{names[1]}, held out" if options.held_out else names[1]
         self.planned = Result(
             model=Path(options.model).name,
             method="dense",
-            case={"calibration": options.calibration} if options.calibration in OWN_TEXT else {},
+            case={"calibration": options.calibration} if options.calibration == SELF else {},
             calibration=Samples(names[0], options.nsamples, options.seqlen),
             evaluation=Samples(evaluated, options.limit, options.seqlen),
         )
@@ -224,7 +225,7 @@ class LanguageModel:
 
 def measure_text(options: argparse.Namespace, console: Console) -> None:
     """Measure all methods with a language model."""
-    table_name = "held_out" if options.held_out else "own_text" if options.calibration in OWN_TEXT else "methods"
+    table_name = "held_out" if options.held_out else "own_text" if options.calibration == SELF else "methods"
     language, runs = LanguageModel(options), Runs(options.save, table_name)
     table = columns(f"{options.model}: perplexity (seconds of pruning)", "method", *options.goals, "peak MiB")
     dense = runs(replace(language.planned, case={}, calibration=None), language.measure_dense)

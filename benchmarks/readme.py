@@ -70,20 +70,17 @@ def which() -> str:
 
 def zeros() -> str:
     """What zeros are not good for."""
-    packed = _only(r for r in read_table("packing") if r.goal == "50 %" and r.model != "random matrix")
-    decoding = {(r.method, r.case["dtype"]): r.measured["seconds"] for r in read_table("speed")}
-    taken = {name: decoding[name, "bfloat16"] for name in ("packed", "int8")}
-    times = {name: f"{decoding['dense', 'bfloat16'] / each:.2f}" for name, each in taken.items()}
-    faster = f"{decoding['dense', 'float32'] / taken['packed']:.2f}"
     ours: Lookup = lookup(read_table("methods"))
+    sizes = (r for r in read_table("file_size") if r.model == "efficientnet_lite0" and r.case["dtype"] == "bfloat16")
+    small = {result.goal: result for result in sizes}
     lines = (
-        "**Smaller files**: a safetensors file stores zeros like other numbers. [Packed](docs/packing.md), the model "
-        f"in bfloat16 takes {number(packed, 'packed_file', '.2f')} of its bytes at 50 % (its pruned matrices "
-        f"{number(packed, 'packed_matrices', '.2f')}). 8-bit quantization takes 0.50.",
-        "**Speed**: dense kernels multiply by zeros, too. On a CPU, [packed weights](docs/speed.md) with 60 % zeros "
-        f"generate tokens {times['packed']} times as fast as dense bfloat16 (and {faster} times as fast as dense "
-        f"float32, which is faster there), 8-bit weights {times['int8']} times, and prompts get slower. For NVIDIA "
-        "GPUs, 2:4 on sparse tensor cores is built in, but not measured.",
+        "**Smaller files**: a safetensors file stores zeros like other numbers. `zstd -3` compresses "
+        f"EfficientNet-Lite0 in bfloat16 to {number(small['50 %'], 'zstd_3', '.2f')} of its bytes with 50 % zeros, and "
+        f"to {number(small['dense'], 'zstd_3', '.2f')} without; the file must be decompressed before it is loaded. "
+        "8-bit quantization takes 0.50.",
+        "**Speed**: dense kernels multiply by zeros, too. On a CPU, nothing is gained: dense 8-bit weights are as fast "
+        "as a kernel for sparse ones was, and the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
+        "sparse tensor cores is [built in](docs/speed.md), but not measured.",
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
         f"{perplexity(ours['thorough', '50 %'])} at 50 %. All these numbers are for one small model, one seed and "
         "8 thousand calibration tokens.",

@@ -34,7 +34,6 @@ QUANTITIES: Mapping[str, str] = {
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
     "plain_seconds": "duration of what it is compared with, in the same process",
-    "int8_seconds": "duration with dense 8-bit weights, in the same process",
     "ratio": "seconds / plain_seconds",
     "peak_mib": "largest increase of resident memory, in MiB",
     "plain_peak_mib": "the same for what it is compared with",
@@ -43,18 +42,11 @@ QUANTITIES: Mapping[str, str] = {
     "read_gb": "gigabytes read",
     "written_gb": "gigabytes written",
     "divergence": "Kullback-Leibler divergence from the dense predictions",
-    "tokens_per_second": "generated tokens",
     "zeros_kept": "fraction of the pruned weights that are still zero",
-    "moved": "fraction of the kept weights that became zero, as others took their place",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
-    "packed_matrices": "bytes of packed matrices / dense matrices",
-    "packed_file": "bytes of packed file / dense file",
-    "zstd_file": "bytes of compressed dense file / dense file",
-    **{
-        f"{step}_gb_per_second": "gigabytes of dense weights"
-        for step in ("choose", "pack", "unpack", "pack_folder", "unpack_folder", "load", "zstd", "unzstd")
-    },
+    "zstd_3": "bytes of the file after zstd -3 / dense bytes",
+    "zstd_19": "bytes of the file after zstd -19 / dense bytes",
 }
 """What `measured` may hold."""
 

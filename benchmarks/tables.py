@@ -5,7 +5,6 @@
 Each function in `FRAGMENTS` returns the text of `docs/results/NAME.md`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -42,9 +41,7 @@ LABELS: Mapping[str, str] = {
     "reconstruct": "`reconstruct`",
     "best": "`best`",
     "thorough": "`thorough`",
-    "fixed": "then `DistillFromDense` and fixed masks",
-    "learned": "then `DistillFromDense` and `LearnMasks`",
-    "rigl": "then `DistillFromDense` and `RigL`",
+    "fixed": "then `DistillFromDense`",
     "trained longer": "dense, trained as long",
 }
 """How a method is written. Tables list methods in this order."""
@@ -149,7 +146,7 @@ def _noted(note: str, results: Sequence[Result]) -> str:
     for result in noted:
         alike = [other for other in results if (other.method, other.goal) == (result.method, result.goal)]
         case = () if all(other.note == note for other in alike) else (f"{k} {v}" for k, v in result.case.items())
-        name = LABELS.get(result.method, result.method) if result.method != "packed" else result.model
+        name = LABELS.get(result.method, result.method)
         groups[", ".join([name, *case])].append(result.goal)
     goals = {label: ", ".join(sorted(set(goals), key=by_goal)) for label, goals in groups.items()}
     return "; ".join(f"{label}, {own}" for label, own in goals.items()) + ": "
@@ -317,40 +314,16 @@ def sparsegpt() -> str:
     return markdown(("perplexity, seconds", *goals, "seconds / plain"), rows) + "\n\n" + source(results)
 
 
-def packing() -> str:
-    """Sizes of packed files and speed of packing."""
-    results = read_table("packing")
-    results.sort(key=lambda result: (result.case["dtype"], by_goal(result.goal)))
-    model = [result for result in results if result.model != "random matrix"]
-    matrix = [result for result in results if result.model == "random matrix"]
-    quantities = ("packed_matrices", "packed_file", "zstd_file")
-    rows = [[r.goal, *(number(r, q, ".4f") for q in quantities), r.arguments["code"]] for r in model]
-    sizes = markdown(("bytes / dense bytes", "packed matrices", "packed file", "zstd, whole file", "code"), rows)
-    steps = ("pack", "unpack", "pack_folder", "unpack_folder", "load", "zstd", "unzstd")
+def file_size() -> str:
+    """Sizes of files that zstd has compressed."""
+    results = read_table("file_size")
+    results.sort(key=lambda r: (r.model, r.case["dtype"], r.goal != "dense", by_goal(r.goal)))
     rows = [
-        [
-            f"{r.case['dtype']}, {r.goal}",
-            *(number(r, quantity, ".4f") for quantity in ("packed_matrices", "zstd_file")),
-            *(number(r, f"{step}_gb_per_second", ".2f") for step in steps),
-        ]
-        for r in matrix
+        [f"{r.model}, {r.case['dtype']}", r.goal, number(r, "zstd_3", ".3f"), number(r, "zstd_19", ".3f")]
+        for r in results
     ]
-    headings = (
-        "",
-        "packed size",
-        "zstd size",
-        "pack",
-        "unpack",
-        "pack a folder",
-        "unpack a folder",
-        "load the dense file",
-    )
-    speeds = markdown((*headings, "zstd", "unzstd"), rows)
-    parts = [f"{model[0].model} in bfloat16:", sizes, source(model)]
-    title = (
-        "Normally distributed weights: sizes relative to dense ones, and GB of dense weights per second in one thread:"
-    )
-    return "\n\n".join([*parts, title, speeds, source(matrix)])
+    headings = ("bytes / bytes of the dense file", "zeros", "`zstd -3`", "`zstd -19`")
+    return markdown(headings, rows) + "\n\n" + source(results)
 
 
 def quantization() -> str:
@@ -370,36 +343,6 @@ def quantization() -> str:
         shown = ["" if fraction is None else f"{100 * fraction:.3g} %" for fraction in fractions]
         rows.append([quantizer, scheme, *shown, perplexity(result)])
     return markdown(("quantizer", "scheme", "zeros kept", "new zeros", "perplexity"), rows) + "\n\n" + source(results)
-
-
-def speed() -> str:
-    """Decoding with packed and with int8 weights beside dense ones."""
-    results = read_table("speed")
-    rows = []
-    for dtype in ("bfloat16", "float32"):
-        own = {result.method: result for result in results if result.case["dtype"] == dtype}
-        for method, result in sorted(own.items()):
-            times = own["dense"].measured["seconds"] / result.measured["seconds"]
-            ms = f"{1000 * result.measured['seconds']:.1f}"
-            rows.append([f"{dtype}, {method}", ms, number(result, "tokens_per_second", ".1f"), f"{times:.2f}"])
-    headings = ("weights", "ms for a token", "tokens/s", "times dense")
-    return markdown(headings, rows) + "\n\n" + source(results)
-
-
-def products() -> str:
-    """Products of one token with packed and with int8 weights beside dense ones."""
-    results, rows = read_table("products"), []
-    for result in sorted(results, key=lambda r: (math.prod(_shape(r)), r.model, r.case["dtype"], by_goal(r.goal))):
-        dense, packed, int8 = (result.measured[name] for name in ("plain_seconds", "seconds", "int8_seconds"))
-        times = [f"{1000 * each:.3f}" for each in (dense, packed, int8)]
-        name = f"{' x '.join(map(str, _shape(result)))}, {result.case['dtype']}"
-        rows.append([name, result.goal, *times, f"{dense / packed:.2f}", f"{dense / int8:.2f}"])
-    headings = ("matrix", "zeros", "dense, ms", "packed, ms", "int8, ms", "dense / packed", "dense / int8")
-    return markdown(headings, rows) + "\n\n" + source(results)
-
-
-def _shape(result: Result) -> list[int]:
-    return [int(size) for size in result.model.split("x")]
 
 
 def tasks() -> str:
@@ -497,8 +440,7 @@ def own_text() -> str:
     web = [result for result in read_table("methods") if (result.method, result.goal) in goals]
     columns = {
         "web text": lookup(web),
-        "sampled from the beginning-of-text token": lookup(r for r in results if r.case["calibration"] == "self"),
-        "sampled from the chat template": lookup(r for r in results if r.case["calibration"] == "self-chat"),
+        "text by the dense model": lookup(results),
     }
     rows = [
         [f"{LABELS[method]}, {goal}", *(perplexity(found.get((method, goal))) for found in columns.values())]
@@ -527,16 +469,11 @@ def distil_images() -> str:
 
 
 def training() -> str:
-    """Perplexity, seconds and moved weights of models that are trained on after pruning."""
+    """Perplexity and seconds of models that are trained on after pruning."""
 
     def cell(result: Result | None) -> str:
-        if result is None or "moved" not in result.measured:
-            return perplexity(result)
-        if not result.measured["moved"]:
-            return f"{perplexity(result)}, {seconds(result)} s"
-        own = {name: value for name, value in result.arguments.items() if name not in ("lr", "accumulate", "own")}
-        choices = ", ".join(f"{name} {value}" for name, value in own.items())
-        return f"{perplexity(result)}, {seconds(result)} s, {percent(result, 'moved', 3)} moved ({choices})"
+        taken = seconds(result)
+        return f"{perplexity(result)}, {taken} s" if taken else perplexity(result)
 
     results, goals, rows = read_table("training"), ("50 %", "60 %", "2:4"), []
     for windows, steps in sorted({_training_length(result) for result in results}):
@@ -598,10 +535,8 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "finetuning": finetuning,
     "keeping_zeros": keeping_zeros,
     "sparsegpt": sparsegpt,
-    "packing": packing,
+    "file_size": file_size,
     "quantization": quantization,
-    "speed": speed,
-    "products": products,
     "tasks": tasks,
     "streaming": streaming,
     "distil_held_out": partial(grid, "distil_held_out", _with_goal("50 %", "60 %", "2:4")),

@@ -1,4 +1,4 @@
-"""Train a pruned language model to predict like the dense one, with masks that stay, move or are learned.
+"""Train a pruned model to predict like the dense one.
 
     python benchmarks/training.py --dense M.gguf --start out/thorough --goal 2:4 --train c4_sample.txt \
         --eval wikitext2_test.raw.txt --save benchmarks/results
@@ -16,7 +16,6 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from measuring import fingerprint, seconds
 from result import Result, Runs, Samples, sparsity_of
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from wanda_lightning import (
@@ -36,26 +35,17 @@ from wanda_lightning import (
     ImageClassifierModule,
     ImageDataModule,
     KeepZeros,
-    LearnMasks,
     PruningCallback,
-    RigL,
-    TextDataModule,
     sample_windows,
 )
-from wanda_lightning.data.text_sources import OWN_TEXT, SELF
+from wanda_lightning.data.text_sources import OWN_TEXT
 from wanda_lightning.data.windows import cut
 from wanda_lightning.models import Layer
 from wanda_lightning.zeros import prunable_layers
 
 HELD_OUT = 8  # every eighth window of the training text
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-ROWS: dict[str, Callable[[nn.Module | None, str | None, argparse.Namespace], list[Callback]]] = {
-    "fixed": lambda dense, pattern, options: [],
-    "learned": lambda dense, pattern, options: [LearnMasks(dense, pattern, travel=options.travel, prior=options.prior)],
-    "rigl": lambda dense, pattern, options: [RigL(options.every, options.share, pattern=pattern)],
-}
-TEXTS = {"web": "{}", "own": OWN_TEXT[SELF], "both": f"{{}} and {OWN_TEXT[SELF]}"}
-ARGUMENTS = {"fixed": (), "learned": ("travel", "prior"), "rigl": ("every", "share")}
+TEXTS = {"web": "{}", "own": OWN_TEXT, "both": f"{{}} and {OWN_TEXT}"}
 
 
 def training_windows(options: argparse.Namespace, dense: CausalLMModule) -> tuple[Tensor, Tensor]:
@@ -91,39 +81,23 @@ def perplexity(module: CausalLMModule, windows: Tensor) -> float:
     return result["val_perplexity"]
 
 
-class Start(Callback):
-    """Records the masks and the time at the first batch."""
+class Clock(Callback):
+    """Records the time at the first batch."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: CausalLMModule, batch: object, batch_idx: int
     ) -> None:
-        """Record them."""
-        if not hasattr(self, "keep"):
-            self.keep = {name: layer.weight != 0 for name, layer in pruned_layers(pl_module).items()}
-            self.time = time.perf_counter()
+        """Record it."""
+        if batch_idx == 0:
+            self.start = time.perf_counter()
 
 
 def train(
-    options: argparse.Namespace, method: str, dense: CausalLMModule, windows: Tensor, evaluated: Tensor
+    options: argparse.Namespace, dense: CausalLMModule, windows: Tensor
 ) -> tuple[CausalLMModule, dict[str, float]]:
-    """Train one row, and return the model with its numbers.
-
-    `LearnMasks` needs dense weights in the order of the pruned ones, which `thorough` permutes for N:M, so that row
-    prunes by itself.
-    """
+    """Train one row, and return the model with its numbers."""
     L.seed_everything(options.seed, verbose=False)
-    pattern, measured = options.goal if ":" in options.goal else "unstructured", {}
-    prunes = method == "learned" and ":" in options.goal
-    name = options.dense if prunes else options.start
-    module = CausalLMModule(name, dtype="float32", lr=options.lr, lr_decay=True)
-    moving, start, holder = ROWS[method](None if prunes else dense.model, pattern, options), Start(), KeepZeros()
-    if prunes:
-        data = TextDataModule(dense.tokenizer, options.train, seqlen=options.seqlen, num_samples=options.nsamples)
-        chosen = {**sparsity_of(options.goal), "method": "thorough", "dataloader": data.calibration_dataloader()}
-        holder, moving = PruningCallback(**chosen, num_samples=options.nsamples), ROWS[method](None, None, options)
-        trainer = L.Trainer(devices=1, callbacks=[holder, *moving], **QUIET)
-        (result,) = trainer.validate(module, loader(evaluated, 4), verbose=False)
-        measured["perplexity_before"] = result["val_perplexity"]
+    module, clock = CausalLMModule(options.start, dtype="float32", lr=options.lr, lr_decay=True), Clock()
     trainer = L.Trainer(
         devices=1,
         precision=options.precision,
@@ -131,18 +105,17 @@ def train(
         limit_val_batches=0,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=1.0,
-        callbacks=[holder, start, DistillFromDense(dense.model), *moving],
+        callbacks=[KeepZeros(), clock, DistillFromDense(dense.model)],
         **QUIET,
     )
     trainer.fit(module, loader(windows, 1))
-    seconds_taken = time.perf_counter() - start.time
-    after = {name: layer.weight != 0 for name, layer in pruned_layers(module).items()}
-    lost = sum(int((start.keep[name] & ~after[name]).sum()) for name in after)
-    return module, measured | {
+    seconds_taken = time.perf_counter() - clock.start
+    layers = pruned_layers(module).values()
+    zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+    return module, {
         "seconds": seconds_taken,
         "trained_tokens": windows.numel(),
-        "moved": lost / sum(int(keep.sum()) for keep in start.keep.values()),
-        "sparsity": 1 - sum(int(keep.sum()) for keep in after.values()) / sum(keep.numel() for keep in after.values()),
+        "sparsity": zeros / sum(layer.size for layer in layers),
     }
 
 
@@ -153,7 +126,7 @@ def pruned_layers(module: CausalLMModule) -> dict[str, Layer]:
 
 
 def train_images(options: argparse.Namespace) -> None:
-    """Prune a ViT and a ConvNeXt that are trained on digits, train them on in several ways, and measure them."""
+    """Prune a ViT and a ConvNeXt that are trained on digits, train them on, and measure them."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from recipes.vision import demo
 
@@ -180,37 +153,28 @@ def train_images(options: argparse.Namespace) -> None:
             module.load_state_dict(dense)
             pruned = replace(trained, method="best", **sparsity_of(goal))
             runs(pruned, lambda chosen=chosen, m=module, d=data: {"top1": demo.run(m, d, PruningCallback(**chosen))})
-            for method in options.methods:
-                module.load_state_dict(dense)
-                moving = ROWS[method](None, None, options)
-                own = {name: str(getattr(options, name)) for name in ARGUMENTS[method]}
-                callbacks = PruningCallback(**chosen), DistillFromDense(), *moving
-                runs(replace(pruned, method=method, arguments=arguments | own), partial(fit, module, data, *callbacks))
+            module.load_state_dict(dense)
+            callbacks = PruningCallback(**chosen), DistillFromDense()
+            runs(replace(pruned, method="fixed", arguments=arguments), partial(fit, module, data, *callbacks))
 
 
 def main() -> None:
     """Train and measure the rows."""
-    parser = argparse.ArgumentParser(description="Train pruned language models on, with masks that stay or move.")
+    parser = argparse.ArgumentParser(description="Train pruned models on.")
     parser.add_argument("--dense", help="hub id, folder or .gguf file of the dense model")
     parser.add_argument("--start", help="folder of the pruned model")
     parser.add_argument("--goal", help="its sparsity: a percentage such as 50, or N:M")
     parser.add_argument("--train", help="text to train on")
     parser.add_argument("--eval", help="text to measure on; not needed with --held_out")
-    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--windows", type=int, default=256, help="number of windows to train on")
     parser.add_argument("--text", default="both", choices=list(TEXTS), help="source of the training windows")
     parser.add_argument("--own", type=int, default=256, help="number of windows to sample from the dense model")
     parser.add_argument("--own_file", default="own_windows.pt", help="FILE that keeps the windows that it has written")
-    parser.add_argument("--nsamples", type=int, default=16, help="calibration windows, for a row that prunes by itself")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="number of windows to measure on")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--accumulate", type=int, default=2, help="windows in an optimizer step")
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--travel", type=float, default=2.0, help="travel of LearnMasks")
-    parser.add_argument("--prior", type=float, default=2.0, help="prior of LearnMasks")
-    parser.add_argument("--every", type=int, default=10, help="steps between two moves of RigL")
-    parser.add_argument("--share", type=float, default=0.02, help="share that RigL moves first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held_out", action="store_true")
     parser.add_argument("--save", help="FOLDER in which each run becomes a file")
@@ -245,16 +209,14 @@ def main() -> None:
     case = {"windows": len(windows), "steps": math.ceil(len(windows) / options.accumulate), "text": options.text}
     planned = replace(planned, case=case, calibration=trained_on)
     print(f"{options.goal}: {start.measured['perplexity']:.2f} at the start", flush=True)
-    for method in options.methods:
-        own = () if options.text == "web" else ("own",)
-        arguments = {name: str(getattr(options, name)) for name in ("lr", "accumulate", *own, *ARGUMENTS[method])}
-        row = replace(planned, method=method, arguments=arguments)
+    own = () if options.text == "web" else ("own",)
+    arguments = {name: str(getattr(options, name)) for name in ("lr", "accumulate", *own)}
 
-        def measured(method: str = method) -> dict[str, float]:
-            module, numbers = train(options, method, dense, windows, evaluated)
-            return {"perplexity": perplexity(module, evaluated), **numbers}
+    def measured() -> dict[str, float]:
+        module, numbers = train(options, dense, windows)
+        return {"perplexity": perplexity(module, evaluated), **numbers}
 
-        runs(row, measured)
+    runs(replace(planned, method="fixed", arguments=arguments), measured)
 
 
 if __name__ == "__main__":
