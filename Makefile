@@ -8,7 +8,7 @@ NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
-.PHONY: install test demo demo-vision benchmark results package docs linkcheck clean
+.PHONY: install test test-all test-oldest demo demo-vision benchmark results package docs linkcheck clean
 
 install: .venv/test
 
@@ -22,7 +22,20 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto  # one process a core: more threads only wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup  # one process a core: more threads only wait for each other
+
+# Also every family of models, and every combination of choices where `make test` takes pairs.
+test-all: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m ""
+
+# With the oldest release of every library that pyproject.toml allows.
+test-oldest: .venv-oldest/bin/pytest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --dist loadgroup
+
+.venv-oldest/bin/pytest: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[test]'
 
 # A real Llama-architecture model, pruned to 50 % with magnitude and with Wanda, on text that needs no network.
 demo: .venv/demo $(SMOLLM2)
@@ -58,4 +71,4 @@ linkcheck: .venv/docs
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
 
 clean:
-	rm -rf .venv docs/_build
+	rm -rf .venv .venv-oldest docs/_build
