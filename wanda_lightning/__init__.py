@@ -1,26 +1,22 @@
 """One-shot pruning for PyTorch Lightning, Hugging Face and timm models.
 
 Public names are imported on first use (PEP 562), so that `import wanda_lightning` loads neither torch nor a model
-library. Transformers loads packed models as soon as this package is imported.
+library.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.packing.registration import register as _register
-
 if TYPE_CHECKING:
-    from wanda_lightning.acceleration import accelerate_2to4, accelerate_cpu
+    from wanda_lightning.acceleration import accelerate_2to4
     from wanda_lightning.callbacks import (
         CubicSchedule,
         DistillFromDense,
         KeepZeros,
-        LearnMasks,
         LinearSchedule,
         MagnitudePrune,
         OneShot,
         PruningCallback,
-        RigL,
         SavePretrained,
         Schedule,
         SparseGPTPrune,
@@ -34,8 +30,6 @@ if TYPE_CHECKING:
     from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
     from wanda_lightning.data import ImageDataModule, TextDataModule, sample_windows
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-    from wanda_lightning.packing.folder import pack, unpack
-    from wanda_lightning.packing.models import load_packed, save_packed
     from wanda_lightning.pruning import prune
     from wanda_lightning.recovery import Distil, NoRecovery, Reconstruct
     from wanda_lightning.report import PruningReport
@@ -43,10 +37,10 @@ if TYPE_CHECKING:
     from wanda_lightning.zeros import keep_zeros
 
 _HOMES = {
-    "acceleration": "accelerate_2to4 accelerate_cpu",
+    "acceleration": "accelerate_2to4",
     "callbacks": (
-        "CubicSchedule DistillFromDense KeepZeros LearnMasks LinearSchedule MagnitudePrune OneShot PruningCallback "
-        "RigL SavePretrained Schedule SparseGPTPrune WandaPrune"
+        "CubicSchedule DistillFromDense KeepZeros LinearSchedule MagnitudePrune OneShot PruningCallback SavePretrained "
+        "Schedule SparseGPTPrune WandaPrune"
     ),
     "config": "PruningConfig",
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
@@ -56,8 +50,6 @@ _HOMES = {
     "core.solvers": "ADMM Refit SparseGPT ZeroOut",
     "data": "ImageDataModule TextDataModule sample_windows",
     "modules": "CausalLMModule ImageClassifierModule",
-    "packing.folder": "pack unpack",
-    "packing.models": "load_packed save_packed",
     "pruning": "prune",
     "recovery": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
@@ -82,7 +74,6 @@ __all__ = [
     "ImageClassifierModule",
     "ImageDataModule",
     "KeepZeros",
-    "LearnMasks",
     "LinearSchedule",
     "Magnitude",
     "MagnitudePrune",
@@ -95,7 +86,6 @@ __all__ = [
     "PruningReport",
     "Reconstruct",
     "Refit",
-    "RigL",
     "SavePretrained",
     "Schedule",
     "SparseGPT",
@@ -107,19 +97,12 @@ __all__ = [
     "WandaPrune",
     "ZeroOut",
     "accelerate_2to4",
-    "accelerate_cpu",
     "keep_zeros",
-    "load_packed",
-    "pack",
     "perplexity_from_disk",
     "prune",
     "prune_from_disk",
     "sample_windows",
-    "save_packed",
-    "unpack",
 ]
-
-_register()
 
 
 def __getattr__(name: str) -> Any:

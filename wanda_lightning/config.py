@@ -67,7 +67,8 @@ class PruningConfig:
 
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-            method: Name of a method or preset, which sets the defaults of the other choices.
+            method: Name of a method, or of a preset: `fast` (Wanda in one pass), `balanced` (better at every sparsity),
+                `best`, or `thorough` (`best`, then distillation); it sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: `unstructured`, or N:M such as `2:4`, which keeps N of every M weights.
                 `"unstructured"` compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"`

@@ -87,7 +87,6 @@ def prune_as(
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
     store: WeightStore = WeightStore(),
-    see_dense: Callable[[], object] = lambda: None,
 ) -> PruningReport:
     """Prune with resolved choices, in one process or several.
 
@@ -102,7 +101,6 @@ def prune_as(
         processes: All processes that call this, with the same choices. Statistics are summed over all of them, so they
             choose the same masks; an error in one process ends all of them.
         store: Where the weights are, and the activations of batches that wait.
-        see_dense: Called before the first layer is pruned, when hidden units have been permuted.
     """
     seconds: dict[str, float] = {}
     progress = progress and processes.rank == 0
@@ -125,7 +123,6 @@ def prune_as(
         with _timed(seconds, "allocate", config.allocation.reads_weights):
             observe = partial(_observe_dense_model, plan, data, store, progress)
             outcome.selections = _allocate(plan, data, store, observe, progress)
-    see_dense()
     recovers = config.recovery.reads_batches and config.sparsity > 0
     with _timed(seconds, "recover", recovers), pruning_mode(model):
         dense = DenseModel(model, plan.layers, plan.blocks, data, processes, progress)

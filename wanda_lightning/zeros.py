@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
-from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
 from wanda_lightning.refusals import refuse_sharded_experts
@@ -71,12 +70,10 @@ class HeldZeros:
 
     Attributes:
         layers: Names of the layers of the latest `hold`.
-        masks_gradients: Whether to mask gradients as they accumulate; false before a `move`, which reads them all.
     """
 
     def __init__(self) -> None:
         self.layers: list[str] = []
-        self.masks_gradients = True
         self._resumed: list[str] = []  # layers of a loaded state
         self._handles: list[RemovableHandle] = []
         self._held_layers: list[tuple[Layer, nn.Parameter]] = []
@@ -148,33 +145,6 @@ class HeldZeros:
         # A global hook, which also covers optimizers that are created later.
         self._handles.append(register_optimizer_step_post_hook(self._after_step))
 
-    def masks(self) -> Iterator[tuple[Layer, KeepMask]]:
-        """Yield each held layer with its mask, (d_out, d_in): False where the weight is held at zero."""
-        for layer, weight in self._held_layers:
-            yield layer, layer.kind.read(layer.part(self._keep[weight]))
-
-    @torch.no_grad()
-    def move(self, choose: Callable[[Tensor, Tensor, Tensor], KeepMask]) -> None:
-        """Replace the mask of each held layer that has a gradient, and zero weights and gradients anew.
-
-        No mask changes if a gradient is NaN or infinite, as with a loss scale that is too large.
-
-        Args:
-            choose: Returns the new mask for the weight, the gradient and the present mask of a layer, (d_out, d_in).
-        """
-        gradients = [weight.grad for weight in self._keep if weight.grad is not None]
-        is_finite = all(bool(gradient.sum(dtype=torch.float32).isfinite()) for gradient in gradients)
-        for layer, weight in self._held_layers if is_finite else ():
-            gradient = weight.grad
-            if gradient is not None:
-                keep = layer.part(self._keep[weight])
-                old, read = layer.kind.read(keep), layer.kind.read
-                layer.kind.write(keep, choose(layer.read(), read(layer.part(gradient)), old))
-        for weight, keep in self._keep.items():
-            _zero(weight, keep)
-            if weight.grad is not None:
-                _zero(weight.grad, keep)
-
     @torch.no_grad()
     def clear(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero the moments of held zeros in the state of optimizers."""
@@ -239,7 +209,7 @@ class HeldZeros:
 
     def _mask_gradient(self, weight: Tensor) -> None:
         assert isinstance(weight, nn.Parameter)
-        if weight.grad is not None and self.masks_gradients:
+        if weight.grad is not None:
             _zero(weight.grad, self._keep[weight])
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """Activations that are moved: the same values in the same tensors, wherever they are."""
 
 import gc
+import itertools
 import os
 import resource
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.chains import Chain, Mlp, forwards, through, vectors
-from support.parking import HiddenTransfers, is_hidden
+from support.parking import hide, is_hidden
 from support.zoo import ZOO
 from torch import nn
 
@@ -36,9 +37,19 @@ def all_sizes(monkeypatch):
     monkeypatch.setattr(parking, "SMALLEST", 0)
 
 
+@pytest.fixture(autouse=True)
+def hidden_host(monkeypatch):
+    monkeypatch.setattr(parking, "_copied", hide)
+
+
+def host():
+    """The host, beside a CPU that takes the place of an accelerator."""
+    return Host(torch.device("cpu:0"))
+
+
 def makers(folder):
     """What makes the parking of a batch."""
-    return {"disk": partial(DiskParking, folder), "host": partial(HostParking, Host(HiddenTransfers()))}
+    return {"disk": partial(DiskParking, folder), "host": partial(HostParking, host())}
 
 
 @torch.no_grad()
@@ -165,60 +176,22 @@ def test_what_is_moved_to_the_host_comes_back():
     x = torch.randn(4, WIDE)
     views = [x[1:], x.t(), x.view(2, 2, WIDE).transpose(0, 1)]
     small, copies, version = torch.ones(8), [each.clone() for each in (x, *views)], x._version
-    host, other = (HostParking(shared) for shared in [Host(HiddenTransfers())] * 2)
-    host.add([*views, small])
+    own, other = (HostParking(shared) for shared in [host()] * 2)
+    own.add([*views, small])
     for _ in range(2):
         for _ in range(2):
-            host.vacate()
+            own.vacate()
             assert all(map(is_hidden, (x, *views)))
             assert not is_hidden(small)
             assert not torch.equal(x, copies[0])
-        host.occupy()
+        own.occupy()
         assert all(map(torch.equal, (x, *views), copies))
         assert [each.stride() for each in views] == [each.stride() for each in (x[1:], x.t(), views[2])]
         assert x._version == version
-    host.vacate()
+    own.vacate()
     with other:  # another batch, which knows nothing of these tensors, and uses one of them
         assert torch.equal(torch.stack([views[0]])[0], copies[1])
     assert torch.equal(x, copies[0])
-
-
-def arriving(host, tensors):
-    """Which of some tensors are being copied back."""
-    groups = [host.away.get(id(tensor)) for tensor in tensors]
-    return [index for index, group in enumerate(groups) if group is not None and group.arrival is not None]
-
-
-@torch.no_grad()
-def test_only_one_batch_is_ahead_and_it_has_no_value_before_it_is_occupied():
-    host, x = Host(HiddenTransfers()), [torch.randn(4, WIDE) for _ in range(3)]
-    copies, parkings = [each.clone() for each in x], [HostParking(host) for _ in x]
-    for each, following, tensor in zip(parkings, [*parkings[1:], parkings[0]], x, strict=True):
-        each.next = following
-        each.add(tensor)
-        each.vacate()
-
-    for index in (0, 0, 1):  # the second time, the next one is on its way already
-        parkings[index].occupy()
-        assert torch.equal(x[index], copies[index])
-        assert arriving(host, x) == [index + 1]
-        assert is_hidden(x[index + 1])
-        assert not torch.equal(x[index + 1], copies[index + 1])
-        parkings[index].vacate()
-    parkings[0].occupy()  # not the one that was expected: the place of that one is taken
-    assert arriving(host, x) == [1]
-    parkings[0].vacate()
-    parkings[2].occupy()
-    assert arriving(host, x) == [0]
-    parkings[1].occupy()
-    assert not arriving(host, x)  # the next one is there
-    parkings[0].occupy()
-    assert all(map(torch.equal, x, copies))
-    parkings[0].vacate()
-    parkings[0].begin_to_occupy()
-    with HostParking(host):  # a batch that uses what is ahead of another one
-        assert torch.equal(torch.stack([x[0]])[0], copies[0])
-    assert not any(group.arrival for group in host.ahead)  # or its memory would stay when the batch leaves again
 
 
 class Gated(nn.Module):
@@ -255,24 +228,6 @@ def test_a_waiting_batch_holds_nothing_in_memory(tmp_path, all_sizes, module):
                 call.run()
     with torch.no_grad():
         assert all(torch.equal(output, model(x)) for output, x in zip(outputs, batches, strict=True))
-
-
-def test_the_next_batch_moves_back_while_one_runs(all_sizes):
-    """All batches run through each unit twice: in the loop of this test, and when they continue."""
-    host, runs = Host(HiddenTransfers()), []
-
-    def note():
-        runs.append(arriving(host, held))
-
-    model, batches, held = Chain(Mlp(note), Mlp(note)), vectors(4), []
-    make = partial(HostParking, host)
-    with torch.no_grad(), closing(lockstep(forwards(model, batches), model.blocks, make_parking=make)) as stops:
-        for stop in stops:
-            held[:] = [call.args[0] for call in stop.calls]
-            for call in stop.calls:
-                call.run()
-                call.parking.vacate()
-            assert runs == [[1], [2], [3], [0]] * (2 * stop.unit + 1)
 
 
 @pytest.mark.parametrize("kind", ["disk", "host"])
@@ -317,20 +272,20 @@ def test_an_interrupted_run_leaves_no_file_and_no_thread(tmp_path, all_sizes):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
+CHOICES = [
+    {"method": "sparsegpt", "sequential": "layer"},
+    {"method": "wanda", "sequential": "block", "recovery": "reconstruct"},
+    {"method": "wanda", "allocation": "owl", "pattern": "2:4", "permutation": "assignment"},
+]
+CASES = list(
+    zip(ZOO, itertools.cycle(itertools.product(CHOICES, ["disk", "host"])), strict=False)
+)  # each model with one of six
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {"method": "sparsegpt", "sequential": "layer"},
-        {"method": "wanda", "sequential": "block", "recovery": "reconstruct"},
-        {"method": "wanda", "allocation": "owl", "pattern": "2:4", "permutation": "assignment"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", ["disk", "host"])
-def test_every_model_is_pruned_the_same(tmp_path, all_sizes, name, choices, kind):
-    specimen, store = ZOO[name], WeightStore()
+@pytest.mark.parametrize(("name", "case"), CASES, ids=str)
+def test_every_model_is_pruned_the_same(tmp_path, all_sizes, name, case):
+    specimen, store, (choices, kind) = ZOO[name], WeightStore(), case
     store.make_parking = makers(tmp_path)[kind]
     models = [specimen.build() for _ in range(2)]
     config = PruningConfig.from_names(0.5, **choices)

@@ -12,7 +12,7 @@ from support.reports import Page
 pytest.importorskip("matplotlib", reason="figures need the extra report")
 
 from wanda_lightning import PruningCallback, SparseGPTPrune, WandaPrune
-from wanda_lightning.report import images_of
+from wanda_lightning.report.page import images_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

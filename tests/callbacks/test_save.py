@@ -31,8 +31,8 @@ class Saving(Net):
     def merge(self):
         self.calls.append("merge")
 
-    def save_pretrained(self, folder, overwrite, **more):
-        self.calls.append((folder, overwrite, share_of_zeros(self)["layers.0.weight"], *more.items()))
+    def save_pretrained(self, folder, overwrite):
+        self.calls.append((folder, overwrite, share_of_zeros(self)["layers.0.weight"]))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -40,12 +40,6 @@ def test_merges_then_saves_the_trained_model_once(tmp_path, overwrite):
     module = Saving()
     trainer(MagnitudePrune(), SavePretrained(tmp_path / "out", overwrite), max_steps=2).fit(module, loader())
     assert module.calls == ["merge", (tmp_path / "out", overwrite, 0.5)]
-
-
-def test_packed_is_passed_on(tmp_path):
-    module = Saving()
-    trainer(MagnitudePrune(), SavePretrained(tmp_path / "out", packed=True), max_steps=2).fit(module, loader())
-    assert module.calls == ["merge", (tmp_path / "out", False, 0.5, ("packed", True))]
 
 
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
@@ -70,17 +64,6 @@ def test_a_module_that_cannot_save_itself_is_refused_before_training(tmp_path):
     with pytest.raises(MisconfigurationException, match="but Net has no such method"):
         trainer(SavePretrained(tmp_path / "out"), max_steps=1).fit(module, loader())
     assert same(module, Net())
-
-
-def test_a_module_that_cannot_be_saved_packed_is_refused_before_training(tmp_path):
-    class Plain(Net):
-        def save_pretrained(self, folder, overwrite):
-            raise AssertionError
-
-    module = Plain()
-    with pytest.raises(MisconfigurationException, match="but that of Plain does not take packed"):
-        trainer(SavePretrained(tmp_path / "out", packed=True), max_steps=1).fit(module, loader())
-    assert same(module, Plain())
 
 
 def test_a_strategy_that_distributes_the_model_is_refused(tmp_path):

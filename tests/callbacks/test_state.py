@@ -36,9 +36,7 @@ from torch import nn
 from wanda_lightning import (
     CubicSchedule,
     KeepZeros,
-    LearnMasks,
     MagnitudePrune,
-    RigL,
     WandaPrune,
     prune,
 )
@@ -463,8 +461,7 @@ def attempt(folder, steps, kill, when):
     module = Killed(steps, kill)
     callback = WandaPrune(num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN.get(when, {}))
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
-    moving = [make() for make in MOVING.get(when, ())]
-    run = trainer(callback, *moving, KillAfterStep(kill), saving, max_steps=14, enable_checkpointing=True)
+    run = trainer(callback, KillAfterStep(kill), saving, max_steps=14, enable_checkpointing=True)
     run.fit(module, Resumable(), ckpt_path="last" if any(folder.glob("last*.ckpt")) else None)
     torch.save(state(module), folder / "final.pt")
 
@@ -492,15 +489,9 @@ def attempts(folder, kills, when):
     return begun, exits, torch.load(folder / "final.pt", weights_only=True)
 
 
-MOVING = {
-    "learned": [partial(LearnMasks, travel=20.0, noise=(1.0, 0.0))],
-    "rigl": [partial(RigL, every=2)],
-}
 KILLS = {
     "at_step": [("step", 0), ("after", 1), ("calibration", None), ("step", 5), ("after", 6), ("step", 8)],
     "cubic": [("after", 3), ("calibration", None), ("after", 6), ("step", 6), ("after", 9), ("after", 13)],
-    "learned": [("calibration", None), ("step", 3), ("after", 5), ("step", 9), ("after", 13)],
-    "rigl": [("step", 2), ("after", 4), ("step", 5), ("after", 6)],
 }
 
 

@@ -87,31 +87,6 @@ def test_the_callback_prunes_and_keeps_the_zeros(pair, strategy, sequential):
             assert torch.equal(trained[name] == 0, pruned[name] == 0), name
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        cases.prune_and_learn,
-        partial(cases.prune_and_learn, noise=(1.0, 0.0)),
-        cases.prune_and_move,
-    ],
-)
-def test_zeros_that_move_are_the_same_in_both_processes(pair, make):
-    (pruned, trained, report), (_, others, _) = pair.run(cases.fit_with, "ddp", make)
-    assert_equal_everywhere(trained, others)
-    moved = []
-    for layer in report.layers:
-        before, after = (weights[f"{layer.name}.weight"] == 0 for weights in (pruned, trained))
-        assert before.sum() == after.sum(), layer.name
-        moved.append(bool((before != after).any()))
-    assert any(moved)
-
-
-@pytest.mark.parametrize("make", [cases.prune_and_learn, cases.prune_and_move])
-def test_zeros_of_shards_do_not_move(pair, make):
-    for message in pair.run(cases.learn_refused, make):
-        assert "needs a model that each process holds as a whole, but this one is sharded" in message
-
-
 @pytest.mark.parametrize(("strategy", "blocks"), [("ddp", True), ("fsdp2", True), ("fsdp2", False)])
 def test_earlier_zeros_are_kept(pair, strategy, blocks):
     for pruned, trained, _ in pair.run(cases.fit_with, strategy, KeepZeros, zeros_in=1, blocks=blocks):

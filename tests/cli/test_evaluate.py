@@ -10,13 +10,15 @@ import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.cli import run
+from support.gguf import write_gguf
 from support.tasks import (
     DOCUMENTS,
     SEQLEN,
@@ -28,7 +30,7 @@ from support.tasks import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast, TorchAoConfig
 
 from wanda_lightning.evaluation import PAPER_TASKS, Evaluation, sparsity_of
 from wanda_lightning.modules import ImageClassifierModule
@@ -154,6 +156,102 @@ def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys):
     assert "boolq acc_norm" not in out
     assert "stderr" not in out
     assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
+
+
+def change(source, target, edit):
+    """Copy a folder, and edit its tensors."""
+    shutil.copytree(source, target)
+    tensors = load_file(f"{target}/model.safetensors")
+    edit(tensors)
+    save_file(tensors, f"{target}/model.safetensors", metadata={"format": "pt"})
+
+
+def lost_zeros(*models, pruned):
+    """The share of the zeros of a pruned model that other models have lost, and the sparsity of their layers."""
+    options = ["--pruned", pruned, "--eval", "", "--save", "lost.json", "--overwrite"]
+    assert run("evaluate", "--model", ",".join(map(str, models)), *options) == 0
+    found = json.loads(Path("lost.json").read_text())["models"]
+    assert list(found) == [str(pruned), *map(str, models)]
+    assert "lost" not in found[str(pruned)]["sparsity"]
+    return [found[str(model)]["sparsity"] for model in models]
+
+
+def test_zeros_that_versions_of_a_model_have_lost(inputs, tmp_path, capsys):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def fill(tensors):
+        tensors[name].view(-1)[torch.nonzero(tensors[name].view(-1) == 0)[:7]] = 1e-30
+        tensors["model.layers.1.mlp.up_proj.weight"].zero_()  # more zeros lose none
+
+    change(inputs / "pruned", "tuned", fill)
+    shutil.copytree(inputs / "pruned", "copy")
+    copy, tuned = lost_zeros("copy", "tuned", pruned=inputs / "pruned")
+    assert copy["lost"] == 0
+    assert tuned["lost"] == 7 / 1024
+    assert "sparsity lost of the pruned model's zeros" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("qtype", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
+def test_zeros_that_gguf_files_have_lost(tmp_path, qtype):
+    tensors, lost = write_gguf("pruned.gguf", 0.5), 0
+    write_gguf("quantized.gguf", 0.5, qtype)
+    matrices = [tensor for name, tensor in tensors.items() if name.startswith("blk") and tensor.ndim == 2]
+    for tensor in (each for each in matrices if each.shape[1] % 32 == 0):
+        back = gguf.dequantize(gguf.quantize(tensor, qtype), qtype)
+        lost += sum(1 for was, now in zip(tensor.flat, back.flat, strict=True) if was == 0 and now != 0)
+    assert (lost == 0) == (qtype is gguf.GGMLQuantizationType.Q8_0)
+    zeros = sum(int(np.sum(tensor == 0)) for tensor in matrices)
+    assert lost_zeros("quantized.gguf", pruned="pruned.gguf")[0]["lost"] == lost / zeros
+
+
+def test_a_model_quantized_by_torchao_keeps_its_zeros(inputs):
+    quantization = pytest.importorskip("torchao.quantization")
+    method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(inputs / "pruned", quantization_config=method)
+    model.save_pretrained("quantized")
+    (found,) = lost_zeros("quantized", pruned=inputs / "pruned")
+    weights = [m.weight.dequantize() for name, m in model.named_modules() if name.endswith("proj")]
+    zeros, size = (sum(int(count(w)) for w in weights) for count in (lambda w: (w == 0).sum(), torch.numel))
+    assert zeros >= 1024
+    assert found["lost"] == 0
+    assert found["layers"] == zeros / size
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_quantized_by_bitsandbytes_keeps_its_zeros(inputs, bits):
+    pytest.importorskip("bitsandbytes")
+    method = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(inputs / "pruned", quantization_config=method)
+    model.save_pretrained("quantized")
+    assert lost_zeros("quantized", pruned=inputs / "pruned")[0]["lost"] == 0
+
+
+def test_models_that_are_no_versions_of_the_pruned_one(inputs, refused):
+    def narrow(tensors):
+        for name, tensor in tensors.items():
+            if "mlp" in name:
+                tensors[name] = (tensor[:, :48] if "down" in name else tensor[:48]).contiguous()
+
+    def drop(tensors):
+        for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+            del tensors[name]
+
+    for name, edit, config in (
+        ("narrow", narrow, {"intermediate_size": 48}),
+        ("shallow", drop, {"num_hidden_layers": 1}),
+    ):
+        change(inputs / "pruned", name, edit)
+        file = Path(name, "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    options, made_from = ["--pruned", inputs / "pruned", "--eval", ""], "--pruned must be the model from which"
+    message = f"{made_from} shallow was made, but it is {inputs}/pruned: shallow has no model.layers.1."
+    refused("evaluate", "--model", "shallow", *options, message=message)
+    message = (
+        f"{made_from} narrow was made, but it is {inputs}/pruned: model.layers.0.mlp.gate_proj has the shape (48, "
+    )
+    refused("evaluate", "--model", "narrow", *options, message=message)
+    message = f"--pruned must be a pruned model, but no layer of {inputs}/dense has a zero."
+    refused("evaluate", "--model", inputs / "pruned", "--pruned", inputs / "dense", "--eval", "", message=message)
 
 
 def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys):

@@ -125,7 +125,7 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
     assert message in err
 
 
-@pytest.mark.parametrize(("more", "sequential"), [([], "block"), (["--preset", "fast"], "layer")])
+@pytest.mark.parametrize(("more", "sequential"), [([], "block"), (["--prune_method", "fast"], "layer")])
 def test_inspect_shows_the_units_of_the_method(inputs, capsys, more, sequential):
     assert run("inspect", "--model", inputs / "llama", *more) == 0
     assert f"parameters, with --sequential {sequential}." in capsys.readouterr().out

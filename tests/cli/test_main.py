@@ -22,15 +22,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
 ]
 
-COMMANDS = ["prune", "finetune", "evaluate", "inspect", "check", "pack", "unpack", "fit", "validate", "test", "predict"]
+COMMANDS = ["prune", "finetune", "evaluate", "inspect", "speed", "fit", "validate", "test", "predict"]
 
 
 USAGE = [
     (["prune"], "--model is required"),
     (["inspect"], "--model is required"),
     (["evaluate"], "--model is required"),
-    (["check", "x"], "--against is required"),
-    (["check", "--against", "x"], "FOLDER is required"),
+    (["speed"], "--model is required"),
+    (["inspect", "x"], "inspect takes only options, but 'x' is not one."),
     (["fit"], "--config FILE.yaml is required for fit"),
     (["prune", "--model", "x", "--sparsity_ratio", "half"], "half"),
     (["prune", "--model", "x", "--prune_method", "luck"], "luck"),
@@ -79,10 +79,9 @@ def test_help_of_each_command(capsys, command):
     assert run(command, "--help") == 0
     out = capsys.readouterr().out
     expected = {"prune": ["--sparsity_ratio", "--use_variant", "python-docs"], "inspect": ["--model", "--skip"]}
-    expected["check"] = ["FOLDER", "--against"]
     expected["finetune"] = ["--method", "--dense", "--save_model"]
-    expected["evaluate"] = ["--model", "--dense", "--tasks_dir", "--task_limit", "python-docs"]
-    expected["pack"] = expected["unpack"] = ["IN", "OUT", "--overwrite"]
+    expected["evaluate"] = ["--model", "--dense", "--pruned", "--tasks_dir", "--task_limit", "python-docs"]
+    expected["speed"] = ["--model", "--tokens"]
     for option in expected.get(command, ["usage: wanda-lightning", "fit, validate, test, predict", "--help_all"]):
         assert option in out
 
@@ -113,7 +112,7 @@ def test_version(capsys):
 LIGHT = """
 import sys
 from wanda_lightning.cli import main
-commands = ["prune", "finetune", "evaluate", "inspect", "check"]
+commands = ["prune", "finetune", "evaluate", "inspect", "speed"]
 lines = [[], ["--version"], ["pruen"]] + [[c, o] for c in commands for o in ("--help", "--print_config")]
 wrong = ("--prune_method wnada", "--sparsity_type 4:2", "--eval wikitext3", "--save /dev/null/x")
 lines += [["prune", "--model", "x", *more.split()] for more in wrong] + [["fit"], ["fit", "--help"]]

@@ -17,35 +17,29 @@ class Model(nn.Module):
         self.inner = nn.Linear(1000, 250)  # 1 MB and a little
         self.again = self.inner
 
-    def save_pretrained(self, folder, overwrite, packed):
-        assert not packed
+    def save_pretrained(self, folder, overwrite):
         folder.mkdir(parents=True)
         torch.save(self.state_dict(), folder / "config.json")
 
 
 def test_a_second_run_saves_beside_the_first(tmp_path, capsys):
     model = Model()
-    measure.save_model(model, None, False, False)
+    measure.save_model(model, None, False)
     for _ in range(2):
-        measure.save_model(model, str(tmp_path / "out"), False, False)
+        measure.save_model(model, str(tmp_path / "out"), False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
     assert "meanwhile. The model is in" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_disk_that_is_too_small_for_the_weights(tmp_path, monkeypatch):
     out, usage = str(tmp_path / "out"), measure.refuse_full.__globals__["shutil"].disk_usage(tmp_path)
-    for free, packed, fits in (
-        (1_001_000, False, True),
-        (1_000_999, False, False),
-        (2_002_000, True, True),
-        (2_001_999, True, False),
-    ):
+    for free, fits in ((1_001_000, True), (1_000_999, False)):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
         if fits:
-            measure.refuse_no_space(out, Model(), packed)
+            measure.refuse_no_space(out, Model())
         else:
-            with pytest.raises(OSError, match=r"out needs (\d\.00) MB, but \1 MB are free on its disk"):
-                measure.refuse_no_space(out, Model(), packed)
+            with pytest.raises(OSError, match=r"out needs 1\.00 MB, but 1\.00 MB are free on its disk"):
+                measure.refuse_no_space(out, Model())
 
 
 def config(context):

@@ -32,8 +32,8 @@ REFUSED = {
         (["--sparsity_type", ""], "any other N:M with 1 <= N < M, but it is ''."),
         (["--prune_method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
         (
-            ["--preset", "bset"],
-            "--preset must be one of fast, balanced, best, thorough, but it is 'bset'. Did you mean best?",
+            ["--prune_method", "bset"],
+            "fast, balanced, best, thorough, but it is 'bset'. Did you mean best?",
         ),
         (["--allocation", "luck"], "--allocation must be one of uniform, "),
         (["--sequential", "row"], "--sequential must be one of block, layer, none, auto, but it is 'row'."),
@@ -53,8 +53,7 @@ REFUSED = {
             ["--prune_granularity", "row", "--sparsity_type", "2:4"],
             "--prune_granularity has no meaning for --sparsity_",
         ),
-        (["--preset", "best", "--prune_method", "wanda"], "--prune_method has no meaning for a preset, which chooses"),
-        (["--preset", "fast", "--use_variant"], "--use_variant has no meaning for a preset, which chooses"),
+        (["--prune_method", "fast", "--use_variant"], "--use_variant compares Wanda's scores within rows, but"),
         (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
         (["--resume", "a.safetensors"], "--resume has no meaning for a language model. Leave it out."),
         (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
@@ -153,7 +152,7 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
     assert options.config != parse_options(command, base).config == PruningConfig.from_names(**others)
 
 
-@pytest.mark.parametrize("given", [[], ["--sequential", "block"], ["--preset", "fast"], ["--solver", "admm"]])
+@pytest.mark.parametrize("given", [[], ["--sequential", "block"], ["--prune_method", "fast"], ["--solver", "admm"]])
 def test_image_classifiers_have_the_choices_of_language_models(given):
     assert parse_options("prune", [*VIT, *given]).choices == parse_options("prune", ["--model", "x", *given]).choices
 
@@ -163,11 +162,11 @@ def test_image_classifiers_have_the_choices_of_language_models(given):
     [
         ([], "wanda"),
         (["--prune_method", "ria"], "ria"),
-        (["--preset", "best"], "best"),
+        (["--prune_method", "best"], "best"),
         (["--solver", "sparsegpt"], "sparsegpt"),
         (["--prune_method", "wanda", "--criterion", "magnitude"], "wanda_magnitude"),
         (["--recovery", "distil"], "wanda_distil"),
-        (["--preset", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
+        (["--prune_method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(given, name):
@@ -265,7 +264,7 @@ def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
         ("prune", ["--model", "m", "--skip", "lm_head,re:x{1,3}(a,b)", "--sparsity_ratio", "0.25", "--overwrite"]),
         ("prune", ["--model", "m", "--skip", '["re:a,b", "[ab]"]', "--only", "[ab]*"]),
         ("finetune", ["--model", "m", "--target_modules", "q_proj", "--lr", "1e-05"]),
-        ("pack", ["in", "out", "--overwrite"]),
+        ("speed", ["--model", "m", "--tokens", "3"]),
     ],
 )
 def test_a_command_is_parsed_into_the_options_from_which_it_was_made(command, arguments):

@@ -144,29 +144,28 @@ def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, patter
 
 @pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
 def test_a_preset(text, tmp_path, preset):
-    assert run(*text, "--preset", preset, "--save", "out", "--save_model", "out/model") == 0
+    assert run(*text, "--prune_method", preset, "--save", "out", "--save_model", "out/model") == 0
     assert (tmp_path / f"out/log_{preset}.txt").read_text().splitlines()[1].startswith(f"{preset}\t0.5")
     command = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text()).config["command"]
-    assert command["preset"] == preset
-    assert "prune_method" not in command
+    assert command["prune_method"] == preset
     zeros = zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
     sparsities = [where.float().mean() for where in zeros.values()]
     assert (max(sparsities) - min(sparsities) > 0.02) == (preset == "best")
 
 
 def test_a_preset_keeps_to_n_of_m(text):
-    assert run(*text, "--preset", "best", "--sparsity_type", "2:4", "--save_model", "out/model") == 0
+    assert run(*text, "--prune_method", "best", "--sparsity_type", "2:4", "--save_model", "out/model") == 0
     for where in zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model")).values():
         assert (where.reshape(-1, 4).sum(dim=1) == 2).all()
 
 
 def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
-    refused(*images, "--preset", "best", message="all gradients are 0")  # one class is certain
+    refused(*images, "--prune_method", "best", message="all gradients are 0")  # one class is certain
     weights = load_file(inputs / "test_vit.safetensors")
     torch.manual_seed(0)
     weights["head.bias"].zero_()
     save_file(weights, tmp_path / "trained.safetensors")
-    assert run(*images, "--resume", "trained.safetensors", "--preset", "best", "--save", "out") == 0
+    assert run(*images, "--resume", "trained.safetensors", "--prune_method", "best", "--save", "out") == 0
     report = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text())
     assert report.config["sequential"] == "layer"
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
@@ -340,19 +339,11 @@ def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
     report = PruningReport.from_json(Path("out/pruning_report.json").read_text())
     assert report.run.calibration.startswith("text by the dense model, 4 windows of ")
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
-    chat = [*text, "--calibration", "self-chat", "--prune_method", "wanda", "--save", "chat", "--model", "model"]
-    assert run(*chat) == 1
-    assert "--calibration self-chat needs a tokenizer with a chat template" in capsys.readouterr().err
-    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained("model")
-    assert run(*chat) == 0
-    report = PruningReport.from_json(Path("chat/pruning_report.json").read_text())
-    assert report.run.calibration.startswith("chats by the dense model, 4 windows of ")
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "best"])
 def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_path, method):
-    more = ["--preset" if method == "best" else "--prune_method", method, "--sequential", "layer"]
+    more = ["--prune_method", method, "--sequential", "layer"]
     assert run(*text, *more, "--save", "memory", "--save_model", "memory/model") == 0
     assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream", "--park", "disk") == 0
     memory, disk = tmp_path / "memory", tmp_path / "disk"
@@ -408,9 +399,9 @@ NOT_STREAMED = [
     (["--park", "disk", *OUT], "--park has no meaning for pruning without --stream", 2),
     (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
     (["--stream", "--calibration", "self", *OUT], "--calibration self needs the whole model in memory", 2),
-    (["--stream", "--calibration", "self-chat", *OUT], "--calibration self-chat needs the whole model in memory", 2),
+    (["--stream", "--calibration", "self", *OUT], "--calibration self needs the whole model in memory", 2),
     (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),
-    (["--stream", "--preset", "thorough", *OUT], "needs the whole model in memory", 1),
+    (["--stream", "--prune_method", "thorough", *OUT], "needs the whole model in memory", 1),
     (
         ["--stream", "--sequential", "none", "--solver", "admm", *OUT],
         "needs the Gram matrices of all layers in memory",

@@ -9,9 +9,8 @@ import timm
 from huggingface_hub import ModelCard
 from support.modules import same_weights, tiny_llama, tiny_tokenizer
 from support.zoo import ZOO
-from torch import nn
 
-from wanda_lightning import CausalLMModule, pack, prune, save_packed, unpack
+from wanda_lightning import CausalLMModule, prune
 from wanda_lightning.hub.card import PICTURE_NAME, OwnCard, continue_card, read_card, write_card
 from wanda_lightning.hub.source import Source, find_source
 from wanda_lightning.report import Run, Sample
@@ -36,7 +35,7 @@ def pruned_llama(run=RUN):
 
 
 def card_of(model, report, folder, **how):
-    CausalLMModule(model, tiny_tokenizer()).save_pretrained(folder, packed=how.get("packed", False))
+    CausalLMModule(model, tiny_tokenizer()).save_pretrained(folder)
     write_card(folder, report, **{"name": folder, **how})
     return ModelCard.load(folder / "README.md")
 
@@ -78,44 +77,24 @@ def test_what_is_not_known_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("library", ["transformers", "timm", "neither"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_code_of_the_card_loads_the_model(tmp_path, library, packed):
-    if library == "transformers":
-        model, new = tiny_llama(), None
-    elif library == "timm":
-        model, new = timm.create_model("test_vit"), None
-    else:
-        model, new = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].build()
-        nn.init.zeros_(next(new.parameters()))
+def test_the_code_of_the_card_loads_the_model(tmp_path, library):
+    builders = {"transformers": tiny_llama, "timm": lambda: timm.create_model("test_vit")}
+    model = builders.get(library, ZOO["plain_mlp"].build)()
     report = prune(model, None, 0.5, criterion="magnitude", progress=False)
-    if packed:
-        save_packed(model, tmp_path / "out", report=report)
-    else:
-        if library == "timm":
-            timm.models.save_for_hf(model, str(tmp_path / "out"), safe_serialization=True)
-        elif library == "transformers":
-            model.save_pretrained(tmp_path / "out")
-        write_card(tmp_path / "out", report, name=tmp_path / "out")
+    if library == "timm":
+        timm.models.save_for_hf(model, str(tmp_path / "out"), safe_serialization=True)
+    elif library == "transformers":
+        model.save_pretrained(tmp_path / "out")
+    write_card(tmp_path / "out", report, name=tmp_path / "out")
     codes = re.findall(r"```python\n(.*?)\n```", (tmp_path / "out/README.md").read_text(), flags=re.DOTALL)
-    if library == "neither" and not packed:
+    if library == "neither":
         assert codes == []
         return
     (code,) = codes
-    names = {"model": new}
+    names = {}
     exec(code, names)
-    assert ("wanda_lightning" in code) == packed
+    assert "wanda_lightning" not in code
     assert same_weights(names["model"], model)
-
-
-def test_the_code_is_updated_when_the_model_is_packed_and_unpacked(tmp_path):
-    card_of(*pruned_llama(), tmp_path / "dense")
-    pack(tmp_path / "dense", tmp_path / "packed")
-    unpack(tmp_path / "packed", tmp_path / "again")
-    dense, packed, again = ((tmp_path / name / "README.md").read_text() for name in ("dense", "packed", "again"))
-    assert "import wanda_lightning" not in dense
-    assert "\nimport wanda_lightning  # so that transformers can load packed weights\n" in packed
-    assert f'from_pretrained("{tmp_path}/packed")' in packed
-    assert again == dense.replace(f"{tmp_path}/dense", f"{tmp_path}/again")
 
 
 def test_a_fine_tuned_model_has_the_card_of_the_pruned_one_and_a_section(tmp_path):
@@ -149,26 +128,18 @@ def test_a_fine_tuned_model_has_no_card_if_the_pruned_one_has_none_of_ours(tmp_p
     assert list((tmp_path / "tuned").iterdir()) == []
 
 
-def test_the_card_of_someone_else_is_packed_as_it_is(tmp_path):
-    CausalLMModule(tiny_llama(), tiny_tokenizer()).save_pretrained(tmp_path / "dense")
-    (tmp_path / "dense/README.md").write_text("```python\nmine\n```\n")
-    pack(tmp_path / "dense", tmp_path / "packed")
-    assert (tmp_path / "packed/README.md").read_text() == "```python\nmine\n```\n"
-
-
 @pytest.mark.parametrize(
-    ("library", "packed", "line"),
+    ("library", "line"),
     [
-        ("transformers", False, 'model = AutoModelForCausalLM.from_pretrained("us/tiny")'),
-        ("timm", False, 'model = timm.create_model("hf-hub:us/tiny", pretrained=True)'),
-        ("timm", True, 'model = load_packed(snapshot_download("us/tiny"))'),
+        ("transformers", 'model = AutoModelForCausalLM.from_pretrained("us/tiny")'),
+        ("timm", 'model = timm.create_model("hf-hub:us/tiny", pretrained=True)'),
     ],
 )
-def test_the_code_of_a_card_on_the_hub(tmp_path, library, packed, line):
+def test_the_code_of_a_card_on_the_hub(tmp_path, library, line):
     _, report = pruned_llama()
     config = {"transformers": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'}
     (tmp_path / "config.json").write_text(config.get(library, '{"architecture": "test_vit"}'))
-    write_card(tmp_path, report, name="us/tiny", packed=packed, on_hub=True)
+    write_card(tmp_path, report, name="us/tiny", on_hub=True)
     assert f"\n{line}\n```" in (tmp_path / "README.md").read_text()
 
 

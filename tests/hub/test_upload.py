@@ -56,7 +56,7 @@ def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model):
 
 def test_weights_of_another_model_in_the_repository_are_deleted(hub, model):
     folder, files = model
-    names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "packed-model.safetensors"]
+    names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     others = {"LICENSE": b"mine", "adapter_model.safetensors": b"adapters"}
     hub.repositories["us/tiny"] = {**dict.fromkeys(names, b"old"), **others, "config.json": b"old"}
     ended = run(hub, folder, "us/tiny")

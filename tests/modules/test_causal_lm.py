@@ -215,22 +215,3 @@ def test_token_ids_without_an_embedding_are_refused(form):
         loader = DataLoader([form(row) for row in bad], batch_size=3)
         with pytest.raises(ValueError, match=rf"^input_ids must be from 0 to 127, .* but one is {wrong}\."):
             trainer().validate(module, loader, verbose=False)
-
-
-def test_a_packed_folder_is_loaded_like_a_dense_one(tmp_path):
-    model = tiny_llama()
-    model.lm_head.weight.data[:, ::2] = 0
-    module = CausalLMModule(model, tiny_tokenizer())
-    module.save_pretrained(tmp_path / "packed", packed=True)
-    module.save_pretrained(tmp_path / "dense")
-    assert (tmp_path / "packed" / "packed-model.safetensors").is_file()
-    packed, dense = (CausalLMModule(tmp_path / name) for name in ("packed", "dense"))
-    assert same_weights(packed.model, dense.model)
-    assert packed.tokenizer("w1 w2").input_ids == dense.tokenizer("w1 w2").input_ids
-
-
-def test_adapters_are_not_packed(tmp_path):
-    module = CausalLMModule(tiny_llama(), lora={"r": 2, "target_modules": ["q_proj"]})
-    with pytest.raises(ValueError, match=r"model must have no adapters to be packed"):
-        module.save_pretrained(tmp_path / "packed", packed=True)
-    assert list(tmp_path.iterdir()) == []

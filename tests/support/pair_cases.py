@@ -8,7 +8,6 @@ from unittest import mock
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.batches import split
 from support.gradients import gradients
@@ -26,10 +25,7 @@ from wanda_lightning import (
     DistillFromDense,
     Fisher,
     KeepZeros,
-    LearnMasks,
     PerLayer,
-    RigL,
-    WandaPrune,
     prune,
 )
 from wanda_lightning.calibration.lockstep import whole_model_stop
@@ -485,38 +481,16 @@ class Final(L.Callback):
 
 
 def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
-    """Train with our callbacks; the weights at the first step and at the end, and the first one's report."""
+    """Train with a callback of ours; the weights at the first step and at the end, and its report."""
     module = Regression(strategy == "fsdp2", blocks)
     if zeros_in is not None:
         with torch.no_grad():
             module.layers[zeros_in].up.weight[:, ::2] = 0
-    made, final = make(), Final()
-    callbacks = made if isinstance(made, list) else [made]
-    callback = callbacks[0]
-    trainer(strategy_named(strategy), *callbacks, final).fit(
+    callback, final = make(), Final()
+    trainer(strategy_named(strategy), callback, final).fit(
         module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
     )
     return final.pruned, final.trained, getattr(callback, "report", None)
-
-
-def prune_and_learn(**choices):
-    """Callbacks that prune and learn masks; a function, so that another process can call it."""
-    return [
-        WandaPrune(num_samples=16, dataloader=DataLoader(SAMPLES, batch_size=2)),
-        LearnMasks(travel=50.0, **choices),
-    ]
-
-
-def prune_and_move():
-    return [WandaPrune(num_samples=16, dataloader=DataLoader(SAMPLES, batch_size=2)), RigL(every=1, until=1)]
-
-
-def learn_refused(rank, make):
-    """The error of a sharded model."""
-    try:
-        fit_with(rank, "fsdp2", make)
-    except MisconfigurationException as error:
-        return str(error)
 
 
 def validate_with(rank, strategy, make):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from wanda_lightning.calibration.parking import Parking
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
 
 Forward = Callable[..., Any]
-Watch = Callable[[threading.Thread], AbstractContextManager[Any]]
+
+IDLE_SECONDS = 120.0
+"""Time without progress and without computation after which a batch counts as stalled."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,6 @@ class Call:
     kwargs: dict[str, Any]
     thread_state: ThreadState  # of the batch's thread at the call
     parking: Parking  # the activations of the batch
-    watch: Watch = nullcontext  # watches the thread that runs the call
 
     def run(self, on_copies: bool = False) -> Any:
         """Run the unit and return its output; on clones of its arguments if it will run again on the same values.
@@ -37,13 +38,17 @@ class Call:
         """
         self.parking.occupy()
         arguments = self.args, self.kwargs
-        with (
-            naming_batch(self.batch, arguments, self.unit),
-            self.watch(threading.current_thread()),
-            self.thread_state.entered(),
-        ):
+        with naming_batch(self.batch, arguments, self.unit), self.thread_state.entered():
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
             return self.forward(*args, **kwargs)
+
+
+class Stalled(Exception):
+    """A batch that reaches no unit although the process computes nothing."""
+
+    def __init__(self, thread: BatchThread, place: str) -> None:
+        super().__init__(f"batch {thread.batch} has waited for {IDLE_SECONDS:g} seconds {place}")
+        self.thread = thread
 
 
 class StopForward(BaseException):
@@ -59,7 +64,6 @@ class BatchThread(threading.Thread):
         forward: Callable[[], object],
         names: Sequence[str],
         thread_state: ThreadState,
-        watch: Watch,
         parking: Parking,
     ) -> None:
         super().__init__(name=f"calibration batch {batch}", daemon=True)
@@ -68,7 +72,7 @@ class BatchThread(threading.Thread):
         self.unit = -1  # index of the unit at which the batch is parked, or was parked last
         self.parking = parking
         self._forward: Callable[[], object] | None = forward
-        self._names, self._thread_state, self._watch = names, thread_state, watch
+        self._names, self._thread_state = names, thread_state
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -95,8 +99,7 @@ class BatchThread(threading.Thread):
         if self._cancelled:  # the model caught StopForward, or calls a unit in a `finally` block
             raise StopForward
         thread_state = ThreadState()
-        name = self._names[unit]
-        call = Call(self.batch, name, forward, args, kwargs, thread_state, self.parking, self._watch)
+        call = Call(self.batch, self._names[unit], forward, args, kwargs, thread_state, self.parking)
         self.unit, self.call = unit, call
         del call
         self.parking.add((args, kwargs))
@@ -113,6 +116,7 @@ class BatchThread(threading.Thread):
         """Let the batch run to its next unit, or to its end (called in the scheduler's thread).
 
         Raises:
+            Stalled: If the batch waits for something that never happens.
             BaseException: The error that the forward pass raised.
         """
         self.call, self._output = None, output
@@ -120,9 +124,8 @@ class BatchThread(threading.Thread):
         self.parking.occupy()
         switches = ProcessSwitches()
         try:
-            with self._watch(self):
-                self._go.release()
-                self._back.acquire()
+            self._go.release()
+            self._wait()
         finally:
             switches.restore()
         if self._error is not None:
@@ -149,9 +152,13 @@ class BatchThread(threading.Thread):
         self.join(timeout)
         switches.restore()
 
-    def abandon(self) -> None:
-        """Resume the scheduler although the thread has not stopped: it waits for a lock that nobody releases."""
-        self._back.release()
+    def _wait(self) -> None:
+        """Wait until the batch is parked or has ended."""
+        used = time.process_time()
+        while not self._back.acquire(timeout=IDLE_SECONDS):
+            before, used = used, time.process_time()
+            if used - before < 0.1 * IDLE_SECONDS:  # progress bars and loggers compute a little
+                raise Stalled(self, "before the first unit" if self.unit < 0 else f"after {self._names[self.unit]}")
 
 
 def park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:

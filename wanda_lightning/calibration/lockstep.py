@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from wanda_lightning.calibration.batch_thread import BatchThread, Call, park
+from wanda_lightning.calibration.batch_thread import BatchThread, Call, Stalled, park
 from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import find_revisits
-from wanda_lightning.calibration.stalls import StallDetector
 from wanda_lightning.calibration.thread_state import ThreadState
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, is_sharded
 
@@ -64,7 +63,7 @@ def lockstep(
         The stops. Closing the generator, or an exception, ends all threads and restores the modules.
 
     Raises:
-        ValueError: If a batch waits for a lock that a parked batch holds.
+        ValueError: If a batch waits forever, probably for a lock that a parked batch holds.
         BaseException: An error of a forward pass, with its own traceback.
     """
     revisited = set() if revisited is None else revisited
@@ -81,8 +80,6 @@ def lockstep(
             if unit == len(units):
                 return
             here = [thread for thread in parked if thread.unit == unit]
-            for thread, following in zip(here, [*here[1:], *here[:1]], strict=True):  # each run is in this order
-                thread.parking.next = following.parking
             if unit in pending:
                 yield Stop(unit, tuple(thread.call for thread in here if thread.call is not None))
                 pending.remove(unit)
@@ -115,21 +112,31 @@ def _parking(units: Sequence[nn.Module | None]) -> Iterator[None]:
 def _batch_threads(
     forwards: Sequence[Callable[[], object]], names: Sequence[str], make_parking: MakeParking
 ) -> Iterator[list[BatchThread]]:
-    """Construct one thread for each batch, with a stall detector; end all threads at the end of this block."""
-    detector, state = StallDetector(), ThreadState()
-    threads = [
-        BatchThread(batch, forward, names, state, detector.watching, make_parking())
-        for batch, forward in enumerate(forwards)
-    ]
-    detector.batches = threads
-    detector.start()
+    """Construct one thread for each batch; end all threads at the end of this block."""
+    state, stalled = ThreadState(), None
+    threads = [BatchThread(batch, forward, names, state, make_parking()) for batch, forward in enumerate(forwards)]
     try:
         yield threads
+    except Stalled as stall:
+        stalled = stall.thread
+        raise ValueError(_explain(stall, threads)) from None
     finally:
-        detector.stop()
         # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
         for thread in reversed(threads):
-            thread.cancel(timeout=1 if detector.message else None)
+            if thread is not stalled:
+                thread.cancel(timeout=None if stalled is None else 1)
+        if stalled is not None:  # which the other batches may have kept from running
+            stalled.cancel(timeout=1)
+
+
+def _explain(stall: Stalled, threads: Sequence[BatchThread]) -> str:
+    waiting = ", ".join(f"batch {each.call.batch} at {each.call.unit}" for each in threads if each.call is not None)
+    return (
+        f"sequential must be 'none' for this model, whose batches cannot run side by side: {stall} without computing "
+        "anything, perhaps for a lock that the model keeps from one unit to the next. Parked inside the model: "
+        f"{waiting or 'no other batch'}. Use sequential='none', which runs one batch after the other, or let the model "
+        "release the lock in each unit."
+    )
 
 
 def whole_model_stop(forwards: Iterable[Callable[[], object]]) -> Stop:

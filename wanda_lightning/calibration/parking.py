@@ -4,8 +4,7 @@ Between two units, a batch holds its activations in the call at which it waits, 
 the interpreter. No code can replace all these references. But PyTorch can replace the memory behind a tensor
 (`tensor.data = ...`), and so every reference stays valid. The new memory is a file, mapped into the address space, from
 which the operating system reads what a forward pass uses; or, for activations on an accelerator, memory of the host,
-which is copied back before the batch runs again: the copy of one batch begins while the batch before it runs. The file
-has no name, so it vanishes with its tensors.
+which is copied back before the batch runs again. The file has no name, so it vanishes with its tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.cloning import tensors_within
-from wanda_lightning.calibration.transfers import Arrival, Transfers
 
 SMALLEST = 1 << 16
 """Bytes of the smallest memory that is worth moving."""
@@ -35,13 +33,7 @@ _FILES = "/dev/fd/"  # the names of open files: those of parked activations have
 
 
 class Parking:
-    """The activations of one batch, which stay in memory. The forward pass of the batch runs in this context.
-
-    Attributes:
-        next: The activations of the batch that will probably run next; any other may.
-    """
-
-    next: Parking | None = None
+    """The activations of one batch, which stay in memory. The forward pass of the batch runs in this context."""
 
     def __enter__(self) -> Any:
         """Begin the forward pass."""
@@ -58,9 +50,6 @@ class Parking:
 
     def occupy(self) -> None:
         """Bring the activations back into memory, for the batch or a unit that is about to run."""
-
-    def begin_to_occupy(self) -> None:
-        """Begin to bring the activations back, ahead of `occupy`."""
 
 
 MakeParking = Callable[[], Parking]  # for one batch
@@ -146,22 +135,7 @@ class DiskParking(_MovingParking):
             ) from error
 
 
-@dataclass
-class _Away:
-    """Tensors that share their memory, which is that of the host.
-
-    Attributes:
-        tensors: The tensors.
-        arrival: Memory of the device to which it is copied already, ahead of use.
-    """
-
-    tensors: list[weakref.ref[Tensor]]
-    arrival: Arrival | None = None
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether no tensor is left."""
-        return all(tensor() is None for tensor in self.tensors)
+_Group = list[weakref.ref[Tensor]]  # tensors that share their memory
 
 
 @dataclass
@@ -169,20 +143,16 @@ class Host:
     """State shared by the parkings of all batches, since batches may share tensors that the model keeps.
 
     Attributes:
-        transfers: Copies activations to the host and back.
-        away: What is in the memory of the host, by the id of each tensor.
-        ahead: What is copied back ahead of use: activations of one batch at most.
+        device: Where the activations are while their batch runs.
+        away: The tensors whose memory is that of the host, by id, each with all that share its memory.
     """
 
-    transfers: Transfers
-    away: dict[int, _Away] = field(default_factory=dict)
-    ahead: list[_Away] = field(default_factory=list)
+    device: torch.device
+    away: dict[int, _Group] = field(default_factory=dict)
 
 
 class HostParking(_MovingParking):
     """The activations of one batch on an accelerator, which are in the memory of the host while the batch waits.
-
-    When the batch is about to run, the activations of the next one begin to move back.
 
     Args:
         host: What the parkings of all batches share.
@@ -203,65 +173,47 @@ class HostParking(_MovingParking):
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """Move back what outlives the forward pass, such as the batch itself."""
-        self._return_all()
-        host = self._host
-        for key in [key for key, group in host.away.items() if group.is_gone]:
-            del host.away[key]
-        host.ahead[:] = [group for group in host.ahead if not group.is_gone]
+        self.occupy()
+        away = self._host.away
+        for key in [key for key, group in away.items() if not _alive(group)]:
+            del away[key]
         super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
 
     def vacate(self) -> None:
         """Move the activations to the host."""
         for tensors in self._alive():
-            if not self._group_of(tensors[0]) and _can_move(tensors, self._host.transfers.device.type):
-                _replace_memory(tensors, self._host.transfers.leave(tensors[0].untyped_storage()))
-                group = _Away([weakref.ref(tensor) for tensor in tensors])
+            if not self._group_of(tensors[0]) and _can_move(tensors, self._host.device.type):
+                _replace_memory(tensors, _copied(tensors[0].untyped_storage(), "cpu"))
+                group = [weakref.ref(tensor) for tensor in tensors]
                 self._host.away.update({id(tensor): group for tensor in tensors})
 
     def occupy(self) -> None:
-        """Move the activations back to the device, and begin to move those of the next batch."""
-        self._return_all()
-        if self.next is not None:
-            self.next.begin_to_occupy()
-
-    def begin_to_occupy(self) -> None:
-        """Begin to move the activations back, in place of those of any other batch."""
-        groups = [group for tensors in self._alive() if (group := self._group_of(tensors[0]))]
-        for other in self._host.ahead:
-            if all(other is not group for group in groups):
-                other.arrival = None
-        self._host.ahead = groups
-        for group in groups:
-            if group.arrival is None:
-                group.arrival = self._host.transfers.begin_return(_memory_of(group))
-
-    def _return_all(self) -> None:
+        """Move the activations back to the device."""
         for tensors in self._alive():
             self._return(tensors[0])
 
     def _return(self, value: object) -> None:
         """Move a tensor back, and all that share its memory, if it is away."""
-        if group := self._group_of(value):
-            arrival = group.arrival or self._host.transfers.begin_return(_memory_of(group))
-            group.arrival = None
-            arrival.wait()
-            _replace_memory(_alive(group), arrival.memory)
-            for tensor in _alive(group):
+        if tensors := self._group_of(value):
+            _replace_memory(tensors, _copied(tensors[0].untyped_storage(), self._host.device))
+            for tensor in tensors:
                 self._host.away.pop(id(tensor), None)
 
-    def _group_of(self, value: object) -> _Away | None:
-        """Return a tensor that is away with those that share its memory; None for any other value."""
-        group = self._host.away.get(id(value))
+    def _group_of(self, value: object) -> list[Tensor]:
+        """Return a tensor that is away with those that share its memory; nothing for any other value."""
+        tensors = _alive(self._host.away.get(id(value), []))
         # A new tensor may have the id of one that is gone.
-        return group if group and any(tensor is value for tensor in _alive(group)) else None
+        return tensors if any(tensor is value for tensor in tensors) else []
 
 
-def _alive(group: _Away) -> list[Tensor]:
-    return [tensor for reference in group.tensors if (tensor := reference()) is not None]
+def _alive(group: _Group) -> list[Tensor]:
+    return [tensor for reference in group if (tensor := reference()) is not None]
 
 
-def _memory_of(group: _Away) -> torch.UntypedStorage:
-    return _alive(group)[0].untyped_storage()
+def _copied(memory: torch.UntypedStorage, device: torch.device | str) -> torch.UntypedStorage:
+    """Return a copy of memory on a device."""
+    source = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
+    return torch.empty(memory.nbytes(), dtype=torch.uint8, device=device).copy_(source).untyped_storage()
 
 
 def _replace_memory(tensors: Sequence[Tensor], memory: torch.UntypedStorage) -> None:

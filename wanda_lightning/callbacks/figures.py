@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from wanda_lightning.report import PruningReport, images_of
+from wanda_lightning.report import PruningReport
+from wanda_lightning.report.page import images_of
 
 
 def log_figures(report: PruningReport, trainer: L.Trainer) -> None:

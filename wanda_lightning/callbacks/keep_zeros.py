@@ -57,22 +57,12 @@ class KeepZeros(Callback):
 
 
 def clear_copies(zeros: HeldZeros, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Zero copies of held zeros: the optimizers' moments, and the weights that averaging callbacks average.
-
-    While a callback learns masks, as its attribute `learns` says, moments belong to the values without masks.
-    """
-    if any(getattr(callback, "learns", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        return
+    """Zero copies of held zeros: the optimizers' moments, and the weights that averaging callbacks average."""
     zeros.clear(trainer.optimizers)
     zeros.clear_copies(pl_module, averaged_models(trainer))
 
 
-def holders(trainer: L.Trainer) -> list[tuple[Callback, HeldZeros]]:
-    """Return the callbacks that hold zeros while the model trains, each with its zeros."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [(each, zeros) for each in callbacks if isinstance(zeros := getattr(each, "_zeros", None), HeldZeros)]
-
-
 def holds_zeros(trainer: L.Trainer) -> bool:
     """Whether a callback holds zeros now."""
-    return any(zeros.is_holding for _, zeros in holders(trainer))
+    held = (getattr(callback, "_zeros", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(zeros, HeldZeros) and zeros.is_holding for zeros in held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,8 @@ from wanda_lightning.files import refuse_existing, refuse_nonempty
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.plan import make_plan
 from wanda_lightning.pruning import prune_as, prune_collected
-from wanda_lightning.report import PrunedLayer, PruningReport, Run, write_report
+from wanda_lightning.report import PruningReport, Run
+from wanda_lightning.report.page import write_report
 from wanda_lightning.zeros import HeldZeros, zeros_of
 
 
@@ -142,26 +143,6 @@ class PruningCallback(Callback):
         # Equal keys would make the constructor of the Trainer raise an error that does not explain them; `setup` does.
         return key if self._is_set_up else f"{key} {id(self)}"
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the model has its final sparsity."""
-        return self._state.share == 1
-
-    def masks_have_moved(self, trainer: L.Trainer, summary: str, layers: Sequence[PrunedLayer]) -> None:
-        """Replace layers of the report, and write it again; another callback that moves zeros calls it.
-
-        Args:
-            trainer: The Trainer.
-            summary: A sentence about what happened.
-            layers: The layers whose zeros have moved.
-        """
-        assert self.report is not None
-        changed = {layer.name: layer for layer in layers}
-        self.report.layers = [changed.get(layer.name, layer) for layer in self.report.layers]
-        self.report.notes.append(summary)
-        self._state.record(self.report, self._state.share)
-        self._save(self.report, trainer)
-
     def should_prune(self, trainer: L.Trainer) -> bool:
         """Whether to prune now; called before training, after each optimizer step, and before an evaluation.
 
@@ -242,7 +223,6 @@ class PruningCallback(Callback):
         if self._validation is None:
             self._record_result(trainer)
             return
-        self._before_pruning(trainer, pl_module)
         report, self._validation = self._validation.prune(), None
         self._record(report, self._shares_due(trainer)[-1], trainer)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -321,12 +301,6 @@ class PruningCallback(Callback):
         self._prune(share, trainer, pl_module)
         self._pruned_to_evaluate = True
 
-    def _before_pruning(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Call `before_pruning` of the callbacks that have it."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if callable(before := getattr(callback, "before_pruning", None)):
-                before(trainer, pl_module)
-
     def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune to a share of the final sparsity, without changing the random numbers that training draws."""
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
@@ -338,7 +312,6 @@ class PruningCallback(Callback):
                 predict=partial(calibration_forward, trainer, pl_module, for_predictions=True),
                 progress=shows_progress(trainer),
                 processes=self._processes,
-                see_dense=partial(self._before_pruning, trainer, pl_module),
             )
         self._record(report, share, trainer)
 

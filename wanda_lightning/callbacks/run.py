@@ -10,7 +10,7 @@ import lightning as L
 
 from wanda_lightning.callbacks.trainer import pruning_target
 from wanda_lightning.report import Run
-from wanda_lightning.report.metrics import METRICS, Metric
+from wanda_lightning.report.metrics import METRICS
 
 
 def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples: int) -> Run:
@@ -35,25 +35,19 @@ def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
         trainer: The Trainer, after `validate` or `test`.
         is_dense: Whether the loop ran the dense model.
     """
-    if (result := result_of(trainer)) is None:
+    logged: Mapping[str, Any] = trainer.callback_metrics
+    found = [(metric, name) for metric in METRICS.values() for name in metric.logged if name in logged]
+    if not found:
         return run
-    metric, value = result
+    (metric, name), *_ = found
+    value = float(logged[name])
+    if metric.is_share and value > 1:  # not a fraction
+        return run
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_evaluation", None)
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
     is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
     run = replace(run, metric=metric.name, data=describe() if describe and is_whole else "")
     return replace(run, before=value) if is_dense else replace(run, after=value)
-
-
-def result_of(trainer: L.Trainer) -> tuple[Metric, float] | None:
-    """Return the metric that the latest evaluation loop measured, with its value, if it is a known one."""
-    logged: Mapping[str, Any] = trainer.callback_metrics
-    found = [(metric, name) for metric in METRICS.values() for name in metric.logged if name in logged]
-    if not found:
-        return None
-    (metric, name), *_ = found
-    value = float(logged[name])
-    return None if metric.is_share and value > 1 else (metric, value)  # not a fraction
 
 
 def _name_of(pl_module: L.LightningModule) -> str:

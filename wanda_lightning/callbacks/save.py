@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +35,6 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
-        packed: Also pass `packed=True`, to store only the kept weights and their positions.
         push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the folder is uploaded. A new
             repository is public; create it beforehand to make it private.
 
@@ -44,21 +42,12 @@ class SavePretrained(Callback):
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
         ValueError: When training starts, if nothing can be uploaded to `push_to_hub`, for example without a token.
         OSError: If the upload fails. The folder is saved, and the message names the command that uploads it later.
-        MisconfigurationException: When training starts, if the module has no `save_pretrained`, or one without `packed`
-            although the model should be packed, or if no process holds the whole model.
+        MisconfigurationException: When training starts, if the module has no `save_pretrained`, or if no process holds
+            the whole model.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        overwrite: bool = False,
-        packed: bool = False,
-        push_to_hub: str | None = None,
-    ) -> None:
-        self.folder = folder
-        self.overwrite = overwrite
-        self.packed = packed
-        self.push_to_hub = push_to_hub
+    def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False, push_to_hub: str | None = None) -> None:
+        self.folder, self.overwrite, self.push_to_hub = folder, overwrite, push_to_hub
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved, before training starts."""
@@ -68,26 +57,16 @@ class SavePretrained(Callback):
         refuse_replacement(self.folder, self.overwrite)
         if self.push_to_hub is not None:
             refuse_upload(self.push_to_hub)
-        self._refuse_other_modules(pl_module)
+        if not callable(getattr(pl_module, "save_pretrained", None)):
+            raise MisconfigurationException(
+                f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has no such "
+                "method. Define it, or use Lightning's ModelCheckpoint."
+            )
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
                 f"SavePretrained saves from one process that holds the whole model, but "
                 f"{type(trainer.strategy).__name__} distributes the model. Use Lightning's ModelCheckpoint, with "
                 "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file."
-            )
-
-    def _refuse_other_modules(self, pl_module: L.LightningModule) -> None:
-        name, save = type(pl_module).__name__, getattr(pl_module, "save_pretrained", None)
-        if not callable(save):
-            raise MisconfigurationException(
-                f"SavePretrained calls save_pretrained(folder, overwrite), but {name} has no such method. Define it, "
-                "or use Lightning's ModelCheckpoint."
-            )
-        parameters = inspect.signature(save).parameters.values()
-        if self.packed and not any(each.name == "packed" or each.kind is each.VAR_KEYWORD for each in parameters):
-            raise MisconfigurationException(
-                f"SavePretrained(packed=True) calls save_pretrained(folder, overwrite, packed), but that of {name} "
-                "does not take packed. Add it, for example with wanda_lightning.save_packed, or leave packed=True out."
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,8 +80,7 @@ class SavePretrained(Callback):
             trainer.strategy.barrier("SavePretrained")
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        choices = {"packed": True} if self.packed else {}  # a module of yours may not have it
-        pl_module.save_pretrained(self.folder, overwrite=self.overwrite, **choices)  # type: ignore[operator]
+        pl_module.save_pretrained(self.folder, overwrite=self.overwrite)  # type: ignore[operator]
         self._write_card(trainer, pl_module)
         if self.push_to_hub is not None:
             rank_zero_info(f"SavePretrained: uploaded to {upload(self.folder, self.push_to_hub)}")
@@ -119,7 +97,6 @@ class SavePretrained(Callback):
                 self.folder,
                 report,
                 name=self.push_to_hub or self.folder,
-                packed=self.packed,
                 on_hub=self.push_to_hub is not None,
                 trained_steps=trainer.global_step,
             )

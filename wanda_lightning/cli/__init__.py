@@ -18,11 +18,7 @@ COMMANDS = {
     "finetune": "Fine-tune a pruned language model without losing a zero, and measure it before and after.",
     "evaluate": "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity.",
     "inspect": "Show what prune would prune, what not, and why. No weight is loaded.",
-    "compare": "Show several prunings side by side: perplexity or accuracy, sparsity and time; also as a page.",
-    "pack": "Store a pruned model in fewer bytes: the kept values of each matrix, and where they are.",
-    "unpack": "Restore the model that was packed, bit for bit.",
-    "check": "Count the zeros of a pruned model that a quantized or fine-tuned version of it has lost, by layer.",
-    "speed": "Measure whether the zeros of a language model make it faster on this machine.",
+    "speed": "Time the 2:4 weights of a language model on sparse tensor cores against dense ones.",
 }
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -46,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; by default those of the shell.
 
     Returns:
-        The exit status: 0; 2 for a wrong option that is found before data or a model is loaded; 1 for any other error,
-        and for zeros that `check` finds to be lost; 128 plus the number of the signal that ended the command (130 after
-        Ctrl-C, 143 after SIGTERM, 129 after SIGHUP); 141 if the output was closed before its end.
+        The exit status: 0; 2 for a wrong option that is found before data or a model is loaded; 1 for any other error;
+        128 plus the number of the signal that ended the command (130 after Ctrl-C, 143 after SIGTERM, 129 after
+        SIGHUP); 141 if the output was closed before its end.
     """
     try:
         from wanda_lightning.cli.signals import Signals

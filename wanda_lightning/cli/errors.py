@@ -20,7 +20,6 @@ _FOR_USERS = (ValueError, TypeError, OSError, ImportError)
 _OPTIONS = {
     **{field.name: field.name for command in (PruneOptions, EvaluateOptions) for field in fields(command)},
     **FLAGS,
-    "against": "against",
     "checkpoint": "resume",
     "data": "data_path",
     "evaluation": "eval",

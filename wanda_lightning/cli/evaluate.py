@@ -10,7 +10,7 @@ from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_win
 from wanda_lightning.cli.options import PAPER_SEQLEN, EvaluateOptions, as_given
 from wanda_lightning.cli.output import print_table
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, task_names, zero_shot
+from wanda_lightning.evaluation import Evaluation, KeptZeros, Results, load_tasks, sparsity_of, task_names, zero_shot
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 
 _HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
@@ -19,7 +19,7 @@ _HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
 def run(options: EvaluateOptions) -> None:
     """Measure models side by side, save the numbers and print them."""
     models = _ImageClassifiers(options) if options.is_image else _LanguageModels(options)
-    evaluation = Evaluation(_measure_each(models), options.dense, as_given(options))
+    evaluation = Evaluation(_measure_each(models, options.pruned), options.dense, as_given(options))
     if options.save is not None:
         evaluation.save(options.save)
     print_table(evaluation.table())
@@ -43,7 +43,8 @@ class _LanguageModels:
 
     def prepare(self, name: str, module: CausalLMModule) -> None:
         """Tokenize the texts, and refuse models that would be measured on different windows."""
-        if module.tokenizer is None:
+        names = ["wikitext2"] if self._options.eval is None else self._options.eval
+        if module.tokenizer is None and (names or self._tasks):
             raise ValueError(f"{name} must have a tokenizer to read text, but it has none. Save one into its folder.")
         options: dict[str, Any] = {
             "seqlen": checked_seqlen(self._options.seqlen, module.model.config, PAPER_SEQLEN),
@@ -51,7 +52,6 @@ class _LanguageModels:
             "limit": self._options.limit,
             "cache_dir": self._options.cache_dir,
         }
-        names = ["wikitext2"] if self._options.eval is None else self._options.eval
         texts = [TextDataModule(module.tokenizer, text, text, **options) for text in names]
         for text in texts:
             text.setup("validate")
@@ -84,7 +84,7 @@ class _ImageClassifiers:
 
     def __init__(self, options: EvaluateOptions) -> None:
         self._options = options
-        sources: list[tuple[str, str | None]] = [(options.dense, None)] if options.dense else []
+        sources: list[tuple[str, str | None]] = [(name, None) for name in (options.dense, options.pruned) if name]
         weights: Sequence[str | None] = options.resume or [None] * len(options.model)
         sources += zip(options.model, weights, strict=True)
         # One model with several weights: the file names distinguish them.
@@ -110,19 +110,25 @@ class _ImageClassifiers:
         return {data.data: {**found, "images": images}}
 
 
-def _measure_each(models: Any) -> dict[str, Results]:
+def _measure_each(models: Any, pruned: str | None) -> dict[str, Results]:
     """Measure one model at a time, after all were loaded once, so that none is refused after another was measured."""
     module: Any = None
+    zeros: KeptZeros | None = None
+    lost: dict[str, dict[str, float]] = {name: {} for name in models.names}
     for name in models.names:
         module = None
         gc.collect()  # a module and the Trainer that ran it refer to each other
         module = models.load(name)
         models.prepare(name, module)
+        if name == pruned:
+            zeros = KeptZeros(module.model, name)
+        elif zeros is not None:
+            lost[name] = {"lost": zeros.lost(module.model, name)}
     results: dict[str, Results] = {}
     for name in models.names:
         if len(models.names) > 1:
             module = None
             gc.collect()
             module = models.load(name)
-        results[name] = {"sparsity": sparsity_of(module.model), **models.measure(name, module)}
+        results[name] = {"sparsity": sparsity_of(module.model) | lost[name], **models.measure(name, module)}
     return results

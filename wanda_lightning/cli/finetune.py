@@ -50,7 +50,7 @@ def run(options: FinetuneOptions) -> None:
             f"{options.model} has no zeros to keep. Prune it first: wanda-lightning prune --save_model DIR."
         )
     windows.setup("fit")
-    refuse_no_space(options.save_model, module, options.packed)
+    refuse_no_space(options.save_model, module)
     if options.method != "full":  # before anything is measured, since it may be refused
         _add_adapters(module, options)
     perplexity: dict[str, float] = {}
@@ -67,7 +67,7 @@ def run(options: FinetuneOptions) -> None:
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
     card = OwnCard() if options.save_model is None else read_card(options.model, options.cache_dir)  # may be replaced
-    folder = save_model(module, options.save_model, options.overwrite, options.packed)
+    folder = save_model(module, options.save_model, options.overwrite)
     _write_card(card, folder, options, perplexity, windows)
     table = Table("model")
     table.add_column("perplexity", justify="right")
@@ -131,7 +131,7 @@ def _write_card(
         data=windows.describe_evaluation(),
     )
     name, on_hub = options.push_to_hub or folder, options.push_to_hub is not None
-    continue_card(card, folder, run, name=name, packed=options.packed, on_hub=on_hub)
+    continue_card(card, folder, run, name=name, on_hub=on_hub)
 
 
 def _count_zeros(module: CausalLMModule) -> int:

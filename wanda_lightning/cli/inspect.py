@@ -19,7 +19,6 @@ from wanda_lightning.plan import config_for
 from wanda_lightning.refusals import refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 from wanda_lightning.streaming import Memory, Samples, memory_to_measure, memory_to_prune
-from wanda_lightning.streaming.checkpoint import refuse_packed
 from wanda_lightning.streaming.from_disk import refuse_whole_model
 
 _GIB = 2**30
@@ -30,8 +29,6 @@ def run(options: InspectOptions) -> None:
     if options.stream:
         refuse_whole_model(options.config)
     model: Any = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
-    if options.stream:
-        refuse_packed(options.model, model.config)
     config = config_for(options.config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     print_table(_units_table(found, options.model))

@@ -43,21 +43,20 @@ def checked_seqlen(seqlen: int | None, config: Any, default: int) -> int:
     return min(default, context) if seqlen is None else seqlen
 
 
-def refuse_no_space(folder: str | None, module: L.LightningModule, packed: bool) -> None:
-    """Refuse a folder on a disk that cannot hold the module's weights; to pack them, they are written twice."""
+def refuse_no_space(folder: str | None, module: L.LightningModule) -> None:
+    """Refuse a folder on a disk that cannot hold the module's weights."""
     if folder is not None:
         tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        refuse_full(folder, 2 * size if packed else size)
+        refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
 
-def save_model(module: Any, folder: str | None, overwrite: bool, packed: bool) -> Path | None:
+def save_model(module: Any, folder: str | None, overwrite: bool) -> Path | None:
     """Save a model, next to the folder if another run has saved one in it meanwhile, and return where it is."""
     if folder is None:
         return None
-    refuse_no_space(folder, module, packed)
+    refuse_no_space(folder, module)
     place = unclaimed(folder, "config.json", overwrite)
-    module.save_pretrained(place, overwrite=overwrite, packed=packed)
+    module.save_pretrained(place, overwrite=overwrite)
     if place != Path(folder):
         print_line(f"Note: another run has written to {folder} meanwhile. The model is in {place}.")
     return place

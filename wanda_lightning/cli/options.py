@@ -27,7 +27,7 @@ from wanda_lightning.files import (
     refuse_unresumable,
 )
 from wanda_lightning.hub.upload import refuse_upload
-from wanda_lightning.methods import PARKING, PRESETS
+from wanda_lightning.methods import PARKING
 from wanda_lightning.model_sources import why_missing
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
@@ -51,7 +51,6 @@ _CACHE_DIR = "Folder for downloads from the hub."
 _TRUST = "Run the code that comes with a hub model."
 _DTYPE = "Data type of the weights; by default auto, as they are stored."
 _LIMIT = "Number of windows to measure on; by default all."
-_PACKED = "Pack the saved model: store only the kept weights and their positions; import wanda_lightning to load it."
 _REPORT = "Page (.html) or picture (.png) to write, with figures and tables (needs the extra report)."
 _PUSH = (
     "OWNER/NAME of a repository on the Hugging Face hub, to which the saved model is uploaded. A new "
@@ -96,11 +95,6 @@ _ModelAndPruning: Any = make_dataclass(
 class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is made from PruningConfig
     """The options of `wanda-lightning inspect`: the model, all choices of pruning, and the reference's flags."""
 
-    preset: str | None = option(
-        "Instead of a method: fast (Wanda in one pass), balanced (better at every sparsity), best, or thorough (best, "
-        "then distillation).",
-        rule=OneOf(tuple(PRESETS)),
-    )
     use_variant: bool = option(
         "Let rows differ in sparsity: each row loses the same share of its total score (the paper's variant).", False
     )
@@ -136,8 +130,6 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
                 f"--stream reads a folder or hub model in safetensors, but --model is {self.model}. Give such a "
                 "model, or leave --stream out."
             )
-        if self.preset is not None:
-            refuse_given(self, "a preset, which chooses the method", "prune_method use_variant")
         if self.sparsity_type != "unstructured":
             refuse_given(self, f"--sparsity_type {self.sparsity_type}", "use_variant prune_granularity")
         is_wanda = self.method == "wanda" and self.criterion in (None, "wanda") and self.solver in (None, "zero_out")
@@ -164,13 +156,13 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
 
     @property
     def method(self) -> str:
-        """The method or the preset."""
-        return self.preset or self.prune_method or "wanda"
+        """The method, Wanda by default."""
+        return self.prune_method or "wanda"
 
     @property
     def name(self) -> str:
         """The label of the results: the method, and the choices that replace its own."""
-        method = self.preset or self.prune_method
+        method = self.prune_method
         if method is None and self.criterion is None and self.solver is None:
             method = "wanda"
         names = (method, self.criterion, self.solver, self.allocation, self.recovery)
@@ -203,8 +195,7 @@ class PruneOptions(InspectOptions):
 
     seed: int = option("Seed that draws the calibration samples.", 0, rule=_SEED)
     calibration: str | None = option(
-        f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}; self, what the dense model "
-        "writes; or self-chat, a chat that it writes, for models that are trained on chats."
+        f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}; or self, what the dense model writes."
     )
     eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
     limit: int | None = option(_LIMIT, rule=_COUNT)
@@ -213,7 +204,6 @@ class PruneOptions(InspectOptions):
     save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
     report: str | None = option(_REPORT)
     save_model: str | None = option("Folder for the pruned model.")
-    packed: bool = option(_PACKED, False)
     push_to_hub: str | None = option(_PUSH)
     device: str = option("Device to compute on with --stream, such as cuda.", "cpu")
     stream: bool = option(
@@ -247,20 +237,15 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
-            if self.calibration in text_sources.OWN_TEXT:
+            if self.calibration == text_sources.SELF:
                 raise UsageError(
                     f"--calibration {self.calibration} needs the whole model in memory to write a text, but --stream "
                     "reads it block by block. Give a text, or leave --stream out."
                 )
-            if self.packed:
-                raise UsageError(
-                    "--packed packs a model that is complete, but --stream writes it block by block. Leave --packed "
-                    f"out, and pack the model afterward: wanda-lightning pack {self.save_model} OUT."
-                )
         else:
             refuse_given(self, "pruning without --stream, which uses a GPU if there is one", "device park")
         if self.save_model is None:
-            refuse_given(self, "pruning without --save_model", "packed push_to_hub")
+            refuse_given(self, "pruning without --save_model", "push_to_hub")
         super().__post_init__()
 
     def refuse_early(self) -> None:
@@ -275,7 +260,7 @@ class PruneOptions(InspectOptions):
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:
-            if self.calibration not in text_sources.OWN_TEXT:
+            if self.calibration != text_sources.SELF:
                 text_sources.check_source(self.calibration or "c4", "--calibration")
             text_sources.check_source(self.eval or "wikitext2", "--eval")
             check_memory("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
@@ -298,7 +283,6 @@ class FinetuneOptions:
         "Also learn the predictions of --dense, which are half of the loss: it needs memory for a second model.", False
     )
     save_model: str | None = option("Folder for the fine-tuned model, with its adapters merged.")
-    packed: bool = option(_PACKED, False)
     push_to_hub: str | None = option(_PUSH)
     data: str = option(f"Text to train on: {_TEXTS}.", "c4")
     eval: str = option(f"Text to measure perplexity on: {_TEXTS}.", "wikitext2")
@@ -334,7 +318,7 @@ class FinetuneOptions:
                 self, "--method full, which trains no adapters", "lora_r lora_alpha lora_dropout target_modules"
             )
         if self.save_model is None:
-            refuse_given(self, "fine-tuning without --save_model", "packed push_to_hub")
+            refuse_given(self, "fine-tuning without --save_model", "push_to_hub")
         if self.distill and self.dense is None:
             raise UsageError("--distill learns from the dense model, but none is given. Name it with --dense.")
         if self.distill and _same_path(self.dense, self.model):
@@ -365,6 +349,10 @@ class EvaluateOptions:
     )
     dense: str | None = option(
         "The dense model. It is measured first, and the table shows how the others differ from it."
+    )
+    pruned: str | None = option(
+        "The pruned model from which --model was made, for example by quantizing it. It is measured, too, and the "
+        "table shows which share of its zeros each of --model has lost."
     )
     eval: list[str] | None = option(
         f"Texts to measure perplexity on, by default wikitext2 as in the paper: {_TEXTS}. An empty string: none."
@@ -413,7 +401,7 @@ class EvaluateOptions:
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, and a file that cannot be written."""
-        refuse_missing(self, "model dense resume tasks_dir")
+        refuse_missing(self, "model dense pruned resume tasks_dir")
         if self.is_image:
             image_sources.check_source(self.data_path or "")
         for text in self.eval or ():
@@ -422,8 +410,8 @@ class EvaluateOptions:
 
     @property
     def models(self) -> list[str]:
-        """The names of all models, without repetitions, the dense one first."""
-        return list(dict.fromkeys([*([self.dense] if self.dense else []), *self.model]))
+        """The names of all models, without repetitions, the dense one first, then the pruned one."""
+        return list(dict.fromkeys([*filter(None, (self.dense, self.pruned)), *self.model]))
 
     @property
     def is_image(self) -> bool:
@@ -432,69 +420,10 @@ class EvaluateOptions:
 
 
 @dataclass(kw_only=True)
-class PackOptions:
-    """The options of `wanda-lightning pack` and `unpack`."""
-
-    source: str = option("Folder of a Hugging Face or timm model, in safetensors.", MISSING, position="IN")
-    target: str = option("Folder to write.", MISSING, position="OUT")
-    overwrite: bool = option("Replace a model in OUT with everything in it.", False)
-
-    def refuse_early(self) -> None:
-        """Refuse a folder that does not exist, and one that cannot be written."""
-        if not Path(self.source).is_dir():
-            raise UsageError(f"IN must be the folder of a model, but {self.source} is not a folder. Check the path.")
-        try:
-            refuse_replacement(self.target, self.overwrite)
-        except OSError as error:
-            raise UsageError(f"OUT {error}") from error
-
-
-@dataclass(kw_only=True)
-class CompareOptions:
-    """The options of `wanda-lightning compare`."""
-
-    reports: list[str] = option("The pruning_report.json of each pruning, or its folder.", [], position="REPORT")
-    report: str | None = option(_REPORT)
-    overwrite: bool = option("Replace a --report.", False)
-
-    def __post_init__(self) -> None:
-        if not self.reports:
-            raise UsageError(
-                "REPORT is required: give the pruning_report.json of each pruning to compare, or its folder."
-            )
-
-    def refuse_early(self) -> None:
-        """Refuse reports that do not exist, and a place that cannot be written."""
-        for path in self.reports:
-            if not Path(path).exists():
-                raise UsageError(f"REPORT {path} does not exist. Check the path.")
-        _refuse_report(self)
-
-
-@dataclass(kw_only=True)
-class CheckOptions:
-    """The options of `wanda-lightning check`."""
-
-    folder: str = option("Folder, hub id or .gguf file of the language model to check.", MISSING, position="FOLDER")
-    against: str = option("Folder, hub id or .gguf file of the pruned model from which it was made.", MISSING)
-    cache_dir: str | None = option(_CACHE_DIR)
-    trust_remote_code: bool = option(_TRUST, False)
-
-    def refuse_early(self) -> None:
-        """Refuse a pruned model that does not exist, an image classifier, and a model against itself."""
-        refuse_missing(self, "against")
-        for name in (self.folder, self.against):
-            if name.startswith(TIMM):
-                raise UsageError(f"FOLDER and --against must be language models, but one is {name}.")
-        if _same_path(self.folder, self.against):
-            raise UsageError(f"--against must be another model than FOLDER, but both are {self.folder}.")
-
-
-@dataclass(kw_only=True)
 class SpeedOptions:
     """The options of `wanda-lightning speed`."""
 
-    model: str = option("Hub id, folder or .gguf file of a pruned language model.", MISSING)
+    model: str = option("Hub id or folder of a language model that is pruned to 2:4.", MISSING)
     seqlen: int = option("Number of tokens in the prompt.", 128, rule=_WINDOW)
     tokens: int = option("Number of tokens to generate.", 64, rule=_COUNT)
     dtype: str | None = option(_DTYPE, rule=OneOf(DTYPES))
@@ -515,10 +444,6 @@ OPTIONS: dict[str, type] = {
     "finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,
     "inspect": InspectOptions,
-    "pack": PackOptions,
-    "unpack": PackOptions,
-    "compare": CompareOptions,
-    "check": CheckOptions,
     "speed": SpeedOptions,
 }
 
@@ -542,8 +467,7 @@ def as_command(command: str, options: Any, always: Collection[str] = ()) -> str:
                 if as_list(joined) == value
                 else yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
             )
-        named = [] if each.metadata["position"] else [f"--{each.name}"]
-        words += named if value is True else [*named, str(value)]
+        words += [f"--{each.name}"] if value is True else [f"--{each.name}", str(value)]
     return shlex.join(words)
 
 

@@ -23,23 +23,16 @@ class UsageError(ValueError):
     """A wrong option. The command ends with status 2."""
 
 
-def option(
-    help: str,
-    default: Any = None,
-    rule: Number | OneOf | None = None,
-    position: str | None = None,
-    keyword: str | None = None,
-) -> Any:
+def option(help: str, default: Any = None, rule: Number | OneOf | None = None, keyword: str | None = None) -> Any:
     """Make a field of a dataclass of options.
 
     Args:
         help: Its description, to which the default is added, and the names that the rule allows.
         default: Its default; MISSING if it is required.
         rule: Which values are allowed.
-        position: Its name in the usage, if it is given by its position instead of `--name`.
         keyword: Its name in Python. An unknown option with that name is refused with a suggestion of this one.
     """
-    metadata = {"help": help, "rule": rule, "position": position, "keyword": keyword}
+    metadata = {"help": help, "rule": rule, "keyword": keyword}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -61,11 +54,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--print_config", action="store_true", help="Print all options as YAML.")
         self.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
         for each in self._fields.values():
-            if (position := each.metadata["position"]) is None:
-                self.add_argument(f"--{each.name}", **_argument(each))
-            else:
-                nargs = "*" if _kind(each) is list else "?"
-                self.add_argument(each.name, nargs=nargs, metavar=position, help=each.metadata["help"])
+            self.add_argument(f"--{each.name}", **_argument(each))
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UsageError`, where argparse would end the process."""
@@ -79,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
         texts: dict[str, Any] = {}
         for path in given.config:
             texts |= self._read(path)
-        texts |= {name: text for name in self._fields if (text := getattr(given, name)) not in (None, [])}
+        texts |= {name: text for name in self._fields if (text := getattr(given, name)) is not None}
         values = {name: default_of(each) for name, each in self._fields.items()}
         values |= {name: _value(self._fields[name], text) for name, text in texts.items()}
         if given.print_config:
@@ -88,16 +77,13 @@ class CommandParser(argparse.ArgumentParser):
             raise SystemExit(0)
         for name, value in values.items():
             if value is MISSING:
-                metadata = self._fields[name].metadata
-                raise UsageError(f"{metadata['position'] or f'--{name}'} is required: {metadata['help']}")
+                raise UsageError(f"--{name} is required: {self._fields[name].metadata['help']}")
         return self._options(**values)
 
     def _unknown(self, name: str) -> str:
         known = [f"--{each}" for each in self._fields]
         if not name.startswith("-"):
-            positions = [each.metadata["position"] for each in self._fields.values() if each.metadata["position"]]
-            taken = " and ".join([*positions, "options"]) if positions else "only options"
-            return f"{self._command} takes {taken}, but {name!r} is not one.{did_you_mean(f'--{name}', known)}"
+            return f"{self._command} takes only options, but {name!r} is not one.{did_you_mean(f'--{name}', known)}"
         meant = [f"--{each.name}" for each in self._fields.values() if f"--{each.metadata['keyword']}" == name]
         near = f" Did you mean {meant[0]}?" if meant else did_you_mean(name, known)
         return f"{name} is not an option of {self._command}.{near}"

@@ -29,7 +29,7 @@ from wanda_lightning.cli.options import (
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.data.text_sources import OWN_TEXT
+from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.files import existing_parent, unclaimed, whole_file
 from wanda_lightning.hub.card import write_card
@@ -37,8 +37,9 @@ from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
-from wanda_lightning.report import REPORT_NAME, PruningReport, Run, write_report
+from wanda_lightning.report import REPORT_NAME, PruningReport, Run
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
+from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.parking import refuse_parking
@@ -59,8 +60,8 @@ def run(options: PruneOptions) -> None:
     module, data = _classifier(options, samples) if options.is_image else _language_model(options)
     metric, _ = _metric(options).logged
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
-    refuse_no_space(options.save_model, module, options.packed)
-    if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration not in OWN_TEXT:
+    refuse_no_space(options.save_model, module)
+    if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration != SELF:
         _ = data.calibration_windows  # to refuse a short text, too
     before, after = (_examples(options, data) for _ in range(2))
     dense = measure(module, data, before)[metric]
@@ -69,7 +70,7 @@ def run(options: PruneOptions) -> None:
     assert report is not None
     run = replace(_record_run(report, options, data, callback.config, dense, pruned), **after.since(before))
     report.run = run
-    folder = save_model(module, options.save_model, options.overwrite, options.packed)
+    folder = save_model(module, options.save_model, options.overwrite)
     _write_card(folder, options, report)
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
@@ -185,9 +186,11 @@ def _record_run(
 
 def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:
     """Return the options whose defaults depend on the model, with the values that were used."""
-    used: dict[str, Any] = {"nsamples": data.num_samples, "batch_size": data.batch_size}
-    if options.preset is None:
-        used["prune_method"] = options.method
+    used: dict[str, Any] = {
+        "nsamples": data.num_samples,
+        "batch_size": data.batch_size,
+        "prune_method": options.method,
+    }
     if isinstance(data, ImageDataModule):
         return used
     return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
@@ -198,7 +201,7 @@ def _write_card(folder: Path | None, options: PruneOptions, report: PruningRepor
         return
     name = options.push_to_hub or folder
     try:
-        write_card(folder, report, name=name, packed=options.packed, on_hub=options.push_to_hub is not None)
+        write_card(folder, report, name=name, on_hub=options.push_to_hub is not None)
     except Exception as error:  # the results, which are not written yet, matter more than the card
         print_line(f"Note: no model card could be written into {folder}: {one_line(error)}")
 

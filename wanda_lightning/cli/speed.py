@@ -1,65 +1,52 @@
-"""`wanda-lightning speed`: whether the zeros of a language model make it faster on this machine."""
+"""`wanda-lightning speed`: time 2:4 weights on sparse tensor cores against dense ones."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
-from wanda_lightning.acceleration import accelerate_2to4, accelerate_cpu
-from wanda_lightning.checks import one_line
+from wanda_lightning.acceleration import accelerate_2to4
+from wanda_lightning.acceleration.semi_structured import refuse_devices
 from wanda_lightning.cli.options import SpeedOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parser import UsageError
-from wanda_lightning.evaluation import sparsity_of
 from wanda_lightning.model_sources import load_config
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.progress import ProgressBar, as_size
 
-_Execution = Callable[[Any], AbstractContextManager[Any]]  # prepares a model
-_SPARSE: dict[str, _Execution] = {"2:4 (CUDA)": accelerate_2to4, "packed (CPU)": accelerate_cpu}
 _ROUNDS = 5
-_FASTER = 1.05  # smaller differences are noise
 
 
-@dataclass(frozen=True)
-class _Speed:
-    """Tokens per second of one execution."""
+class Speeds(NamedTuple):
+    """Tokens per second in each round."""
 
-    prefill: float
-    decoding: float
+    prefill: list[float]
+    decoding: list[float]
 
 
 def run(options: SpeedOptions) -> None:
-    """Time a model with dense and with sparse weights, and say whether the zeros make it faster."""
+    """Time a model with dense and with 2:4 weights in turn, and say which differences exceed the spread."""
     import torch
 
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_devices({device})
     _refuse_long(options, load_config(options.model, **hub))
-    model = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub).model.eval()
-    if not (sparsity := sparsity_of(model)["layers"]):
-        raise ValueError(
-            f"{options.model} has no zeros to make it faster. Prune it first: wanda-lightning prune --save_model DIR."
-        )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    prompt = torch.randint(model.get_input_embeddings().num_embeddings, (1, options.seqlen), device=model.device)
+    model: Any = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub).model.eval().to(device)
+    prompt = torch.randint(model.get_input_embeddings().num_embeddings, (1, options.seqlen), device=device)
     with torch.inference_mode(False), torch.no_grad():
-        executions, reasons = _executions(model)
-        speeds, sizes, differences = _measure(model, prompt, options.tokens, executions)
-    print_table(
-        _table(
-            f"{options.model}, {sparsity:.1%} of the layers are zeros, {_machine(model)}", speeds, sizes, differences
-        )
-    )
-    for name, reason in reasons.items():
-        print_line(f"Not possible here: {name}. {reason}")
-    print_line(_verdict(speeds))
+        speeds, sizes, difference = _measure(model, prompt, options.tokens)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
+    title = f"{options.model}, {str(model.dtype).removeprefix('torch.')} on {machine}, {_ROUNDS} rounds"
+    print_table(_table(title, speeds, sizes, difference))
+    for what in Speeds._fields:
+        print_line(verdict(what, getattr(speeds["dense"], what), getattr(speeds["2:4"], what)))
 
 
 def _refuse_long(options: SpeedOptions, config: Any) -> None:
@@ -72,43 +59,26 @@ def _refuse_long(options: SpeedOptions, config: Any) -> None:
         )
 
 
-def _executions(model: Any) -> tuple[dict[str, _Execution], dict[str, str]]:
-    """Return the executions that this machine and model allow, and why others are not possible."""
-    executions: dict[str, _Execution] = {"dense": nullcontext}
-    reasons = {}
-    for name, accelerate in _SPARSE.items():
-        try:
-            with accelerate(model):
-                executions[name] = accelerate
-        except (ValueError, ImportError) as error:
-            reasons[name] = one_line(error)
-    return executions, reasons
+def _measure(model: Any, prompt: Any, tokens: int) -> tuple[dict[str, Speeds], dict[str, int], float]:
+    """Return the speeds, the bytes of the weights, and the largest difference of a logit.
 
-
-def _measure(
-    model: Any, prompt: Any, tokens: int, executions: dict[str, _Execution]
-) -> tuple[dict[str, _Speed], dict[str, int], dict[str, float]]:
-    """Return medians of tokens per second, bytes of the weights, and the largest differences of the logits.
-
-    The executions take turns, so that another load on the machine affects all of them.
+    The executions take turns, so that another load on the machine affects both.
     """
     logits, sizes = {}, {}
-    rounds: dict[str, list[_Speed]] = {name: [] for name in executions}
-    with ProgressBar("Timing", _ROUNDS * len(executions)) as progress:
+    speeds = {name: Speeds([], []) for name in ("dense", "2:4")}
+    with ProgressBar("Timing", _ROUNDS * len(speeds)) as progress:
         for _ in range(_ROUNDS):
-            for name, execution in executions.items():
+            for name, found in speeds.items():
                 progress.show(name)
-                with execution(model) as accelerated:
+                with accelerate_2to4(model) if name == "2:4" else nullcontext() as accelerated:
                     logits[name] = _logits(model, prompt)  # also warms up
                     sizes[name] = _bytes(model) + getattr(accelerated, "nbytes", 0)
-                    rounds[name].append(_time(model, prompt, tokens))
+                    prefill = _seconds(model, prompt, 1)
+                    decoding = max(_seconds(model, prompt, tokens + 1) - prefill, 1e-9)
+                found.prefill.append(prompt.shape[1] / prefill)
+                found.decoding.append(tokens / decoding)
                 progress.advance()
-    speeds = {
-        name: _Speed(median(each.prefill for each in timed), median(each.decoding for each in timed))
-        for name, timed in rounds.items()
-    }
-    differences = {name: float((found - logits["dense"]).abs().max()) for name, found in logits.items()}
-    return speeds, sizes, differences
+    return speeds, sizes, float((logits["2:4"] - logits["dense"]).abs().max())
 
 
 def _logits(model: Any, prompt: Any) -> Any:
@@ -124,12 +94,6 @@ def _bytes(model: Any) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _time(model: Any, prompt: Any, tokens: int) -> _Speed:
-    """Time the prompt, and the tokens that are generated after it."""
-    prefill = _seconds(model, prompt, 1)
-    return _Speed(prompt.shape[1] / prefill, tokens / max(_seconds(model, prompt, tokens + 1) - prefill, 1e-9))
-
-
 def _seconds(model: Any, prompt: Any, tokens: int) -> float:
     """Return the seconds to generate as many tokens greedily."""
     import torch
@@ -143,35 +107,28 @@ def _seconds(model: Any, prompt: Any, tokens: int) -> float:
     return time.perf_counter() - started
 
 
-def _machine(model: Any) -> str:
-    import torch
-
-    dtype = str(model.dtype).removeprefix("torch.")
-    if model.device.type == "cuda":
-        return f"{dtype} on {torch.cuda.get_device_name()}"
-    return f"{dtype} on the CPU with {torch.get_num_threads()} threads"
-
-
-def _table(title: str, speeds: dict[str, _Speed], sizes: dict[str, int], differences: dict[str, float]) -> Table:
+def _table(title: str, speeds: dict[str, Speeds], sizes: dict[str, int], difference: float) -> Table:
     table = Table(title=escape(title), title_justify="left")
     table.add_column("weights")
     for heading in ("prefill, tokens/s", "decoding, tokens/s", "bytes", "largest difference of a logit"):
         table.add_column(heading, justify="right")
-    for name, speed in speeds.items():
-        difference = f"{differences[name]:.2g}" if name != "dense" else ""
-        table.add_row(name, f"{speed.prefill:.1f}", f"{speed.decoding:.1f}", as_size(sizes[name]), difference)
+    for name, found in speeds.items():
+        table.add_row(name, *map(_spread, found), as_size(sizes[name]), "" if name == "dense" else f"{difference:.2g}")
     return table
 
 
-def _verdict(speeds: dict[str, _Speed]) -> str:
-    """Say in one sentence what is faster than dense weights."""
-    dense = speeds["dense"]
-    ratios = {name: (s.prefill / dense.prefill, s.decoding / dense.decoding) for name, s in speeds.items()}
-    best = max(ratios, key=lambda name: max(ratios[name]))
-    if max(ratios[best]) < _FASTER:
-        return "Nothing is faster here than dense weights: the zeros save no time on this machine."
-    prefill, decoding = ratios[best]
-    return (
-        f"{best} is faster here: decoding runs at {decoding:.2f} times the speed of dense weights, prefill at "
-        f"{prefill:.2f}."
-    )
+def _spread(rounds: Sequence[float]) -> str:
+    return f"{median(rounds):.1f} ({min(rounds):.1f} to {max(rounds):.1f})"
+
+
+def verdict(what: str, dense: Sequence[float], sparse: Sequence[float]) -> str:
+    """Compare the speeds of all rounds in one sentence.
+
+    >>> verdict("prefill", [10, 11, 12], [20, 22, 23])
+    'prefill: 2:4 weights run at 2.00 times the speed of dense ones.'
+    >>> verdict("prefill", [10, 11, 12], [12, 13, 14])
+    'prefill: the difference is within the spread of the rounds.'
+    """
+    if min(sparse) <= max(dense) and min(dense) <= max(sparse):
+        return f"{what}: the difference is within the spread of the rounds."
+    return f"{what}: 2:4 weights run at {median(sparse) / median(dense):.2f} times the speed of dense ones."

@@ -59,17 +59,6 @@ def keep_largest_of_each(scores: Groups, counts: Counts) -> KeepGroups:
     return keep
 
 
-def boundary(scores: Groups, count: int) -> Float[Tensor, "groups 1"]:
-    """Return the middle between the smallest score that `keep_largest` keeps in each group and the largest it drops.
-
-    Example:
-        >>> boundary(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), 2)
-        tensor([[1.5000]])
-    """
-    dropped, kept = _kth_smallest(scores, scores.shape[1] - count)
-    return (dropped + kept) / 2
-
-
 def _keep_by_sorting(scores: Groups, count: int) -> KeepGroups:
     pruned = scores.sort(dim=1, stable=True).indices[:, : scores.shape[1] - count]
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, pruned, False)

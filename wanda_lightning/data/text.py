@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from wanda_lightning.checks import check_at_least, check_memory, check_positive
 from wanda_lightning.data.module import DataModule, silence_worker_advice
-from wanda_lightning.data.own_text import beginning, sample_windows
-from wanda_lightning.data.text_sources import OWN_TEXT, SELF_CHAT, calibration_source, check_source, evaluation_text
+from wanda_lightning.data.own_text import first_token, sample_windows
+from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, check_source, evaluation_text
 from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
 from wanda_lightning.model_sources import load_tokenizer, locate
 
@@ -45,8 +45,7 @@ class TextDataModule(DataModule):
             module that the Trainer runs.
         calibration: c4, wikitext2, python-docs (needs no network) or a FILE: a .txt file is one text; .jsonl and
             .parquet files have documents in the field `text`. Or self: what the model that the Trainer runs writes
-            (see `sample_windows`) when the windows are first used, which must be before it is pruned; self-chat: a
-            chat that it writes, for models that are trained on chats.
+            (see `sample_windows`) when the windows are first used, which must be before it is pruned.
         evaluation: Text for perplexity, with the same choices.
         seqlen: Number of tokens in a window, including the special tokens of the tokenizer.
         num_samples: Number of calibration windows.
@@ -81,7 +80,7 @@ class TextDataModule(DataModule):
         check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
         check_memory("num_samples", num_samples, seqlen)
         check_memory("train_samples", train_samples or 0, seqlen)
-        if calibration not in OWN_TEXT:
+        if calibration != SELF:
             check_source(calibration, "calibration")
         check_source(evaluation, "evaluation")
         if isinstance(tokenizer, (str, os.PathLike)):
@@ -90,8 +89,8 @@ class TextDataModule(DataModule):
             raise ValueError(
                 f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {tokenizer!r}."
             )
-        elif tokenizer is not None and calibration in OWN_TEXT:
-            beginning(tokenizer, chat=calibration == SELF_CHAT)
+        elif tokenizer is not None and calibration == SELF:
+            first_token(tokenizer)
         self._given_tokenizer = tokenizer
         self.calibration = calibration
         self.evaluation = evaluation
@@ -137,7 +136,7 @@ class TextDataModule(DataModule):
         return self.calibration_windows if self.train_samples == self.num_samples else self._draw(self.train_samples)
 
     def _draw(self, count: int) -> Tensor:
-        if self.calibration in OWN_TEXT:
+        if self.calibration == SELF:
             return self._write(count)
         content = calibration_source(self.calibration, self.cache_dir)
         draw = (self.seqlen, count, self.seed, self.calibration)
@@ -147,12 +146,12 @@ class TextDataModule(DataModule):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the windows that the model has written so far: a resumed run cannot have them written again."""
-        names = ("calibration_windows", "train_windows") if self.calibration in OWN_TEXT else ()
+        names = ("calibration_windows", "train_windows") if self.calibration == SELF else ()
         return {name: vars(self)[name] for name in names if name in vars(self)}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Use the windows of the run that is resumed."""
-        if self.calibration in OWN_TEXT:
+        if self.calibration == SELF:
             vars(self).update(state_dict)
 
     def _write(self, count: int) -> Tensor:
@@ -163,8 +162,7 @@ class TextDataModule(DataModule):
                 "text, but there is none. Pass the data to its validate, test or fit, or call "
                 "wanda_lightning.sample_windows."
             )
-        chat = self.calibration == SELF_CHAT
-        return sample_windows(model, self.tokenizer, count, self.seqlen, chat=chat, seed=self.seed)
+        return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
 
     @cached_property
     def evaluation_windows(self) -> Tensor:
@@ -204,7 +202,7 @@ class TextDataModule(DataModule):
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, and how many windows of which length a seed has drawn from it."""
         count = min(num_samples, self.num_samples)
-        source = OWN_TEXT.get(self.calibration, self.calibration)
+        source = OWN_TEXT if self.calibration == SELF else self.calibration
         return f"{source}, {_windows(count, self.seqlen)}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:

@@ -9,9 +9,8 @@ from wanda_lightning.core.name_patterns import did_you_mean
 from wanda_lightning.data.hub import load_from_hub
 from wanda_lightning.data.text_files import EXTENSIONS, read_file
 
-SELF, SELF_CHAT = "self", "self-chat"
-OWN_TEXT = {SELF: "text by the dense model", SELF_CHAT: "chats by the dense model"}
-"""In place of a text to calibrate on: what the model itself writes, in words."""
+SELF, OWN_TEXT = "self", "text by the dense model"
+"""The name of the text that the model itself writes, to calibrate on, and what it is in words."""
 
 _NAMES = ("c4", "wikitext2", "python-docs")
 _ALTERNATIVE = "python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"

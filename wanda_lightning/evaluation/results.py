@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
+from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.files import whole_file
 from wanda_lightning.models import find_layers
+from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import versions
 
@@ -23,18 +26,81 @@ Results = dict[str, dict[str, float]]
 
 _COUNTS = ("windows", "documents", "images")  # metrics that give the number of samples
 _ERROR = "_stderr"  # suffix of a metric's standard error
-_SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
+_SPARSITY = {"layers": "of prunable layers", "model": "of the model", "lost": "lost of the pruned model's zeros"}
 
 
 def sparsity_of(model: nn.Module) -> dict[str, float]:
-    """Return the fractions of zeros: `layers`, of the weights that can be pruned; `model`, of all parameters."""
-    layers = {id(layer.parameter): layer.parameter for layer in find_layers(model).layers}  # experts share a parameter
-    return {"layers": _zeros(layers.values()), "model": _zeros(model.parameters())}
+    """Return the fractions of zeros: `layers`, of the weights that can be pruned; `model`, of all parameters.
+
+    Quantized weights count as if they could be pruned, and are dequantized one at a time.
+    """
+    prunable = {id(layer.parameter) for layer in find_layers(model).layers}
+    zeros, sizes, seen = Counter[str](), Counter[str](), set[int]()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            is_quantized = name == "weight" and quantizer(module, parameter) is not None and can_be_read(module)
+            weight = read_weight(module) if is_quantized else parameter
+            for kind in ("layers", "model") if is_quantized or id(parameter) in prunable else ("model",):
+                zeros[kind] += zero_counts([weight])[0]
+                sizes[kind] += weight.numel()
+    return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
 
 
-def _zeros(parameters: Iterable[torch.Tensor]) -> float:
-    parameters = list(parameters)
-    return sum(zero_counts(parameters)) / max(1, sum(parameter.numel() for parameter in parameters))
+class KeptZeros:
+    """The zeros of a pruned model, to count those that versions of it have lost, such as quantized ones.
+
+    Args:
+        model: The pruned model, in floating point. Its prunable layers count.
+        name: Its name, for error messages.
+
+    Raises:
+        ValueError: If no prunable layer has a zero.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        names = {module: path for path, module in model.named_modules()}
+        self._name, self._count = name, 0
+        self._zeros: dict[tuple[str, str], tuple[Tensor, torch.Size, bool]] = {}
+        for layer in find_layers(model).layers:
+            place = names[layer.module], layer.parameter_name
+            if place not in self._zeros:  # experts share a parameter
+                zero = layer.parameter.detach() == 0
+                self._zeros[place] = pack(zero), zero.shape, isinstance(layer.module, nn.Linear)
+                self._count += int(zero.count_nonzero())
+        if not self._count:
+            raise ValueError(f"pruned must be a pruned model, but no layer of {name} has a zero. Give another model.")
+
+    def lost(self, model: nn.Module, name: str) -> float:
+        """Return which fraction of the zeros another version of the model has lost; quantized weights are dequantized.
+
+        Raises:
+            ValueError: If the model has other layers, or quantized ones that cannot be dequantized.
+        """
+        modules, lost = dict(model.named_modules()), 0
+        for (path, parameter), (packed, shape, was_linear) in self._zeros.items():
+            module = modules.get(path)
+            if module is None or not hasattr(module, parameter):
+                raise ValueError(f"{self._expected(name)} {name} has no {path}.{parameter}.")
+            if not can_be_read(module, parameter):
+                raise ValueError(
+                    f"pruned needs weights that can be read, but {name} is quantized by a library whose weights cannot "
+                    f"be dequantized here ({path}: {type(module).__name__}). Dequantize it with that library."
+                )
+            weight = read_weight(module, parameter)
+            if isinstance(module, nn.Linear) and not was_linear:  # a Conv1D of GPT-2, which quantizers replace
+                weight = weight.t()
+            if weight.shape != shape:
+                raise ValueError(
+                    f"{self._expected(name)} {path} has the shape {tuple(weight.shape)} there and {tuple(shape)} here."
+                )
+            lost += int((unpack(packed, shape).to(weight.device) & (weight != 0)).count_nonzero())
+        return lost / self._count
+
+    def _expected(self, name: str) -> str:
+        return f"pruned must be the model from which {name} was made, but it is {self._name}:"
 
 
 @dataclass

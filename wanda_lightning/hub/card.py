@@ -15,10 +15,10 @@ from typing import Any
 
 from wanda_lightning.files import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
-from wanda_lightning.report import PruningReport, Run, Sample, write_report
-from wanda_lightning.report.facts import choices_of, method_in_words
+from wanda_lightning.report import PruningReport, Run, Sample
 from wanda_lightning.report.metrics import METRICS, TOP1
-from wanda_lightning.report.words import count, counted, duration
+from wanda_lightning.report.page import write_report
+from wanda_lightning.report.words import choices_of, count, counted, duration, method_in_words
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
@@ -31,7 +31,6 @@ def write_card(
     report: PruningReport,
     *,
     name: str | os.PathLike[str],
-    packed: bool = False,
     on_hub: bool = False,
     trained_steps: int = 0,
 ) -> None:
@@ -43,7 +42,6 @@ def write_card(
         folder: The folder.
         report: The report of the pruning.
         name: The name by which the model is loaded: a path, or an id on the hub.
-        packed: Whether the folder is packed.
         on_hub: Whether the name is an id on the hub.
         trained_steps: Number of optimizer steps of the run that pruned the model.
     """
@@ -54,23 +52,10 @@ def write_card(
     has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
     if has_picture:
         write_report(report, Path(folder) / PICTURE_NAME)
-    saved = _Saved(os.fspath(name), _read_config(Path(folder)), packed, on_hub)
+    saved = _Saved(os.fspath(name), _read_config(Path(folder)), on_hub)
     card = _model_card(report, saved, has_picture, trained_steps)
     with whole_file(path) as temporary:
         temporary.write_text(card, encoding="utf-8")
-
-
-def update_card(folder: Path, name: str | os.PathLike[str], packed: bool) -> None:
-    """Replace the code that loads the model in a card that `write_card` wrote, for a model that was packed or unpacked.
-
-    Args:
-        folder: The folder.
-        name: The path by which the model is loaded.
-        packed: Whether the folder is packed.
-    """
-    if card := read_card(str(folder)).text:
-        saved = _Saved(os.fspath(name), _read_config(folder), packed, on_hub=False)
-        (folder / CARD_NAME).write_text(_with_code(card, saved), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -99,9 +84,7 @@ def _read(model: str, file: str, cache_dir: str | None) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-def continue_card(
-    card: OwnCard, folder: Path, run: Run, *, name: str | os.PathLike[str], packed: bool = False, on_hub: bool = False
-) -> None:
+def continue_card(card: OwnCard, folder: Path, run: Run, *, name: str | os.PathLike[str], on_hub: bool = False) -> None:
     """Write the card of a pruned model that was fine-tuned: the one that it had before, and a section.
 
     Args:
@@ -109,7 +92,6 @@ def continue_card(
         folder: The folder of the model after it.
         run: The results before and after it, and the command.
         name: The name by which the model is loaded: a path, or an id on the hub.
-        packed: Whether the folder is packed.
         on_hub: Whether the name is an id on the hub.
     """
     from huggingface_hub import ModelCard
@@ -118,8 +100,8 @@ def continue_card(
         return
     if card.picture:  # the zeros are the same
         (folder / PICTURE_NAME).write_bytes(card.picture)
-    saved, run = _Saved(os.fspath(name), _read_config(folder), packed, on_hub), _to_publish(run)
-    new = ModelCard(_with_code(card.text, saved))
+    saved, run = _Saved(os.fspath(name), _read_config(folder), on_hub), _to_publish(run)
+    new = ModelCard(re.sub(r"```python\n.*?\n```", lambda _: _code(saved), card.text, count=1, flags=re.DOTALL))
     new.data["model_name"], new.data["eval_results"] = saved.title, _eval_results(run)
     before, heading, after = new.text.partition(_HOW_PRUNED)
     before = re.sub(r"^# .*$", lambda _: f"# {_escaped(saved.title)}", before, count=1, flags=re.MULTILINE)
@@ -127,17 +109,12 @@ def continue_card(
     new.save(folder / CARD_NAME)
 
 
-def _with_code(card: str, saved: _Saved) -> str:
-    return re.sub(r"```python\n.*?\n```", lambda _: _code(saved), card, count=1, flags=re.DOTALL)
-
-
 @dataclass(frozen=True)
 class _Saved:
-    """A saved model: the name by which it is loaded, its config.json, and in which form it is."""
+    """A saved model: the name by which it is loaded, and its config.json."""
 
     name: str
     config: Mapping[str, Any]
-    packed: bool
     on_hub: bool
 
     @property
@@ -182,7 +159,7 @@ def _model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained
         _summary(report, run, source, trained_steps),
         _results(run),
         f"![Where the zeros are]({PICTURE_NAME})" if has_picture else "",
-        f"## How to load it\n\n{_code(saved)}" if saved.library or saved.packed else "",
+        f"## How to load it\n\n{_code(saved)}" if saved.library else "",
         _settings(report, run),
         _samples(run),
         "\n".join(["## Notes\n", *(f"- {_escaped(note)}" for note in report.notes)]) if report.notes else "",
@@ -271,14 +248,8 @@ def _code(saved: _Saved) -> str:
 def _loading(saved: _Saved) -> str:
     name = json.dumps(saved.name)
     if saved.library == "transformers":
-        needed = "import wanda_lightning  # so that transformers can load packed weights\n" if saved.packed else ""
         call = f"model = {saved.model_class}.from_pretrained({name})"
-        return f"{needed}from transformers import {saved.model_class}\n\n{call}"
-    if saved.packed:
-        found = f"snapshot_download({name})" if saved.on_hub else name
-        download = "from huggingface_hub import snapshot_download\n" if saved.on_hub else ""
-        own = "" if saved.library else ", model"
-        return f"{download}from wanda_lightning import load_packed\n\nmodel = load_packed({found}{own})"
+        return f"from transformers import {saved.model_class}\n\n{call}"
     place = json.dumps(f"{'hf-hub' if saved.on_hub else 'local-dir'}:{saved.name}")
     return f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)"
 

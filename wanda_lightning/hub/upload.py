@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wanda_lightning.checks import one_line
 
-_WEIGHTS = [f"{packed}model*.safetensors{index}" for packed in ("", "packed-") for index in ("", ".index.json")]
+_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
 
 _EXPECTED = "push_to_hub must be OWNER/NAME of a model repository"
 

@@ -29,8 +29,6 @@ from wanda_lightning.modules.loading import (
     number_of_embeddings,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
-from wanda_lightning.packing.folder import pack_in_place
-from wanda_lightning.packing.models import refuse_to_pack_model
 
 
 class CausalLMModule(L.LightningModule):
@@ -251,7 +249,7 @@ class CausalLMModule(L.LightningModule):
 
             self.model = merge(self.model, reprune)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False, packed: bool = False) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
 
         If the model has adapters that are not merged, peft writes only the adapters.
@@ -259,17 +257,11 @@ class CausalLMModule(L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            packed: Store only the kept weights and their positions; see `wanda_lightning.save_packed`.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If adapters or quantized weights would be packed.
         """
-        if packed:
-            refuse_to_pack_model(self.model)
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
             self.model.save_pretrained(new)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
-            if packed:
-                pack_in_place(new)

@@ -19,8 +19,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.checks import check_not_negative
 from wanda_lightning.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
-from wanda_lightning.packing.folder import pack_in_place
-from wanda_lightning.packing.models import refuse_to_pack_model
 
 
 class ImageClassifierModule(L.LightningModule):
@@ -170,27 +168,22 @@ class ImageClassifierModule(L.LightningModule):
         groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         return torch.optim.AdamW(groups, lr=self.lr)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False, packed: bool = False) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
 
         Args:
             folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            packed: Store only the kept weights and their positions. Then `wanda_lightning.load_packed(folder)`
-                loads it, instead of timm.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration, or if
-                quantized weights would be packed.
+            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration.
         """
         if not hasattr(self.model, "pretrained_cfg"):
             raise ValueError(
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
-        if packed:
-            refuse_to_pack_model(self.model)
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else None
@@ -198,8 +191,6 @@ class ImageClassifierModule(L.LightningModule):
             save_for_hf(
                 self.model, str(new), model_config=labels, model_args=self._model_kwargs, safe_serialization=True
             )
-            if packed:
-                pack_in_place(new)
 
 
 def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning.checks import one_line
 from wanda_lightning.model_sources import load_config, load_tokenizer, locate, reading, refuse_unreachable, timm_name
-from wanda_lightning.packing.layout import is_packed, read_config
-from wanda_lightning.packing.models import packed_state_dict
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED = (*DTYPES.values(), torch.float64)
@@ -164,14 +161,10 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
         _require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
-    weights = None
-    if folder is not None and pretrained and is_packed(read_config(folder)):
-        weights = packed_state_dict(folder)
     try:
         if pretrained and folder is None:
             _refuse_unreachable_weights(checked, kwargs)
-        create = partial(timm.create_model, pretrained=pretrained) if weights is None else partial(_created, weights)
-        model = create(checked, **kwargs)
+        model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     except OSError as error:
         raise OSError(
             f"The weights of {checked!r} are not in the cache and cannot be downloaded. Check the connection, give a "
@@ -187,7 +180,7 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         raise ValueError(
             f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
         ) from error
-    if folder is not None and pretrained and weights is None:
+    if folder is not None and pretrained:
         check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
         check_finite(model.named_parameters(), checked)
@@ -199,15 +192,6 @@ def _refuse_unreachable_weights(name: str, kwargs: Mapping[str, Any]) -> None:
     known = None if ":" in name else timm.models.get_pretrained_cfg(name)
     if known is not None and known.hf_hub_id and not {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys():
         refuse_unreachable(known.hf_hub_id, kwargs.get("cache_dir"))
-
-
-def _created(weights: Mapping[str, torch.Tensor], name: str, **kwargs: Any) -> nn.Module:
-    """Create a timm model with these weights; timm adapts them to other arguments, such as `num_classes`."""
-    overlay = {**kwargs.get("pretrained_cfg_overlay", {}), "source": "", "state_dict": weights}
-    model = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
-    del model.pretrained_cfg["state_dict"]
-    model.pretrained_cfg["source"] = "local-dir"
-    return model
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
@@ -260,7 +244,7 @@ def _require_safetensors(folder: Path, converter: str) -> None:
 def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> None:
     """Raise a ValueError that names the first weight of a model with NaN or infinity."""
     for key, weight in parameters:
-        if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # packed, for example
+        if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # quantized, for example
             continue
         # The sum is fast; only if it overflows or is NaN is each weight tested.
         if weight.sum().isfinite() or weight.isfinite().all():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -32,7 +32,6 @@ from wanda_lightning.checks import one_line
 from wanda_lightning.model_sources import load_config, locate, reading
 from wanda_lightning.models import placeholder
 from wanda_lightning.modules.loading import check_finite, check_stored_as_float
-from wanda_lightning.packing.layout import is_packed
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
@@ -76,7 +75,6 @@ class Checkpoint:
             )
         config = load_config(name, **hub)
         _refuse_without_safetensors(name)
-        refuse_packed(name, config)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
@@ -247,15 +245,6 @@ class Checkpoint:
         """Return an error that names the model and says why it must be in memory as a whole."""
         return ValueError(
             f"The model {self._name!r} cannot be read block by block, because {reason}. Prune it in memory."
-        )
-
-
-def refuse_packed(name: str, config: PretrainedConfig) -> None:
-    """Raise a ValueError for a packed model."""
-    if is_packed(config.to_dict()):
-        raise ValueError(
-            f"The model {name!r} is packed, so it cannot be read block by block. Unpack it first: wanda-lightning "
-            f"unpack {name} OUT."
         )
 
 

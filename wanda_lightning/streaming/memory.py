@@ -25,8 +25,7 @@ class Memory:
     Attributes:
         outside: The weights outside of all blocks.
         blocks: The two largest blocks that follow each other.
-        activations: The activations of all batches that wait at a unit, or of one batch if the others are on disk. If
-            they wait on the CPU, also those of one batch that are copied to the device ahead of use.
+        activations: The activations of all batches that wait at a unit, or of one batch if the others are on disk.
         work: Statistics and workspace of the most expensive unit, or the logits of a batch.
     """
 
@@ -65,10 +64,8 @@ class Samples:
         return min(self.count, self.batch_size) * self.length
 
     def parked_tokens(self, park: str) -> int:
-        """Number of tokens whose activations are in memory; on the CPU and on the device, it counts twice."""
-        if park == "disk":
-            return self.batch_tokens
-        return self.count * self.length + (self.batch_tokens if park == "cpu" else 0)
+        """Number of tokens whose activations are in memory, on the CPU and on the device together."""
+        return self.batch_tokens if park == "disk" else self.count * self.length
 
 
 def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, park: str = "memory") -> Memory:

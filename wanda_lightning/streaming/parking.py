@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from wanda_lightning.calibration.parking import DiskParking, Host, HostParking, MakeParking, Parking
-from wanda_lightning.calibration.transfers import transfers_for
 from wanda_lightning.methods import PARKING
 
 
@@ -33,4 +32,4 @@ def parking_maker(park: str, device: torch.device, folder: Path) -> MakeParking:
     """Return what makes the parking of a batch; `folder` is for files."""
     if park == "disk":
         return partial(DiskParking, folder)
-    return partial(HostParking, Host(transfers_for(device))) if park == "cpu" else Parking
+    return partial(HostParking, Host(device)) if park == "cpu" else Parking

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 from wanda_lightning.calibration.parking import MakeParking, Parking
-from wanda_lightning.models import Layer, Unit
+from wanda_lightning.models import Layer, SkippedMatrix, Unit
 from wanda_lightning.notes import Outcome
 from wanda_lightning.plan import Plan, Selections
 from wanda_lightning.progress import as_size
 from wanda_lightning.refusals import refuse_unprunable
-from wanda_lightning.report import read_layer, read_skipped
+from wanda_lightning.report import PrunedLayer, from_fields
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 from wanda_lightning.streaming.output import OutputFolder
@@ -174,6 +174,6 @@ class StreamedWeights(WeightStore):
     def _recall(self, part: str, outcome: Outcome) -> None:
         """Copy what an earlier run did to a part into the outcome."""
         record = self._output.written[part]
-        outcome.layers |= {layer.name: layer for layer in map(read_layer, record["layers"])}
-        outcome.skipped |= {matrix.name: matrix for matrix in map(read_skipped, record["skipped"])}
+        outcome.layers |= {each["name"]: from_fields(PrunedLayer, each) for each in record["layers"]}
+        outcome.skipped |= {each["name"]: from_fields(SkippedMatrix, each) for each in record["skipped"]}
         outcome.few_tokens = {**outcome.few_tokens, **record["few_tokens"]}
