@@ -19,6 +19,13 @@ settings.register_profile("tests", deadline=None, derandomize=True, database=Non
 settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(items):
+    """Run all tests with the two processes in one worker, so that they start once."""
+    for item in items:
+        if "pair" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("pair"))
+
+
 @pytest.fixture(scope="session")
 def pair():
     """Two processes, started when the first test runs something in them."""
