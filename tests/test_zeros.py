@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
 from support.callbacks import ADAMW, Net, loader, same, train_by_hand, zeros
 from support.held_zeros import OPTIMIZERS
+from support.pairwise import pairwise
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from wanda_lightning import keep_zeros, prune
@@ -31,9 +32,9 @@ def train(module, batches, optimizer, accumulate=1, clip=None):
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"noisy"}))
+@pytest.mark.parametrize(
+    ("name", "accumulate", "clip"), pairwise(sorted(OPTIMIZERS.keys() - {"noisy"}), [1, 3], [None, 0.5])
+)
 def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
     module, by_hand = pruned_net(), pruned_net()
     optimizer, batches = OPTIMIZERS[name](module.parameters()), list(loader(24)) * 2
@@ -44,13 +45,6 @@ def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
     assert same(module, by_hand)
     assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
     assert not _global_optimizer_post_hooks
-
-
-def test_without_it_zeros_come_back():
-    module = pruned_net()
-    pruned = zeros(module)
-    train(module, loader(24), ADAMW(module.parameters()))
-    assert all((pruned[name] & ~where).any() for name, where in zeros(module).items())
 
 
 def test_it_holds_until_it_is_released():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def keep_zeros(
     return zeros
 
 
-class HeldZeros:
+class HeldZeros(AbstractContextManager["HeldZeros"]):
     """Hold the zeros of some layers at zero while the model trains, until `release` or the end of a `with` block.
 
     A hook masks each gradient as it accumulates, so that clipping and the optimizer's moments use the masked gradient.
@@ -86,33 +86,24 @@ class HeldZeros:
         """Whether it holds any weight now."""
         return bool(self._handles)
 
-    def __enter__(self) -> HeldZeros:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Release all weights."""
         self.release()
 
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
         layers, self._resumed = self._resumed, []
+        found = {layer.name: layer for layer in prunable_layers(model)}
         if not layers:
-            found = prunable_layers(model)
-            for layer in found:
+            for layer in found.values():
                 refuse_sharded_experts(layer)
-            sizes = {layer.name: layer.size for layer in found}
-            zeros = zeros_of(model, processes)
-            layers = [name for name, count in zeros.items() if 0 < count < sizes[name]]
+            layers = [name for name, count in zeros_of(model, processes).items() if 0 < count < found[name].size]
         if not layers and processes.rank == 0:
             warnings.warn(
                 "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
                 stacklevel=3,
             )
-        known = {layer.name for layer in prunable_layers(model)}
-        if unknown := [name for name in layers if name not in known]:
+        if unknown := [name for name in layers if name not in found]:
             raise ValueError(
                 f"state must be of the same model, wrapped in the same way, but it names {unknown[0]}, which this "
                 "model does not have. Pass the model as it was when the state was saved."

@@ -7,34 +7,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from support.callbacks import (
-    Net,
-    Recorder,
-    all_at,
-    loader,
-    same,
-    samples,
-    share_of_zeros,
-    tagged,
-    trainer,
-)
-from support.zoo import ZOO
+from support.callbacks import Net, Recorder, Resumable, all_at, loader, same, samples, share_of_zeros, tagged, trainer
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from wanda_lightning import (
-    ImageClassifierModule,
-    ImageDataModule,
-    WandaPrune,
-    prune,
-)
+from wanda_lightning import WandaPrune
 from wanda_lightning.callbacks.batches import batch_size
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
-]
 
 
 class Data(L.LightningDataModule):
@@ -100,9 +78,10 @@ class TestCalibrationSource:
 
     @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
     def test_evaluation_calibrates_on_its_own_loader(self, loop):
-        module = Recorder()
-        getattr(trainer(WandaPrune(num_samples=4)), loop)(module, tagged(8))
-        assert [batch[0].unique().item() for batch in module.seen] == [8]
+        for own in (tagged(8), [tagged(8)]):
+            module = Recorder()
+            getattr(trainer(WandaPrune(num_samples=4)), loop)(module, own)
+            assert [batch[0].unique().item() for batch in module.seen] == [8]
 
     @pytest.mark.parametrize("several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}])
     def test_several_loaders_are_refused(self, several):
@@ -113,21 +92,10 @@ class TestCalibrationSource:
         trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
         assert share_of_zeros(module) == all_at(0.5)
 
-    def test_one_loader_in_a_list_is_accepted(self):
-        module = Recorder()
-        trainer(WandaPrune(num_samples=4)).validate(module, [tagged(8)])
-        assert [batch[0].unique().item() for batch in module.seen] == [8]
-
-    def test_batches_may_be_given_as_a_list(self):
-        module = Recorder()
-        batches = list(loader(12))
-        trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
-        assert all(torch.equal(seen[0], batch[0]) for seen, batch in zip(module.seen, batches, strict=True))
-
-    @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+    @pytest.mark.parametrize("sequential", ["layer", "none"])
     def test_samples_are_counted_and_the_last_batch_is_cut(self, sequential):
         module = Recorder()
-        callback = WandaPrune(num_samples=6, sequential=sequential, dataloader=loader(12))
+        callback = WandaPrune(num_samples=6, sequential=sequential, dataloader=list(loader(12)))
         trainer(callback).validate(module, loader())
         assert [len(x) for x, _ in module.seen] == [4, 2]
         assert [len(labels) for _, labels in module.seen] == [4, 2]
@@ -150,29 +118,6 @@ class TestCalibrationSource:
         ):
             trainer(empty).validate(module, loader())
         assert same(module, Net())
-
-
-@pytest.mark.parametrize(
-    "collate",
-    [
-        lambda rows: (torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])),
-        lambda rows: [torch.stack([x for x, _ in rows])],
-        lambda rows: torch.stack([x for x, _ in rows]),
-        lambda rows: {"x": torch.stack([x for x, _ in rows])},
-        lambda rows: {
-            "file": [str(y) for _, y in rows],
-            "x": torch.stack([x for x, _ in rows]),
-            "total": torch.tensor(4),
-        },
-    ],
-    ids=["tuple", "list", "tensor", "mapping", "keys that forward does not take"],
-)
-def test_batches_of_all_kinds(collate):
-    module, by_hand = Net(), Net()
-    batches = DataLoader(samples(12), 4, collate_fn=collate)
-    trainer(WandaPrune(num_samples=12, dataloader=batches)).validate(module, loader())
-    prune(by_hand, list(loader()), progress=False)
-    assert same(module, by_hand)
 
 
 def test_a_mapping_that_forward_cannot_take():
@@ -201,34 +146,32 @@ def test_a_module_without_forward_is_a_clear_error():
         trainer(WandaPrune(num_samples=4)).validate(Steps(), loader())
 
 
-def test_transfer_hooks_of_the_module_are_applied():
-    class Transferred(Recorder):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] + 1, batch[1]
+class Shifted:
+    """Transfer hooks, as a module or a data module has them."""
 
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] * 10, batch[1]
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + 1, batch[1]
 
-    module = Transferred()
-    trainer(WandaPrune(num_samples=4)).validate(module, tagged(2))
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 10, batch[1]
+
+
+class ShiftedModule(Shifted, Recorder):
+    pass
+
+
+class ShiftedData(Shifted, Data):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [(ShiftedModule, {"dataloaders": tagged(2)}), (Recorder, {"datamodule": ShiftedData(calibration_dataloader=2)})],
+)
+def test_transfer_hooks_are_applied(make, data):
+    module = make()
+    trainer(WandaPrune(num_samples=4)).validate(module, **data)
     assert [batch[0].unique().item() for batch in module.seen] == [30]
-
-
-def test_transfer_hooks_of_the_data_module_are_applied():
-    class Shifted(L.LightningDataModule):
-        def calibration_dataloader(self):
-            return loader()
-
-        def val_dataloader(self):
-            return loader()
-
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            return batch[0] + 3, batch[1]
-
-    module, expected = Net(), Net()
-    trainer(WandaPrune(num_samples=12)).validate(module, datamodule=Shifted())
-    prune(expected, [(x + 3, y) for x, y in loader()], progress=False)
-    assert same(module, expected)
 
 
 @pytest.mark.parametrize(
@@ -252,52 +195,54 @@ def test_predict_sees_every_batch_of_the_loader_it_calibrated_on():
     assert torch.equal(torch.cat(predictions), module(samples().tensors[0]))
 
 
-def test_predict_with_our_data_modules():
-    images = ImageClassifierModule("test_vit", pretrained=False, num_classes=10, model_kwargs={"in_chans": 1})
-    data = ImageDataModule("digits", images, num_samples=8, image_size=160, batch_size=180)
-    predicting = trainer(WandaPrune(num_samples=8, sequential="none"))
-    assert sum(len(part) for part in predicting.predict(images, data)) == 360
-
-
-@pytest.mark.parametrize("loop", ["fit", "validate"])
-def test_persistent_workers_lose_no_batch(loop):
+def batches_of(make, loop, *callbacks):
+    """The batches that two epochs of training, or one validation, see."""
     seen = []
 
-    class Counting(Net):
+    class Noting(Net):
         def training_step(self, batch, batch_idx):
-            seen.append(len(batch[0]))
+            seen.append(batch[0])
             return super().training_step(batch, batch_idx)
 
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            seen.append(len(batch[0]))
+        def validation_step(self, batch, batch_idx):
+            seen.append(batch[0])
 
-    batches = DataLoader(samples(20), batch_size=4, num_workers=1, persistent_workers=True)
-    getattr(trainer(WandaPrune(num_samples=6), max_epochs=2), loop)(Counting(), batches)
-    assert len(seen) == (10 if loop == "fit" else 5)
-
-
-def test_the_order_of_a_loader_with_its_own_generator_stays():
-    orders = []
-    for callbacks in ([], [WandaPrune(num_samples=6)]):
-        seen = []
-
-        class Listening(Net):
-            def training_step(self, batch, batch_idx, seen=seen):
-                seen.extend(batch[1].tolist())
-                return super().training_step(batch, batch_idx)
-
-        shuffled = DataLoader(samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
-        trainer(*callbacks, max_epochs=1).fit(Listening(), shuffled)
-        orders.append(seen)
-    assert orders[0] == orders[1]
+    getattr(trainer(*callbacks, max_epochs=2), loop)(Noting(), make())
+    return seen
 
 
-def test_a_list_of_one_batch_is_a_dataloader():
-    module, expected = Net(), Net()
-    batch = samples()[:]
-    trainer(WandaPrune(num_samples=12, dataloader=[batch])).validate(module, loader())
-    prune(expected, [batch], progress=False)
-    assert same(module, expected)
+class Listed(DataLoader):
+    """A subclass with another constructor and a random state."""
+
+    def __init__(self, dataset, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.jitter = torch.Generator().manual_seed(seed)
+        super().__init__(dataset, batch_size=4, shuffle=True, generator=generator)
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x + torch.rand(x.shape, generator=self.jitter), y
+
+
+def shuffled():
+    return DataLoader(samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+def with_a_worker():
+    return DataLoader(samples(), batch_size=4, num_workers=1, persistent_workers=True)
+
+
+SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
+
+
+@pytest.mark.filterwarnings(SHUFFLED)
+@pytest.mark.parametrize("make", [shuffled, with_a_worker, lambda: Listed(samples(), 3), lambda: Resumable(12)])
+@pytest.mark.parametrize("loop", ["fit", "validate"])
+def test_calibration_changes_no_batch_of_the_loop(make, loop):
+    at_step = 2 if loop == "fit" else 0  # in the middle of an epoch
+    batches = batches_of(make, loop, WandaPrune(num_samples=4, at_step=at_step))
+    assert len(batches) == (6 if loop == "fit" else 3)
+    assert all(map(torch.equal, batches, batches_of(make, loop)))
 
 
 class Labelled(NamedTuple):
@@ -310,10 +255,9 @@ def test_a_named_tuple_stays_one_when_it_is_cut():
         def calibration_step(self, batch):
             self(batch.x)
 
-    module = Named()
     batches = [Labelled(*samples(4).tensors), Labelled(*samples(4, seed=1).tensors)]
     callback = WandaPrune(num_samples=6, dataloader=batches)
-    trainer(callback).validate(module, loader())
+    trainer(callback).validate(Named(), loader())
     assert {layer.tokens for layer in callback.report.layers} == {6}
 
 
@@ -358,43 +302,6 @@ def test_a_batch_with_patches_is_counted_by_its_texts_and_not_cut():
     assert [[len(value) for value in batch.values()] for batch in seen] == [[100, 4, 4, 4, 4]] * 2
 
 
-class Listed(DataLoader):
-    """A subclass with another constructor and a random state."""
-
-    def __init__(self, dataset, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.jitter = torch.Generator().manual_seed(seed)
-        super().__init__(dataset, batch_size=4, shuffle=True, generator=generator)
-
-    def __iter__(self):
-        for x, y in super().__iter__():
-            yield x + torch.rand(x.shape, generator=self.jitter), y
-
-
-SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
-
-
-@pytest.mark.filterwarnings(SHUFFLED)
-@pytest.mark.parametrize("loop", ["fit", "validate"])
-def test_a_subclass_of_the_loader_keeps_its_order_and_random_numbers(loop):
-    batches = []
-    for callbacks in ([], [WandaPrune(num_samples=6)]):
-        seen = []
-
-        class Noting(Net):
-            def training_step(self, batch, batch_idx, seen=seen):
-                seen.append(batch[0])
-                return super().training_step(batch, batch_idx)
-
-            def validation_step(self, batch, batch_idx, seen=seen):
-                seen.append(batch[0])
-
-        getattr(trainer(*callbacks, max_epochs=2), loop)(Noting(), Listed(samples(), 3))
-        batches.append(seen)
-    assert len(batches[0]) == (6 if loop == "fit" else 3)
-    assert all(map(torch.equal, *batches))
-
-
 @pytest.mark.filterwarnings(SHUFFLED)
 def test_a_subclass_is_calibrated_on_with_its_own_batches():
     module = Recorder()
@@ -403,41 +310,12 @@ def test_a_subclass_is_calibrated_on_with_its_own_batches():
     assert all(torch.equal(seen[0], x) for seen, (x, _) in zip(module.seen, expected, strict=True))
 
 
-SAMPLES = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
-
-
-class Logbook(L.LightningModule):
-    """Records the batches that it is calibrated and trained on."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = ZOO["plain_mlp"].build().train()
-        self.calibrated, self.trained = [], []
-
-    def calibration_step(self, batch):
-        self.calibrated.append(batch)
-        return self.layers(batch)
-
-    def training_step(self, batch, batch_idx):
-        self.trained.append(batch)
-        return F.mse_loss(self.layers(batch), torch.zeros(len(batch), 16))
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-def fitted(loader, *callbacks, epochs=1):
-    module = Logbook()
-    trainer(*callbacks, max_epochs=epochs).fit(module, loader)
-    return module
+SAMPLES = samples()
 
 
 def assert_same(batches, expected):
     assert len(batches) == len(expected)
-    assert all(map(torch.equal, batches, expected))
+    assert all(torch.equal(batch[0], x) for batch, x in zip(batches, expected, strict=True))
 
 
 class Batched(Dataset):
@@ -452,14 +330,16 @@ class Batched(Dataset):
 
 class BatchedStream(IterableDataset):
     def __iter__(self):
-        return iter(SAMPLES.split(4))
+        return iter(loader())
 
 
 @pytest.mark.parametrize("dataset", [Batched, BatchedStream])
 def test_a_loader_of_precomputed_batches(dataset):
-    module = fitted(DataLoader(dataset(), batch_size=None), WandaPrune(num_samples=10))
-    assert_same(module.calibrated, [*SAMPLES[:8].split(4), SAMPLES[8:10]])
-    assert_same(module.trained, SAMPLES.split(4))
+    module = Recorder()
+    trainer(WandaPrune(num_samples=10), max_epochs=1).fit(module, DataLoader(dataset(), batch_size=None))
+    x = SAMPLES.tensors[0]
+    assert_same(module.seen, [*x[:8].split(4), x[8:10]])
+    assert_same(module.trained, x.split(4))
 
 
 class Turning(Sampler):
@@ -491,21 +371,21 @@ class TurningBatches(Turning):
     ("option", "sampler", "sizes"), [("batch_sampler", TurningBatches, (3, 4, 5)), ("sampler", Turning, (4, 4, 4))]
 )
 def test_a_sampler_is_used_and_not_changed(option, sampler, sizes):
-    def loader():
-        return DataLoader(SAMPLES, **{option: sampler()}, **({"batch_size": 4} if option == "sampler" else {}))
-
-    dense, pruned = loader(), loader()
-    without = fitted(dense, epochs=2)
-    module = fitted(pruned, WandaPrune(num_samples=12), epochs=2)
-    first, second = (SAMPLES.roll(-epoch, 0).split(sizes) for epoch in (1, 2))
-    assert_same(module.trained, [*first, *second])
+    modules, loaders = [Recorder(), Recorder()], []
+    for module, callbacks in zip(modules, ([], [WandaPrune(num_samples=12)]), strict=True):
+        size = {"batch_size": 4} if option == "sampler" else {}
+        loaders.append(DataLoader(SAMPLES, **{option: sampler()}, **size))
+        trainer(*callbacks, max_epochs=2).fit(module, loaders[-1])
+    module = modules[1]
+    first, second = (SAMPLES.tensors[0].roll(-epoch, 0).split(sizes) for epoch in (1, 2))
     # Lightning may have begun its own reading, or not.
-    assert_same(module.calibrated, first if torch.equal(module.calibrated[0], first[0]) else second)
-    assert_same(without.trained, module.trained)
-    assert getattr(pruned, option).epoch == getattr(dense, option).epoch
+    assert_same(module.seen, first if torch.equal(module.seen[0][0], first[0]) else second)
+    for each in modules:
+        assert_same(each.trained, [*first, *second])
+    assert len({getattr(each, option).epoch for each in loaders}) == 1
 
 
-class TrainsOnSetup(Logbook):
+class TrainsOnSetup(Recorder):
     """Its train loader exists only after `setup("fit")`."""
 
     def setup(self, stage):
@@ -517,12 +397,12 @@ class TrainsOnSetup(Logbook):
 
 
 def test_a_train_loader_that_exists_only_in_fit():
-    module, before = TrainsOnSetup(), TrainsOnSetup().state_dict()
+    module = TrainsOnSetup()
     with pytest.raises(
         MisconfigurationException, match=r"dataloader must be given, since TrainsOnSetup\.train_dataloader\(\) fails"
     ) as caught:
-        trainer(WandaPrune(num_samples=12)).validate(module, DataLoader(SAMPLES, 4))
+        trainer(WandaPrune(num_samples=12)).validate(module, loader())
     assert isinstance(caught.value.__cause__, AttributeError)
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-    trainer(WandaPrune(num_samples=12, dataloader=DataLoader(SAMPLES, 4))).validate(module, DataLoader(SAMPLES, 4))
-    assert_same(module.calibrated, SAMPLES.split(4))
+    assert same(module, TrainsOnSetup())
+    trainer(WandaPrune(num_samples=12, dataloader=loader())).validate(module, loader())
+    assert_same(module.seen, SAMPLES.tensors[0].split(4))

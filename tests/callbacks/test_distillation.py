@@ -33,11 +33,6 @@ from torch.utils.data import DataLoader
 from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune, prune
 from wanda_lightning.callbacks.dense import fingerprint
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # these tests only train
-]
-
 
 def divergence(predicted, dense, temperature=1.0, keep=slice(None)):
     """The mean over the predictions that count, times the squared temperature, by PyTorch."""
@@ -87,8 +82,9 @@ def assert_close(a, b, **tolerance):
         torch.testing.assert_close(weight, b.state_dict()[name], **tolerance)
 
 
-@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (1.0, 1.0), (0.3, 2.5)])
-@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (3, 0.1)])
+@pytest.mark.parametrize(
+    ("weight", "temperature", "accumulate", "clip"), [(0.5, 1.0, 1, None), (1.0, 1.0, 3, 0.1), (0.3, 2.5, 3, None)]
+)
 def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, accumulate, clip):
     module, dense = Net(), Dense()
     by_hand = ByHand(copy.deepcopy(dense), weight, temperature)
@@ -137,16 +133,6 @@ def test_precisions(precision):
     assert {weight.dtype for weight in dense.parameters()} == {weight.dtype for weight in module.parameters()}
 
 
-def test_a_step_of_two_batches_is_two_accumulated_batches():
-    results = []
-    for batch_size, accumulate in ((4, 1), (2, 2)):
-        module = Net()
-        options = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
-        trainer(DistillFromDense(Dense()), **options).fit(module, loader(12, batch_size))
-        results.append(module)
-    assert_close(*results)
-
-
 @pytest.mark.parametrize("dense", [None, Dense])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
     def fit(steps, path=None):
@@ -191,34 +177,16 @@ def language_model(**lora):
     return CausalLMModule(model, lr=1e-2, lora=lora or None)
 
 
-@pytest.mark.parametrize("padding", [False, True])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("padding", "temperature"), [(False, 2.0), (True, 1.0)])
 def test_a_language_model_is_compared_without_padding(padding, temperature):
     batch = {"input_ids": IDS, "attention_mask": MASK} if padding else IDS
-    module, dense, losses = language_model(), tiny_llama(), Losses()
-    by_hand, before = copy.deepcopy(module), zeros(module.model)
-    callbacks = KeepZeros(), DistillFromDense(dense, 0.3, temperature), losses
-    trainer(*callbacks, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+    module, losses = language_model(), Losses()
     mask, keep = (MASK, MASK.bool()) if padding else (None, slice(None))
-    logits = by_hand(IDS, mask).logits
-    expected = divergence(logits, tiny_llama()(IDS, mask).logits, temperature, keep)
-    assert losses.logged == [pytest.approx(expected.item(), rel=1e-4)]
-    by_hand.log = lambda *args, **kwargs: None
-    (0.7 * by_hand.training_step(batch, 0) + 0.3 * expected).backward()
-    optimizer = by_hand.configure_optimizers()
-    for name, weight in by_hand.model.named_parameters():
-        if name in before:
-            weight.grad[before[name] & (share(before[name]) < 1)] = 0
-    optimizer.step()
-    for name, weight in module.model.named_parameters():
-        if name in before and "proj" in name:
-            assert torch.equal(weight == 0, before[name])
-            moved = (weight - by_hand.model.get_parameter(name)).abs()[~before[name]]
-            assert moved.quantile(0.99) < 1e-5  # AdamW's first step is the sign of each gradient
-
-
-def share(where):
-    return where.float().mean().item()
+    with torch.no_grad():
+        predicted, dense = (model(IDS, mask).logits for model in (module, tiny_llama()))
+    callbacks = KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses
+    trainer(*callbacks, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+    assert losses.logged == [pytest.approx(divergence(predicted, dense, temperature, keep).item(), rel=1e-4)]
 
 
 @pytest.mark.parametrize("keep_zeros", [True, False])
@@ -226,8 +194,8 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
     module = language_model(r=4, target_modules=["q_proj", "v_proj"], keep_zeros=keep_zeros)
     losses = Losses()
     base = copy.deepcopy(module.pruning_target.state_dict())
-    batches = DataLoader([IDS] * 20, batch_size=None)
-    trainer(DistillFromDense(tiny_llama(), weight=1.0), losses, max_steps=20).fit(module, batches)
+    batches = DataLoader([IDS] * 10, batch_size=None)
+    trainer(DistillFromDense(tiny_llama(), weight=1.0), losses, max_steps=10).fit(module, batches)
     start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
     assert losses.logged[0] == pytest.approx(start, rel=1e-4)
     assert losses.logged[-1] < 0.9 * start
@@ -386,9 +354,7 @@ def test_what_the_first_step_shows_is_refused_before_a_weight_changes(make, dens
     ("options", "message"),
     [
         ({"weight": 0.0}, "weight of DistillFromDense must be a number above 0 and at most 1, but it is 0.0"),
-        ({"weight": 1.5}, "at most 1, but it is 1.5"),
         ({"temperature": 0}, "temperature of DistillFromDense must be a number above 0, but it is 0"),
-        ({"temperature": float("inf")}, "temperature"),
     ],
 )
 def test_wrong_values_are_refused(options, message):
@@ -443,19 +409,11 @@ def test_a_given_model_that_was_pruned_causes_a_warning():
 
 
 def test_other_classes_are_refused_before_training():
-    for module, dense in ((language_model(), tiny_llama(tie_word_embeddings=True)), (tiny_vit(), tiny_vit())):
-        if isinstance(module, CausalLMModule):
-            dense.resize_token_embeddings(140)
-        else:
-            dense = tiny_vit(num_classes=7)
+    larger = tiny_llama(tie_word_embeddings=True)
+    larger.resize_token_embeddings(140)
+    for module, dense in ((language_model(), larger), (tiny_vit(), tiny_vit(num_classes=7))):
         with pytest.raises(ValueError, match="dense must predict the same classes or tokens as the network, but it"):
             trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
-
-
-def test_a_trainer_of_pytorch_lightning_is_refused():
-    kind = type("Trainer", (), {"__module__": "pytorch_lightning.trainer"})
-    with pytest.raises(ValueError, match="trainer must be a lightning"):
-        DistillFromDense().setup(kind(), Net(), "fit")
 
 
 def test_a_fit_without_a_new_dense_model_uses_no_old_one():
@@ -471,9 +429,8 @@ def test_the_fingerprint_depends_on_the_weights_alone():
     assert fingerprint(Net().layers) != fingerprint(Net())  # other names
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_pruning_while_it_trains(optimizer):
-    module, losses = Net(optimizer), Losses()
+def test_pruning_while_it_trains():
+    module, losses = Net(ADAMW), Losses()
     trainer(WandaPrune(num_samples=12, at_step=3), DistillFromDense(), losses, max_steps=6).fit(module, loader())
     assert losses.logged[0] == pytest.approx(0, abs=1e-9)  # still the dense model
     assert losses.logged[3] > losses.logged[0]

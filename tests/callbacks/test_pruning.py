@@ -1,7 +1,6 @@
 """PruningCallback in the loops of Lightning, against `prune` and training loops by hand."""
 
 import copy
-import gc
 import json
 import math
 import os
@@ -41,17 +40,15 @@ from support.callbacks import (
     zeros_in,
 )
 from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
-from support.zoo import ZOO
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.modules import tiny_llama, tiny_tokenizer, tiny_vit
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import (
     NM,
     CausalLMModule,
     CubicSchedule,
-    ImageClassifierModule,
     ImageDataModule,
     KeepZeros,
     LinearSchedule,
@@ -66,15 +63,9 @@ from wanda_lightning import (
 )
 from wanda_lightning.cli import main
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
-]
-
 
 class TestMeasuring:
-    @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-    @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+    @pytest.mark.parametrize(("loop", "sequential"), [("validate", "block"), ("test", "layer"), ("predict", "none")])
     def test_the_pruned_model_is_measured(self, loop, sequential):
         by_hand, module, dense = Net(), Net(), Net()
         prune(by_hand, list(loader()), 0.5, sequential=sequential, progress=False)
@@ -88,44 +79,19 @@ class TestMeasuring:
         assert [layer.tokens for layer in callback.report.layers] == [12, 12, 12]
         assert share_of_zeros(module) == all_at(0.5)
 
-    def test_it_prunes_once(self):
-        module, callback = Net(), WandaPrune(num_samples=12)
-        trainer(callback).validate(module, loader())
-        report = callback.report
+    @pytest.mark.parametrize(("first", "when"), [("validate", {}), ("fit", {"at_step": 3})])
+    def test_it_prunes_once(self, first, when):
+        module, callback = Net(), WandaPrune(num_samples=12, **when)
+        getattr(trainer(callback, max_steps=5), first)(module, loader())
         with torch.no_grad():
             module.layers[0].weight[0].fill_(1)
-        before = copy.deepcopy(module)
+        report, before = callback.report, copy.deepcopy(module)
         for loop in ("validate", "test", "predict"):
             getattr(trainer(callback), loop)(module, loader())
         assert same(module, before)
+        trainer(callback, max_steps=5).fit(module, loader())
+        assert equal(zeros(module), zeros(before))
         assert callback.report is report
-
-    def test_another_module_is_pruned(self):
-        callback = WandaPrune(num_samples=12)
-        trainer(callback).validate(Net(), loader())
-        report, other = callback.report, Net()
-        gc.collect()
-        trainer(callback).validate(other, loader())
-        assert share_of_zeros(other) == all_at(0.5)
-        assert callback.report is not report
-
-    def test_pruned_by_validation_then_trained(self):
-        module, callback = Net(), WandaPrune(num_samples=12)
-        trainer(callback).validate(module, loader())
-        report, pruned = callback.report, zeros(module)
-        trainer(callback, max_steps=3).fit(module, loader())
-        assert callback.report is report
-        assert all(torch.equal(pruned[name], where) for name, where in zeros(module).items())
-
-    def test_a_checkpoint_given_to_validate_is_pruned_after_loading(self, tmp_path):
-        trained = Net()
-        fit = trainer(max_steps=2)
-        fit.fit(trained, loader())
-        fit.save_checkpoint(tmp_path / "dense.ckpt")
-        prune(trained, list(loader()), progress=False)
-        module = Net()
-        trainer(WandaPrune(num_samples=12)).validate(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
-        assert same(module, trained)
 
     def test_magnitude_needs_no_data(self):
         class Calibrated(Net):
@@ -136,11 +102,6 @@ class TestMeasuring:
         prune(by_hand, criterion="magnitude", pattern="unstructured_layer", progress=False)
         trainer(MagnitudePrune()).validate(module, loader())
         assert same(module, by_hand)
-
-    def test_skip_leaves_dense(self):
-        module = Net()
-        trainer(WandaPrune(num_samples=12, pattern="1:4", sparsity=0.75, skip=["layers.2"])).validate(module, loader())
-        assert share_of_zeros(module) == {**all_at(0.75), "layers.2.weight": 0.0}
 
     def test_nothing_else_changes(self):
         module = Net()
@@ -177,8 +138,9 @@ class TestTraining:
         assert module.sanity == [all_at(0.0)]
         assert [shares for shares, _ in module.steps] == [all_at(0.5)] * 3
 
-    @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["momentum", "adamw"])
-    @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (1, 0.5), (3, None), (2, 0.5)])
+    @pytest.mark.parametrize(
+        ("optimizer", "accumulate", "clip"), [(SGD, 1, 0.5), (SGD, 3, None), (ADAMW, 1, None), (ADAMW, 2, 0.5)]
+    )
     def test_equals_a_loop_that_masks_by_hand(self, optimizer, accumulate, clip):
         by_hand, module = Net(), Net(optimizer)
         prune(by_hand, list(loader(24)), progress=False)
@@ -190,18 +152,7 @@ class TestTraining:
             torch.testing.assert_close(weight, trained, msg=lambda text, name=name: f"{name}: {text}")
             if name in pruned:
                 assert torch.equal(weight == 0, pruned[name])
-
-    def test_without_keeping_zeros_they_come_back(self):
-        module = Net()
-        trainer(WandaPrune(num_samples=12, keep_zeros=False), max_epochs=1).fit(module, loader())
-        assert all(share < 0.25 for share in share_of_zeros(module).values())  # dead units have no gradient
-
-    def test_hooks_are_gone_after_training(self):
-        module = Net()
-        trainer(WandaPrune(num_samples=12), max_epochs=1).fit(module, loader())
         assert hooks_of(module, module.used_optimizer) == []
-        module._loss(next(iter(loader()))).backward()
-        assert all(weight.grad[weight == 0].any() for weight in module.parameters() if weight.ndim == 2)
 
     @pytest.mark.parametrize("callbacks", ["prune", "keep"])
     def test_hooks_are_gone_after_an_error_in_training(self, callbacks):
@@ -242,15 +193,12 @@ class TestAtStep:
         ("make", "accumulate", "at_step"),
         [
             (Net, 1, 1),
-            (Net, 1, 7),
-            (lambda: Net(ADAMW), 1, 5),
-            (Net, 2, 4),
-            (lambda: Net(ADAMW), 3, 3),
+            (lambda: Net(ADAMW), 1, 7),  # in the second epoch
             (Net, 4, 2),  # six batches an epoch: the last step of an epoch accumulates two
             (Manual, 1, 4),
             (TwoOptimizers, 1, 6),
         ],
-        ids=["first", "next epoch", "adamw", "two batches", "three batches", "short epoch end", "manual", "optimizers"],
+        ids=["first", "adamw", "accumulated", "manual", "optimizers"],
     )
     def test_dense_training_then_what_prune_does_by_hand(self, make, accumulate, at_step):
         dense, before, after = Notes(), Notes(), Notes()
@@ -276,19 +224,6 @@ class TestAtStep:
         assert equal(before.at[4], dense.at[4])
         assert equal(after.at[4], pruned_by_hand(dense.at[4], 0.5).state_dict())
 
-    def test_the_last_step(self):
-        dense, module = Net(), Net()
-        trainer(max_steps=5).fit(dense, loader(24))
-        trainer(WandaPrune(num_samples=24, at_step=5), max_steps=5).fit(module, loader(24))
-        assert same(module, pruned_by_hand(dense.state_dict(), 0.5))
-
-    @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"sequential": "none"}, {"skip": ["layers.2"]}])
-    def test_other_choices(self, options):
-        dense, after = Notes(), Notes()
-        trainer(dense, max_steps=4).fit(Net(), loader(24))
-        trainer(WandaPrune(num_samples=24, at_step=3, **options), after, max_steps=4).fit(Net(), loader(24))
-        assert equal(after.at[3], pruned_by_hand(dense.at[3], 0.5, **options).state_dict())
-
     def test_data_without_a_length(self):
         class Stream(IterableDataset):
             def __iter__(self):
@@ -305,9 +240,8 @@ class TestAtStep:
         with pytest.raises(MisconfigurationException, match="training ends at 4"):
             trainer(WandaPrune(at_step=5), max_steps=4).fit(Net(), batches)
 
-    @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
     @pytest.mark.parametrize(
-        "when", [{"at_step": 3}, {"schedule": CubicSchedule(0, 4, every=2)}], ids=["at_step", "cubic"]
+        ("loop", "when"), [("validate", {"at_step": 3}), ("predict", {"schedule": CubicSchedule(0, 4, every=2)})]
     )
     def test_measuring_before_training_warns_and_sees_the_dense_model(self, loop, when):
         module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
@@ -319,47 +253,15 @@ class TestAtStep:
         assert callback.report is None
         torch.testing.assert_close(measured, getattr(trainer(), loop)(dense, loader()), rtol=0, atol=0)
 
-    def test_measuring_after_training_neither_warns_nor_prunes(self):
-        module, callback = Net(), WandaPrune(num_samples=12, at_step=3)
-        trainer(callback, max_steps=5).fit(module, loader())
-        trained, report = copy.deepcopy(module), callback.report
-        trainer(callback).validate(module, loader())
-        assert same(module, trained)
-        assert callback.report is report
 
-    def test_a_second_fit_of_the_pruned_model_goes_on_without_pruning(self):
-        module, callback = Net(), WandaPrune(num_samples=12, at_step=3)
-        trainer(callback, max_steps=5).fit(module, loader())
-        pruned, report = zeros(module), callback.report
-        trainer(callback, max_steps=5).fit(module, loader())
-        assert equal(zeros(module), pruned)
-        assert callback.report is report
-
-    def test_a_second_model_is_pruned_at_its_own_step(self):
-        callback, before, after = WandaPrune(num_samples=12, at_step=3), Notes(), Notes()
-        trainer(callback, max_steps=5).fit(Net(), loader())
-        trainer(before, callback, after, max_steps=5).fit(Net(ADAMW), loader())
-        assert not any(where.any() for where in zeros_in(before.at[3]).values())
-        assert {where.float().mean().item() for where in zeros_in(after.at[3]).values()} == {0.5}
-
-
-def cubic(progress):
-    """Zhu & Gupta 2017, eq. 1, from an initial sparsity of 0 to a final one of 1."""
-    initial, final = 0.0, 1.0
-    return final + (initial - final) * (1 - progress) ** 3
-
-
-@pytest.mark.parametrize("sparsity", [0.5, 0.7])
 @pytest.mark.parametrize(
-    ("schedule", "stages"),
+    ("schedule", "stages", "sparsity"),
     [
-        (CubicSchedule(2, 8, every=2), {4: cubic(1 / 3), 6: cubic(2 / 3), 8: 1.0}),
-        (CubicSchedule(0, 5, every=3), {3: cubic(3 / 5), 5: 1.0}),
-        (LinearSchedule(1, 9, every=2), {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0}),
-        (OneShot(4), {4: 1.0}),
-        (Steps((0, 0.25), (5, 0.25), (9, 1.0)), {0: 0.25, 9: 1.0}),
+        (CubicSchedule(2, 8, every=2), {4: 19 / 27, 6: 26 / 27, 8: 1.0}, 0.7),
+        (LinearSchedule(1, 9, every=2), {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0}, 0.5),
+        (Steps((0, 0.25), (5, 0.25), (9, 1.0)), {0: 0.25, 9: 1.0}, 0.7),
     ],
-    ids=["cubic", "uneven", "linear", "one shot", "own"],
+    ids=["cubic", "linear", "own"],
 )
 def test_each_stage_scores_anew_and_zeros_stay(schedule, stages, sparsity):
     before, after, module = Notes(), Notes(), Net(ADAMW)
@@ -383,21 +285,6 @@ def test_each_stage_scores_anew_and_zeros_stay(schedule, stages, sparsity):
     assert equal(zeros(module), previous)
 
 
-def test_a_schedule_with_layerwise_groups_and_no_data():
-    after, module = Notes(), Net()
-    trainer(MagnitudePrune(0.6, schedule=LinearSchedule(0, 4, every=2)), after, max_steps=6).fit(module, loader(24))
-    for step, sparsity in {1: 0.0, 2: 0.3, 3: 0.3, 4: 0.6, 6: 0.6}.items():
-        for where in zeros_in(after.at[step]).values():
-            assert where.sum() == int(where.numel() * sparsity)
-
-
-def test_two_of_four_in_one_stage():
-    module = Net()
-    trainer(WandaPrune(num_samples=24, pattern="2:4", schedule=OneShot(2)), max_steps=4).fit(module, loader(24))
-    assert share_of_zeros(module) == all_at(0.5)
-    assert all((where.reshape(-1, 4).sum(dim=1) == 2).all() for where in zeros(module).values())
-
-
 class Asked(WandaPrune):
     """Records the steps at which it is called."""
 
@@ -418,64 +305,41 @@ class AtSeven(Asked):
         return trainer.global_step == 7
 
 
-class AtPlateau(Asked):
-    """Prunes when the logged loss has stopped improving."""
-
-    def __init__(self):
-        super().__init__()
-        self.losses = []
-
-    def answer(self, trainer):
-        self.losses.append(trainer.callback_metrics.get("train_loss", torch.tensor(math.inf)).item())
-        return self.report is None and len(self.losses) > 2 and self.losses[-1] >= self.losses[-2]
-
-
 class Always(Asked):
     def answer(self, trainer):
         return True
 
 
-class Logging(Net):
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.log("train_loss", loss)
-        return loss
-
-
 class TestShouldPrune:
-    @pytest.mark.parametrize("accumulate", [1, 3])
-    def test_is_called_once_for_each_optimizer_step(self, accumulate):
+    @pytest.mark.parametrize(("make", "accumulate"), [(Net, 1), (Net, 3), (Manual, 1)])
+    def test_is_called_once_for_each_optimizer_step(self, make, accumulate):
         callback, after = AtSeven(), Notes()
-        trainer(callback, after, max_steps=10, accumulate_grad_batches=accumulate).fit(Net(), loader(24))
+        options = {"max_steps": 10, "accumulate_grad_batches": accumulate}
+        validates = {"val_check_interval": 2, "num_sanity_val_steps": 1}  # at which it is not called
+        trainer(callback, after, **options, **validates).fit(make(), loader(24), loader())
         assert callback.asked == list(range(11))
         assert [step for step, weights in after.at.items() if zeros_in(weights)["layers.0.weight"].any()] == [
             step for step in after.at if step >= 7
         ]
 
-    def test_is_not_called_by_validation_during_training(self):
-        callback = Asked(at_step=4)
-        options = {"max_steps": 6, "val_check_interval": 2, "num_sanity_val_steps": 1}
-        trainer(callback, **options).fit(Net(), loader(24), loader())
-        assert callback.asked == list(range(7))
-
-    def test_is_called_after_each_batch_in_which_manual_optimization_steps(self):
-        callback = AtSeven()
-        module = Manual()
-        trainer(callback, max_steps=8).fit(module, loader(24))
-        assert callback.asked == list(range(9))
-        assert share_of_zeros(module) == all_at(0.5)
-
     def test_may_read_logged_metrics(self):
-        callback, before, after = AtPlateau(), Notes(), Notes()
-        trainer(before, callback, after, max_epochs=3).fit(Logging(), loader(24))
-        (pruned_at,) = [step for step in after.at if not equal(after.at[step], before.at[step])]
-        best = math.inf
-        for step, loss in enumerate(callback.losses):
-            if step >= 2 and loss >= best:
-                break
-            best = loss
-        assert 2 <= step == pruned_at < len(after.at)
-        assert equal(after.at[step], pruned_by_hand(before.at[step], 0.5).state_dict())
+        logged, read = [], []
+
+        class Logging(Net):
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch, batch_idx)
+                self.log("train_loss", loss)
+                logged.append(loss.item())
+                return loss
+
+        class Reading(Asked):
+            def answer(self, trainer):
+                read.append(trainer.callback_metrics.get("train_loss", math.nan))
+                return False
+
+        with pytest.warns(UserWarning, match="to sparsity 0 instead of 0.5"):
+            trainer(Reading(), max_steps=4).fit(Logging(), loader(24))
+        assert read[1:] == logged
 
     def test_pruning_at_every_step_does_not_compound(self):
         callback, after = Always(sparsity=0.5), Notes()
@@ -513,7 +377,10 @@ class TestShouldPrune:
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        ({"at_step": 3, "skip": ["no_such_layer"]}, "skip='no_such_layer' matches no matrix"),
+        (
+            {"at_step": 3, "skip": ["layers.1"]},
+            "skip='layers.1' matches no matrix of the model; the nearest is 'layers",
+        ),
         ({"at_step": 3, "pattern": "2:5", "sparsity": 0.6}, "is not a multiple of 5"),
         ({"schedule": CubicSchedule(0, 4, every=2), "skip": ["*"]}, "nothing to prune"),
     ],
@@ -526,69 +393,31 @@ def test_errors_of_a_later_stage_are_raised_at_the_start(when, message):
 
 
 @pytest.mark.parametrize(
-    ("when", "message"),
+    ("options", "message"),
     [
         ({"at_step": -1}, "at_step must be at least 0, but it is -1"),
+        ({"at_step": "3"}, "at_step must be a whole number, but it is '3'"),
         ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
-        ({"schedule": Steps()}, "increasing optimizer steps"),
-        ({"schedule": Steps((3, 0.5), (2, 1.0))}, r"has \[3, 2\]"),
-        ({"schedule": Steps((2, 0.5), (2, 1.0))}, r"has \[2, 2\]"),
-        (
-            {"schedule": Steps((1, 0.8), (2, 0.5), (3, 1.0))},
-            r"never decrease.*has \[0.8, 0.5, 1.0\]",
-        ),
-        ({"schedule": Steps((1, 0.25), (2, 0.5))}, r"end at 1, but .* has \[0.25, 0.5\]"),
+        ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
+        ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
+        ({"schedule": Steps((0.5, 1.0))}, "whole numbers of at least 0"),
+        ({"schedule": Steps((2, 0.5), (2, 1.0))}, r"increasing optimizer steps, .* has \[2, 2\]"),
+        ({"schedule": Steps((1, 0.8), (2, 0.5), (3, 1.0))}, r"never decrease, and end at 1, .* has \[0.8, 0.5, 1.0\]"),
         ({"schedule": Steps((1, 0.0), (2, 1.0))}, "must have shares of the final sparsity that are above 0"),
-        ({"schedule": Steps((1, 0.5), (2, 1.5))}, "must have shares of the final sparsity that are above 0"),
         (
             {"pattern": NM(2, 4), "schedule": CubicSchedule(0, 4, every=2)},
             r"must have one stage for NM\(n=2, m=4\).*CubicSchedule\(.*at_step",
         ),
-        (
-            {"pattern": "1:4", "sparsity": 0.75, "schedule": Steps((1, 0.5), (2, 1.0))},
-            r"for NM\(n=1, m=4\)",
-        ),
-    ],
-)
-def test_bad_pruning_steps_are_refused_at_once(when, message):
-    with pytest.raises(ValueError, match=message):
-        WandaPrune(**when)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
         ({"pattern": "2:4", "sparsity": 0.7}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
-        ({"pattern": NM(4, 8), "sparsity": 0.75}, "sparsity must be 0.5 for the pattern 4:8"),
-        ({"pattern": "4:2"}, "4:2"),
-        ({"pattern": "diagonal"}, "pattern must be one of unstructured, .* but it is 'diagonal'"),
-        ({"sparsity": 1.0}, "at least 0 and below 1, but it is 1.0"),
-        ({"sparsity": -0.1}, "at least 0 and below 1"),
         ({"sparsity": float("nan")}, "at least 0 and below 1"),
         ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
         *[({"num_samples": value}, "num_samples must be a whole number") for value in ("8", 1.5, None, True, [8])],
-        ({"at_step": 1.5}, "at_step must be a whole number, but it is 1.5"),
-        ({"at_step": "3"}, "at_step must be a whole number, but it is '3'"),
-        ({"schedule": "cubic"}, "schedule must be a Schedule such as CubicSchedule.* but it is 'cubic'"),
-        ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
-        ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
-        ({"schedule": Steps((0.5, 1.0))}, "whole numbers of at least 0"),
         ({"sequential": "row"}, "sequential must be one of block, layer, none, auto, but it is 'row'"),
-        ({"criterion": "luck"}, "criterion must be one of wanda, magnitude"),
-        ({"allocation": "luck"}, "allocation must be one of uniform"),
-        ({"solver": "luck"}, "solver must be one of"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         PruningCallback(**options)
-
-
-def test_a_skip_that_matches_nothing_names_the_nearest():
-    module = Net()
-    with pytest.raises(ValueError, match=r"skip='layers.1' matches no matrix of the model; the nearest is 'layers"):
-        trainer(WandaPrune(num_samples=4, skip=["layers.1"]), max_epochs=1).fit(module, loader())
-    assert same(module, Net())
 
 
 class Interrupting(Net):
@@ -639,17 +468,12 @@ def test_ctrl_c_while_distilling_in_fit_records_no_pruning(monkeypatch):
     assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-def text_module():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return CausalLMModule(ZOO["llama"].build(), PreTrainedTokenizerFast(tokenizer_object=tokenizer), lr=1e-3)
-
-
 @pytest.mark.parametrize("loop", ["validate", "fit"])
 def test_a_language_model_is_saved_at_two_of_four(tmp_path, loop):
-    module = text_module()
-    data = TextDataModule(module.tokenizer, seqlen=32, num_samples=8, limit=8)
+    module = CausalLMModule(tiny_llama(), tiny_tokenizer(), lr=1e-3)
+    (tmp_path / "a.txt").write_text(" ".join(f"w{i % 128}" for i in range(0, 3000, 7)))
+    text = str(tmp_path / "a.txt")
+    data = TextDataModule(module.tokenizer, text, text, seqlen=32, num_samples=8, limit=8)
     callback = WandaPrune(pattern="2:4", num_samples=8)
     run = trainer(callback, max_epochs=1)
     getattr(run, loop)(module, datamodule=data)
@@ -666,13 +490,13 @@ def test_a_language_model_is_saved_at_two_of_four(tmp_path, loop):
     assert same(loaded, module.model)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_an_image_classifier_is_trained_with_its_zeros():
-    sizes = {"in_chans": 1, "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    module = ImageClassifierModule("vit_tiny_patch16_224", False, 10, model_kwargs=sizes)
+    module = tiny_vit()
     dense = copy.deepcopy(module)
-    callback = WandaPrune(pattern="2:4", num_samples=256, sequential="none")
+    callback = WandaPrune(pattern="2:4", num_samples=64, sequential="none")
     run = trainer(callback, max_epochs=1)
-    run.fit(module, datamodule=ImageDataModule("digits", batch_size=128, num_samples=256))
+    run.fit(module, datamodule=ImageDataModule("digits", batch_size=64, num_samples=64))
     assert run.callback_metrics["val_accuracy"] > 0
     assert not torch.equal(module.model.head.weight, dense.model.head.weight)
     assert [layer.name for layer in callback.report.layers][:2] == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
@@ -681,14 +505,15 @@ def test_an_image_classifier_is_trained_with_its_zeros():
         assert (groups.sum(dim=1) == 2).all()
 
 
-def test_dense_weights_loaded_afterwards_are_pruned_again(tmp_path):
-    module, callback = Net(), WandaPrune(num_samples=12)
-    saving = trainer()
-    saving.validate(module, loader())
-    saving.save_checkpoint(tmp_path / "dense.ckpt")
+def test_dense_weights_of_a_checkpoint_are_pruned_after_loading(tmp_path):
+    trained, module, callback = Net(), Net(), WandaPrune(num_samples=12)
+    fit = trainer(max_steps=2)
+    fit.fit(trained, loader())
+    fit.save_checkpoint(tmp_path / "dense.ckpt")
+    prune(trained, list(loader()), progress=False)
     trainer(callback).validate(module, loader())
     trainer(callback).validate(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
-    assert share_of_zeros(module) == all_at(0.5)
+    assert same(module, trained)
 
 
 def test_a_callback_can_be_copied_and_pickled():
@@ -708,10 +533,9 @@ def sprinkled(module, share, seed=0):
     return module
 
 
-@pytest.mark.parametrize("loop", ["fit", "validate"])
-@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+@pytest.mark.parametrize(("loop", "sparsity"), [("fit", 0.25), ("validate", 0.5)])
 def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
-    callback = WandaPrune(sparsity, num_samples=12)
+    callback = WandaPrune(sparsity, num_samples=12, at_step=3 if loop == "fit" else 0)
     options = {"max_steps": 4} if loop == "fit" else {}
     for module in (Net(ADAMW), sprinkled(Net(ADAMW), 0.02), sprinkled(Net(ADAMW), 0.1)):
         getattr(trainer(callback, **options), loop)(module, loader())
@@ -764,9 +588,7 @@ def fit(tmp_path, monkeypatch):
                 "enable_checkpointing": False,
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
-                "callbacks": [
-                    {"class_path": name, "init_args": {"num_samples": 24, "report_dir": "out", **pruning}},
-                ],
+                "callbacks": [{"class_path": name, "init_args": {"num_samples": 24, "report_dir": "out", **pruning}}],
             },
         }
         Path("recipe.yaml").write_text(yaml.safe_dump(options))
@@ -782,36 +604,17 @@ def fit(tmp_path, monkeypatch):
 CUBIC = {"class_path": "wanda_lightning.CubicSchedule", "init_args": {"start_step": 0, "end_step": 6, "every": 3}}
 
 
-ONE_SHOT = {"class_path": "wanda_lightning.OneShot", "init_args": {"step": 5}}
-
-
-@pytest.mark.parametrize(
-    ("pruning", "shares"),
-    [
-        ({"schedule": CUBIC}, [0, 0, 0.438, 0.438, 0.438, 0.5, 0.5, 0.5]),
-        ({"schedule": ONE_SHOT}, [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5]),
-        ({"at_step": 7}, [0, 0, 0, 0, 0, 0, 0.5, 0.5]),
-        ({"schedule": CUBIC, "name": "wanda_lightning.PruningCallback"}, [0, 0, 0.438, 0.438, 0.438, 0.5, 0.5, 0.5]),
-    ],
-    ids=["cubic", "one shot", "at_step", "base class"],
-)
-def test_a_recipe_prunes_by_its_schedule(fit, pruning, shares):
-    assert fit(**pruning) == 0
-    assert Tiny.shares == shares
+def test_a_recipe_prunes_by_its_schedule(fit):
+    end = "--trainer.callbacks.init_args.schedule.init_args.end_step"
+    assert fit(end, "4", schedule=CUBIC, name="wanda_lightning.PruningCallback") == 0
+    assert Tiny.shares == [0, 0, 0.469, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert json.loads(Path("out/pruning_report.json").read_text())["sparsity"] == 0.5
-
-
-def test_a_recipes_schedule_can_be_overridden(fit):
-    assert fit("--trainer.callbacks.init_args.schedule.init_args.end_step", "3", schedule=CUBIC) == 0
-    assert Tiny.shares == [0, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [
         ({"at_step": 9}, "OneShot(step=9) ends at optimizer step 9 and training ends at 8"),
-        ({"at_step": 3, "schedule": ONE_SHOT}, "exclude each other"),
-        ({"schedule": CUBIC, "pattern": "2:4"}, "must have one stage for 2:4"),
         (
             {"schedule": {**CUBIC, "init_args": {"start_step": 5, "end_step": 2, "every": 1}}},
             "end_step must be at least 6",
@@ -863,9 +666,8 @@ def test_a_layer_that_a_later_stage_does_not_reach_keeps_its_zeros():
     assert torch.equal(zeros(module)["branches.right.weight"], at_stage[2]["branches.right.weight"])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize(
-    "when", [{"at_step": 2}, {"schedule": LinearSchedule(0, 40, every=10)}], ids=["step", "linear"]
+    ("steps", "when"), [(1, {"at_step": 2}), (3, {"at_step": 2}), (3, {"schedule": LinearSchedule(0, 40, every=10)})]
 )
 def test_a_dry_run_prunes_at_every_stage(when, steps):
     module, at, stages = Net(), {}, []
@@ -884,13 +686,12 @@ def test_a_dry_run_prunes_at_every_stage(when, steps):
     assert stages == ([1.0] if "at_step" in when else [0.25, 0.5, 0.75, 1.0])
 
 
-@pytest.mark.parametrize("loop", ["validate", "fit"])
-def test_metrics_reach_the_logger(tmp_path, loop):
-    module, callback = Net(), WandaPrune(num_samples=12, skip=["layers.2"])
-    run = trainer(callback, logger=CSVLogger(tmp_path), max_steps=3, log_every_n_steps=1)
-    getattr(run, loop)(module, loader())
-    (row,) = [row for row in rows_of(tmp_path) if row.get("sparsity/model")]
-    assert row["step"] == "0"
+def test_metrics_of_each_stage_reach_the_logger(tmp_path):
+    module = Net()
+    callback = WandaPrune(0.5, num_samples=12, skip=["layers.2"], schedule=LinearSchedule(0, 4, every=2))
+    trainer(callback, logger=CSVLogger(tmp_path), max_steps=6, log_every_n_steps=1).fit(module, loader())
+    first, row = [row for row in rows_of(tmp_path) if row.get("sparsity/model")]
+    assert (first["step"], first["sparsity/pruned_layers"], row["step"]) == ("2", "0.25", "4")
     assert {name for name in row if name.startswith("sparsity/") and row[name]} == {
         "sparsity/model",
         "sparsity/pruned_layers",
@@ -902,17 +703,7 @@ def test_metrics_reach_the_logger(tmp_path, loop):
     assert float(row["sparsity/model"]) == pytest.approx((64 * 32 / 2 + 16 * 64 / 2) / size)
 
 
-def test_the_report_is_written(tmp_path):
-    callback = WandaPrune(num_samples=12, pattern=NM(2, 4), report_dir=tmp_path / "reports")
-    trainer(callback).validate(Net(), loader())
-    report = json.loads((tmp_path / "reports" / "pruning_report.json").read_text())
-    assert report["sparsity"] == 0.5
-    assert [layer["name"] for layer in report["layers"]] == LAYERS
-    assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
-
-
-@pytest.mark.parametrize("loop", ["validate", "fit"])
-@pytest.mark.parametrize("at_step", [0, 2])
+@pytest.mark.parametrize(("loop", "at_step"), [("validate", 0), ("fit", 2)])
 def test_a_file_where_the_report_folder_should_be_is_refused_at_the_start(tmp_path, loop, at_step):
     (tmp_path / "file").write_text("mine")
     module = Net()
@@ -927,25 +718,15 @@ def test_a_file_where_the_report_folder_should_be_is_refused_at_the_start(tmp_pa
 def test_progress_is_shown_with_the_trainers_bar(capfd, loop):
     options = {"max_steps": 1} if loop == "fit" else {}
     getattr(trainer(WandaPrune(num_samples=12), **options), loop)(Net(), loader())
-    assert "Pruning" not in "".join(capfd.readouterr())
+    shown = "".join(capfd.readouterr())
+    assert "Pruning" not in shown
+    assert "WandaPrune" not in shown
     getattr(trainer(WandaPrune(num_samples=12), enable_progress_bar=True, **options), loop)(Net(), loader())
     assert "Pruning 3/3 done" in capfd.readouterr().err
 
 
-def test_nothing_is_printed_without_a_progress_bar(capsys):
-    trainer(WandaPrune(num_samples=12)).validate(Net(), loader(), verbose=False)
-    assert "WandaPrune" not in "".join(capsys.readouterr())
-
-
-def test_each_stage_reaches_the_logger(tmp_path):
-    callback = WandaPrune(0.5, num_samples=12, schedule=LinearSchedule(0, 4, every=2))
-    trainer(callback, logger=CSVLogger(tmp_path), max_steps=6, log_every_n_steps=1).fit(Net(), loader())
-    rows = [row for row in rows_of(tmp_path) if row.get("sparsity/pruned_layers")]
-    assert [(int(row["step"]), float(row["sparsity/pruned_layers"])) for row in rows] == [(2, 0.25), (4, 0.5)]
-
-
 @pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("sequential", ["block", "none"])
 def test_layers_of_a_compiled_part_keep_their_names(tmp_path, sequential):
     def run(folder, compiles):
         module = Net()
@@ -964,8 +745,7 @@ def test_layers_of_a_compiled_part_keep_their_names(tmp_path, sequential):
     assert all(map(torch.equal, weights, without))
 
 
-@pytest.mark.parametrize("allocation", ["owl", "fisher"])
-@pytest.mark.parametrize("source", ["own", "the loop's"])
+@pytest.mark.parametrize(("allocation", "source"), [("owl", "own"), ("fisher", "the loop's")])
 def test_magnitude_reads_data_for_its_allocation(allocation, source):
     module, by_hand = Net(), Net()
     own = loader() if source == "own" else None
@@ -983,13 +763,9 @@ def test_magnitude_reads_data_for_its_allocation(allocation, source):
 def test_each_is_the_method_of_its_name(callback, method, choices):
     assert callback(**choices).config == PruningCallback(method=method, **choices).config
     assert callback(0.25).config.sparsity == 0.25
+    with pytest.raises(TypeError, match="method"):
+        callback(0.5, method="ria")
 
 
 def test_dampening_reaches_the_solver():
     assert SparseGPTPrune(dampening=0.5).config.solver == SparseGPT(dampening=0.5)
-
-
-@pytest.mark.parametrize("callback", [WandaPrune, SparseGPTPrune, MagnitudePrune])
-def test_a_callback_named_after_a_method_takes_no_other(callback):
-    with pytest.raises(TypeError, match="method"):
-        callback(0.5, method="ria")

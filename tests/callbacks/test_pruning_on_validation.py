@@ -12,11 +12,6 @@ from torch.utils.data import DataLoader
 
 from wanda_lightning import LinearSchedule, PruningCallback, WandaPrune, prune
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
-]
-
 
 class Counting(Net):
     """Counts the batches that go through."""
@@ -122,8 +117,9 @@ class CopyBefore(L.Callback):
             self.copy = copy.deepcopy(pl_module.pruning_target)
 
 
-@pytest.mark.parametrize("loop", ["validate", "fit"])
-@pytest.mark.parametrize("name", ["convnext", "convnext_conv_mlp", "resnet18"])
+@pytest.mark.parametrize(
+    ("name", "loop"), [("convnext", "fit"), ("convnext_conv_mlp", "validate"), ("resnet18", "fit")]
+)
 def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loop):
     module, batches, before = OfZoo(name), ZOO[name].batches(), CopyBefore()
     run = trainer(before, on_validation(), max_epochs=1, num_sanity_val_steps=0)

@@ -20,11 +20,6 @@ from wanda_lightning import (
 )
 from wanda_lightning.report import REPORT_NAME, Run
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
-]
-
 
 @pytest.fixture
 def text(tmp_path):
@@ -78,16 +73,10 @@ def test_part_of_the_data_is_not_described_as_all_of_it(text):
     assert callback.report.run.data == ""
 
 
-def test_a_loop_after_another_that_has_pruned(text):
+def test_loops_after_another_that_has_pruned(text):
     callback, model = MagnitudePrune(), module()
     trainer(callback).predict(model, text)
     trainer(callback).validate(model, text, verbose=False)
-    assert callback.report.run == Run()
-
-
-def test_training_after_another_loop_that_has_pruned(text):
-    callback, model = MagnitudePrune(), module()
-    trainer(callback).predict(model, text)
     trainer(callback, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1).fit(model, text)
     assert callback.report.run == Run()
 

@@ -1,24 +1,16 @@
 """SavePretrained: what is saved when training ends, and what is refused before it starts."""
 
-import subprocess
-import sys
-
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy
 from support.callbacks import Net, loader, same, share_of_zeros, trainer
-from support.hub import running_hub
+from support.hub import ignores_uploads, running_hub
 from support.modules import tiny_llama, windows_of_text
 from torch.utils.data import DataLoader
 
 from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
-]
 
 
 class Saving(Net):
@@ -42,10 +34,10 @@ def test_merges_then_saves_the_trained_model_once(tmp_path, overwrite):
     assert module.calls == ["merge", (tmp_path / "out", overwrite, 0.5)]
 
 
-@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
-def test_saves_nothing_where_nothing_is_trained(tmp_path, loop):
+def test_saves_nothing_where_nothing_is_trained(tmp_path):
     module = Saving()
-    getattr(trainer(SavePretrained(tmp_path / "out")), loop)(module, loader())
+    for loop in ("validate", "test", "predict"):
+        getattr(trainer(SavePretrained(tmp_path / "out")), loop)(module, loader())
     assert module.calls == []
 
 
@@ -112,23 +104,12 @@ def test_a_model_that_was_not_pruned_gets_no_card(tmp_path):
     assert card_after(tmp_path)[1] is None
 
 
-PUSH = """
-import sys
-from support.callbacks import loader, trainer
-from support.modules import tiny_llama
-from support.modules import windows_of_text
-from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained
-
-saving = SavePretrained(sys.argv[1], push_to_hub="us/tiny")
-trainer(MagnitudePrune(), saving, max_steps=1).fit(CausalLMModule(tiny_llama()), windows_of_text(1)[None])
-"""
-
-
-def test_the_folder_is_pushed_to_the_hub(tmp_path):
+@ignores_uploads
+def test_the_folder_is_pushed_to_the_hub(tmp_path, monkeypatch):
     with running_hub() as hub:
-        environment = hub.environment(tmp_path / "home", PYTHONPATH=":".join(sys.path))
-        ended = subprocess.run([sys.executable, "-c", PUSH, tmp_path / "out"], env=environment, capture_output=True)
-    assert ended.returncode == 0, ended.stderr.decode()
+        hub.connect(monkeypatch)
+        saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
+        trainer(MagnitudePrune(), saving, max_steps=1).fit(CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1)))
     assert hub.repositories == {"us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}}
 
 

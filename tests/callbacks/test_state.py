@@ -1,15 +1,10 @@
 """A resumed run equals an uninterrupted one to the bit, also after SIGKILL, and its checkpoints are plain data."""
 
-import multiprocessing
 import os
-import random
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -31,38 +26,29 @@ from support.callbacks import (
     trainer,
     zeros,
 )
+from support.forks import FORKS
 from torch import nn
 
-from wanda_lightning import (
-    CubicSchedule,
-    KeepZeros,
-    MagnitudePrune,
-    WandaPrune,
-    prune,
-)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
-]
+from wanda_lightning import CubicSchedule, KeepZeros, MagnitudePrune, WandaPrune, prune
 
 
 class TestCheckpoints:
     def test_a_checkpoint_is_ordinary(self, tmp_path):
-        module, callback = Net(), WandaPrune(num_samples=12)
-        fit = trainer(callback, max_epochs=1)
-        fit.fit(module, loader())
-        fit.save_checkpoint(tmp_path / "pruned.ckpt")
-        checkpoint = torch.load(tmp_path / "pruned.ckpt", weights_only=True)
+        """It loads without this package, into plain modules."""
+        module, callback = made("sign"), Counted(at_step=2)
+        trainer(callback, EMAWeightAveraging(), SaveAt(tmp_path, 2, 3), max_steps=3).fit(module, Resumable())
+        checkpoint = torch.load(tmp_path / "3.ckpt", weights_only=True)
         assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
-        assert checkpoint["callbacks"].keys() == {callback.state_key}
-        state = checkpoint["callbacks"][callback.state_key]
-        assert state["zeros"] == {
-            name: int(where.sum()) for name, where in zip(LAYERS, zeros(module).values(), strict=True)
-        }
-        assert state["unheld_zeros"] == {}
+        plain = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+        plain.load_state_dict({key.removeprefix("layers."): value for key, value in checkpoint["state_dict"].items()})
+        module.load_state_dict(checkpoint["state_dict"])
+        assert torch.equal(plain(torch.ones(1, 32)), module(torch.ones(1, 32)))
         for optimizer_state in checkpoint["optimizer_states"]:
             assert optimizer_state.keys() == {"state", "param_groups"}
+        pruned = torch.load(tmp_path / "2.ckpt", weights_only=True)
+        state = pruned["callbacks"][callback.state_key]
+        assert state["zeros"] == {name: int((pruned["state_dict"][f"{name}.weight"] == 0).sum()) for name in LAYERS}
+        assert state["unheld_zeros"] == {}
 
     def test_a_pruned_checkpoint_is_measured_as_it_is(self, tmp_path):
         module = Net()
@@ -81,16 +67,6 @@ class TestCheckpoints:
         callback = WandaPrune(num_samples=12)
         trainer(callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
         assert share_of_zeros(module) == all_at(0.5)  # although the moments that were loaded are not zero there
-
-    def test_the_key_depends_on_the_part_that_is_pruned(self):
-        def key(**part):
-            callback = WandaPrune(0.5, num_samples=12, **part)
-            callback.setup(trainer(callback), Net(), "fit")
-            return callback.state_key
-
-        assert key(skip=["layers.0"]) == key(skip=["layers.0"]) != key(skip=["layers.2"])
-        assert key(only=["layers.0"]) == key(only=["layers.0"]) != key(only=["layers.2"])
-        assert key(skip=["layers.0"]) != key(only=["layers.0"])
 
 
 class Counted(WandaPrune):
@@ -121,11 +97,7 @@ def made(optimizer):
     return module
 
 
-WHEN = {
-    "at_step": {"at_step": 5},
-    "at_start": {},
-    "cubic": {"schedule": CubicSchedule(0, 9, every=3)},
-}
+WHEN = {"at_step": {"at_step": 5}, "at_start": {}, "cubic": {"schedule": CubicSchedule(0, 9, every=3)}}
 
 
 PRUNED_AT = {"at_step": [5], "at_start": [0], "cubic": [3, 6, 9]}
@@ -151,11 +123,18 @@ def callbacks_of(options, *callbacks):
 @pytest.mark.parametrize(
     ("optimizer", "when", "options"),
     [
-        *[(optimizer, when, "plain") for optimizer in OPTIMIZERS for when in WHEN],
-        *[("adamw", "at_step", options) for options in OPTIONS if options != "plain"],
-        *[("momentum", "cubic", options) for options in OPTIONS if options != "plain"],
+        ("adamw", "at_step", "ema"),
+        ("adamw", "at_start", "clipping"),
+        ("adamw", "cubic", "plain"),
+        ("momentum", "at_step", "bf16-mixed"),
+        ("momentum", "at_start", "accumulation"),
+        ("momentum", "cubic", "ema first"),
+        ("sign", "at_step", "plain"),
+        ("sign", "at_start", "ema"),
         ("sign", "cubic", "accumulation"),
-        ("sign", "at_step", "ema"),
+        ("lion", "at_step", "clipping"),
+        ("lion", "at_start", "ema first"),
+        ("lion", "cubic", "bf16-true"),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, options):
@@ -178,39 +157,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed runs write no checkpoints
-@pytest.mark.parametrize("when", ["at_step", "cubic"])
-def test_resuming_at_the_end_of_an_epoch(tmp_path, when):
+def test_resuming_at_the_end_of_an_epoch(tmp_path):
     """With an ordinary loader, and the checkpoints that Lightning writes by itself."""
     steps = {"max_epochs": 4, "enable_checkpointing": True}
-    whole, callback = made("adamw"), Counted(**WHEN[when])
+    whole, callback = made("adamw"), Counted(**WHEN["cubic"])
     every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     trainer(callback, every, **steps).fit(whole, loader())  # of three batches
-    for epoch in range(4):
-        resumed, again = made("adamw"), Counted(**WHEN[when])
+    for epoch in range(3):
+        resumed, again = made("adamw"), Counted(**WHEN["cubic"])
         trainer(again, max_epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
-        assert again.pruned_at == [at for at in PRUNED_AT[when] if at > 3 * (epoch + 1)]
+        assert again.pruned_at == [at for at in PRUNED_AT["cubic"] if at > 3 * (epoch + 1)]
         assert equal(state(resumed), state(whole)), f"from epoch {epoch}"
-
-
-def test_zeros_by_chance_at_the_time_of_the_checkpoint_are_free(tmp_path):
-    """The sign optimizer makes many; a resumed run must not treat them as pruned."""
-    module, callback = made("sign"), Counted(at_step=2)
-    trainer(callback, SaveAt(tmp_path, 2, 4), max_steps=5).fit(module, Resumable())
-    pruned, later = (torch.load(tmp_path / f"{step}.ckpt", weights_only=True) for step in (2, 4))
-    by_chance = later["callbacks"][callback.state_key]["unheld_zeros"]
-    moved, many = False, 0
-    for name, where in zeros(module).items():
-        zero, was_pruned = (saved["state_dict"][name] == 0 for saved in (later, pruned))
-        expected = zero & ~was_pruned
-        found = by_chance.get(name.removesuffix(".weight"), torch.tensor([], dtype=torch.long))
-        if found.dtype == torch.uint8:  # of many, one bit for each weight
-            assert found.numpy().tolist() == np.packbits(expected.numpy()).tolist()
-        else:
-            assert found.tolist() == expected.flatten().nonzero().squeeze(1).tolist()
-        many += int(expected.sum())
-        moved = moved or not where[expected].all()
-    assert moved
-    assert many > 100
 
 
 def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path):
@@ -230,29 +187,6 @@ def test_the_same_callback_goes_back_to_an_earlier_checkpoint(tmp_path):
         trainer(callback, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
         assert callback.pruned_at == pruned_at
         assert equal(state(resumed), state(whole))
-
-
-class Stop(L.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise RuntimeError("enough")
-
-
-def test_resuming_several_times(tmp_path):
-    whole = made("momentum")
-    trainer(Counted(**WHEN["cubic"]), max_steps=12).fit(whole, Resumable())
-    path = None
-    for step in (1, 4, 6, 7, 11):
-        run = trainer(Counted(**WHEN["cubic"]), SaveAt(tmp_path, step), Stop(step), max_steps=12)
-        with pytest.raises(RuntimeError, match="enough"):
-            run.fit(made("momentum"), Resumable(), ckpt_path=path)
-        path = tmp_path / f"{step}.ckpt"
-    module = made("momentum")
-    trainer(Counted(**WHEN["cubic"]), max_steps=12).fit(module, Resumable(), ckpt_path=path)
-    assert equal(state(module), state(whole))
 
 
 def test_a_custom_should_prune_is_called_once_for_each_step_across_a_resume(tmp_path):
@@ -280,46 +214,21 @@ def test_without_keeping_zeros_pruning_is_not_repeated_either(tmp_path):
     assert equal(state(resumed), state(whole))
 
 
-def test_calibration_does_not_advance_a_stateful_loader(tmp_path):
-    dense, module = [], []
-
-    class Seen(Net):
-        def training_step(self, batch, batch_idx):
-            self.seen.append(batch[0])
-            return super().training_step(batch, batch_idx)
-
-    for seen, callbacks in ((dense, []), (module, [WandaPrune(num_samples=4, at_step=3)])):
-        net = Seen()
-        net.seen = seen
-        trainer(*callbacks, max_steps=8).fit(net, Resumable())
-    assert equal(module, dense)
-
-
-@pytest.mark.parametrize("step", [2, 4, 6, 8])
-def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path, step):
+@pytest.mark.parametrize("other", [MagnitudePrune, Counted])
+def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path, other):
     def both():
         first = Counted(0.5, at_step=3, skip=["layers.0"])
-        return first, MagnitudePrune(0.25, at_step=6, skip=["layers.2", "layers.4"])
+        return first, other(0.25, at_step=6, skip=["layers.2", "layers.4"])
 
-    whole, resumed = made("adamw"), made("adamw")
-    trainer(*both(), SaveAt(tmp_path, step), max_steps=10).fit(whole, Resumable())
+    whole = made("adamw")
+    trainer(*both(), SaveAt(tmp_path, 2, 4, 6, 8), max_steps=10).fit(whole, Resumable())
     assert share_of_zeros(whole) == {**all_at(0.5), "layers.0.weight": 0.25}
-    first, second = both()
-    trainer(second, first, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
-    assert first.pruned_at == [at for at in [3] if at > step]
-    assert [first.report.sparsity, second.report.sparsity] == [0.5, 0.25]  # one of a checkpoint, or of a pruning
-    assert equal(state(resumed), state(whole))
-
-
-def test_two_callbacks_of_one_class_on_two_parts(tmp_path):
-    def both():
-        return Counted(0.5, at_step=3, skip=["layers.0"]), Counted(0.25, at_step=6, skip=["layers.2", "layers.4"])
-
-    whole, resumed, again = made("momentum"), made("momentum"), both()
-    trainer(*both(), SaveAt(tmp_path, 4), max_steps=10).fit(whole, Resumable())
-    trainer(*again, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / "4.ckpt")
-    assert [callback.pruned_at for callback in again] == [[], [6]]
-    assert equal(state(resumed), state(whole))
+    for step in (2, 4, 6, 8):
+        resumed, (first, second) = made("adamw"), both()
+        trainer(second, first, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert first.pruned_at == [at for at in [3] if at > step]
+        assert [first.report.sparsity, second.report.sparsity] == [0.5, 0.25]  # of a checkpoint, or of a pruning
+        assert equal(state(resumed), state(whole))
 
 
 def pruned_elsewhere(optimizer, skip=()):
@@ -366,16 +275,15 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, callback):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "names"),
+    ("loop", "first", "second", "names"),
     [
-        ({"sparsity": 0.5}, {"sparsity": 0.75}, (r"'sparsity': 0\.5\b", r"'sparsity': 0\.75")),
-        ({"pattern": "2:4"}, {"pattern": "unstructured"}, ("'NM', 'n': 2, 'm': 4", "'Unstructured'")),
-        ({"pattern": "2:4"}, {"pattern": "4:8"}, ("'n': 2, 'm': 4", "'n': 4, 'm': 8")),
-        ({"pattern": "unstructured"}, {"pattern": "unstructured_layer"}, ("'group': 'row'", "'group': 'layer'")),
+        ("fit", {"sparsity": 0.5}, {"sparsity": 0.75}, (r"'sparsity': 0\.5\b", r"'sparsity': 0\.75")),
+        ("test", {"pattern": "2:4"}, {"pattern": "unstructured"}, ("'NM', 'n': 2, 'm': 4", "'Unstructured'")),
+        ("fit", {"pattern": "2:4"}, {"pattern": "4:8"}, ("'n': 2, 'm': 4", "'n': 4, 'm': 8")),
+        ("test", {}, {"pattern": "unstructured_layer"}, ("'group': 'row'", "'group': 'layer'")),
     ],
 )
-@pytest.mark.parametrize("loop", ["fit", "test"])
-def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, first, second, names, loop):
+def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, second, names):
     module = made("adamw")
     trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
     callback = WandaPrune(num_samples=12, **second)
@@ -385,45 +293,14 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, first, second, na
     assert callback.report is None
 
 
-@pytest.mark.parametrize("change", [{"at_step": 4}, {"sequential": "none"}, {"report_dir": "reports"}])
-def test_options_that_do_not_matter_after_pruning_may_change(tmp_path, change, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    whole, resumed = made("adamw"), made("adamw")
+def test_options_that_do_not_matter_after_pruning_may_change(tmp_path):
+    whole = made("adamw")
     trainer(Counted(at_step=2), SaveAt(tmp_path, 3), max_steps=6).fit(whole, Resumable())
-    callback = Counted(**{"at_step": 2, **change})
-    trainer(callback, max_steps=6).fit(resumed, Resumable(), ckpt_path=tmp_path / "3.ckpt")
-    assert callback.pruned_at == []
-    assert equal(state(resumed), state(whole))
-
-
-READ = """
-import sys
-sys.modules["wanda_lightning"] = None  # import fails
-import torch
-from torch import nn
-
-checkpoint = torch.load(sys.argv[1], weights_only=True)
-model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
-model.load_state_dict({name.removeprefix("layers."): weight for name, weight in checkpoint["state_dict"].items()})
-print([int((layer.weight == 0).sum()) for layer in model[::2]], model(torch.ones(1, 32)).sum().item())
-assert not [name for name in sys.modules if "lightning" in name and sys.modules[name] is not None]
-"""
-
-
-def test_a_checkpoint_loads_without_this_package(tmp_path):
-    module = made("sign")
-    trainer(Counted(at_step=2), EMAWeightAveraging(), SaveAt(tmp_path, 3), max_steps=3).fit(module, Resumable())
-    saved = torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
-    module.load_state_dict(saved)
-    output = subprocess.check_output([sys.executable, "-c", READ, tmp_path / "3.ckpt"], text=True)
-    counts, total = output.rsplit(maxsplit=1)
-    assert counts == str([int(where.sum()) for where in zeros(module).values()])
-    assert float(total) == pytest.approx(module(torch.ones(1, 32)).sum().item(), rel=1e-5)
-
-
-# One process imports everything; each attempt is a copy of it, that can be killed.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lightning", "transformers", "timm", "wanda_lightning.callbacks"])
+    for change in ({"at_step": 4}, {"sequential": "none"}, {"report_dir": tmp_path / "reports"}):
+        resumed, callback = made("adamw"), Counted(**{"at_step": 2, **change})
+        trainer(callback, max_steps=6).fit(resumed, Resumable(), ckpt_path=tmp_path / "3.ckpt")
+        assert callback.pruned_at == []
+        assert equal(state(resumed), state(whole))
 
 
 class Killed(Net):
@@ -490,28 +367,26 @@ def attempts(folder, kills, when):
 
 
 KILLS = {
-    "at_step": [("step", 0), ("after", 1), ("calibration", None), ("step", 5), ("after", 6), ("step", 8)],
-    "cubic": [("after", 3), ("calibration", None), ("after", 6), ("step", 6), ("after", 9), ("after", 13)],
+    "cubic": [("after", 3), ("calibration", None), ("step", 6), ("after", 9), 11],
+    "at_step": [("step", 0), ("after", 1), ("calibration", None), ("step", 5), ("after", 6), ("step", 8), 9, 11],
 }
 
 
-@pytest.mark.parametrize("when", KILLS)
+@pytest.mark.parametrize("when", ["cubic", pytest.param("at_step", marks=pytest.mark.nightly)])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, when):
     _, exits, whole = attempts(tmp_path / "whole", (), when)
     assert exits == [0]
     shares = {(weight == 0).float().mean().item() for weight in whole["weights"].values() if weight.ndim == 2}
     assert shares == {0.5}
-    _, exits, result = attempts(tmp_path / "killed", KILLS[when], when)
-    assert exits == [-signal.SIGKILL] * len(KILLS[when]) + [0]
-    assert equal(result, whole)
-    begun, exits, result = attempts(tmp_path / "outside", sorted(random.Random(when).sample(range(1, 12), 3)), when)
+    begun, exits, result = attempts(tmp_path / "killed", KILLS[when], when)
+    late = sum(isinstance(kill, int) for kill in KILLS[when])  # a slow test may send such a signal too late
+    assert exits[: -1 - late] == [-signal.SIGKILL] * (len(KILLS[when]) - late)
     assert exits[-1] == 0
-    assert -signal.SIGKILL in exits  # a slow test may send its signal too late
-    assert all(steps[0] > 0 for steps in begun[1:] if steps)
+    assert all(steps[0] > 0 for steps in begun[2:] if steps)
     assert equal(result, whole)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sign"])
 def test_keep_zeros_alone(tmp_path, optimizer):
     whole, resumed = pruned_elsewhere(optimizer), made(optimizer)
     trainer(KeepZeros(), SaveAt(tmp_path, 2, 7), max_steps=10).fit(whole, Resumable())

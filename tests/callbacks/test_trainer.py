@@ -2,28 +2,11 @@
 
 import pytest
 import pytorch_lightning
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
-from support.callbacks import (
-    Net,
-    all_at,
-    loader,
-    share_of_zeros,
-    trainer,
-)
-from torch import nn
+from support.callbacks import Net, OldNet, all_at, loader, share_of_zeros, trainer
 
-from wanda_lightning import (
-    KeepZeros,
-    SavePretrained,
-    WandaPrune,
-)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
-]
+from wanda_lightning import DistillFromDense, KeepZeros, SavePretrained, WandaPrune
 
 
 @pytest.mark.parametrize("callback", [WandaPrune, KeepZeros])
@@ -50,32 +33,20 @@ def test_layers_are_named_as_in_the_pruning_target():
     assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
 
 
-class OldNet(pytorch_lightning.LightningModule):
-    """A module of a user of pytorch_lightning."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Linear(32, 16)
-
-    def forward(self, x):
-        return self.layers(x)
-
-    def training_step(self, batch, batch_idx):
-        return self(batch[0]).sum()
-
-    validation_step = test_step = predict_step = training_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters())
-
-
 class OldTrainer(pytorch_lightning.Trainer):
     """A subclass has a module name of its own."""
 
 
-@pytest.mark.parametrize("loop", ["fit", "validate", "test", "predict"])
-@pytest.mark.parametrize("kind", [pytorch_lightning.Trainer, OldTrainer])
-@pytest.mark.parametrize("make", [WandaPrune, KeepZeros, lambda: SavePretrained("never")])
+@pytest.mark.parametrize(
+    ("make", "kind", "loop"),
+    [
+        (WandaPrune, pytorch_lightning.Trainer, "fit"),
+        (WandaPrune, OldTrainer, "predict"),
+        (KeepZeros, OldTrainer, "validate"),
+        (lambda: SavePretrained("never"), pytorch_lightning.Trainer, "test"),
+        (DistillFromDense, OldTrainer, "fit"),
+    ],
+)
 def test_a_trainer_of_the_older_package_is_refused(make, kind, loop):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     run = kind(accelerator="cpu", callbacks=[make()], enable_model_summary=False, max_steps=1, **quiet)

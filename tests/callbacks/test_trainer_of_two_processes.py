@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from support import pair_cases as cases
 from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.pairwise import pairwise
 from torch.utils.data import DataLoader
 
 from wanda_lightning import KeepZeros, WandaPrune, prune
@@ -25,8 +26,7 @@ def assert_samples(shares, expected):
     assert sorted(found.tolist()) == sorted(expected.tolist())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("num_samples", [7, 2, 16])
+@pytest.mark.parametrize(("strategy", "num_samples"), [("ddp", 7), ("ddp", 2), ("fsdp2", 7), ("fsdp2", 16)])
 def test_a_given_loader_is_divided(pair, strategy, num_samples):
     (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, strategy, num_samples, True)
     samples = cases.SAMPLES[:num_samples]
@@ -69,8 +69,7 @@ def moved(before, after):
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
-@pytest.mark.parametrize("sequential", ["block", "none"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("strategy", "sequential"), [("ddp", "block"), ("fsdp2", "none")])
 def test_the_callback_prunes_and_keeps_the_zeros(pair, strategy, sequential):
     loader = DataLoader(cases.SAMPLES, batch_size=2)
     make = partial(WandaPrune, num_samples=16, dataloader=loader, sequential=sequential)
@@ -141,9 +140,9 @@ def test_an_unknown_strategy_is_refused_with_several_processes():
         processes_of(SimpleNamespace(strategy=strategy, world_size=2))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-@pytest.mark.parametrize("num_samples", [1, 4, 7, 10, 100])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("world_size", "num_samples", "batch_size"), pairwise([2, 3, 5], [1, 4, 7, 10, 100], [1, 3, 4])
+)
 def test_all_processes_use_the_samples_of_one_process(world_size, num_samples, batch_size):
     def share(rank, size):
         processes = SimpleNamespace(world_size=size, rank=rank, broadcast=lambda value, source: value)

@@ -2,10 +2,9 @@
 
 import datasets
 import pytest
-from support.data import (
-    byte_tokenizer,
-    paint,
-)
+from support.data import byte_tokenizer, few_digits, paint
+
+__all__ = ["few_digits"]
 
 
 @pytest.fixture(scope="module")

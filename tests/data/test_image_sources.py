@@ -12,11 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.data import (
-    images_of,
-    paint,
-    vit,
-)
+from support.data import images_of, paint, vit
 
 from wanda_lightning.data import ImageDataModule
 from wanda_lightning.data.image_sources import _from_splits, find_columns
@@ -48,11 +44,6 @@ def test_digits_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"^The digits need sklearn: pip install 'wanda_lightning\[demo\]'$"):
         ImageDataModule("digits")
-
-
-def test_data_has_no_default():
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'data'"):
-        ImageDataModule(model=vit())
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])

@@ -8,21 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.data import (
-    Wrapped,
-    images_of,
-    paint,
-    quiet_trainer,
-    runs_a_trainer,
-    vit,
-)
+from support.callbacks import trainer
+from support.data import Wrapped, images_of, paint, vit
 from torch import nn
 
 from wanda_lightning.data import ImageDataModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*and the model has .* outputs"
-)  # models are made without regard to the images
+pytestmark = [
+    pytest.mark.usefixtures("few_digits"),
+    pytest.mark.filterwarnings("ignore:.*and the model has .* outputs"),  # models are made without regard to the images
+]
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -55,12 +50,14 @@ def test_calibration_images_are_a_seeded_choice_of_training_images():
     assert torch.equal(calibration(0)[0][0], images)
     assert not torch.equal(calibration(1)[0][0], images)
     train = torch.stack([image for image, _ in data.train_dataloader().dataset])
-    order = torch.randperm(1437, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(240, generator=torch.Generator().manual_seed(0))
     assert torch.equal(images, train[order[:64]])
 
 
 def test_descriptions_count_the_images_that_are_read():
     data = ImageDataModule("digits", vit(), num_samples=64, seed=3)
+    with pytest.raises(RuntimeError, match=r"^setup\(\) opens the images"):
+        _ = data.num_classes
     data.setup("validate")
     assert data.describe_calibration(1) == "digits, 1 image, seed 3"
     assert data.describe_calibration(100) == f"digits, {len(data.calibration_dataloader().dataset)} images, seed 3"
@@ -95,17 +92,16 @@ def test_digits_are_prepared_once_and_large_ones_on_the_fly():
     assert loader.dataset[0][0].shape == (3, 224, 224)
 
 
-@runs_a_trainer
 def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     from lightning.pytorch.trainer.connectors import data_connector
 
     monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)
     module = Wrapped(vit(in_chans=1))
-    data = ImageDataModule("digits", batch_size=300)
-    quiet_trainer().validate(module, data, verbose=False)
-    assert module.shapes == [(300, 1, 16, 16), (60, 1, 16, 16)]
-    quiet_trainer().validate(other := Wrapped(vit()), data, verbose=False)
-    assert other.shapes[0] == (300, 3, 16, 16)
+    data = ImageDataModule("digits", batch_size=50)
+    trainer().validate(module, data, verbose=False)
+    assert module.shapes == [(50, 1, 16, 16), (10, 1, 16, 16)]
+    trainer().validate(other := Wrapped(vit()), data, verbose=False)
+    assert other.shapes[0] == (50, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +111,12 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
         (nn.Linear(2, 2), r"pretrained_cfg .* neither Linear nor its \.model has one"),
         (vit(in_chans=4), "1 or 3 channels, but VisionTransformer reads 4"),
         (None, "^model must be given, .* no Trainer runs a model"),
+        (vit(num_classes=3), "digits has 10 classes, and the model has only 3 outputs"),
     ],
 )
-def test_a_model_without_known_transforms_is_refused(model, message):
+def test_a_model_that_does_not_fit_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         ImageDataModule("digits", model).setup("fit")
-
-
-def test_more_classes_than_logits_are_refused():
-    with pytest.raises(ValueError, match="digits has 10 classes, and the model has only 3 outputs"):
-        ImageDataModule("digits", vit(num_classes=3)).setup("validate")
 
 
 def test_calibration_is_not_augmented_but_training_is(tmp_path):
@@ -166,8 +158,6 @@ def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet
     ("options", "message"),
     [
         ({"num_samples": "64"}, "num_samples must be a whole number, but it is '64'"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"image_size": 0}, "image_size must be at least 1"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"data": "cifar"}, r"^data must be a folder or a known data set, but it is 'cifar'\. Did you mean cifar10"),
@@ -176,11 +166,6 @@ def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet
 def test_bad_image_arguments_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         ImageDataModule(**{"data": "digits", **options})
-
-
-def test_images_are_not_available_before_setup():
-    with pytest.raises(RuntimeError, match=r"^setup\(\) opens the images"):
-        _ = ImageDataModule("digits", vit()).num_classes
 
 
 # -------------------------------------------------------------------------- which output of the model each class is

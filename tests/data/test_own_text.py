@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.data import byte_tokenizer, quiet_trainer
+from support.callbacks import trainer
+from support.data import byte_tokenizer
 from support.modules import tiny_llama
 from torch import nn
 
@@ -65,7 +66,7 @@ def test_a_model_that_cannot_write_is_refused():
 def test_a_resumed_run_has_the_text_of_the_run_before():
     tokenizer = byte_tokenizer()
     data, resumed = (TextDataModule(tokenizer, calibration="self", seqlen=8, num_samples=2) for _ in range(2))
-    data.trainer = quiet_trainer()
+    data.trainer = trainer()
     data.trainer.strategy.connect(CausalLMModule(writer(tokenizer), tokenizer=tokenizer))
     assert data.state_dict() == {}
     windows = data.calibration_windows
@@ -81,6 +82,6 @@ def test_the_dense_model_writes_the_text_that_it_is_calibrated_on(choices):
     expected = sample_windows(module.model, tokenizer, 9, 16, seed=1, progress=False)
     data = TextDataModule(tokenizer, calibration="self", seqlen=16, num_samples=9, seed=1, limit=4)
     callback = PruningCallback(num_samples=9, **choices)
-    quiet_trainer(callbacks=[callback]).validate(module, data, verbose=False)
+    trainer(callback).validate(module, data, verbose=False)
     assert torch.equal(data.calibration_windows, expected)
     assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)

@@ -2,35 +2,38 @@
 
 import json
 import logging
+from pydoc_data.topics import topics
 
 import lightning as L
 import pytest
 import torch
 from jsonargparse import auto_cli
+from support.callbacks import trainer
 from support.data import (
     byte_tokenizer,
     documents,
     ids_of,
-    quiet_trainer,
-    runs_a_trainer,
     slow_document_windows,
     slow_text_windows,
     write_jsonl,
     write_parquet,
 )
-from tokenizers import pre_tokenizers
-from torch import nn
+from support.gguf import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.text_sources import python_docs
 from wanda_lightning.modules import CausalLMModule
 
-BOS = 256
+
+@pytest.fixture(autouse=True)
+def few_topics(monkeypatch):
+    """All of python-docs would take a second to tokenize."""
+    few = dict(sorted(topics.items(), key=lambda topic: len(topic[1]))[:30])
+    monkeypatch.setattr("pydoc_data.topics.topics", few)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("kind", "seed"), [("jsonl", 0), ("parquet", 1)])
 def test_calibration_on_documents_draws_the_references_windows(tmp_path, tokenizer, kind, seed):
     texts = documents([3, 40, 19, 20, 200, 0, 21])  # with <s>, 19 gives 20 tokens: not more than seqlen
     file = tmp_path / f"texts.{kind}"
@@ -45,15 +48,10 @@ def test_calibration_on_documents_draws_the_references_windows(tmp_path, tokeniz
 def test_calibration_on_one_text_draws_the_references_windows(tmp_path, tokenizer):
     (text,) = documents([500])
     (tmp_path / "a.txt").write_text(text)
-    data = TextDataModule(tokenizer, str(tmp_path / "a.txt"), seqlen=16, num_samples=10, seed=3)
-    expected = slow_text_windows(tokenizer(text).input_ids, 16, 10, 3)
-    assert torch.equal(ids_of(data.calibration_dataloader()), expected)
-
-
-def test_calibration_on_python_docs_draws_from_its_part(tokenizer):
-    data = TextDataModule(tokenizer, seqlen=64, num_samples=5, seed=2)
-    ids = tokenizer("\n\n".join(python_docs()[0].values())).input_ids
-    assert torch.equal(data.calibration_windows, slow_text_windows(ids, 64, 5, 2))
+    for source, whole in ((str(tmp_path / "a.txt"), text), ("python-docs", "\n\n".join(python_docs()[0].values()))):
+        data = TextDataModule(tokenizer, source, seqlen=16, num_samples=10, seed=3)
+        expected = slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3)
+        assert torch.equal(ids_of(data.calibration_dataloader()), expected)
 
 
 def test_descriptions_count_the_windows_that_are_read(tmp_path, tokenizer):
@@ -132,62 +130,25 @@ def test_training_shuffles_the_calibration_windows_by_the_seed(tokenizer):
     assert all(torch.equal(a, b) for a, b in zip(epochs(5), (first, second), strict=True))
 
 
-class Embedding(L.LightningModule):
-    """Small enough to go through a Trainer."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Embedding(300, 4)
-        self.shapes = []
-
-    def validation_step(self, batch, batch_idx):
-        self.shapes.append(tuple(batch["input_ids"].shape))
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch["input_ids"]).mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def language_model(embeddings, tokenizer=None):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=embeddings, **sizes)), tokenizer)
 
 
-@runs_a_trainer
 def test_a_trainer_runs_it_without_advice_on_workers(monkeypatch, tokenizer):
     from lightning.pytorch.trainer.connectors import data_connector
 
     monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)  # a machine with 32 cores
-    module, data = Embedding(), TextDataModule(tokenizer, seqlen=32, num_samples=4, batch_size=2, limit=3)
-    quiet_trainer().validate(module, data, verbose=False)
-    assert module.shapes == [(2, 32), (1, 32)]
-    quiet_trainer(max_epochs=1).fit(module, data)
-
-
-def test_the_tokenizer_may_be_a_folder(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path / "saved")
-    data = TextDataModule(str(tmp_path / "saved"), seqlen=32, num_samples=2)
-    assert torch.equal(
-        data.calibration_windows, TextDataModule(tokenizer, seqlen=32, num_samples=2).calibration_windows
-    )
+    module, data = language_model(257), TextDataModule(tokenizer, seqlen=32, num_samples=4, batch_size=2, limit=3)
+    trainer().validate(module, data, verbose=False)
+    trainer(max_epochs=1, log_every_n_steps=1).fit(module, data)
 
 
 def test_the_tokenizer_may_be_a_gguf_file(tmp_path):
-    import gguf
-
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<|endoftext|>"]
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "gpt2")
-    writer.add_context_length(16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(257)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (tmp_path / "a.txt").write_text("ab" * 10)
-    data = TextDataModule(str(tmp_path / "tiny.gguf"), evaluation=str(tmp_path / "a.txt"), seqlen=10)
-    assert data.evaluation_windows.tolist() == [[256] * 10]
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "a.txt").write_text("theta" * 4)
+    data = TextDataModule(str(tmp_path / "tiny.gguf"), evaluation=str(tmp_path / "a.txt"), seqlen=3)
+    assert data.evaluation_windows[0].tolist() == [29, 21, 2]
 
 
 def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
@@ -209,8 +170,6 @@ def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
     [
         ({"seqlen": 1}, "seqlen must be at least 2, but it is 1"),
         ({"seqlen": "512"}, "^seqlen must be a whole number, but it is '512'"),
-        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, but it is 0"),
         ({"limit": 0}, "limit must be at least 1, but it is 0"),
         (
             {"calibration": "wikitxt2"},
@@ -273,30 +232,23 @@ def test_windows_that_do_not_fit_in_memory_are_refused_before_anything_is_read(t
         TextDataModule(tokenizer, **{option: 10**9})
 
 
-def language_model(embeddings, tokenizer=None):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=embeddings, **sizes)), tokenizer)
-
-
-@runs_a_trainer
 def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
     module, data = language_model(97), TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
     message = r"^input_ids must be from 0 to 96, since the model has 97 embeddings, but one is \d+"
     with pytest.raises(ValueError, match=message):
-        quiet_trainer().validate(module, data, verbose=False)
+        trainer().validate(module, data, verbose=False)
     data = TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
     data.evaluation_windows = torch.zeros(2, 32, dtype=torch.long)
-    quiet_trainer().validate(module, data, verbose=False)
+    trainer().validate(module, data, verbose=False)
     with pytest.raises(ValueError, match=message):
         data.calibration_dataloader()
-    quiet_trainer().validate(language_model(257), TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
+    trainer().validate(language_model(257), TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
 
 
-@runs_a_trainer
 def test_another_tokenizer_than_the_models_own_is_refused(tokenizer):
     reverse = byte_tokenizer(reverse=True)
     module = language_model(257, reverse)
     for given in (None, reverse, byte_tokenizer(reverse=True)):
-        quiet_trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
+        trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
     with pytest.raises(ValueError, match=r"^tokenizer must be the tokenizer of the model, but .* splits the text diff"):
-        quiet_trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
+        trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)

@@ -8,10 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.data import (
-    write_jsonl,
-    write_parquet,
-)
+from support.data import write_jsonl, write_parquet
 
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.data.text_files import read_file
@@ -40,11 +37,7 @@ def test_files_keep_their_characters(tmp_path, tokenizer):
         ("a.jsonl", b"{}\n", "but line 1 has nothing"),
         ("a.jsonl", b'["a"]\n', "but line 1 is a list"),
         ("a.jsonl", b'{"text": null}\n', "but line 1 has a 'text' of type NoneType"),
-        (
-            "a.txt",
-            "caf\u00e9".encode("utf-16"),
-            r"a\.txt seems to be in UTF-16\. .*iconv -f UTF-16 -t",
-        ),
+        ("a.txt", "caf\u00e9".encode("utf-16"), r"a\.txt seems to be in UTF-16\. .*iconv -f UTF-16 -t"),
         ("a.txt", codecs.BOM_UTF16_BE + "a".encode("utf-16-be"), r"in UTF-16\. .*iconv -f UTF-16 -t UTF-8"),
         ("a.txt", "caf\u00e9".encode("utf-32"), r"in UTF-32\. .*iconv -f UTF-32 -t UTF-8"),
         ("a.txt", "au lait".encode("utf-16-le"), r"in UTF-16LE\. .*iconv -f UTF-16LE -t UTF-8"),

@@ -6,11 +6,7 @@ import sys
 import datasets
 import pytest
 import torch
-from support.data import (
-    documents,
-    slow_document_windows,
-    slow_text_windows,
-)
+from support.data import documents, slow_document_windows, slow_text_windows
 
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.data.text_sources import python_docs

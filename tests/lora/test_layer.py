@@ -22,28 +22,17 @@ from torch import nn
 from wanda_lightning.lora import KeepZerosLoraConfig, merge
 
 
-def test_updates_below_the_last_digit_of_bfloat16_count_in_training():
+def test_updates_below_the_last_digit_of_bfloat16_count_in_training(monkeypatch):
     layer = nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
     layer.weight.data = torch.eye(16, dtype=torch.bfloat16)
     model = get_peft_model(nn.Sequential(layer), config(target_modules=["0"], r=16, lora_alpha=16))
     model.base_model.model[0].lora_A["default"].weight.data = torch.eye(16)
-    model.base_model.model[0].lora_B["default"].weight.data = torch.eye(16) * 2**-12
-    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    model.base_model.model[0].lora_B["default"].weight.data = delta = torch.eye(16) * 2**-12
+    assert torch.equal((torch.eye(16) + delta).bfloat16(), layer.weight)  # lost in a sum
+    seen, original = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args: (seen.append(args[2].float()), original(*args))[1])
     with torch.no_grad():
-        (weight, delta) = (torch.eye(16), torch.eye(16) * 2**-12)
-        assert torch.equal((weight + delta).bfloat16(), layer.weight)  # lost in a sum
-        seen = []
-        original = torch.addmm
-
-        def watch(addend, rows, matrix):
-            seen.append(matrix.float().clone())
-            return original(addend, rows, matrix)
-
-        torch.addmm = watch
-        try:
-            model(x)
-        finally:
-            torch.addmm = original
+        model(torch.randn(3, 16, dtype=torch.bfloat16))
     assert torch.equal(seen[0], delta)
 
 
@@ -107,7 +96,7 @@ def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
     x = torch.randn(7, 24)
     expected = plain(x)
     plain.unload()
-    with pytest.warns(UserWarning, match="plain LoRA"):
+    with pytest.warns(UserWarning, match=r"plain LoRA at a higher cost\. Prune first, or use peft\.LoraConfig"):
         model = randomize(get_peft_model(nn.Sequential(dense), KeepZerosLoraConfig(**options)))
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(merge(model)(x), expected)
@@ -229,13 +218,12 @@ def test_adapters_merge_one_after_the_other():
     model = two_adapters()
     model.base_model.set_adapter(["default", "other"])
     both = logits(model)
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
     model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="additionally merging other"):
-        model.base_model.model.model.layers[0].self_attn.v_proj.merge(adapter_names=["other"])
-    layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    weight = layer.unmerged_weight()
-    expected = weight + (layer.get_delta_weight("default") + layer.get_delta_weight("other"))
-    torch.testing.assert_close(layer.weight, expected)
+        layer.merge(adapter_names=["other"])
+    deltas = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    torch.testing.assert_close(layer.weight, layer.unmerged_weight() + deltas)
     merged = merge(model)  # takes apart what is merged, then merges all that is active
     assert relative(logits(merged), both) < 1e-5
 

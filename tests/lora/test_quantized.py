@@ -10,22 +10,29 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from wanda_lightning.lora import merge
 
 
-def by_torchao(folder, dtype=torch.float32):
-    quantization = pytest.importorskip("torchao.quantization")
-    method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=method, dtype=dtype)
+def by(package, make):
+    """A function that loads a folder with weights quantized by a package, which may not be installed."""
+
+    def load(folder, dtype=torch.float32):
+        pytest.importorskip(package)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=make(dtype), dtype=dtype)
+
+    return load
 
 
-def by_bitsandbytes(folder, dtype=torch.float32):
-    pytest.importorskip("bitsandbytes")
-    method = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=method, dtype=dtype)
+def int8(dtype):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def by_bitsandbytes_8(folder, dtype=torch.float32):
-    pytest.importorskip("bitsandbytes")
-    method = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=method, dtype=dtype)
+def nf4(dtype):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+by_torchao = by("torchao", int8)
+by_bitsandbytes = by("bitsandbytes", nf4)
+by_bitsandbytes_8 = by("bitsandbytes", lambda dtype: BitsAndBytesConfig(load_in_8bit=True))
 
 
 def dequantized(folder, load):

@@ -5,6 +5,7 @@ import sys
 
 import torch
 from peft import get_peft_model
+from support import forks
 from support.lora import TOKENS, config, llama, logits, randomize
 
 
@@ -31,7 +32,7 @@ with torch.no_grad():
 merged = model.merge_and_unload()
 assert all(bool((p[zeros[n]] == 0).all()) for n, p in merged.named_parameters())
 """
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        return forks.run(forks.execute, code)
 
     with_import = run(advice)
     assert with_import.returncode == 0, with_import.stderr

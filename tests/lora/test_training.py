@@ -2,10 +2,10 @@
 
 import copy
 
-import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support.callbacks import trainer
 from support.lora import TARGETS, TOKENS, assert_zeros, llama, zeros_of
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
@@ -13,23 +13,19 @@ from transformers import LlamaForCausalLM
 from wanda_lightning import CausalLMModule, SavePretrained, WandaPrune, prune
 from wanda_lightning.lora import KeepZerosLinear
 
-in_a_trainer = pytest.mark.filterwarnings(
+pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`", "ignore:.*log_every_n_steps"
 )
-
-
-QUIET = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
 
 
 ADAPTERS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 
 
 def fit(module, *callbacks, **options):
-    trainer = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**QUIET, "max_epochs": 3, **options})
-    trainer.fit(module, DataLoader(TOKENS.repeat(4, 1), batch_size=2))
+    fitting = trainer(*callbacks, **{"max_epochs": 3, **options})
+    fitting.fit(module, DataLoader(TOKENS.repeat(4, 1), batch_size=2))
 
 
-@in_a_trainer
 def test_prune_then_train_adapters_then_save(tmp_path):
     dense = llama(sparsity=0)
     module = CausalLMModule(copy.deepcopy(dense), lr=1e-2, lora=ADAPTERS)
@@ -57,7 +53,6 @@ def test_prune_then_train_adapters_then_save(tmp_path):
     assert moved == [name for name in zeros_of(by_hand) if name.split(".")[-2] in TARGETS]
 
 
-@in_a_trainer
 def test_a_module_gives_plain_adapters_too():
     module = CausalLMModule(llama(), lr=1e-2)
     zeros = zeros_of(module.model)
@@ -69,7 +64,6 @@ def test_a_module_gives_plain_adapters_too():
     module.merge()  # there is nothing to merge any more
 
 
-@in_a_trainer
 def test_the_learning_rate_falls_to_zero():
     module = CausalLMModule(llama(), lr=1e-2, lr_decay=True)
     rates = []
@@ -78,7 +72,6 @@ def test_the_learning_rate_falls_to_zero():
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
 
 
-@in_a_trainer
 def test_a_learning_rate_cannot_fall_to_zero_without_an_end():
     module = CausalLMModule(llama(), lr_decay=True)
     with pytest.raises(MisconfigurationException, match="lr_decay=True needs the number of training steps"):

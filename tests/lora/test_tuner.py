@@ -38,11 +38,6 @@ def test_all_linear_leaves_out_the_head_as_in_peft():
     assert not any("lm_head" in name for name in layers)
 
 
-def test_no_zero_warns():
-    with pytest.warns(UserWarning, match=r"Prune first, or use peft\.LoraConfig"):
-        get_peft_model(llama(sparsity=0), config())
-
-
 def test_two_targets_with_one_weight_are_refused():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight

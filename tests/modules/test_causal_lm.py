@@ -1,35 +1,18 @@
 """The language model module against slow loops and plain Hugging Face."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from support.modules import (
-    MASKS,
-    same_weights,
-    slow_perplexity,
-    tiny_llama,
-    tiny_tokenizer,
-    trainer,
-    windows_of_text,
-)
+from support.callbacks import trainer
+from support.modules import MASKS, same_weights, slow_perplexity, tiny_llama, tiny_tokenizer, windows_of_text
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from wanda_lightning.modules import CausalLMModule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # Lightning 2.6 under torch 2.13
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -88,16 +71,10 @@ def test_training_loss_is_the_mean_over_real_tokens(mask):
     module.log = lambda *args, **kwargs: None
     loss = module.training_step({"input_ids": ids, "attention_mask": attention_mask}, 0)
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-
-
-def test_labels_of_the_batch_are_used():
-    model, ids = tiny_llama(), windows_of_text()
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, -100)  # of the batch
     labels[0, 5] = ids[0, 5]
-    module = CausalLMModule(model)
-    module.log = lambda *args, **kwargs: None
-    loss = module.training_step({"input_ids": ids, "labels": labels}, 0)
-    assert loss.item() == pytest.approx(-model(ids).logits[0, 4].log_softmax(-1)[ids[0, 5]].item(), rel=1e-5)
+    loss = module.training_step({"input_ids": ids, "attention_mask": attention_mask, "labels": labels}, 0)
+    assert loss.item() == pytest.approx(-logits[0, 4].log_softmax(-1)[ids[0, 5]].item(), rel=1e-5)
 
 
 def test_fit_learns_and_leaves_frozen_parameters():
@@ -155,14 +132,9 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path / "model")
     before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     module = CausalLMModule(tiny_llama(), tiny_tokenizer())
-
-    def fail(folder):
-        assert (Path(folder) / "model.safetensors").exists()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module.tokenizer, "save_pretrained", fail)
+    monkeypatch.setattr(module.tokenizer, "save_pretrained", lambda folder: 1 / 0)
     for target, overwrite in ((tmp_path / "model", True), (tmp_path / "other", False)):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ZeroDivisionError):
             module.save_pretrained(target, overwrite=overwrite)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
@@ -175,13 +147,6 @@ def test_dtype(tmp_path):
     assert CausalLMModule(tiny_llama(), dtype="float16").model.dtype == torch.float16
     with pytest.raises(ValueError, match="auto, float32, bfloat16, float16, but it is 'int8'"):
         CausalLMModule(str(tmp_path), dtype="int8")
-
-
-def test_keeps_what_requires_a_gradient():
-    model = tiny_llama()
-    model.lm_head.requires_grad_(False)
-    CausalLMModule(model)
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
 
 
 def test_a_batch_without_ids():
@@ -200,9 +165,6 @@ def test_loads_from_a_checkpoint(tmp_path):
     again = CausalLMModule.load_from_checkpoint(tmp_path / "last.ckpt")
     assert same_weights(again, module)
     assert again.lr == 0.5
-
-
-def test_a_loaded_model_is_not_a_hyperparameter():
     assert set(CausalLMModule(tiny_llama(), tiny_tokenizer()).hparams) & {"model", "tokenizer"} == set()
 
 

@@ -7,14 +7,8 @@ import pytest
 import timm
 import torch
 from lightning.pytorch.cli import LightningCLI
-from support.modules import (
-    CONVNEXT,
-    VIT,
-    same_weights,
-    tiny_llama,
-    tiny_vit,
-    trainer,
-)
+from support.callbacks import trainer
+from support.modules import CONVNEXT, VIT, same_weights, tiny_llama, tiny_vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -22,15 +16,12 @@ from torch.utils.data import DataLoader
 from wanda_lightning.data.preprocessing import class_names_of
 from wanda_lightning.modules import ImageClassifierModule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),  # some tests only train
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # Lightning 2.6 under torch 2.13
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`")
 
 
-@pytest.mark.parametrize("num_classes", [3, 10])
-@pytest.mark.parametrize("keys", [None, ("image", "label"), ("pixel_values", "labels")])
+@pytest.mark.parametrize(
+    ("num_classes", "keys"), [(3, None), (10, ("image", "label")), (10, ("pixel_values", "labels"))]
+)
 def test_validate_and_test_equal_a_slow_loop(num_classes, keys):
     module = tiny_vit(num_classes=num_classes)
     images, labels = torch.randn(7, 3, 32, 32), torch.arange(7) % num_classes

@@ -206,11 +206,7 @@ LLAMAS = [
     ("config.json", text('{"a": '), r"config\.json is not valid JSON \(Expecting value: line 1 column 7"),
     ("config.json", text("[" * 100_000), r"config\.json is not valid JSON"),
     ("config.json", text("[]"), f"configuration of .* {CAUSE}"),
-    (
-        "config.json",
-        changed(num_attention_heads=3),
-        f"configuration of .* {CAUSE}.* multiple of the number of",
-    ),
+    ("config.json", changed(num_attention_heads=3), f"configuration of .* {CAUSE}.* multiple of the number of"),
     ("config.json", changed(hidden_size="32"), f"{CAUSE}.*expected int, got str"),
     ("config.json", changed(model_type="lama"), f"{CAUSE}.*model type `lama`"),
     ("config.json", changed(num_key_value_heads=0), f"weights of .* {CAUSE}.*ZeroDivisionError"),
@@ -246,11 +242,7 @@ def test_a_broken_language_model_is_named(folders, tmp_path, file, change, messa
 
 CLASSIFIERS = [
     ("config.json", text("{"), r"config\.json is not valid JSON"),
-    (
-        "config.json",
-        text('{"model_type": "llama"}'),
-        r"has no 'architecture'.* leave out the prefix timm:",
-    ),
+    ("config.json", text('{"model_type": "llama"}'), r"has no 'architecture'.* leave out the prefix timm:"),
     ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "do not fit its configuration.*head"),
     ("model.safetensors", Path.unlink, r"weights in safetensors, the only format that is read, .* has config\.json\."),
     (

@@ -22,23 +22,16 @@ def test_equals_the_slow_loop(mask, dtype, rel):
     assert metric.compute().item() == pytest.approx(slow_perplexity(logits, ids, attention_mask), rel=rel)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
+def test_neither_chunks_nor_batches_change_the_result(monkeypatch):
     ids = windows_of_text()
     logits = torch.randn(*ids.shape, 128).double()
     monkeypatch.setattr("wanda_lightning.modules.perplexity._CHUNK", 5 * 128)
-    metric = WindowPerplexity()
-    metric.update(logits, ids)
-    assert metric.compute().item() == pytest.approx(slow_perplexity(logits, ids), rel=1e-12)
-
-
-def test_is_a_sum_over_windows():
-    ids = windows_of_text()
-    logits = torch.randn(*ids.shape, 128)
     whole, parts = WindowPerplexity(), WindowPerplexity()
     whole.update(logits, ids)
     for w in range(len(ids)):
         parts.update(logits[w : w + 1], ids[w : w + 1])
-    assert parts.compute().item() == pytest.approx(whole.compute().item(), rel=1e-12)
+    for metric in (whole, parts):
+        assert metric.compute().item() == pytest.approx(slow_perplexity(logits, ids), rel=1e-12)
 
 
 def test_padding_may_hold_anything():
@@ -59,8 +52,7 @@ def test_only_padding_is_nan():
     assert metric.compute().isnan()
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_no_second_tensor_of_the_size_of_the_logits(batch):
+def test_no_second_tensor_of_the_size_of_the_logits():
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -72,7 +64,7 @@ def test_no_second_tensor_of_the_size_of_the_logits(batch):
             self.numel = max([self.numel, *new])
             return out
 
-    logits = torch.zeros(batch, 600 // batch, 2**15, dtype=torch.bfloat16)
+    logits = torch.zeros(4, 150, 2**15, dtype=torch.bfloat16)
     ids = torch.zeros(logits.shape[:2], dtype=torch.long)
     with Largest() as largest:
         WindowPerplexity().update(logits, ids, torch.ones_like(ids))

@@ -2,11 +2,13 @@
 
 import copy
 import csv
-from functools import partial
+from functools import cache, partial
 
 import lightning as L
 import pytest
+import pytorch_lightning
 import torch
+from lightning.pytorch.trainer.connectors import callback_connector
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
@@ -25,11 +27,7 @@ def one_thread():
 
 
 LAYERS = ["layers.0", "layers.2", "layers.4"]  # of Net
-
-
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
-
-
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
 
 
@@ -65,6 +63,22 @@ class Net(L.LightningModule):
         return self.used_optimizer
 
 
+class OldNet(pytorch_lightning.LightningModule):
+    """A module of a user of pytorch_lightning."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Linear(32, 16)
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch[0]).sum()
+
+    validation_step = test_step = predict_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+
 def samples(count=12, seed=0, shift=0.0):
     random = torch.Generator().manual_seed(seed)
     return TensorDataset(
@@ -76,14 +90,13 @@ def loader(count=12, batch_size=4, **kwargs):
     return DataLoader(samples(count), batch_size, **kwargs)
 
 
+# Each Trainer would read the entry points of all installed packages anew.
+callback_connector._load_external_callbacks = cache(callback_connector._load_external_callbacks)
+
+
 def trainer(*callbacks, **kwargs):
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **kwargs})
+    quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
+    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**dict.fromkeys(quiet, False), **kwargs})
 
 
 def zeros(module):
@@ -253,15 +266,19 @@ class SaveAt(L.Callback):
 
 
 class Recorder(Net):
-    """Records the batches that it is calibrated on."""
+    """Records the batches that it is calibrated and trained on."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.trained = [], []
 
     def calibration_step(self, batch):
         self.seen.append(batch)
         return self(batch[0])
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append(batch)
+        return super().training_step(batch, batch_idx)
 
 
 def tagged(tag, count=4):

@@ -1,7 +1,8 @@
-"""Tokenizers, texts, tables, pictures and a quiet Trainer for the tests of the data modules."""
+"""Tokenizers, texts, tables and pictures for the tests of the data modules."""
 
 import json
 import random
+from types import SimpleNamespace
 
 import lightning as L
 import pyarrow as pa
@@ -10,13 +11,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 BOS = 256
-runs_a_trainer = pytest.mark.filterwarnings(  # Lightning 2.6 under torch 2.13
-    "ignore:.*LeafSpec.* is deprecated:FutureWarning"
-)
 
 
 def byte_tokenizer(reverse=False):
@@ -48,33 +47,22 @@ def ids_of(loader):
     return torch.cat([batch["input_ids"] for batch in loader])
 
 
-def quiet_trainer(**options):
-    return L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
 def vit(in_chans=3, **options):
-    options = {
-        "img_size": 16,
-        "patch_size": 4,
-        "num_classes": 10,
-        "depth": 1,
-        "embed_dim": 24,
-        "num_heads": 2,
-        **options,
-    }
-    return timm.create_model("vit_tiny_patch16_224", in_chans=in_chans, **options)
+    sizes = {"img_size": 16, "patch_size": 4, "num_classes": 10, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", in_chans=in_chans, **{**sizes, **options})
 
 
 def images_of(loader):
     images, labels = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(labels)
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The first 300 scans, of which 60 are for evaluation."""
+    scans = load_digits()
+    few = SimpleNamespace(images=scans.images[:300], target=scans.target[:300])
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
 
 
 class Wrapped(L.LightningModule):

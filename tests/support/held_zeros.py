@@ -7,12 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
-from support.callbacks import (
-    SGD,
-    Lion,
-    Net,
-    zeros,
-)
+from support.callbacks import SGD, Lion, Net, zeros
 
 
 class Noisy(Lion):

@@ -1,8 +1,7 @@
-"""Tiny models, a tokenizer, text and a quiet Trainer for the tests of the modules."""
+"""Tiny models, a tokenizer and text for the tests of the modules."""
 
 import math
 
-import lightning as L
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -32,11 +31,6 @@ def tiny_vit(**kwargs):
     return ImageClassifierModule(
         "vit_tiny_patch16_224", pretrained=False, model_kwargs=VIT, **{"num_classes": 10} | kwargs
     )
-
-
-def trainer(**kwargs):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return L.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **kwargs)
 
 
 def same_weights(a, b):

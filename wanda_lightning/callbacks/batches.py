@@ -154,10 +154,8 @@ def calibration_forward(
     """Run a batch through the module with the precision, transfer hooks and device of Lightning's loops.
 
     Calls the module's `calibration_step(batch)` if it has one, which may stop after the last layer, else its `forward`.
-    For predictions, calls `calibration_predictions(batch)` if it has one, else its `forward`.
-
-    Returns:
-        The output of the called method; for predictions, the logits or an output that holds them.
+    For predictions, calls `calibration_predictions(batch)` if it has one, else its `forward`, and returns the logits or
+    an output that holds them.
     """
     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     batch = trainer.strategy.batch_to_device(batch)

@@ -30,21 +30,23 @@ def check_stages(schedule: Schedule, pattern: Pattern) -> None:
 
 def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: object) -> None:
     """Raise a ValueError for an unknown name, or options that calibration on a validation loop does not support."""
-    if calibrate_on not in ("calibration", "validation"):
+    if calibrate_on == "calibration":
+        return
+    if calibrate_on != "validation":
         raise ValueError(f"calibrate_on must be one of calibration, validation, but it is {calibrate_on!r}.")
-    if calibrate_on == "validation" and (config.sequential != "none" or dataloader is not None):
+    if config.sequential != "none" or dataloader is not None:
         raise ValueError(
             "calibrate_on='validation' runs the dense model on the validation batches, so it needs sequential='none' "
             f"and no dataloader, but sequential is {config.sequential!r}"
             + (" and a dataloader is given." if dataloader is not None else ".")
         )
-    if calibrate_on == "validation" and config.reads_gradients:
+    if config.reads_gradients:
         reader = config.shown("allocation" if config.allocation.reads_gradients else "pattern")
         raise ValueError(
             f"calibrate_on='validation' has no backward passes, but {reader} needs them. Use "
             "calibrate_on='calibration', or choices that read no gradients, such as allocation='owl'."
         )
-    if calibrate_on == "validation" and config.recovery.reads_batches:
+    if config.recovery.reads_batches:
         raise ValueError(
             f"calibrate_on='validation' keeps no batches, but {config.shown('recovery')} trains on them. "
             "Use calibrate_on='calibration'."

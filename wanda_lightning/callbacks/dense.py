@@ -40,17 +40,11 @@ def network_of(module: L.LightningModule, name: str | None) -> nn.Module:
         ) from error
 
 
-def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None = None) -> nn.Module:
-    """Return the dense counterpart of a network that will be pruned, frozen and in eval mode.
+def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) -> nn.Module:
+    """Return the dense counterpart of the network with this name in a module, frozen and in eval mode.
 
     Call it in `setup("fit")`: callbacks prune later, and checkpoints are restored later. The result is no part of the
     LightningModule. Warns if a given model has been pruned.
-
-    Args:
-        dense: The dense model: a module, of which a LightningModule holds the network like `pl_module`; a name, which
-            the module loads by its `load_dense_model(name)`; or None for a copy of the network.
-        pl_module: The module that is trained.
-        name: The name of the network in the module, as for `network_of`.
 
     Raises:
         ValueError: If the model is not dense, has another number of classes, or shares parameters with the module.
@@ -64,8 +58,8 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None = N
         model = network_of(dense, name) if isinstance(dense, L.LightningModule) else dense
     else:
         model = _load(dense, pl_module)
-    if dense is not None:
-        _warn_if_pruned(model)
+    if dense is not None and (zeros := _zeros_of_pruning(model)):
+        rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
     _refuse_shared(model, pl_module)
     _refuse_other_classes(model, network)
     return model.requires_grad_(False).eval()
@@ -112,11 +106,6 @@ def _refuse_pruned(network: nn.Module) -> None:
             f"dense must be given, since the network is already pruned: {zeros}. Give the model before pruning as a "
             "module or by its name."
         )
-
-
-def _warn_if_pruned(model: nn.Module) -> None:
-    if zeros := _zeros_of_pruning(model):
-        rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
 
 
 def _zeros_of_pruning(model: nn.Module) -> str:

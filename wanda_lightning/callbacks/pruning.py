@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
-from wanda_lightning.calibration.batches import batch_size
-from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.callbacks import checks
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.figures import log_figures
@@ -27,14 +23,15 @@ from wanda_lightning.callbacks.run import run_of, with_result
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, shows_progress
+from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.checks import check_at_least, check_report_path, refuse_pytorch_lightning
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.criteria import Magnitude, Wanda
 from wanda_lightning.core.solvers import SparseGPT
 from wanda_lightning.files import refuse_existing, refuse_nonempty
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.plan import make_plan
-from wanda_lightning.pruning import prune_as, prune_collected
+from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport, Run
 from wanda_lightning.report.page import write_report
 from wanda_lightning.zeros import HeldZeros, zeros_of
@@ -124,7 +121,7 @@ class PruningCallback(Callback):
         self.calibrate_on = calibrate_on
         self._zeros = HeldZeros()
         self._state = PruningState(self._fixed_choices)
-        self._validation: _ValidationLoop | None = None  # while a validation loop is calibrated on
+        self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
         self._processes = SINGLE_PROCESS
         self._is_set_up = False
         self._pruned_to_evaluate = False  # the loop that runs has pruned the model at its start
@@ -204,7 +201,7 @@ class PruningCallback(Callback):
             self._prune_to_evaluate(trainer, pl_module)
         if self._state.due and not trainer.sanity_checking:
             config = self.config.scaled(self._shares_due(trainer)[-1])
-            self._validation = _ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
+            self._validation = ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -355,37 +352,6 @@ class PruningCallback(Callback):
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
             clear_copies(self._zeros, trainer, pl_module)
-
-
-class _ValidationLoop:
-    """Collects statistics from the first batches of one validation loop, and prunes the model with them.
-
-    Each process runs a part of the samples. Collection stops after `num_samples` samples; batches are not cut.
-    """
-
-    def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
-        with processes.fail_together():
-            self._plan = make_plan(config, model, processes)
-        self._calibration = PassiveCalibration(
-            model, self._plan.whole_model, self._plan.observed, config.min_expert_tokens, processes
-        )
-        self._samples_left = num_samples
-        self._world_size = processes.world_size
-        self._batch = ExitStack()
-
-    def start_batch(self, batch: Any) -> None:
-        """Collect while the batch runs, until `end_batch`."""
-        if self._samples_left > 0:
-            self._samples_left -= batch_size(batch) * self._world_size
-            self._batch.enter_context(self._calibration.collect(batch))
-
-    def end_batch(self) -> None:
-        """Stop collecting; called after an error as well."""
-        self._batch.close()
-
-    def prune(self) -> PruningReport:
-        """Prune with the collected statistics."""
-        return prune_collected(self._plan, self._calibration)
 
 
 class WandaPrune(PruningCallback):

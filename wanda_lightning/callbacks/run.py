@@ -16,11 +16,8 @@ from wanda_lightning.report.metrics import METRICS
 def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples: int) -> Run:
     """Return what is known before a loop has measured anything.
 
-    Args:
-        trainer: The Trainer.
-        pl_module: The module whose model is pruned.
-        calibration_samples: Number of samples of the datamodule's calibration data; 0 if another source is read, or
-            none.
+    `calibration_samples` is the number of samples of the datamodule's calibration data; 0 if another source is read,
+    or none.
     """
     run = Run(model=_name_of(pl_module))
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
@@ -28,13 +25,7 @@ def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples
 
 
 def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
-    """Return the run with the result of the evaluation loop that has just ended, if it measured a known metric.
-
-    Args:
-        run: The run so far.
-        trainer: The Trainer, after `validate` or `test`.
-        is_dense: Whether the loop ran the dense model.
-    """
+    """Return the run with the result of the evaluation loop that has just ended, if it measured a known metric."""
     logged: Mapping[str, Any] = trainer.callback_metrics
     found = [(metric, name) for metric in METRICS.values() for name in metric.logged if name in logged]
     if not found:

@@ -82,9 +82,7 @@ class Source:
 def check_source(data: str, calibrates: bool = False) -> None:
     """Check the name of a source without reading images or connecting to the hub.
 
-    Args:
-        data: digits, cifar10, cifar100, a folder or a hub id.
-        calibrates: Refuse a folder with `val` that lacks `train`.
+    With `calibrates`, a folder with `val` that lacks `train` is refused, too.
 
     Raises:
         ValueError: For an unknown name, or a folder without class folders.

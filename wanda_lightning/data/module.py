@@ -23,14 +23,6 @@ class DataModule(L.LightningDataModule):
         refuse_pytorch_lightning(trainer)
         self._trainer = trainer
 
-    def describe_calibration(self, num_samples: int) -> str:
-        """Name the first `num_samples` calibration samples, for reports. Call it after `setup`."""
-        raise NotImplementedError
-
-    def describe_evaluation(self) -> str:
-        """Name the data on which models are measured, for reports. Call it after `setup`."""
-        raise NotImplementedError
-
 
 def silence_worker_advice() -> None:
     """Stop Lightning from recommending worker processes: a loader over data in memory is slower with them.

@@ -59,7 +59,7 @@ def sample_windows(
     windows = []
     with (
         torch.inference_mode(False),  # or training on the windows would fail
-        torch.random.fork_rng(devices=_cuda_devices(model)),
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         _sampling(model),
         ProgressBar("Writing text", len(sizes) * seqlen, progress) as bar,
     ):
@@ -91,10 +91,6 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
             "Set its bos_token, or give a text."
         )
     return int(start)
-
-
-def _cuda_devices(model: Any) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []
 
 
 @contextmanager

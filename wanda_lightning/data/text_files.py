@@ -48,13 +48,9 @@ def _decode(path: Path) -> str:
 
 
 def json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a .jsonl file, each with the beginning of an error message that names its line.
+    """Yield the rows of a .jsonl file with these fields, each with the beginning of an error that names its line.
 
     Blank lines are skipped.
-
-    Args:
-        path: The file, in UTF-8.
-        fields: Fields that each line must have.
 
     Raises:
         ValueError: If the file is not in UTF-8, or a line is not a JSON object, lacks a field or is not valid Unicode.

@@ -21,11 +21,7 @@ _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics
 
 
 def check_source(source: str, option: str = "text") -> None:
-    """Check that a source is a known name or a file of a known format.
-
-    Args:
-        source: A name or a file.
-        option: Name of the option, for the error message.
+    """Check that the source that an option names is known, or a file of a known format.
 
     Raises:
         ValueError: For an unknown name or extension.

@@ -15,18 +15,18 @@ _NAME = "WANDA_LIGHTNING_KEEP_ZEROS_LORA"
 _VALUE = f"{_NAME} (run 'import wanda_lightning.lora' before loading this adapter)"
 
 
-def _add_peft_type(name: str, value: str) -> Any:
-    """Return the member of `PeftType` with this name, added unless it exists."""
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, value)
-        member._name_, member._value_ = name, value
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = PeftType._value2member_map_[value] = member
-        type.__setattr__(PeftType, name, member)  # Enum's own __setattr__ refuses new members
-    return PeftType[name]
+def _add_peft_type() -> Any:
+    """Return the member of `PeftType`, added unless it exists."""
+    if _NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, _VALUE)
+        member._name_, member._value_ = _NAME, _VALUE
+        PeftType._member_names_.append(_NAME)
+        PeftType._member_map_[_NAME] = PeftType._value2member_map_[_VALUE] = member
+        type.__setattr__(PeftType, _NAME, member)  # Enum's own __setattr__ refuses new members
+    return PeftType[_NAME]
 
 
-KEEP_ZEROS_LORA = _add_peft_type(_NAME, _VALUE)
+KEEP_ZEROS_LORA = _add_peft_type()
 
 
 def register(config_class: type, tuner_class: Any) -> None:
