@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cli import SEQLEN, perplexity_by_hand, run, zeros_by_layer
+from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, zeros_by_layer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.modules import causal_lm, loading
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings(
-        "ignore:.*and the model has .* outputs"
-    ),  # tiny classifiers are made without regard to the images
-    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
-]
+pytestmark = IGNORED_WARNINGS
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method):
     assert f"Zeros before: {zeros:,}, after: {zeros:,}." in printed
 
 
-@pytest.mark.parametrize("method", ["full", "keep-zeros-lora", "lora"])
+@pytest.mark.parametrize("method", ["full", "keep-zeros-lora"])
 def test_learning_from_the_dense_model(tuned, inputs, monkeypatch, method):
     loaded = []
     load = loading.load_causal_lm

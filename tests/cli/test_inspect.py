@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.cli import run
+from support.cli import IGNORED_WARNINGS, run
 from support.gguf import write_gguf
 from support.zoo import ZOO
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,13 +15,7 @@ from torch.utils._pytree import tree_leaves
 from wanda_lightning import CausalLMModule
 from wanda_lightning.models import find_layers
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings(
-        "ignore:.*and the model has .* outputs"
-    ),  # tiny classifiers are made without regard to the images
-    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
-]
+pytestmark = IGNORED_WARNINGS
 
 
 def test_inspect_a_folder(inputs, capsys, tmp_path):

@@ -8,17 +8,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.cli import SEQLEN, run
+from support.cli import IGNORED_WARNINGS, SEQLEN, run
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # they would only slow down these tests
-    pytest.mark.filterwarnings(
-        "ignore:.*and the model has .* outputs"
-    ),  # tiny classifiers are made without regard to the images
-    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),  # a log of three steps
-]
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+pytestmark = IGNORED_WARNINGS
 
 
 @pytest.fixture
@@ -62,19 +54,15 @@ def recipe(inputs):
 ONE_OF_FOUR = {"pattern": {"class_path": "wanda_lightning.NM", "init_args": {"n": 1, "m": 4}}, "sparsity": 0.75}
 
 
-PATTERNS = [({"pattern": "2:4"}, 2), (ONE_OF_FOUR, 1)]
-
-
 def pruned_as():
     report = json.loads(Path("out/pruning_report.json").read_text())
     return report["config"]["pattern"], report["sparsity"], report["config"]["sparsity"]
 
 
-@pytest.mark.parametrize(("pruning", "n"), PATTERNS, ids=["name", "class_path"])
-def test_validate_a_recipe(recipe, capsys, inputs, tmp_path, pruning, n):
-    assert run("validate", "--config", recipe(**pruning)) == 0
+def test_validate_a_recipe(recipe, capsys, inputs, tmp_path):
+    assert run("validate", "--config", recipe(pattern="2:4")) == 0
     assert "val_perplexity" in capsys.readouterr().out
-    assert pruned_as() == ({"name": "NM", "n": n, "m": 4}, 1 - n / 4, 1 - n / 4)
+    assert pruned_as() == ({"name": "NM", "n": 2, "m": 4}, 0.5, 0.5)
     assert sorted(os.listdir(tmp_path)) == ["out", "recipe.yaml"]
 
 
@@ -110,13 +98,12 @@ def test_test_a_recipe_with_dotted_overrides(recipe, capsys):
     assert pruned_as() == ({"name": "Unstructured", "group": "row", "weigh_rows": False}, 0.25, 0.25)
 
 
-@pytest.mark.parametrize(("pruning", "n"), PATTERNS, ids=["name", "class_path"])
-def test_fit_a_recipe(recipe, inputs, capsys, pruning, n):
+def test_fit_a_recipe(recipe, inputs, capsys):
     checkpoints = ["--trainer.enable_checkpointing", "true", "--trainer.default_root_dir", "root"]
     options = ["--model.init_args.lr", "0.01", "--model.init_args.weight_decay", "0.1"]
-    path = recipe(**pruning)
+    path = recipe(**ONE_OF_FOUR)
     assert run("fit", "--config", path, *checkpoints, *options) == 0
-    assert pruned_as()[0] == {"name": "NM", "n": n, "m": 4}
+    assert pruned_as() == ({"name": "NM", "n": 1, "m": 4}, 0.75, 0.75)
     (checkpoint,) = Path("root/checkpoints").iterdir()
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     dense = load_file(inputs / "llama/model.safetensors")
@@ -124,7 +111,7 @@ def test_fit_a_recipe(recipe, inputs, capsys, pruning, n):
         trained = weights[f"model.{name}"]
         assert not torch.equal(trained, weight)
         if name.endswith("proj.weight"):
-            assert ((trained != 0).reshape(-1, 4).sum(dim=1) == n).all()
+            assert ((trained != 0).reshape(-1, 4).sum(dim=1) == 1).all()
     capsys.readouterr()
     assert run("test", "--config", path, *checkpoints, "--ckpt_path", checkpoint) == 0
     assert "test_perplexity" in capsys.readouterr().out
@@ -163,27 +150,3 @@ def test_print_config_of_a_recipe(recipe, capsys):
     assert callback["class_path"] == "wanda_lightning.WandaPrune"
     assert callback["init_args"]["pattern"] == "2:4"
     assert not Path("out").exists()
-
-
-@pytest.mark.parametrize(
-    "path",
-    [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name != "paper"],  # see test_paper_recipes.py
-    ids=lambda path: path.stem,
-)
-def test_every_recipe_says_how_it_is_run_and_parses(capsys, path):
-    root = RECIPES.parent
-    (line,) = [line for line in path.read_text().splitlines() if line.startswith("#   wanda-lightning ")]
-    command, option, name = line.split()[2:]
-    assert option == "--config"
-    assert root / name == path
-    assert run(command, "--config", path, "--print_config") == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    written = yaml.safe_load(path.read_text())
-    if command == "prune":
-        assert printed.items() >= written.items()
-    else:
-        assert printed["model"]["init_args"].items() >= written["model"]["init_args"].items()
-
-
-def test_there_are_recipes():
-    assert list(RECIPES.rglob("*.yaml"))

@@ -1,53 +1,35 @@
-"""SIGTERM and SIGHUP end real commands within a step, and leave nothing behind."""
+"""SIGTERM and SIGHUP end a command within a step, and leave nothing behind."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from importlib import import_module
 
 import pytest
-from support.cli import everything_in, run
+from support.cli import IGNORED_WARNINGS, everything_in, run
+from support.forks import Fork, shell
 
 from wanda_lightning.cli.signals import Signals
 
-SLOWED = """
-import sys, time
-from importlib import import_module
-from wanda_lightning.cli import main
-
-path, method = sys.argv[1:3]
-module, name = path.rsplit(".", 1)
-owner, calls = getattr(import_module(module), name), []
-original = getattr(owner, method)
-
-def slowly(*arguments, **options):
-    calls.append(method)
-    if len(calls) == 3:
-        print("in the middle", flush=True)
-    if len(calls) >= 3:
-        time.sleep(0.5)
-    return original(*arguments, **options)
-
-setattr(owner, method, slowly)
-sys.argv[1:] = sys.argv[3:]
-sys.exit(main())
-"""
+pytestmark = IGNORED_WARNINGS
 
 
-def end(arguments, number, where, tmp_path, prepare=""):
-    """Send a signal to a real command in the middle of its work; return its status and what it said."""
-    command = [sys.executable, "-c", prepare + SLOWED, *where, *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
-    try:
-        assert any("in the middle" in line for line in process.stdout)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    return process.returncode, err
+def slowed(path, method, *arguments):
+    """Be a command in which a method sleeps from its third call on."""
+    module, name = path.rsplit(".", 1)
+    owner, calls = getattr(import_module(module), name), []
+    original = getattr(owner, method)
+
+    def slowly(*arguments, **options):
+        calls.append(method)
+        if len(calls) == 3:
+            print("in the middle", flush=True)
+        if len(calls) >= 3:
+            time.sleep(0.5)
+        return original(*arguments, **options)
+
+    setattr(owner, method, slowly)
+    shell(*arguments)
 
 
 CASES = {
@@ -77,10 +59,13 @@ def test_a_signal_ends_a_command(command, number, status, inputs, text, tmp_path
         texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "1", "--seqlen", "32"]
         arguments = ["finetune", "--model", "pruned", *texts, "--steps", "50", *more]
     before = everything_in(tmp_path)
-    code, err = end(arguments, number, where, tmp_path)
-    assert code == status
-    assert f"wanda-lightning: ended by {number.name}. Unfinished files were removed." in err
-    assert "Traceback" not in err
+    fork = Fork(slowed, *where, *map(str, arguments))
+    assert any("in the middle" in line for line in fork.stdout)
+    fork.send_signal(number)
+    ended = fork.wait()
+    assert ended.returncode == status
+    assert f"wanda-lightning: ended by {number.name}. Unfinished files were removed." in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert everything_in(tmp_path) == before
 
 

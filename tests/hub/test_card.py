@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import huggingface_hub.constants
 import pytest
@@ -28,10 +29,21 @@ RUN = Run(
 )
 
 
-def pruned_llama(run=RUN):
+@cache
+def without_run():
     model = tiny_llama()
-    report = prune(model, None, 0.5, criterion="magnitude", progress=False)
+    return model, prune(model, None, 0.5, criterion="magnitude", progress=False)
+
+
+def pruned_llama(run=RUN):
+    model, report = without_run()
     return model, replace(report, run=run)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Write something else in place of a picture, which takes 1 s to draw."""
+    monkeypatch.setattr("wanda_lightning.hub.card.write_report", lambda report, path: path.write_bytes(b"a picture"))
 
 
 def card_of(model, report, folder, **how):
@@ -53,7 +65,8 @@ def test_metadata_describe_the_model_and_its_results(tmp_path):
     }
 
 
-def test_the_text_says_what_was_measured_and_how_to_repeat_it(tmp_path):
+def test_the_text_says_what_was_measured_and_how_to_repeat_it(tmp_path, monkeypatch):
+    monkeypatch.undo()  # draw the picture
     model, report = pruned_llama()
     text = card_of(model, report, tmp_path / "tiny").text
     assert f"50.00% of the weights in 14 layers are zero, which is {report.model_sparsity:.2%} of all" in text
@@ -85,6 +98,7 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
         timm.models.save_for_hf(model, str(tmp_path / "out"), safe_serialization=True)
     elif library == "transformers":
         model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out").mkdir(exist_ok=True)
     write_card(tmp_path / "out", report, name=tmp_path / "out")
     codes = re.findall(r"```python\n(.*?)\n```", (tmp_path / "out/README.md").read_text(), flags=re.DOTALL)
     if library == "neither":

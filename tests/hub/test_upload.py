@@ -1,21 +1,18 @@
 """Uploads to a hub on this machine, and what is refused before one begins."""
 
-import subprocess
-import sys
-
 import pytest
-from support.hub import running_hub
+from huggingface_hub import constants
+from support.hub import ignores_uploads, running_hub
 
-from wanda_lightning.hub.upload import refuse_upload
+from wanda_lightning.hub.upload import refuse_upload, upload
 
-UPLOAD = (
-    "import sys; from wanda_lightning.hub.upload import *; refuse_upload(sys.argv[2]); print(upload(*sys.argv[1:]))"
-)
+pytestmark = ignores_uploads
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
     with running_hub() as hub:
+        hub.connect(monkeypatch)
         yield hub
 
 
@@ -29,28 +26,19 @@ def model(tmp_path):
     return tmp_path / "a model", files
 
 
-def run(hub, folder, repo_id, **environment):
-    """Upload in a process of its own, since huggingface_hub reads the environment when it is imported."""
-    return subprocess.run(
-        [sys.executable, "-c", UPLOAD, folder, repo_id],
-        env=hub.environment(folder.parent / "home", **environment),
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_a_folder_is_uploaded_to_a_new_repository(hub, model):
     folder, files = model
-    ended = run(hub, folder, "us/tiny")
-    assert (ended.returncode, ended.stdout) == (0, f"{hub.url}/us/tiny\n"), ended.stderr
+    refuse_upload("us/tiny")
+    assert hub.requests == []
+    assert upload(folder, "us/tiny") == f"{hub.url}/us/tiny"
     assert hub.repositories == {"us/tiny": files}
 
 
-def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model):
+def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     folder, files = model
     (folder / "model.safetensors").rename(folder / "model.bin")  # the hub of the tests takes it without xet
-    ended = run(hub, folder, "us/tiny", HF_HUB_DISABLE_XET="0")
-    assert ended.returncode == 0, ended.stderr
+    upload(folder, "us/tiny")
     assert hub.repositories["us/tiny"]["model.bin"] == files["model.safetensors"]
 
 
@@ -59,38 +47,36 @@ def test_weights_of_another_model_in_the_repository_are_deleted(hub, model):
     names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     others = {"LICENSE": b"mine", "adapter_model.safetensors": b"adapters"}
     hub.repositories["us/tiny"] = {**dict.fromkeys(names, b"old"), **others, "config.json": b"old"}
-    ended = run(hub, folder, "us/tiny")
-    assert ended.returncode == 0, ended.stderr
+    upload(folder, "us/tiny")
     assert hub.repositories["us/tiny"] == {**others, **files}
 
 
-def test_a_refused_upload_says_how_to_repeat_it(hub, model):
+def test_a_refused_upload_says_how_to_repeat_it(hub, model, monkeypatch):
     folder, files = model
     hub.refused = "us/tiny"
-    ended = run(hub, folder, "us/tiny")
-    assert ended.returncode != 0
-    last = ended.stderr.strip().splitlines()[-1]
-    assert f"push_to_hub='us/tiny' failed: the model is saved in {folder}, but it was not uploaded" in last
-    assert "You have no permission to write" in last
-    assert last.endswith(f"run: hf upload us/tiny '{folder}'")
+    with pytest.raises(OSError, match="You have no permission to write") as caught:
+        upload(folder, "us/tiny")
+    expected = f"push_to_hub='us/tiny' failed: the model is saved in {folder}, but it was not uploaded"
+    assert str(caught.value).startswith(expected)
+    assert str(caught.value).endswith(f"run: hf upload us/tiny '{folder}'")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
-
-
-def test_a_hub_that_cannot_be_reached(hub, model):
-    ended = run(hub, model[0], "us/tiny", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "hf upload us/tiny" in ended.stderr.strip().splitlines()[-1]
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(OSError, match="hf upload us/tiny"):
+        upload(folder, "us/tiny")
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("offline", "message"),
     [
-        ({"HF_TOKEN": ""}, "push_to_hub must be left out without a token that may write to 'us/tiny'"),
-        ({"HF_HUB_OFFLINE": "1"}, "push_to_hub must be left out while HF_HUB_OFFLINE is set, but it is 'us/tiny'"),
+        (False, "push_to_hub must be left out without a token that may write to 'us/tiny'"),
+        (True, "push_to_hub must be left out while HF_HUB_OFFLINE is set, but it is 'us/tiny'"),
     ],
 )
-def test_what_cannot_succeed_is_refused_without_a_request(hub, model, environment, message):
-    ended = run(hub, model[0], "us/tiny", **environment)
-    assert message in ended.stderr.strip().splitlines()[-1]
+def test_what_cannot_succeed_is_refused(hub, monkeypatch, offline, message):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(ValueError, match=message):
+        refuse_upload("us/tiny")
     assert hub.requests == []
 
 

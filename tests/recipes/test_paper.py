@@ -3,32 +3,22 @@
 import contextlib
 import importlib.util
 import json
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
 import yaml
-from safetensors.torch import save_file
-from support.zoo import save_llama_of_bytes
+from support.cli import IGNORED_WARNINGS
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import cli
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*and the model has .* outputs"),
-    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
-]
+pytestmark = IGNORED_WARNINGS
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 FAMILIES = sorted(PAPER.glob("*.yaml"))
-ROOT = PAPER.parent.parent
 
 spec = importlib.util.spec_from_file_location("paper_run", PAPER / "run.py")
 sweep = importlib.util.module_from_spec(spec)
@@ -37,36 +27,16 @@ spec.loader.exec_module(sweep)
 
 
 @pytest.fixture(autouse=True)
-def shell(tmp_path, monkeypatch):
-    """An empty working directory and commands in this process, which is faster; what they change is put back."""
-    from lightning.pytorch import _logger
+def launch(monkeypatch):
+    """The commands of cells run in this process, which is faster; how they are run otherwise."""
+    original = sweep.launch
 
-    def launch(command, output):
+    def in_this_process(command, output):
         with output.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             return cli.main(list(command))
 
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "launch", launch)
-    level, handler, threads = _logger.level, signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
-    _logger.setLevel(level)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_llama_of_bytes(folder / "llama")
-    rng = np.random.default_rng(0)
-    words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(300)]
-    (folder / "long.txt").write_text(" ".join(words))
-    (folder / "other.txt").write_text(" ".join(reversed(words)))
-    return folder
+    monkeypatch.setattr(sweep, "launch", in_this_process)
+    return original
 
 
 @pytest.fixture
@@ -136,18 +106,11 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
-def test_every_family_opens_with_its_command_source_and_cost(path):
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    (command,) = [line for line in head if line.startswith("#   python ")]
-    _, _, script, recipe, *_ = command.split()
-    assert (ROOT / script, ROOT / recipe) == (PAPER / "run.py", path)
-    assert any(line.startswith("# Published: ") for line in head)
-    assert any(line.startswith("# Cost") for line in head)
-
-
-@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
 def test_the_cells_of_a_family_are_measured_alike_and_published_numbers_have_a_source(path):
-    content = yaml.safe_load(path.read_text())
+    text = path.read_text()
+    assert f"\n#   python recipes/paper/run.py recipes/paper/{path.name} " in text
+    assert "\n# Published: " in text
+    content = yaml.safe_load(text)
     for name, own in content["cells"].items():
         assert re.fullmatch(r"[\w.-]*\w", name)  # it names a folder
         assert name != "dense"  # that row is measured by each cell
@@ -247,19 +210,25 @@ def test_published_numbers_stand_beside_what_was_measured_alike(family, capsys):
         assert [cell.published for cell in cells] == [{}, {}]
 
 
-def test_a_cell_that_fails_is_named_and_the_others_go_on(family, capsys, monkeypatch):
-    monkeypatch.undo()  # in processes of their own
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+def test_a_cell_that_fails_is_named_and_the_others_go_on(family, capsys):
     path = family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"}))
-    out = path.parent / "out"
-    assert run(path, "--out", out, "--only", "broken", "magnitude_50") == 1
+    assert run(path, "--out", "out", "--only", "broken", "magnitude_50") == 1
     shown = capsys.readouterr().out
     assert "tiny/1B/broken: failed with status 1: wanda-lightning: error: " in shown
-    assert "multiple of 10" in (out / "tiny/1B/broken/output.txt").read_text()
-    assert not (out / "tiny/1B/broken/cell.json").exists()
-    assert [(row["cell"], row["ours"] is None) for row in rows(out)] == [
+    assert "multiple of 10" in Path("out/tiny/1B/broken/output.txt").read_text()
+    assert not Path("out/tiny/1B/broken/cell.json").exists()
+    assert [(row["cell"], row["ours"] is None) for row in rows()] == [
         *(("dense", False), ("magnitude_50", False), ("broken", True)),
     ]
+
+
+def test_a_cell_is_a_process_of_its_own(launch):
+    output = Path("output.txt")
+    output.write_text("before\n")
+    assert launch(["prune", "--model", "gone.gguf"], output) == 2
+    before, command, error = output.read_text().splitlines()
+    assert (before, command) == ("before", "$ wanda-lightning prune --model gone.gguf")
+    assert error.startswith("wanda-lightning: error: --model gone.gguf does not exist")
 
 
 def test_an_interrupted_sweep_goes_on(family, capsys, monkeypatch):
@@ -299,10 +268,8 @@ def test_a_cell_with_fine_tuning_is_measured_afterwards_without_a_zero_lost(smal
     assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
 
 
-def test_accuracies_of_image_classifiers_are_in_percent(tmp_path, capsys):
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
-    options = ["--set", "data_path=digits", "nsamples=4", "resume=weights.safetensors"]
+def test_accuracies_of_image_classifiers_are_in_percent(inputs, capsys):
+    options = ["--set", f"data_path={inputs}/images", "nsamples=4", f"resume={inputs}/test_vit.safetensors"]
     only = ["--only", "wanda_80"]
     assert run(PAPER / "vision.yaml", "--out", "out", "--model", "timm:test_vit", *options, *only) == 0
     dense, wanda = rows()
@@ -311,7 +278,7 @@ def test_accuracies_of_image_classifiers_are_in_percent(tmp_path, capsys):
     assert wanda["ours"] == report["run"]["after"]
     assert wanda["sparsity"] == pytest.approx(0.8, abs=0.01)
     out = capsys.readouterr().out
-    assert "top-1 on digits" in out
+    assert f"top-1on{inputs}/images" in "".join(out.split())  # a long title is wrapped
     assert f" {100 * dense['ours']:.2f} " in out
 
 

@@ -1,16 +1,34 @@
-"""Run commands in this process, and measure what they wrote."""
+"""Run commands in this process, in an empty working directory on small inputs, and measure what they wrote.
+
+The fixtures work in the folders whose conftest.py imports them.
+"""
 
 import math
+import signal
+import sys
 
+import numpy as np
+import pytest
+import timm
 import torch
 import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from support.zoo import save_llama_of_bytes
 
 from wanda_lightning.cli import main
 
 SEQLEN = 32
-
-
 OUT = ["--save", "out", "--save_model", "out/model"]
+IGNORED_WARNINGS = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        ".*does not have many workers",  # they would only slow down these tests
+        ".*and the model has .* outputs",  # tiny classifiers are made without regard to the images
+        "The number of training batches:UserWarning",  # a log of three steps
+    )
+]
+"""Marks for tests that run commands on tiny models."""
 
 
 def run(*arguments):
@@ -25,14 +43,103 @@ def zeros_by_layer(model, globs=("q_proj", "k_proj", "v_proj", "o_proj", "gate_p
     return {name: m.weight == 0 for name, m in model.named_modules() if name.endswith(globs)}
 
 
-def perplexity_by_hand(model, text, windows):
-    """The reference's formula on bytes, with the loss of transformers."""
+def perplexity_by_hand(model, text, windows=None, seqlen=SEQLEN):
+    """The reference's formula, with the loss of transformers; on all windows of the text by default."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
-    ids = torch.tensor(tokenizer(text).input_ids[: windows * SEQLEN]).view(windows, SEQLEN)
+    ids = torch.tensor(tokenizer(text).input_ids)
+    ids = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:windows]
     with torch.no_grad():
         losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in ids]
     return math.exp(sum(losses) / len(losses))
 
 
 def everything_in(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """The content of each file, by path; False for a folder."""
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def shell(tmp_path, monkeypatch):
+    """An empty working directory, no network and no pictures on model cards, whose drawing takes longer than pruning.
+
+    What a command changes in its process is put back.
+    """
+    import datasets
+    import huggingface_hub.constants
+    from lightning.pytorch import _logger
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read when it was imported
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("wanda_lightning.hub.card.write_report", lambda report, path: path.write_bytes(b"a picture"))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning"])  # LightningCLI warns where there are two command lines
+    monkeypatch.chdir(tmp_path)
+    level, handler, threads = _logger.level, signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(1)  # what is as small as this is slower with more
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+    _logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A language model, texts, and an image classifier with images, none of which a command may change."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_llama_of_bytes(folder / "llama")
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        for name in ("test_vit", "test_convnext"):
+            model = timm.create_model(name)
+            model.get_classifier().bias.data[1] = 1e4  # whatever it sees, it says the second class
+            save_file(model.state_dict(), folder / f"{name}.safetensors")
+    words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(500)]
+    (folder / "long.txt").write_text(" ".join(words))
+    (folder / "other.txt").write_text(" ".join(reversed(words)))
+    (folder / "short.txt").write_text("too short")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "latin1.txt").write_bytes("café ".encode("latin1") * 100)
+    (folder / "table.csv").write_text("text\nsome\n")
+    (folder / "no_text.jsonl").write_text('{"content": "' + "x" * 200 + '"}\n')
+    (folder / "short.jsonl").write_text('{"text": "short"}\n{"text": "longer"}\n')
+    for part, count in (("train", 3), ("val", 2)):
+        for label in ("ape", "bee", "cat", "dog"):
+            (folder / "images" / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / part / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def text(inputs):
+    """The options of a fast run on the language model."""
+    sizes = ["--nsamples", "4", "--seqlen", SEQLEN, "--limit", "6", "--calibration", inputs / "long.txt"]
+    return ["prune", "--model", inputs / "llama", *sizes, "--eval", inputs / "other.txt"]
+
+
+@pytest.fixture
+def images(inputs):
+    """The options of a fast run on the image classifier."""
+    weights = ["--model", "timm:test_vit", "--resume", inputs / "test_vit.safetensors"]
+    return ["prune", *weights, "--data_path", inputs / "images", "--nsamples", "6"]
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, inputs):
+    """Runs a command that must fail with one message and leave every folder and file as it was."""
+
+    def check(*arguments, message, code=1):
+        before = everything_in(tmp_path), everything_in(inputs)
+        assert run(*arguments) == code
+        out, err = capsys.readouterr()
+        assert message in err
+        assert "Traceback" not in out + err
+        assert (everything_in(tmp_path), everything_in(inputs)) == before
+        return err
+
+    return check

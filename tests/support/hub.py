@@ -8,7 +8,12 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+from huggingface_hub import constants
+
 TOKEN = "hf_of_the_tests"
+ignores_uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+"""A mark for tests that upload: huggingface_hub 1.0 calls httpx in a deprecated way."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -30,6 +35,18 @@ class Hub(ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
+
+    def connect(self, monkeypatch):
+        """Make this the hub of this process, with a token; without hf_xet, whose protocol is not public."""
+        changes = {
+            "ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": os.devnull,
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def environment(self, home, **more):
         """Variables for a process that uploads to this hub; without hf_xet, whose protocol is not public."""
