@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from support import reference
-from support.callbacks import Net, loader, trainer
+from support.pairwise import spread, with_nightly
 from support.zoo import ZOO, matching, matrices, run
 from torch import nn
 
-from wanda_lightning import NM, Magnitude, PruningReport, SparseGPT, SparseGPTPrune, Unstructured, Wanda, prune
+from wanda_lightning import NM, Magnitude, PruningReport, SparseGPT, Unstructured, Wanda, prune
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
-
-SEQUENTIAL_CHOICES = ("block", "layer", "none")
 
 
 def double(batch):
@@ -26,31 +25,22 @@ def double(batch):
     return batch.double() if batch.is_floating_point() else batch
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-@pytest.mark.parametrize("name", ZOO)
-def test_every_matrix_is_pruned_or_has_a_reason(name, sequential):
-    specimen = ZOO[name]
-    model, batches = specimen.build(), specimen.batches()
-    before = {key: value.clone() for key, value in model.named_parameters()}
-
-    report = prune(model, batches, 0.5, sequential=sequential, progress=False)
-
+def assert_complete(report, model, specimen, dense):
+    """Every matrix is pruned to one half of each row, or skipped for a reason; the kept weights are those of before."""
     everything = matrices(model)
-    dense = matching(everything, specimen.dense) | matching(everything, specimen.uncalled)
-    assert {layer.name for layer in report.layers} == everything.keys() - dense - tied(everything)
-    assert {matrix.name for matrix in report.skipped} >= dense
+    skipped = matching(everything, specimen.dense) | matching(everything, specimen.uncalled)
+    assert {layer.name for layer in report.layers} == everything.keys() - skipped - tied(everything)
+    assert {matrix.name for matrix in report.skipped} >= skipped
     assert all(matrix.detail for matrix in report.skipped)
+    found = {layer.name: layer.read() for layer in find_layers(model).layers}
     for layer in report.layers:
-        rows = everything[layer.name]
-        weight = next(item for item in find_layers(model).layers if item.name == layer.name).read()
+        weight = found[layer.name]
         assert (weight == 0).sum(dim=1).eq(int(weight.shape[1] * 0.5)).all(), layer.name
         assert layer.sparsity == pytest.approx(0.5, abs=0.5 / weight.shape[1])
         assert layer.tokens > 0 or layer.note.startswith("few tokens")
-        assert rows.dtype == torch.float32
     for key, value in model.named_parameters():
         kept = value != 0
-        assert torch.equal(value[kept], before[key][kept]), key
-    assert all(run(model, batch).isfinite().all() for batch in specimen.batches())
+        assert torch.equal(value[kept], dense[key][kept]), key
 
 
 def tied(everything):
@@ -59,7 +49,7 @@ def tied(everything):
     return {name for name, weight in everything.items() if first.setdefault((id(weight), part[name]), name) != name}
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "torch_transformer"])
+@pytest.mark.parametrize("name", with_nightly(["gpt2", "llama4", "convnext"], ZOO.keys() - {"torch_transformer"}))
 def test_two_of_four_fits_everywhere(name):
     specimen = ZOO[name]
     model = specimen.build()
@@ -119,7 +109,7 @@ def padding_rows(layer, batch, tokens, rows):
     return mask[rows] if layer.expert is not None or len(mask) == len(tokens) else None
 
 
-def slow_prune(model, batches, sequential, keep_rows):
+def slow_prune(model, batches, sequential):
     units = find_layers(model, sequential).units
     for unit in in_order_of_execution(model, units, batches):
         sums, counts = {}, {}
@@ -131,10 +121,9 @@ def slow_prune(model, batches, sequential, keep_rows):
             for layer in unit.layers:
                 for tokens, rows in first.tokens[layer.name]:
                     padding = padding_rows(layer, batch, tokens, rows)
-                    total = reference_square_sum(tokens, padding)
-                    sums[layer.name] = sums.get(layer.name, 0) + total
-                    count = len(tokens) if padding is None else (~padding).sum()
-                    counts[layer.name] = counts.get(layer.name, 0) + count
+                    tokens = tokens if padding is None else tokens[~padding]
+                    sums[layer.name] = sums.get(layer.name, 0) + (tokens**2).sum(axis=0)
+                    counts[layer.name] = counts.get(layer.name, 0) + len(tokens)
         for layer in unit.layers:
             total = sums.get(layer.name)
             siblings = [other.name for other in unit.layers if layer.siblings and other.siblings == layer.siblings]
@@ -142,13 +131,9 @@ def slow_prune(model, batches, sequential, keep_rows):
                 total = sum(sums[name] for name in siblings if name in sums)
             if total is not None:
                 weight = reference.array(layer.read())
-                keep = keep_rows(np.abs(weight) * np.sqrt(total))
+                keep = keep_half_of_each_row(np.abs(weight) * np.sqrt(total))
                 with torch.no_grad():
                     layer.write(torch.from_numpy(weight * keep))
-
-
-def reference_square_sum(tokens, padding):
-    return (tokens[~padding] ** 2).sum(axis=0) if padding is not None else (tokens**2).sum(axis=0)
 
 
 def in_order_of_execution(model, units, batches):
@@ -185,25 +170,26 @@ def keep_half_of_each_row(scores):
     return keep
 
 
-FLOAT32_INSIDE = {"autocast_inside": "its blocks compute in bfloat16"}
+NOT_SLOWLY = "autocast_inside", "torch_transformer"  # blocks in bfloat16; layers that nothing calls
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in FLOAT32_INSIDE and name != "torch_transformer"])
+@pytest.mark.parametrize(("name", "sequential"), spread(ZOO, SEQUENTIAL_CHOICES))
 def test_equals_the_slow_procedure(name, sequential):
     specimen = ZOO[name]
-    model, batches = specimen.build().double(), [double(batch) for batch in specimen.batches()]
+    model, batches = specimen.build(), specimen.batches()
+    if name not in NOT_SLOWLY:
+        model, batches = model.double(), [double(batch) for batch in batches]
     slow = copy.deepcopy(model)
     if hasattr(slow, "set_experts_implementation"):
         slow.config._experts_implementation = "batched_mm"  # grouped_mm takes no float64, and eager is what is tested
 
-    prune(model, batches, 0.5, sequential=sequential, keep_batch_norm=True, progress=False)
-    slow_prune(slow, [double(batch) for batch in specimen.batches()], sequential, keep_half_of_each_row)
-
-    expected = slow.state_dict()
-    for key, value in model.state_dict().items():
-        assert torch.equal(value != 0, expected[key] != 0), key
-        assert torch.equal(value, expected[key]), key
+    report = prune(model, batches, 0.5, sequential=sequential, keep_batch_norm=True, progress=False)
+    assert_complete(report, model, specimen, dense=dict(slow.named_parameters()))
+    if name not in NOT_SLOWLY:
+        slow_prune(slow, batches, sequential)
+        expected = slow.state_dict()
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key]), key
 
 
 # ---- laws
@@ -211,14 +197,6 @@ def test_equals_the_slow_procedure(name, sequential):
 
 def masks(model):
     return {name: weight != 0 for name, weight in matrices(model).items()}
-
-
-def test_same_seed_same_masks():
-    models = [ZOO["llama"].build() for _ in range(2)]
-    for model in models:
-        prune(model, ZOO["llama"].batches(), 0.5, progress=False)
-    first, second = (model.state_dict() for model in models)
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
@@ -232,8 +210,10 @@ def test_batch_size_changes_nothing(sequential):
     assert all(torch.equal(kept[0][name], other[name]) for other in kept[1:] for name in kept[0])
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "unstructured_layer", "equal_share", "2:4"])
-@pytest.mark.parametrize("criterion", [Wanda(), Magnitude()])
+@pytest.mark.parametrize(
+    ("criterion", "pattern"),
+    spread([Wanda(), Magnitude()], ["unstructured", "unstructured_layer", "equal_share", "2:4"]),
+)
 def test_pruning_twice_changes_nothing(criterion, pattern):
     model = ZOO["llama"].build()
     first = prune(model, ZOO["llama"].batches(), 0.5, criterion=criterion, pattern=pattern, progress=False)
@@ -277,21 +257,6 @@ def test_magnitude_needs_no_data():
     report = prune(model, None, 0.3, criterion="magnitude", pattern=Unstructured("layer"), progress=False)
     assert report.sparsity == pytest.approx(0.3, abs=1e-3)
     assert all(layer.tokens == 0 for layer in report.layers)
-
-
-def test_padding_does_not_count():
-    """Right padding under a causal mask cannot reach the tokens: the masks are those of the cut sequences."""
-    padded = ZOO["llama_padded"]
-    model, cut = padded.build().double(), padded.build().double()
-    prune(model, padded.batches(), 0.5, sequential="block", progress=False)
-    sequences = [
-        {"input_ids": ids[mask.bool()][None]}
-        for batch in padded.batches()
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-    report = prune(cut, sequences, 0.5, sequential="block", progress=False)
-    assert all(torch.equal(kept, masks(cut)[name]) for name, kept in masks(model).items())
-    assert report.layers[0].tokens == sum(int(batch["attention_mask"].sum()) for batch in padded.batches())
 
 
 def decoder_tokens(**batch):
@@ -351,15 +316,6 @@ def test_autocast_of_the_caller_reaches_the_batches():
     assert set(seen) == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         assert torch.equal(inside, run(model, ZOO["llama"].batches()[0]))
-
-
-def test_unreached_layers_stay_dense_and_are_named():
-    model = ZOO["unreached"].build()
-    report = prune(model, ZOO["unreached"].batches(), 0.5, progress=False)
-    reasons = {matrix.name: matrix.detail for matrix in report.skipped}
-    assert reasons["blocks.1.up"] == "no calibration batch called it"
-    assert model.blocks[1].up.weight.all()
-    assert any("blocks.1" in note for note in report.notes)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -507,20 +463,3 @@ def test_the_report_says_where_tokens_are_few():
     report = prune(model, [torch.randn(16, 32)], solver="refit", progress=False)
     assert "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs" in "".join(report.notes)
     assert not prune(dense, [torch.randn(16, 32)], progress=False).notes
-
-
-def test_the_callback_of_sparsegpt_is_prune_with_its_solver():
-    module, by_hand = Net(), Net()
-    callback = SparseGPTPrune(0.6, num_samples=12, sequential="layer")
-    trainer(callback).validate(module, loader(), verbose=False)
-    batches = [x for x, _ in loader()]
-    options = {"pattern": Unstructured("layer"), "sequential": "layer", "progress": False}
-    prune(by_hand.layers, batches, 0.6, solver=SparseGPT(), **options)
-    for name, weight in module.named_parameters():
-        torch.testing.assert_close(weight, by_hand.get_parameter(name), rtol=1e-4, atol=1e-6)
-    assert callback.report.config["solver"]["name"] == "SparseGPT"
-
-
-def test_a_solver_that_chooses_itself_takes_no_criterion():
-    with pytest.raises(ValueError, match="criterion='magnitude' cannot be combined with solver='admm', which"):
-        prune(torch.nn.Linear(4, 4), [], solver="admm", criterion="magnitude")

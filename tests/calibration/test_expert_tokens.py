@@ -13,6 +13,7 @@ from support.experts import (
     jetmoe,
     observed,
 )
+from support.pairwise import spread
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
@@ -58,7 +59,7 @@ def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
     assert not any(".experts." in expert for expert in observer.padding_counted | observer.not_routed)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss", "llama4"])
 def test_padding_does_not_count(name):
     """Right padding under a causal mask cannot reach the tokens: the masks are those of the cut sequences."""
     model, cut, batches = double(name), double(name), ZOO["llama_padded"].batches()
@@ -74,8 +75,7 @@ def test_padding_does_not_count(name):
         assert torch.equal(value, other), key
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+@pytest.mark.parametrize(("sequential", "implementation"), spread(SEQUENTIAL_CHOICES, ["grouped_mm", "batched_mm"]))
 def test_whatever_the_model_multiplies_by(sequential, implementation):
     reports, weights = [], []
     for chosen in ("eager", implementation):

@@ -2,18 +2,20 @@
 
 import copy
 from functools import partial
+from itertools import cycle, product
 
 import pytest
 import torch
 from support.batches import split
 from support.chains import overrides
 from support.gradients import gradients
+from support.pairwise import spread, with_nightly
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
-from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.calibration.batches import CalibrationBatches, map_tensors
 from wanda_lightning.calibration.gradients import gradient_statistics_by_block
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.config import PruningConfig
@@ -58,11 +60,16 @@ def test_the_sums_are_those_of_autograd():
         torch.testing.assert_close(got[name].row_weights(), rows[name] / rows[name].mean())
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+SAMPLED = (
+    *("llama_padded", "gpt_oss", "t5", "vit", "convnext", "block_twice", "routed", "expert_list"),
+    *("keywords_only", "autocast_inside", "inplace"),
+)
+
+
+@pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_recomputed_blocks_give_the_same_sums(name):
     model = ZOO[name].build().double()
-    batches = ZOO[name].batches()
-    batches = [as_double(batch) for batch in batches]
+    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
     recomputed, stored = (gradients(model, batches, recomputed=choice) for choice in (True, False))
     assert recomputed.keys() == stored.keys()
     for layer, sums in stored.items():
@@ -76,18 +83,25 @@ def test_recomputed_blocks_give_the_same_sums(name):
 ROUNDED = {"block_twice", "convnext", "convnext_conv_mlp", "deit", "resnet18", "resnet50", "swin", "vit"}
 
 
-@pytest.mark.parametrize("at_once", [1, 8])
-@pytest.mark.parametrize("name", sorted(ZOO.keys() - {"inplace"}))
+def by_block(model, batches, hold):
+    """The sums of samples that pass side by side."""
+    plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
+    data = CalibrationBatches(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
+    with pruning_mode(model):
+        return gradient_statistics_by_block(model, plan.layers, plan.block_units, data, hold)
+
+
+@pytest.mark.parametrize(
+    ("name", "at_once"),
+    with_nightly(zip(SAMPLED[:-1], cycle([1, 8])), product(sorted(ZOO.keys() - {"inplace"}), [1, 8])),
+)
 def test_samples_side_by_side_give_the_same_sums(name, at_once, monkeypatch):
     monkeypatch.setattr("wanda_lightning.calibration.gradients.SAMPLES_AT_ONCE", at_once)
     monkeypatch.setattr("wanda_lightning.calibration.gradients.PREDICTIONS_AT_ONCE", at_once)
     model, batches, held = ZOO[name].build(), ZOO[name].batches(), []
     expected = gradients(model, batches)
-    plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
-    data = CalibrationBatches(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
     random = torch.get_rng_state()
-    with pruning_mode(model):
-        found = gradient_statistics_by_block(model, plan.layers, plan.block_units, data, held.append)
+    found = by_block(model, batches, held.append)
     assert torch.equal(torch.get_rng_state(), random)
     assert found.keys() == expected.keys()
     for layer, sums in expected.items():
@@ -99,19 +113,9 @@ def test_samples_side_by_side_give_the_same_sums(name, at_once, monkeypatch):
 
 def test_blocks_that_cannot_run_twice_are_refused_side_by_side():
     model, batches = ZOO["inplace"].build(), ZOO["inplace"].batches()
-    plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
-    data = CalibrationBatches(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
-    with pruning_mode(model), pytest.raises(ValueError, match=r"blocks\.0 cannot run twice from disk"):
-        gradient_statistics_by_block(model, plan.layers, plan.block_units, data, lambda name: None)
+    with pytest.raises(ValueError, match=r"blocks\.0 cannot run twice from disk"):
+        by_block(model, batches, lambda name: None)
     assert not overrides(model)
-
-
-def as_double(batch):
-    if isinstance(batch, torch.Tensor):
-        return batch.double() if batch.is_floating_point() else batch
-    if isinstance(batch, dict):
-        return {key: as_double(value) for key, value in batch.items()}
-    return type(batch)(as_double(value) for value in batch)
 
 
 def test_a_convolution_has_a_gradient_at_each_position():
@@ -165,8 +169,7 @@ def test_nothing_of_it_stays_in_the_model(sequential):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-@pytest.mark.parametrize("name", ["llama", "vit", "convnext_conv_mlp", "t5"])
+@pytest.mark.parametrize(("name", "sequential"), spread(["llama", "vit", "convnext_conv_mlp", "t5"], ["layer", "none"]))
 def test_every_granularity_gives_the_same_sparsities(name, sequential):
     specimen = ZOO[name]
     reports = [
@@ -191,8 +194,7 @@ def test_only_the_first_samples_go_backward():
     assert some.config["allocation"]["num_samples"] == size
 
 
-@pytest.mark.parametrize("samples", [1, 3, 6, None])
-@pytest.mark.parametrize("name", ["llama", "llama_padded", "mixtral"])
+@pytest.mark.parametrize(("name", "samples"), spread(["llama", "llama_padded", "mixtral"], [3, None, 6, 1]))
 def test_the_size_of_the_batches_does_not_matter(name, samples):
     """Also where the limit lies inside a batch; a draw depends on the sample alone."""
     batches = split(ZOO[name].batches(), 8)
@@ -201,13 +203,6 @@ def test_the_size_of_the_batches_does_not_matter(name, samples):
         assert other.keys() == sums[0].keys()
         for layer, value in sums[0].items():
             torch.testing.assert_close(other[layer], value, rtol=1e-4, atol=1e-12)
-
-
-def test_a_limit_takes_the_first_samples():
-    model, x = ZOO["plain_mlp"].build(), torch.randn(9, 32)
-    some, first = measured(model, [x[:4], x[4:]], samples=6), measured(model, [x[:6]])
-    for layer, value in first.items():
-        torch.testing.assert_close(some[layer], value)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (9,), (4, 5), (3, 3, 3)], ids=str)

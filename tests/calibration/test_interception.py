@@ -3,9 +3,11 @@
 import copy
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
+from support.pairwise import pairwise, with_nightly
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -98,15 +100,20 @@ def vectors():
     return [torch.randn(n, 5, WIDTH, generator=generator).double() for n in (2, 1, 3)]
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-@pytest.mark.parametrize("pair", PAIRS)
+CHOICES = {
+    "wanda": {},
+    "sparsegpt": {"solver": SparseGPT()},
+    "fisher": {"allocation": Fisher()},
+    "owl": {"allocation": OWL(), "pattern": NM(2, 4)},
+}
+
+
 @pytest.mark.parametrize(
-    "choices",
-    [{}, {"solver": SparseGPT()}, {"allocation": Fisher()}, {"allocation": OWL(), "pattern": NM(2, 4)}],
-    ids=["wanda", "sparsegpt", "fisher", "owl"],
+    ("pair", "choices", "sequential"),
+    with_nightly(pairwise(PAIRS, CHOICES, SEQUENTIAL_CHOICES), product(PAIRS, CHOICES, SEQUENTIAL_CHOICES)),
 )
-def test_pruned_as_if_called(pair, sequential, choices):
-    called, past = (build(formula) for formula in PAIRS[pair])
+def test_pruned_as_if_called(pair, choices, sequential):
+    (called, past), choices = (build(formula) for formula in PAIRS[pair]), CHOICES[choices]
     reports = [prune(m, vectors(), 0.5, sequential=sequential, progress=False, **choices) for m in (called, past)]
     assert [matrix.name for matrix in reports[0].skipped] == [matrix.name for matrix in reports[1].skipped]
     for one, other in zip(*(report.layers for report in reports), strict=True):

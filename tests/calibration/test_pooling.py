@@ -10,6 +10,7 @@ from support.experts import (
     observed,
     starved,
 )
+from support.pairwise import spread
 from support.zoo import ZOO, run
 from torch import nn
 
@@ -19,8 +20,7 @@ from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-@pytest.mark.parametrize("minimum", [0, 40, 10_000])
+@pytest.mark.parametrize(("sequential", "minimum"), spread(SEQUENTIAL_CHOICES, [10_000, 0, 40]))
 def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum):
     model = starved()
     dense, batches = copy.deepcopy(model), ZOO["mixtral"].batches()

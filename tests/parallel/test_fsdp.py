@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import pair_cases as cases
 from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.pairwise import spread
 from support.zoo import ZOO, run
 from torch import nn
 
@@ -32,22 +33,25 @@ def first_batch(name):
     return cases.vectors()[0] if name == "few_rows" else ZOO[name].batches()[0]
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-@pytest.mark.parametrize("sequential", ["block", "none"])
+@pytest.mark.parametrize(("sequential", "pattern"), spread(["block", "none"], ["unstructured", "2:4"]))
 def test_gathered_it_is_the_model_of_one_process(pair, sequential, pattern):
     choices = {"sequential": sequential, "pattern": pattern}
     check_sharded(pair.run(cases.sharded, "llama", **choices), "llama", **choices)
 
 
-@pytest.mark.parametrize("sequential", ["block", "none"])
-@pytest.mark.parametrize("name", ["t5", "convnext", "resnet18", "block_twice", "unreached", "few_rows"])
+@pytest.mark.parametrize(
+    ("name", "sequential"),
+    spread(["t5", "convnext", "resnet18", "block_twice", "unreached", "few_rows"], ["block", "none"]),
+)
 def test_other_architectures_sharded(pair, name, sequential):
     choices = {"sequential": sequential, "keep_batch_norm": True}
     check_sharded(pair.run(cases.sharded, name, **choices), name, **choices)
 
 
-@pytest.mark.parametrize("shares", [([0, 1, 2, 3], []), ([], [0, 1, 2, 3]), ([2], [0, 1, 3])])
-@pytest.mark.parametrize("sequential", ["block", "none"])
+SHARES = ((0, 1, 2, 3), ()), ((), (0, 1, 2, 3)), ((2,), (0, 1, 3))
+
+
+@pytest.mark.parametrize(("sequential", "shares"), spread(["block", "none"], SHARES))
 def test_uneven_and_empty_shares_sharded(pair, sequential, shares):
     check_sharded(pair.run(cases.sharded, "few_rows", shares, sequential=sequential), "few_rows", sequential=sequential)
 

@@ -9,9 +9,11 @@ from support import pair_cases as cases
 from support.batches import split
 from support.gradients import gradients
 from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.pairwise import pairwise, spread, with_nightly
 from support.zoo import ZOO
 
 from wanda_lightning import Distil, Fisher, Magnitude, prune
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 
 
@@ -70,66 +72,54 @@ def test_one_process_sends_nothing():
 # ------------------------------------------------------------------------------------------------- replicated (DDP)
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_masks_are_those_of_one_process(pair, sequential, pattern):
-    (first, report), (second, other) = pair.run(cases.replicated, "llama", sequential=sequential, pattern=pattern)
-    model, expected = alone("llama", sequential=sequential, pattern=pattern)
+def check(pair, name, shares=None, tolerance=1e-3, **choices):
+    """Prune a model in both processes, and in one with all batches."""
+    (first, report), (second, other) = pair.run(cases.replicated, name, shares, **choices)
+    model, expected = alone(name, **choices)
     assert_equal_everywhere(first, second)
-    assert_same_weights(first, dict(model.named_parameters()))
+    assert_same_weights(first, dict(model.named_parameters()), tolerance)
     assert_same_report(report, expected)
     assert_same_report(other, expected)
+    return report
 
 
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-@pytest.mark.parametrize(
-    "name", ["llama_padded", "t5", "convnext", "resnet18", "block_twice", "unreached", "mixtral_padded"]
-)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_masks_are_those_of_one_process(pair, sequential, pattern):
+    check(pair, "llama", sequential=sequential, pattern=pattern)
+
+
+ARCHITECTURES = "resnet18", "t5", "llama_padded", "convnext", "block_twice", "mixtral_padded", "unreached"
+
+
+@pytest.mark.parametrize(("name", "sequential"), spread(ARCHITECTURES, SEQUENTIAL_CHOICES))
 def test_other_architectures(pair, name, sequential):
-    (first, report), (second, _) = pair.run(cases.replicated, name, sequential=sequential)
-    model, expected = alone(name, sequential=sequential)
-    assert_equal_everywhere(first, second)
-    assert_same_weights(first, dict(model.named_parameters()))
-    assert_same_report(report, expected)
+    check(pair, name, sequential=sequential)
 
 
-@pytest.mark.parametrize("shares", [([0, 1, 2], []), ([], [0, 1, 2]), ([2], [0, 1])])
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_uneven_and_empty_shares(pair, sequential, shares):
-    (first, report), (second, _) = pair.run(cases.replicated, "plain_mlp", shares, sequential=sequential)
-    model, expected = alone("plain_mlp", sequential=sequential)
-    assert_equal_everywhere(first, second)
-    assert_same_weights(first, dict(model.named_parameters()))
-    assert_same_report(report, expected)
+SHARES = ((0, 1, 2), ()), ((), (0, 1, 2)), ((2,), (0, 1))
 
 
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_uneven_and_empty_shares(pair, sequential):
+    for shares in SHARES:
+        check(pair, "plain_mlp", shares, sequential=sequential)
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_a_process_may_have_no_batch_at_a_unit(pair, sequential):
-    (first, report), (second, _) = pair.run(cases.replicated, "routed", sequential=sequential)
-    model, expected = alone("routed", sequential=sequential)
-    assert_equal_everywhere(first, second)
-    assert_same_weights(first, dict(model.named_parameters()))
-    assert_same_report(report, expected)
+    check(pair, "routed", sequential=sequential)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured_layer", "equal_share"])
 def test_patterns_over_all_rows(pair, pattern):
-    (first, _), (second, _) = pair.run(cases.replicated, "plain_mlp", pattern=pattern)
-    model, _ = alone("plain_mlp", pattern=pattern)
-    assert_equal_everywhere(first, second)
-    assert_same_weights(first, dict(model.named_parameters()))
+    check(pair, "plain_mlp", pattern=pattern)
 
 
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-@pytest.mark.parametrize("allocation", ["owl", "alpha"])
+@pytest.mark.parametrize(("sequential", "allocation"), spread(SEQUENTIAL_CHOICES, ["owl", "alpha"]))
 def test_allocations_are_of_the_batches_of_all(pair, sequential, allocation):
-    choices = {"sequential": sequential, "allocation": allocation, "criterion": "ria"}
-    (first, report), (second, _) = pair.run(cases.replicated, "vit", **choices)
-    model, expected = alone("vit", **choices)
+    report = check(pair, "vit", sequential=sequential, allocation=allocation, criterion="ria")
     assert len({layer.target for layer in report.layers}) > 1
-    assert_equal_everywhere(first, second)
-    assert_same_weights(first, dict(model.named_parameters()))
-    assert_same_report(report, expected)
 
 
 # ------------------------------------------------------------------------------------- statistics by distinct input
@@ -177,16 +167,20 @@ def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shar
             torch.testing.assert_close(sums["square_sum"], tokens.square().sum(0).detach(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("samples", [None, 1, 3, 5])
-@pytest.mark.parametrize("shares", [None, ([0, 1, 2], []), ([0], [1, 2])])
-@pytest.mark.parametrize("name", ["llama", "llama_padded"])
-def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples):
-    """In turns, as a loader that is the same for all is divided; the labels are those of one process."""
-    batches = split(ZOO[name].batches(), 1)
+def in_turns(batches, shares):
+    """The batches in the order in which a loader that is the same for all processes is divided."""
     first, second = (cases.share_of(batches, rank, shares) for rank in (0, 1))
-    turns = [batch for turn in zip_longest(first, second) for batch in turn if batch is not None]
+    return [batch for turn in zip_longest(first, second) for batch in turn if batch is not None]
+
+
+UNEVEN = None, ((0, 1, 2), ()), ((0,), (1, 2))
+
+
+@pytest.mark.parametrize(("name", "shares", "samples"), pairwise(["llama", "llama_padded"], UNEVEN, [None, 1, 3, 5]))
+def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples):
+    """The labels are those of one process."""
     model = ZOO[name].build().double()
-    expected = gradients(model, turns, samples)
+    expected = gradients(model, in_turns(split(ZOO[name].batches(), 1), shares), samples)
     for sums in pair.run(cases.fisher_of, name, shares, samples):
         assert sums.keys() == expected.keys()
         for layer, values in expected.items():
@@ -194,14 +188,10 @@ def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples)
                 torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-12)
 
 
-@pytest.mark.parametrize("shares", [None, ([0, 1, 2], []), ([0], [1, 2])])
-@pytest.mark.parametrize("name", ["llama_padded", "mixtral"])
+@pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
 def test_distillation_is_that_of_one_process(pair, name, shares):
     """The same steps on the same samples, whichever process runs them."""
-    batches = split(ZOO[name].batches(), 2)
-    first, second = (cases.share_of(batches, rank, shares) for rank in (0, 1))
-    turns = [batch for turn in zip_longest(first, second) for batch in turn if batch is not None]
-    model = ZOO[name].build().double()
+    model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches(), 2), shares)
     expected = prune(model, turns, recovery=Distil(passes=2, batch_size=2), progress=False)
     (weights, report), (others, _) = pair.run(cases.distilled, name, shares, 2)
     assert_equal_everywhere(weights, others)
@@ -212,7 +202,7 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
         assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
 
 
-@pytest.mark.parametrize("samples", [3, None])
+@pytest.mark.parametrize("samples", with_nightly([3], [3, None]))
 def test_masks_with_fisher_are_those_of_one_process(pair, samples):
     (first, report), (second, _) = pair.run(cases.best, samples)
     model, expected = alone("llama", allocation=Fisher(num_samples=samples), solver="admm")
@@ -228,7 +218,7 @@ def test_only_the_first_process_shows_progress(pair):
     assert second == ""
 
 
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize(
     ("spoil", "kinds", "text"),
     [
@@ -250,7 +240,7 @@ def test_what_is_wrong_in_one_process_ends_all(pair, sequential, spoil, kinds, t
         assert "batch 0 of process 1" in own[1]
 
 
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_no_batches_in_any_process(pair, sequential):
     for error, unchanged in pair.run(cases.spoilt, sequential, "nothing"):
         assert error[0] == "ValueError"
@@ -259,7 +249,4 @@ def test_no_batches_in_any_process(pair, sequential):
 
 
 def test_criteria_without_statistics_send_no_batches(pair):
-    (first, _), (second, _) = pair.run(cases.replicated, "plain_mlp", criterion=Magnitude())
-    model, _ = alone("plain_mlp", criterion=Magnitude())
-    assert_equal_everywhere(first, second)
-    assert_same_weights(first, dict(model.named_parameters()), tolerance=0)
+    check(pair, "plain_mlp", tolerance=0, criterion=Magnitude())

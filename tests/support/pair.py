@@ -1,12 +1,13 @@
 """Two real processes that run functions together, over gloo on the CPU; started once for many tests."""
 
-import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+from support.forks import FORKS
 
 SIZE = 2
 PATIENCE = 150.0  # seconds; longer than a loaded machine takes to import torch in each process
@@ -52,12 +53,11 @@ class Pair:
         return [result for _, result in results]
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
         meeting = Path(tempfile.mkdtemp()) / "meeting"
-        pipes = [context.Pipe() for _ in range(SIZE)]
+        pipes = [FORKS.Pipe() for _ in range(SIZE)]
         self._connections = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=_work, args=(rank, str(meeting), theirs), daemon=True)
+            FORKS.Process(target=_work, args=(rank, str(meeting), theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
@@ -71,10 +71,12 @@ class Pair:
 
 
 def _work(rank, meeting, connection):
+    import torch
     from jaxtyping import install_import_hook
 
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wanda_lightning"]:
+        del sys.modules[name]  # imported before the fork, without the hook
     install_import_hook("wanda_lightning.core", "beartype.beartype")
-    import torch
 
     os.environ |= {  # to Lightning this is a process that torchrun has started
         "TORCHELASTIC_RUN_ID": "pair",

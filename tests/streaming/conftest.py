@@ -1,0 +1,36 @@
+"""A model in files for the tests of this folder, and what becomes of it."""
+
+from functools import cache
+
+import pytest
+from support.disk import CHOICES, batches, save_llama
+from transformers import LlamaForCausalLM
+
+from wanda_lightning import prune_from_disk
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "source"
+    save_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def streamed(source, tmp_path_factory):
+    """Prune the source by the choices with a name; return the report and the folder. Each name is pruned once."""
+
+    @cache
+    def prune_once(name):
+        folder = tmp_path_factory.mktemp("streamed") / "out"
+        return prune_from_disk(source, folder, batches(), 0.5, progress=False, **CHOICES[name]), folder
+
+    return prune_once
+
+
+@pytest.fixture
+def copied(source, tmp_path):
+    """A copy of the source that a test may damage."""
+    folder = tmp_path / "copy"
+    LlamaForCausalLM.from_pretrained(source).save_pretrained(folder, max_shard_size="20KB")
+    return folder

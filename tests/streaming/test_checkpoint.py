@@ -1,0 +1,134 @@
+"""Sources, places and devices that cannot be used are refused before anything is written."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.disk import batches
+from transformers import LlamaForCausalLM
+
+from wanda_lightning import perplexity_from_disk, prune_from_disk
+from wanda_lightning.streaming.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"sequential": "none", "method": "sparsegpt"}, "sequential='none' with solver='sparsegpt' needs the Gram"),
+        ({"method": "thorough"}, "recovery='distil' needs the whole model in memory"),
+        ({"park": "tape"}, "park must be one of memory, cpu, disk, but it is 'tape'"),
+    ],
+)
+def test_choices_that_need_the_whole_model_or_are_unknown(source, tmp_path, choices, message):
+    with pytest.raises(ValueError, match=message):
+        prune_from_disk(source, tmp_path / "out", batches(), 0.5, **choices)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_places_are_refused(source, tmp_path):
+    for place in (source, source / "out"):
+        with pytest.raises(ValueError, match="output must lie outside of the source"):
+            prune_from_disk(source, place, batches())
+    with pytest.raises(
+        ValueError, match=r"^output must be a string or a path, but it is a list\. Call prune_from_disk"
+    ):
+        prune_from_disk(source, batches(), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"^source must be a string or a path, but it is a Linear\. .* in memory\.$"):
+        prune_from_disk(torch.nn.Linear(2, 2), tmp_path / "out", batches())
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        prune_from_disk(source, full, batches(), progress=False)
+
+
+def test_a_changed_source_is_refused(copied, tmp_path, monkeypatch):
+    load = Checkpoint.load
+
+    def touching(self, part, *args):
+        if part == "model.layers.2":
+            for path in copied.glob("*.safetensors"):
+                os.utime(path, (0, 0))
+        return load(self, part, *args)
+
+    monkeypatch.setattr(Checkpoint, "load", touching)
+    with pytest.raises(OSError, match="must not change while the model is pruned"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+
+
+def test_incomplete_sources_are_refused(copied, tmp_path):
+    file = next(path for path in copied.glob("*.safetensors") if "model.layers.3.mlp.up_proj.weight" in load_file(path))
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for 1 parameters .*model\.layers\.3\.mlp\.up_proj\.weight"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+    file.unlink()
+    with pytest.raises((OSError, ValueError)):
+        prune_from_disk(copied, tmp_path / "out2", batches(), progress=False)
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_source_that_cannot_be_written_is_fine(copied, tmp_path):
+    for path in (*copied.iterdir(), copied):
+        path.chmod(0o555)
+    prune_from_disk(copied, tmp_path / "out", batches(), 0.5, method="wanda", progress=False)
+    copied.chmod(0o755)
+
+
+def test_weights_in_other_formats_are_refused(copied, tmp_path):
+    torch.save(LlamaForCausalLM.from_pretrained(copied).state_dict(), copied / "pytorch_model.bin")
+    for file in copied.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"has other weights \(pytorch_model\.bin\) only\. Save it in this format"):
+        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+    for name in ("timm:test_vit", "model.gguf"):
+        with pytest.raises(ValueError, match="only Hugging Face models in safetensors"):
+            prune_from_disk(name, tmp_path / "out", batches())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("model.layers.2.input_layernorm.weight", lambda tensor: tensor * torch.nan, "holds NaN or infinity"),
+        ("model.norm.weight", lambda tensor: tensor * torch.inf, "holds NaN or infinity"),
+        ("model.layers.1.mlp.up_proj.weight", lambda tensor: tensor.to(torch.int8), "stores .* as I8"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(copied, tmp_path, key, change, message):
+    for file in copied.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        if key in tensors:
+            save_file({**tensors, key: change(tensors[key])}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        prune_from_disk(copied, tmp_path / "out", batches(), method="wanda", progress=False)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
+def test_a_device_that_cannot_be_used_is_refused(source, tmp_path, device):
+    with pytest.raises(ValueError, match=f"device must be one that PyTorch can use .* but '{device}' is not: .* Use"):
+        prune_from_disk(source, tmp_path / "out", batches(), device=device)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("park", "device", "message"),
+    [
+        ("disk", "cuda", "park='disk' moves activations out of the memory of the CPU, but device='cuda' has its own"),
+        ("cpu", "cpu", "park='cpu' moves activations from the device .* but device='cpu' keeps them there anyway"),
+    ],
+)
+def test_a_place_for_activations_that_does_not_suit_the_device_is_refused(source, tmp_path, park, device, message):
+    with pytest.raises(ValueError, match=message):
+        prune_from_disk(source, tmp_path / "out", batches(), park=park, device=device)
+    with pytest.raises(ValueError, match=message):
+        perplexity_from_disk(source, batches(), park=park, device=device)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,180 @@
+"""Runs that were interrupted go on where they were, and with nothing else than they began with."""
+
+import json
+import os
+import shutil
+import signal
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import forks
+from support.disk import CHOICES, batches, contents, interrupted, same, weights
+from transformers import AutoModelForCausalLM
+
+from wanda_lightning import prune_from_disk
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.files import PROGRESS_NAME
+from wanda_lightning.streaming.checkpoint import Checkpoint
+from wanda_lightning.streaming.from_disk import pruned_from_disk
+from wanda_lightning.streaming.output import OutputFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WANDA = {"method": "wanda", "progress": False}
+
+
+def prune_until_killed(source, folder, after):
+    save, written = OutputFolder.save, []
+
+    def killed(self, part, *args):
+        if len(written) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, part, *args)
+        written.append(part)
+
+    OutputFolder.save = killed
+    prune_from_disk(source, folder, batches(), 0.5, progress=False, **CHOICES["owl_layer"])
+
+
+def test_a_killed_run_continues_where_it_was(source, streamed, tmp_path):
+    expected, whole = streamed("owl_layer")
+    for after in (0, 2):
+        assert forks.run(prune_until_killed, source, tmp_path / "out", after).returncode == -signal.SIGKILL
+        assert not (tmp_path / "out" / "config.json").exists()
+        assert len(json.loads((tmp_path / "out" / PROGRESS_NAME).read_text())["written"]) == after
+    report = prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES["owl_layer"])
+    assert contents(tmp_path / "out") == contents(whole)
+    assert (report.layers, report.zeros, report.notes) == (expected.layers, expected.zeros, expected.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes", "repeated"),
+    [
+        ("magnitude", 1, 0),
+        ("alpha_layer", 2, 0),
+        ("owl without statistics", 3, 0),
+        ("none", 3, 1),
+        ("rows", 3, 0),
+        ("permutation for wanda", 2, 1),
+    ],
+)
+def test_a_continued_run_does_not_allocate_again(source, streamed, tmp_path, monkeypatch, name, passes, repeated):
+    loads, load = [], Checkpoint.load
+
+    def counting(self, part, stored=None):
+        loads.append((part, stored is None))
+        return load(self, part, stored)
+
+    expected, whole = streamed(name)
+    monkeypatch.setattr(Checkpoint, "load", counting)
+    interrupted(source, tmp_path / "out", monkeypatch, at="model.layers.2", **CHOICES[name])
+    blocks = [f"model.layers.{index}" for index in range(4)]
+    assert [loads.count((block, True)) for block in blocks[:3]] == [passes] * 3
+    loads.clear()
+    report = prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name])
+    assert loads[1:] == [(block, True) for block in blocks] * repeated + [(b, i > 1) for i, b in enumerate(blocks)]
+    assert (report.layers, report.config) == (expected.layers, expected.config)
+    assert len({layer.target for layer in report.layers}) > 1 or "allocation" not in CHOICES[name]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_run_may_continue_with_other_parking(source, streamed, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch, at="model.layers.2", method="wanda", park="disk")
+    prune_from_disk(source, tmp_path / "out", batches(), **WANDA)
+    assert same(weights(tmp_path / "out"), weights(streamed("wanda")[1]))
+
+
+def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, streamed, tmp_path, monkeypatch):
+    config, arguments = PruningConfig.from_names(method="wanda"), (source, tmp_path, batches())
+    with pytest.raises(KeyboardInterrupt), pruned_from_disk(config, *arguments, progress=False) as first:
+        raise KeyboardInterrupt
+    assert (tmp_path / PROGRESS_NAME).is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path)  # it is complete
+    left = tmp_path.with_name("left")
+    shutil.copytree(tmp_path, left)
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "stored", None)  # nothing is pruned again
+        assert prune_from_disk(*arguments, **WANDA) == first
+    assert not (tmp_path / PROGRESS_NAME).exists()
+    next(left.glob("model-00003-*.safetensors")).unlink()  # a block that is missing is pruned again
+    assert prune_from_disk(source, left, batches(), **WANDA).layers == first.layers
+    assert same(weights(left), weights(streamed("wanda")[1]))
+
+
+@pytest.mark.parametrize("number", [0, 3, 4])
+def test_a_block_that_cannot_be_written_is_an_error(source, streamed, tmp_path, monkeypatch, number):
+    """The blocks are written in the background; the last part is what lies outside of the blocks."""
+    save, calls = OutputFolder.save, []
+
+    def failing(self, part, *args):
+        calls.append(part)
+        if len(calls) == number + 1:
+            raise OSError("no space left")
+        save(self, part, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "save", failing)
+        with pytest.raises(OSError, match="no space left") as caught:
+            prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
+    assert any("start again with the same choices" in note for note in caught.value.__notes__)
+    assert not (tmp_path / "out" / "config.json").exists()
+    prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
+    assert same(weights(tmp_path / "out"), weights(streamed("wanda")[1]))
+
+
+def test_other_choices_are_refused(source, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
+    before = sorted(tmp_path.rglob("*"))
+    for changed, message in (
+        ({"batches": batches(seed=1)}, "begun with calibration="),
+        ({"method": "magnitude"}, "begun with choices="),
+        ({"sparsity": 0.6}, "begun with choices="),
+        ({"dtype": "float32"}, "begun with dtype='torch.bfloat16', but now it is 'torch.float32'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_from_disk(source, tmp_path / "out", **{"batches": batches(), **WANDA, **changed})
+        assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "out" / ".wanda-left").mkdir()  # of a run that was killed while it finished
+    prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
+    assert not list((tmp_path / "out").glob(".wanda-*"))
+
+
+def test_a_source_that_changed_between_two_runs_is_refused(copied, tmp_path, monkeypatch):
+    interrupted(copied, tmp_path / "out", monkeypatch, method="wanda")
+    text = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(json.dumps({**json.loads(text), "rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match="was begun with source_config="):
+        prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
+    (copied / "config.json").write_text(text)
+    os.utime(next(copied.glob("*.safetensors")), (0, 0))
+    with pytest.raises(ValueError, match="begun with source="):
+        prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
+
+
+def test_two_runs_cannot_write_into_one_folder(source, tmp_path):
+    with (
+        closing(OutputFolder(tmp_path / "out", {}, ["a"])),
+        pytest.raises(FileExistsError, match="is being written by another run"),
+    ):
+        prune_from_disk(source, tmp_path / "out", batches(), progress=False)
+
+
+def test_a_full_disk_is_refused_before_anything_is_pruned(source, tmp_path, monkeypatch):
+    size = sum(tensor.nbytes for tensor in weights(source).values())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(OSError, match="Free some space"):
+        prune_from_disk(source, tmp_path / "out", batches(), progress=False)
+    assert not any((tmp_path / "out").iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size))
+    prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
+
+
+def test_a_part_without_values_is_never_written(source, tmp_path):
+    checkpoint = Checkpoint(str(source))
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0 is not loaded"):
+        checkpoint.stored("model.layers.0")
+    output = OutputFolder(tmp_path / "out", {}, ["a"])
+    with pytest.raises(RuntimeError, match="has no values"):
+        output.save("a", {"weight": torch.empty(2, device="meta")}, {})

@@ -1,0 +1,97 @@
+"""A tiny language model in files, and ways to prune it from there."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, prune, prune_from_disk
+from wanda_lightning.streaming.output import OutputFolder
+
+VOCABULARY = 64
+
+CHOICES = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "layer": {"method": "wanda", "sequential": "layer"},
+    "2:4": {"method": "sparsegpt", "pattern": "2:4"},
+    "admm": {"solver": "admm", "sequential": "layer"},
+    "reconstruct": {"method": "wanda", "recovery": Reconstruct()},
+    "skip": {"method": "wanda", "skip": ["model.layers.1"]},
+    "head": {"method": "wanda", "only": ["*.mlp"]},
+    "owl": {"method": "wanda", "allocation": "owl"},
+    "owl_layer": {"method": "sparsegpt", "allocation": "owl_layer", "sequential": "layer"},
+    "owl without statistics": {"method": "magnitude", "allocation": OWL(m=2.0)},
+    "alpha": {"method": "wanda", "allocation": "alpha", "pattern": "2:4"},
+    "alpha_layer": {"method": "magnitude", "allocation": "alpha_layer"},
+    "none": {"method": "wanda", "sequential": "none", "allocation": "owl"},
+    "none without statistics": {"method": "magnitude", "sequential": "none"},
+    "fisher": {"method": "wanda", "allocation": "fisher"},
+    "best": {"method": "best"},
+    "best 2:4": {"method": "best", "pattern": "2:4"},
+    "permutation": {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"},
+    "permutation for wanda": {"method": "wanda", "pattern": "2:4", "permutation": "assignment"},
+    "more samples": {"method": "wanda", "allocation": Fisher(num_samples=3, num_predictions=240)},
+    "rows": {"method": "magnitude", "pattern": "unstructured_layer_weighted"},
+    "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
+}
+
+
+def batches(count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(count)]
+
+
+def save_llama(folder):
+    """Save a tied Llama in bfloat16, in several files."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=VOCABULARY, tie_word_embeddings=True)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def weights(folder):
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choices):
+    """Prune a model in memory and save it; return the report."""
+    model = auto_class.from_pretrained(source)
+    report = prune(model, samples, 0.5, progress=False, **choices)
+    model.save_pretrained(folder)
+    return report
+
+
+def same(first, second):
+    """Whether two sets of tensors are equal, bit for bit: 0.0 is not -0.0."""
+    return first.keys() == second.keys() and all(
+        (first[key].dtype, first[key].shape) == (second[key].dtype, second[key].shape)
+        and torch.equal(bits(first[key]), bits(second[key]))
+        for key in first
+    )
+
+
+def bits(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def interrupted(source, folder, monkeypatch, at=None, **choices):
+    """Leave a folder with all parts before `at`, as a killed run does; by default with all parts."""
+    save = OutputFolder.save
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def save_others(self, part, *arguments):
+        stop() if part == at else save(self, part, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "save", save_others)
+        patched.setattr(OutputFolder, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune_from_disk(source, folder, batches(), 0.5, progress=False, **choices)
