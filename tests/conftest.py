@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import signal
 
 import pytest
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "pair" in getattr(item, "fixturenames", ()):  # doctests have none
             item.add_marker(pytest.mark.xdist_group("pair"))
+
+
+def pytest_collection_finish():
+    """Leave the imported libraries out of garbage collections, each of which would take 0.5 s."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

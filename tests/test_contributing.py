@@ -1,19 +1,22 @@
 """The sample method in CONTRIBUTING.md, applied to a copy of the package, and the lists of files there."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import forks
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 (DIFF,) = re.findall(r"^```diff\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
 
 PRUNE = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "wanda_lightning"]:
+    del sys.modules[name]
+sys.path.insert(0, sys.argv[1])
 import torch
 from torch import nn
 from wanda_lightning import WandaPrune, prune
@@ -47,10 +50,7 @@ def test_the_sample_method_prunes(tmp_path):
     package = tmp_path / "wanda_lightning"
     shutil.copytree(ROOT / "wanda_lightning", package, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["git", "apply", "-"], input=DIFF, text=True, check=True, cwd=tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PRUNE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = forks.run(forks.execute, PRUNE, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

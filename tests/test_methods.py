@@ -1,5 +1,6 @@
 """Methods and presets, as the callback and `prune` take them."""
 
+import itertools
 import subprocess
 import sys
 
@@ -26,10 +27,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
 ]
 EVERY_PRESET = pytest.mark.parametrize("name", PRESETS)
+EVERY_PATTERN = ["unstructured", "1:4", *PATTERNS]
+SAMPLE = set(zip(itertools.cycle(PRESETS), EVERY_PATTERN, strict=False))  # two patterns for each preset
 
 
-@EVERY_PRESET
-@pytest.mark.parametrize("pattern", ["unstructured", "1:4", *PATTERNS])
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.nightly)
+        for case in itertools.product(PRESETS, EVERY_PATTERN)
+    ],
+)
 def test_every_preset_takes_every_pattern(name, pattern):
     specimen = ZOO["llama"]
     sparsity = 0.75 if pattern == "1:4" else 0.5

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
 from support.scores import assert_keeps, non_contiguous_views, score_matrices
@@ -11,7 +11,6 @@ from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each
 
 
 @given(score_matrices(), st.data())
-@settings(max_examples=150)
 def test_keep_largest_is_a_stable_sort(scores, data):
     count = data.draw(st.integers(0, scores.shape[1]))
     keep = keep_largest(scores, count)
@@ -19,12 +18,12 @@ def test_keep_largest_is_a_stable_sort(scores, data):
     assert_keeps(keep, reference.keep_largest(scores.numpy(), count))
 
 
-@pytest.mark.parametrize("size", [15, 16, 17, 18])  # pairwise comparison up to 16, a selection above
+@pytest.mark.parametrize("size", [15, 16, 17])  # pairwise comparison up to 16, a selection above
 @pytest.mark.parametrize("levels", [1, 3, 10_000])
 @pytest.mark.parametrize("groups", [20, 1025])  # up to 1024, a sort instead of the comparison
 def test_keep_largest_on_both_sides_of_the_small_group(groups, size, levels):
     scores = torch.randint(0, levels, (groups, size), generator=torch.Generator().manual_seed(size)).float()
-    for count in range(size + 1):
+    for count in (0, 1, 5, size - 1, size):
         expected = reference.keep_largest(scores.numpy(), count)
         for view in [scores, *non_contiguous_views(scores)]:
             assert_keeps(keep_largest(view, count), expected)
@@ -48,32 +47,30 @@ def test_keep_largest_of_any_float_type(dtype, groups, size):
     assert_keeps(keep_largest(scores, 5), reference.keep_largest(reference.array(scores), 5))
 
 
-def _large_groups() -> dict[str, torch.Tensor]:
+def _large_groups():
     generator = torch.Generator().manual_seed(0)
     size = 66_000  # from 65536 on, a sample tells where the threshold is
     sampled = torch.arange(size) % 61 == 0
     others = (~sampled).nonzero()[:, 0]
-    return {
-        "random": torch.rand(size, generator=generator),
-        "few levels": torch.randint(0, 4, (size,), generator=generator).float(),
-        "all alike": torch.ones(size),
-        "all but the sample larger": torch.rand(size, generator=generator) + (~sampled).float(),
-        "all but the sample smaller": torch.rand(size, generator=generator) + sampled.float(),
-        "one dtype wider": torch.rand(size, generator=generator, dtype=torch.float64),
-        "ascending": torch.arange(size).float(),
-        "infinite": torch.rand(size, generator=generator).masked_fill_(~sampled, torch.inf),
-        "two levels": torch.ones(size).index_fill_(0, torch.cat([sampled.nonzero()[:, 0], others])[:33_000], 0.0),
-        "less than the sample": (1.0 + torch.rand(size, generator=generator))
-        .index_fill_(0, torch.tensor(610), 1.0)
-        .index_fill_(0, others[:2000], 0.0),
-    }
+    yield torch.rand(size, generator=generator)
+    yield torch.rand(size, generator=generator, dtype=torch.float64)
+    yield torch.randint(0, 4, (size,), generator=generator).float()
+    yield torch.ones(size)
+    yield torch.arange(size).float()
+    # The sample does not represent the others.
+    yield torch.rand(size, generator=generator) + (~sampled).float()
+    yield torch.rand(size, generator=generator) + sampled.float()
+    yield torch.rand(size, generator=generator).masked_fill_(~sampled, torch.inf)
+    yield torch.ones(size).index_fill_(0, torch.cat([sampled.nonzero()[:, 0], others])[:33_000], 0.0)
+    below = (1.0 + torch.rand(size, generator=generator)).index_fill_(0, torch.tensor(610), 1.0)
+    yield below.index_fill_(0, others[:2000], 0.0)
 
 
-@pytest.mark.parametrize("count", [1, 2, 600, 26_400, 33_000, 64_000, 65_500, 65_999])
-@pytest.mark.parametrize("scores", [pytest.param(scores, id=name) for name, scores in _large_groups().items()])
-def test_keep_largest_of_a_large_group(scores, count):
-    both = torch.stack([scores, scores.flip(0)])
-    assert_keeps(keep_largest(both, count), reference.keep_largest(both.numpy(), count))
+def test_keep_largest_of_a_large_group():
+    for scores in _large_groups():
+        both = torch.stack([scores, scores.flip(0)])
+        for count in (1, 2, 600, 26_400, 33_000, 64_000, 65_500, 65_999):
+            assert_keeps(keep_largest(both, count), reference.keep_largest(both.numpy(), count))
 
 
 def test_keep_largest_with_infinite_scores():

@@ -47,7 +47,7 @@ def test_kept_score(n, m):
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
 def test_an_order_of_eight_inputs_is_nearly_the_best(n, m):
-    for seed in range(5):
+    for seed in range(3):
         drawn = scores(6, 8, seed)
         orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
         best = max(kept_slowly(drawn, order, n, m) for order in orders)

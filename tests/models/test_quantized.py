@@ -35,33 +35,24 @@ def with_tensor_subclass():
 
 
 @pytest.mark.parametrize(
-    "module",
+    ("module", "quantized"),
     [
-        with_buffer("qweight", torch.int32),
-        with_buffer("weight", torch.float8_e4m3fn),
-        with_parameter(torch.uint8),
-        with_parameter(torch.float8_e5m2),
-        with_tensor_subclass(),
-        Linear8bitLt(4, 4),
+        (with_buffer("qweight", torch.int32), True),
+        (with_buffer("weight", torch.float8_e4m3fn), True),
+        (with_parameter(torch.uint8), True),
+        (with_parameter(torch.float8_e5m2), True),
+        (with_tensor_subclass(), True),
+        (Linear8bitLt(4, 4), True),
+        (nn.Linear(4, 4), False),
+        (nn.Linear(4, 4, dtype=torch.float16), False),
+        (parametrizations.weight_norm(nn.Linear(4, 4)), False),
+        (with_buffer("position_ids", torch.int64), False),
+        (with_buffer("weight", torch.float32), False),
+        (nn.Sequential(with_parameter(torch.uint8)), False),  # its child is quantized, it is not
     ],
 )
-def test_quantized_layers_are_recognized(module):
-    assert is_quantized(module)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Linear(4, 4),
-        nn.Linear(4, 4, dtype=torch.float16),
-        parametrizations.weight_norm(nn.Linear(4, 4)),
-        with_buffer("position_ids", torch.int64),
-        with_buffer("weight", torch.float32),
-        nn.Sequential(with_parameter(torch.uint8)),  # its child is quantized, it is not
-    ],
-)
-def test_ordinary_layers_are_not(module):
-    assert not is_quantized(module)
+def test_quantized_layers_are_recognized(module, quantized):
+    assert is_quantized(module) is quantized
 
 
 def test_the_library_is_named():

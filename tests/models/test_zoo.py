@@ -12,100 +12,72 @@ from torch import nn
 
 LAYERS = ("Linear", "Conv1D", "Conv2d", "NonDynamicallyQuantizableLinear")
 
-every_specimen = pytest.mark.parametrize("specimen", ZOO.values(), ids=ZOO.keys())
 
-
-def calls(model: nn.Module, batch: Any) -> Counter[str]:
-    """Count the calls of each module for a batch, with gradients, so that transformer layers are not fused."""
+def called(model: nn.Module, batch: Any) -> tuple[torch.Tensor, Counter[str]]:
+    """Run a batch, with gradients, so that transformer layers are not fused, and count the calls of each module."""
     counts: Counter[str] = Counter()
     hooks = [
         module.register_forward_hook(lambda *_, name=name: counts.update([name]))
         for name, module in model.named_modules()
     ]
-    run(model, batch)
+    output = run(model, batch)
     for hook in hooks:
         hook.remove()
-    return counts
-
-
-@every_specimen
-def test_builds_are_identical_and_leave_the_random_state_alone(specimen: Specimen):
-    before = torch.get_rng_state()
-    first, second = specimen.build().state_dict(), specimen.build().state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    once, again = ([t for batch in specimen.batches() for t in tensors(batch)] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-    assert torch.equal(before, torch.get_rng_state())
+    return output, counts
 
 
 def tensors(batch: Any) -> list[torch.Tensor]:
     return list(batch.values()) if isinstance(batch, dict) else list(batch) if isinstance(batch, tuple) else [batch]
 
 
-@every_specimen
-def test_outputs_are_finite_and_of_ordinary_size(specimen: Specimen):
-    model = specimen.build()
+@pytest.mark.parametrize("specimen", ZOO.values(), ids=ZOO)
+def test_a_specimen(specimen: Specimen):
+    before = torch.get_rng_state()
+    model, twin, batches = specimen.build(), specimen.build().state_dict(), specimen.batches()
+    assert all(torch.equal(value, twin[name]) for name, value in model.state_dict().items())
+    for batch, again in zip(batches, specimen.batches(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(batch), tensors(again), strict=True))
+    assert torch.equal(before, torch.get_rng_state())
     assert not any(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    batches = specimen.batches()
     assert 2 <= len(batches) <= 3
+
+    total: Counter[str] = Counter()
     for batch in batches:
-        with torch.no_grad():
-            output = run(model, batch)
-            again = run(model, batch)
+        output, counts = called(model, batch)
+        output.square().sum().backward()
+        total += counts
         assert output.isfinite().all()
         assert 0.05 < output.std() < 10
         assert len(output) == len(tensors(batch)[0])
-        assert torch.equal(output, again)
+        with torch.no_grad():
+            assert torch.equal(run(model, batch), run(model, batch))
 
-
-@every_specimen
-def test_outputs_depend_on_every_matrix_that_is_reached(specimen: Specimen):
-    model = specimen.build()
-    for batch in specimen.batches():
-        run(model, batch).square().sum().backward()
-    found = matrices(model)
-    used = {name for name, p in found.items() if p.grad is not None and p.grad.abs().max() > 1e-6}
-    assert set(found) - used <= matching(found, specimen.uncalled)
-
-
-@every_specimen
-def test_every_glob_names_something(specimen: Specimen):
-    model = specimen.build()
+    found, modules = matrices(model), dict(model.named_modules())
     for glob in (*specimen.dense, *specimen.uncalled, *specimen.read_past):
-        assert matching(matrices(model), [glob]), glob
+        assert matching(found, [glob]), glob
     for glob in specimen.blocks:
-        assert len(matching(dict(model.named_modules()), [glob])) >= 2, glob
-
-
-@every_specimen
-def test_every_other_matrix_is_a_layer_that_fits_n_of_m(specimen: Specimen):
-    model = specimen.build()
-    for name in matrices(model).keys() - matching(matrices(model), specimen.dense):
-        if (weight := matrices(model)[name]).ndim == 3:
-            assert all(width % 8 == 0 for width in weight.shape[1:]), name
-            continue
-        layer = model.get_submodule(name)
-        assert type(layer).__name__ in LAYERS, name
-        d_in = (
-            layer.in_channels if isinstance(layer, nn.Conv2d) else getattr(layer, "in_features", layer.weight.shape[0])
-        )
-        assert d_in % 8 == 0, name
-
-
-@every_specimen
-def test_blocks_and_layers_are_called_except_the_uncalled(specimen: Specimen):
-    model = specimen.build()
-    total = sum((calls(model, batch) for batch in specimen.batches()), Counter())
-    layers = matrices(model).keys() - matching(matrices(model), specimen.dense)
-    stacked = {name for name, weight in matrices(model).items() if weight.ndim == 3}
-    module = {name: name.rsplit(".", 2)[0] if name in stacked else name for name in layers}
-    assert {name for name in layers if not total[module[name]]} == matching(
-        layers, [*specimen.uncalled, *specimen.read_past]
-    )
-    for name in matching(dict(model.named_modules()), specimen.blocks):
+        assert len(matching(modules, [glob])) >= 2, glob
+    used = {name for name, p in found.items() if p.grad is not None and p.grad.abs().max() > 1e-6}
+    assert found.keys() - used <= matching(found, specimen.uncalled)
+    layers = found.keys() - matching(found, specimen.dense)
+    for name in layers:
+        assert_fits_n_of_m(model, name, found[name])
+    module_of = {name: name.rsplit(".", 2)[0] if found[name].ndim == 3 else name for name in layers}
+    idle = {name for name in layers if not total[module_of[name]]}
+    assert idle == matching(layers, [*specimen.uncalled, *specimen.read_past])
+    for name in matching(modules, specimen.blocks):
         assert total[name] or matching([f"{name}.up"], specimen.uncalled), name
+
+
+def assert_fits_n_of_m(model: nn.Module, name: str, weight: torch.Tensor):
+    if weight.ndim == 3:
+        assert all(width % 8 == 0 for width in weight.shape[1:]), name
+        return
+    layer = model.get_submodule(name)
+    assert type(layer).__name__ in LAYERS, name
+    d_in = layer.in_channels if isinstance(layer, nn.Conv2d) else getattr(layer, "in_features", weight.shape[0])
+    assert d_in % 8 == 0, name
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
@@ -139,12 +111,12 @@ def test_padding_is_on_its_side(name: str, real: int):
 
 def test_a_block_is_called_twice():
     specimen = ZOO["block_twice"]
-    assert calls(specimen.build(), specimen.batches()[0])["blocks.1"] == 2
+    assert called(specimen.build(), specimen.batches()[0])[1]["blocks.1"] == 2
 
 
 def test_a_batch_takes_one_route():
     specimen = ZOO["routed"]
-    routes = [calls(specimen.build(), batch) for batch in specimen.batches()]
+    routes = [called(specimen.build(), batch)[1] for batch in specimen.batches()]
     assert [(route["blocks.1"], route["blocks.2"]) for route in routes] == [(1, 0), (0, 1), (1, 0)]
 
 

@@ -40,11 +40,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from wanda_lightning import PruningReport, prune
-from wanda_lightning.models import Layer, find_layers
+from wanda_lightning.models import Layer, Unit, find_layers
 from wanda_lightning.report import versions
 
 aten = torch.ops.aten
 TOKENS, IMAGE, PATCH = 24, 32, 8
+SECONDS = 300  # CPU time for each family at most
 FIRST_WORD = 8  # smaller ids are padding, start, end and image tokens
 KINDS = {
     "causal": "Language models: transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`",
@@ -109,27 +110,31 @@ class CannotBuild(Exception):
 # ---- the families
 
 
-def families(kinds: Sequence[str] = tuple(KINDS), only: Sequence[str] = ("*",)) -> Iterator[Family]:
-    """Yield the families of some kinds whose names a glob matches. Nothing is built yet."""
-    chosen = partial(_matches, globs=only)
-    if "causal" in kinds:
-        for config_class, model_class in tiny.config_classes(MODEL_FOR_CAUSAL_LM_MAPPING).items():
-            if chosen(config_class.model_type):
-                yield causal(config_class, model_class)
-    if "other" in kinds:
-        yield from (other(name) for name in OTHERS if hasattr(hf, name) and chosen(name))
-    if "timm" in kinds:
-        for module, names in sorted(timm_modules().items()):
-            if chosen(module):
-                yield of_timm(min(names, key=_size))
+def names(kind: str) -> list[str]:
+    """Return the names of all families of a kind."""
+    others = [name for name in OTHERS if hasattr(hf, name)]
+    return {"causal": list(_causal()), "other": others, "timm": sorted(_timm())}[kind]
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+def family(kind: str, name: str) -> Family:
+    """Return a family by its name. Nothing is built yet."""
+    if kind == "timm":
+        return of_timm(min(_timm()[name], key=_size))
+    return causal(name) if kind == "causal" else other(name)
 
 
-def causal(config_class: type[hf.PreTrainedConfig], model_class: Any) -> Family:
+@cache
+def _causal() -> dict[str, tuple[type[hf.PreTrainedConfig], Any]]:
+    """Return the configuration and the first class of each language model, by its model type."""
+    return {
+        config_class.model_type: (config_class, found[0] if isinstance(found, tuple) else found)
+        for config_class, found in MODEL_FOR_CAUSAL_LM_MAPPING.items()
+    }
+
+
+def causal(name: str) -> Family:
     """Return a language model that reads only text."""
+    config_class, model_class = _causal()[name]
 
     def configure() -> hf.PreTrainedConfig:
         config = tiny.tiny(config_class)
@@ -140,35 +145,42 @@ def causal(config_class: type[hf.PreTrainedConfig], model_class: Any) -> Family:
             config.is_decoder = True
         return config
 
-    model_type = config_class.model_type
-    make = partial(seeded, partial(_of_transformers, model_class, configure))
-    return Family("causal", model_type, model_class.__name__, make, _SPECIAL_BATCHES.get(model_type, _text))
+    return _of_transformers("causal", name, model_class, configure, _SPECIAL_BATCHES.get(name, _text))
 
 
 def other(name: str) -> Family:
     """Return a family of `OTHERS`."""
-    model_class, how = getattr(hf, name), OTHERS[name]
-    make = partial(
-        seeded, partial(_of_transformers, model_class, lambda: tiny.tiny(model_class.config_class, **how.more))
-    )
-    return Family("other", name, name, make, how.batches)
+    model_class = getattr(hf, name)
+    return _of_transformers("other", name, model_class, lambda: tiny.tiny(model_class.config_class), OTHERS[name])
 
 
-def _of_transformers(model_class: Any, configure: Callable[[], hf.PreTrainedConfig]) -> nn.Module:
-    config = configure()
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in model_class._from_config(copy.deepcopy(config)).parameters())
-    if size > 10_000_000:
-        raise CannotBuild(f"its smallest configuration has {size:,} parameters")
-    model = model_class._from_config(config)
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
-    return model
+def _of_transformers(
+    kind: str,
+    name: str,
+    model_class: Any,
+    configure: Callable[[], hf.PreTrainedConfig],
+    batch: Callable[[nn.Module, int], dict[str, Any]],
+) -> Family:
+    def make() -> nn.Module:
+        config = configure()
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in model_class._from_config(copy.deepcopy(config)).parameters())
+        if size > 10_000_000:
+            raise CannotBuild(f"its smallest configuration has {size:,} parameters")
+        model = model_class._from_config(config)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "use_cache"):
+                module.config.use_cache = False
+        return model
+
+    def batches(model: nn.Module) -> list[Any]:
+        return [batch(model, samples) for samples in (2, 3)]
+
+    return Family(kind, name, model_class.__name__, partial(seeded, make), batches)
 
 
 @cache
-def timm_modules() -> dict[str, list[str]]:
+def _timm() -> dict[str, list[str]]:
     """Return the names of timm's models by the module that builds them."""
     modules: dict[str, list[str]] = {}
     for name in timm.list_models():
@@ -238,31 +250,28 @@ def _normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + shape[0]))
 
 
-def _text(model: nn.Module) -> list[Any]:
-    return [{"input_ids": _ids(samples)} for samples in (2, 3)]
+def _text(model: nn.Module, n: int) -> dict[str, Any]:
+    return {"input_ids": _ids(n)}
 
 
-def _codebooks(model: nn.Module) -> list[Any]:
-    return [{"input_ids": _ids(samples * model.config.num_codebooks)} for samples in (2, 3)]
+def _codebooks(model: nn.Module, n: int) -> dict[str, Any]:
+    return {"input_ids": _ids(n * model.config.num_codebooks)}
 
 
-def _from_a_target(model: nn.Module) -> list[Any]:
+def _from_a_target(model: nn.Module, n: int) -> dict[str, Any]:
     """Inputs of a draft model, which the target model would compute."""
     attentions = [layer.self_attn for layer in model.model.layers]
     heads = {a.layer_type: (tiny.HEADS // a.num_key_value_groups, TOKENS, a.head_dim) for a in attentions}
-    return [
-        {
-            "inputs_embeds": _normal(samples, 1, 2 * model.config.backbone_hidden_size),
-            "position_ids": torch.full((samples, 1), TOKENS),
-            "shared_kv_states": {
-                kind: tuple(_normal(samples, *shape, seed=seed) for seed in (2, 3)) for kind, shape in heads.items()
-            },
-        }
-        for samples in (2, 3)
-    ]
+    return {
+        "inputs_embeds": _normal(n, 1, 2 * model.config.backbone_hidden_size),
+        "position_ids": torch.full((n, 1), TOKENS),
+        "shared_kv_states": {
+            kind: tuple(_normal(n, *shape, seed=seed) for seed in (2, 3)) for kind, shape in heads.items()
+        },
+    }
 
 
-_SPECIAL_BATCHES: dict[str, Callable[[nn.Module], list[Any]]] = {
+_SPECIAL_BATCHES: dict[str, Callable[[nn.Module, int], dict[str, Any]]] = {
     "musicgen": _codebooks,
     "musicgen_melody": _codebooks,
     "gemma4_assistant": _from_a_target,
@@ -270,157 +279,82 @@ _SPECIAL_BATCHES: dict[str, Callable[[nn.Module], list[Any]]] = {
 }
 
 
-def _text_pairs(model: nn.Module) -> list[Any]:
-    return [{"input_ids": _ids(n), "decoder_input_ids": _ids(n, 16, seed=5)} for n in (2, 3)]
+def _text_pairs(model: nn.Module, n: int) -> dict[str, Any]:
+    return {"input_ids": _ids(n), "decoder_input_ids": _ids(n, 16, seed=5)}
 
 
-def _images(model: nn.Module) -> list[Any]:
-    return [{"pixel_values": _normal(samples, 3, IMAGE, IMAGE)} for samples in (2, 3)]
+def _images(model: nn.Module, n: int) -> dict[str, Any]:
+    return {"pixel_values": _normal(n, 3, IMAGE, IMAGE)}
 
 
-def _captions(model: nn.Module) -> list[Any]:
-    return [{"input_ids": _ids(n), "pixel_values": _normal(n, 3, IMAGE, IMAGE)} for n in (2, 3)]
+def _captions(model: nn.Module, n: int) -> dict[str, Any]:
+    return _text(model, n) | _images(model, n)
 
 
-def _images_in_text(model: nn.Module) -> list[Any]:
+def _images_in_text(model: nn.Module, n: int) -> dict[str, Any]:
     """The image tokens of one image, as many as the model needs, followed by text."""
     image = getattr(model.config, "image_token_id", None) or model.config.image_token_index
     places = int((IMAGE // PATCH * getattr(model.config, "downsample_ratio", 1)) ** 2)
-    return [
-        {
-            "input_ids": torch.cat([torch.full((n, places), image), _ids(n)], 1),
-            "pixel_values": _normal(n, 3, IMAGE, IMAGE),
-        }
-        for n in (2, 3)
-    ]
+    return _images(model, n) | {"input_ids": torch.cat([torch.full((n, places), image), _ids(n)], 1)}
 
 
-def _patches_in_text(model: nn.Module) -> list[Any]:
+def _patches_in_text(model: nn.Module, n: int) -> dict[str, Any]:
     """Qwen-VL: images are rows of patches, with the grids that they form."""
     vision, side = model.config.vision_config, IMAGE // PATCH
-    width = 3 * vision.temporal_patch_size * vision.patch_size**2
     places = (side // vision.spatial_merge_size) ** 2
-    batches = []
-    for n in (2, 3):
-        ids = torch.cat([torch.full((n, places), model.config.image_token_id), _ids(n)], 1)
-        batches.append(
-            {
-                "input_ids": ids,
-                "pixel_values": _normal(n * side**2, width),
-                "image_grid_thw": torch.tensor([[1, side, side]] * n),
-                "mm_token_type_ids": (ids == model.config.image_token_id).long(),
-            }
-        )
-    return batches
+    ids = torch.cat([torch.full((n, places), model.config.image_token_id), _ids(n)], 1)
+    return {
+        "input_ids": ids,
+        "pixel_values": _normal(n * side**2, 3 * vision.temporal_patch_size * vision.patch_size**2),
+        "image_grid_thw": torch.tensor([[1, side, side]] * n),
+        "mm_token_type_ids": (ids == model.config.image_token_id).long(),
+    }
 
 
-def _spectra(model: nn.Module) -> list[Any]:
+def _spectra(model: nn.Module, n: int) -> dict[str, Any]:
     """Whisper: two frames per position of the encoder."""
     frames = 2 * model.config.max_source_positions
-    mels = model.config.num_mel_bins
-    return [{"input_features": _normal(n, mels, frames), "decoder_input_ids": _ids(n, 16)} for n in (2, 3)]
+    return {"input_features": _normal(n, model.config.num_mel_bins, frames), "decoder_input_ids": _ids(n, 16)}
 
 
-def _waves(model: nn.Module) -> list[Any]:
-    return [{"input_values": _normal(samples, 4000)} for samples in (2, 3)]
+def _waves(model: nn.Module, n: int) -> dict[str, Any]:
+    return {"input_values": _normal(n, 4000)}
 
 
-@dataclass(frozen=True)
-class Other:
-    """Batches for a model that is not a causal language model, and additional options of its configuration."""
-
-    batches: Callable[[nn.Module], list[Any]] = _text
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-OTHERS: dict[str, Other] = {
-    **{
-        name: Other(_text_pairs)
-        for name in (
-            "T5ForConditionalGeneration",
-            "MT5ForConditionalGeneration",
-            "UMT5ForConditionalGeneration",
-            "LongT5ForConditionalGeneration",
-            "SwitchTransformersForConditionalGeneration",
-            "BartForConditionalGeneration",
-            "MBartForConditionalGeneration",
-            "PegasusForConditionalGeneration",
-            "MarianMTModel",
-            "BlenderbotForConditionalGeneration",
-            "M2M100ForConditionalGeneration",
-            "LEDForConditionalGeneration",
-            "ProphetNetForConditionalGeneration",
-        )
-    },
-    "WhisperForConditionalGeneration": Other(_spectra),
-    **{
-        name: Other(_text)
-        for name in (
-            "BertForMaskedLM",
-            "BertForSequenceClassification",
-            "RobertaForMaskedLM",
-            "XLMRobertaForMaskedLM",
-            "AlbertForMaskedLM",
-            "DistilBertForMaskedLM",
-            "ElectraForMaskedLM",
-            "DebertaForMaskedLM",
-            "DebertaV2ForMaskedLM",
-            "ModernBertForMaskedLM",
-            "MPNetForMaskedLM",
-            "LongformerForMaskedLM",
-            "FunnelForMaskedLM",
-            "FNetForMaskedLM",
-            "ConvBertForMaskedLM",
-            "MobileBertForMaskedLM",
-            "SqueezeBertForMaskedLM",
-            "NystromformerForMaskedLM",
-        )
-    },
-    **{
-        name: Other(_images)
-        for name in (
-            "ViTForImageClassification",
-            "DeiTForImageClassification",
-            "BeitForImageClassification",
-            "Dinov2ForImageClassification",
-            "Dinov2WithRegistersForImageClassification",
-            "DINOv3ViTModel",
-            "SwinForImageClassification",
-            "Swinv2ForImageClassification",
-            "ConvNextForImageClassification",
-            "ConvNextV2ForImageClassification",
-            "ResNetForImageClassification",
-            "RegNetForImageClassification",
-            "MobileNetV2ForImageClassification",
-            "MobileViTForImageClassification",
-            "SegformerForImageClassification",
-            "PvtForImageClassification",
-            "PoolFormerForImageClassification",
-            "CLIPVisionModel",
-            "SiglipVisionModel",
-            "IJepaForImageClassification",
-        )
-    },
-    **{name: Other(_captions) for name in ("CLIPModel", "SiglipModel", "BlipForConditionalGeneration", "ViltModel")},
-    **{
-        name: Other(_images_in_text)
-        for name in (
-            "LlavaForConditionalGeneration",
-            "PaliGemmaForConditionalGeneration",
-            "InternVLForConditionalGeneration",
-        )
-    },
-    **{
-        name: Other(_patches_in_text)
-        for name in (
-            "Qwen2VLForConditionalGeneration",
-            "Qwen2_5_VLForConditionalGeneration",
-            "Qwen3VLForConditionalGeneration",
-            "Qwen3VLMoeForConditionalGeneration",
-        )
-    },
-    **{name: Other(_waves) for name in ("Wav2Vec2ForCTC", "HubertForCTC", "WavLMForCTC")},
+_OTHERS = {
+    _text_pairs: """
+        T5ForConditionalGeneration MT5ForConditionalGeneration UMT5ForConditionalGeneration
+        LongT5ForConditionalGeneration SwitchTransformersForConditionalGeneration BartForConditionalGeneration
+        MBartForConditionalGeneration PegasusForConditionalGeneration MarianMTModel BlenderbotForConditionalGeneration
+        M2M100ForConditionalGeneration LEDForConditionalGeneration ProphetNetForConditionalGeneration
+    """,
+    _spectra: "WhisperForConditionalGeneration",
+    _text: """
+        BertForMaskedLM BertForSequenceClassification RobertaForMaskedLM XLMRobertaForMaskedLM AlbertForMaskedLM
+        DistilBertForMaskedLM ElectraForMaskedLM DebertaForMaskedLM DebertaV2ForMaskedLM ModernBertForMaskedLM
+        MPNetForMaskedLM LongformerForMaskedLM FunnelForMaskedLM FNetForMaskedLM ConvBertForMaskedLM
+        MobileBertForMaskedLM SqueezeBertForMaskedLM NystromformerForMaskedLM
+    """,
+    _images: """
+        ViTForImageClassification DeiTForImageClassification BeitForImageClassification Dinov2ForImageClassification
+        Dinov2WithRegistersForImageClassification DINOv3ViTModel SwinForImageClassification Swinv2ForImageClassification
+        ConvNextForImageClassification ConvNextV2ForImageClassification ResNetForImageClassification
+        RegNetForImageClassification MobileNetV2ForImageClassification MobileViTForImageClassification
+        SegformerForImageClassification PvtForImageClassification PoolFormerForImageClassification CLIPVisionModel
+        SiglipVisionModel IJepaForImageClassification
+    """,
+    _captions: "CLIPModel SiglipModel BlipForConditionalGeneration ViltModel",
+    _images_in_text: """
+        LlavaForConditionalGeneration PaliGemmaForConditionalGeneration InternVLForConditionalGeneration
+    """,
+    _patches_in_text: """
+        Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration Qwen3VLForConditionalGeneration
+        Qwen3VLMoeForConditionalGeneration
+    """,
+    _waves: "Wav2Vec2ForCTC HubertForCTC WavLMForCTC",
 }
+"""The classes that take each kind of batches."""
+OTHERS = {name: batches for batches, names in _OTHERS.items() for name in names.split()}
 
 
 # ---- the checks
@@ -595,66 +529,75 @@ def _double(x: Tensor) -> Tensor:
 def slow_prune(model: nn.Module, batches: list[Any], sparsity: float = 0.5) -> None:
     """Prune with Wanda, unit by unit, in plain code.
 
-    For each unit, every batch runs through the model as pruned so far, up to that unit. The inputs of a matrix are read
-    where PyTorch multiplies, below all modules. For a convolution, the sum of x² that a weight multiplies is the
-    gradient of the summed output with respect to that weight, for the input x².
+    For each unit, every batch runs through the model as pruned so far, up to the first end of that unit. The inputs of
+    a weight are read where PyTorch multiplies, below all modules.
     """
-    units = find_layers(model, "block").units
-    for unit in _in_order(model, units, batches):
-        squares: dict[str, Tensor] = {}
-        sums = _InputSquares([layer for layer in unit.layers if _is_matrix(layer)])
+    for unit in _in_order(model, find_layers(model, "block").units, batches):
+        sums = _InputSquares(unit.layers)
+        handle = unit.module.register_forward_hook(_stop)
         for batch in batches:
-            with _Multiplications(sums.on_product):
-                _add_squares(model, unit, batch, squares)
+            with suppress(_UnitDone), _Products(sums.on_product):
+                run(model, batch)
+        handle.remove()
         for layer in unit.layers:
-            if _is_matrix(layer):
-                sums.zero_smallest(layer, sparsity)
-            elif layer.name in squares:
-                _zero_smallest(layer, squares[layer.name].sqrt(), sparsity)
+            sums.zero_smallest(layer, sparsity)
 
 
-def _parameter(layer: Layer) -> Tensor:
-    return getattr(layer.module, getattr(layer, "parameter_name", "weight"))
+class _UnitDone(Exception):
+    """The unit has run, so the rest of the model need not."""
 
 
-def _is_matrix(layer: Layer) -> bool:
-    """Whether the layer, or each expert in its parameter, is a plain matrix."""
-    return getattr(layer, "expert", None) is not None or _parameter(layer).ndim == 2
+def _stop(*_: object) -> None:
+    raise _UnitDone
 
 
-class _Multiplications(TorchDispatchMode):
-    """Call a function for each matrix product, with the address of the second factor and both factors."""
+class _Products(TorchDispatchMode):
+    """Call a function for each product, with the weight, and with the tokens that it multiplies.
 
-    def __init__(self, on_product: Callable[[int, Tensor, Tensor], None]) -> None:
+    For a convolution, it gets the sum of x² that each weight multiplies, in the shape of the weight: the gradient of
+    the summed output with respect to that weight, for the input x².
+    """
+
+    def __init__(self, on_product: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
         self._on_product = on_product
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
         if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             x, weight = args[-2:]
             if weight.ndim == 3 and weight.stride(0) == 0:  # one matrix for all samples
                 x, weight = x.flatten(0, 1), weight[0]
-            self._on_product(weight.untyped_storage().data_ptr(), x.detach(), weight)
-        return func(*args, **(kwargs or {}))
+            self._on_product(weight, x)
+        elif func.overloadpacket is aten.convolution:
+            x, weight, _, *options = args
+            ones, only_weight = torch.ones_like(output), (False, True, False)
+            _, squares, _ = aten.convolution_backward(ones, x.square(), weight, None, *options, only_weight)
+            self._on_product(weight, squares)
+        return output
 
 
 class _InputSquares:
-    """Sum x² over the tokens that are multiplied with each matrix, in whichever layout it is stored.
+    """Sum x² over the tokens that are multiplied with each weight, in whichever layout it is stored.
 
     For an expert that few tokens reach, the tokens of all experts count, as in `prune(min_expert_tokens=32)`.
     """
 
     def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:
         self._enough = enough
-        self._parameters = {p.data_ptr(): p if p.ndim == 3 else p[None] for p in map(_parameter, layers)}
+        self._layers = {layer.parameter.data_ptr(): layer for layer in layers}  # any of the experts of a parameter
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._counts: Counter[tuple[int, int]] = Counter()
         self._columns: dict[int, bool] = {}
 
-    def on_product(self, start: int, x: Tensor, weight: Tensor) -> None:
-        if start not in self._parameters:
+    def on_product(self, weight: Tensor, x: Tensor) -> None:
+        start = weight.untyped_storage().data_ptr()
+        if start not in self._layers:
             return
-        one = self._parameters[start][0]
+        if _is_convolution(layer := self._layers[start]):
+            self._sums[start, 0] = self._sums.get((start, 0), 0) + x
+            return
+        one = layer.part(layer.parameter)
         self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (one.shape[0], one.stride(0))
         first = weight.storage_offset() // one.numel()
         for place, tokens in enumerate(x if weight.ndim == 3 else [x]):
@@ -665,22 +608,34 @@ class _InputSquares:
 
     @torch.no_grad()
     def zero_smallest(self, layer: Layer, sparsity: float) -> None:
-        weight, expert = _parameter(layer), getattr(layer, "expert", None)
-        start = weight.data_ptr()
+        start, expert = layer.parameter.data_ptr(), layer.expert
         if expert is None and (start, 0) not in self._sums:
             return
         if expert is None or self._counts[start, expert] >= self._enough:
             total = self._sums[start, expert or 0]
         else:
             total = sum(value for (parameter, _), value in self._sums.items() if parameter == start)
-        matrix = self._parameters[start].detach()[expert or 0]
-        rows = matrix.t() if self._columns[start] else matrix
-        for row, score in zip(rows, rows.abs() * total.sqrt(), strict=True):
-            row[score.argsort(stable=True)[: int(len(row) * sparsity)]] = 0
+        rows = layer.part(layer.parameter)
+        if _is_convolution(layer):  # kernel positions, then channels: of equal scores (only padding) the first goes
+            rows, total = rows.movedim(1, -1), total.movedim(1, -1)
+        elif self._columns[start]:
+            rows = rows.t()
+        for row, scores in zip(rows, rows.abs() * total.sqrt(), strict=True):
+            smallest = scores.flatten().argsort(stable=True)[: int(scores.numel() * sparsity)]
+            row[torch.unravel_index(smallest, row.shape)] = 0
 
 
-def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> list[Any]:
+def _is_convolution(layer: Layer) -> bool:
+    return layer.expert is None and layer.parameter.ndim > 2
+
+
+def _in_order(model: nn.Module, units: Sequence[Unit], batches: list[Any]) -> list[Unit]:
     """Sort units: the next one is the first in model order that is the next for any batch."""
+    single_layers = {
+        unit.layers[0].parameter.data_ptr(): index
+        for index, unit in enumerate(units)
+        if unit.layers[0].module is unit.module
+    }
     routes = []
     for batch in batches:
         route: list[int] = []
@@ -688,17 +643,12 @@ def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> lis
             unit.module.register_forward_pre_hook(lambda *_, index=index, route=route: route.append(index))
             for index, unit in enumerate(units)
         ]
-        single_layers = {
-            _parameter(unit.layers[0]).data_ptr(): index
-            for index, unit in enumerate(units)
-            if unit.layers[0].module is unit.module
-        }
 
-        def reached(start: int, *_: Tensor, indices: dict[int, int] = single_layers, route: list[int] = route) -> None:
-            if start in indices:
-                route.append(indices[start])
+        def reached(weight: Tensor, *_: Tensor, route: list[int] = route) -> None:
+            if (start := weight.untyped_storage().data_ptr()) in single_layers:
+                route.append(single_layers[start])
 
-        with _Multiplications(reached):
+        with _Products(reached):
             run(model, batch)
         for handle in handles:
             handle.remove()
@@ -708,47 +658,6 @@ def _in_order(model: nn.Module, units: Sequence[Any], batches: list[Any]) -> lis
         order.append(min(route[0] for route in routes if route))
         routes = [[index for index in route if index != order[-1]] for route in routes]
     return [units[index] for index in order]
-
-
-class _UnitDone(Exception):
-    """The unit has run, so the rest of the model need not."""
-
-
-def _add_squares(model: nn.Module, unit: Any, batch: Any, squares: dict[str, Tensor]) -> None:
-    """Add the squares of a batch to those of the convolutions in a unit, at its first visit."""
-
-    def reader(layer: Layer) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            with torch.enable_grad():
-                module.weight.requires_grad_(True)
-                (gradient,) = torch.autograd.grad(module.forward(x.detach().square()).sum(), module.weight)
-            squares[layer.name] = squares.get(layer.name, 0) + gradient
-
-        return read
-
-    def stop(*_: object) -> None:
-        raise _UnitDone
-
-    images = [layer for layer in unit.layers if not _is_matrix(layer)]
-    handles = [layer.module.register_forward_pre_hook(reader(layer), with_kwargs=True) for layer in images]
-    handles.append(unit.module.register_forward_hook(stop))
-    with suppress(_UnitDone):
-        run(model, batch)
-    for handle in handles:
-        handle.remove()
-
-
-@torch.no_grad()
-def _zero_smallest(layer: Layer, norms: Tensor, sparsity: float) -> None:
-    weight = layer.module.weight
-    # Rows, then kernel positions, then channels: of equal scores (where there is only padding) the first goes.
-    order = (0, *range(2, weight.ndim), 1)
-    scores = (weight.abs() * norms).permute(order)
-    zeros = torch.zeros_like(scores.flatten(1), dtype=torch.bool)
-    for row, values in enumerate(scores.flatten(1)):
-        zeros[row, values.argsort(stable=True)[: int(len(values) * sparsity)]] = True
-    weight.permute(order)[zeros.unflatten(1, scores.shape[1:])] = 0
 
 
 # ---- the table
@@ -762,7 +671,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     """Raise a TimeoutError after some seconds of CPU time."""
 
     def stop(*_: object) -> None:
@@ -777,13 +686,13 @@ def _time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def examine(family: Family, seconds: int, slowly: bool = True) -> Result:
+def examine(family: Family, seconds: float) -> Result:
     """Call `check`, and return errors as results."""
     result = Result(family.kind, family.name, family.model)
     started = time.process_time()
     try:
         with _time_limit(seconds):
-            result = check(family, slowly)
+            result = check(family)
     except CannotBuild as error:
         result.status, result.cause = "cannot be built here", str(error)
     except Exception as error:
@@ -863,47 +772,36 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by name")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--resume", type=Path, help="JSON file of results: families in it are not examined again")
-    parser.add_argument("--again", action="store_true", help="examine those again that did not pass")
     parser.add_argument("--write", action="store_true", help="write docs/models.md")
-    parser.add_argument("--seconds", type=int, default=300, help="CPU time for each family at most")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    results: dict[str, dict[str, Any]] = (
-        json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
-    )
-    if args.again:
-        results = {key: value for key, value in results.items() if value["status"] == "passes"}
+    results: dict[str, Any] = json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
 
     def keep(result: Result) -> None:
         results[f"{result.kind}/{result.name}"] = asdict(result)
         if args.resume:
             args.resume.write_text(json.dumps(results, indent=1))
 
-    for kind in args.kind:
-        names = [name for name in _names(kind) if _matches(name, args.only) and f"{kind}/{name}" not in results]
-        for family in (family for name in names for family in families([kind], [name])):
-            # If the process crashes, this stays, and the next run continues with the next family.
-            keep(Result(family.kind, family.name, family.model, "fails", "the process crashed"))
-            result = examine(family, args.seconds)
-            keep(result)
-            print(f"{kind:7}{result.name:44}{result.status:10}{result.coverage:5.0%}{result.seconds:7.1f} s", end="")
-            print(f"  {result.slow}{result.cause}", flush=True)
-    chosen = [Result(**value) for value in results.values() if value["kind"] in args.kind]
-    chosen = [result for result in chosen if _matches(result.name, args.only)]
+    chosen = [
+        (kind, name) for kind in args.kind for name in names(kind) if any(fnmatchcase(name, glob) for glob in args.only)
+    ]
+    for kind, name in chosen:
+        if f"{kind}/{name}" in results:
+            continue
+        chosen_family = family(kind, name)
+        # If the process crashes, this stays, and the next run continues with the next family.
+        keep(Result(kind, name, chosen_family.model, "fails", "the process crashed"))
+        result = examine(chosen_family, SECONDS)
+        keep(result)
+        print(f"{kind:7}{name:44}{result.status:10}{result.coverage:5.0%}{result.seconds:7.1f} s", end="")
+        print(f"  {result.slow}{result.cause}", flush=True)
+    done = [Result(**results[f"{kind}/{name}"]) for kind, name in chosen]
     if args.write:
-        path = Path(__file__).parents[2] / "docs" / "models.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(document(chosen), encoding="utf-8")
-    print(share(chosen))
-
-
-def _names(kind: str) -> list[str]:
-    if kind == "causal":
-        return [config_class.model_type for config_class in tiny.config_classes(MODEL_FOR_CAUSAL_LM_MAPPING)]
-    return list(OTHERS) if kind == "other" else sorted(timm_modules())
+        (Path(__file__).parents[2] / "docs" / "models.md").write_text(document(done), encoding="utf-8")
+    print(share(done))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""All pairs of choices in few combinations."""
+"""Samples of large sets of choices."""
 
 import itertools
+
+import pytest
 
 
 def pairwise(*axes, allowed=lambda *values: True):
@@ -16,3 +18,18 @@ def pairwise(*axes, allowed=lambda *values: True):
         chosen.append(best)
         missing -= pairs[best]
     return chosen
+
+
+def with_nightly(sample, every):
+    """A sample of values, or of tuples of values, for each run of the tests; the others of the set run at night."""
+    sample = list(sample)
+    rest = [values if isinstance(values, tuple) else (values,) for values in every if values not in sample]
+    return [*sample, *(pytest.param(*values, marks=pytest.mark.nightly) for values in rest)]
+
+
+def spread(*axes):
+    """Few combinations in which every value of each axis occurs, for each run of the tests; all others run at night."""
+    axes = [list(axis) for axis in axes]
+    longest = max(map(len, axes))
+    sample = zip(*(itertools.islice(itertools.cycle(axis), longest) for axis in axes), strict=True)
+    return with_nightly(sample, itertools.product(*axes))

@@ -194,10 +194,8 @@ def admm(weight, tokens, dampening, rhos, choose):
 def keep_largest(groups, count):
     """Prune the smallest scores of each row until `count` are left; among equal scores, the lower column first."""
     keep = np.ones(groups.shape, dtype=bool)
-    for row in range(groups.shape[0]):
-        smallest_first = sorted(range(groups.shape[1]), key=lambda column: (groups[row, column], column))
-        for column in smallest_first[: groups.shape[1] - count]:
-            keep[row, column] = False
+    smallest_first = np.argsort(groups, axis=1, kind="stable")
+    np.put_along_axis(keep, smallest_first[:, : groups.shape[1] - count], False, axis=1)
     return keep
 
 
@@ -208,18 +206,12 @@ def keep_by_row(scores, sparsity):
 
 def keep_by_layer(scores, sparsity):
     """Prune exactly int(numel * sparsity) of the matrix."""
-    flat = np.array([[score for row in scores for score in row]])
-    return keep_largest(flat, flat.shape[1] - int(flat.shape[1] * sparsity)).reshape(scores.shape)
+    return keep_by_row(scores.reshape(1, -1), sparsity).reshape(scores.shape)
 
 
 def keep_n_of_m(scores, n, m):
     """Keep n of every m consecutive inputs of a row."""
-    keep = np.zeros(scores.shape, dtype=bool)
-    for row in range(scores.shape[0]):
-        for start in range(0, scores.shape[1], m):
-            group = scores[row : row + 1, start : start + m]
-            keep[row, start : start + m] = keep_largest(group, n)[0]
-    return keep
+    return keep_largest(scores.reshape(-1, m), n).reshape(scores.shape)
 
 
 def keep_above_share(scores, share):

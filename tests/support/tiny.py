@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers as hf
 from transformers import PreTrainedConfig
 
 HIDDEN, HEADS, HEAD, INNER, VOCABULARY, LAYERS, EXPERTS = 32, 4, 8, 64, 128, 2, 4
@@ -193,12 +192,3 @@ def _one_of_each(fields: dict[str, Any], layers: Any) -> tuple[list[int], set[st
     kept = list(first.values())[:6]
     kept += [index for index in range(layers) if index not in kept][: max(0, LAYERS - len(kept))]
     return sorted(kept), set(lists)
-
-
-def config_classes(mapping: Any) -> dict[type[PreTrainedConfig], type[hf.PreTrainedModel]]:
-    """Return the first model class of each configuration class in one of transformers' mappings."""
-    classes = {}
-    for config_class in mapping:
-        model_class = mapping[config_class]
-        classes[config_class] = model_class[0] if isinstance(model_class, tuple) else model_class
-    return classes

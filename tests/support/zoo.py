@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -177,122 +177,48 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
-def _llama() -> nn.Module:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED))
-
-
-def _mistral() -> nn.Module:
-    return hf.MistralForCausalLM(hf.MistralConfig(**_GROUPED, sliding_window=WINDOW))
-
-
-def _qwen3() -> nn.Module:
-    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GROUPED, head_dim=16))
-
-
-def _gemma2() -> nn.Module:
-    sizes = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16}
-    # Eager, since sdpa ignores the soft cap of the attention.
-    config = hf.Gemma2Config(**sizes, sliding_window=WINDOW, attn_implementation="eager")
-    return hf.Gemma2ForCausalLM(config)
-
-
-def _gemma3() -> nn.Module:
-    sizes = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16}
-    kinds = [_SLIDING, _FULL, _SLIDING]
-    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, sliding_window=WINDOW, layer_types=kinds))
-
-
-def _opt() -> nn.Module:
-    config = hf.OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        init_std=0.1,
-        **_SPECIAL,
-    )
-    return hf.OPTForCausalLM(config)
-
-
-def _gpt2() -> nn.Module:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, **sizes, **_SPECIAL))
-
-
-def _gpt_neox() -> nn.Module:
-    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES))
-
-
-def _t5() -> nn.Module:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    config = hf.T5Config(
-        vocab_size=VOCABULARY, **sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, is_decoder=False
-    )
-    return hf.T5ForConditionalGeneration(config)
-
-
-# Language models with experts
-
 _EXPERTS = {**_GROUPED, "tie_word_embeddings": False}
 _FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-def _mixtral() -> nn.Module:
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**_EXPERTS, num_local_experts=4))
-
-
-def _qwen3_moe() -> nn.Module:
-    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_EXPERTS, **_FEW, num_experts=4, head_dim=16))
-
-
-def _olmoe() -> nn.Module:
-    return hf.OlmoeForCausalLM(hf.OlmoeConfig(**_EXPERTS, num_experts=4, num_experts_per_tok=2))
-
-
-def _deepseek_v3() -> nn.Module:
-    attention = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    routing = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
-    sizes = {**_EXPERTS, **_FEW, "num_key_value_heads": 4}
-    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes, **attention, **routing))
-
-
-def _gpt_oss() -> nn.Module:
-    """A model that stores its experts as (d_in, d_out), with biases."""
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW}
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    return hf.GptOssForCausalLM(hf.GptOssConfig(**_EXPERTS, **sizes, rope_parameters=rope))
-
-
-def _llama4() -> nn.Module:
-    """A model that passes all tokens to each expert, as zeros where they are routed to another."""
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 64, "head_dim": 16}
-    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**_EXPERTS, **sizes))
+_GEMMA = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
+_DEEPSEEK = {
+    **_EXPERTS,
+    **_FEW,
+    **{"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24},
+    **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+}
+# Stores its experts as (d_in, d_out), with biases.
+_GPT_OSS = {
+    **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+# Passes all tokens to each expert, as zeros where they are routed to another.
+_LLAMA4 = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 64, "head_dim": 16}
+_OPT = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.1, **_SPECIAL},
+}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 0.1,
+    **_SPECIAL,
+}
+_T5 = {
+    **{"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    **{"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "is_decoder": False},
+}
 
 
 # Image classifiers
 
 _IMAGES = {"num_classes": 16}
-_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
-
-
-def _vit() -> nn.Module:
-    return VisionTransformer(**_VIT, **_IMAGES)
-
-
-def _deit() -> nn.Module:
-    return VisionTransformerDistilled(**_VIT, **_IMAGES)
-
-
-def _convnext(conv_mlp: bool) -> nn.Module:
-    return ConvNeXt(depths=(2, 2, 2, 2), dims=(8, 16, 24, 32), conv_mlp=conv_mlp, ls_init_value=0.75, **_IMAGES)
-
-
-def _swin() -> nn.Module:
-    stages = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
-    return SwinTransformer(img_size=32, patch_size=4, window_size=4, **stages, **_IMAGES)
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, **_IMAGES}
+_CONVNEXT = {"depths": (2, 2, 2, 2), "dims": (8, 16, 24, 32), "ls_init_value": 0.75, **_IMAGES}
+_SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
 
 
 def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> nn.Module:
@@ -425,12 +351,27 @@ class _TorchTransformer(nn.Module):
         return self.head(self.encoder(x))
 
 
-def _decoder(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _text) -> Specimen:
-    return Specimen(partial(seeded, make), batches, ("model.embed_tokens", "lm_head"), ("model.layers.[0-9]",))
+def _text_model(
+    model_class: Any,
+    sizes: Mapping[str, Any],
+    batches: Callable[[], list[Any]] = _text,
+    dense: tuple[str, ...] = ("model.embed_tokens", "lm_head"),
+    blocks: tuple[str, ...] = ("model.layers.[0-9]",),
+) -> Specimen:
+    def make() -> nn.Module:
+        return model_class(model_class.config_class(**sizes))
+
+    return Specimen(partial(seeded, make), batches, dense, blocks)
 
 
-def _with_experts(make: Callable[[], nn.Module], *dense: str, batches: Callable[[], list[Any]] = _text) -> Specimen:
-    return replace(_decoder(make, batches), dense=("model.embed_tokens", "lm_head", *dense))
+def _with_experts(
+    model_class: Any, router: str, *dense: str, batches: Callable[[], list[Any]] = _text, **sizes: Any
+) -> Specimen:
+    return _text_model(model_class, {**_EXPERTS, **sizes}, batches, ("model.embed_tokens", "lm_head", router, *dense))
+
+
+def _image_model(make: Callable[[], nn.Module], dense: tuple[str, ...], blocks: str) -> Specimen:
+    return Specimen(partial(seeded, make), _images, dense, (blocks,))
 
 
 def _odd(
@@ -439,72 +380,61 @@ def _odd(
     return Specimen(partial(seeded, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
 
 
+_RIGHT, _LEFT = partial(_padded_text, "right"), partial(_padded_text, "left")
+
 ZOO: dict[str, Specimen] = {
-    "llama": _decoder(_llama),
-    "llama_padded": _decoder(_llama, partial(_padded_text, "right")),
-    "llama_left_padded": _decoder(_llama, partial(_padded_text, "left")),
-    "mistral": _decoder(_mistral),
-    "qwen3": _decoder(_qwen3),
-    "gemma2": _decoder(_gemma2),
-    "gemma3": _decoder(_gemma3),
-    "mixtral": _with_experts(_mixtral, "*.gate"),
-    "mixtral_padded": _with_experts(_mixtral, "*.gate", batches=partial(_padded_text, "left")),
-    "qwen3_moe": _with_experts(_qwen3_moe, "*.gate"),
-    "olmoe": _with_experts(_olmoe, "*.gate"),
-    "deepseek_v3": _with_experts(_deepseek_v3, "*.gate"),
-    "gpt_oss": _with_experts(_gpt_oss, "*.router", "*_bias"),
-    "llama4": _with_experts(_llama4, "*.router"),
-    "opt": Specimen(
-        partial(seeded, _opt), _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
+    "llama": _text_model(hf.LlamaForCausalLM, _GROUPED),
+    "llama_padded": _text_model(hf.LlamaForCausalLM, _GROUPED, _RIGHT),
+    "llama_left_padded": _text_model(hf.LlamaForCausalLM, _GROUPED, _LEFT),
+    "mistral": _text_model(hf.MistralForCausalLM, {**_GROUPED, "sliding_window": WINDOW}),
+    "qwen3": _text_model(hf.Qwen3ForCausalLM, {**_GROUPED, "head_dim": 16}),
+    # Eager, since sdpa ignores the soft cap of the attention.
+    "gemma2": _text_model(hf.Gemma2ForCausalLM, {**_GEMMA, "attn_implementation": "eager"}),
+    "gemma3": _text_model(hf.Gemma3ForCausalLM, {**_GEMMA, "layer_types": [_SLIDING, _FULL, _SLIDING]}),
+    "mixtral": _with_experts(hf.MixtralForCausalLM, "*.gate", num_local_experts=4),
+    "mixtral_padded": _with_experts(hf.MixtralForCausalLM, "*.gate", batches=_LEFT, num_local_experts=4),
+    "qwen3_moe": _with_experts(hf.Qwen3MoeForCausalLM, "*.gate", **_FEW, num_experts=4, head_dim=16),
+    "olmoe": _with_experts(hf.OlmoeForCausalLM, "*.gate", num_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": _with_experts(hf.DeepseekV3ForCausalLM, "*.gate", **_DEEPSEEK),
+    "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", **_GPT_OSS),
+    "llama4": _with_experts(hf.Llama4ForCausalLM, "*.router", **_LLAMA4),
+    "opt": _text_model(
+        hf.OPTForCausalLM, _OPT, _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
     ),
-    "gpt2": Specimen(
-        partial(seeded, _gpt2), _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
+    "gpt2": _text_model(
+        hf.GPT2LMHeadModel, _GPT2, _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
     ),
-    "gpt_neox": Specimen(
-        partial(seeded, _gpt_neox), _text, ("gpt_neox.embed_in", "lm_head"), ("gpt_neox.layers.[0-9]",)
+    "gpt_neox": _text_model(
+        hf.GPTNeoXForCausalLM, _SIZES, _text, ("gpt_neox.embed_in", "lm_head"), ("gpt_neox.layers.[0-9]",)
     ),
-    "t5": Specimen(
-        partial(seeded, _t5),
+    "t5": _text_model(
+        hf.T5ForConditionalGeneration,
+        _T5,
         _text_pairs,
         ("shared", "*.embed_tokens", "*.relative_attention_bias", "lm_head"),
         ("encoder.block.[0-9]", "decoder.block.[0-9]"),
     ),
-    "vit": Specimen(
-        partial(seeded, _vit), _images, ("cls_token", "pos_embed", "patch_embed.proj", "head"), ("blocks.[0-9]",)
+    "vit": _image_model(
+        lambda: VisionTransformer(**_VIT), ("cls_token", "pos_embed", "patch_embed.proj", "head"), "blocks.[0-9]"
     ),
-    "deit": Specimen(
-        partial(seeded, _deit),
-        _images,
+    "deit": _image_model(
+        lambda: VisionTransformerDistilled(**_VIT),
         ("cls_token", "dist_token", "pos_embed", "patch_embed.proj", "head", "head_dist"),
-        ("blocks.[0-9]",),
+        "blocks.[0-9]",
     ),
-    "convnext": Specimen(
-        partial(seeded, partial(_convnext, conv_mlp=False)),
-        _images,
-        ("stem.0", "*.conv_dw", "head.fc"),
-        ("stages.[0-9].blocks.[0-9]",),
+    "convnext": _image_model(
+        lambda: ConvNeXt(conv_mlp=False, **_CONVNEXT), ("stem.0", "*.conv_dw", "head.fc"), "stages.[0-9].blocks.[0-9]"
     ),
-    "convnext_conv_mlp": Specimen(
-        partial(seeded, partial(_convnext, conv_mlp=True)),
-        _images,
-        ("stem.0", "*.conv_dw", "head.fc"),
-        ("stages.[0-9].blocks.[0-9]",),
+    "convnext_conv_mlp": _image_model(
+        lambda: ConvNeXt(conv_mlp=True, **_CONVNEXT), ("stem.0", "*.conv_dw", "head.fc"), "stages.[0-9].blocks.[0-9]"
     ),
-    "swin": Specimen(
-        partial(seeded, _swin),
-        _images,
+    "swin": _image_model(
+        lambda: SwinTransformer(**_SWIN, **_IMAGES),
         ("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
-        ("layers.[0-9].blocks.[0-9]",),
+        "layers.[0-9].blocks.[0-9]",
     ),
-    "resnet18": Specimen(
-        partial(seeded, partial(_resnet, BasicBlock, (16, 16, 32, 32))),
-        _images,
-        ("conv1", "fc"),
-        ("layer[1-4].[0-9]",),
-    ),
-    "resnet50": Specimen(
-        partial(seeded, partial(_resnet, Bottleneck, (8, 8, 16, 16))), _images, ("conv1", "fc"), ("layer[1-4].[0-9]",)
-    ),
+    "resnet18": _image_model(lambda: _resnet(BasicBlock, (16, 16, 32, 32)), ("conv1", "fc"), "layer[1-4].[0-9]"),
+    "resnet50": _image_model(lambda: _resnet(Bottleneck, (8, 8, 16, 16)), ("conv1", "fc"), "layer[1-4].[0-9]"),
     "keywords_only": _odd(lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]),
     "block_twice": _odd(_block_twice),
     "plain_mlp": _odd(_plain_mlp, blocks=()),
