@@ -8,7 +8,7 @@ NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
-.PHONY: install test test-all test-oldest demo demo-vision benchmark results package docs linkcheck clean
+.PHONY: install test test-all test-oldest demo demo-vision benchmark results package notebooks docs linkcheck clean
 
 install: .venv/test
 
@@ -50,8 +50,7 @@ benchmark: .venv/demo $(SMOLLM2)
 
 # The tables, figures and numbers of the documentation and of README.md, from the runs in benchmarks/results.
 results: .venv/demo
-	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/pages.py
 	$(BIN)/python benchmarks/figures.py
 
 # The wheel and the sdist, checked, and used for one pruning in an environment that has only what they require.
@@ -61,6 +60,10 @@ package: .venv/test
 
 $(SMOLLM2): | .venv/demo
 	$(BIN)/python recipes/llm/get_smollm2.py .cache
+
+# The notebooks, run from the top, with their outputs in the files.
+notebooks: .venv/docs
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/notebooks.py
 
 # The documentation, in docs/_build/html. Warnings are errors. Needs no network; DOCS_ONLINE=1 also links other projects.
 docs: .venv/docs

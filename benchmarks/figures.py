@@ -1,6 +1,6 @@
 """Draw the figures of the documentation from the runs in benchmarks/results.
 
-    make results                     (runs benchmarks/tables.py, benchmarks/readme.py and this script)
+    make results                     (runs this script and benchmarks/pages.py)
     python benchmarks/figures.py     (needs matplotlib: pip install 'wanda_lightning[report]')
 
 For each name in `FIGURES`, a function returns what `docs/NAME.svg` shows, and another draws it. The file holds the

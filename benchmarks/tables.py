@@ -1,8 +1,7 @@
-"""Write the tables of the documentation from the runs in benchmarks/results.
+"""The tables of the documentation, from the runs in benchmarks/results.
 
-    make results                     (runs this script, benchmarks/readme.py and benchmarks/figures.py)
-
-Each function in `FRAGMENTS` returns the text of `docs/results/NAME.md`.
+Each function in `FRAGMENTS` returns the text of one table with its source. `benchmarks/pages.py` writes it into the
+pages that ask for it.
 """
 
 from collections import defaultdict
@@ -11,8 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from result import OURS, Result, Samples, read_table
-
-from wanda_lightning.files import whole_file
 
 ROOT = Path(__file__).parents[1]
 LABELS: Mapping[str, str] = {
@@ -552,20 +549,3 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "training": training,
     "training_images": training_images,
 }
-
-
-def files() -> dict[Path, str]:
-    """Return the text of every fragment."""
-    return {ROOT / "docs" / "results" / f"{name}.md": text() + "\n" for name, text in FRAGMENTS.items()}
-
-
-def write(files: Mapping[Path, str]) -> None:
-    """Write generated files."""
-    for file, text in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as new:
-            new.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write(files())

@@ -1,11 +1,10 @@
 """Configuration of the documentation. `make docs` builds it without a network; warnings are errors."""
 
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+from sphinx.application import Sphinx
 
 project = "wanda_lightning"
 author = "The wanda_lightning authors"
@@ -19,9 +18,9 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "tables",
 ]
-exclude_patterns = ["_build", "results"]
+exclude_patterns = ["_build"]
+root_doc = "contents"  # the table of contents; index is an ordinary page, which also reads well elsewhere
 
 html_theme = "furo"
 html_title = "wanda_lightning"
@@ -32,16 +31,10 @@ html_theme_options = {"navigation_with_keys": True}
 html_show_sphinx = False
 smartquotes = False  # they turn -- into a dash
 
-myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
-nb_execution_in_temp = True
-nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_mode = "off"  # the files hold the outputs: make notebooks
 nb_merge_streams = True
-nb_output_stderr = "remove"  # messages of Lightning and other libraries
 
 napoleon_use_ivar = True
 default_role = "code"  # docstrings write code in single backticks
@@ -51,6 +44,20 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autosummary_generate = False  # the pages are written by hand, so that methods and functions can be explained
 toc_object_entries = False  # the headings of Methods are the same names
+
+ELSEWHERE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}  # pages that only link to a file
+
+
+def read_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
+    """Show the file in place of a link to it."""
+    if page in ELSEWHERE:
+        source[0] = (Path(__file__).parents[1] / ELSEWHERE[page]).read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+def setup(app: Sphinx) -> None:
+    """Let pages be replaced."""
+    app.connect("source-read", read_elsewhere)
+
 
 # The inventories of other projects come from the network, so links to them are made only on request.
 intersphinx_mapping = (

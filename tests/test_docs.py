@@ -1,4 +1,4 @@
-"""The documentation: every block of Python on a page runs, and every command in a shell block has these options.
+"""The documentation: blocks of Python run, commands have these options, and pages read well on GitHub.
 
 The blocks run with smaller models and data. `SMALLER` is all that is replaced.
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from support.zoo import save_llama_of_bytes
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +39,12 @@ SMALLER = {
     '"embed_dim": 96, "depth": 4': '"embed_dim": 32, "depth": 2',
     "max_epochs=30": "max_epochs=1, limit_train_batches=1",
 }
+
+
+ROOT = DOCS.parent
+MARKDOWN = [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / ".github").glob("*.md")]
+DIRECTIVES = re.compile(r"^:::|^\([\w-]+\)=$|\{[\w:-]+\}`|^: |^%", re.MULTILINE)
+"""What only MyST understands, outside code: a directive with colons, a label, a role, a definition, a comment."""
 
 
 def blocks(page, language):
@@ -83,7 +91,42 @@ def test_the_commands_on_a_page_have_these_options(page):
                 parse_options(words[1], words[2:])
 
 
+def tokens(page: Path) -> list[Token]:
+    """Return what GitHub's Markdown has on a page."""
+    parsed = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    return [
+        each for token in parsed.parse(page.read_text(encoding="utf-8")) for each in (token, *(token.children or ()))
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    found = tokens(page)
+    titles = [found[index + 1].content for index, token in enumerate(found) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.stem)
+def test_a_page_is_plain_markdown(page):
+    for token in tokens(page):
+        if token.type == "fence":
+            assert not token.info.startswith("{") or page.stem == "api", token.info
+        elif token.type == "inline":
+            assert not DIRECTIVES.search(token.content), token.content
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.stem)
+def test_the_links_of_a_page_lead_to_files_and_headings(page):
+    for token in tokens(page):
+        target = str(token.attrs.get("href") or token.attrs.get("src") or "")
+        if target and "://" not in target and not target.startswith("mailto:"):
+            path, _, heading = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not heading or heading in anchors(file), target
+
+
 def test_every_public_name_is_described():
-    described = "".join((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in ("api", "methods"))
+    described = (DOCS / "api.md").read_text(encoding="utf-8")
     found = re.findall(r"^\.\. auto(?:class|function):: wanda_lightning\.(\w+)\b(?!\.)", described, flags=re.MULTILINE)
     assert sorted(found) == sorted(wanda_lightning.__all__)

@@ -20,6 +20,13 @@ def test_all_files_name_one_version():
     assert released[0] == PROJECT["version"]
 
 
+def test_all_files_name_one_address():
+    address = PROJECT["urls"]["Repository"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["repository-code"] == address
+    assert PROJECT["urls"]["Changelog"] == f"{address}/blob/main/CHANGELOG.md"
+
+
 def test_every_extra_that_a_message_or_a_page_names_exists():
     files = [*(ROOT / "wanda_lightning").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
     texts = [file.read_text(encoding="utf-8") for file in files]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import figures  # noqa: E402
-import readme  # noqa: E402
+import pages  # noqa: E402
 import tables  # noqa: E402
 from result import FOLDER, Result, Runs, Samples, read, read_table  # noqa: E402
 
@@ -37,19 +37,12 @@ def test_every_run_can_be_read_and_has_the_name_of_its_file(table):
         assert run.measured
 
 
-def test_every_page_of_results_is_what_the_runs_give():
-    made = tables.files()
-    assert set(made) == set((ROOT / "docs" / "results").iterdir())
-    for file, text in made.items():
-        assert file.read_text(encoding="utf-8") == text, f"{file.name} is out of date: make results"
-
-
-def test_the_prose_has_the_numbers_of_the_runs():
-    texts = {file: file.read_text(encoding="utf-8") for file in readme.FILES}
-    parts = [name for text in texts.values() for _, name, _ in readme.PART.findall(text)]
-    assert sorted(parts) == sorted(readme.PARTS)
+def test_the_pages_have_the_numbers_of_the_runs_and_the_options_of_the_package():
+    texts = {file: file.read_text(encoding="utf-8") for file in pages.FILES}
+    used = {part.split()[0] for text in texts.values() for part in pages.parts(text)}
+    assert used == set(pages.PARTS)
     for file, text in texts.items():
-        assert readme.fill(text) == text, f"{file.name} is out of date: make results"
+        assert pages.fill(text) == text, f"{file.name} is out of date: make results"
     assert texts[ROOT / "README.md"].count("\n") <= 150
 
 
