@@ -49,11 +49,14 @@ def write_card(
     path = folder / CARD_NAME
     if path.exists() and not read_card(str(folder)).text:
         return
+    run = report.run or Run()
+    source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
+    report = replace(report, run=_to_publish(run))
     has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
     if has_picture:
         write_report(report, Path(folder) / PICTURE_NAME)
     saved = _Saved(os.fspath(name), _read_config(Path(folder)), on_hub)
-    card = _model_card(report, saved, has_picture, trained_steps)
+    card = _model_card(report, source, saved, has_picture, trained_steps)
     with whole_file(path) as temporary:
         temporary.write_text(card, encoding="utf-8")
 
@@ -145,13 +148,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
-def _model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained_steps: int) -> str:
+def _model_card(
+    report: PruningReport, source: Source, saved: _Saved, has_picture: bool, trained_steps: int
+) -> str:
     """Return the text of the card: metadata as YAML, then Markdown."""
     from huggingface_hub import ModelCard
 
     run = report.run or Run()
-    source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
-    run = _to_publish(run)
     parts = [
         f"---\n{_metadata(report, run, source, saved)}\n---",
         _MARK,
