@@ -118,7 +118,12 @@ def _entries(folder: Path) -> list[Path]:
 def files_in(folder: str | os.PathLike[str]) -> list[str]:
     """Return the names of all files in a folder, relative to it and with slashes."""
     root = _resolved(folder)
-    return sorted(file.relative_to(root).as_posix() for entry in _entries(root) for file in (entry, *entry.rglob("*")) if file.is_file())
+    return sorted(
+        file.relative_to(root).as_posix()
+        for entry in _entries(root)
+        for file in (entry, *entry.rglob("*"))
+        if file.is_file()
+    )
 
 
 def existing_parent(path: str | os.PathLike[str]) -> Path:

@@ -96,9 +96,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     (tmp_path / "out" / "config.json").write_text("good")
     pruning = MagnitudePrune(report_dir=tmp_path / "report", report=tmp_path / "page.html")
     saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")  # without a token
-    trainer(pruning, saving, fast_dev_run=True).fit(
-        CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2))
-    )
+    trainer(pruning, saving, fast_dev_run=True).fit(CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2)))
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["out", "out/config.json"]
 
 

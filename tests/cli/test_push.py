@@ -28,10 +28,15 @@ def files_in(folder):
 
 @pytest.mark.parametrize("how", [[], ["--stream"]])
 def test_a_pruned_model(hub, text, how):
-    ended = run(hub, [*text, *how, "--save_model", "out", "--push_to_hub", "us/tiny"])
+    more = ["--save", "out/logs", "--report", "out/page.html", "--private"]
+    ended = run(hub, [*text, *how, "--save_model", "out", "--push_to_hub", "us/tiny", *more])
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."
-    assert hub.repositories == {"us/tiny": files_in("out")}
+    saved = files_in("out")
+    private = {name for name in saved if name.startswith(("logs", "page"))}
+    assert len(private) == 3
+    assert hub.repositories == {"us/tiny": {name: saved[name] for name in saved.keys() - private}}
+    assert hub.private == {"us/tiny"}
     card = hub.repositories["us/tiny"]["README.md"].decode()
     assert 'from_pretrained("us/tiny")' in card
     assert "import wanda_lightning" not in card
@@ -55,7 +60,7 @@ def test_a_refused_upload_leaves_the_model_and_the_results(hub, text):
     assert "Traceback" not in ended.stderr
     (message,) = [line for line in ended.stderr.splitlines() if "error: " in line]
     assert "--push_to_hub us/tiny failed: the model is saved in out, but it was not uploaded" in message
-    assert message.endswith("To upload it later, run: hf upload us/tiny out")
+    assert "To upload it later, run: hf upload us/tiny out --include README.md --include config.json" in message
     assert {"config.json", "model.safetensors"} <= files_in("out").keys()
     assert "pruning_report.json" in files_in("log")
     assert "pruned perplexity" in ended.stdout

@@ -9,7 +9,8 @@ from support.hub import running_hub
 from wanda_lightning.hub.upload import refuse_upload
 
 UPLOAD = (
-    "import sys; from wanda_lightning.hub.upload import *; refuse_upload(sys.argv[2]); print(upload(*sys.argv[1:]))"
+    "import sys; from wanda_lightning.hub.upload import *; refuse_upload(sys.argv[2]);"
+    "print(upload(sys.argv[1], sys.argv[2], sys.argv[3].split(','), sys.argv[4:] == ['private']))"
 )
 
 
@@ -19,20 +20,22 @@ def hub():
         yield hub
 
 
+FILES = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
+
+
 @pytest.fixture
 def model(tmp_path):
     """A folder with the kinds of files that a model has."""
-    files = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
     (tmp_path / "a model").mkdir()
-    for name, content in files.items():
+    for name, content in FILES.items():
         (tmp_path / "a model" / name).write_bytes(content)
-    return tmp_path / "a model", files
+    return tmp_path / "a model", FILES
 
 
-def run(hub, folder, repo_id, **environment):
+def run(hub, folder, repo_id, files=FILES, *how, **environment):
     """Upload in a process of its own, since huggingface_hub reads the environment when it is imported."""
     return subprocess.run(
-        [sys.executable, "-c", UPLOAD, folder, repo_id],
+        [sys.executable, "-c", UPLOAD, folder, repo_id, ",".join(files), *how],
         env=hub.environment(folder.parent / "home", **environment),
         capture_output=True,
         text=True,
@@ -49,7 +52,7 @@ def test_a_folder_is_uploaded_to_a_new_repository(hub, model):
 def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model):
     folder, files = model
     (folder / "model.safetensors").rename(folder / "model.bin")  # the hub of the tests takes it without xet
-    ended = run(hub, folder, "us/tiny", HF_HUB_DISABLE_XET="0")
+    ended = run(hub, folder, "us/tiny", ["model.bin"], HF_HUB_DISABLE_XET="0")
     assert ended.returncode == 0, ended.stderr
     assert hub.repositories["us/tiny"]["model.bin"] == files["model.safetensors"]
 
@@ -72,8 +75,32 @@ def test_a_refused_upload_says_how_to_repeat_it(hub, model):
     last = ended.stderr.strip().splitlines()[-1]
     assert f"push_to_hub='us/tiny' failed: the model is saved in {folder}, but it was not uploaded" in last
     assert "You have no permission to write" in last
-    assert last.endswith(f"run: hf upload us/tiny '{folder}'")
+    included = "--include README.md --include config.json --include model.safetensors"
+    assert last.endswith(f"run: hf upload us/tiny '{folder}' {included}")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+
+
+def test_only_the_files_of_the_model_are_uploaded(hub, model):
+    folder, files = model
+    (folder / "logs").mkdir()
+    for private in ("report.html", "logs/config.json", "config.json.bak", "adapter[1].json"):
+        (folder / private).write_text("/home/me")
+    ended = run(hub, folder, "us/tiny", [*files, "adapter[1].json"])
+    assert ended.returncode == 0, ended.stderr
+    assert hub.repositories == {"us/tiny": {**files, "adapter[1].json": b"/home/me"}}
+
+
+def test_a_private_repository(hub, model):
+    folder, files = model
+    assert run(hub, folder, "us/tiny", FILES, "private").returncode == 0
+    assert hub.private == {"us/tiny"}
+    assert hub.repositories == {"us/tiny": files}
+    hub.repositories["us/public"] = {}
+    ended = run(hub, folder, "us/public", FILES, "private")
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "us/public' failed" in last
+    assert "the repository exists and is public; make it private, or choose another name" in last
+    assert hub.repositories["us/public"] == {}
 
 
 def test_a_hub_that_cannot_be_reached(hub, model):

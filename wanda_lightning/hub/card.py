@@ -148,9 +148,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
-def _model_card(
-    report: PruningReport, source: Source, saved: _Saved, has_picture: bool, trained_steps: int
-) -> str:
+def _model_card(report: PruningReport, source: Source, saved: _Saved, has_picture: bool, trained_steps: int) -> str:
     """Return the text of the card: metadata as YAML, then Markdown."""
     from huggingface_hub import ModelCard
 
@@ -239,13 +237,13 @@ def _settings(report: PruningReport, run: Run) -> str:
         "Versions": ", ".join(f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()),
     }
     rows = [(name, value) for name, value in known.items() if value]
-    command = f"\n\n```shell\n{run.command}\n```" if run.command else ""
-    return f"{_HOW_PRUNED}\n\n{_table(['', ''], rows)}{command}"
+    parts = [_HOW_PRUNED, _table(["", ""], rows), _fenced(run.command, "shell") if run.command else ""]
+    return "\n\n".join(filter(None, parts))
 
 
 def _code(saved: _Saved) -> str:
     """Return a block of Python code that loads the model."""
-    return f"```python\n{_loading(saved)}\n```"
+    return _fenced(_loading(saved), "python")
 
 
 def _loading(saved: _Saved) -> str:
@@ -260,8 +258,8 @@ def _loading(saved: _Saved) -> str:
 def _fine_tuning(run: Run) -> str:
     metric = METRICS[run.metric]
     row = [f"{metric.title}, {run.data}", metric.text(run.before), metric.text(run.after)]
-    table = _table(["", "before", "after"], [row])
-    return f"## Fine-tuning\n\nThe kept weights were fine-tuned.\n\n{table}\n\n```shell\n{run.command}\n```"
+    table, command = _table(["", "before", "after"], [row]), _fenced(run.command, "shell")
+    return f"## Fine-tuning\n\nThe kept weights were fine-tuned.\n\n{table}\n\n{command}"
 
 
 def _samples(run: Run) -> str:
@@ -281,6 +279,12 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _fenced(code: str, language: str) -> str:
+    """Return a block of code, between fences that are longer than any in it."""
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", code)), 0)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
 def _escaped(text: str) -> str:
-    """Return a text in which Markdown finds no markup."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
+    """Return a text on one line in which Markdown finds no markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&])", r"\\\1", " ".join(text.splitlines()))
