@@ -115,6 +115,10 @@ def test_patterns(pattern, expected):
             r"criterion='ria' cannot be combined with solver=ADMM\(dampening=0\.05, iterations=3",
         ),
         (
+            {"solver": "sparsegpt", "criterion": "ria"},
+            "criterion='ria' compares each weight with its whole row, but solver='sparsegpt' chooses in one block",
+        ),
+        (
             {"recovery": "reconstruct", "sequential": "layer"},
             "recovery='reconstruct' cannot be combined with sequential='layer', because the recovery trains the parts",
         ),

@@ -16,6 +16,7 @@ from wanda_lightning.files import (
     refuse_full,
     refuse_nonempty,
     refuse_replacement,
+    reserved,
     unclaimed,
     whole_file,
     whole_folder,
@@ -281,7 +282,8 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     try:
         assert process.stdout.readline() == "in the middle\n"
         half = sorted(entry.name for entry in tmp_path.iterdir())
-        refuse_replacement(places[0])  # its process lives
+        with pytest.raises(FileExistsError, match="is the folder that another run is going to write"):
+            refuse_replacement(places[0])
         refuse_existing(places[1])
         assert sorted(entry.name for entry in tmp_path.iterdir()) == half
         assert len(half) == 2
@@ -304,10 +306,86 @@ def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == ["model/config.json"]
 
 
+STEPS = """
+import os, sys
+from pathlib import Path
+from wanda_lightning.files import whole_folder
+folder, last, steps, replace = Path(sys.argv[1]), int(sys.argv[2]), 0, os.replace
+os.path.ismount = lambda path: len(sys.argv) > 3
+
+def counted(*names):
+    global steps
+    steps += 1
+    if steps > last:
+        os.kill(os.getpid(), 9)
+    replace(*names)
+
+os.replace = counted
+with whole_folder(folder, overwrite=True) as new:
+    for name in ("config.json", "model.safetensors", "other"):
+        (new / name).write_text("new")
+"""
+
+
+@pytest.mark.parametrize("mounted", [[], ["mounted"]], ids=["renamed", "mounted"])
+def test_a_run_that_is_killed_at_any_rename_leaves_one_whole_model(tmp_path, mounted):
+    old, whole = {"config.json": "old", "model.safetensors": "old"}, []
+    for step in range(20):
+        folder = tmp_path / str(step) / "model"
+        folder.mkdir(parents=True)
+        for name, text in old.items():
+            (folder / name).write_text(text)
+        command = [sys.executable, "-c", STEPS, folder, str(step), *mounted]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        with pytest.raises(FileExistsError, match="not empty"):
+            refuse_replacement(folder)  # the next run
+        found = {file.name: file.read_text() for file in folder.iterdir()}
+        assert found in (old, dict.fromkeys((*old, "other"), "new")), step
+        whole.append(found == old)
+        if ended.returncode == 0:
+            break
+    assert ended.returncode == 0, ended.stderr
+    assert whole == sorted(whole, reverse=True)
+    assert not whole[-1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files that Linux shows")
+def test_a_folder_is_on_the_disk_before_the_old_one_is_deleted(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").touch()
+    steps, fsync, rmtree = [], os.fsync, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda file: (steps.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **given: (steps.append("delete"), rmtree(path, **given)))
+    with whole_folder(tmp_path / "x", overwrite=True) as new:
+        (new / "config.json").touch()
+    assert steps[: steps.index("delete")] == [str(new), str(new / "config.json"), str(tmp_path)]
+
+
+def test_an_empty_folder_in_which_the_process_runs_is_written_into(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with whole_folder(".") as new:
+        (new / "config.json").touch()
+    Path("log.txt").touch()
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "log.txt"]
+
+
+def test_a_reserved_folder_can_be_written_by_its_own_process_only(tmp_path):
+    with reserved(tmp_path / "x"):
+        refused = subprocess.run(
+            [sys.executable, "-c", KILLED, tmp_path / "x", tmp_path / "y"], capture_output=True, text=True
+        )
+        assert "is the folder that another run is going to write" in refused.stderr
+        with whole_folder(tmp_path / "x") as new:
+            (new / "config.json").touch()
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_two_runs_do_not_replace_each_other(tmp_path):
-    assert unclaimed(tmp_path / "out", "report.json") == tmp_path / "out"
+    def is_free(place):
+        return not (place / "report.json").exists()
+
+    assert unclaimed(tmp_path / "out", is_free) == tmp_path / "out"
     for name in ("out", "out-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").touch()
-    assert unclaimed(tmp_path / "out", "report.json") == tmp_path / "out-3"
-    assert unclaimed(tmp_path / "out", "report.json", overwrite=True) == tmp_path / "out"
+    assert unclaimed(tmp_path / "out", is_free) == tmp_path / "out-3"

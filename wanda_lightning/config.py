@@ -119,6 +119,12 @@ class PruningConfig:
                 f"{self.shown('criterion')} cannot be combined with {self.shown('solver')}, which scores the weights "
                 "itself. Leave the criterion out, or use another solver."
             )
+        if self.criterion.spans_columns and self.solver.chooses_in_blocks:
+            raise ValueError(
+                f"{self.shown('criterion')} compares each weight with its whole row, but {self.shown('solver')} "
+                "chooses in one block of columns after another. Use SparseGPT(mask='upfront'), or another criterion or "
+                "solver."
+            )
         self.pattern.check(self.sparsity)
         if reason := self.permutation.why_not(self.pattern):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Write files and folders atomically, and check that a path can be written before the work begins.
 
 A file or a folder is written under a temporary name and then renamed. The temporary name starts with `.wanda-`, and its
-process holds a lock on it, so that a later run can remove the leftovers of a killed run.
+process holds a lock on it, so that a later run can finish or undo what a killed run began, and remove its leftovers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,9 @@ except ImportError:  # Windows, where leftovers of killed runs are not removed
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".wanda-"
-_CONFIG = "config.json"  # a folder without it is not a model, so it is moved last
+_CONFIG = "config.json"  # a folder without it is not a model, so it is moved out first and in last
+_WHOLE = "replaced by"  # a file beside old entries: all are out, and the folder that it names holds the new ones
+_OURS: set[Path] = set()  # temporary names of this process
 PROGRESS_NAME = "pruning_progress.json"
 """The file in a folder that is written part by part and not finished."""
 
@@ -65,10 +67,12 @@ def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) ->
     """Raise an OSError for a folder that `whole_folder` could not write.
 
     Even with `overwrite`, a folder that is not empty is refused if it is not a model (it has no `config.json`), or
-    contains the working directory.
+    contains the working directory. A folder that another process has `reserved` is refused in any case.
     """
     refuse_nonempty(path, overwrite)
     target = _resolved(path)
+    if any(is_locked(name) for name in _temporaries(_home(target), target) if name not in _OURS):
+        raise FileExistsError(f"{path} is the folder that another run is going to write. Choose another folder.")
     if not _entries(target):
         return
     if not (target / _CONFIG).is_file():
@@ -109,6 +113,17 @@ def _entries(folder: Path) -> list[Path]:
     """List a folder, if it exists, without our leftovers and the `lost+found` of an ext4 file system."""
     entries = folder.iterdir() if folder.is_dir() else ()
     return [entry for entry in entries if not entry.name.startswith((_PREFIX, "lost+found"))]
+
+
+def files_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of all files in a folder, relative to it and with slashes."""
+    root = _resolved(folder)
+    return sorted(
+        file.relative_to(root).as_posix()
+        for entry in _entries(root)
+        for file in (entry, *entry.rglob("*"))
+        if file.is_file()
+    )
 
 
 def existing_parent(path: str | os.PathLike[str]) -> Path:
@@ -191,20 +206,18 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
 
     Args:
         path: The folder to write.
-        overwrite: Replace a model's folder, with everything in it. The old one is deleted last.
+        overwrite: Replace a model's folder, with everything in it. The old one is deleted last, when the new one is on
+            the disk.
 
     Raises:
         OSError: If `refuse_replacement` refuses the folder.
     """
-    refuse_replacement(path, overwrite)
-    target = _resolved(path)
-    inside = target.is_dir() and not _can_be_renamed(target)
-    home = target if inside else target.parent
-    home.mkdir(parents=True, exist_ok=True)
-    with _temporary(home, target, is_folder=True) as new:
+    with reserved(path, overwrite) as new:
         with _explaining_a_full_disk(path, new):
             yield new
-        if inside:
+            _flush_all(new)
+        target = _resolved(path)
+        if new.parent == target:
             _move_into(target, new, overwrite)
         elif overwrite and target.exists():
             _swap(new, target)
@@ -212,6 +225,36 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
             if target.exists():
                 target.rmdir()  # Windows cannot rename to an existing folder; fails if the folder is no longer empty
             os.replace(new, target)
+            flush_folder(target.parent)
+
+
+@contextmanager
+def reserved(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Make other processes refuse a folder until the body ends, and yield a temporary folder where it will be.
+
+    Raises:
+        OSError: If `refuse_replacement` refuses the folder.
+    """
+    refuse_replacement(path, overwrite)
+    target = _resolved(path)
+    home = _home(target)
+    home.mkdir(parents=True, exist_ok=True)
+    with _temporary(home, target, is_folder=True) as new:
+        yield new
+
+
+def _home(target: Path) -> Path:
+    """Return where the temporary folder is: beside the folder, or in it if it cannot be renamed."""
+    return target if target.is_dir() and not _can_be_renamed(target) else target.parent
+
+
+def _flush_all(folder: Path) -> None:
+    """Write a folder and everything in it to the disk."""
+    for entry in (folder, *folder.rglob("*")):
+        if entry.is_dir():
+            flush_folder(entry)
+        elif entry.is_file():
+            _flush(entry)
 
 
 @contextmanager
@@ -231,17 +274,30 @@ def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator
         ) from error
 
 
-def unclaimed(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> Path:
-    """Return the folder, or a free one next to it, such as `out-2`, if another run has left its `marker` file in it."""
+def unclaimed(path: str | os.PathLike[str], is_free: Callable[[Path], bool]) -> Path:
+    """Return the folder if it is free, or else the first free one next to it, such as `out-2`.
+
+    A folder that was free when the work began may no longer be so when it ends, and the result must not be lost.
+    """
     target = _resolved(path)
-    if overwrite or not (target / marker).exists():
+    if is_free(target):
         return Path(path)
-    numbered = (target.with_name(f"{target.name}-{number}") for number in count(2))
-    return next(place for place in numbered if not (place / marker).exists())
+    return next(place for number in count(2) if is_free(place := target.with_name(f"{target.name}-{number}")))
+
+
+def is_replaceable(path: str | os.PathLike[str], overwrite: bool = False) -> bool:
+    """Whether nothing is in a folder that keeps `whole_folder` from writing it."""
+    try:
+        refuse_replacement(path, overwrite)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _can_be_renamed(folder: Path) -> bool:
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK):
+        return False
+    if Path.cwd().is_relative_to(folder):  # a shell or a process that is in it would be left in a deleted folder
         return False
     mounts = Path("/proc/self/mountinfo")  # os.path.ismount does not detect a bind mount on the same device
     lines = mounts.read_text("utf-8", "surrogateescape").splitlines() if mounts.exists() else []
@@ -257,25 +313,41 @@ def _swap(new: Path, target: Path) -> None:
         except BaseException:
             os.replace(old, target)
             raise
+        flush_folder(target.parent)
 
 
 def _move_into(target: Path, new: Path, overwrite: bool) -> None:
-    if (found := _entries(target)) and not overwrite:
+    """Move the old entries of a folder out, and then the new ones in."""
+    if _entries(target) and not overwrite:
         raise FileExistsError(f"{target} is no longer empty: another process has written to it.")
-    with _temporary(target, target, is_folder=True) as old:
-        moved: list[tuple[Path, Path]] = []
+    with _temporary(target, target, is_folder=True) as aside:
+        old, names = aside / target.name, [entry.name for entry in new.iterdir()]
+        old.mkdir()
         try:
-            for entry in sorted(found, key=lambda entry: entry.name != _CONFIG):
-                moved.append((entry, old / entry.name))
-                os.replace(*moved[-1])
-            for entry in sorted(new.iterdir(), key=lambda entry: entry.name == _CONFIG):
-                moved.append((entry, target / entry.name))
-                os.replace(*moved[-1])
+            _move_all(target, old)
+            with whole_file(aside / _WHOLE) as mark:  # a killed run is undone before this, and finished after it
+                mark.write_text(new.name, encoding="utf-8")
         except BaseException:
-            for source, place in reversed(moved):
-                with suppress(FileNotFoundError):
-                    os.replace(place, source)
+            _move_all(old, target)
             raise
+        try:
+            _move_all(new, target)
+        except BaseException:
+            (aside / _WHOLE).unlink()
+            for name in names:
+                with suppress(FileNotFoundError):
+                    os.replace(target / name, new / name)
+            _move_all(old, target)
+            raise
+
+
+def _move_all(source: Path, target: Path) -> None:
+    """Move the entries of a folder, in an order in which neither folder is a part of a model with `config.json`."""
+    is_moved_out = source in target.parents
+    for entry in sorted(_entries(source), key=lambda entry: (entry.name == _CONFIG) is not is_moved_out):
+        os.replace(entry, target / entry.name)
+    flush_folder(source)
+    flush_folder(target)
 
 
 # --------------------------------------------------------------------------------------------- temporary names
@@ -295,28 +367,46 @@ def _temporary(home: Path, target: Path, is_folder: bool = False) -> Iterator[Pa
     """Create and lock an empty file or folder, and remove it at the end if it still exists."""
     _clean_up(home, target)
     new = _temporary_name(home, target)
+    _OURS.add(new)
     new.mkdir() if is_folder else new.touch(exist_ok=False)
     held = lock(new)
     try:
         yield new
     finally:
         _remove(new)
+        _OURS.discard(new)
         if held is not None:
             unlock(held)
+
+
+def _temporaries(home: Path, target: Path) -> list[Path]:
+    """Return the temporary files and folders for a target that exist."""
+    return list(home.glob(f"{_label(target)}*"))
 
 
 def _clean_up(home: Path, target: Path) -> None:
     """Remove the leftovers of killed runs for this target: temporary files and folders that no process has locked.
 
-    If a run was killed while it replaced a folder, the old folder is moved back first.
+    If a run was killed while it replaced a folder, the old folder comes back first, or the new one is completed.
     """
-    for leftover in home.glob(f"{_label(target)}*"):
-        if (held := lock(leftover)) is None:
-            continue
-        if leftover.is_dir() and (leftover / target.name).is_dir() and not target.exists():
-            os.replace(leftover / target.name, target)
+    locks = {leftover: lock(leftover) for leftover in _temporaries(home, target)}
+    held = {leftover: descriptor for leftover, descriptor in locks.items() if descriptor is not None}
+    for leftover in held:
+        _recover(leftover / target.name, target)
+    for leftover, descriptor in held.items():
         _remove(leftover)
-        unlock(held)
+        unlock(descriptor)
+
+
+def _recover(old: Path, target: Path) -> None:
+    """Finish or undo the replacement of a folder, whose old content is in `old`."""
+    if not old.is_dir():
+        return
+    whole = old.with_name(_WHOLE)
+    if not target.exists():
+        os.replace(old, target)
+    elif old.parent.parent == target:  # a folder that cannot be renamed
+        _move_all(target / whole.read_text(encoding="utf-8") if whole.exists() else old, target)
 
 
 def lock(path: Path) -> int | None:
@@ -336,8 +426,8 @@ def lock(path: Path) -> int | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process has locked a file or folder; False if the file system has no locks."""
-    if fcntl is None:
+    """Whether another process has locked a file or folder; False if it is gone, or if the file system has no locks."""
+    if fcntl is None or not path.exists():
         return False
     descriptor = os.open(path, os.O_RDONLY)
     try:

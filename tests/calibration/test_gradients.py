@@ -118,6 +118,24 @@ def test_blocks_that_cannot_run_twice_are_refused_side_by_side():
     assert not overrides(model)
 
 
+class Transpose(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+def test_the_classes_of_a_segmentation_are_in_dimension_1():
+    """The same model as one that has them in the last dimension, of three."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 5, 1)
+    images = [torch.randn(2, 3, 4, 6), torch.randn(1, 3, 4, 6)]
+    got = gradients(nn.Sequential(*layers), images)
+    expected = gradients(nn.Sequential(*layers, nn.Flatten(2), Transpose()), images)
+    assert set(got) == {"1", "2"}
+    for name, sums in got.items():
+        torch.testing.assert_close(sums.inputs, expected[name].inputs)
+        torch.testing.assert_close(sums.rows, expected[name].rows)
+
+
 def test_a_convolution_has_a_gradient_at_each_position():
     torch.manual_seed(0)
     stem, conv, head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, stride=2), nn.Linear(6, 5)

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support.callbacks import Net, loader, same, share_of_zeros, trainer
 from support.zoo import ZOO
+from torch import nn
 from torch.utils.data import DataLoader
 
 from wanda_lightning import LinearSchedule, PruningCallback, WandaPrune, prune
@@ -47,6 +48,32 @@ def test_validate_measures_the_dense_model_then_prunes_by_what_it_saw():
     assert callback.report.layers[0].tokens == 12
     (measured,) = trainer(callback).validate(module, loader(), verbose=False)
     assert measured == trainer().validate(expected, loader(), verbose=False)[0]
+    assert same(module, expected)
+
+
+class Branches(L.LightningModule):
+    """Two layers read one tensor, which is changed between them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = x + 0
+        s = self.a(x)
+        return s + self.b(x.relu_())
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(batch).square().mean())
+
+
+def test_an_input_that_is_changed_in_place_is_another_input():
+    """In inference mode, tensors have no version that would show it."""
+    module, batches = Branches(), DataLoader(torch.randn(12, 8) - torch.linspace(-2, 2, 8), batch_size=4)
+    expected = Branches()
+    prune(expected, list(batches), 0.5, sequential="none", progress=False)
+    trainer(on_validation()).validate(module, batches, verbose=False)
     assert same(module, expected)
 
 

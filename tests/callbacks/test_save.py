@@ -1,5 +1,8 @@
 """SavePretrained: what is saved when training ends, and what is refused before it starts."""
 
+import subprocess
+import sys
+
 import lightning as L
 import pytest
 import torch
@@ -9,6 +12,7 @@ from support.callbacks import Net, loader, same, share_of_zeros, trainer
 from support.hub import ignores_uploads, running_hub
 from support.modules import tiny_llama, windows_of_text
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained
 
@@ -49,6 +53,46 @@ def test_a_folder_that_is_not_empty_is_refused_before_training(tmp_path):
     assert same(module, Saving())
     trainer(SavePretrained(tmp_path, overwrite=True), max_steps=1).fit(module, loader())
     assert module.calls[-1][:2] == (tmp_path, True)
+
+
+@pytest.mark.parametrize("clash", ["report_dir", "default_root_dir", "another run"])
+def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path, clash):
+    out = tmp_path / "out"
+    pruning = MagnitudePrune(report_dir=out if clash == "report_dir" else None)
+    checkpoints = {"default_root_dir": out, "enable_checkpointing": True} if clash == "default_root_dir" else {}
+    module = CausalLMModule(tiny_llama(), lr=0.1)
+    run = trainer(pruning, SavePretrained(out), max_steps=2, **checkpoints)
+    if clash == "another run":
+        module.on_train_end = lambda: (out.mkdir(), (out / "theirs").touch())
+    with pytest.warns(UserWarning, match=f"{out} was written to while the model trained, so .* saved in {out}-2"):
+        run.fit(module, DataLoader(windows_of_text(2)))
+    assert not (out / "config.json").exists()
+    saved = AutoModelForCausalLM.from_pretrained(f"{out}-2")
+    assert same(saved, module.model)
+    assert f'from_pretrained("{out}-2")' in (tmp_path / "out-2/README.md").read_text()
+
+
+def test_another_run_cannot_take_the_folder_of_one_that_trains(tmp_path):
+    module = Saving()
+    refused = []
+
+    def other():
+        script = "import sys; from wanda_lightning.files import refuse_replacement as r; r(sys.argv[1])"
+        refused.append(subprocess.run([sys.executable, "-c", script, tmp_path / "out"], capture_output=True, text=True))
+
+    module.on_train_end = other
+    trainer(SavePretrained(tmp_path / "out"), max_steps=1).fit(module, loader())
+    assert "another run" in refused[0].stderr
+    assert list(tmp_path.iterdir()) == []  # this module writes nothing
+
+
+def test_fast_dev_run_writes_nothing(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("good")
+    pruning = MagnitudePrune(report_dir=tmp_path / "report", report=tmp_path / "page.html")
+    saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")  # without a token
+    trainer(pruning, saving, fast_dev_run=True).fit(CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2)))
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["out", "out/config.json"]
 
 
 def test_a_module_that_cannot_save_itself_is_refused_before_training(tmp_path):

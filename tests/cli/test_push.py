@@ -19,9 +19,14 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("how", [[], ["--stream"]])
 def test_a_pruned_model(hub, text, how, capsys):
-    assert run(*text, *how, "--save_model", "out", *PUSH) == 0
+    more = ["--save", "out/logs", "--report", "out/page.html", "--private"]
+    assert run(*text, *how, "--save_model", "out", *PUSH, *more) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."
-    assert hub.repositories == {"us/tiny": everything_in(Path("out"))}
+    saved = {name: content for name, content in everything_in(Path("out")).items() if content is not False}
+    private = {name for name in saved if name.startswith(("logs", "page"))}
+    assert len(private) == 3
+    assert hub.repositories == {"us/tiny": {name: saved[name] for name in saved.keys() - private}}
+    assert hub.private == {"us/tiny"}
     card = hub.repositories["us/tiny"]["README.md"].decode()
     assert 'from_pretrained("us/tiny")' in card
     assert "import wanda_lightning" not in card
@@ -44,7 +49,7 @@ def test_a_refused_upload_leaves_the_model_and_the_results(hub, text, capsys):
     assert "Traceback" not in err
     (message,) = [line for line in err.splitlines() if "error: " in line]
     assert "--push_to_hub us/tiny failed: the model is saved in out, but it was not uploaded" in message
-    assert message.endswith("To upload it later, run: hf upload us/tiny out")
+    assert "To upload it later, run: hf upload us/tiny out --include README.md --include config.json" in message
     assert {"config.json", "model.safetensors"} <= everything_in(Path("out")).keys()
     assert "pruning_report.json" in everything_in(Path("log"))
     assert "pruned perplexity" in out

@@ -11,6 +11,7 @@ from support import reference
 from support.scores import assert_keeps, non_contiguous_views, score_matrices
 
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
 
 PATTERNS = {name: make() for name, make in PATTERN_CHOICES.items()}
@@ -139,8 +140,8 @@ def test_permuted_rows_permute_what_is_kept(pattern, seed):
 
 
 @pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=["off", "strict", "warn_only"])
-@pytest.mark.parametrize("pattern", [*PATTERNS.values(), NM(5, 32)], ids=repr)
-def test_deterministic_mode_is_off_only_where_values_are_read(pattern, mode, monkeypatch):
+@pytest.mark.parametrize("choose", [*PATTERNS.values(), NM(5, 32), Assignment(1)], ids=repr)
+def test_deterministic_mode_is_off_only_where_values_are_read(choose, mode, monkeypatch):
     """On CUDA, deterministic mode refuses kthvalue and cumsum of floats; on a CPU it refuses nothing."""
 
     def strict():
@@ -158,7 +159,7 @@ def test_deterministic_mode_is_off_only_where_values_are_read(pattern, mode, mon
     before = strict()
     torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
     try:
-        pattern(distinct_scores(0, 4, 32).half(), 0.5)
+        choose(distinct_scores(0, 4, 32).half(), NM(2, 4) if isinstance(choose, Assignment) else 0.5)
         assert strict() == mode
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,6 +1,7 @@
 """Model cards: read back with huggingface_hub, and their code is run."""
 
 import re
+import shlex
 from dataclasses import replace
 from functools import cache
 
@@ -8,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from support.modules import same_weights, tiny_llama, tiny_tokenizer
 from support.zoo import ZOO
 
@@ -177,9 +179,18 @@ def test_the_training_of_the_same_run_is_named(tmp_path):
     assert "The same run trained it for 1 step." in card.text
 
 
-@pytest.mark.parametrize(("model", "shown"), [("/home/me/dense.gguf", "dense.gguf"), ("us/base", "us/base")])
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("/home/me/dense.gguf", "dense.gguf"),
+        ("timm:local-dir:/home/me/vit", "timm:local-dir:vit"),
+        ("us/base", "us/base"),
+    ],
+)
 def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypatch, model, shown):
     monkeypatch.setattr("wanda_lightning.hub.card.find_source", lambda *_: Source())
+    drawn = []
+    monkeypatch.setattr("wanda_lightning.hub.card.write_report", lambda report, path: drawn.append(report.run))
     command = "wanda-lightning prune --model x --cache_dir /home/me/cache --save out/log"
     run = replace(
         RUN, model=model, data="/home/me/t.txt, 4 windows", calibration="~/c.jsonl, 2 windows", command=command
@@ -190,6 +201,8 @@ def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypat
     assert "~" not in card.content
     assert "--cache_dir cache --save out/log" in card.text
     assert card.data.eval_results[0].dataset_name == "t.txt, 4 windows"
+    assert "home/me" not in str(drawn)
+    assert drawn[0].model == shown
 
 
 def test_names_are_no_markup(tmp_path):
@@ -197,6 +210,16 @@ def test_names_are_no_markup(tmp_path):
     text = card_of(model, replace(report, notes=["few tokens: `layers.*.up_proj`"]), tmp_path / "a_b_c").text
     for raw in ("a|b_c", "<i>", "x*y", " `layers", "a_b_c\n"):
         assert raw not in text.replace(f'"{tmp_path}/a_b_c"', "")
+
+
+def test_no_name_ends_a_block_of_code(tmp_path):
+    name = "x'\n```\n<img src=y onerror=z>\n````\n"
+    run = replace(RUN, command=shlex.join(["wanda-lightning", "prune", "--model", name]), model=name)
+    model, report = pruned_llama(run)
+    text = card_of(model, report, tmp_path / "tiny").text
+    html = MarkdownIt("commonmark", {"html": True}).render(text)
+    assert "&lt;img src=y" in html
+    assert "<img src=y" not in html
 
 
 def test_the_card_of_a_hub_model_is_read_as_that_of_a_folder(tmp_path, monkeypatch):

@@ -16,21 +16,23 @@ def hub(monkeypatch):
         yield hub
 
 
+FILES = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
+
+
 @pytest.fixture
 def model(tmp_path):
     """A folder with the kinds of files that a model has."""
-    files = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
     (tmp_path / "a model").mkdir()
-    for name, content in files.items():
+    for name, content in FILES.items():
         (tmp_path / "a model" / name).write_bytes(content)
-    return tmp_path / "a model", files
+    return tmp_path / "a model", FILES
 
 
 def test_a_folder_is_uploaded_to_a_new_repository(hub, model):
     folder, files = model
     refuse_upload("us/tiny")
     assert hub.requests == []
-    assert upload(folder, "us/tiny") == f"{hub.url}/us/tiny"
+    assert upload(folder, "us/tiny", FILES) == f"{hub.url}/us/tiny"
     assert hub.repositories == {"us/tiny": files}
 
 
@@ -38,7 +40,7 @@ def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     folder, files = model
     (folder / "model.safetensors").rename(folder / "model.bin")  # the hub of the tests takes it without xet
-    upload(folder, "us/tiny")
+    upload(folder, "us/tiny", ["model.bin"])
     assert hub.repositories["us/tiny"]["model.bin"] == files["model.safetensors"]
 
 
@@ -47,7 +49,7 @@ def test_weights_of_another_model_in_the_repository_are_deleted(hub, model):
     names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     others = {"LICENSE": b"mine", "adapter_model.safetensors": b"adapters"}
     hub.repositories["us/tiny"] = {**dict.fromkeys(names, b"old"), **others, "config.json": b"old"}
-    upload(folder, "us/tiny")
+    upload(folder, "us/tiny", FILES)
     assert hub.repositories["us/tiny"] == {**others, **files}
 
 
@@ -55,14 +57,36 @@ def test_a_refused_upload_says_how_to_repeat_it(hub, model, monkeypatch):
     folder, files = model
     hub.refused = "us/tiny"
     with pytest.raises(OSError, match="You have no permission to write") as caught:
-        upload(folder, "us/tiny")
+        upload(folder, "us/tiny", FILES)
     expected = f"push_to_hub='us/tiny' failed: the model is saved in {folder}, but it was not uploaded"
     assert str(caught.value).startswith(expected)
-    assert str(caught.value).endswith(f"run: hf upload us/tiny '{folder}'")
+    included = "--include README.md --include config.json --include model.safetensors"
+    assert str(caught.value).endswith(f"run: hf upload us/tiny '{folder}' {included}")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(OSError, match="hf upload us/tiny"):
-        upload(folder, "us/tiny")
+        upload(folder, "us/tiny", FILES)
+
+
+def test_only_the_files_of_the_model_are_uploaded(hub, model):
+    folder, files = model
+    (folder / "logs").mkdir()
+    for private in ("report.html", "logs/config.json", "config.json.bak", "adapter[1].json"):
+        (folder / private).write_text("/home/me")
+    upload(folder, "us/tiny", [*files, "adapter[1].json"])
+    assert hub.repositories == {"us/tiny": {**files, "adapter[1].json": b"/home/me"}}
+
+
+def test_a_private_repository(hub, model):
+    folder, files = model
+    upload(folder, "us/tiny", FILES, private=True)
+    assert hub.private == {"us/tiny"}
+    assert hub.repositories == {"us/tiny": files}
+    hub.repositories["us/public"] = {}
+    with pytest.raises(OSError, match="the repository exists and is public; make it private") as caught:
+        upload(folder, "us/public", FILES, private=True)
+    assert "us/public' failed" in str(caught.value)
+    assert hub.repositories["us/public"] == {}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         repositories: The files of each repository, by path.
+        private: The repositories that are private.
         refused: A repository to which nothing can be committed.
         requests: Method and path of each request.
     """
@@ -28,6 +29,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
         self.refused = ""
         self.requests: list[str] = []
         self.uploaded: dict[str, bytes] = {}  # by sha256
@@ -102,8 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         repo_id = f"{asked['organization']}/{asked['name']}"
         exists = repo_id in self.server.repositories
+        if not exists and (asked.get("private") or asked.get("visibility") == "private"):
+            self.server.private.add(repo_id)
         self.server.repositories.setdefault(repo_id, {})
         self._answer({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
+
+    def info(self, body, repo_id):
+        self._answer({"id": repo_id, "private": repo_id in self.server.private, "siblings": []})
 
     def tree(self, body, repo_id):
         files = self.server.repositories[repo_id].items()
@@ -144,6 +151,7 @@ _ID = r"([\w.-]+/[\w.-]+)"
 _ANSWERS = {
     "POST /api/repos/create": _Handler.create,
     "POST /api/validate-yaml": _Handler.validate,
+    f"GET /api/models/{_ID}": _Handler.info,
     f"GET /api/models/{_ID}/tree/main": _Handler.tree,
     f"POST /api/models/{_ID}/preupload/main": _Handler.preupload,
     f"POST /api/models/{_ID}/commit/main": _Handler.commit,

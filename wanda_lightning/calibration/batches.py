@@ -68,7 +68,7 @@ class CalibrationBatches:
             given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
             raise ValueError(
                 f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
-                f"{given}. Only criterion='magnitude' with allocation='uniform' needs no data."
+                f"{given}. Give batches, or choices that read none, such as method='magnitude'."
             )
         self._model, self._processes, self._reader = model, processes, reader
         self.make_parking = make_parking

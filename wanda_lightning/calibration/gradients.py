@@ -35,10 +35,11 @@ def gradient_statistics(
     """Sum squared inputs and gradients of each layer over the tokens.
 
     The gradient is that of `log p(y)` with respect to the layer's outputs. The label y is drawn from the model's own
-    predictions p, so no labels are needed: the sums estimate the Fisher information. The label of a sample depends on
-    its index in the calibration data and on its predictions, but not on its batch or process. Each sample has its own
-    backward pass, in which blocks are recomputed, so that only the activations of one block and the logits of one
-    sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.
+    predictions p, so no labels are needed: the sums estimate the Fisher information. The classes are in the last
+    dimension of the logits, or in dimension 1 if there are four or more, as in segmentation. The label of a sample
+    depends on its index in the calibration data and on its predictions, but not on its batch or process. Each sample
+    has its own backward pass, in which blocks are recomputed, so that only the activations of one block and the logits
+    of one sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.
 
     Args:
         model: The model in evaluation mode; its weights get no gradients.
@@ -211,6 +212,8 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
         The number, which is 0, and how many predictions each sample has, including those of padding.
     """
     logits, keep = _logits(sample.predict()), None
+    if logits.ndim > 3:  # (batch, classes, height, width), as for torch's cross_entropy
+        logits = logits.movedim(1, -1)
     if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder
         keep = mask.keep.to(logits.device)
         logits = logits.reshape(*keep.shape, -1)

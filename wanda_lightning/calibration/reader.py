@@ -17,16 +17,19 @@ from wanda_lightning.models import Layer, TokenMask, fitting_mask
 class Identity:
     """Identifies an input without keeping it alive, so that layers with the same input (q, k, v) share statistics."""
 
-    def __init__(self, x: Tensor, layer: Layer) -> None:
-        self._reference, self._version, self._window = weakref.ref(x), _version(x), layer.window
+    def __init__(self, x: Tensor, layer: Layer, call: int = 0) -> None:
+        self._reference, self._version, self._window = weakref.ref(x), _version(x, call), layer.window
 
-    def matches(self, x: Tensor, layer: Layer) -> bool:
-        """Whether a layer's input is the same tensor, unmodified, with the same tokens."""
-        return self._reference() is x and self._version == _version(x) and self._window == layer.window
+    def matches(self, x: Tensor, layer: Layer, call: int = 0) -> bool:
+        """Whether a layer's input is the same tensor, unmodified, with the same tokens.
+
+        A tensor of inference mode has no version that would show a modification, so it only matches in the same call.
+        """
+        return self._reference() is x and self._version == _version(x, call) and self._window == layer.window
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor, call: int) -> int:
+    return -1 - call if tensor.is_inference() else tensor._version
 
 
 class Entry(NamedTuple):
@@ -52,10 +55,12 @@ class BatchReader:
         self.checks: list[Check] = []
         self.not_routed: set[str] = set()  # experts to which the model passes every token
         self._needs, self._batch, self._masks = needs, batch, masks
+        self._calls = 0
         self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # the last `keep` of each expert
 
     def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         """Read the tokens of the products, and return the result of the multiplication."""
+        self._calls += 1
         for product in products:
             if product.row == 0:  # every piece has the same tokens
                 self.read(product)
@@ -72,7 +77,7 @@ class BatchReader:
         layer, x = product.layer, product.tokens
         # A search through the entries of many experts is slow, and only the latest entry can match.
         for entry in self.entries if layer.expert is None else self.entries[-1:]:
-            if entry.identity.matches(x, layer):
+            if entry.identity.matches(x, layer, self._calls):
                 entry.layers.append(layer.name)
                 return
         has_padding = bool(self._masks) and layer.kind.channels > -3  # images have no padding
@@ -84,7 +89,7 @@ class BatchReader:
     def _read_images(self, layer: Layer, x: Tensor) -> None:
         """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
         images = (x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)).detach()
-        entry = Entry(Identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted=False)
+        entry = Entry(self._identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted=False)
         statistics = entry.statistics
         if self._needs == {"square_sum"}:
             squares = _fitting(layer.squares(images), layer, x)
@@ -114,13 +119,16 @@ class BatchReader:
             keep = routed if keep is None else routed & keep
         if keep is not None:
             shape, tokens = tuple(keep.shape), tokens[keep.flatten().to(tokens.device)]
-        entry = Entry(Identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted)
+        entry = Entry(self._identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted)
         entry.statistics.update(tokens)
         self.entries.append(entry)
         if tokens.numel():
             finite = entry.statistics.finite()
             row = token_to_report(finite, lambda: tokens)
             self.checks.append(Check(entry.layers, self._batch, finite, row, shape, keep))
+
+    def _identity(self, x: Tensor, layer: Layer) -> Identity:
+        return Identity(x, layer, self._calls)
 
     def _real_tokens(self, product: Product, tokens: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """Return which tokens, of shape `shape`, are not padding; None if that is unknown.

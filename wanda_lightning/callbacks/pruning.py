@@ -45,7 +45,8 @@ class PruningCallback(Callback):
     all weights again, with new statistics, and zeros stay zero. `trainer.validate`, `test` and `predict` prune when
     they start, and so evaluate the pruned model, unless the schedule starts after step 0. A model that this callback
     has pruned, also before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model
-    trains (see `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step.
+    trains (see `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step, and no
+    report is written.
 
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
@@ -343,9 +344,11 @@ class PruningCallback(Callback):
             self._save(self.report, trainer)
 
     def _save(self, report: PruningReport, trainer: L.Trainer) -> None:
-        if self.report_dir is not None and trainer.is_global_zero:
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        if self.report_dir is not None:
             report.save(self.report_dir)
-        if self.report_path is not None and trainer.is_global_zero:
+        if self.report_path is not None:
             write_report(report, self.report_path)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from wanda_lightning.callbacks.pruning import PruningCallback
-from wanda_lightning.callbacks.trainer import pruning_target
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.checks import refuse_pytorch_lightning
-from wanda_lightning.files import refuse_replacement
+from wanda_lightning.files import files_in, is_replaceable, reserved, unclaimed
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import refuse_upload, upload
 from wanda_lightning.report import PruningReport
@@ -24,6 +27,9 @@ from wanda_lightning.zeros import zeros_of
 
 class SavePretrained(Callback):
     """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
+
+    Other runs cannot save into the folder while the model trains. If something else was written into it meanwhile, the
+    model is saved next to it, such as in `out-2`, with a warning. `fast_dev_run` saves nothing.
 
     If a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too, unless
     the module has written one.
@@ -35,8 +41,8 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
-        push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the folder is uploaded. A new
-            repository is public; create it beforehand to make it private.
+        push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the saved files are uploaded.
+        private: Make the repository private if it is new, and refuse a public one.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
@@ -46,17 +52,21 @@ class SavePretrained(Callback):
             the whole model.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], overwrite: bool = False, push_to_hub: str | None = None) -> None:
-        self.folder, self.overwrite, self.push_to_hub = folder, overwrite, push_to_hub
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        overwrite: bool = False,
+        push_to_hub: str | None = None,
+        private: bool = False,
+    ) -> None:
+        self.folder, self.overwrite, self.push_to_hub, self.private = folder, overwrite, push_to_hub, private
+        self._reserved = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written, or a model that cannot be saved, before training starts."""
+        """Reserve the folder; refuse one that cannot be written, or a model that cannot be saved."""
         refuse_pytorch_lightning(trainer)
-        if stage != "fit":
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        refuse_replacement(self.folder, self.overwrite)
-        if self.push_to_hub is not None:
-            refuse_upload(self.push_to_hub)
         if not callable(getattr(pl_module, "save_pretrained", None)):
             raise MisconfigurationException(
                 f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has no such "
@@ -68,24 +78,44 @@ class SavePretrained(Callback):
                 f"{type(trainer.strategy).__name__} distributes the model. Use Lightning's ModelCheckpoint, with "
                 "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file."
             )
+        if self.push_to_hub is not None:
+            refuse_upload(self.push_to_hub)
+        self._reserved.close()  # of an interrupted run
+        with processes_of(trainer).fail_together():
+            if trainer.is_global_zero:
+                self._reserved.enter_context(reserved(self.folder, self.overwrite))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters in every process, and save and upload in the first, while the others wait."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         if callable(merge := getattr(pl_module, "merge", None)):
             merge()
         try:
             if trainer.is_global_zero:
                 self._save(trainer, pl_module)
         finally:  # also if the upload fails
+            self._reserved.close()
             trainer.strategy.barrier("SavePretrained")
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.save_pretrained(self.folder, overwrite=self.overwrite)  # type: ignore[operator]
-        self._write_card(trainer, pl_module)
-        if self.push_to_hub is not None:
-            rank_zero_info(f"SavePretrained: uploaded to {upload(self.folder, self.push_to_hub)}")
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the folder free."""
+        self._reserved.close()
 
-    def _write_card(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = unclaimed(self.folder, partial(is_replaceable, overwrite=self.overwrite))
+        if folder != Path(self.folder):
+            rank_zero_warn(
+                f"{self.folder} was written to while the model trained, so the model is saved in {folder}.",
+                category=UserWarning,
+            )
+        pl_module.save_pretrained(folder, overwrite=self.overwrite)  # type: ignore[operator]
+        self._write_card(folder, trainer, pl_module)
+        if self.push_to_hub is not None:
+            address = upload(folder, self.push_to_hub, files_in(folder), self.private)
+            rank_zero_info(f"SavePretrained: uploaded to {address}")
+
+    def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         found = [callback.report for callback in callbacks if isinstance(callback, PruningCallback)]
@@ -94,9 +124,9 @@ class SavePretrained(Callback):
             if trainer.global_step and report.run is not None:  # the results are those of the model before training
                 report.run = replace(report.run, after=None, zero_shot={}, samples=(), images=())
             write_card(
-                self.folder,
+                folder,
                 report,
-                name=self.push_to_hub or self.folder,
+                name=self.push_to_hub or folder,
                 on_hub=self.push_to_hub is not None,
                 trained_steps=trainer.global_step,
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -130,9 +131,11 @@ def _run_command(command: str, arguments: list[str]) -> None:
         options.refuse_early()
     module = import_module(f"wanda_lightning.cli.{command}")
     from wanda_lightning.cli.output import quiet_trainer, readable_warnings
+    from wanda_lightning.files import reserved
 
     quiet_trainer()
-    with readable_warnings():
+    writes_at_end = getattr(options, "save_model", None) is not None and not getattr(options, "stream", False)
+    with readable_warnings(), reserved(options.save_model, options.overwrite) if writes_at_end else nullcontext():
         module.run(options)
 
 

@@ -17,6 +17,7 @@ from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_lo
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import TextDataModule
+from wanda_lightning.files import files_in
 from wanda_lightning.hub.card import OwnCard, continue_card, read_card
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.report import Run
@@ -69,6 +70,7 @@ def run(options: FinetuneOptions) -> None:
     card = OwnCard() if options.save_model is None else read_card(options.model, options.cache_dir)  # may be replaced
     folder = save_model(module, options.save_model, options.overwrite)
     _write_card(card, folder, options, perplexity, windows)
+    files = files_in(folder) if folder else []
     table = Table("model")
     table.add_column("perplexity", justify="right")
     for name, value in perplexity.items():
@@ -76,7 +78,7 @@ def run(options: FinetuneOptions) -> None:
     print_table(table)
     steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
     print_line(f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}.")
-    push(folder, options.push_to_hub)
+    push(folder, files, options)
 
 
 def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from wanda_lightning.cli.options import FinetuneOptions, PruneOptions
 from wanda_lightning.cli.output import print_line
 from wanda_lightning.cli.parser import UsageError
-from wanda_lightning.files import refuse_full, unclaimed
+from wanda_lightning.files import is_replaceable, refuse_full, unclaimed
 from wanda_lightning.hub.upload import upload
 from wanda_lightning.model_sources import load_config
 
@@ -55,14 +58,14 @@ def save_model(module: Any, folder: str | None, overwrite: bool) -> Path | None:
     if folder is None:
         return None
     refuse_no_space(folder, module)
-    place = unclaimed(folder, "config.json", overwrite)
+    place = unclaimed(folder, partial(is_replaceable, overwrite=overwrite))
     module.save_pretrained(place, overwrite=overwrite)
     if place != Path(folder):
-        print_line(f"Note: another run has written to {folder} meanwhile. The model is in {place}.")
+        print_line(f"Note: {folder} was written to meanwhile, so the model is in {place}.")
     return place
 
 
-def push(folder: Path | None, repo_id: str | None) -> None:
-    """Upload the folder of a saved model if a repository is given. Call it last, since it may fail."""
-    if folder is not None and repo_id is not None:
-        print_line(f"Uploaded {folder} to {upload(folder, repo_id)}.")
+def push(folder: Path | None, files: Collection[str], options: PruneOptions | FinetuneOptions) -> None:
+    """Upload files of a saved model if a repository is given. Call it last, since it may fail."""
+    if folder is not None and options.push_to_hub is not None:
+        print_line(f"Uploaded {folder} to {upload(folder, options.push_to_hub, files, options.private)}.")

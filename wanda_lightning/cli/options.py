@@ -52,10 +52,8 @@ _TRUST = "Run the code that comes with a hub model."
 _DTYPE = "Data type of the weights; by default auto, as they are stored."
 _LIMIT = "Number of windows to measure on; by default all."
 _REPORT = "Page (.html) or picture (.png) to write, with figures and tables (needs the extra report)."
-_PUSH = (
-    "OWNER/NAME of a repository on the Hugging Face hub, to which the saved model is uploaded. A new "
-    "repository is public; create it beforehand to make it private."
-)
+_PUSH = "OWNER/NAME of a repository on the Hugging Face hub, to which the saved model is uploaded."
+_PRIVATE = "Make the repository of --push_to_hub private if it is new, and refuse a public one."
 _SEQLEN = "Number of tokens in a window; by default the model's context, at most"
 
 
@@ -205,6 +203,7 @@ class PruneOptions(InspectOptions):
     report: str | None = option(_REPORT)
     save_model: str | None = option("Folder for the pruned model.")
     push_to_hub: str | None = option(_PUSH)
+    private: bool = option(_PRIVATE, False)
     device: str = option("Device to compute on with --stream, such as cuda.", "cpu")
     stream: bool = option(
         "Read a language model block by block from disk, and write each pruned block to --save_model. If pruning is "
@@ -246,6 +245,8 @@ class PruneOptions(InspectOptions):
             refuse_given(self, "pruning without --stream, which uses a GPU if there is one", "device park")
         if self.save_model is None:
             refuse_given(self, "pruning without --save_model", "push_to_hub")
+        if self.push_to_hub is None:
+            refuse_given(self, "pruning without --push_to_hub", "private")
         super().__post_init__()
 
     def refuse_early(self) -> None:
@@ -284,6 +285,7 @@ class FinetuneOptions:
     )
     save_model: str | None = option("Folder for the fine-tuned model, with its adapters merged.")
     push_to_hub: str | None = option(_PUSH)
+    private: bool = option(_PRIVATE, False)
     data: str = option(f"Text to train on: {_TEXTS}.", "c4")
     eval: str = option(f"Text to measure perplexity on: {_TEXTS}.", "wikitext2")
     limit: int | None = option(_LIMIT, rule=_COUNT)
@@ -319,6 +321,8 @@ class FinetuneOptions:
             )
         if self.save_model is None:
             refuse_given(self, "fine-tuning without --save_model", "push_to_hub")
+        if self.push_to_hub is None:
+            refuse_given(self, "fine-tuning without --push_to_hub", "private")
         if self.distill and self.dense is None:
             raise UsageError("--distill learns from the dense model, but none is given. Name it with --dense.")
         if self.distill and _same_path(self.dense, self.model):
@@ -514,6 +518,8 @@ def _refuse_report(options: Any) -> None:
 def _refuse_place(options: Any, name: str, refuse: Callable[[str, bool], None]) -> None:
     """Raise a UsageError that starts with the option if a path cannot be written."""
     if (path := getattr(options, name)) is not None:
+        if not path.strip():
+            raise UsageError(f"--{name} must be a path, but it is {path!r}.")
         try:
             refuse(path, options.overwrite)
         except OSError as error:

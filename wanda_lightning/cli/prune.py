@@ -31,7 +31,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
-from wanda_lightning.files import existing_parent, unclaimed, whole_file
+from wanda_lightning.files import existing_parent, files_in, unclaimed, whole_file
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
@@ -72,6 +72,7 @@ def run(options: PruneOptions) -> None:
     report.run = run
     folder = save_model(module, options.save_model, options.overwrite)
     _write_card(folder, options, report)
+    files = files_in(folder) if folder else []
     if tasks:  # takes hours for a large model, so it is saved before
         accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
         report.run = replace(run, zero_shot=accuracies)
@@ -80,7 +81,7 @@ def run(options: PruneOptions) -> None:
     _print_results(options.name, report)
     if tasks:
         print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
-    push(folder, options.push_to_hub)
+    push(folder, files, options)
     return None
 
 
@@ -107,11 +108,12 @@ def _stream(options: PruneOptions) -> None:
         pruned = measured(output, data.val_dataloader())
         _record_run(report, options, data, choices, dense, pruned)
         _write_card(Path(output), options, report)
+        files = files_in(output)
         if options.report is not None:
             report.notes.append(_NO_TEXT)
         _write_results(options, report)
     _print_results(options.name, report)
-    push(Path(output), options.push_to_hub)
+    push(Path(output), files, options)
 
 
 def _metric(options: PruneOptions) -> Metric:
@@ -217,7 +219,7 @@ def _write_results(options: PruneOptions, report: PruningReport) -> None:
 def _save_results(options: PruneOptions, report: PruningReport) -> None:
     assert report.run is not None
     column = METRICS[report.run.metric].column
-    folder = unclaimed(options.save or "", REPORT_NAME, options.overwrite)
+    folder = unclaimed(options.save or "", lambda place: options.overwrite or not (place / REPORT_NAME).exists())
     report.save(folder)
     with whole_file(folder / f"log_{options.name}.txt") as temporary:
         temporary.write_text(

@@ -23,11 +23,14 @@ class Criterion(ABC):
         group: Where the method's paper compares weights in unstructured pruning: within a row or within the layer.
         spans_rows: Whether the score of a weight depends on other rows. A process that holds only some of the rows
             cannot compute it then.
+        spans_columns: Whether the score depends on the weights of other columns. A solver that chooses in blocks of
+            columns cannot use it then.
     """
 
     needs: ClassVar[frozenset[str]]
     group: ClassVar[Group] = "row"
     spans_rows: ClassVar[bool] = False
+    spans_columns: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
@@ -72,6 +75,7 @@ class RIA(Criterion):
 
     needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
     spans_rows: ClassVar[bool] = True
+    spans_columns: ClassVar[bool] = True
     a: float = 0.5
 
     def __post_init__(self) -> None:

@@ -17,7 +17,16 @@ from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
 _GROUP = OneOf(("row", "layer"))
-_ROUNDING = 1e-6  # added to a number of weights before int(): in floating point, 0.7 * 20800 is below 14560
+
+
+def zeros_among(size: int, sparsity: float) -> int:
+    """Return how many of `size` weights become zero: rounded down in floating point, as in the reference code.
+
+    Example:
+        >>> zeros_among(20800, 0.7)  # since 0.7 * 20800 is 14559.999999999998
+        14559
+    """
+    return int(size * sparsity)
 
 
 @dataclass(frozen=True)
@@ -93,13 +102,13 @@ class Pattern(ABC):
 
         Existing zeros score 0 and count. By default, the block makes up for missing or extra zeros to its left.
         """
-        missing = sparsity * block.stop * len(scores) - int(block.zeros_left.sum()) + _ROUNDING
+        missing = sparsity * block.stop * len(scores) - int(block.zeros_left.sum())
         return self(scores, max(0.0, missing / scores.numel()))
 
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Zeros may be anywhere; exactly `int(size * sparsity)` weights of each comparison group become zero.
+    """Zeros may be anywhere; exactly `zeros_among(size, sparsity)` weights of each comparison group become zero.
 
     Attributes:
         group: Which weights are compared: those in each row (the Wanda paper's choice), or all weights of the layer.
@@ -136,15 +145,15 @@ class Unstructured(Pattern):
         """Keep the largest scores of each group."""
         groups = self._groups(scores)
         size = groups.shape[1]
-        return keep_largest(groups, size - int(size * sparsity)).reshape(scores.shape)
+        return keep_largest(groups, size - zeros_among(size, sparsity)).reshape(scores.shape)
 
     def keep_block(self, scores: Score, sparsity: float, block: ColumnBlock) -> KeepMask:
         """Prune each group to the zeros due by the end of the block, but leave room for existing zeros to its right."""
         groups = self._groups(scores)
         rows = len(scores) // len(groups)
         left, right = (zeros.reshape(len(groups), rows).sum(dim=1) for zeros in (block.zeros_left, block.zeros_right))
-        due = int(rows * block.stop * sparsity + _ROUNDING) - left
-        room = int(rows * block.d_in * sparsity + _ROUNDING) - left - right
+        due = zeros_among(rows * block.stop, sparsity) - left
+        room = zeros_among(rows * block.d_in, sparsity) - left - right
         pruned = torch.minimum(due, room).clamp(0, groups.shape[1])
         return keep_largest_of_each(groups, groups.shape[1] - pruned).reshape(scores.shape)
 

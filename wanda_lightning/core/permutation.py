@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.core.keep_largest import nondeterministic_kernels
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.types import Order, Score
 
@@ -102,7 +103,8 @@ def _reassigned(scores: Score, members: Tensor, n: int, generator: torch.Generat
     slots = torch.randint(m, (groups, 1), generator=generator).to(members.device)
     others = torch.ones_like(members, dtype=torch.bool).scatter_(1, slots, False)
     rest = scores[:, members[others]].unflatten(1, (groups, m - 1))
-    thresholds = rest.kthvalue(m - n, dim=2).values.T.contiguous()  # the nth largest of m - 1
+    with nondeterministic_kernels():
+        thresholds = rest.kthvalue(m - n, dim=2).values.T.contiguous()  # the nth largest of m - 1
     freed = members.gather(1, slots).squeeze(1)
     columns = scores.T[freed].contiguous()
     # The sum of relu(x - t) over the rows is half of the sum of |x - t| + (x - t).

@@ -49,11 +49,14 @@ def write_card(
     path = folder / CARD_NAME
     if path.exists() and not read_card(str(folder)).text:
         return
+    run = report.run or Run()
+    source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
+    report = replace(report, run=_to_publish(run))
     has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
     if has_picture:
         write_report(report, Path(folder) / PICTURE_NAME)
     saved = _Saved(os.fspath(name), _read_config(Path(folder)), on_hub)
-    card = _model_card(report, saved, has_picture, trained_steps)
+    card = _model_card(report, source, saved, has_picture, trained_steps)
     with whole_file(path) as temporary:
         temporary.write_text(card, encoding="utf-8")
 
@@ -145,13 +148,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
-def _model_card(report: PruningReport, saved: _Saved, has_picture: bool, trained_steps: int) -> str:
+def _model_card(report: PruningReport, source: Source, saved: _Saved, has_picture: bool, trained_steps: int) -> str:
     """Return the text of the card: metadata as YAML, then Markdown."""
     from huggingface_hub import ModelCard
 
     run = report.run or Run()
-    source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
-    run = _to_publish(run)
     parts = [
         f"---\n{_metadata(report, run, source, saved)}\n---",
         _MARK,
@@ -236,13 +237,13 @@ def _settings(report: PruningReport, run: Run) -> str:
         "Versions": ", ".join(f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()),
     }
     rows = [(name, value) for name, value in known.items() if value]
-    command = f"\n\n```shell\n{run.command}\n```" if run.command else ""
-    return f"{_HOW_PRUNED}\n\n{_table(['', ''], rows)}{command}"
+    parts = [_HOW_PRUNED, _table(["", ""], rows), _fenced(run.command, "shell") if run.command else ""]
+    return "\n\n".join(filter(None, parts))
 
 
 def _code(saved: _Saved) -> str:
     """Return a block of Python code that loads the model."""
-    return f"```python\n{_loading(saved)}\n```"
+    return _fenced(_loading(saved), "python")
 
 
 def _loading(saved: _Saved) -> str:
@@ -257,8 +258,8 @@ def _loading(saved: _Saved) -> str:
 def _fine_tuning(run: Run) -> str:
     metric = METRICS[run.metric]
     row = [f"{metric.title}, {run.data}", metric.text(run.before), metric.text(run.after)]
-    table = _table(["", "before", "after"], [row])
-    return f"## Fine-tuning\n\nThe kept weights were fine-tuned.\n\n{table}\n\n```shell\n{run.command}\n```"
+    table, command = _table(["", "before", "after"], [row]), _fenced(run.command, "shell")
+    return f"## Fine-tuning\n\nThe kept weights were fine-tuned.\n\n{table}\n\n{command}"
 
 
 def _samples(run: Run) -> str:
@@ -278,6 +279,12 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _fenced(code: str, language: str) -> str:
+    """Return a block of code, between fences that are longer than any in it."""
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", code)), 0)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
 def _escaped(text: str) -> str:
-    """Return a text in which Markdown finds no markup."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
+    """Return a text on one line in which Markdown finds no markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&])", r"\\\1", " ".join(text.splitlines()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Collection
+from glob import escape
 from pathlib import Path
 
 from wanda_lightning.checks import one_line
@@ -41,34 +43,40 @@ def refuse_upload(repo_id: str) -> None:
         )
 
 
-def upload(folder: str | os.PathLike[str], repo_id: str) -> str:
-    """Upload all files of a folder to a model repository, in one commit, and return its address.
+def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str], private: bool = False) -> str:
+    """Upload files of a folder to a model repository, in one commit, and return its address.
 
-    A repository that does not exist is created, and is public unless the organization has another default. Weights of
-    another model that the repository holds are deleted, because they might be loaded instead.
+    A repository that does not exist is created. Weights of another model that the repository holds are deleted, because
+    they might be loaded instead.
 
     Args:
         folder: The folder of the model.
         repo_id: OWNER/NAME of the repository.
+        files: The names of the files in the folder, see `files_in`.
+        private: Create a private repository, and refuse a public one.
 
     Raises:
-        OSError: If it fails, for whatever reason. The message names the command that uploads the folder later.
+        OSError: If it fails, for whatever reason. The message names the command that uploads the files later.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="wanda_lightning")
     try:
-        address = api.create_repo(repo_id, exist_ok=True)
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.repo_info(address.repo_id).private:
+            raise ValueError("the repository exists and is public; make it private, or choose another name")
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=Path(folder),
+            allow_patterns=list(map(escape, files)),
             commit_message="Upload pruned model with wanda_lightning",
             delete_patterns=_WEIGHTS,
         )
     except Exception as error:  # of the connection, of the server, of the disk
+        included = (word for file in sorted(files) for word in ("--include", escape(file)))
+        later = ["hf", "upload", repo_id, os.fspath(folder), *(["--private"] if private else []), *included]
         raise OSError(
             f"push_to_hub={repo_id!r} failed: the model is saved in {folder}, but it was not uploaded "
-            f"({type(error).__name__}: {one_line(error)}). To upload it later, run: "
-            f"hf upload {shlex.join([repo_id, os.fspath(folder)])}"
+            f"({type(error).__name__}: {one_line(error)}). To upload it later, run: {shlex.join(later)}"
         ) from error
     return str(address)

@@ -21,6 +21,17 @@ def test_an_upfront_mask_gets_the_surgeons_update(criterion):
     np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("group", ["row", "layer"])
+def test_it_prunes_as_many_weights_as_a_method_that_chooses_all_at_once(group):
+    """0.7 * 20800 is 14559.999999999998, and 0.7 * 260 is 182."""
+    weight, tokens = random_layer(torch.float32, shape=(80, 260), tokens=500)
+    counts = [
+        int((~solve(solver, weight, tokens, pattern=Unstructured(group), sparsity=0.7)[1]).sum())
+        for solver in (ZeroOut(), SparseGPT())
+    ]
+    assert counts == [14559 if group == "layer" else 14560] * 2
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(3, 5), NM(1, 2)], ids=str)
 @pytest.mark.parametrize("block_size", [40, 20, 1000])
 def test_a_mask_chosen_by_blocks_gets_the_surgeons_update(pattern, block_size):

@@ -26,6 +26,11 @@ class Solver(ABC):
     takes_any_criterion: ClassVar[bool] = True
 
     @property
+    def chooses_in_blocks(self) -> bool:
+        """Whether it chooses weights in one block of columns after another, from the columns of the block only."""
+        return False
+
+    @property
     def own_criterion(self) -> Criterion:
         """The default criterion."""
         return Wanda()

@@ -50,6 +50,11 @@ class SparseGPT(Solver):
         whole = Number(minimum=1, whole=True)
         check(self, dampening=Number(above=0), block_size=whole, mask=OneOf(("block", "upfront")))
 
+    @property
+    def chooses_in_blocks(self) -> bool:
+        """True unless the mask is chosen upfront."""
+        return self.mask == "block"
+
     def group(self, criterion: Criterion) -> Group:
         """The layer, or the group of the criterion if the mask is chosen upfront."""
         return "layer" if self.mask == "block" else criterion.group
