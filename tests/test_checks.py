@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from wanda_lightning import checks
 from wanda_lightning.checks import check_at_least, check_not_negative, check_positive, require_extra
 
 
@@ -35,6 +36,29 @@ def test_numbers_must_be_finite_and_not_negative(value):
     check_not_negative(lr=0.0, weight_decay=1)
     with pytest.raises(ValueError, match=rf"^lr must be a number of at least 0, but it is {value!r}\.$"):
         check_not_negative(lr=value)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_may_use_less_than_the_machine(tmp_path, monkeypatch, version):
+    limit, usage, cache = (
+        ("memory.max", "memory.current", "inactive_file")
+        if version == 2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    )
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    (root / "outer/own").mkdir(parents=True)
+    (tmp_path / "groups").write_text("0::/outer/own\n" if version == 2 else "3:cpu:/x\n7:hugetlb,memory:/outer/own\n")
+    for folder, allowed in (("outer/own", "max"), ("outer", "900000"), (".", "500000")):
+        (root / folder / limit).write_text(allowed)
+        (root / folder / usage).write_text("300000")
+        (root / folder / "memory.stat").write_text(f"anon 5\n{cache} 100000\n")
+    monkeypatch.setattr(checks, "CGROUPS", tmp_path)
+    monkeypatch.setattr(checks, "OWN_CGROUPS", tmp_path / "groups")
+    assert checks.available_memory() == 300_000
+    with pytest.raises(ValueError, match=r"need 0\.0 GiB and 0\.0 GiB are free\. Use at most 37\."):
+        checks.check_memory("--nsamples", 38, 1000)
+    monkeypatch.setattr(checks, "OWN_CGROUPS", tmp_path / "none")
+    assert checks.available_memory() > 10**8
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):

@@ -1,10 +1,13 @@
 """Versions, extras and the workflow agree with pyproject.toml."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+
+import wanda_lightning
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -16,6 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 def test_all_files_name_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["version"]
+    assert wanda_lightning.__version__ == version("wanda_lightning")
     released = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert released[0] == PROJECT["version"]
 

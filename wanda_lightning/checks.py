@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from math import inf
 from numbers import Integral, Real
@@ -44,14 +46,41 @@ def refuse_pytorch_lightning(trainer: object) -> None:
 
 def check_memory(option: str, count: int, seqlen: int) -> None:
     """Raise a ValueError if `count` windows of `seqlen` tokens (8 bytes each) do not fit in the free memory."""
-    import psutil
-
-    size, free = 8 * seqlen, psutil.virtual_memory().available
+    size, free = 8 * seqlen, available_memory()
     if count * size > free:
         raise ValueError(
             f"{option} must fit in memory, but {count} windows of {seqlen} tokens need {count * size / 2**30:,.1f} GiB "
             f"and {free / 2**30:,.1f} GiB are free. Use at most {free // size}."
         )
+
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def available_memory() -> int:
+    """Return the bytes that this process can still use: those of the machine, or of a container that has fewer."""
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """Yield how much is left of each memory limit of Linux (control groups of version 2 or 1) for this process."""
+    lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers:
+            folder, limit, usage, cache = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            folder, limit, usage = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        own = folder / path.lstrip("/")  # inside a container, it may be the folder itself
+        for each in (own, *(parent for parent in own.parents if parent.is_relative_to(folder))):
+            with suppress(OSError, ValueError, KeyError):  # no such group, no limit ("max"), other files
+                statistics = dict(line.split() for line in (each / "memory.stat").read_text().splitlines())
+                used = int((each / usage).read_text()) - int(statistics[cache])  # the kernel frees its cache
+                yield max(0, int((each / limit).read_text()) - used)
 
 
 def require_extra(extra: str, *packages: str, purpose: str) -> None:

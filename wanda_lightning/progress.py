@@ -65,9 +65,9 @@ class ProgressBar:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._started
         steps, left = f"{self._done:.0f}", ""
-        if self._total is not None:
+        if self._total is not None and name != "done":  # a task may be done with fewer steps
             steps += f"/{self._total}"
-            if 0 < self._done < self._total:
+            if 0 < self._done < self._total and name != "stopped":
                 left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"
         self._console.print(f"{self._title} {steps} {name} ({elapsed:.0f} s{left})", highlight=False, soft_wrap=True)
 

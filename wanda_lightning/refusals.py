@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import psutil
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from wanda_lightning.checks import available_memory
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.module_names import named_modules
@@ -94,7 +94,7 @@ def free_memory(device: torch.device) -> int:
     """Return the number of free bytes on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return available_memory()
 
 
 _GRAMS_AT_ONCE = 4  # the sum, its dampened copy, the Cholesky factor and the inverse

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from functools import partial
 
 import lightning as L
@@ -291,6 +292,23 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, seco
     with pytest.raises(ValueError, match=rf"WandaPrune wrote with .*{names[0]}.*but they are.*{names[1]}"):
         run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")
     assert callback.report is None
+
+
+def test_a_report_of_another_version_stops_nothing(tmp_path):
+    """Training resumes without it."""
+    whole = made("adamw")
+    trainer(Counted(at_step=2), SaveAt(tmp_path, 3), max_steps=6).fit(whole, Resumable())
+    saved = torch.load(tmp_path / "3.ckpt", weights_only=True)
+    (own,) = [state for name, state in saved["callbacks"].items() if "Counted" in name]
+    own["of_a_later_version"] = 1
+    for report, warning in ((own["report"].replace('"zeros"', '"zeroes"'), "zeros is missing"), (None, None)):
+        own["report"] = report
+        torch.save(saved, tmp_path / "changed.ckpt")
+        resumed, callback = made("adamw"), Counted(at_step=2)
+        with pytest.warns(UserWarning, match=warning) if warning else nullcontext():
+            trainer(callback, max_steps=6).fit(resumed, Resumable(), ckpt_path=tmp_path / "changed.ckpt")
+        assert (callback.pruned_at, callback.report) == ([], None)
+        assert equal(state(resumed), state(whole))
 
 
 def test_options_that_do_not_matter_after_pruning_may_change(tmp_path):

@@ -2,8 +2,11 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
+
+import pytest
 
 from wanda_lightning.cli.streams import TolerantStream, tolerant_streams
 
@@ -45,3 +48,14 @@ def test_an_ascii_terminal_shows_a_table():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
     assert b"na?ve ?" in done.stdout
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_was_closed_before_the_start(tmp_path, closed):
+    """As under some supervisors: the work goes on, and no file gets the output."""
+    code = "import os, sys; from wanda_lightning.cli.streams import tolerant_streams\n"
+    code += "with tolerant_streams(), open(sys.argv[1], 'w') as file:\n"
+    code += "    print('out'); print('err', file=sys.stderr); os.write(1, b'of a library'); file.write('saved')"
+    command = shlex.join([sys.executable, "-c", code, str(tmp_path / "result")])
+    subprocess.run(["bash", "-c", f"{command} {closed}"], check=True, capture_output=True)
+    assert (tmp_path / "result").read_text() == "saved"

@@ -1,12 +1,16 @@
 """The report: what a logger gets, and that it can be written and read back."""
 
 import json
+import math
+import re
 
+import pytest
 from support.zoo import ZOO
 
 from wanda_lightning import PruningReport, prune
-from wanda_lightning.models import SkipReason
-from wanda_lightning.report import ChangedImage, Run, Sample
+from wanda_lightning.models import SkippedMatrix, SkipReason
+from wanda_lightning.report import ChangedImage, PrunedLayer, Run, Sample, TrainedPart
+from wanda_lightning.report.page import images_of
 
 
 def test_experts_of_a_module_share_one_metric():
@@ -48,23 +52,88 @@ def test_a_run_survives_json():
     assert PruningReport.from_json(report.to_json()) == report
 
 
-def test_a_report_from_before_there_were_runs_is_read():
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
-    fields = json.loads(report.to_json())
-    assert fields.pop("run") is None
-    assert PruningReport.from_json(json.dumps(fields)) == report
-
-
-def test_reports_without_errors_and_blocks_can_be_read():
+def test_a_report_of_an_older_version_is_read():
     specimen = ZOO["llama"]
     report = prune(specimen.build(), specimen.batches(), 0.5, method="sparsegpt", progress=False)
     assert all(0 < layer.error < 1 for layer in report.layers)
     assert PruningReport.from_json(report.to_json()) == report
     fields = json.loads(report.to_json())
+    assert fields.pop("version") == 1
+    assert fields.pop("run") is None
     for layer in fields["layers"]:
         del layer["error"], layer["block"]
         layer["unknown"] = "a field of a later version"
     again = PruningReport.from_json(json.dumps(fields))
     assert [layer.sparsity for layer in again.layers] == [layer.sparsity for layer in report.layers]
     assert {(layer.error, layer.block) for layer in again.layers} == {(None, "")}
+
+
+def small(**fields):
+    layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, part=TrainedPart("mlp", 0.5, 0.25))
+    skipped = SkippedMatrix("b", (3,), SkipReason.ADAPTER, "an adapter")
+    return PruningReport(**{"layers": [layer], "skipped": [skipped], "parameters": 11, "zeros": 4} | fields, config={})
+
+
+def test_numbers_that_are_not_finite_become_null():
+    part = TrainedPart("mlp", math.nan, 0.25)
+    report = small(
+        layers=[PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=part)],
+        seconds={"prune": math.inf},
+        run=Run(before=12.5, after=-math.inf),
+    )
+    text = report.to_json()
+    json.loads(text, parse_constant=pytest.fail)
+    again = PruningReport.from_json(text)
+    assert (again.layers[0].error, again.run.before, again.run.after) == (None, 12.5, None)
+    assert math.isnan(again.layers[0].part.before)
+    assert math.isnan(again.seconds["prune"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: [], "PruningReport must be an object, but it is []"),
+        (lambda report: report.pop("zeros") and None, "zeros is missing"),
+        (lambda report: report.update(version=2), "version must be at most 1, but it is 2"),
+        (lambda report: report.update(version="new"), "version must be at most 1, but it is 'new'"),
+        (lambda report: report.update(layers={}), "layers must be a list, but it is {}"),
+        (lambda report: report.update(zeros=True), "zeros must be a whole number, but it is True"),
+        (lambda report: report.update(config=None), "config must be an object, but it is None"),
+        (lambda report: report.update(seconds={"prune": "9"}), "seconds.prune must be a finite number, but it is '9'"),
+        (lambda report: report["layers"][0].update(sparsity=math.nan), "layers[0].sparsity must be a finite number"),
+        (lambda report: report["layers"][0].update(shape=[2]), "layers[0].shape must be a list of 2, but it is [2]"),
+        (lambda report: report["layers"][0].update(name=7), "layers[0].name must be a text, but it is 7"),
+        (lambda report: report["layers"][0]["part"].pop("name") and None, "layers[0].part.name is missing"),
+        (lambda report: report["skipped"][0].update(reason="bored"), "skipped[0].reason must be one of adapter, "),
+        (lambda report: report["skipped"][0].update(shape=["3"]), "skipped[0].shape[0] must be a whole number"),
+        (lambda report: report.update(run="x" * 999), f"run must be an object, but it is '{'x' * 76}..."),
+    ],
+)
+def test_what_is_not_a_report_is_refused_by_the_name_of_the_field(tmp_path, change, message):
+    report = json.loads(small(seconds={"prune": 1.5}).to_json())
+    assert PruningReport.from_json(json.dumps(report)) == small(seconds={"prune": 1.5})
+    changed = change(report)
+    path = tmp_path / "pruning_report.json"
+    path.write_text(json.dumps(report if changed is None else changed))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PruningReport.from_json(path.read_text())
+    with pytest.raises(ValueError, match=re.escape(f"{path} is not a report: {message}")):
+        PruningReport.load(tmp_path)
+
+
+def test_a_file_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "pruning_report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pruning_report\.json is not a report: Expecting property name"):
+        PruningReport.load(tmp_path / "pruning_report.json")
+
+
+def test_shares_that_look_equal_are_one_sentence(tmp_path):
+    """2:4 prunes half of each layer; zeros that were there before add 0.00006 to some."""
+    layers = [
+        PrunedLayer(f"h.{block}.up", (100, 500), 0.5, share, 8, block=f"h.{block}")
+        for block, share in enumerate((0.5, 0.50006, 0.5001))
+    ]
+    report = small(layers=layers, parameters=150_000, zeros=75_008, seconds={})
+    assert "sparsity" not in images_of(report)
+    report.to_html(tmp_path / "page.html")
+    assert "Every layer has the same share of zeros: 50.0%." in (tmp_path / "page.html").read_text()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from wanda_lightning.report import PruningReport
@@ -45,12 +46,17 @@ class PruningState:
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
+        """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package.
+
+        Training resumes without the report, so one that another version cannot read stops nothing.
+        """
         return {**vars(self), "report": None if self.report is None else self.report.to_json()}
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str) -> PruningState:
         """Restore the state that `to_checkpoint` returned, for a callback of the class `name`.
+
+        A report that cannot be read is left out, with a warning.
 
         Raises:
             ValueError: If the choices of the callback differ from the saved ones.
@@ -60,5 +66,13 @@ class PruningState:
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
                 f"{saved['choices']}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
-        report = saved["report"]
-        return cls(**{**saved, "report": None if report is None else PruningReport.from_json(report)})
+        known = {each.name for each in fields(cls)} & saved.keys()
+        return cls(**{**{each: saved[each] for each in known}, "report": _report(saved, name)})
+
+
+def _report(saved: Mapping[str, Any], name: str) -> PruningReport | None:
+    try:
+        return None if saved.get("report") is None else PruningReport.from_json(saved["report"])
+    except ValueError as error:
+        rank_zero_warn(f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}")
+        return None

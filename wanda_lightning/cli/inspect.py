@@ -9,6 +9,7 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
+from wanda_lightning.checks import available_memory
 from wanda_lightning.cli.measure import checked_seqlen
 from wanda_lightning.cli.options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE, InspectOptions
 from wanda_lightning.cli.output import print_line, print_table
@@ -65,7 +66,7 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     libraries = psutil.Process().memory_info().rss  # this process has loaded them, too
     print_table(_memory_table(libraries, prune, measure))
     needed = libraries + max(prune.total, measure.total)
-    free = libraries + psutil.virtual_memory().available
+    free = libraries + available_memory()
     needs = f"prune --stream needs about {needed / _GIB:.1f} GiB with {samples}"
     if needed > free:
         raise ValueError(

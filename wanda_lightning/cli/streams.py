@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -51,13 +51,23 @@ class TolerantStream:
 
 @contextmanager
 def tolerant_streams() -> Iterator[list[TolerantStream]]:
-    """Replace stdout and stderr by tolerant streams, and yield these."""
+    """Replace stdout and stderr by tolerant streams, and yield these.
+
+    A stream that was closed before Python started (`2>&-`, as under some supervisors) is None. What would be shown is
+    discarded, and its file descriptor is taken, or the next file that is opened would get the output of others.
+    """
     before = sys.stdout, sys.stderr
-    streams = [TolerantStream(stream) for stream in before]
-    sys.stdout, sys.stderr = streams
-    try:
-        yield streams
-    finally:
-        for stream in streams:
-            stream.flush()
-        sys.stdout, sys.stderr = before
+    with ExitStack() as opened:
+        for number in (0, 1, 2):
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(opened.enter_context(open(os.devnull, "r+b")).fileno(), number)
+        streams = [TolerantStream(stream or opened.enter_context(open(os.devnull, "w"))) for stream in before]
+        sys.stdout, sys.stderr = streams
+        try:
+            yield streams
+        finally:
+            for stream in streams:
+                stream.flush()
+            sys.stdout, sys.stderr = before

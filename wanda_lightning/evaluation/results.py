@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import versions
+from wanda_lightning.report.fields import as_json
 
 Results = dict[str, dict[str, float]]
 """Text, task or data set -> metric -> value; fractions are in [0, 1]."""
@@ -120,8 +120,8 @@ class Evaluation:
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_json(self) -> str:
-        """Return all numbers, unrounded."""
-        return json.dumps(asdict(self), indent=1, default=str)
+        """Return all numbers, unrounded; those that are not finite are null."""
+        return as_json(asdict(self))
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file atomically."""

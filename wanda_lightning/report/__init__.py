@@ -7,23 +7,22 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.files import whole_file
-from wanda_lightning.models import SkippedMatrix, SkipReason
+from wanda_lightning.models import SkippedMatrix
+from wanda_lightning.report.fields import as_json, from_fields
 
 REPORT_NAME = "pruning_report.json"
+_VERSION = 1  # of the JSON; a report without a version is older, and has the same fields
 POOLED = "few tokens: pruned with the statistics of all experts"  # note of an expert's matrix
 _Item = TypeVar("_Item")
-_field_types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 _LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets", "lm_eval")
 
 
@@ -296,12 +295,38 @@ class PruningReport:
     def to_json(self) -> str:
         """The whole report as JSON."""
         totals = {"sparsity": self.sparsity, "model_sparsity": self.model_sparsity, "coverage": self.coverage}
-        return json.dumps({**totals, **asdict(self)}, indent=1, default=str)
+        return as_json({"version": _VERSION, **totals, **asdict(self)})
 
     @classmethod
     def from_json(cls, text: str) -> PruningReport:
-        """Construct a report from the JSON that `to_json` returned."""
-        return from_fields(cls, json.loads(text))
+        """Construct a report from the JSON that `to_json` returned, now or in an older version.
+
+        Raises:
+            ValueError: If the text is not such JSON. The message names the field.
+        """
+        content = json.loads(text)
+        version = content.get("version", 0) if isinstance(content, dict) else 0
+        if version not in range(_VERSION + 1):
+            raise ValueError(
+                f"version must be at most {_VERSION}, but it is {version!r}. Read this report with the version of "
+                "wanda_lightning that wrote it, or a newer one."
+            )
+        return from_fields(cls, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningReport:
+        """Read a file that `save` wrote, or the one in a folder.
+
+        Raises:
+            OSError: If there is no such file.
+            ValueError: If the file is not a report. The message names the file and the field.
+        """
+        path = Path(path)
+        file = path / REPORT_NAME if path.is_dir() else path
+        try:
+            return cls.from_json(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not a report: {error}") from error
 
     def to_html(self, path: str | Path) -> None:
         """Write a page with figures and tables: one file, which needs no network. Needs the extra `report`."""
@@ -339,19 +364,6 @@ class PruningReport:
                 console.print(f"Note: {note}", markup=False)
             console.print(self.summary())
         return capture.get()
-
-
-def from_fields(kind: Any, value: Any) -> Any:
-    """Construct an object of an annotated type from what JSON holds of it; ignore keys that are not fields."""
-    if hasattr(kind, "__dataclass_fields__"):
-        types = _field_types(kind)
-        return kind(**{name: from_fields(types[name], each) for name, each in value.items() if name in types})
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (list, tuple):
-        return origin(from_fields(arguments[0], each) for each in value)
-    if origin is UnionType:  # with None
-        return None if value is None else from_fields(arguments[0], value)
-    return SkipReason(value) if kind is SkipReason else value
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -58,6 +58,7 @@ class Grid:
         self.blocks = list(dict.fromkeys(block for _, block in cells))  # columns
         self.values = [[cells.get((kind, block)) for block in self.blocks] for kind in self.kinds]
         self.known = [value for value in cells.values() if value is not None]
+        self.shown = list(dict.fromkeys(f"{value:.1%}" for value in self.known))  # the different ones as text
         self.labels = shortest_ends([kind.replace(".*", "") for kind in self.kinds])
         lists = [block.rpartition(".")[0] for block in self.blocks]  # such as `encoder.block`
         self.stacks = {name: lists.index(name) for name in dict.fromkeys(lists)}  # with their first columns
@@ -146,7 +147,7 @@ def plots_of(report: PruningReport) -> list[Plot]:
     bars, experts = weights_by_kind(report), expert_tokens(report)
     passes = report.training.passes if report.training else ()
     plots = []
-    if len(set(sparsity.known)) > 1:  # colors span at least 10 %, so that nearly uniform sparsities look nearly uniform
+    if len(sparsity.shown) > 1:  # colors span at least 10 %, so that nearly uniform sparsities look nearly uniform
         plots.append(Plot("sparsity", "Zeros by layer", sparsity.height, partial(_draw_heat_map, sparsity, 0.1)))
     if len(errors.blocks) > 1 and errors.known:
         plots.append(_errors("error", "Relative error of the layers' outputs", errors))

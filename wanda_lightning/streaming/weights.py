@@ -14,7 +14,8 @@ from wanda_lightning.notes import Outcome
 from wanda_lightning.plan import Plan, Selections
 from wanda_lightning.progress import as_size
 from wanda_lightning.refusals import refuse_unprunable
-from wanda_lightning.report import PrunedLayer, from_fields
+from wanda_lightning.report import PrunedLayer
+from wanda_lightning.report.fields import from_fields
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 from wanda_lightning.streaming.output import OutputFolder
