@@ -251,12 +251,13 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
         refuse_full(tmp_path / "new" / "x", 3_000_000)
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path):
+@pytest.mark.parametrize("reason", ["No space left on device (os error 28)", "File too large (os error 27)"])
+def test_a_full_disk_is_one_clear_error(tmp_path, reason):
     def fill(folder):
         (folder / "half").write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(f"Error while serializing: I/O error: {reason}")
 
-    message = r"its disk is full: after 0\.00 MB only .* MB are free"
+    message = rf"x cannot be written: {reason.partition(' (')[0]}, after 0\.00 MB; .* MB are free on the disk"
     with pytest.raises(OSError, match=message), whole_folder(tmp_path / "x") as temporary:
         fill(temporary)
     assert list(tmp_path.iterdir()) == []

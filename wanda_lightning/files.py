@@ -259,18 +259,20 @@ def _flush_all(folder: Path) -> None:
 
 @contextmanager
 def _explaining_a_full_disk(path: str | os.PathLike[str], new: Path) -> Iterator[None]:
-    """Turn any error about a full disk (safetensors has its own class) into an OSError that explains it."""
+    """Turn any error about a full disk or a limit (safetensors has its own class) into an OSError that explains it."""
     try:
         yield
     except Exception as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+        codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        reason = next((text for text in map(os.strerror, codes) if text in str(error)), None)
+        if reason is None:
             raise
         files = new.rglob("*") if new.is_dir() else [new]
         written = sum(file.stat().st_size for file in files if file.is_file())
         free = shutil.disk_usage(existing_parent(new)).free
         raise OSError(
-            f"{path} cannot be written, because its disk is full: after {_megabytes(written)} only {_megabytes(free)} "
-            "are free. Free some space, or choose another path."
+            f"{path} cannot be written: {reason}, after {_megabytes(written)}; {_megabytes(free)} are free on the disk."
+            " Free some space, raise the limit, or choose another path."
         ) from error
 
 

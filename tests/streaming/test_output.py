@@ -128,9 +128,9 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
     interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
     before = sorted(tmp_path.rglob("*"))
     for changed, message in (
-        ({"batches": batches(seed=1)}, "begun with calibration="),
-        ({"method": "magnitude"}, "begun with choices="),
-        ({"sparsity": 0.6}, "begun with choices="),
+        ({"batches": batches(seed=1)}, "begun with other calibration data"),
+        ({"method": "magnitude"}, r"begun with criterion='Wanda', but now it is 'Magnitude' \(and 1 more\)"),
+        ({"sparsity": 0.6}, r"begun with sparsity=0\.5, but now it is 0\.6\. Use"),
         ({"dtype": "float32"}, "begun with dtype='torch.bfloat16', but now it is 'torch.float32'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -141,15 +141,81 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob(".wanda-*"))
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: "", "Expecting value"),
+        (lambda text: text[:90], "Unterminated|Expecting"),
+        (lambda text: "\0" * 99, "Expecting value"),
+        (lambda text: "[]", r"_?Progress must be an object, but it is \[\]"),
+        (lambda text: text.replace('"version": 1', '"version": 7'), "version must be 1, but it is 7"),
+        (lambda text: text.replace('"version": 1,', ""), "version must be 1, but it is None"),
+        (lambda text: text.replace('"zeros": ', '"zeros": "many", "was": '), r"zeros must be a whole number"),
+    ],
+)
+def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):
+    interrupted(source, tmp_path / "out", monkeypatch, at="model.layers.2", method="magnitude")
+    file = tmp_path / "out" / PROGRESS_NAME
+    file.write_text(damage(file.read_text()))
+    before = contents(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=rf"progress\.json is not the record of an interrupted run.*({message})"
+    ) as caught:
+        prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
+    assert str(caught.value).endswith("to begin anew, or choose another folder.")
+    assert contents(tmp_path / "out") == before
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("default:.*so it is made again")
+@pytest.mark.parametrize("choices", ["magnitude", "rows"])
+def test_files_that_are_not_as_they_were_written_are_made_again(source, streamed, tmp_path, monkeypatch, choices):
+    interrupted(source, tmp_path / "out", monkeypatch, **CHOICES[choices])
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    damages = (lambda file: file.write_bytes(b""), lambda file: os.truncate(file, 400), flip_a_bit, os.remove)
+    for file, damage in zip(files, damages, strict=False):
+        damage(file)
+    if choices == "rows":
+        flip_a_bit(tmp_path / "out/pruning_row_weights.safetensors")
+    (tmp_path / "out/.wanda-00000000-0.safetensors").write_bytes(b"half")  # of a killed run
+    with pytest.warns(UserWarning, match="so it is made again") as caught:
+        prune_from_disk(source, tmp_path / "out", batches(), progress=False, **CHOICES[choices])
+    told = {message for each in caught if (message := str(each.message)).endswith("so it is made again.")}
+    expected = {str(file): "missing" if file == files[3] else "damaged" for file in files[:4]}
+    expected |= {str(tmp_path / "out/pruning_row_weights.safetensors"): "damaged"} if choices == "rows" else {}
+    assert told == {f"{file} is {what}, so it is made again." for file, what in expected.items()}
+    assert contents(tmp_path / "out") == contents(streamed(choices)[1])
+
+
+def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path):
+    """Also if the sparsities were known before the first batch ran."""
+    choices = {"progress": False, **CHOICES["alpha"]}
+    with pytest.raises(Exception, match="index out of range"):
+        prune_from_disk(source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices)
+    prune_from_disk(source, tmp_path / "out", batches(), **choices)
+    assert contents(tmp_path / "out") == contents(streamed("alpha")[1])
+
+
+def test_a_name_is_not_a_tokenizer(source, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer must be one of transformers, but it is 'gpt2'"):
+        prune_from_disk(source, tmp_path / "out", batches(), tokenizer="gpt2", **WANDA)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_that_changed_between_two_runs_is_refused(copied, tmp_path, monkeypatch):
     interrupted(copied, tmp_path / "out", monkeypatch, method="wanda")
     text = (copied / "config.json").read_text()
     (copied / "config.json").write_text(json.dumps({**json.loads(text), "rms_norm_eps": 0.5}))
-    with pytest.raises(ValueError, match="was begun with source_config="):
+    with pytest.raises(ValueError, match=r"was begun with other config\.json\. Use"):
         prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
     (copied / "config.json").write_text(text)
     os.utime(next(copied.glob("*.safetensors")), (0, 0))
-    with pytest.raises(ValueError, match="begun with source="):
+    with pytest.raises(ValueError, match=r"was begun with other weights in model-0000.*\. Use"):
         prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
 
 

@@ -61,7 +61,7 @@ def prune_from_disk(
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
-        tokenizer: Saved with the model if given.
+        tokenizer: Saved with the model if given, by its `save_pretrained`.
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
@@ -116,6 +116,10 @@ def pruned_from_disk(
     refuse_parking(park, device)
     refuse_whole_model(config, processes)
     refuse_places(source, output)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ValueError(
+            f"tokenizer must be one of transformers, but it is {tokenizer!r}. Give AutoTokenizer.from_pretrained(...)."
+        )
     with processes.fail_together():
         held = list(batches)
         checkpoint = Checkpoint(str(source), dtype, hub, device)
@@ -124,7 +128,7 @@ def pruned_from_disk(
             check_vocabulary(tokenizer, checkpoint.model)
     made_with = _described(config, checkpoint, held, processes)
     parts = [RESIDENT, *checkpoint.blocks]
-    with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes)) as folder:
+    with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes, progress)) as folder:
         if folder.report:
             report = PruningReport.from_json(folder.report)
         else:
@@ -154,9 +158,9 @@ def _described(
         "choices": config.describe(),
         "dtype": str(checkpoint.model.dtype),
         "device": checkpoint.device.type,
-        "calibration": [processes.broadcast(own, rank) for rank in range(processes.world_size)],
-        "source": {file.name: stamp for file, stamp in checkpoint.files.items()},
-        "source_config": fingerprint(checkpoint.configuration),
+        "calibration data": [processes.broadcast(own, rank) for rank in range(processes.world_size)],
+        "weights": {f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
+        "config.json": [fingerprint(checkpoint.configuration)],
     }
 
 

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wanda_lightning.checks import one_line
 from wanda_lightning.files import (
     PROGRESS_NAME,
     flush_folder,
@@ -27,10 +30,40 @@ from wanda_lightning.files import (
     unlock,
     whole_file,
 )
+from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.progress import ProgressBar
+from wanda_lightning.report import PrunedLayer
+from wanda_lightning.report.fields import as_json, from_fields
 
 _INDEX = "model.safetensors.index.json"
 _ROW_WEIGHTS = "pruning_row_weights.safetensors"  # while the model is pruned
+_VERSION = 1  # of the progress file
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What happened to a part, and what was written of it."""
+
+    layers: list[PrunedLayer] = field(default_factory=list)
+    skipped: list[SkippedMatrix] = field(default_factory=list)
+    few_tokens: dict[str, int] = field(default_factory=dict)  # by expert's layer
+    zeros: int = 0
+    keys: list[str] = field(default_factory=list)  # names of the tensors in its file
+    size: int = 0  # of the tensors, in bytes
+    checksum: str = ""  # of its file; empty if it has no tensors and so no file
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """The content of the progress file."""
+
+    version: int
+    made_with: dict[str, Any]
+    sparsities: dict[str, float]
+    row_weights: str  # checksum of their file; empty if there is none
+    written: dict[str, PartRecord]
+    report: str
 
 
 class OutputFolder:
@@ -41,11 +74,12 @@ class OutputFolder:
 
     Args:
         folder: A folder that is empty, does not exist, or was left by an interrupted run.
-        made_with: What determines the result, as plain data by name. A folder that was begun with other values is
-            refused.
+        made_with: What determines the result, as plain data by name. A folder in which parts were written with other
+            values is refused.
         parts: The names of all parts.
         size: Number of bytes of all parts.
         processes: All processes that prune the model. The first one writes.
+        progress: Show a bar while the parts that an interrupted run has written are checked.
 
     Attributes:
         path: The folder.
@@ -56,7 +90,7 @@ class OutputFolder:
 
     Raises:
         OSError: If the folder has other files, cannot be written, or another run writes into it.
-        ValueError: If it was begun with other choices.
+        ValueError: If it was begun with other choices, or its progress file is damaged.
     """
 
     def __init__(
@@ -66,13 +100,15 @@ class OutputFolder:
         parts: Sequence[str],
         size: int = 0,
         processes: Processes = SINGLE_PROCESS,
+        progress: bool = False,
     ) -> None:
         self.path, self._parts = Path(folder).expanduser().resolve(), list(parts)
         self._made_with = json.loads(json.dumps(made_with, default=str))
-        self._processes = processes
+        self._processes, self._shows_progress = processes, progress
         self._lock: int | None = None
-        self.written: dict[str, dict[str, Any]] = {}
+        self.written: dict[str, PartRecord] = {}
         self.sparsities: dict[str, float] = {}
+        self._row_weights = ""
         self.report = ""
         self.bytes_written = 0
         with self._in_first() as is_first:
@@ -95,39 +131,64 @@ class OutputFolder:
         if self._lock is None and is_locked(self.path):
             raise FileExistsError(f"{folder} is being written by another run. Wait for it to end, or choose another.")
         try:
-            if (progress := self.path / PROGRESS_NAME).is_file():
-                self._resume(folder, json.loads(progress.read_text(encoding="utf-8")))
-            refuse_full(folder, size - sum(record["size"] for record in self.written.values()))
+            if (self.path / PROGRESS_NAME).is_file():
+                self._resume(folder, self._read_progress(folder))
+            refuse_full(folder, size - sum(record.size for record in self.written.values()))
             self._save_progress()
         except BaseException:
             self.close()
             raise
 
-    def _resume(self, folder: object, begun: Mapping[str, Any]) -> None:
-        """Read what an interrupted run has written.
+    def _read_progress(self, folder: object) -> _Progress:
+        file = self.path / PROGRESS_NAME
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(content, Mapping) and content.get("version") != _VERSION:
+                raise ValueError(f"version must be {_VERSION}, but it is {content.get('version')!r}.")
+            progress: _Progress = from_fields(_Progress, content)
+            return progress
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is not the record of an interrupted run of this version: {one_line(error)} Delete {folder} to "
+                "begin anew, or choose another folder."
+            ) from error
+
+    def _resume(self, folder: object, begun: _Progress) -> None:
+        """Take over what an interrupted run has written, except for files that are not as it wrote them.
 
         Raises:
             ValueError: If that run had other choices.
         """
-        names = self._made_with.keys() | begun["made_with"].keys()
-        differing = sorted(n for n in names if self._made_with.get(n) != begun["made_with"].get(n))
-        if differing and (begun["written"] or begun["sparsities"]):
-            name = differing[0]
+        differing = list(_differences(begun.made_with, self._made_with))
+        unknown = [f"another part of the model, {part}" for part in begun.written if part not in self._parts]
+        if begun.written and (reasons := differing + unknown):
+            others = f" (and {len(reasons) - 1} more)" if reasons[1:] else ""
             raise ValueError(
-                f"{folder} was begun with {name}={begun['made_with'].get(name)!r}, but now it is "
-                f"{self._made_with.get(name)!r}{f' (also different: {differing[1:]})' if differing[1:] else ''}. Use "
-                "the same choices, data and model to go on, or another folder."
+                f"{folder} was begun with {reasons[0]}{others}. Use the same choices, data and model to go on, or "
+                "another folder."
             )
-        written = begun["written"].items()
-        self.written = {part: record for part, record in written if self._path(part).is_file() or not record["keys"]}
-        self.sparsities = begun["sparsities"]
-        self.report = begun["report"] if self.written.keys() >= set(self._parts) else ""
+        with ProgressBar("Checking written parts", len(begun.written), self._shows_progress) as bar:
+            for part, record in begun.written.items():
+                if not record.keys or self._is_whole(self._path(part), record.checksum):
+                    self.written[part] = record
+                bar.advance()
+        has_weights = not begun.row_weights or self._is_whole(self.path / _ROW_WEIGHTS, begun.row_weights)
+        if has_weights and not differing:
+            self.sparsities, self._row_weights = begun.sparsities, begun.row_weights
+        self.report = begun.report if self.written.keys() >= set(self._parts) else ""
+
+    def _is_whole(self, file: Path, checksum: str) -> bool:
+        """Return whether a file is as it was written; warn if not."""
+        if file.is_file() and _checksum(file) == checksum:
+            return True
+        warnings.warn(f"{file} is {'damaged' if file.exists() else 'missing'}, so it is made again.", stacklevel=2)
+        return False
 
     def _path(self, part: str) -> Path:
         number = self._parts.index(part) + 1
         return self.path / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
 
-    def save(self, part: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord) -> None:
         """Write a part and its record, in the first process. The others do not wait for the end.
 
         Raises:
@@ -137,10 +198,12 @@ class OutputFolder:
             raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         is_first = self._processes.rank == 0
+        checksum = ""
         if is_first and tensors:
             with whole_file(self._path(part)) as new:
                 save_file(dict(tensors), new, metadata={"format": "pt"})
-        self.written[part] = {**record, "keys": list(tensors), "size": size}
+                checksum = _checksum(new)
+        self.written[part] = replace(record, keys=list(tensors), size=size, checksum=checksum)
         if is_first:
             self.bytes_written += size
             self._save_progress()
@@ -152,22 +215,22 @@ class OutputFolder:
             if is_first and row_weights:
                 with whole_file(self.path / _ROW_WEIGHTS) as new:
                     save_file(dict(row_weights), new)
+                    self._row_weights = _checksum(new)
             if is_first:
                 self._save_progress()
 
     def row_weights(self) -> dict[str, Tensor]:
         """Read the row weights; empty if no layer has any."""
-        file = self.path / _ROW_WEIGHTS
-        return load_file(file) if file.is_file() else {}
+        return load_file(self.path / _ROW_WEIGHTS) if self._row_weights else {}
 
     def _save_progress(self) -> None:
+        content = _Progress(_VERSION, self._made_with, self.sparsities, self._row_weights, self.written, self.report)
         with whole_file(self.path / PROGRESS_NAME) as new:
-            content = {"sparsities": self.sparsities, "written": self.written, "report": self.report}
-            new.write_text(json.dumps({"made_with": self._made_with, **content}), encoding="utf-8")
+            new.write_text(as_json(asdict(content)), encoding="utf-8")
 
     def stored(self, part: str) -> dict[Path, list[str]]:
         """Return the file and the names of the tensors of a written part."""
-        return {self._path(part): self.written[part]["keys"]}
+        return {self._path(part): self.written[part].keys}
 
     def finish(self, save_configuration: Callable[[Path], None], report: str) -> None:
         """Write the index and what `save_configuration` writes into a folder, which makes the folder a model.
@@ -181,14 +244,13 @@ class OutputFolder:
                 self._save_rest(save_configuration)
 
     def _save_rest(self, save_configuration: Callable[[Path], None]) -> None:
-        weight_map = {key: self._path(part).name for part in self._parts for key in self.written[part]["keys"]}
+        weight_map = {key: self._path(part).name for part in self._parts for key in self.written[part].keys}
         index = {
-            "metadata": {"total_size": sum(record["size"] for record in self.written.values())},
+            "metadata": {"total_size": sum(record.size for record in self.written.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
         for leftover in self.path.glob(".wanda-*"):  # of a run that was killed here; the folder is locked
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with tempfile.TemporaryDirectory(dir=self.path, prefix=".wanda-") as temporary:
             save_configuration(Path(temporary))
             (Path(temporary) / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -212,6 +274,26 @@ class OutputFolder:
         if self._lock is not None:
             unlock(self._lock)
             self._lock = None
+
+
+def _differences(begun: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Yield each difference in words, with the values of a choice, but without fingerprints."""
+    for name in dict.fromkeys([*begun, *now]):
+        first, second = begun.get(name), now.get(name)
+        if isinstance(first, Mapping) and isinstance(second, Mapping):
+            yield from _differences(first, second, name if place == "choices" else "choices")
+        elif first != second:
+            has_values = all(isinstance(each, str | int | float | None) for each in (first, second))
+            label = place if name == "name" else name
+            yield f"{label}={first!r}, but now it is {second!r}" if has_values else f"other {label}"
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint(values: Any) -> str:

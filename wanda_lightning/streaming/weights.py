@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from wanda_lightning.calibration.parking import MakeParking, Parking
-from wanda_lightning.models import Layer, SkippedMatrix, Unit
+from wanda_lightning.models import Layer, Unit
 from wanda_lightning.notes import Outcome
 from wanda_lightning.plan import Plan, Selections
 from wanda_lightning.progress import as_size
 from wanda_lightning.refusals import refuse_unprunable
-from wanda_lightning.report import PrunedLayer
-from wanda_lightning.report.fields import from_fields
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
-from wanda_lightning.streaming.output import OutputFolder
+from wanda_lightning.streaming.output import OutputFolder, PartRecord
 from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.weight_store import WeightStore
 
@@ -145,7 +142,7 @@ class StreamedWeights(WeightStore):
     @property
     def zeros(self) -> int:  # type: ignore[override]
         """Number of zeros in the stored blocks."""
-        return sum(record["zeros"] for part, record in self._output.written.items() if part != RESIDENT)
+        return sum(record.zeros for part, record in self._output.written.items() if part != RESIDENT)
 
     def _store(self, block: str, outcome: Outcome) -> None:
         """Write a block unless it is written already, and free it, both in the background."""
@@ -154,20 +151,20 @@ class StreamedWeights(WeightStore):
         else:
             self._blocks.free(block, partial(self._write, block, self._record(block, outcome)))
 
-    def _write(self, part: str, record: Mapping[str, Any]) -> None:
+    def _write(self, part: str, record: PartRecord) -> None:
         parameters = self._checkpoint.model.named_parameters()
         own = [parameter for name, parameter in parameters if self._checkpoint.part_of(name) == part]
         zeros = sum(int((parameter == 0).count_nonzero()) for parameter in own)
-        self._output.save(part, self._checkpoint.stored(part), {**record, "zeros": zeros})
+        self._output.save(part, self._checkpoint.stored(part), replace(record, zeros=zeros))
 
-    def _record(self, part: str, outcome: Outcome) -> dict[str, Any]:
+    def _record(self, part: str, outcome: Outcome) -> PartRecord:
         """Return what happened to a part."""
         names = {layer.name for layer in outcome.plan.layers if self._lies_in(part, layer)}
-        return {
-            "layers": [asdict(layer) for name, layer in outcome.layers.items() if name in names],
-            "skipped": [asdict(matrix) for name, matrix in outcome.skipped.items() if name in names],
-            "few_tokens": {name: tokens for name, tokens in outcome.few_tokens.items() if name in names},
-        }
+        return PartRecord(
+            [layer for name, layer in outcome.layers.items() if name in names],
+            [matrix for name, matrix in outcome.skipped.items() if name in names],
+            {name: tokens for name, tokens in outcome.few_tokens.items() if name in names},
+        )
 
     def _lies_in(self, part: str, layer: Layer) -> bool:
         return self._checkpoint.part_of(layer.name) == part
@@ -175,6 +172,6 @@ class StreamedWeights(WeightStore):
     def _recall(self, part: str, outcome: Outcome) -> None:
         """Copy what an earlier run did to a part into the outcome."""
         record = self._output.written[part]
-        outcome.layers |= {each["name"]: from_fields(PrunedLayer, each) for each in record["layers"]}
-        outcome.skipped |= {each["name"]: from_fields(SkippedMatrix, each) for each in record["skipped"]}
-        outcome.few_tokens = {**outcome.few_tokens, **record["few_tokens"]}
+        outcome.layers |= {each.name: each for each in record.layers}
+        outcome.skipped |= {each.name: each for each in record.skipped}
+        outcome.few_tokens = {**outcome.few_tokens, **record.few_tokens}
