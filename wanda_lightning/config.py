@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning import methods
+from wanda_lightning.core.hyperparameters import shown
 from wanda_lightning.core.name_patterns import check_patterns, did_you_mean
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
     if not isinstance(sparsity, Real) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise ValueError(
             "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
-            f"{sparsity!r}."
+            f"{shown(sparsity)}."
         )
     if not isinstance(min_expert_tokens, int) or min_expert_tokens < 0:
         raise ValueError(f"min_expert_tokens must be a number of tokens, 0 or more, but it is {min_expert_tokens!r}.")

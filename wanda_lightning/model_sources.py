@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from wanda_lightning.checks import one_line, require_extra
@@ -66,13 +66,41 @@ def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
             f"model must be a folder or a .gguf file, but {path} is another file. Give the folder with config.json and "
             "the safetensors weights."
         )
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise OSError(f"model must be a folder that Hugging Face transformers can load, but {path} has no config.json.")
+    if reason := why_no_language_model(path):
+        raise OSError(f"model must be a folder that Hugging Face transformers can load, but {path} {reason}")
+    _refuse_files_outside(path)
     from transformers import AutoConfig
 
     with reading("configuration", name):
         refuse_unreachable(source["pretrained_model_name_or_path"], hub.get("cache_dir"))
         return AutoConfig.from_pretrained(**source, **hub)
+
+
+def why_no_language_model(path: Path) -> str:
+    """Return why a folder is no language model, as a predicate; empty for one that may be, and for other paths."""
+    if not path.is_dir():
+        return ""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except FileNotFoundError:
+        return "has no config.json."
+    except (OSError, ValueError, RecursionError):
+        return ""  # `reading` explains it
+    if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
+        return f"is an image classifier of timm. Give timm:{_LOCAL_FOLDER}{path}"
+    return ""
+
+
+def _refuse_files_outside(folder: Path) -> None:
+    """Refuse an index that names files outside of its folder, which would be read as weights."""
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # `reading` explains it
+        for name in map(PureWindowsPath, names):  # it knows both kinds of slashes
+            if name.anchor or ".." in name.parts:
+                raise ValueError(f"{index} must name files in its folder, but it names {name.as_posix()}. Correct it.")
 
 
 def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
@@ -110,13 +138,15 @@ def refuse_unreachable(hub_id: str, cache_dir: str | None = None) -> None:
 def reading(part: str, name: str | os.PathLike[str]) -> Iterator[None]:
     """While a library reads the `part` of the model `name`, turn its errors, of many classes, into errors for the user.
 
-    A missing file becomes an OSError, and a file that cannot be used a ValueError. Errors about missing packages and
-    exhausted memory stay as they are.
+    A missing file becomes an OSError, and a file that cannot be used a ValueError. A missing package stays an
+    ImportError, and exhausted memory the error that it is.
     """
     try:
         yield
+    except ImportError as error:
+        raise ImportError(f"The {part} of {str(name)!r} cannot be read without a package: {one_line(error)}") from error
     except Exception as error:
-        if isinstance(error, (ImportError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         raise _explain(error, part, str(name)) from error
 
@@ -167,7 +197,6 @@ def timm_name(name: str | os.PathLike[str]) -> str:
             refuse_unreachable(text.removeprefix(_ON_HUB))
         except OSError as error:
             raise OSError(f"{error} Check the connection, or give a folder: {_LOCAL_FOLDER}FOLDER.") from error
-    if ":" in text:
         return text
     import timm
 

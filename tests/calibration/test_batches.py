@@ -47,6 +47,12 @@ def test_batches_that_hold_no_tensors(batch):
     assert f"one is of class {type(batch).__name__}" in unchanged(mlp(), [(batch, 1)])
 
 
+def test_a_pair_of_parentheses_too_many():
+    assert "one got a tuple. Give batches as the model's forward takes them" in unchanged(
+        mlp(), [((torch.ones(2, 8),),)]
+    )
+
+
 def test_a_forward_of_ones_own_may_take_anything():
     model = mlp()
     report = prune(

@@ -435,3 +435,14 @@ def test_pruning_while_it_trains():
     assert losses.logged[0] == pytest.approx(0, abs=1e-9)  # still the dense model
     assert losses.logged[3] > losses.logged[0]
     assert share_of_zeros(module) == all_at(0.5)
+
+
+def test_a_dense_model_with_nan_is_refused_before_training():
+    module, dense = Net(), Net()
+    dense.layers[2].weight.data[0, 0] = torch.nan
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(
+        ValueError, match=r"dense must have finite weights, but layers\.2\.weight holds NaN or infinity"
+    ):
+        trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())

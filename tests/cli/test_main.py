@@ -14,6 +14,8 @@ from support.forks import Fork, shell
 from transformers import LlamaForCausalLM
 
 import wanda_lightning
+from wanda_lightning.cli import main
+from wanda_lightning.cli.signals import Signals
 
 pytestmark = IGNORED_WARNINGS
 COMMANDS = ["prune", "finetune", "evaluate", "inspect", "speed", "fit", "validate", "test", "predict"]
@@ -24,6 +26,7 @@ USAGE = [
     (["inspect", "x"], "inspect takes only options, but 'x' is not one."),
     (["fit"], "--config FILE.yaml is required for fit"),
     (["validate", "--config", "gone.yaml"], "gone.yaml"),
+    (["inspect", "--model", "."], "--model . has no config.json."),
     (["pruen"], "There is no command 'pruen'. Did you mean prune?"),
 ]
 
@@ -168,6 +171,17 @@ def test_a_fault_keeps_its_traceback(text, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "ValueError: invalid literal for int()" in err
     assert "Please report it" in err
+
+
+def test_a_signal_after_the_work_keeps_its_status(capsys, monkeypatch):
+    """When only the streams are left to be flushed."""
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Signals, "__exit__", lambda *_: killed())
+    assert main(["--version"]) == 143
+    assert "wanda-lightning: interrupted" in capsys.readouterr().err
 
 
 WATCHED = """

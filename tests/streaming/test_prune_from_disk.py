@@ -201,6 +201,14 @@ def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeyp
     assert perplexity_from_disk(source, batches(), progress=False, **parked) == measured
 
 
+@pytest.mark.parametrize("padding", [None, 0])
+def test_a_text_without_predictions_has_no_perplexity(source, padding):
+    ids = torch.ones(1, 1 if padding is None else 8, dtype=torch.long)
+    for given in ([], [{"input_ids": ids} | ({} if padding is None else {"attention_mask": ids * padding})]):
+        with pytest.raises(ValueError, match="batches must hold at least two tokens in a row, but there are none"):
+            perplexity_from_disk(source, given, progress=False)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("park", ["memory", "cpu"])
 @pytest.mark.parametrize("name", CHOICES)

@@ -206,7 +206,15 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[Abstra
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the input that a layer was called with."""
+    """Return the input that a layer was called with.
+
+    Raises:
+        ValueError: If it is no tensor, as with a batch that has one pair of parentheses too many.
+    """
     x = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(x, Tensor)
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"batches must reach every layer as tensors, but one got a {type(x).__name__}. Give batches as the model's "
+            "forward takes them, or give forward=."
+        )
     return x

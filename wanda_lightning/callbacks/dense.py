@@ -47,7 +47,8 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
     LightningModule. Warns if a given model has been pruned.
 
     Raises:
-        ValueError: If the model is not dense, has another number of classes, or shares parameters with the module.
+        ValueError: If the model is not dense or not finite, has another number of classes, or shares parameters with
+            the module.
         MisconfigurationException: If a name is given that the module cannot load.
     """
     network = network_of(pl_module, name)
@@ -60,6 +61,7 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
         model = _load(dense, pl_module)
     if dense is not None and (zeros := _zeros_of_pruning(model)):
         rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
+    _refuse_not_finite(model)
     _refuse_shared(model, pl_module)
     _refuse_other_classes(model, network)
     return model.requires_grad_(False).eval()
@@ -114,6 +116,15 @@ def _zeros_of_pruning(model: nn.Module) -> str:
     shares = {name: zeros / sizes[name] for name, zeros in zeros_of(model).items()}
     pruned = [name for name, share in shares.items() if _PRUNED <= share < 1]  # some layers are initialized to zero
     return f"{shares[pruned[0]]:.0%} of the weights of {pruned[0]} are zero" if pruned else ""
+
+
+def _refuse_not_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not local(parameter.detach()).isfinite().all():
+            raise ValueError(
+                f"dense must have finite weights, but {name} holds NaN or infinity, which would reach every weight of "
+                "the model that learns from it. Give another model, or load it in a wider dtype."
+            )
 
 
 def _refuse_shared(model: nn.Module, pl_module: L.LightningModule) -> None:

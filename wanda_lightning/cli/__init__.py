@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         128 plus the number of the signal that ended the command (130 after Ctrl-C, 143 after SIGTERM, 129 after
         SIGHUP); 141 if the output was closed before its end.
     """
+    signals = None
     try:
         from wanda_lightning.cli.signals import Signals
         from wanda_lightning.cli.streams import tolerant_streams
@@ -54,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
         # In fit and its relatives, the Trainer itself handles SIGTERM, at the end of a step, as schedulers expect.
         names = ("SIGINT",) if arguments[:1] and arguments[0] in LIGHTNING_COMMANDS else ("SIGINT", "SIGTERM", "SIGHUP")
-        with tolerant_streams() as streams, Signals(names) as signals:
+        signals = Signals(names)
+        with tolerant_streams() as streams, signals:
             status = _run(arguments, signals, in_shell=argv is None)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before the command began, or after it ended
         print("wanda-lightning: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (signals.received if signals and signals.received else SIGINT)
     return 141 if status == 0 and any(stream.is_broken for stream in streams) else status
 
 

@@ -28,7 +28,7 @@ from wanda_lightning.files import (
 )
 from wanda_lightning.hub.upload import refuse_upload
 from wanda_lightning.methods import PARKING
-from wanda_lightning.model_sources import why_missing
+from wanda_lightning.model_sources import why_missing, why_no_language_model
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
 """The names in the reference code of some arguments of `PruningConfig.from_names`."""
@@ -505,6 +505,8 @@ def refuse_missing(options: Any, names: str) -> None:
             if name in ("resume", "tasks_dir") or path != value:
                 path = os.path.abspath(path)  # never a hub id
             if reason := why_missing(path):
+                raise UsageError(f"--{name} {value} {reason}")
+            if name in ("model", "dense", "pruned") and path == value and (reason := why_no_language_model(Path(path))):
                 raise UsageError(f"--{name} {value} {reason}")
 
 

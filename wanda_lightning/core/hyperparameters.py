@@ -52,4 +52,14 @@ def check(method: object, **rules: Number | OneOf) -> None:
     for name, rule in rules.items():
         value = getattr(method, name)
         if not rule.accepts(value):
-            raise ValueError(f"{name} of {type(method).__name__} must be {rule}, but it is {value!r}.")
+            raise ValueError(f"{name} of {type(method).__name__} must be {rule}, but it is {shown(value)}.")
+
+
+def shown(value: object) -> str:
+    """Return a wrong value for a message: a number or a text as it is written, anything else by its class.
+
+    Example:
+        >>> shown("0.5"), shown(None), shown([0.5])
+        ("'0.5'", 'None', 'a list')
+    """
+    return repr(value) if value is None or isinstance(value, str | Real) else f"a {type(value).__name__}"

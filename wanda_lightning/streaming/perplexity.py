@@ -32,7 +32,9 @@ def perplexity_from_disk(
     park: str = "memory",
     parked_in: str | os.PathLike[str] | None = None,
     device: str = "cpu",
-    **hub: Any,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
 ) -> float:
     """Return the perplexity of a language model in safetensors, with at most two blocks in memory.
 
@@ -46,9 +48,15 @@ def perplexity_from_disk(
         park: Where the activations of batches are while they wait, as for `prune_from_disk`.
         parked_in: Folder for `park="disk"`; by default that of temporary files.
         device: Where the model computes.
-        **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
+        revision: Revision of a hub model.
+        cache_dir: Folder for downloads from the hub.
+        trust_remote_code: Run the code that comes with a hub model.
+
+    Raises:
+        ValueError: If no token of the batches has a next token.
     """
     refuse_parking(park, device)
+    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint(str(source), dtype, hub, device)
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
@@ -74,4 +82,6 @@ def perplexity_from_disk(
                     blocks.hold(here)
                     bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")
                     bar.advance()
+    if not metric.windows:
+        raise ValueError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
     return float(metric.compute())
