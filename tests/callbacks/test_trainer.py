@@ -1,9 +1,13 @@
 """What the callbacks read from a Trainer."""
 
+import os
+import signal
+
 import pytest
 import pytorch_lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from support import forks
 from support.callbacks import Net, OldNet, all_at, loader, share_of_zeros, trainer
 
 from wanda_lightning import DistillFromDense, KeepZeros, SavePretrained, WandaPrune
@@ -19,6 +23,41 @@ def test_strategies_that_cannot_be_pruned_are_refused_by_name(callback):
     spread.strategy.__class__ = FSDPStrategy  # which itself wants a GPU
     with pytest.raises(MisconfigurationException, match=r"but it is FSDPStrategy\. Use strategy='ddp'"):
         callback().setup(spread, Net(), "fit")
+
+
+class Terminated(Net):
+    """Sends SIGTERM to its own process in its third forward pass, or after its first layer was pruned."""
+
+    passes = 0
+
+    def calibration_step(self, batch):
+        print("pass", flush=True)
+        self.passes += 1
+        if self.passes == 3 and self.between is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self(batch[0])
+
+
+def prune_until_terminated(sequential):
+    module = Terminated()
+    module.between = None if sequential == "none" else module.layers[1].register_forward_hook(terminate_if_pruned)
+    module.layers[1].reader = module.layers[0]
+    trainer(WandaPrune(0.5, num_samples=24, sequential=sequential), max_steps=9).fit(module, loader(24), loader(4))
+    print("went on", flush=True)
+
+
+def terminate_if_pruned(relu, args, output):
+    if (relu.reader.weight == 0).any():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("sequential", "passes"), [("none", 3), ("layer", 6)])
+def test_sigterm_ends_a_pruning(sequential, passes):
+    """Within a pass through the whole model, or at the next layer."""
+    ended = forks.run(prune_until_terminated, sequential)
+    assert ended.returncode == 143, ended.stderr
+    assert ended.stdout.split() == ["pass"] * passes
+    assert ("1 layers are already pruned, from layers.0 to layers.0" in ended.stderr) == (sequential == "layer")
 
 
 def test_layers_are_named_as_in_the_pruning_target():

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.distributed import DistributedSampler
 
 from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, take
+from wanda_lightning.callbacks.trainer import stop_if_terminated
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 log = logging.getLogger(__name__)
@@ -155,8 +156,9 @@ def calibration_forward(
 
     Calls the module's `calibration_step(batch)` if it has one, which may stop after the last layer, else its `forward`.
     For predictions, calls `calibration_predictions(batch)` if it has one, else its `forward`, and returns the logits or
-    an output that holds them.
+    an output that holds them. Ends the process if the Trainer has received SIGTERM.
     """
+    stop_if_terminated(trainer)
     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     batch = trainer.strategy.batch_to_device(batch)
     if for_predictions and callable(predictions := getattr(pl_module, "calibration_predictions", None)):

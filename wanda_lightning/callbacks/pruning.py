@@ -22,7 +22,7 @@ from wanda_lightning.callbacks.keep_zeros import clear_copies
 from wanda_lightning.callbacks.run import run_of, with_result
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
-from wanda_lightning.callbacks.trainer import last_step, processes_of, pruning_target, shows_progress
+from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.checks import check_at_least, check_report_path, refuse_pytorch_lightning
 from wanda_lightning.config import PruningConfig
@@ -44,7 +44,8 @@ class PruningCallback(Callback):
     schedule has one stage, before the first step and after the sanity check of the validation loop. Each stage scores
     all weights again, with new statistics, and zeros stay zero. `trainer.validate`, `test` and `predict` prune when
     they start, and so evaluate the pruned model, unless the schedule starts after step 0. A model that this callback
-    has pruned, also before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model
+    has pruned, also before a resume, is not pruned again while it has its zeros. SIGTERM ends the process at the next
+    batch or unit, with status 143. The zeros stay zero while the model
     trains (see `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step, and no
     report is written.
 
@@ -310,6 +311,7 @@ class PruningCallback(Callback):
                 predict=partial(calibration_forward, trainer, pl_module, for_predictions=True),
                 progress=shows_progress(trainer),
                 processes=self._processes,
+                store=StoppableWeights(trainer),
             )
         self._record(report, share, trainer)
 

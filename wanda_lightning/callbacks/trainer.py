@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from wanda_lightning.models import Unit
+from wanda_lightning.notes import Outcome
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.weight_store import WeightStore
 
 
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:
@@ -48,6 +53,28 @@ def processes_of(trainer: L.Trainer) -> Processes:
         "model does not fit on one device. Or prune with Trainer(devices=1), save, and train the pruned model with "
         "KeepZeros."
     )
+
+
+def stop_if_terminated(trainer: L.Trainer) -> None:
+    """End the process with the status of SIGTERM if the Trainer, whose loops look only between batches, has received it."""
+    if trainer.received_sigterm:
+        raise SIGTERMException(128 + signal.SIGTERM)
+
+
+class StoppableWeights(WeightStore):
+    """Weights in memory; SIGTERM ends the pruning at the next unit.
+
+    Args:
+        trainer: The Trainer that receives the signal.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._trainer = trainer
+
+    def arrive(self, unit: Unit, outcome: Outcome) -> bool:
+        """Stop if the Trainer has received SIGTERM."""
+        stop_if_terminated(self._trainer)
+        return False
 
 
 def averaged_models(trainer: L.Trainer) -> list[nn.Module]:
