@@ -56,7 +56,7 @@ def processes_of(trainer: L.Trainer) -> Processes:
 
 
 def stop_if_terminated(trainer: L.Trainer) -> None:
-    """End the process with the status of SIGTERM if the Trainer, whose loops look only between batches, has received it."""
+    """End the process with the status of SIGTERM if the Trainer has received it, which its own loops do later."""
     if trainer.received_sigterm:
         raise SIGTERMException(128 + signal.SIGTERM)
 

@@ -132,11 +132,11 @@ def _run_command(command: str, arguments: list[str]) -> None:
     with usage_errors():
         options = parse_options(command, arguments)
         options.refuse_early()
-    module = import_module(f"wanda_lightning.cli.{command}")
-    from wanda_lightning.cli.output import quiet_trainer, readable_warnings
+    from wanda_lightning.cli.output import quiet_libraries, readable_warnings
     from wanda_lightning.files import reserved
 
-    quiet_trainer()
+    quiet_libraries()
+    module = import_module(f"wanda_lightning.cli.{command}")
     writes_at_end = getattr(options, "save_model", None) is not None and not getattr(options, "stream", False)
     with readable_warnings(), reserved(options.save_model, options.overwrite) if writes_at_end else nullcontext():
         module.run(options)

@@ -67,6 +67,8 @@ def _one_line(message: Any, category: Any, filename: str, lineno: int, line: str
     return f"wanda-lightning: warning: {message}\n"
 
 
-def quiet_trainer() -> None:
-    """Hide the messages about hardware that the Trainer prints at every start."""
+def quiet_libraries() -> None:
+    """Hide what libraries log at every start: Lightning about hardware, torchao about kernels for other devices."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
