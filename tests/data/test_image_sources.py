@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from support.data import images_of, paint, vit
 
 from wanda_lightning.data import ImageDataModule
-from wanda_lightning.data.image_sources import _from_splits, find_columns
+from wanda_lightning.data.image_sources import _from_splits, find_columns, open_source
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*and the model has .* outputs"
@@ -181,3 +181,14 @@ def test_a_broken_image_in_a_table_is_named(tmp_path):
     assert images[0][1] == 0
     with pytest.raises(ValueError, match=r"The image in row 1 of some/set cannot be read \("):
         _ = images[1]
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda content: content[: len(content) // 2], lambda _: b"x" * 99])
+def test_a_broken_table_is_one_clear_error(tmp_path, damage):
+    table = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8))], "label": [0]})
+    table = table.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=["a"]))
+    file = tmp_path / "set" / "test.parquet"
+    table.to_parquet(file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=f"The data set {file.parent} cannot be read: a file is damaged"):
+        open_source(str(file.parent), cache_dir=str(tmp_path / "cache"))

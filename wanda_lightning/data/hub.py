@@ -16,6 +16,7 @@ def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
     """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
+    from pyarrow import ArrowException
 
     try:
         return datasets.load_dataset(name, *config, **options)
@@ -25,7 +26,7 @@ def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
         if not isinstance(error, ConnectionError):
             found = "was not found on the Hugging Face hub"
         raise OSError(f"The data set {name} {found}. Use {instead}. The cause: {one_line(error)}") from error
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ArrowException) as error:
         raise ValueError(
             f"The data set {name} cannot be read: a file is damaged, or its format does not match its extension. "
             f"Download it again, or use {instead}. The cause: {one_line(error.__cause__ or error)}"
