@@ -15,7 +15,7 @@ from typing import Any
 
 from wanda_lightning.files import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
-from wanda_lightning.report import PruningReport, Run, Sample
+from wanda_lightning.report import Measured, PruningReport, Run, Sample
 from wanda_lightning.report.metrics import METRICS, TOP1
 from wanda_lightning.report.page import write_report
 from wanda_lightning.report.words import choices_of, count, counted, duration, method_in_words
@@ -173,8 +173,16 @@ def _to_publish(run: Run) -> Run:
     model, data, calibration, command = (
         _FOLDERS.sub("", text) for text in (run.model, run.data, run.calibration, run.command)
     )
-    before, after = (value if value is None or isfinite(value) else None for value in (run.before, run.after))
-    return replace(run, model=model, data=data, calibration=calibration, command=command, before=before, after=after)
+    before, after = _known(run.before), _known(run.after)
+    others = tuple(
+        Measured(_FOLDERS.sub("", each.data), _known(each.before), _known(each.after)) for each in run.others
+    )
+    texts: dict[str, Any] = {"model": model, "data": data, "calibration": calibration, "command": command}
+    return replace(run, before=before, after=after, others=others, **texts)
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or not isfinite(value) else value
 
 
 def _metadata(report: PruningReport, run: Run, source: Source, saved: _Saved) -> str:
@@ -198,10 +206,11 @@ def _eval_results(run: Run) -> list[Any]:
     from huggingface_hub import EvalResult
 
     results = []
-    if run.after is not None:
-        metric, data = METRICS[run.metric], run.data or "unknown"
-        kind = data.partition(", ")[0]
-        results.append(EvalResult(metric.task, kind, data, metric.on_hub, run.after, metric_name=metric.name))
+    for each in run.results:
+        if each.after is not None:
+            metric, data = METRICS[run.metric], each.data or "unknown"
+            kind = data.partition(", ")[0]
+            results.append(EvalResult(metric.task, kind, data, metric.on_hub, each.after, metric_name=metric.name))
     for name, measured in run.zero_shot.items():
         if name != "mean":
             results.append(EvalResult("text-generation", name, name, "accuracy", measured["acc"]))
@@ -221,10 +230,10 @@ def _summary(report: PruningReport, run: Run, source: Source, trained_steps: int
 
 def _results(run: Run) -> str:
     rows = []
-    if run.before is not None or run.after is not None:
-        where = f", {run.data}" if run.data else ""
+    for each in run.results:
+        where = f", {each.data}" if each.data else ""
         metric = METRICS[run.metric]
-        rows.append([f"{metric.title}{where}", metric.text(run.before), metric.text(run.after)])
+        rows.append([f"{metric.title}{where}", metric.text(each.before), metric.text(each.after)])
     rows += [[f"{name}, accuracy", "", TOP1.text(found["acc"])] for name, found in run.zero_shot.items()]
     return _table(["", "dense", "pruned"], rows) if rows else ""
 

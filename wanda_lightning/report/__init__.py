@@ -192,6 +192,15 @@ class ChangedImage:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The results of the dense and of the pruned model on some data; None if they are not known."""
+
+    data: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """The run that pruned the model: on which data, and with which result. What is not known is empty or None.
 
@@ -202,6 +211,7 @@ class Run:
         before: The result of the dense model.
         after: The result of the pruned model.
         data: The data on which both were measured.
+        others: Results on further data.
         calibration: The calibration data; also empty if the method reads none.
         zero_shot: For each zero-shot task, the results of the pruned model.
         samples: Text by both models.
@@ -214,10 +224,17 @@ class Run:
     before: float | None = None
     after: float | None = None
     data: str = ""
+    others: tuple[Measured, ...] = ()
     calibration: str = ""
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
     images: tuple[ChangedImage, ...] = ()
+
+    @property
+    def results(self) -> tuple[Measured, ...]:
+        """The results on all data; none if nothing was measured."""
+        first = Measured(self.data, self.before, self.after)
+        return (first, *self.others) if (self.before, self.after) != (None, None) else ()
 
 
 @dataclass

@@ -8,8 +8,8 @@ from pathlib import PurePath
 from typing import Any
 
 from wanda_lightning.models import SkippedMatrix
-from wanda_lightning.report import PruningReport, Run, grouped
-from wanda_lightning.report.metrics import METRICS
+from wanda_lightning.report import Measured, PruningReport, Run, grouped
+from wanda_lightning.report.metrics import METRICS, Metric
 
 _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
 
@@ -50,16 +50,20 @@ def verdict(report: PruningReport) -> str:
     run = report.run
     if run is None or run.after is None:
         return f"{text} The effect on the predictions was not measured."
-    data, _, amount = run.data.partition(", ")
-    metric = METRICS[run.metric]
+    return " ".join([text, *(_change(METRICS[run.metric], each) for each in run.results)])
+
+
+def _change(metric: Metric, result: Measured) -> str:
+    """Say in a sentence how a metric changed on some data."""
+    data, _, amount = result.data.partition(", ")
     subject = metric.title + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
-    before, after = metric.text(run.before), metric.text(run.after)
-    if run.before is None or not isfinite(run.before + run.after):
-        dense = "" if run.before is None else f" ({before} before)"
-        return f"{text} {subject} is {after} afterward{dense}."
+    before, after = metric.text(result.before), metric.text(result.after)
+    if result.before is None or result.after is None or not isfinite(result.before + result.after):
+        dense = "" if result.before is None else f" ({before} before)"
+        return f"{subject} is {after} afterward{dense}."
     if before == after:
-        return f"{text} {subject} stayed at {after}."
-    return f"{text} {subject} {'rose' if run.after > run.before else 'fell'} from {before} to {after}."
+        return f"{subject} stayed at {after}."
+    return f"{subject} {'rose' if result.after > result.before else 'fell'} from {before} to {after}."
 
 
 def method_in_words(config: Mapping[str, Any]) -> str:
@@ -109,7 +113,11 @@ def made_with(report: PruningReport) -> dict[str, str]:
     run = report.run or Run()
     settings = {name: _as_text(value) for name, value in report.config.items() if name not in ("command", "measured")}
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    found = {"calibration data": run.calibration, "measured on": run.data, **settings}
+    found = {
+        "calibration data": run.calibration,
+        "measured on": "; ".join(filter(None, (each.data for each in run.results))),
+        **settings,
+    }
     found |= {"time": stages(report), "versions": versions}
     return {name.replace("_", " "): value for name, value in found.items() if value}
 
