@@ -6,8 +6,6 @@ import re
 import shutil
 import sys
 import weakref
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run
+from support.data import byte_tokenizer
 from support.gguf import write_gguf
 from support.tasks import (
     DOCUMENTS,
@@ -27,12 +26,11 @@ from support.tasks import (
     tiny_tokenizer,
     write_tasks,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from wanda_lightning.evaluation import PAPER_TASKS, Evaluation, sparsity_of
-from wanda_lightning.modules import ImageClassifierModule
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 
 pytestmark = IGNORED_WARNINGS
 
@@ -229,10 +227,20 @@ def test_models_that_are_no_versions_of_the_pruned_one(inputs, refused):
     refused("evaluate", "--model", inputs / "pruned", "--pruned", inputs / "dense", "--eval", "", message=message)
 
 
-def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys):
+def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, monkeypatch):
+    loaded = []
+
+    def load(*arguments, **options):
+        assert all(module() is None for module in loaded), "more than one model is in memory"
+        module = CausalLMModule(*arguments, **options)
+        loaded.append(weakref.ref(module.model))
+        return module
+
+    monkeypatch.setattr("wanda_lightning.cli.evaluate.CausalLMModule", load)
     shutil.copytree(inputs / "dense", tmp_path / "copy")
     several = [f"{inputs}/pruned, {inputs}/dense,copy", "--eval", f"{inputs}/text.txt,{inputs}/other.txt"]
     assert run("evaluate", "--model", *several, "--limit", "2", "--save", "results.json") == 0
+    assert len(loaded) == 6
     assert not re.search(r"\([+-]", capsys.readouterr().out)
     written = json.loads(Path("results.json").read_text())
     assert list(written["models"]) == [f"{inputs}/pruned", f"{inputs}/dense", "copy"]
@@ -243,33 +251,6 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys):
     assert dense != pruned
 
 
-@pytest.mark.parametrize("kind", ["text", "images"])
-def test_one_model_in_memory_at_a_time(inputs, kind, monkeypatch):
-    import wanda_lightning.cli.evaluate as evaluate_command
-
-    loaded = []
-
-    def recorded(module_class):
-        def load(*arguments, **options):
-            assert [module for module in loaded if module() is not None] == []
-            module = module_class(*arguments, **options)
-            loaded.append(weakref.ref(module.model))
-            return module
-
-        return load
-
-    for name in ("CausalLMModule", "ImageClassifierModule"):
-        monkeypatch.setattr(evaluate_command, name, recorded(getattr(evaluate_command, name)))
-    if kind == "text":
-        tasks = ["--tasks", "boolq", "--tasks_dir", inputs / "tasks"] if find_spec("lm_eval") else []
-        options = ["--eval", inputs / "text.txt", "--limit", "1", *tasks]
-        assert run("evaluate", "--model", f"{inputs}/dense,{inputs}/pruned", *options) == 0
-    else:
-        names = ",".join(f"timm:local-dir:{inputs}/vit{seed}" for seed in (1, 2))
-        assert run("evaluate", "--model", names, "--data_path", inputs / "images") == 0
-    assert len(loaded) == 4
-
-
 def test_the_context_is_the_window_and_nothing_is_written_unasked(inputs, tmp_path, capsys):
     assert run("evaluate", "--model", f"[{inputs}/dense]", "--eval", inputs / "text.txt") == 0
     model = AutoModelForCausalLM.from_pretrained(inputs / "dense")
@@ -278,10 +259,9 @@ def test_the_context_is_the_window_and_nothing_is_written_unasked(inputs, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
-@cache
-def accuracies_of_images(folder, images):
+def accuracies_of_images(model, images):
     """The shares of images whose label is among the first output, and the first five."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model = model.eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     hits = {1: 0, 5: 0}
     for path in sorted(images.glob("*/*")):
@@ -293,32 +273,19 @@ def accuracies_of_images(folder, images):
 
 
 def test_image_classifiers_side_by_side(inputs, capsys):
-    names = [f"timm:local-dir:{inputs}/vit{seed}" for seed in (1, 2)]
+    models = [timm.create_model(f"local-dir:{inputs}/vit{seed}", pretrained=True) for seed in (1, 2)]
+    save_file(models[1].state_dict(), "weights.safetensors")
+    folder = f"timm:local-dir:{inputs}/vit1"
     options = ["--data_path", inputs / "images", "--batch_size", "5", "--save", "results.json"]
-    assert run("evaluate", "--model", names[1], "--dense", names[0], *options) == 0
+    assert run("evaluate", "--model", folder, "--resume", "weights.safetensors", "--dense", folder, *options) == 0
     out = capsys.readouterr().out
     assert "top-1" in out
     assert "top-5" in out
     found = json.loads(Path("results.json").read_text())["models"]
-    assert list(found) == names
-    for name in names:
-        folder = name.removeprefix("timm:local-dir:")
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        assert found[name][f"{inputs}/images"] == accuracies_of_images(folder, inputs / "images")
-        assert found[name]["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
-
-
-def test_weights_of_image_classifiers_from_files(inputs, tmp_path):
-    files = [tmp_path / f"weights{seed}.safetensors" for seed in (1, 2)]
-    for seed, file in enumerate(files, start=1):
-        save_file(timm.create_model(f"local-dir:{inputs}/vit{seed}", pretrained=True).state_dict(), file)
-    folder = f"timm:local-dir:{inputs}/vit1"
-    options = ["--data_path", inputs / "images", "--resume", ",".join(map(str, files)), "--save", "results.json"]
-    assert run("evaluate", "--model", f"{folder},{folder}", *options) == 0
-    found = json.loads(Path("results.json").read_text())["models"]
-    assert list(found) == [f"{folder} {file}" for file in files]
-    for seed, results in enumerate(found.values(), start=1):
-        assert results[f"{inputs}/images"] == accuracies_of_images(f"{inputs}/vit{seed}", inputs / "images")
+    assert list(found) == [folder, f"{folder} weights.safetensors"]
+    for results, model in zip(found.values(), models, strict=True):
+        assert results[f"{inputs}/images"] == accuracies_of_images(model, inputs / "images")
+        assert results["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and how
@@ -367,33 +334,17 @@ def test_refused_for_an_image_classifier(inputs, refused, more, message, code):
     refused(*options, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
 
 
-def test_models_that_read_different_windows(inputs, refused, tmp_path):
+def test_models_that_cannot_be_compared(inputs, side_by_side, refused, tmp_path):
     shutil.copytree(inputs / "dense", tmp_path / "shorter")
     config = json.loads(Path("shorter/config.json").read_text())
     Path("shorter/config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     several = ["--model", f"{inputs}/dense,shorter", "--eval", inputs / "text.txt"]
     refused("evaluate", *several, message="reads 64 tokens at once and another model 256. Use --seqlen 64")
-
-
-def test_models_with_different_tokenizers(inputs, side_by_side, refused, tmp_path):
-    tiny_llama(0).save_pretrained(tmp_path / "other")
-    tokenizer = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "other")
+    for name in ("other", "mute"):
+        tiny_llama(0).save_pretrained(tmp_path / name)
+    byte_tokenizer().save_pretrained(tmp_path / "other")
     refused(*side_by_side, "--model", "other", message="but other splits")
-
-
-def test_a_model_without_a_tokenizer(side_by_side, refused, tmp_path):
-    tiny_llama(0).save_pretrained(tmp_path / "mute")
     refused(*side_by_side, "--model", "mute", message="mute must have a tokenizer")
-
-
-def test_without_lm_eval_the_extra_is_named(inputs, side_by_side, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    tasks = ["--tasks", "boolq", "--tasks_dir", inputs / "tasks"]
-    refused(*side_by_side, *tasks, message="Zero-shot tasks need lm_eval: pip install 'wanda_lightning[eval]'")
 
 
 def test_the_json_is_whole_or_not_there(inputs, tmp_path, monkeypatch):
@@ -401,16 +352,15 @@ def test_the_json_is_whole_or_not_there(inputs, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     Path("results.json").write_text("mine")
-    lines = [f"model: [{inputs}/dense, {inputs}/pruned]", "eval: []", "save: results.json", "overwrite: true"]
-    Path("options.yaml").write_text("\n".join(lines))
-    for owner, name in (("wanda_lightning.cli.evaluate", "zero_shot"), (Evaluation, "to_json"), (os, "replace")):
+    Path("options.yaml").write_text(f"model: [{inputs}/dense]\neval: []\nsave: results.json\noverwrite: true\n")
+    for owner, name in ((Evaluation, "to_json"), (os, "replace")):
         with monkeypatch.context() as patch:
-            patch.setattr(*((f"{owner}.{name}",) if isinstance(owner, str) else (owner, name)), full)
+            patch.setattr(owner, name, full)
             assert run("evaluate", "--config", "options.yaml") == 1
         assert {path.name for path in tmp_path.iterdir()} == {"results.json", "options.yaml"}
         assert Path("results.json").read_text() == "mine"
     assert run("evaluate", "--config", "options.yaml") == 0
-    assert len(json.loads(Path("results.json").read_text())["models"]) == 2
+    assert len(json.loads(Path("results.json").read_text())["models"]) == 1
 
 
 # ----------------------------------------------------------------------------------------------- after pruning
