@@ -1,13 +1,11 @@
 """Which errors are meant for the user, and how they are printed."""
 
-import errno
 import os
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from wanda_lightning import prune
 from wanda_lightning.checks import check_positive
 from wanda_lightning.cli.errors import explain, in_options, refusal_in
 from wanda_lightning.core.name_patterns import did_you_mean
@@ -41,8 +39,6 @@ REFUSALS = {
     "wrapped by a library": wrapped,
     "Lightning": misconfigured,
     "the operating system": lambda: os.stat("/gone/file"),
-    "a full disk": lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-    "pruning": lambda: prune(torch.nn.Linear(2, 2), None, 2.0),
 }
 FAULTS = {
     "ours, by an operation": lambda: did_you_mean(3, ["a"]),

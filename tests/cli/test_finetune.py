@@ -15,12 +15,11 @@ pytestmark = IGNORED_WARNINGS
 
 
 @pytest.fixture
-def tuned(text, inputs):
+def tuned(pruned, inputs):
     """The options of a fast run on the language model, pruned."""
-    assert run(*text, "--save_model", "pruned") == 0
     texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "6"]
     sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01"]
-    return ["finetune", "--model", "pruned", *texts, *sizes]
+    return ["finetune", "--model", pruned, *texts, *sizes]
 
 
 @pytest.mark.parametrize("method", ["full", "keep-zeros-lora", "lora"])
@@ -40,7 +39,7 @@ def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method):
     assert f"Zeros before: {zeros:,}, after: {zeros:,}." in printed
 
 
-@pytest.mark.parametrize("method", ["full", "keep-zeros-lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.nightly), "keep-zeros-lora"])
 def test_learning_from_the_dense_model(tuned, inputs, monkeypatch, method):
     loaded = []
     load = loading.load_causal_lm
@@ -95,19 +94,12 @@ def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
         assert not torch.equal(pruned.get_submodule(name).weight.float(), new.get_submodule(name).weight)
 
 
-def test_adapters_without_peft_are_explained(tuned, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    refused(*tuned, message="Adapters need peft: pip install 'wanda_lightning[lora]'")
-
-
-def test_what_cannot_be_fine_tuned(tuned, inputs, refused, tmp_path):
+def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):
     refused(*tuned, "--model", inputs / "llama", message="has no zeros to keep. Prune it first")
     refused(*tuned, "--distill", message="--distill learns from the dense model, but none is given", code=2)
     refused(*tuned, "--distill", "--dense", "pruned", message="but --dense is the pruned one, pruned", code=2)
-    refused(*tuned, "--steps", "0", message="--steps must be a whole number of at least 1, but it is 0", code=2)
     refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65", code=2)
     refused(*tuned, "--target_modules", "no_such", message="no_such")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("mine")
-    refused(*tuned, "--save_model", "mine", message="--save_model mine is a folder that is not empty", code=2)
-    refused(*tuned, "--save_model", "mine", "--overwrite", message="are not a model", code=2)
+    refused(*tuned, "--save_model", inputs, message=f"--save_model {inputs} is a folder that is not empty", code=2)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(*tuned, message="Adapters need peft: pip install 'wanda_lightning[lora]'")

@@ -91,11 +91,8 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("a.yaml").write_text("save_model: ~/out\nmodel: timm:local-dir:~/m\ndata_path: ~/images\n")
     options = parse("--config", "a.yaml", "--save", "~/log")
-    assert options.save == f"{tmp_path}/log"
-    assert options.save_model == f"{tmp_path}/out"
-    assert options.model == f"timm:local-dir:{tmp_path}/m"
-    assert options.data_path == f"{tmp_path}/images"
-    assert parse("--model", "~/m", command="inspect").model == f"{tmp_path}/m"
+    assert (options.save, options.save_model) == (f"{tmp_path}/log", f"{tmp_path}/out")
+    assert (options.model, options.data_path) == (f"timm:local-dir:{tmp_path}/m", f"{tmp_path}/images")
     assert parse("--model", "~/a,~/b", command="evaluate").model == [f"{tmp_path}/a", f"{tmp_path}/b"]
 
 

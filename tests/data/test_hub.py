@@ -5,9 +5,7 @@ from support.data import vit
 
 from wanda_lightning.data import ImageDataModule, TextDataModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*and the model has .* outputs"
-)  # models are made without regard to the images
+pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")  # models without regard to the images
 
 
 @pytest.mark.parametrize(("source", "name"), [("c4", "allenai/c4"), ("wikitext2", "Salesforce/wikitext")])

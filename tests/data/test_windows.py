@@ -27,12 +27,11 @@ def test_drawing_ends_where_one_document_of_many_is_long_enough(tokenizer):
     assert torch.equal(windows, slow_document_windows(texts, tokenizer, 50, 3, 0))
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_one_text_is_drawn_from_as_the_reference_does(seed):
+def test_one_text_is_drawn_from_as_the_reference_does():
     ids = random.Random(1).choices(range(100), k=200)
-    assert torch.equal(draw_from_text(ids, 20, 9, seed, "a.txt"), slow_text_windows(ids, 20, 9, seed))
+    assert torch.equal(draw_from_text(ids, 20, 9, 7, "a.txt"), slow_text_windows(ids, 20, 9, 7))
     with pytest.raises(ValueError, match=r"seqlen=200 needs a text of at least 201 tokens, but a\.txt has 200"):
-        draw_from_text(ids, 200, 1, seed, "a.txt")
+        draw_from_text(ids, 200, 1, 0, "a.txt")
 
 
 def test_cutting_drops_the_rest_and_stops_at_the_limit():

@@ -89,18 +89,12 @@ def test_a_private_repository(hub, model):
     assert hub.repositories["us/public"] == {}
 
 
-@pytest.mark.parametrize(
-    ("offline", "message"),
-    [
-        (False, "push_to_hub must be left out without a token that may write to 'us/tiny'"),
-        (True, "push_to_hub must be left out while HF_HUB_OFFLINE is set, but it is 'us/tiny'"),
-    ],
-)
-def test_what_cannot_succeed_is_refused(hub, monkeypatch, offline, message):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+def test_what_cannot_succeed_is_refused(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
-    with pytest.raises(ValueError, match=message):
-        refuse_upload("us/tiny")
+    for offline, when in ((False, "without a token that"), (True, "while HF_HUB_OFFLINE is set")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match=f"push_to_hub must be left out {when}.* 'us/tiny'"):
+            refuse_upload("us/tiny")
     assert hub.requests == []
 
 

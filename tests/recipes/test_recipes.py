@@ -55,7 +55,7 @@ SMALLER = {
         ["prune_then_distill", "prune_then_finetune", "prune_then_lora"],
         f"{TEXT} --data.seqlen=16 --data.train_samples=2",
     ),
-    "gradual": f"{TEXT} --data.seqlen=8 --data.train_samples=61",
+    "gradual": f"{TEXT} --data.seqlen=8 --data.num_samples=4 --data.train_samples=61 --trainer.precision=32-true",
     "convnext_finetune": "--model.model=local-dir:convnext --data.data={inputs}/images --data.num_workers=0"
     " --data.image_size=32",
     "digits_vit": "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1",
@@ -70,7 +70,9 @@ RUN = [
 
 @pytest.mark.filterwarnings("ignore")  # there are fewer data than the recipe asks for
 @pytest.mark.parametrize("path", RUN)
-def test_a_recipe_runs(path, inputs, monkeypatch):
+def test_a_recipe_runs(path, inputs, monkeypatch, request):
+    if path.stem == "digits_vit":
+        request.getfixturevalue("few_digits")
     runs = []
     monkeypatch.setattr(lightning, "LightningCLI", lambda **options: runs.append(LightningCLI(**options)))
     save_for_hf(timm.create_model("test_convnext"), "convnext", safe_serialization=True)

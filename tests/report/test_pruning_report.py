@@ -2,11 +2,11 @@
 
 import json
 
+from support.reports import llama_report
 from support.zoo import ZOO
 
 from wanda_lightning import PruningReport, prune
 from wanda_lightning.models import SkipReason
-from wanda_lightning.report import ChangedImage, Run, Sample
 
 
 def test_experts_of_a_module_share_one_metric():
@@ -30,30 +30,11 @@ def test_a_report_survives_json():
     assert again == report
     assert all(isinstance(matrix.reason, SkipReason) for matrix in again.skipped)
     assert str(again) == str(report)
-
-
-def test_a_run_survives_json():
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
-    report.run = Run(
-        command="wanda-lightning prune --model 'a b'",
-        model="a b",
-        metric="perplexity",
-        before=12.5,
-        after=None,
-        zero_shot={"boolq": {"acc": 0.5}},
-        samples=(Sample("Once", " upon", " more"),),
-        images=(ChangedImage("aGk=", "cat", "cat", "dog"),),
-    )
-    assert PruningReport.from_json(report.to_json()) == report
-
-
-def test_a_report_from_before_there_were_runs_is_read():
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
     fields = json.loads(report.to_json())
-    assert fields.pop("run") is None
+    assert fields.pop("run") is None  # a report from before there were runs
     assert PruningReport.from_json(json.dumps(fields)) == report
+    report = llama_report(1)
+    assert PruningReport.from_json(report.to_json()) == report
 
 
 def test_reports_without_errors_and_blocks_can_be_read():

@@ -33,8 +33,8 @@ def test_matrices_left_dense_are_grouped_by_reason_with_most_weights_first():
             "Magnitude (equal share of the scores, OWL)",
         ),
         ({"method": "best"}, "best (ADMM, unstructured, Fisher)"),
-        ({"method": "best", "pattern": "2:4"}, "best (ADMM, 2:4, permuted)"),
         ({"method": "best", "allocation": "uniform"}, "ADMM (unstructured)"),
+        pytest.param({"method": "best", "pattern": "2:4"}, "best (ADMM, 2:4, permuted)", marks=pytest.mark.nightly),
     ],
 )
 def test_methods_in_words(choices, words):

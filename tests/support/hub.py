@@ -60,7 +60,7 @@ class Hub(ThreadingHTTPServer):
 @contextmanager
 def running_hub():
     hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever)
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield hub
