@@ -82,12 +82,8 @@ class Source:
 def check_source(data: str, calibrates: bool = False) -> None:
     """Check the name of a source without reading images or connecting to the hub.
 
-    With `calibrates`, a folder with `val` that lacks `train` is refused, too.
-
-    Raises:
-        ValueError: For an unknown name, or a folder without class folders.
-        FileNotFoundError: For a path that does not exist.
-        ImportError: For digits if scikit-learn is not installed.
+    A name that is not known is refused, a path that does not exist, a folder without class folders, and with
+    `calibrates` also a folder with `val` that lacks `train`.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -113,13 +109,10 @@ def check_source(data: str, calibrates: bool = False) -> None:
 
 
 def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence[str] = ()) -> Source:
-    """Open digits, a folder or a hub data set; images are decoded when they are used.
+    """Open a source that `check_source` accepts; images are decoded when they are used.
 
-    Args:
-        data: A name that `check_source` accepts.
-        cache_dir: Folder for downloads from the hub.
-        model_classes: Names of the model's classes, by output, if they are known. If all class folders have such names,
-            their labels are the outputs.
+    If all class folders have names that are among `model_classes`, the model's classes by output, their labels are the
+    outputs.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -229,11 +222,7 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
 
 
 def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:
-    """Return the names of the only column of type `Image` and the only one of type `ClassLabel` (`label` if given).
-
-    Raises:
-        ValueError: If either does not exist or is not the only one.
-    """
+    """Return the names of the only column of type `Image` and of the only `ClassLabel` (`label` if given)."""
     from datasets import ClassLabel, Image
 
     images = [key for key, feature in features.items() if isinstance(feature, Image)]
