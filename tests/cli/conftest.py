@@ -7,3 +7,4 @@ from support.cli import pruned as pruned
 from support.cli import refused as refused
 from support.cli import shell as shell
 from support.cli import text as text
+from support.data import few_digits as few_digits

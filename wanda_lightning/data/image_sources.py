@@ -26,11 +26,7 @@ _EXPECTED = (
 class Images(Sequence[tuple[Any, int]]):
     """A sequence of (image, label). An image that cannot be read raises a ValueError that names it.
 
-    Attributes:
-        samples: Pairs or rows with a PIL image or its path, and a label.
-        name: Name of the data set, for error messages.
-        keys: Keys of the image and the label in a sample.
-        transform: Applied to each PIL image.
+    A sample has a PIL image or its path, and a label, each under one of the `keys`; the transform gets PIL images.
     """
 
     samples: Any
@@ -64,13 +60,9 @@ class Images(Sequence[tuple[Any, int]]):
 
 @dataclass(frozen=True)
 class Source:
-    """Labeled images before any transform.
+    """Labeled images before any transform; `train` is None if there are none for training.
 
-    Attributes:
-        train: The training images, or None if there are none.
-        evaluation: The images on which accuracy is measured.
-        class_names: Names of the classes, by label.
-        sorted_by_name: The labels are positions in the sorted names of the class folders.
+    Labels are positions in `class_names`, which `sorted_by_name` says are the sorted names of the class folders.
     """
 
     train: Images | None

@@ -54,10 +54,7 @@ def _timm_model(model: nn.Module) -> Any:
 
 
 def class_names_of(model: str | nn.Module) -> tuple[str, ...]:
-    """Return the class names of a timm model, by output, or () if they are not known.
-
-    They come from the configuration of the model, or from ImageNet if the number of outputs matches.
-    """
+    """Return the class names of a timm model by output, its own or those of ImageNet if the number matches, or ()."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     inner = None if isinstance(model, str) else _timm_model(model)

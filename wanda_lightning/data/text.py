@@ -174,8 +174,8 @@ class TextDataModule(DataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read and check the data of the stage: the evaluation windows, and for `fit` the training windows.
 
-        Calibration windows are read when `calibration_dataloader()` is called. Refuse a tokenizer that differs from that of
-        the module that the Trainer runs, and a token for which the module has no embedding.
+        Calibration windows are read when `calibration_dataloader()` is called. Refuse a tokenizer that differs from
+        that of the module that the Trainer runs, and a token for which the module has no embedding.
         """
         self._check_tokens(self.evaluation_windows)
         if stage in (None, "fit"):
