@@ -48,14 +48,15 @@ def test_a_script_opens_with_a_command_and_a_result(path):
 
 
 TEXT = "--model.model={inputs}/llama --data.calibration={inputs}/long.txt --data.evaluation={inputs}/other.txt"
+TEXT += " --data.num_samples=4"
 SMALLER = {
-    "wanda_2to4": "--model={inputs}/llama --calibration={inputs}/long.txt --eval={inputs}/other.txt --seqlen=16",
+    "wanda_2to4": "--model={inputs}/llama --calibration={inputs}/long.txt --eval={inputs}/other.txt --seqlen=16 --nsamples=4",
     "validate_wanda": f"{TEXT} --data.seqlen=16",
     **dict.fromkeys(
         ["prune_then_distill", "prune_then_finetune", "prune_then_lora"],
         f"{TEXT} --data.seqlen=16 --data.train_samples=2",
     ),
-    "gradual": f"{TEXT} --data.seqlen=8 --data.num_samples=4 --data.train_samples=61 --trainer.precision=32-true",
+    "gradual": f"{TEXT} --data.seqlen=8 --data.train_samples=61",
     "convnext_finetune": "--model.model=local-dir:convnext --data.data={inputs}/images --data.num_workers=0"
     " --data.image_size=32",
     "digits_vit": "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1",
