@@ -255,8 +255,8 @@ def test_image_classifiers_side_by_side(inputs, capsys):
 
 
 OF_TASKS = [
-    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl"),
-    (["--tasks", "boolq"], "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR"),
+    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl", 1),
+    (["--tasks", "boolq"], "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR", 1),
 ]
 OF_LANGUAGE_MODELS = [
     (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens", 1),
@@ -272,30 +272,11 @@ OF_LANGUAGE_MODELS = [
 
 
 @pytest.mark.parametrize(
-    ("more", "message", "code"), OF_LANGUAGE_MODELS, ids=[" ".join(more) for more, _, _ in OF_LANGUAGE_MODELS]
+    ("more", "message", "code"), [*OF_LANGUAGE_MODELS, *(pytest.param(*case, marks=needs_lm_eval) for case in OF_TASKS)]
 )
 def test_refused_before_anything_is_measured(inputs, side_by_side, refused, more, message, code):
     more, message = [option.replace("{}", str(inputs)) for option in more], message.replace("{}", str(inputs))
     refused(*side_by_side, *more, message=message, code=code)
-
-
-@needs_lm_eval
-@pytest.mark.parametrize(("more", "message"), OF_TASKS, ids=[" ".join(more) for more, _ in OF_TASKS])
-def test_tasks_refused_before_anything_is_measured(inputs, side_by_side, refused, more, message):
-    refused(*side_by_side, *(option.replace("{}", str(inputs)) for option in more), message=message)
-
-
-OF_IMAGES = [
-    (["--data_path", "{}/gone"], "--data_path must be a folder of images, but {}/gone does not exist", 2),
-    (["--model", "timm:local-dir:{}/vit1,timm:test_vitt"], "Did you mean test_vit", 1),
-]
-
-
-@pytest.mark.parametrize(("more", "message", "code"), OF_IMAGES, ids=[" ".join(more) for more, _, _ in OF_IMAGES])
-def test_refused_for_an_image_classifier(inputs, refused, more, message, code):
-    message = message.replace("{}", str(inputs))
-    options = ["evaluate", "--model", f"timm:local-dir:{inputs}/vit1", "--data_path", inputs / "images"]
-    refused(*options, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
 
 
 def test_models_that_cannot_be_compared(inputs, side_by_side, refused, tmp_path):
@@ -309,6 +290,8 @@ def test_models_that_cannot_be_compared(inputs, side_by_side, refused, tmp_path)
     byte_tokenizer().save_pretrained(tmp_path / "other")
     refused(*side_by_side, "--model", "other", message="but other splits")
     refused(*side_by_side, "--model", "mute", message="mute must have a tokenizer")
+    images = ["--model", f"timm:local-dir:{inputs}/vit1,timm:test_vitt", "--data_path", inputs / "images"]
+    refused("evaluate", *images, message="Did you mean test_vit")
 
 
 def test_the_json_is_whole_or_not_there(inputs, tmp_path, monkeypatch):

@@ -91,18 +91,6 @@ def test_a_recipe_of_choices_within_choices(recipe):
     assert report["sparsity"] == 0.5
 
 
-def test_test_a_recipe_with_dotted_overrides(recipe, capsys):
-    callback = [
-        "--trainer.callbacks.init_args.pattern",
-        "unstructured",
-        "--trainer.callbacks.init_args.sparsity",
-        "0.25",
-    ]
-    assert run("test", "--config", recipe(pattern="2:4"), *callback, "--data.init_args.limit", "2") == 0
-    assert "test_perplexity" in capsys.readouterr().out
-    assert pruned_as() == ({"name": "Unstructured", "group": "row", "weigh_rows": False}, 0.25, 0.25)
-
-
 def test_fit_a_recipe(recipe, inputs, capsys):
     checkpoints = ["--trainer.enable_checkpointing", "true", "--trainer.default_root_dir", "root"]
     options = ["--model.init_args.lr", "0.01", "--model.init_args.weight_decay", "0.1"]

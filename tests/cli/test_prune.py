@@ -267,24 +267,18 @@ WRONG_USAGE = [
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--model", "{}/gone"], "gone does not exist"),
 ]
-UNREACHABLE = (
-    " is not in the cache, and the Hugging Face hub cannot be reached. Use python-docs, which needs no network, or a "
-    "FILE (.txt, .jsonl, .parquet)"
-)
 REFUSED = [
     (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
-    (["--eval", "{}/latin1.txt"], "must be in UTF-8"),
-    (["--calibration", "{}/no_text.jsonl"], "line 1 has 'content'"),
-    (["--calibration", "{}/empty.txt"], "must have text, but it has none"),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
-    (["--calibration", "{}/short.jsonl"], f"needs a document of at least {SEQLEN + 1} tokens, but the longest"),
     (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens, but"),
-    (["--calibration", "c4"], f"error: The data set allenai/c4{UNREACHABLE}"),
-    (["--eval", "wikitext2"], UNREACHABLE),
+    (
+        ["--calibration", "c4"],
+        "error: The data set allenai/c4 is not in the cache, and the Hugging Face hub cannot be rea",
+    ),
+    (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--sparsity_type", "3:6"], "--sparsity_type 3:6 fits none of"),
     (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
     (["--skip", "[model]"], "model has nothing to prune"),
-    (["--skip", "re:x{1,3}"], "--skip re:x{1,3} matches no matrix"),
     (["--model", "{}/images"], "has no config.json"),
     (["--model", "{}/long.txt"], "is another file. Give the folder"),
 ]
@@ -369,7 +363,6 @@ NOT_STREAMED = [
         "needs the Gram matrices of all layers in memory",
         1,
     ),
-    (["--stream", "--save_model", "{}/images"], "is a folder that is not empty", 2),
 ]
 
 
@@ -395,13 +388,11 @@ def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images
 
 
 REFUSED_FOR_IMAGES = [
-    (["--data_path", "{}/gone"], "gone does not exist", 2),
     (["--data_path", "{}/llama"], "--data_path must have folders of classes", 2),
     (["--resume", "{}/gone.safetensors"], "--resume {}/gone.safetensors does not exist", 2),
     (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "--sparsity_ratio must be 0.5 for the pattern 2:4", 2),
     (["--data_path", "cifar10"], "Use digits, which needs no network", 1),
     (["--resume", "{}/long.txt"], "must be a .safetensors file", 1),
-    (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer", 1),
     (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
     (["--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix", 1),
 ]
@@ -413,12 +404,6 @@ REFUSED_FOR_IMAGES = [
 def test_refused_for_an_image_classifier(inputs, images, refused, more, message, code):
     more, message = [option.format(inputs) for option in more], message.format(inputs)
     refused(*images, *OUT, *more, message=message, code=code)
-
-
-def test_weights_for_another_number_of_classes(inputs, images, refused, tmp_path):
-    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "three.safetensors")
-    message = "give a folder that holds the whole model (timm:local-dir:FOLDER) or, in Python, num_classes"
-    refused(*images, "--resume", tmp_path / "three.safetensors", message=message)
 
 
 @pytest.mark.parametrize("option", ["--save", "--save_model"])

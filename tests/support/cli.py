@@ -102,11 +102,8 @@ def inputs(tmp_path_factory):
     (folder / "long.txt").write_text(" ".join(words))
     (folder / "other.txt").write_text(" ".join(reversed(words)))
     (folder / "short.txt").write_text("too short")
-    (folder / "empty.txt").write_text(" \n")
     (folder / "latin1.txt").write_bytes("café ".encode("latin1") * 100)
     (folder / "table.csv").write_text("text\nsome\n")
-    (folder / "no_text.jsonl").write_text('{"content": "' + "x" * 200 + '"}\n')
-    (folder / "short.jsonl").write_text('{"text": "short"}\n{"text": "longer"}\n')
     for part, count in (("train", 3), ("val", 2)):
         for label in ("ape", "bee", "cat", "dog"):
             (folder / "images" / part / label).mkdir(parents=True)
