@@ -22,15 +22,24 @@ def tuned(pruned, inputs):
     return ["finetune", "--model", pruned, *texts, *sizes]
 
 
-@pytest.mark.parametrize("method", ["full", "keep-zeros-lora", "lora"])
-def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method):
-    assert run(*tuned, "--method", method, "--dense", inputs / "llama", "--save_model", "tuned") == 0
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [
+        ("full", None),
+        ("keep-zeros-lora", "all-linear"),
+        ("lora", None),
+        pytest.param("keep-zeros-lora", None, marks=pytest.mark.nightly),
+    ],
+)
+def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method, targets):
+    more = ["--target_modules", targets] if targets else []
+    assert run(*tuned, "--method", method, *more, "--dense", inputs / "llama", "--save_model", "tuned") == 0
     dense, pruned, new = (AutoModelForCausalLM.from_pretrained(f) for f in (inputs / "llama", "pruned", "tuned"))
     before, after = zeros_by_layer(pruned), zeros_by_layer(new)
     assert all(torch.equal(before[name], after[name]) for name in before)
     trained = [name for name, weight in new.state_dict().items() if not torch.equal(weight, pruned.state_dict()[name])]
-    targets = [name for name in before if name.endswith(("q_proj", "v_proj"))]
-    assert trained == list(new.state_dict()) if method == "full" else trained == [f"{name}.weight" for name in targets]
+    adapted = [f"{name}.weight" for name in before if targets or name.endswith(("q_proj", "v_proj"))]
+    assert trained == (list(new.state_dict()) if method == "full" else adapted)
     printed = capsys.readouterr().out
     other = (inputs / "other.txt").read_text()
     for name, model in {"dense": dense, "pruned": pruned, "fine-tuned": new}.items():
@@ -74,13 +83,6 @@ def test_a_model_that_is_fine_tuned_in_its_own_folder_keeps_its_card(tuned, tmp_
     assert "## Fine-tuning" in after
     assert after.partition("## How it was pruned")[2] == before.partition("## How it was pruned")[2] != ""
     assert (tmp_path / "pruned/pruning_report.png").read_bytes() == picture
-
-
-def test_all_linear_adapters(tuned):
-    assert run(*tuned, "--target_modules", "all-linear", "--save_model", "tuned") == 0
-    pruned, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("pruned", "tuned"))
-    for name in zeros_by_layer(pruned):
-        assert not torch.equal(pruned.get_submodule(name).weight, new.get_submodule(name).weight)
 
 
 def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):

@@ -33,15 +33,6 @@ def test_inspect_a_folder(inputs, capsys, tmp_path):
     assert "14 layers in 14 units" in capsys.readouterr().out
 
 
-def test_inspect_only(inputs, capsys):
-    folder = str(inputs / "llama")
-    assert run("inspect", "--model", folder, "--only", "*.mlp,model.layers.0.self_attn", "--skip", "*.down_proj") == 0
-    out = capsys.readouterr().out
-    assert "8 layers in 2 units hold 12,288 weights" in out  # four of 32 x 32, four of 32 x 64
-    assert "not in only=['*.mlp'," in out
-    assert "skip='*.down_proj'" in out
-
-
 class LargestOnDevice(TorchDispatchMode):
     """How many numbers the largest tensor holds that is computed meanwhile, outside of the meta device."""
 

@@ -1,13 +1,10 @@
 """Windows of text against slow versions of the two protocols, and what the data module refuses."""
 
-import json
 import logging
 from pydoc_data.topics import topics
 
-import lightning as L
 import pytest
 import torch
-from jsonargparse import auto_cli
 from support.callbacks import trainer
 from support.data import (
     byte_tokenizer,
@@ -21,7 +18,7 @@ from support.data import (
 from support.gguf import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning.data import ImageDataModule, TextDataModule
+from wanda_lightning.data import TextDataModule
 from wanda_lightning.data.text_sources import python_docs
 from wanda_lightning.modules import CausalLMModule
 
@@ -183,25 +180,6 @@ def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
     assert TextDataModule(tokenizer, evaluation=text, seqlen=20).evaluation_windows.shape == (1, 20)
     with pytest.raises(ValueError, match=r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."):
         TextDataModule(tokenizer, evaluation=text, seqlen=21).setup("validate")
-
-
-def built(data: L.LightningDataModule) -> L.LightningDataModule:
-    return data
-
-
-def test_both_can_be_built_from_yaml(tmp_path, tokenizer):
-    def build(name, **arguments):
-        config = tmp_path / "config.yaml"  # JSON is YAML
-        config.write_text(json.dumps({"data": {"class_path": f"wanda_lightning.data.{name}", "init_args": arguments}}))
-        return auto_cli(built, args=[f"--config={config}"])
-
-    tokenizer.save_pretrained(tmp_path / "saved")
-    data = build("TextDataModule", tokenizer=str(tmp_path / "saved"), seqlen=32, num_samples=3)
-    assert isinstance(data, TextDataModule)
-    assert data.calibration_windows.shape == (3, 32)
-    data = build("ImageDataModule", data="digits", model="convnext_atto", image_size=32)
-    assert isinstance(data, ImageDataModule)
-    assert (data.data, data.model, data.image_size) == ("digits", "convnext_atto", 32)
 
 
 @pytest.mark.parametrize("option", ["num_samples", "train_samples"])

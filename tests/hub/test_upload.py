@@ -28,12 +28,15 @@ def model(tmp_path):
     return tmp_path / "a model", FILES
 
 
-def test_a_folder_is_uploaded_to_a_new_repository(hub, model):
+def test_the_files_of_the_model_are_uploaded_to_a_new_repository(hub, model):
     folder, files = model
+    (folder / "logs").mkdir()
+    for private in ("report.html", "logs/config.json", "config.json.bak", "adapter[1].json"):
+        (folder / private).write_text("/home/me")
     refuse_upload("us/tiny")
     assert hub.requests == []
-    assert upload(folder, "us/tiny", FILES) == f"{hub.url}/us/tiny"
-    assert hub.repositories == {"us/tiny": files}
+    assert upload(folder, "us/tiny", [*files, "adapter[1].json"]) == f"{hub.url}/us/tiny"
+    assert hub.repositories == {"us/tiny": {**files, "adapter[1].json": b"/home/me"}}
 
 
 def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model, monkeypatch):
@@ -66,15 +69,6 @@ def test_a_refused_upload_says_how_to_repeat_it(hub, model, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(OSError, match="hf upload us/tiny"):
         upload(folder, "us/tiny", FILES)
-
-
-def test_only_the_files_of_the_model_are_uploaded(hub, model):
-    folder, files = model
-    (folder / "logs").mkdir()
-    for private in ("report.html", "logs/config.json", "config.json.bak", "adapter[1].json"):
-        (folder / private).write_text("/home/me")
-    upload(folder, "us/tiny", [*files, "adapter[1].json"])
-    assert hub.repositories == {"us/tiny": {**files, "adapter[1].json": b"/home/me"}}
 
 
 def test_a_private_repository(hub, model):

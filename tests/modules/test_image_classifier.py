@@ -1,14 +1,11 @@
 """The image classifier module against slow loops and plain timm."""
 
-import json
-
 import lightning as L
 import pytest
 import timm
 import torch
-from lightning.pytorch.cli import LightningCLI
 from support.callbacks import trainer
-from support.modules import CONVNEXT, VIT, same_weights, tiny_llama, tiny_vit
+from support.modules import CONVNEXT, VIT, same_weights, tiny_vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -143,24 +140,3 @@ def test_loads_from_a_checkpoint(tmp_path):
     again = ImageClassifierModule.load_from_checkpoint(tmp_path / "last.ckpt")
     assert same_weights(again, module)
     assert again.lr == 0.5
-
-
-def test_the_command_line_builds_them_from_yaml(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv", ["wanda-lightning"]
-    )  # LightningCLI warns where pytest's arguments are beside its own
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse deprecates
-    tiny_llama().save_pretrained(tmp_path / "model")
-    recipes = {
-        "text": {"class_path": "CausalLMModule", "init_args": {"model": str(tmp_path / "model"), "dtype": "bfloat16"}},
-        "image": {
-            "class_path": "ImageClassifierModule",
-            "init_args": {"model": "timm:vit_tiny_patch16_224", "pretrained": False, "model_kwargs": VIT},
-        },
-    }
-    for name, recipe in recipes.items():
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({"model": recipe}))  # JSON is YAML
-        arguments = ["--config", str(tmp_path / f"{name}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
-        cli = LightningCLI(run=False, args=arguments, save_config_callback=None, seed_everything_default=0)
-        assert type(cli.model).__name__ == recipe["class_path"]
-        assert cli.model.hparams.model == recipe["init_args"]["model"]

@@ -49,8 +49,9 @@ def test_a_script_opens_with_a_command_and_a_result(path):
 
 TEXT = "--model.model={inputs}/llama --data.calibration={inputs}/long.txt --data.evaluation={inputs}/other.txt"
 TEXT += " --data.num_samples=4"
+PRUNE = "--model={inputs}/llama --calibration={inputs}/long.txt --eval={inputs}/other.txt --seqlen=16 --nsamples=4"
 SMALLER = {
-    "wanda_2to4": "--model={inputs}/llama --calibration={inputs}/long.txt --eval={inputs}/other.txt --nsamples=4",
+    "wanda_2to4": PRUNE,
     "validate_wanda": f"{TEXT} --data.seqlen=16",
     **dict.fromkeys(
         ["prune_then_distill", "prune_then_finetune", "prune_then_lora"],

@@ -16,8 +16,8 @@ from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import (
     checked_seqlen,
     measure,
+    plain_trainer,
     push,
-    quiet_trainer,
     refuse_long_windows,
     refuse_no_space,
     save_model,
@@ -108,7 +108,7 @@ def _train(
 ) -> float:
     """Train, and return the number of seconds."""
     options: dict[str, Any] = {"precision": precision, "max_epochs": 1, "limit_val_batches": 0}
-    trainer = quiet_trainer(*callbacks, **options, gradient_clip_val=1.0)
+    trainer = plain_trainer(*callbacks, **options, gradient_clip_val=1.0)
     started = time.perf_counter()
     trainer.fit(module, windows)
     return time.perf_counter() - started
