@@ -346,13 +346,15 @@ def test_a_folder_is_on_the_disk_before_the_old_one_is_deleted(tmp_path, monkeyp
 
 
 def test_a_reserved_folder_can_be_written_by_its_own_process_only(tmp_path):
+    line = [sys.executable, "-c", KILLED, tmp_path / "x", tmp_path / "y"]
     with reserved(tmp_path / "x"):
-        refused = subprocess.run(
-            [sys.executable, "-c", KILLED, tmp_path / "x", tmp_path / "y"], capture_output=True, text=True
-        )
+        refused = subprocess.run(line, capture_output=True, text=True)
         assert "is the folder that another run is going to write" in refused.stderr
         with whole_folder(tmp_path / "x") as new:
             (new / "config.json").touch()
+    assert os.listdir(tmp_path) == ["x"]
+    with reserved(tmp_path / "new/deep"):
+        pass
     assert os.listdir(tmp_path) == ["x"]
 
 

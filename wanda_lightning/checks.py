@@ -60,14 +60,11 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
         raise ImportError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")
 
 
-REPORT_SUFFIXES = (".html", ".png")
-
-
 def check_report_path(path: str | PathLike[str]) -> str:
     """Return how the path of a report ends; raise an error for another ending, or if no report can be written here."""
     suffix = Path(path).suffix.lower()
-    if suffix not in REPORT_SUFFIXES:
-        raise ValueError(f"report must end with {' or '.join(REPORT_SUFFIXES)}, but it is {str(path)!r}.")
+    if suffix not in (".html", ".png"):
+        raise ValueError(f"report must end with .html or .png, but it is {str(path)!r}.")
     require_report_extra()
     return suffix
 

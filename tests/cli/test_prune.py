@@ -104,7 +104,7 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
 
 @pytest.mark.parametrize(
     ("method", "allocation", "pattern"),
-    [("ria", "owl", "unstructured"), ("wanda", "alpha_layer", "8:16"), ("magnitude", "owl", "8:16")],
+    [("ria", "owl", "unstructured"), pytest.param("magnitude", "alpha_layer", "8:16", marks=pytest.mark.nightly)],
 )
 def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, pattern):
     choices = ["--prune_method", method, "--allocation", allocation, "--sparsity_type", pattern]
@@ -116,7 +116,6 @@ def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, patter
     assert len(sparsities) > 1
     report = json.loads(Path("out/pruning_report.json").read_text())
     assert sorted({layer["sparsity"] for layer in report["layers"]}) == pytest.approx(sorted(sparsities))
-    assert report["config"]["command"]["allocation"] == allocation
     assert report["config"]["allocation"]["name"] == ("OWL" if allocation == "owl" else "AlphaPruning")
     assert ("Note: mixed N:M: " in shown.out) == (pattern == "8:16")
     assert ("Observing" in shown.err) == (allocation == "owl")

@@ -86,7 +86,7 @@ def _task_manager() -> Any:
     return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
 
 
-def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[Exception], Exception]) -> dict[str, Any]:
+def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[str], Exception]) -> dict[str, Any]:
     # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
@@ -94,13 +94,13 @@ def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[Excepti
         try:
             return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
         except Exception as error:  # lm-eval runs code and templates on the documents, which may raise any class
-            raise explain(error) from error
+            raise explain(one_line(error)) from error
 
 
-def _not_on_the_hub(error: Exception) -> Exception:
+def _not_on_the_hub(cause: str) -> Exception:
     return OSError(
         "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them "
-        f"into files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause: {one_line(error)}"
+        f"into files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause: {cause}"
     )
 
 
@@ -127,9 +127,8 @@ def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     return documents
 
 
-def _unfit(path: Path, reason: Exception | str) -> ValueError:
-    text = one_line(reason) if isinstance(reason, Exception) else reason
-    return ValueError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {text}")
+def _unfit(path: Path, reason: str) -> ValueError:
+    return ValueError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {reason}")
 
 
 def _check_answers(task: Any, path: Path) -> None:
