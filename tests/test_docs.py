@@ -12,6 +12,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from support.data import few_digits as few_digits
 from support.zoo import save_llama_of_bytes
 from transformers import AutoModelForCausalLM
 
@@ -68,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_the_python_on_a_page_runs(page, folder, tmp_path, monkeypatch):
+def test_the_python_on_a_page_runs(page, folder, tmp_path, monkeypatch, few_digits):
     shutil.copytree(folder, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")

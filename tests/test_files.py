@@ -47,9 +47,7 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_next_step
 
 
 def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def refusing(descriptor):
+    def refusing(descriptor, fsync=os.fsync):
         if os.path.isdir(descriptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(descriptor)
@@ -150,9 +148,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, refuse, place):
 
 
 def test_processes_that_check_the_same_path_do_not_fail(tmp_path, monkeypatch):
-    mkdir = Path.mkdir
-
-    def cleaned_up_by_another(folder, *args, **kwargs):
+    def cleaned_up_by_another(folder, *args, mkdir=Path.mkdir, **kwargs):
         mkdir(folder, *args, **kwargs)
         folder.rmdir()
 
@@ -160,32 +156,20 @@ def test_processes_that_check_the_same_path_do_not_fail(tmp_path, monkeypatch):
     refuse_nonempty(tmp_path / "out")
 
 
-@pytest.mark.parametrize("refuse", [refuse_existing, refuse_nonempty, refuse_replacement])
-def test_a_read_only_file_system_is_refused(tmp_path, refuse, monkeypatch):
-    def fail(self, *arguments, **options):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
-
-    monkeypatch.setattr(Path, "mkdir", fail)
-    with pytest.raises(OSError, match=r"new/x cannot be written: Read-only file system\. Choose another path\."):
-        refuse(tmp_path / "new" / "x")
-
-
-def test_names_near_the_limit(tmp_path):
-    with whole_file(tmp_path / ("x" * 250 + ".json")) as temporary:
-        temporary.write_text("1")
-    with whole_folder(tmp_path / ("y" * 255)) as temporary:
-        (temporary / "a").touch()
-    assert sorted(len(entry.name) for entry in tmp_path.iterdir()) == [255, 255]
-
-
-def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+def test_names_near_the_limit_and_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with whole_file("~/a.json") as temporary:
+    with whole_file("~/" + "x" * 250 + ".json") as temporary:
         temporary.write_text("1")
-    with whole_folder("~/b") as temporary:
-        (temporary / "c").touch()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "b"]
+    with whole_folder("~/" + "y" * 255) as temporary:
+        (temporary / "a").touch()
+    assert sorted(len(entry.name) for entry in tmp_path.iterdir()) == [255, 255]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir("here")
+    with whole_folder(".") as new:  # the process runs in it
+        (new / "config.json").touch()
+    Path("log.txt").touch()
+    assert sorted(os.listdir(tmp_path / "here")) == ["config.json", "log.txt"]
 
 
 # ---- folders that cannot be renamed
@@ -362,22 +346,16 @@ def test_a_folder_is_on_the_disk_before_the_old_one_is_deleted(tmp_path, monkeyp
     assert steps[: steps.index("delete")] == [str(new), str(new / "config.json"), str(tmp_path)]
 
 
-def test_an_empty_folder_in_which_the_process_runs_is_written_into(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with whole_folder(".") as new:
-        (new / "config.json").touch()
-    Path("log.txt").touch()
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "log.txt"]
-
-
 def test_a_reserved_folder_can_be_written_by_its_own_process_only(tmp_path):
+    line = [sys.executable, "-c", KILLED, tmp_path / "x", tmp_path / "y"]
     with reserved(tmp_path / "x"):
-        refused = subprocess.run(
-            [sys.executable, "-c", KILLED, tmp_path / "x", tmp_path / "y"], capture_output=True, text=True
-        )
+        refused = subprocess.run(line, capture_output=True, text=True)
         assert "is the folder that another run is going to write" in refused.stderr
         with whole_folder(tmp_path / "x") as new:
             (new / "config.json").touch()
+    assert os.listdir(tmp_path) == ["x"]
+    with reserved(tmp_path / "new/deep"):
+        pass
     assert os.listdir(tmp_path) == ["x"]
 
 

@@ -37,16 +37,9 @@ def network(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("out", ""),
-        ("out/model", ""),
-        ("owner/model", ""),
-        ("model", ""),
+        *((name, "") for name in ("out", "out/model", "owner/model", "model")),
         ("out/modl", ""),  # a folder may have the name of an owner on the hub
-        ("./modl", "does not exist. Check the path."),
-        ("../modl", "does not exist. Check the path."),
-        ("owner/model/a", "does not exist. Check the path."),
-        ("/modl", "does not exist. Check the path."),
-        ("modl.gguf", "does not exist. Check the path."),
+        *((name, "does not exist. Check the path.") for name in ("./modl", "owner/model/a", "/modl", "modl.gguf")),
     ],
 )
 def test_a_path_that_does_not_exist(monkeypatch, tmp_path, name, reason):

@@ -16,19 +16,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 
 
-def test_all_files_name_one_version():
+def test_all_files_name_one_version_and_one_address():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == PROJECT["version"]
     assert wanda_lightning.__version__ == version("wanda_lightning")
     released = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert released[0] == PROJECT["version"]
-
-
-def test_all_files_name_one_address():
-    address = PROJECT["urls"]["Repository"]
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["repository-code"] == address
-    assert PROJECT["urls"]["Changelog"] == f"{address}/blob/main/CHANGELOG.md"
+    assert citation["version"] == released[0] == PROJECT["version"]
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    assert PROJECT["urls"]["Changelog"] == f"{citation['repository-code']}/blob/main/CHANGELOG.md"
 
 
 def test_every_extra_that_a_message_or_a_page_names_exists():

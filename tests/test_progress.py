@@ -25,7 +25,7 @@ def test_lines_where_there_is_no_terminal(capsys, clock):
         bar.show("b")
         bar.advance(3)
         clock[0] += 2
-    assert capsys.readouterr().err.splitlines() == ["Pruning 1/4 b (10 s, 30 s left)", "Pruning 4 done (12 s)"]
+    assert capsys.readouterr().err.splitlines() == ["Pruning 1/4 b (10 s, 30 s left)", "Pruning 4/4 done (12 s)"]
 
 
 def test_a_long_line_is_one_line(capsys, clock, monkeypatch):

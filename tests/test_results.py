@@ -75,7 +75,7 @@ def test_the_table_of_all_methods_has_the_numbers_of_the_files():
         assert shown == pytest.approx(run.measured["perplexity"], rel=1e-3)
 
 
-def test_a_run_is_measured_once(tmp_path):
+def test_a_run_is_measured_once_unless_its_arguments_differ_and_never_on_other_data(tmp_path):
     measured = []
 
     def measure():
@@ -88,21 +88,12 @@ def test_a_run_is_measured_once(tmp_path):
     assert read_table("methods", tmp_path) == [run]
     assert run.command.startswith("python benchmarks/")
     assert run.versions["torch"]
-
-
-def test_a_run_with_other_arguments_is_measured_again(tmp_path):
-    Runs(str(tmp_path), "methods")(RUN, lambda: {"perplexity": 1.0})
-    other = Runs(str(tmp_path), "methods")(replace(RUN, arguments={"method": "best"}), lambda: {"perplexity": 2.0})
-    assert read_table("methods", tmp_path) == [other]
-    assert other.measured == {"perplexity": 2.0}
-
-
-def test_a_run_on_other_data_is_not_overwritten(tmp_path):
-    first = Runs(str(tmp_path), "methods")(RUN, lambda: {"perplexity": 1.0})
-    other = replace(RUN, calibration=Samples("a.txt", 4, 16))
+    other = Runs(str(tmp_path), "methods")(replace(RUN, arguments={"method": "best"}), measure)
+    assert other.measured == {"perplexity": 12.0}
+    on_other_data = replace(RUN, calibration=Samples("a.txt", 4, 16))
     with pytest.raises(ValueError, match="--save must name a folder with runs on the same data"):
-        Runs(str(tmp_path), "methods")(other, lambda: {"perplexity": 2.0})
-    assert read_table("methods", tmp_path) == [first]
+        Runs(str(tmp_path), "methods")(on_other_data, measure)
+    assert read_table("methods", tmp_path) == [other]
 
 
 def test_unknown_quantities_and_fields_are_refused(tmp_path):

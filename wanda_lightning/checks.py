@@ -84,30 +84,16 @@ def _left_in_cgroups() -> Iterator[int]:
 
 
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
-    """Raise an ImportError if a package that an extra of wanda_lightning installs is missing.
-
-    Args:
-        extra: Name of the extra.
-        *packages: Import names of the packages.
-        purpose: Plural subject of the error message, such as "Adapters".
-    """
+    """Raise an ImportError that names the extra if one of its packages is missing; `purpose` is a plural subject."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")
 
 
-REPORT_SUFFIXES = (".html", ".png")
-
-
 def check_report_path(path: str | PathLike[str]) -> str:
-    """Return how the path of a report ends.
-
-    Raises:
-        ValueError: Unless it ends with one of `REPORT_SUFFIXES`.
-        ImportError: If a library that writes reports is missing.
-    """
+    """Return how the path of a report ends; raise an error for another ending, or if no report can be written here."""
     suffix = Path(path).suffix.lower()
-    if suffix not in REPORT_SUFFIXES:
-        raise ValueError(f"report must end with {' or '.join(REPORT_SUFFIXES)}, but it is {str(path)!r}.")
+    if suffix not in (".html", ".png"):
+        raise ValueError(f"report must end with .html or .png, but it is {str(path)!r}.")
     require_report_extra()
     return suffix
 
@@ -118,10 +104,5 @@ def require_report_extra() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    r"""Return the message of an error from another library on one line.
-
-    Example:
-        >>> one_line(ValueError("bad header:\n  at byte 3"))
-        'bad header: at byte 3'
-    """
+    """Return the message of an error from another library on one line."""
     return " ".join(str(error).split())

@@ -238,9 +238,15 @@ def reserved(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
     refuse_replacement(path, overwrite)
     target = _resolved(path)
     home = _home(target)
+    created = [folder for folder in (home, *home.parents) if not folder.exists()]
     home.mkdir(parents=True, exist_ok=True)
-    with _temporary(home, target, is_folder=True) as new:
-        yield new
+    try:
+        with _temporary(home, target, is_folder=True) as new:
+            yield new
+    finally:
+        for folder in created:
+            with suppress(OSError):  # it has been written to
+                folder.rmdir()
 
 
 def _home(target: Path) -> Path:

@@ -33,9 +33,7 @@ def why_missing(name: str | os.PathLike[str]) -> str:
 def locate(name: str | os.PathLike[str]) -> dict[str, str]:
     """Return the arguments of `from_pretrained` for a path that exists, with `~` expanded, or else a hub id.
 
-    Raises:
-        FileNotFoundError: If a GGUF file or a folder does not exist.
-        ImportError: If a package that reads GGUF files is missing.
+    A GGUF file or a folder that does not exist is a FileNotFoundError.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -49,15 +47,10 @@ def locate(name: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
-    """Load the transformers configuration of a language model.
+    """Load the transformers configuration of a hub id, a local folder or a GGUF file.
 
-    Args:
-        name: Hub id, local folder or GGUF file.
-        **hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
-
-    Raises:
-        OSError: If neither a local folder nor the hub has it.
-        ValueError: If the file is damaged or inconsistent.
+    `hub` are `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. A model that neither a folder nor
+    the hub has is an OSError, and a file that is damaged or inconsistent a ValueError.
     """
     source = locate(name)
     path = Path(name).expanduser()
@@ -181,13 +174,9 @@ def _broken_json(folder: Path) -> str | None:
 def timm_name(name: str | os.PathLike[str]) -> str:
     """Check the name of an image classifier, and return the name for `timm.create_model`.
 
-    Args:
-        name: A name that timm knows, with or without the prefix `timm:` and a tag of pretrained weights;
-            `hf-hub:OWNER/NAME`; `local-dir:FOLDER`; or a path object of a folder.
-
-    Raises:
-        OSError: If a local folder lacks a file, or the hub cannot be reached.
-        ValueError: If timm does not know the model or the tag, or a folder is not a timm model.
+    It may be a name that timm knows, with or without the prefix `timm:` and a tag of pretrained weights;
+    `hf-hub:OWNER/NAME`; `local-dir:FOLDER`; or a path object of a folder. An OSError names what a folder lacks or that
+    the hub cannot be reached; a ValueError, an unknown model or tag.
     """
     text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
     if text.startswith(_LOCAL_FOLDER):

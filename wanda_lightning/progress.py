@@ -65,7 +65,7 @@ class ProgressBar:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._started
         steps, left = f"{self._done:.0f}", ""
-        if self._total is not None and name != "done":  # a task may be done with fewer steps
+        if self._total is not None and (name != "done" or self._done >= self._total):  # else it needed fewer steps
             steps += f"/{self._total}"
             if 0 < self._done < self._total and name != "stopped":
                 left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"

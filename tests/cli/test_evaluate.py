@@ -6,8 +6,6 @@ import re
 import shutil
 import sys
 import weakref
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run
+from support.data import byte_tokenizer
 from support.gguf import write_gguf
 from support.tasks import (
     DOCUMENTS,
@@ -27,12 +26,11 @@ from support.tasks import (
     tiny_tokenizer,
     write_tasks,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from wanda_lightning.evaluation import PAPER_TASKS, Evaluation, sparsity_of
-from wanda_lightning.modules import ImageClassifierModule
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 
 pytestmark = IGNORED_WARNINGS
 
@@ -133,14 +131,6 @@ def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
 
 
-def change(source, target, edit):
-    """Copy a folder, and edit its tensors."""
-    shutil.copytree(source, target)
-    tensors = load_file(f"{target}/model.safetensors")
-    edit(tensors)
-    save_file(tensors, f"{target}/model.safetensors", metadata={"format": "pt"})
-
-
 def lost_zeros(*models, pruned):
     """The share of the zeros of a pruned model that other models have lost, and the sparsity of their layers."""
     options = ["--pruned", pruned, "--eval", "", "--save", "lost.json", "--overwrite"]
@@ -151,15 +141,14 @@ def lost_zeros(*models, pruned):
     return [found[str(model)]["sparsity"] for model in models]
 
 
-def test_zeros_that_versions_of_a_model_have_lost(inputs, tmp_path, capsys):
-    name = "model.layers.0.mlp.up_proj.weight"
-
-    def fill(tensors):
-        tensors[name].view(-1)[torch.nonzero(tensors[name].view(-1) == 0)[:7]] = 1e-30
-        tensors["model.layers.1.mlp.up_proj.weight"].zero_()  # more zeros lose none
-
-    change(inputs / "pruned", "tuned", fill)
-    shutil.copytree(inputs / "pruned", "copy")
+def test_zeros_that_versions_of_a_model_have_lost(inputs, capsys):
+    for name in ("copy", "tuned"):
+        shutil.copytree(inputs / "pruned", name)
+    tensors = load_file("tuned/model.safetensors")
+    weight = tensors["model.layers.0.mlp.up_proj.weight"].view(-1)
+    weight[torch.nonzero(weight == 0)[:7]] = 1e-30
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()  # more zeros lose none
+    save_file(tensors, "tuned/model.safetensors", metadata={"format": "pt"})
     copy, tuned = lost_zeros("copy", "tuned", pruned=inputs / "pruned")
     assert copy["lost"] == 0
     assert tuned["lost"] == 7 / 1024
@@ -201,38 +190,20 @@ def test_a_model_quantized_by_bitsandbytes_keeps_its_zeros(inputs, bits):
     assert lost_zeros("quantized", pruned=inputs / "pruned")[0]["lost"] == 0
 
 
-def test_models_that_are_no_versions_of_the_pruned_one(inputs, refused):
-    def narrow(tensors):
-        for name, tensor in tensors.items():
-            if "mlp" in name:
-                tensors[name] = (tensor[:, :48] if "down" in name else tensor[:48]).contiguous()
+def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, monkeypatch):
+    loaded = []
 
-    def drop(tensors):
-        for name in [name for name in tensors if name.startswith("model.layers.1.")]:
-            del tensors[name]
+    def load(*arguments, **options):
+        assert all(module() is None for module in loaded), "more than one model is in memory"
+        module = CausalLMModule(*arguments, **options)
+        loaded.append(weakref.ref(module.model))
+        return module
 
-    for name, edit, config in (
-        ("narrow", narrow, {"intermediate_size": 48}),
-        ("shallow", drop, {"num_hidden_layers": 1}),
-    ):
-        change(inputs / "pruned", name, edit)
-        file = Path(name, "config.json")
-        file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    options, made_from = ["--pruned", inputs / "pruned", "--eval", ""], "--pruned must be the model from which"
-    message = f"{made_from} shallow was made, but it is {inputs}/pruned: shallow has no model.layers.1."
-    refused("evaluate", "--model", "shallow", *options, message=message)
-    message = (
-        f"{made_from} narrow was made, but it is {inputs}/pruned: model.layers.0.mlp.gate_proj has the shape (48, "
-    )
-    refused("evaluate", "--model", "narrow", *options, message=message)
-    message = f"--pruned must be a pruned model, but no layer of {inputs}/dense has a zero."
-    refused("evaluate", "--model", inputs / "pruned", "--pruned", inputs / "dense", "--eval", "", message=message)
-
-
-def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys):
+    monkeypatch.setattr("wanda_lightning.cli.evaluate.CausalLMModule", load)
     shutil.copytree(inputs / "dense", tmp_path / "copy")
     several = [f"{inputs}/pruned, {inputs}/dense,copy", "--eval", f"{inputs}/text.txt,{inputs}/other.txt"]
     assert run("evaluate", "--model", *several, "--limit", "2", "--save", "results.json") == 0
+    assert len(loaded) == 6
     assert not re.search(r"\([+-]", capsys.readouterr().out)
     written = json.loads(Path("results.json").read_text())
     assert list(written["models"]) == [f"{inputs}/pruned", f"{inputs}/dense", "copy"]
@@ -243,33 +214,6 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys):
     assert dense != pruned
 
 
-@pytest.mark.parametrize("kind", ["text", "images"])
-def test_one_model_in_memory_at_a_time(inputs, kind, monkeypatch):
-    import wanda_lightning.cli.evaluate as evaluate_command
-
-    loaded = []
-
-    def recorded(module_class):
-        def load(*arguments, **options):
-            assert [module for module in loaded if module() is not None] == []
-            module = module_class(*arguments, **options)
-            loaded.append(weakref.ref(module.model))
-            return module
-
-        return load
-
-    for name in ("CausalLMModule", "ImageClassifierModule"):
-        monkeypatch.setattr(evaluate_command, name, recorded(getattr(evaluate_command, name)))
-    if kind == "text":
-        tasks = ["--tasks", "boolq", "--tasks_dir", inputs / "tasks"] if find_spec("lm_eval") else []
-        options = ["--eval", inputs / "text.txt", "--limit", "1", *tasks]
-        assert run("evaluate", "--model", f"{inputs}/dense,{inputs}/pruned", *options) == 0
-    else:
-        names = ",".join(f"timm:local-dir:{inputs}/vit{seed}" for seed in (1, 2))
-        assert run("evaluate", "--model", names, "--data_path", inputs / "images") == 0
-    assert len(loaded) == 4
-
-
 def test_the_context_is_the_window_and_nothing_is_written_unasked(inputs, tmp_path, capsys):
     assert run("evaluate", "--model", f"[{inputs}/dense]", "--eval", inputs / "text.txt") == 0
     model = AutoModelForCausalLM.from_pretrained(inputs / "dense")
@@ -278,10 +222,9 @@ def test_the_context_is_the_window_and_nothing_is_written_unasked(inputs, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
-@cache
-def accuracies_of_images(folder, images):
+def accuracies_of_images(model, images):
     """The shares of images whose label is among the first output, and the first five."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model = model.eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     hits = {1: 0, 5: 0}
     for path in sorted(images.glob("*/*")):
@@ -293,45 +236,33 @@ def accuracies_of_images(folder, images):
 
 
 def test_image_classifiers_side_by_side(inputs, capsys):
-    names = [f"timm:local-dir:{inputs}/vit{seed}" for seed in (1, 2)]
+    models = [timm.create_model(f"local-dir:{inputs}/vit{seed}", pretrained=True) for seed in (1, 2)]
+    save_file(models[1].state_dict(), "weights.safetensors")
+    folder = f"timm:local-dir:{inputs}/vit1"
     options = ["--data_path", inputs / "images", "--batch_size", "5", "--save", "results.json"]
-    assert run("evaluate", "--model", names[1], "--dense", names[0], *options) == 0
+    assert run("evaluate", "--model", folder, "--resume", "weights.safetensors", "--dense", folder, *options) == 0
     out = capsys.readouterr().out
     assert "top-1" in out
     assert "top-5" in out
     found = json.loads(Path("results.json").read_text())["models"]
-    assert list(found) == names
-    for name in names:
-        folder = name.removeprefix("timm:local-dir:")
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        assert found[name][f"{inputs}/images"] == accuracies_of_images(folder, inputs / "images")
-        assert found[name]["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
-
-
-def test_weights_of_image_classifiers_from_files(inputs, tmp_path):
-    files = [tmp_path / f"weights{seed}.safetensors" for seed in (1, 2)]
-    for seed, file in enumerate(files, start=1):
-        save_file(timm.create_model(f"local-dir:{inputs}/vit{seed}", pretrained=True).state_dict(), file)
-    folder = f"timm:local-dir:{inputs}/vit1"
-    options = ["--data_path", inputs / "images", "--resume", ",".join(map(str, files)), "--save", "results.json"]
-    assert run("evaluate", "--model", f"{folder},{folder}", *options) == 0
-    found = json.loads(Path("results.json").read_text())["models"]
-    assert list(found) == [f"{folder} {file}" for file in files]
-    for seed, results in enumerate(found.values(), start=1):
-        assert results[f"{inputs}/images"] == accuracies_of_images(f"{inputs}/vit{seed}", inputs / "images")
+    assert list(found) == [folder, f"{folder} weights.safetensors"]
+    for results, model in zip(found.values(), models, strict=True):
+        assert results[f"{inputs}/images"] == accuracies_of_images(model, inputs / "images")
+        assert results["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and how
 
 
 OF_TASKS = [
-    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl"),
-    (["--tasks", "boolq"], "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR"),
+    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl", 1),
+    (["--tasks", "boolq"], "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR", 1),
 ]
 OF_LANGUAGE_MODELS = [
     (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens", 1),
     (["--eval", "wikitext2"], "Use python-docs, which needs no network", 1),
-    (["--dense", "{}/images"], "has no config.json", 1),
+    (["--dense", "{}/images"], "has no config.json", 2),
+    (["--pruned", "{}/dense"], "--pruned must be a pruned model, but no layer of {}/dense has a zero.", 1),
     (["--seqlen", "257"], "--seqlen must be at most 256, the model's context, but it is 257", 2),
     (["--eval", "{}/text.txt,{}/gone.txt"], "gone.txt does not exist", 2),
     (["--tasks", "paper", "--tasks_dir", "{}/gone"], "gone does not exist", 2),
@@ -341,59 +272,26 @@ OF_LANGUAGE_MODELS = [
 
 
 @pytest.mark.parametrize(
-    ("more", "message", "code"), OF_LANGUAGE_MODELS, ids=[" ".join(more) for more, _, _ in OF_LANGUAGE_MODELS]
+    ("more", "message", "code"), [*OF_LANGUAGE_MODELS, *(pytest.param(*case, marks=needs_lm_eval) for case in OF_TASKS)]
 )
 def test_refused_before_anything_is_measured(inputs, side_by_side, refused, more, message, code):
     more, message = [option.replace("{}", str(inputs)) for option in more], message.replace("{}", str(inputs))
     refused(*side_by_side, *more, message=message, code=code)
 
 
-@needs_lm_eval
-@pytest.mark.parametrize(("more", "message"), OF_TASKS, ids=[" ".join(more) for more, _ in OF_TASKS])
-def test_tasks_refused_before_anything_is_measured(inputs, side_by_side, refused, more, message):
-    refused(*side_by_side, *(option.replace("{}", str(inputs)) for option in more), message=message)
-
-
-OF_IMAGES = [
-    (["--data_path", "{}/gone"], "--data_path must be a folder of images, but {}/gone does not exist", 2),
-    (["--model", "timm:local-dir:{}/vit1,timm:test_vitt"], "Did you mean test_vit", 1),
-]
-
-
-@pytest.mark.parametrize(("more", "message", "code"), OF_IMAGES, ids=[" ".join(more) for more, _, _ in OF_IMAGES])
-def test_refused_for_an_image_classifier(inputs, refused, more, message, code):
-    message = message.replace("{}", str(inputs))
-    options = ["evaluate", "--model", f"timm:local-dir:{inputs}/vit1", "--data_path", inputs / "images"]
-    refused(*options, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
-
-
-def test_models_that_read_different_windows(inputs, refused, tmp_path):
+def test_models_that_cannot_be_compared(inputs, side_by_side, refused, tmp_path):
     shutil.copytree(inputs / "dense", tmp_path / "shorter")
     config = json.loads(Path("shorter/config.json").read_text())
     Path("shorter/config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     several = ["--model", f"{inputs}/dense,shorter", "--eval", inputs / "text.txt"]
     refused("evaluate", *several, message="reads 64 tokens at once and another model 256. Use --seqlen 64")
-
-
-def test_models_with_different_tokenizers(inputs, side_by_side, refused, tmp_path):
-    tiny_llama(0).save_pretrained(tmp_path / "other")
-    tokenizer = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "other")
+    for name in ("other", "mute"):
+        tiny_llama(0).save_pretrained(tmp_path / name)
+    byte_tokenizer().save_pretrained(tmp_path / "other")
     refused(*side_by_side, "--model", "other", message="but other splits")
-
-
-def test_a_model_without_a_tokenizer(side_by_side, refused, tmp_path):
-    tiny_llama(0).save_pretrained(tmp_path / "mute")
     refused(*side_by_side, "--model", "mute", message="mute must have a tokenizer")
-
-
-def test_without_lm_eval_the_extra_is_named(inputs, side_by_side, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    tasks = ["--tasks", "boolq", "--tasks_dir", inputs / "tasks"]
-    refused(*side_by_side, *tasks, message="Zero-shot tasks need lm_eval: pip install 'wanda_lightning[eval]'")
+    images = ["--model", f"timm:local-dir:{inputs}/vit1,timm:test_vitt", "--data_path", inputs / "images"]
+    refused("evaluate", *images, message="Did you mean test_vit")
 
 
 def test_the_json_is_whole_or_not_there(inputs, tmp_path, monkeypatch):
@@ -401,16 +299,15 @@ def test_the_json_is_whole_or_not_there(inputs, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     Path("results.json").write_text("mine")
-    lines = [f"model: [{inputs}/dense, {inputs}/pruned]", "eval: []", "save: results.json", "overwrite: true"]
-    Path("options.yaml").write_text("\n".join(lines))
-    for owner, name in (("wanda_lightning.cli.evaluate", "zero_shot"), (Evaluation, "to_json"), (os, "replace")):
+    Path("options.yaml").write_text(f"model: [{inputs}/dense]\neval: []\nsave: results.json\noverwrite: true\n")
+    for owner, name in ((Evaluation, "to_json"), (os, "replace")):
         with monkeypatch.context() as patch:
-            patch.setattr(*((f"{owner}.{name}",) if isinstance(owner, str) else (owner, name)), full)
+            patch.setattr(owner, name, full)
             assert run("evaluate", "--config", "options.yaml") == 1
         assert {path.name for path in tmp_path.iterdir()} == {"results.json", "options.yaml"}
         assert Path("results.json").read_text() == "mine"
     assert run("evaluate", "--config", "options.yaml") == 0
-    assert len(json.loads(Path("results.json").read_text())["models"]) == 2
+    assert len(json.loads(Path("results.json").read_text())["models"]) == 1
 
 
 # ----------------------------------------------------------------------------------------------- after pruning

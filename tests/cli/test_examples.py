@@ -13,7 +13,7 @@ from support.callbacks import trainer
 from torch.utils.data import DataLoader
 
 from wanda_lightning import CausalLMModule, ImageClassifierModule, ImageDataModule, MagnitudePrune
-from wanda_lightning.cli.examples import PROMPTS, Examples, ImageExamples, TextExamples, continuation, thumbnail
+from wanda_lightning.cli.examples import PROMPTS, ImageExamples, TextExamples, continuation, thumbnail
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -38,18 +38,14 @@ def slow_continuation(model, tokenizer, prompt, tokens):
     return tokenizer.decode(ids[start:])
 
 
-@pytest.mark.parametrize("prompt", PROMPTS[:2])
-def test_text_is_the_most_likely_one(model, tokenizer, prompt):
-    tokens = min(40, 64 - len(tokenizer(prompt).input_ids))  # the context has 64
-    assert continuation(model, tokenizer, prompt) == slow_continuation(model, tokenizer, prompt, tokens)
-
-
-def test_text_does_not_depend_on_the_seed_and_on_how_the_model_samples(model, tokenizer, caplog):
-    expected = continuation(model, tokenizer, "abc")
+def test_text_is_the_most_likely_one_however_the_model_samples(model, tokenizer, caplog):
+    tokens = min(40, 64 - len(tokenizer(PROMPTS[0]).input_ids))  # the context has 64
+    expected = slow_continuation(model, tokenizer, PROMPTS[0], tokens)
+    assert continuation(model, tokenizer, PROMPTS[0]) == expected
     model.generation_config.update(do_sample=True, temperature=2.0, top_p=0.5, top_k=7)
     transformers.utils.logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
-        assert {continuation(model, tokenizer, "abc") for _ in range(3)} == {expected}
+        assert {continuation(model, tokenizer, PROMPTS[0]) for _ in range(2)} == {expected}
     assert caplog.messages == []
 
 
@@ -77,10 +73,6 @@ def test_a_model_that_cannot_write_has_no_text(model, tokenizer):
         with pytest.warns(UserWarning, match="LlamaForCausalLM cannot continue a prompt, so the report has no text"):
             trainer(examples).validate(module, batches, verbose=False)
     assert pruned.since(dense) == {}
-
-
-def test_nothing_is_collected_by_default():
-    assert Examples().since(Examples()) == {}
 
 
 @pytest.fixture

@@ -15,23 +15,31 @@ pytestmark = IGNORED_WARNINGS
 
 
 @pytest.fixture
-def tuned(text, inputs):
+def tuned(pruned, inputs):
     """The options of a fast run on the language model, pruned."""
-    assert run(*text, "--save_model", "pruned") == 0
     texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "6"]
     sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01"]
-    return ["finetune", "--model", "pruned", *texts, *sizes]
+    return ["finetune", "--model", pruned, *texts, *sizes]
 
 
-@pytest.mark.parametrize("method", ["full", "keep-zeros-lora", "lora"])
-def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method):
-    assert run(*tuned, "--method", method, "--dense", inputs / "llama", "--save_model", "tuned") == 0
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [
+        ("full", None),
+        ("keep-zeros-lora", "all-linear"),
+        ("lora", None),
+        pytest.param("keep-zeros-lora", None, marks=pytest.mark.nightly),
+    ],
+)
+def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method, targets):
+    more = ["--target_modules", targets] if targets else []
+    assert run(*tuned, "--method", method, *more, "--dense", inputs / "llama", "--save_model", "tuned") == 0
     dense, pruned, new = (AutoModelForCausalLM.from_pretrained(f) for f in (inputs / "llama", "pruned", "tuned"))
     before, after = zeros_by_layer(pruned), zeros_by_layer(new)
     assert all(torch.equal(before[name], after[name]) for name in before)
     trained = [name for name, weight in new.state_dict().items() if not torch.equal(weight, pruned.state_dict()[name])]
-    targets = [name for name in before if name.endswith(("q_proj", "v_proj"))]
-    assert trained == list(new.state_dict()) if method == "full" else trained == [f"{name}.weight" for name in targets]
+    adapted = [f"{name}.weight" for name in before if targets or name.endswith(("q_proj", "v_proj"))]
+    assert trained == (list(new.state_dict()) if method == "full" else adapted)
     printed = capsys.readouterr().out
     other = (inputs / "other.txt").read_text()
     for name, model in {"dense": dense, "pruned": pruned, "fine-tuned": new}.items():
@@ -40,7 +48,7 @@ def test_fine_tuning_keeps_every_zero(tuned, inputs, capsys, method):
     assert f"Zeros before: {zeros:,}, after: {zeros:,}." in printed
 
 
-@pytest.mark.parametrize("method", ["full", "keep-zeros-lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.nightly), "keep-zeros-lora"])
 def test_learning_from_the_dense_model(tuned, inputs, monkeypatch, method):
     loaded = []
     load = loading.load_causal_lm
@@ -77,13 +85,6 @@ def test_a_model_that_is_fine_tuned_in_its_own_folder_keeps_its_card(tuned, tmp_
     assert (tmp_path / "pruned/pruning_report.png").read_bytes() == picture
 
 
-def test_all_linear_adapters(tuned):
-    assert run(*tuned, "--target_modules", "all-linear", "--save_model", "tuned") == 0
-    pruned, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in ("pruned", "tuned"))
-    for name in zeros_by_layer(pruned):
-        assert not torch.equal(pruned.get_submodule(name).weight, new.get_submodule(name).weight)
-
-
 def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
     AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.bfloat16).save_pretrained("pruned")
     assert run(*tuned, "--lr", "1e-6", "--method", "full", "--save_model", "tuned") == 0
@@ -95,19 +96,12 @@ def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
         assert not torch.equal(pruned.get_submodule(name).weight.float(), new.get_submodule(name).weight)
 
 
-def test_adapters_without_peft_are_explained(tuned, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    refused(*tuned, message="Adapters need peft: pip install 'wanda_lightning[lora]'")
-
-
-def test_what_cannot_be_fine_tuned(tuned, inputs, refused, tmp_path):
+def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):
     refused(*tuned, "--model", inputs / "llama", message="has no zeros to keep. Prune it first")
     refused(*tuned, "--distill", message="--distill learns from the dense model, but none is given", code=2)
     refused(*tuned, "--distill", "--dense", "pruned", message="but --dense is the pruned one, pruned", code=2)
-    refused(*tuned, "--steps", "0", message="--steps must be a whole number of at least 1, but it is 0", code=2)
     refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65", code=2)
     refused(*tuned, "--target_modules", "no_such", message="no_such")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("mine")
-    refused(*tuned, "--save_model", "mine", message="--save_model mine is a folder that is not empty", code=2)
-    refused(*tuned, "--save_model", "mine", "--overwrite", message="are not a model", code=2)
+    refused(*tuned, "--save_model", inputs, message=f"--save_model {inputs} is a folder that is not empty", code=2)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(*tuned, message="Adapters need peft: pip install 'wanda_lightning[lora]'")

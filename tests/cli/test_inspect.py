@@ -33,15 +33,6 @@ def test_inspect_a_folder(inputs, capsys, tmp_path):
     assert "14 layers in 14 units" in capsys.readouterr().out
 
 
-def test_inspect_only(inputs, capsys):
-    folder = str(inputs / "llama")
-    assert run("inspect", "--model", folder, "--only", "*.mlp,model.layers.0.self_attn", "--skip", "*.down_proj") == 0
-    out = capsys.readouterr().out
-    assert "8 layers in 2 units hold 12,288 weights" in out  # four of 32 x 32, four of 32 x 64
-    assert "not in only=['*.mlp'," in out
-    assert "skip='*.down_proj'" in out
-
-
 class LargestOnDevice(TorchDispatchMode):
     """How many numbers the largest tensor holds that is computed meanwhile, outside of the meta device."""
 
@@ -63,16 +54,13 @@ def test_inspect_allocates_no_weights(inputs, capsys, name):
         write_gguf(name)
     with LargestOnDevice() as largest:
         assert run("inspect", "--model", name) == 0
-    assert "layers in" in capsys.readouterr().out
+    out = capsys.readouterr().out
     assert largest.size < 32 * 32  # the smallest matrix
-
-
-def test_inspect_a_gguf_file_as_its_model(capsys):
-    write_gguf("tiny.gguf")
-    assert run("inspect", "--model", "tiny.gguf") == 0
-    rows = capsys.readouterr().out
-    assert "14 layers in 2 units hold 17,408 weights" in rows  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
-    assert find_layers(CausalLMModule("tiny.gguf").model).units[0].name in rows
+    if name == "tiny.gguf":
+        assert "14 layers in 2 units hold 17,408 weights" in out  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
+        assert find_layers(CausalLMModule(name).model).units[0].name in out
+    elif name != "folder":
+        assert all(part in out for part in ("with --sequential none", "depthwise", "output head", "in 1 unit hold"))
 
 
 def test_inspect_a_mixture_of_experts(capsys):
@@ -83,15 +71,6 @@ def test_inspect_a_mixture_of_experts(capsys):
     assert "router" in out
     assert "gate_up_proj.*" in out
     assert "gate_up_proj.0" not in out
-
-
-def test_inspect_a_timm_model(capsys):
-    assert run("inspect", "--model", "timm:test_convnext") == 0
-    out = capsys.readouterr().out
-    assert "with --sequential none" in out
-    assert "depthwise convolution" in out
-    assert "output head" in out
-    assert "in 1 unit hold" in out
 
 
 def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch):
@@ -119,37 +98,17 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
     assert message in err
 
 
-@pytest.mark.parametrize(("more", "sequential"), [([], "block"), (["--prune_method", "fast"], "layer")])
-def test_inspect_shows_the_units_of_the_method(inputs, capsys, more, sequential):
-    assert run("inspect", "--model", inputs / "llama", *more) == 0
-    assert f"parameters, with --sequential {sequential}." in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--model", "gone"], "gone is not in the cache, and the hub cannot be reached"),
         (["--model", "timm:test_vitt"], "Did you mean test_vit"),
-        (["--model", "timm:test_vit", "--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix"),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "--only blocks.9 matches no matrix"),
         (["--model", "gone", "--stream", "--recovery", "distil"], "--recovery distil"),
     ],
 )
 def test_inspect_refuses(refused, more, message):
     refused("inspect", *more, message=message)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--model", "timm:test_vit", "--stream"], "--stream has no meaning for an image classifier"),
-        (["--model", "tiny.gguf", "--stream"], "--stream reads a folder or hub model in safetensors"),
-        (["--model", "gone", "--park", "disk"], "--park has no meaning for inspect without --stream"),
-        (["--model", "gone", "--nsamples", "8"], "--nsamples has no meaning for inspect without --stream"),
-    ],
-)
-def test_inspect_refuses_wrong_usage(refused, more, message):
-    refused("inspect", *more, message=message, code=2)
 
 
 def sum_of(out):

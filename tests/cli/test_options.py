@@ -19,28 +19,16 @@ VIT = ["--model", "timm:test_vit", "--data_path", "digits"]
 
 REFUSED = {
     "prune": [
-        (
-            ["--sparsity_ratio", "1"],
-            "--sparsity_ratio must be the fraction of weights that become zero, at least 0 and below 1, but it is 1.0.",
-        ),
-        (["--sparsity_ratio", "-0.5"], "at least 0 and below 1, but it is -0.5."),
+        (["--sparsity_ratio", "1"], "must be the fraction of weights that become zero, at least 0 and below 1, but it"),
         (["--sparsity_ratio", "nan"], "at least 0 and below 1, but it is nan."),
         (["--sparsity_ratio", "half"], "--sparsity_ratio must be a number, but it is 'half'."),
         (["--sparsity_type", "diagonal"], "--sparsity_type must be one of unstructured, unstructured_row, "),
         (["--sparsity_type", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
         (["--sparsity_type", "0:4"], "any other N:M with 1 <= N < M, but it is '0:4'."),
-        (["--sparsity_type", ""], "any other N:M with 1 <= N < M, but it is ''."),
         (["--prune_method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
-        (
-            ["--prune_method", "bset"],
-            "fast, balanced, best, thorough, but it is 'bset'. Did you mean best?",
-        ),
         (["--allocation", "luck"], "--allocation must be one of uniform, "),
-        (["--sequential", "row"], "--sequential must be one of block, layer, none, auto, but it is 'row'."),
-        (["--prune_granularity", "model"], "--prune_granularity must be one of row, layer, but it is 'model'."),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, but it is 'int8'."),
         (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4294967295, but it is -1."),
-        (["--nsamples", "-1"], "--nsamples must be a whole number of at least 1, but it is -1."),
         (["--nsamples", "many"], "--nsamples must be a whole number of at least 1, but it is 'many'."),
         (["--seqlen", "1"], "--seqlen must be a whole number of at least 2, but it is 1."),
         (["--batch_size", "0"], "--batch_size must be a whole number of at least 1, but it is 0."),
@@ -49,29 +37,16 @@ REFUSED = {
         (["--skip", "re:("], "--skip re:( must be a regular expression after 're:', but missing )"),
         (["--use_variant", "--prune_method", "magnitude"], "Use --prune_method wanda within rows"),
         (["--use_variant", "--sparsity_type", "2:4"], "--use_variant has no meaning for --sparsity_type 2:4. Leave it"),
-        (
-            ["--prune_granularity", "row", "--sparsity_type", "2:4"],
-            "--prune_granularity has no meaning for --sparsity_",
-        ),
         (["--prune_method", "fast", "--use_variant"], "--use_variant compares Wanda's scores within rows, but"),
         (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
-        (["--resume", "a.safetensors"], "--resume has no meaning for a language model. Leave it out."),
         (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
         ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit have no meaning for an image classifier. Leave"),
-        ([*VIT, "--trust_remote_code"], "--trust_remote_code has no meaning for an image classifier. Leave it out."),
-        ([*VIT, "--dtype", "float32"], "--dtype has no meaning for an image classifier. Leave it out."),
-        ([*VIT, "--calibration", "python-docs"], "--calibration has no meaning for an image classifier."),
-        ([*VIT, "--eval", "python-docs"], "--eval has no meaning for an image classifier."),
-        ([*VIT, "--eval_zero_shot"], "--eval_zero_shot has no meaning for an image classifier."),
         (["--model", "timm:vit_base"], "--data_path is required for the image classifier timm:vit_base: give a folder"),
         (["--colour", "red"], "--colour is not an option of prune."),
         (["--nsample", "3"], "--nsample is not an option of prune. Did you mean --nsamples"),
         (["red"], "prune takes only options, but 'red' is not one."),
         (["--seqlen"], "--seqlen expected one argument."),
-        (
-            ["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"],
-            "--sparsity_ratio must be 0.5 for the pattern 2:4, but",
-        ),
+        (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "--sparsity_ratio must be 0.5 for the pattern 2:4,"),
         (["--solver", "admm", "--criterion", "ria"], "cannot be combined with --solver admm"),
         (["--recovery", "reconstruct", "--sequential", "layer"], "--sequential layer"),
         (["--criterion", "magnitude", "--use_variant"], "Use --prune_method wanda within rows"),
@@ -80,34 +55,28 @@ REFUSED = {
     "finetune": [
         (["--steps", "0"], "--steps must be a whole number of at least 1, but it is 0."),
         (["--lr", "-1"], "--lr must be a number above 0, but it is -1.0."),
-        (["--lora_r", "0"], "--lora_r must be a whole number of at least 1, but it is 0."),
         (["--lora_dropout", "1"], "--lora_dropout must be a number of at least 0 and below 1, but it is 1.0."),
         (["--precision", "fp8"], "--precision must be one of 32-true, "),
         (["--method", "keep-zeros"], "but it is 'keep-zeros'. Did you mean keep-zeros-lora?"),
         (["--model", "timm:test_vit"], "--model and --dense must be language models, but one is timm:test_vit."),
         (["--method", "full", "--lora_r", "4"], "--lora_r has no meaning for --method full, which trains no adapters."),
-        (["--method", "full", "--target_modules", "q"], "--target_modules has no meaning for --method full"),
     ],
     "evaluate": [
-        (["--limit", "0"], "--limit must be a whole number of at least 1, but it is 0."),
-        (["--task_limit", "0"], "--task_limit must be a whole number of at least 1, but it is 0."),
-        (["--batch_size", "0"], "--batch_size must be a whole number of at least 1, but it is 0."),
-        (["--dtype", "int8"], "--dtype must be one of auto, "),
         (["--tasks", "rte,arc_eazy"], "paper, all, but it is 'arc_eazy'. Did you mean arc_easy?"),
         (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
-        (["--tasks_dir", "x"], "--tasks_dir has no meaning for an evaluation without --tasks."),
         (["--task_limit", "2"], "--task_limit has no meaning for an evaluation without --tasks."),
         (["--model", "x,timm:test_vit"], "language models or image classifiers, but both were given."),
         (["--model", ""], "language models or image classifiers, but none was given."),
         ([*VIT, "--eval", "python-docs", "--limit", "2"], "--eval, --limit have no meaning for an image classifier."),
-        ([*VIT, "--tasks", "boolq", "--task_limit", "3"], "--tasks, --task_limit have no meaning for an image class"),
-        ([*VIT, "--trust_remote_code"], "--trust_remote_code has no meaning for an image classifier."),
         ([*VIT, "--resume", "a,b"], "--resume must have one file for each --model, but it has 2 for 1."),
         (["--model", "timm:test_vit"], "--data_path is required for the image classifier timm:test_vit"),
     ],
     "inspect": [
         (["--sparsity_type", "diagonal"], "--sparsity_type must be one of unstructured"),
         (["--only", "re:["], "--only re:[ must be a regular expression after 're:', but unterminated"),
+        ([*VIT[:2], "--stream"], "--stream has no meaning for an image classifier"),
+        (["--model", "tiny.gguf", "--stream"], "--stream reads a folder or hub model in safetensors"),
+        (["--park", "disk", "--nsamples", "8"], "--nsamples, --park have no meaning for inspect without --stream"),
     ],
 }
 CASES = [(command, *case) for command, cases in REFUSED.items() for case in cases]
@@ -133,15 +102,9 @@ def test_every_option_has_help(command):
 @pytest.mark.parametrize("name", inspect.signature(PruningConfig.from_names).parameters)
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name):
     values = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"]}
-    values |= {
-        "include_grouped": True,
-        "keep_batch_norm": True,
-        "min_expert_tokens": 3,
-        "recovery": "reconstruct",
-        "sequential": "layer",
-    }
-    names = {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
-    value = (values | names | {"permutation": "assignment"})[name]
+    values |= {"include_grouped": True, "keep_batch_norm": True, "min_expert_tokens": 3, "sequential": "layer"}
+    values |= {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
+    value = (values | {"permutation": "assignment", "recovery": "reconstruct"})[name]
     text = ",".join(value) if isinstance(value, list) else str(value)
     given = [f"--{FLAGS.get(name, name)}", *([] if value is True else [text])]
     others = {"pattern": "2:4"} if name == "permutation" else {}
@@ -150,11 +113,6 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
     chosen = PruningConfig.from_names(**others, **{name: value})
     assert options.config == PruningConfig.from_names(**options.choices) == chosen
     assert options.config != parse_options(command, base).config == PruningConfig.from_names(**others)
-
-
-@pytest.mark.parametrize("given", [[], ["--sequential", "block"], ["--prune_method", "fast"], ["--solver", "admm"]])
-def test_image_classifiers_have_the_choices_of_language_models(given):
-    assert parse_options("prune", [*VIT, *given]).choices == parse_options("prune", ["--model", "x", *given]).choices
 
 
 @pytest.mark.parametrize(
@@ -201,40 +159,21 @@ def test_the_fields_of_the_task_files_are_in_the_help():
     ("command", "more", "message"),
     [
         ("prune", ["--model", "gone.gguf"], "--model gone.gguf does not exist"),
-        ("prune", ["--model", "/gone"], "--model /gone does not exist"),
         ("prune", ["--model", "x", "--calibration", "gone.txt"], "--calibration gone.txt does not exist"),
         ("prune", ["--model", "x", "--eval", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
         ("evaluate", ["--model", "x", "--eval", "python-docs,wikitext3"], "--eval must be one of c4, wikitext2, "),
         ("finetune", ["--model", "x", "--data", "wikitext3"], "--data must be one of c4, wikitext2, python-docs"),
         ("prune", ["--model", "timm:x", "--data_path", "digts"], "--data_path must be a folder or a known data set"),
-        (
-            "prune",
-            ["--model", "x", "--save", "/dev/null/x"],
-            "--save /dev/null/x cannot be written: /dev/null is a file",
-        ),
-        ("prune", ["--model", "x", "--save_model", "/dev/null/x"], "--save_model /dev/null/x cannot be written: /dev/"),
-        (
-            "finetune",
-            ["--model", "x", "--save_model", "/dev/null"],
-            "--save_model /dev/null must be a folder, but it is",
-        ),
-        (
-            "evaluate",
-            ["--model", "x", "--save", "/dev/null/r.json"],
-            "--save /dev/null/r.json cannot be written: /dev/",
-        ),
+        ("prune", ["--model", "x", "--save", "/dev/null/x"], "--save /dev/null/x cannot be written: /dev/null is a"),
+        ("finetune", ["--model", "x", "--save_model", "/dev/null"], "--save_model /dev/null must be a folder, but"),
+        ("evaluate", ["--model", "x", "--save", "/dev/null/r.json"], "--save /dev/null/r.json cannot be written: /d"),
         ("prune", [*VIT, "--resume", "gone"], "--resume gone does not exist"),
-        (
-            "prune",
-            ["--model", "x", "--nsamples", "1000000000"],
-            "--nsamples must fit in memory, but 1000000000 windows",
-        ),
+        ("prune", ["--model", "x", "--nsamples", "1000000000"], "--nsamples must fit in memory, but 1000000000 win"),
         ("finetune", ["--model", "x", "--dense", "/gone"], "--dense /gone does not exist"),
         ("finetune", ["--model", "x", "--steps", "1000000000"], "--steps times --batch_size must fit in memory"),
         ("evaluate", ["--model", "x,gone.gguf"], "--model gone.gguf does not exist"),
         ("evaluate", [*VIT, "--resume", "gone.safetensors"], "--resume gone.safetensors does not exist"),
         ("inspect", ["--model", "timm:local-dir:/gone"], "--model timm:local-dir:/gone does not exist"),
-        ("inspect", ["--model", "timm:local-dir:gone"], "--model timm:local-dir:gone does not exist"),
         ("inspect", ["--model", "./out/modl"], "--model ./out/modl does not exist. Check the path."),
     ],
 )
@@ -247,13 +186,10 @@ def test_missing_files_and_too_many_samples_are_refused_early(command, more, mes
 def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
     memory = psutil.virtual_memory()._replace(available=8 * 100 * 32)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    for count, fits in ((100, True), (101, False)):
-        ours = parse_options("prune", ["--model", "x", "--nsamples", str(count), "--seqlen", "32"])
-        if fits:
-            ours.refuse_early()
-        else:
-            with pytest.raises(ValueError, match="must fit in memory"):
-                ours.refuse_early()
+    options = ["--model", "x", "--seqlen", "32", "--nsamples"]
+    parse_options("prune", [*options, "100"]).refuse_early()
+    with pytest.raises(ValueError, match="must fit in memory"):
+        parse_options("prune", [*options, "101"]).refuse_early()
 
 
 @pytest.mark.parametrize(

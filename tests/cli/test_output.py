@@ -10,18 +10,14 @@ from rich.table import Table
 from wanda_lightning.cli.output import print_line, print_table, readable_warnings
 
 
-def table():
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
+def test_no_number_is_cut(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
     made = Table()
     for heading in ("method", "sparsity", "dense perplexity", "pruned perplexity", "seconds to prune"):
         made.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
     made.add_row("ablate_wanda_iter", "50.00%", "13243.37", "1234567.89", "1234.5")
-    return made
-
-
-@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
-def test_no_number_is_cut(width, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(width))
-    print_table(table())
+    print_table(made)
     out = capsys.readouterr().out
     for number in ("50.00%", "13243.37", "1234567.89", "1234.5"):
         assert re.search(rf"(?<![\d.]){re.escape(number)}", out)
@@ -29,7 +25,7 @@ def test_no_number_is_cut(width, capsys, monkeypatch):
     assert "…" not in out
 
 
-@pytest.mark.parametrize("width", [40, 70, 80, 100, 200])
+@pytest.mark.parametrize("width", [40, 80, 200])
 def test_no_number_is_cut_under_the_long_name_of_a_model(width, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     made = Table()

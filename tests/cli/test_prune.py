@@ -1,13 +1,11 @@
 """`wanda-lightning prune`: the flags of the reference, every refusal; what it writes is measured again by hand."""
 
 import json
-import math
 import os
 import re
 import shlex
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.examples import PROMPTS
+from wanda_lightning.cli.options import as_given
 from wanda_lightning.report import Run
 
 pytestmark = IGNORED_WARNINGS
@@ -34,8 +33,8 @@ METHODS = [
     ("wanda", "unstructured", "0.25", ["--use_variant"]),
     ("magnitude", "unstructured", "0.25", []),
     ("sparsegpt", "unstructured", "0.5", []),
-    ("ablate_mag_iter", "4:8", "0.5", []),
-    ("reconstruct", "unstructured", "0.5", []),
+    pytest.param("ablate_mag_iter", "4:8", "0.5", [], marks=pytest.mark.nightly),
+    pytest.param("reconstruct", "unstructured", "0.5", [], marks=pytest.mark.nightly),
 ]
 
 
@@ -54,43 +53,34 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     reached = torch.cat([where.flatten() for where in zeros.values()]).float().mean().item()
     assert reached == pytest.approx(float(ratio), abs=0.01 if more else 1e-9)
     text = (inputs / "other.txt").read_text()
-    measured, before = perplexity_by_hand(pruned, text, 6), perplexity_by_hand(dense, text, 6)
-    assert measured != pytest.approx(before, rel=1e-3)
+    measured, before = (pytest.approx(perplexity_by_hand(model, text, 6), rel=1e-6) for model in (pruned, dense))
 
-    header, row, end = (tmp_path / f"out/logs/log_{method}.txt").read_text().split("\n")
-    assert header == "method\tactual_sparsity\tppl_test"
-    assert row.split("\t")[:2] == [method, f"{reached:.4f}"]
-    assert row.split("\t")[2] == f"{float(row.split()[2]):.4f}"
-    assert float(row.split("\t")[2]) == pytest.approx(measured, rel=1e-6)
-    assert end == ""
     report = PruningReport.from_json((tmp_path / "out/logs/pruning_report.json").read_text())
+    header, row, end = (tmp_path / f"out/logs/log_{method}.txt").read_text().split("\n")
+    assert (header, end) == ("method\tactual_sparsity\tppl_test", "")
+    assert row == f"{method}\t{reached:.4f}\t{report.run.after:.4f}"
     assert {layer.name: layer.sparsity for layer in report.layers} == {
         name: pytest.approx(where.float().mean().item()) for name, where in zeros.items()
     }
     assert {layer.tokens for layer in report.layers} == {0 if method == "magnitude" else 4 * SEQLEN}
-    given = {"model": f"{inputs}/llama", "seed": 0, "nsamples": 4, "seqlen": SEQLEN, "limit": 6}
-    given |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "save": "out/logs"}
-    given |= {"prune_method": method, "sparsity_type": kind, "sparsity_ratio": float(ratio), "use_variant": bool(more)}
-    assert given.items() <= report.config["command"].items()
     program, command, *arguments = shlex.split(report.run.command)
     assert (program, command) == ("wanda-lightning", "prune")
-    assert parse_options("prune", arguments) == parse_options("prune", [*flags.split(), *more, *ours.split()])
+    given = parse_options("prune", [*flags.split(), *more, *ours.split()])
+    assert parse_options("prune", arguments) == given
+    assert as_given(given).items() <= report.config["command"].items()
     assert ("--sparsity_ratio" in arguments) == (kind == "unstructured")
     assert report.run == Run(
         command=report.run.command,
         model=f"{inputs}/llama",
         metric="perplexity",
-        before=pytest.approx(before, rel=1e-6),
-        after=pytest.approx(measured, rel=1e-6),
+        before=before,
+        after=measured,
         data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
         calibration="" if method == "magnitude" else f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0",
     )
     (shown,) = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith(f"│ {method} ")]
     assert shown[1].strip() == f"{reached:.2%}"
-    assert [float(cell.replace(",", "")) for cell in shown[3:5]] == [
-        pytest.approx(before, abs=0.01),
-        pytest.approx(measured, abs=0.01),
-    ]
+    assert [cell.strip() for cell in shown[3:5]] == [f"{value:,.2f}" for value in (report.run.before, report.run.after)]
     assert "Pruning 2/2 done" in err
     assert sorted(os.listdir(tmp_path / "out/logs")) == [f"log_{method}.txt", "pruning_report.json"]
     assert sorted(os.listdir(tmp_path)) == ["out"]
@@ -114,7 +104,7 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
 
 @pytest.mark.parametrize(
     ("method", "allocation", "pattern"),
-    [("ria", "owl", "unstructured"), ("wanda", "alpha_layer", "8:16"), ("magnitude", "owl", "8:16")],
+    [("ria", "owl", "unstructured"), pytest.param("magnitude", "alpha_layer", "8:16", marks=pytest.mark.nightly)],
 )
 def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, pattern):
     choices = ["--prune_method", method, "--allocation", allocation, "--sparsity_type", pattern]
@@ -126,14 +116,17 @@ def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, patter
     assert len(sparsities) > 1
     report = json.loads(Path("out/pruning_report.json").read_text())
     assert sorted({layer["sparsity"] for layer in report["layers"]}) == pytest.approx(sorted(sparsities))
-    assert report["config"]["command"]["allocation"] == allocation
     assert report["config"]["allocation"]["name"] == ("OWL" if allocation == "owl" else "AlphaPruning")
     assert ("Note: mixed N:M: " in shown.out) == (pattern == "8:16")
     assert ("Observing" in shown.err) == (allocation == "owl")
 
 
 @pytest.mark.parametrize(
-    ("preset", "pattern"), [("fast", "unstructured"), ("balanced", "2:4"), ("best", "unstructured"), ("best", "2:4")]
+    ("preset", "pattern"),
+    [
+        *(("balanced", "2:4"), ("best", "unstructured")),
+        *(pytest.param(*other, marks=pytest.mark.nightly) for other in (("fast", "unstructured"), ("best", "2:4"))),
+    ],
 )
 def test_a_preset(text, tmp_path, preset, pattern):
     assert run(*text, "--prune_method", preset, "--sparsity_type", pattern, *OUT) == 0
@@ -147,6 +140,7 @@ def test_a_preset(text, tmp_path, preset, pattern):
         assert all((where.reshape(-1, 4).sum(dim=1) == 2).all() for where in zeros.values())
 
 
+@pytest.mark.nightly
 def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
     refused(*images, "--prune_method", "best", message="all gradients are 0")  # one class is certain
     weights = load_file(inputs / "test_vit.safetensors")
@@ -160,9 +154,10 @@ def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
     assert len({layer.target for layer in report.layers}) > 1
 
 
-def test_skip_dtype_and_granularity(text, tmp_path):
-    more = ["--skip", '["*.down_proj", "model.layers.0.self_attn"]', "--dtype", "bfloat16", "--sequential", "layer"]
-    assert run(*text, *more, "--batch_size", "2", "--save", "out", "--save_model", "out/model") == 0
+def test_skip_only_dtype_and_granularity(text, tmp_path):
+    more = ["--skip", '["*.down_proj", "model.layers.0.self_attn"]', "--only", "re:.*(self_attn|mlp).*"]
+    more += ["--dtype", "bfloat16", "--sequential", "layer", "--batch_size", "2"]
+    assert run(*text, *more, "--save", "out", "--save_model", "out/model") == 0
     pruned = AutoModelForCausalLM.from_pretrained("out/model")
     assert pruned.dtype == torch.bfloat16
     for name, where in zeros_by_layer(pruned).items():
@@ -173,24 +168,23 @@ def test_skip_dtype_and_granularity(text, tmp_path):
     assert config["calibration_batches"] == 2
 
 
-def test_only_some_layers(text):
-    assert run(*text, "--only", "re:.*layers.1.*", "--skip", "*.k_proj", "--save_model", "out/model") == 0
-    for name, where in zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model")).items():
-        chosen = name.startswith("model.layers.1.") and not name.endswith("k_proj")
-        assert where.float().mean() == (0.5 if chosen else 0), name
-
-
 def test_the_seed_draws_the_calibration(text):
-    def masks(name, *more):
-        assert run(*text, "--save_model", name, *more) == 0
-        return zeros_by_layer(AutoModelForCausalLM.from_pretrained(name))
-
-    first, again, other = masks("a"), masks("b", "--seed", "0"), masks("c", "--seed", "1")
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+    found = []
+    for name in ("0", "1"):
+        assert run(*text, "--seed", name, "--save_model", name) == 0
+        found.append(zeros_by_layer(AutoModelForCausalLM.from_pretrained(name)))
+    assert not all(torch.equal(where, found[1][name]) for name, where in found[0].items())
 
 
-def test_the_report_has_text_by_both_models_and_changes_nothing_else(inputs, text):
+@pytest.fixture
+def undrawn(monkeypatch):
+    """The reports that would be drawn, which takes longer than pruning."""
+    drawn = []
+    monkeypatch.setattr("wanda_lightning.cli.prune.write_report", lambda report, path: drawn.append(report))
+    return drawn
+
+
+def test_the_report_has_text_by_both_models_and_changes_nothing_else(text, undrawn):
     method = ["--prune_method", "magnitude", "--sparsity_ratio", "0.8"]
     assert run(*text, *method, "--save", "a", "--save_model", "a/model", "--report", "a.html") == 0
     assert run(*text, *method, "--save", "b", "--save_model", "b/model") == 0
@@ -201,15 +195,16 @@ def test_the_report_has_text_by_both_models_and_changes_nothing_else(inputs, tex
     assert a == b
     weights = [load_file(f"{name}/model/model.safetensors") for name in "ab"]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    assert len(undrawn) == 1
 
 
-def test_the_report_has_images_whose_prediction_changed(inputs, images, tmp_path):
+def test_the_report_has_images_whose_prediction_changed(inputs, images, tmp_path, undrawn):
     weights = load_file(inputs / "test_vit.safetensors")
     weights["head.bias"].zero_()  # else it says the same of every image
     save_file(weights, tmp_path / "sure.safetensors")
     method = ["--prune_method", "magnitude", "--sparsity_ratio", "0.8"]
-    assert run(*images, "--resume", "sure.safetensors", *method, "--save", "out", "--report", "out/page.html") == 0
-    shown = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text()).run.images
+    assert run(*images, "--resume", "sure.safetensors", *method, "--report", "out/page.html") == 0
+    shown = undrawn[0].run.images
     assert 0 < len(shown) <= 8
     assert {image.label for image in shown} <= {"ape", "bee", "cat", "dog"}
     assert all(image.before != image.after for image in shown)
@@ -261,50 +256,29 @@ def test_an_image_classifier(inputs, images, tmp_path, capsys, name, method, gro
     assert report.run.calibration == ("" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0")
 
 
-def test_the_digits_that_need_no_network(inputs, capsys):
+def test_the_digits_that_need_no_network(inputs, few_digits):
     weights = ["--model", "timm:test_vit", "--resume", inputs / "test_vit.safetensors"]
-    with pytest.MonkeyPatch.context() as patch:  # all 360 take a minute
-        from wanda_lightning.data import images as module
-
-        source = module.open_source("digits")
-        parts = {"train": source.train, "evaluation": source.evaluation}
-        few = replace(source, **{name: replace(part, samples=part.samples[:8]) for name, part in parts.items()})
-        patch.setattr(module, "open_source", lambda *_: few)
-        assert run("prune", *weights, "--data_path", "digits", "--nsamples", "8") == 0
-
-
-def test_fewer_images_and_classes_than_asked(images):
-    with (
-        pytest.warns(UserWarning, match=r"num_samples is 50, but .* has only 12\."),
-        pytest.warns(UserWarning, match="images has 4 classes, and the model has 1000 outputs"),
-    ):
-        assert run(*images, "--nsamples", "50") == 0
+    assert run("prune", *weights, "--data_path", "digits", "--nsamples", "8") == 0
 
 
 WRONG_USAGE = [
+    (["--model", "{}/images"], "has no config.json"),
     (["--calibration", "{}/table.csv"], "ends in .csv"),
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--model", "{}/gone"], "gone does not exist"),
 ]
-UNREACHABLE = (
-    " is not in the cache, and the Hugging Face hub cannot be reached. Use python-docs, which needs no network, or a "
-    "FILE (.txt, .jsonl, .parquet)"
-)
 REFUSED = [
     (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
-    (["--eval", "{}/latin1.txt"], "must be in UTF-8"),
-    (["--calibration", "{}/no_text.jsonl"], "line 1 has 'content'"),
-    (["--calibration", "{}/empty.txt"], "must have text, but it has none"),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
-    (["--calibration", "{}/short.jsonl"], f"needs a document of at least {SEQLEN + 1} tokens, but the longest"),
     (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens, but"),
-    (["--calibration", "c4"], f"error: The data set allenai/c4{UNREACHABLE}"),
-    (["--eval", "wikitext2"], UNREACHABLE),
+    (
+        ["--calibration", "c4"],
+        "error: The data set allenai/c4 is not in the cache, and the Hugging Face hub cannot be rea",
+    ),
+    (["--eval", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
     (["--sparsity_type", "3:6"], "--sparsity_type 3:6 fits none of"),
     (["--skip", "[down_proj]"], "--skip down_proj matches no matrix of the model; the nearest is"),
     (["--skip", "[model]"], "model has nothing to prune"),
-    (["--skip", "re:x{1,3}"], "--skip re:x{1,3} matches no matrix"),
-    (["--model", "{}/images"], "has no config.json"),
     (["--model", "{}/long.txt"], "is another file. Give the folder"),
 ]
 
@@ -324,7 +298,7 @@ def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", pytest.param("best", marks=pytest.mark.nightly)])
-def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_path, method):
+def test_a_streamed_model_is_the_one_pruned_in_memory(text, tmp_path, method):
     more = ["--prune_method", method, "--sequential", "layer"]
     assert run(*text, *more, "--save", "memory", "--save_model", "memory/model") == 0
     assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream", "--park", "disk") == 0
@@ -334,11 +308,8 @@ def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_
         streamed |= load_file(file)
     assert in_memory.keys() == streamed.keys()
     assert all(torch.equal(in_memory[key], streamed[key]) for key in in_memory)
-    weightless = [
-        set(os.listdir(out / "model")) - {file.name for file in (out / "model").glob("model*")}
-        for out in (memory, disk)
-    ]
-    assert weightless[0] == weightless[1]
+    others = [{file.name for file in (out / "model").iterdir() if "model" not in file.name} for out in (memory, disk)]
+    assert others[0] == others[1]
     reports = [PruningReport.from_json((out / "pruning_report.json").read_text()) for out in (memory, disk)]
     assert reports[0].layers == reports[1].layers
     for when in ("before", "after"):
@@ -346,14 +317,15 @@ def test_a_streamed_model_is_the_one_pruned_in_memory(inputs, text, capsys, tmp_
     assert (memory / f"log_{method}.txt").read_text() == (disk / f"log_{method}.txt").read_text()
 
 
-def test_the_report_of_a_streamed_model_says_why_it_has_no_text(text, capsys):
+def test_the_report_of_a_streamed_model_says_why_it_has_no_text(text, capsys, undrawn):
     pytest.importorskip("matplotlib", reason="pages need the extra report")
     assert run(*text, "--prune_method", "magnitude", "--stream", *OUT, "--report", "page.html") == 0
-    assert "Note: no text by the dense and the pruned model is shown, since --stream" in capsys.readouterr().out
+    note = "no text by the dense and the pruned model is shown, since --stream"
+    assert f"Note: {note}" in capsys.readouterr().out
     assert PruningReport.from_json(Path("out/pruning_report.json").read_text()).run.samples == ()
-    page = Page(Path("page.html")).text
-    assert "no text by the dense and the pruned model is shown" in page
-    assert "--stream --nsamples 4" in page
+    (report,) = undrawn
+    assert note in report.notes[-1]
+    assert "--stream --nsamples 4" in report.run.command
 
 
 def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_same_command(
@@ -390,7 +362,6 @@ NOT_STREAMED = [
         "needs the Gram matrices of all layers in memory",
         1,
     ),
-    (["--stream", "--save_model", "{}/images"], "is a folder that is not empty", 2),
 ]
 
 
@@ -416,13 +387,11 @@ def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images
 
 
 REFUSED_FOR_IMAGES = [
-    (["--data_path", "{}/gone"], "gone does not exist", 2),
     (["--data_path", "{}/llama"], "--data_path must have folders of classes", 2),
     (["--resume", "{}/gone.safetensors"], "--resume {}/gone.safetensors does not exist", 2),
     (["--sparsity_type", "2:4", "--sparsity_ratio", "0.6"], "--sparsity_ratio must be 0.5 for the pattern 2:4", 2),
     (["--data_path", "cifar10"], "Use digits, which needs no network", 1),
     (["--resume", "{}/long.txt"], "must be a .safetensors file", 1),
-    (["--resume", "{}/test_convnext.safetensors"], "does not fit VisionTransformer", 1),
     (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
     (["--skip", "[blocks.9]"], "--skip blocks.9 matches no matrix", 1),
 ]
@@ -436,51 +405,17 @@ def test_refused_for_an_image_classifier(inputs, images, refused, more, message,
     refused(*images, *OUT, *more, message=message, code=code)
 
 
-def test_weights_for_another_number_of_classes(inputs, images, refused, tmp_path):
-    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "three.safetensors")
-    message = "give a folder that holds the whole model (timm:local-dir:FOLDER) or, in Python, num_classes"
-    refused(*images, "--resume", tmp_path / "three.safetensors", message=message)
-
-
 @pytest.mark.parametrize("option", ["--save", "--save_model"])
 def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     refused(*text, option, "mine", message=f"{option} mine is a folder that is not empty", code=2)
     refused(*text, option, "mine/notes.txt", message=f"{option} mine/notes.txt must be a folder", code=2)
-    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     if option == "--save_model":
         refused(*text, option, "mine", "--overwrite", message="are not a model", code=2)
         (tmp_path / "mine/config.json").write_text("{}")
     assert run(*text, option, "mine", "--overwrite") == 0
     assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
-
-
-def test_a_second_run_into_the_same_folder(text, refused):
-    assert run(*text, *OUT) == 0
-    first = Path("out/log_wanda.txt").read_text()
-    refused(
-        *text, *OUT, "--sparsity_ratio", "0.25", message="--save_model out/model is a folder that is not empty", code=2
-    )
-    assert Path("out/log_wanda.txt").read_text() == first
-    assert run(*text, *OUT, "--sparsity_ratio", "0.25", "--overwrite") == 0
-    assert "\t0.2500\t" in Path("out/log_wanda.txt").read_text()
-    assert zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
-
-
-@pytest.mark.parametrize(
-    ("layer", "value", "message"),
-    [
-        ("model.layers.1.mlp.up_proj", math.nan, "the weight of model.layers.1.mlp.up_proj holds NaN or infinity"),
-        ("model.embed_tokens", math.inf, "the weight of model.embed_tokens holds NaN or infinity"),
-    ],
-)
-def test_numbers_that_are_none(inputs, text, refused, tmp_path, layer, value, message):
-    shutil.copytree(inputs / "llama", tmp_path / "broken")
-    weights = load_file(tmp_path / "broken/model.safetensors")
-    weights[f"{layer}.weight"][:, 0] = value
-    save_file(weights, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
-    refused(*text, *OUT, "--model", tmp_path / "broken", message=message)
 
 
 def test_a_failed_write_leaves_nothing_behind(text, tmp_path, monkeypatch):
@@ -493,7 +428,7 @@ def test_a_failed_write_leaves_nothing_behind(text, tmp_path, monkeypatch):
     assert [path for path in everything_in(tmp_path) if path != "out"] == []
 
 
-def test_options_from_a_file(inputs, text, tmp_path, capsys):
+def test_options_from_a_file(inputs, capsys):
     options = {"model": f"{inputs}/llama", "nsamples": 4, "seqlen": SEQLEN, "limit": 6, "sparsity_type": "2:4"}
     options |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "skip": ["*.down_proj"]}
     options |= {"min_expert_tokens": 7}
@@ -507,9 +442,6 @@ def test_options_from_a_file(inputs, text, tmp_path, capsys):
     assert report["config"]["pattern"] == {"name": "NM", "n": 2, "m": 4}
     assert report["config"]["min_expert_tokens"] == 7
     assert len(report["layers"]) == 12
-    over = ["--sparsity_type", "unstructured", "--sparsity_ratio", "0.25", "--overwrite"]
-    assert run("prune", "--config", "recipe.yaml", *over, "--save", "out") == 0
-    assert "\t0.2500\t" in Path("out/log_wanda.txt").read_text()
 
 
 def test_a_damaged_model_is_refused(inputs, text, refused):
@@ -522,35 +454,28 @@ def test_a_damaged_model_is_refused(inputs, text, refused):
     refused(*text, "--model", "truncated", message="cannot be used: a file is incomplete or damaged")
 
 
-@pytest.mark.parametrize("name", ["report.html", "report.png"])
-def test_the_report_is_also_a_page_or_a_picture(inputs, text, tmp_path, capsys, name):
+def test_the_report_is_also_a_page(inputs, text, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pages need the extra report")
-    assert run(*text, "--prune_method", "sparsegpt", "--report", f"out/{name}") == 0
-    assert f"The report is in out/{name}." in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
-    if name == "report.png":
-        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
-        return
-    page = Page(tmp_path / "out" / name)
+    assert run(*text, "--prune_method", "sparsegpt", "--report", "out/report.html") == 0
+    assert "The report is in out/report.html." in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+    page = Page(tmp_path / "out/report.html")
     assert f"{inputs}/llama" in page.text
     assert "--prune_method sparsegpt" in page.text
     assert re.search(r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.", page.text)
 
 
-def test_a_report_that_cannot_be_written_is_refused_before_pruning(inputs, tmp_path, capsys):
+def test_a_report_that_cannot_be_written_is_refused_before_pruning(inputs, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="pages need the extra report")
     (tmp_path / "old.html").write_text("old")
     for path, message in (
         ("report.pdf", "--report must end with .html or .png, but it is 'report.pdf'."),
         ("old.html", "--report old.html already exists. Choose another name, or replace it with --overwrite."),
         ("old.html/a.html", "--report old.html/a.html cannot be written"),
+        ("a.html", "Reports with figures need matplotlib: pip install 'wanda_lightning[report]'"),
     ):
+        if path == "a.html":
+            monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
         assert run("prune", "--model", f"{inputs}/llama", "--calibration", "python-docs", "--report", path) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "old.html").read_text() == "old"
-
-
-def test_a_report_without_the_extra_is_refused_before_pruning(inputs, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert run("prune", "--model", inputs / "llama", "--calibration", "python-docs", "--report", "a.html") == 2
-    assert "Reports with figures need matplotlib: pip install 'wanda_lightning[report]'" in capsys.readouterr().err

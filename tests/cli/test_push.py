@@ -18,7 +18,8 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("how", [[], ["--stream"]])
-def test_a_pruned_model(hub, text, how, capsys):
+def test_a_pruned_model(hub, text, how, capsys, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.cli.prune.write_report", lambda report, path: Path(path).write_text("drawn"))
     more = ["--save", "out/logs", "--report", "out/page.html", "--private"]
     assert run(*text, *how, "--save_model", "out", *PUSH, *more) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."
@@ -32,10 +33,9 @@ def test_a_pruned_model(hub, text, how, capsys):
     assert "import wanda_lightning" not in card
 
 
-def test_a_fine_tuned_model(hub, text, inputs):
-    assert run(*text, "--save_model", "pruned") == 0
+def test_a_fine_tuned_model(hub, pruned, inputs):
     texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "2", "--steps", "2"]
-    assert run("finetune", "--model", "pruned", *texts, "--save_model", "tuned", *PUSH) == 0
+    assert run("finetune", "--model", pruned, *texts, "--save_model", "tuned", *PUSH) == 0
     assert hub.repositories == {"us/tiny": everything_in(Path("tuned"))}
     card = hub.repositories["us/tiny"]["README.md"].decode()
     assert "## Fine-tuning" in card

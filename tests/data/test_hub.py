@@ -5,20 +5,17 @@ from support.data import vit
 
 from wanda_lightning.data import ImageDataModule, TextDataModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*and the model has .* outputs"
-)  # models are made without regard to the images
+pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")  # models without regard to the images
 
 
 @pytest.mark.parametrize(("source", "name"), [("c4", "allenai/c4"), ("wikitext2", "Salesforce/wikitext")])
 def test_an_unreachable_hub_is_one_clear_error(tmp_path, offline, tokenizer, source, name):
     data = TextDataModule(tokenizer, source, source, cache_dir=str(tmp_path))
     message = rf"{name} is not in the cache, and .* cannot be reached\. Use python-docs"
-    with pytest.raises(OSError, match=message) as error:
-        data.setup("validate")
-    assert isinstance(error.value.__cause__, ConnectionError)
-    with pytest.raises(OSError, match=message):
-        data.calibration_dataloader()
+    for read in (data.setup, data.calibration_dataloader):
+        with pytest.raises(OSError, match=message) as error:
+            read()
+        assert isinstance(error.value.__cause__, ConnectionError)
 
 
 @pytest.mark.parametrize("data", ["cifar10", "some/images"])

@@ -27,15 +27,6 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path, monkeypatch):
         resolve_preprocessing("local-dir:.")
 
 
-def test_a_hub_model_needs_the_hub(monkeypatch):
-    url = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"  # nothing listens there
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
-    with pytest.raises(
-        OSError, match=r"owner/name is not in the cache, and the hub cannot be reached.*local-dir:FOLDER"
-    ):
-        resolve_preprocessing("hf-hub:owner/name")
-
-
 def test_class_names_come_from_the_model_or_imagenet():
     model = vit(num_classes=3)
     assert class_names_of(model) == ()

@@ -69,11 +69,10 @@ def test_python_docs_has_two_parts_without_a_common_paragraph():
 
 
 def test_a_missing_file_is_refused_at_once(tmp_path, tokenizer):
-    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl does not exist"):
-        TextDataModule(tokenizer, calibration=str(tmp_path / "missing.jsonl"))
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(FileNotFoundError, match="is a folder"):
-        TextDataModule(tokenizer, evaluation=str(tmp_path / "folder.txt"))
+    for name, message in (("missing.jsonl", r"missing\.jsonl does not exist"), ("folder.txt", "is a folder")):
+        with pytest.raises(FileNotFoundError, match=message):
+            TextDataModule(tokenizer, calibration=str(tmp_path / name))
 
 
 def test_names_are_checked_without_torch():

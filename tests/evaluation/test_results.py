@@ -5,6 +5,7 @@ import io
 import json
 from importlib.metadata import version
 
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
@@ -35,6 +36,22 @@ def test_grouped_convolutions_count():
     with torch.no_grad():
         changed[1].weight[4:][changed[1].weight[4:] == 0] = 1  # one of two groups, each with 36 zeros
     assert KeptZeros(model, "pruned").lost(changed, "changed") == 36 / (36 + 36 + 16)
+
+
+def test_models_that_are_no_versions_of_the_pruned_one():
+    def network(width, depth):
+        return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+
+    pruned = network(4, 2)
+    prune(pruned, None, 0.5, method="magnitude", progress=False)
+    zeros = KeptZeros(pruned, "small")
+    expected = "^pruned must be the model from which other was made, but it is small: "
+    for other, difference in (
+        (network(4, 1), r"other has no 1\.weight"),
+        (network(5, 2), r"0 has the shape \(5, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=expected + difference):
+            zeros.lost(other, "other")
 
 
 def rows_of(evaluation):

@@ -5,7 +5,6 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support.tasks import (
@@ -35,31 +34,25 @@ def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
         assert found["documents"] == 2
         assert found["acc_stderr"] == pytest.approx(math.sqrt(expected["acc"] * (1 - expected["acc"])))  # n - 1 = 1
         seen.add(found["acc"])
+        if len(seen) > 1:
+            break
     assert len(seen) > 1  # else these models could not tell one way of counting from another
 
 
 @needs_lm_eval
-def test_a_limit_takes_the_first_documents(tmp_path):
+def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_path):
     write_tasks(tmp_path)
-    model, tokenizer = tiny_llama(3), tiny_tokenizer()
-    found = zero_shot(model, tokenizer, load_tasks(["arc_easy", "rte"], tmp_path), limit=1)
-    for name in ("arc_easy", "rte"):
-        assert found[name]["documents"] == 1
-        assert found[name]["acc"] == accuracies_by_hand(model, tokenizer, name, DOCUMENTS[name][:1])["acc"]
-    assert found["mean"] == {"acc": (found["arc_easy"]["acc"] + found["rte"]["acc"]) / 2}
-
-
-@needs_lm_eval
-def test_model_and_tokenizer_are_as_they_were(tmp_path):
-    write_tasks(tmp_path)
-    tasks = load_tasks(["boolq"], tmp_path)
-    model, tokenizer = tiny_llama(0).train(), tiny_tokenizer()
+    model, tokenizer = tiny_llama(3).train(), tiny_tokenizer()
     tokenizer.eos_token = "!"
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    zero_shot(model, tokenizer, tasks)
+    found = zero_shot(model, tokenizer, load_tasks(["arc_easy", "rte"], tmp_path), limit=1)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert tokenizer.pad_token is None
+    for name in ("arc_easy", "rte"):
+        assert found[name]["documents"] == 1
+        assert found[name]["acc"] == accuracies_by_hand(model.eval(), tokenizer, name, DOCUMENTS[name][:1])["acc"]
+    assert found["mean"] == {"acc": (found["arc_easy"]["acc"] + found["rte"]["acc"]) / 2}
 
 
 @needs_lm_eval
@@ -130,15 +123,6 @@ def test_the_documented_examples_can_be_used(tmp_path):
     for name, line in examples.items():
         (tmp_path / f"{name}.jsonl").write_text(line)
     assert list(load_tasks(list(PAPER_TASKS), tmp_path)) == list(examples) == list(PAPER_TASKS)
-
-
-@needs_lm_eval
-def test_the_mean_has_the_error_of_independent_tasks(tmp_path):
-    write_tasks(tmp_path)
-    found = zero_shot(tiny_llama(3), tiny_tokenizer(), load_tasks(["arc_easy", "rte", "boolq"], tmp_path))
-    each = [found[name] for name in ("arc_easy", "rte", "boolq")]
-    assert found["mean"]["acc"] == pytest.approx(np.mean([one["acc"] for one in each]))
-    assert found["mean"]["acc_stderr"] == pytest.approx(np.sqrt(sum(one["acc_stderr"] ** 2 for one in each)) / 3)
 
 
 @pytest.mark.parametrize("option", ["batch_size", "limit"])

@@ -28,12 +28,15 @@ def model(tmp_path):
     return tmp_path / "a model", FILES
 
 
-def test_a_folder_is_uploaded_to_a_new_repository(hub, model):
+def test_the_files_of_the_model_are_uploaded_to_a_new_repository(hub, model):
     folder, files = model
+    (folder / "logs").mkdir()
+    for private in ("report.html", "logs/config.json", "config.json.bak", "adapter[1].json"):
+        (folder / private).write_text("/home/me")
     refuse_upload("us/tiny")
     assert hub.requests == []
-    assert upload(folder, "us/tiny", FILES) == f"{hub.url}/us/tiny"
-    assert hub.repositories == {"us/tiny": files}
+    assert upload(folder, "us/tiny", [*files, "adapter[1].json"]) == f"{hub.url}/us/tiny"
+    assert hub.repositories == {"us/tiny": {**files, "adapter[1].json": b"/home/me"}}
 
 
 def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model, monkeypatch):
@@ -68,15 +71,6 @@ def test_a_refused_upload_says_how_to_repeat_it(hub, model, monkeypatch):
         upload(folder, "us/tiny", FILES)
 
 
-def test_only_the_files_of_the_model_are_uploaded(hub, model):
-    folder, files = model
-    (folder / "logs").mkdir()
-    for private in ("report.html", "logs/config.json", "config.json.bak", "adapter[1].json"):
-        (folder / private).write_text("/home/me")
-    upload(folder, "us/tiny", [*files, "adapter[1].json"])
-    assert hub.repositories == {"us/tiny": {**files, "adapter[1].json": b"/home/me"}}
-
-
 def test_a_private_repository(hub, model):
     folder, files = model
     upload(folder, "us/tiny", FILES, private=True)
@@ -89,18 +83,12 @@ def test_a_private_repository(hub, model):
     assert hub.repositories["us/public"] == {}
 
 
-@pytest.mark.parametrize(
-    ("offline", "message"),
-    [
-        (False, "push_to_hub must be left out without a token that may write to 'us/tiny'"),
-        (True, "push_to_hub must be left out while HF_HUB_OFFLINE is set, but it is 'us/tiny'"),
-    ],
-)
-def test_what_cannot_succeed_is_refused(hub, monkeypatch, offline, message):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+def test_what_cannot_succeed_is_refused(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
-    with pytest.raises(ValueError, match=message):
-        refuse_upload("us/tiny")
+    for offline, when in ((False, "without a token that"), (True, "while HF_HUB_OFFLINE is set")):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match=f"push_to_hub must be left out {when}.* 'us/tiny'"):
+            refuse_upload("us/tiny")
     assert hub.requests == []
 
 

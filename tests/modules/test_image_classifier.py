@@ -1,14 +1,11 @@
 """The image classifier module against slow loops and plain timm."""
 
-import json
-
 import lightning as L
 import pytest
 import timm
 import torch
-from lightning.pytorch.cli import LightningCLI
 from support.callbacks import trainer
-from support.modules import CONVNEXT, VIT, same_weights, tiny_llama, tiny_vit
+from support.modules import CONVNEXT, VIT, same_weights, tiny_vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -122,14 +119,11 @@ def test_the_saved_model_knows_its_classes(tmp_path):
     assert class_names_of(tiny_vit()) == class_names_of("test_vit") == ()
 
 
-def test_only_timm_models_are_saved(tmp_path):
+def test_only_timm_models_are_saved_and_only_classifiers_taken(tmp_path):
     module = ImageClassifierModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), num_classes=2)
     with pytest.raises(ValueError, match="must be a timm model for save_pretrained"):
         module.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_it_must_be_a_classifier():
     with pytest.raises(ValueError, match="Linear has no classes"):
         ImageClassifierModule(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="has no classes"):
@@ -146,24 +140,3 @@ def test_loads_from_a_checkpoint(tmp_path):
     again = ImageClassifierModule.load_from_checkpoint(tmp_path / "last.ckpt")
     assert same_weights(again, module)
     assert again.lr == 0.5
-
-
-def test_the_command_line_builds_them_from_yaml(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv", ["wanda-lightning"]
-    )  # LightningCLI warns where pytest's arguments are beside its own
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse deprecates
-    tiny_llama().save_pretrained(tmp_path / "model")
-    recipes = {
-        "text": {"class_path": "CausalLMModule", "init_args": {"model": str(tmp_path / "model"), "dtype": "bfloat16"}},
-        "image": {
-            "class_path": "ImageClassifierModule",
-            "init_args": {"model": "timm:vit_tiny_patch16_224", "pretrained": False, "model_kwargs": VIT},
-        },
-    }
-    for name, recipe in recipes.items():
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({"model": recipe}))  # JSON is YAML
-        arguments = ["--config", str(tmp_path / f"{name}.yaml"), "--trainer.accelerator=cpu", "--trainer.logger=false"]
-        cli = LightningCLI(run=False, args=arguments, save_config_callback=None, seed_everything_default=0)
-        assert type(cli.model).__name__ == recipe["class_path"]
-        assert cli.model.hparams.model == recipe["init_args"]["model"]

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,22 +70,6 @@ def test_missing_models_are_refused(tmp_path):
         CausalLMModule(str(tmp_path / "model.safetensors"))
 
 
-def test_encoder_decoders_are_refused(tmp_path):
-    T5Config(d_model=32).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"t5 is an encoder-decoder.*wanda_lightning\.prune"):
-        CausalLMModule(str(tmp_path))
-
-
-def test_bars_are_silent_in_a_file_and_come_back(tmp_path, capsys):
-    transformers.utils.logging.enable_progress_bar()
-    tiny_llama().save_pretrained(tmp_path)
-    capsys.readouterr()
-    CausalLMModule(str(tmp_path)).save_pretrained(tmp_path, overwrite=True)
-    assert capsys.readouterr().err == ""
-    assert transformers.utils.logging.is_progress_bar_enabled()
-
-
 def test_checkpoint(tmp_path):
     module = tiny_vit()
     save_file(module.model.state_dict(), tmp_path / "weights.safetensors")
@@ -113,27 +96,20 @@ def test_only_safetensors_are_read(tmp_path):
         tiny_vit(checkpoint=str(tmp_path / "weights.safetensors"))
 
 
-def test_missing_classifiers_are_refused():
+def test_missing_classifiers_are_refused(folders, tmp_path):
+    for build in (ImageClassifierModule, model_from_config):
+        with pytest.raises(OSError, match=r"a folder that timm can load, but .*gone has no config\.json"):
+            build(f"timm:local-dir:{tmp_path}/gone")
+    with pytest.raises(ValueError, match="has no 'architecture'"):
+        ImageClassifierModule(f"timm:local-dir:{folders}/llama")
+    with pytest.raises(ValueError, match=r"model_kwargs must be arguments that test_vit takes, but .*'depths'"):
+        ImageClassifierModule("test_vit", pretrained=False, model_kwargs={"depths": 3})
     with pytest.raises(ValueError, match=r"but it is 'convnext_ato'\. Did you mean convnext_atto.*hf-hub:"):
         ImageClassifierModule("convnext_ato")
     for name, advice in (("hf-hub:nobody/nothing", "local-dir:"), ("vit_tiny_patch16_224", "checkpoint=.*pretrained=")):
         with pytest.raises(OSError, match=advice) as caught:
             ImageClassifierModule(name)
         assert isinstance(caught.value.__cause__, OSError)
-
-
-def test_a_path_object_is_a_folder(tmp_path):
-    module = CausalLMModule(tiny_llama(), tiny_tokenizer())
-    module.save_pretrained(tmp_path / "llama")
-    again = CausalLMModule(tmp_path / "llama")
-    assert same_weights(again.model, module.model)
-    assert again.hparams.model == str(tmp_path / "llama")
-    module = tiny_vit()
-    module.save_pretrained(tmp_path / "vit")
-    save_file(module.model.state_dict(), tmp_path / "weights.safetensors")
-    assert same_weights(ImageClassifierModule(tmp_path / "vit").model, module.model)
-    again = tiny_vit(checkpoint=tmp_path / "weights.safetensors")
-    assert same_weights(again.model, module.model)
 
 
 @pytest.mark.parametrize("module_class", [CausalLMModule, ImageClassifierModule])
@@ -147,12 +123,19 @@ def test_other_objects_are_refused(module_class):
         CausalLMModule(torch.nn.Linear(2, 2))
 
 
-def test_home_is_expanded(tmp_path, monkeypatch):
+def test_home_is_expanded_and_a_path_object_is_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    tiny_llama().save_pretrained(tmp_path / "llama")
-    tiny_vit().save_pretrained(tmp_path / "vit")
-    assert type(model_from_config("~/llama")).__name__ == type(CausalLMModule("~/llama").model).__name__
-    assert ImageClassifierModule("timm:local-dir:~/vit").num_classes == 10
+    module, vit = CausalLMModule(tiny_llama(), tiny_tokenizer()), tiny_vit()
+    transformers.utils.logging.enable_progress_bar()
+    module.save_pretrained(tmp_path / "llama")
+    vit.save_pretrained(tmp_path / "vit")
+    assert same_weights(CausalLMModule("~/llama").model, module.model)
+    assert capsys.readouterr().err == ""  # bars are silent in a file
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert CausalLMModule(tmp_path / "llama").hparams.model == str(tmp_path / "llama")
+    assert type(model_from_config("~/llama")) is type(module.model)
+    for name in ("timm:local-dir:~/vit", tmp_path / "vit"):
+        assert same_weights(ImageClassifierModule(name).model, vit.model)
     write_gguf(tmp_path / "tiny.gguf")
     assert len(model_from_config("~/tiny.gguf").model.layers) == 2
 
@@ -207,20 +190,14 @@ LLAMAS = [
     ("config.json", text("[" * 100_000), r"config\.json is not valid JSON"),
     ("config.json", text("[]"), f"configuration of .* {CAUSE}"),
     ("config.json", changed(num_attention_heads=3), f"configuration of .* {CAUSE}.* multiple of the number of"),
-    ("config.json", changed(hidden_size="32"), f"{CAUSE}.*expected int, got str"),
     ("config.json", changed(model_type="lama"), f"{CAUSE}.*model type `lama`"),
     ("config.json", changed(num_key_value_heads=0), f"weights of .* {CAUSE}.*ZeroDivisionError"),
-    (
-        "config.json",
-        changed(vocab_size=100),
-        r"lm_head\.weight first: .* shape is \(128, 32\), .* requires \(100, 32\)",
-    ),
+    ("config.json", changed(vocab_size=100), r"lm_head\.weight first: .* shape is \(128, 32\), .* \(100, 32\)"),
     ("config.json", changed(num_hidden_layers=3), r"no weights for 9 parameters .* model\.layers\.2\.input_layernorm"),
     ("tokenizer.json", text('{"a": '), r"tokenizer\.json is not valid JSON"),
     ("tokenizer.json", text("{}"), f"tokenizer of .* {CAUSE}"),
     ("tokenizer_config.json", text('{"a": '), r"tokenizer_config\.json is not valid JSON"),
     ("model.safetensors", cut(5000), f"weights of .* {CAUSE}.*SafetensorError"),
-    ("model.safetensors", cut(0), f"weights of .* {CAUSE}.*SafetensorError"),
     ("model.safetensors", stored(integers), r"stores lm_head\.weight as I8: packed integers"),
     ("model.safetensors", stored(not_a_number), r"the weight of model\.\S*norm holds NaN or infinity in float32"),
 ]
@@ -244,14 +221,8 @@ CLASSIFIERS = [
     ("config.json", text("{"), r"config\.json is not valid JSON"),
     ("config.json", text('{"model_type": "llama"}'), r"has no 'architecture'.* leave out the prefix timm:"),
     ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "do not fit its configuration.*head"),
-    ("model.safetensors", Path.unlink, r"weights in safetensors, the only format that is read, .* has config\.json\."),
-    (
-        "model.safetensors",
-        lambda path: path.rename(path.with_name("a.bin")),
-        r"only format .* has a\.bin, config\.json",
-    ),
+    ("model.safetensors", lambda path: path.rename(path.with_name("a.bin")), r"only format .* has a\.bin, config"),
     ("model.safetensors", cut(5000), "weights of .* cannot be read"),
-    ("model.safetensors", cut(0), "weights of .* cannot be read"),
     ("model.safetensors", stored(integers), r"stores \S+\.weight as I8: packed integers"),
     ("model.safetensors", stored(not_a_number), "the weight of .*norm holds NaN or infinity in float32"),
 ]
@@ -267,15 +238,6 @@ def test_a_broken_classifier_is_named(folders, tmp_path, file, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_folders_without_a_configuration(folders, tmp_path):
-    with pytest.raises(OSError, match=r"a folder that timm can load, but .*gone has no config\.json"):
-        ImageClassifierModule(f"timm:local-dir:{tmp_path}/gone")
-    with pytest.raises(OSError, match=r"a folder that timm can load, but .*gone has no config\.json"):
-        model_from_config(f"timm:local-dir:{tmp_path}/gone")
-    with pytest.raises(ValueError, match="has no 'architecture'"):
-        ImageClassifierModule(f"timm:local-dir:{folders}/llama")
-
-
 @pytest.mark.parametrize("build", [ImageClassifierModule, model_from_config])
 def test_pretrained_weights_that_timm_does_not_have(build):
     message = r"weights that timm \S+ has for vit_tiny_patch16_224 \(augreg_in21k, .*\), but it names 'in1k'"
@@ -283,12 +245,7 @@ def test_pretrained_weights_that_timm_does_not_have(build):
         build("timm:vit_tiny_patch16_224.in1k")
 
 
-def test_arguments_that_the_classifier_does_not_take():
-    with pytest.raises(ValueError, match=r"model_kwargs must be arguments that test_vit takes, but .*'depths'"):
-        ImageClassifierModule("test_vit", pretrained=False, model_kwargs={"depths": 3})
-
-
-@pytest.mark.parametrize("change", [cut(5000), cut(0), stored(integers), stored(not_a_number)])
+@pytest.mark.parametrize("change", [cut(5000), stored(integers), stored(not_a_number)])
 def test_a_broken_checkpoint_is_named(tmp_path, change):
     path = tmp_path / "weights.safetensors"
     save_file(tiny_vit().model.state_dict(), path)
@@ -297,14 +254,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, change):
         tiny_vit(checkpoint=str(path))
 
 
-def data_of(content):
-    """A GGUF file whose last tensor is cut, but not its header."""
-    return content[: len(content) - 10_000]
-
-
-@pytest.mark.parametrize(
-    "part", [lambda c: b"", lambda c: c[:100], lambda c: c[:1000], data_of, lambda c: b"x" + c[1:]]
-)
+@pytest.mark.parametrize("part", [lambda c: b"", lambda c: c[:1000], lambda c: c[:-10_000], lambda c: b"x" + c[1:]])
 def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
     path = tmp_path / "broken.gguf"
     path.write_bytes(part((folders / "tiny.gguf").read_bytes()))
@@ -339,10 +289,12 @@ def test_encoders_are_refused(tmp_path, loaded):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertForMaskedLM(BertConfig(vocab_size=128, **sizes))
     model.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"bert is an encoder.*perplexity would be meaningless.*wanda_lightning\.prune"
-    ):
+    message = r"bert is an encoder.*perplexity would be meaningless.*wanda_lightning\.prune"
+    with pytest.raises(ValueError, match=message):
         CausalLMModule(model if loaded else str(tmp_path))
+    T5Config(d_model=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"t5 is an encoder-decoder.*wanda_lightning\.prune"):
+        CausalLMModule(str(tmp_path))
 
 
 @pytest.mark.parametrize("config_class", [GPTNeoXConfig, GPTNeoXJapaneseConfig, MptConfig, BertConfig])

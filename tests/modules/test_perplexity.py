@@ -12,7 +12,7 @@ from wanda_lightning.modules import WindowPerplexity
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-6)])
 def test_equals_the_slow_loop(mask, dtype, rel):
     ids = windows_of_text()
     logits = (torch.randn(*ids.shape, 128, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)

@@ -2,3 +2,4 @@
 
 from support.cli import inputs as inputs
 from support.cli import shell as shell
+from support.data import few_digits as few_digits

@@ -48,8 +48,10 @@ def test_a_script_opens_with_a_command_and_a_result(path):
 
 
 TEXT = "--model.model={inputs}/llama --data.calibration={inputs}/long.txt --data.evaluation={inputs}/other.txt"
+TEXT += " --data.num_samples=4"
+PRUNE = "--model={inputs}/llama --calibration={inputs}/long.txt --eval={inputs}/other.txt --seqlen=16 --nsamples=4"
 SMALLER = {
-    "wanda_2to4": "--model={inputs}/llama --calibration={inputs}/long.txt --eval={inputs}/other.txt --seqlen=16",
+    "wanda_2to4": PRUNE,
     "validate_wanda": f"{TEXT} --data.seqlen=16",
     **dict.fromkeys(
         ["prune_then_distill", "prune_then_finetune", "prune_then_lora"],
@@ -70,7 +72,9 @@ RUN = [
 
 @pytest.mark.filterwarnings("ignore")  # there are fewer data than the recipe asks for
 @pytest.mark.parametrize("path", RUN)
-def test_a_recipe_runs(path, inputs, monkeypatch):
+def test_a_recipe_runs(path, inputs, monkeypatch, request):
+    if path.stem == "digits_vit":
+        request.getfixturevalue("few_digits")
     runs = []
     monkeypatch.setattr(lightning, "LightningCLI", lambda **options: runs.append(LightningCLI(**options)))
     save_for_hf(timm.create_model("test_convnext"), "convnext", safe_serialization=True)

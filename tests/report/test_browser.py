@@ -17,7 +17,10 @@ from wanda_lightning import prune
 # Chrome first: where both are installed, as on the runners of GitHub, chromedriver is that of Chrome.
 BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no browser: apt-get install chromium chromium-driver")
+pytestmark = [
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="no browser: apt-get install chromium chromium-driver"),
+    pytest.mark.xdist_group("browser"),  # which starts in one worker, once
+]
 
 
 @pytest.fixture(scope="module")

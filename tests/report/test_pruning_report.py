@@ -5,11 +5,12 @@ import math
 import re
 
 import pytest
+from support.reports import llama_report
 from support.zoo import ZOO
 
 from wanda_lightning import PruningReport, prune
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import ChangedImage, PrunedLayer, Run, Sample, TrainedPart
+from wanda_lightning.report import PrunedLayer, Run, TrainedPart
 from wanda_lightning.report.page import images_of
 
 
@@ -34,21 +35,7 @@ def test_a_report_survives_json():
     assert again == report
     assert all(isinstance(matrix.reason, SkipReason) for matrix in again.skipped)
     assert str(again) == str(report)
-
-
-def test_a_run_survives_json():
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
-    report.run = Run(
-        command="wanda-lightning prune --model 'a b'",
-        model="a b",
-        metric="perplexity",
-        before=12.5,
-        after=None,
-        zero_shot={"boolq": {"acc": 0.5}},
-        samples=(Sample("Once", " upon", " more"),),
-        images=(ChangedImage("aGk=", "cat", "cat", "dog"),),
-    )
+    report = llama_report(1)
     assert PruningReport.from_json(report.to_json()) == report
 
 

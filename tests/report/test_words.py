@@ -5,7 +5,17 @@ from support.reports import llama_report
 from support.zoo import ZOO
 
 from wanda_lightning import prune
+from wanda_lightning.report.metrics import PERPLEXITY, TOP1
 from wanda_lightning.report.words import count, counted, dense_by_reason, duration, method_in_words
+
+
+def test_results_and_their_changes():
+    assert [TOP1.text(value) for value in (0.8125, None)] == ["81.25%", "not measured"]
+    values = (16.058, 12345.6, float("inf"))
+    assert [PERPLEXITY.text(value) for value in values] == ["16.06", "12,345.60", "not finite"]
+    assert TOP1.change(0.9, 0.875) == "-2.50 points"
+    assert PERPLEXITY.change(16.0, 20.0) == "+25.0%"
+    assert PERPLEXITY.change(None, 20.0) == PERPLEXITY.change(16.0, float("inf")) == ""
 
 
 def test_numbers_in_words():
@@ -33,8 +43,8 @@ def test_matrices_left_dense_are_grouped_by_reason_with_most_weights_first():
             "Magnitude (equal share of the scores, OWL)",
         ),
         ({"method": "best"}, "best (ADMM, unstructured, Fisher)"),
-        ({"method": "best", "pattern": "2:4"}, "best (ADMM, 2:4, permuted)"),
         ({"method": "best", "allocation": "uniform"}, "ADMM (unstructured)"),
+        pytest.param({"method": "best", "pattern": "2:4"}, "best (ADMM, 2:4, permuted)", marks=pytest.mark.nightly),
     ],
 )
 def test_methods_in_words(choices, words):

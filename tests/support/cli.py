@@ -6,6 +6,7 @@ The fixtures work in the folders whose conftest.py imports them.
 import math
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,11 +102,8 @@ def inputs(tmp_path_factory):
     (folder / "long.txt").write_text(" ".join(words))
     (folder / "other.txt").write_text(" ".join(reversed(words)))
     (folder / "short.txt").write_text("too short")
-    (folder / "empty.txt").write_text(" \n")
     (folder / "latin1.txt").write_bytes("café ".encode("latin1") * 100)
     (folder / "table.csv").write_text("text\nsome\n")
-    (folder / "no_text.jsonl").write_text('{"content": "' + "x" * 200 + '"}\n')
-    (folder / "short.jsonl").write_text('{"text": "short"}\n{"text": "longer"}\n')
     for part, count in (("train", 3), ("val", 2)):
         for label in ("ape", "bee", "cat", "dog"):
             (folder / "images" / part / label).mkdir(parents=True)
@@ -120,6 +118,25 @@ def text(inputs):
     """The options of a fast run on the language model."""
     sizes = ["--nsamples", "4", "--seqlen", SEQLEN, "--limit", "6", "--calibration", inputs / "long.txt"]
     return ["prune", "--model", inputs / "llama", *sizes, "--eval", inputs / "other.txt"]
+
+
+@pytest.fixture
+def pruned(text, made):
+    """A folder `pruned` with the language model, pruned by the command."""
+    if not made:
+        assert run(*text, "--save_model", "pruned") == 0
+        made.update(everything_in(Path("pruned")))
+    else:
+        Path("pruned").mkdir()
+        for name, content in made.items():
+            (Path("pruned") / name).write_bytes(content)
+    return "pruned"
+
+
+@pytest.fixture(scope="session")
+def made():
+    """The files of the pruned model, once a test has needed them."""
+    return {}
 
 
 @pytest.fixture

@@ -73,11 +73,6 @@ def run(function, *arguments, **place):
     return Fork(function, *arguments, **place).wait()
 
 
-def run_command(*arguments, **place):
-    """Run `wanda-lightning ARGUMENTS` as a shell does."""
-    return run(shell, *map(str, arguments), **place)
-
-
 def shell(*arguments):
     """Be the command line: the target of a `Fork`."""
     from wanda_lightning.cli import main

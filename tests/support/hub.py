@@ -50,17 +50,11 @@ class Hub(ThreadingHTTPServer):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
-    def environment(self, home, **more):
-        """Variables for a process that uploads to this hub; without hf_xet, whose protocol is not public."""
-        hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        return {**inherited, **hub, "OMP_NUM_THREADS": "1", **more}
-
 
 @contextmanager
 def running_hub():
     hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever)
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield hub

@@ -91,18 +91,14 @@ def in_options(message: str, known: Collection[str] = frozenset(_OPTIONS.values(
 
 
 def explain(error: BaseException, debug: bool, options: Collection[str]) -> int:
-    """Print a refusal in one line, or the traceback of a fault, and return the exit status.
+    """Print a refusal in one line, or the traceback of a fault (of any error with `debug`), and return the exit status.
 
-    Args:
-        error: What ended the command.
-        debug: Print the traceback in any case.
-        options: The options of the command, which replace Python's keywords; empty for a recipe.
+    `options` are those of the command, which replace Python's keywords; there are none for a recipe.
     """
     refusal = refusal_in(error)
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     if refusal is not None:
-        message = str(refusal) or type(refusal).__name__
-        message = in_options(message, options)
+        message = in_options(str(refusal) or type(refusal).__name__, options)
     elif out_of_memory:
         cause = str(error).splitlines()[0] if str(error) else "of the host"
         message = f"memory ran out ({cause}). Use a smaller --batch_size, --nsamples or --seqlen."

@@ -75,11 +75,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 class ImageExamples(Examples):
-    """Records the prediction for each image of a validation loop.
-
-    Args:
-        data: The images.
-    """
+    """Records the prediction for each image of a validation loop."""
 
     def __init__(self, data: ImageDataModule) -> None:
         self._data = data
@@ -98,12 +94,8 @@ class ImageExamples(Examples):
         return {"images": tuple(self._changed_image(index, *pairs[index]) for index in chosen)}
 
     def _changed_image(self, index: int, before: int, after: int) -> ChangedImage:
-        image, label = self._data.evaluation_image(index)
-        return ChangedImage(thumbnail(image), *map(self._class_name, (label, before, after)))
-
-    def _class_name(self, index: int) -> str:
-        names = self._data.class_names
-        return names[index] if index < len(names) else f"output {index}"
+        (image, label), names = self._data.evaluation_image(index), dict(enumerate(self._data.class_names))
+        return ChangedImage(thumbnail(image), *(names.get(each, f"output {each}") for each in (label, before, after)))
 
 
 def thumbnail(image: Any) -> str:

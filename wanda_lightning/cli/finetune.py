@@ -13,7 +13,15 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import DistillFromDense, KeepZeros
 from wanda_lightning.checks import one_line
-from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
+from wanda_lightning.cli.measure import (
+    checked_seqlen,
+    measure,
+    plain_trainer,
+    push,
+    refuse_long_windows,
+    refuse_no_space,
+    save_model,
+)
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.data import TextDataModule
@@ -99,18 +107,8 @@ def _train(
     module: CausalLMModule, windows: TextDataModule, precision: str | None, callbacks: Sequence[Callback]
 ) -> float:
     """Train, and return the number of seconds."""
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]
-        max_epochs=1,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
+    options: dict[str, Any] = {"precision": precision, "max_epochs": 1, "limit_val_batches": 0}
+    trainer = plain_trainer(*callbacks, **options, gradient_clip_val=1.0)
     started = time.perf_counter()
     trainer.fit(module, windows)
     return time.perf_counter() - started

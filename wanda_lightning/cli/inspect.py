@@ -49,11 +49,7 @@ def run(options: InspectOptions) -> None:
 
 
 def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) -> None:
-    """Print the memory that `prune --stream` needs.
-
-    Raises:
-        ValueError: If this machine has less.
-    """
+    """Print the memory that `prune --stream` needs; raise a ValueError if this machine has less."""
     import torch
 
     is_given = options.dtype not in (None, "auto")

@@ -42,11 +42,7 @@ def one_line(message: str) -> str:
 
 
 def run(arguments: list[str] | None) -> None:
-    """Run LightningCLI, whose class paths name any model, data and callbacks.
-
-    Args:
-        arguments: The command line; None reads `sys.argv`.
-    """
+    """Run LightningCLI, whose class paths name any model, data and callbacks; None reads `sys.argv`."""
     LightningCLI(
         args=arguments,
         seed_everything_default=0,

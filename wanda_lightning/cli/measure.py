@@ -20,16 +20,14 @@ from wanda_lightning.model_sources import load_config
 
 def measure(module: L.LightningModule, data: L.LightningDataModule, *callbacks: Callback) -> dict[str, float]:
     """Run one validation loop, before which a callback may prune, and return its metrics."""
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    (metrics,) = trainer.validate(module, data, verbose=False)
+    (metrics,) = plain_trainer(*callbacks).validate(module, data, verbose=False)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def plain_trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
+    """Return a Trainer for one device that writes nothing."""
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="auto", devices=1, callbacks=list(callbacks), **quiet, **options)
 
 
 def refuse_long_windows(seqlen: int | None, model: str, hub: dict[str, Any]) -> None:

@@ -243,10 +243,7 @@ class PruneOptions(InspectOptions):
                 )
         else:
             refuse_given(self, "pruning without --stream, which uses a GPU if there is one", "device park")
-        if self.save_model is None:
-            refuse_given(self, "pruning without --save_model", "push_to_hub")
-        if self.push_to_hub is None:
-            refuse_given(self, "pruning without --push_to_hub", "private")
+        _refuse_push(self, "pruning")
         super().__post_init__()
 
     def refuse_early(self) -> None:
@@ -255,7 +252,9 @@ class PruneOptions(InspectOptions):
         _refuse_place(self, "save_model", refuse_unresumable if self.stream else refuse_replacement)
         if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
             _refuse_place(self, "save", refuse_nonempty)  # a run that continues may find its model there
-        _refuse_report(self)
+        if self.report is not None:
+            check_report_path(self.report)
+        _refuse_place(self, "report", refuse_existing)
         if self.push_to_hub is not None:
             refuse_upload(self.push_to_hub)
         if self.is_image:
@@ -316,16 +315,12 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         if self.method == "full":
-            refuse_given(
-                self, "--method full, which trains no adapters", "lora_r lora_alpha lora_dropout target_modules"
-            )
-        if self.save_model is None:
-            refuse_given(self, "fine-tuning without --save_model", "push_to_hub")
-        if self.push_to_hub is None:
-            refuse_given(self, "fine-tuning without --push_to_hub", "private")
+            adapters = "lora_r lora_alpha lora_dropout target_modules"
+            refuse_given(self, "--method full, which trains no adapters", adapters)
+        _refuse_push(self, "fine-tuning")
         if self.distill and self.dense is None:
             raise UsageError("--distill learns from the dense model, but none is given. Name it with --dense.")
-        if self.distill and _same_path(self.dense, self.model):
+        if self.distill and self.dense is not None and Path(self.dense).resolve() == Path(self.model).resolve():
             raise UsageError(f"--distill learns from the dense model, but --dense is the pruned one, {self.model}.")
         for name in (self.model, self.dense or ""):
             if name.startswith(TIMM):
@@ -361,11 +356,7 @@ class EvaluateOptions:
     eval: list[str] | None = option(
         f"Texts to measure perplexity on, by default wikitext2 as in the paper: {_TEXTS}. An empty string: none."
     )
-    tasks: list[str] = option(
-        "Zero-shot tasks (need lm-eval); paper stands for all of them.",
-        [],
-        rule=OneOf(TASKS),
-    )
+    tasks: list[str] = option("Zero-shot tasks (need lm-eval); paper stands for all of them.", [], rule=OneOf(TASKS))
     tasks_dir: str | None = option(
         "Folder with a TASK.jsonl for each task, one document in a line, instead of the data sets on the hub. A "
         "document has these fields: boolq passage, question, label; rte sentence1, sentence2, label; hellaswag "
@@ -465,12 +456,9 @@ def as_command(command: str, options: Any, always: Collection[str] = ()) -> str:
         if value == default_of(each) and each.name not in always:
             continue
         if isinstance(value, list):
-            joined = ",".join(value)
-            value = (
-                joined
-                if as_list(joined) == value
-                else yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
-            )
+            listed, value = value, ",".join(value)
+            if as_list(value) != listed:
+                value = yaml.safe_dump(listed, default_flow_style=True, width=math.inf).strip()
         words += [f"--{each.name}"] if value is True else [f"--{each.name}", str(value)]
     return shlex.join(words)
 
@@ -484,8 +472,10 @@ def refuse_given(options: Any, purpose: str, names: str) -> None:
         raise UsageError(f"{', '.join(given)} {verb} no meaning for {purpose}. Leave {them} out.")
 
 
-def _same_path(first: str | None, second: str) -> bool:
-    return first is not None and Path(first).resolve() == Path(second).resolve()
+def _refuse_push(options: Any, what: str) -> None:
+    for needed, name in (("save_model", "push_to_hub"), ("push_to_hub", "private")):
+        if getattr(options, needed) is None:
+            refuse_given(options, f"{what} without --{needed}", name)
 
 
 def _require_images(model: str, data_path: str | None) -> None:
@@ -508,13 +498,6 @@ def refuse_missing(options: Any, names: str) -> None:
                 raise UsageError(f"--{name} {value} {reason}")
             if name in ("model", "dense", "pruned") and path == value and (reason := why_no_language_model(Path(path))):
                 raise UsageError(f"--{name} {value} {reason}")
-
-
-def _refuse_report(options: Any) -> None:
-    """Refuse a report that could not be written after pruning."""
-    if options.report is not None:
-        check_report_path(options.report)
-        _refuse_place(options, "report", refuse_existing)
 
 
 def _refuse_place(options: Any, name: str, refuse: Callable[[str, bool], None]) -> None:

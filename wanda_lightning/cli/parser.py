@@ -24,13 +24,9 @@ class UsageError(ValueError):
 
 
 def option(help: str, default: Any = None, rule: Number | OneOf | None = None, keyword: str | None = None) -> Any:
-    """Make a field of a dataclass of options.
+    """Make a field of a dataclass of options: MISSING as default if it is required, and a rule for the values.
 
-    Args:
-        help: Its description, to which the default is added, and the names that the rule allows.
-        default: Its default; MISSING if it is required.
-        rule: Which values are allowed.
-        keyword: Its name in Python. An unknown option with that name is refused with a suggestion of this one.
+    An unknown option that has the `keyword`, its name in Python, is refused with a suggestion of this one.
     """
     metadata = {"help": help, "rule": rule, "keyword": keyword}
     if isinstance(default, (list, tuple)):

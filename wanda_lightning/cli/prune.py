@@ -38,7 +38,7 @@ from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, PruningReport, Run
-from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
+from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -58,7 +58,7 @@ def run(options: PruneOptions) -> None:
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
     module, data = _classifier(options, samples) if options.is_image else _language_model(options)
-    metric, _ = _metric(options).logged
+    metric, _ = (TOP1 if options.is_image else PERPLEXITY).logged
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module)
     if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration != SELF:
@@ -116,10 +116,6 @@ def _stream(options: PruneOptions) -> None:
     push(Path(output), files, options)
 
 
-def _metric(options: PruneOptions) -> Metric:
-    return TOP1 if options.is_image else PERPLEXITY
-
-
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
     assert options.data_path is not None
     module = ImageClassifierModule(options.model, pretrained=options.resume is None, checkpoint=options.resume)
@@ -172,12 +168,11 @@ def _record_run(
 ) -> Run:
     """Record the options and the results in the report, and return the results."""
     report.config["command"] = as_given(options) | _as_used(options, data)
+    always = ("sparsity_ratio",) if config.pattern.fixed_sparsity is None else ()
     report.run = Run(
-        command=as_command(
-            "prune", options, always=("sparsity_ratio",) if config.pattern.fixed_sparsity is None else ()
-        ),
+        command=as_command("prune", options, always),
         model=f"{options.model} ({options.resume})" if options.resume else options.model,
-        metric=_metric(options).name,
+        metric=(TOP1 if options.is_image else PERPLEXITY).name,
         before=dense,
         after=pruned,
         data=data.describe_evaluation(),

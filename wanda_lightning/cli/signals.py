@@ -13,15 +13,10 @@ _SECONDS_BETWEEN = 1.0  # timeout(1) sends its signal twice at once; the second 
 
 
 class Signals:
-    """While entered, raise KeyboardInterrupt in the main thread for each signal.
+    """While entered, raise KeyboardInterrupt in the main thread for each signal, and keep the last one in `received`.
 
-    Lightning's Trainer ignores SIGTERM unless a handler is installed already, which it then calls, too.
-
-    Args:
-        names: The signals to handle. One that the process ignores stays ignored (nohup).
-
-    Attributes:
-        received: The last signal that was received, or None.
+    Lightning's Trainer ignores SIGTERM unless a handler is installed already, which it then calls, too. A signal that
+    the process ignores stays ignored (nohup).
     """
 
     def __init__(self, names: Sequence[str] = ("SIGINT", "SIGTERM", "SIGHUP")) -> None:

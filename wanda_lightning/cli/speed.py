@@ -100,8 +100,7 @@ def _seconds(model: Any, prompt: Any, tokens: int) -> float:
 
     started = time.perf_counter()
     lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-    mask = torch.ones_like(prompt)
-    model.generate(prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **lengths)
     if prompt.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started

@@ -10,9 +10,8 @@ from wanda_lightning.checks import one_line
 def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
     """Load a data set with `datasets.load_dataset`. All ranks may call it at once, since `datasets` locks its cache.
 
-    Raises:
-        OSError: If neither the cache nor the hub has the data set; the message recommends `instead`.
-        ValueError: If the data set cannot be read.
+    A data set that neither the cache nor the hub has is an OSError, whose message recommends `instead`; one that cannot
+    be read is a ValueError.
     """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError

@@ -26,11 +26,7 @@ _EXPECTED = (
 class Images(Sequence[tuple[Any, int]]):
     """A sequence of (image, label). An image that cannot be read raises a ValueError that names it.
 
-    Attributes:
-        samples: Pairs or rows with a PIL image or its path, and a label.
-        name: Name of the data set, for error messages.
-        keys: Keys of the image and the label in a sample.
-        transform: Applied to each PIL image.
+    A sample has a PIL image or its path, and a label, each under one of the `keys`; the transform gets PIL images.
     """
 
     samples: Any
@@ -64,13 +60,9 @@ class Images(Sequence[tuple[Any, int]]):
 
 @dataclass(frozen=True)
 class Source:
-    """Labeled images before any transform.
+    """Labeled images before any transform; `train` is None if there are none for training.
 
-    Attributes:
-        train: The training images, or None if there are none.
-        evaluation: The images on which accuracy is measured.
-        class_names: Names of the classes, by label.
-        sorted_by_name: The labels are positions in the sorted names of the class folders.
+    Labels are positions in `class_names`, which `sorted_by_name` says are the sorted names of the class folders.
     """
 
     train: Images | None
@@ -82,12 +74,8 @@ class Source:
 def check_source(data: str, calibrates: bool = False) -> None:
     """Check the name of a source without reading images or connecting to the hub.
 
-    With `calibrates`, a folder with `val` that lacks `train` is refused, too.
-
-    Raises:
-        ValueError: For an unknown name, or a folder without class folders.
-        FileNotFoundError: For a path that does not exist.
-        ImportError: For digits if scikit-learn is not installed.
+    A name that is not known is refused, a path that does not exist, a folder without class folders, and with
+    `calibrates` also a folder with `val` that lacks `train`.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -113,13 +101,10 @@ def check_source(data: str, calibrates: bool = False) -> None:
 
 
 def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence[str] = ()) -> Source:
-    """Open digits, a folder or a hub data set; images are decoded when they are used.
+    """Open a source that `check_source` accepts; images are decoded when they are used.
 
-    Args:
-        data: A name that `check_source` accepts.
-        cache_dir: Folder for downloads from the hub.
-        model_classes: Names of the model's classes, by output, if they are known. If all class folders have such names,
-            their labels are the outputs.
+    If all class folders have names that are among `model_classes`, the model's classes by output, their labels are the
+    outputs.
     """
     path = Path(data).expanduser()
     if data == "digits":
@@ -229,11 +214,7 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
 
 
 def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:
-    """Return the names of the only column of type `Image` and the only one of type `ClassLabel` (`label` if given).
-
-    Raises:
-        ValueError: If either does not exist or is not the only one.
-    """
+    """Return the names of the only column of type `Image` and of the only `ClassLabel` (`label` if given)."""
     from datasets import ClassLabel, Image
 
     images = [key for key, feature in features.items() if isinstance(feature, Image)]

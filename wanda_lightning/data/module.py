@@ -25,8 +25,5 @@ class DataModule(L.LightningDataModule):
 
 
 def silence_worker_advice() -> None:
-    """Stop Lightning from recommending worker processes: a loader over data in memory is slower with them.
-
-    Lightning has no option for this. The filter matches only this message; a second call does not add it again.
-    """
+    """Stop Lightning from recommending workers, with which a loader over data in memory is slower; it has no option."""
     warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers", category=PossibleUserWarning)

@@ -79,11 +79,7 @@ def sample_windows(
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token after which the model writes a text.
-
-    Raises:
-        ValueError: If the tokenizer has neither a token that begins nor one that ends a text.
-    """
+    """Return the token after which the model writes a text; refuse a tokenizer that has none."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError(

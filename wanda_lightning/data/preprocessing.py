@@ -15,14 +15,8 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
 
     timm's configuration describes the pretrained weights, but the model may have been built with other arguments, so
     its first convolution gives the channels (one channel gets the average mean and std), and its patch embedding the
-    size. `input_size` is (channels, height, width), with 1 channel for gray images and 3 for RGB.
-
-    Args:
-        model: A timm model, a module that has one as `.model`, or the name of one.
-        image_size: Height and width in pixels, instead of the model's.
-
-    Raises:
-        ValueError: If timm does not know the model, or its images are neither gray nor RGB.
+    size, unless `image_size` is given. `input_size` is (channels, height, width), with 1 channel for gray images and 3
+    for RGB. The model may be a name, a timm model, or a module that has one as `.model`.
     """
     import timm
     from timm.data import resolve_data_config
@@ -60,10 +54,7 @@ def _timm_model(model: nn.Module) -> Any:
 
 
 def class_names_of(model: str | nn.Module) -> tuple[str, ...]:
-    """Return the class names of a timm model, by output, or () if they are not known.
-
-    They come from the configuration of the model, or from ImageNet if the number of outputs matches.
-    """
+    """Return the class names of a timm model by output, its own or those of ImageNet if the number matches, or ()."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     inner = None if isinstance(model, str) else _timm_model(model)

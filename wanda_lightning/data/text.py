@@ -137,7 +137,14 @@ class TextDataModule(DataModule):
 
     def _draw(self, count: int) -> Tensor:
         if self.calibration == SELF:
-            return self._write(count)
+            model = getattr(self._module, "model", None)
+            if model is None:
+                raise ValueError(
+                    f"calibration={self.calibration!r} needs a Trainer that runs a module with a model, which writes "
+                    "the text, but there is none. Pass the data to its validate, test or fit, or call "
+                    "wanda_lightning.sample_windows."
+                )
+            return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
         content = calibration_source(self.calibration, self.cache_dir)
         draw = (self.seqlen, count, self.seed, self.calibration)
         if isinstance(content, str):
@@ -154,16 +161,6 @@ class TextDataModule(DataModule):
         if self.calibration == SELF:
             vars(self).update(state_dict)
 
-    def _write(self, count: int) -> Tensor:
-        model = getattr(self._module, "model", None)
-        if model is None:
-            raise ValueError(
-                f"calibration={self.calibration!r} needs a Trainer that runs a module with a model, which writes the "
-                "text, but there is none. Pass the data to its validate, test or fit, or call "
-                "wanda_lightning.sample_windows."
-            )
-        return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
-
     @cached_property
     def evaluation_windows(self) -> Tensor:
         """Token ids of shape (windows, seqlen), in the order of the text."""
@@ -177,10 +174,8 @@ class TextDataModule(DataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read and check the data of the stage: the evaluation windows, and for `fit` the training windows.
 
-        Calibration windows are read when `calibration_dataloader()` is called.
-
-        Raises:
-            ValueError: If the module that the Trainer runs has another tokenizer, or no embedding for a token.
+        Calibration windows are read when `calibration_dataloader()` is called. Refuse a tokenizer that differs from
+        that of the module that the Trainer runs, and a token for which the module has no embedding.
         """
         self._check_tokens(self.evaluation_windows)
         if stage in (None, "fit"):

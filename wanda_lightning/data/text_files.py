@@ -14,11 +14,7 @@ EXTENSIONS = (".txt", ".jsonl", ".parquet")
 
 
 def read_file(path: Path) -> str | Sequence[str]:
-    """Return the text of a .txt file, or the documents of a .jsonl or .parquet file.
-
-    Raises:
-        ValueError: If the file is damaged, has another format than its extension, is not in UTF-8, or has no text.
-    """
+    """Return the text of a .txt file, or the documents of a .jsonl or .parquet file; refuse one that cannot be read."""
     read = {".txt": _decode, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix]
     content: str | Sequence[str] = read(path)
     if not any(text.strip() for text in ([content] if isinstance(content, str) else content)):
@@ -50,10 +46,7 @@ def _decode(path: Path) -> str:
 def json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a .jsonl file with these fields, each with the beginning of an error that names its line.
 
-    Blank lines are skipped.
-
-    Raises:
-        ValueError: If the file is not in UTF-8, or a line is not a JSON object, lacks a field or is not valid Unicode.
+    Blank lines are skipped; a line that is not a JSON object, lacks a field or is not valid Unicode is refused.
     """
     for number, line in enumerate(_decode(path).split("\n"), start=1):  # str.splitlines splits inside JSON, at U+2028
         if not line.strip():

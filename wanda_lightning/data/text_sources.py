@@ -21,12 +21,7 @@ _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics
 
 
 def check_source(source: str, option: str = "text") -> None:
-    """Check that the source that an option names is known, or a file of a known format.
-
-    Raises:
-        ValueError: For an unknown name or extension.
-        FileNotFoundError: If the file does not exist.
-    """
+    """Refuse a source, which an option names, that is neither known nor a file of a known format."""
     path = Path(source).expanduser()
     if source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()):
         return

@@ -12,10 +12,7 @@ from torch import Tensor
 def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
     """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
 
-    `random.Random(seed)` draws the same windows as the reference code does for WikiText-2.
-
-    Raises:
-        ValueError: If the text, which the message calls `source`, does not have more than `seqlen` tokens.
+    `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
     """
     if len(ids) <= seqlen:
         raise ValueError(
@@ -40,9 +37,6 @@ def draw_from_documents(
 
     For each window, draw documents until one is longer than `seqlen`, then draw where the window starts in it.
     `random.Random(seed)` draws the same windows as the reference code does for C4. Only drawn documents are tokenized.
-
-    Raises:
-        ValueError: If no document of `source` has more than `seqlen` tokens.
     """
     rng = random.Random(seed)
     too_short: dict[int, int] = {}  # number of tokens by document
@@ -74,9 +68,6 @@ def cut(ids: Sequence[int], seqlen: int, limit: int | None, source: str) -> Tens
     >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3, limit=None, source="a.txt")
     tensor([[1, 2, 3],
             [4, 5, 6]])
-
-    Raises:
-        ValueError: If there are not enough tokens for one window.
     """
     count = len(ids) // seqlen
     if count == 0:

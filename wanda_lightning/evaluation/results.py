@@ -52,12 +52,8 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
 class KeptZeros:
     """The zeros of a pruned model, to count those that versions of it have lost, such as quantized ones.
 
-    Args:
-        model: The pruned model, in floating point. Its prunable layers count.
-        name: Its name, for error messages.
-
-    Raises:
-        ValueError: If no prunable layer has a zero.
+    The model is in floating point, and its prunable layers count; if none of them has a zero, it is refused. Errors
+    contain its name.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -76,8 +72,7 @@ class KeptZeros:
     def lost(self, model: nn.Module, name: str) -> float:
         """Return which fraction of the zeros another version of the model has lost; quantized weights are dequantized.
 
-        Raises:
-            ValueError: If the model has other layers, or quantized ones that cannot be dequantized.
+        A model with other layers, or with quantized ones that cannot be dequantized, is refused.
         """
         modules, lost = dict(model.named_modules()), 0
         for (path, parameter), (packed, shape, was_linear) in self._zeros.items():
@@ -105,13 +100,9 @@ class KeptZeros:
 
 @dataclass
 class Evaluation:
-    """Results of several models that were evaluated in the same way.
+    """Results of several models, in order, that were evaluated in the same way, with the options of the evaluation.
 
-    Attributes:
-        models: Results of each model, in order.
-        dense: Name of the model that the others are compared with.
-        config: The options of the evaluation.
-        versions: Versions of Python and the libraries.
+    If there is a `dense` model, the others are compared with it.
     """
 
     models: dict[str, Results]

@@ -36,13 +36,10 @@ _FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "w
 
 
 def task_names(asked: Sequence[str]) -> list[str]:
-    """Return the names of the tasks without duplicates; `paper` or `all` stands for all seven.
+    """Return the names of the tasks without duplicates; `paper` or `all` stands for all seven. Refuse unknown ones.
 
     >>> task_names(["rte", "rte"])
     ['rte']
-
-    Raises:
-        ValueError: For an unknown task.
     """
     for name in asked:
         if name not in PAPER_TASKS and name not in _ALL:
@@ -54,19 +51,10 @@ def task_names(asked: Sequence[str]) -> list[str]:
 
 
 def load_tasks(names: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """Load tasks of lm-eval by name, and check their documents.
+    """Load tasks of lm-eval by name, and refuse documents that they cannot use.
 
-    Args:
-        names: Names from `task_names`.
-        folder: Folder with a file TASK.jsonl for each task: one document in each line, with the fields in
-            `PAPER_TASKS[TASK]`. By default the documents come from the hub.
-        cache_dir: Folder for downloads from the hub.
-
-    Raises:
-        ImportError: If lm-eval is not installed.
-        FileNotFoundError: If a file is missing.
-        ValueError: If the task cannot use a document.
-        OSError: If the hub cannot be reached.
+    A folder must have a file TASK.jsonl for each task: one document in each line, with the fields in
+    `PAPER_TASKS[TASK]`. Without a folder the documents come from the hub.
     """
     if not names:
         return {}
@@ -93,15 +81,12 @@ def _task_manager() -> Any:
     from lm_eval import tasks
 
     folders = [Path(tasks.__file__).parent / name for name in _FOLDERS]
-    is_known = all(folder.is_dir() for folder in folders)  # else another version of lm-eval has moved them
-    return (
-        tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
-        if is_known
-        else tasks.TaskManager()
-    )
+    if not all(folder.is_dir() for folder in folders):  # another version of lm-eval has moved them
+        return tasks.TaskManager()
+    return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
 
 
-def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[Exception], Exception]) -> dict[str, Any]:
+def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[str], Exception]) -> dict[str, Any]:
     # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
@@ -109,13 +94,13 @@ def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[Excepti
         try:
             return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
         except Exception as error:  # lm-eval runs code and templates on the documents, which may raise any class
-            raise explain(error) from error
+            raise explain(one_line(error)) from error
 
 
-def _not_on_the_hub(error: Exception) -> Exception:
+def _not_on_the_hub(cause: str) -> Exception:
     return OSError(
         "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them "
-        f"into files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause: {one_line(error)}"
+        f"into files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause: {cause}"
     )
 
 
@@ -142,9 +127,8 @@ def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     return documents
 
 
-def _unfit(path: Path, reason: Exception | str) -> ValueError:
-    text = one_line(reason) if isinstance(reason, Exception) else reason
-    return ValueError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {text}")
+def _unfit(path: Path, reason: str) -> ValueError:
+    return ValueError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {reason}")
 
 
 def _check_answers(task: Any, path: Path) -> None:
@@ -163,21 +147,12 @@ def _check_answers(task: Any, path: Path) -> None:
 def zero_shot(
     model: Any, tokenizer: Any, tasks: Mapping[str, Any], batch_size: int = 4, limit: int | None = None
 ) -> Results:
-    """Evaluate a language model on tasks without examples in the prompt.
+    """Evaluate a language model on tasks from `load_tasks`, without examples in the prompt, some choices at a time.
 
-    The model runs on the accelerator if there is one, and is moved back to its device afterwards.
-
-    Args:
-        model: A decoder-only transformers model.
-        tokenizer: Its tokenizer.
-        tasks: Tasks from `load_tasks`.
-        batch_size: Number of choices that are scored in one forward pass.
-        limit: Number of documents of each task, from the start; by default all.
-
-    Returns:
-        For each task `acc` and, if the task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices),
-        their standard errors, and the number of documents. With several tasks also `mean`: the mean of `acc` and its
-        standard error, as in the paper.
+    The model runs on the accelerator if there is one, and is moved back to its device afterwards. `limit` is the number
+    of documents of each task, from the start. Return for each task `acc` and, if the task has it, `acc_norm`
+    (log-likelihoods divided by the lengths of the choices), their standard errors, and the number of documents. With
+    several tasks also `mean`: the mean of `acc` and its standard error, as in the paper.
     """
     check_positive(batch_size=batch_size, limit=limit)
     if not tasks:

@@ -133,11 +133,7 @@ class CausalLMModule(L.LightningModule):
         model(**inputs)
 
     def check_tokens(self, input_ids: Tensor) -> None:
-        """Raise a ValueError for token ids without an embedding. On a CUDA device they would end the process.
-
-        Args:
-            input_ids: Token ids of any shape.
-        """
+        """Raise a ValueError for token ids without an embedding. On a CUDA device they would end the process."""
         embeddings = number_of_embeddings(self.model)
         if embeddings is None or input_ids.numel() == 0:
             return
@@ -187,11 +183,7 @@ class CausalLMModule(L.LightningModule):
         return window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over the parameters that require a gradient.
-
-        Raises:
-            MisconfigurationException: For `lr_decay` if the number of training steps is not known.
-        """
+        """Return AdamW over the parameters that require a gradient. Refuse `lr_decay` without a number of steps."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         if not self.lr_decay:
@@ -206,11 +198,7 @@ class CausalLMModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
-        """Load another model in the dtype of this one, from the same cache.
-
-        Args:
-            name: Hub id, local folder or `.gguf` file.
-        """
+        """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
         hub = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
         dtype = next((key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto")
         model, _ = load_causal_lm(os.fspath(name), dtype, hub, with_tokenizer=False)

@@ -111,11 +111,7 @@ class ImageClassifierModule(L.LightningModule):
         self(_read_images(batch)[0])
 
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
-        """Load another pretrained classifier with the same arguments of `timm.create_model`.
-
-        Args:
-            name: A name that timm knows, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, or a folder as a `Path`.
-        """
+        """Load another pretrained classifier, by any name, with the same arguments of `timm.create_model`."""
         # timm would replace a head with another number of classes by a random one.
         kwargs = {key: value for key, value in self._model_kwargs.items() if key != "num_classes"}
         return create_classifier(name, pretrained=True, kwargs=kwargs)

@@ -36,15 +36,9 @@ _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configura
 def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
     """Load a decoder-only language model, and its tokenizer or None.
 
-    Args:
-        name: Hub id, local folder or `.gguf` file.
-        dtype: "auto" or a key of `DTYPES`.
-        hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
-        with_tokenizer: Load the tokenizer, too.
-
-    Raises:
-        OSError: If neither a local folder nor the hub has the model in safetensors.
-        ValueError: If files are broken, contradict each other, or hold weights that cannot be used.
+    `hub` are `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. A model that neither a folder nor
+    the hub has in safetensors is an OSError; files that are broken or contradict each other, or weights that cannot be
+    used, are a ValueError.
     """
     path, source = Path(name).expanduser(), locate(name)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -153,9 +147,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
-    Raises:
-        OSError: If weights can neither be downloaded nor found.
-        ValueError: If timm does not know the model or an argument, or the weights cannot be used.
+    Weights that can neither be downloaded nor found are an OSError; what cannot be used is a ValueError.
     """
     checked = timm_name(name)
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
@@ -195,12 +187,7 @@ def _refuse_unreachable_weights(name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    """Load all weights of a model from a `.safetensors` file.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is in another format or damaged, or does not fit the model.
-    """
+    """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = Path(checkpoint).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(

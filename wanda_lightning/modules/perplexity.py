@@ -27,12 +27,8 @@ def predicted_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor
 def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the mean next-token loss of each window, of shape (batch,): `logsumexp(logits) - logits[target]`.
 
+    The logits have the shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
     It is NaN for a window without predicted tokens.
-
-    Args:
-        logits: Shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
-        input_ids: Shape (batch, tokens).
-        attention_mask: Shape (batch, tokens), zero at padding.
     """
     if logits.shape[:-1] != input_ids.shape:
         raise ValueError(
