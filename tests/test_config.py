@@ -10,11 +10,13 @@ from wanda_lightning import (
     OWL,
     EqualShare,
     Magnitude,
+    MagnitudePrune,
     NoPermutation,
     NoRecovery,
     PruningConfig,
     Reconstruct,
     SparseGPT,
+    SparseGPTPrune,
     Uniform,
     Unstructured,
     Wanda,
@@ -66,6 +68,9 @@ def test_the_solver_brings_its_criterion_unless_one_is_given():
     assert PruningConfig.from_names(solver="sparsegpt", criterion="wanda").criterion == Wanda()
     assert PruningConfig.from_names(method="magnitude", solver="refit").criterion == Wanda()
     assert PruningConfig.from_names(method="magnitude").criterion == Magnitude()
+    for options in ({}, {"pattern": "unstructured"}):
+        assert PruningConfig.from_names(criterion="magnitude", **options) == MagnitudePrune(**options).config
+        assert PruningConfig.from_names(solver=SparseGPT(), **options) == SparseGPTPrune(**options).config
 
 
 def test_choices_replace_those_of_the_method():
@@ -151,7 +156,4 @@ def test_a_preset_is_recognized_by_its_choices(name, pattern):
     assert PruningConfig.from_names(method=name, pattern=pattern).preset == name
     assert PruningConfig.from_names(method=name, pattern=pattern, allocation="owl").preset == ""
     assert PruningConfig.from_names(pattern=pattern).preset == ""
-
-
-def test_a_preset_can_be_spelled_out():
-    assert PruningConfig.from_names(criterion="wanda", sequential="layer").preset == "fast"
+    assert PruningConfig.from_names(criterion="wanda", sequential="layer", pattern=pattern).preset == "fast"
