@@ -341,7 +341,7 @@ def attempts(folder, kills, when):
 
 KILLS = {
     "cubic": [("after", 3), ("calibration", None), ("step", 6)],
-    "at_step": [("step", 0), ("after", 1), ("calibration", None), ("step", 5), ("after", 6), ("step", 8)],
+    "at_step": [("step", 0), ("after", 2), ("calibration", None), ("step", 5), ("after", 6), ("step", 8)],
 }
 
 
