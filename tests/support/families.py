@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,9 @@ class Family:
     batches: Callable[[nn.Module], list[Any]]
 
     @property
-    def sequential_choices(self) -> tuple[str, ...]:
-        return ("block", "layer", "none") if self.kind == "timm" else ("block", "layer")
+    def ways(self) -> list[tuple[str, str]]:
+        """Every choice of `sequential` and `pattern` with which the model is pruned."""
+        return list(product(("block", "layer", "none")[: 3 if self.kind == "timm" else 2], ("unstructured", "2:4")))
 
 
 @dataclass
@@ -382,8 +384,8 @@ def _finite(output: Any) -> bool:
     return all(bool(leaf.isfinite().all()) for leaf in leaves)
 
 
-def check(family: Family, slowly: bool = True) -> Result:
-    """Prune a model in every way and check the result.
+def check(family: Family, slowly: bool = True, ways: Sequence[tuple[str, str]] | None = None) -> Result:
+    """Prune a model in every way, or in some, and check the result.
 
     Raises:
         AssertionError: A check failed.
@@ -399,16 +401,15 @@ def check(family: Family, slowly: bool = True) -> Result:
     except Exception as error:
         raise CannotBuild(_first_line(error)) from error
     assert finite, "outputs of the dense model are not finite"
-    for sequential in family.sequential_choices:
-        for pattern in ("unstructured", "2:4"):
-            model = copy.deepcopy(dense)
-            choices = {"pattern": pattern, "sequential": sequential, "keep_batch_norm": True, "progress": False}
-            report = prune(model, family.batches(model), 0.5, **choices)
-            _verify(model, dense, report, pattern)
-            assert all(_finite(run(model, batch)) for batch in family.batches(model)), f"not finite: {pattern}"
-            if (sequential, pattern) == ("block", "unstructured"):
-                result.sparsity = report.sparsity
-                result.coverage, result.left_out = _coverage(dense, report, family.batches(dense))
+    for sequential, pattern in ways or family.ways:
+        model = copy.deepcopy(dense)
+        choices = {"pattern": pattern, "sequential": sequential, "keep_batch_norm": True, "progress": False}
+        report = prune(model, family.batches(model), 0.5, **choices)
+        _verify(model, dense, report, pattern)
+        assert all(_finite(run(model, batch)) for batch in family.batches(model)), f"not finite: {pattern}"
+        if (sequential, pattern) == ("block", "unstructured"):
+            result.sparsity = report.sparsity
+            result.coverage, result.left_out = _coverage(dense, report, family.batches(dense))
     if slowly:
         result.slow = _compare(dense, family.batches(dense))
     return result
