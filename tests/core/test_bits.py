@@ -39,8 +39,3 @@ def test_the_packed_form_takes_at_most_one_bit_per_element():
 
 def test_nothing_is_packed_to_nothing():
     assert unpack(pack(torch.zeros(0, 4, dtype=torch.bool)), (0, 4)).shape == (0, 4)
-
-
-def test_flags_need_not_be_contiguous():
-    given = flags((6, 10), 0.5).t()
-    assert torch.equal(unpack(pack(given), given.shape), given)

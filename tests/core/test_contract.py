@@ -122,14 +122,6 @@ def test_scores_are_those_of_a_loop(criterion, dtype):
     assert torch.equal(weight, before)
 
 
-@EVERY_CRITERION
-def test_scores_do_not_depend_on_a_sign(criterion):
-    weight, tokens = random_layer()
-    criterion = CRITERIA[criterion]()
-    inputs, negated = statistics(tokens, criterion), statistics(-tokens, criterion)
-    assert torch.equal(criterion(weight, inputs), criterion(-weight, negated))
-
-
 def test_only_a_criterion_without_needs_runs_without_statistics():
     weight, _ = random_layer()
     assert torch.equal(Magnitude()(weight, InputStatistics()), weight.abs())
@@ -285,15 +277,6 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
 def test_values_out_of_range_are_refused(make, values, text):
     with pytest.raises(ValueError, match=text):
         make(**values)
-
-
-def test_every_solver_has_a_criterion_of_its_own():
-    assert {name: make().own_criterion for name, make in SOLVERS.items()} == {
-        "zero_out": Wanda(),
-        "sparsegpt": Saliency(),
-        "refit": Wanda(),
-        "admm": Wanda(),
-    }
 
 
 # ---- allocations

@@ -6,7 +6,7 @@ import torch
 from support import reference
 from support.layers import WIDE, random_layer, solve
 
-from wanda_lightning.core.criteria import RIA, Magnitude, Saliency, Wanda
+from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.solvers import SparseGPT, ZeroOut
 
@@ -137,14 +137,3 @@ def test_inputs_that_are_never_active_count(pattern):
     _, keep = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=0.4)
     assert not keep[:, 200:].any()
     assert (~keep).sum() == 12 * 120
-
-
-def test_what_unstructured_pruning_compares():
-    assert SparseGPT().group(Wanda()) == "layer"
-    upfront = SparseGPT(mask="upfront")
-    assert [upfront.group(each) for each in (Wanda(), RIA(), Magnitude(), Saliency())] == [
-        "row",
-        "row",
-        "layer",
-        "layer",
-    ]
