@@ -396,16 +396,13 @@ def test_what_cannot_be_distilled_is_refused_before_training(make, choices, erro
     assert share_of_zeros(module)[f"{LAYERS[0]}.weight"] == 0 if module.layers is not None else True
 
 
-def test_a_dense_model_that_is_trained_itself_is_refused():
+def test_a_given_model_that_was_pruned_or_is_trained_itself():
+    with pytest.warns(UserWarning, match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero"):
+        trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
     module = Net()
     for dense in (module, module.layers):
         with pytest.raises(ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"):
             trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
-
-
-def test_a_given_model_that_was_pruned_causes_a_warning():
-    with pytest.warns(UserWarning, match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero"):
-        trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
 
 
 def test_other_classes_are_refused_before_training():

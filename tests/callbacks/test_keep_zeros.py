@@ -255,14 +255,6 @@ def test_other_ways_to_run_a_model(make, at_step):
     assert all(share > 0.5 for share in module.trained().values())
 
 
-@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
-def test_a_compiled_lightning_module():
-    module = Net(OPTIMIZERS["momentum"])
-    compiled = torch.compile(module, backend="eager")
-    trainer(WandaPrune(num_samples=24, at_step=3), max_steps=6).fit(compiled, loader(24))
-    assert share_of_zeros(module) == all_at(0.5)
-
-
 def test_an_optimizer_made_after_pruning():
     class NewEveryTime(LooksAtZeros):
         def __init__(self):

@@ -570,17 +570,6 @@ def test_layers_of_a_compiled_part_keep_their_names(tmp_path):
     assert all(map(torch.equal, weights, without))
 
 
-@pytest.mark.parametrize(("allocation", "source"), [("owl", "own"), ("fisher", "the loop's")])
-def test_magnitude_reads_data_for_its_allocation(allocation, source):
-    module, by_hand = Net(), Net()
-    own = loader() if source == "own" else None
-    callback = MagnitudePrune(0.6, allocation=allocation, num_samples=12, dataloader=own)
-    trainer(callback).validate(module, loader(16) if source == "own" else loader())
-    prune(by_hand, list(loader()), 0.6, method="magnitude", allocation=allocation, progress=False)
-    assert same(module, by_hand)
-    assert len({layer.target for layer in callback.report.layers}) > 1
-
-
 @pytest.mark.parametrize(
     ("callback", "method"), [(WandaPrune, "wanda"), (SparseGPTPrune, "sparsegpt"), (MagnitudePrune, "magnitude")]
 )

@@ -27,7 +27,7 @@ from support.layers import (
 from support.pairwise import pairwise
 
 from wanda_lightning.core.allocation import Allocation, DenseLayer
-from wanda_lightning.core.criteria import Criterion, Magnitude, Saliency, Wanda
+from wanda_lightning.core.criteria import Criterion, Magnitude, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
 from wanda_lightning.core.selection import Selection
