@@ -87,11 +87,6 @@ def test_entry_is_a_frozen_dataclass_equal_by_value(protocol, make):
     assert hash(entry) == hash(twin)
     with pytest.raises(dataclasses.FrozenInstanceError):
         entry.anything = 1
-
-
-@EVERY_ENTRY
-def test_repr_makes_the_entry_again(protocol, make):
-    entry = make()
     assert eval(repr(entry), vars(sys.modules[type(entry).__module__])) == entry
 
 
@@ -247,9 +242,8 @@ def test_the_workspace_is_what_a_solver_allocates(solver, rows, d_in):
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
-@pytest.mark.parametrize("seed", range(3))
-def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
-    weight, tokens = correlated_layer(seed)
+def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
+    weight, tokens = correlated_layer(0)
     errors = {
         name: output_error(weight, solve(make(), weight, tokens, pattern=pattern)[0], tokens)
         for name, make in SOLVERS.items()
@@ -294,7 +288,7 @@ def test_an_allocation_allocates_less_than_any_solver(name):
 
 
 @EVERY_ALLOCATION
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     layers = list(random_layers(seed))
     got = allocate(ALLOCATIONS[name](), layers, 0.5)
@@ -314,7 +308,7 @@ def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     blocks=st.integers(2, 5),
     sparsity=st.floats(0, 0.99),
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_the_mean_is_the_target_as_near_as_the_pattern_allows(name, pattern, seed, shapes, blocks, sparsity):
     layers = list(random_layers(seed, [(d_out, 8 * d_in) for d_out, d_in in shapes], blocks))
     sparsity = getattr(pattern, "sparsity", sparsity)
@@ -354,7 +348,7 @@ def test_equal_blocks_give_uniform(name):
     sparsity=st.floats(0.01, 0.95),
     rise=st.floats(0, 1),
 )
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_zeros_stay_and_pruning_twice_changes_nothing(name, pattern, seed, sparsity, rise):
     """In the second pruning, statistics and spectra differ, which must not change the sparsities."""
     layers = list(random_layers(seed, ((6, 24), (24, 8))))
@@ -388,9 +382,7 @@ def test_zeros_stay_and_pruning_twice_changes_nothing(name, pattern, seed, spars
 def test_wrong_shapes_are_refused():
     weight, tokens = random_layer()
     for wrong in (
-        lambda: Magnitude()(
-            torch.ones(2, 3, 4), InputStatistics()
-        ),  # runs without complaint where shapes are not checked
+        lambda: Magnitude()(torch.ones(2, 3, 4), InputStatistics()),  # no error without the checks of shapes
         lambda: InputStatistics({"square_sum"}).update(torch.ones(2, 3, 4)),
         lambda: Wanda()(weight[:, :1], statistics(tokens, Wanda)),  # would broadcast
         lambda: keep_largest(torch.ones(2, 3, dtype=torch.int64), 1),

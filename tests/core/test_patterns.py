@@ -77,7 +77,7 @@ def test_equal_share_is_the_bisection(shape, sparsity):
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.99))
-@settings(max_examples=10)
+@settings(max_examples=5)
 def test_equal_share_comes_within_a_thousandth_or_to_the_bracket_end(seed, sparsity):
     scores = distinct_scores(seed, 8, 16, dtype=torch.float64)
     reached = 1 - EqualShare()(scores, sparsity).double().mean().item()

@@ -47,12 +47,11 @@ def test_kept_score(n, m):
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
 def test_an_order_of_eight_inputs_is_nearly_the_best(n, m):
-    for seed in range(3):
-        drawn = scores(6, 8, seed)
-        orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
-        best = max(kept_slowly(drawn, order, n, m) for order in orders)
-        found = Assignment(iterations=64)(drawn, NM(n, m))
-        assert 0.99 * best <= kept_slowly(drawn, found, n, m) <= 1.00001 * best
+    drawn = scores(6, 8)
+    orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
+    best = max(kept_slowly(drawn, order, n, m) for order in orders)
+    found = Assignment(iterations=64)(drawn, NM(n, m))
+    assert 0.99 * best <= kept_slowly(drawn, found, n, m) <= 1.00001 * best
 
 
 @pytest.mark.parametrize("chunk", [512, 8])
