@@ -259,9 +259,6 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     Example:
         >>> resolve_pattern("1:4")
         NM(n=1, m=4)
-
-    Raises:
-        ValueError: If the name is unknown.
     """
     if given == "unstructured":
         given = f"unstructured_{group}"

@@ -31,19 +31,12 @@ def zeros_among(size: int, sparsity: float) -> int:
 
 @dataclass(frozen=True)
 class ColumnBlock:
-    """A block of a layer's columns and the zeros on both sides, for a solver that prunes columns from left to right.
+    """A block of a layer's columns and the zeros on both sides, for a solver that prunes columns from left to right."""
 
-    Attributes:
-        stop: Number of columns up to the end of the block.
-        d_in: Number of columns of the layer.
-        zeros_left: Number of zeros of each row to the left of the block.
-        zeros_right: Number of zeros that each row already has to the right of the block, and keeps.
-    """
-
-    stop: int
-    d_in: int
-    zeros_left: PerRow
-    zeros_right: PerRow
+    stop: int  # number of columns up to the end of the block
+    d_in: int  # number of columns of the layer
+    zeros_left: PerRow  # of each row, to the left of the block
+    zeros_right: PerRow  # that each row already has to the right of the block, and keeps
 
 
 class Pattern(ABC):
@@ -75,11 +68,7 @@ class Pattern(ABC):
         return None
 
     def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any sparsity
-        """Refuse a sparsity that the pattern cannot have.
-
-        Raises:
-            ValueError: Names the sparsity that it can have.
-        """
+        """Raise a ValueError for a sparsity that the pattern cannot have."""
 
     def why_not(self, d_in: int) -> str | None:
         """Return why a layer with `d_in` inputs cannot have the pattern, or None if it can."""

@@ -78,15 +78,10 @@ def _full_precision() -> Iterator[None]:
 
 
 class GradientStatistics(NamedTuple):
-    """Sums over tokens of a layer's inputs x and of the gradients g at its outputs.
+    """Sums over tokens of a layer's inputs x and of the gradients g at its outputs."""
 
-    Attributes:
-        inputs: (d_in,): `x² * mean(g²)`, with the mean over the outputs.
-        rows: (d_out,): `g²`.
-    """
-
-    inputs: PerInput
-    rows: RowWeights
+    inputs: PerInput  # x² * mean(g²), with the mean over the outputs
+    rows: RowWeights  # g²
 
     def row_weights(self) -> RowWeights:
         """Return `rows` divided by its mean; ones if all gradients are 0."""

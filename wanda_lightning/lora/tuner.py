@@ -92,12 +92,7 @@ def refuse_unreadable(name: str, layer: nn.Module) -> None:
 
 
 def check_target(name: str, module: nn.Module) -> Tensor:
-    """Return the weight of a layer that can take a keep-zeros adapter.
-
-    Raises:
-        ValueError: The layer already has other adapters, is quantized in a format whose zeros cannot be read, or is not
-            a linear layer.
-    """
+    """Return the weight of a layer that can take a keep-zeros adapter; raise a ValueError for any other layer."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, KeepZerosLinear):
         raise ValueError(
             f"target_modules must name layers without adapters of another type, but {name} already has such adapters "

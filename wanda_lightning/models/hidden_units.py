@@ -74,12 +74,10 @@ class HiddenUnits:
 
 
 def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
-    """Yield candidates for the hidden units that a layer reads, the likeliest first.
+    """Yield candidates for the hidden units that a plain layer reads, the likeliest first.
 
-    Args:
-        reader: The layer, for which `is_plain` holds.
-        parent: The module that contains it. Writers are sought there first.
-        block: The block that contains it. Nothing is proposed if it has adapters: they were trained for this order.
+    Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
+    the block has adapters: they were trained for this order.
     """
     d_in = reader.shape[1]
     if any(getattr(type(module), "adapter_layer_names", ()) for module in block.modules()):  # peft's layers
@@ -106,7 +104,7 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
 
 def _of_mlp(d_in: int, layers: Sequence[Layer]) -> Iterator[tuple[Tensor, tuple[Place, ...]]]:
     """Propose hidden units without heads, written by one layer or, with a gate, by two or one with twice the rows."""
-    columns = _whole(d_in)
+    columns = torch.arange(d_in).reshape(1, 1, d_in)
     same = [layer for layer in layers if layer.shape[0] == d_in]
     for writers in (same, *([layer] for layer in same if len(same) > 1)):
         if writers:
@@ -143,10 +141,6 @@ def _sources(size: int, index: Tensor, orders: Orders) -> Tensor:
     chosen = orders.cpu().unsqueeze(1).expand(index.shape)
     source[index.flatten()] = index.gather(2, chosen).flatten()
     return source
-
-
-def _whole(size: int) -> Tensor:
-    return torch.arange(size).reshape(1, 1, size)
 
 
 def _rows(layer: Layer, index: Tensor) -> tuple[Place, ...]:

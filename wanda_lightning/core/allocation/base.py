@@ -50,15 +50,10 @@ class DenseLayer:
 
 
 class GradientLimit(NamedTuple):
-    """A number of samples: so many, or more until they have enough predictions.
+    """A number of samples: so many, or more until they have enough predictions."""
 
-    Attributes:
-        samples: The first samples; None for all.
-        predictions: Minimum number of predictions, of tokens or of images.
-    """
-
-    samples: int | None = None
-    predictions: int = 0
+    samples: int | None = None  # the first ones; None for all
+    predictions: int = 0  # of tokens or of images
 
 
 class Allocation(ABC):
