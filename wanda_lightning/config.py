@@ -167,14 +167,14 @@ class PruningConfig:
     @property
     def reads_gradients(self) -> bool:
         """Whether a backward pass of the dense model is needed, for the allocation or the pattern."""
-        return self.allocation.reads_gradients or self.pattern.weighs_rows
+        return self.allocation.reads_gradients or self.pattern.weigh_rows
 
     @property
     def data_reader(self) -> str | None:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
         reading = [option for option in choices if _reads_data(getattr(self, option))]
-        reading += ["pattern"] if self.pattern.weighs_rows else []
+        reading += ["pattern"] if self.pattern.weigh_rows else []
         return self.shown(reading[0]) if reading else None
 
     def scaled(self, fraction: float) -> PruningConfig:

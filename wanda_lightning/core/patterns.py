@@ -40,16 +40,17 @@ class ColumnBlock:
 
 
 class Pattern(ABC):
-    """Structure of the zeros of a layer: where they may be, and how many there are."""
+    """Structure of the zeros of a layer: where they may be, and how many there are.
+
+    Attributes:
+        weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared.
+    """
+
+    weigh_rows: bool = False
 
     @property
     def spans_rows(self) -> bool:
         """Whether the mask of a row depends on other rows, so that a process that holds some rows cannot choose it."""
-        return False
-
-    @property
-    def weighs_rows(self) -> bool:
-        """Whether the scores of each row are scaled by the importance of its output before they are compared."""
         return False
 
     @property
@@ -120,11 +121,6 @@ class Unstructured(Pattern):
     def spans_rows(self) -> bool:
         """True if all weights of the layer are compared."""
         return self.group == "layer"
-
-    @property
-    def weighs_rows(self) -> bool:
-        """`weigh_rows`."""
-        return self.weigh_rows
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return the number of weights of a comparison group."""

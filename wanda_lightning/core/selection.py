@@ -43,8 +43,8 @@ class Selection:
 
         Scores are roots of squared errors, hence the square root.
         """
-        return scores * self.row_weights.sqrt().to(scores)[:, None] if self.pattern.weighs_rows else scores
+        return scores * self.row_weights.sqrt().to(scores)[:, None] if self.pattern.weigh_rows else scores
 
     def total_error(self, errors: Tensor) -> Tensor:
         """Sum the squared errors of the rows, (d_out,), each times its weight if the pattern weighs rows."""
-        return (errors * self.row_weights.to(errors)).sum() if self.pattern.weighs_rows else errors.sum()
+        return (errors * self.row_weights.to(errors)).sum() if self.pattern.weigh_rows else errors.sum()
