@@ -156,15 +156,6 @@ def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):
     assert "held" in saved["KeepZerosCallback"]["attributes"]
 
 
-def test_a_dense_model_warns(tmp_path):
-    model = pruned_llama()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(1)
-    with pytest.warns(UserWarning, match="No zeros were found in any prunable layer"):
-        trained(tmp_path, KeepZerosCallback(), model=model, max_steps=1)
-
-
 def test_an_interrupted_run_leaves_no_hook_for_the_next(tmp_path):
     class Stops(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
