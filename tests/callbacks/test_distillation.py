@@ -424,11 +424,3 @@ def test_the_fingerprint_depends_on_the_weights_alone():
     assert fingerprint(Net()) == fingerprint(Net()) != fingerprint(Dense())
     assert fingerprint(Net().requires_grad_(False).eval()) == fingerprint(Net())
     assert fingerprint(Net().layers) != fingerprint(Net())  # other names
-
-
-def test_pruning_while_it_trains():
-    module, losses = Net(ADAMW), Losses()
-    trainer(WandaPrune(num_samples=12, at_step=3), DistillFromDense(), losses, max_steps=6).fit(module, loader())
-    assert losses.logged[0] == pytest.approx(0, abs=1e-9)  # still the dense model
-    assert losses.logged[3] > losses.logged[0]
-    assert share_of_zeros(module) == all_at(0.5)

