@@ -6,9 +6,7 @@ import pytest
 
 from wanda_lightning import (
     ADMM,
-    NM,
     OWL,
-    EqualShare,
     Magnitude,
     MagnitudePrune,
     NoPermutation,
@@ -81,13 +79,6 @@ def test_choices_replace_those_of_the_method():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "expected"), [("1:4", NM(1, 4)), ("2:4", NM(2, 4)), ("equal_share", EqualShare()), (NM(3, 4), NM(3, 4))]
-)
-def test_patterns(pattern, expected):
-    assert PruningConfig.from_names(getattr(expected, "sparsity", 0.5), pattern=pattern).pattern == expected
-
-
-@pytest.mark.parametrize(
     ("choices", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity must be .* at least 0 and below 1, but it is 1\.0"),
@@ -136,11 +127,6 @@ def test_patterns(pattern, expected):
 def test_what_is_refused(choices, message):
     with pytest.raises(ValueError, match=message):
         PruningConfig.from_names(**choices)
-
-
-def test_a_misspelled_option_is_an_error():
-    with pytest.raises(TypeError, match="sparsty"):
-        PruningConfig.from_names(sparsty=0.5)
 
 
 def test_the_description_is_plain_data():

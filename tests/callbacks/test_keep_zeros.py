@@ -301,16 +301,6 @@ def test_a_layer_that_is_unfrozen_while_training():
     assert all(share > 0.5 for share in module.trained().values())
 
 
-def test_a_frozen_layer_stays_as_it_was_pruned():
-    module = LooksAtZeros(OPTIMIZERS["adamw_foreach"], from_step=3)
-    module.layers[2].requires_grad_(False)
-    trainer(Witness(), WandaPrune(num_samples=12, at_step=3), max_steps=8).fit(module, loader())
-    assert share_of_zeros(module) == all_at(0.5)
-    trained = module.trained()
-    assert trained.pop("layers.2.weight") == 0
-    assert all(share > 0.5 for share in trained.values())
-
-
 @pytest.mark.parametrize("callback", ["prune", "keep"])
 def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
     class Counting(Net):

@@ -33,8 +33,6 @@ _DISTIL = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_head
 ON_META = {
     "bert_classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SIZES)),
     "bert_masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**_SIZES)),
-    "bert_pretraining": lambda: hf.BertForPreTraining(hf.BertConfig(**_SIZES)),
-    "roberta_classifier": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_SIZES)),
     "distilbert_classifier": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**_DISTIL)),
     "llama_classifier": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**_SIZES)),
     "vit_classifier": lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VIT, image_size=32, patch_size=8)),
@@ -213,8 +211,6 @@ REASONS = {
         "cls.predictions.transform.dense": "output head",
         "cls.predictions.decoder": "tied to bert.embeddings.word_embeddings",
     },
-    "bert_pretraining": {"cls.seq_relationship": "output head"},
-    "roberta_classifier": {"classifier.dense": "output head", "classifier.out_proj": "output head"},
     "distilbert_classifier": {"pre_classifier": "output head", "classifier": "output head"},
     "llama_classifier": {"model.embed_tokens": "embedding", "score": "output head"},
     "vit_classifier": {
