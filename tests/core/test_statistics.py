@@ -122,13 +122,6 @@ def test_half_precision_is_accumulated_in_float32(dtype, count):
     assert statistics(*batches).sums["square_sum"].tolist() == [count, count]
 
 
-def test_float64_stays_float64():
-    tokens = torch.tensor([[1.0], [1e-6]], dtype=torch.float64)
-    square_sum = statistics(tokens).sums["square_sum"]
-    assert square_sum.dtype == torch.float64
-    assert square_sum.item() > 1  # float32 would lose the second token
-
-
 @given(seeds, st.integers(0, 30))
 def test_two_halves_accumulate_to_the_whole(seed, cut):
     tokens = integer_tokens(seed, 30)
@@ -178,22 +171,3 @@ def test_finite_notices_one_bad_number(bad):
 def test_unknown_statistic_is_refused():
     with pytest.raises(ValueError, match=r"needs must be names from .*square_sum.*, but they hold \['cube_sum'\]"):
         InputStatistics({"square_sum", "cube_sum"})
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"),
-    [
-        ((1, 1), (1, 1), (0, 0), (1, 1)),
-        ((3, 3), (1, 1), (1, 1), (1, 1)),
-        ((3, 2), (2, 1), (0, 1), (1, 2)),
-        ((2, 3), (1, 3), (2, 0), (2, 1)),
-    ],
-)
-def test_slow_im2col_times_the_weight_is_the_convolution(kernel, stride, padding, dilation):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, 7, 8, generator=generator, dtype=torch.float64)
-    weight = torch.randn(5, 3, *kernel, generator=generator, dtype=torch.float64)
-    tokens = reference.im2col(images.numpy(), kernel, stride, padding, dilation)
-    outputs = tokens @ weight.permute(0, 2, 3, 1).reshape(5, -1).numpy().T
-    expected = torch.nn.functional.conv2d(images, weight, None, stride, padding, dilation)
-    np.testing.assert_allclose(outputs, expected.permute(0, 2, 3, 1).reshape(-1, 5).numpy(), atol=1e-12)

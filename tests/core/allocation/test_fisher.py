@@ -25,11 +25,6 @@ def test_no_layer_deviates_by_more_than_is_allowed():
         assert max(abs(value - 0.5) for value in got.values()) <= deviation + 0.02
 
 
-def test_samples_that_are_passed_backward():
-    assert Fisher().gradient_limit == (None, 0)
-    assert Fisher(num_samples=4, num_predictions=9).gradient_limit == (4, 9)
-
-
 def test_the_score_of_a_weight_is_its_square_times_input_and_row():
     """A layer whose rows differ loses what the product of both says, against scores written out."""
     generator = torch.Generator().manual_seed(0)
