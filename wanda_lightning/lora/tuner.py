@@ -46,12 +46,6 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
                         f"Target one of them, for example with exclude_modules=['{name}']."
                     )
 
-    def _create_and_replace(
-        self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, current_key: str, **kwargs: Any
-    ) -> None:
-        check_target(current_key, target)
-        super()._create_and_replace(lora_config, adapter_name, target, *args, current_key=current_key, **kwargs)
-
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if getattr(target, "_hf_tp_plan", None) is not None:

@@ -22,19 +22,12 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 @dataclass(frozen=True)
 class Place:
-    """The positions of hidden units in one tensor.
-
-    Attributes:
-        module: The module that holds the tensor.
-        name: Name of the tensor in the module.
-        dim: The dimension along which the units lie.
-        index: Position of each unit, (heads, copies, units). Heads that share their values read copies of them.
-    """
+    """The positions of hidden units in one tensor of a module."""
 
     module: nn.Module
-    name: str
-    dim: int
-    index: Tensor
+    name: str  # of the tensor
+    dim: int  # along which the units lie
+    index: Tensor  # (heads, copies, units): heads that share their values read copies of them
 
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head."""
@@ -45,17 +38,11 @@ class Place:
 
 @dataclass(frozen=True)
 class HiddenUnits:
-    """Hidden units, where they are written and where they are read.
-
-    Attributes:
-        reader: The layer that reads them.
-        columns: Column of the reader for each unit, (heads, copies, units).
-        written: Rows of the writers, and other parameters with one value for each unit.
-    """
+    """Hidden units, where they are written and where they are read."""
 
     reader: Layer
-    columns: Tensor
-    written: tuple[Place, ...]
+    columns: Tensor  # of the reader, (heads, copies, units)
+    written: tuple[Place, ...]  # rows of the writers, and other parameters with one value for each unit
 
     @property
     def places(self) -> tuple[Place, ...]:
