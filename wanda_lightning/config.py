@@ -168,14 +168,14 @@ class PruningConfig:
     @property
     def reads_gradients(self) -> bool:
         """Whether a backward pass of the dense model is needed, for the allocation or the pattern."""
-        return self.allocation.reads_gradients or self.pattern.weighs_rows
+        return self.allocation.reads_gradients or self.pattern.weigh_rows
 
     @property
     def data_reader(self) -> str | None:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
         reading = [option for option in choices if _reads_data(getattr(self, option))]
-        reading += ["pattern"] if self.pattern.weighs_rows else []
+        reading += ["pattern"] if self.pattern.weigh_rows else []
         return self.shown(reading[0]) if reading else None
 
     def scaled(self, fraction: float) -> PruningConfig:
@@ -260,9 +260,6 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     Example:
         >>> resolve_pattern("1:4")
         NM(n=1, m=4)
-
-    Raises:
-        ValueError: If the name is unknown.
     """
     if given == "unstructured":
         given = f"unstructured_{group}"

@@ -43,27 +43,16 @@ FISHER = choice("core.allocation.Fisher", num_samples=8, num_predictions=4096)
 
 @dataclass(frozen=True)
 class Method:
-    """The choices of a method. It does not choose the sparsity and the pattern.
+    """The choices of a method. It does not choose the sparsity and the pattern."""
 
-    Attributes:
-        criterion: Scores the weights; None for the solver's own.
-        solver: Computes the final weights.
-        group: Where unstructured pruning compares weights, and whether it weighs rows; None for the choice of the
-            papers of criterion and solver.
-        sequential: What is pruned before the statistics are collected; `"auto"` lets the recovery or the model decide.
-        allocation: Distributes the sparsity over the layers. For N:M the default stays uniform, because any other
-            allocation mixes 2:4 layers with 1:4 layers.
-        recovery: Trains the kept weights.
-        permutation: Permutes inputs of layers, for patterns that depend on their order.
-    """
-
-    criterion: Choice | None = None
+    criterion: Choice | None = None  # None for the solver's own
     solver: Choice = ZERO_OUT
+    # Where unstructured pruning compares weights; None for the choice of the papers of criterion and solver.
     group: Literal["row", "layer", "layer_weighted"] | None = None
-    sequential: str = "auto"
-    allocation: Choice = UNIFORM
+    sequential: str = "auto"  # the recovery or the model decides
+    allocation: Choice = UNIFORM  # not for N:M, where any other allocation mixes 2:4 layers with 1:4 layers
     recovery: Choice = NO_RECOVERY
-    permutation: Choice = NO_PERMUTATION
+    permutation: Choice = NO_PERMUTATION  # only for N:M
 
 
 METHODS: Mapping[str, Method] = {

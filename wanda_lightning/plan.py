@@ -151,7 +151,7 @@ class Plan:
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
             # One process computes them: singular values that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
-        weighed = gradients if self.config.pattern.weighs_rows else {}
+        weighed = gradients if self.config.pattern.weigh_rows else {}
         return self.selections(sparsities, {name: each.row_weights() for name, each in weighed.items()})
 
     def selections(self, sparsities: Mapping[str, float], row_weights: Mapping[str, RowWeights] = {}) -> Selections:

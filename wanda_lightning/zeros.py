@@ -67,13 +67,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     A hook masks each gradient as it accumulates, so that clipping and the optimizer's moments use the masked gradient.
     Another hook zeroes the weights after each step of any optimizer, since weight decay and momentum could change them.
-
-    Attributes:
-        layers: Names of the layers of the latest `hold`.
     """
 
     def __init__(self) -> None:
-        self.layers: list[str] = []
+        self.layers: list[str] = []  # of the latest `hold`
         self._resumed: list[str] = []  # layers of a loaded state
         self._handles: list[RemovableHandle] = []
         self._held_layers: list[tuple[Layer, nn.Parameter]] = []

@@ -1,7 +1,6 @@
 """Calibration batches: which loader, which samples, and how they run through the module."""
 
 from functools import partial
-from typing import NamedTuple
 
 import lightning as L
 import pytest
@@ -120,13 +119,6 @@ class TestCalibrationSource:
         assert same(module, Net())
 
 
-def test_a_mapping_that_forward_cannot_take():
-    module = Net()
-    with pytest.raises(ValueError, match=r"\['image'\], but Net.forward takes \['x'\].*calibration_step"):
-        trainer(WandaPrune(num_samples=4, dataloader=[{"image": torch.ones(4, 32)}] * 2)).validate(module, loader())
-    assert same(module, Net())
-
-
 @pytest.mark.parametrize("batch", [object(), ("a", "b"), torch.tensor(1.0)])
 def test_a_batch_without_samples(batch):
     with pytest.raises(ValueError, match="batches must hold tensors, but one is of class"):
@@ -187,14 +179,6 @@ def test_inputs_have_the_trainers_precision(precision, dtype):
     assert share_of_zeros(module) == all_at(0.5)
 
 
-def test_predict_sees_every_batch_of_the_loader_it_calibrated_on():
-    module = Net()
-    batches = DataLoader(samples(), batch_size=4)  # by keyword: Lightning builds the loader again for predict
-    predictions = trainer(WandaPrune(num_samples=12)).predict(module, batches)
-    assert share_of_zeros(module) == all_at(0.5)
-    assert torch.equal(torch.cat(predictions), module(samples().tensors[0]))
-
-
 def batches_of(make, loop, *callbacks):
     """The batches that two epochs of training, or one validation, see."""
     seen = []
@@ -243,22 +227,6 @@ def test_calibration_changes_no_batch_of_the_loop(make, loop):
     batches = batches_of(make, loop, WandaPrune(num_samples=4, at_step=at_step))
     assert len(batches) == (6 if loop == "fit" else 3)
     assert all(map(torch.equal, batches, batches_of(make, loop)))
-
-
-class Labelled(NamedTuple):
-    x: torch.Tensor
-    label: torch.Tensor
-
-
-def test_a_named_tuple_stays_one_when_it_is_cut():
-    class Named(Net):
-        def calibration_step(self, batch):
-            self(batch.x)
-
-    batches = [Labelled(*samples(4).tensors), Labelled(*samples(4, seed=1).tensors)]
-    callback = WandaPrune(num_samples=6, dataloader=batches)
-    trainer(callback).validate(Named(), loader())
-    assert {layer.tokens for layer in callback.report.layers} == {6}
 
 
 def texts_and_patches(samples, lengths):

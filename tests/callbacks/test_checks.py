@@ -32,9 +32,16 @@ def test_a_stage_after_the_end_of_training_is_refused_at_the_start(when, options
     assert not steps
 
 
-def test_a_stage_at_the_end_of_training_is_not_refused():
-    module = Net()
-    trainer(WandaPrune(num_samples=24, at_step=4), max_epochs=2, accumulate_grad_batches=3).fit(module, loader(24))
+@pytest.mark.parametrize(
+    ("make", "at_step", "options"),
+    [
+        (Net, 4, {"max_epochs": 2, "accumulate_grad_batches": 3}),
+        (TwoOptimizers, 12, {"max_epochs": 1}),  # twelve steps an epoch of six batches
+    ],
+)
+def test_a_stage_at_the_end_of_training_is_not_refused(make, at_step, options):
+    module = make()
+    trainer(WandaPrune(num_samples=24, at_step=at_step), **options).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
 
 
@@ -44,12 +51,6 @@ def test_manual_optimization_is_refused_by_max_steps(make):
     with pytest.raises(MisconfigurationException, match="ends at optimizer step 9 and training ends at 8"):
         trainer(WandaPrune(num_samples=24, at_step=9), max_steps=8).fit(module, loader(24))
     assert same(module, Net())
-
-
-def test_manual_optimization_may_take_several_steps_for_each_batch():
-    module = TwoOptimizers()  # twelve steps an epoch of six batches
-    trainer(WandaPrune(num_samples=24, at_step=12), max_epochs=1).fit(module, loader(24))
-    assert share_of_zeros(module) == all_at(0.5)
 
 
 class TestBestFromBeforePruning:
@@ -111,9 +112,3 @@ class TestTwoCallbacks:
         with pytest.raises(MisconfigurationException, match=message):
             getattr(trainer(first, second, max_steps=1), loop)(module, loader())
         assert same(module, Net())
-
-    def test_that_prune_different_layers_are_not(self):
-        module = Net()
-        first, second = WandaPrune(0.25, num_samples=4, only=["layers.0"]), WandaPrune(0.5, skip=["layers.0"])
-        trainer(first, second).validate(module, loader(128))
-        assert share_of_zeros(module) == {**all_at(0.5), "layers.0.weight": 0.25}

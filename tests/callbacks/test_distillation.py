@@ -396,16 +396,13 @@ def test_what_cannot_be_distilled_is_refused_before_training(make, choices, erro
     assert share_of_zeros(module)[f"{LAYERS[0]}.weight"] == 0 if module.layers is not None else True
 
 
-def test_a_dense_model_that_is_trained_itself_is_refused():
+def test_a_given_model_that_was_pruned_or_is_trained_itself():
+    with pytest.warns(UserWarning, match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero"):
+        trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
     module = Net()
     for dense in (module, module.layers):
         with pytest.raises(ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"):
             trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
-
-
-def test_a_given_model_that_was_pruned_causes_a_warning():
-    with pytest.warns(UserWarning, match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero"):
-        trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
 
 
 def test_other_classes_are_refused_before_training():
@@ -427,14 +424,6 @@ def test_the_fingerprint_depends_on_the_weights_alone():
     assert fingerprint(Net()) == fingerprint(Net()) != fingerprint(Dense())
     assert fingerprint(Net().requires_grad_(False).eval()) == fingerprint(Net())
     assert fingerprint(Net().layers) != fingerprint(Net())  # other names
-
-
-def test_pruning_while_it_trains():
-    module, losses = Net(ADAMW), Losses()
-    trainer(WandaPrune(num_samples=12, at_step=3), DistillFromDense(), losses, max_steps=6).fit(module, loader())
-    assert losses.logged[0] == pytest.approx(0, abs=1e-9)  # still the dense model
-    assert losses.logged[3] > losses.logged[0]
-    assert share_of_zeros(module) == all_at(0.5)
 
 
 def test_a_dense_model_with_nan_is_refused_before_training():

@@ -1,7 +1,5 @@
 """The page and the figures of a callback: written by the first process, and refused before anything is pruned."""
 
-import sys
-
 import numpy as np
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -88,11 +86,3 @@ def test_what_cannot_be_written_is_refused(tmp_path):
             model, loader(), loader()
         )
     assert all((parameter != 0).any() for parameter in model.parameters())
-
-
-def test_a_missing_library_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    message = r"Reports with figures need matplotlib: pip install 'wanda_lightning\[report\]'"
-    with pytest.raises(ImportError, match=message):
-        PruningCallback(report="report.html")
-    PruningCallback(report_dir="out")

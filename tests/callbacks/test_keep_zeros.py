@@ -32,7 +32,7 @@ from support.held_zeros import (
     of_the_shape,
     precision_of,
 )
-from support.pairwise import pairwise
+from support.pairwise import pairwise, with_nightly
 from support.zoo import ZOO
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -60,19 +60,23 @@ def prune_at(at_step, module, **options):
     return KeepZeros() if at_step is None else WandaPrune(0.5, at_step=at_step, **options)
 
 
+AXES = PRECISIONS, [1, 3], CLIPPING, [0, 4, None]
+FEW = "momentum", "adamw_fused", "amsgrad", "noisy"  # the states and updates of the others are like these
+
+
 @pytest.mark.parametrize(
     ("optimizer", "precision", "accumulate", "clip", "at_step"),
-    pairwise(OPTIMIZERS, PRECISIONS, [1, 3], CLIPPING, [0, 4, None], allowed=is_accepted),
+    with_nightly(pairwise(FEW, *AXES, allowed=is_accepted), pairwise(OPTIMIZERS, *AXES, allowed=is_accepted)),
 )
 def test_exactly_the_pruned_weights_are_zero_after_every_step(optimizer, precision, accumulate, clip, at_step):
     torch.manual_seed(0)
     module = LooksAtZeros(OPTIMIZERS[optimizer], from_step=at_step or 0)
     callback = prune_at(at_step, module, num_samples=24)
-    options = {"accumulate_grad_batches": accumulate, "max_steps": 12, **CLIPPING[clip], **precision_of(precision)}
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 8, **CLIPPING[clip], **precision_of(precision)}
     trainer(Witness(), callback, **options).fit(module, loader(24))
     assert hooks_of(module, module.used_optimizer) == []
     assert {round(where.float().mean().item(), 3) for where in module.pruned.values()} == {0.5}
-    assert module.looks >= 4 * (12 - module.from_step)
+    assert module.looks >= 4 * (8 - module.from_step)
     assert all(share > 0.5 for share in module.trained().values())  # units that are dead have no gradient
     for weight in module.parameters():
         if weight.ndim == 2 and optimizer != "adamw_fused":
@@ -185,7 +189,7 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
     assert all(torch.equal(weight, average[name]) for name, weight in module.named_parameters())
 
 
-@pytest.mark.parametrize("kind", AVERAGING)
+@pytest.mark.parametrize("kind", ["ema of late start", "swa"])
 def test_averages_that_are_pruned_after_the_last_step(kind):
     module = Net(ADAMW)
     trainer(AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4).fit(module, loader())
@@ -203,15 +207,9 @@ def test_a_checkpoint_beside_an_average_holds_the_zeros_in_both(tmp_path):
 
 
 class Checkpointed(LooksAtZeros):
-    reentrant = False
-
     def forward(self, x):
-        x = self.layers[0](x)
-        return checkpoint(self.layers[1:], x, use_reentrant=self.reentrant)
-
-
-class ReentrantCheckpointed(Checkpointed):
-    reentrant = True
+        x = checkpoint(self.layers[:2], x, use_reentrant=False)
+        return checkpoint(self.layers[2:], x, use_reentrant=True)
 
 
 class Compiled(LooksAtZeros):
@@ -243,26 +241,18 @@ class Twice(LooksAtZeros):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # calibration needs no gradients
 @pytest.mark.parametrize(
     ("make", "at_step"),
-    [(Checkpointed, 0), (ReentrantCheckpointed, 5), (Compiled, 5), (CompiledLayer, 0), (Tied, 0), (Twice, 5)],
+    [(Checkpointed, 5), (Compiled, 5), (CompiledLayer, 0), (Tied, 0), (Twice, 5)],
 )
 def test_other_ways_to_run_a_model(make, at_step):
     if "Compiled" in make.__name__ and not torch._dynamo.is_dynamo_supported():
         pytest.skip("torch.compile does not know this Python")
     module = make(OPTIMIZERS["momentum"], from_step=at_step)
     callback = WandaPrune(num_samples=24, at_step=at_step)
-    trainer(Witness(), callback, max_steps=12, accumulate_grad_batches=2).fit(module, loader(24))
+    trainer(Witness(), callback, max_steps=8, accumulate_grad_batches=2).fit(module, loader(24))
     names = [layer.name for layer in callback.report.layers]
     assert len(names) == (2 if make is Tied else 3)
     assert all((module.get_submodule(name).weight == 0).float().mean() == 0.5 for name in names)
     assert all(share > 0.5 for share in module.trained().values())
-
-
-@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
-def test_a_compiled_lightning_module():
-    module = Net(OPTIMIZERS["momentum"])
-    compiled = torch.compile(module, backend="eager")
-    trainer(WandaPrune(num_samples=24, at_step=3), max_steps=6).fit(compiled, loader(24))
-    assert share_of_zeros(module) == all_at(0.5)
 
 
 def test_an_optimizer_made_after_pruning():
@@ -309,16 +299,6 @@ def test_a_layer_that_is_unfrozen_while_training():
     trainer(Witness(), Unfreezing(), WandaPrune(num_samples=12), max_epochs=3).fit(module, loader())
     assert share_of_zeros(module) == all_at(0.5)
     assert all(share > 0.5 for share in module.trained().values())
-
-
-def test_a_frozen_layer_stays_as_it_was_pruned():
-    module = LooksAtZeros(OPTIMIZERS["adamw_foreach"], from_step=3)
-    module.layers[2].requires_grad_(False)
-    trainer(Witness(), WandaPrune(num_samples=12, at_step=3), max_steps=8).fit(module, loader())
-    assert share_of_zeros(module) == all_at(0.5)
-    trained = module.trained()
-    assert trained.pop("layers.2.weight") == 0
-    assert all(share > 0.5 for share in trained.values())
 
 
 @pytest.mark.parametrize("callback", ["prune", "keep"])
@@ -426,38 +406,13 @@ def test_a_layer_of_all_zeros_trains(callback):
     assert set(shares.values()) == {0.5}
 
 
-class Other(Net):
-    """Another kind of model."""
-
-    def __init__(self):
-        super().__init__(ADAMW)
-        self.body, self.layers = nn.Linear(32, 16), None
-
-    def forward(self, x):
-        return self.body(x)
-
-
-def test_keep_zeros_reads_its_layers_anew_at_each_fit():
-    callback, first, second = KeepZeros(), Net(ADAMW), Other()
-    prune(first, criterion="magnitude", skip=["layers.2", "layers.4"], progress=False)
-    prune(second, criterion="magnitude", progress=False)
-    for module in (first, second):
-        trainer(callback, max_steps=4).fit(module, loader())
-        shares = share_of_zeros(module)
-        assert shares.pop("layers.0.weight" if module is first else "body.weight") == 0.5
-        assert not any(shares.values())
-    prune(first, criterion="magnitude", progress=False)  # more of the same model
-    trainer(callback, max_steps=4).fit(first, loader())
-    assert share_of_zeros(first) == all_at(0.5)
-
-
-def test_zeros_by_chance_of_one_model_do_not_affect_another():
+def test_neither_layers_nor_zeros_by_chance_of_one_model_affect_another():
     optimizer = partial(Lion, lr=0.25, betas=(0.0, 0.0))
     callback, first, second = KeepZeros(), Net(optimizer), LooksAtZeros(ADAMW)
     to_quarters(first)
-    prune(first, criterion="magnitude", progress=False)
+    prune(first, criterion="magnitude", skip=["layers.4"], progress=False)
     trainer(callback, max_steps=1).fit(first, loader())
-    assert all(share > 0.5 for share in share_of_zeros(first).values())
+    assert share_of_zeros(first)["layers.0.weight"] > 0.5
     prune(second, criterion="magnitude", progress=False)
     trainer(callback, max_steps=4).fit(second, loader())
     assert share_of_zeros(second) == all_at(0.5)

@@ -101,12 +101,6 @@ def test_an_accuracy_in_percent_is_not_taken_for_a_fraction():
     assert callback.report.run == Run()
 
 
-def test_data_and_metrics_of_a_users_own_module_are_not_known():
-    callback = WandaPrune(num_samples=4)
-    trainer(callback).validate(Net(), loader(), verbose=False)
-    assert callback.report.run == Run()
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
     [

@@ -3,7 +3,6 @@
 from functools import partial
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,20 +19,13 @@ from wanda_lightning.callbacks.trainer import processes_of
 pytestmark = pytest.mark.filterwarnings("ignore:num_samples is")  # some tests take all there are
 
 
-def assert_samples(shares, expected):
-    """The processes have these samples in total, in any order."""
-    found = torch.cat([batch for share in shares for batch in share])
-    assert sorted(found.tolist()) == sorted(expected.tolist())
-
-
-@pytest.mark.parametrize(("strategy", "num_samples"), [("ddp", 7), ("ddp", 2), ("fsdp2", 7), ("fsdp2", 16)])
+@pytest.mark.parametrize(("strategy", "num_samples"), [("ddp", 2), ("fsdp2", 7)])
 def test_a_given_loader_is_divided(pair, strategy, num_samples):
     (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, strategy, num_samples, True)
     samples = cases.SAMPLES[:num_samples]
-    if strategy == "ddp" or num_samples == 7:  # with fsdp2 one process repeats a batch where it has fewer
-        own = [list(samples.split(3))[rank::2] for rank in (0, 1)]
-        assert all(map(torch.equal, batches, own[0]))
-        assert all(map(torch.equal, others, own[1]))
+    own = [list(samples.split(3))[rank::2] for rank in (0, 1)]
+    assert all(map(torch.equal, batches, own[0]))
+    assert all(map(torch.equal, others, own[1]))
     module = cases.Regression()
     expected = prune(module, list(samples.split(3)), progress=False)
     assert_equal_everywhere(weights, other_weights)
@@ -43,7 +35,7 @@ def test_a_given_loader_is_divided(pair, strategy, num_samples):
 
 def test_a_given_loader_is_shuffled_in_the_same_order(pair):
     (batches, *_), (others, *_) = pair.run(cases.fit, "ddp", 16, True, shuffle=True)
-    assert_samples([batches, others], cases.SAMPLES)
+    assert sorted(torch.cat([*batches, *others]).tolist()) == sorted(cases.SAMPLES.tolist())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -103,9 +95,8 @@ def test_pruned_by_the_validation_loop(pair, strategy):
     expected = prune(module, [cases.SAMPLES], progress=False, sequential="none")
     assert_equal_everywhere(weights, others)
     assert_same_weights(weights, dict(module.named_parameters()))
-    assert [(layer.name, layer.tokens, layer.zeros) for layer in report.layers] == [
-        (layer.name, layer.tokens, layer.zeros) for layer in expected.layers
-    ]
+    shown = [[(layer.name, layer.tokens, layer.zeros) for layer in each.layers] for each in (report, expected)]
+    assert shown[0] == shown[1]
 
 
 def test_all_processes_wait_until_the_folder_is_saved(pair, tmp_path):
@@ -125,19 +116,14 @@ def test_tensor_parallelism_is_refused(pair):
         assert "tensor_parallel_size=2" in error[1]
 
 
-@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("strategy", "world_size"),
+    [(DeepSpeedStrategy, 1), (FSDPStrategy, 1), (FSDPStrategy, 2), (SingleDeviceStrategy, 2)],
+)
 def test_other_strategies_are_refused_by_name(strategy, world_size):
     trainer = SimpleNamespace(strategy=object.__new__(strategy), world_size=world_size)
     with pytest.raises(MisconfigurationException, match=rf"is {strategy.__name__}\. .*strategy='ddp'.*KeepZeros"):
         processes_of(trainer)
-
-
-def test_an_unknown_strategy_is_refused_with_several_processes():
-    strategy = object.__new__(SingleDeviceStrategy)
-    assert processes_of(SimpleNamespace(strategy=strategy, world_size=1)).world_size == 1
-    with pytest.raises(MisconfigurationException, match="but it is SingleDeviceStrategy"):
-        processes_of(SimpleNamespace(strategy=strategy, world_size=2))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +138,6 @@ def test_all_processes_use_the_samples_of_one_process(world_size, num_samples, b
     whole = share(0, 1)
     shares = [share(rank, world_size) for rank in range(world_size)]
     assert [
-        batch for turn in range(len(whole)) for batch in shares[turn % world_size][turn // world_size :][:1]
+        batch for turn, _ in enumerate(whole) for batch in shares[turn % world_size][turn // world_size :][:1]
     ] == whole
     assert sum(map(len, shares)) == len(whole)
-
-
-def test_a_trainer_in_one_process_does_not_communicate():
-    assert processes_of(L.Trainer(accelerator="cpu", devices=1, logger=False)).world_size == 1

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import sys
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -26,10 +27,11 @@ from support.layers import (
 )
 from support.pairwise import pairwise
 
-from wanda_lightning.core.allocation import Allocation, DenseLayer
-from wanda_lightning.core.criteria import Criterion, Magnitude, Saliency, Wanda
+from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, DenseLayer, Fisher, PerLayer
+from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Saliency, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
+from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
@@ -87,11 +89,6 @@ def test_entry_is_a_frozen_dataclass_equal_by_value(protocol, make):
     assert hash(entry) == hash(twin)
     with pytest.raises(dataclasses.FrozenInstanceError):
         entry.anything = 1
-
-
-@EVERY_ENTRY
-def test_repr_makes_the_entry_again(protocol, make):
-    entry = make()
     assert eval(repr(entry), vars(sys.modules[type(entry).__module__])) == entry
 
 
@@ -120,14 +117,6 @@ def test_scores_are_those_of_a_loop(criterion, dtype):
     expected = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
     np.testing.assert_allclose(reference.array(scores), expected, rtol=1e-5)
     assert torch.equal(weight, before)
-
-
-@EVERY_CRITERION
-def test_scores_do_not_depend_on_a_sign(criterion):
-    weight, tokens = random_layer()
-    criterion = CRITERIA[criterion]()
-    inputs, negated = statistics(tokens, criterion), statistics(-tokens, criterion)
-    assert torch.equal(criterion(weight, inputs), criterion(-weight, negated))
 
 
 def test_only_a_criterion_without_needs_runs_without_statistics():
@@ -255,9 +244,8 @@ def test_the_workspace_is_what_a_solver_allocates(solver, rows, d_in):
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
-@pytest.mark.parametrize("seed", range(3))
-def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
-    weight, tokens = correlated_layer(seed)
+def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
+    weight, tokens = correlated_layer(0)
     errors = {
         name: output_error(weight, solve(make(), weight, tokens, pattern=pattern)[0], tokens)
         for name, make in SOLVERS.items()
@@ -267,9 +255,26 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
     assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     ("make", "values", "text"),
     [
+        (RIA, {"a": -0.5}, "a of RIA must be a number of at least 0"),
+        (RIA, {"a": NAN}, "a of RIA must be a number of at least 0"),
+        (Saliency, {"dampening": 0.0}, "dampening of Saliency must be a number above 0"),
+        (Assignment, {"iterations": 0}, "iterations of Assignment must be a whole number of at least 1"),
+        (Assignment, {"iterations": True}, "iterations of Assignment must be a whole number of at least 1"),
+        (OWL, {"m": 0.0}, "m of OWL must be a number above 0, but it is 0.0"),
+        (OWL, {"lambda_": 0.6}, "lambda_ of OWL must be a number of at least 0 and at most 0.5, but it is 0.6"),
+        (OWL, {"per": "row"}, "per of OWL must be one of block, layer, but it is 'row'"),
+        (AlphaPruning, {"epsilon": 1.0}, "epsilon of AlphaPruning must be a number of at least 0 and below 1"),
+        (AlphaPruning, {"per": "row"}, "per of AlphaPruning must be one of block, layer, but it is 'row'"),
+        (Fisher, {"max_deviation": 1.5}, "max_deviation of Fisher must be a number of at least 0 and at most 1"),
+        (Fisher, {"num_samples": 0}, "num_samples of Fisher must be a whole number of at least 1, but it is 0"),
+        (Fisher, {"num_samples": 1.5}, "num_samples of Fisher must be a whole number of at least 1, but it is 1.5"),
+        (Fisher, {"num_predictions": -1}, "num_predictions of Fisher must be a whole number of at least 0"),
         (ADMM, {"rho": (0.0, 1.0)}, "rho of ADMM must be two numbers"),
         (ADMM, {"rho": (0.0009, 1.0)}, "numbers of at least 0.001"),
         (ADMM, {"rho": (0.5, 0.1)}, "a last that is not smaller"),
@@ -282,21 +287,26 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern, seed):
         (SparseGPT, {"block_size": 0}, "block_size of SparseGPT must be a whole number of at least 1, but it is 0"),
     ],
 )
-def test_values_out_of_range_are_refused(make, values, text):
+def test_values_out_of_range_are_refused(make, values, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
     with pytest.raises(ValueError, match=text):
         make(**values)
 
 
-def test_every_solver_has_a_criterion_of_its_own():
-    assert {name: make().own_criterion for name, make in SOLVERS.items()} == {
-        "zero_out": Wanda(),
-        "sparsegpt": Saliency(),
-        "refit": Wanda(),
-        "admm": Wanda(),
-    }
-
-
 # ---- allocations
+
+
+@pytest.mark.parametrize(
+    ("allocation", "scaled"),
+    [
+        (AlphaPruning(), AlphaPruning()),
+        (OWL(), OWL(lambda_=0.02)),
+        (Fisher(num_samples=4), Fisher(max_deviation=0.0375, num_samples=4)),
+        (PerLayer({"*.up": 0.8, "last": 0.2}), PerLayer({"*.up": 0.2, "last": 0.05})),
+    ],
+)
+def test_a_stage_of_a_schedule_scales_the_differences(allocation, scaled):
+    assert allocation.scaled(0.25) == scaled
 
 
 @EVERY_ALLOCATION
@@ -311,7 +321,7 @@ def test_an_allocation_allocates_less_than_any_solver(name):
 
 
 @EVERY_ALLOCATION
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     layers = list(random_layers(seed))
     got = allocate(ALLOCATIONS[name](), layers, 0.5)
@@ -331,7 +341,7 @@ def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     blocks=st.integers(2, 5),
     sparsity=st.floats(0, 0.99),
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_the_mean_is_the_target_as_near_as_the_pattern_allows(name, pattern, seed, shapes, blocks, sparsity):
     layers = list(random_layers(seed, [(d_out, 8 * d_in) for d_out, d_in in shapes], blocks))
     sparsity = getattr(pattern, "sparsity", sparsity)
@@ -371,7 +381,7 @@ def test_equal_blocks_give_uniform(name):
     sparsity=st.floats(0.01, 0.95),
     rise=st.floats(0, 1),
 )
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_zeros_stay_and_pruning_twice_changes_nothing(name, pattern, seed, sparsity, rise):
     """In the second pruning, statistics and spectra differ, which must not change the sparsities."""
     layers = list(random_layers(seed, ((6, 24), (24, 8))))
@@ -405,9 +415,7 @@ def test_zeros_stay_and_pruning_twice_changes_nothing(name, pattern, seed, spars
 def test_wrong_shapes_are_refused():
     weight, tokens = random_layer()
     for wrong in (
-        lambda: Magnitude()(
-            torch.ones(2, 3, 4), InputStatistics()
-        ),  # runs without complaint where shapes are not checked
+        lambda: Magnitude()(torch.ones(2, 3, 4), InputStatistics()),  # no error without the checks of shapes
         lambda: InputStatistics({"square_sum"}).update(torch.ones(2, 3, 4)),
         lambda: Wanda()(weight[:, :1], statistics(tokens, Wanda)),  # would broadcast
         lambda: keep_largest(torch.ones(2, 3, dtype=torch.int64), 1),

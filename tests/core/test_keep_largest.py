@@ -69,7 +69,7 @@ def _large_groups():
 def test_keep_largest_of_a_large_group():
     for scores in _large_groups():
         both = torch.stack([scores, scores.flip(0)])
-        for count in (1, 2, 600, 26_400, 33_000, 64_000, 65_500, 65_999):
+        for count in (1, 600, 33_000, 65_500, 65_999):
             assert_keeps(keep_largest(both, count), reference.keep_largest(both.numpy(), count))
 
 

@@ -16,7 +16,7 @@ from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
 
 PATTERNS = {name: make() for name, make in PATTERN_CHOICES.items()}
 
-N_OF_M = [(2, 4), (4, 8), (1, 4), (3, 4), (2, 8), (1, 2), (5, 32)]
+N_OF_M = [(2, 4), (4, 8), (1, 4), (1, 3), (2, 8), (1, 2), (5, 32)]
 sparsities = st.floats(0, 1, exclude_max=True)
 
 
@@ -39,17 +39,6 @@ def test_unstructured_prunes_the_exact_number_of_each_group(scores, sparsity):
     by_layer = Unstructured(group="layer")(scores, sparsity)
     assert (~by_layer).sum() == int(scores.numel() * sparsity)
     assert_keeps(by_layer, reference.keep_by_layer(scores.numpy(), sparsity))
-
-
-@pytest.mark.parametrize("scores", [torch.zeros(3, 20), torch.ones(3, 20), torch.zeros(3, 12)])
-def test_ties_take_the_lower_columns_first(scores):
-    d_in = scores.shape[1]
-    by_row = Unstructured()(scores, 0.25)
-    assert by_row.tolist() == [[column >= d_in // 4 for column in range(d_in)]] * 3
-    by_layer = Unstructured(group="layer")(scores, 0.25)
-    assert by_layer.flatten().tolist() == [index >= scores.numel() // 4 for index in range(scores.numel())]
-    two_of_four = NM(2, 4)(scores, 0.5)
-    assert two_of_four.tolist() == [[False, False, True, True] * (d_in // 4)] * 3
 
 
 # ---- N:M
@@ -77,7 +66,7 @@ def test_equal_share_is_the_bisection(shape, sparsity):
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.99))
-@settings(max_examples=10)
+@settings(max_examples=5)
 def test_equal_share_comes_within_a_thousandth_or_to_the_bracket_end(seed, sparsity):
     scores = distinct_scores(seed, 8, 16, dtype=torch.float64)
     reached = 1 - EqualShare()(scores, sparsity).double().mean().item()
@@ -86,13 +75,6 @@ def test_equal_share_comes_within_a_thousandth_or_to_the_bracket_end(seed, spars
         ends = [1 - reference.keep_above_share(scores.numpy(), 0.8 * k / 1024).mean() for k in range(1025)]
         last_below = max(k for k in range(1024) if k == 0 or ends[k] <= sparsity)
         assert ends[last_below] <= reached <= ends[last_below + 1]
-
-
-def test_equal_share_gives_rows_their_own_sparsity():
-    flat, steep = torch.ones(100) + torch.arange(100) / 1000, torch.arange(100).float() ** 4 + 1
-    pruned_flat, pruned_steep = (~EqualShare()(torch.stack([flat, steep]), 0.5)).sum(dim=1).tolist()
-    assert pruned_flat < 40
-    assert pruned_steep > 60
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
@@ -105,13 +87,6 @@ def test_equal_share_leaves_a_pruned_matrix_as_it_is(sparsity):
 # ---- laws of every pattern
 
 
-@pytest.mark.parametrize("pattern", [p for p in PATTERNS.values() if not isinstance(p, NM)], ids=repr)
-@given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=10)
-def test_sparsity_zero_keeps_everything(pattern, seed):
-    assert pattern(distinct_scores(seed, 4, 24), 0.0).all()
-
-
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), NM(1, 4), NM(5, 32)], ids=repr)
 def test_layout_in_memory_does_not_matter(pattern):
     scores = distinct_scores(0, 6, 32)
@@ -121,22 +96,16 @@ def test_layout_in_memory_does_not_matter(pattern):
         assert_keeps(pattern(view, sparsity), expected)
 
 
-@pytest.mark.parametrize("pattern", [p for p in PATTERNS.values() if not isinstance(p, NM)], ids=repr)
-@given(seed=st.integers(0, 2**32 - 1), d_in=st.sampled_from([12, 30]))
-@settings(max_examples=20)
-def test_permuted_columns_permute_what_is_kept(pattern, seed, d_in):
-    scores = distinct_scores(seed, 5, d_in, dtype=torch.float64)
-    order = torch.randperm(d_in, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(pattern(scores[:, order], 0.5), pattern(scores, 0.5)[:, order])
-
-
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=repr)
-@given(seed=st.integers(0, 2**32 - 1))
+@given(seed=st.integers(0, 2**32 - 1), d_in=st.sampled_from([16, 32]))
 @settings(max_examples=10)
-def test_permuted_rows_permute_what_is_kept(pattern, seed):
-    scores = distinct_scores(seed, 6, 24, dtype=torch.float64)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(pattern(scores[order], 0.5), pattern(scores, 0.5)[order])
+def test_permuted_rows_and_columns_permute_what_is_kept(pattern, seed, d_in):
+    scores, generator = distinct_scores(seed, 5, d_in, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randperm(size, generator=generator) for size in scores.shape)
+    assert torch.equal(pattern(scores[rows], 0.5), pattern(scores, 0.5)[rows])
+    if not isinstance(pattern, NM):
+        assert torch.equal(pattern(scores[:, columns], 0.5), pattern(scores, 0.5)[:, columns])
+        assert pattern(scores, 0.0).all()
 
 
 @pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=["off", "strict", "warn_only"])
@@ -168,54 +137,36 @@ def test_deterministic_mode_is_off_only_where_values_are_read(choose, mode, monk
 # ---- errors
 
 
-@pytest.mark.parametrize(("n", "m"), [(4, 4), (0, 4), (5, 4), (-1, 4), (0, 0)])
-def test_impossible_n_of_m_is_refused(n, m):
-    with pytest.raises(ValueError, match=rf"whole numbers with 1 <= N < M, but it is {n}:{m}\."):
-        NM(n, m)
-
-
-def test_rows_cannot_be_weighed_within_a_row():
-    with pytest.raises(ValueError, match="weigh_rows of Unstructured must be False for group='row'"):
-        Unstructured("row", weigh_rows=True)
-
-
-def test_unknown_group_is_refused(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses it before we do
-    with pytest.raises(ValueError, match=r"group of Unstructured must be one of row, layer, but it is 'column'\."):
-        Unstructured(group="column")
-
-
-@pytest.mark.parametrize(("n", "m"), [(1.5, 4), (2, 4.0), ("2", 4), (2, None), (True, 4), (float("nan"), 4)])
-def test_n_and_m_that_are_no_integers_are_refused(monkeypatch, n, m):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+@pytest.mark.parametrize(
+    ("n", "m"), [(4, 4), (0, 4), (5, 4), (-1, 4), (1.5, 4), (2, 4.0), ("2", 4), (2, None), (True, 4), (float("nan"), 4)]
+)
+def test_impossible_n_of_m_is_refused(monkeypatch, n, m):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
     with pytest.raises(ValueError, match=re.escape(f"whole numbers with 1 <= N < M, but it is {n!r}:{m!r}.")):
         NM(n, m)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.49, 0.51, 0.75])
-def test_n_of_m_has_one_sparsity(sparsity):
-    with pytest.raises(
-        ValueError, match=rf"sparsity must be 0\.5 for the pattern 2:4, but it is {sparsity:g}\. Give sparsity=0\.5, or"
-    ):
-        NM(2, 4).check(sparsity)
+def test_impossible_groups_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="weigh_rows of Unstructured must be False for group='row'"):
+        Unstructured("row", weigh_rows=True)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"group of Unstructured must be one of row, layer, but it is 'column'\."):
+        Unstructured(group="column")
 
 
-@pytest.mark.parametrize(("n", "m"), N_OF_M)
-def test_n_of_m_fits_the_widths_that_m_divides(n, m):
-    fitting = [d_in for d_in in range(1, 100) if NM(n, m).why_not(d_in) is None]
-    assert fitting == list(range(m, 100, m))
-    assert NM(n, m).why_not(m + 1) == f"input width {m + 1} is not a multiple of {m}"
-
-
-@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS.values() if not isinstance(pattern, NM)], ids=repr)
-def test_other_patterns_fit_every_width(pattern):
-    assert not any(pattern.why_not(d_in) for d_in in range(1, 100))
-
-
-@pytest.mark.parametrize("pattern", [*PATTERNS.values(), *(NM(n, m) for n, m in [*N_OF_M, (1, 3)])], ids=repr)
-def test_check_accepts_what_fits(pattern):
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), *(NM(n, m) for n, m in N_OF_M)], ids=repr)
+def test_which_sparsities_and_widths_fit(pattern):
     pattern.check(getattr(pattern, "sparsity", 0.37))
-
-
-def test_check_accepts_a_rounded_sparsity():
-    NM(1, 3).check(0.666667)
+    fitting = [d_in for d_in in range(1, 100) if pattern.why_not(d_in) is None]
+    if not isinstance(pattern, NM):
+        assert fitting == list(range(1, 100))
+        return
+    assert fitting == list(range(pattern.m, 100, pattern.m))
+    assert pattern.why_not(pattern.m + 1) == f"input width {pattern.m + 1} is not a multiple of {pattern.m}"
+    pattern.check(round(pattern.sparsity, 6))
+    for sparsity in (0.0, pattern.sparsity - 0.01, pattern.sparsity + 0.01):
+        message = (
+            f"sparsity must be {pattern.sparsity:g} for the pattern {pattern.n}:{pattern.m}, but it is {sparsity:g}."
+        )
+        with pytest.raises(ValueError, match=re.escape(f"{message} Give sparsity={pattern.sparsity:g}, or")):
+            pattern.check(sparsity)

@@ -47,12 +47,11 @@ def test_kept_score(n, m):
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
 def test_an_order_of_eight_inputs_is_nearly_the_best(n, m):
-    for seed in range(3):
-        drawn = scores(6, 8, seed)
-        orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
-        best = max(kept_slowly(drawn, order, n, m) for order in orders)
-        found = Assignment(iterations=64)(drawn, NM(n, m))
-        assert 0.99 * best <= kept_slowly(drawn, found, n, m) <= 1.00001 * best
+    drawn = scores(6, 8)
+    orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
+    best = max(kept_slowly(drawn, order, n, m) for order in orders)
+    found = Assignment(iterations=64)(drawn, NM(n, m))
+    assert 0.99 * best <= kept_slowly(drawn, found, n, m) <= 1.00001 * best
 
 
 @pytest.mark.parametrize("chunk", [512, 8])
@@ -98,9 +97,3 @@ def test_a_pattern_without_groups_is_refused(pattern):
     assert "does not depend on the order of the inputs" in Assignment().why_not(pattern)
     assert NoPermutation().why_not(pattern) is None
     assert Assignment().why_not(NM(2, 4)) is None
-
-
-@pytest.mark.parametrize("iterations", [0, -1, True])
-def test_iterations_must_be_a_number(iterations):
-    with pytest.raises(ValueError, match="iterations of Assignment must be a whole number of at least 1"):
-        Assignment(iterations)

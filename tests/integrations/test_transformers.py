@@ -86,37 +86,6 @@ def test_without_the_callback_zeros_come_back(tmp_path):
         trained(tmp_path, looks, max_steps=2)
 
 
-def masked_adamw(weights, keep):
-    """AdamW by hand on masked gradients, with masked weights after each step."""
-    optimizer = torch.optim.AdamW(weights.values(), lr=0.01, weight_decay=0.0, fused=True)
-
-    def step():
-        for name, kept in keep.items():
-            weights[name].grad *= kept
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for name, kept in keep.items():
-                weights[name] *= kept
-        optimizer.zero_grad()
-
-    return step
-
-
-def test_the_trainer_takes_the_steps_of_a_loop_that_masks(tmp_path):
-    options = {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "weight_decay": 0.0}
-    model = trained(tmp_path, KeepZerosCallback(), max_steps=4, **options)
-    alone = pruned_llama().train()
-    keep = {name: ~where for name, where in zeros(alone).items()}
-    step = masked_adamw(dict(alone.named_parameters()), keep)
-    for start in range(0, 16, 4):
-        ids = torch.stack([Windows()[index]["input_ids"] for index in range(start, start + 4)])
-        alone(input_ids=ids, labels=ids).loss.backward()
-        step()
-    for name, weight in alone.named_parameters():
-        assert torch.equal(weight, model.get_parameter(name)), name
-
-
 class ZeroByChance(TrainerCallback):
     """Makes one kept weight zero at step 2, as rounding may. It trains on, also after a resume."""
 
@@ -154,15 +123,6 @@ def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
     assert "held" in saved["KeepZerosCallback"]["attributes"]
-
-
-def test_a_dense_model_warns(tmp_path):
-    model = pruned_llama()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(1)
-    with pytest.warns(UserWarning, match="No zeros were found in any prunable layer"):
-        trained(tmp_path, KeepZerosCallback(), model=model, max_steps=1)
 
 
 def test_an_interrupted_run_leaves_no_hook_for_the_next(tmp_path):

@@ -3,18 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.lora import TARGETS, CodesParameter, config, llama, logits, randomize, sparse_layer, two_adapters
+from support.lora import TARGETS, CodesParameter, config, llama, randomize, sparse_layer
 from torch import nn
 from torch.nn import functional as F
-
-from wanda_lightning.lora import KeepZerosLinear
-
-
-def test_deleting_an_adapter_leaves_the_other():
-    model = two_adapters()
-    first = logits(model)
-    model.delete_adapter("other")
-    assert torch.equal(logits(model), first)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("cat", {}), ("svd", {"svd_rank": 6})])
@@ -29,13 +20,6 @@ def test_weighted_adapters_are_the_weighted_sum(kind, options):
     model.set_adapter("sum")
     x = torch.randn(5, 32)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight + expected), rtol=1e-4, atol=1e-5)
-
-
-def test_all_linear_leaves_out_the_head_as_in_peft():
-    model = get_peft_model(llama(), config(target_modules="all-linear"))
-    layers = [name for name, module in model.named_modules() if isinstance(module, KeepZerosLinear)]
-    assert len(layers) == 2 * 7
-    assert not any("lm_head" in name for name in layers)
 
 
 def test_two_targets_with_one_weight_are_refused():

@@ -172,15 +172,6 @@ def test_layers_with_equal_windows_have_equal_tokens():
     assert linear.window == other.window != layers[0].window
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mode", MODES)
-def test_tokens_in_half_precision(mode, dtype):
-    """Tokens are copies of inputs: rounding to half precision comes before or after, and is the same."""
-    (layer,) = layers_of(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode))
-    x = torch.randn(2, 3, 5, 5).to(dtype)
-    assert torch.equal(layer.tokens(x).double(), layer.tokens(x.double()))
-
-
 # ---- grouped convolutions
 
 
@@ -244,8 +235,7 @@ def test_grouped_convolutions_in_the_report():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("grouped", [False, True])
-def test_along_one_dimension_like_images_of_one_row(choices, grouped):
+def test_along_one_dimension_like_images_of_one_row(choices):
     """A Conv1d is pruned as the Conv2d that does the same."""
 
     class Convolving(nn.Module):
@@ -269,10 +259,10 @@ def test_along_one_dimension_like_images_of_one_row(choices, grouped):
             one.copy_(other.reshape(one.shape))
     generator = torch.Generator().manual_seed(1)
     signals = [torch.randn(n, 3, 40, generator=generator, dtype=torch.float64) for n in (2, 3)]
-    options = {"include_grouped": grouped, "progress": False, **choices}
+    options = {"include_grouped": True, "progress": False, **choices}
     one = prune(rows, signals, 0.5, **options)
     other = prune(images, [x.unsqueeze(2) for x in signals], 0.5, **options)
-    assert len(one.layers) == (3, 11)[grouped]
+    assert len(one.layers) == 11
     assert one.sparsity == pytest.approx(0.5, abs=0.01)
     assert [(x.name, x.tokens, x.target) for x in one.layers] == [(x.name, x.tokens, x.target) for x in other.layers]
     assert {"stem: reads the raw signal"} == {x.detail for x in one.skipped if x.name == "stem"}
@@ -296,11 +286,6 @@ def test_padding_does_not_count_along_one_dimension():
     report = prune(build(Text), [{"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}], progress=False)
     assert [layer.tokens for layer in report.layers] == [7, 6]
     assert [bool(layer.note) for layer in report.layers] == [False, True]
-
-
-def test_a_depthwise_convolution_stays_dense():
-    reasons = {m.name: m.detail for m in find_layers(build(lambda: Grouped(groups=16)), include_grouped=True).skipped}
-    assert reasons["blocks.1.conv"] == "depthwise convolution"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from wanda_lightning.models.quantized import is_packed, is_quantized, quantizer
+from wanda_lightning.models.quantized import is_quantized
 
 
 def with_buffer(name, dtype):
@@ -53,13 +53,3 @@ def with_tensor_subclass():
 )
 def test_quantized_layers_are_recognized(module, quantized):
     assert is_quantized(module) is quantized
-
-
-def test_the_library_is_named():
-    assert quantizer(Linear8bitLt(4, 4)) == "bitsandbytes"
-    assert quantizer(nn.Linear(4, 4)) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_floating_point_parameters_are_not_packed(dtype):
-    assert not is_packed(nn.Parameter(torch.zeros(2, 2, dtype=dtype)))

@@ -71,26 +71,16 @@ class Linear4bit(nn.Linear):
         self.weight = torch.Tensor._make_subclass(Params4bit, packed, False)
 
 
-class PackedLinear(nn.Module):
-    """GPTQ and AWQ: integers in buffers, no parameter that is a matrix."""
+class QuantLinear(nn.Module):
+    """GPTQ, like AWQ: integers in buffers, no parameter that is a matrix."""
+
+    __module__ = "auto_gptq.nn_modules.qlinear.qlinear_cuda"
 
     def __init__(self, d_in, d_out):
         super().__init__()
         self.register_buffer("qweight", torch.zeros(d_in // 8, d_out, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(1, d_out // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.ones(1, d_out, dtype=torch.float16))
-
-
-class QuantLinear(PackedLinear):
-    __module__ = "auto_gptq.nn_modules.qlinear.qlinear_cuda"
-
-
-class TorchQuantLinear(PackedLinear):
-    __module__ = "gptqmodel.nn_modules.qlinear.torch"
-
-
-class WQLinear_GEMM(PackedLinear):
-    __module__ = "awq.modules.linear.gemm"
 
 
 class HQQLinear(nn.Module):
@@ -135,8 +125,6 @@ QUANTIZED = {
     "bitsandbytes 8 bits": (Linear8bitLt, "q", "quantized by bitsandbytes (Linear8bitLt, Parameter)"),
     "bitsandbytes 4 bits": (Linear4bit, "q", "quantized by bitsandbytes (Linear4bit, Params4bit)"),
     "auto_gptq": (QuantLinear, "q.qweight", "quantized by auto_gptq (QuantLinear, Tensor)"),
-    "gptqmodel": (TorchQuantLinear, "q.qweight", "quantized by gptqmodel (TorchQuantLinear, Tensor)"),
-    "awq": (WQLinear_GEMM, "q.qweight", "quantized by awq (WQLinear_GEMM, Tensor)"),
     "hqq": (HQQLinear, "q.W_q", "quantized by hqq (HQQLinear, Parameter)"),
     "torchao": (wrapped(Int8Tensor), "q", "quantized by torchao (Linear, Int8Tensor)"),
     "another": (wrapped(Wrapper), "q", "weights of type Wrapper cannot be pruned in place"),

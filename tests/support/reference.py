@@ -16,12 +16,10 @@ def array(tensor):
 # ---- statistics
 
 
-def square_sum(tokens, padding=None):
-    """The sum over tokens of x², for each column. `padding` is True for the rows that are not tokens."""
+def square_sum(tokens):
+    """The sum over tokens of x², for each column."""
     total = np.zeros(tokens.shape[1])
     for row in range(tokens.shape[0]):
-        if padding is not None and padding[row]:
-            continue
         for column in range(tokens.shape[1]):
             total[column] += tokens[row, column] ** 2
     return total

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def accelerate_2to4(model: nn.Module) -> Accelerated:
     return accelerated
 
 
-class Accelerated:
+class Accelerated(AbstractContextManager["Accelerated"]):
     """A model whose 2:4 layers run from sparse weights until `undo()` or the end of a `with` block.
 
     The model is for inference meanwhile. Its state dict stays as it was, but nothing can be loaded into it.
@@ -81,12 +81,8 @@ class Accelerated:
             weight.undo()
         self.layers = {}
 
-    def __enter__(self) -> Accelerated:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        """Restore the dense weights."""
         self.undo()
 
     def __repr__(self) -> str:

@@ -24,11 +24,7 @@ Dense = str | os.PathLike[str] | nn.Module | None
 
 
 def network_of(module: L.LightningModule, name: str | None) -> nn.Module:
-    """Return the submodule with this name; by default the module's `pruning_target`, else the module itself.
-
-    Raises:
-        MisconfigurationException: If there is no such submodule.
-    """
+    """Return the submodule with this name; by default the module's `pruning_target`, else the module itself."""
     if name is None:
         return pruning_target(module)
     try:
@@ -44,12 +40,7 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
     """Return the dense counterpart of the network with this name in a module, frozen and in eval mode.
 
     Call it in `setup("fit")`: callbacks prune later, and checkpoints are restored later. The result is no part of the
-    LightningModule. Warns if a given model has been pruned.
-
-    Raises:
-        ValueError: If the model is not dense or not finite, has another number of classes, or shares parameters with
-            the module.
-        MisconfigurationException: If a name is given that the module cannot load.
+    LightningModule.
     """
     network = network_of(pl_module, name)
     if dense is None:

@@ -319,7 +319,7 @@ class PruningCallback(Callback):
         """Record, show, log and save the report."""
         reads_datamodule = self.dataloader is None and self.calibrate_on == "calibration"
         samples = self.num_samples if reads_datamodule and self.config.data_reader is not None else 0
-        report.run = run_of(trainer, trainer.lightning_module, samples)
+        report.run = run_of(trainer, samples)
         if self.calibrate_on == "validation":  # the loop that has just ended ran the model before this stage
             report.run = self._measured_before(report.run, trainer)
         self._state.record(report, share)

@@ -13,13 +13,9 @@ from wanda_lightning.report import Run
 from wanda_lightning.report.metrics import METRICS
 
 
-def run_of(trainer: L.Trainer, pl_module: L.LightningModule, calibration_samples: int) -> Run:
-    """Return what is known before a loop has measured anything.
-
-    `calibration_samples` is the number of samples of the datamodule's calibration data; 0 if another source is read,
-    or none.
-    """
-    run = Run(model=_name_of(pl_module))
+def run_of(trainer: L.Trainer, calibration_samples: int) -> Run:
+    """Return what is known before a loop has measured anything, with so many samples of the datamodule or none."""
+    run = Run(model=_name_of(trainer.lightning_module))
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
     return replace(run, calibration=describe(calibration_samples)) if describe and calibration_samples else run
 

@@ -27,11 +27,7 @@ def pruning_target(pl_module: L.LightningModule) -> nn.Module:
 
 
 def processes_of(trainer: L.Trainer) -> Processes:
-    """Return the processes of a Trainer; call it in `setup` or later.
-
-    Raises:
-        MisconfigurationException: If the strategy distributes the model in a way that cannot be pruned.
-    """
+    """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose model cannot be pruned."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh

@@ -33,15 +33,10 @@ def _dampen(gram: Gram, dampening: float) -> Gram:
 
 
 def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
-    """Factorize a dampened Gram matrix.
+    """Return the lower triangular `L` with `L L^T = dampened(X^T X)`, and the dampening that was used.
 
-    If rounding makes the matrix indefinite, the dampening grows until it is definite, and a warning is logged.
-
-    Returns:
-        The lower triangular `L` with `L L^T = dampened(X^T X)`, and the dampening that was used.
-
-    Raises:
-        ValueError: If the matrix stays indefinite.
+    If rounding makes the matrix indefinite, the dampening grows until it is definite, and a warning is logged. Raises a
+    ValueError if it stays indefinite.
     """
     for attempt in range(_ATTEMPTS):
         used = dampening * 10**attempt

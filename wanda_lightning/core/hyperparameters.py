@@ -44,11 +44,7 @@ class OneOf:
 
 
 def check(method: object, **rules: Number | OneOf) -> None:
-    """Check attributes of a method, each against its rule.
-
-    Raises:
-        ValueError: Names the attribute, the method, the rule and the value.
-    """
+    """Check attributes of a method, each against its rule; raise a ValueError with the rule and the value."""
     for name, rule in rules.items():
         value = getattr(method, name)
         if not rule.accepts(value):

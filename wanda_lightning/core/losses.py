@@ -38,18 +38,11 @@ def squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 def summed_divergence(predicted: Tensor, dense: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """Return `KL(dense || predicted)` of logits divided by a temperature, summed over rows, for autograd.
 
+    Both are (rows, classes), and `keep` says which rows count. The sum is in float32, or in float64 for float64.
+
     It needs memory for one tensor of the size of the predictions, their gradient, which is computed together with the
     loss for some rows at a time. Autograd of `log_softmax` and `kl_div` would hold several. One backward pass uses
     the gradient up.
-
-    Args:
-        predicted: Logits of shape (rows, classes).
-        dense: Logits of shape (rows, classes), without a gradient.
-        keep: Which rows count, of shape (rows,); by default all.
-        temperature: The temperature, above 0.
-
-    Returns:
-        A scalar in float32, or in float64 for float64.
     """
     total: Tensor = _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
     return total

@@ -11,15 +11,12 @@ from collections.abc import Iterable, Sequence
 def matches(name: str, pattern: str, option: str) -> bool:
     """Whether a pattern names a layer or a module that holds the layer.
 
-    A pattern is a name, a glob, or `re:` and a regular expression that matches the whole name. Error messages say that
-    it was given for `option`.
+    A pattern is a name, a glob, or `re:` and a regular expression that matches the whole name. If that is not a regular
+    expression, the ValueError names `option`.
 
     Example:
         >>> matches("blocks.0.mlp.down", "*.mlp", "skip"), matches("blocks.0.mlp.down", "mlp", "skip")
         (True, False)
-
-    Raises:
-        ValueError: If the text after `re:` is not a regular expression.
     """
     if pattern.startswith("re:"):
         try:
@@ -31,11 +28,7 @@ def matches(name: str, pattern: str, option: str) -> bool:
 
 
 def check_patterns(option: str, given: object) -> tuple[str, ...]:
-    """Return the patterns of an option as a tuple; a string is a single pattern.
-
-    Raises:
-        ValueError: If they are not strings, or one is not a regular expression after `re:`.
-    """
+    """Return the patterns of an option as a tuple, or raise a ValueError; a string is a single pattern."""
     patterns = (given,) if isinstance(given, str) else given
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"{option} must be a list of layer names or patterns, but it is {given!r}.")
@@ -45,14 +38,7 @@ def check_patterns(option: str, given: object) -> tuple[str, ...]:
 
 
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
-    """Raise a ValueError with the nearest name for a pattern that matches none of the names.
-
-    Args:
-        patterns: The patterns.
-        names: Names of all layers or modules.
-        option: The option that the patterns were given for.
-        what: What has the names, such as "module".
-    """
+    """Raise a ValueError with the nearest name for a pattern that matches none of the names, each of a `what`."""
     for pattern in patterns:
         if not any(matches(name, pattern, option) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)

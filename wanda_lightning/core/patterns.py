@@ -31,32 +31,26 @@ def zeros_among(size: int, sparsity: float) -> int:
 
 @dataclass(frozen=True)
 class ColumnBlock:
-    """A block of a layer's columns and the zeros on both sides, for a solver that prunes columns from left to right.
+    """A block of a layer's columns and the zeros on both sides, for a solver that prunes columns from left to right."""
 
-    Attributes:
-        stop: Number of columns up to the end of the block.
-        d_in: Number of columns of the layer.
-        zeros_left: Number of zeros of each row to the left of the block.
-        zeros_right: Number of zeros that each row already has to the right of the block, and keeps.
-    """
-
-    stop: int
-    d_in: int
-    zeros_left: PerRow
-    zeros_right: PerRow
+    stop: int  # number of columns up to the end of the block
+    d_in: int  # number of columns of the layer
+    zeros_left: PerRow  # of each row, to the left of the block
+    zeros_right: PerRow  # that each row already has to the right of the block, and keeps
 
 
 class Pattern(ABC):
-    """Structure of the zeros of a layer: where they may be, and how many there are."""
+    """Structure of the zeros of a layer: where they may be, and how many there are.
+
+    Attributes:
+        weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared.
+    """
+
+    weigh_rows: bool = False
 
     @property
     def spans_rows(self) -> bool:
         """Whether the mask of a row depends on other rows, so that a process that holds some rows cannot choose it."""
-        return False
-
-    @property
-    def weighs_rows(self) -> bool:
-        """Whether the scores of each row are scaled by the importance of its output before they are compared."""
         return False
 
     @property
@@ -75,11 +69,7 @@ class Pattern(ABC):
         return None
 
     def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any sparsity
-        """Refuse a sparsity that the pattern cannot have.
-
-        Raises:
-            ValueError: Names the sparsity that it can have.
-        """
+        """Raise a ValueError for a sparsity that the pattern cannot have."""
 
     def why_not(self, d_in: int) -> str | None:
         """Return why a layer with `d_in` inputs cannot have the pattern, or None if it can."""
@@ -131,11 +121,6 @@ class Unstructured(Pattern):
     def spans_rows(self) -> bool:
         """True if all weights of the layer are compared."""
         return self.group == "layer"
-
-    @property
-    def weighs_rows(self) -> bool:
-        """`weigh_rows`."""
-        return self.weigh_rows
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return the number of weights of a comparison group."""

@@ -15,19 +15,12 @@ from wanda_lightning.core.types import KeepMask, RowWeights, Score, Weight
 
 @dataclass(frozen=True)
 class Selection:
-    """The criterion, pattern and sparsity that decide which weights of one layer are kept.
-
-    Attributes:
-        criterion: Scores the weights.
-        pattern: Turns the scores into a mask of the weights to keep.
-        sparsity: Fraction of the layer's weights that become zero, in [0, 1).
-        row_weights: How much an error at each output matters, with mean 1, for a pattern that weighs rows; by default
-            all outputs matter equally.
-    """
+    """The criterion, pattern and sparsity that decide which weights of one layer are kept."""
 
     criterion: Criterion
     pattern: Pattern
     sparsity: float
+    # How much an error at each output matters, with mean 1, for a pattern that weighs rows.
     row_weights: RowWeights = field(default_factory=lambda: torch.ones(1), compare=False, repr=False)
 
     def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
@@ -43,8 +36,8 @@ class Selection:
 
         Scores are roots of squared errors, hence the square root.
         """
-        return scores * self.row_weights.sqrt().to(scores)[:, None] if self.pattern.weighs_rows else scores
+        return scores * self.row_weights.sqrt().to(scores)[:, None] if self.pattern.weigh_rows else scores
 
     def total_error(self, errors: Tensor) -> Tensor:
         """Sum the squared errors of the rows, (d_out,), each times its weight if the pattern weighs rows."""
-        return (errors * self.row_weights.to(errors)).sum() if self.pattern.weighs_rows else errors.sum()
+        return (errors * self.row_weights.to(errors)).sum() if self.pattern.weigh_rows else errors.sum()

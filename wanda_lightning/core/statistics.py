@@ -78,15 +78,10 @@ def _full_precision() -> Iterator[None]:
 
 
 class GradientStatistics(NamedTuple):
-    """Sums over tokens of a layer's inputs x and of the gradients g at its outputs.
+    """Sums over tokens of a layer's inputs x and of the gradients g at its outputs."""
 
-    Attributes:
-        inputs: (d_in,): `x² * mean(g²)`, with the mean over the outputs.
-        rows: (d_out,): `g²`.
-    """
-
-    inputs: PerInput
-    rows: RowWeights
+    inputs: PerInput  # x² * mean(g²), with the mean over the outputs
+    rows: RowWeights  # g²
 
     def row_weights(self) -> RowWeights:
         """Return `rows` divided by its mean; ones if all gradients are 0."""
@@ -97,14 +92,8 @@ class GradientStatistics(NamedTuple):
 class InputStatistics:
     """Running sums over the tokens that entered a layer.
 
-    Only the sums named in `needs` are kept. They are accumulated in float32, or in float64 for float64 inputs.
-
-    Args:
-        needs: Names from `SUMS`; a method that needs no data gets `InputStatistics()`.
-
-    Attributes:
-        count: Number of tokens seen.
-        sums: The sums by name; empty until the first token.
+    Only the sums named in `needs`, names from `SUMS`, are kept. They are accumulated in float32, or in float64 for
+    float64 inputs. A method that needs no data gets `InputStatistics()`.
 
     Example:
         >>> inputs = InputStatistics({"square_sum"})
@@ -115,8 +104,8 @@ class InputStatistics:
 
     def __init__(self, needs: Iterable[str] = ()) -> None:
         self.needs = frozenset(needs)
-        self.count = 0
-        self.sums: dict[str, Tensor] = {}
+        self.count = 0  # of tokens
+        self.sums: dict[str, Tensor] = {}  # by name; empty until the first token
         self._derived: dict[tuple[str, float], Any] = {}  # what layers with the same inputs compute only once
         self._part_of: tuple[InputStatistics, slice] | None = None
         if unknown := self.needs - SUMS.keys():

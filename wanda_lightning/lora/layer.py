@@ -175,10 +175,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace W with W + s (B A) * keep, for the active or the named adapters.
 
-        Raises:
-            ValueError: With `safe_merge`, the merged weight would not be finite. Nothing is merged.
-            ValueError: The layer is quantized. `wanda_lightning.lora.merge` dequantizes it.
-            RuntimeError: An adapter has a bias and the layer has none.
+        `safe_merge` raises a ValueError, before anything is merged, if the merged weight would not be finite.
         """
         if is_quantized(self.get_base_layer()):
             raise ValueError(

@@ -46,12 +46,6 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
                         f"Target one of them, for example with exclude_modules=['{name}']."
                     )
 
-    def _create_and_replace(
-        self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, current_key: str, **kwargs: Any
-    ) -> None:
-        check_target(current_key, target)
-        super()._create_and_replace(lora_config, adapter_name, target, *args, current_key=current_key, **kwargs)
-
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if getattr(target, "_hf_tp_plan", None) is not None:
@@ -92,12 +86,7 @@ def refuse_unreadable(name: str, layer: nn.Module) -> None:
 
 
 def check_target(name: str, module: nn.Module) -> Tensor:
-    """Return the weight of a layer that can take a keep-zeros adapter.
-
-    Raises:
-        ValueError: The layer already has other adapters, is quantized in a format whose zeros cannot be read, or is not
-            a linear layer.
-    """
+    """Return the weight of a layer that can take a keep-zeros adapter; raise a ValueError for any other layer."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, KeepZerosLinear):
         raise ValueError(
             f"target_modules must name layers without adapters of another type, but {name} already has such adapters "

@@ -4,7 +4,7 @@ from wanda_lightning.models.find_layers import find_layers
 from wanda_lightning.models.from_config import model_from_config
 from wanda_lightning.models.hidden_units import HiddenUnits, hidden_units
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.models.layers import Layer, is_plain, layer_kinds
+from wanda_lightning.models.layers import Layer, is_plain
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.placeholders import is_unloaded, placeholder
 from wanda_lightning.models.predictions import (
@@ -34,7 +34,6 @@ __all__ = [
     "is_plain",
     "is_unloaded",
     "is_wrapper",
-    "layer_kinds",
     "model_from_config",
     "number_of_classes",
     "own_head",

@@ -20,10 +20,8 @@ def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> li
 
     counts = _layers_inside(modules, layers)
     marked = [name for name, m in modules.items() if isinstance(m, GradientCheckpointingLayer) and counts[name]]
-    listed = [
-        name for name in _members_of_lists(modules) if counts.get(name, 0) >= 2 and not _overlaps_any(name, marked)
-    ]
-    candidates = marked + [name for name in listed if name not in marked]
+    listed = [name for name in _members_of_lists(modules) if counts.get(name, 0) >= 2 and name not in marked]
+    candidates = marked + [name for name in listed if not any(_overlap(name, other) for other in marked)]
     return [name for name in candidates if not any(other.startswith(f"{name}.") for other in candidates)]
 
 
@@ -49,6 +47,5 @@ def _members_of_lists(modules: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def _overlaps_any(name: str, others: Iterable[str]) -> bool:
-    """Whether a module lies inside one of the others, or one of them inside it."""
-    return any(name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in others)
+def _overlap(one: str, other: str) -> bool:
+    return one.startswith(f"{other}.") or other.startswith(f"{one}.")

@@ -30,19 +30,9 @@ def find_layers(
 ) -> Inventory:
     """Find the layers to prune, group them into units, and give every other matrix its reason.
 
-    The weights are not read, so the model may be on the meta device.
-
-    Args:
-        model: Any module.
-        sequential: `"block"`, `"layer"` or `"none"`: a unit is a block, a layer, or the whole model.
-        skip: Layers to leave dense: module names or globs, which include everything inside the module, or `re:` and a
-            regular expression that matches a whole name.
-        only: The layers to prune, named in the same way; by default all. `skip` takes precedence.
-        include_grouped: Prune grouped convolutions, each group as a matrix of its own.
-        pattern: Where zeros may fall; layers whose width does not fit it are skipped.
-
-    Raises:
-        ValueError: If `sequential` is unknown, or a pattern in `skip` or `only` matches no matrix.
+    `PruningConfig.from_names` describes the arguments; `sequential` is `"block"`, `"layer"` or `"none"`. Layers whose
+    width does not fit the pattern are skipped. The weights are not read, so the model may be on the meta device. Raises
+    a ValueError if a pattern in `skip` or `only` matches no matrix.
     """
     if sequential not in SEQUENTIAL_CHOICES:
         raise ValueError(f"sequential must be one of {', '.join(SEQUENTIAL_CHOICES)}, but it is {sequential!r}.")

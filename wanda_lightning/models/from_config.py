@@ -15,14 +15,7 @@ def model_from_config(
 ) -> nn.Module:
     """Build a model on the meta device, from its configuration alone.
 
-    Args:
-        name: Hub id, folder or .gguf file of a language model; or `timm:NAME` of an image classifier.
-        cache_dir: Folder for downloads from the hub.
-        trust_remote_code: Run the code that comes with a hub model.
-
-    Raises:
-        OSError: If the configuration is not found.
-        ValueError: If timm does not know the model, or the configuration cannot be used.
+    `name` is a hub id, folder or .gguf file of a language model, or `timm:NAME` of an image classifier.
     """
     with torch.device("meta"):
         if str(name).startswith("timm:"):

@@ -22,19 +22,12 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 @dataclass(frozen=True)
 class Place:
-    """The positions of hidden units in one tensor.
-
-    Attributes:
-        module: The module that holds the tensor.
-        name: Name of the tensor in the module.
-        dim: The dimension along which the units lie.
-        index: Position of each unit, (heads, copies, units). Heads that share their values read copies of them.
-    """
+    """The positions of hidden units in one tensor of a module."""
 
     module: nn.Module
-    name: str
-    dim: int
-    index: Tensor
+    name: str  # of the tensor
+    dim: int  # along which the units lie
+    index: Tensor  # (heads, copies, units): heads that share their values read copies of them
 
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head."""
@@ -45,17 +38,11 @@ class Place:
 
 @dataclass(frozen=True)
 class HiddenUnits:
-    """Hidden units, where they are written and where they are read.
-
-    Attributes:
-        reader: The layer that reads them.
-        columns: Column of the reader for each unit, (heads, copies, units).
-        written: Rows of the writers, and other parameters with one value for each unit.
-    """
+    """Hidden units, where they are written and where they are read."""
 
     reader: Layer
-    columns: Tensor
-    written: tuple[Place, ...]
+    columns: Tensor  # of the reader, (heads, copies, units)
+    written: tuple[Place, ...]  # rows of the writers, and other parameters with one value for each unit
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -74,12 +61,10 @@ class HiddenUnits:
 
 
 def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
-    """Yield candidates for the hidden units that a layer reads, the likeliest first.
+    """Yield candidates for the hidden units that a plain layer reads, the likeliest first.
 
-    Args:
-        reader: The layer, for which `is_plain` holds.
-        parent: The module that contains it. Writers are sought there first.
-        block: The block that contains it. Nothing is proposed if it has adapters: they were trained for this order.
+    Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
+    the block has adapters: they were trained for this order.
     """
     d_in = reader.shape[1]
     if any(getattr(type(module), "adapter_layer_names", ()) for module in block.modules()):  # peft's layers
@@ -106,7 +91,7 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
 
 def _of_mlp(d_in: int, layers: Sequence[Layer]) -> Iterator[tuple[Tensor, tuple[Place, ...]]]:
     """Propose hidden units without heads, written by one layer or, with a gate, by two or one with twice the rows."""
-    columns = _whole(d_in)
+    columns = torch.arange(d_in).reshape(1, 1, d_in)
     same = [layer for layer in layers if layer.shape[0] == d_in]
     for writers in (same, *([layer] for layer in same if len(same) > 1)):
         if writers:
@@ -143,10 +128,6 @@ def _sources(size: int, index: Tensor, orders: Orders) -> Tensor:
     chosen = orders.cpu().unsqueeze(1).expand(index.shape)
     source[index.flatten()] = index.gather(2, chosen).flatten()
     return source
-
-
-def _whole(size: int) -> Tensor:
-    return torch.arange(size).reshape(1, 1, size)
 
 
 def _rows(layer: Layer, index: Tensor) -> tuple[Place, ...]:

@@ -40,19 +40,12 @@ class SkipReason(str, Enum):
 
 @dataclass(frozen=True)
 class SkippedMatrix:
-    """A matrix that is left dense.
+    """A matrix that is left dense."""
 
-    Attributes:
-        name: The layer's name, or the parameter's if it belongs to no layer.
-        shape: Its shape as stored.
-        reason: Why it is left dense.
-        detail: The reason in words.
-    """
-
-    name: str
-    shape: tuple[int, ...]
+    name: str  # of the layer, or of the parameter if it belongs to no layer
+    shape: tuple[int, ...]  # as stored
     reason: SkipReason
-    detail: str
+    detail: str  # the reason in words
 
     @property
     def size(self) -> int:

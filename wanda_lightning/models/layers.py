@@ -122,25 +122,15 @@ def layer_kinds() -> dict[str, LayerKind]:
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable matrix and the module that contains it.
+    """One prunable matrix and the module that contains it."""
 
-    Attributes:
-        name: Name of the module; `experts.down_proj.3` for an expert in a parameter, `conv.group3` for a group.
-        module: The module.
-        kind: Expresses it as a matrix.
-        parameter_name: Name of the parameter in the module.
-        expert: Index of the expert if the parameter holds one matrix for each expert.
-        group: Index of the group and number of groups if it belongs to a grouped convolution.
-        siblings: A glob that matches this matrix of every expert; `""` if it does not belong to an expert.
-    """
-
-    name: str
+    name: str  # of the module; `experts.down_proj.3` for an expert in a parameter, `conv.group3` for a group
     module: nn.Module
     kind: LayerKind
     parameter_name: str = "weight"
-    expert: int | None = None
-    group: tuple[int, int] | None = None
-    siblings: str = ""
+    expert: int | None = None  # if the parameter holds one matrix for each expert
+    group: tuple[int, int] | None = None  # index and number of groups in a grouped convolution
+    siblings: str = ""  # a glob that matches this matrix of every expert
 
     def read(self) -> Tensor:
         """Return the weight as (d_out, d_in); if it is sharded, the rows of this process."""

@@ -42,13 +42,7 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     An attention mask is (samples, tokens); or it has a row for each query, as in (samples, heads, queries, keys),
     boolean or additive, where a key that no query attends to is padding; or it is a dictionary of such masks, one for
     each type of layer. The result for any other mask fits no input, so that the report notes for each layer that
-    padding counts.
-
-    Returns:
-        The masks; none if the batch has no padding.
-
-    Raises:
-        ValueError: If an attention mask has another shape than the tokens.
+    padding counts. A batch without padding has no masks.
     """
     if not isinstance(batch, Mapping) or (attention := batch.get("attention_mask")) is None:
         return ()

@@ -79,12 +79,12 @@ class StreamedWeights(WeightStore):
         """Return the selections that an interrupted run has stored; empty if there are none."""
         sparsities = self._output.sparsities
         weights = {name: each.to(self._checkpoint.device) for name, each in self._output.row_weights().items()}
-        is_complete = bool(sparsities) and (bool(weights) or not plan.config.pattern.weighs_rows)
+        is_complete = bool(sparsities) and (bool(weights) or not plan.config.pattern.weigh_rows)
         return plan.selections(sparsities, weights) if is_complete else {}
 
     def keep(self, selections: Selections) -> None:
         """Store the sparsities and row weights, so that a run that continues this one does not compute them again."""
-        weighed = {name: each.row_weights.cpu() for name, each in selections.items() if each.pattern.weighs_rows}
+        weighed = {name: each.row_weights.cpu() for name, each in selections.items() if each.pattern.weigh_rows}
         self._output.save_allocation({name: each.sparsity for name, each in selections.items()}, weighed)
 
     def arrive(self, unit: Unit, outcome: Outcome) -> bool:

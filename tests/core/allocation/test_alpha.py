@@ -53,13 +53,3 @@ def test_matrices_without_a_tail():
     got = allocate(AlphaPruning(), flat + spectra, 0.5, Unstructured("layer"))
     assert got["d"] < got["a"] < got["c"]
     assert got["a"] == pytest.approx(got["b"], abs=1 / 32)
-
-
-def test_a_stage_of_a_schedule_is_scaled_with_the_target():
-    assert AlphaPruning().scaled(0.5) == AlphaPruning()
-
-
-@pytest.mark.parametrize("epsilon", [1.0, -0.1, math.nan])
-def test_values_out_of_range_are_refused(epsilon):
-    with pytest.raises(ValueError, match="epsilon of AlphaPruning must be a number of at least 0 and below 1"):
-        AlphaPruning(epsilon=epsilon)

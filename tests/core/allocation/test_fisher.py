@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from support.layers import allocate, random_layers
@@ -24,30 +23,6 @@ def test_no_layer_deviates_by_more_than_is_allowed():
     for deviation in (0.0, 0.05, 0.3):
         got = allocate(Fisher(max_deviation=deviation), list(random_layers()), 0.5, Unstructured("layer"))
         assert max(abs(value - 0.5) for value in got.values()) <= deviation + 0.02
-
-
-def test_a_stage_of_a_schedule_scales_the_differences():
-    assert Fisher(num_samples=4).scaled(0.2) == Fisher(max_deviation=0.03, num_samples=4)
-
-
-def test_samples_that_are_passed_backward():
-    assert Fisher().gradient_limit == (None, 0)
-    assert Fisher(num_samples=4, num_predictions=9).gradient_limit == (4, 9)
-
-
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [
-        ({"max_deviation": 1.5}, "max_deviation of Fisher must be a number of at least 0 and at most 1, but it is 1.5"),
-        ({"num_samples": 0}, "num_samples of Fisher must be a whole number of at least 1, but it is 0"),
-        ({"num_predictions": -1}, "num_predictions of Fisher must be a whole number of at least 0, but it is -1"),
-        ({"num_samples": 1.5}, "num_samples of Fisher must be a whole number of at least 1, but it is 1.5"),
-    ],
-)
-def test_values_out_of_range_are_refused(values, text, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
-    with pytest.raises(ValueError, match=text):
-        Fisher(**values)
 
 
 def test_the_score_of_a_weight_is_its_square_times_input_and_row():

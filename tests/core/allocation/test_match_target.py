@@ -1,7 +1,7 @@
 """Sparsities that are shifted to the target and rounded to what a pattern can have."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layers import dense_layer
 
@@ -19,6 +19,7 @@ def test_a_step_is_not_lost_to_rounding(levels, data):
 
 
 @given(seed=st.integers(0, 2**31), shapes=st.lists(st.integers(1, 40), min_size=2, max_size=12), n=st.integers(1, 15))
+@settings(max_examples=20)
 def test_mixed_n_of_m_has_the_mean_of_n_of_m(seed, shapes, n):
     pattern, generator = NM(n, 16), torch.Generator().manual_seed(seed)
     layers = [(str(i), str(i), torch.ones(d_out, 16), None) for i, d_out in enumerate(shapes)]

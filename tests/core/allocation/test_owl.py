@@ -1,7 +1,5 @@
 """OWL: where more scores are outliers, sparsity is lower."""
 
-import math
-
 import pytest
 import torch
 from support.layers import allocate
@@ -27,20 +25,3 @@ def test_owl_keeps_within_what_a_layer_can_have():
     layers = [(name, name, weight[i], torch.ones(1, 100)) for i, name in enumerate("ab")]
     assert allocate(OWL(), layers, 0.02) == {"a": 0.04, "b": 0.0}
     assert allocate(OWL(lambda_=0.5), layers, 0.75) == {"a": 0.99, "b": 0.51}
-
-
-def test_a_stage_of_a_schedule_scales_the_differences():
-    assert OWL().scaled(0.25) == OWL(lambda_=0.02)
-
-
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [
-        ({"m": 0.0}, "m of OWL must be a number above 0, but it is 0.0"),
-        ({"lambda_": 0.6}, "lambda_ of OWL must be a number of at least 0 and at most 0.5, but it is 0.6"),
-        ({"lambda_": math.nan}, "lambda_ of OWL must be"),
-    ],
-)
-def test_values_out_of_range_are_refused(values, text):
-    with pytest.raises(ValueError, match=text):
-        OWL(**values)

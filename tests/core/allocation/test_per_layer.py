@@ -23,10 +23,6 @@ def test_the_other_layers_share_what_remains():
     assert allocate(PerLayer(), plain_layers(), 0.3) == dict.fromkeys(NAMES, 0.3)
 
 
-def test_a_stage_of_a_schedule_scales_every_sparsity():
-    assert PerLayer({"*.up": 0.8, "last": 0.2}).scaled(0.5) == PerLayer({"*.up": 0.4, "last": 0.1})
-
-
 def test_pairs_from_a_file_are_a_mapping():
     assert PerLayer((("a", 0.5),)) == PerLayer({"a": 0.5})
     assert hash(PerLayer({"a": 0.5})) == hash(PerLayer({"a": 0.5}))

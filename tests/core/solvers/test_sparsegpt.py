@@ -6,7 +6,7 @@ import torch
 from support import reference
 from support.layers import WIDE, random_layer, solve
 
-from wanda_lightning.core.criteria import RIA, Magnitude, Saliency, Wanda
+from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.solvers import SparseGPT, ZeroOut
 
@@ -60,15 +60,8 @@ def test_rows_have_their_exact_number_whatever_the_blocks(block_size, sparsity):
     assert (~keep).sum() == int(3600 * sparsity)
 
 
-def test_a_row_of_zeros_does_not_change_the_number_of_zeros_of_another_row():
-    weight, tokens = random_layer(shape=(2, 256), tokens=600)
-    weight[0] = 0
-    _, keep = solve(SparseGPT(), weight, tokens, sparsity=0.25)
-    assert (~keep).sum(dim=1).tolist() == [256, 64]
-
-
 @pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()], ids=str)
-@pytest.mark.parametrize(("before", "after"), [(0.3, 0.3), (0.3, 0.6), (0.5, 0.5), (0.5, 0.51)])
+@pytest.mark.parametrize(("before", "after"), [(0.3, 0.6), (0.5, 0.5), (0.5, 0.51)])
 def test_rows_that_wanda_pruned_have_their_exact_number(criterion, before, after):
     """The zeros of a row are unevenly distributed over its blocks of columns."""
     weight, tokens = random_layer(shape=WIDE, tokens=500)
@@ -120,31 +113,12 @@ def test_zeros_on_the_left_stay_even_if_they_exceed_the_target(pattern):
     assert bool(pruned[:, 128:256].all()) == dense_on_the_right
 
 
-def test_an_input_that_is_never_active_loses_its_weights():
-    weight, tokens = random_layer()
-    tokens[:, [3, 40]] = 0
-    pruned, keep = solve(SparseGPT(), weight, tokens)
-    assert not pruned[:, [3, 40]].any()
-    assert torch.equal(keep, pruned != 0)
-    assert pruned.isfinite().all()
-
-
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer")], ids=str)
 def test_inputs_that_are_never_active_count(pattern):
     """They are all in the last block, and leave less to prune left of it."""
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     tokens[:, 200:] = 0
-    _, keep = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=0.4)
+    pruned, keep = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=0.4)
+    assert torch.equal(pruned.isfinite() & (pruned != 0), keep)
     assert not keep[:, 200:].any()
     assert (~keep).sum() == 12 * 120
-
-
-def test_what_unstructured_pruning_compares():
-    assert SparseGPT().group(Wanda()) == "layer"
-    upfront = SparseGPT(mask="upfront")
-    assert [upfront.group(each) for each in (Wanda(), RIA(), Magnitude(), Saliency())] == [
-        "row",
-        "row",
-        "layer",
-        "layer",
-    ]

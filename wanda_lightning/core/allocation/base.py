@@ -13,25 +13,15 @@ from wanda_lightning.core.types import Weight
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """Description of a layer, before it is pruned, for an allocation.
-
-    Attributes:
-        name: Name in the model.
-        block: Name of the block that contains the layer, or the name of the layer if no block does.
-        size: Number of weights.
-        sparsity_steps: Number of equal steps in which the pattern can raise the sparsity from 0 to 1.
-        load: Returns the weight; `read` calls it.
-        inputs: The input statistics that the allocation needs, of the dense model.
-        gradients: Gradients of the dense model, if the allocation reads them.
-    """
+    """Description of a layer of the dense model for an allocation."""
 
     name: str
-    block: str
-    size: int
-    sparsity_steps: int
-    load: Callable[[], Weight]
-    inputs: InputStatistics = field(default_factory=InputStatistics)
-    gradients: GradientStatistics | None = None
+    block: str  # that contains the layer, or the name of the layer if no block does
+    size: int  # number of weights
+    sparsity_steps: int  # number of equal steps in which the pattern can raise the sparsity from 0 to 1
+    load: Callable[[], Weight]  # returns the weight; `read` calls it
+    inputs: InputStatistics = field(default_factory=InputStatistics)  # that the allocation needs
+    gradients: GradientStatistics | None = None  # if the allocation reads them
     _zeros: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # empty until it is read
 
     def read(self) -> Weight:
@@ -50,15 +40,10 @@ class DenseLayer:
 
 
 class GradientLimit(NamedTuple):
-    """A number of samples: so many, or more until they have enough predictions.
+    """A number of samples: so many, or more until they have enough predictions."""
 
-    Attributes:
-        samples: The first samples; None for all.
-        predictions: Minimum number of predictions, of tokens or of images.
-    """
-
-    samples: int | None = None
-    predictions: int = 0
+    samples: int | None = None  # the first ones; None for all
+    predictions: int = 0  # of tokens or of images
 
 
 class Allocation(ABC):

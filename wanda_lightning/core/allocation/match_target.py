@@ -19,13 +19,8 @@ def match_target(
 
     All sparsities are shifted by the same amount. Zeros stay zero, so no layer gets a sparsity below its present one.
     A model that has enough zeros therefore gets no more, and pruning twice changes nothing. At least one weight of
-    each row or N:M group survives.
-
-    Args:
-        layers: All layers that are pruned.
-        wanted: A number for each layer; only the differences matter. If all are equal, all layers get the target.
-        sparsity: The target for the mean, weighted by the number of weights.
-        fixed: Sparsities of layers that are not shifted.
+    each row or N:M group survives. Only the differences in `wanted` matter; if all are equal, all layers get the
+    target. The layers in `fixed` have these sparsities and are not shifted.
     """
     present = {layer.name: min(layer.zeros / layer.size, _maximum(layer)) for layer in layers}
     missing = sparsity * sum(layer.size for layer in layers) - sum(layer.zeros for layer in layers)

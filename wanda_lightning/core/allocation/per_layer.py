@@ -58,9 +58,8 @@ class PerLayer(Allocation):
                 f"{_OPTION}={hidden[0]!r} matches only layers that earlier patterns match, and the first match counts. "
                 "Give it earlier, or leave it out."
             )
-        given = self._given(layers)
-        pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
-        size, rest = sum(layer.size for layer in layers), sum(layer.size for layer in layers if layer.name not in given)
+        _, pruned, rest = self._given(layers)
+        size = sum(layer.size for layer in layers)
         if not rest:
             if abs(pruned / size - sparsity) > _AS_PRINTED:
                 raise ValueError(
@@ -80,18 +79,19 @@ class PerLayer(Allocation):
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Give the other layers one sparsity that makes the mean the target."""
-        given = self._given(layers)
-        rest = sum(layer.size for layer in layers if layer.name not in given)
-        pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
+        given, pruned, rest = self._given(layers)
         remaining = (sparsity * sum(layer.size for layer in layers) - pruned) / rest if rest else 0.0
         return match_target(
             layers, {layer.name: given.get(layer.name, remaining) for layer in layers}, sparsity, fixed=given
         )
 
-    def _given(self, layers: Sequence[DenseLayer]) -> dict[str, float]:
+    def _given(self, layers: Sequence[DenseLayer]) -> tuple[dict[str, float], float, int]:
+        """Return the given sparsities by layer, how many zeros they make, and the size of the other layers."""
         sparsities = dict(self.sparsities)
         named = {layer.name: self._pattern_of(layer.name) for layer in layers}
-        return {name: sparsities[pattern] for name, pattern in named.items() if pattern is not None}
+        given = {name: sparsities[pattern] for name, pattern in named.items() if pattern is not None}
+        pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
+        return given, pruned, sum(layer.size for layer in layers if layer.name not in given)
 
     def _pattern_of(self, name: str) -> str | None:
         return next((pattern for pattern in dict(self.sparsities) if matches(name, pattern, _OPTION)), None)

@@ -91,11 +91,7 @@ class ADMM(Solver):
         return masked(fitted.div_(scale), keep).to(weight.dtype), keep
 
     def _alternate(self, dense: Weight, gram: Gram, choose: Callable[[Score], KeepMask]) -> tuple[Weight, KeepMask]:
-        """Alternate between fit and mask.
-
-        Returns:
-            The last fit plus the dual variable, not masked, and the mask.
-        """
+        """Return the last fit plus the dual variable, not masked, and the mask."""
         rho, last = self.rho
         growth = (last / rho) ** (1 / max(1, self.iterations - 1))
         target, pulled = torch.mm(dense, gram), torch.empty_like(dense)

@@ -42,9 +42,7 @@ class Solver(ABC):
     def workspace(self, rows: Sequence[int], d_in: int) -> int:
         """Return about how many float32 numbers it holds at most, besides weights and statistics.
 
-        Args:
-            rows: The number of rows of each layer that it solves together.
-            d_in: The number of their inputs.
+        `rows` has the number of rows of each layer that it solves together.
         """
         grams = 2 * d_in**2 if "gram" in self.needs else 0
         return grams + 4 * max(rows) * d_in + self._results(rows, d_in)

@@ -56,12 +56,9 @@ class Refit(Solver):
 def refit(
     dense: Weight, start: Weight, keep: KeepMask, gram: Gram, steps: int
 ) -> tuple[Weight, Float[Tensor, "d_out 1"]]:
-    """Find the kept weights that are nearest to `dense` in the norm of `gram`, starting from `start`.
+    """Return the kept weights that are nearest to `dense` in the norm of `gram`, and each row's squared distance.
 
     A row is done when its residual energy has fallen to 1e-12 of the initial one, or after `steps` steps.
-
-    Returns:
-        The weights, and the squared distance of each row to `dense` in that norm.
     """
     inverse_diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
     fitted = start.clone()

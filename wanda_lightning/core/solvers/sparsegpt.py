@@ -132,12 +132,8 @@ class SparseGPT(Solver):
 class _Chooser:
     """Chooses the mask of some rows: one group of columns at a time for N:M, otherwise one block at a time.
 
-    Args:
-        selection: Criterion, pattern and sparsity of the rows.
-        inputs: Statistics of all columns.
-        columns: The transposed weights, which the solver updates.
-        alive: Which weights were not zero at the start.
-        pruned: Receives 1 for a pruned weight and 0 for a kept one.
+    It reads the transposed weights (`columns`), which the solver updates, and writes 1 into `pruned` for a pruned
+    weight and 0 for a kept one. `alive` says which weights were not zero at the start.
     """
 
     def __init__(
