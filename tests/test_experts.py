@@ -4,16 +4,12 @@ import copy
 
 import pytest
 import torch
-from support.experts import (
-    SPECIMENS,
-    double,
-    experts_of,
-    starved,
-)
+from support.experts import SPECIMENS, double, experts_of, starved
+from support.pairwise import spread
 from support.zoo import ZOO, run
 from torch import nn
 
-from wanda_lightning import PruningReport, Reconstruct, prune
+from wanda_lightning import ADMM, PruningReport, Reconstruct, prune
 from wanda_lightning.core import statistics
 from wanda_lightning.evaluation import sparsity_of
 from wanda_lightning.models import find_layers
@@ -57,7 +53,7 @@ def unstacked(model):
 
 CHOICES = {
     "sparsegpt": {"solver": "sparsegpt"},
-    "admm": {"solver": "admm"},
+    "admm": {"solver": ADMM(iterations=2, refit_steps=1)},
     "ria": {"criterion": "ria"},
     "two_of_four": {"pattern": "2:4"},
     "layer": {"pattern": "unstructured_layer"},
@@ -68,10 +64,9 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(("name", "choices"), spread(["mixtral", "gpt_oss"], CHOICES))
 def test_pruned_like_layers_of_their_own(name, choices):
-    model = double(name)
+    model, choices = double(name), CHOICES[choices]
     layers, batches = unstacked(model), ZOO[name].batches()
     torch.testing.assert_close(run(model, batches[0]), run(layers, batches[0]))
     report = prune(model, batches, min_expert_tokens=0, progress=False, **choices)

@@ -115,7 +115,7 @@ def test_padding_left_out_equals_a_loop_that_skips_it():
     padding = torch.rand(len(tokens), generator=torch.Generator().manual_seed(3)) < 0.4
     inputs = statistics(tokens[~padding])
     assert inputs.count == (~padding).sum()
-    expected = reference.square_sum(reference.array(tokens), padding.numpy())
+    expected = reference.square_sum(reference.array(tokens[~padding]))
     np.testing.assert_allclose(reference.array(inputs.sums["square_sum"]), expected, rtol=1e-5)
 
 
