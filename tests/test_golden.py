@@ -88,7 +88,7 @@ def expected_keep(name, tag, weights):
     return keep
 
 
-@pytest.mark.parametrize(("name", "run"), in_turns(["llama", "opt"], "magnitude", "wanda"))
+@pytest.mark.parametrize(("name", "run"), in_turns(["opt", "llama"], "magnitude", "wanda"))
 def test_language_models(name, run):
     method, sparsity, kind, *variant = run["tag"].split("_")
     model = load_dense(name)
