@@ -186,29 +186,6 @@ def test_units_do_not_depend_on_what_fits(name, m):
         assert found.skipped[: len(every.skipped)] == every.skipped
 
 
-@pytest.mark.parametrize(("name", "sequential"), spread(["mixtral", "gpt_oss"], SEQUENTIAL_CHOICES))
-def test_experts_that_the_pattern_does_not_fit(name, sequential):
-    """Their hidden size is 32; only what is between the two matrices of an expert has a width of 64."""
-    model, dense = ZOO[name].build(), dict(ZOO[name].build().named_parameters())
-    choices = {"pattern": "32:64", "only": ["*.experts"], "sequential": sequential}
-    report = prune(model, ZOO[name].batches(), **choices, progress=False)
-    reasons = {matrix.name: matrix.detail for matrix in report.skipped}
-    count = 0
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("experts.gate_up_proj"):
-            assert torch.equal(parameter, dense[parameter_name])
-            for expert in range(len(parameter)):
-                assert reasons[f"{parameter_name}.{expert}"] == "input width 32 is not a multiple of 64"
-        elif parameter_name.endswith("experts.down_proj"):
-            assert (parameter == 0).sum((1, 2)).eq(parameter[0].numel() // 2).all()
-            count += len(parameter)
-    assert len(report.layers) == count
-    misfits = [reason for reason in reasons.values() if reason.startswith("input width")]
-    said = f"the pattern does not fit {len(misfits)} layers, model.layers.0.mlp.experts.gate_up_proj.0 largest (input"
-    assert any(note.startswith(said) for note in report.notes)
-    assert report.zeros == sum(int((parameter == 0).sum()) for parameter in model.parameters())
-
-
 def test_groups_that_the_pattern_does_not_fit():
     model = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 4, 2))
     batch = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning import NM, Magnitude, prune
+from wanda_lightning import Magnitude, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
@@ -136,13 +136,6 @@ def test_weights_without_a_shape_or_of_inference_mode():
     assert "inference_mode" in refusal(frozen, Untouched())
 
 
-@pytest.mark.parametrize(("pattern", "sparsity", "only"), [("2:4", 0.6, 0.5), ("1:4", 0.5, 0.75), (NM(4, 8), 0.0, 0.5)])
-def test_n_of_m_with_another_sparsity(pattern, sparsity, only):
-    message = refusal(build(), Untouched(), sparsity, pattern=pattern)
-    assert_says(message, f"sparsity must be {only:g}", f"it is {sparsity:g}", f"Give sparsity={only:g}", "unstructured")
-    prune(build(), vectors(), only, pattern=pattern, progress=False)  # its advice
-
-
 @EVERY_GRANULARITY
 def test_n_of_m_that_fits_no_layer(sequential):
     message = refusal(build(), Untouched(), 0.6, pattern="2:5", sequential=sequential)
@@ -243,16 +236,6 @@ def test_layers_with_one_input_are_named_together(sequential):
         prune(model, [{"input_ids": torch.full((1, 4), 2)}, batches[1]], sequential=sequential, progress=False)
     parts = "q" if sequential == "layer" else "qkv"
     assert ", ".join(f"model.layers.0.self_attn.{part}_proj" for part in parts) in str(caught.value)
-
-
-@EVERY_GRANULARITY
-def test_an_overflow_in_half_precision(sequential):
-    model = build().half()
-    model.blocks[1].up.weight.data.mul_(60000)
-    model.blocks[1].between = lambda x: 1000 * x
-    written = before("blocks.1.down" if sequential == "layer" else "blocks.1.up", sequential)
-    message = refusal(model, [x.half() for x in vectors()], sequential=sequential, written=written)
-    assert_says(message, "blocks.1.down", "batch 0 ", "wider dtype")
 
 
 @EVERY_GRANULARITY

@@ -1,6 +1,5 @@
 """The facts that the lockstep engine rests on, each against a plain forward pass or a counter."""
 
-import contextlib
 import copy
 import os
 import signal
@@ -395,28 +394,6 @@ def test_a_model_that_catches_exceptions_does_not_swallow_the_ending(kind, stops
         next(stops)
     stops.close()
     assert kind is BaseException or caught == behind == []
-
-
-def test_cleanup_of_the_model_runs_at_the_end():
-    entered, left = [], []
-
-    @contextlib.contextmanager
-    def resource():
-        entered.append(threading.current_thread())
-        try:
-            yield
-        finally:
-            left.append(threading.current_thread())
-
-    class Tidy(Chain):
-        def forward(self, x):
-            with resource(), torch.autocast("cpu", dtype=torch.bfloat16):
-                return super().forward(x)
-
-    model = Tidy(Mlp(), Mlp())
-    assert len(route(model, vectors(), model.blocks)) == 2
-    assert len(entered) == 3
-    assert set(entered) == set(left)
 
 
 # ---- Ctrl-C
