@@ -64,7 +64,16 @@ def runs(name, *methods):
     entries = json.loads((GOLDEN / f"{name}.json").read_text())
     for run in entries if isinstance(entries, list) else entries["runs"]:
         if run["tag"].startswith(methods):
-            yield pytest.param(name, run, id=f"{name}-{run['tag']}")
+            yield run
+
+
+def in_turns(names, *methods):
+    """Every second run of each of two models; all others run at night."""
+    return [
+        pytest.param(name, run, id=f"{name}-{run['tag']}", marks=[pytest.mark.nightly] * (index % 2 != number))
+        for number, name in enumerate(names)
+        for index, run in enumerate(runs(name, *methods))
+    ]
 
 
 def expected_keep(name, tag, weights):
@@ -79,7 +88,7 @@ def expected_keep(name, tag, weights):
     return keep
 
 
-@pytest.mark.parametrize(("name", "run"), [*runs("llama", "magnitude", "wanda"), *runs("opt", "magnitude", "wanda")])
+@pytest.mark.parametrize(("name", "run"), in_turns(["opt", "llama"], "magnitude", "wanda"))
 def test_language_models(name, run):
     method, sparsity, kind, *variant = run["tag"].split("_")
     model = load_dense(name)
@@ -125,7 +134,7 @@ class Fading(InputStatistics):
         super().merge(other)
 
 
-@pytest.mark.parametrize(("name", "run"), [*runs("llama", "sparsegpt", "ablate"), *runs("opt", "sparsegpt", "ablate")])
+@pytest.mark.parametrize(("name", "run"), in_turns(["llama", "opt"], "sparsegpt", "ablate"))
 def test_weight_updates(name, run, monkeypatch):
     *method, sparsity, kind = run["tag"].split("_")
     before = method[-1] == "seq"
@@ -160,7 +169,7 @@ def test_weight_updates(name, run, monkeypatch):
     assert logits == pytest.approx(run["logits_absmean"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "run"), [*runs("vit", "magnitude", "wanda"), *runs("convnext", "magnitude", "wanda")])
+@pytest.mark.parametrize(("name", "run"), in_turns(["vit", "convnext"], "magnitude", "wanda"))
 def test_image_classifiers(name, run):
     method, sparsity, group = run["tag"].split("_")
     model = load_dense(name)

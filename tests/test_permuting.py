@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
 from support.pair_cases import permute_both
+from support.pairwise import spread
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
@@ -70,8 +71,7 @@ def outputs(model, batches):
         return [run(model, batch) for batch in batches]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(("name", "dtype"), spread(READERS, [torch.bfloat16, torch.float32]))
 def test_the_model_computes_the_same(name, dtype):
     model, batches = varied(ZOO[name].build()).to(dtype), ZOO[name].batches()
     if name in ("vit", "convnext", "resnet18"):
@@ -278,8 +278,7 @@ def unchanged(model, dense):
     return all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", FIXED)
+@pytest.mark.parametrize(("kind", "dtype"), spread(FIXED, [torch.float32, torch.bfloat16, torch.float16]))
 def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
     model = FIXED[kind]().to(dtype)
     dense = copy.deepcopy(model.state_dict())

@@ -172,8 +172,8 @@ def assert_counts(matrix, pattern, sparsity):
 
 
 @EVEN_SAME
-@given(st.data(), cases(*DTYPES), st.sampled_from(SEQUENTIAL_CHOICES))
-def test_counts_are_exact(data, case, sequential):
+@given(st.data(), cases(*DTYPES, *[torch.float64] * 3), st.sampled_from(SEQUENTIAL_CHOICES))
+def test_counts_are_exact_and_masks_those_of_a_slow_loop(data, case, sequential):
     dense = case.matrices()
     pattern, sparsity = data.draw(patterns(next(iter(dense.values())).shape[1]))
     report = prune(
@@ -195,19 +195,8 @@ def test_counts_are_exact(data, case, sequential):
             assert torch.equal(matrix[kept], dense[name][kept])
             assert pruned[name].tokens == len(case.tokens[name])
             assert pruned[name].zeros == int((~kept).sum())
+            if case.dtype == torch.float64:  # others have near ties
+                scores = reference.wanda(reference.array(dense[name]), case.tokens[name])
+                assert (kept.numpy() == reference.keep(pattern, scores, sparsity)).all(), name
     assert report.parameters == sum(parameter.numel() for parameter in case.model.parameters())
     assert report.zeros == sum(int((parameter == 0).sum()) for parameter in case.model.parameters())
-
-
-@EVEN_SAME
-@given(st.data(), cases(torch.float64), st.sampled_from(SEQUENTIAL_CHOICES))
-def test_masks_are_those_of_a_slow_loop(data, case, sequential):
-    dense = {name: reference.array(matrix) for name, matrix in case.matrices().items()}
-    pattern, sparsity = data.draw(patterns(next(iter(dense.values())).shape[1]))
-    choices = {"pattern": pattern, "sequential": sequential, "include_grouped": True}
-    prune(case.model, case.batches, sparsity, **choices, progress=False)
-    for name, matrix in case.matrices().items():
-        tokens = case.tokens[name]
-        if tokens.any():
-            keep = reference.keep(pattern, reference.wanda(dense[name], tokens), sparsity)
-            np.testing.assert_array_equal(reference.array(matrix), dense[name] * keep, err_msg=name)

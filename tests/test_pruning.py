@@ -3,16 +3,17 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import cycle, product
 
 import numpy as np
 import pytest
 import torch
 from support import reference
-from support.pairwise import spread, with_nightly
+from support.pairwise import with_nightly
 from support.zoo import ZOO, matching, matrices, run
 from torch import nn
 
-from wanda_lightning import NM, Magnitude, PruningReport, SparseGPT, Unstructured, Wanda, prune
+from wanda_lightning import SparseGPT, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 
@@ -47,16 +48,6 @@ def tied(everything):
     first = {}
     part = {name: name.rpartition(".")[2] if weight.ndim == 3 else "" for name, weight in everything.items()}
     return {name for name, weight in everything.items() if first.setdefault((id(weight), part[name]), name) != name}
-
-
-@pytest.mark.parametrize("name", with_nightly(["gpt2", "llama4", "convnext"], ZOO.keys() - {"torch_transformer"}))
-def test_two_of_four_fits_everywhere(name):
-    specimen = ZOO[name]
-    model = specimen.build()
-    report = prune(model, specimen.batches(), 0.5, pattern="2:4", sequential="layer", progress=False)
-    for layer in find_layers(model).layers:
-        if layer.name in {pruned.name for pruned in report.layers}:
-            assert (layer.read().reshape(-1, 4) == 0).sum(dim=1).eq(2).all(), layer.name
 
 
 # ---- the slow procedure
@@ -173,7 +164,19 @@ def keep_half_of_each_row(scores):
 NOT_SLOWLY = "autocast_inside", "torch_transformer"  # blocks in bfloat16; layers that nothing calls
 
 
-@pytest.mark.parametrize(("name", "sequential"), spread(ZOO, SEQUENTIAL_CHOICES))
+LIKE_OTHERS = {  # specimens that differ from another in nothing that pruning sees
+    *("llama_left_padded", "mistral", "qwen3", "gemma3", "olmoe", "qwen3_moe", "gpt_neox", "deit", "resnet50"),
+    "convnext_conv_mlp",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sequential"),
+    with_nightly(
+        zip([name for name in ZOO if name not in LIKE_OTHERS], cycle(SEQUENTIAL_CHOICES)),
+        product(ZOO, SEQUENTIAL_CHOICES),
+    ),
+)
 def test_equals_the_slow_procedure(name, sequential):
     specimen = ZOO[name]
     model, batches = specimen.build(), specimen.batches()
@@ -210,19 +213,6 @@ def test_batch_size_changes_nothing(sequential):
     assert all(torch.equal(kept[0][name], other[name]) for other in kept[1:] for name in kept[0])
 
 
-@pytest.mark.parametrize(
-    ("criterion", "pattern"),
-    spread([Wanda(), Magnitude()], ["unstructured", "unstructured_layer", "equal_share", "2:4"]),
-)
-def test_pruning_twice_changes_nothing(criterion, pattern):
-    model = ZOO["llama"].build()
-    first = prune(model, ZOO["llama"].batches(), 0.5, criterion=criterion, pattern=pattern, progress=False)
-    once = copy.deepcopy(model.state_dict())
-    second = prune(model, ZOO["llama"].batches(), 0.5, criterion=criterion, pattern=pattern, progress=False)
-    assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
-    assert first.sparsity == second.sparsity
-
-
 @pytest.mark.parametrize("sequential", ["block", "none"])
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
 def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
@@ -250,13 +240,6 @@ def test_the_model_is_left_as_it_was(sequential):
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
-
-
-def test_magnitude_needs_no_data():
-    model = ZOO["llama"].build()
-    report = prune(model, None, 0.3, criterion="magnitude", pattern=Unstructured("layer"), progress=False)
-    assert report.sparsity == pytest.approx(0.3, abs=1e-3)
-    assert all(layer.tokens == 0 for layer in report.layers)
 
 
 def decoder_tokens(**batch):
@@ -336,24 +319,6 @@ def test_the_table_shows_brackets_as_they_are():
         assert text in str(report)
 
 
-def test_report_round_trip_and_table(tmp_path):
-    report = prune(ZOO["vit"].build(), ZOO["vit"].batches(), 0.5, pattern=NM(2, 4), criterion=Wanda(), progress=False)
-    path = report.save(tmp_path / "new")
-    read = PruningReport.from_json(path.read_text())
-    assert read == report
-    assert path.name == "pruning_report.json"
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    table = str(report)
-    assert "blocks.0.attn.qkv" in table
-    assert "50.00%" in table
-    assert "output head" in table
-    assert report.config["pattern"] == {"name": "NM", "n": 2, "m": 4}
-    assert report.versions["torch"] == torch.__version__.split("+")[0] or report.versions["torch"] == torch.__version__
-    everything = sum(weight.numel() for weight in matrices(ZOO["vit"].build()).values())
-    counted = sum(layer.size for layer in report.layers) + sum(int(np.prod(m.shape)) for m in report.skipped)
-    assert counted == everything
-
-
 # ---- solvers on whole models
 
 
@@ -381,16 +346,6 @@ def test_the_error_of_each_layer_is_that_of_its_outputs(method):
         outputs, after = (inputs[layer.name] @ matrix.t() for matrix in (weight, pruned))
         expected = float((outputs - after).square().sum() / outputs.square().sum())
         assert layer.error == (None if method == "wanda" else pytest.approx(expected, rel=1e-4))
-
-
-def test_each_layer_names_its_block():
-    specimen = ZOO["mixtral"]
-    model = specimen.build()
-    report = prune(model, specimen.batches(), 0.5, progress=False)
-    assert {layer.block for layer in report.layers} == {
-        f"model.layers.{index}" for index in range(len(model.model.layers))
-    }
-    assert all(layer.name.startswith(f"{layer.block}.") for layer in report.layers)
 
 
 def test_one_factorisation_for_layers_with_one_input(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.block_runs import BlockRuns
-from wanda_lightning.calibration.error_notes import add_note
+from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.criteria import Wanda
@@ -54,7 +53,7 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
         data.refuse_if_empty()
     observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)
     forwards, names = [sample.predict for sample in samples], [unit.name for unit in units]
-    with ProgressBar("Permuting", len(units), progress) as bar, store.dense(), search.explaining_errors():
+    with ProgressBar("Permuting", len(units), progress) as bar, store.dense(), noting(search.state):
         for stop in lockstep(forwards, blocks, processes, names, revisited, make_parking=data.make_parking):
             unit = units[stop.unit]
             bar.show(unit.name)
@@ -111,15 +110,10 @@ class _Search:
         if chosen:
             self.permuted.put_back.append(name)
 
-    @contextmanager
-    def explaining_errors(self) -> Iterator[None]:
-        """Add to an error that the dense model is permuted."""
-        try:
-            yield
-        except BaseException as error:
-            if any(self.done.values()):
-                add_note(error, "Hidden units of the model are permuted already. It computes the same as before.")
-            raise
+    def state(self) -> str:
+        """Say, for an error, that the dense model is permuted; return nothing if it is not."""
+        permuted = "Hidden units of the model are permuted already. It computes the same as before."
+        return permuted if any(self.done.values()) else ""
 
     def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> Iterator[HiddenUnits]:
         """Yield the hidden units that a layer reads, if they can be permuted."""

@@ -124,11 +124,8 @@ class Plan:
     ) -> Selections:
         """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target.
 
-        Args:
-            inputs: Statistics of the dense model, if the allocation needs any, of the layers that a batch reaches.
-            gradients: Gradients of the dense model, if the allocation or the pattern reads them.
-            progress: Show a bar.
-            hold: Called with the name of a layer before its weight is read.
+        `inputs` and `gradients` are those of the dense model. `hold` is called with the name of a layer before its
+        weight is read.
         """
         allocation, processes = self.config.allocation, self.processes
         layers = list(self.layers)
@@ -175,13 +172,7 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
 def make_plan(
     config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS, has_weights: bool = True
 ) -> Plan:
-    """Find what will be pruned, without changing the model.
-
-    Args:
-        config: The choices.
-        model: The model.
-        processes: All processes that prune it.
-        has_weights: Whether its weights are in memory and can be checked.
+    """Find what will be pruned, without changing the model; check its weights if they are in memory.
 
     Raises:
         ValueError: If the model cannot be pruned as asked.

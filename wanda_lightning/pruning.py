@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.calibrate import UnitStop, calibrate, watch_units
-from wanda_lightning.calibration.error_notes import add_note
+from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.gradients import gradient_statistics, gradient_statistics_by_block
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
@@ -128,7 +128,7 @@ def prune_as(
         dense = DenseModel(model, plan.layers, plan.blocks, data, processes, progress)
         recovery = config.recovery.start_model(dense) if recovers else ModelRecovery()
     with _timed(seconds, "prune"), pruning_mode(model), _naming_what_was_written(outcome, store.advice):
-        _prune_all(plan, data, outcome, store, progress)
+        _prune_units(plan, data, outcome, store, progress)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     with _timed(seconds, "normalize", bool(batch_norms)), pruning_mode(model):
         outcome.batch_norm = statistics.correct()
@@ -174,65 +174,47 @@ def _why_not_corrected(plan: Plan, batches: object) -> str:
     return "no calibration batches were given" if batches is None else ""
 
 
-def _prune_all(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, progress: bool) -> None:
-    if plan.is_one_pass and not store.is_whole:
-        with ProgressBar("Pruning", 2 * len(plan.units), progress) as bar:
-            _prune_watched(plan, data, outcome, store, bar)
-    else:
-        total = data.length if plan.is_one_pass else len(plan.units)
-        with ProgressBar("Pruning", total, progress) as bar:
-            _prune_units(plan, data, outcome, store, bar)
-
-
-def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, bar: ProgressBar) -> None:
-    """Observe, prune and recover each unit in turn."""
-    config = plan.config
-    tick = bar.advance if plan.is_one_pass else lambda: None
-    observer = Observer(plan.observed, data.masks, tick, plan.processes, config.min_expert_tokens)
+def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, progress: bool) -> None:
+    """Observe, prune and recover each unit in turn; if blocks are loaded for one pass, observe all of them first."""
+    config, in_parts = plan.config, plan.is_one_pass and not store.is_whole
+    total = 2 * len(plan.units) if in_parts else data.length if plan.is_one_pass else len(plan.units)
     revisited: set[int] = set()
-    stops: Generator[UnitStop]
-    if plan.observed:
-        stops = calibrate(plan.model, plan.units, data, plan.processes, revisited)
-    else:
-        stops = (UnitStop(unit, (), lambda: None) for unit in plan.units)
-    with closing(stops):
-        for stop in stops:
-            unit = stop.unit
-            bar.show(f"{unit.name}{store.status}")
-            if not store.arrive(unit, outcome):
-                recovery = config.recovery.start(unit, data.masks)
-                inputs = observer(unit, recovery.record(stop.calls)) if plan.observed else {}
-                stop.check()
-                del stop  # or its parked activations would outlive the run of the pruned unit
-                if not outcome.selections:
-                    outcome.selections = plan.allocate(inputs)
-                _prune_unit(outcome, unit, inputs, observer)
-                del inputs
-                for part in recovery.train(bar.show):
-                    for name in part.layers & outcome.layers.keys():
-                        outcome.layers[name].part = TrainedPart(part.name, part.before, part.after)
-            if not plan.is_one_pass:
-                bar.advance()
+    with ProgressBar("Pruning", total, progress) as bar:
+        tick = bar.advance if plan.is_one_pass and store.is_whole else lambda: None
+        observer = Observer(plan.observed, data.masks, tick, plan.processes, config.min_expert_tokens)
+        inputs: Mapping[str, InputStatistics] = {}
+        if in_parts:
+            inputs = _watch(plan, data, observer, store, bar)
+            if not outcome.selections:
+                outcome.selections = _allocate(plan, data, store, lambda: (inputs, {}), progress=False)
+        observes = bool(plan.observed) and not in_parts
+        stops: Generator[UnitStop]
+        if observes:
+            stops = calibrate(plan.model, plan.units, data, plan.processes, revisited)
+        else:
+            stops = (UnitStop(unit, (), lambda: None) for unit in plan.units)
+        with closing(stops):
+            for stop in stops:
+                unit = stop.unit
+                bar.show(f"{unit.name}{store.status}")
+                if not store.arrive(unit, outcome):
+                    recovery = config.recovery.start(unit, data.masks)
+                    if observes:
+                        inputs = observer(unit, recovery.record(stop.calls))
+                    stop.check()
+                    del stop  # or its parked activations would outlive the run of the pruned unit
+                    if not outcome.selections:
+                        outcome.selections = plan.allocate(inputs)
+                    _prune_unit(outcome, unit, inputs, observer)
+                    if observes:
+                        inputs = {}  # frees the statistics before the recovery
+                    for part in recovery.train(bar.show):
+                        for name in part.layers & outcome.layers.keys():
+                            outcome.layers[name].part = TrainedPart(part.name, part.before, part.after)
+                if in_parts or not plan.is_one_pass:
+                    bar.advance()
         store.finish(outcome)
     outcome.revisited = {layer.name for index in revisited for layer in plan.units[index].layers}
-
-
-def _prune_watched(
-    plan: Plan, data: CalibrationBatches, outcome: Outcome, store: WeightStore, bar: ProgressBar
-) -> None:
-    """Prune each unit with the statistics of one pass through the dense model."""
-    observer = Observer(
-        plan.observed, data.masks, processes=plan.processes, min_expert_tokens=plan.config.min_expert_tokens
-    )
-    inputs = _watch(plan, data, observer, store, bar)
-    if not outcome.selections:
-        outcome.selections = _allocate(plan, data, store, lambda: (inputs, {}), progress=False)
-    for unit in plan.units:
-        bar.show(f"{unit.name}{store.status}")
-        if not store.arrive(unit, outcome):
-            _prune_unit(outcome, unit, inputs, observer)
-        bar.advance()
-    store.finish(outcome)
 
 
 def _allocate(
@@ -451,17 +433,13 @@ def _timed(seconds: dict[str, float], stage: str, is_reported: bool = True) -> I
             seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
-@contextmanager
-def _naming_what_was_written(outcome: Outcome, advice: str = WeightStore.advice) -> Iterator[None]:
+def _naming_what_was_written(outcome: Outcome, advice: str = WeightStore.advice) -> AbstractContextManager[None]:
     """If pruning fails halfway, add to the error which layers are already pruned."""
-    try:
-        yield
-    except BaseException as error:
-        if names := list(outcome.layers):
-            text = (
-                f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}; the others are dense. "
-                f"{advice}"
-            )
-            add_note(error, text)
-            log.error(text)
-        raise
+
+    def written() -> str:
+        if not (names := list(outcome.layers)):
+            return ""
+        layers = f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}; the others are dense. "
+        return layers + advice
+
+    return noting(written, log.error)

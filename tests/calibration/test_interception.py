@@ -10,11 +10,10 @@ import torch
 from support.pairwise import pairwise, with_nightly
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT, prune
-from wanda_lightning.calibration.interception import WeightInterceptor, entered_function, intercept
+from wanda_lightning.calibration.interception import WeightInterceptor, intercept
 from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.patterns import NM
@@ -299,26 +298,3 @@ def test_reconstruction_trains_what_is_read_past():
         assert torch.allclose(one, other, atol=1e-6), name
     kept = past[0].out.weight != 0
     assert not torch.allclose(past[0].out.weight[kept], build(separate)[0].out.weight[kept])
-
-
-class Seen(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.functions = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.functions.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_products_inside_attention_are_seen():
-    x, weight, out = torch.randn(5, 2, 8), torch.randn(24, 8), torch.randn(8, 8)
-    given = (x, x, x, 8, 2, weight, torch.randn(24), None, None, False, 0.0, out, torch.randn(8))
-    options = {"training": False, "need_weights": False}
-    with Seen() as whole:
-        expected, _ = F.multi_head_attention_forward(*given, **options)
-    with Seen() as inside:
-        output, _ = entered_function(F.multi_head_attention_forward)(*given, **options)
-    assert torch.equal(output, expected)
-    assert F.linear not in whole.functions
-    assert F.linear in inside.functions

@@ -1,6 +1,5 @@
 """The facts that the lockstep engine rests on, each against a plain forward pass or a counter."""
 
-import contextlib
 import copy
 import os
 import signal
@@ -16,7 +15,6 @@ import torch
 from support import forks
 from support.chains import WIDTH, Chain, Mlp, forwards, hooks, interrupt, overrides, route, through, travel, vectors
 from support.zoo import ZOO, run
-from torch import nn
 
 from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import lockstep, whole_model_stop
@@ -169,44 +167,6 @@ def test_a_unit_runs_with_the_weights_of_that_moment():
             either.blocks[stop.unit].down.weight.data.mul_(-0.5)
         assert torch.equal(first.run(), through([changed.blocks[stop.unit]], first.args[0]))
         assert not torch.equal(first.run(), dense)
-
-
-def counted(model):
-    calls = dict.fromkeys(dict(model.named_modules()), 0)
-
-    def count(name, forward):
-        def counting(*args, **kwargs):
-            calls[name] += 1
-            return forward(*args, **kwargs)
-
-        return counting
-
-    for name, module in model.named_modules():
-        module.forward = count(name, module.forward)
-    return calls
-
-
-@pytest.mark.parametrize(("sequential", "passes", "last"), [("block", 2, 1), ("layer", 1, 0), ("none", 1, 1)])
-def test_how_often_each_layer_runs(sequential, passes, last):
-    """Two passes with blocks, one with layers or the model.
-
-    Behind the last unit no batch continues but one, as far as the output head, which is not computed.
-    """
-    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
-    calls = counted(model)
-    prune(model, batches, sequential=sequential, progress=False)
-    layers = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
-    first, final = (
-        {calls[f"model.{name}"] for name in layers if name.startswith(f"layers.{block}")} for block in range(2)
-    )
-    assert first == {passes * len(batches)}
-    if sequential == "layer":  # o_proj needs q, k and v; only what nothing to be pruned needs is left out
-        assert calls["model.layers.1.self_attn.q_proj"] == passes * len(batches)
-        assert calls["model.layers.1.mlp.down_proj"] == last + 1
-    else:
-        assert final == {last * len(batches) + (sequential == "block")}
-    assert calls["model.norm"] == (len(batches) if sequential == "none" else 1)
-    assert calls["lm_head"] == (len(batches) if sequential == "none" else 0)
 
 
 def test_only_batches_park():
@@ -366,37 +326,6 @@ def assert_surfaced(caught, error, *frames):
 
 
 @ERRORS
-@pytest.mark.parametrize("index", range(4))
-@pytest.mark.parametrize("place", ["glue", "unit"])
-def test_an_error_of_the_model_surfaces(place, index, error):
-    bomb, glue = Bomb(error), place == "glue"
-    blocks = [Mlp(before=bomb if not glue and block == index else None) for block in range(4)]
-    model = Chain(*blocks, glue=lambda now: bomb() if glue and now == (0, 1, 2, 4)[index] else None)
-    never = Mlp()  # one unit to come, so that the batches also pass what lies behind the blocks
-    with pytest.raises(type(error)) as caught:
-        list(travel(model, vectors(), [*model.blocks, never]))
-    assert_surfaced(caught, error, "explode", "forward")
-    assert overrides(model) == overrides(never) == []
-
-
-@ERRORS
-@pytest.mark.parametrize("index", range(3))
-def test_an_error_of_the_consumer_ends_all_threads(index, error):
-    model = Chain(Mlp(), Mlp(), Mlp())
-
-    def consume():
-        with closing(lockstep(forwards(model, vectors()), model.blocks)) as stops:
-            for stop in stops:
-                if stop.unit == index:
-                    explode(error)
-
-    with pytest.raises(type(error)) as caught:
-        consume()
-    assert_surfaced(caught, error, "explode")
-    assert overrides(model) == []
-
-
-@ERRORS
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize("place", ["glue", "unit", "solver"])
 def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
@@ -465,28 +394,6 @@ def test_a_model_that_catches_exceptions_does_not_swallow_the_ending(kind, stops
         next(stops)
     stops.close()
     assert kind is BaseException or caught == behind == []
-
-
-def test_cleanup_of_the_model_runs_at_the_end():
-    entered, left = [], []
-
-    @contextlib.contextmanager
-    def resource():
-        entered.append(threading.current_thread())
-        try:
-            yield
-        finally:
-            left.append(threading.current_thread())
-
-    class Tidy(Chain):
-        def forward(self, x):
-            with resource(), torch.autocast("cpu", dtype=torch.bfloat16):
-                return super().forward(x)
-
-    model = Tidy(Mlp(), Mlp())
-    assert len(route(model, vectors(), model.blocks)) == 2
-    assert len(entered) == 3
-    assert set(entered) == set(left)
 
 
 # ---- Ctrl-C

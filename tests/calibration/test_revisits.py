@@ -46,13 +46,6 @@ def test_a_looped_model_comes_again_to_all_its_units(count):
     assert never == set()
 
 
-def test_a_shared_block_between_others():
-    shared, other, last = Mlp(), Mlp(), Mlp()
-    model, found = Chain(shared, other, shared, last), set()
-    assert [unit for unit, _ in route(model, vectors(), [shared, other, last], revisited=found)] == [0, 1, 2]
-    assert found == {0}
-
-
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_albert_shares_its_block(sequential):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "embedding_size": 16}

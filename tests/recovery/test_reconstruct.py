@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from support.allocated import most_allocated
+from support.pairwise import spread
 from support.zoo import ZOO, run
 from torch import nn
 
-from wanda_lightning import ADMM, NM, PruningReport, Reconstruct, prune
+from wanda_lightning import NM, PruningReport, Reconstruct, prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.solvers import ZeroOut
 from wanda_lightning.models import find_layers, token_masks
 from wanda_lightning.parallel import Processes
 from wanda_lightning.plan import make_plan
@@ -220,8 +220,10 @@ def test_a_part_that_writes_into_its_input_reproduces_itself():
     assert PruningReport.from_json(report.to_json()) == report
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_padded", "opt", "gpt2", "t5", "vit", "convnext", "swin", "resnet18"])
-@pytest.mark.parametrize("solver", [ZeroOut(), ADMM()], ids=str)
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    spread(["llama_padded", "opt", "gpt2", "t5", "vit", "resnet18", "convnext", "swin"], ["zero_out", "sparsegpt"]),
+)
 def test_only_kept_weights_move_and_nothing_is_left_behind(name, solver):
     model, start = ZOO[name].build(), ZOO[name].build()
     batches = ZOO[name].batches() * 2
@@ -235,7 +237,7 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(name, solver):
         assert torch.equal(before == 0, after == 0)
         moved += int((before != after).sum())
     trained = [layer.part for layer in report.layers if layer.part]
-    assert moved > 0 or (name, solver) == ("resnet18", ADMM())  # of its ten tokens ADMM has learned all
+    assert moved > 0 or (name, solver) == ("resnet18", "sparsegpt")  # of its ten tokens SparseGPT has learned all
     assert trained
     assert all(part.after <= part.before for part in trained)
     assert hooks == sum(len(module._forward_hooks) for module in model.modules())
@@ -269,13 +271,6 @@ def test_a_model_in_half_precision_learns_in_float32():
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight == 0, before == 0)
     assert (weight != before).sum() > 24  # half of what is kept
-
-
-def test_same_batches_same_weights():
-    twins = [blocks(torch.float32), blocks(torch.float32)]
-    for model in twins:
-        prune(model, some_batches(5, torch.float32), 0.5, recovery="reconstruct", progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in twins), strict=True))
 
 
 def test_what_it_cannot_do_is_refused():

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import (
     Distil,
@@ -27,6 +28,7 @@ from wanda_lightning import (
     KeepZeros,
     PerLayer,
     prune,
+    prune_from_disk,
 )
 from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
@@ -63,8 +65,22 @@ def attempt(work):
     """The result, or the error as (type, text)."""
     try:
         return work()
-    except (ValueError, RuntimeError) as error:
+    except AssertionError:  # of the test itself
+        raise
+    except Exception as error:
         return type(error).__name__, str(error)
+
+
+def prune_both(model, batches, processes=None, forward=None, **choices):
+    """Prune a model together; return the report."""
+    config = PruningConfig.from_names(**choices)
+    return prune_as(config, model, batches, forward=forward, progress=False, processes=processes or both())
+
+
+def whole_after(model, batches, **choices):
+    """Prune a model together; return its weights and the report."""
+    report = prune_both(model, batches, **choices)
+    return whole(model), report
 
 
 def shard(model, units=None, **options):
@@ -122,22 +138,12 @@ def failures(rank, who):
                 raise ValueError(f"bad {rank}")
         return "fine"
 
-    def quoted():
-        try:
-            return work()
-        except KeyError as error:
-            return "KeyError", str(error)
-
-    return attempt(quoted), both().all_reduce_min(3 + rank)
+    return attempt(work), both().all_reduce_min(3 + rank)
 
 
 def replicated(rank, name, shares=None, **choices):
     """Prune a specimen that both processes have."""
-    model, batches = ZOO[name].build(), ZOO[name].batches()
-    config = PruningConfig.from_names(**choices)
-    stream = iter(share_of(batches, rank, shares))
-    report = prune_as(config, model, stream, progress=False, processes=both())
-    return whole(model), report
+    return whole_after(ZOO[name].build(), iter(share_of(ZOO[name].batches(), rank, shares)), **choices)
 
 
 class Fork(nn.Module):
@@ -189,17 +195,13 @@ def distilled(rank, name, shares, size):
     """Prune and distil a specimen that both processes have."""
     model = ZOO[name].build().double()
     batches = share_of(split(ZOO[name].batches(), size), rank, shares)
-    config = PruningConfig.from_names(recovery=Distil(passes=2, batch_size=2))
-    report = prune_as(config, model, batches, progress=False, processes=both())
-    return whole(model), report
+    return whole_after(model, batches, recovery=Distil(passes=2, batch_size=2))
 
 
 def best(rank, samples, shares=None):
     """What each layer's sparsity and zeros are with the Fisher allocation."""
-    model = ZOO["llama"].build()
-    config = PruningConfig.from_names(allocation=Fisher(num_samples=samples), solver="admm")
-    report = prune_as(config, model, share_of(ZOO["llama"].batches(), rank, shares), progress=False, processes=both())
-    return whole(model), report
+    choices = {"allocation": Fisher(num_samples=samples), "solver": "admm"}
+    return replicated(rank, "llama", shares, **choices)
 
 
 def progress(rank):
@@ -228,16 +230,7 @@ def spoilt(rank, sequential, spoil):
             model[:2](batch)
             raise OSError("no more disk")
 
-    error = attempt_any(
-        lambda: prune_as(
-            PruningConfig.from_names(sequential=sequential),
-            model,
-            batches,
-            forward=forward,
-            progress=False,
-            processes=both(),
-        )
-    )
+    error = attempt(lambda: prune_both(model, batches, forward=forward, sequential=sequential))
     same = all(torch.equal(value, before[name]) for name, value in whole(model).items())
     return error, same or spoil == "weight"
 
@@ -245,14 +238,6 @@ def spoilt(rank, sequential, spoil):
 def failing(batches):
     yield batches[0]
     raise OSError("no more disk")
-
-
-def attempt_any(work):
-    try:
-        work()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------ FSDP2
@@ -288,13 +273,7 @@ def sharded(rank, name, shares=None, compiled=False, dtype=None, **choices):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before the first forward pass: of the shards
     with torch.no_grad():
         run(model, batches[0])  # the root module holds all its weights after this
-    report = prune_as(
-        PruningConfig.from_names(**choices),
-        model,
-        iter(share_of(batches, rank, shares)),
-        progress=False,
-        processes=both(),
-    )
+    report = prune_both(model, iter(share_of(batches, rank, shares)), **choices)
     asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     pruned = whole(model)
     with torch.no_grad():
@@ -321,12 +300,22 @@ def ends_early(rank):
         model(**batch)
         raise OSError("no more disk")
 
-    config = PruningConfig.from_names(sequential="none")
-    error = attempt_any(lambda: prune_as(config, model, batches[:2], forward=forward, progress=False, processes=both()))
+    error = attempt(lambda: prune_both(model, batches[:2], forward=forward, sequential="none"))
     asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
     after = whole(model)
     with torch.no_grad():
         return error, asleep, all(torch.equal(after[name], before[name]) for name in after), run(model, batches[0])
+
+
+CHOICES = {
+    "layer": {"sequential": "layer"},
+    "unstructured_layer": {"pattern": "unstructured_layer"},
+    "equal_share": {"pattern": "equal_share"},
+    "owl": {"allocation": "owl"},
+    "alpha": {"allocation": "alpha"},
+    "per_layer": {"allocation": PerLayer({"*.mlp": 0.6})},
+    "ria": {"criterion": "ria"},
+}
 
 
 def refused(rank, case):
@@ -334,21 +323,9 @@ def refused(rank, case):
     mesh = init_device_mesh("cpu", (2,))
     name = {"columns": "gpt2", "routed": "routed", "experts": "mixtral"}.get(case, "llama")
     model, batches = ZOO[name].build(), ZOO[name].batches()
-    choices, processes, target = {}, both(), model
-    blocks = [unit.module for unit in find_layers(model).units]
-    if case == "layer":
-        choices = {"sequential": "layer"}
-    if case in ("unstructured_layer", "equal_share"):
-        choices = {"pattern": case}
-    if case in ("owl", "alpha"):
-        choices = {"allocation": case}
-    if case == "per_layer":
-        choices = {"allocation": PerLayer({"*.mlp": 0.6})}
-    if case == "ria":
-        choices = {"criterion": case}
-    if case == "alone":
-        processes = Processes()
-    if case == "root_only":
+    target, units = model, find_layers(model).units
+    blocks = [unit.module for unit in units]
+    if case in ("root_only", "outside", "outside_awake"):
         fully_shard(model, mesh=mesh)
     elif case == "second_dimension":
         for block in blocks:
@@ -356,21 +333,15 @@ def refused(rank, case):
     elif case == "two_dimensions":
         for block in blocks:
             fully_shard(block, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
-    elif case == "outside":
-        fully_shard(model, mesh=mesh)
+    else:
+        shard(model, units)
+    if case in ("outside", "outside_awake"):
         target = model.model.layers[0]
-    elif case == "outside_awake":
-        fully_shard(model, mesh=mesh)
-        target = model.model.layers[0]
+    if case == "outside_awake":
         with torch.no_grad():
             run(model, batches[0])
-    else:
-        shard(model, [unit for unit in find_layers(model).units if unit.module in blocks])
-    error = attempt(
-        lambda: prune_as(
-            PruningConfig.from_names(**choices), target, batches[rank::2], progress=False, processes=processes
-        )
-    )
+    processes = Processes() if case == "alone" else None
+    error = attempt(lambda: prune_both(target, batches[rank::2], processes, **CHOICES.get(case, {})))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -384,8 +355,7 @@ def evaluation_of_ignored(rank):
     mesh = init_device_mesh("cpu", (2,))
     for block in model:
         fully_shard(block, mesh=mesh, ignored_params={block.up.weight})
-    report = prune_as(PruningConfig.from_names(), model, vectors()[rank::2], progress=False, processes=both())
-    return whole(model), report
+    return whole_after(model, vectors()[rank::2])
 
 
 # ---------------------------------------------------------------------------------------------- in a Trainer
@@ -539,7 +509,7 @@ def fit_llama(rank, sequential):
 
 def save_shards(rank, folder):
     fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
-    return attempt_any(lambda: fit(Llama(), DataLoader(SAMPLES)))
+    return attempt(lambda: fit(Llama(), DataLoader(SAMPLES)))
 
 
 class SlowlySaved(Regression):
@@ -560,20 +530,34 @@ def tensor_parallel(rank):
             processes_of(trainer)
 
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-    return attempt_any(lambda: trainer(strategy, Ask()).fit(Regression(), DataLoader(SAMPLES)))
+    return attempt(lambda: trainer(strategy, Ask()).fit(Regression(), DataLoader(SAMPLES)))
 
 
 def prune_batch_norms(rank, batches, shares):
     """The running means of a ResNet whose last blocks both processes prune, each with its batches."""
     model = ZOO["resnet18"].build().double()
-    config = PruningConfig.from_names(method="magnitude", only=["layer4.*"])
-    prune_as(config, model, share_of(batches, rank, shares), progress=False, processes=both())
+    prune_both(model, share_of(batches, rank, shares), method="magnitude", only=["layer4.*"])
     return [layer.running_mean for layer in batch_norm_layers(model)]
 
 
 def permute_both(rank, batches, shares):
     """The weights after both processes prune a Llama to 2:4 with permuted hidden units, each with its batches."""
-    model = ZOO["llama"].build()
-    config = PruningConfig.from_names(method="magnitude", pattern="2:4", permutation="assignment")
-    report = prune_as(config, model, share_of(batches, rank, shares), progress=False, processes=both())
-    return whole(model), report.notes
+    choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}
+    weights, report = whole_after(ZOO["llama"].build(), share_of(batches, rank, shares), **choices)
+    return weights, report.notes
+
+
+def pruned_from_disk(rank, source, folder, batches, choices):
+    """Prune a language model in memory and from disk; its layers, zeros and notes, or the error."""
+    own, model = batches[rank::2], AutoModelForCausalLM.from_pretrained(source)
+
+    def both_ways():
+        report = prune_from_disk(source, f"{folder}/disk", own, progress=False, processes=both(), **choices)
+        expected = prune_both(model, own, **choices)
+        if rank == 0:
+            model.save_pretrained(f"{folder}/memory")
+        assert report.layers == expected.layers
+        assert report.config == expected.config
+        return report.layers, report.zeros, report.notes
+
+    return attempt(both_ways)

@@ -1,4 +1,4 @@
-"""Slow versions that are obviously right of what the package computes: plain loops over NumPy arrays in float64.
+"""Slow versions of what the package computes that are obviously right, by NumPy in float64.
 
 Nothing here is shared with the package. `keep` arrays are True where a weight survives.
 """
@@ -18,19 +18,12 @@ def array(tensor):
 
 def square_sum(tokens):
     """The sum over tokens of x², for each column."""
-    total = np.zeros(tokens.shape[1])
-    for row in range(tokens.shape[0]):
-        for column in range(tokens.shape[1]):
-            total[column] += tokens[row, column] ** 2
-    return total
+    return (tokens**2).sum(axis=0)
 
 
 def gram(tokens):
     """The sum over tokens of x x^T."""
-    matrix = np.zeros((tokens.shape[1], tokens.shape[1]))
-    for token in tokens:
-        matrix += np.outer(token, token)
-    return matrix
+    return sum((np.outer(token, token) for token in tokens), np.zeros((tokens.shape[1],) * 2))
 
 
 def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
@@ -92,45 +85,29 @@ def routed_tokens(module, x, *routing):
 
 def magnitude(weight, tokens):
     """|W|."""
-    scores = np.zeros(weight.shape)
-    for row in range(weight.shape[0]):
-        for column in range(weight.shape[1]):
-            scores[row, column] = abs(weight[row, column])
-    return scores
+    return np.abs(weight)
 
 
 def wanda(weight, tokens):
     """|W| times the norm of its input column."""
-    sums = square_sum(tokens)
-    scores = np.zeros(weight.shape)
-    for row in range(weight.shape[0]):
-        for column in range(weight.shape[1]):
-            scores[row, column] = abs(weight[row, column]) * sums[column] ** 0.5
-    return scores
+    return np.abs(weight) * square_sum(tokens) ** 0.5
 
 
 def ria(weight, tokens):
     """The weight relative to its row plus relative to its column, times the square root of the norm of its input."""
-    sums = square_sum(tokens)
+    sizes, sums = np.abs(weight), square_sum(tokens)
     scores = np.zeros(weight.shape)
-    for row in range(weight.shape[0]):
-        for column in range(weight.shape[1]):
-            if weight[row, column] != 0:
-                in_row = abs(weight[row, column]) / sum(abs(other) for other in weight[row])
-                in_column = abs(weight[row, column]) / sum(abs(other) for other in weight[:, column])
-                scores[row, column] = (in_row + in_column) * sums[column] ** 0.25
+    for row, column in zip(*np.nonzero(weight), strict=True):
+        relative = sizes[row, column] / sizes[row].sum() + sizes[row, column] / sizes[:, column].sum()
+        scores[row, column] = relative * sums[column] ** 0.25
     return scores
 
 
 def saliency(weight, tokens, dampening=0.01):
     """The root of w_q^2 / d; d is the first diagonal entry of the inverse Gram matrix of the columns from q on."""
     matrix = damped_gram(tokens, dampening)
-    scores = np.zeros(weight.shape)
-    for column in range(weight.shape[1]):
-        here = np.linalg.inv(matrix[column:, column:])[0, 0]
-        for row in range(weight.shape[0]):
-            scores[row, column] = (weight[row, column] ** 2 / here) ** 0.5
-    return scores
+    inverses = [np.linalg.inv(matrix[column:, column:])[0, 0] for column in range(len(matrix))]
+    return (weight**2 / inverses) ** 0.5
 
 
 SCORES = {"magnitude": magnitude, "wanda": wanda, "ria": ria, "saliency": saliency}
@@ -150,10 +127,9 @@ def surgeon(weight, tokens, dampening, keep):
     weight, matrix = weight.copy(), damped_gram(tokens, dampening)
     for column in range(weight.shape[1]):
         inverse = np.linalg.inv(matrix[column:, column:])
-        for row in range(weight.shape[0]):
-            if not keep[row, column]:
-                weight[row, column:] -= weight[row, column] / inverse[0, 0] * inverse[0]
-                weight[row, column] = 0
+        for row in np.flatnonzero(~keep[:, column]):
+            weight[row, column:] -= weight[row, column] / inverse[0, 0] * inverse[0]
+            weight[row, column] = 0
     return weight
 
 
@@ -215,36 +191,27 @@ def keep_n_of_m(scores, n, m):
 def keep_above_share(scores, share):
     """Cut each row where its sorted scores sum up to `share` of the total; prune scores equal to the cut, too."""
     keep = np.ones(scores.shape, dtype=bool)
-    for row in range(scores.shape[0]):
-        allowed = share * sum(scores[row])
+    for row, values in enumerate(scores):
         running, cut = 0.0, -1.0
-        for score in sorted(scores[row]):
+        for score in sorted(values):
             running += score
-            if running > allowed:
+            if running > share * sum(values):
                 break
             cut = score
-        for column in range(scores.shape[1]):
-            keep[row, column] = scores[row, column] > cut
+        keep[row] = values > cut
     return keep
 
 
 def keep_equal_share(scores, sparsity):
     """Bisect for the share from 0.4 in [0, 0.8], until within 0.001 of the sparsity or in a bracket below 0.001."""
-    bottom, top = 0.0, 0.8
-    share = 0.4
+    bottom, share, top = 0.0, 0.4, 0.8
     while True:
         keep = keep_above_share(scores, share)
         pruned = np.count_nonzero(~keep) / keep.size
-        if abs(pruned - sparsity) <= 0.001:
+        if abs(pruned - sparsity) <= 0.001 or top - bottom < 0.001:
             return keep
-        if top - bottom < 0.001:
-            return keep
-        if pruned > sparsity:  # too many: look below
-            top = share
-            share = (share + bottom) / 2
-        else:
-            bottom = share
-            share = (share + top) / 2
+        bottom, top = (bottom, share) if pruned > sparsity else (share, top)
+        share = (bottom + top) / 2
 
 
 def keep(pattern, scores, sparsity):
@@ -273,13 +240,8 @@ def owl(layers, sparsity, per_block=True):
     """The fraction of outliers among the Wanda scores of a block, mapped to [0, 0.16], subtracted from the target."""
     scores = {}
     for name, block, weight, tokens in layers:
-        mean_square = square_sum(tokens) / len(tokens)
-        of_layer = [abs(w) * mean_square[column] ** 0.5 for row in weight for column, w in enumerate(row)]
-        scores.setdefault(block if per_block else name, []).extend(of_layer)
-    fraction = {}
-    for group, values in scores.items():
-        mean = sum(values) / len(values)
-        fraction[group] = sum(1 for value in values if value > 5 * mean) / len(values)
+        scores.setdefault(block if per_block else name, []).extend(wanda(weight, tokens / len(tokens) ** 0.5).ravel())
+    fraction = {group: np.mean(np.array(values) > 5 * np.mean(values)) for group, values in scores.items()}
     low, high = min(fraction.values()), max(fraction.values())
     of_layer = {name: fraction[block if per_block else name] for name, block, _, _ in layers}
     shift = {name: (value - low) / (high - low) * 2 * 0.08 for name, value in of_layer.items()}
@@ -289,15 +251,10 @@ def owl(layers, sparsity, per_block=True):
 
 def hill(weight):
     """1 + k / (the sum of ln(e_i / e_(k+1)) over the k largest of n eigenvalues of the Gram matrix), k = n / 2."""
-    eigenvalues = [float(e) for e in np.linalg.eigvalsh(weight.T @ weight)]
-    if weight.shape[0] < weight.shape[1]:
-        eigenvalues = [float(e) for e in np.linalg.eigvalsh(weight @ weight.T)]
-    descending = sorted(eigenvalues, reverse=True)
+    short = weight.T @ weight if weight.shape[0] >= weight.shape[1] else weight @ weight.T
+    descending = np.linalg.eigvalsh(short)[::-1]
     k = len(descending) // 2
-    total = 0.0
-    for i in range(k):
-        total += np.log(descending[i] / descending[k])
-    return 1 + k / total
+    return 1 + k / np.log(descending[:k] / descending[k]).sum()
 
 
 def alpha(layers, sparsity, per_block=True):
@@ -316,16 +273,13 @@ def alpha(layers, sparsity, per_block=True):
 
 def fisher(layers, sparsity, max_deviation=0.15):
     """One threshold for w² times the square sum of its input in all layers, each at most 0.15 from the target."""
-    scores = {}
-    for name, _, weight, tokens in layers:
-        sums = square_sum(tokens)
-        scores[name] = [w * w * sums[column] for row in weight for column, w in enumerate(row)]
-    everything = sorted(score for of_layer in scores.values() for score in of_layer)
+    scores = {name: (weight**2 * square_sum(tokens)).ravel() for name, _, weight, tokens in layers}
+    everything = np.sort(np.concatenate([*scores.values()]))
     best = None
     for threshold in everything:
-        shares = {name: sum(1 for s in of_layer if s < threshold) / len(of_layer) for name, of_layer in scores.items()}
         clipped = {
-            name: min(max(share, sparsity - max_deviation), sparsity + max_deviation) for name, share in shares.items()
+            name: min(max(np.mean(of_layer < threshold), sparsity - max_deviation), sparsity + max_deviation)
+            for name, of_layer in scores.items()
         }
         mean = sum(clipped[name] * len(scores[name]) for name in scores) / len(everything)
         if best is None or abs(mean - sparsity) < best[0]:

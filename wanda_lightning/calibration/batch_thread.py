@@ -134,11 +134,7 @@ class BatchThread(threading.Thread):
             self.parking.vacate()
 
     def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
-        """Run the unit at which the batch is parked, and let the batch continue with its output.
-
-        Args:
-            prepared: Returns the call to run in place of the parked one.
-        """
+        """Run the parked call, or the one that `prepared` returns for it, and continue the batch with its output."""
         assert self.call is not None, "the batch is parked"
         self.advance(prepared(self.call).run())
 

@@ -18,26 +18,17 @@ _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 
 @dataclass
 class _Record:
-    """The results of one call of a block, and the inputs of its modules.
+    """The results of one call of a block, and the inputs of its modules."""
 
-    Attributes:
-        results: Tensors that the block returned, or wrote into its arguments, buffers or attributes.
-        inputs: Inputs of each module with a matrix, one tensor for each of its calls.
-        eps: Largest relative rounding error of the dtypes that the block used.
-    """
-
+    # Tensors that the block returned, or wrote into its arguments, buffers or attributes.
     results: list[Tensor] = field(default_factory=list)
+    # Inputs of each module with a matrix, one tensor for each of its calls.
     inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
-    eps: float = 0.0
+    eps: float = 0.0  # largest relative rounding error of the dtypes that the block used
 
 
 class BlockRuns:
-    """Compares runs of a block with its first ones. The inputs of its modules are recorded for the first call only.
-
-    Args:
-        block: The block.
-        calls: The calls of all batches at the block.
-    """
+    """Compares runs of a block with its first ones. The inputs of its modules are recorded for the first call only."""
 
     def __init__(self, block: nn.Module, calls: Sequence[Call]) -> None:
         self._block, self._calls = block, calls

@@ -32,12 +32,8 @@ def calibrate(
 ) -> Generator[UnitStop]:
     """Stop at each unit with all batches that reach it; after each stop the batches run through the pruned unit.
 
-    Args:
-        model: The model, in `pruning_mode`.
-        units: All units; a single unit without a module stands for the whole model.
-        batches: The calibration batches.
-        processes: All processes that calibrate together.
-        revisited: Set to which the indices of units are added that a batch reaches again.
+    A single unit without a module stands for the whole model. The indices of units that a batch reaches again are added
+    to `revisited`.
     """
     with fsdp_calls_checked(model, processes) as check_calls:
         if units[0].module is None:
@@ -66,16 +62,10 @@ def watch_units(
     """Run each batch once through the dense model, side by side, and read the inputs of all units as they run.
 
     The sums are the ones that the observer collects if the batches run one after another. If a batch visits a unit
-    several times, they are added in another order, so that the last digits can differ.
-
-    Args:
-        units: All units, each with a module.
-        batches: The calibration batches.
-        observer: Reads the inputs; `observer.finish` returns the sums.
-        hold: Called with the name of a unit before a batch runs through it.
+    several times, they are added in another order, so that the last digits can differ. `observer.finish` returns them.
 
     Yields:
-        Each unit before the batches run through it.
+        Each unit before the batches run through it; `hold` is called with its name before each batch does.
     """
 
     def prepared(index: int, call: Call) -> Call:

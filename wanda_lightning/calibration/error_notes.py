@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,18 @@ def add_note(error: BaseException, text: str) -> None:
     """Add a sentence to an error; Python 3.11 and later show it below the message."""
     if hasattr(error, "add_note"):
         error.add_note(text)
+
+
+@contextmanager
+def noting(text: Callable[[], str], log: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Add a sentence to an error inside this `with` block, and log it; nothing if the sentence is empty."""
+    try:
+        yield
+    except BaseException as error:
+        if note := text():
+            add_note(error, note)
+            log(note)
+        raise
 
 
 @contextmanager

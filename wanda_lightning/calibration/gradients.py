@@ -41,17 +41,8 @@ def gradient_statistics(
     has its own backward pass, in which blocks are recomputed, so that only the activations of one block and the logits
     of one sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.
 
-    Args:
-        model: The model in evaluation mode; its weights get no gradients.
-        layers: The layers to measure.
-        blocks: The blocks of the model, which are recomputed in the backward pass.
-        data: The batches of this process.
-        tick: Called after each batch.
-        processes: Processes whose batches are summed. Batch i of all processes precedes batch i + 1 of any.
-        limit: How many samples, over all processes, to run backward passes for.
-
-    Returns:
-        The sums, by name of each layer that a batch reached.
+    Batch i of all processes precedes batch i + 1 of any. `tick` is called after each batch. `limit` is the number of
+    samples over all processes. The result holds the layers that a batch reached.
 
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
@@ -76,15 +67,8 @@ def gradient_statistics_by_block(
 
     Groups of at least 8 samples and 16384 predictions pass forward and backward side by side. For a group, memory holds
     the inputs of all blocks. Sums differ in the last digit only for samples with a single prediction, which do not
-    share a pass here, and for blocks that are called several times.
-
-    Args:
-        model: The model in evaluation mode.
-        layers: The layers to measure.
-        blocks: The blocks of the model.
-        data: The batches.
-        hold: Called with the name of a block before a sample runs through it, forward or backward.
-        limit: How many samples to run backward passes for.
+    share a pass here, and for blocks that are called several times. `hold` is called with the name of a block before a
+    sample runs through it, forward or backward.
     """
 
     def run(mode: AbstractContextManager[Any]) -> None:
@@ -203,13 +187,9 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     The gradient is computed by hand, because cross entropy would hold three more tensors of this size. The logits are
     freed when this returns, and the gradient after the backward pass of the output head.
 
-    Args:
-        sample: A sample, or several.
-        first: Index of the first sample in the calibration data, which is the seed of its label.
-        count: Only the first `count` samples have a gradient; the gradient of the others is 0.
-
-    Returns:
-        The number, which is 0, and how many predictions each sample has, including those of padding.
+    The seed of a label is the index of its sample in the calibration data; `first` is that of the first sample. Only
+    the first `count` samples have a gradient that is not 0. Also return how many predictions each sample has, including
+    those of padding.
     """
     logits, keep = _logits(sample.predict()), None
     if logits.ndim > 3:  # (batch, classes, height, width), as for torch's cross_entropy

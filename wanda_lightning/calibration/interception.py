@@ -63,10 +63,7 @@ class WeightInterceptor(TorchFunctionMode):
     A product is recognized if one factor is the parameter or a view of it, as in every loop over experts of
     transformers and wherever a module reads the weight of a layer that it does not call. Products with copies of a
     weight (gathered or cast), products inside custom kernels, and convolutions outside their layer are not recognized.
-
-    Args:
-        layers: Layers whose products are intercepted.
-        on_product: Called with the products of one multiplication and a function that computes it; returns its result.
+    `on_product` gets the products of one multiplication and a function that computes it, and returns its result.
     """
 
     def __init__(self, layers: Iterable[Layer], on_product: OnProduct) -> None:

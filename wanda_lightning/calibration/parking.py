@@ -92,11 +92,7 @@ class _MovingParking(TorchFunctionMode, Parking):
 
 
 class DiskParking(_MovingParking):
-    """The activations of one batch, which are in files while the batch waits.
-
-    Args:
-        folder: Where the files are created.
-    """
+    """The activations of one batch, which are in files of a folder while the batch waits."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -140,23 +136,15 @@ _Group = list[weakref.ref[Tensor]]  # tensors that share their memory
 
 @dataclass
 class Host:
-    """State shared by the parkings of all batches, since batches may share tensors that the model keeps.
+    """State shared by the parkings of all batches, since batches may share tensors that the model keeps."""
 
-    Attributes:
-        device: Where the activations are while their batch runs.
-        away: The tensors whose memory is that of the host, by id, each with all that share its memory.
-    """
-
-    device: torch.device
+    device: torch.device  # where the activations are while their batch runs
+    # The tensors whose memory is that of the host, by id, each with all that share its memory.
     away: dict[int, _Group] = field(default_factory=dict)
 
 
 class HostParking(_MovingParking):
-    """The activations of one batch on an accelerator, which are in the memory of the host while the batch waits.
-
-    Args:
-        host: What the parkings of all batches share.
-    """
+    """The activations of one batch on an accelerator, which are in the memory of the host while the batch waits."""
 
     def __init__(self, host: Host) -> None:
         super().__init__()

@@ -22,15 +22,9 @@ def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
 def pool_experts(
     layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], minimum: int
 ) -> tuple[dict[str, InputStatistics], dict[str, int]]:
-    """Replace the statistics of each expert with too few tokens with the sum over all its siblings.
+    """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this unit.
 
-    Args:
-        layers: Layers of one unit; siblings in other units are not included.
-        statistics: Statistics of each layer that a batch reached.
-        minimum: Experts with fewer tokens are pooled; experts without any token always are.
-
-    Returns:
-        The statistics of all layers, and each pooled expert's own number of tokens.
+    Return the statistics of all layers, and each pooled expert's own number of tokens.
     """
     families: dict[str, list[str]] = {}
     for layer in layers:

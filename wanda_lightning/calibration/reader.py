@@ -42,13 +42,7 @@ class Entry(NamedTuple):
 
 
 class BatchReader:
-    """Reads the tokens of each layer while one batch runs; called in place of each product.
-
-    Args:
-        needs: Names of the sums.
-        batch: Index of the batch.
-        masks: The padding of the batch.
-    """
+    """Reads the tokens of each layer while one batch runs; called in place of each product."""
 
     def __init__(self, needs: frozenset[str], batch: int, masks: tuple[TokenMask, ...]) -> None:
         self.entries: list[Entry] = []  # one for each distinct input
@@ -89,7 +83,9 @@ class BatchReader:
     def _read_images(self, layer: Layer, x: Tensor) -> None:
         """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
         images = (x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)).detach()
-        entry = Entry(self._identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted=False)
+        entry = Entry(
+            Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted=False
+        )
         statistics = entry.statistics
         if self._needs == {"square_sum"}:
             squares = _fitting(layer.squares(images), layer, x)
@@ -119,16 +115,13 @@ class BatchReader:
             keep = routed if keep is None else routed & keep
         if keep is not None:
             shape, tokens = tuple(keep.shape), tokens[keep.flatten().to(tokens.device)]
-        entry = Entry(self._identity(x, layer), [layer.name], InputStatistics(self._needs), padding_counted)
+        entry = Entry(Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted)
         entry.statistics.update(tokens)
         self.entries.append(entry)
         if tokens.numel():
             finite = entry.statistics.finite()
             row = token_to_report(finite, lambda: tokens)
             self.checks.append(Check(entry.layers, self._batch, finite, row, shape, keep))
-
-    def _identity(self, x: Tensor, layer: Layer) -> Identity:
-        return Identity(x, layer, self._calls)
 
     def _real_tokens(self, product: Product, tokens: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """Return which tokens, of shape `shape`, are not padding; None if that is unknown.

@@ -28,9 +28,7 @@ from wanda_lightning.calibration.patched import patched
 def recomputing(blocks: Sequence[nn.Module], mode: AbstractContextManager[Any] = nullcontext()) -> Iterator[None]:
     """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
 
-    Args:
-        blocks: Modules of which none contains another.
-        mode: Entered around the second run, because a torch-function mode is not active inside a backward pass.
+    The second run enters `mode`, because a torch-function mode is not active inside a backward pass.
     """
     with ExitStack() as restored:
         for block in blocks:
@@ -39,12 +37,7 @@ def recomputing(blocks: Sequence[nn.Module], mode: AbstractContextManager[Any] =
 
 
 class Recomputed:
-    """The forward of a block that runs again in the backward pass.
-
-    Args:
-        forward: The block's own forward; in the second run gradients are enabled.
-        mode: Entered around the second run.
-    """
+    """The forward of a block that runs again in the backward pass, with gradients enabled and inside `mode`."""
 
     def __init__(self, forward: Callable[..., Any], mode: AbstractContextManager[Any]) -> None:
         self._forward, self._mode = forward, mode

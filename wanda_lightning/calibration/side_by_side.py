@@ -32,12 +32,8 @@ def pass_side_by_side(
 ) -> None:
     """Run one pass, forward and backward, for each sample, all of them side by side.
 
-    Args:
-        passes: The pass of each sample.
-        blocks: The blocks of the model, in order.
-        mode: A torch-function mode that the passes need; it is active already in this thread.
-        hold: Called with the name of a block before a sample runs through it, forward or backward.
-        make_parking: Called once for each sample, to keep its activations while it waits.
+    The passes need the torch-function mode `mode`, which is active already in this thread. `hold` is called with the
+    name of a block before a sample runs through it, forward or backward.
 
     Raises:
         ValueError: If a block cannot be recomputed.

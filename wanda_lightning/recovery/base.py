@@ -16,17 +16,10 @@ from wanda_lightning.report import Training
 
 
 class RecoveredPart(NamedTuple):
-    """A part of a unit after its training.
-
-    Attributes:
-        name: The module's name in the model.
-        layers: Names of the pruned layers inside it.
-        before: Relative squared error on held-out batches before training.
-        after: Relative squared error on held-out batches after training.
-    """
+    """A module of a unit after its training, with its relative squared error on held-out batches before and after."""
 
     name: str
-    layers: frozenset[str]
+    layers: frozenset[str]  # names of the pruned layers inside it
     before: float
     after: float
 
@@ -45,20 +38,11 @@ class UnitRecovery:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A model before any layer is pruned, and the data to train it on.
-
-    Attributes:
-        model: The model.
-        layers: The layers that will be pruned.
-        blocks: The blocks that contain these layers.
-        data: The calibration batches.
-        processes: All processes that prune together.
-        progress: Show a progress bar.
-    """
+    """A model before any layer is pruned, and the data to train it on."""
 
     model: nn.Module
-    layers: Sequence[Layer]
-    blocks: Sequence[nn.Module]
+    layers: Sequence[Layer]  # that will be pruned
+    blocks: Sequence[nn.Module]  # that contain these layers
     data: CalibrationBatches
     processes: Processes
     progress: bool
@@ -92,12 +76,7 @@ class Recovery:
         return 0
 
     def start(self, unit: Unit, masks: Sequence[tuple[TokenMask, ...] | None]) -> UnitRecovery:
-        """Start the recovery of a unit that is still dense.
-
-        Args:
-            unit: The unit.
-            masks: The padding of each batch; None for a batch that runs but does not count.
-        """
+        """Start the recovery of a unit that is still dense; `masks` holds None for a batch that does not count."""
         return UnitRecovery()
 
     def start_model(self, dense: DenseModel) -> ModelRecovery:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.calibration.batches import CalibrationBatches, Sample
-from wanda_lightning.calibration.error_notes import add_note
+from wanda_lightning.calibration.error_notes import add_note, noting
+from wanda_lightning.calibration.interception import input_of
 from wanda_lightning.core.losses import divergence, squared_error
 from wanda_lightning.models import find_predictions, has_classes
 from wanda_lightning.parallel import Processes
@@ -22,6 +24,8 @@ from wanda_lightning.report import BatchNormCorrection
 _SAMPLES = 512  # maximum number of samples, over all processes
 
 _AT_ONCE = 2**20  # numbers of a layer's input
+
+_OPTION = "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone."
 
 _Moments = tuple[Tensor, Tensor]  # the mean and variance of each channel
 _Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, its input
@@ -59,7 +63,7 @@ class BatchNormStatistics:
         self._original = [_statistics(layer) for layer in layers]
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
         if layers:
-            with processes.fail_together(), _naming_the_option():
+            with processes.fail_together(), noting(lambda: _OPTION):
                 self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), HELD_OUT)
                 self._record()
                 self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
@@ -92,7 +96,7 @@ class BatchNormStatistics:
 
         def visit(layer: int, call: int, inputs: Tensor) -> None:
             sums = self._dense[layer]
-            sums.append(_sums(self._counted(inputs)) + (sums[-1] if sums else 0))
+            sums.append(_sums(inputs) + (sums[-1] if sums else 0))
 
         self._run(visit)
 
@@ -101,7 +105,7 @@ class BatchNormStatistics:
         pruned = self._zeros()
 
         def visit(layer: int, call: int, inputs: Tensor) -> None:
-            pruned[layer] += _sums(self._counted(inputs))
+            pruned[layer] += _sums(inputs)
             if dense := self._dense[layer]:
                 so_far = dense[min(call, len(dense) - 1)]
                 self._set(layer, _moved(self._original[layer], so_far, pruned[layer]))
@@ -116,29 +120,20 @@ class BatchNormStatistics:
         return len(reached)
 
     def _run(self, visit: _Visit) -> None:
-        """Run the chosen calibration batches."""
-        with self._visiting(visit):
-            for batch, count in self._used:
-                self._count, self._size = count, batch.size
-                batch.predict()
+        """Run the chosen calibration batches, and call `visit` before each call of a layer."""
+        calls, count, size = [0] * len(self._layers), 0, 1
 
-    def _counted(self, inputs: Tensor) -> Tensor:
-        """Return the part of a layer's input without held-out samples, which are the last of their batch."""
-        return inputs[: len(inputs) * self._count // self._size]
-
-    @contextmanager
-    def _visiting(self, visit: _Visit) -> Iterator[None]:
-        """Call `visit` before each call of a layer."""
-        calls = [0] * len(self._layers)
-
-        def hook(index: int, inputs: Tensor) -> None:
-            visit(index, calls[index], inputs)
+        def hook(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = input_of(args, kwargs)
+            visit(index, calls[index], inputs[: len(inputs) * count // size])  # held-out samples come last
             calls[index] += 1
 
         with ExitStack() as hooks:
             for index, layer in enumerate(self._layers):
-                hooks.callback(_before_calls(layer, index, hook).remove)
-            yield
+                hooks.callback(layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove)
+            for batch, kept in self._used:
+                count, size = kept, batch.size
+                batch.predict()
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros(3, len(mean), dtype=torch.float64) for mean, _ in self._original]
@@ -167,18 +162,11 @@ class BatchNormStatistics:
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     """Return the BatchNorm layers that normalize by running statistics in evaluation mode."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return [layer for layer in layers if all(map(_is_known, (layer.running_mean, layer.running_var)))]
+    return [layer for layer in layers if _is_known(layer.running_mean) and _is_known(layer.running_var)]
 
 
 def _is_known(buffer: Tensor | None) -> bool:
     return buffer is not None and not isinstance(buffer, UninitializedBuffer)
-
-
-def _before_calls(layer: nn.Module, index: int, hook: Callable[[int, Tensor], None]) -> Any:
-    def pass_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hook(index, args[0] if args else next(iter(kwargs.values())))
-
-    return layer.register_forward_pre_hook(pass_input, with_kwargs=True)
 
 
 def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -240,12 +228,3 @@ def _predict(sample: Sample) -> tuple[Tensor, bool] | None:
         return None
     rows = rows_of(predictions, sample)
     return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True), has_classes(output)
-
-
-@contextmanager
-def _naming_the_option() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        add_note(error, "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone.")
-        raise

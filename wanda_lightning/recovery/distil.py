@@ -5,27 +5,33 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import Sample, fit_together
-from wanda_lightning.calibration.error_notes import add_note
+from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
 from wanda_lightning.core.masking import mask_
-from wanda_lightning.core.types import KeepMask
-from wanda_lightning.models import Layer, causal_config, find_predictions, has_classes, own_head
+from wanda_lightning.models import causal_config, find_predictions, has_classes
 from wanda_lightning.parallel import Processes
 from wanda_lightning.progress import ProgressBar
 from wanda_lightning.recovery.base import DenseModel, ModelRecovery, Recovery
-from wanda_lightning.recovery.predictions import HELD_OUT, next_tokens, rows_of
+from wanda_lightning.recovery.predictions import (
+    HELD_OUT,
+    DenseTarget,
+    nearly_equal,
+    next_tokens,
+    output_head,
+    rows_of,
+    widened,
+)
+from wanda_lightning.recovery.trained_weights import TrainedWeight, trained_parameters, training
 from wanda_lightning.report import Training, TrainingPass
 
 log = logging.getLogger(__name__)
@@ -33,6 +39,7 @@ log = logging.getLogger(__name__)
 _WARM_UP = 4  # optimizer steps
 _SCALE = 2.0**16  # of the loss: small gradients are zero in float16; a power of two leaves other dtypes unchanged
 _PREDICTIONS = 8  # in an optimizer step, at least; a window of text has one for each token, an image a single one
+_STOPPED = "The model is pruned. It holds the best weights that distillation found before it was stopped."
 _ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
@@ -109,22 +116,6 @@ class Distil(Recovery):
 _Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The dense predictions for one sample: the inputs of the output head, or the predictions themselves."""
-
-    rows: Tensor
-    head: nn.Module | None
-
-    def predictions(self) -> Callable[[slice], Tensor]:
-        """Return a function that gives some of the dense predictions, (rows, classes)."""
-        head, rows = self.head, self.rows
-        if head is None:
-            return lambda part: rows[part]
-        cast = _cast_by_autocast(head)
-        return lambda part: functional_call(head, cast, (rows[part],))
-
-
 class _Distillation(ModelRecovery):
     """Trains a model toward the predictions that it made before it was pruned.
 
@@ -134,10 +125,14 @@ class _Distillation(ModelRecovery):
     def __init__(self, config: Distil, dense: DenseModel) -> None:
         self._config, self._model, self._layers, self._blocks = config, dense.model, dense.layers, dense.blocks
         self._processes, self._progress, self._data = dense.processes, dense.progress, dense.data
-        self._head = _output_head(self._model, self._layers)
+        self._head = output_head(self._model, self._layers)
         self._causal = causal_config(self._model)
         self._next_token = 0.0 if self._causal is None else config.next_token
-        self._refuse_if_frozen()
+        if not trained_parameters(self._model, self._layers, self._head):
+            raise ValueError(
+                "recovery=Distil() trains the pruned layers and all vectors, but requires_grad is False for "
+                "each of them. Call requires_grad_() on the parameters to train, or use another recovery."
+            )
         with ProgressBar("Predicting", self._data.length, self._progress) as bar, recomputing(self._blocks):
             batches = []
             with self._processes.fail_together():
@@ -149,13 +144,6 @@ class _Distillation(ModelRecovery):
         self._scale = _SCALE
         self._batch_size = self._config.batch_size or self._usual_batch_size()
 
-    def _refuse_if_frozen(self) -> None:
-        if not _trained_parameters(self._model, self._layers, self._head):
-            raise ValueError(
-                "recovery=Distil() trains the pruned layers and all vectors, but requires_grad is False for "
-                "each of them. Call requires_grad_() on the parameters to train, or use another recovery."
-            )
-
     def _usual_batch_size(self) -> int:
         """Return the number of samples that have enough predictions for a step, on average over all processes."""
         rows = [len(target.rows) for _, target in filter(None, self._samples)]
@@ -163,7 +151,7 @@ class _Distillation(ModelRecovery):
         samples, predictions = (sum(column) for column in zip(*counts, strict=True))
         return max(1, _PREDICTIONS * samples // max(1, predictions))
 
-    def _targets(self, samples: Sequence[Sample]) -> list[_Target]:
+    def _targets(self, samples: Sequence[Sample]) -> list[DenseTarget]:
         """Return what the dense model predicts for the samples of a batch."""
         with torch.set_grad_enabled(samples[0].batch_index == 0):  # shows whether training will get gradients
             first = self._target(samples[0])
@@ -171,10 +159,10 @@ class _Distillation(ModelRecovery):
             if len(samples) > 1 and len(first.rows) == 1 and fit_together(samples):
                 others = self._target(self._data.join(samples[1:]))
                 if len(others.rows) == len(samples) - 1:
-                    return [first, *(_Target(row, others.head) for row in others.rows.split(1))]
+                    return [first, *(DenseTarget(row, others.head) for row in others.rows.split(1))]
             return [first, *(self._target(sample) for sample in samples[1:])]
 
-    def _target(self, sample: Sample) -> _Target:
+    def _target(self, sample: Sample) -> DenseTarget:
         head = self._head
         entered: list[Tensor] = []
         with ExitStack() as hooks:
@@ -188,9 +176,9 @@ class _Distillation(ModelRecovery):
         if head is not None and len(entered) == 1:
             rows = rows_of(entered[0].detach(), sample)
             part = slice(0, _ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
-            if len(rows) == len(predictions) and _nearly_equal(head(rows[part]).detach(), predictions[part]):
-                return _Target(rows.clone(), head)
-        return _Target(predictions.clone(), None)
+            if len(rows) == len(predictions) and nearly_equal(head(rows[part]).detach(), predictions[part]):
+                return DenseTarget(rows.clone(), head)
+        return DenseTarget(predictions.clone(), None)
 
     def train(self) -> Training:
         """Train, and leave the best weights in the model."""
@@ -198,14 +186,14 @@ class _Distillation(ModelRecovery):
         trained = [index for index in range(len(self._samples)) if index not in held]
         steps = math.ceil(len(trained) / self._batch_size)
         with (
-            _naming_what_was_trained(),
-            _training(self._model, self._layers, self._head) as weights,
+            noting(lambda: _STOPPED, log.warning),  # Lightning does not show the notes of an interrupted run
+            training(self._model, self._layers, self._head) as weights,
             recomputing(self._blocks),
             ProgressBar("Distilling", self._config.passes * (steps + 1), self._progress) as bar,
         ):
             optimizer, schedule = self._optimizer(weights, self._config.passes * steps)
             lowest = self._mean_loss(held)
-            best, passes, stopped = _copies(weights), [TrainingPass(None, lowest)], ""
+            best, passes, stopped = [weight.values() for weight in weights], [TrainingPass(None, lowest)], ""
             try:
                 for number in range(1, self._config.passes + 1):
                     bar.show(f"pass {number}")
@@ -220,7 +208,7 @@ class _Distillation(ModelRecovery):
                     passes.append(TrainingPass(sum(losses) / len(losses), after))
                     bar.advance()
                     if after is None or lowest is None or after < lowest:
-                        lowest, best = after, _copies(weights)
+                        lowest, best = after, [weight.values() for weight in weights]
             except _NotFiniteError as error:
                 step = (len(passes) - 1) * steps + len(losses) + 1
                 stopped = f"the {error} of step {step} was not finite, so training stopped: use a lower learning_rate"
@@ -238,7 +226,7 @@ class _Distillation(ModelRecovery):
     def _batches(self, samples: Sequence[int]) -> Iterator[Sequence[int]]:
         return (samples[start : start + self._batch_size] for start in range(0, len(samples), self._batch_size))
 
-    def _optimizer(self, weights: Sequence[_Weight], steps: int) -> tuple[Any, Any]:
+    def _optimizer(self, weights: Sequence[TrainedWeight], steps: int) -> tuple[Any, Any]:
         groups = [{"params": [each.master], "lr": self._config.learning_rate * each.scale()} for each in weights]
         fused = all(each.master.device.type in ("cpu", "cuda") for each in weights)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
@@ -248,7 +236,7 @@ class _Distillation(ModelRecovery):
 
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    def _step(self, chosen: Sequence[int], weights: Sequence[_Weight], optimizer: torch.optim.Optimizer) -> float:
+    def _step(self, chosen: Sequence[int], weights: Sequence[TrainedWeight], optimizer: torch.optim.Optimizer) -> float:
         """Take one optimizer step on some samples, and return their mean loss before the step.
 
         If the gradients overflow, they are computed again with a smaller scale, as no sample should be left out.
@@ -267,7 +255,7 @@ class _Distillation(ModelRecovery):
             weight.write()
         return loss
 
-    def _gradients(self, chosen: Sequence[int], weights: Sequence[_Weight]) -> tuple[float, bool]:
+    def _gradients(self, chosen: Sequence[int], weights: Sequence[TrainedWeight]) -> tuple[float, bool]:
         """Compute the gradients of the mean loss over some samples; return the loss, and whether they are finite.
 
         Raises:
@@ -286,14 +274,14 @@ class _Distillation(ModelRecovery):
             weight.master.grad = gradient
         return float(total), bool(torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all())
 
-    def _own(self, chosen: Sequence[int]) -> list[tuple[Sample, _Target, int]]:
+    def _own(self, chosen: Sequence[int]) -> list[tuple[Sample, DenseTarget, int]]:
         """Return the forward passes for the chosen samples of this process, each with its number of samples."""
         own = [own for index in chosen if (own := self._samples[index]) is not None]
         samples, targets = [sample for sample, _ in own], [target for _, target in own]
         fits = len(own) > 1 and all(len(target.rows) == 1 for target in targets) and fit_together(samples)
         if fits and len({target.head for target in targets}) == 1:
             rows = torch.cat([target.rows for target in targets])
-            return [(self._data.join(samples), _Target(rows, targets[0].head), len(own))]
+            return [(self._data.join(samples), DenseTarget(rows, targets[0].head), len(own))]
         return [(sample, target, 1) for sample, target in own]
 
     @torch.no_grad()
@@ -307,7 +295,7 @@ class _Distillation(ModelRecovery):
         self._processes.all_reduce_sum([total])
         return float(total) if chosen else None
 
-    def _loss(self, sample: Sample, target: _Target, factor: float, backward: bool = True) -> float:
+    def _loss(self, sample: Sample, target: DenseTarget, factor: float, backward: bool = True) -> float:
         """Return the loss of a sample times a factor, after passing its gradient, times the scale, backward.
 
         The gradient is computed by hand for some rows at a time: cross entropy would hold several tensors of the size
@@ -323,7 +311,7 @@ class _Distillation(ModelRecovery):
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
-                value, slopes = compare(_wide(rows[part]), part)
+                value, slopes = compare(widened(rows[part]), part)
                 loss += float(value) * factor
                 if gradient is not None:
                     gradient[part] = slopes.mul_(self._scale * factor)
@@ -331,7 +319,7 @@ class _Distillation(ModelRecovery):
             rows.backward(gradient)
         return loss
 
-    def _comparison(self, output: object, sample: Sample, target: _Target) -> _Comparison:
+    def _comparison(self, output: object, sample: Sample, target: DenseTarget) -> _Comparison:
         """Return the function that compares some rows of predictions: their part of the loss, and its gradient."""
         is_kl = self._config.loss == "kl" or (self._config.loss is None and has_classes(output))
         compare, dense, count = divergence if is_kl else squared_error, target.predictions(), len(target.rows)
@@ -340,7 +328,7 @@ class _Distillation(ModelRecovery):
         share = self._next_token if known else 0.0
 
         def part_of_loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            value, slopes = compare(rows, _wide(dense(part)))
+            value, slopes = compare(rows, widened(dense(part)))
             loss, gradient = value * ((1 - share) / count), slopes.mul_((1 - share) / count)
             if tokens is not None and share:
                 value, slopes = cross_entropy(rows, tokens[part])
@@ -352,116 +340,6 @@ class _Distillation(ModelRecovery):
 
 class _NotFiniteError(Exception):
     """A loss or a gradient is NaN or infinite."""
-
-
-@contextmanager
-def _naming_what_was_trained() -> Iterator[None]:
-    """If training fails or is interrupted, say which weights the model has."""
-    try:
-        yield
-    except BaseException as error:
-        text = "The model is pruned. It holds the best weights that distillation found before it was stopped."
-        add_note(error, text)
-        log.warning(text)  # Lightning does not show the notes of an interrupted run
-        raise
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@dataclass
-class _Weight:
-    """One trained parameter.
-
-    Attributes:
-        parameter: The model's parameter.
-        master: What the optimizer updates: the parameter, or a contiguous copy in float32, since bfloat16 would lose
-            small steps. Fused AdamW of PyTorch 2.13 ignores strides.
-        keep: Which of its entries are trained.
-    """
-
-    parameter: nn.Parameter
-    master: Tensor
-    keep: KeepMask
-
-    def scale(self) -> float:
-        """Return the root mean square of the kept entries."""
-        kept = self.master.detach()[self.keep]
-        return float(kept.square().mean().sqrt()) if len(kept) else 0.0
-
-    def take_gradient(self, scale: float) -> Tensor:
-        """Return the gradient of this process divided by a scale, in the dtype of the master, and free it."""
-        gradient = self.parameter.grad
-        self.parameter.grad = None
-        if gradient is None:
-            return torch.zeros_like(self.master)
-        return gradient.to(self.master.dtype).contiguous().div_(scale)
-
-    def write(self) -> None:
-        """Copy the master into the model."""
-        self.master.grad = None
-        if self.master is not self.parameter:
-            self.set(self.master)
-
-    @torch.no_grad()
-    def set(self, values: Tensor) -> None:
-        """Write values into the model."""
-        self.parameter.copy_(values)
-
-
-@contextmanager
-def _training(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> Iterator[list[_Weight]]:
-    """Turn on gradients for the trained parameters only; restore all flags and gradients at the end."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    trained = _trained_parameters(model, layers, head)
-    pruned = _by_parameter(layers)
-    try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        weights = [_weight(parameter, pruned.get(id(parameter), [])) for parameter in trained]
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        yield weights
-    finally:
-        for parameter, requires_grad, gradient in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-
-
-def _trained_parameters(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> list[nn.Parameter]:
-    """Return the pruned parameters and all vectors, except those that are frozen or belong to the dense head."""
-    pruned = _by_parameter(layers)
-    fixed = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    return [
-        parameter
-        for parameter in model.parameters()
-        if parameter.requires_grad
-        and id(parameter) not in fixed
-        and not isinstance(parameter, UninitializedParameter)
-        and (id(parameter) in pruned or parameter.ndim < 2)
-    ]
-
-
-def _by_parameter(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
-    found: dict[int, list[Layer]] = {}
-    for layer in layers:
-        found.setdefault(id(layer.parameter), []).append(layer)
-    return found
-
-
-def _weight(parameter: nn.Parameter, layers: Sequence[Layer]) -> _Weight:
-    keep = torch.full(parameter.shape, not layers, dtype=torch.bool, device=parameter.device)
-    for layer in layers:  # a parameter may also hold dense layers, which do not change
-        layer.part(keep).copy_(layer.weight != 0)
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    is_master = parameter.dtype == wide and parameter.is_contiguous()
-    return _Weight(parameter, parameter if is_master else parameter.detach().to(wide).contiguous(), keep)
-
-
-def _copies(weights: Sequence[_Weight]) -> list[Tensor]:
-    return [weight.parameter.detach().clone() for weight in weights]
 
 
 def _mixed_precision(model: nn.Module) -> torch.autocast:
@@ -476,48 +354,25 @@ def _mixed_precision(model: nn.Module) -> torch.autocast:
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
 
-def _cast_by_autocast(head: nn.Module) -> dict[str, Tensor]:
-    """Return the matrices of a head in the dtype of autocast, which would cast them anew for all rows of each part."""
-    parameters = dict(head.named_parameters())
-    kinds = {parameter.device.type for parameter in parameters.values()}
-    if not all(torch.is_autocast_enabled(kind) for kind in kinds):
-        return {}
-    return {
-        name: parameter.detach().to(torch.get_autocast_dtype(parameter.device.type))
-        for name, parameter in parameters.items()
-        if parameter.ndim > 1 and parameter.dtype == torch.float32
-    }
-
-
 def _cpu_has_bfloat16() -> bool:
     features = torch.cpu.get_capabilities()
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _in_one_order(
-    batches: Sequence[Sequence[tuple[Sample, _Target]]], processes: Processes
-) -> list[tuple[Sample, _Target] | None]:
+    batches: Sequence[Sequence[tuple[Sample, DenseTarget]]], processes: Processes
+) -> list[tuple[Sample, DenseTarget] | None]:
     """Return the samples of all processes in one order; None stands for a sample of another process.
 
     Batch i of all processes precedes batch i + 1 of any, so that the order depends on the batches alone.
     """
-    order: list[tuple[Sample, _Target] | None] = []
+    order: list[tuple[Sample, DenseTarget] | None] = []
     longest = max(number for (number,) in processes.all_gather([len(batches)]))
     sizes = processes.all_gather([len(batch) for batch in batches] + [0] * (longest - len(batches)))
     for index in range(longest):
         for rank in range(processes.world_size):
             order += batches[index] if rank == processes.rank and index < len(batches) else [None] * sizes[rank][index]
     return order
-
-
-def _output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
-    """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
-    pruned = _by_parameter(layers)
-    for module in model.modules():
-        head = own_head(module)
-        if head is not None:
-            return None if any(id(parameter) in pruned for parameter in head.parameters()) else head
-    return None
 
 
 def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
@@ -532,14 +387,6 @@ def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
             f"recovery=Distil() needs finite predictions, but those of batch {batch} (counted from 0) hold NaN or "
             "infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
         )
-
-
-def _nearly_equal(first: Tensor, second: Tensor) -> bool:
-    """Return whether two predictions differ only by rounding; some models scale or cap the outputs of their head."""
-    if not second.numel():  # a sample of padding
-        return True
-    tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()
-    return bool(((first - second).abs() <= tolerance).all())
 
 
 def _predictions(output: object) -> Tensor:

@@ -20,6 +20,8 @@ from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.masking import masked
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 from wanda_lightning.recovery.base import RecoveredPart, Recovery, UnitRecovery
+from wanda_lightning.recovery.predictions import widened
+from wanda_lightning.recovery.trained_weights import keep_mask, root_mean_square
 
 _HELD_OUT = 4  # every fourth batch is held out from training
 
@@ -160,15 +162,16 @@ class _PartTraining:
             path: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).requires_grad_()
             for path, weight in self._weights.items()
         }
-        self._keep = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in self._weights.items()}
-        for layer in part.layers:  # a parameter may also hold dense layers, which do not change
-            layer.part(self._keep[paths[layer.name]]).copy_(layer.weight != 0)
+        self._keep = {
+            path: keep_mask(weight, [layer for layer in part.layers if paths[layer.name] == path])
+            for path, weight in self._weights.items()
+        }
 
     def train(self) -> RecoveredPart:
         """Train for at most `epochs` epochs, as long as the held-out error falls."""
         optimizer = torch.optim.Adam(
             [
-                {"params": [copy], "lr": self._config.learning_rate * _root_mean_square(copy.detach()[keep])}
+                {"params": [copy], "lr": self._config.learning_rate * root_mean_square(copy.detach()[keep])}
                 for copy, keep in zip(self._copies.values(), self._keep.values(), strict=True)
             ]
         )
@@ -210,7 +213,7 @@ class _PartTraining:
         """Sum the squares over all tokens except padding."""
         if mask := fitting_mask(self._masks[run.call.batch] or (), self._part.name, x):
             x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
-        return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
+        return widened(x).square().sum()
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {path: copy.detach().clone() for path, copy in self._copies.items()}
@@ -244,7 +247,3 @@ def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> _Part:
 def _first_output(output: object) -> Tensor:
     """Return the first floating-point tensor in the output of a part."""
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-
-
-def _root_mean_square(weights: Tensor) -> float:
-    return float(weights.square().mean().sqrt()) if len(weights) else 0.0
