@@ -58,14 +58,17 @@ TEXT: dict[str, Choices] = {
     **{name: {"method": name} for name in METHODS if not name.startswith("ablate_")},
     "variant": {"method": "wanda", "pattern": EqualShare()},
     "owl": {"method": "wanda", "allocation": OWL()},
+    "alpha": {"method": "wanda", "allocation": "alpha"},
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
     **{name: {"method": name} for name in PRESETS},
     **{f"{name}+distil": {"method": name, "recovery": "distil"} for name in ("wanda", "balanced")},
     "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
     "balanced+permutation": {"method": "balanced", "permutation": "assignment"},
+    "best-permutation": {"method": "best", "permutation": "none"},
+    "best-row_weights": {"method": "best", "pattern": Unstructured("layer")},
 }
-UNSTRUCTURED = ("variant", "owl", "fisher")  # not for N:M
-PERMUTED = ("wanda+permutation", "balanced+permutation")  # only for N:M
+UNSTRUCTURED = ("variant", "owl", "alpha", "fisher", "best-row_weights")  # not for N:M
+PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
 IMAGES: dict[str, Choices] = {
     "magnitude": {"method": "magnitude"},
     "wanda, row": {"method": "wanda"},

@@ -41,7 +41,6 @@ QUANTITIES: Mapping[str, str] = {
     "estimate_mib": "the same as `inspect --stream` estimates it",
     "read_gb": "gigabytes read",
     "written_gb": "gigabytes written",
-    "divergence": "Kullback-Leibler divergence from the dense predictions",
     "zeros_kept": "fraction of the pruned weights that are still zero",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
@@ -77,11 +76,11 @@ class Result:
         measured: Numbers by the names in `QUANTITIES`.
         machine: Processor or GPU.
         versions: Versions of packages.
-        command: Repeats the run. The folders of files are left out.
-        date: Day of the run.
-        note: What a reader should know about the numbers.
+        command: Repeats the run. The folders of files are left out. None for code that is not in this repository.
+        date: Day of the run; for runs before 0.2.0, day of the commit that added it.
+        note: What a reader should know about the numbers; for code that is not in this repository, what was run.
 
-    The last five, and the data, are None where they are not known.
+    Machine, versions and data are None where they are not known.
     """
 
     model: str

@@ -6,7 +6,6 @@ pages that ask for it.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from result import OURS, Result, Samples, read_table
@@ -36,6 +35,8 @@ LABELS: Mapping[str, str] = {
     "balanced": "`balanced`",
     "balanced+permutation": "`balanced` with a permutation",
     "reconstruct": "`reconstruct`",
+    "best-permutation": "`best` without its permutation",
+    "best-row_weights": "`best` without row weights",
     "best": "`best`",
     "thorough": "`thorough`",
     "fixed": "then `DistillFromDense`",
@@ -196,15 +197,16 @@ def reference() -> str:
     for key in sorted(paper, key=lambda key: (list(LABELS).index(key[0]), by_goal(key[1]))):
         own = ours.get(key) or more[key]
         goal = "" if key[0] == "dense" else key[1]
-        rows.append([LABELS[key[0]], goal, perplexity(own), perplexity(paper[key]), seconds(own)])
-    first = markdown(("method", "sparsity", "ours", "reference code", "our seconds"), rows)
+        rows.append([LABELS[key[0]], goal, perplexity(own), perplexity(paper[key])])
+    first = markdown(("method", "sparsity", "ours", "reference code"), rows)
     alps = sorted((r for r in results if r.code == "ALPS"), key=lambda r: by_goal(r.goal))
     rows = []
     for result in alps:
         own = [more[method, result.goal] for method in ("balanced", "best", "thorough")]
         rows.append([result.goal, *(f"{perplexity(r)}, {seconds(r)} s" for r in (result, *own))])
     second = markdown(("perplexity, seconds", "ALPS", "`balanced`", "`best`", "`thorough`"), rows)
-    return "\n\n".join([first, second, source([*ours.values(), *alps])])
+    theirs = _distinct(f"- {result.code}: {result.note}" for result in (*paper.values(), *alps))
+    return "\n\n".join([first, second, "\n".join(theirs), source(list(ours.values()))])
 
 
 def images() -> str:
@@ -378,58 +380,6 @@ def streaming() -> str:
     return "\n\n".join([*parts, markdown(("seconds", "from disk", "in memory", "ratio"), rows), source(results)])
 
 
-def grid(table: str, columns: Mapping[str, Callable[[Result], bool]], cell: Cell = perplexity) -> str:
-    """Return a table with one row for each method, from the highest number to the lowest."""
-    results = read_table(table)
-    rows: dict[str, dict[str, Result]] = defaultdict(dict)
-    for result in results:
-        for heading, fits in columns.items():
-            if fits(result):
-                rows[result.method][heading] = result
-    ordered = sorted(rows.items(), key=lambda row: -max(next(iter(r.measured.values())) for r in row[1].values()))
-    shown = [[LABELS.get(name, name), *(cell(row.get(heading)) for heading in columns)] for name, row in ordered]
-    return markdown(("", *columns), shown) + "\n\n" + source(results)
-
-
-def _with_goal(*goals: str) -> dict[str, Callable[[Result], bool]]:
-    return {goal: lambda result, goal=goal: result.goal == goal for goal in goals}
-
-
-def _with_case(name: str, *values: object) -> dict[str, Callable[[Result], bool]]:
-    return {str(value): lambda result, value=value: result.case[name] == value for value in values}
-
-
-def with_cost(result: Result | None) -> str:
-    """Return perplexity with seconds and memory, where they were measured."""
-    parts = (perplexity(result), f"{seconds(result)} s", f"{number(result, 'peak_mib', '.0f')} MiB")
-    return ", ".join(part for part in parts if part[0].isdigit()) if result else ""
-
-
-def distil_starts() -> str:
-    """Perplexity on two texts by start and passes."""
-    texts = ("held-out text", "WikiText-2")
-    columns = {
-        f"{passes} passes, {text}": lambda r, passes=passes, text=text: (
-            (r.case["passes"], r.case["on"]) == (passes, text)
-        )
-        for passes in (0, 1, 3)
-        for text in texts
-    }
-    return grid("distil_starts", columns)
-
-
-def distil_seeds() -> str:
-    """Perplexity by seed, that is, by the windows of calibration."""
-    return grid(
-        "distil_seeds",
-        {
-            f"{goal}, seed {seed}": lambda r, goal=goal, seed=seed: (r.goal, r.case["seed"]) == (goal, seed)
-            for goal in ("50 %", "60 %", "2:4")
-            for seed in (0, 1, 2)
-        },
-    )
-
-
 def own_text() -> str:
     """Perplexity after calibration with web text, and with text that the dense model writes."""
     results = [r for r in read_table("own_text") if r.method != "dense"]
@@ -444,25 +394,6 @@ def own_text() -> str:
         for method, goal in sorted(goals, key=lambda key: (by_goal(key[1]), list(LABELS).index(key[0])))
     ]
     return markdown(("perplexity", *columns), rows) + "\n\n" + source([*results, *web])
-
-
-def row_weights() -> str:
-    """Perplexity without and with row weights."""
-    columns = {
-        f"{rows}, {text}": lambda r, rows=rows, text=text: (r.case["rows"], r.case["on"]) == (rows, text)
-        for text in ("held-out text", "WikiText-2")
-        for rows in ("equal", "weighed")
-    }
-    return grid("row_weights", columns)
-
-
-def distil_images() -> str:
-    """Divergence from the dense ViT and seconds."""
-    results = sorted(read_table("distil_images"), key=lambda result: -result.measured["divergence"])
-    rows = [
-        [result.method, number(result, "divergence", ".4f"), number(result, "seconds", ".1f")] for result in results
-    ]
-    return markdown(("80 % zeros", "divergence", "seconds"), rows) + "\n\n" + source(results)
 
 
 def training() -> str:
@@ -536,15 +467,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "quantization": quantization,
     "tasks": tasks,
     "streaming": streaming,
-    "distil_held_out": partial(grid, "distil_held_out", _with_goal("50 %", "60 %", "2:4")),
-    "distil_loss": partial(grid, "distil_loss", _with_case("on", "held-out text", "WikiText-2")),
-    "distil_steps": partial(grid, "distil_steps", _with_goal("50 %", "60 %", "2:4"), with_cost),
-    "distil_starts": distil_starts,
-    "distil_seeds": distil_seeds,
-    "distil_windows": partial(grid, "distil_windows", _with_case("on", "held-out text", "WikiText-2")),
-    "distil_images": distil_images,
-    "permutations": partial(grid, "permutations", _with_case("permutation", "none", "assignment"), with_cost),
-    "row_weights": row_weights,
     "own_text": own_text,
     "training": training,
     "training_images": training_images,

@@ -1,8 +1,11 @@
 """The runs in benchmarks/results, and the tables and figures that are made from them."""
 
 import json
+import re
+import shlex
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,8 +16,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import figures  # noqa: E402
 import pages  # noqa: E402
+import quality  # noqa: E402
 import tables  # noqa: E402
-from result import FOLDER, Result, Runs, Samples, read, read_table  # noqa: E402
+from result import FOLDER, OURS, Result, Runs, Samples, read, read_table  # noqa: E402
 
 DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
 RUN = Result(
@@ -35,6 +39,32 @@ def test_every_run_can_be_read_and_has_the_name_of_its_file(table):
         run = read(file)
         assert file.name == f"{run.name}.json"
         assert run.measured
+
+
+@pytest.mark.parametrize("table", sorted(folder.name for folder in FOLDER.iterdir()))
+def test_every_run_says_when_and_how_it_was_made(table):
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = {*re.findall(r"^## (\d+\.\d+\.\d+) - ", changelog, re.MULTILINE)}
+    versions |= {*re.findall(r"During development the version number was (\d+\.\d+\.\d+)", changelog)}
+    assert len(versions) >= 2
+    for run in read_table(table):
+        assert date.fromisoformat(run.date), run.name
+        if run.code in (OURS, "plain"):  # code in this repository
+            assert run.versions[OURS] in versions, run.name
+            program, script, *_ = shlex.split(run.command.removeprefix("OMP_NUM_THREADS=1 "))
+            assert program in ("make", "wanda-lightning") or (ROOT / script).is_file(), run.command
+        else:
+            assert run.command is None
+            assert run.note, run.name
+
+
+@pytest.mark.parametrize("table", ["methods", "tasks", "own_text"])
+def test_the_benchmark_of_all_methods_can_repeat_the_runs(table):
+    can = {"dense"} | (quality.TEXT.keys() | quality.AGAINST_BASELINE.keys())
+    for run in read_table(table):
+        assert run.method in can, run.name
+        if run.method in quality.TEXT:
+            assert run.method not in (quality.UNSTRUCTURED if ":" in run.goal else quality.PERMUTED), run.name
 
 
 def test_the_pages_have_the_numbers_of_the_runs_and_the_options_of_the_package():
