@@ -1,5 +1,7 @@
 """What a report says about the run in which a callback has pruned: never more than the Trainer knows."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -18,7 +20,7 @@ from wanda_lightning import (
     TextDataModule,
     WandaPrune,
 )
-from wanda_lightning.report import REPORT_NAME, Run
+from wanda_lightning.report import REPORT_NAME, Measured, Run
 
 
 @pytest.fixture
@@ -58,6 +60,25 @@ def test_a_loop_that_measures_the_dense_model_and_calibrates_on_it(text):
     assert measured == dense
     run = callback.report.run
     assert (run.before, run.after, run.calibration) == (dense["val_perplexity"], None, "")
+
+
+def test_results_on_several_texts(tmp_path, text):
+    (tmp_path / "other.txt").write_text(" ".join(f"w{7 * i % 128}" for i in range(100)))
+    files = text.evaluation, f"{tmp_path}/other.txt"
+    both = TextDataModule(tiny_tokenizer(), files[0], files, seqlen=16, num_samples=8, batch_size=2, limit=5, seed=3)
+    callback, model = WandaPrune(num_samples=4, calibrate_on="validation"), module()
+    dense = trainer(callback)
+    dense.validate(model, both, verbose=False)
+    other = Measured(
+        f"{files[1]}, 5 windows of 16 tokens", float(dense.callback_metrics[f"val_perplexity/{files[1]}"]), None
+    )
+    assert callback.report.run.others == (other,)
+    pruned = WandaPrune(num_samples=4)
+    run = trainer(pruned)
+    run.validate(module(), both, verbose=False)
+    assert pruned.report.run.others == (
+        replace(other, before=None, after=float(run.callback_metrics[f"val_perplexity/{files[1]}"])),
+    )
 
 
 def test_training_measures_no_model_that_was_only_pruned(text):

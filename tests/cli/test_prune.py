@@ -220,7 +220,7 @@ def test_python_docs_need_no_network(inputs, capsys):
     sources = ["--calibration", "python-docs", "--eval", "python-docs", "--limit", "2", "--nsamples", "2"]
     assert run("prune", "--model", inputs / "llama", *sources, "--save", "out") == 0
     command = json.loads(Path("out/pruning_report.json").read_text())["config"]["command"]
-    assert command["calibration"] == command["eval"] == "python-docs"
+    assert [command["calibration"]] == command["eval"] == ["python-docs"]
     assert command["seqlen"] == 64  # the model's context
 
 
@@ -315,6 +315,22 @@ def test_a_streamed_model_is_the_one_pruned_in_memory(text, tmp_path, method):
     for when in ("before", "after"):
         assert getattr(reports[1].run, when) == pytest.approx(getattr(reports[0].run, when), rel=1e-6)
     assert (memory / f"log_{method}.txt").read_text() == (disk / f"log_{method}.txt").read_text()
+
+
+def test_results_on_further_texts_are_printed_and_recorded(text, inputs, capsys):
+    texts = f"{inputs}/other.txt,{inputs}/long.txt"
+    found = []
+    for number, how in enumerate(([], ["--stream", *OUT])):
+        command = [*text, "--prune_method", "magnitude", "--eval", texts, *how, "--save", f"log{number}"]
+        assert run(*command) == 0
+        found.append(PruningReport.from_json(Path(f"log{number}/pruning_report.json").read_text()).run)
+        (other,) = found[-1].others
+        assert f"Perplexity on {inputs}/long.txt (" in capsys.readouterr().out
+        assert found[-1].data.startswith(f"{inputs}/other.txt, ")
+        assert other.data.startswith(f"{inputs}/long.txt, ")
+    for own, streamed in zip(*(each.results for each in found), strict=True):
+        assert (streamed.before, streamed.after) == pytest.approx((own.before, own.after), rel=1e-5)
+    assert found[0].results[0].after != found[0].results[1].after
 
 
 def test_the_report_of_a_streamed_model_says_why_it_has_no_text(text, capsys, undrawn):
@@ -430,7 +446,7 @@ def test_a_failed_write_leaves_nothing_behind(text, tmp_path, monkeypatch):
 
 def test_options_from_a_file(inputs, capsys):
     options = {"model": f"{inputs}/llama", "nsamples": 4, "seqlen": SEQLEN, "limit": 6, "sparsity_type": "2:4"}
-    options |= {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt", "skip": ["*.down_proj"]}
+    options |= {"calibration": f"{inputs}/long.txt", "eval": [f"{inputs}/other.txt"], "skip": ["*.down_proj"]}
     options |= {"min_expert_tokens": 7}
     Path("recipe.yaml").write_text(yaml.safe_dump(options))
     assert run("prune", "--config", "recipe.yaml", "--print_config") == 0

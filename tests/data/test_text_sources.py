@@ -9,7 +9,7 @@ import torch
 from support.data import documents, slow_document_windows, slow_text_windows
 
 from wanda_lightning.data import TextDataModule
-from wanda_lightning.data.text_sources import python_docs
+from wanda_lightning.data.text_sources import python_docs, sklearn_docs
 
 
 def hub_of(tables):
@@ -49,6 +49,26 @@ def test_wikitext2_is_read_as_the_reference_reads_it(monkeypatch, tokenizer):
     ids = tokenizer("\n\n".join(test)).input_ids
     assert torch.equal(data.evaluation_windows, torch.tensor(ids[:90]).view(3, 30))
     assert [call[:3] for call in asked] == [("Salesforce/wikitext", "wikitext-2-raw-v1", s) for s in ("train", "test")]
+
+
+def test_several_texts_are_measured_one_by_one(tokenizer):
+    data = TextDataModule(tokenizer, evaluation=("sklearn-docs", "python-docs"), seqlen=64, limit=3)
+    assert data.evaluation == "sklearn-docs"
+    loaders = data.val_dataloader()
+    for number, (source, loader) in enumerate(zip(data.evaluations, loaders, strict=True)):
+        alone = TextDataModule(tokenizer, evaluation=source, seqlen=64, limit=3)
+        (batch,) = loader
+        assert torch.equal(batch["input_ids"], alone.evaluation_windows)
+        assert data.describe_evaluation(number) == alone.describe_evaluation() == f"{source}, 3 windows of 64 tokens"
+    assert tokenizer(sklearn_docs()).input_ids[:64] == data.evaluation_windows[0].tolist()
+    with pytest.raises(ValueError, match="evaluation must name at least one text"):
+        TextDataModule(tokenizer, evaluation=[])
+
+
+def test_descriptions_of_data_sets_name_the_extra(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"need sklearn: pip install 'wanda_lightning\[demo\]'"):
+        TextDataModule(tokenizer, evaluation="sklearn-docs")
 
 
 def test_python_docs_has_two_parts_without_a_common_paragraph():

@@ -16,7 +16,7 @@ from support.zoo import ZOO
 from wanda_lightning import CausalLMModule, prune
 from wanda_lightning.hub.card import PICTURE_NAME, OwnCard, continue_card, read_card, write_card
 from wanda_lightning.hub.source import Source, find_source
-from wanda_lightning.report import Run, Sample
+from wanda_lightning.report import Measured, Run, Sample
 
 RUN = Run(
     command="wanda-lightning prune --model 'a b' --sparsity_ratio 0.5",
@@ -25,6 +25,7 @@ RUN = Run(
     before=12.5,
     after=16.25,
     data="wikitext2, 83 windows of 2,048 tokens",
+    others=(Measured("/home/me/own.txt, 9 windows of 2,048 tokens", 8.5, float("nan")),),
     calibration="c4, 128 windows of 2,048 tokens, seed 0",
     zero_shot={"boolq": {"acc": 0.625, "acc_stderr": 0.01}, "mean": {"acc": 0.625}},
     samples=(Sample("Once", " upon\n# a time", " again"),),
@@ -73,6 +74,7 @@ def test_the_text_says_what_was_measured_and_how_to_repeat_it(tmp_path, monkeypa
     text = card_of(model, report, tmp_path / "tiny").text
     assert f"50.00% of the weights in 14 layers are zero, which is {report.model_sparsity:.2%} of all" in text
     assert "| Perplexity, wikitext2, 83 windows of 2,048 tokens | 12.50 | 16.25 |" in text
+    assert "| Perplexity, own.txt, 9 windows of 2,048 tokens | 8.50 | not measured |" in text
     assert "| boolq, accuracy |  | 62.50% |" in text
     assert "| Calibration data | c4, 128 windows of 2,048 tokens, seed 0 |" in text
     assert f"```shell\n{RUN.command}\n```" in text

@@ -36,6 +36,17 @@ def test_validate_and_test_equal_the_slow_loop(batch_size, mask):
     assert module.val_perplexity.compute().item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_several_dataloaders_have_a_perplexity_each():
+    module, ids = CausalLMModule(tiny_llama()), windows_of_text()
+    loaders = [DataLoader([{"input_ids": row} for row in part], batch_size=2) for part in (ids[:3], ids[3:])]
+    alone = [trainer().validate(module, loader, verbose=False)[0]["val_perplexity"] for loader in loaders]
+    for loop, name in (("validate", "val_perplexity"), ("test", "test_perplexity")):
+        run = trainer()
+        getattr(run, loop)(module, loaders, verbose=False)
+        measured = {key: float(value) for key, value in run.callback_metrics.items()}
+        assert measured == {name: alone[0], f"{name}/1": alone[1]}
+
+
 def test_dropout_is_off_while_measuring():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from wanda_lightning import PruningReport
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import ChangedImage, PrunedLayer, Run, Sample, Training, TrainingPass
+from wanda_lightning.report import ChangedImage, Measured, PrunedLayer, Run, Sample, Training, TrainingPass
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="  # one pixel
 SHAPES = {
@@ -53,7 +53,8 @@ def llama_report(blocks=30):
             metric="perplexity",
             before=16.06,
             after=18.93,
-            data="python-docs, 32 windows of 512 tokens",
+            data="sklearn-docs, 24 windows of 512 tokens",
+            others=(Measured("python-docs, 32 windows of 512 tokens", 12.95, 14.72),),
             calibration="python-docs, 32 windows of 512 tokens, seed 0",
             zero_shot={"boolq": {"acc": 0.5625, "acc_stderr": 0.02, "documents": 400}},
             samples=(

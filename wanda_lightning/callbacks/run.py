@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 
 from wanda_lightning.callbacks.trainer import pruning_target
-from wanda_lightning.report import Run
+from wanda_lightning.report import Measured, Run
 from wanda_lightning.report.metrics import METRICS
 
 
@@ -30,11 +30,19 @@ def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
     value = float(logged[name])
     if metric.is_share and value > 1:  # not a fraction
         return run
-    describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_evaluation", None)
+    data: Any = getattr(trainer, "datamodule", None)
+    describe: Any = getattr(data, "describe_evaluation", None)
     limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
     is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
     run = replace(run, metric=metric.name, data=describe() if describe and is_whole else "")
-    return replace(run, before=value) if is_dense else replace(run, after=value)
+    run = replace(run, before=value) if is_dense else replace(run, after=value)
+    others = {each.data: each for each in run.others}
+    for number, source in enumerate(getattr(data, "evaluations", ())[1:], start=1):
+        if is_whole and (other := logged.get(f"{name}/{source}")) is not None:
+            text = describe(number)
+            known = others.get(text, Measured(text, None, None))
+            others[text] = replace(known, before=float(other)) if is_dense else replace(known, after=float(other))
+    return replace(run, others=tuple(others.values()))
 
 
 def _name_of(pl_module: L.LightningModule) -> str:

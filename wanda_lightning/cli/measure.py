@@ -20,8 +20,9 @@ from wanda_lightning.model_sources import load_config
 
 def measure(module: L.LightningModule, data: L.LightningDataModule, *callbacks: Callback) -> dict[str, float]:
     """Run one validation loop, before which a callback may prune, and return its metrics."""
-    (metrics,) = plain_trainer(*callbacks).validate(module, data, verbose=False)
-    return {name: float(value) for name, value in metrics.items()}
+    trainer = plain_trainer(*callbacks)
+    trainer.validate(module, data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def plain_trainer(*callbacks: Callback, **options: Any) -> L.Trainer:

@@ -42,7 +42,7 @@ LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
 TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "paper", "all")
 PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-true", "bf16-mixed")
 
-_TEXTS = "c4, wikitext2, python-docs (needs no network) or a FILE (.txt, .jsonl, .parquet)"
+_TEXTS = "c4, wikitext2, python-docs, sklearn-docs (these two need no network) or a FILE (.txt, .jsonl, .parquet)"
 _IMAGES = (
     "a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits (8x8 digits, needs no network). Required "
     "for image classifiers."
@@ -195,7 +195,9 @@ class PruneOptions(InspectOptions):
     calibration: str | None = option(
         f"Text to calibrate on, by default c4 as in the paper: {_TEXTS}; or self, what the dense model writes."
     )
-    eval: str | None = option(f"Text to measure perplexity on, by default wikitext2: {_TEXTS}.")
+    eval: list[str] | None = option(
+        f"Texts to measure perplexity on, by default wikitext2: {_TEXTS}. The first is the one that counts."
+    )
     limit: int | None = option(_LIMIT, rule=_COUNT)
     data_path: str | None = option(f"Images to calibrate and measure on: {_IMAGES}")
     resume: str | None = option("Weights (.safetensors) of the image classifier.")
@@ -262,7 +264,8 @@ class PruneOptions(InspectOptions):
         else:
             if self.calibration != text_sources.SELF:
                 text_sources.check_source(self.calibration or "c4", "--calibration")
-            text_sources.check_source(self.eval or "wikitext2", "--eval")
+            for text in self.eval or ():
+                text_sources.check_source(text, "--eval")
             check_memory("--nsamples", self.nsamples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
         PruningConfig.from_names(**self.choices)  # last, since it imports torch
 

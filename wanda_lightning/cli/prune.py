@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,9 +37,10 @@ from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.plan import make_plan
-from wanda_lightning.report import REPORT_NAME, PruningReport, Run
+from wanda_lightning.report import REPORT_NAME, Measured, PruningReport, Run
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.page import write_report
+from wanda_lightning.report.words import change_of
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.parking import refuse_parking
@@ -58,14 +59,12 @@ def run(options: PruneOptions) -> None:
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
     module, data = _classifier(options, samples) if options.is_image else _language_model(options)
-    metric, _ = (TOP1 if options.is_image else PERPLEXITY).logged
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module)
     if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration != SELF:
         _ = data.calibration_windows  # to refuse a short text, too
     before, after = (_examples(options, data) for _ in range(2))
-    dense = measure(module, data, before)[metric]
-    pruned = measure(module, data, callback, after)[metric]
+    dense, pruned = measure(module, data, before), measure(module, data, callback, after)
     report = callback.report
     assert report is not None
     run = replace(_record_run(report, options, data, callback.config, dense, pruned), **after.since(before))
@@ -99,13 +98,13 @@ def _stream(options: PruneOptions) -> None:
     source, output = options.model, options.save_model or ""
     dtype = options.dtype or "auto"
     where: dict[str, Any] = {"park": options.park, "device": options.device}
-    measured: Callable[..., float] = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **hub)
-    dense = measured(source, data.val_dataloader(), dtype=dtype)
+    read = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **hub)
+    dense = _perplexities(partial(read, source, dtype=dtype), data)
     batches = data.calibration_dataloader()
     with pruned_from_disk(
         choices, source, output, batches, tokenizer=tokenizer, hub=hub, dtype=dtype, **where
     ) as report:
-        pruned = measured(output, data.val_dataloader())
+        pruned = _perplexities(partial(read, output), data)
         _record_run(report, options, data, choices, dense, pruned)
         _write_card(Path(output), options, report)
         files = files_in(output)
@@ -114,6 +113,13 @@ def _stream(options: PruneOptions) -> None:
         _write_results(options, report)
     _print_results(options.name, report)
     push(Path(output), files, options)
+
+
+def _perplexities(read: Callable[..., float], data: TextDataModule) -> dict[str, float]:
+    """Return the perplexity on each text, by the names under which a Trainer logs them."""
+    (name, _), loaders = PERPLEXITY.logged, data.val_dataloader()
+    names = [name, *(f"{name}/{text}" for text in data.evaluations[1:])]
+    return dict(zip(names, map(read, loaders if isinstance(loaders, list) else [loaders]), strict=True))
 
 
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
@@ -141,7 +147,7 @@ def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
     return TextDataModule(
         tokenizer,
         options.calibration or "c4",
-        options.eval or "wikitext2",
+        options.eval or ["wikitext2"],
         seqlen=checked_seqlen(options.seqlen, config, PAPER_SEQLEN),
         num_samples=options.nsamples or PAPER_SEQUENCES,
         batch_size=options.batch_size or SEQUENCES_AT_ONCE,
@@ -163,22 +169,32 @@ def _record_run(
     options: PruneOptions,
     data: TextDataModule | ImageDataModule,
     config: PruningConfig,
-    dense: float,
-    pruned: float,
+    dense: Mapping[str, float],
+    pruned: Mapping[str, float],
 ) -> Run:
     """Record the options and the results in the report, and return the results."""
     report.config["command"] = as_given(options) | _as_used(options, data)
     always = ("sparsity_ratio",) if config.pattern.fixed_sparsity is None else ()
+    metric = TOP1 if options.is_image else PERPLEXITY
+    name, _ = metric.logged
     report.run = Run(
         command=as_command("prune", options, always),
         model=f"{options.model} ({options.resume})" if options.resume else options.model,
-        metric=(TOP1 if options.is_image else PERPLEXITY).name,
-        before=dense,
-        after=pruned,
+        metric=metric.name,
+        before=dense[name],
+        after=pruned[name],
         data=data.describe_evaluation(),
+        others=() if isinstance(data, ImageDataModule) else tuple(_others(data, dense, pruned)),
         calibration="" if config.data_reader is None else data.describe_calibration(data.num_samples),
     )
     return report.run
+
+
+def _others(data: TextDataModule, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Iterator[Measured]:
+    """Yield the results on the texts after the first."""
+    for number, text in enumerate(data.evaluations[1:], start=1):
+        name = f"{PERPLEXITY.logged[0]}/{text}"
+        yield Measured(data.describe_evaluation(number), dense[name], pruned[name])
 
 
 def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:
@@ -190,7 +206,7 @@ def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> d
     }
     if isinstance(data, ImageDataModule):
         return used
-    return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": data.evaluation}
+    return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": list(data.evaluations)}
 
 
 def _write_card(folder: Path | None, options: PruneOptions, report: PruningReport) -> None:
@@ -235,5 +251,7 @@ def _print_results(method: str, report: PruningReport) -> None:
     numbers += [metric.text(value) for value in (run.before, run.after)]
     table.add_row(escape(method), *numbers, f"{report.total_seconds:.1f}")
     print_table(table)
+    for each in run.others:
+        print_line(change_of(metric, each))
     for note in report.notes:
         print_line(f"Note: {note}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,15 +39,18 @@ class TextDataModule(DataModule):
       documents of the validation file, and at most 256 windows.
 
     Calibration and evaluation data are each read and tokenized once, at first use. If both are the same file, the model
-    is evaluated on the text that it was calibrated on; the two parts of python-docs have no paragraph in common.
+    is evaluated on the text that it was calibrated on; the two parts of python-docs have no paragraph in common. Text
+    like that of the calibration flatters a pruned model, so evaluate on text of another kind, too.
 
     Args:
         tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
             module that the Trainer runs.
-        calibration: c4, wikitext2, python-docs (needs no network) or a FILE: a .txt file is one text; .jsonl and
-            .parquet files have documents in the field `text`. Or self: what the model that the Trainer runs writes
+        calibration: c4, wikitext2, python-docs, sklearn-docs (the descriptions of scikit-learn's data sets; these two
+            need no network) or a FILE: a .txt file is one text; .jsonl and .parquet files have documents in the field
+            `text`. Or self: what the model that the Trainer runs writes
             (see `sample_windows`) when the windows are first used, which must be before it is pruned.
-        evaluation: Text for perplexity, with the same choices.
+        evaluation: Text for perplexity, with the same choices except self. Of several, each has a dataloader of its
+            own, and the first is the one that counts: `val_perplexity` is its perplexity.
         seqlen: Number of tokens in a window, including the special tokens of the tokenizer.
         num_samples: Number of calibration windows.
         batch_size: Number of windows in a batch.
@@ -66,7 +70,7 @@ class TextDataModule(DataModule):
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         calibration: str = "python-docs",
-        evaluation: str = "python-docs",
+        evaluation: str | Sequence[str] = "python-docs",
         seqlen: int = 2048,
         num_samples: int = 128,
         batch_size: int = 4,
@@ -82,7 +86,11 @@ class TextDataModule(DataModule):
         check_memory("train_samples", train_samples or 0, seqlen)
         if calibration != SELF:
             check_source(calibration, "calibration")
-        check_source(evaluation, "evaluation")
+        self.evaluations = (evaluation,) if isinstance(evaluation, str) else tuple(evaluation)
+        if not self.evaluations:
+            raise ValueError("evaluation must name at least one text, but it names none.")
+        for each in self.evaluations:
+            check_source(each, "evaluation")
         if isinstance(tokenizer, (str, os.PathLike)):
             locate(tokenizer)
         elif tokenizer is not None and not callable(tokenizer):
@@ -93,7 +101,7 @@ class TextDataModule(DataModule):
             first_token(tokenizer)
         self._given_tokenizer = tokenizer
         self.calibration = calibration
-        self.evaluation = evaluation
+        self.evaluation = self.evaluations[0]
         self.seqlen = seqlen
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -102,6 +110,7 @@ class TextDataModule(DataModule):
         self.cache_dir = cache_dir
         self.train_samples = num_samples if train_samples is None else train_samples
         self._sample = ""
+        self._windows: dict[str, Tensor] = {}
 
     @property
     def _module(self) -> Any:
@@ -163,13 +172,19 @@ class TextDataModule(DataModule):
 
     @cached_property
     def evaluation_windows(self) -> Tensor:
-        """Token ids of shape (windows, seqlen), in the order of the text."""
-        text = evaluation_text(self.evaluation, self.cache_dir)
-        self._sample = text[:_SAMPLE]
-        ids = self._tokenize(text)
-        if self.evaluation == "c4":
-            ids = ids[: _C4_EVALUATION_WINDOWS * self.seqlen]
-        return cut(ids, self.seqlen, self.limit, self.evaluation)
+        """Token ids of the first text for evaluation, of shape (windows, seqlen), in the order of the text."""
+        return self.windows_of(self.evaluation)
+
+    def windows_of(self, source: str) -> Tensor:
+        """Return the token ids of a text for evaluation, of shape (windows, seqlen), in the order of the text."""
+        if source not in self._windows:
+            text = evaluation_text(source, self.cache_dir)
+            self._sample = self._sample or text[:_SAMPLE]
+            ids = self._tokenize(text)
+            if source == "c4":
+                ids = ids[: _C4_EVALUATION_WINDOWS * self.seqlen]
+            self._windows[source] = cut(ids, self.seqlen, self.limit, source)
+        return self._windows[source]
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the data of the stage: the evaluation windows, and for `fit` the training windows.
@@ -178,6 +193,8 @@ class TextDataModule(DataModule):
         that of the module that the Trainer runs, and a token for which the module has no embedding.
         """
         self._check_tokens(self.evaluation_windows)
+        for source in self.evaluations[1:]:
+            self._check_tokens(self.windows_of(source))
         if stage in (None, "fit"):
             self._check_tokens(self.train_windows)
         theirs = getattr(self._module, "tokenizer", None)
@@ -200,9 +217,10 @@ class TextDataModule(DataModule):
         source = OWN_TEXT if self.calibration == SELF else self.calibration
         return f"{source}, {_windows(count, self.seqlen)}, seed {self.seed}"
 
-    def describe_evaluation(self) -> str:
-        """Return the source, and how many windows of which length it has."""
-        return f"{self.evaluation}, {_windows(len(self.evaluation_windows), self.seqlen)}"
+    def describe_evaluation(self, number: int = 0) -> str:
+        """Return the source of the text with this number, and how many windows of which length it has."""
+        windows = self.windows_of(self.evaluations[number]) if number else self.evaluation_windows
+        return f"{self.evaluations[number]}, {_windows(len(windows), self.seqlen)}"
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the calibration windows, in the order in which they were drawn."""
@@ -212,9 +230,11 @@ class TextDataModule(DataModule):
         """Return the training windows, shuffled anew in each epoch."""
         return self._loader(self.train_windows, torch.Generator().manual_seed(self.seed))
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the evaluation windows, in the order of the text."""
-        return self._loader(self.evaluation_windows)
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
+        first = self._loader(self.evaluation_windows)
+        others = [self._loader(self.windows_of(source)) for source in self.evaluations[1:]]
+        return [first, *others] if others else first
 
     test_dataloader = predict_dataloader = val_dataloader
 

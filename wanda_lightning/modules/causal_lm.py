@@ -104,6 +104,7 @@ class CausalLMModule(L.LightningModule):
         self.lr_decay = lr_decay
         self.val_perplexity = WindowPerplexity()
         self.test_perplexity = WindowPerplexity()
+        self.other_perplexities = nn.ModuleList()  # of the dataloaders after the first, while they are measured
 
     @property
     def pruning_target(self) -> nn.Module:
@@ -164,18 +165,38 @@ class CausalLMModule(L.LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(input_ids))
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the windows to `val_perplexity`."""
-        self._measure("val_perplexity", self.val_perplexity, batch)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add the windows to `val_perplexity`, or to the perplexity of another dataloader."""
+        self._measure("val_perplexity", self.val_perplexity, batch, dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the windows to `test_perplexity`."""
-        self._measure("test_perplexity", self.test_perplexity, batch)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add the windows to `test_perplexity`, or to the perplexity of another dataloader."""
+        self._measure("test_perplexity", self.test_perplexity, batch, dataloader_idx)
 
-    def _measure(self, name: str, metric: WindowPerplexity, batch: Any) -> None:
+    def _measure(self, name: str, metric: WindowPerplexity, batch: Any, dataloader_idx: int) -> None:
         input_ids, attention_mask, _ = self._read(batch)
+        if dataloader_idx:
+            while len(self.other_perplexities) < dataloader_idx:
+                self.other_perplexities.append(WindowPerplexity().to(self.device))
+            metric = cast(WindowPerplexity, self.other_perplexities[dataloader_idx - 1])
         metric.update(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
-        self.log(name, metric, prog_bar=True, batch_size=len(input_ids))
+        if not dataloader_idx:
+            self.log(name, metric, prog_bar=True, batch_size=len(input_ids), add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexities of the dataloaders after the first: `val_perplexity/TEXT` for a `TextDataModule`."""
+        self._log_others("val_perplexity")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the perplexities of the dataloaders after the first: `test_perplexity/TEXT` for a `TextDataModule`."""
+        self._log_others("test_perplexity")
+
+    def _log_others(self, name: str) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
+        for number, metric in enumerate(self.other_perplexities, start=1):
+            text = names[number] if number < len(names) else str(number)
+            self.log(f"{name}/{text}", cast(WindowPerplexity, metric).compute())
+        self.other_perplexities = nn.ModuleList()
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""

@@ -50,10 +50,10 @@ def verdict(report: PruningReport) -> str:
     run = report.run
     if run is None or run.after is None:
         return f"{text} The effect on the predictions was not measured."
-    return " ".join([text, *(_change(METRICS[run.metric], each) for each in run.results)])
+    return " ".join([text, *(change_of(METRICS[run.metric], each) for each in run.results)])
 
 
-def _change(metric: Metric, result: Measured) -> str:
+def change_of(metric: Metric, result: Measured) -> str:
     """Say in a sentence how a metric changed on some data."""
     data, _, amount = result.data.partition(", ")
     subject = metric.title + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
