@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -47,8 +46,7 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
     if not units:
         return Permuted(why_not="no layer to prune lies in a block")
     processes, search, revisited = plan.processes, _Search(plan), set[int]()
-    with processes.fail_together():
-        samples = [sample for sample, _ in data.first(-(-_SAMPLES // processes.world_size), sys.maxsize)[0]]
+    samples = data.head(_SAMPLES)
     if not any(number for (number,) in processes.all_gather([len(samples)])):
         data.refuse_if_empty()
     observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)

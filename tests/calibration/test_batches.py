@@ -1,6 +1,8 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,3 +202,19 @@ X = {"x": torch.ones(1, 2)}
 def test_samples_that_differ_run_alone(one, other):
     _, samples = samples_of(one, other)
     assert not fit_together(samples)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 16])
+def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size):
+    """If a sampler deals them in turn, as Lightning's does."""
+    for world_size in (1, 2, 3, 8, 9):
+        found = []
+        for rank in range(world_size):
+            batches = torch.arange(40)[rank::world_size].split(batch_size)
+            counts = [[min(8, len(range(40)[other::world_size]))] for other in range(world_size)]
+            processes = SimpleNamespace(
+                rank=rank, world_size=world_size, fail_together=nullcontext, all_gather=lambda _, counts=counts: counts
+            )
+            data = CalibrationBatches(mlp(), batches, lambda batch: batch, None, processes, "test")
+            found += [number for sample in data.head(8) for number in sample.predict().tolist()]
+        assert sorted(found) == list(range(8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
@@ -139,6 +140,24 @@ class CalibrationBatches:
         if not isinstance(self._batches, list):
             self._batches = chain(kept, batches)
         return used, apart
+
+    def head(self, samples: int) -> list[Sample]:
+        """Return the forward passes of this process for exactly the first samples of all processes, taken in turn.
+
+        So they are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does. A
+        batch that cannot be split counts as one sample.
+        """
+        with self._processes.fail_together():
+            found = [sample for sample, _ in self.first(samples, sys.maxsize)[0]]
+        counts = self._processes.all_gather([min(samples, sum(sample.size for sample in found))])
+        turns = sorted((turn, rank) for rank, (count,) in enumerate(counts) for turn in range(count))
+        left, own = sum(rank == self._processes.rank for _, rank in turns[:samples]), []
+        for sample in found:
+            if 0 < left < sample.size:
+                sample = self._sample(self._forward, take(sample.batch, 0, left), sample.batch_index, left)
+            own += [sample] if left > 0 else []
+            left -= sample.size
+        return own
 
     def __iter__(self) -> Iterator[Callable[[], object]]:
         """Yield one forward pass for each batch; each adds an entry to `masks`."""
