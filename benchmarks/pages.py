@@ -51,12 +51,13 @@ def claims() -> str:
         for key in (("magnitude", "50 %"), ("sparsegpt", "2:4"))
     }
     lines = (
-        "**Wanda's masks are the reference's, bit for bit**, on the tiny random models of the tests. On WikiText-2, "
+        "**Wanda's masks are those of [the reference](https://github.com/locuslab/wanda)**, the code of the paper's "
+        "authors, bit for bit, on the tiny random models of the tests. On WikiText-2, "
         f"Wanda at 50 % has perplexity {same} in both codes (dense: {perplexity(dense)}). SparseGPT at 2:4 "
         f"({pairs['sparsegpt', '2:4']}) and magnitude at 50 % ({pairs['magnitude', '50 %']}) differ, by the order of "
         "sums and by ties. [Why](docs/measured.md#the-reference-code-and-alps)",
         f"**Better models for the time.** At 50 %, `best` has perplexity {perplexity(best)} after {seconds(best)} s; "
-        f"ALPS, with one sparsity for all layers, has {perplexity(alps)} after {seconds(alps)} s with its authors' "
+        f"[ALPS](https://arxiv.org/abs/2406.07831), with one sparsity for all layers, has {perplexity(alps)} after {seconds(alps)} s with its authors' "
         "code on another machine of the same kind, one run each. The reference's SparseGPT has "
         f"{perplexity(theirs['sparsegpt', '50 %', reference])}. [All methods](docs/measured.md#all-methods)",
         f"**Any family of models.** {families()} families of transformers and timm can be pruned, without code for any "
