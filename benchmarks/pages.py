@@ -58,7 +58,8 @@ def claims() -> str:
         "sums and by ties. [Why](docs/measured.md#the-reference-code-and-alps)",
         f"**Better models for the time.** At 50 %, `best` has perplexity {perplexity(best)} after {seconds(best)} s; "
         f"[ALPS](https://arxiv.org/abs/2406.07831), with one sparsity for all layers, has {perplexity(alps)} after "
-        f"{seconds(alps)} s with its authors' code on another machine of the same kind, one run each. The reference's SparseGPT has "
+        f"{seconds(alps)} s with its authors' code on another machine of the same kind, one run each. The reference's "
+        "SparseGPT has "
         f"{perplexity(theirs['sparsegpt', '50 %', reference])}. [All methods](docs/measured.md#all-methods)",
         f"**Any family of models.** {families()} families of transformers and timm can be pruned, without code for any "
         "of them: a small model of each, with random weights, was pruned and checked. [All families](docs/models.md)",
