@@ -102,7 +102,7 @@ def zeros() -> str:
         "as a kernel for sparse ones was, and the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
         "sparse tensor cores is [built in](docs/speed.md), but not measured.",
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
-        f"{perplexity(ours['thorough', '50 %'])} at 50 %. All these numbers are for one small model, one seed and "
+        f"{perplexity(ours['thorough', '50 %'])} at 50 %. The perplexities are for one small model, one seed and "
         "8 thousand calibration tokens.",
     )
     return "\n".join(f"- {line}" for line in lines)

@@ -267,7 +267,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     try:
         assert process.stdout.readline() == "in the middle\n"
         half = sorted(entry.name for entry in tmp_path.iterdir())
-        with pytest.raises(FileExistsError, match="is the folder that another run is going to write"):
+        with pytest.raises(FileExistsError, match="is reserved by another run"):
             refuse_replacement(places[0])
         refuse_existing(places[1])
         assert sorted(entry.name for entry in tmp_path.iterdir()) == half
@@ -295,17 +295,19 @@ STEPS = """
 import os, sys
 from pathlib import Path
 from wanda_lightning.files import whole_folder
-folder, last, steps, replace = Path(sys.argv[1]), int(sys.argv[2]), 0, os.replace
+folder, last, steps = Path(sys.argv[1]), int(sys.argv[2]), 0
 os.path.ismount = lambda path: len(sys.argv) > 3
 
-def counted(*names):
-    global steps
-    steps += 1
-    if steps > last:
-        os.kill(os.getpid(), 9)
-    replace(*names)
+def counted(step):
+    def count(*names, **options):
+        global steps
+        steps += 1
+        if steps > last:
+            os.kill(os.getpid(), 9)
+        step(*names, **options)
+    return count
 
-os.replace = counted
+os.replace, os.rename, os.unlink = map(counted, (os.replace, os.rename, os.unlink))
 with whole_folder(folder, overwrite=True) as new:
     for name in ("config.json", "model.safetensors", "other"):
         (new / name).write_text("new")
@@ -313,9 +315,9 @@ with whole_folder(folder, overwrite=True) as new:
 
 
 @pytest.mark.parametrize("mounted", [[], ["mounted"]], ids=["renamed", "mounted"])
-def test_a_run_that_is_killed_at_any_rename_leaves_one_whole_model(tmp_path, mounted):
+def test_a_run_that_is_killed_at_any_rename_or_deletion_leaves_one_whole_model(tmp_path, mounted):
     old, whole = {"config.json": "old", "model.safetensors": "old"}, []
-    for step in range(20):
+    for step in range(40):
         folder = tmp_path / str(step) / "model"
         folder.mkdir(parents=True)
         for name, text in old.items():
@@ -350,7 +352,7 @@ def test_a_reserved_folder_can_be_written_by_its_own_process_only(tmp_path):
     line = [sys.executable, "-c", KILLED, tmp_path / "x", tmp_path / "y"]
     with reserved(tmp_path / "x"):
         refused = subprocess.run(line, capture_output=True, text=True)
-        assert "is the folder that another run is going to write" in refused.stderr
+        assert "is reserved by another run" in refused.stderr
         with whole_folder(tmp_path / "x") as new:
             (new / "config.json").touch()
     assert os.listdir(tmp_path) == ["x"]

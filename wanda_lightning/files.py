@@ -23,10 +23,13 @@ except ImportError:  # Windows, where leftovers of killed runs are not removed
 
 _PREFIX = ".wanda-"
 _CONFIG = "config.json"  # a folder without it is not a model, so it is moved out first and in last
+_DONE = "old"  # the name of old entries that are not needed any more
 _WHOLE = "replaced by"  # a file beside old entries: all are out, and the folder that it names holds the new ones
 _OURS: set[Path] = set()  # temporary names of this process
 PROGRESS_NAME = "pruning_progress.json"
 """The file in a folder that is written part by part and not finished."""
+ROW_WEIGHTS_NAME = "pruning_row_weights.safetensors"
+"""Another one, of some methods."""
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
@@ -71,8 +74,11 @@ def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) ->
     """
     refuse_nonempty(path, overwrite)
     target = _resolved(path)
-    if any(is_locked(name) for name in _temporaries(_home(target), target) if name not in _OURS):
-        raise FileExistsError(f"{path} is the folder that another run is going to write. Choose another folder.")
+    leftovers = [name for home in (target.parent, target) for name in _temporaries(home, target)]
+    if any(is_locked(name) for name in leftovers if name not in _OURS):
+        raise FileExistsError(
+            f"{path} is reserved by another run, which will save a model there. Choose another folder, or wait for it."
+        )
     if not _entries(target):
         return
     if not (target / _CONFIG).is_file():
@@ -116,13 +122,13 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def files_in(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the names of all files in a folder, relative to it and with slashes."""
+    """Return the names of the files of a model in a folder, relative to it and with slashes."""
     root = _resolved(folder)
     return sorted(
         file.relative_to(root).as_posix()
         for entry in _entries(root)
         for file in (entry, *entry.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name not in (PROGRESS_NAME, ROW_WEIGHTS_NAME)
     )
 
 
@@ -183,7 +189,7 @@ def replace_file(new: Path, target: Path) -> None:
 
 def _flush(file: Path) -> None:
     """Write a file from the cache of the operating system to the disk."""
-    with file.open("rb+") as opened:
+    with file.open("rb" if os.name == "posix" else "rb+") as opened:  # a file may be read-only
         os.fsync(opened.fileno())
 
 
@@ -347,10 +353,14 @@ def _move_into(target: Path, new: Path, overwrite: bool) -> None:
                     os.replace(target / name, new / name)
             _move_all(old, target)
             raise
+        old.rename(aside / _DONE)  # a run that is killed while it deletes this leaves nothing to undo
 
 
 def _move_all(source: Path, target: Path) -> None:
-    """Move the entries of a folder, in an order in which neither folder is a part of a model with `config.json`."""
+    """Move the entries of a folder: `config.json` first out of a model, and last into one.
+
+    So a folder that is not whole never has one.
+    """
     is_moved_out = source in target.parents
     for entry in sorted(_entries(source), key=lambda entry: (entry.name == _CONFIG) is not is_moved_out):
         os.replace(entry, target / entry.name)
@@ -414,7 +424,10 @@ def _recover(old: Path, target: Path) -> None:
     if not target.exists():
         os.replace(old, target)
     elif old.parent.parent == target:  # a folder that cannot be renamed
-        _move_all(target / whole.read_text(encoding="utf-8") if whole.exists() else old, target)
+        is_whole = whole.exists()
+        _move_all(target / whole.read_text(encoding="utf-8") if is_whole else old, target)
+        if is_whole:
+            old.rename(old.with_name(_DONE))
 
 
 def lock(path: Path) -> int | None:

@@ -33,7 +33,7 @@ def why_missing(name: str | os.PathLike[str]) -> str:
 def locate(name: str | os.PathLike[str]) -> dict[str, str]:
     """Return the arguments of `from_pretrained` for a path that exists, with `~` expanded, or else a hub id.
 
-    A GGUF file or a folder that does not exist is a FileNotFoundError.
+    Raises a FileNotFoundError for a GGUF file or a folder that does not exist.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -49,8 +49,8 @@ def locate(name: str | os.PathLike[str]) -> dict[str, str]:
 def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
     """Load the transformers configuration of a hub id, a local folder or a GGUF file.
 
-    `hub` are `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. A model that neither a folder nor
-    the hub has is an OSError, and a file that is damaged or inconsistent a ValueError.
+    `hub` holds `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. Raises an OSError for a model that
+    neither a folder nor the hub has, and a ValueError for a file that is damaged or inconsistent.
     """
     source = locate(name)
     path = Path(name).expanduser()
@@ -80,7 +80,7 @@ def why_no_language_model(path: Path) -> str:
     except (OSError, ValueError, RecursionError):
         return ""  # `reading` explains it
     if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
-        return f"is an image classifier of timm. Give timm:{_LOCAL_FOLDER}{path}"
+        return f"is an image classifier of timm: its name is timm:{_LOCAL_FOLDER}{path}."
     return ""
 
 
@@ -88,7 +88,8 @@ def _refuse_files_outside(folder: Path) -> None:
     """Refuse an index that names files outside of its folder, which would be read as weights."""
     for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            found = {*json.loads(index.read_bytes())["weight_map"].values()}
+            names = sorted(name for name in found if isinstance(name, str))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # `reading` explains it
         for name in map(PureWindowsPath, names):  # it knows both kinds of slashes

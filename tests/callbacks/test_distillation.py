@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune, prune
-from wanda_lightning.callbacks.dense import fingerprint
+from wanda_lightning.callbacks.dense import dense_model, fingerprint
 
 
 def divergence(predicted, dense, temperature=1.0, keep=slice(None)):
@@ -435,3 +435,13 @@ def test_a_dense_model_with_nan_is_refused_before_training():
     ):
         trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_quantized_weights_of_a_dense_model_are_not_read(dtype):
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+
+    assert dense_model(Quantized(), Net(), None).weight.dtype == dtype

@@ -105,7 +105,7 @@ def test_help_is_complete(capsys):
     with pytest.raises(SystemExit):
         parse("--help", command="evaluate")
     text = " ".join(capsys.readouterr().out.split())
-    assert "python-docs (needs no network)" in text
+    assert "sklearn-docs (these two need no network)" in text
     assert "--overwrite Replace a --save file." in text
     with pytest.raises(SystemExit):
         parse("--help")

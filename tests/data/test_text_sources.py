@@ -61,8 +61,9 @@ def test_several_texts_are_measured_one_by_one(tokenizer):
         assert torch.equal(batch["input_ids"], alone.evaluation_windows)
         assert data.describe_evaluation(number) == alone.describe_evaluation() == f"{source}, 3 windows of 64 tokens"
     assert tokenizer(sklearn_docs()).input_ids[:64] == data.evaluation_windows[0].tolist()
-    with pytest.raises(ValueError, match="evaluation must name at least one text"):
-        TextDataModule(tokenizer, evaluation=[])
+    for wrong in ([], ["python-docs", "python-docs"]):
+        with pytest.raises(ValueError, match="evaluation must name at least one text, and each only once"):
+            TextDataModule(tokenizer, evaluation=wrong)
 
 
 def test_descriptions_of_data_sets_name_the_extra(tokenizer, monkeypatch):

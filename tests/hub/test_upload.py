@@ -77,10 +77,15 @@ def test_a_private_repository(hub, model):
     assert hub.private == {"us/tiny"}
     assert hub.repositories == {"us/tiny": files}
     hub.repositories["us/public"] = {}
-    with pytest.raises(OSError, match="the repository exists and is public; make it private") as caught:
+    message = "push_to_hub='us/public' must be a private repository with private=True, but it exists and is public"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        refuse_upload("us/public", private=True)
+    with pytest.raises(OSError, match=f"The model is saved in .*, but it was not uploaded: {message}") as caught:
         upload(folder, "us/public", FILES, private=True)
-    assert "us/public' failed" in str(caught.value)
+    assert "hf upload" not in str(caught.value)  # which would publish it
     assert hub.repositories["us/public"] == {}
+    for name in ("us/tiny", "us/new"):
+        refuse_upload(name, private=True)
 
 
 def test_what_cannot_succeed_is_refused(hub, monkeypatch):

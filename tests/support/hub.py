@@ -104,7 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
 
     def info(self, body, repo_id):
-        self._answer({"id": repo_id, "private": repo_id in self.server.private, "siblings": []})
+        if repo_id not in self.server.repositories:
+            return self._answer({"error": "Repository not found"}, 404)
+        return self._answer({"id": repo_id, "private": repo_id in self.server.private, "siblings": []})
 
     def tree(self, body, repo_id):
         files = self.server.repositories[repo_id].items()

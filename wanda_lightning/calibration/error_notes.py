@@ -18,11 +18,15 @@ def add_note(error: BaseException, text: str) -> None:
 
 
 @contextmanager
-def noting(text: Callable[[], str], log: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Add a sentence to an error inside this `with` block, and log it; nothing if the sentence is empty."""
+def noting(
+    text: Callable[[], str],
+    log: Callable[[str], None] = lambda text: None,
+    kind: type[BaseException] = BaseException,
+) -> Iterator[None]:
+    """Add a note to an error of this kind in the `with` block, and log it, unless the note is empty."""
     try:
         yield
-    except BaseException as error:
+    except kind as error:
         if note := text():
             add_note(error, note)
             log(note)

@@ -36,7 +36,7 @@ def gradient_statistics(
 
     The gradient is that of `log p(y)` with respect to the layer's outputs. The label y is drawn from the model's own
     predictions p, so no labels are needed: the sums estimate the Fisher information. The classes are in the last
-    dimension of the logits, or in dimension 1 if there are four or more, as in segmentation. The label of a sample
+    dimension of the logits, or in dimension 1 if they have four or more, as in segmentation. The label of a sample
     depends on its index in the calibration data and on its predictions, but not on its batch or process. Each sample
     has its own backward pass, in which blocks are recomputed, so that only the activations of one block and the logits
     of one sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from wanda_lightning.callbacks.trainer import pruning_target
-from wanda_lightning.models import number_of_classes
+from wanda_lightning.models import is_unloaded, is_wrapper, number_of_classes
 from wanda_lightning.parallel import local
 from wanda_lightning.zeros import prunable_layers, zeros_of
 
@@ -111,7 +111,10 @@ def _zeros_of_pruning(model: nn.Module) -> str:
 
 def _refuse_not_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not local(parameter.detach()).isfinite().all():
+        is_plain = parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if not is_plain or is_wrapper(parameter) or is_unloaded(parameter):
+            continue  # quantized, or not there yet
+        if not local(parameter.detach()).isfinite().all():
             raise ValueError(
                 f"dense must have finite weights, but {name} holds NaN or infinity, which would reach every weight of "
                 "the model that learns from it. Give another model, or load it in a wider dtype."

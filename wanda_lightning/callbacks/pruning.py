@@ -336,7 +336,10 @@ class PruningCallback(Callback):
         if not self._state.share:
             return with_result(run, trainer, is_dense=True)
         first = self.report.run if self.report is not None else None
-        return run if first is None else replace(run, metric=first.metric, before=first.before, data=first.data)
+        if first is None:
+            return run
+        others = tuple(replace(other, after=None) for other in first.others)
+        return replace(run, metric=first.metric, before=first.before, data=first.data, others=others)
 
     def _record_result(self, trainer: L.Trainer) -> None:
         """Add what the evaluation loop has measured to the report, if the loop has pruned the model at its start."""

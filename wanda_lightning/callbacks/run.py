@@ -14,7 +14,7 @@ from wanda_lightning.report.metrics import METRICS
 
 
 def run_of(trainer: L.Trainer, calibration_samples: int) -> Run:
-    """Return what is known before a loop has measured anything, with so many samples of the datamodule or none."""
+    """Describe the run before anything is measured. Without samples, the calibration data are not the datamodule's."""
     run = Run(model=_name_of(trainer.lightning_module))
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
     return replace(run, calibration=describe(calibration_samples)) if describe and calibration_samples else run

@@ -79,7 +79,7 @@ class SavePretrained(Callback):
                 "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file."
             )
         if self.push_to_hub is not None:
-            refuse_upload(self.push_to_hub)
+            refuse_upload(self.push_to_hub, self.private)
         self._reserved.close()  # of an interrupted run
         with processes_of(trainer).fail_together():
             if trainer.is_global_zero:
@@ -99,7 +99,7 @@ class SavePretrained(Callback):
             trainer.strategy.barrier("SavePretrained")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         self._reserved.close()
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,7 +122,7 @@ class SavePretrained(Callback):
         if reports := [report for report in found if report is not None]:
             report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
             if trainer.global_step and report.run is not None:  # the results are those of the model before training
-                report.run = replace(report.run, after=None, zero_shot={}, samples=(), images=())
+                report.run = replace(report.run, after=None, others=(), zero_shot={}, samples=(), images=())
             write_card(
                 folder,
                 report,

@@ -48,7 +48,7 @@ class PruningState:
     def to_checkpoint(self) -> dict[str, Any]:
         """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package.
 
-        Training resumes without the report, so one that another version cannot read stops nothing.
+        Training resumes without the report, so a report that cannot be read does not prevent it.
         """
         return {**vars(self), "report": None if self.report is None else self.report.to_json()}
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
-from signal import SIGINT
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
         else:
             _show(command)
     except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # of the Trainer, which leaves the status to us
+            return 128 + SIGTERM
         if signals.received is None:  # else the Trainer turned Ctrl-C into exit(1)
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:

@@ -258,7 +258,7 @@ class PruneOptions(InspectOptions):
             check_report_path(self.report)
         _refuse_place(self, "report", refuse_existing)
         if self.push_to_hub is not None:
-            refuse_upload(self.push_to_hub)
+            refuse_upload(self.push_to_hub, self.private)
         if self.is_image:
             image_sources.check_source(self.data_path or "", calibrates=True)
         else:
@@ -336,7 +336,7 @@ class FinetuneOptions:
         text_sources.check_source(self.eval, "--eval")
         _refuse_place(self, "save_model", refuse_replacement)
         if self.push_to_hub is not None:
-            refuse_upload(self.push_to_hub)
+            refuse_upload(self.push_to_hub, self.private)
         check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
 
 

@@ -10,8 +10,8 @@ from wanda_lightning.checks import one_line
 def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
     """Load a data set with `datasets.load_dataset`. All ranks may call it at once, since `datasets` locks its cache.
 
-    A data set that neither the cache nor the hub has is an OSError, whose message recommends `instead`; one that cannot
-    be read is a ValueError.
+    Raises an OSError, whose message recommends `instead`, for a data set that neither the cache nor the hub has, and a
+    ValueError for one that cannot be read.
     """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError

@@ -70,7 +70,7 @@ class TextDataModule(DataModule):
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         calibration: str = "python-docs",
-        evaluation: str | Sequence[str] = "python-docs",
+        evaluation: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = "python-docs",
         seqlen: int = 2048,
         num_samples: int = 128,
         batch_size: int = 4,
@@ -86,9 +86,10 @@ class TextDataModule(DataModule):
         check_memory("train_samples", train_samples or 0, seqlen)
         if calibration != SELF:
             check_source(calibration, "calibration")
-        self.evaluations = (evaluation,) if isinstance(evaluation, str) else tuple(evaluation)
-        if not self.evaluations:
-            raise ValueError("evaluation must name at least one text, but it names none.")
+        texts = [evaluation] if isinstance(evaluation, str | os.PathLike) else evaluation
+        self.evaluations = tuple(os.fspath(text) for text in texts)
+        if not self.evaluations or len({*self.evaluations}) < len(self.evaluations):
+            raise ValueError(f"evaluation must name at least one text, and each only once, but it is {evaluation!r}.")
         for each in self.evaluations:
             check_source(each, "evaluation")
         if isinstance(tokenizer, (str, os.PathLike)):

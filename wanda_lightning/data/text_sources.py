@@ -23,7 +23,7 @@ _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics
 
 
 def check_source(source: str, option: str = "text") -> None:
-    """Refuse a source, which an option names, that is neither known nor a file of a known format."""
+    """Refuse a source that is neither a known name nor a file of a known format; errors begin with the option."""
     path = Path(source).expanduser()
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")

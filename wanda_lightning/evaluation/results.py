@@ -52,8 +52,7 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
 class KeptZeros:
     """The zeros of a pruned model, to count those that versions of it have lost, such as quantized ones.
 
-    The model is in floating point, and its prunable layers count; if none of them has a zero, it is refused. Errors
-    contain its name.
+    The model is in floating point. Only its prunable layers count; a model without zeros in them is refused by name.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:

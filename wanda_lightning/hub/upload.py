@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Collection
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
@@ -15,11 +16,12 @@ _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
 _EXPECTED = "push_to_hub must be OWNER/NAME of a model repository"
 
 
-def refuse_upload(repo_id: str) -> None:
-    """Raise a ValueError for an upload that cannot succeed, without connecting to the hub.
+def refuse_upload(repo_id: str, private: bool = False) -> None:
+    """Raise a ValueError for an upload that cannot succeed. Only a private one connects to the hub.
 
     Args:
         repo_id: OWNER/NAME of a model repository.
+        private: Refuse a public repository.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -41,6 +43,20 @@ def refuse_upload(repo_id: str) -> None:
             f"push_to_hub must be left out without a token that may write to {repo_id!r}, but no token was found. Run "
             "hf auth login, or set HF_TOKEN."
         )
+    if private:
+        _refuse_public(repo_id)
+
+
+def _refuse_public(repo_id: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with suppress(OSError, HfHubHTTPError):  # there is no such repository yet, or the upload will explain it
+        if not HfApi().repo_info(repo_id).private:
+            raise ValueError(
+                f"push_to_hub={repo_id!r} must be a private repository with private=True, but it exists and is public. "
+                "Make it private on the hub, or choose another name."
+            )
 
 
 def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str], private: bool = False) -> str:
@@ -63,8 +79,8 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
     api = HfApi(library_name="wanda_lightning")
     try:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.repo_info(address.repo_id).private:
-            raise ValueError("the repository exists and is public; make it private, or choose another name")
+        if private:
+            _refuse_public(address.repo_id)
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=Path(folder),
@@ -72,6 +88,8 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
             commit_message="Upload pruned model with wanda_lightning",
             delete_patterns=_WEIGHTS,
         )
+    except ValueError as error:
+        raise OSError(f"The model is saved in {folder}, but it was not uploaded: {error}") from error
     except Exception as error:  # of the connection, of the server, of the disk
         included = (word for file in sorted(files) for word in ("--include", escape(file)))
         later = ["hf", "upload", repo_id, os.fspath(folder), *(["--private"] if private else []), *included]

@@ -198,7 +198,7 @@ class CausalLMModule(L.LightningModule):
             self.log(f"{name}/{text}", cast(WindowPerplexity, metric).compute())
         self.other_perplexities = nn.ModuleList()
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
         input_ids, attention_mask, _ = self._read(batch)
         return window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)

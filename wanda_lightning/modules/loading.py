@@ -36,9 +36,9 @@ _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configura
 def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
     """Load a decoder-only language model, and its tokenizer or None.
 
-    `hub` are `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. A model that neither a folder nor
-    the hub has in safetensors is an OSError; files that are broken or contradict each other, or weights that cannot be
-    used, are a ValueError.
+    `hub` holds `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. Raises an OSError for a model that
+    neither a folder nor the hub has in safetensors, and a ValueError for files that are broken or contradict each
+    other, and for weights that cannot be used.
     """
     path, source = Path(name).expanduser(), locate(name)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -147,7 +147,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
-    Weights that can neither be downloaded nor found are an OSError; what cannot be used is a ValueError.
+    Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for what cannot be used.
     """
     checked = timm_name(name)
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None

@@ -63,7 +63,7 @@ class BatchNormStatistics:
         self._original = [_statistics(layer) for layer in layers]
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
         if layers:
-            with processes.fail_together(), noting(lambda: _OPTION):
+            with processes.fail_together(), noting(lambda: _OPTION, kind=Exception):
                 self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), HELD_OUT)
                 self._record()
                 self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]

@@ -232,9 +232,9 @@ class Run:
 
     @property
     def results(self) -> tuple[Measured, ...]:
-        """The results on all data; none if nothing was measured."""
-        first = Measured(self.data, self.before, self.after)
-        return (first, *self.others) if (self.before, self.after) != (None, None) else ()
+        """The results that are known, of the first data first."""
+        found = (Measured(self.data, self.before, self.after), *self.others)
+        return tuple(each for each in found if (each.before, each.after) != (None, None))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 _types_of: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
-_NAMES = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def as_json(value: Any) -> str:
@@ -29,9 +29,9 @@ def _finite(value: Any) -> Any:
 
 
 def from_fields(kind: Any, value: Any, place: str = "") -> Any:
-    """Construct an object of an annotated type from what JSON holds of it; ignore keys that are not fields.
+    """Construct an object of an annotated type from its parsed JSON; ignore keys that are not fields.
 
-    A null for a number that is not optional was NaN or infinite, and becomes NaN.
+    Reports of version 0.2.0 may hold NaN and infinity. A null for a number that is not optional was one of these.
 
     Args:
         kind: A dataclass, or the type of a field of one.
@@ -79,7 +79,7 @@ def _object(kind: Any, value: Any, place: str) -> Any:
 def _plain(kind: Any, value: Any, place: str) -> Any:
     if kind is float and value is None:
         return math.nan
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind in _NAMES and not (is_number if kind is float else type(value) is kind):
         raise _wrong(place, _NAMES[kind], value)
     return value

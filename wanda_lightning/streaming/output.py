@@ -21,6 +21,7 @@ from torch import Tensor
 from wanda_lightning.checks import one_line
 from wanda_lightning.files import (
     PROGRESS_NAME,
+    ROW_WEIGHTS_NAME,
     flush_folder,
     is_locked,
     lock,
@@ -37,7 +38,6 @@ from wanda_lightning.report import PrunedLayer
 from wanda_lightning.report.fields import as_json, from_fields
 
 _INDEX = "model.safetensors.index.json"
-_ROW_WEIGHTS = "pruning_row_weights.safetensors"  # while the model is pruned
 _VERSION = 1  # of the progress file
 
 
@@ -172,7 +172,7 @@ class OutputFolder:
                 if not record.keys or self._is_whole(self._path(part), record.checksum):
                     self.written[part] = record
                 bar.advance()
-        has_weights = not begun.row_weights or self._is_whole(self.path / _ROW_WEIGHTS, begun.row_weights)
+        has_weights = not begun.row_weights or self._is_whole(self.path / ROW_WEIGHTS_NAME, begun.row_weights)
         if has_weights and not differing:
             self.sparsities, self._row_weights = begun.sparsities, begun.row_weights
         self.report = begun.report if self.written.keys() >= set(self._parts) else ""
@@ -213,7 +213,7 @@ class OutputFolder:
         self.sparsities = dict(sparsities)
         with self._in_first() as is_first:
             if is_first and row_weights:
-                with whole_file(self.path / _ROW_WEIGHTS) as new:
+                with whole_file(self.path / ROW_WEIGHTS_NAME) as new:
                     save_file(dict(row_weights), new)
                     self._row_weights = _checksum(new)
             if is_first:
@@ -221,7 +221,7 @@ class OutputFolder:
 
     def row_weights(self) -> dict[str, Tensor]:
         """Read the row weights; empty if no layer has any."""
-        return load_file(self.path / _ROW_WEIGHTS) if self._row_weights else {}
+        return load_file(self.path / ROW_WEIGHTS_NAME) if self._row_weights else {}
 
     def _save_progress(self) -> None:
         content = _Progress(_VERSION, self._made_with, self.sparsities, self._row_weights, self.written, self.report)
@@ -266,7 +266,7 @@ class OutputFolder:
         """Delete what only a run that is started again would need."""
         with self._in_first() as is_first:
             if is_first:
-                (self.path / _ROW_WEIGHTS).unlink(missing_ok=True)
+                (self.path / ROW_WEIGHTS_NAME).unlink(missing_ok=True)
                 (self.path / PROGRESS_NAME).unlink()
 
     def close(self) -> None:

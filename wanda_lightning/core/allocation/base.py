@@ -40,7 +40,7 @@ class DenseLayer:
 
 
 class GradientLimit(NamedTuple):
-    """A number of samples: so many, or more until they have enough predictions."""
+    """The first `samples` samples, and more until there are at least `predictions` predictions."""
 
     samples: int | None = None  # the first ones; None for all
     predictions: int = 0  # of tokens or of images
