@@ -8,7 +8,7 @@ NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
-.PHONY: install test test-all test-oldest demo demo-vision benchmark results package notebooks docs linkcheck clean
+.PHONY: install test types units test-all test-oldest demo demo-vision benchmark results package notebooks docs linkcheck clean
 
 install: .venv/test
 
@@ -21,7 +21,12 @@ install: .venv/test
 test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --jobs 2 types units
+
+types: .venv/test
 	$(BIN)/mypy
+
+units: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup  # one process a core: more threads only wait for each other
 
 # Also every family of models, and every combination of choices where `make test` takes pairs.
