@@ -163,8 +163,14 @@ def test_a_signal_after_the_work_keeps_its_status(capsys, monkeypatch):
     def killed():
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Signals, "__exit__", lambda *_: killed())
-    assert main(["--version"]) == 143
+    leave = Signals.__exit__
+    monkeypatch.setattr(Signals, "__exit__", lambda self, *error: killed() or leave(self, *error))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    try:
+        assert main(["--version"]) == 143
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handlers, strict=True):
+            signal.signal(number, handler)
     assert "wanda-lightning: interrupted" in capsys.readouterr().err
 
 

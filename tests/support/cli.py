@@ -155,7 +155,7 @@ def refused(tmp_path, capsys, inputs):
         assert run(*arguments) == code
         out, err = capsys.readouterr()
         assert message in err
-        assert "Traceback" not in out + err
+        assert "Traceback" not in out + err, out + err
         assert (everything_in(tmp_path), everything_in(inputs)) == before
         return err
 
