@@ -41,7 +41,10 @@ def test_gathered_it_is_the_model_of_one_process(pair, sequential, pattern):
 
 @pytest.mark.parametrize(
     ("name", "sequential"),
-    spread(["t5", "convnext", "resnet18", "block_twice", "unreached", "few_rows"], ["block", "none"]),
+    [
+        *spread(["convnext", "block_twice", "unreached", "few_rows"], ["none", "block"]),
+        *(pytest.param(name, "block", marks=pytest.mark.nightly) for name in ("t5", "resnet18")),
+    ],
 )
 def test_other_architectures_sharded(pair, name, sequential):
     choices = {"sequential": sequential, "keep_batch_norm": True}
