@@ -195,7 +195,7 @@ class CausalLMModule(L.LightningModule):
         names = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
         for number, metric in enumerate(self.other_perplexities, start=1):
             text = names[number] if number < len(names) else str(number)
-            self.log(f"{name}/{text}", cast(WindowPerplexity, metric).compute())
+            self.log(f"{name}/{text}", cast(WindowPerplexity, metric).compute(), sync_dist=True)
         self.other_perplexities = nn.ModuleList()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:

@@ -43,7 +43,7 @@ _VERSION = 1  # of the progress file
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What happened to a part, and what was written of it."""
+    """The record of a part: its layers, and the file that holds it."""
 
     layers: list[PrunedLayer] = field(default_factory=list)
     skipped: list[SkippedMatrix] = field(default_factory=list)
