@@ -47,9 +47,9 @@ from wanda_lightning import (
     sample_windows,
 )
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source
+from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.plan import make_plan
 
 Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
 Measured = dict[str, float]

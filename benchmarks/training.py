@@ -41,7 +41,7 @@ from wanda_lightning import (
 from wanda_lightning.data.text_sources import OWN_TEXT
 from wanda_lightning.data.windows import cut
 from wanda_lightning.models import Layer
-from wanda_lightning.zeros import prunable_layers
+from wanda_lightning.training.held_zeros import prunable_layers
 
 HELD_OUT = 8  # every eighth window of the training text
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from wanda_lightning.core.permutation import Assignment, NoPermutation
     from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
     from wanda_lightning.data import ImageDataModule, TextDataModule, sample_windows
+    from wanda_lightning.engine.prune import prune
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-    from wanda_lightning.pruning import prune
-    from wanda_lightning.recovery import Distil, NoRecovery, Reconstruct
     from wanda_lightning.report import PruningReport
     from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
-    from wanda_lightning.zeros import keep_zeros
+    from wanda_lightning.training import Distil, NoRecovery, Reconstruct
+    from wanda_lightning.training.held_zeros import keep_zeros
 
 _HOMES = {
     "acceleration": "accelerate_2to4",
@@ -51,11 +51,11 @@ _HOMES = {
     "core.solvers": "ADMM Refit SparseGPT ZeroOut",
     "data": "ImageDataModule TextDataModule sample_windows",
     "modules": "CausalLMModule ImageClassifierModule",
-    "pruning": "prune",
-    "recovery": "Distil NoRecovery Reconstruct",
+    "engine.prune": "prune",
+    "training": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
     "streaming": "perplexity_from_disk prune_from_disk",
-    "zeros": "keep_zeros",
+    "training.held_zeros": "keep_zeros",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -9,8 +9,9 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning import methods
+from wanda_lightning.common.name_patterns import check_patterns
+from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.core.hyperparameters import shown
-from wanda_lightning.core.name_patterns import check_patterns, did_you_mean
 
 if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from wanda_lightning.core.patterns import Pattern
     from wanda_lightning.core.permutation import Permutation
     from wanda_lightning.core.solvers import Solver
-    from wanda_lightning.recovery import Recovery
+    from wanda_lightning.training import Recovery
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ _BASES = {
     "pattern": "core.patterns.Pattern",
     "allocation": "core.allocation.Allocation",
     "solver": "core.solvers.Solver",
-    "recovery": "recovery.Recovery",
+    "recovery": "training.Recovery",
     "permutation": "core.permutation.Permutation",
 }
 

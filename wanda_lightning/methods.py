@@ -31,9 +31,9 @@ def choice(path: str, **arguments: Any) -> Choice:
 
 ZERO_OUT = choice("core.solvers.ZeroOut")
 UNIFORM = choice("core.allocation.Uniform")
-NO_RECOVERY = choice("recovery.NoRecovery")
-RECONSTRUCT = choice("recovery.Reconstruct")
-DISTIL = choice("recovery.Distil")
+NO_RECOVERY = choice("training.NoRecovery")
+RECONSTRUCT = choice("training.Reconstruct")
+DISTIL = choice("training.Distil")
 NO_PERMUTATION = choice("core.permutation.NoPermutation")
 ASSIGNMENT = choice("core.permutation.Assignment")
 ADMM = choice("core.solvers.ADMM")

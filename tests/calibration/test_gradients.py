@@ -19,9 +19,9 @@ from wanda_lightning.calibration.batches import CalibrationBatches, map_tensors
 from wanda_lightning.calibration.gradients import gradient_statistics_by_block
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.plan import make_plan
 
 
 def measured(model, batches, samples=None, predictions=0):

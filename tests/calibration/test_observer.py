@@ -18,9 +18,9 @@ from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.plan import make_plan
 
 NEEDS = frozenset(SUMS)
 

@@ -39,7 +39,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning import CubicSchedule, KeepZeros, MagnitudePrune, WandaPrune, prune
-from wanda_lightning.zeros import HeldZeros
+from wanda_lightning.training.held_zeros import HeldZeros
 
 CLIPPING = {
     None: {},

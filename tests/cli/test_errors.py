@@ -6,9 +6,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from wanda_lightning.checks import check_positive
 from wanda_lightning.cli.errors import explain, in_options, refusal_in
-from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.common.checks import check_positive
+from wanda_lightning.common.words import did_you_mean
 
 
 def caught(function, *arguments):

@@ -12,8 +12,8 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import ImageClassifierModule, PruningConfig
+from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.models import reads_images
-from wanda_lightning.plan import make_plan
 
 
 class Wrapped(L.LightningModule):

@@ -22,8 +22,8 @@ from transformers import (
     T5Config,
 )
 
-from wanda_lightning.models import model_from_config
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.modules.from_config import model_from_config
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ from support.reports import llama_report
 from support.zoo import ZOO
 
 from wanda_lightning import prune
+from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.report.metrics import PERPLEXITY, TOP1
-from wanda_lightning.report.words import count, counted, dense_by_reason, duration, method_in_words
+from wanda_lightning.report.words import dense_by_reason, method_in_words
 
 
 def test_results_and_their_changes():

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from wanda_lightning import prune_from_disk
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.plan import config_for
+from wanda_lightning.engine.plan import config_for
 from wanda_lightning.streaming import Samples, memory_to_measure, memory_to_prune
 
 LENGTH, VOCABULARY, HIDDEN, INNER = 128, 4000, 512, 1408

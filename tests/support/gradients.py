@@ -8,8 +8,8 @@ from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import GradientLimit
+from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.plan import make_plan
 
 
 def gradients(model, batches, samples=None, predictions=0, recomputed=True, processes=SINGLE_PROCESS, **choices):

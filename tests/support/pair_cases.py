@@ -37,11 +37,11 @@ from wanda_lightning.callbacks.batches import calibration_batches, calibration_f
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.engine.batch_norm import batch_norm_layers
+from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.models import find_layers
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.parallel import Processes
-from wanda_lightning.pruning import prune_as
-from wanda_lightning.recovery import batch_norm_layers
 
 
 def both():

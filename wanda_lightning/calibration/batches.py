@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.parking import MakeParking, Parking
+from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import TokenMask, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
-from wanda_lightning.progress import ProgressBar
 
 
 class Sample(NamedTuple):

@@ -15,7 +15,7 @@ from torch import nn
 from wanda_lightning.callbacks.trainer import pruning_target
 from wanda_lightning.models import is_unloaded, is_wrapper, number_of_classes
 from wanda_lightning.parallel import local
-from wanda_lightning.zeros import prunable_layers, zeros_of
+from wanda_lightning.training.held_zeros import prunable_layers, zeros_of
 
 _PRUNED = 0.01  # share of zeros; weights in 16 bits have a few zeros by chance
 _VALUES = 64  # of each tensor, for the fingerprint

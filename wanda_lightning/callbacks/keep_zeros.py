@@ -8,8 +8,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
-from wanda_lightning.checks import refuse_pytorch_lightning
-from wanda_lightning.zeros import HeldZeros
+from wanda_lightning.common.checks import refuse_pytorch_lightning
+from wanda_lightning.training.held_zeros import HeldZeros
 
 
 class KeepZeros(Callback):

@@ -24,17 +24,17 @@ from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.validation import ValidationLoop
-from wanda_lightning.checks import check_at_least, check_report_path, refuse_pytorch_lightning
+from wanda_lightning.common.checks import check_at_least, check_report_path, refuse_pytorch_lightning
+from wanda_lightning.common.files import refuse_existing, refuse_nonempty
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.criteria import Magnitude, Wanda
 from wanda_lightning.core.solvers import SparseGPT
-from wanda_lightning.files import refuse_existing, refuse_nonempty
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.plan import make_plan
-from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport, Run
 from wanda_lightning.report.page import write_report
-from wanda_lightning.zeros import HeldZeros, zeros_of
+from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
 
 
 class PruningCallback(Callback):

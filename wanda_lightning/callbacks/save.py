@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
-from wanda_lightning.checks import refuse_pytorch_lightning
-from wanda_lightning.files import files_in, is_replaceable, reserved, unclaimed
+from wanda_lightning.common.checks import refuse_pytorch_lightning
+from wanda_lightning.common.files import files_in, is_replaceable, reserved, unclaimed
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import refuse_upload, upload
 from wanda_lightning.report import PruningReport
-from wanda_lightning.zeros import zeros_of
+from wanda_lightning.training.held_zeros import zeros_of
 
 
 class SavePretrained(Callback):

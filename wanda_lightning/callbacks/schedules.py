@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from wanda_lightning.checks import check_at_least
+from wanda_lightning.common.checks import check_at_least
 
 
 class Schedule(ABC):

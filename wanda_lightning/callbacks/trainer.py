@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from wanda_lightning.engine.notes import Outcome
+from wanda_lightning.engine.store import WeightStore
 from wanda_lightning.models import Unit
-from wanda_lightning.notes import Outcome
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.weight_store import WeightStore
 
 
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:

@@ -10,9 +10,9 @@ from torch import nn
 from wanda_lightning.calibration.batches import batch_size
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.parallel import Processes
-from wanda_lightning.plan import make_plan
-from wanda_lightning.pruning import prune_collected
 from wanda_lightning.report import PruningReport
 
 

@@ -112,7 +112,7 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
 def _show(command: str) -> None:
     """Print the usage or the version, or refuse an unknown command."""
     from wanda_lightning.cli.parser import UsageError
-    from wanda_lightning.core.name_patterns import did_you_mean
+    from wanda_lightning.common.words import did_you_mean
 
     if command in ("-h", "--help"):
         print(_USAGE, end="")
@@ -135,7 +135,7 @@ def _run_command(command: str, arguments: list[str]) -> None:
         options = parse_options(command, arguments)
         options.refuse_early()
     from wanda_lightning.cli.output import quiet_libraries, readable_warnings
-    from wanda_lightning.files import reserved
+    from wanda_lightning.common.files import reserved
 
     quiet_libraries()
     module = import_module(f"wanda_lightning.cli.{command}")

@@ -11,9 +11,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from wanda_lightning.checks import one_line
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.words import one_line
 from wanda_lightning.data import ImageDataModule
-from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import ChangedImage, Sample
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 
 from wanda_lightning.callbacks import DistillFromDense, KeepZeros
-from wanda_lightning.checks import one_line
 from wanda_lightning.cli.measure import (
     checked_seqlen,
     measure,
@@ -24,13 +23,14 @@ from wanda_lightning.cli.measure import (
 )
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.common.files import files_in
+from wanda_lightning.common.words import one_line
 from wanda_lightning.data import TextDataModule
-from wanda_lightning.files import files_in
 from wanda_lightning.hub.card import OwnCard, continue_card, read_card
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.report import Run
 from wanda_lightning.report.metrics import PERPLEXITY
-from wanda_lightning.zeros import zeros_of
+from wanda_lightning.training.held_zeros import zeros_of
 
 _PAPER_SEQLEN = 1024
 

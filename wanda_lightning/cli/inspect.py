@@ -9,15 +9,16 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from wanda_lightning.checks import available_memory
 from wanda_lightning.cli.measure import checked_seqlen
 from wanda_lightning.cli.options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE, InspectOptions
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.common.checks import available_memory
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.models import Inventory, find_layers, model_from_config
-from wanda_lightning.notes import low_coverage, unfit_layers
-from wanda_lightning.plan import config_for
-from wanda_lightning.refusals import refuse_nothing_to_prune
+from wanda_lightning.engine.notes import low_coverage, unfit_layers
+from wanda_lightning.engine.plan import config_for
+from wanda_lightning.engine.refusals import refuse_nothing_to_prune
+from wanda_lightning.models import Inventory, find_layers
+from wanda_lightning.modules.from_config import model_from_config
 from wanda_lightning.report import skipped_table
 from wanda_lightning.streaming import Memory, Samples, memory_to_measure, memory_to_prune
 from wanda_lightning.streaming.from_disk import refuse_whole_model

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import wanda_lightning
-from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.common.words import did_you_mean
 
 _NO_CAUSE = ("Does not validate", "Subtypes:", "Errors:", "Given value type:")
 

@@ -14,21 +14,21 @@ from typing import Any
 
 import yaml
 
-from wanda_lightning.checks import check_memory, check_report_path
 from wanda_lightning.cli.parser import UsageError, as_list, default_of, option
-from wanda_lightning.config import NAMES, PruningConfig
-from wanda_lightning.core.hyperparameters import Number, OneOf
-from wanda_lightning.data import image_sources, text_sources
-from wanda_lightning.files import (
+from wanda_lightning.common.checks import check_memory, check_report_path
+from wanda_lightning.common.files import (
     PROGRESS_NAME,
     refuse_existing,
     refuse_nonempty,
     refuse_replacement,
     refuse_unresumable,
 )
+from wanda_lightning.common.model_source import why_missing, why_no_language_model
+from wanda_lightning.config import NAMES, PruningConfig
+from wanda_lightning.core.hyperparameters import Number, OneOf
+from wanda_lightning.data import image_sources, text_sources
 from wanda_lightning.hub.upload import refuse_upload
 from wanda_lightning.methods import PARKING
-from wanda_lightning.model_sources import why_missing, why_no_language_model
 
 FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
 """The names in the reference code of some arguments of `PruningConfig.from_names`."""

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.core.hyperparameters import Number, OneOf
-from wanda_lightning.core.name_patterns import did_you_mean
 
 
 class UsageError(ValueError):

@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
-from wanda_lightning.checks import one_line
 from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
 from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import (
@@ -27,16 +26,17 @@ from wanda_lightning.cli.options import (
     as_given,
 )
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.common.files import existing_parent, files_in, unclaimed, whole_file
+from wanda_lightning.common.model_source import load_config, load_tokenizer
+from wanda_lightning.common.words import one_line
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.text_sources import SELF
+from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
-from wanda_lightning.files import existing_parent, files_in, unclaimed, whole_file
 from wanda_lightning.hub.card import write_card
-from wanda_lightning.model_sources import load_config, load_tokenizer
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
-from wanda_lightning.plan import make_plan
 from wanda_lightning.report import REPORT_NAME, Measured, PruningReport, Run
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.page import write_report

@@ -16,9 +16,10 @@ from wanda_lightning.acceleration.semi_structured import refuse_devices
 from wanda_lightning.cli.options import SpeedOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parser import UsageError
-from wanda_lightning.model_sources import load_config
+from wanda_lightning.common.model_source import load_config
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.words import as_size
 from wanda_lightning.modules import CausalLMModule
-from wanda_lightning.progress import ProgressBar, as_size
 
 _ROUNDS = 5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wanda_lightning.checks import one_line
+from wanda_lightning.common.words import one_line
 
 
 def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:

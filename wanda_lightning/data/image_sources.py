@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.checks import one_line, require_extra
-from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.words import did_you_mean, one_line
 from wanda_lightning.data.hub import load_from_hub
 
 _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, label column

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from wanda_lightning.checks import check_at_least, check_positive
+from wanda_lightning.common.checks import check_at_least, check_positive
 from wanda_lightning.data.image_sources import Source, check_source, open_source
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.preprocessing import class_names_of, resolve_preprocessing

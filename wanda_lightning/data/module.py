@@ -7,7 +7,7 @@ import warnings
 import lightning as L
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
-from wanda_lightning.checks import refuse_pytorch_lightning
+from wanda_lightning.common.checks import refuse_pytorch_lightning
 
 
 class DataModule(L.LightningDataModule):

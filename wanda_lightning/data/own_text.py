@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wanda_lightning.checks import check_at_least, check_positive
-from wanda_lightning.progress import ProgressBar
+from wanda_lightning.common.checks import check_at_least, check_positive
+from wanda_lightning.common.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

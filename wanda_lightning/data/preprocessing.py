@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.model_sources import timm_name
+from wanda_lightning.common.model_source import timm_name
 
 
 def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> dict[str, Any]:

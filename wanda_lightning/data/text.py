@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.checks import check_at_least, check_memory, check_positive
+from wanda_lightning.common.checks import check_at_least, check_memory, check_positive
+from wanda_lightning.common.model_source import load_tokenizer, locate
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, check_source, evaluation_text
 from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
-from wanda_lightning.model_sources import load_tokenizer, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

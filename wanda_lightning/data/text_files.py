@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.checks import one_line
+from wanda_lightning.common.words import one_line
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
 

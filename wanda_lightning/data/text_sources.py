@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from wanda_lightning.checks import require_extra
-from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.data.hub import load_from_hub
 from wanda_lightning.data.text_files import EXTENSIONS, read_file
 

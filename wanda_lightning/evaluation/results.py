@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from wanda_lightning.common.files import whole_file
 from wanda_lightning.core.bits import pack, unpack
-from wanda_lightning.files import whole_file
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.parallel import zero_counts

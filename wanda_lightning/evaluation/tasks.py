@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from wanda_lightning.checks import check_positive, one_line, require_extra
-from wanda_lightning.core.name_patterns import did_you_mean
+from wanda_lightning.common.checks import check_positive, require_extra
+from wanda_lightning.common.words import did_you_mean, one_line
 from wanda_lightning.data.text_files import json_rows
 from wanda_lightning.evaluation.results import Results
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
-from wanda_lightning.checks import one_line
+from wanda_lightning.common.words import one_line
 
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
 

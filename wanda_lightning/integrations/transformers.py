@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from wanda_lightning.zeros import HeldZeros
+from wanda_lightning.training.held_zeros import HeldZeros
 
 
 class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]

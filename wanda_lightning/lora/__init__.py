@@ -12,7 +12,7 @@ Importing this package registers the adapter type with PEFT, so import it before
 saved adapter. Without the import PEFT raises a `KeyError` that repeats this advice. It never loads a plain LoRA.
 """
 
-from wanda_lightning.checks import require_extra
+from wanda_lightning.common.checks import require_extra
 
 require_extra("lora", "peft", purpose="Adapters")
 

@@ -1,7 +1,6 @@
 """Find what can be pruned in a model: layers, blocks and experts; also skipped matrices and padding."""
 
 from wanda_lightning.models.find_layers import find_layers
-from wanda_lightning.models.from_config import model_from_config
 from wanda_lightning.models.hidden_units import HiddenUnits, hidden_units
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, is_plain
@@ -34,7 +33,6 @@ __all__ = [
     "is_plain",
     "is_unloaded",
     "is_wrapper",
-    "model_from_config",
     "number_of_classes",
     "own_head",
     "placeholder",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.core.name_patterns import check_patterns, matches, refuse_unmatched
+from wanda_lightning.common.name_patterns import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models.blocks import find_blocks

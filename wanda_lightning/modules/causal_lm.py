@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wanda_lightning.checks import check_not_negative, require_extra
-from wanda_lightning.files import whole_folder
+from wanda_lightning.common.checks import check_not_negative, require_extra
+from wanda_lightning.common.files import whole_folder
 from wanda_lightning.modules.loading import (
     DTYPES,
     bars_on_terminals_only,

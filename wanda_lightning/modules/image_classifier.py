@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from wanda_lightning.checks import check_not_negative
-from wanda_lightning.files import whole_folder
+from wanda_lightning.common.checks import check_not_negative
+from wanda_lightning.common.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 
 

@@ -21,8 +21,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning.checks import one_line
-from wanda_lightning.model_sources import load_config, load_tokenizer, locate, reading, refuse_unreachable, timm_name
+from wanda_lightning.common.model_source import (
+    load_config,
+    load_tokenizer,
+    locate,
+    reading,
+    refuse_unreachable,
+    timm_name,
+)
+from wanda_lightning.common.words import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED = (*DTYPES.values(), torch.float64)

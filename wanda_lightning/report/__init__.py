@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from wanda_lightning.files import whole_file
+from wanda_lightning.common.files import whole_file
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report.fields import as_json, from_fields
 

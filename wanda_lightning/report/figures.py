@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.checks import require_report_extra
+from wanda_lightning.common.checks import require_report_extra
+from wanda_lightning.common.words import count
 from wanda_lightning.models import SkipReason
 from wanda_lightning.report import POOLED, Layers, PrunedLayer, PruningReport, TrainingPass, grouped
-from wanda_lightning.report.words import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

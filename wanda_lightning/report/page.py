@@ -5,8 +5,8 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from wanda_lightning.checks import check_report_path
-from wanda_lightning.files import whole_file
+from wanda_lightning.common.checks import check_report_path
+from wanda_lightning.common.files import whole_file
 from wanda_lightning.report import PruningReport, Run, figures, words
 
 

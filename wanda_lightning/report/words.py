@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
+from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import Measured, PruningReport, Run, grouped
 from wanda_lightning.report.metrics import METRICS, Metric
 
 _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
-
-
-def duration(seconds: float) -> str:
-    """Return a duration, such as `7.2 s`, `3 min 12 s` or `2 h 5 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def count(number: int, names: Sequence[str] = (" billion", " million", " thousand")) -> str:
-    """Return a large number with three digits, such as `135 million`."""
-    units = zip((1e9, 1e6, 1e3), names, strict=True)
-    return next((f"{number / unit:.3g}{name}" for unit, name in units if number >= unit), str(number))
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, such as `1 layer` or `210 layers`."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def title_of(report: PruningReport) -> str:

@@ -28,8 +28,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
-from wanda_lightning.checks import one_line
-from wanda_lightning.model_sources import load_config, locate, reading
+from wanda_lightning.common.model_source import load_config, locate, reading
+from wanda_lightning.common.words import one_line
 from wanda_lightning.models import placeholder
 from wanda_lightning.modules.loading import check_finite, check_stored_as_float
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of

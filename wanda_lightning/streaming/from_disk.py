@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.modules.loading import check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.plan import make_plan
-from wanda_lightning.pruning import prune_as
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.output import OutputFolder, fingerprint

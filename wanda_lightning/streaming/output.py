@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wanda_lightning.checks import one_line
-from wanda_lightning.files import (
+from wanda_lightning.common.files import (
     PROGRESS_NAME,
     ROW_WEIGHTS_NAME,
     flush_folder,
@@ -31,9 +30,10 @@ from wanda_lightning.files import (
     unlock,
     whole_file,
 )
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.progress import ProgressBar
 from wanda_lightning.report import PrunedLayer
 from wanda_lightning.report.fields import as_json, from_fields
 

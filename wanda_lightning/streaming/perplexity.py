@@ -13,9 +13,10 @@ from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.words import as_size
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
-from wanda_lightning.progress import ProgressBar, as_size
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.parking import parking_maker, refuse_parking

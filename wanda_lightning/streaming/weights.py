@@ -8,16 +8,16 @@ from dataclasses import replace
 from functools import partial
 
 from wanda_lightning.calibration.parking import MakeParking, Parking
+from wanda_lightning.common.words import as_size
+from wanda_lightning.engine.notes import Outcome
+from wanda_lightning.engine.plan import Plan, Selections
+from wanda_lightning.engine.refusals import refuse_unprunable
+from wanda_lightning.engine.store import WeightStore
 from wanda_lightning.models import Layer, Unit
-from wanda_lightning.notes import Outcome
-from wanda_lightning.plan import Plan, Selections
-from wanda_lightning.progress import as_size
-from wanda_lightning.refusals import refuse_unprunable
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 from wanda_lightning.streaming.output import OutputFolder, PartRecord
 from wanda_lightning.streaming.parts import RESIDENT
-from wanda_lightning.weight_store import WeightStore
 
 
 class StreamedWeights(WeightStore):

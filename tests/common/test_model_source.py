@@ -1,0 +1,124 @@
+"""What the name of a model refers to, and how soon a wrong one is refused."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import constants
+from support.hub import running_hub
+from support.modules import tiny_llama
+
+from wanda_lightning.common.model_source import load_config, load_tokenizer, locate, timm_name, why_missing
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.modules.from_config import model_from_config
+from wanda_lightning.streaming.checkpoint import Checkpoint
+
+
+@pytest.fixture
+def network(monkeypatch, tmp_path):
+    """A network in which the hub is at the given address; the times for which anyone has slept are returned."""
+    slept = []
+
+    def connect(url):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(time, "sleep", slept.append)
+        return slept
+
+    return connect
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((name, "") for name in ("out", "out/model", "owner/model", "model")),
+        ("out/modl", ""),  # a folder may have the name of an owner on the hub
+        *((name, "does not exist. Check the path.") for name in ("./modl", "owner/model/a", "/modl", "modl.gguf")),
+    ],
+)
+def test_a_path_that_does_not_exist(monkeypatch, tmp_path, name, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("out/model").mkdir(parents=True)
+    assert why_missing(name) == reason
+    if not reason:
+        assert locate(name) == {"pretrained_model_name_or_path": name}
+    else:
+        with pytest.raises(FileNotFoundError):
+            locate(name)
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, model_from_config])
+def test_without_a_network_nobody_waits_for_the_hub(network, load):
+    slept = network("http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(OSError, match=r"of 'owner/none' cannot be found.* owner/none is not in the cache, and the hub"):
+        load("owner/none")
+    assert slept == []
+
+
+def test_nor_for_weights_of_timm(network):
+    slept = network("http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"^The weights of 'test_vit' are not in the cache .* the hub cannot be reached"):
+        ImageClassifierModule("test_vit")
+    with pytest.raises(OSError, match=r"^owner/none is not in the cache, and the hub .* a folder: local-dir:FOLDER\.$"):
+        timm_name("timm:hf-hub:owner/none")
+    assert slept == []
+
+
+def test_a_hub_that_answers_is_not_called_unreachable(network):
+    with running_hub() as hub:
+        network(hub.url)
+        with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be found") as found:
+            load_config("owner/none")
+    assert "the hub cannot be reached" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/x.safetensors", "..\\\\x.safetensors", "a/../../x"])
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_may_only_name_files_in_its_folder(tmp_path, index, name):
+    tiny_llama().config.save_pretrained(tmp_path)
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}))
+    for load in (CausalLMModule, model_from_config, Checkpoint):
+        with pytest.raises(ValueError, match=f"{index} must name files in its folder, but it names .*x"):
+            load(str(tmp_path))
+
+
+def test_links_that_the_cache_of_the_hub_makes_are_followed(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted((tmp_path / "model").iterdir())):
+        file.rename(tmp_path / f"blobs/{number}")
+        file.symlink_to(f"../blobs/{number}")
+    loaded = CausalLMModule(str(tmp_path / "model")).model
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_classifier_without_its_prefix(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "num_classes": 10}')
+    with pytest.raises(
+        OSError, match=rf"{tmp_path} is an image classifier of timm: its name is timm:local-dir:{tmp_path}"
+    ):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["s3:foo", "timm:s3:foo", "https://x/y"])
+def test_places_that_timm_does_not_load_from(name):
+    with pytest.raises(ValueError, match=r"model must be a name that timm .* knows, but it is '(s3:foo|https://x/y)'"):
+        timm_name(name)
+
+
+def test_a_package_that_a_quantized_model_needs_is_named(tmp_path, monkeypatch):
+    config = tiny_llama().config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ImportError, match=r"The weights of .* cannot be read without a package: .*(optimum|gptq|accelerate)"
+    ):
+        CausalLMModule(str(tmp_path))

@@ -1,0 +1,52 @@
+"""Patterns that name layers, and suggestions for misspelled names."""
+
+import re
+
+import pytest
+
+from wanda_lightning.common.name_patterns import check_patterns, matches, refuse_unmatched
+from wanda_lightning.common.words import did_you_mean
+
+NAMES = ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up", "blocks.0.attn", "head"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("blocks.0.mlp.up", ["blocks.0.mlp.up"]),
+        ("blocks.0", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.0.attn"]),
+        ("*.mlp", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up"]),
+        ("*.up", ["blocks.0.mlp.up", "blocks.10.mlp.up"]),
+        ("mlp", []),
+        ("HEAD", []),
+        ("re:blocks\\.\\d\\..*", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.0.attn"]),
+        ("re:blocks", []),
+        ("re:.*\\.\\d{1,3}\\.mlp\\.(up|down)", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up"]),
+    ],
+)
+def test_names_globs_and_regular_expressions(pattern, expected):
+    assert [name for name in NAMES if matches(name, pattern, "skip")] == expected
+
+
+def test_patterns_of_an_option():
+    assert check_patterns("skip", "head") == ("head",)
+    assert check_patterns("skip", ["head", "re:b.*"]) == ("head", "re:b.*")
+    for wrong in (None, 3, [3], {"head"}):
+        with pytest.raises(ValueError, match=r"^skip must be a list of layer names or patterns, but it is"):
+            check_patterns("skip", wrong)
+    with pytest.raises(ValueError, match=re.escape("only='re:(' must be a regular expression after 're:', but")):
+        check_patterns("only", ["head", "re:("])
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name():
+    refuse_unmatched(["head", "*.up"], NAMES, "skip", "module")
+    with pytest.raises(ValueError, match=r"skip='blocks.0.mpl.up' matches no module .* nearest is 'blocks.0.mlp.up'"):
+        refuse_unmatched(["head", "blocks.0.mpl.up"], NAMES, "skip", "module")
+    with pytest.raises(ValueError, match="the model has none"):
+        refuse_unmatched(["head"], [], "only", "layer")
+
+
+def test_suggestions():
+    assert did_you_mean("wnda", ["wanda", "magnitude"]) == " Did you mean wanda?"
+    assert did_you_mean("owll", ["owl", "owl_layer", "fisher"]).startswith(" Did you mean owl or owl_layer")
+    assert did_you_mean("x", ["wanda", "magnitude"]) == ""

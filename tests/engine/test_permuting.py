@@ -1,0 +1,426 @@
+"""Permuted models compute the same, in every family, and what cannot be permuted stays as it is."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from support.callbacks import ADAMW, Net, loader, trainer
+from support.pair_cases import permute_both
+from support.pairwise import spread
+from support.zoo import ZOO, run
+from torch import nn
+from torch.nn import functional as F
+
+from wanda_lightning import Assignment, NoPermutation, PruningCallback, PruningConfig, WandaPrune, prune
+from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.engine import permuting
+from wanda_lightning.engine.permuting import permute
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.store import WeightStore
+from wanda_lightning.parallel import SINGLE_PROCESS
+
+READERS = {
+    "llama": {"self_attn.o_proj", "mlp.down_proj"},
+    "mistral": {"self_attn.o_proj", "mlp.down_proj"},
+    "gemma3": {"self_attn.o_proj", "mlp.down_proj"},
+    "mixtral": {"self_attn.o_proj"},
+    "deepseek_v3": {"self_attn.q_b_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.shared_experts.down_proj"},
+    "gpt_oss": {"self_attn.o_proj"},
+    "opt": {"self_attn.out_proj", "fc2"},
+    "gpt2": {"attn.c_proj", "mlp.c_proj"},
+    "gpt_neox": {"attention.dense", "mlp.dense_4h_to_h"},
+    "t5": {
+        "layer.0.SelfAttention.o",
+        "layer.1.EncDecAttention.o",
+        "layer.1.DenseReluDense.wo",
+        "layer.2.DenseReluDense.wo",
+    },
+    "vit": {"attn.proj", "mlp.fc2"},
+    "convnext": {"mlp.fc2"},
+    "resnet18": set(),
+}
+"""The layers whose inputs can be permuted, by their names inside the block."""
+
+
+def varied(model):
+    """Give every unit its own bias and norm weight, so that none can be forgotten."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+def plan_for(model, **choices):
+    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", **choices}
+    return make_plan(PruningConfig.from_names(**choices), model)
+
+
+def permute_model(plan, batches):
+    """Permute in place; return what was permuted."""
+    data = CalibrationBatches(plan.model, batches, None, None, SINGLE_PROCESS, "Assignment()")
+    with pruning_mode(plan.model):
+        return permute(plan, data, WeightStore(), progress=False)
+
+
+def outputs(model, batches):
+    with torch.no_grad():
+        return [run(model, batch) for batch in batches]
+
+
+@pytest.mark.parametrize(("name", "dtype"), spread(READERS, [torch.bfloat16, torch.float32]))
+def test_the_model_computes_the_same(name, dtype):
+    model, batches = varied(ZOO[name].build()).to(dtype), ZOO[name].batches()
+    if name in ("vit", "convnext", "resnet18"):
+        batches = [(images.to(dtype), *rest) for images, *rest in batches]
+    before, dense, plan = outputs(model, batches), copy.deepcopy(model.state_dict()), plan_for(model)
+    done = permute_model(plan, batches)
+    inside = {layer.removeprefix(f"{plan.inventory.blocks[layer]}.") for layer in done.kept}
+    assert inside == READERS[name]
+    for layer, (kept_before, kept_after) in done.kept.items():
+        changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])
+        assert (kept_after > kept_before) == changed
+    for old, new in zip(before, outputs(model, batches), strict=True):
+        difference = (old.double() - new.double()).norm() / old.double().norm()
+        assert difference < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_it_is_pruned_as_a_model_that_was_permuted_before():
+    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    expected = copy.deepcopy(model)
+    permute_model(plan_for(expected), batches)
+    choices = {"pattern": "2:4", "method": "wanda", "progress": False}
+    prune(expected, batches, 0.5, **choices)
+    report = prune(model, batches, 0.5, permutation="assignment", **choices)
+    for (name, parameter), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+    assert report.config["permutation"] == {"name": "Assignment", "iterations": 8}
+    assert any("the inputs of 4 layers are permuted, which raises the Wanda scores" in note for note in report.notes)
+    noted = {layer.name.rpartition(".")[2] for layer in report.layers if "inputs permuted: kept score +" in layer.note}
+    assert noted == {"o_proj", "down_proj"}
+    assert report.seconds["permute"] > 0
+
+
+def test_layers_with_a_common_input_are_not_tried(monkeypatch):
+    tried, propose = [], permuting.hidden_units
+    monkeypatch.setattr(
+        permuting, "hidden_units", lambda reader, *args: tried.append(reader.name) or propose(reader, *args)
+    )
+    permute_model(plan_for(ZOO["llama"].build()), ZOO["llama"].batches())
+    assert {name.rpartition(".")[2] for name in tried} == {"o_proj", "down_proj"}
+
+
+def test_values_that_heads_share_are_permuted_together():
+    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    attention = model.model.layers[0].self_attn
+    values, output = (layer.weight.detach().clone() for layer in (attention.v_proj, attention.o_proj))
+    permute_model(plan_for(model), batches)
+    size, groups = attention.head_dim, attention.num_key_value_groups
+    for row, new in enumerate(attention.v_proj.weight):
+        (old,) = (values == new).all(1).nonzero().flatten().tolist()
+        head = row // size
+        assert old // size == head
+        for copy_ in range(groups):
+            start = (head * groups + copy_) * size
+            assert torch.equal(attention.o_proj.weight[:, start + row % size], output[:, start + old % size])
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(self.hidden(x))
+
+    def hidden(self, x):
+        return F.relu(self.up(x))
+
+
+class ReadTwice(Mlp):
+    """Hidden units that are also read without a layer; a large activation hides the difference in a norm."""
+
+    def forward(self, x):
+        weights = torch.arange(32).to(x.dtype)
+        large = 10_000 * F.one_hot(torch.tensor(0), 16).to(x.dtype)
+        return super().forward(x) + large + (self.hidden(x) * weights).sum(-1, keepdim=True)
+
+
+class ReadByAnother(Mlp):
+    """Hidden units that another layer reads, too, which is skipped; a large activation hides what it adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(32, 1)
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        return x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
+
+
+class ReadIfLong(Mlp):
+    """Hidden units that another layer, which is skipped, reads in another form; only long samples use its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(32, 1)
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        chosen = self.gate(2 * hidden).topk(min(x.shape[1], 100), dim=1)
+        used = torch.ones_like(x[..., :1]).scatter(1, chosen.indices, 1.0)
+        return x + self.down(hidden) * used
+
+
+class PassedOn(Mlp):
+    def forward(self, x, seen):
+        hidden = seen["hidden"] = self.hidden(x) + seen.get("hidden", 0)
+        return x + self.down(hidden)
+
+
+class Kept(Mlp):
+    """Hidden units that stay in an attribute."""
+
+    def forward(self, x):
+        self.seen = self.hidden(x)
+        return x + self.down(self.seen)
+
+
+class Indices(Mlp):
+    """Hidden units whose positions are returned."""
+
+    def forward(self, x, found=()):
+        hidden = self.hidden(x)
+        return x + self.down(hidden), (*found, hidden.argmax(-1))
+
+
+class Chosen(Mlp):
+    """Hidden units that one of two layers reads, as the batch asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(32, 16)
+
+    def forward(self, x, other=False):
+        return x + (self.other if other else self.down)(self.hidden(x))
+
+
+class Odd(nn.Module):
+    """Heads whose size is no multiple of four."""
+
+    head_dim = 6
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(*size) for size in ((16, 12), (16, 12), (16, 12), (12, 16)))
+
+    def forward(self, x):
+        q, k, v = (each(x).unflatten(-1, (2, 6)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Blocks(nn.Module):
+    """Two blocks of a class."""
+
+    def __init__(self, block, run=lambda blocks, x: blocks[1](blocks[0](x))):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.run = nn.ModuleList([block(), block()]), run
+
+    def forward(self, x, **options):
+        return self.run(self.blocks, x, **options)
+
+
+def passed_on(blocks, x):
+    seen = {}
+    return blocks[1](blocks[0](x, seen), seen)
+
+
+def with_other(blocks, x, other):
+    return blocks[1](blocks[0](x, other), other)
+
+
+def tied():
+    model = Blocks(Mlp)
+    model.blocks[1].up.weight.data = model.blocks[0].up.weight.data
+    return model
+
+
+FIXED = {
+    "read twice": lambda: Blocks(ReadTwice),
+    "read by another": lambda: Blocks(ReadByAnother),
+    "read if long": lambda: Blocks(ReadIfLong),
+    "passed on": lambda: Blocks(PassedOn, passed_on),
+    "kept in an attribute": lambda: Blocks(Kept),
+    "indices": lambda: Blocks(Indices, lambda blocks, x: blocks[1](*blocks[0](x))),
+    "odd heads": lambda: Blocks(Odd),
+}
+MOVED_BACK = {
+    "other layer": lambda: Blocks(Chosen, with_other),
+    "called again": lambda: Blocks(Mlp, lambda blocks, x: blocks[0](blocks[1](blocks[0](x)))),
+}
+
+
+def prune_permuted(model, batches, **choices):
+    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "progress": False, **choices}
+    return prune(model, batches, 0.5, **choices)
+
+
+def images(dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 5, 16, generator=draw).to(dtype) for _ in range(3)]
+
+
+def unchanged(model, dense):
+    return all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "dtype"), spread(FIXED, [torch.float32, torch.bfloat16, torch.float16]))
+def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
+    model = FIXED[kind]().to(dtype)
+    dense = copy.deepcopy(model.state_dict())
+    skip = ["*.gate"] if kind in ("read by another", "read if long") else []
+    assert permute_model(plan_for(model, skip=skip), images(dtype)).kept == {}
+    assert unchanged(model, dense)
+    report = prune_permuted(model, images(dtype), skip=skip)
+    note = "nothing is permuted for 2:4: no layer reads hidden units whose order can be changed"
+    assert note in report.notes
+    assert note in caplog.text
+
+
+@pytest.mark.parametrize("kind", MOVED_BACK)
+def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplog):
+    model = MOVED_BACK[kind]()
+    dense = copy.deepcopy(model.state_dict())
+    batches = images() if kind == "called again" else [{"x": x, "other": n % 2 == 1} for n, x in enumerate(images())]
+    done = permute_model(plan_for(model), batches)
+    assert done.put_back == ([f"blocks.{n}" for n in range(2)] if kind == "other layer" else ["blocks.0"])
+    assert done.kept.keys() == (set() if kind == "other layer" else {"blocks.1.down"})
+    assert all(torch.equal(v, dense[n]) for n, v in model.state_dict().items() if not n.startswith("blocks.1."))
+    assert unchanged(model, dense) == (kind == "other layer")
+    prune_permuted(model, batches)
+    assert "were put back, blocks.0 first, because its output changed" in caplog.text
+
+
+def test_tied_blocks_are_not_permuted():
+    model = tied()
+    dense = copy.deepcopy(model.state_dict())
+    assert permute_model(plan_for(model), images()).kept == {}
+    assert unchanged(model, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_keep_their_order(dtype):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        ZOO["llama"].build().to(dtype), peft.LoraConfig(target_modules=["up_proj", "o_proj"], init_lora_weights=False)
+    )
+    dense = copy.deepcopy(model.state_dict())
+    with model.disable_adapter():
+        assert permute_model(plan_for(model), ZOO["llama"].batches()).kept == {}
+    assert unchanged(model, dense)
+
+
+@pytest.mark.parametrize("mask", ["none", "infinite"])
+def test_a_mask_of_minus_infinity(mask):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    masks = {"infinite": {"mask": nn.Transformer.generate_square_subsequent_mask(5)}, "none": {}}
+    done = permute_model(plan_for(model), [{"src": x, **masks[mask]} for x in images()])
+    assert done.kept.keys() >= {"layers.0.linear2", "layers.1.linear2"}
+    assert not done.put_back
+
+
+def test_mixed_precision():
+    model = ZOO["llama"].build()
+
+    def forward(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch)
+
+    report = prune_permuted(model, ZOO["llama"].batches(), forward=forward)
+    assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
+
+
+def test_a_layer_that_is_zero():
+    model = Blocks(Mlp)
+    nn.init.zeros_(model.blocks[0].down.weight)
+    dense = copy.deepcopy(model.state_dict())
+    report = prune_permuted(model, images())
+    assert {layer.name for layer in report.layers if "permuted" in layer.note} == {"blocks.1.down"}
+    assert torch.equal(model.blocks[0].up.bias, dense["blocks.0.up.bias"])
+
+
+def test_no_batches_and_bad_batches():
+    with pytest.raises(ValueError, match=r"must hold at least one calibration batch for permutation=.assignment"):
+        prune_permuted(Blocks(Mlp), [], method="magnitude")
+
+    model = Blocks(Mlp, lambda blocks, x: blocks[1](blocks[0](x) * torch.nan))
+    with pytest.raises(ValueError, match="NaN") as error:
+        prune_permuted(model, images())
+    assert "Hidden units of the model are permuted already" in "".join(error.value.__notes__)
+
+
+def test_a_model_without_blocks():
+    report = prune_permuted(nn.Sequential(nn.Linear(16, 16)), images())
+    assert "nothing is permuted for 2:4: no layer to prune lies in a block" in report.notes
+
+
+def test_presets_permute_only_where_the_order_matters():
+    assert PruningConfig.from_names(0.5, method="best", pattern="2:4").permutation == Assignment()
+    assert (
+        PruningConfig.from_names(0.5, method="best", pattern="2:4", permutation="none").permutation == NoPermutation()
+    )
+    assert PruningConfig.from_names(0.5, method="best").permutation == NoPermutation()
+    assert PruningConfig.from_names(0.5, method="wanda", pattern="2:4").permutation == NoPermutation()
+    with pytest.raises(ValueError, match="permutation must be of class Permutation or one of none, assignment"):
+        PruningConfig.from_names(0.5, pattern="2:4", permutation=True)
+
+
+def test_two_processes_permute_alike(pair):
+    batches = ZOO["llama"].batches()
+    for shares in (None, [[0, 1], []]):
+        (weights, notes), (others, _) = pair.run(permute_both, batches, shares)
+        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+        assert any("the inputs of 4 layers are permuted" in note for note in notes)
+    model = ZOO["llama"].build()
+    prune(model, batches, 0.5, method="magnitude", pattern="2:4", permutation="assignment", progress=False)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=0)
+
+
+class TwoMlps(Net):
+    def __init__(self):
+        super().__init__(ADAMW)
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(32, 16), Mlp(), Mlp())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("at_step", "others"),
+    [
+        (0, []),
+        (2, []),
+        (0, [partial(EMAWeightAveraging, decay=0.8)]),
+        (0, [partial(WandaPrune, only=["*.up"], num_samples=12)]),
+    ],
+)
+def test_a_callback_permutes_only_what_nothing_else_has_stored(at_step, others):
+    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "num_samples": 12}
+    callback = PruningCallback(0.5, at_step=at_step, **choices)
+    module, made = TwoMlps(), [other() for other in others]
+    fit = partial(trainer(*made, callback, max_steps=3).fit, module, loader(), loader())
+    if at_step or others:
+        with pytest.warns(UserWarning, match="permutes nothing during training"):
+            fit()
+        assert not any("are permuted" in note for note in callback.report.notes)
+    else:
+        fit()
+        assert any("the inputs of 2 layers are permuted" in note for note in callback.report.notes)
+    assert all((layer.up.weight == 0).float().mean() >= 0.5 for layer in module.layers[1:])

@@ -1,0 +1,263 @@
+"""What is pruned, and to which sparsity, is found once; what cannot be pruned is refused before anything changes."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+from support.callbacks import Net, loader, trainer
+from support.pairwise import spread
+from support.zoo import ZOO, run
+from torch import nn
+
+import wanda_lightning.engine.plan as plan_module
+from wanda_lightning import (
+    NM,
+    OWL,
+    AlphaPruning,
+    CubicSchedule,
+    Magnitude,
+    MagnitudePrune,
+    PerLayer,
+    PruningConfig,
+    WandaPrune,
+    prune,
+)
+from wanda_lightning.calibration.observer import PassiveCalibration
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.prune import prune_collected
+from wanda_lightning.methods import ALLOCATIONS, SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
+
+EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+UNEQUAL = [name for name in ALLOCATIONS if name != "uniform"]
+
+
+@pytest.mark.parametrize(("sequential", "allocation"), spread(SEQUENTIAL_CHOICES, ["uniform", "owl", "fisher"]))
+def test_layers_are_found_once(monkeypatch, sequential, allocation):
+    walks = []
+    find_layers = plan_module.find_layers
+
+    def counted(*args, **kwargs):
+        walks.append(args)
+        return find_layers(*args, **kwargs)
+
+    monkeypatch.setattr(plan_module, "find_layers", counted)
+    specimen = ZOO["llama"]
+    prune(specimen.build(), specimen.batches(), sequential=sequential, allocation=allocation, progress=False)
+    assert len(walks) == 1
+
+
+def test_blocks_do_not_depend_on_where_batches_stop():
+    blocks = [
+        make_plan(PruningConfig.from_names(sequential=sequential), ZOO["llama"].build()).inventory.blocks
+        for sequential in ("block", "layer", "none")
+    ]
+    assert blocks[0] == blocks[1] == blocks[2]
+    assert blocks[0]["model.layers.1.mlp.up_proj"] == "model.layers.1"
+
+
+def test_only_that_names_a_head_says_why_it_is_not_pruned():
+    model = timm.create_model("test_vit")
+    with pytest.raises(ValueError, match=r"only=\['head'\] names nothing to prune \(head: output head\)"):
+        make_plan(PruningConfig.from_names(only=["head"]), model)
+
+
+# ---- allocations on whole models
+
+
+def test_a_given_zero_leaves_a_layer_dense():
+    model = ZOO["llama"].build()
+    allocation = PerLayer({"model.layers.0.self_attn.q_proj": 0.0})
+    report = prune(model, ZOO["llama"].batches(), 0.5, pattern="4:8", allocation=allocation, progress=False)
+    assert report.layers[0].sparsity == 0
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert any(note.startswith("mixed N:M: ") and "1 layer dense" in note for note in report.notes)
+
+
+MODELS = ["llama", "gpt2", "t5", "vit", "convnext", "resnet18", "unreached"]
+
+
+@pytest.mark.parametrize(("model_name", "name"), spread(MODELS, ["owl", "owl_layer"]))
+def test_owl_sees_the_dense_model_at_every_granularity(model_name, name):
+    specimen = ZOO[model_name]
+    given_out = {}
+    for sequential in SEQUENTIAL_CHOICES:
+        allocation = OWL(m=2.0, per="layer" if name == "owl_layer" else "block")
+        choices = {"allocation": allocation, "sequential": sequential, "progress": False}
+        report = prune(specimen.build(), specimen.batches(), 0.5, **choices)
+        given_out[sequential] = {layer.name: layer.target for layer in report.layers}
+        for layer in report.layers:
+            assert layer.sparsity == pytest.approx(layer.target, abs=1e-6)
+    assert given_out["block"] == given_out["layer"] == given_out["none"]
+    assert len(set(given_out["none"].values())) > 1
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "sequential", "criterion"),
+    [
+        *spread(
+            [*UNEQUAL, "uniform"],
+            ["unstructured", "unstructured_layer", "4:8", "2:4"],
+            SEQUENTIAL_CHOICES,
+            ["wanda", "magnitude"],
+        ),
+        # With other allocations, the search for the share of the scores comes within a thousandth, each time anew.
+        ("uniform", "equal_share", "block", "wanda"),
+    ],
+)
+def test_pruning_twice_changes_nothing(name, pattern, sequential, criterion):
+    model = ZOO["llama"].build()
+    options = {"allocation": name, "pattern": pattern, "sequential": sequential, "criterion": criterion}
+    first = prune(model, ZOO["llama"].batches(), 0.5, progress=False, **options)
+    once = copy.deepcopy(model.state_dict())
+    second = prune(model, ZOO["llama"].batches(), 0.5, progress=False, **options)
+    assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
+    assert first.sparsity == second.sparsity
+
+
+@pytest.mark.parametrize("allocation", [AlphaPruning(), PerLayer({"*.mlp": 0.6}), OWL(m=2.0)], ids=str)
+@pytest.mark.parametrize("model_name", ["llama", "vit"])
+def test_mixed_n_of_m(model_name, allocation):
+    specimen = ZOO[model_name]
+    model = specimen.build()
+    report = prune(model, specimen.batches(), 0.5, pattern=NM(8, 16), allocation=allocation, progress=False)
+    counts = {}
+    for layer in find_layers(model).layers:
+        kept = (layer.read().reshape(-1, 16) != 0).sum(dim=1).unique().tolist()
+        assert len(kept) == 1
+        counts[kept[0]] = counts.get(kept[0], 0) + 1
+        assert next(pruned for pruned in report.layers if pruned.name == layer.name).sparsity == 1 - kept[0] / 16
+    assert len(counts) > 1
+    expected = "mixed N:M: " + ", ".join(
+        f"{counts[n]} layer{'s' * (counts[n] > 1)} {n}:16" for n in sorted(counts, key=lambda n: f"{n}:16")
+    )
+    assert expected in report.notes
+    largest = max(layer.size for layer in report.layers)
+    assert abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2
+
+
+@EVERY_GRANULARITY
+def test_batches_are_read_once(sequential):
+    """A generator is as good as a list, though `block` and `layer` need a pass more."""
+    kept = []
+    for batches in (ZOO["llama"].batches(), iter(ZOO["llama"].batches())):
+        model = ZOO["llama"].build()
+        report = prune(model, batches, allocation="owl", sequential=sequential, progress=False)
+        assert report.config["calibration_batches"] == len(ZOO["llama"].batches())
+        kept.append(model.state_dict())
+    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize(
+    ("criterion", "allocation", "passes"),
+    [
+        ("wanda", "uniform", {"block": 2, "layer": 1, "none": 1}),
+        ("wanda", "owl", {"block": 3, "layer": 2, "none": 1}),
+        ("magnitude", "owl", dict.fromkeys(SEQUENTIAL_CHOICES, 1)),
+    ],
+)
+def test_how_often_each_layer_runs(criterion, allocation, passes, sequential):
+    model, calls = ZOO["llama"].build(), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    options = {"allocation": allocation, "sequential": sequential, "progress": False}
+    prune(model, ZOO["llama"].batches(), criterion=criterion, **options)
+    assert len(calls) == passes[sequential] * len(ZOO["llama"].batches())
+
+
+def test_alpha_pruning_needs_no_data():
+    model = ZOO["llama"].build()
+    report = prune(model, None, 0.5, criterion=Magnitude(), allocation=AlphaPruning(), progress=False)
+    assert len({layer.target for layer in report.layers}) > 1
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert report.config["allocation"] == {"name": "AlphaPruning", "epsilon": 0.3, "per": "block"}
+
+
+class Untouched:
+    def __iter__(self):
+        raise AssertionError("the batches were touched before the refusal")
+
+
+def refusal(model, batches, **choices):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        prune(model, batches, progress=False, **choices)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return str(caught.value)
+
+
+def one_block():
+    model = ZOO["llama"].build()
+    del model.model.layers[1:]
+    return model
+
+
+@EVERY_GRANULARITY
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_one_block_has_nothing_to_compare(name, sequential):
+    if name.endswith("layer") or name == "fisher":
+        assert "the model has one, 0" in refusal(
+            nn.Sequential(nn.Linear(8, 8)), Untouched(), allocation=name, sequential=sequential
+        )
+        return
+    message = refusal(one_block(), Untouched(), allocation=name, sequential=sequential)
+    kind = type(ALLOCATIONS[name]()).__name__
+    assert "compares blocks with each other, but the model has one, model.layers.0" in message
+    assert f"Use allocation={kind}(per='layer') or Uniform()" in message
+    prune(one_block(), ZOO["llama"].batches(), allocation=f"{name}_layer", sequential=sequential, progress=False)
+
+
+def test_refusals_come_before_the_batches():
+    model = ZOO["llama"].build
+    assert "matches no pruned layer" in refusal(model(), Untouched(), allocation=PerLayer({"lm_head": 0.5}))
+    assert "of the weights would need a sparsity of" in refusal(
+        model(), Untouched(), allocation=PerLayer({"*.mlp": 0.9})
+    )
+    for sequential in SEQUENTIAL_CHOICES:
+        assert "allocation='owl'" in (
+            text := refusal(model(), [], criterion="magnitude", allocation="owl", sequential=sequential)
+        )
+        assert "there is none" in text
+
+
+def test_forward_passes_that_run_anyway_give_the_same_sparsities():
+    specimen = ZOO["vit"]
+    watched_model, model = specimen.build(), specimen.build()
+    plan = make_plan(PruningConfig.from_names(allocation="owl", sequential="none"), watched_model)
+    passive = PassiveCalibration(watched_model, plan.whole_model, plan.observed, 0, SINGLE_PROCESS)
+    for batch in specimen.batches():
+        with torch.no_grad(), passive.collect(batch):
+            run(watched_model, batch)
+    report = prune_collected(plan, passive)
+    other = prune(model, specimen.batches(), 0.5, allocation="owl", sequential="none", progress=False)
+    assert [layer.target for layer in report.layers] == [layer.target for layer in other.layers]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in watched_model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("kind", "allocation"),
+    spread([WandaPrune, MagnitudePrune], [OWL(m=2.0), AlphaPruning(), PerLayer({"layers.0": 0.6})]),
+)
+def test_a_schedule_ends_at_what_was_asked_for(kind, allocation):
+    seen = []
+
+    class Noting(kind):
+        def _record(self, report, share, trainer):
+            super()._record(report, share, trainer)
+            seen.append({layer.name: layer.sparsity for layer in report.layers})
+
+    callback = Noting(0.8, allocation=allocation, schedule=CubicSchedule(0, 6, every=2))
+    trainer(callback, max_steps=7).fit(Net(), loader(128), loader())
+    assert len(seen) == 3
+    for earlier, later in itertools.pairwise(seen):
+        assert all(earlier[name] <= later[name] for name in earlier)
+    assert callback.report.sparsity == pytest.approx(0.8, abs=0.01)
+    assert len(set(seen[-1].values())) > 1
+    if isinstance(allocation, PerLayer):
+        for sparsities, (_, share) in zip(seen, callback.schedule.stages, strict=True):
+            assert sparsities["layers.0"] == pytest.approx(0.6 * share, abs=1 / 32)

@@ -1,0 +1,420 @@
+"""`prune` on every model of the zoo: nothing left out, and what a slow, independent procedure gives."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import cycle, product
+
+import numpy as np
+import pytest
+import torch
+from support import reference
+from support.pairwise import with_nightly
+from support.zoo import ZOO, matching, matrices, run
+from torch import nn
+
+from wanda_lightning import SparseGPT, prune
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers
+
+
+def double(batch):
+    if isinstance(batch, Mapping):
+        return {key: double(value) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(double(value) for value in batch)
+    return batch.double() if batch.is_floating_point() else batch
+
+
+def assert_complete(report, model, specimen, dense):
+    """Every matrix is pruned to one half of each row, or skipped for a reason; the kept weights are those of before."""
+    everything = matrices(model)
+    skipped = matching(everything, specimen.dense) | matching(everything, specimen.uncalled)
+    assert {layer.name for layer in report.layers} == everything.keys() - skipped - tied(everything)
+    assert {matrix.name for matrix in report.skipped} >= skipped
+    assert all(matrix.detail for matrix in report.skipped)
+    found = {layer.name: layer.read() for layer in find_layers(model).layers}
+    for layer in report.layers:
+        weight = found[layer.name]
+        assert (weight == 0).sum(dim=1).eq(int(weight.shape[1] * 0.5)).all(), layer.name
+        assert layer.sparsity == pytest.approx(0.5, abs=0.5 / weight.shape[1])
+        assert layer.tokens > 0 or layer.note.startswith("few tokens")
+    for key, value in model.named_parameters():
+        kept = value != 0
+        assert torch.equal(value[kept], dense[key][kept]), key
+
+
+def tied(everything):
+    first = {}
+    part = {name: name.rpartition(".")[2] if weight.ndim == 3 else "" for name, weight in everything.items()}
+    return {name for name, weight in everything.items() if first.setdefault((id(weight), part[name]), name) != name}
+
+
+# ---- the slow procedure
+
+
+class FirstCall:
+    """Collects what enters some layers during the first call of a unit in a forward pass."""
+
+    def __init__(self, model, unit, layers):
+        self.tokens, self.layers, self.calls = {layer.name: [] for layer in layers}, layers, 0
+        self.handles = []
+        if unit is not None:
+            self.handles.append(unit.register_forward_pre_hook(self.enter, with_kwargs=True))
+        for layer in layers:
+            same = [m for m in model.modules() if getattr(m, layer.parameter_name, None) is layer.parameter]
+            for module in same if unit is None else [layer.module]:  # a unit's second name is its second call
+                self.handles.append(module.register_forward_pre_hook(self.reader(layer), with_kwargs=True))
+        self.counting = unit is not None
+
+    def enter(self, module, args, kwargs):
+        self.calls += 1
+
+    def reader(self, layer):
+        def read(module, args, kwargs):
+            if self.counting and self.calls > 1:
+                return
+            if layer.expert is not None:
+                (name, expert), routed = (layer.parameter_name, layer.expert), reference.routed_tokens(module, *args)
+                self.tokens[layer.name] += [routed[name, expert]] if (name, expert) in routed else []
+                return
+            x = reference.array(args[0])
+            if isinstance(module, nn.Conv2d):
+                padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
+                x = reference.im2col(x, module.kernel_size, module.stride, padding, module.dilation)
+            tokens = x.reshape(-1, x.shape[-1])
+            self.tokens[layer.name].append((tokens, np.arange(len(tokens))))
+
+        return read
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def padding_rows(layer, batch, tokens, rows):
+    """Which tokens are padding: the encoder's and the decoder's differ in length in the zoo."""
+    if not isinstance(batch, Mapping) or "attention_mask" not in batch:
+        return None
+    mask = batch["attention_mask"].flatten().numpy() == 0
+    return mask[rows] if layer.expert is not None or len(mask) == len(tokens) else None
+
+
+def slow_prune(model, batches, sequential):
+    units = find_layers(model, sequential).units
+    for unit in in_order_of_execution(model, units, batches):
+        sums, counts = {}, {}
+        for batch in batches:
+            first = FirstCall(model, unit.module, unit.layers)
+            with torch.no_grad():
+                run(model, batch)
+            first.remove()
+            for layer in unit.layers:
+                for tokens, rows in first.tokens[layer.name]:
+                    padding = padding_rows(layer, batch, tokens, rows)
+                    tokens = tokens if padding is None else tokens[~padding]
+                    sums[layer.name] = sums.get(layer.name, 0) + (tokens**2).sum(axis=0)
+                    counts[layer.name] = counts.get(layer.name, 0) + len(tokens)
+        for layer in unit.layers:
+            total = sums.get(layer.name)
+            siblings = [other.name for other in unit.layers if layer.siblings and other.siblings == layer.siblings]
+            if siblings and counts.get(layer.name, 0) < 32:
+                total = sum(sums[name] for name in siblings if name in sums)
+            if total is not None:
+                weight = reference.array(layer.read())
+                keep = keep_half_of_each_row(np.abs(weight) * np.sqrt(total))
+                with torch.no_grad():
+                    layer.write(torch.from_numpy(weight * keep))
+
+
+def in_order_of_execution(model, units, batches):
+    """The first unit, in walk order, that no other unit still to come precedes in any batch."""
+    if units[0].module is None:
+        return units
+    orders = []
+    for batch in batches:
+        order = []
+        handles = [
+            unit.module.register_forward_pre_hook(
+                lambda *_, unit=unit, order=order: order.append(unit), with_kwargs=True
+            )
+            for unit in units
+        ]
+        with torch.no_grad():
+            run(model, batch)
+        for handle in handles:
+            handle.remove()
+        orders.append(list(dict.fromkeys(order)))
+    remaining = [unit for unit in units if any(unit in order for order in orders)]
+    chosen = []
+    while remaining:
+        entries = [next((unit for unit in order if unit not in chosen), None) for order in orders]
+        chosen.append(next(unit for unit in remaining if unit in entries))
+        remaining.remove(chosen[-1])
+    return chosen
+
+
+def keep_half_of_each_row(scores):
+    keep = np.ones(scores.shape, dtype=bool)
+    for row, order in enumerate(np.argsort(scores, axis=1, kind="stable")):
+        keep[row, order[: int(scores.shape[1] * 0.5)]] = False
+    return keep
+
+
+NOT_SLOWLY = "autocast_inside", "torch_transformer"  # blocks in bfloat16; layers that nothing calls
+
+
+LIKE_OTHERS = {  # specimens that differ from another in nothing that pruning sees
+    *("llama_left_padded", "mistral", "qwen3", "gemma3", "olmoe", "qwen3_moe", "gpt_neox", "deit", "resnet50"),
+    "convnext_conv_mlp",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sequential"),
+    with_nightly(
+        zip([name for name in ZOO if name not in LIKE_OTHERS], cycle(SEQUENTIAL_CHOICES)),
+        product(ZOO, SEQUENTIAL_CHOICES),
+    ),
+)
+def test_equals_the_slow_procedure(name, sequential):
+    specimen = ZOO[name]
+    model, batches = specimen.build(), specimen.batches()
+    if name not in NOT_SLOWLY:
+        model, batches = model.double(), [double(batch) for batch in batches]
+    slow = copy.deepcopy(model)
+    if hasattr(slow, "set_experts_implementation"):
+        slow.config._experts_implementation = "batched_mm"  # grouped_mm takes no float64, and eager is what is tested
+
+    report = prune(model, batches, 0.5, sequential=sequential, keep_batch_norm=True, progress=False)
+    assert_complete(report, model, specimen, dense=dict(slow.named_parameters()))
+    if name not in NOT_SLOWLY:
+        slow_prune(slow, batches, sequential)
+        expected = slow.state_dict()
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key]), key
+
+
+# ---- laws
+
+
+def masks(model):
+    return {name: weight != 0 for name, weight in matrices(model).items()}
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_batch_size_changes_nothing(sequential):
+    ids = torch.cat([batch["input_ids"] for batch in ZOO["llama"].batches()])
+    kept = []
+    for size in (1, 2, len(ids)):
+        model = ZOO["llama"].build().double()
+        prune(model, [{"input_ids": part} for part in ids.split(size)], 0.5, sequential=sequential, progress=False)
+        kept.append(masks(model))
+    assert all(torch.equal(kept[0][name], other[name]) for other in kept[1:] for name in kept[0])
+
+
+@pytest.mark.parametrize("sequential", ["block", "none"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
+def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
+    """After ReLU, few tokens leave some columns without input, and after pruning they are other ones."""
+    model, inactive = ZOO["block_twice"].build(), []
+    model.blocks[0].down.register_forward_pre_hook(lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1))))
+    for _ in range(2):
+        before = copy.deepcopy(model.state_dict())
+        few = [torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))]
+        prune(model, few, sparsity, pattern=pattern, sequential=sequential, progress=False)
+    assert (inactive[-1] & ~inactive[0]).any()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_the_model_is_left_as_it_was(sequential):
+    model = ZOO["llama"].build().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    model.requires_grad_(True)
+    prune(model, ZOO["llama"].batches(), 0.5, sequential=sequential, progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def decoder_tokens(**batch):
+    report = prune(ZOO["t5"].build(), [{**ZOO["t5"].batches()[0], **batch}], progress=False)
+    tokens = {layer.name: layer.tokens for layer in report.layers}
+    assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == 24 + 10
+    assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == 24 + 10
+    return tokens["decoder.block.0.layer.0.SelfAttention.q"]
+
+
+def test_padding_of_a_decoder_does_not_count():
+    ids = torch.arange(16).repeat(2, 1)  # starts with T5's padding, which also starts a sentence
+    labels = ids.where(ids < torch.tensor([[16], [5]]), -100)
+    assert decoder_tokens(decoder_input_ids=None, labels=labels) == 16 + 5
+    assert decoder_tokens(decoder_input_ids=ids) == 2 * 16
+    assert decoder_tokens(decoder_input_ids=ids, decoder_attention_mask=None) == 2 * 16
+    assert decoder_tokens(decoder_input_ids=ids, decoder_attention_mask=(labels != -100).long()) == 16 + 5
+
+
+class Attention(nn.Module):
+    """Three layers with one input, which has fewer tokens than the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+class Shortened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention()])
+
+    def forward(self, x, attention_mask):
+        return self.blocks[0](x[:, 1:])
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_padding_that_counts_is_noted_on_each_layer(sequential):
+    batch = {"x": torch.randn(2, 4, 8), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    report = prune(Shortened(), [batch], sequential=sequential, progress=False)
+    notes = {layer.name[-1]: layer.note.partition(":")[0] for layer in report.layers}
+    assert notes == dict.fromkeys("qkv", "padding counted")
+    assert {layer.tokens for layer in report.layers} == {2 * 3}
+
+
+def test_autocast_of_the_caller_reaches_the_batches():
+    """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
+    seen = []
+    model = ZOO["llama"].build()
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prune(model, ZOO["llama"].batches(), 0.5, progress=False)
+        inside = run(model, ZOO["llama"].batches()[0])
+    assert set(seen) == {torch.bfloat16}
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        assert torch.equal(inside, run(model, ZOO["llama"].batches()[0]))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_weights_without_a_shape_can_be_left_out():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+    report = prune(model, criterion="magnitude", skip=["1"], progress=False)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert {(matrix.name, matrix.shape) for matrix in report.skipped} == {("1.weight", ()), ("1.bias", ())}
+    assert report.parameters == 8 * 8 + 8
+
+
+def test_the_table_shows_brackets_as_they_are():
+    skip = ["re:[a-z2]+", "re:[/4]+"]
+    report = prune(ZOO["plain_mlp"].build(), criterion="magnitude", skip=skip, progress=False)
+    report.layers[0].name, report.layers[0].note, report.notes[:] = "0[red]", "[/b] of it", ["[bold] and [/]"]
+    report.skipped[0] = replace(report.skipped[0], name="[link]2")
+    for text in ("skip='re:[a-z2]+'", "skip='re:[/4]+'", "0[red] ", "[/b] of it", "Note: [bold] and [/]", "[link]2 "):
+        assert text in str(report)
+
+
+# ---- solvers on whole models
+
+
+class Parallel(torch.nn.Module):
+    """Three layers with one input, and one with another."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.out, self.k, self.v = (torch.nn.Linear(*shape) for shape in ((16, 8), (8, 16), (16, 8), (16, 8)))
+
+    def forward(self, x):
+        return self.out(self.q(x) * self.k(x) + self.v(x))
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda"])
+def test_the_error_of_each_layer_is_that_of_its_outputs(method):
+    torch.manual_seed(0)
+    model, batches = Parallel(), torch.randn(4, 20, 16)
+    dense = copy.deepcopy(model)
+    report = prune(model, list(batches), 0.5, method=method, sequential="none", progress=False)
+    inner = (dense.q(batches) * dense.k(batches) + dense.v(batches)).detach()
+    inputs = dict.fromkeys(("q", "k", "v"), batches) | {"out": inner}
+    for layer in report.layers:
+        weight, pruned = (net.get_submodule(layer.name).weight.detach() for net in (dense, model))
+        outputs, after = (inputs[layer.name] @ matrix.t() for matrix in (weight, pruned))
+        expected = float((outputs - after).square().sum() / outputs.square().sum())
+        assert layer.error == (None if method == "wanda" else pytest.approx(expected, rel=1e-4))
+
+
+def test_one_factorisation_for_layers_with_one_input(monkeypatch):
+    from wanda_lightning.core import statistics as module
+
+    made = []
+    original = module.inverse_factor
+    monkeypatch.setattr(module, "inverse_factor", lambda *args: made.append(args) or original(*args))
+    torch.manual_seed(0)
+
+    for sequential, expected in {"block": 2, "layer": 2, "none": 2}.items():
+        made.clear()
+        blocks = torch.nn.Sequential(Parallel(), Parallel())
+        prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential=sequential, progress=False)
+        assert len(made) == 2 * expected
+
+
+@pytest.fixture
+def solved_together(monkeypatch):
+    """The shapes of the matrices of each call of SparseGPT."""
+    calls, original = [], SparseGPT.solve_together
+
+    def spy(self, weights, *others):
+        calls.append([tuple(weight.shape) for weight in weights])
+        return original(self, weights, *others)
+
+    monkeypatch.setattr(SparseGPT, "solve_together", spy)
+    return calls
+
+
+@pytest.mark.parametrize("sequential", ["block", "none"])
+def test_rows_of_layers_with_one_input_are_solved_together(sequential, solved_together):
+    blocks = torch.nn.Sequential(Parallel(), Parallel())
+    report = prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential=sequential, progress=False)
+    assert solved_together == [[(8, 16)] * 3, [(16, 8)]] * 2
+    assert [layer.name for layer in report.layers] == [f"{i}.{name}" for i in "01" for name in ("q", "out", "k", "v")]
+    assert {layer.sparsity for layer in report.layers} == {0.5}
+
+
+def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeypatch):
+    from wanda_lightning.engine import prune as pruning
+
+    torch.manual_seed(0)
+    results = []
+    for limit in (pruning._MAX_GROUP, 2 * 8 * 16, 1):
+        monkeypatch.setattr(pruning, "_MAX_GROUP", limit)
+        torch.manual_seed(0)
+        blocks = torch.nn.Sequential(Parallel())
+        prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, sequential="none")
+        results.append(list(blocks.parameters()))
+    assert list(map(len, solved_together)) == [3, 1, 2, 1, 1, 1, 1, 1, 1]
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_gram_matrices_that_cannot_fit_are_refused(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 4096), torch.nn.Linear(4096, 64))
+    monkeypatch.setattr("wanda_lightning.engine.refusals.free_memory", lambda device: 2**27)
+    batches = [torch.randn(8, 64)]
+    with pytest.raises(ValueError, match=r"at least 0.2 GiB .* largest for 1 with 4096 .* 0.1 GiB are free on cpu"):
+        prune(model, batches, solver="sparsegpt", progress=False)
+    prune(model, batches, solver="sparsegpt", skip=["1"], progress=False)
+    prune(model, batches, progress=False)
+
+
+def test_the_report_says_where_tokens_are_few():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    dense = copy.deepcopy(model)
+    report = prune(model, [torch.randn(16, 32)], solver="refit", progress=False)
+    assert "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs" in "".join(report.notes)
+    assert not prune(dense, [torch.randn(16, 32)], progress=False).notes

@@ -1,0 +1,582 @@
+"""Training the whole pruned model toward the dense predictions, against AdamW written out by hand."""
+
+import copy
+import json
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.batches import split
+from support.pairwise import spread, with_nightly
+from support.zoo import ZOO, run
+from torch import nn
+from torch.nn import functional as F
+
+from wanda_lightning import Distil, PruningReport, prune
+from wanda_lightning.calibration.batches import Sample
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.methods import METHODS
+from wanda_lightning.training import distil
+from wanda_lightning.training.masked_weights import TrainedWeight
+from wanda_lightning.training.predictions import DenseTarget, next_tokens
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 12))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh())
+
+
+def classifier(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Classifier().to(dtype)
+
+
+def some_batches(count, size=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 8, generator=generator).to(dtype) for _ in range(count)]
+
+
+def divergence(model, dense, x):
+    """The mean divergence over the rows, by PyTorch."""
+    p, q = dense(x).log_softmax(-1), model(x).log_softmax(-1)
+    return F.kl_div(q, p, reduction="sum", log_target=True) / len(p)
+
+
+def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
+    """Train with autograd and the update written out; no early stop."""
+    trained = {name: p for name, p in model.named_parameters() if name in pruned or p.ndim < 2}
+    keep = {name: (p != 0) | (p.ndim < 2) for name, p in trained.items()}
+    rates = {n: config.learning_rate * p.detach()[keep[n]].square().mean().sqrt() for n, p in trained.items()}
+    mean, square = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
+    steps, step = math.ceil(len(batches) / config.batch_size) * config.passes, 0
+    for number in range(1, config.passes + 1):
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed + number)).tolist()
+        for start in range(0, len(order), config.batch_size):
+            chosen = order[start : start + config.batch_size]
+            loss = sum(loss_of(model, dense, batches[index]) for index in chosen) / len(chosen)
+            gradients = torch.autograd.grad(loss, list(trained.values()))
+            factor = min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
+            step += 1
+            for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+                gradient = gradient * keep[name]
+                mean[name] = 0.9 * mean[name] + 0.1 * gradient
+                square[name] = 0.95 * square[name] + 0.05 * gradient**2
+                update = mean[name] / (1 - 0.9**step) / ((square[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+                with torch.no_grad():
+                    parameter -= factor * rates[name] * update
+
+
+@pytest.mark.parametrize(
+    ("count", "passes", "batch_size"), [(1, 1, 1), (5, 2, 1), (7, 3, 2)], ids=["one", "several", "larger_steps"]
+)
+def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
+    dense, batches = classifier(), some_batches(count)
+    config = Distil(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(expected, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=config, progress=False)
+    pruned = {f"{layer.name}.weight" for layer in report.layers}
+    assert len(pruned) == 3
+    adamw_by_hand(expected, dense, pruned, batches, config)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+    assert report.training.trained == count
+    assert report.training.held_out == 0
+    assert len(report.training.passes) == passes + 1
+    assert "too few samples to hold any out" in report.notes[-1]
+
+
+@pytest.mark.parametrize(("name", "share"), spread(["llama", "llama_padded", "llama_left_padded"], [0.0, 0.5, 1.0]))
+def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share):
+    def loss_of(model, dense, batch):
+        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0].bool()
+        q, p = (each(**batch).logits[0] for each in (model, dense))
+        follows = keep[:-1] & keep[1:]
+        entropy = F.cross_entropy(q[:-1][follows], batch["input_ids"][0, 1:][follows])
+        kl = F.kl_div(q[keep].log_softmax(-1), p[keep].log_softmax(-1), reduction="sum", log_target=True) / keep.sum()
+        return share * entropy + (1 - share) * kl
+
+    dense = ZOO[name].build().double()
+    samples = [{key: value[:1] for key, value in batch.items()} for batch in ZOO[name].batches()]
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    config = Distil(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
+    prune(expected, samples, 0.5, progress=False)
+    report = prune(model, samples, 0.5, recovery=config, progress=False)
+    adamw_by_hand(expected, dense, {f"{layer.name}.weight" for layer in report.layers}, samples, config, loss_of)
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
+
+
+def test_tokens_that_stand_for_images_and_audio_are_not_learned():
+    """They are in the vocabulary of some models, which never predict them."""
+    config = SimpleNamespace(image_token_id=3, video_token_index=5, audio_token_id=None, eos_token_id=6)
+    ids = torch.tensor([[1, 3, 3, 4, 5, 2, 6]])
+    sample = Sample(lambda: None, (), 1, {"input_ids": ids}, 0)
+    found = next_tokens(torch.zeros(1, 7, 9), sample, config)
+    assert found.tolist() == [-1, -1, 4, -1, 2, 6, -1]
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_other_models_have_no_next_token(name):
+    models = [ZOO[name].build() for _ in range(2)]
+    for model, share in zip(models, (0.0, 0.5), strict=True):
+        prune(model, ZOO[name].batches(), 0.5, recovery=Distil(passes=1, next_token=share), progress=False)
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_samples_with_one_prediction_run_together(size):
+    """By default 8 of them make a step; they may come from different batches, and held-out ones never train."""
+    dense, batches, runs = classifier(), some_batches(80 // size, size), []
+    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+
+    def forward(x):
+        if torch.is_grad_enabled() and model.training is False:
+            runs.append(len(x))
+        return model(x)
+
+    prune(expected, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
+    assert runs == [1, *[8] * 8, 6]  # the first shows whether there are gradients
+    samples = torch.cat(batches)
+    trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
+    pruned = {f"{layer.name}.weight" for layer in report.layers}
+    adamw_by_hand(expected, dense, pruned, trained, Distil(passes=1, batch_size=8))
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        after = divergence(model, dense, samples[7::8])
+    assert report.training.passes[1].held_out == pytest.approx(float(after), rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "batch_size", "steps"), [(8, None, 14), (4, None, 7), (4, 1, 14)])
+def test_a_window_of_text_is_a_step(tokens, batch_size, steps, monkeypatch):
+    step, count = torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: count.append(1) or step(*args))
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)]
+    prune(ZOO["llama"].build(), batches, 0.5, recovery=Distil(passes=1, batch_size=batch_size), progress=False)
+    assert len(count) == steps
+
+
+@pytest.mark.parametrize(
+    "name", with_nightly(["llama_padded", "opt", "mixtral", "vit", "t5"], ["llama", "gemma2", "gpt2", "gpt_oss"])
+)
+def test_zeros_and_what_is_not_trained_stay(name):
+    specimen = ZOO[name]
+    dense, model, plain = specimen.build(), specimen.build(), specimen.build()
+    prune(plain, specimen.batches(), 0.5, progress=False)
+    report = prune(model, specimen.batches(), 0.5, recovery=Distil(passes=1), progress=False)
+    assert report.sparsity == pytest.approx(0.5, abs=0.03)
+    pruned = {id(layer.parameter) for layer in make_plan(PruningConfig.from_names(), model).layers}
+    changed = 0
+    for (key, before), (_, start), (_, after) in zip(
+        dense.named_parameters(), plain.named_parameters(), model.named_parameters(), strict=True
+    ):
+        if id(after) in pruned:
+            assert torch.equal(after == 0, start == 0), key
+            changed += int((after != start).count_nonzero())
+        elif after.ndim >= 2:
+            assert torch.equal(after, before), key
+        assert after.grad is None
+        assert after.requires_grad
+    assert changed > 100
+
+
+@pytest.mark.parametrize("name", with_nightly(["llama_padded", "gemma2"], ["llama", "qwen3", "mixtral"]))
+def test_the_head_gives_the_dense_predictions(name):
+    """Its inputs are stored or, where the model caps its logits, the logits themselves; the loss is the same."""
+    specimen = ZOO[name]
+    dense, model = specimen.build(), specimen.build()
+    batches = split(specimen.batches(), 1)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    config = Distil(passes=1, batch_size=99, learning_rate=1e-9, next_token=0.0)
+    report = prune(model, batches, 0.5, recovery=config, progress=False)
+    losses = []
+    for batch in batches:
+        keep = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]) > 0
+        with torch.no_grad():
+            p, q = run(dense, batch)[keep].log_softmax(-1), run(start, batch)[keep].log_softmax(-1)
+        losses.append(F.kl_div(q, p, reduction="sum", log_target=True).item() / len(p))
+    # Mixed precision of the pruned model.
+    assert report.training.passes[1].loss == pytest.approx(sum(losses) / len(losses), rel=0.1)
+
+
+def test_it_holds_samples_out_and_keeps_the_best():
+    dense, batches = classifier(), some_batches(16, size=2)
+    model = copy.deepcopy(dense)
+    report = prune(model, batches, 0.7, recovery=Distil(passes=3, batch_size=1, learning_rate=0.02), progress=False)
+    training = report.training
+    assert (training.trained, training.held_out) == (28, 4)
+    samples = [x[None] for x in torch.cat(batches)]
+    held_out = [x for index, x in enumerate(samples) if index % 8 == 7]
+    with torch.no_grad():
+        after = sum(divergence(model, dense, x) for x in held_out) / len(held_out)
+    losses = [each.held_out for each in training.passes]
+    assert float(after) == pytest.approx(min(losses), rel=1e-5)
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "note"),
+    [([1.0, 1.2, 0.8, 0.9], 2, "of pass 2 are kept"), ([1.0, 1.2, 1.1, 1.3], 0, "from before the training are kept")],
+)
+def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(monkeypatch, losses, best, note):
+    following, weights = iter(losses), []
+    distillation = distil._Distillation
+
+    def mean_loss(self, chosen):
+        weights.append([parameter.clone() for parameter in self._model.parameters()])
+        return next(following)
+
+    monkeypatch.setattr(distillation, "_mean_loss", mean_loss)
+    model = classifier()
+    report = prune(model, some_batches(8), 0.5, recovery=Distil(passes=3), progress=False)
+    assert [each.held_out for each in report.training.passes] == losses
+    assert note in report.notes[-1]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights[best], strict=True))
+
+
+def test_bfloat16_weights_have_masters():
+    """Steps that bfloat16 would round away add up."""
+    model = classifier(torch.bfloat16)
+    batches = some_batches(6, dtype=torch.bfloat16)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, recovery=Distil(passes=30, batch_size=1, learning_rate=2e-4), progress=False)
+    weight, before = model.body[0].weight, start.body[0].weight
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight == 0, before == 0)
+    moved = (weight != before).float().sum() / (before != 0).sum()
+    assert moved > 0.3
+
+
+class Tokens(nn.Module):
+    """A language model's shapes: many predictions with small gradients, times a factor."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.body, self.head, self.gain = nn.Linear(8, 16), nn.Linear(16, 512, bias=False), gain
+
+    def forward(self, x):
+        return {"logits": self.head(self.body(x).tanh()) * self.gain}
+
+
+@pytest.mark.parametrize(
+    ("gain", "tokens", "overflows"), [(0.1, 2048, False), (300.0, 1, True)], ids=["tiny", "overflow"]
+)
+def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, gain, tokens, overflows):
+
+    torch.manual_seed(0)
+    half = Tokens(gain).half()
+    wide = copy.deepcopy(half).float()
+    batches = [torch.randn(1, tokens, 8).half() for _ in range(4)]
+    found, scales, step = [], [], distil._Distillation._step
+
+    def recording(self, *arguments):
+        loss = step(self, *arguments)
+        scales.append(self._scale)
+        return loss
+
+    def gradients_of(self):
+        found.append([group["params"][0].grad.clone() for group in self.param_groups])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", gradients_of)
+    monkeypatch.setattr(distil._Distillation, "_step", recording)
+    monkeypatch.setattr(distil, "_mixed_precision", lambda model: torch.autocast("cpu", enabled=False))
+    for model, inputs in ((half, batches), (wide, [x.float() for x in batches])):
+        prune(model, inputs, 0.5, skip="head", recovery=Distil(passes=1, batch_size=2), progress=False)
+    assert len(found) == 4
+    for one, other in zip(found[:2], found[2:], strict=True):
+        for gradient, expected in zip(one, other, strict=True):
+            assert gradient.dtype == torch.float32
+            assert float((gradient - expected).norm() / expected.norm()) < 0.05
+    assert all((scale < distil._SCALE) == overflows for scale in scales[:2])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice"])
+def test_weights_may_have_any_layout(layout):
+    """Fused AdamW ignores strides."""
+    model, batches = classifier(torch.float32), some_batches(4, dtype=torch.float32)
+    expected = copy.deepcopy(model)
+    for module in (model.body[0], model.body[3]):
+        weight = module.weight.detach()
+        other = (
+            weight.t().contiguous().t()
+            if layout == "transposed"
+            else torch.cat([weight, weight], 1)[:, : len(weight.t())]
+        )
+        assert not other.is_contiguous()
+        module.weight = nn.Parameter(other)
+    for each in (model, expected):
+        prune(each, batches, 0.5, recovery=Distil(passes=2), progress=False)
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+        assert torch.equal(one == 0, other == 0)
+
+
+def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
+    torch.manual_seed(0)
+    head, rows, used = nn.Linear(8, 12), torch.randn(5, 8), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [head(rows[:3]), head(rows[3:])]
+        head.register_forward_pre_hook(lambda module, args: used.append(module.weight))
+        predictions = DenseTarget(rows, head).predictions()
+        found = [predictions(slice(0, 3)), predictions(slice(3, 5))]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert used[0] is used[1]
+    assert used[0].dtype == torch.bfloat16
+    assert head.weight.dtype == torch.float32
+
+
+def test_batches_may_differ_in_length():
+    specimen = ZOO["llama"]
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids[:, :length]} for length in (12, 5, 1)]
+    report = prune(specimen.build(), batches, 0.5, recovery=Distil(passes=1), progress=False)
+    assert report.training.trained == 6
+    assert math.isfinite(report.training.passes[1].loss)
+
+
+def test_a_model_may_be_called_with_a_key_value_cache():
+    specimen = ZOO["llama"]
+    plain, cached = specimen.build().double(), specimen.build().double()
+    for model, use_cache in ((plain, False), (cached, True)):
+        forward = partial(called, model, use_cache)
+        prune(model, specimen.batches(), 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
+    for one, other in zip(plain.parameters(), cached.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def called(model, use_cache, batch):
+    output = model(**batch, use_cache=use_cache)
+    assert (output.past_key_values is not None) == use_cache
+    return output
+
+
+def test_frozen_parameters_and_gradients_are_left_alone():
+    model, batches = classifier(), some_batches(4)
+    model.body[0].requires_grad_(False)
+    gradient = torch.ones_like(model.body[3].weight)
+    model.body[3].weight.grad = gradient
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, recovery="distil", progress=False)
+    assert torch.equal(model.body[0].weight, start.body[0].weight)
+    assert not torch.equal(model.body[3].weight, start.body[3].weight)
+    assert model.body[3].weight.grad is gradient
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in start.parameters()]
+
+
+def test_other_outputs_are_compared_by_their_squared_error():
+    class Regressor(Classifier):
+        def forward(self, x):
+            return super().forward(x)[:, None].expand(-1, 3, -1) * 2
+
+    torch.manual_seed(0)
+    dense = Regressor().double()
+    model, batches = copy.deepcopy(dense), some_batches(2, size=3)
+    start = copy.deepcopy(dense)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distil(passes=1, batch_size=12), progress=False)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        expected, after = ((m(x) - dense(x)).square().mean() for m in (start, model))
+    assert report.training.passes[1].loss == pytest.approx(float(expected), rel=1e-6)
+    assert after < expected
+
+
+def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
+    dense, batches = classifier(), some_batches(16)
+    model, start = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune(start, batches, 0.5, progress=False)
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 20:  # in the second pass
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        prune(model, batches, 0.5, recovery=Distil(passes=3, batch_size=1), progress=False)
+    text = "The model is pruned. It holds the best weights that distillation found before it was stopped."
+    assert caught.value.__notes__[0] == text
+    assert text in caplog.text
+    assert torch.equal(model.body[0].weight == 0, start.body[0].weight == 0)
+    with torch.no_grad():
+        after, before = (sum(divergence(m, dense, x) for x in batches[7::8]) for m in (model, start))
+    assert after < before
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def infinite(logits, x):
+    return logits * math.inf if torch.is_grad_enabled() and bool((x > 2).any()) else logits
+
+
+def without_slope(logits, x):
+    """The logits, with a gradient of NaN."""
+    return logits + (logits * 0).sum().abs().sqrt()
+
+
+@pytest.mark.parametrize(("spoil", "said"), [(infinite, "the loss of step"), (without_slope, "the gradient of step 1")])
+def test_a_loss_or_a_gradient_that_is_not_finite_stops(spoil, said):
+    class Fragile(Classifier):
+        def forward(self, x):
+            return spoil(super().forward(x), x)
+
+    torch.manual_seed(0)
+    model, batches = Fragile().double(), some_batches(16)
+    batches[3][0, 0] = 3.0
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery="distil", progress=False)
+    assert report.training.stopped.startswith(said)
+    assert "was not finite, so training stopped" in report.training.stopped
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+def test_the_report_keeps_the_losses():
+    report = prune(classifier(), some_batches(16), 0.5, recovery="distil", progress=False)
+    text = report.to_json()
+    assert PruningReport.from_json(text) == report
+    assert json.loads(text)["training"]["passes"][0] == {"loss": None, "held_out": report.training.passes[0].held_out}
+    assert "on 2 held-out samples, before and after each pass" in report.notes[-1]
+    assert {"prune", "recover"} <= report.seconds.keys()
+    assert report.total_seconds == pytest.approx(sum(report.seconds.values()))
+
+
+@pytest.mark.parametrize("method", with_nightly(["magnitude", "sparsegpt", "ria"], sorted(METHODS)))
+def test_it_composes_with_every_method(method):
+    specimen = ZOO["llama"]
+    recovery = {} if METHODS[method].recovery != METHODS["wanda"].recovery else {"recovery": Distil(passes=1)}
+    report = prune(specimen.build(), specimen.batches(), 0.5, method=method, **recovery, progress=False)
+    assert report.sparsity == pytest.approx(0.5, abs=0.03)
+    assert (report.training is not None) == bool(recovery)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"passes": 0}, "passes of Distil must be a whole number of at least 1, but it is 0"),
+        ({"learning_rate": 0.0}, "learning_rate of Distil must be a number above 0"),
+        ({"learning_rate": math.nan}, "learning_rate of Distil must be a number above 0"),
+        ({"batch_size": 0}, "batch_size of Distil must be"),
+        ({"loss": "cross_entropy"}, "loss of Distil must be one of kl, mse"),
+        ({"next_token": 1.5}, "next_token of Distil must be a number of at least 0 and at most 1"),
+    ],
+)
+def test_wrong_values_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Distil(**options)
+
+
+def test_a_sharded_model_is_refused():
+    with pytest.raises(ValueError, match="trains a model that each process holds as a whole"):
+        Distil().check_processes(2, is_sharded=True)
+    Distil().check_processes(2, is_sharded=False)
+
+
+class Headed(Classifier):
+    """A language model's interface: the head is known, and has a bias."""
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
+    torch.manual_seed(0)
+    dense, batches = Headed().double(), some_batches(4)
+    model = copy.deepcopy(dense)
+    target = nn.Sequential(model) if wrapped else model
+    prune(target, batches, 0.5, skip="*head", recovery=Distil(passes=1, learning_rate=0.1), progress=False)
+    assert torch.equal(model.head.bias, dense.head.bias)
+    assert not torch.equal(model.body[0].bias, dense.body[0].bias)
+
+
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        (lambda model: model.requires_grad_(False), "requires_grad is False for each of them"),
+        (lambda model: model.head.bias.data.fill_(math.nan), r"finite predictions, but those of batch 0"),
+        (lambda model: model.register_forward_hook(lambda m, a, out: out.detach()), "predictions with gradients"),
+        (lambda model: model.register_forward_hook(lambda m, a, out: out[:, 0]), r"gave a tensor of shape \(1,\)"),
+        (lambda model: model.register_forward_hook(lambda m, a, out: "text"), "gave a str"),
+    ],
+    ids=["frozen", "nan", "detached", "vector", "text"],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, message):
+    model = classifier()
+    break_(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(model, some_batches(2), recovery="distil", progress=False)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_impossible_classes_do_not_count():
+    class Masked(Classifier):
+        def forward(self, x):
+            return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
+
+    torch.manual_seed(0)
+    model, batches = Masked().double(), some_batches(4)
+    plain = classifier()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        prune(each, batches, 0.5, recovery="distil", progress=False)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_sample_may_be_all_padding():
+    specimen = ZOO["llama_padded"]
+    batches = [dict(batch) for batch in specimen.batches()]
+    batches[0]["attention_mask"] = batches[0]["attention_mask"].clone()
+    batches[0]["attention_mask"][0] = 0
+    report = prune(specimen.build(), batches, 0.5, recovery=Distil(passes=1), progress=False)
+    assert math.isfinite(report.training.passes[1].loss)
+
+
+def test_flags_are_restored_if_there_is_no_memory_for_masters(monkeypatch, caplog):
+
+    def no_memory(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TrainedWeight, "of", no_memory)
+    model = classifier()
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        prune(model, some_batches(2), 0.5, recovery="distil", progress=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert "The model is pruned" in caught.value.__notes__[0]
+    assert "The model is pruned" in caplog.text
+
+
+def test_batches_of_inference_mode():
+    with torch.inference_mode():
+        batches = [x.clone() for x in some_batches(2)]
+    model = classifier()
+    with torch.inference_mode():
+        report = prune(model, batches, 0.5, recovery="distil", forward=lambda x: model(x), progress=False)
+    assert report.training.trained == 2
+
+
+def test_a_sparsity_of_0_trains_nothing():
+    model, batches = classifier(), some_batches(4)
+    before = copy.deepcopy(model.state_dict())
+    report = prune(model, batches, 0.0, recovery="distil", progress=False)
+    assert report.training is None
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

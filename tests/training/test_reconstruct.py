@@ -1,0 +1,306 @@
+"""Training the parts of a pruned block, against Adam written out by hand."""
+
+import copy
+
+import pytest
+import torch
+from support.allocated import most_allocated
+from support.pairwise import spread
+from support.zoo import ZOO, run
+from torch import nn
+
+from wanda_lightning import NM, PruningReport, Reconstruct, prune
+from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.models import find_layers, token_masks
+from wanda_lightning.parallel import Processes
+
+
+def parts_of(name):
+    model, batches = ZOO[name].build(), ZOO[name].batches()
+    units = find_layers(model).units
+    forwards = [lambda batch=batch: run(model, batch) for batch in batches]
+    masks = [token_masks(model, batch) for batch in batches]
+    found = {}
+    with torch.no_grad():
+        for stop in lockstep(forwards, [unit.module for unit in units]):
+            recovery = Reconstruct().start(units[stop.unit], masks)
+            for call in recovery.record(stop.calls):
+                call.run()
+            parts = getattr(recovery, "parts", [])
+            assert all(len(part.runs) == len(tuple(stop.calls)) for part in parts)
+            for part in parts:
+                found[part.name] = {layer.name.removeprefix(f"{part.name}.") for layer in part.layers}
+    return found
+
+
+LLAMA = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "parts"),
+    [
+        ("llama", "model.layers.1", LLAMA),
+        ("gpt2", "transformer.h.1", {"attn": {"c_attn", "c_proj"}, "mlp": {"c_fc", "c_proj"}}),
+        (  # fc1 and fc2 lie in the block itself
+            "opt",
+            "model.decoder.layers.1",
+            {"": {*(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.out_proj", "fc1", "fc2"}},
+        ),
+        (
+            "t5",
+            "decoder.block.1",
+            {
+                "layer.0": {f"SelfAttention.{x}" for x in "qkvo"},
+                "layer.1": {f"EncDecAttention.{x}" for x in "qkvo"},
+                "layer.2": {"DenseReluDense.wi", "DenseReluDense.wo"},
+            },
+        ),
+        ("vit", "blocks.1", {"attn": {"qkv", "proj"}, "mlp": {"fc1", "fc2"}}),
+        ("convnext", "stages.1.blocks.0", {"mlp": {"fc1", "fc2"}}),
+        ("resnet18", "layer2.0", {"": {"conv1", "conv2", "downsample.0"}}),
+    ],
+)
+def test_the_parts_of_a_block(name, prefix, parts):
+    found = parts_of(name)
+    expected = {f"{prefix}.{part}".rstrip("."): layers for part, layers in parts.items()}
+    assert {part: layers for part, layers in found.items() if f"{part}.".startswith(f"{prefix}.")} == expected
+
+
+def test_a_layer_alone_has_no_parts():
+    assert all(len(layers) > 1 for layers in parts_of("resnet18").values())  # its downsampling is in its blocks
+    assert not any("downsample" in part for part in parts_of("convnext"))
+
+
+class Block(nn.Module):
+    def __init__(self, width=8, inner=12):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, width))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+def blocks(dtype=torch.float64, sizes=(8, 12)):
+    torch.manual_seed(0)
+    return nn.Sequential(Block(*sizes), Block(*sizes)).to(dtype)
+
+
+def some_batches(count, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(20, 8, generator=generator).to(dtype) for _ in range(count)]
+
+
+def test_the_workspace_is_what_it_allocates():
+    model, samples = blocks(torch.bfloat16, (256, 512)), [torch.randn(4, 256).bfloat16()]
+    unit = find_layers(model, "block").units[0]
+    allocated = most_allocated(lambda: prune(model, samples, recovery="reconstruct", progress=False))
+    assert Reconstruct().workspace(unit) == 7 * 2 * 256 * 512
+    assert Reconstruct().workspace(unit) == pytest.approx(allocated / 4, rel=0.25)
+
+
+def adam(dense, start, batches, epochs, rate, eps=1e-8):
+    """The weights (and biases) of one MLP, trained by formula on all batches; no early stop."""
+    (first, first_bias), (second, second_bias) = start
+    weights = [first.clone(), second.clone()]
+    keep = [weight != 0 for weight in weights]
+    rates = [rate * weight[weight != 0].square().mean().sqrt() for weight in weights]
+    mean, square, step = [0.0, 0.0], [0.0, 0.0], 0
+    for _ in range(epochs):
+        for x in batches:
+            step += 1
+            hidden = torch.tanh(x @ weights[0].T + first_bias)
+            gradient = 2 * (hidden @ weights[1].T + second_bias - dense(x))
+            inner = (gradient @ weights[1]) * (1 - hidden**2)
+            for index, change in enumerate((inner.T @ x, gradient.T @ hidden)):
+                change = change * keep[index]
+                mean[index] = 0.9 * mean[index] + 0.1 * change
+                square[index] = 0.999 * square[index] + 0.001 * change**2
+                up, down = mean[index] / (1 - 0.9**step), (square[index] / (1 - 0.999**step)).sqrt() + eps
+                weights[index] = weights[index] - rates[index] * up / down
+    return [weight * kept for weight, kept in zip(weights, keep, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("count", "epochs"), [(1, 1), (3, 2), (5, 2)])
+def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
+    model, batches = blocks(), some_batches(count)
+    dense, start = copy.deepcopy(model), copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, recovery=Reconstruct(epochs=epochs, learning_rate=0.001), progress=False)
+    trained = [x for index, x in enumerate(batches) if index != 3]  # the fourth is held out
+    layers = [(start[0].mlp[place].weight, start[0].mlp[place].bias) for place in (0, 2)]
+    expected = adam(dense[0].mlp, layers, trained, epochs, 0.001)
+    for place, weight in zip((0, 2), expected, strict=True):
+        torch.testing.assert_close(model[0].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+        assert torch.equal(model[0].mlp[place].bias, dense[0].mlp[place].bias)
+    # The second block learns what it gave on what the trained first block gives.
+    inputs = [model[0](x) for x in batches]
+    second = copy.deepcopy(dense[1])
+    prune(second, inputs, 0.5, sequential="none", progress=False)  # the block alone, dense inside
+    layers = [(second.mlp[place].weight, second.mlp[place].bias) for place in (0, 2)]
+    expected = adam(dense[1].mlp, layers, [x for i, x in enumerate(inputs) if i != 3], epochs, 0.001)
+    for place, weight in zip((0, 2), expected, strict=True):
+        torch.testing.assert_close(model[1].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+
+
+def test_it_stops_early_and_goes_back():
+    model, batches = blocks(), some_batches(8)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    report = prune(model, batches, 0.5, recovery=Reconstruct(epochs=50, learning_rate=100.0), progress=False)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start.get_parameter(name))
+    part = report.layers[0].part
+    assert part.name == "0.mlp"
+    assert part.before == part.after
+    assert part.before > 0
+
+
+def test_what_fails_in_training_leaves_the_pruned_weights():
+    model, batches, steps = blocks(), some_batches(8), []
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+
+    def fail(*_):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) == 2:
+            raise RuntimeError("enough")
+
+    model[0].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="enough"):
+        prune(model, batches, 0.5, recovery="reconstruct", progress=False)
+    for before, after in zip(start[0].parameters(), model[0].parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+class Sometimes(nn.Module):
+    """Calls its second layer for some inputs only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.first(x) + (self.second(x) if x[0, 0] > 0 else 0)
+
+
+def test_a_layer_that_some_batches_do_not_reach():
+    model, batches = blocks(), some_batches(8)
+    assert {bool(batch[0, 0] > 0) for batch in batches} == {True, False}
+    for block in model:
+        block.mlp = Sometimes().to(torch.float64)
+    start = copy.deepcopy(model)
+    prune(start, batches, 0.5, progress=False)
+    prune(model, batches, 0.5, recovery="reconstruct", progress=False)
+    for name in ("first", "second"):
+        before, after = start[0].mlp.get_submodule(name).weight, model[0].mlp.get_submodule(name).weight
+        assert torch.equal(before == 0, after == 0)
+        assert not torch.equal(before, after)
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x.add_(1)))
+
+
+def test_a_part_that_writes_into_its_input_reproduces_itself():
+    model, batches = blocks(), some_batches(5)
+    for block in model:
+        block.mlp = WritesIntoItsInput().to(torch.float64)
+    report = prune(model, batches, 0.0, recovery="reconstruct", progress=False)
+    notes = [layer.remarks for layer in report.layers]
+    assert notes == [f"error of {i}.mlp 0.00%, trained 0.00%" for i in (0, 0, 1, 1)]
+    assert notes[0] in str(report)
+    assert PruningReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    spread(["llama_padded", "opt", "gpt2", "t5", "vit", "resnet18", "convnext", "swin"], ["zero_out", "sparsegpt"]),
+)
+def test_only_kept_weights_move_and_nothing_is_left_behind(name, solver):
+    model, start = ZOO[name].build(), ZOO[name].build()
+    batches = ZOO[name].batches() * 2
+    prune(start, batches, 0.5, solver=solver, progress=False)
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    report = prune(model, batches, 0.5, solver=solver, recovery=Reconstruct(), progress=False)
+    first, *_ = find_layers(model).units
+    moved = 0
+    for layer in first.layers:  # later blocks see other inputs
+        before, after = start.get_submodule(layer.name).weight, layer.parameter
+        assert torch.equal(before == 0, after == 0)
+        moved += int((before != after).sum())
+    trained = [layer.part for layer in report.layers if layer.part]
+    assert moved > 0 or (name, solver) == ("resnet18", "sparsegpt")  # of its ten tokens SparseGPT has learned all
+    assert trained
+    assert all(part.after <= part.before for part in trained)
+    assert hooks == sum(len(module._forward_hooks) for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    others = dict(start.named_parameters())
+    pruned = {id(layer.parameter) for layer in find_layers(model).layers}
+    for parameter_name, parameter in model.named_parameters():
+        assert id(parameter) in pruned or torch.equal(parameter, others[parameter_name])
+
+
+def test_padding_teaches_nothing():
+    batches = [{key: value.clone() for key, value in batch.items()} for batch in ZOO["llama_padded"].batches()]
+    others = copy.deepcopy(batches)
+    for batch in others:
+        batch["input_ids"][batch["attention_mask"] == 0] = 77
+    results = []
+    for some in (batches, others):
+        model = ZOO["llama_padded"].build()
+        prune(model, some, 0.5, recovery="reconstruct", progress=False)
+        results.append(model.state_dict())
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], msg=key)
+
+
+def test_a_model_in_half_precision_learns_in_float32():
+    model, start, batches = blocks(torch.bfloat16), blocks(torch.bfloat16), some_batches(4, torch.bfloat16)
+    prune(start, batches, pattern=NM(2, 4), progress=False)
+    # A step of a thousandth is lost in bfloat16, which has 8 bits; thirty of them are not.
+    prune(model, batches, pattern=NM(2, 4), recovery=Reconstruct(epochs=10, learning_rate=1e-3), progress=False)
+    weight, before = model[0].mlp[0].weight, start[0].mlp[0].weight
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight == 0, before == 0)
+    assert (weight != before).sum() > 24  # half of what is kept
+
+
+def test_what_it_cannot_do_is_refused():
+    model, batches = blocks(), some_batches(2)
+    before = copy.deepcopy(model.state_dict())
+    for sequential in ("layer", "none"):
+        with pytest.raises(
+            ValueError, match=f"recovery='reconstruct' cannot be combined with sequential='{sequential}', because"
+        ):
+            prune(model, batches, recovery="reconstruct", sequential=sequential)
+    with pytest.raises(
+        ValueError,
+        match=r"batches must be a list .* since recovery='reconstruct' reads calibration data, but none were",
+    ):
+        prune(model, None, criterion="magnitude", recovery="reconstruct")
+    for values in ({"epochs": 0}, {"learning_rate": 0.0}):
+        with pytest.raises(ValueError, match="of Reconstruct must be a"):
+            Reconstruct(**values)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_several_processes_are_refused():
+    two = Processes()
+    two.world_size = 2
+    with pytest.raises(ValueError, match="trains in one process, but 2 prune together"):
+        make_plan(PruningConfig.from_names(recovery="reconstruct"), blocks(), two)
+
+
+def test_the_report_says_how_it_was_made():
+    report = prune(blocks(), some_batches(2), 0.5, recovery=Reconstruct(epochs=3), progress=False)
+    assert report.config["recovery"] == {"name": "Reconstruct", "epochs": 3, "learning_rate": 0.01}
+    plain = prune(blocks(), some_batches(2), 0.5, progress=False)
+    assert plain.config["recovery"] == {"name": "NoRecovery"}

@@ -1,0 +1,1 @@
+"""What every room uses: progress, files, names of models and layers, checks and words."""

@@ -1,0 +1,72 @@
+"""Show the progress of a long task: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from math import inf
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressBar:
+    """Progress of one long task on stderr.
+
+    Args:
+        title: Name of the task.
+        total: Number of steps; None if it is not known.
+        enabled: False shows nothing.
+    """
+
+    def __init__(self, title: str, total: int | None, enabled: bool = True) -> None:
+        self._title, self._total, self._done = title, total, 0.0
+        self._console = Console(stderr=True)
+        self._enabled = enabled and total != 0
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> ProgressBar:
+        if self._enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                speed_estimate_period=inf,  # one step may take longer than rich's 30 s
+            )
+            self._task = self._bar.add_task(self._title, total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, error_class: type[BaseException] | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._enabled:
+            self._line("done" if error_class is None else "stopped")
+
+    def show(self, name: str) -> None:
+        """Show the name of the next step."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{self._title} {name}")
+        elif self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._line(name)
+
+    def advance(self, steps: float = 1) -> None:
+        """Count steps as done."""
+        self._done += steps
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+
+    def _line(self, name: str) -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self._started
+        steps, left = f"{self._done:.0f}", ""
+        if self._total is not None and (name != "done" or self._done >= self._total):  # else it needed fewer steps
+            steps += f"/{self._total}"
+            if 0 < self._done < self._total and name != "stopped":
+                left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"
+        self._console.print(f"{self._title} {steps} {name} ({elapsed:.0f} s{left})", highlight=False, soft_wrap=True)

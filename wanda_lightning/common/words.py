@@ -1,0 +1,52 @@
+"""Put numbers, sizes, names and errors into words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def duration(seconds: float) -> str:
+    """Return a duration, such as `7.2 s`, `3 min 12 s` or `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(number: int, names: Sequence[str] = (" billion", " million", " thousand")) -> str:
+    """Return a large number with three digits, such as `135 million`."""
+    units = zip((1e9, 1e6, 1e3), names, strict=True)
+    return next((f"{number / unit:.3g}{name}" for unit, name in units if number >= unit), str(number))
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, such as `1 layer` or `210 layers`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def as_size(size: int) -> str:
+    """Describe a number of bytes.
+
+    Example:
+        >>> as_size(999), as_size(1_234_567), as_size(98_765_432_100)
+        ('1.0 KB', '1.2 MB', '98.8 GB')
+    """
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "KB")
+    return f"{size / unit:.1f} {name}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does.
+
+    Example:
+        >>> did_you_mean("wikitxt2", ["c4", "wikitext2"])
+        ' Did you mean wikitext2?'
+    """
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error from another library on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,199 @@
+"""Permute hidden units before pruning, so that groups of N:M keep larger scores; the dense outputs stay the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.batches import CalibrationBatches
+from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.core.criteria import Wanda
+from wanda_lightning.core.permutation import kept_score
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import Orders
+from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.store import WeightStore
+from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, is_unloaded, is_wrapper
+from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.parallel import is_sharded
+from wanda_lightning.report import Permuted
+
+_SAMPLES = 8  # over all processes; as many as for the gradients of `best`
+
+Reordering = tuple[HiddenUnits, Orders]
+
+
+def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Permuted:
+    """Permute the hidden units inside each block, in place, and return what was permuted.
+
+    Eight samples run through the dense model. Wanda's scores of these samples give the order, and runs of the block
+    show what can be permuted at all: the units of each candidate are permuted at random, and then the reader must
+    receive the permuted values, while everything else in the block stays the same. After all units of the block are
+    permuted, its results must be the same for all samples; otherwise the units are put back in their original order.
+    """
+    if is_sharded(plan.model):
+        return Permuted(why_not="the model is sharded")
+    units, blocks = plan.block_units, plan.blocks
+    if not units:
+        return Permuted(why_not="no layer to prune lies in a block")
+    processes, search, revisited = plan.processes, _Search(plan), set[int]()
+    samples = data.head(_SAMPLES)
+    if not any(number for (number,) in processes.all_gather([len(samples)])):
+        data.refuse_if_empty()
+    observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)
+    forwards, names = [sample.predict for sample in samples], [unit.name for unit in units]
+    with ProgressBar("Permuting", len(units), progress) as bar, store.dense(), noting(search.state):
+        for stop in lockstep(forwards, blocks, processes, names, revisited, make_parking=data.make_parking):
+            unit = units[stop.unit]
+            bar.show(unit.name)
+            store.hold(unit.name)
+            search(unit, tuple(stop.calls), observer)
+            bar.advance()
+    for index, name in enumerate(names):
+        # A later call may use the units in another way. Only processes with samples there have seen it.
+        if processes.all_reduce_min(int(index not in revisited)) == 0:
+            search.put_back(name, in_memory=store.is_whole)
+        else:
+            store.repeat(name, partial(_permute_all, search.done.get(name, ())))
+    return search.permuted
+
+
+class _Search:
+    """Permutes the hidden units of one block after the other.
+
+    Attributes:
+        permuted: What was permuted so far.
+        done: The hidden units that were permuted, with their orders, by block.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.permuted = Permuted()
+        self.done: dict[str, list[Reordering]] = {}
+        self._plan, self._modules, self._tied = plan, named_modules(plan.model), _tied(plan.model)
+        # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def __call__(self, unit: Unit, calls: Sequence[Call], observer: Observer) -> None:
+        """Permute the hidden units that layers of this block read."""
+        assert unit.module is not None
+        runs = BlockRuns(unit.module, calls)
+        inputs = observer(unit, runs.recording())
+        with self._plan.processes.fail_together():
+            found = [hidden for layer in unit.layers for hidden in self._fitting(layer, unit, runs)]
+            chosen = [(hidden, self._choose(hidden, inputs)) for hidden in found]
+            chosen = [(hidden, orders) for hidden, orders in chosen if not _is_identity(orders)]
+            kept = {hidden.reader.name: self._kept(hidden, orders, inputs) for hidden, orders in chosen}
+            _permute_all(chosen)
+            self.done[unit.name] = chosen
+            self.permuted.kept.update(kept)
+            if not self._agree(runs.same_results()):
+                self.put_back(unit.name)
+
+    def put_back(self, name: str, in_memory: bool = True) -> None:
+        """Put the hidden units of a block back into their order, and report it."""
+        chosen = self.done.pop(name, [])
+        for hidden, orders in reversed(chosen) if in_memory else ():
+            hidden.permute(orders.argsort(dim=1))
+        for hidden, _ in chosen:
+            del self.permuted.kept[hidden.reader.name]
+        if chosen:
+            self.permuted.put_back.append(name)
+
+    def state(self) -> str:
+        """Say, for an error, that the dense model is permuted; return nothing if it is not."""
+        permuted = "Hidden units of the model are permuted already. It computes the same as before."
+        return permuted if any(self.done.values()) else ""
+
+    def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> Iterator[HiddenUnits]:
+        """Yield the hidden units that a layer reads, if they can be permuted."""
+        assert unit.module is not None
+        alone = is_plain(reader) and (runs.is_empty or runs.reads_alone(reader.module))
+        if not self._agree(alone):
+            return
+        parent = self._modules[reader.name.rpartition(".")[0]]
+        key = type(unit.module), reader.name.removeprefix(unit.name), reader.shape
+        for index, hidden in enumerate(hidden_units(reader, parent, unit.module)):
+            if self._known.get(key, index) == index and self._is_movable(hidden) and self._is_right(hidden, runs):
+                self._known[key] = index
+                yield hidden
+                return
+        self._known.setdefault(key, -1)
+
+    def _is_movable(self, hidden: HiddenUnits) -> bool:
+        """Whether groups fit into heads, and no other module has the same parameters."""
+        tied = any((place.module, place.name) in self._tied for place in hidden.places)
+        return not tied and hidden.columns.shape[2] % self._plan.config.pattern.group_size == 0
+
+    def _is_right(self, hidden: HiddenUnits, runs: BlockRuns) -> bool:
+        """Whether a random order of the units permutes what the reader receives, and changes nothing else."""
+        generator = torch.Generator().manual_seed(0)
+        heads, _, size = hidden.columns.shape
+        orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(heads)])
+        hidden.permute(orders)
+        try:
+            same = runs.is_empty or self._is_permuted(hidden, orders, runs)
+        finally:
+            hidden.permute(orders.argsort(dim=1))
+        return self._agree(same)
+
+    def _is_permuted(self, hidden: HiddenUnits, orders: Orders, runs: BlockRuns) -> bool:
+        inputs = runs.inputs_after(hidden.reader.module)
+        if inputs is None or len(inputs[0]) != len(inputs[1]):
+            return False
+        before, after = ([hidden.reader.tokens(x) for x in entered] for entered in inputs)
+        source = hidden.source(orders)
+        return all(runs.same_columns(x[:, source.to(x.device)], y) for x, y in zip(before, after, strict=True))
+
+    def _agree(self, answer: bool) -> bool:
+        """Whether all processes answer yes."""
+        return bool(self._plan.processes.all_reduce_min(int(answer)))
+
+    def _choose(self, hidden: HiddenUnits, inputs: Mapping[str, InputStatistics]) -> Orders:
+        """Return an order of the units of each head."""
+        scores, config = Wanda()(hidden.reader.read(), inputs[hidden.reader.name]), self._plan.config
+        by_head = scores[:, hidden.columns].permute(1, 0, 2, 3).flatten(1, 2)  # copies of a unit are further rows
+        orders = torch.stack([config.permutation(each, config.pattern).cpu() for each in by_head])
+        # One process decides: sums that differ in the last digit could give another order.
+        return self._plan.processes.broadcast(orders, 0)
+
+    def _kept(self, hidden: HiddenUnits, orders: Orders, inputs: Mapping[str, InputStatistics]) -> tuple[float, float]:
+        """Return the total score that the pattern keeps in the reader, before and after the permutation."""
+        scores, pattern = Wanda()(hidden.reader.read(), inputs[hidden.reader.name]), self._plan.config.pattern
+        before = kept_score(scores, torch.arange(scores.shape[1]), pattern)
+        return before, kept_score(scores, hidden.source(orders), pattern)
+
+
+def _permute_all(reorderings: Iterable[Reordering]) -> None:
+    for hidden, orders in reorderings:
+        hidden.permute(orders)
+
+
+def _is_identity(orders: Orders) -> bool:
+    return bool((orders == torch.arange(orders.shape[1])).all())
+
+
+def _tied(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
+    found = [
+        (module, name, _memory(tensor))
+        for module in model.modules()
+        for tensors in (module.named_parameters, module.named_buffers)
+        for name, tensor in tensors(recurse=False)
+    ]
+    counts = Counter(memory for _, _, memory in found)
+    return {(module, name) for module, name, memory in found if counts[memory] > 1}
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
+    has_memory = not is_unloaded(tensor) and tensor.device.type != "meta" and tensor.numel() and not is_wrapper(tensor)
+    return tensor.untyped_storage().data_ptr() if has_memory else id(tensor)

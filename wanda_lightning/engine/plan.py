@@ -1,0 +1,197 @@
+"""The plan of a pruning: the layers, their units and their sparsities, found before any weight changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.allocation import DenseLayer
+from wanda_lightning.core.selection import Selection
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.types import RowWeights
+from wanda_lightning.engine.refusals import (
+    refuse_no_module,
+    refuse_nothing_to_prune,
+    refuse_sharding,
+    refuse_too_wide,
+    refuse_unprunable,
+)
+from wanda_lightning.models import Inventory, Layer, Unit, find_layers, reads_images
+from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
+
+Selections = Mapping[str, Selection]  # by layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model with its layers grouped into units, and the choices and processes that prune it.
+
+    Attributes:
+        config: The choices, for this model: `sequential` is not `"auto"`.
+        model: The model.
+        processes: All processes that prune together.
+        inventory: Every matrix of the model.
+    """
+
+    config: PruningConfig
+    model: nn.Module
+    processes: Processes
+    inventory: Inventory
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units at which the calibration batches stop."""
+        return self.inventory.units
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers to prune."""
+        return self.inventory.layers
+
+    @property
+    def whole_model(self) -> Unit:
+        """All layers as one unit."""
+        return Unit("", None, self.layers)
+
+    @property
+    def parts(self) -> tuple[Unit, ...]:
+        """One unit for each block that holds layers, and for each layer outside of all blocks."""
+        modules, members = named_modules(self.model), dict[str, list[Layer]]()
+        for layer in self.layers:
+            members.setdefault(self.inventory.blocks[layer.name], []).append(layer)
+        return tuple(Unit(name, modules.get(name, self.model), tuple(inside)) for name, inside in members.items())
+
+    @property
+    def block_units(self) -> tuple[Unit, ...]:
+        """One unit for each block that holds layers; none contains another."""
+        own = {self.model, *(layer.module for layer in self.layers)}
+        return tuple(unit for unit in self.parts if unit.module not in own)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The modules of `block_units`."""
+        return tuple(unit.module for unit in self.block_units if unit.module)
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether one pass through the dense model collects all statistics, including those for the allocation."""
+        return self.config.sequential == "none" and bool(self.config.needs)
+
+    @property
+    def observed(self) -> frozenset[str]:
+        """The statistics that are collected before a unit is pruned."""
+        return self.config.needs if self.is_one_pass else self.config.unit_needs
+
+    def dense_layers(
+        self,
+        layers: Sequence[Layer],
+        inputs: Mapping[str, InputStatistics] = {},
+        gradients: Mapping[str, GradientStatistics] = {},
+        reading: Callable[[str], None] = lambda name: None,
+    ) -> list[DenseLayer]:
+        """Describe layers to an allocation, which calls `reading` with a layer's name before it reads the weight."""
+
+        def read(layer: Layer) -> Tensor:
+            reading(layer.name)
+            return layer.read()
+
+        return [
+            DenseLayer(
+                layer.name,
+                self.inventory.blocks[layer.name],
+                layer.size,
+                self.config.pattern.sparsity_steps(*layer.shape),
+                partial(read, layer),
+                inputs.get(layer.name, InputStatistics()),
+                gradients.get(layer.name),
+            )
+            for layer in layers
+        ]
+
+    def allocate(
+        self,
+        inputs: Mapping[str, InputStatistics],
+        gradients: Mapping[str, GradientStatistics] = {},
+        progress: bool = False,
+        hold: Callable[[str], None] = lambda name: None,
+    ) -> Selections:
+        """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target.
+
+        `inputs` and `gradients` are those of the dense model. `hold` is called with the name of a layer before its
+        weight is read.
+        """
+        allocation, processes = self.config.allocation, self.processes
+        layers = list(self.layers)
+        if allocation.needs:
+            layers = [layer for layer in layers if layer.name in inputs and inputs[layer.name].count > 0]
+        if allocation.reads_gradients:
+            layers = [layer for layer in layers if layer.name in gradients]
+        sparsities: dict[str, float] = {}
+        shown: set[str] = set()
+
+        def reading(name: str) -> None:
+            bar.show(name)
+            bar.advance(name not in shown)
+            shown.add(name)
+            hold(name)
+
+        progress = progress and allocation.reads_weights
+        with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
+            if processes.rank == 0 and layers:
+                sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
+            # One process computes them: singular values that differ in the last digit could give different masks.
+            sparsities = processes.broadcast(sparsities, 0)
+        weighed = gradients if self.config.pattern.weigh_rows else {}
+        return self.selections(sparsities, {name: each.row_weights() for name, each in weighed.items()})
+
+    def selections(self, sparsities: Mapping[str, float], row_weights: Mapping[str, RowWeights] = {}) -> Selections:
+        """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
+        selections: dict[str, Selection] = {}
+        for layer in self.layers:
+            sparsity = sparsities.get(layer.name, self.config.sparsity)
+            weights = {"row_weights": row_weights[layer.name]} if layer.name in row_weights else {}
+            pattern = self.config.pattern.for_sparsity(sparsity)
+            selections[layer.name] = Selection(self.config.criterion, pattern, sparsity, **weights)
+        return selections
+
+
+def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
+    """Return the choices for one model: `sequential="auto"` becomes `"none"` for image models, else `"block"`."""
+    if config.sequential != "auto":
+        return config
+    return replace(config, sequential="none" if reads_images(model) else "block")
+
+
+def make_plan(
+    config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS, has_weights: bool = True
+) -> Plan:
+    """Find what will be pruned, without changing the model; check its weights if they are in memory.
+
+    Raises:
+        ValueError: If the model cannot be pruned as asked.
+    """
+    refuse_no_module(model)
+    reshard(model)
+    config = config_for(config, model)
+    # Blocks are loaded one at a time, also to be pruned with statistics of the dense model.
+    stops = "block" if config.sequential == "none" and not has_weights else config.sequential
+    inventory = find_layers(model, stops, config.skip, config.only, config.include_grouped, config.pattern)
+    plan = Plan(config, model, processes, inventory)
+    config.recovery.check_processes(processes.world_size, is_sharded(model))
+    with torch.inference_mode(False), torch.no_grad():
+        refuse_nothing_to_prune(config, inventory)
+        if has_weights:
+            refuse_unprunable(inventory.layers)
+        refuse_too_wide(config, inventory)
+        for unit in plan.units:
+            for layer in unit.layers:
+                refuse_sharding(config, model, unit, layer, processes)
+        config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
+    return plan

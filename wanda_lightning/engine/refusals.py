@@ -1,0 +1,200 @@
+"""Refuse models and choices that cannot be pruned, before a weight is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from wanda_lightning.common.checks import available_memory
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models.experts import refuse_sharded_experts
+from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.parallel import Processes
+
+
+def refuse_no_module(model: object) -> None:
+    """Refuse anything that is no module, for example batches."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a torch.nn.Module, but it is a {type(model).__name__}. Give the model first, then the "
+            "calibration batches: prune(model, batches)."
+        )
+
+
+def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None:
+    """Refuse matrices that the user must decide about, and a model without any layer to prune."""
+    undecided = [m for m in inventory.skipped if m.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)]
+    if undecided:
+        first = undecided[0]
+        raise ValueError(
+            f"skip must name {_counted(undecided, 'matrix', 'matrices')} that cannot be pruned in place, "
+            f"{first.name} first: {first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave "
+            f"what cannot be pruned dense with skip=['{first.name}']."
+        )
+    if inventory.layers:
+        return
+    if unfit := inventory.skipped_for(SkipReason.PATTERN):
+        raise ValueError(
+            f"{config.shown('pattern')} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest "
+            f"is {unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
+            "pattern='unstructured'."
+        )
+    asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]
+    reasons = "; ".join(dict.fromkeys(f"{m.name}: {m.detail}" for m in (asked or inventory.skipped)[:5]))
+    which = f"only={list(config.only)} names" if config.only else "model has"
+    raise ValueError(
+        f"{which} nothing to prune ({reasons or 'there are no weight matrices'}). Give a model with linear or "
+        "convolution layers, or choose others with skip= and only=."
+    )
+
+
+def refuse_unprunable(layers: Iterable[Layer]) -> None:
+    """Refuse weights without values, weights that cannot be written, NaN and infinity."""
+    for layer in layers:
+        refuse_sharded_experts(layer)
+        weight = layer.weight
+        if weight.is_meta:
+            raise ValueError(
+                f"model must hold its weights, but {layer.name} is on the meta device and has no values. Load the "
+                "weights before pruning."
+            )
+        if layer.parameter.is_inference():
+            raise ValueError(
+                f"model must have weights that can change, but {layer.name} was created under torch.inference_mode(). "
+                "Build or load the model outside of it."
+            )
+        # The sum takes one fast pass. It may overflow, so only the slow check of each weight decides.
+        if not weight.sum().isfinite() and not weight.isfinite().all():
+            raise ValueError(
+                f"model must have finite weights, but {layer.name} has weights that are NaN or infinite. Check the "
+                "checkpoint. If its weights overflowed in the conversion to float16, load it in float32 or bfloat16."
+            )
+
+
+def _counted(matrices: Sequence[SkippedMatrix], one: str, many: str = "layers") -> str:
+    return f"{len(matrices)} {one if len(matrices) == 1 else many}"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the number of free bytes on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory()
+
+
+_GRAMS_AT_ONCE = 4  # the sum, its dampened copy, the Cholesky factor and the inverse
+_GIB = 2**30
+
+
+def refuse_too_wide(config: PruningConfig, inventory: Inventory) -> None:
+    """Refuse Gram matrices (d_in, d_in) that certainly do not fit in memory."""
+    if "gram" not in config.needs:
+        return
+    widest = max(inventory.layers, key=lambda layer: layer.shape[1])
+    largest = widest.shape[1] ** 2 * max(4, widest.weight.element_size())
+    # Until a unit is pruned, memory holds at least one matrix for each input width in each block, and for each expert.
+    widths: dict[str, set[tuple[str, int]]] = {}
+    for layer in inventory.layers:
+        unit = layer.name if config.sequential == "layer" else inventory.blocks[layer.name]
+        widths.setdefault(unit, set()).add((layer.siblings and layer.name, layer.shape[1]))
+    of_blocks = [4 * sum(width**2 for _, width in block) for block in widths.values()]
+    held = sum(of_blocks) if config.sequential == "none" else max(of_blocks)
+    needed, free = max(_GRAMS_AT_ONCE * largest, held), free_memory(widest.weight.device)
+    if needed > free:
+        raise ValueError(
+            f"{config.data_reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the largest for "
+            f"{widest.name} with {widest.shape[1]} inputs, but only {free / _GIB:.1f} GiB are free on "
+            f"{widest.weight.device}. Leave wide layers dense with skip=['{widest.name}'], use criterion='wanda' with "
+            "solver='zero_out', or use sequential='layer'."
+        )
+
+
+def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
+    """Refuse a layer that is sharded by FSDP2 or tensor parallelism in a way that pruning does not support."""
+    weight, name = layer.parameter, layer.name
+    managed = getattr(layer.module, "_is_fsdp_managed_module", False)
+    if isinstance(weight, DTensor) and not managed:
+        raise ValueError(
+            f"model must be sharded by fully_shard or not at all, but the weight of {name} is sharded by "
+            f"{weight.placements}: tensor parallelism is not supported. Prune the model before parallelize_module, or "
+            "load it without tp_plan=."
+        )
+    if not managed:
+        return
+    managers = [
+        inside
+        for inside, module in named_modules(model).items()
+        if isinstance(module, FSDPModule) and f"{name}.".startswith(_prefix(inside))
+    ]
+    if not managers:
+        raise ValueError(
+            f"model must be sharded itself, but a module around it manages the weight of {name}. Apply fully_shard to "
+            "the model and to its blocks; FSDP1 is not supported."
+        )
+    if not isinstance(weight, DTensor):  # fully_shard(ignored_params=...): each process has all of it
+        return
+    _refuse_layout(layer, weight, processes)
+    _refuse_choices_across_rows(config, layer, processes)
+    stops_at_units = bool(config.unit_needs) and config.sequential != "none"
+    if stops_at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
+        raise ValueError(
+            f"{config.shown('sequential')} stops at {unit.name}, but fully_shard manages {name} as a part of "
+            f"{managers[-1] or 'the whole model'}. Apply fully_shard to {unit.name} too, leave it dense with "
+            f"skip=['{unit.name}'], or use sequential='none'."
+        )
+
+
+def _refuse_layout(layer: Layer, weight: DTensor, processes: Processes) -> None:
+    """Refuse a layer unless each process holds whole rows of its matrix."""
+    name = layer.name
+    if weight.device_mesh.size() != processes.world_size:
+        raise ValueError(
+            f"processes must be those that hold the model, but the weight of {name} is sharded across "
+            f"{weight.device_mesh.size()} processes and {processes.world_size} prune. Prune inside a Trainer with "
+            "ModelParallelStrategy (WandaPrune does), or call prune_as(..., processes=Processes(group))."
+        )
+    if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
+        raise ValueError(
+            f"model must be sharded by rows, but the weight of {name} is sharded by {weight.placements}. Use "
+            "fully_shard with its defaults (a mesh of one dimension, no shard_placement_fn), or leave the layer dense "
+            f"with skip=['{name}']."
+        )
+    if layer.size < weight.numel():
+        raise ValueError(
+            f"include_grouped=True needs whole groups of a convolution, but fully_shard leaves no process whole groups "
+            f"of {name}. Prune before sharding (devices=1), or without include_grouped=True."
+        )
+    if not layer.kind.rows_first:
+        raise ValueError(
+            f"model must be sharded by rows, but {name}, a {type(layer.module).__name__}, stores its weight by "
+            "columns, so fully_shard leaves no process whole rows. Prune before sharding (devices=1), or leave it "
+            f"dense with skip=['{name}']."
+        )
+
+
+def _refuse_choices_across_rows(config: PruningConfig, layer: Layer, processes: Processes) -> None:
+    """Refuse choices that prevent each process from pruning its rows without the others."""
+    where = f"{layer.name}, but they are sharded across {processes.world_size} processes"
+    if config.pattern.spans_rows:
+        raise ValueError(
+            f"{config.shown('pattern')} compares the rows of {where}. Use pattern='unstructured' or N:M, which compare "
+            "weights of one row, or prune before sharding (devices=1)."
+        )
+    for option, spans_rows in (
+        ("criterion", config.criterion.spans_rows),
+        ("allocation", config.allocation.reads_weights),
+    ):
+        if spans_rows:
+            raise ValueError(
+                f"{config.shown(option)} reads all rows of {where}. Use criterion='wanda' or 'magnitude' with "
+                "allocation='uniform', which read single rows, or prune before sharding (devices=1)."
+            )
+
+
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""

@@ -1,0 +1,224 @@
+"""Hold pruned weights at zero while a model trains, in any training loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from wanda_lightning.core.bits import pack, unpack
+from wanda_lightning.core.masking import mask_
+from wanda_lightning.models import Layer, find_layers
+from wanda_lightning.models.experts import refuse_sharded_experts
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
+
+
+def keep_zeros(
+    model: nn.Module,
+    *optimizers: Optimizer,
+    state: dict[str, Any] | None = None,
+    processes: Processes = SINGLE_PROCESS,
+) -> HeldZeros:
+    """Keep every zero of a pruned model at zero from now on, in any training loop.
+
+    The zeros are those that each prunable layer has now. A layer that is all zeros is skipped, since some layers are
+    initialized to zero. All optimizers are covered, including those that are created later.
+
+    Args:
+        model: The pruned model, which may be wrapped, for example by DistributedDataParallel or Fabric.
+        *optimizers: Optimizers that have already taken steps; their moments of zero weights become zero, too.
+        state: `state_dict()` of an interrupted run with the same model, wrapped in the same way, to go on exactly as
+            that run would have.
+        processes: All processes, if they share the rows of one model (FSDP2).
+
+    Returns:
+        An object that holds the zeros, and the model in memory, until its `release()`. As a context manager, it
+        releases them at the end.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> model.weight = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> with keep_zeros(nn.Sequential(model), optimizer):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> model.weight.data
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    zeros = HeldZeros()
+    if state is not None:
+        zeros.load_state_dict(state)
+    zeros.hold_all(model, processes)
+    zeros.clear(optimizers)
+    return zeros
+
+
+class HeldZeros(AbstractContextManager["HeldZeros"]):
+    """Hold the zeros of some layers at zero while the model trains, until `release` or the end of a `with` block.
+
+    A hook masks each gradient as it accumulates, so that clipping and the optimizer's moments use the masked gradient.
+    Another hook zeroes the weights after each step of any optimizer, since weight decay and momentum could change them.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[str] = []  # of the latest `hold`
+        self._resumed: list[str] = []  # layers of a loaded state
+        self._handles: list[RemovableHandle] = []
+        self._held_layers: list[tuple[Layer, nn.Parameter]] = []
+        self._keep: dict[nn.Parameter, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self._at_release: dict[str, Tensor] = {}
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether it holds any weight now."""
+        return bool(self._handles)
+
+    def __exit__(self, *_: object) -> None:
+        """Release all weights."""
+        self.release()
+
+    def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
+        """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
+        layers, self._resumed = self._resumed, []
+        found = {layer.name: layer for layer in prunable_layers(model)}
+        if not layers:
+            for layer in found.values():
+                refuse_sharded_experts(layer)
+            layers = [name for name, count in zeros_of(model, processes).items() if 0 < count < found[name].size]
+        if not layers and processes.rank == 0:
+            warnings.warn(
+                "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
+                stacklevel=3,
+            )
+        if unknown := [name for name in layers if name not in found]:
+            raise ValueError(
+                f"state must be of the same model, wrapped in the same way, but it names {unknown[0]}, which this "
+                "model does not have. Pass the model as it was when the state was saved."
+            )
+        self.hold(model, layers)
+
+    def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
+        """Hold the weights of the named layers that are zero now; release all others."""
+        self.release()
+        reshard(model)  # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards
+        unheld, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
+        found = {layer.name: layer for layer in prunable_layers(model)}
+        for layer in (found[name] for name in self.layers):
+            refuse_sharded_experts(layer)
+            weight = layer.parameter
+            assert isinstance(weight, nn.Parameter)
+            if weight not in self._keep:  # one parameter may hold many layers, not all of which are held
+                self._keep[weight] = torch.ones_like(local(weight.detach()), dtype=torch.bool)
+            keep = layer.part(self._keep[weight])
+            keep.copy_(layer.weight != 0)
+            if layer.name in unheld:
+                keep |= unpack(unheld[layer.name], keep.shape).to(keep.device)
+            self._held_layers.append((layer, weight))
+        for weight in self._keep:
+            self._mask_gradient(weight)
+            trains = weight.requires_grad
+            weight.requires_grad_()  # torch refuses the hook on a frozen weight, which may be unfrozen later
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
+            weight.requires_grad_(trains)
+        # A global hook, which also covers optimizers that are created later.
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+
+    @torch.no_grad()
+    def clear(self, optimizers: Iterable[Optimizer]) -> None:
+        """Zero the moments of held zeros in the state of optimizers."""
+        for optimizer in optimizers:
+            for weight in self._held(optimizer):
+                for value in optimizer.state.get(weight, {}).values():
+                    if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                        _zero(value, self._keep[weight])
+
+    @torch.no_grad()
+    def clear_copies(self, model: nn.Module, copies: Iterable[nn.Module]) -> None:
+        """Zero the held zeros of a model in copies of it, such as averages of its weights."""
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for copy in copies:
+            weights = dict(copy.named_parameters())
+            for weight, keep in self._keep.items():
+                if weight in names and names[weight] in weights:
+                    _zero(weights[names[weight]], keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the names of the layers and which of their zeros are not held; the held zeros are in the weights."""
+        return {"layers": self._resumed or self.layers, "unheld_zeros": self.unheld_zeros()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold the same zeros as an interrupted run at the next `hold_all`."""
+        self._resumed = state["layers"]
+        self.load(state["unheld_zeros"])
+
+    def unheld_zeros(self) -> dict[str, Tensor]:
+        """Return which weights are zero by chance and not held, by layer, as `core.bits.pack` stores them.
+
+        A resumed run must `load` them. After `release`, these are the weights at the time of the release. Sharded
+        layers are left out.
+        """
+        if not self._handles:
+            return self._loaded or self._at_release
+        found = {}
+        for layer, weight in self._held_layers:
+            if not isinstance(weight, DTensor):
+                zero = (layer.part(weight.detach()) == 0) & layer.part(self._keep[weight])
+                if zero.any():
+                    found[layer.name] = pack(zero)
+        return found
+
+    def load(self, unheld: dict[str, Tensor]) -> None:
+        """Do not hold the `unheld_zeros` of a resumed run at the next `hold`."""
+        self._loaded = unheld
+
+    def release(self) -> None:
+        """Remove all hooks."""
+        try:
+            self._at_release = self.unheld_zeros()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self._held_layers.clear()
+            self._keep.clear()
+
+    def _held(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._keep]
+
+    def _mask_gradient(self, weight: Tensor) -> None:
+        assert isinstance(weight, nn.Parameter)
+        if weight.grad is not None:
+            _zero(weight.grad, self._keep[weight])
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for weight in self._held(optimizer):
+            _zero(weight, self._keep[weight])
+
+
+def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:
+    """Count the zeros of each prunable layer, over all processes."""
+    reshard(model)
+    # Sharded experts are never pruned, see `refuse_sharded_experts`.
+    layers = [x for x in prunable_layers(model) if x.expert is None or not isinstance(x.parameter, DTensor)]
+    counts = zero_counts([layer.part(layer.parameter.detach()) for layer in layers], processes)
+    return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
+
+
+def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:
+    """Return all layers that may have been pruned."""
+    return find_layers(model, include_grouped=True).layers
+
+
+def _zero(tensor: Tensor, keep: Tensor) -> None:
+    mask_(local(tensor.detach()), keep)
