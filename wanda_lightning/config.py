@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning import methods
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import check_patterns
 from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.core.hyperparameters import shown
@@ -117,23 +118,23 @@ class PruningConfig:
         _check_numbers(self.sparsity, self.min_expert_tokens)
         _named("sequential", self.sequential)
         if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
-            raise ValueError(
+            raise UserError(
                 f"{self.shown('criterion')} cannot be combined with {self.shown('solver')}, which scores the weights "
                 "itself. Leave the criterion out, or use another solver."
             )
         if self.criterion.spans_columns and self.solver.chooses_in_blocks:
-            raise ValueError(
+            raise UserError(
                 f"{self.shown('criterion')} compares each weight with its whole row, but {self.shown('solver')} "
                 "chooses in one block of columns after another. Use SparseGPT(mask='upfront'), or another criterion or "
                 "solver."
             )
         self.pattern.check(self.sparsity)
         if reason := self.permutation.why_not(self.pattern):
-            raise ValueError(
+            raise UserError(
                 f"{self.shown('permutation')} cannot be combined with {self.shown('pattern')}, because {reason}"
             )
         if reason := self.recovery.why_not(self.sequential):
-            raise ValueError(
+            raise UserError(
                 f"{self.shown('recovery')} cannot be combined with {self.shown('sequential')}, because {reason}"
             )
 
@@ -216,17 +217,17 @@ _BASES = {
 
 def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
     if not isinstance(sparsity, Real) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise ValueError(
+        raise UserError(
             "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
             f"{shown(sparsity)}."
         )
     if not isinstance(min_expert_tokens, int) or min_expert_tokens < 0:
-        raise ValueError(f"min_expert_tokens must be a number of tokens, 0 or more, but it is {min_expert_tokens!r}.")
+        raise UserError(f"min_expert_tokens must be a number of tokens, 0 or more, but it is {min_expert_tokens!r}.")
 
 
 def _named(option: str, name: str) -> Any:
     if not isinstance(name, str) or name not in NAMES[option]:
-        raise ValueError(_not_one_of(option, name, NAMES[option]))
+        raise UserError(_not_one_of(option, name, NAMES[option]))
     return NAMES[option][name]
 
 
@@ -238,7 +239,7 @@ def _resolve(option: str, given: Any, default: methods.Choice | None) -> Any:
     if isinstance(given, str):
         return _named(option, given)()
     if not isinstance(given, (base := methods.load(_BASES[option]))):
-        raise ValueError(
+        raise UserError(
             f"{option} must be of class {base.__name__} or one of {', '.join(NAMES[option])}, but it is {given!r}."
         )
     return given
@@ -267,7 +268,7 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
         return methods.load("core.patterns.NM")(n=int(match[1]), m=int(match[2]))
     if given is None or (isinstance(given, str) and given not in NAMES["pattern"]):
-        raise ValueError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M"]))
+        raise UserError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M"]))
     return _resolve("pattern", given, None)
 
 

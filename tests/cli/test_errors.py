@@ -68,8 +68,8 @@ def test_a_fault_keeps_its_traceback(case, capsys):
     explain(error, debug=False, options=["nsamples"])
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
-    assert "this is a fault of wanda_lightning or of a library" in err
-    assert "Please report it" in err
+    assert "internal error in wanda_lightning or in a library" in err
+    assert "Please open an issue" in err
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")])

@@ -19,11 +19,11 @@ from support.parking import hide, is_hidden
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning.calibration import parking
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.engine.store import WeightStore
+from wanda_lightning.streaming import parking
 from wanda_lightning.streaming.parking import DiskParking, Host, HostParking
 
 WIDE = 1 << 15  # numbers, which take more memory than the smallest that is moved

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.placeholders import placeholder
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -44,7 +45,7 @@ def accelerate_2to4(model: nn.Module) -> Accelerated:
     if not linears:
         counts = Counter(dense.values()).most_common()
         found = "; ".join(f"{why} ({count})" for why, count in counts) or "the model has no matrix"
-        raise ValueError(
+        raise UserError(
             f"accelerate_2to4 needs at least one layer that it can accelerate, but all stay dense: {found}."
         )
     accelerated = Accelerated({}, dense)
@@ -93,10 +94,10 @@ def refuse_devices(devices: set[torch.device]) -> None:
     """Raise a ValueError for a device without sparse tensor cores."""
     needs = "accelerate_2to4 needs a model on a CUDA device of compute capability 8.0 or later"
     if others := sorted({device.type for device in devices} - {"cuda"}):
-        raise ValueError(f"{needs}, but its weights are on {' and '.join(others)}. Use model.cuda() on such a machine.")
+        raise UserError(f"{needs}, but its weights are on {' and '.join(others)}. Use model.cuda() on such a machine.")
     for device in devices:
         if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-            raise ValueError(
+            raise UserError(
                 f"{needs}, but {device} has {capability[0]}.{capability[1]}: it has no sparse tensor cores."
             )
 
@@ -205,7 +206,7 @@ def _restore_key(weight: SparseWeight, module: nn.Module, state: dict[str, Any],
 
 
 def _refuse_load(*_: object) -> None:
-    raise ValueError(
+    raise UserError(
         "load_state_dict needs dense weights to replace, but the model is accelerated. Call undo() of what "
         "accelerate_2to4 returned, load, and accelerate again."
     )

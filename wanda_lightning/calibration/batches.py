@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.parking import MakeParking, Parking
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import TokenMask, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
@@ -67,7 +68,7 @@ class CalibrationBatches:
     ) -> None:
         if reader is not None and (not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)):
             given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
-            raise ValueError(
+            raise UserError(
                 f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
                 f"{given}. Give batches, or choices that read none, such as method='magnitude'."
             )
@@ -183,7 +184,7 @@ class CalibrationBatches:
         """
         self.total = self._total()
         if not self.total:
-            raise ValueError(
+            raise UserError(
                 f"batches must hold at least one calibration batch for {self._reader}, but there is none. Give a "
                 "list or a dataloader: an iterator can be read only once."
             )
@@ -236,7 +237,7 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
         _refuse_more_arguments(model, batch)
         batch = batch[0]
     if isinstance(batch, str | bytes | Number) or type(batch).__module__ == "numpy":
-        raise ValueError(
+        raise UserError(
             f"batches must hold tensors, or mappings or tuples of tensors, but one is of class {type(batch).__name__}. "
             "Convert it to tensors, or give forward=."
         )
@@ -249,7 +250,7 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         return batch
     accepted = {parameter.name for parameter in parameters}
     if not accepted & batch.keys():
-        raise ValueError(
+        raise UserError(
             f"batches hold {sorted(batch)}, but {type(model).__name__}.forward takes {sorted(accepted)}. Give "
             "forward=, or, in a LightningModule, define calibration_step(batch)."
         )
@@ -263,7 +264,7 @@ def _refuse_more_arguments(model: nn.Module, batch: tuple[Any, ...] | list[Any])
         signature.bind(*batch[:1])
     except TypeError as error:
         needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
-        raise ValueError(
+        raise UserError(
             f"batches are tuples or lists of {len(batch)} elements, and the model gets the first, but "
             f"{type(model).__name__}.forward needs {', '.join(needed)}. Give mappings with these names, or forward=."
         ) from error
@@ -316,7 +317,7 @@ def batch_size(batch: Any) -> int:
     """
     lengths = Counter(len(tensor) for tensor in _tensors(batch))
     if not lengths:
-        raise ValueError(f"batches must hold tensors, but one is of class {type(batch).__name__} without any.")
+        raise UserError(f"batches must hold tensors, but one is of class {type(batch).__name__} without any.")
     common = [length for length, count in lengths.items() if count == max(lengths.values())]
     named = [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []
     return next((len(tensor) for tensor in _tensors(named) if len(tensor) in common), common[0])

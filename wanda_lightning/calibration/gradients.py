@@ -15,6 +15,7 @@ from wanda_lightning.calibration.batches import CalibrationBatches, Sample, fit_
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.side_by_side import pass_side_by_side
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, Unit, fitting_mask
@@ -120,7 +121,7 @@ def _summed(
     processes.all_reduce_sum([reached, *(each for pair in sums.values() for each in pair)])
     _refuse_nonfinite(sums)
     if reached.any() and not any(total.inputs.any() for total in sums.values()):
-        raise ValueError(
+        raise UserError(
             "calibration batches must give predictions that depend on the layers, but all gradients are 0, for example "
             "because the output head is zero or all predictions have probability 1. Use a trained model, or choose "
             "allocation='uniform' and pattern='unstructured_layer', which read no gradients."
@@ -198,7 +199,7 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
         keep = mask.keep.to(logits.device)
         logits = logits.reshape(*keep.shape, -1)
     if not (logits if keep is None else logits[keep]).isfinite().all():
-        raise ValueError(
+        raise UserError(
             "calibration batches must give finite predictions, but those of batch "
             f"{sample.batch_index} (counted from 0) hold NaN or infinity. Check that batch, or load the model in a "
             "wider dtype (float32 or bfloat16 rather than float16)."
@@ -270,7 +271,7 @@ def _logits(output: object) -> Tensor:
     if isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor) or found.ndim < 2 or not found.requires_grad:
-        raise ValueError(
+        raise UserError(
             f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__} "
             "without logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or "
             "choose allocation='uniform' and pattern='unstructured_layer', which read no gradients."
@@ -281,7 +282,7 @@ def _logits(output: object) -> Tensor:
 def _refuse_nonfinite(sums: Mapping[str, GradientStatistics]) -> None:
     for name, total in sums.items():
         if not (total.inputs.isfinite().all() and total.rows.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f"calibration batches must give finite gradients, but those at {name} hold NaN or infinity. Load the "
                 "model in a wider dtype (float32 or bfloat16), or choose allocation='uniform' and "
                 "pattern='unstructured_layer', which read no gradients."

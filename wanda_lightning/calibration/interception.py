@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.weight_memory import WeightMemory
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer
 
 
@@ -210,7 +211,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """
     x = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(x, Tensor):
-        raise ValueError(
+        raise UserError(
             f"batches must reach every layer as tensors, but one got a {type(x).__name__}. Give batches as the model's "
             "forward takes them, or give forward=."
         )

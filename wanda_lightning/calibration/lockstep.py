@@ -22,6 +22,7 @@ from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import find_revisits
 from wanda_lightning.calibration.thread_state import ThreadState
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, is_sharded
 
 
@@ -119,7 +120,7 @@ def _batch_threads(
         yield threads
     except Stalled as stall:
         stalled = stall.thread
-        raise ValueError(_explain(stall, threads)) from None
+        raise UserError(_explain(stall, threads)) from None
     finally:
         # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
         for thread in reversed(threads):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Tokens
 from wanda_lightning.parallel import Processes
 
@@ -64,7 +65,7 @@ def refuse_nonfinite(checks: Sequence[Check], processes: Processes) -> None:
         return
     bad = next(check for check in checks if not check.finite)
     whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
-    raise ValueError(
+    raise UserError(
         f"calibration batches must give finite activations, but the input of {', '.join(bad.layers)} holds NaN or "
         f"infinity, or its squares overflow float32, in calibration batch {bad.batch}{whose} (counted from 0), at "
         f"{bad.place}. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."

@@ -18,6 +18,7 @@ from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
 from wanda_lightning.calibration.pooling import all_reduce_statistics, merged, pool_experts
 from wanda_lightning.calibration.reader import BatchReader, Identity
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, TokenMask, Unit, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
@@ -207,5 +208,5 @@ class PassiveCalibration:
         batches = torch.tensor(len(self._masks))
         self.observer.processes.all_reduce_sum([batches])
         if not batches:
-            raise ValueError("calibrate_on='validation' needs batches that run through the model, but none did.")
+            raise UserError("calibrate_on='validation' needs batches that run through the model, but none did.")
         return statistics, int(batches)

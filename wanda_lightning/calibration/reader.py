@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.interception import Product
 from wanda_lightning.calibration.nonfinite import Check, token_to_report
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, TokenMask, fitting_mask
 
@@ -149,7 +150,7 @@ class BatchReader:
 def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
     """Return the tokens, or refuse those that do not have the width of the layer."""
     if tokens.shape[1] != layer.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"batches must fit the model, but the input of {layer.name} has shape {tuple(x.shape)} and the layer "
             f"takes {layer.shape[1]} features. Check how the batches are made."
         )

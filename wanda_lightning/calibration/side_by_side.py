@@ -20,6 +20,7 @@ from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.recomputation import Recomputed
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Unit
 
 
@@ -91,7 +92,7 @@ class _Stopping(Recomputed):
         Raises:
             ValueError: Always.
         """
-        raise ValueError(
+        raise UserError(
             f"allocation and pattern read gradients, for which each block runs twice, but {self._name} cannot run "
             "twice from disk: it writes into its inputs, or shares an object with other blocks. Prune in memory, or "
             "choose allocation='owl' and pattern='unstructured_layer'."

@@ -14,6 +14,7 @@ from wanda_lightning.callbacks.keep_zeros import holds_zeros
 from wanda_lightning.callbacks.schedules import Schedule
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import averaged_models, last_step
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.permutation import NoPermutation
@@ -22,7 +23,7 @@ from wanda_lightning.core.permutation import NoPermutation
 def check_stages(schedule: Schedule, pattern: Pattern) -> None:
     """Raise a ValueError for a schedule with several stages and a pattern whose sparsity is fixed, such as 2:4."""
     if pattern.fixed_sparsity is not None and len(schedule.stages) > 1:
-        raise ValueError(
+        raise UserError(
             f"schedule must have one stage for {pattern}, whose sparsity is fixed, but it is {schedule}. Prune with "
             "at_step=..., or use pattern='unstructured'."
         )
@@ -33,21 +34,21 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
     if calibrate_on == "calibration":
         return
     if calibrate_on != "validation":
-        raise ValueError(f"calibrate_on must be one of calibration, validation, but it is {calibrate_on!r}.")
+        raise UserError(f"calibrate_on must be one of calibration, validation, but it is {calibrate_on!r}.")
     if config.sequential != "none" or dataloader is not None:
-        raise ValueError(
+        raise UserError(
             "calibrate_on='validation' runs the dense model on the validation batches, so it needs sequential='none' "
             f"and no dataloader, but sequential is {config.sequential!r}"
             + (" and a dataloader is given." if dataloader is not None else ".")
         )
     if config.reads_gradients:
         reader = config.shown("allocation" if config.allocation.reads_gradients else "pattern")
-        raise ValueError(
+        raise UserError(
             f"calibrate_on='validation' has no backward passes, but {reader} needs them. Use "
             "calibrate_on='calibration', or choices that read no gradients, such as allocation='owl'."
         )
     if config.recovery.reads_batches:
-        raise ValueError(
+        raise UserError(
             f"calibrate_on='validation' keeps no batches, but {config.shown('recovery')} trains on them. "
             "Use calibrate_on='calibration'."
         )

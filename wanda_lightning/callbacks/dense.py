@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from wanda_lightning.callbacks.trainer import pruning_target
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import is_unloaded, is_wrapper, number_of_classes
 from wanda_lightning.parallel import local
 from wanda_lightning.training.held_zeros import prunable_layers, zeros_of
@@ -90,12 +91,12 @@ def _load(name: str | os.PathLike[str], pl_module: L.LightningModule) -> nn.Modu
 
 def _refuse_pruned(network: nn.Module) -> None:
     if next(network.parameters(), None) is None:
-        raise ValueError(
+        raise UserError(
             f"dense must be given, since {type(network).__name__} has no parameters in setup(), when its dense copy is "
             "taken. Give the dense model as a module or by its name."
         )
     if zeros := _zeros_of_pruning(network):
-        raise ValueError(
+        raise UserError(
             f"dense must be given, since the network is already pruned: {zeros}. Give the model before pruning as a "
             "module or by its name."
         )
@@ -115,7 +116,7 @@ def _refuse_not_finite(model: nn.Module) -> None:
         if not is_plain or is_wrapper(parameter) or is_unloaded(parameter):
             continue  # quantized, or not there yet
         if not local(parameter.detach()).isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"dense must have finite weights, but {name} holds NaN or infinity, which would reach every weight of "
                 "the model that learns from it. Give another model, or load it in a wider dtype."
             )
@@ -124,7 +125,7 @@ def _refuse_not_finite(model: nn.Module) -> None:
 def _refuse_shared(model: nn.Module, pl_module: L.LightningModule) -> None:
     own = {id(parameter) for parameter in model.parameters()}
     if shared := [name for name, parameter in pl_module.named_parameters() if id(parameter) in own]:
-        raise ValueError(
+        raise UserError(
             f"dense must be a model of its own, but {shared[0]} of {type(pl_module).__name__} belongs to it, too: it "
             "would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
         )
@@ -133,7 +134,7 @@ def _refuse_shared(model: nn.Module, pl_module: L.LightningModule) -> None:
 def _refuse_other_classes(model: nn.Module, network: nn.Module) -> None:
     own, wanted = number_of_classes(model), number_of_classes(network)
     if own is not None and wanted is not None and own != wanted:
-        raise ValueError(
+        raise UserError(
             f"dense must predict the same classes or tokens as the network, but it has {own} and "
             f"{type(network).__name__} has {wanted}. Give the model from which the network was pruned."
         )

@@ -20,6 +20,7 @@ from wanda_lightning.calibration.patched import patched
 from wanda_lightning.callbacks.dense import Dense, dense_model, fingerprint, move_beside, network_of
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.checks import refuse_pytorch_lightning
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import causal_config, find_predictions, fitting_mask, token_masks
@@ -111,7 +112,7 @@ class DistillFromDense(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse the state of a run with other choices or another dense model."""
         if self._teacher is not None and state_dict != self._fixed_choices:
-            raise ValueError(
+            raise UserError(
                 f"dense, weight, temperature and network must be the same as in the checkpoint, which DistillFromDense "
                 f"wrote with {state_dict}, but they are {self._fixed_choices}, where dense is a fingerprint of the "
                 "model. Use the same, or load only the weights in a new run."
@@ -200,13 +201,13 @@ class _Comparison:
 
     def _add(self, predicted: Tensor, dense: Tensor, arguments: Mapping[str, Any]) -> None:
         if predicted.shape != dense.shape:
-            raise ValueError(
+            raise UserError(
                 f"dense must make the same predictions as the network, but its logits have the shape "
                 f"{tuple(dense.shape)} and those of the network {tuple(predicted.shape)}. Give the model from which "
                 "the network was pruned."
             )
         if not predicted.requires_grad:
-            raise ValueError(
+            raise UserError(
                 "The network must predict with gradients to be distilled, but its predictions have none, as after "
                 "detach() or in a reentrant torch.utils.checkpoint. Use use_reentrant=False."
             )
@@ -230,7 +231,7 @@ def _logits(output: object, whose: str) -> Tensor:
     found = find_predictions(output)
     if found is None or found.ndim > 3 or found.shape[-1] < 2:
         kind = type(output).__name__ if found is None else f"a tensor of shape {tuple(found.shape)}"
-        raise ValueError(
+        raise UserError(
             f"{whose} must return logits, or an output that holds them, of shape (samples, classes) or (samples, "
             f"tokens, classes), to be distilled, but it returns {kind}. Give network=NAME of the part that does."
         )

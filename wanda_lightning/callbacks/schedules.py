@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from wanda_lightning.common.checks import check_at_least
+from wanda_lightning.common.errors import UserError
 
 
 class Schedule(ABC):
@@ -29,12 +30,12 @@ class Schedule(ABC):
         """Raise a ValueError if steps or shares are out of range or out of order, or the last share is not 1."""
         steps, shares = [step for step, _ in self.stages], [share for _, share in self.stages]
         if not steps or any(not isinstance(step, int) or step < 0 for step in steps) or steps != sorted(set(steps)):
-            raise ValueError(
+            raise UserError(
                 f"schedule must have stages at increasing optimizer steps, whole numbers of at least 0, but {self} has "
                 f"{steps}."
             )
         if not all(share > 0 for share in shares) or shares != sorted(shares) or shares[-1] != 1:
-            raise ValueError(
+            raise UserError(
                 f"schedule must have shares of the final sparsity that are above 0, never decrease, and end at 1, but "
                 f"{self} has {shares}."
             )
@@ -118,11 +119,11 @@ def schedule_of(at_step: int, schedule: Schedule | None) -> Schedule:
     if schedule is None:
         return OneShot(at_step)
     if not isinstance(schedule, Schedule):
-        raise ValueError(
+        raise UserError(
             "schedule must be a Schedule such as CubicSchedule(start_step=0, end_step=1000, every=100), but it is "
             f"{schedule!r}."
         )
     if at_step:
-        raise ValueError(f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}.")
+        raise UserError(f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}.")
     schedule.check()
     return schedule

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.report import PruningReport
 
 
@@ -62,7 +63,7 @@ class PruningState:
             ValueError: If the choices of the callback differ from the saved ones.
         """
         if saved["choices"] != choices:
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
                 f"{saved['choices']}, but they are {choices}. Use the same, or load only the weights in a new run."
             )

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from opcode import opmap
 
-import wanda_lightning
 from wanda_lightning.cli.options import FLAGS, EvaluateOptions, PruneOptions
 from wanda_lightning.cli.parser import UsageError
+from wanda_lightning.common.errors import UserError
 
-_PACKAGE = os.path.dirname(os.path.abspath(wanda_lightning.__file__)) + os.sep
-_FOR_USERS = (ValueError, TypeError, OSError, ImportError)
 _OPTIONS = {
     **{field.name: field.name for command in (PruneOptions, EvaluateOptions) for field in fields(command)},
     **FLAGS,
@@ -34,9 +30,8 @@ _SUBJECT = re.compile(rf"^({_NAMES})(?= must | should )")
 def refusal_in(error: BaseException) -> BaseException | None:
     """Return the error that is meant for the user, which is this one or one of its causes; None for a fault.
 
-    Meant for the user are errors of the operating system about a file, Lightning's `MisconfigurationException`, and
-    errors that a `raise` statement of this package raised. If a library or an operation raised an error of the same
-    class (a failed unpacking, `int("x")`), it is a fault. Causes count because LightningCLI wraps errors of classes.
+    Meant for the user are `UserError`, errors of the operating system, and Lightning's `MisconfigurationException`.
+    Causes count because LightningCLI wraps errors of classes.
     """
     found: BaseException | None = error
     while found is not None and not _is_refusal(found):
@@ -45,15 +40,7 @@ def refusal_in(error: BaseException) -> BaseException | None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    if type(error).__name__ == "MisconfigurationException" or (isinstance(error, OSError) and error.errno is not None):
-        return True
-    frames = error.__traceback__
-    if not isinstance(error, _FOR_USERS) or frames is None:
-        return False
-    while frames.tb_next is not None:
-        frames = frames.tb_next
-    code = frames.tb_frame.f_code
-    return code.co_filename.startswith(_PACKAGE) and code.co_code[frames.tb_lasti] == opmap["RAISE_VARARGS"]
+    return isinstance(error, UserError | OSError) or type(error).__name__ == "MisconfigurationException"
 
 
 @contextmanager
@@ -61,8 +48,8 @@ def usage_errors() -> Iterator[None]:
     """Turn refusals into `UsageError`s while options are checked before a model is loaded."""
     try:
         yield
-    except _FOR_USERS as error:
-        if isinstance(error, UsageError) or not _is_refusal(error):
+    except (UserError, OSError) as error:
+        if isinstance(error, UsageError):
             raise
         raise UsageError(str(error)) from error
 
@@ -104,7 +91,7 @@ def explain(error: BaseException, debug: bool, options: Collection[str]) -> int:
         message = f"memory ran out ({cause}). Use a smaller --batch_size, --nsamples or --seqlen."
     else:
         message = (
-            "this is a fault of wanda_lightning or of a library that it uses. Please report it with the command and "
+            "internal error in wanda_lightning or in a library that it uses. Please open an issue with the command and "
             "the lines above."
         )
     if debug or not (refusal or out_of_memory):

@@ -9,6 +9,7 @@ from typing import Any
 from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows
 from wanda_lightning.cli.options import PAPER_SEQLEN, EvaluateOptions, as_given
 from wanda_lightning.cli.output import print_table
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, KeptZeros, Results, load_tasks, sparsity_of, task_names, zero_shot
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
@@ -45,7 +46,7 @@ class _LanguageModels:
         """Tokenize the texts, and refuse models that would be measured on different windows."""
         names = ["wikitext2"] if self._options.eval is None else self._options.eval
         if module.tokenizer is None and (names or self._tasks):
-            raise ValueError(f"{name} must have a tokenizer to read text, but it has none. Save one into its folder.")
+            raise UserError(f"{name} must have a tokenizer to read text, but it has none. Save one into its folder.")
         options: dict[str, Any] = {
             "seqlen": checked_seqlen(self._options.seqlen, module.model.config, PAPER_SEQLEN),
             "batch_size": self._batch_size,
@@ -57,13 +58,13 @@ class _LanguageModels:
             text.setup("validate")
         for text, first in zip(texts, next(iter(self._texts.values()), texts), strict=True):
             if text.seqlen != first.seqlen:
-                raise ValueError(
+                raise UserError(
                     f"--seqlen must be given, since models are measured on the same windows, but {name} reads "
                     f"{text.seqlen} tokens at once and another model {first.seqlen}. Use --seqlen "
                     f"{min(text.seqlen, first.seqlen)}."
                 )
             if not text.evaluation_windows.equal(first.evaluation_windows):
-                raise ValueError(
+                raise UserError(
                     "--model must name models with the same tokenizer, since perplexities over different tokens cannot "
                     f"be compared, but {name} splits {text.evaluation} differently than {self.names[0]}. Evaluate them "
                     "one by one, or give --eval '' to measure tasks alone."

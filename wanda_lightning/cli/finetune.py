@@ -23,6 +23,7 @@ from wanda_lightning.cli.measure import (
 )
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import files_in
 from wanda_lightning.common.words import one_line
 from wanda_lightning.data import TextDataModule
@@ -55,7 +56,7 @@ def run(options: FinetuneOptions) -> None:
     )
     zeros = _count_zeros(module)
     if not zeros:
-        raise ValueError(
+        raise UserError(
             f"{options.model} has no zeros to keep. Prune it first: wanda-lightning prune --save_model DIR."
         )
     windows.setup("fit")
@@ -100,7 +101,7 @@ def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:
             keep_zeros=options.method == "keep-zeros-lora",
         )
     except ValueError as error:
-        raise ValueError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
+        raise UserError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
 
 
 def _train(

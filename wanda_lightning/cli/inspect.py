@@ -13,6 +13,7 @@ from wanda_lightning.cli.measure import checked_seqlen
 from wanda_lightning.cli.options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE, InspectOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.common.checks import available_memory
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for
@@ -66,7 +67,7 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     free = libraries + available_memory()
     needs = f"prune --stream needs about {needed / _GIB:.1f} GiB with {samples}"
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--nsamples, --seqlen), "
             "smaller batches (--batch_size), --park disk, --prune_method wanda (no Gram matrices), or the other "
             "--sequential: block holds fewer activations, layer fewer Gram matrices."

@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 
 import yaml
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.core.hyperparameters import Number, OneOf
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """A wrong option. The command ends with status 2."""
 
 

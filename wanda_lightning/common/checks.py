@@ -10,6 +10,8 @@ from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 
+from wanda_lightning.common.errors import MissingPackageError, UserError
+
 
 def check_positive(**values: object) -> None:
     """Raise a ValueError for a value that is not a whole number of at least 1; None stands for an unset option."""
@@ -22,22 +24,22 @@ def check_at_least(minimum: int, **values: object) -> None:
     """Raise a ValueError for a value that is not a whole number of at least `minimum`."""
     for name, value in values.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"{name} must be a whole number, but it is {value!r}.")
+            raise UserError(f"{name} must be a whole number, but it is {value!r}.")
         if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, but it is {value}.")
+            raise UserError(f"{name} must be at least {minimum}, but it is {value}.")
 
 
 def check_not_negative(**values: object) -> None:
     """Raise a ValueError for a value that is not a finite number of at least 0."""
     for name, value in values.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < inf:
-            raise ValueError(f"{name} must be a number of at least 0, but it is {value!r}.")
+            raise UserError(f"{name} must be a number of at least 0, but it is {value!r}.")
 
 
 def refuse_pytorch_lightning(trainer: object) -> None:
     """Raise a ValueError for a Trainer of `pytorch_lightning`, a copy of Lightning whose objects cannot be mixed."""
     if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in type(trainer).__mro__):
-        raise ValueError(
+        raise UserError(
             f"trainer must be a lightning.pytorch.Trainer, but it is a {type(trainer).__name__} of pytorch_lightning. "
             "Import Trainer, LightningModule and everything else from lightning.pytorch: pytorch_lightning is a copy "
             "of the same library, and objects of the two cannot be mixed."
@@ -48,7 +50,7 @@ def check_memory(option: str, count: int, seqlen: int) -> None:
     """Raise a ValueError if `count` windows of `seqlen` tokens (8 bytes each) do not fit in the free memory."""
     size, free = 8 * seqlen, available_memory()
     if count * size > free:
-        raise ValueError(
+        raise UserError(
             f"{option} must fit in memory, but {count} windows of {seqlen} tokens need {count * size / 2**30:,.1f} GiB "
             f"and {free / 2**30:,.1f} GiB are free. Use at most {free // size}."
         )
@@ -86,14 +88,14 @@ def _left_in_cgroups() -> Iterator[int]:
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """Raise an ImportError that names the extra if one of its packages is missing; `purpose` is a plural subject."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise ImportError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")
+        raise MissingPackageError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")
 
 
 def check_report_path(path: str | PathLike[str]) -> str:
     """Return how the path of a report ends; raise an error for another ending, or if no report can be written here."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".html", ".png"):
-        raise ValueError(f"report must end with .html or .png, but it is {str(path)!r}.")
+        raise UserError(f"report must end with .html or .png, but it is {str(path)!r}.")
     require_report_extra()
     return suffix
 

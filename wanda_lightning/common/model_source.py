@@ -14,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.words import did_you_mean, one_line
 
 _LOCAL_FOLDER, _ON_HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder and of a hub id
@@ -94,7 +95,7 @@ def _refuse_files_outside(folder: Path) -> None:
             continue  # `reading` explains it
         for name in map(PureWindowsPath, names):  # it knows both kinds of slashes
             if name.anchor or ".." in name.parts:
-                raise ValueError(f"{index} must name files in its folder, but it names {name.as_posix()}. Correct it.")
+                raise UserError(f"{index} must name files in its folder, but it names {name.as_posix()}. Correct it.")
 
 
 def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
@@ -138,7 +139,9 @@ def reading(part: str, name: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"The {part} of {str(name)!r} cannot be read without a package: {one_line(error)}") from error
+        raise MissingPackageError(
+            f"The {part} of {str(name)!r} cannot be read without a package: {one_line(error)}"
+        ) from error
     except Exception as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
@@ -148,7 +151,7 @@ def reading(part: str, name: str | os.PathLike[str]) -> Iterator[None]:
 def _explain(error: Exception, part: str, name: str) -> Exception:
     path = Path(name).expanduser()
     if broken := _broken_json(path):
-        return ValueError(f"The {part} of {name!r} cannot be read: {broken}. Download or save the file again.")
+        return UserError(f"The {part} of {name!r} cannot be read: {broken}. Download or save the file again.")
     found = path.exists() or isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError))  # of the hub
     if isinstance(error, OSError) and not found:
         return OSError(
@@ -156,7 +159,7 @@ def _explain(error: Exception, part: str, name: str) -> Exception:
             f"has the {part}. Check the name and the connection, or give a local folder or a .gguf file. "
             f"The cause: {one_line(error)}"
         )
-    return ValueError(
+    return UserError(
         f"The {part} of {name!r} cannot be used: a file is incomplete or damaged, or the files contradict each other. "
         f"Download or save them again. The cause: {type(error).__name__}: {one_line(error)}"
     )
@@ -192,7 +195,7 @@ def timm_name(name: str | os.PathLike[str]) -> str:
 
     architecture, _, tag = text.partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(
+        raise UserError(
             f"model must be a name that timm {timm.__version__} knows, but it is {text!r}."
             f"{did_you_mean(architecture, timm.list_models())} For a model on the hub, give hf-hub:OWNER/NAME; for "
             "a folder, local-dir:FOLDER."
@@ -201,7 +204,7 @@ def timm_name(name: str | os.PathLike[str]) -> str:
         timm.models.get_pretrained_cfg(text)
     except RuntimeError as error:
         tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
-        raise ValueError(
+        raise UserError(
             f"model must name pretrained weights that timm {timm.__version__} has for {architecture} "
             f"({', '.join(tags) or 'none'}), but it names {tag!r}."
         ) from error
@@ -212,10 +215,10 @@ def _timm_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise OSError(f"model must be a folder that timm can load, but {folder} has no config.json.")
     if broken := _broken_json(folder):
-        raise ValueError(f"The configuration of {str(folder)!r} cannot be read: {broken}. Save the file again.")
+        raise UserError(f"The configuration of {str(folder)!r} cannot be read: {broken}. Save the file again.")
     config = json.loads((folder / "config.json").read_bytes())
     if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(
+        raise UserError(
             f"model must be a folder that timm can load, but {folder}/config.json has no 'architecture'. For a "
             "language model, leave out the prefix timm:."
         )

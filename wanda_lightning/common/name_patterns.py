@@ -7,6 +7,8 @@ import fnmatch
 import re
 from collections.abc import Sequence
 
+from wanda_lightning.common.errors import UserError
+
 
 def matches(name: str, pattern: str, option: str) -> bool:
     """Whether a pattern names a layer or a module that holds the layer.
@@ -22,7 +24,7 @@ def matches(name: str, pattern: str, option: str) -> bool:
         try:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
-            raise ValueError(f"{option}={pattern!r} must be a regular expression after 're:', but {error}.") from error
+            raise UserError(f"{option}={pattern!r} must be a regular expression after 're:', but {error}.") from error
     # A glob also matches everything inside: PEFT's adapters put the weight itself one level deeper.
     return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
 
@@ -31,7 +33,7 @@ def check_patterns(option: str, given: object) -> tuple[str, ...]:
     """Return the patterns of an option as a tuple, or raise a ValueError; a string is a single pattern."""
     patterns = (given,) if isinstance(given, str) else given
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"{option} must be a list of layer names or patterns, but it is {given!r}.")
+        raise UserError(f"{option} must be a list of layer names or patterns, but it is {given!r}.")
     for pattern in patterns:
         matches("", pattern, option)
     return tuple(patterns)
@@ -43,7 +45,7 @@ def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str,
         if not any(matches(name, pattern, option) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             nearest = f"the nearest is {near[0]!r}" if near else "the model has none"
-            raise ValueError(
+            raise UserError(
                 f"{option}={pattern!r} matches no {what} of the model; {nearest}. "
                 "Give a module name, a glob such as '*.down_proj', or 're:' and a regular expression."
             )

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Gram, PerInput, Weight
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
                     used,
                 )
             return lower, used
-    raise ValueError(
+    raise UserError(
         f"the Gram matrix of {len(gram)} inputs has no Cholesky factor, not even with dampening {used:g}. Give more "
         "calibration samples, or load the model in a wider dtype."
     )

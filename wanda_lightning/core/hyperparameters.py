@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from numbers import Integral, Real
 
+from wanda_lightning.common.errors import UserError
+
 
 @dataclass(frozen=True)
 class Number:
@@ -48,7 +50,7 @@ def check(method: object, **rules: Number | OneOf) -> None:
     for name, rule in rules.items():
         value = getattr(method, name)
         if not rule.accepts(value):
-            raise ValueError(f"{name} of {type(method).__name__} must be {rule}, but it is {shown(value)}.")
+            raise UserError(f"{name} of {type(method).__name__} must be {rule}, but it is {shown(value)}.")
 
 
 def shown(value: object) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
@@ -112,7 +113,7 @@ class Unstructured(Pattern):
     def __post_init__(self) -> None:
         check(self, group=_GROUP)
         if self.weigh_rows and self.group == "row":
-            raise ValueError(
+            raise UserError(
                 "weigh_rows of Unstructured must be False for group='row', which compares the weights of one row only. "
                 "Use group='layer'."
             )
@@ -161,7 +162,7 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
         if not at_least_1.accepts(self.n) or not at_least_1.accepts(self.m) or self.n >= self.m:
-            raise ValueError(
+            raise UserError(
                 "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M, but it is "
                 f"{self.n!r}:{self.m!r}."
             )
@@ -189,7 +190,7 @@ class NM(Pattern):
     def check(self, sparsity: float) -> None:
         """Refuse every sparsity but `1 - n/m`."""
         if abs(sparsity - self.sparsity) > 1e-6:
-            raise ValueError(
+            raise UserError(
                 f"sparsity must be {self.sparsity:g} for the pattern {self.n}:{self.m}, but it is {sparsity:g}. "
                 f"Give sparsity={self.sparsity:g}, or pattern='unstructured' for any sparsity."
             )

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.gram import inverse_factor, scaled
 from wanda_lightning.core.types import Gram, PerInput, RowWeights, Tokens
 
@@ -109,7 +110,7 @@ class InputStatistics:
         self._derived: dict[tuple[str, float], Any] = {}  # what layers with the same inputs compute only once
         self._part_of: tuple[InputStatistics, slice] | None = None
         if unknown := self.needs - SUMS.keys():
-            raise ValueError(f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}.")
+            raise UserError(f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}.")
 
     def update(self, tokens: Tokens) -> None:
         """Add a batch of tokens, one row each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 
 
@@ -26,7 +27,7 @@ def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
             found = "was not found on the Hugging Face hub"
         raise OSError(f"The data set {name} {found}. Use {instead}. The cause: {one_line(error)}") from error
     except (datasets.exceptions.DatasetGenerationError, ArrowException) as error:
-        raise ValueError(
+        raise UserError(
             f"The data set {name} cannot be read: a file is damaged, or its format does not match its extension. "
             f"Download it again, or use {instead}. The cause: {one_line(error.__cause__ or error)}"
         ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean, one_line
 from wanda_lightning.data.hub import load_from_hub
 
@@ -51,7 +52,7 @@ class Images(Sequence[tuple[Any, int]]):
         except IndexError:
             raise
         except Exception as error:  # each image format raises its own classes
-            raise ValueError(
+            raise UserError(
                 f"The image {where} cannot be read ({type(error).__name__}: {one_line(error)}). Remove it, replace it, "
                 "or scale it down if it is too large."
             ) from error
@@ -87,7 +88,7 @@ def check_source(data: str, calibrates: bool = False) -> None:
             return
         train, evaluation = _image_folders(path)
         if calibrates and train is None and evaluation != path:
-            raise ValueError(
+            raise UserError(
                 f"data must have training images to calibrate on, but {data} has only the folder val. To calibrate on "
                 f"the evaluation images, give {evaluation}."
             )
@@ -95,7 +96,7 @@ def check_source(data: str, calibrates: bool = False) -> None:
         found = "is a file" if path.is_file() else "does not exist"
         raise FileNotFoundError(f"data must be a folder of images, but {data} {found}. {_EXPECTED}")
     elif data.count("/") != 1:
-        raise ValueError(
+        raise UserError(
             f"data must be a folder or a known data set, but it is {data!r}.{did_you_mean(data, _NAMES)} {_EXPECTED}"
         )
 
@@ -149,12 +150,12 @@ def _image_folders(root: Path) -> tuple[Path | None, Path]:
     for folder in (train, evaluation):
         if folder is not None and not _subfolders(folder):
             files = sum(entry.is_file() for entry in root.iterdir())
-            raise ValueError(
+            raise UserError(
                 f"data must have folders of classes in {folder}, but there are none: {root} has the folders "
                 f"{_few(found)} and {files} files. {_EXPECTED}"
             )
     if train is not None and (unknown := sorted({*_subfolders(evaluation)} - {*_subfolders(train)})):
-        raise ValueError(
+        raise UserError(
             f"data must have training images for each class, but {evaluation} has {len(unknown)} classes that {train} "
             f"does not have: {_few(unknown)}. Rename or remove them."
         )
@@ -184,7 +185,7 @@ def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -
     samples = make_dataset(str(folder), present, extensions=IMG_EXTENSIONS, allow_empty=True)
     empty = sorted(present.keys() - {Path(path).relative_to(folder).parts[0] for path, _ in samples})
     if empty and not (allow_empty and samples):
-        raise ValueError(
+        raise UserError(
             f"data must have images in the class folders of {folder}, but {len(empty)} have none: {_few(empty)}. "
             f"Images end in {', '.join(IMG_EXTENSIONS)}."
         )
@@ -198,7 +199,7 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
     evaluation = next((split for split in _EVALUATION_SPLITS if split in splits), None)
     if evaluation is None:
         if len(splits) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{name} must have a split named {', '.join(_EVALUATION_SPLITS)}, but it has {', '.join(splits)}. "
                 "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
             )
@@ -222,7 +223,7 @@ def find_columns(features: Mapping[str, Any], name: str, label: str | None = Non
     if len(images) == 1 and len(labels) == 1:
         return images[0], labels[0]
     columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
-    raise ValueError(
+    raise UserError(
         f"{name} must have one column of type Image and one of type ClassLabel, but it has {columns}. "
         "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
     )

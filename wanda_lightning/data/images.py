@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from wanda_lightning.common.checks import check_at_least, check_positive
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.data.image_sources import Source, check_source, open_source
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.preprocessing import class_names_of, resolve_preprocessing
@@ -100,7 +101,7 @@ class ImageDataModule(DataModule):
         """Open the images, find the transforms, and check that the classes fit the model."""
         model = self.model if self.model is not None else getattr(self.trainer, "lightning_module", None)
         if model is None:
-            raise ValueError(
+            raise UserError(
                 "model must be given, since the transforms of the images depend on it and no Trainer runs a model. "
                 "Name a timm model."
             )
@@ -120,7 +121,7 @@ class ImageDataModule(DataModule):
         if not isinstance(outputs, int) or outputs < 1:
             return
         if outputs < len(classes):
-            raise ValueError(
+            raise UserError(
                 f"data must have at most as many classes as the model, but {self.data} has {len(classes)} classes, and "
                 f"the model has only {outputs} outputs. Build the model with num_classes={len(classes)}."
             )
@@ -149,7 +150,7 @@ class ImageDataModule(DataModule):
 
         samples = self._opened().train if part == "train" else self._opened().evaluation
         if samples is None:
-            raise ValueError(
+            raise UserError(
                 f"data must have training images, but {self.data} has only evaluation images. Use a folder with "
                 "DIR/train/CLASS and DIR/val/CLASS."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import check_at_least, check_positive
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def sample_windows(
     check_positive(count=count, batch_size=batch_size)
     check_at_least(2, seqlen=seqlen)
     if not callable(getattr(model, "generate", None)):
-        raise ValueError(
+        raise UserError(
             f"calibration='self' needs a language model of transformers, which can write text, but "
             f"{type(model).__name__} has no method generate. Give a text."
         )
@@ -82,7 +83,7 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token after which the model writes a text; refuse a tokenizer that has none."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise ValueError(
+        raise UserError(
             "calibration='self' needs a tokenizer with a token that begins or ends a text, but this one has neither. "
             "Set its bos_token, or give a text."
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 
 
@@ -24,13 +25,13 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
     if isinstance(model, str):
         known = timm.get_pretrained_cfg(timm_name(model))
         if known is None:
-            raise ValueError(f"model must be a name for which timm has transforms, but it is {model!r}. Leave it out.")
+            raise UserError(f"model must be a name for which timm has transforms, but it is {model!r}. Leave it out.")
         config = resolve_data_config(pretrained_cfg=known.to_dict())
         channels, *size = config["input_size"]
     else:
         inner = _timm_model(model)
         if inner is None:
-            raise ValueError(
+            raise UserError(
                 f"model must be a timm model, whose pretrained_cfg defines the transforms of its images, but neither "
                 f"{type(model).__name__} nor its .model has one. Name a similar timm model with model=."
             )
@@ -39,7 +40,7 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
         channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), channels)
         size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or size
     if channels != 1 and channels % 3:  # space-to-depth stems read a multiple of 3
-        raise ValueError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
+        raise UserError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
     if image_size:
         size = (image_size, image_size)
     if channels == 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from wanda_lightning.common.checks import check_at_least, check_memory, check_positive
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_tokenizer, locate
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
@@ -89,13 +90,13 @@ class TextDataModule(DataModule):
         texts = [evaluation] if isinstance(evaluation, str | os.PathLike) else evaluation
         self.evaluations = tuple(os.fspath(text) for text in texts)
         if not self.evaluations or len({*self.evaluations}) < len(self.evaluations):
-            raise ValueError(f"evaluation must name at least one text, and each only once, but it is {evaluation!r}.")
+            raise UserError(f"evaluation must name at least one text, and each only once, but it is {evaluation!r}.")
         for each in self.evaluations:
             check_source(each, "evaluation")
         if isinstance(tokenizer, (str, os.PathLike)):
             locate(tokenizer)
         elif tokenizer is not None and not callable(tokenizer):
-            raise ValueError(
+            raise UserError(
                 f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {tokenizer!r}."
             )
         elif tokenizer is not None and calibration == SELF:
@@ -125,7 +126,7 @@ class TextDataModule(DataModule):
         if given is None:
             given = getattr(self._module, "tokenizer", None)
         if given is None:
-            raise ValueError(
+            raise UserError(
                 "tokenizer must be given, since no Trainer runs a module that has one. Give a hub id, a folder or "
                 "a .gguf file, or save the tokenizer in the model's folder."
             )
@@ -149,7 +150,7 @@ class TextDataModule(DataModule):
         if self.calibration == SELF:
             model = getattr(self._module, "model", None)
             if model is None:
-                raise ValueError(
+                raise UserError(
                     f"calibration={self.calibration!r} needs a Trainer that runs a module with a model, which writes "
                     "the text, but there is none. Pass the data to its validate, test or fit, or call "
                     "wanda_lightning.sample_windows."
@@ -202,7 +203,7 @@ class TextDataModule(DataModule):
         if theirs is None or theirs is self.tokenizer:
             return
         if theirs(self._sample, verbose=False).input_ids != self._tokenize(self._sample):
-            raise ValueError(
+            raise UserError(
                 "tokenizer must be the tokenizer of the model, but that one splits the text differently, so the "
                 "perplexity would be meaningless. Leave tokenizer out to use the tokenizer of the model."
             )

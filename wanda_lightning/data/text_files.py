@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
@@ -18,7 +19,7 @@ def read_file(path: Path) -> str | Sequence[str]:
     read = {".txt": _decode, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix]
     content: str | Sequence[str] = read(path)
     if not any(text.strip() for text in ([content] if isinstance(content, str) else content)):
-        raise ValueError(f"The text file {path} must have text, but it has none. Give another file.")
+        raise UserError(f"The text file {path} must have text, but it has none. Give another file.")
     return content
 
 
@@ -30,14 +31,14 @@ def _decode(path: Path) -> str:
         why = f", since byte {nul} is NUL"
     if not encoding.startswith("UTF-8"):
         encoding = encoding.replace("-LE", "LE").replace("-BE", "BE")  # as iconv names them
-        raise ValueError(
+        raise UserError(
             f"A text file must be in UTF-8, but {path} seems to be in {encoding}{why}. "
             f"Convert it: iconv -f {encoding} -t UTF-8."
         )
     try:
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"A text file must be in UTF-8, but {path} is not: byte {error.start} ({data[error.start]:#04x}) is "
             "invalid. Convert it: iconv -f ENCODING -t UTF-8, where ENCODING is LATIN1 or what the command file finds."
         ) from error
@@ -55,15 +56,15 @@ def json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str
         try:
             row = json.loads(line)
         except RecursionError as error:
-            raise ValueError(f"{where} is nested too deep. Correct the line.") from error
+            raise UserError(f"{where} is nested too deep. Correct the line.") from error
         except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}). Correct the line.") from error
+            raise UserError(f"{where} is not JSON ({error}). Correct the line.") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is a {type(row).__name__}. Correct the line.")
+            raise UserError(f"{where} is a {type(row).__name__}. Correct the line.")
         if missing := [name for name in fields if name not in row]:
-            raise ValueError(f"{where} has {_listed(row)}. Rename the field that holds the {missing[0]}.")
+            raise UserError(f"{where} has {_listed(row)}. Rename the field that holds the {missing[0]}.")
         if "\\ud" in line.lower() and re.search(r"[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"{where} has half of a surrogate pair, which is not a character. Correct the line.")
+            raise UserError(f"{where} has half of a surrogate pair, which is not a character. Correct the line.")
         yield where, row
 
 
@@ -71,7 +72,7 @@ def _read_jsonl(path: Path) -> list[str]:
     documents = []
     for where, row in json_rows(path, ["text"]):
         if not isinstance(row["text"], str):
-            raise ValueError(f"{where} has a 'text' of type {type(row['text']).__name__}, not a string. Correct it.")
+            raise UserError(f"{where} has a 'text' of type {type(row['text']).__name__}, not a string. Correct it.")
         documents.append(row["text"])
     return documents
 
@@ -86,17 +87,17 @@ def _read_parquet(path: Path) -> list[str]:
             batches = file.iter_batches(columns=["text"]) if "text" in columns else ()
             documents = [document for batch in batches for document in batch["text"].to_pylist()]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f"The text file {path} must be in the format Parquet, but it has another format or is damaged "
             f"({one_line(error)}). Download or save it again."
         ) from error
     if "text" not in columns:
-        raise ValueError(
+        raise UserError(
             f"The text file {path} must have a column 'text', but it has {_listed(columns)}. Rename its column."
         )
     for number, document in enumerate(documents):
         if not isinstance(document, str):
-            raise ValueError(
+            raise UserError(
                 f"The column 'text' of {path} must hold strings, but row {number} has a {type(document).__name__}. "
                 "Drop the row or convert the column."
             )

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.data.hub import load_from_hub
 from wanda_lightning.data.text_files import EXTENSIONS, read_file
@@ -34,8 +35,8 @@ def check_source(source: str, option: str = "text") -> None:
         raise FileNotFoundError(f"{option} {source} {found}.")
     kinds = f"{option} must be one of {', '.join(_NAMES)}, or a file that ends in {', '.join(EXTENSIONS)}"
     if path.exists():
-        raise ValueError(f"{kinds}, but {source} ends in {path.suffix or 'nothing'}. Convert it or rename it.")
-    raise ValueError(f"{kinds}, but it is {source!r}.{did_you_mean(source, _NAMES)}")
+        raise UserError(f"{kinds}, but {source} ends in {path.suffix or 'nothing'}. Convert it or rename it.")
+    raise UserError(f"{kinds}, but it is {source!r}.{did_you_mean(source, _NAMES)}")
 
 
 def calibration_source(source: str, cache_dir: str | None = None) -> str | Sequence[str]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
+
 
 def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
     """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
@@ -15,7 +17,7 @@ def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int,
     `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
     """
     if len(ids) <= seqlen:
-        raise ValueError(
+        raise UserError(
             f"seqlen={seqlen} needs a text of at least {seqlen + 1} tokens, but {source} has {len(ids)}. Choose a "
             "smaller seqlen or a longer text."
         )
@@ -44,7 +46,7 @@ def draw_from_documents(
     drawn = 0
     while drawn < num_samples:
         if len(too_short) == len(documents):
-            raise ValueError(
+            raise UserError(
                 f"seqlen={seqlen} needs a document of at least {seqlen + 1} tokens, but the longest of the "
                 f"{len(documents)} documents of {source} has {max(too_short.values())}. Choose a smaller seqlen, or "
                 "give a .txt file, which is read as one text."
@@ -71,7 +73,7 @@ def cut(ids: Sequence[int], seqlen: int, limit: int | None, source: str) -> Tens
     """
     count = len(ids) // seqlen
     if count == 0:
-        raise ValueError(
+        raise UserError(
             f"seqlen={seqlen} needs a text of at least {seqlen} tokens, but {source} has {len(ids)}. Choose a smaller "
             "seqlen or a longer text."
         )

@@ -20,6 +20,7 @@ from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.gradients import gradient_statistics, gradient_statistics_by_block
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.gram import relative_error
@@ -390,7 +391,7 @@ def _make_report(outcome: Outcome, batches: int, stored_zeros: int = 0) -> Pruni
         if layer.name not in outcome.layers and layer.name not in outcome.skipped:  # no batch reached its unit
             outcome.skipped[layer.name] = _unreached(layer)
     if not outcome.layers and plan.config.sparsity > 0:
-        raise ValueError(
+        raise UserError(
             f"batches must reach the layers, but no token except padding reached any of the {len(plan.layers)} layers, "
             "so nothing was pruned. Check that the batches hold more than padding and that forward= runs the model."
         )

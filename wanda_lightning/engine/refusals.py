@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from wanda_lightning.common.checks import available_memory
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.experts import refuse_sharded_experts
@@ -20,7 +21,7 @@ from wanda_lightning.parallel import Processes
 def refuse_no_module(model: object) -> None:
     """Refuse anything that is no module, for example batches."""
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise UserError(
             f"model must be a torch.nn.Module, but it is a {type(model).__name__}. Give the model first, then the "
             "calibration batches: prune(model, batches)."
         )
@@ -31,7 +32,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     undecided = [m for m in inventory.skipped if m.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)]
     if undecided:
         first = undecided[0]
-        raise ValueError(
+        raise UserError(
             f"skip must name {_counted(undecided, 'matrix', 'matrices')} that cannot be pruned in place, "
             f"{first.name} first: {first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave "
             f"what cannot be pruned dense with skip=['{first.name}']."
@@ -39,7 +40,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     if inventory.layers:
         return
     if unfit := inventory.skipped_for(SkipReason.PATTERN):
-        raise ValueError(
+        raise UserError(
             f"{config.shown('pattern')} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest "
             f"is {unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
@@ -47,7 +48,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]
     reasons = "; ".join(dict.fromkeys(f"{m.name}: {m.detail}" for m in (asked or inventory.skipped)[:5]))
     which = f"only={list(config.only)} names" if config.only else "model has"
-    raise ValueError(
+    raise UserError(
         f"{which} nothing to prune ({reasons or 'there are no weight matrices'}). Give a model with linear or "
         "convolution layers, or choose others with skip= and only=."
     )
@@ -59,18 +60,18 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
         refuse_sharded_experts(layer)
         weight = layer.weight
         if weight.is_meta:
-            raise ValueError(
+            raise UserError(
                 f"model must hold its weights, but {layer.name} is on the meta device and has no values. Load the "
                 "weights before pruning."
             )
         if layer.parameter.is_inference():
-            raise ValueError(
+            raise UserError(
                 f"model must have weights that can change, but {layer.name} was created under torch.inference_mode(). "
                 "Build or load the model outside of it."
             )
         # The sum takes one fast pass. It may overflow, so only the slow check of each weight decides.
         if not weight.sum().isfinite() and not weight.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"model must have finite weights, but {layer.name} has weights that are NaN or infinite. Check the "
                 "checkpoint. If its weights overflowed in the conversion to float16, load it in float32 or bfloat16."
             )
@@ -106,7 +107,7 @@ def refuse_too_wide(config: PruningConfig, inventory: Inventory) -> None:
     held = sum(of_blocks) if config.sequential == "none" else max(of_blocks)
     needed, free = max(_GRAMS_AT_ONCE * largest, held), free_memory(widest.weight.device)
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{config.data_reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the largest for "
             f"{widest.name} with {widest.shape[1]} inputs, but only {free / _GIB:.1f} GiB are free on "
             f"{widest.weight.device}. Leave wide layers dense with skip=['{widest.name}'], use criterion='wanda' with "
@@ -119,7 +120,7 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
     weight, name = layer.parameter, layer.name
     managed = getattr(layer.module, "_is_fsdp_managed_module", False)
     if isinstance(weight, DTensor) and not managed:
-        raise ValueError(
+        raise UserError(
             f"model must be sharded by fully_shard or not at all, but the weight of {name} is sharded by "
             f"{weight.placements}: tensor parallelism is not supported. Prune the model before parallelize_module, or "
             "load it without tp_plan=."
@@ -132,7 +133,7 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
         if isinstance(module, FSDPModule) and f"{name}.".startswith(_prefix(inside))
     ]
     if not managers:
-        raise ValueError(
+        raise UserError(
             f"model must be sharded itself, but a module around it manages the weight of {name}. Apply fully_shard to "
             "the model and to its blocks; FSDP1 is not supported."
         )
@@ -142,7 +143,7 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
     _refuse_choices_across_rows(config, layer, processes)
     stops_at_units = bool(config.unit_needs) and config.sequential != "none"
     if stops_at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
-        raise ValueError(
+        raise UserError(
             f"{config.shown('sequential')} stops at {unit.name}, but fully_shard manages {name} as a part of "
             f"{managers[-1] or 'the whole model'}. Apply fully_shard to {unit.name} too, leave it dense with "
             f"skip=['{unit.name}'], or use sequential='none'."
@@ -153,24 +154,24 @@ def _refuse_layout(layer: Layer, weight: DTensor, processes: Processes) -> None:
     """Refuse a layer unless each process holds whole rows of its matrix."""
     name = layer.name
     if weight.device_mesh.size() != processes.world_size:
-        raise ValueError(
+        raise UserError(
             f"processes must be those that hold the model, but the weight of {name} is sharded across "
             f"{weight.device_mesh.size()} processes and {processes.world_size} prune. Prune inside a Trainer with "
             "ModelParallelStrategy (WandaPrune does), or call prune_as(..., processes=Processes(group))."
         )
     if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
-        raise ValueError(
+        raise UserError(
             f"model must be sharded by rows, but the weight of {name} is sharded by {weight.placements}. Use "
             "fully_shard with its defaults (a mesh of one dimension, no shard_placement_fn), or leave the layer dense "
             f"with skip=['{name}']."
         )
     if layer.size < weight.numel():
-        raise ValueError(
+        raise UserError(
             f"include_grouped=True needs whole groups of a convolution, but fully_shard leaves no process whole groups "
             f"of {name}. Prune before sharding (devices=1), or without include_grouped=True."
         )
     if not layer.kind.rows_first:
-        raise ValueError(
+        raise UserError(
             f"model must be sharded by rows, but {name}, a {type(layer.module).__name__}, stores its weight by "
             "columns, so fully_shard leaves no process whole rows. Prune before sharding (devices=1), or leave it "
             f"dense with skip=['{name}']."
@@ -181,7 +182,7 @@ def _refuse_choices_across_rows(config: PruningConfig, layer: Layer, processes: 
     """Refuse choices that prevent each process from pruning its rows without the others."""
     where = f"{layer.name}, but they are sharded across {processes.world_size} processes"
     if config.pattern.spans_rows:
-        raise ValueError(
+        raise UserError(
             f"{config.shown('pattern')} compares the rows of {where}. Use pattern='unstructured' or N:M, which compare "
             "weights of one row, or prune before sharding (devices=1)."
         )
@@ -190,7 +191,7 @@ def _refuse_choices_across_rows(config: PruningConfig, layer: Layer, processes: 
         ("allocation", config.allocation.reads_weights),
     ):
         if spans_rows:
-            raise ValueError(
+            raise UserError(
                 f"{config.shown(option)} reads all rows of {where}. Use criterion='wanda' or 'magnitude' with "
                 "allocation='uniform', which read single rows, or prune before sharding (devices=1)."
             )

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_file
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.models import find_layers
@@ -66,7 +67,7 @@ class KeptZeros:
                 self._zeros[place] = pack(zero), zero.shape, isinstance(layer.module, nn.Linear)
                 self._count += int(zero.count_nonzero())
         if not self._count:
-            raise ValueError(f"pruned must be a pruned model, but no layer of {name} has a zero. Give another model.")
+            raise UserError(f"pruned must be a pruned model, but no layer of {name} has a zero. Give another model.")
 
     def lost(self, model: nn.Module, name: str) -> float:
         """Return which fraction of the zeros another version of the model has lost; quantized weights are dequantized.
@@ -77,9 +78,9 @@ class KeptZeros:
         for (path, parameter), (packed, shape, was_linear) in self._zeros.items():
             module = modules.get(path)
             if module is None or not hasattr(module, parameter):
-                raise ValueError(f"{self._expected(name)} {name} has no {path}.{parameter}.")
+                raise UserError(f"{self._expected(name)} {name} has no {path}.{parameter}.")
             if not can_be_read(module, parameter):
-                raise ValueError(
+                raise UserError(
                     f"pruned needs weights that can be read, but {name} is quantized by a library whose weights cannot "
                     f"be dequantized here ({path}: {type(module).__name__}). Dequantize it with that library."
                 )
@@ -87,7 +88,7 @@ class KeptZeros:
             if isinstance(module, nn.Linear) and not was_linear:  # a Conv1D of GPT-2, which quantizers replace
                 weight = weight.t()
             if weight.shape != shape:
-                raise ValueError(
+                raise UserError(
                     f"{self._expected(name)} {path} has the shape {tuple(weight.shape)} there and {tuple(shape)} here."
                 )
             lost += int((unpack(packed, shape).to(weight.device) & (weight != 0)).count_nonzero())

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from wanda_lightning.common.checks import check_positive, require_extra
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean, one_line
 from wanda_lightning.data.text_files import json_rows
 from wanda_lightning.evaluation.results import Results
@@ -43,7 +44,7 @@ def task_names(asked: Sequence[str]) -> list[str]:
     """
     for name in asked:
         if name not in PAPER_TASKS and name not in _ALL:
-            raise ValueError(
+            raise UserError(
                 f"tasks must be among {', '.join(PAPER_TASKS)}, or paper for all of them, but one is {name!r}."
                 f"{did_you_mean(name, PAPER_TASKS)} For other tasks, run lm-eval on the model's folder."
             )
@@ -120,15 +121,15 @@ def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     documents = []
     for where, row in json_rows(path, fields):
         if nulls := [name for name in fields if row[name] is None]:
-            raise ValueError(f"{where} has no value for {', '.join(nulls)}. Correct the line.")
+            raise UserError(f"{where} has no value for {', '.join(nulls)}. Correct the line.")
         documents.append({name: row[name] for name in fields})
     if not documents:
-        raise ValueError(f"The file {path} must have the documents of a task, but it is empty. Give another file.")
+        raise UserError(f"The file {path} must have the documents of a task, but it is empty. Give another file.")
     return documents
 
 
 def _unfit(path: Path, reason: str) -> ValueError:
-    return ValueError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {reason}")
+    return UserError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {reason}")
 
 
 def _check_answers(task: Any, path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
@@ -30,16 +31,16 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{_EXPECTED}, but it is {repo_id!r}: {one_line(error)}") from error
+        raise UserError(f"{_EXPECTED}, but it is {repo_id!r}: {one_line(error)}") from error
     if "/" not in repo_id:  # the card names the repository, and whose it would be is not known
-        raise ValueError(f"{_EXPECTED}, but it is {repo_id!r}. Add the user or the organization.")
+        raise UserError(f"{_EXPECTED}, but it is {repo_id!r}. Add the user or the organization.")
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(
+        raise UserError(
             f"push_to_hub must be left out while HF_HUB_OFFLINE is set, but it is {repo_id!r}. Unset HF_HUB_OFFLINE, "
             "or upload the saved model later: hf upload."
         )
     if get_token() is None:
-        raise ValueError(
+        raise UserError(
             f"push_to_hub must be left out without a token that may write to {repo_id!r}, but no token was found. Run "
             "hf auth login, or set HF_TOKEN."
         )
@@ -53,7 +54,7 @@ def _refuse_public(repo_id: str) -> None:
 
     with suppress(OSError, HfHubHTTPError):  # there is no such repository yet, or the upload will explain it
         if not HfApi().repo_info(repo_id).private:
-            raise ValueError(
+            raise UserError(
                 f"push_to_hub={repo_id!r} must be a private repository with private=True, but it exists and is public. "
                 "Make it private on the hub, or choose another name."
             )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.training.held_zeros import HeldZeros
 
 
@@ -92,7 +93,7 @@ def _refuse_distributed_weights(args: TrainingArguments) -> None:
     launched = [kind for kind in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{kind.upper()}") == "true"]
     used = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else "".join(launched)
     if used:
-        raise ValueError(
+        raise UserError(
             f"KeepZerosCallback needs each process to hold the whole model, but {used} distributes its weights. Train "
             "with DistributedDataParallel (torchrun without fsdp and deepspeed), or use KeepZeros in Lightning, which "
             "supports FSDP2."

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need extra forward passes
@@ -55,12 +56,12 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
         refused = [field.name for field in dataclasses.fields(self) if field.metadata.get("is_lora_variant")]
         refused += ["use_qalora", "target_parameters", "layer_replication", "megatron_config"]
         if used := [name for name in refused if getattr(self, name, None)]:
-            raise ValueError(
+            raise UserError(
                 f"{used[0]} is not supported by KeepZerosLoraConfig, which trains W + s (B A) * keep, but it is "
                 f"{getattr(self, used[0])!r}. Remove it, or use peft.LoraConfig, whose merged weights are dense."
             )
         if self.init_lora_weights not in _INITIALIZATIONS:
-            raise ValueError(
+            raise UserError(
                 f"init_lora_weights must be one of {', '.join(map(repr, _INITIALIZATIONS))}, but it is "
                 f"{self.init_lora_weights!r}, which may write to the base weight and fill its zeros. "
                 "Choose one of these, or use peft.LoraConfig."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.quantized import is_quantized, read_weight
 
 
@@ -178,7 +179,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         `safe_merge` raises a ValueError, before anything is merged, if the merged weight would not be finite.
         """
         if is_quantized(self.get_base_layer()):
-            raise ValueError(
+            raise UserError(
                 f"The adapters of a {type(self.get_base_layer()).__name__} with quantized weights cannot be merged in "
                 "place. Use wanda_lightning.lora.merge(model), which dequantizes the model."
             )
@@ -198,7 +199,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             )
         merged_bias = (bias + sum(shifts)).to(bias.dtype) if shifts and bias is not None else bias
         if safe_merge and not all(tensor is None or torch.isfinite(tensor).all() for tensor in (merged, merged_bias)):
-            raise ValueError(
+            raise UserError(
                 f"safe_merge found NaN or infinity in the merged weights. The adapters {names} seem to be broken."
             )
         base.weight.data = merged

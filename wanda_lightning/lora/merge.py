@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.lora.layer import KeepZerosLinear
 from wanda_lightning.lora.tuner import refuse_unreadable
@@ -39,7 +40,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, BaseTuner):
-        raise ValueError(
+        raise UserError(
             "model must be a PeftModel with adapters in its layers, as peft.get_peft_model returns it, but this "
             f"{type(model).__name__} has none."
         )
@@ -83,7 +84,7 @@ def _dequantize_base(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> 
     for name, layer in quantized.items():
         refuse_unreadable(name, layer.get_base_layer())
         if not isinstance(layer, KeepZerosLinear):
-            raise ValueError(
+            raise UserError(
                 f"model must have keep-zeros adapters to be merged into quantized weights, but {name} is a "
                 f"{type(layer).__name__}. Train with KeepZerosLoraConfig, or load the model without quantization."
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.lora.layer import KeepZerosLinear
 from wanda_lightning.models.quantized import can_be_read, is_quantized
 
@@ -40,7 +41,7 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
             if name and not name.startswith(adapted) and self._check_target_module_exists(config, name):
                 weight = check_target(name, module)
                 if (other := weights.setdefault(id(weight), name)) != name:
-                    raise ValueError(
+                    raise UserError(
                         f"target_modules must name layers with weights of their own, but {other} and {name} share one "
                         "weight, which cannot merge two adapters. "
                         f"Target one of them, for example with exclude_modules=['{name}']."
@@ -49,7 +50,7 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if getattr(target, "_hf_tp_plan", None) is not None:
-            raise ValueError(
+            raise UserError(
                 "target_modules must name layers that lie whole in each process, but tensor parallelism splits "
                 f"{kwargs['target_name']}. Load the model without tp_plan."
             )
@@ -78,7 +79,7 @@ def refuse_unreadable(name: str, layer: nn.Module) -> None:
     if not can_be_read(layer):
         weight = getattr(layer, "weight", None)
         kind = f", {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
-        raise ValueError(
+        raise UserError(
             f"model must be in floating point or quantized by torchao or bitsandbytes, but {name} is a quantized layer "
             f"({type(layer).__name__}{kind}) whose zeros cannot be read. Load the model without quantization, or "
             "quantize it by one of the two."
@@ -88,7 +89,7 @@ def refuse_unreadable(name: str, layer: nn.Module) -> None:
 def check_target(name: str, module: nn.Module) -> Tensor:
     """Return the weight of a layer that can take a keep-zeros adapter; raise a ValueError for any other layer."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, KeepZerosLinear):
-        raise ValueError(
+        raise UserError(
             f"target_modules must name layers without adapters of another type, but {name} already has such adapters "
             f"({type(module).__module__}.{type(module).__name__}). Merge or unload them first."
         )
@@ -96,7 +97,7 @@ def check_target(name: str, module: nn.Module) -> Tensor:
     refuse_unreadable(name, layer)
     in_attention = isinstance(layer, NonDynamicallyQuantizableLinear)  # F.multi_head_attention_forward reads its weight
     if in_attention or not isinstance(layer, nn.Linear | Conv1D):
-        raise ValueError(
+        raise UserError(
             f"target_modules must name layers of type nn.Linear or transformers' Conv1D, but {name} is a "
             f"{type(layer).__name__}{' inside nn.MultiheadAttention' if in_attention else ''}. "
             f"Remove it from target_modules (or add it to exclude_modules), or train all of its weights with "

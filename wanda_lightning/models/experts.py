@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
+from wanda_lightning.common.errors import UserError
+
 if TYPE_CHECKING:
     from wanda_lightning.models.layers import Layer
 
@@ -115,7 +117,7 @@ def refuse_sharded_experts(layer: Layer) -> None:
     """Refuse experts that are sharded across processes: no process holds all of them."""
     if layer.expert is not None and isinstance(layer.parameter, DTensor):
         module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]
-        raise ValueError(
+        raise UserError(
             f"model must hold all experts of a module in one process, but {layer.siblings} are sharded across "
             "processes. Prune before sharding (devices=1, or DDPStrategy), or leave them dense with "
             f"skip=['*.{module}']."

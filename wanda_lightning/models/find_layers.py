@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -35,7 +36,7 @@ def find_layers(
     a ValueError if a pattern in `skip` or `only` matches no matrix.
     """
     if sequential not in SEQUENTIAL_CHOICES:
-        raise ValueError(f"sequential must be one of {', '.join(SEQUENTIAL_CHOICES)}, but it is {sequential!r}.")
+        raise UserError(f"sequential must be one of {', '.join(SEQUENTIAL_CHOICES)}, but it is {sequential!r}.")
     finder = _Finder(model, include_grouped)
     finder.sort_parameters()
     finder.skip_tied_to_skipped()

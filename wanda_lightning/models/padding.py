@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.module_names import named_modules, uncompiled_name
 
 _NO_LABEL = -100  # transformers pads labels with this value
@@ -65,7 +66,7 @@ def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:
     if not isinstance(attention, Tensor) or attention.ndim != 2 or tokens is None or "past_key_values" in batch:
         return
     if attention.shape != tokens.shape[:2]:
-        raise ValueError(
+        raise UserError(
             f"attention_mask must have the shape of the tokens, {tuple(tokens.shape[:2])}, but its shape is "
             f"{tuple(attention.shape)}. Give one entry for each token of each sample."
         )

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wanda_lightning.common.checks import check_not_negative, require_extra
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_folder
 from wanda_lightning.modules.loading import (
     DTYPES,
@@ -75,7 +76,7 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if dtype != "auto" and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
+            raise UserError(f"dtype must be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
         check_not_negative(lr=lr, weight_decay=weight_decay)
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
@@ -85,7 +86,7 @@ class CausalLMModule(L.LightningModule):
             self.tokenizer = tokenizer if tokenizer is not None else loaded
         else:
             if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-                raise ValueError(
+                raise UserError(
                     "model must be a hub id, a local folder, a .gguf file or a loaded transformers model, but it is a "
                     f"{type(model).__name__}."
                 )
@@ -140,7 +141,7 @@ class CausalLMModule(L.LightningModule):
             return
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= embeddings:
-            raise ValueError(
+            raise UserError(
                 f"input_ids must be from 0 to {embeddings - 1}, since the model has {embeddings} embeddings, but one "
                 f"is {low if low < 0 else high}. Use the tokenizer that the model was trained with."
             )
@@ -150,7 +151,7 @@ class CausalLMModule(L.LightningModule):
         if not isinstance(batch, Mapping):
             batch = {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
         elif "input_ids" not in batch:
-            raise ValueError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
+            raise UserError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
         input_ids = batch["input_ids"]
         if input_ids.device.type == "cpu":  # on a GPU it would wait for the device; TextDataModule checks in setup()
             self.check_tokens(input_ids)

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from wanda_lightning.common.checks import check_not_negative
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 
@@ -66,10 +67,10 @@ class ImageClassifierModule(L.LightningModule):
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
         else:
             if not isinstance(model, nn.Module):
-                raise ValueError(f"model must be a name or a built model, but it is a {type(model).__name__}.")
+                raise UserError(f"model must be a name or a built model, but it is a {type(model).__name__}.")
             self.save_hyperparameters(ignore=["model"])
             if model_kwargs:
-                raise ValueError(
+                raise UserError(
                     f"model_kwargs must be left out unless model is a name, but it is a built {type(model).__name__}."
                 )
             self.model = model
@@ -78,7 +79,7 @@ class ImageClassifierModule(L.LightningModule):
         self.model.train()
         self.num_classes: int = getattr(self.model, "num_classes", num_classes) or 0
         if self.num_classes < 2:
-            raise ValueError(
+            raise UserError(
                 f"model must be a classifier with at least 2 classes, but {type(self.model).__name__} has "
                 f"{self.num_classes or 'no'} classes. Set num_classes."
             )
@@ -176,7 +177,7 @@ class ImageClassifierModule(L.LightningModule):
             ValueError: If timm did not build the model, and so cannot rebuild it from the configuration.
         """
         if not hasattr(self.model, "pretrained_cfg"):
-            raise ValueError(
+            raise UserError(
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
@@ -195,14 +196,14 @@ def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:
         return batch[0], batch[1] if len(batch) > 1 else None
     images = next((batch[key] for key in ("image", "pixel_values") if key in batch), None)
     if images is None:
-        raise ValueError(f"A batch must have 'image' or 'pixel_values', but it has {', '.join(map(repr, batch))}.")
+        raise UserError(f"A batch must have 'image' or 'pixel_values', but it has {', '.join(map(repr, batch))}.")
     return images, next((batch[key] for key in ("label", "labels") if key in batch), None)
 
 
 def _read_labeled(batch: Any) -> tuple[Tensor, Tensor]:
     images, labels = _read_images(batch)
     if labels is None:
-        raise ValueError(
+        raise UserError(
             "A batch must have labels for a loss, but it has none. Give (images, labels), or a mapping with 'labels'."
         )
     return images, labels

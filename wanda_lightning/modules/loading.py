@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     load_config,
     load_tokenizer,
@@ -71,7 +72,7 @@ def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: b
 def check_decoder_only(config: Any) -> None:
     """Raise a ValueError for the configuration of an encoder-decoder."""
     if config.is_encoder_decoder:
-        raise ValueError(
+        raise UserError(
             f"model must be a decoder-only language model, but {config.model_type} is an encoder-decoder. {_OTHERS}"
         )
 
@@ -83,7 +84,7 @@ def check_causal(model: nn.Module) -> None:
     if "is_decoder" not in fields or config.is_decoder or config.model_type in _CAUSAL:
         return
     if not any(getattr(module, "is_causal", None) is True for module in model.modules()):
-        raise ValueError(
+        raise UserError(
             f"model must predict each token from the ones before it, but {config.model_type} is an encoder: it attends "
             f"to all tokens, so its perplexity would be meaningless. {_OTHERS}"
         )
@@ -96,7 +97,7 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """
     size, embeddings = getattr(tokenizer, "vocab_size", None), number_of_embeddings(model)
     if isinstance(size, int) and embeddings is not None and size > embeddings:
-        raise ValueError(
+        raise UserError(
             f"tokenizer must belong to the model, but it has {size} tokens and the model only {embeddings} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
@@ -113,12 +114,12 @@ def number_of_embeddings(model: Any) -> int | None:
 def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
     if mismatched := sorted(loaded.get("mismatched_keys", ())):
         key, stored, expected = mismatched[0]
-        raise ValueError(
+        raise UserError(
             f"The model {name!r} has {len(mismatched)} weights that do not fit its configuration, {key} first: its "
             f"stored shape is {tuple(stored)}, but config.json requires {tuple(expected)}. Correct config.json."
         )
     if missing := sorted(loaded["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {missing[0]} "
             "first; they would be random. Check the folder and its config.json."
         )
@@ -171,12 +172,12 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
             f"The cause: {one_line(error)}"
         ) from error
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"The weights of {checked!r} cannot be read or do not fit its configuration. Save them again. "
             f"The cause: {one_line(error)}"
         ) from error
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
         ) from error
     if folder is not None and pretrained:
@@ -197,7 +198,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = Path(checkpoint).expanduser()
     if path.suffix != ".safetensors":
-        raise ValueError(
+        raise UserError(
             f"checkpoint must be a .safetensors file, but it is {checkpoint}. Convert one that you trust: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
         )
@@ -214,7 +215,7 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
     ]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {checkpoint} does not fit {type(model).__name__}: {'; '.join(faults[:5])}{more}. "
             "Check the name of the model. For other classes or image sizes give a folder that holds the whole model "
             "(timm:local-dir:FOLDER) or, in Python, num_classes and model_kwargs."
@@ -245,7 +246,7 @@ def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> N
             continue
         is_half = weight.dtype is torch.float16
         advice = "load it with dtype='bfloat16'" if is_half else "download or save the model again"
-        raise ValueError(
+        raise UserError(
             f"The model {name!r} cannot be used: the weight of {key.removesuffix('.weight')} holds NaN or infinity in "
             f"{str(weight.dtype).removeprefix('torch.')}. Check the checkpoint, or {advice}."
         )
@@ -260,7 +261,7 @@ def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) ->
             stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
         for key, dtype in stored.items():
             if dtype.startswith(("I", "U", "BOOL")) and {key, key.partition(".")[2]} & parameters:
-                raise ValueError(
+                raise UserError(
                     f"The model {name!r} stores {key} as {dtype}: packed integers, whose scales are not known. Give "
                     "the model in float32, bfloat16 or float16."
                 )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from wanda_lightning.common.errors import UserError
+
 _CHUNK = 2**22  # logits per step of the loss, 16 MiB in float32
 
 
@@ -31,7 +33,7 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
     It is NaN for a window without predicted tokens.
     """
     if logits.shape[:-1] != input_ids.shape:
-        raise ValueError(
+        raise UserError(
             f"logits must have the shape (batch, tokens, vocabulary) for input_ids of shape (batch, tokens), "
             f"but they have {tuple(logits.shape)} for {tuple(input_ids.shape)}."
         )

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.parallel.processes import Processes
 
 
@@ -47,7 +48,7 @@ def fsdp_calls_checked(model: nn.Module, processes: Processes) -> Iterator[Calla
     def check(unit: str, parked: int) -> None:
         # Python's hashes of integers are the same in all processes.
         if is_distributed and len({row[0] for row in processes.all_gather([hash((calls, parked))])}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"strategy must be DDPStrategy for a model that routes its batches: the {processes.world_size} "
                 f"processes do not call the same parts of the model in the same order (found at "
                 f"{unit or 'the end of the model'}), but FSDP2 communicates in each call. Use DDPStrategy, or prune in "

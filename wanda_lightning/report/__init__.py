@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_file
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report.fields import as_json, from_fields
@@ -324,7 +325,7 @@ class PruningReport:
         content = json.loads(text)
         version = content.get("version", 0) if isinstance(content, dict) else 0
         if version not in range(_VERSION + 1):
-            raise ValueError(
+            raise UserError(
                 f"version must be at most {_VERSION}, but it is {version!r}. Read this report with the version of "
                 "wanda_lightning that wrote it, or a newer one."
             )
@@ -343,7 +344,7 @@ class PruningReport:
         try:
             return cls.from_json(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is not a report: {error}") from error
+            raise UserError(f"{file} is not a report: {error}") from error
 
     def to_html(self, path: str | Path) -> None:
         """Write a page with figures and tables: one file, which needs no network. Needs the extra `report`."""

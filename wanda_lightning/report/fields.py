@@ -11,6 +11,8 @@ from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from wanda_lightning.common.errors import UserError
+
 _types_of: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -72,7 +74,7 @@ def _object(kind: Any, value: Any, place: str) -> Any:
         if each.name in value:
             values[each.name] = from_fields(_types_of(kind)[each.name], value[each.name], path + each.name)
         elif each.default is MISSING and each.default_factory is MISSING:
-            raise ValueError(f"{path}{each.name} is missing.")
+            raise UserError(f"{path}{each.name} is missing.")
     return kind(**values)
 
 
@@ -87,4 +89,4 @@ def _plain(kind: Any, value: Any, place: str) -> Any:
 
 def _wrong(place: str, expected: str, value: Any) -> ValueError:
     shown = repr(value)
-    return ValueError(f"{place} must be {expected}, but it is {shown if len(shown) < 80 else shown[:77] + '...'}.")
+    return UserError(f"{place} must be {expected}, but it is {shown if len(shown) < 80 else shown[:77] + '...'}.")

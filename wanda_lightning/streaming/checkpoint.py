@@ -28,6 +28,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, locate, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import placeholder
@@ -69,14 +70,14 @@ class Checkpoint:
         self._keys: dict[str, dict[Path, list[str]]] = {}
         self._conversions: dict[str, Any] = {}
         if name.startswith("timm:") or name.endswith(".gguf"):
-            raise ValueError(
+            raise UserError(
                 f"The model {name!r} cannot be read block by block: only Hugging Face models in safetensors can. "
                 "Prune it in memory."
             )
         config = load_config(name, **hub)
         _refuse_without_safetensors(name)
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(
+            raise UserError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
             )
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -224,12 +225,12 @@ class Checkpoint:
     def _refuse_incomplete(self, missing: Sequence[str], mismatched: Sequence[Any]) -> None:
         if mismatched:
             key, found, expected = sorted(mismatched)[0]
-            raise ValueError(
+            raise UserError(
                 f"The model {self._name!r} has weights that do not fit its configuration, {key} first: its stored "
                 f"shape is {tuple(found)}, but config.json requires {tuple(expected)}. Correct config.json."
             )
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"The model {self._name!r} has no weights for {len(missing)} parameters of its configuration, "
                 f"{sorted(missing)[0]} first. Check the folder and its config.json."
             )
@@ -243,7 +244,7 @@ class Checkpoint:
 
     def refusal(self, reason: str) -> ValueError:
         """Return an error that names the model and says why it must be in memory as a whole."""
-        return ValueError(
+        return UserError(
             f"The model {self._name!r} cannot be read block by block, because {reason}. Prune it in memory."
         )
 
@@ -255,7 +256,7 @@ def _available(device: str) -> torch.device:
         tensor.cpu()  # the meta device has no values
         return tensor.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
+        raise UserError(
             f"device must be one that PyTorch can use on this machine, but {device!r} is not: {one_line(error)}. Use "
             "device='cpu', or install a build of PyTorch for the device."
         ) from error
@@ -283,7 +284,7 @@ def _refuse_without_safetensors(name: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
-        raise ValueError(
+        raise UserError(
             f"The model {name!r} must have .safetensors files to be read block by block, but it has other weights "
             f"({found}) only. Save it in this format, which needs memory for all weights once: "
             f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
@@ -117,7 +118,7 @@ def pruned_from_disk(
     refuse_whole_model(config, processes)
     refuse_places(source, output)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise ValueError(
+        raise UserError(
             f"tokenizer must be one of transformers, but it is {tokenizer!r}. Give AutoTokenizer.from_pretrained(...)."
         )
     with processes.fail_together():
@@ -173,7 +174,7 @@ def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> N
 def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROCESS) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
     if config.reads_gradients and processes.world_size > 1:
-        raise ValueError(
+        raise UserError(
             f"{config.shown('allocation')} with {config.shown('pattern')} reads gradients, which only a single "
             f"process can compute while it reads the model block by block, but there are {processes.world_size} "
             "processes. Use one process, or allocation='owl' and pattern='unstructured_layer'."
@@ -187,7 +188,7 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
     for name, (refused, other, instead) in reasons.items():
         if refused:
             needed = "the Gram matrices of all layers" if name in ("sequential", "allocation") else "the whole model"
-            raise ValueError(
+            raise UserError(
                 f"{config.shown(name)}{other} needs {needed} in memory, but the model is read block by block. Use "
                 f"{name}={instead}, or prune in memory."
             )
@@ -197,10 +198,10 @@ def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]
     """Refuse what is no path, and an output inside of the source folder, or the source itself."""
     for name, given in (("source", source), ("output", output)):
         if not isinstance(given, str | os.PathLike):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a string or a path, but it is a {type(given).__name__}. Call "
                 "prune_from_disk(source, output, batches), or prune(model, batches) for a model in memory."
             )
     folder, target = Path(source).expanduser().resolve(), Path(output).expanduser().resolve()
     if folder.is_dir() and target.is_relative_to(folder):
-        raise ValueError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")
+        raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import (
     PROGRESS_NAME,
     ROW_WEIGHTS_NAME,
@@ -144,11 +145,11 @@ class OutputFolder:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(content, Mapping) and content.get("version") != _VERSION:
-                raise ValueError(f"version must be {_VERSION}, but it is {content.get('version')!r}.")
+                raise UserError(f"version must be {_VERSION}, but it is {content.get('version')!r}.")
             progress: _Progress = from_fields(_Progress, content)
             return progress
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{file} is not the record of an interrupted run of this version: {one_line(error)} Delete {folder} to "
                 "begin anew, or choose another folder."
             ) from error
@@ -163,7 +164,7 @@ class OutputFolder:
         unknown = [f"another part of the model, {part}" for part in begun.written if part not in self._parts]
         if begun.written and (reasons := differing + unknown):
             others = f" (and {len(reasons) - 1} more)" if reasons[1:] else ""
-            raise ValueError(
+            raise UserError(
                 f"{folder} was begun with {reasons[0]}{others}. Use the same choices, data and model to go on, or "
                 "another folder."
             )

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.parking import MakeParking, Parking
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.methods import PARKING
 
 SMALLEST = 1 << 16
@@ -241,15 +242,15 @@ def _libc() -> Any:
 def refuse_parking(park: str, device: str) -> None:
     """Refuse an unknown place for activations, and one that does not suit the device of the model."""
     if park not in PARKING:
-        raise ValueError(f"park must be one of {', '.join(PARKING)}, but it is {park!r}.")
+        raise UserError(f"park must be one of {', '.join(PARKING)}, but it is {park!r}.")
     is_cpu = device.startswith("cpu")
     if park == "disk" and not is_cpu:
-        raise ValueError(
+        raise UserError(
             f"park='disk' moves activations out of the memory of the CPU, but device={device!r} has its own. Use "
             "park='cpu', which moves them to the memory of the CPU, or device='cpu'."
         )
     if park == "cpu" and is_cpu:
-        raise ValueError(
+        raise UserError(
             f"park='cpu' moves activations from the device to the memory of the CPU, but device={device!r} keeps them "
             "there anyway. Use park='memory', or park='disk' if they do not fit."
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
 from wanda_lightning.modules import WindowPerplexity
@@ -84,5 +85,5 @@ def perplexity_from_disk(
                     bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")
                     bar.advance()
     if not metric.windows:
-        raise ValueError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
+        raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
     return float(metric.compute())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import Sample, fit_together
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
@@ -103,7 +104,7 @@ class Distil(Recovery):
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
         """Require that each process holds the whole model."""
         if is_sharded:
-            raise ValueError(
+            raise UserError(
                 "recovery=Distil() trains a model that each process holds as a whole, but this one is sharded. Prune "
                 "before sharding (devices=1), or without recovery."
             )
@@ -129,7 +130,7 @@ class _Distillation(ModelRecovery):
         self._causal = causal_config(self._model)
         self._next_token = 0.0 if self._causal is None else config.next_token
         if not trained_parameters(self._model, self._layers, self._head):
-            raise ValueError(
+            raise UserError(
                 "recovery=Distil() trains the pruned layers and all vectors, but requires_grad is False for "
                 "each of them. Call requires_grad_() on the parameters to train, or use another recovery."
             )
@@ -377,13 +378,13 @@ def _in_one_order(
 
 def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
     if torch.is_grad_enabled() and not predictions.requires_grad:
-        raise ValueError(
+        raise UserError(
             "recovery=Distil() needs predictions with gradients, but the predictions of the model have none, as under "
             "torch.no_grad() or after detach(). Let forward= (or calibration_step) return predictions with gradients, "
             "or use another recovery."
         )
     if not (predictions < math.inf).all():  # minus infinity is allowed: the logit of an impossible class
-        raise ValueError(
+        raise UserError(
             f"recovery=Distil() needs finite predictions, but those of batch {batch} (counted from 0) hold NaN or "
             "infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
         )
@@ -392,7 +393,7 @@ def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
 def _predictions(output: object) -> Tensor:
     found = find_predictions(output)
     if found is None:
-        raise ValueError(
+        raise UserError(
             "recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
             f"gave {_kind(output)}. Let forward= (or calibration_step) return the predictions, or use another recovery."
         )

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer, find_layers
@@ -101,7 +102,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 stacklevel=3,
             )
         if unknown := [name for name in layers if name not in found]:
-            raise ValueError(
+            raise UserError(
                 f"state must be of the same model, wrapped in the same way, but it names {unknown[0]}, which this "
                 "model does not have. Pass the model as it was when the state was saved."
             )

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.gradients import without_gradients
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.masking import masked
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
@@ -61,7 +62,7 @@ class Reconstruct(Recovery):
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
         """Require a single process: each would train on its own batches alone."""
         if world_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"recovery=Reconstruct() trains in one process, but {world_size} prune together. Prune with devices=1, "
                 "or without recovery."
             )

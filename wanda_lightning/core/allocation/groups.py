@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
 from wanda_lightning.core.hyperparameters import OneOf
 
@@ -36,7 +37,7 @@ def refuse_one_group(allocation: Allocation, layers: Sequence[DenseLayer], per: 
     groups = groups_of(layers, per)
     if len(groups) == 1:
         other = f"{type(allocation).__name__}(per='layer') or " if per == "block" and len(layers) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"allocation={allocation} compares {per}s with each other, but the model has one, {next(iter(groups))}. "
             f"Use allocation={other}Uniform()."
         )

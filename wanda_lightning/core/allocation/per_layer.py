@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import matches, refuse_unmatched
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
 from wanda_lightning.core.allocation.match_target import match_target
@@ -39,12 +40,12 @@ class PerLayer(Allocation):
         try:
             pairs = tuple(dict(self.sparsities).items())
         except (TypeError, ValueError) as error:
-            raise ValueError(message) from error
+            raise UserError(message) from error
         if not all(isinstance(pattern, str) for pattern, _ in pairs):
-            raise ValueError(message)
+            raise UserError(message)
         for pattern, sparsity in pairs:
             if not _SPARSITY.accepts(sparsity):
-                raise ValueError(f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}.")
+                raise UserError(f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}.")
         object.__setattr__(self, "sparsities", pairs)
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
@@ -54,7 +55,7 @@ class PerLayer(Allocation):
         refuse_unmatched(patterns, names, _OPTION, "pruned layer")
         effective = {self._pattern_of(name) for name in names}
         if hidden := [pattern for pattern in patterns if pattern not in effective]:
-            raise ValueError(
+            raise UserError(
                 f"{_OPTION}={hidden[0]!r} matches only layers that earlier patterns match, and the first match counts. "
                 "Give it earlier, or leave it out."
             )
@@ -62,12 +63,12 @@ class PerLayer(Allocation):
         size = sum(layer.size for layer in layers)
         if not rest:
             if abs(pruned / size - sparsity) > _AS_PRINTED:
-                raise ValueError(
+                raise UserError(
                     f"sparsity must be {pruned / size:.4f}, the mean of PerLayer, which names every layer, but it is "
                     f"{sparsity:g}. Give sparsity={pruned / size:.4f}, or leave some layers to make up the difference."
                 )
         elif not -1e-9 <= (wanted := (sparsity * size - pruned) / rest) < 1:
-            raise ValueError(
+            raise UserError(
                 f"sparsity must be from {pruned / size:.4f} to below {(pruned + rest) / size:.4f} with this PerLayer, "
                 f"but it is {sparsity:g}: the other {rest / size:.1%} of the weights would need a sparsity of "
                 f"{wanted:.4f}. Give another sparsity, or other values in PerLayer."

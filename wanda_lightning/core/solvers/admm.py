@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.criteria import lower_inactive
 from wanda_lightning.core.gram import cholesky
 from wanda_lightning.core.hyperparameters import Number, check
@@ -57,7 +58,7 @@ class ADMM(Solver):
             object.__setattr__(self, "rho", tuple(self.rho))
         pair = isinstance(self.rho, tuple) and len(self.rho) == 2
         if not pair or not all(map(Number(minimum=_MIN_RHO).accepts, self.rho)) or self.rho[0] > self.rho[1]:
-            raise ValueError(
+            raise UserError(
                 f"rho of ADMM must be two numbers of at least {_MIN_RHO}, the first and a last that is not smaller, "
                 f"but it is {self.rho}."
             )
