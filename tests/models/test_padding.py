@@ -120,11 +120,15 @@ def gemma():
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_a_dictionary_of_masks_prunes_as_the_padding_it_is_made_of(mask, sequential):
     model, other = gemma(), gemma()
-    options = {"config": model.config, "inputs_embeds": model.get_input_embeddings()(IDS), "attention_mask": mask}
-    options |= {"cache": None, "position_ids": None}
+    inputs = (
+        model.config,
+        model.get_input_embeddings()(IDS),
+        mask,
+        None,
+    )  # releases name the last one, the cache, otherwise
     masks = {
-        "full_attention": create_causal_mask(**options),
-        "sliding_attention": create_sliding_window_causal_mask(**options),
+        "full_attention": create_causal_mask(*inputs),
+        "sliding_attention": create_sliding_window_causal_mask(*inputs),
     }
     reports = [
         prune(each, [{"input_ids": IDS, "attention_mask": given}], sequential=sequential, progress=False)

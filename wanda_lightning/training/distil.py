@@ -356,7 +356,7 @@ def _mixed_precision(model: nn.Module) -> torch.autocast:
 
 
 def _cpu_has_bfloat16() -> bool:
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in PyTorch 2.10
+    features = torch.cpu.get_capabilities()
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
