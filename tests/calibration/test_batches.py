@@ -11,7 +11,8 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.batches import CalibrationBatches, fit_together, forward_batch, is_even, map_tensors
+from wanda_lightning.calibration.batches import forward_batch, is_even, map_tensors
+from wanda_lightning.calibration.samples import Samples, fit_together
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 
@@ -167,8 +168,8 @@ def test_which_batches_can_be_split():
 
 
 def samples_of(*batches, forward=lambda batch: batch):
-    data = CalibrationBatches(mlp(), batches, forward, None, SINGLE_PROCESS, "a test")
-    return data, [sample for batch in data.samples() for sample in batch]
+    data = Samples(mlp(), batches, forward, None, SINGLE_PROCESS, "a test")
+    return data, [sample for batch in data for sample in data.split(batch)]
 
 
 def test_samples_of_several_batches_run_as_one():
@@ -215,6 +216,6 @@ def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size):
             processes = SimpleNamespace(
                 rank=rank, world_size=world_size, fail_together=nullcontext, all_gather=lambda _, counts=counts: counts
             )
-            data = CalibrationBatches(mlp(), batches, lambda batch: batch, None, processes, "test")
+            data = Samples(mlp(), batches, lambda batch: batch, None, processes, "test")
             found += [number for sample in data.head(8) for number in sample.predict().tolist()]
         assert sorted(found) == list(range(8))

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
-from wanda_lightning.calibration.batches import CalibrationBatches, map_tensors
+from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.gradients import gradient_statistics_by_block
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -86,7 +87,7 @@ ROUNDED = {"block_twice", "convnext", "convnext_conv_mlp", "deit", "resnet18", "
 def by_block(model, batches, hold):
     """The sums of samples that pass side by side."""
     plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
-    data = CalibrationBatches(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
+    data = Samples(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
     with pruning_mode(model):
         return gradient_statistics_by_block(model, plan.layers, plan.block_units, data, hold)
 

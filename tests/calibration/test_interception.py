@@ -8,14 +8,15 @@ from itertools import product
 import pytest
 import torch
 from support.pairwise import pairwise, with_nightly
+from support.samples import as_samples
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT, prune
 from wanda_lightning.calibration.interception import WeightInterceptor, intercept
-from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.patterns import NM
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -146,10 +147,10 @@ def test_a_layer_alone_outside_of_blocks():
 
 
 def observed(model, batches, **options):
-    observer = Observer(frozenset(SUMS), [()] * len(batches), **options)
+    observer = Observer(frozenset(SUMS), **options)
     (unit,) = find_layers(model, "none").units
     with torch.no_grad():
-        return observer(unit, whole_model_stop([partial(model, x) for x in batches]).calls)
+        return observer(unit, whole_model_calls(as_samples([partial(model, x) for x in batches])))
 
 
 def test_a_layer_that_is_called_and_read_past_counts_both():

@@ -8,16 +8,17 @@ import time
 import traceback
 import weakref
 from contextlib import closing
-from functools import partial
 
 import pytest
 import torch
 from support import forks
-from support.chains import WIDTH, Chain, Mlp, forwards, hooks, interrupt, overrides, route, through, travel, vectors
+from support.chains import WIDTH, Chain, Mlp, hooks, interrupt, overrides, route, through, travel, vectors
+from support.samples import as_samples, samples_of
 from support.zoo import ZOO, run
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.lockstep import lockstep, whole_model_stop
+from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.solvers import Solver
 
 
@@ -36,9 +37,9 @@ def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(cou
     model, batches, units = Chain(Mlp(), Mlp(), Mlp()), vectors(count), []
     for stop in travel(model, batches, model.blocks):
         units.append(stop.unit)
-        assert [call.batch for call in stop.calls] == list(range(count))
+        assert [call.sample.batch_index for call in stop.calls] == list(range(count))
         for call in stop.calls:
-            assert torch.equal(call.args[0], through(model.blocks[: stop.unit], batches[call.batch]))
+            assert torch.equal(call.args[0], through(model.blocks[: stop.unit], batches[call.sample.batch_index]))
             assert call.kwargs == {}
     assert units == [0, 1, 2]
 
@@ -60,7 +61,7 @@ def test_a_unit_that_no_batch_reaches_is_no_stop():
     model, outputs = ZOO["unreached"].build(), []
     batches = ZOO["unreached"].batches()
     runs = [lambda batch=batch: outputs.append(run(model, batch)) for batch in batches]
-    with closing(lockstep(runs, model.blocks)) as stops:
+    with closing(lockstep(as_samples(runs), model.blocks)) as stops:
         assert [stop.unit for stop in stops] == [0, 2]
     # A unit is still to come, so the batches ran to their end: the model's own output is that of a plain forward.
     with torch.no_grad():
@@ -85,7 +86,7 @@ def test_a_shared_block_runs_through_the_second_time():
     model, batches = Chain(shared, Mlp(), shared, Mlp()), vectors()
     units = [shared, model.blocks[1], model.blocks[3]]
     for stop in travel(model, batches, units):
-        assert [call.batch for call in stop.calls] == [0, 1, 2]
+        assert [call.sample.batch_index for call in stop.calls] == [0, 1, 2]
         if stop.unit == 2:
             assert len(calls) == 2 * len(batches)
             assert set(calls) == {threading.current_thread()}
@@ -105,13 +106,13 @@ def test_the_whole_model_draws_the_batches_one_by_one():
     def batches():
         for index in range(3):
             drawn.append(index)
-            yield lambda: (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            yield as_samples([lambda: (torch.is_grad_enabled(), torch.is_inference_mode_enabled())])[0]
 
-    calls = iter(whole_model_stop(batches()).calls)
+    calls = whole_model_calls(batches())
     assert drawn == []
     for index in range(3):
         call = next(calls)
-        assert (call.batch, drawn) == (index, list(range(index + 1)))
+        assert drawn == list(range(index + 1))
         assert call.run() == (False, False)
 
 
@@ -197,7 +198,7 @@ def test_activations_of_a_stop_are_gone_after_it():
                 gone.append(entered() is None)
 
     model, before = Fresh(*(Mlp() for _ in range(4))), []
-    stops = lockstep([partial(model, x) for x in vectors(5)], model.blocks)
+    stops = lockstep(samples_of(model, vectors(5)), model.blocks)
     for stop in stops:
         assert all(reference() is not None for reference in references(stop))
         assert [reference() for reference in before] == [None] * len(before)
@@ -356,7 +357,7 @@ def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
 @pytest.mark.parametrize("stops_seen", range(4))
 def test_closing_early_ends_all_threads(stops_seen):
     model = Chain(Mlp(), Mlp(), Mlp())
-    stops = lockstep(forwards(model, vectors()), model.blocks)
+    stops = lockstep(samples_of(model, vectors()), model.blocks)
     for _ in range(stops_seen):
         next(stops)
     stops.close()
@@ -366,7 +367,7 @@ def test_closing_early_ends_all_threads(stops_seen):
 
 def test_a_forgotten_generator_ends_all_threads():
     model = Chain(Mlp(), Mlp())
-    stops = lockstep(forwards(model, vectors()), model.blocks)
+    stops = lockstep(samples_of(model, vectors()), model.blocks)
     next(stops)
     assert overrides(model)
     del stops
@@ -389,7 +390,7 @@ def test_a_model_that_catches_exceptions_does_not_swallow_the_ending(kind, stops
             return x
 
     model = Careful(Mlp(), Mlp())
-    stops = lockstep(forwards(model, vectors()), model.blocks)
+    stops = lockstep(samples_of(model, vectors()), model.blocks)
     for _ in range(stops_seen):
         next(stops)
     stops.close()

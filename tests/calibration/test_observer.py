@@ -7,15 +7,15 @@ import torch
 from support.chains import travel
 from support.elsewhere import Elsewhere
 from support.pairwise import with_nightly
+from support.samples import samples_of
 from support.zoo import ZOO, run
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.batches import CalibrationBatches
-from wanda_lightning.calibration.calibrate import calibrate, watch_units
-from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.calibration.unit_stops import stop_at_units, watch_units, whole_model_calls
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.engine.plan import make_plan
@@ -52,13 +52,12 @@ def test_batches_that_a_unit_writes_into_are_pruned_as_any_other(large, sequenti
 
 
 def observed(model, batches, sequential="none"):
-    observer = Observer(NEEDS, [()] * len(batches))
+    observer = Observer(NEEDS)
     units = find_layers(model, sequential).units
-    forwards = [partial(run, model, batch) for batch in batches]
     found = {}
     with torch.no_grad():
         if sequential == "none":
-            return observer(units[0], whole_model_stop(forwards).calls)
+            return observer(units[0], whole_model_calls(samples_of(model, batches)))
         for stop in travel(model, batches, [unit.module for unit in units]):
             found.update(observer(units[stop.unit], stop.calls))
     return found
@@ -93,11 +92,11 @@ def test_layers_with_one_input_share_one_object(sequential):
 
 def test_collect_and_finish_give_what_a_call_gives():
     model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
-    (unit,), observer = find_layers(model, "none").units, Observer(NEEDS, [()] * len(batches))
+    (unit,), observer = find_layers(model, "none").units, Observer(NEEDS)
     with torch.no_grad():
-        for index, batch in enumerate(batches):
-            with observer.collect(unit, index):
-                run(model, batch)
+        for sample in samples_of(model, batches):
+            with observer.collect(unit, sample):
+                sample.forward()
     expected, found = observed(model, batches), observer.finish(unit)
     assert found.keys() == expected.keys()
     for name, statistics in expected.items():
@@ -115,11 +114,11 @@ SAMPLED = (
 def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(name):
     model = ZOO[name].build()
     plan, held = make_plan(PruningConfig.from_names(), model), []
-    data = CalibrationBatches(model, ZOO[name].batches(), partial(run, model), None, SINGLE_PROCESS, "a test")
-    observer = Observer(NEEDS, data.masks)
+    data = Samples(model, ZOO[name].batches(), partial(run, model), None, SINGLE_PROCESS, "a test")
+    observer = Observer(NEEDS)
     with pruning_mode(model):
-        (stop,) = calibrate(model, [plan.whole_model], data, SINGLE_PROCESS, set())
-        expected = observer(stop.unit, stop.calls)
+        (stop,) = stop_at_units(model, [plan.whole_model], data, SINGLE_PROCESS, set())
+        expected = stop.observe(observer, lambda calls: calls)
         visited = [unit.name for unit in watch_units(plan.parts, data, observer, held.append)]
         found = observer.finish(plan.whole_model)
     assert found.keys() == expected.keys()

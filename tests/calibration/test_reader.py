@@ -6,16 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.pairwise import spread
-from support.zoo import ZOO, run
+from support.samples import samples_of
+from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import NM, OWL, RIA, Unstructured, Wanda, prune
-from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.core.solvers import SparseGPT, ZeroOut
 from wanda_lightning.methods import SOLVERS
-from wanda_lightning.models import Unit, find_layers, token_masks
+from wanda_lightning.models import Unit, find_layers
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
@@ -24,10 +25,8 @@ EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def statistics_of(model, batches, needs=("square_sum", "gram")):
     """What enters each layer of the dense model, as pruning would read it."""
     layers = find_layers(model).layers
-    masks = [token_masks(model, batch) for batch in batches]
-    forwards = [lambda batch=batch: run(model, batch) for batch in batches]
     with torch.no_grad():
-        return Observer(frozenset(needs), masks)(Unit("", None, layers), whole_model_stop(forwards).calls)
+        return Observer(frozenset(needs))(Unit("", None, layers), whole_model_calls(samples_of(model, batches)))
 
 
 # ---- packed batches

@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Assignment, NoPermutation, PruningCallback, PruningConfig, WandaPrune, prune
-from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.engine import permuting
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.run import Run
 from wanda_lightning.engine.store import WeightStore
 from wanda_lightning.parallel import SINGLE_PROCESS
 
@@ -62,9 +63,9 @@ def plan_for(model, **choices):
 
 def permute_model(plan, batches):
     """Permute in place; return what was permuted."""
-    data = CalibrationBatches(plan.model, batches, None, None, SINGLE_PROCESS, "Assignment()")
+    samples = Samples(plan.model, batches, None, None, SINGLE_PROCESS, "Assignment()")
     with pruning_mode(plan.model):
-        return permute(plan, data, WeightStore(), progress=False)
+        return permute(Run(plan, samples, WeightStore()))
 
 
 def outputs(model, batches):

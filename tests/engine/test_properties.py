@@ -1,6 +1,7 @@
 """Whatever the layer and the batches: statistics are those of a slow loop, and counts of zeros are exact."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import reference
+from support.samples import samples_of
 from timm.layers import Conv2dSame
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import NM, Unstructured, prune
-from wanda_lightning.calibration.lockstep import whole_model_stop
+from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.models import Unit, find_layers, token_masks
+from wanda_lightning.calibration.unit_stops import whole_model_calls
+from wanda_lightning.models import Unit, find_layers
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # with what tolerance
@@ -142,15 +145,9 @@ EVEN_SAME = pytest.mark.filterwarnings("ignore:Using padding='same' with even ke
 @given(cases(*DTYPES))
 def test_statistics_are_those_of_a_slow_loop(case):
     layers = find_layers(case.model, include_grouped=True).layers
-    masks = [token_masks(case.model, batch) for batch in case.batches]
-    forwards = [
-        lambda batch=batch: case.model(**batch) if isinstance(batch, dict) else case.model(batch)
-        for batch in case.batches
-    ]
+    samples = samples_of(case.model, case.batches, forward=partial(forward_batch, case.model))
     with torch.no_grad():
-        found = Observer(frozenset({"square_sum", "gram"}), masks)(
-            Unit("", None, layers), whole_model_stop(forwards).calls
-        )
+        found = Observer(frozenset({"square_sum", "gram"}))(Unit("", None, layers), whole_model_calls(samples))
     assert found.keys() == case.tokens.keys()
     for name, tokens in case.tokens.items():
         sums, gram = found[name].sums, reference.gram(tokens)

@@ -386,12 +386,12 @@ def test_rows_of_layers_with_one_input_are_solved_together(sequential, solved_to
 
 
 def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeypatch):
-    from wanda_lightning.engine import prune as pruning
+    from wanda_lightning.engine import write
 
     torch.manual_seed(0)
     results = []
-    for limit in (pruning._MAX_GROUP, 2 * 8 * 16, 1):
-        monkeypatch.setattr(pruning, "_MAX_GROUP", limit)
+    for limit in (write._MAX_GROUP, 2 * 8 * 16, 1):
+        monkeypatch.setattr(write, "_MAX_GROUP", limit)
         torch.manual_seed(0)
         blocks = torch.nn.Sequential(Parallel())
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, sequential="none")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.chains import Chain, Mlp, forwards, through, vectors
+from support.chains import Chain, Mlp, through, vectors
 from support.pairwise import with_nightly
 from support.parking import hide, is_hidden
+from support.samples import as_samples, samples_of
 from support.zoo import ZOO
 from torch import nn
 
@@ -218,7 +219,7 @@ def test_a_waiting_batch_holds_nothing_in_memory(tmp_path, all_sizes, module):
         return made[-1]
 
     runs = [lambda x=x: outputs.append(model(x + 0)) for x in batches]
-    with torch.no_grad(), closing(lockstep(runs, units, to_end=True, make_parking=make)) as stops:
+    with torch.no_grad(), closing(lockstep(as_samples(runs, make), units, to_end=True)) as stops:
         for stop in stops:
             assert all(map(is_in_a_file, (call.args[0] for call in stop.calls)))
             assert all(torch.equal(call.args[0], x) for call, x in zip(stop.calls, expected, strict=True))
@@ -249,13 +250,13 @@ def test_tensors_that_batches_share_stay_valid(tmp_path, all_sizes, kind):
     model, batches = Sharing(Mlp(), Mlp()), vectors(4)
     table = torch.arange(batches[0].shape[-1]) * 1.0
     make = makers(tmp_path)[kind]
-    with closing(lockstep(forwards(model, batches), model.blocks, make_parking=make)) as stops:
+    with closing(lockstep(samples_of(model, batches, make), model.blocks)) as stops:
         for stop in stops:
             for call in stop.calls:
-                x = batches[call.batch] + table
-                call.parking.occupy()
+                x = batches[call.sample.batch_index] + table
+                call.sample.parking.occupy()
                 assert torch.equal(call.args[0], x if stop.unit == 0 else through(model.blocks[:1], x) + table)
-                call.parking.vacate()
+                call.sample.parking.vacate()
     assert is_in_a_file(model.table) == (kind == "disk")
     assert not is_hidden(model.table)  # the last batch has copied it back
     assert torch.equal(model.table, table)
@@ -263,7 +264,7 @@ def test_tensors_that_batches_share_stay_valid(tmp_path, all_sizes, kind):
 
 def test_an_interrupted_run_leaves_no_file_and_no_thread(tmp_path, all_sizes):
     threads, model = set(threading.enumerate()), Chain(Mlp(), Mlp())
-    stops = lockstep(forwards(model, vectors()), model.blocks, make_parking=partial(DiskParking, tmp_path))
+    stops = lockstep(samples_of(model, vectors(), partial(DiskParking, tmp_path)), model.blocks)
     next(stops)
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
     with pytest.raises(KeyboardInterrupt):

@@ -3,11 +3,10 @@
 import os
 import signal
 from contextlib import closing
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from support.zoo import run
+from support.samples import samples_of
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import lockstep
@@ -59,19 +58,18 @@ def through(blocks, x):
     return x
 
 
-def forwards(model, batches):
-    return [partial(run, model, batch) for batch in batches]
-
-
 def travel(model, batches, units, **options):
     """The stops of all batches at some units."""
-    with closing(lockstep(forwards(model, batches), units, **options)) as stops:
+    with closing(lockstep(samples_of(model, batches), units, **options)) as stops:
         yield from stops
 
 
 def route(model, batches, units, **options):
     """Each stop as the index of its unit and the batches there."""
-    return [(stop.unit, [call.batch for call in stop.calls]) for stop in travel(model, batches, units, **options)]
+    return [
+        (stop.unit, [call.sample.batch_index for call in stop.calls])
+        for stop in travel(model, batches, units, **options)
+    ]
 
 
 def overrides(model):

@@ -2,14 +2,15 @@
 
 import torch
 import transformers as hf
-from support.zoo import ZOO, run
+from support.samples import samples_of
+from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.statistics import SUMS
-from wanda_lightning.models import find_layers, token_masks
+from wanda_lightning.models import find_layers
 
 SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4"]
 BY_COLUMNS = ("gpt_oss", "llama4")
@@ -56,12 +57,9 @@ class Stack(nn.Module):
 
 def observed(model, batches, needs=frozenset(SUMS), minimum=0):
     unit = find_layers(model, "none").units[0]
-    masks = [token_masks(model, batch) for batch in batches]
-    observer = Observer(needs, masks, min_expert_tokens=minimum)
+    observer = Observer(needs, min_expert_tokens=minimum)
     with calibration_mode(model), torch.no_grad():
-        statistics = observer(
-            unit, whole_model_stop([lambda batch=batch: run(model, batch) for batch in batches]).calls
-        )
+        statistics = observer(unit, whole_model_calls(samples_of(model, batches)))
     return {name: value for name, value in statistics.items() if ".experts." in name}, observer
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import time
-from functools import partial
 from unittest import mock
 
 import lightning as L
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.batches import split
 from support.gradients import gradients
+from support.samples import samples_of
 from support.zoo import ZOO, run
 from torch import distributed as dist
 from torch import nn
@@ -30,8 +30,8 @@ from wanda_lightning import (
     prune,
     prune_from_disk,
 )
-from wanda_lightning.calibration.lockstep import whole_model_stop
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.trainer import processes_of
@@ -167,11 +167,10 @@ def statistics_of(rank, name, shares=None):
     processes, sent = both(), []
     add = processes.all_reduce_sum
     processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
-    observer = Observer(frozenset(SUMS), [()] * len(batches), processes=processes)
+    observer = Observer(frozenset(SUMS), processes)
     unit = find_layers(model, "none").units[0]
-    forwards = [partial(run, model, batch) for batch in batches]
     with torch.no_grad():
-        found = observer(unit, whole_model_stop(forwards).calls)
+        found = observer(unit, whole_model_calls(samples_of(model, batches)))
     groups = {}
     for layer, statistics in found.items():
         groups.setdefault(id(statistics), []).append(layer)

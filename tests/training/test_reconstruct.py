@@ -6,26 +6,25 @@ import pytest
 import torch
 from support.allocated import most_allocated
 from support.pairwise import spread
-from support.zoo import ZOO, run
+from support.samples import samples_of
+from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import NM, PruningReport, Reconstruct, prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.models import find_layers, token_masks
+from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import Processes
 
 
 def parts_of(name):
     model, batches = ZOO[name].build(), ZOO[name].batches()
     units = find_layers(model).units
-    forwards = [lambda batch=batch: run(model, batch) for batch in batches]
-    masks = [token_masks(model, batch) for batch in batches]
     found = {}
     with torch.no_grad():
-        for stop in lockstep(forwards, [unit.module for unit in units]):
-            recovery = Reconstruct().start(units[stop.unit], masks)
+        for stop in lockstep(samples_of(model, batches), [unit.module for unit in units]):
+            recovery = Reconstruct().start(units[stop.unit])
             for call in recovery.record(stop.calls):
                 call.run()
             parts = getattr(recovery, "parts", [])

@@ -10,7 +10,7 @@ from typing import Any
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.parking import Parking
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
 
 Forward = Callable[..., Any]
@@ -21,24 +21,23 @@ IDLE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Call:
-    """The call of a unit at which a batch is parked, before the unit runs."""
+    """The call of a unit at which a sample is parked, before the unit runs."""
 
-    batch: int  # index of the batch
+    sample: Sample
     unit: str  # name of the unit; "" for the whole model
     forward: Forward  # the unit's own forward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    thread_state: ThreadState  # of the batch's thread at the call
-    parking: Parking  # the activations of the batch
+    thread_state: ThreadState  # of the sample's thread at the call
 
     def run(self, on_copies: bool = False) -> Any:
         """Run the unit and return its output; on clones of its arguments if it will run again on the same values.
 
-        The activations stay in memory afterward: call `parking.vacate` unless the batch continues now.
+        The activations stay in memory afterward: call `sample.parking.vacate` unless the sample continues now.
         """
-        self.parking.occupy()
+        self.sample.parking.occupy()
         arguments = self.args, self.kwargs
-        with naming_batch(self.batch, arguments, self.unit), self.thread_state.entered():
+        with naming_batch(self.sample.batch_index, arguments, self.unit), self.thread_state.entered():
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
             return self.forward(*args, **kwargs)
 
@@ -47,7 +46,7 @@ class Stalled(Exception):
     """A batch that reaches no unit although the process computes nothing."""
 
     def __init__(self, thread: BatchThread, place: str) -> None:
-        super().__init__(f"batch {thread.batch} has waited for {IDLE_SECONDS:g} seconds {place}")
+        super().__init__(f"batch {thread.sample.batch_index} has waited for {IDLE_SECONDS:g} seconds {place}")
         self.thread = thread
 
 
@@ -56,22 +55,13 @@ class StopForward(BaseException):
 
 
 class BatchThread(threading.Thread):
-    """The forward pass of one batch, which parks at units with the given names."""
+    """The forward pass of one sample, which parks at units with the given names."""
 
-    def __init__(
-        self,
-        batch: int,
-        forward: Callable[[], object],
-        names: Sequence[str],
-        thread_state: ThreadState,
-        parking: Parking,
-    ) -> None:
-        super().__init__(name=f"calibration batch {batch}", daemon=True)
-        self.batch = batch
+    def __init__(self, sample: Sample, names: Sequence[str], thread_state: ThreadState) -> None:
+        super().__init__(name=f"calibration batch {sample.batch_index}", daemon=True)
+        self.sample = sample
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.unit = -1  # index of the unit at which the batch is parked, or was parked last
-        self.parking = parking
-        self._forward: Callable[[], object] | None = forward
         self._names, self._thread_state = names, thread_state
         self._output: Any = None
         self._error: BaseException | None = None
@@ -83,15 +73,14 @@ class BatchThread(threading.Thread):
         self._go.acquire()
         try:
             if not self._cancelled:
-                assert self._forward is not None
-                with self._thread_state.entered(), self.parking:
-                    self._forward()
+                with self._thread_state.entered(), self.sample.parking:
+                    self.sample.forward()
         except StopForward:
             pass
         except BaseException as error:
             self._error = error
         finally:
-            self.call = self._forward = None
+            self.call = None
             self._back.release()
 
     def park(self, unit: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,17 +88,17 @@ class BatchThread(threading.Thread):
         if self._cancelled:  # the model caught StopForward, or calls a unit in a `finally` block
             raise StopForward
         thread_state = ThreadState()
-        call = Call(self.batch, self._names[unit], forward, args, kwargs, thread_state, self.parking)
+        call = Call(self.sample, self._names[unit], forward, args, kwargs, thread_state)
         self.unit, self.call = unit, call
         del call
-        self.parking.add((args, kwargs))
+        self.sample.parking.add((args, kwargs))
         self._back.release()
         self._go.acquire()
         thread_state.switches.restore()
         if self._cancelled:
             raise StopForward
         output, self._output = self._output, None
-        self.parking.add(output)
+        self.sample.parking.add(output)
         return output
 
     def advance(self, output: Any = None) -> None:
@@ -121,7 +110,7 @@ class BatchThread(threading.Thread):
         """
         self.call, self._output = None, output
         del output
-        self.parking.occupy()
+        self.sample.parking.occupy()
         switches = ProcessSwitches()
         try:
             self._go.release()
@@ -131,7 +120,7 @@ class BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
         if self.call is not None:
-            self.parking.vacate()
+            self.sample.parking.vacate()
 
     def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
         """Run the parked call, or the one that `prepared` returns for it, and continue the batch with its output."""

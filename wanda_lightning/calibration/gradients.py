@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import CalibrationBatches, Sample, fit_together
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
 from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.calibration.side_by_side import pass_side_by_side
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
@@ -28,7 +29,7 @@ def gradient_statistics(
     model: nn.Module,
     layers: Sequence[Layer],
     blocks: Sequence[nn.Module],
-    data: CalibrationBatches,
+    samples: Samples,
     tick: Callable[[], None],
     processes: Processes,
     limit: GradientLimit = GradientLimit(),
@@ -51,7 +52,7 @@ def gradient_statistics(
 
     def run(mode: AbstractContextManager[Any]) -> None:
         with recomputing(blocks, mode), torch.enable_grad():
-            _pass_backward(data, tick, processes, limit)
+            _pass_backward(samples, tick, processes, limit)
 
     return _summed(model, layers, processes, run)
 
@@ -60,7 +61,7 @@ def gradient_statistics_by_block(
     model: nn.Module,
     layers: Sequence[Layer],
     blocks: Sequence[Unit],
-    data: CalibrationBatches,
+    samples: Samples,
     hold: Callable[[str], None],
     limit: GradientLimit = GradientLimit(),
 ) -> dict[str, GradientStatistics]:
@@ -73,8 +74,8 @@ def gradient_statistics_by_block(
     """
 
     def run(mode: AbstractContextManager[Any]) -> None:
-        for group in _groups(data, limit):
-            pass_side_by_side(group, blocks, mode, hold, data.make_parking)
+        for group in _groups(samples, limit):
+            pass_side_by_side(group, blocks, mode, hold)
 
     return _summed(model, layers, SINGLE_PROCESS, run)
 
@@ -82,9 +83,9 @@ def gradient_statistics_by_block(
 SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384
 
 
-def _groups(data: CalibrationBatches, limit: GradientLimit) -> Iterator[list[Callable[[], None]]]:
-    """Yield groups of backward passes, one for each sample. The first pass shows how many predictions a sample has."""
-    samples, last, done, predictions = chain.from_iterable(data.samples()), limit.samples, 0, 0
+def _groups(samples: Samples, limit: GradientLimit) -> Iterator[list[Sample]]:
+    """Yield groups of samples that pass backward. The first pass shows how many predictions a sample has."""
+    remaining, last, done, predictions = chain.from_iterable(map(samples.split, samples)), limit.samples, 0, 0
 
     def pass_backward(sample: Sample, first: int) -> None:
         nonlocal last, predictions
@@ -97,9 +98,9 @@ def _groups(data: CalibrationBatches, limit: GradientLimit) -> Iterator[list[Cal
     while last is None or done < last:
         size = SAMPLES_AT_ONCE if not predictions else max(SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE // predictions)
         end = done + size if last is None else min(done + size, last)
-        group: list[Callable[[], None]] = []
-        while done < end and (sample := next(samples, None)):
-            group.append(partial(pass_backward, sample, done))
+        group: list[Sample] = []
+        while done < end and (sample := next(remaining, None)):
+            group.append(replace(sample, forward=partial(pass_backward, sample, done)))
             done += sample.size
         if not group:
             return
@@ -135,23 +136,21 @@ def _zeros(layer: Layer) -> GradientStatistics:
     return GradientStatistics(zeros[:d_in], zeros[d_in:])
 
 
-def _pass_backward(
-    data: CalibrationBatches, tick: Callable[[], None], processes: Processes, limit: GradientLimit
-) -> None:
+def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, limit: GradientLimit) -> None:
     """Run backward passes for one batch of each process, then for the next, until enough samples are done.
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
-    batches, last, done, predictions = data.samples(), limit.samples, 0, 0
+    batches, last, done, predictions = iter(samples), limit.samples, 0, 0
     while last is None or done < last:
         with processes.fail_together():
-            samples = next(batches, None)
-        sizes = processes.all_gather([samples is not None, sum(sample.size for sample in samples or ())])
+            batch = next(batches, None)
+            left = samples.split(batch) if batch and batch.counts else []
+        sizes = processes.all_gather([batch is not None, sum(sample.size for sample in left)])
         if not any(has_batch for has_batch, _ in sizes):
             return
         index = done + sum(size for _, size in sizes[: processes.rank])
         with processes.fail_together():
-            left = list(samples or ())
             if not predictions and any(size for _, size in sizes):  # the first sample shows how many each has
                 first = next(rank for rank, (_, size) in enumerate(sizes) if size)
                 if processes.rank == first:
@@ -161,18 +160,18 @@ def _pass_backward(
                 predictions = processes.broadcast(predictions, first)
                 last = None if last is None else max(last, -(-limit.predictions // predictions))
             left = left if last is None else left[: max(0, last - index)]
-            for sample in _joined(data, left) if predictions == 1 else left:
+            for sample in _joined(samples, left) if predictions == 1 else left:
                 _pass_sample_backward(sample, index, sample.size if last is None else last - index)
                 index += sample.size
             tick()
         done += sum(size for _, size in sizes)
 
 
-def _joined(data: CalibrationBatches, samples: Sequence[Sample]) -> Iterator[Sample]:
+def _joined(samples: Samples, parts: Sequence[Sample]) -> Iterator[Sample]:
     """Join samples of equal shapes, so that one backward pass has some of them."""
-    for start in range(0, len(samples), _SAMPLES_AT_ONCE):
-        part = samples[start : start + _SAMPLES_AT_ONCE]
-        yield from [data.join(part)] if fit_together(part) else part
+    for start in range(0, len(parts), _SAMPLES_AT_ONCE):
+        some = parts[start : start + _SAMPLES_AT_ONCE]
+        yield from [samples.join(some)] if fit_together(some) else some
 
 
 def _pass_sample_backward(sample: Sample, first: int, count: int) -> int:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 from torch import nn
 
 from wanda_lightning.calibration.batch_thread import BatchThread, Call, Stalled, park
-from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import find_revisits
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.thread_state import ThreadState
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, is_sharded
@@ -34,14 +34,13 @@ class Stop(NamedTuple):
 
 
 def lockstep(
-    forwards: Sequence[Callable[[], object]],
+    samples: Sequence[Sample],
     units: Sequence[nn.Module | None],
-    processes: Processes = SINGLE_PROCESS,
     names: Sequence[str] = (),
+    processes: Processes = SINGLE_PROCESS,
     revisited: set[int] | None = None,
     to_end: bool = False,
     prepared: Callable[[int, Call], Call] = lambda unit, call: call,
-    make_parking: MakeParking = Parking,
 ) -> Iterator[Stop]:
     """Stop once at each unit that a batch reaches, with all batches that are parked there.
 
@@ -51,14 +50,13 @@ def lockstep(
     with a matrix of its own, to find out whether the model calls a unit again.
 
     Args:
-        forwards: One forward pass for each batch.
+        samples: What runs forward, each in a thread of its own.
         units: Disjoint modules in the order of the stops; None for a stop at which batches `park` themselves.
-        processes: The processes that run the same units, each with its own forward passes.
         names: Names of the units for error messages; by default those of their classes.
-        revisited: Set to which the indices of units are added that a batch reaches again.
+        processes: The processes that run the same units, each with its own forward passes.
+        revisited: Receives the index of every unit that a batch reaches again.
         to_end: Let the batches run to the end of the model after the last unit.
         prepared: Takes the index of a unit and a call of it with which a batch will continue; returns the call to run.
-        make_parking: Called once for each batch, to keep its activations while it waits.
 
     Yields:
         The stops. Closing the generator, or an exception, ends all threads and restores the modules.
@@ -70,7 +68,7 @@ def lockstep(
     revisited = set() if revisited is None else revisited
     pending = set(range(len(units)))
     names = names or [type(unit).__name__ for unit in units]
-    with _parking(units), _batch_threads(forwards, names, make_parking) as threads:
+    with _parking(units), _batch_threads(samples, names) as threads:
         with processes.fail_together():
             for thread in threads:
                 thread.start()
@@ -110,12 +108,10 @@ def _parking(units: Sequence[nn.Module | None]) -> Iterator[None]:
 
 
 @contextmanager
-def _batch_threads(
-    forwards: Sequence[Callable[[], object]], names: Sequence[str], make_parking: MakeParking
-) -> Iterator[list[BatchThread]]:
+def _batch_threads(samples: Sequence[Sample], names: Sequence[str]) -> Iterator[list[BatchThread]]:
     """Construct one thread for each batch; end all threads at the end of this block."""
     state, stalled = ThreadState(), None
-    threads = [BatchThread(batch, forward, names, state, make_parking()) for batch, forward in enumerate(forwards)]
+    threads = [BatchThread(sample, names, state) for sample in samples]
     try:
         yield threads
     except Stalled as stall:
@@ -131,18 +127,12 @@ def _batch_threads(
 
 
 def _explain(stall: Stalled, threads: Sequence[BatchThread]) -> str:
-    waiting = ", ".join(f"batch {each.call.batch} at {each.call.unit}" for each in threads if each.call is not None)
+    waiting = ", ".join(
+        f"batch {each.call.sample.batch_index} at {each.call.unit}" for each in threads if each.call is not None
+    )
     return (
         f"sequential must be 'none' for this model, whose batches cannot run side by side: {stall} without computing "
         "anything, perhaps for a lock that the model keeps from one unit to the next. Parked inside the model: "
         f"{waiting or 'no other batch'}. Use sequential='none', which runs one batch after the other, or let the model "
         "release the lock in each unit."
-    )
-
-
-def whole_model_stop(forwards: Iterable[Callable[[], object]]) -> Stop:
-    """Return a stop whose calls run the whole model, each on one batch; batches are drawn one by one."""
-    thread_state = ThreadState()
-    return Stop(
-        0, (Call(batch, "", forward, (), {}, thread_state, Parking()) for batch, forward in enumerate(forwards))
     )

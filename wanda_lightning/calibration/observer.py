@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, input_of, intercept
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
 from wanda_lightning.calibration.pooling import all_reduce_statistics, merged, pool_experts
 from wanda_lightning.calibration.reader import BatchReader, Identity
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.models import Layer, TokenMask, Unit, token_masks
+from wanda_lightning.models import Layer, Unit, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
@@ -32,8 +34,6 @@ class Observer:
 
     Args:
         needs: Names of the sums.
-        masks: The padding of each batch; None for a batch that runs through the model but does not count.
-        tick: Called after each batch.
         processes: Processes that calibrate together; the statistics are sums over the batches of all processes.
         min_expert_tokens: Experts with fewer tokens get the statistics of all their siblings in the unit.
 
@@ -44,8 +44,6 @@ class Observer:
     """
 
     needs: frozenset[str]
-    masks: Sequence[tuple[TokenMask, ...] | None]
-    tick: Callable[[], None] = lambda: None
     processes: Processes = SINGLE_PROCESS
     min_expert_tokens: int = 0
     padding_counted: set[str] = field(default_factory=set)
@@ -53,7 +51,8 @@ class Observer:
     not_routed: set[str] = field(default_factory=set)
     _sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)  # by the layers with this input
     _checks: list[Check] = field(default_factory=list)
-    # The last unit that was a layer: its layers, their inputs in all batches, and their statistics.
+    # The last unit that was a layer: its layers, their inputs in all batches of this process, and their statistics over
+    # all processes.
     _last: tuple[Sequence[Layer], list[Identity], dict[str, InputStatistics]] = (), [], {}
 
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
@@ -62,17 +61,15 @@ class Observer:
         Raises:
             ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
         """
+        if _is_layer(unit):  # it need not run: its input is in the parked calls
+            return self._read_parked(unit, [call for call in calls if call.sample.counts])
         with self.processes.fail_together():
-            if _is_layer(unit):  # it need not run: its input is in the parked calls
-                statistics = self._read_parked(unit, calls)
-            else:
-                for call in calls:
-                    with self.collect(unit, call.batch):
-                        # A unit runs again after it is pruned, and may write into its inputs.
-                        call.run(on_copies=unit.module is not None)
-                    call.parking.vacate()
-                statistics = self._take(unit)
-        return self._of_all(unit, statistics)
+            for call in calls:
+                with self.collect(unit, call.sample):
+                    # A unit runs again after it is pruned, and may write into its inputs.
+                    call.run(on_copies=unit.module is not None)
+                call.sample.parking.vacate()
+        return self.finish(unit)
 
     def watched(self, unit: Unit, call: Call) -> Call:
         """Return a call that also reads the inputs of the unit's layers when it runs; `finish` returns the sums."""
@@ -80,20 +77,19 @@ class Observer:
 
     def _run_watched(self, unit: Unit, call: Call, *args: Any, **kwargs: Any) -> Any:
         if not _is_layer(unit):
-            with self.collect(unit, call.batch):
+            with self.collect(unit, call.sample):
                 return call.forward(*args, **kwargs)
-        if self.masks[call.batch] is not None:
-            self._add(self._read(unit, call.batch, input_of(args, kwargs)))
+        if call.sample.counts:
+            self._add(self._read(unit, call.sample, input_of(args, kwargs)))
         return call.forward(*args, **kwargs)
 
     @contextmanager
-    def collect(self, unit: Unit, batch: int) -> Iterator[None]:
-        """Read the inputs of the unit's layers while a batch runs in this block."""
-        reader = self._reader(batch)
-        with intercept(() if self.masks[batch] is None else unit.layers, reader):
+    def collect(self, unit: Unit, sample: Sample) -> Iterator[None]:
+        """Read the inputs of the unit's layers while a sample runs in this block."""
+        reader = self._reader(sample)
+        with intercept(unit.layers if sample.counts else (), reader):
             yield
         self._add(reader)
-        self.tick()
 
     def finish(self, unit: Unit) -> dict[str, InputStatistics]:
         """Return the statistics of the batches that ran in `collect`; otherwise the same as `__call__`."""
@@ -101,41 +97,44 @@ class Observer:
             statistics = self._take(unit)
         return self._of_all(unit, statistics)
 
-    def _read_parked(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
-        """Read the inputs of a unit that is a layer from its parked calls, without running it."""
-        calls = [call for call in calls if self.masks[call.batch] is not None]
-        inputs = [input_of(call.args, call.kwargs) for call in calls]
+    def _read_parked(self, unit: Unit, calls: Sequence[Call]) -> dict[str, InputStatistics]:
+        """Read the inputs of a unit that is a layer from its parked calls, without running it.
+
+        If they are the inputs of the last such unit in all processes, its statistics are returned: q, k and v share one
+        sum over the processes, and one factorization.
+        """
+        with self.processes.fail_together():
+            pairs = [(input_of(call.args, call.kwargs), layer) for call in calls for layer in unit.layers]
         layers, identities, statistics = self._last
-        pairs = [(x, layer) for x in inputs for layer in unit.layers]
-        if (
-            pairs
-            and len(pairs) == len(identities)
-            and all(identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True))
-        ):
+        same = len(pairs) == len(identities) and len(layers) == len(unit.layers)
+        same = same and all(identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True))
+        if self.processes.all_reduce_min(int(same)) and statistics:
             names = {last.name: layer.name for last, layer in zip(layers, unit.layers, strict=True)}
             self.padding_counted.update(names[name] for name in self.padding_counted & names.keys())
             return {names[name]: value for name, value in statistics.items()}
         identities = []
-        for call, x in zip(calls, inputs, strict=True):
-            call.parking.occupy()
-            with naming_batch(call.batch, x, unit.name):
-                reader = self._read(unit, call.batch, x)
-            call.parking.vacate()
-            self._add(reader)
-            identities += [entry.identity for entry in reader.entries]
-        statistics = self._take(unit)
-        self._last = unit.layers, identities, statistics
-        return statistics
+        with self.processes.fail_together():
+            for call in calls:
+                call.sample.parking.occupy()
+                x = input_of(call.args, call.kwargs)
+                with naming_batch(call.sample.batch_index, x, unit.name):
+                    reader = self._read(unit, call.sample, x)
+                call.sample.parking.vacate()
+                self._add(reader)
+                identities += [entry.identity for entry in reader.entries]
+        found = self.finish(unit)
+        self._last = unit.layers, identities, found
+        return found
 
-    def _read(self, unit: Unit, batch: int, x: Tensor) -> BatchReader:
+    def _read(self, unit: Unit, sample: Sample, x: Tensor) -> BatchReader:
         """Read the input of a unit that is a layer."""
-        reader = self._reader(batch)
+        reader = self._reader(sample)
         for layer in unit.layers:
             reader.read(Product(layer, x))
         return reader
 
-    def _reader(self, batch: int) -> BatchReader:
-        return BatchReader(self.needs, batch, self.masks[batch] or ())
+    def _reader(self, sample: Sample) -> BatchReader:
+        return BatchReader(self.needs, sample.batch_index, sample.masks)
 
     def _add(self, reader: BatchReader) -> None:
         """Add the sums and the checks of one batch."""
@@ -187,25 +186,26 @@ class PassiveCalibration:
     def __init__(
         self, model: nn.Module, unit: Unit, needs: frozenset[str], min_expert_tokens: int, processes: Processes
     ) -> None:
-        self._model, self._unit = model, unit
-        self._masks: list[tuple[TokenMask, ...] | None] = []
-        self.observer = Observer(needs, self._masks, processes=processes, min_expert_tokens=min_expert_tokens)
+        self._model, self._unit, self._batches = model, unit, 0
+        self.observer = Observer(needs, processes, min_expert_tokens)
 
     @contextmanager
     def collect(self, batch: Any) -> Iterator[None]:
         """Read the inputs of all layers while the batch runs."""
-        self._masks.append(token_masks(self._model, batch))
-        with calibration_mode(self._model), self.observer.collect(self._unit, len(self._masks) - 1):
+        run = partial(forward_batch, self._model, batch)
+        sample = Sample(run, run, batch, token_masks(self._model, batch), batch_index=self._batches)
+        self._batches += 1
+        with calibration_mode(self._model), self.observer.collect(self._unit, sample):
             yield
 
     def finish(self) -> tuple[dict[str, InputStatistics], int]:
         """Return the statistics by layer, and the number of batches of all processes.
 
         Raises:
-            ValueError: If there was no batch, or an activation held NaN or infinity.
+            UserError: If there was no batch, or an activation held NaN or infinity.
         """
         statistics = self.observer.finish(self._unit)
-        batches = torch.tensor(len(self._masks))
+        batches = torch.tensor(self._batches)
         self.observer.processes.all_reduce_sum([batches])
         if not batches:
             raise UserError("calibrate_on='validation' needs batches that run through the model, but none did.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,23 +18,19 @@ import torch
 
 from wanda_lightning.calibration.batch_thread import park
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.recomputation import Recomputed
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Unit
 
 
 def pass_side_by_side(
-    passes: Sequence[Callable[[], None]],
-    blocks: Sequence[Unit],
-    mode: AbstractContextManager[Any],
-    hold: Callable[[str], None],
-    make_parking: MakeParking = Parking,
+    passes: Sequence[Sample], blocks: Sequence[Unit], mode: AbstractContextManager[Any], hold: Callable[[str], None]
 ) -> None:
-    """Run one pass, forward and backward, for each sample, all of them side by side.
+    """Run samples whose `forward` also passes backward, all of them side by side.
 
-    The passes need the torch-function mode `mode`, which is active already in this thread. `hold` is called with the
+    They need the torch-function mode `mode`, which is active already in this thread. `hold` is called with the
     name of a block before a sample runs through it, forward or backward.
 
     Raises:
@@ -47,15 +44,14 @@ def pass_side_by_side(
                 assert block.module is not None
                 stopping = _Stopping(block, (index, len(stops) - 1 - index), mode, hold)
                 restored.enter_context(patched(block.module, "forward", stopping))
-            forwards = [partial(_run, each, mode) for each in passes]
-            names = [stop.name for stop in stops]
-            for _ in lockstep(forwards, [None] * len(stops), names=names, to_end=True, make_parking=make_parking):
+            held = [replace(each, forward=partial(_run, each.forward, mode)) for each in passes]
+            for _ in lockstep(held, [None] * len(stops), [stop.name for stop in stops], to_end=True):
                 pass
     finally:
         torch.set_rng_state(random)
 
 
-def _run(run: Callable[[], None], mode: AbstractContextManager[Any]) -> None:
+def _run(run: Callable[[], object], mode: AbstractContextManager[Any]) -> None:
     # Without threads of its own, autograd runs the blocks of any device in this thread, which parks at them.
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), mode:
         run()

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from wanda_lightning.engine.notes import Outcome
+from wanda_lightning.engine.run import Run
 from wanda_lightning.engine.store import WeightStore
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
@@ -67,7 +67,7 @@ class StoppableWeights(WeightStore):
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
 
-    def arrive(self, unit: Unit, outcome: Outcome) -> bool:
+    def arrive(self, unit: Unit, run: Run) -> bool:
         """Stop if the Trainer has received SIGTERM."""
         stop_if_terminated(self._trainer)
         return False

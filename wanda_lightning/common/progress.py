@@ -16,7 +16,7 @@ class ProgressBar:
 
     Args:
         title: Name of the task.
-        total: Number of steps; None if it is not known.
+        total: Number of steps; None if it is not known, or not yet.
         enabled: False shows nothing.
     """
 
@@ -47,6 +47,12 @@ class ProgressBar:
             self._bar.stop()
         elif self._enabled:
             self._line("done" if error_class is None else "stopped")
+
+    def expect(self, total: int | None) -> None:
+        """Set the number of steps."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
 
     def show(self, name: str) -> None:
         """Show the name of the next step."""

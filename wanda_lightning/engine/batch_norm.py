@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from wanda_lightning.calibration.batches import CalibrationBatches, Sample
 from wanda_lightning.calibration.error_notes import add_note, noting
 from wanda_lightning.calibration.interception import input_of
+from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.core.losses import divergence, squared_error
 from wanda_lightning.models import find_predictions, has_classes
 from wanda_lightning.parallel import Processes
@@ -54,17 +54,17 @@ class BatchNormStatistics:
     Args:
         layers: The BatchNorm layers (see `batch_norm_layers`) of the dense model, which runs during construction; each
             process has a full copy of the model.
-        data: The calibration batches.
+        samples: The calibration samples.
         processes: All processes that prune together; the sums cover the samples of all of them.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], data: CalibrationBatches, processes: Processes) -> None:
+    def __init__(self, layers: Sequence[nn.Module], samples: Samples, processes: Processes) -> None:
         self._layers, self._processes = layers, processes
         self._original = [_statistics(layer) for layer in layers]
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
         if layers:
             with processes.fail_together(), noting(lambda: _OPTION, kind=Exception):
-                self._used, held_out = data.first(-(-_SAMPLES // processes.world_size), HELD_OUT)
+                self._used, held_out = _divided(samples, -(-_SAMPLES // processes.world_size))
                 self._record()
                 self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
 
@@ -133,7 +133,7 @@ class BatchNormStatistics:
                 hooks.callback(layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove)
             for batch, kept in self._used:
                 count, size = kept, batch.size
-                batch.predict()
+                batch.forward()
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros(3, len(mean), dtype=torch.float64) for mean, _ in self._original]
@@ -157,6 +157,24 @@ class BatchNormStatistics:
     def _restore(self) -> None:
         for layer, moments in enumerate(self._original):
             self._set(layer, moments)
+
+
+def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], list[Sample]]:
+    """Hold out every eighth of the first samples.
+
+    Returns:
+        Each batch, with the number of its samples that are not held out, which are its first; and those that are.
+    """
+    used: list[tuple[Sample, int]] = []
+    held_out: list[Sample] = []
+    seen = 0
+    for batch in samples.first(most):
+        count = batch.size - (seen + batch.size) // HELD_OUT + seen // HELD_OUT
+        used.append((batch, count))
+        if count < batch.size:
+            held_out.append(samples.part(batch, count, batch.size))
+        seen += batch.size
+    return used, held_out
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.engine.plan import Plan, Selections
+from wanda_lightning.engine.run import Run
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
-from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 _ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
 _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
@@ -23,77 +21,47 @@ class Note(NamedTuple):
     is_warning: bool = True
 
 
-@dataclass
-class Outcome:
-    """Result of a pruning run for the layers of a plan.
-
-    Attributes:
-        plan: The plan.
-        selections: The sparsity, criterion and pattern of each layer.
-        layers: The pruned layers by name, in the order in which they were pruned.
-        skipped: Layers that were left dense, by name.
-        few_tokens: Number of tokens of each expert that was pruned with the statistics of all experts of its module.
-        revisited: Layers that the model called again after they were pruned.
-        batch_norm: The correction of BatchNorm layers; None if there was none.
-        not_corrected: Why the model's BatchNorm layers were not corrected; empty if it has none, or they were.
-        permuted: The permutation of hidden units; None if there was none.
-        training: The training of the whole model; None if there was none.
-        seconds: Time by stage.
-    """
-
-    plan: Plan
-    selections: Selections = field(default_factory=dict)
-    layers: dict[str, PrunedLayer] = field(default_factory=dict)
-    skipped: dict[str, SkippedMatrix] = field(default_factory=dict)
-    few_tokens: Mapping[str, int] = field(default_factory=dict)
-    revisited: set[str] = field(default_factory=set)
-    batch_norm: BatchNormCorrection | None = None
-    not_corrected: str = ""
-    permuted: Permuted | None = None
-    training: Training | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-def notes_on(outcome: Outcome) -> list[Note]:
+def notes_on(run: Run) -> list[Note]:
     """Return all notes on a pruning run."""
     notes = (
-        _left_dense(outcome, SkipReason.UNREACHED, "no calibration batch called"),
-        _left_dense(outcome, SkipReason.UNROUTED, "no calibration token was observed in"),
-        _left_dense(outcome, SkipReason.INACTIVE, "all inputs were zero in"),
-        _few_expert_tokens(outcome),
-        _revisited(outcome),
-        _already_sparse(outcome),
-        unfit_layers(outcome.plan.inventory),
-        low_coverage(outcome.plan.inventory, outcome.skipped),
-        _few_tokens(outcome),
-        _short_of_target(outcome),
-        _mixed_nm(outcome),
-        _permuted(outcome),
-        _batch_norm(outcome),
-        _training(outcome),
+        _left_dense(run, SkipReason.UNREACHED, "no calibration batch called"),
+        _left_dense(run, SkipReason.UNROUTED, "no calibration token was observed in"),
+        _left_dense(run, SkipReason.INACTIVE, "all inputs were zero in"),
+        _few_expert_tokens(run),
+        _revisited(run),
+        _already_sparse(run),
+        unfit_layers(run.plan.inventory),
+        low_coverage(run.plan.inventory, run.skipped),
+        _few_tokens(run),
+        _short_of_target(run),
+        _mixed_nm(run),
+        _permuted(run),
+        _batch_norm(run),
+        _training(run),
     )
     return [note for note in notes if note]
 
 
-def _left_dense(outcome: Outcome, reason: SkipReason, why: str) -> Note | None:
-    names = [name for name, matrix in outcome.skipped.items() if matrix.reason is reason]
+def _left_dense(run: Run, reason: SkipReason, why: str) -> Note | None:
+    names = [name for name, matrix in run.skipped.items() if matrix.reason is reason]
     return Note(f"{why} {_layers(names)}, {names[0]} first: left dense") if names else None
 
 
-def _few_expert_tokens(outcome: Outcome) -> Note | None:
-    few = {name: tokens for name, tokens in outcome.few_tokens.items() if name in outcome.layers}
+def _few_expert_tokens(run: Run) -> Note | None:
+    few = {name: tokens for name, tokens in run.few_tokens.items() if name in run.layers}
     if not few:
         return None
-    least = min(few, key=lambda name: outcome.layers[name].tokens)
+    least = min(few, key=lambda name: run.layers[name].tokens)
     return Note(
-        f"{_layers(few, 'expert')} received fewer than {max(1, outcome.plan.config.min_expert_tokens)} tokens, {least} "
-        f"fewest: {outcome.layers[least].tokens}. They are pruned with the statistics of all experts: give more "
+        f"{_layers(few, 'expert')} received fewer than {max(1, run.plan.config.min_expert_tokens)} tokens, {least} "
+        f"fewest: {run.layers[least].tokens}. They are pruned with the statistics of all experts: give more "
         "calibration samples"
     )
 
 
-def _revisited(outcome: Outcome) -> Note | None:
-    names = [name for name in outcome.layers if name in outcome.revisited]
+def _revisited(run: Run) -> Note | None:
+    revisited = {layer.name for index in run.revisited for layer in run.plan.units[index].layers}
+    names = [name for name in run.layers if name in revisited]
     if not names:
         return None
     return Note(
@@ -102,8 +70,8 @@ def _revisited(outcome: Outcome) -> Note | None:
     )
 
 
-def _already_sparse(outcome: Outcome) -> Note | None:
-    sparse = [layer for layer in outcome.layers.values() if layer.before > _ALREADY_SPARSE]
+def _already_sparse(run: Run) -> Note | None:
+    sparse = [layer for layer in run.layers.values() if layer.before > _ALREADY_SPARSE]
     if not sparse:
         return None
     most = max(sparse, key=lambda layer: layer.before)
@@ -147,10 +115,10 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
     )
 
 
-def _few_tokens(outcome: Outcome) -> Note | None:
-    layers = outcome.layers.values()
-    few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in outcome.few_tokens]
-    if "gram" not in outcome.plan.config.needs or not few:
+def _few_tokens(run: Run) -> Note | None:
+    layers = run.layers.values()
+    few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in run.few_tokens]
+    if "gram" not in run.plan.config.needs or not few:
         return None
     least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
     return Note(
@@ -159,30 +127,30 @@ def _few_tokens(outcome: Outcome) -> Note | None:
     )
 
 
-def _short_of_target(outcome: Outcome) -> Note | None:
-    short = [layer for layer in outcome.layers.values() if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
+def _short_of_target(run: Run) -> Note | None:
+    short = [layer for layer in run.layers.values() if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
     if not short:
         return None
     worst = min(short, key=lambda layer: layer.sparsity)
     return Note(
-        f"{outcome.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
+        f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
         f"{worst.sparsity:.1%} of {worst.target:.1%}"
     )
 
 
-def _mixed_nm(outcome: Outcome) -> Note | None:
-    kinds = Counter(outcome.selections[name].pattern for name in outcome.layers)
-    if outcome.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
+def _mixed_nm(run: Run) -> Note | None:
+    kinds = Counter(run.selections[name].pattern for name in run.layers)
+    if run.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
         return None
     counts = {_as_nm(kind): number for kind, number in kinds.items()}
     listed = ", ".join(f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(counts.items()))
     return Note(f"mixed N:M: {listed}", is_warning=False)
 
 
-def _permuted(outcome: Outcome) -> Note | None:
-    if not (done := outcome.permuted):
+def _permuted(run: Run) -> Note | None:
+    if not (done := run.permuted):
         return None
-    pattern = outcome.plan.config.pattern
+    pattern = run.plan.config.pattern
     if done.put_back:
         reason = f"; the units of {_layers(done.put_back, 'block')} were put back, {done.put_back[0]} first, because "
         reason += "its output changed"
@@ -199,10 +167,10 @@ def _permuted(outcome: Outcome) -> Note | None:
     )
 
 
-def _batch_norm(outcome: Outcome) -> Note | None:
-    if why := outcome.not_corrected:
+def _batch_norm(run: Run) -> Note | None:
+    if why := run.not_corrected:
         return Note(f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}")
-    if not (done := outcome.batch_norm):
+    if not (done := run.batch_norm):
         return None
     if not done.layers:
         return Note("no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model")
@@ -220,8 +188,8 @@ def _batch_norm(outcome: Outcome) -> Note | None:
     return Note(f"BatchNorm layers keep their statistics instead of a correction{compared}", is_warning=False)
 
 
-def _training(outcome: Outcome) -> Note | None:
-    if not (training := outcome.training):
+def _training(run: Run) -> Note | None:
+    if not (training := run.training):
         return None
     losses = ", ".join(f"{each.loss:.4g}" for each in training.passes if each.loss is not None)
     trained = _samples(training.trained)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
-from wanda_lightning.calibration.batches import CalibrationBatches
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.lockstep import lockstep
@@ -21,7 +20,7 @@ from wanda_lightning.core.permutation import kept_score
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders
 from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.store import WeightStore
+from wanda_lightning.engine.run import Run
 from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, is_unloaded, is_wrapper
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
@@ -32,7 +31,7 @@ _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
 Reordering = tuple[HiddenUnits, Orders]
 
 
-def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: bool) -> Permuted:
+def permute(run: Run) -> Permuted:
     """Permute the hidden units inside each block, in place, and return what was permuted.
 
     Eight samples run through the dense model. Wanda's scores of these samples give the order, and runs of the block
@@ -40,19 +39,19 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
     receive the permuted values, while everything else in the block stays the same. After all units of the block are
     permuted, its results must be the same for all samples; otherwise the units are put back in their original order.
     """
+    plan, store = run.plan, run.store
     if is_sharded(plan.model):
         return Permuted(why_not="the model is sharded")
     units, blocks = plan.block_units, plan.blocks
     if not units:
         return Permuted(why_not="no layer to prune lies in a block")
     processes, search, revisited = plan.processes, _Search(plan), set[int]()
-    samples = data.head(_SAMPLES)
+    samples = run.samples.head(_SAMPLES)
     if not any(number for (number,) in processes.all_gather([len(samples)])):
-        data.refuse_if_empty()
-    observer = Observer(Wanda.needs, [sample.masks for sample in samples], processes=processes)
-    forwards, names = [sample.predict for sample in samples], [unit.name for unit in units]
-    with ProgressBar("Permuting", len(units), progress) as bar, store.dense(), noting(search.state):
-        for stop in lockstep(forwards, blocks, processes, names, revisited, make_parking=data.make_parking):
+        run.samples.refuse_if_empty()
+    observer, names = Observer(Wanda.needs, processes), [unit.name for unit in units]
+    with ProgressBar("Permuting", len(units), run.progress) as bar, store.dense(), noting(search.state):
+        for stop in lockstep(samples, blocks, names, processes, revisited):
             unit = units[stop.unit]
             bar.show(unit.name)
             store.hold(unit.name)
@@ -61,7 +60,8 @@ def permute(plan: Plan, data: CalibrationBatches, store: WeightStore, progress: 
     for index, name in enumerate(names):
         # A later call may use the units in another way. Only processes with samples there have seen it.
         if processes.all_reduce_min(int(index not in revisited)) == 0:
-            search.put_back(name, in_memory=store.is_whole)
+            store.undo(partial(search.put_back, name))
+            search.forget(name)
         else:
             store.repeat(name, partial(_permute_all, search.done.get(name, ())))
     return search.permuted
@@ -98,11 +98,15 @@ class _Search:
             if not self._agree(runs.same_results()):
                 self.put_back(unit.name)
 
-    def put_back(self, name: str, in_memory: bool = True) -> None:
-        """Put the hidden units of a block back into their order, and report it."""
-        chosen = self.done.pop(name, [])
-        for hidden, orders in reversed(chosen) if in_memory else ():
+    def put_back(self, name: str) -> None:
+        """Put the hidden units of a block, which is in memory, back into their order, and report it."""
+        for hidden, orders in reversed(self.done.get(name, [])):
             hidden.permute(orders.argsort(dim=1))
+        self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Report that the hidden units of a block are in their own order."""
+        chosen = self.done.pop(name, [])
         for hidden, _ in chosen:
             del self.permuted.kept[hidden.reader.name]
         if chosen:

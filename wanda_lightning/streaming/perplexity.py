@@ -13,6 +13,7 @@ from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
@@ -70,16 +71,17 @@ def perplexity_from_disk(
 
     make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
     modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
-    remaining, total = iter(batches), None
+    remaining, done, total = iter(batches), 0, None
     if isinstance(batches, Sized):
         total = ceil(len(batches) / AT_ONCE) * len(checkpoint.blocks)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
         while group := list(islice(remaining, AT_ONCE)):
             blocks = BlockLoader(checkpoint)
             with blocks.loading():
-                forwards = [partial(measure, batch) for batch in group]
-                stops = lockstep(forwards, modules, names=checkpoint.blocks, to_end=True, make_parking=make_parking)
-                for stop in stops:
+                runs = [partial(measure, batch) for batch in group]
+                samples = [Sample(run, run, batch_index=n, parking=make_parking()) for n, run in enumerate(runs, done)]
+                done += len(group)
+                for stop in lockstep(samples, modules, checkpoint.blocks, to_end=True):
                     here = checkpoint.blocks[stop.unit]
                     blocks.hold(here)
                     bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")

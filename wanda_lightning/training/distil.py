@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import Sample, fit_together
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.calibration.samples import Sample, fit_together
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
@@ -137,7 +137,7 @@ class _Distillation(ModelRecovery):
         with ProgressBar("Predicting", self._data.length, self._progress) as bar, recomputing(self._blocks):
             batches = []
             with self._processes.fail_together():
-                for samples in self._data.samples():
+                for samples in map(self._data.split, self._data):
                     batches.append([*zip(samples, self._targets(samples), strict=True)])
                     bar.advance()
             self._data.refuse_if_empty()

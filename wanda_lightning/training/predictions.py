@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wanda_lightning.calibration.batches import Sample
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.models import Layer, find_predictions, fitting_mask, own_head
 
 _MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]

@@ -19,14 +19,12 @@ from wanda_lightning.calibration.gradients import without_gradients
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.masking import masked
-from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
+from wanda_lightning.models import Layer, Unit, fitting_mask
 from wanda_lightning.training.masked_weights import keep_mask, root_mean_square
 from wanda_lightning.training.predictions import widened
 from wanda_lightning.training.recovery import RecoveredPart, Recovery, UnitRecovery
 
 _HELD_OUT = 4  # every fourth batch is held out from training
-
-TokenMasks = Sequence[tuple[TokenMask, ...] | None]  # one entry for each batch
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,10 @@ class Reconstruct(Recovery):
         """Copies of the weights of a part, gradients in both dtypes, two moments, and the best weights."""
         return 7 * max((sum(layer.size for layer in part.layers) for part in _parts(unit)), default=0)
 
-    def start(self, unit: Unit, masks: TokenMasks) -> UnitRecovery:
+    def start(self, unit: Unit) -> UnitRecovery:
         """Find the parts of the unit; a unit that is a single layer has no parts."""
         parts = _parts(unit)
-        return _BlockReconstruction(self, unit, parts, masks) if parts else UnitRecovery()
+        return _BlockReconstruction(self, unit, parts) if parts else UnitRecovery()
 
 
 class _Run(NamedTuple):
@@ -111,15 +109,11 @@ class _BlockReconstruction(UnitRecovery):
     config: Reconstruct
     unit: Unit
     parts: list[_Part]
-    masks: TokenMasks
 
     def record(self, calls: Iterable[Call]) -> Iterator[Call]:
         """Record the parts during each call; a batch that does not count is not recorded."""
         for call in calls:
-            if self.masks[call.batch] is None:
-                yield call
-            else:
-                yield replace(call, forward=partial(self._run, call))
+            yield replace(call, forward=partial(self._run, call)) if call.sample.counts else call
 
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         if self.parts[0].module is self.unit.module:  # the batch is parked inside the module, so its hooks do not run
@@ -141,7 +135,7 @@ class _BlockReconstruction(UnitRecovery):
             part = self.parts.pop(0)
             if part.runs:
                 show(part.name)
-                yield _PartTraining(part, self.config, self.masks).train()
+                yield _PartTraining(part, self.config).train()
 
 
 class _PartTraining:
@@ -151,8 +145,8 @@ class _PartTraining:
     change until training ends.
     """
 
-    def __init__(self, part: _Part, config: Reconstruct, masks: TokenMasks) -> None:
-        self._part, self._config, self._masks = part, config, masks
+    def __init__(self, part: _Part, config: Reconstruct) -> None:
+        self._part, self._config = part, config
         self._trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
         self._held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
         names = {module: name for name, module in part.module.named_modules()}
@@ -212,7 +206,7 @@ class _PartTraining:
 
     def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
         """Sum the squares over all tokens except padding."""
-        if mask := fitting_mask(self._masks[run.call.batch] or (), self._part.name, x):
+        if mask := fitting_mask(run.call.sample.masks, self._part.name, x):
             x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
         return widened(x).square().sum()
 

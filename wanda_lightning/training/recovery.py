@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 from torch import nn
 
 from wanda_lightning.calibration.batch_thread import Call
-from wanda_lightning.calibration.batches import CalibrationBatches
-from wanda_lightning.models import Layer, TokenMask, Unit
+from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.models import Layer, Unit
 from wanda_lightning.parallel import Processes
 from wanda_lightning.report import Training
 
@@ -43,7 +43,7 @@ class DenseModel:
     model: nn.Module
     layers: Sequence[Layer]  # that will be pruned
     blocks: Sequence[nn.Module]  # that contain these layers
-    data: CalibrationBatches
+    data: Samples
     processes: Processes
     progress: bool
 
@@ -75,8 +75,8 @@ class Recovery:
         """Return about how many float32 numbers it holds at most for the weights that it trains in a unit."""
         return 0
 
-    def start(self, unit: Unit, masks: Sequence[tuple[TokenMask, ...] | None]) -> UnitRecovery:
-        """Start the recovery of a unit that is still dense; `masks` holds None for a batch that does not count."""
+    def start(self, unit: Unit) -> UnitRecovery:
+        """Start the recovery of a unit that is still dense."""
         return UnitRecovery()
 
     def start_model(self, dense: DenseModel) -> ModelRecovery:

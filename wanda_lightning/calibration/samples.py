@@ -1,0 +1,243 @@
+"""The calibration batches as samples that can run through the model, each with its padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.batches import (
+    batch_size,
+    concatenated,
+    forward_batch,
+    has_tensors,
+    have_one_layout,
+    is_even,
+    outside_inference,
+    take,
+    to_device,
+)
+from wanda_lightning.calibration.error_notes import naming_batch
+from wanda_lightning.calibration.parking import MakeParking, Parking
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.models import TokenMask, token_masks
+from wanda_lightning.parallel import Processes, is_sharded
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A calibration batch, or some of its samples, that can run through the model.
+
+    Attributes:
+        forward: Runs it through the model.
+        predict: Runs it and returns the logits.
+        batch: What enters the model.
+        masks: Its padding.
+        counts: False if it only runs because another process runs a batch at the same time.
+        size: Number of samples.
+        batch_index: Index of the calibration batch, for messages.
+        parking: Keeps its activations while it waits at a unit.
+    """
+
+    forward: Callable[[], object]
+    predict: Callable[[], object]
+    batch: Any = None
+    masks: tuple[TokenMask, ...] = ()
+    counts: bool = True
+    size: int = 1
+    batch_index: int = 0
+    parking: Parking = field(default_factory=Parking)
+
+
+class Samples:
+    """The calibration batches of one process, each of which is one `Sample` until it is `split`.
+
+    Args:
+        model: The model.
+        batches: The batches.
+        forward: Runs one batch through the model; by default `forward_batch`, on the model's device.
+        predict: Runs one batch and returns the logits; by default `forward`.
+        processes: All processes that calibrate together.
+        reader: The choice that reads the batches, for messages; None if no choice does.
+        make_parking: Makes the parking of a sample.
+
+    Attributes:
+        length: Number of batches of this process; None if it is unknown.
+        total: Number of batches of all processes; known once they have run.
+
+    Raises:
+        UserError: If the batches are needed but `batches` is not a collection of batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        forward: Callable[[Any], object] | None,
+        predict: Callable[[Any], object] | None,
+        processes: Processes,
+        reader: object,
+        make_parking: MakeParking = Parking,
+    ) -> None:
+        if reader is not None and (not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)):
+            given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
+            raise UserError(
+                f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
+                f"{given}. Give batches, or choices that read none, such as method='magnitude'."
+            )
+        self._model, self._processes, self._reader, self._make_parking = model, processes, reader, make_parking
+        self._batches: Iterable[Any] = () if reader is None or batches is None else batches
+        self._forward = forward or self._forward_on_device
+        self._predict = predict or self._forward
+        # FSDP2 communicates in every forward pass, so all processes must run the same number of them.
+        self._padded_to_equal = processes.world_size > 1 and is_sharded(model)
+        self._counted = 0  # batches of this process in the latest pass
+        self.total = 0
+        self.length = len(self._batches) if isinstance(self._batches, Sized) else None
+
+    def _forward_on_device(self, batch: Any) -> object:
+        return forward_batch(self._model, to_device(batch, next(self._model.parameters()).device))
+
+    def read_all(self, progress: bool) -> None:
+        """Load all batches into memory; a bar counts them if their number is unknown."""
+        with ProgressBar("Reading batches", self.length, progress and self.length is None) as bar:
+            held = []
+            for batch in self._batches:
+                held.append(batch)
+                bar.advance()
+                bar.show("")
+        self._batches, self.length = held, len(held)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Read the batches one by one; in several processes, inside `Processes.fail_together`."""
+        batches: Iterable[tuple[Any, bool]] = ((batch, True) for batch in self._batches)
+        if self._padded_to_equal:
+            batches = _pad_to_equal(self._batches, self._processes)
+        self._counted = 0
+        for index, (batch, counts) in enumerate(batches):
+            self._counted += counts
+            yield replace(self._sample(batch, index, 1), counts=counts)
+
+    def hold(self) -> list[Sample]:
+        """Return one sample for each batch, all of which are in memory.
+
+        Raises:
+            UserError: In all processes, if there are none, or one cannot be read in any process.
+        """
+        with self._processes.fail_together():
+            samples = list(self)
+        self.refuse_if_empty()
+        return samples
+
+    def split(self, sample: Sample) -> list[Sample]:
+        """Return the samples of a batch, each of which can run alone; the batch itself if it cannot be split."""
+        batch = outside_inference(sample.batch)
+        size = batch_size(batch) if has_tensors(batch) else 1
+        parts = [take(batch, n, n + 1) for n in range(size)] if is_even(batch) else [batch]
+        return [self._sample(part, sample.batch_index, size // len(parts)) for part in parts]
+
+    def join(self, samples: Sequence[Sample]) -> Sample:
+        """Return one forward pass for several samples that `fit_together`."""
+        batch = concatenated([sample.batch for sample in samples])
+        return self._sample(batch, samples[0].batch_index, sum(sample.size for sample in samples))
+
+    def part(self, sample: Sample, start: int, stop: int) -> Sample:
+        """Return some samples of a batch; the batch itself if it has no others."""
+        whole = (start, stop) == (0, sample.size)
+        return sample if whole else self._sample(take(sample.batch, start, stop), sample.batch_index, stop - start)
+
+    def first(self, count: int) -> list[Sample]:
+        """Return the first batches, until they hold `count` samples; later passes read them again.
+
+        A batch that cannot be split counts as one sample.
+        """
+        batches, kept = iter(self._batches), list[Sample]()
+        while sum(sample.size for sample in kept) < count and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
+            kept.append(self._sample(batch, len(kept), batch_size(batch) if is_even(batch) else 1))
+        if not isinstance(self._batches, list):
+            self._batches = chain([sample.batch for sample in kept], batches)
+        return kept
+
+    def head(self, count: int) -> list[Sample]:
+        """Return exactly the first samples of all processes that this process has, if they are taken in turn.
+
+        So they are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
+        """
+        with self._processes.fail_together():
+            found = self.first(count)
+        counts = self._processes.all_gather([min(count, sum(sample.size for sample in found))])
+        turns = sorted((turn, rank) for rank, (own,) in enumerate(counts) for turn in range(own))
+        left, own = sum(rank == self._processes.rank for _, rank in turns[:count]), []
+        for sample in found:
+            if left > 0:
+                own.append(self.part(sample, 0, min(left, sample.size)))
+            left -= sample.size
+        return own
+
+    def count(self) -> None:
+        """Count the batches without running them; there may be none."""
+        with self._processes.fail_together():
+            for _ in self:
+                pass
+        self.total = self._total()
+
+    def refuse_if_empty(self) -> None:
+        """Count the batches that all processes have read in the latest pass.
+
+        Raises:
+            UserError: If there are none.
+        """
+        self.total = self._total()
+        if not self.total:
+            raise UserError(
+                f"batches must hold at least one calibration batch for {self._reader}, but there is none. Give a "
+                "list or a dataloader: an iterator can be read only once."
+            )
+
+    def _total(self) -> int:
+        total = torch.tensor(self._counted)
+        self._processes.all_reduce_sum([total])
+        return int(total)
+
+    def _sample(self, batch: Any, index: int, size: int) -> Sample:
+        forward, predict = (partial(_run, run, batch, index) for run in (self._forward, self._predict))
+        masks = token_masks(self._model, batch)
+        return Sample(forward, predict, batch, masks, True, size, index, self._make_parking())
+
+
+def fit_together(samples: Sequence[Sample]) -> bool:
+    """Whether the tensors of all samples have equal shapes, so that they can run as one batch."""
+    return have_one_layout([sample.batch for sample in samples])
+
+
+def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
+    with naming_batch(index, batch):
+        return forward(batch)
+
+
+_NONE_LEFT = object()
+
+
+def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
+    """Yield equally many batches in every process: its own, which count, then repetitions of its last, which do not.
+
+    A process without any batch repeats a batch of another process.
+    """
+    iterator = iter(batches)
+    last: Any = _NONE_LEFT
+    while True:
+        with processes.fail_together():
+            batch = next(iterator, _NONE_LEFT)
+        holder = processes.all_reduce_min(processes.world_size if batch is _NONE_LEFT else processes.rank)
+        if holder == processes.world_size:
+            return
+        if last is _NONE_LEFT and processes.all_reduce_min(batch is not _NONE_LEFT) == 0:
+            last = processes.broadcast(batch if processes.rank == holder else None, holder)
+        last = last if batch is _NONE_LEFT else batch
+        yield last, batch is not _NONE_LEFT

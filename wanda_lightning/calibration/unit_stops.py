@@ -1,0 +1,157 @@
+"""Stop all calibration samples at each unit in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.batch_thread import Call, park
+from wanda_lightning.calibration.interception import Product, WeightInterceptor
+from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.calibration.thread_state import ThreadState
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.models import Unit
+from wanda_lightning.parallel import Processes, fsdp_calls_checked
+
+Record = Callable[[Iterable[Call]], Iterable[Call]]
+
+
+@dataclass
+class UnitStop:
+    """A unit that is about to be pruned, with the calibration samples that wait there."""
+
+    unit: Unit
+
+    def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
+        """Return the statistics of the layers; nothing if none are needed. `record` sees each call that runs."""
+        return {}
+
+    @property
+    def counts_batches(self) -> bool:
+        """Whether progress is counted in batches, because all of them run through the whole model here."""
+        return False
+
+
+@dataclass
+class KnownStop(UnitStop):
+    """A unit whose statistics are known."""
+
+    inputs: Mapping[str, InputStatistics]
+
+    def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
+        """Return the statistics."""
+        return self.inputs
+
+
+@dataclass
+class _ParkedStop(UnitStop):
+    """A unit at which samples are parked, or the whole model, through which they run one by one."""
+
+    calls: Iterable[Call]  # to iterate once
+    check: Callable[[], None]  # after that: refuses samples that took other paths in other processes
+
+    def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
+        """Run the calls through the unit, and return the sums over all processes."""
+        inputs = observer(self.unit, record(self.calls))
+        self.check()
+        return inputs
+
+    @property
+    def counts_batches(self) -> bool:
+        """Whether the unit is the whole model."""
+        return self.unit.module is None
+
+
+def whole_model_calls(samples: Iterable[Sample], tick: Callable[[], None] = lambda: None) -> Iterator[Call]:
+    """Yield calls of the whole model, each on one sample, which is read when it is its turn; `tick` follows each."""
+    thread_state = ThreadState()
+    for sample in samples:
+        yield Call(sample, "", sample.forward, (), {}, thread_state)
+        tick()
+
+
+def stop_at_units(
+    model: nn.Module,
+    units: Sequence[Unit],
+    samples: Samples,
+    processes: Processes,
+    revisited: set[int],
+    tick: Callable[[], None] = lambda: None,
+) -> Generator[UnitStop]:
+    """Stop at each unit with all samples that reach it; after each stop the samples run through the pruned unit.
+
+    A single unit without a module stands for the whole model; `tick` is called after each batch that ran through it.
+    `revisited` receives the indices of units that a sample reaches again.
+    """
+    with fsdp_calls_checked(model, processes) as check_calls:
+        if units[0].module is None:
+
+            def check() -> None:
+                check_calls("", 0)
+                samples.refuse_if_empty()
+
+            yield _ParkedStop(units[0], whole_model_calls(samples, tick), check)
+            return
+        held = _parking_at_products(samples.hold(), units)
+        for stop in lockstep(held, *_modules(units), processes, revisited):
+            unit, calls = units[stop.unit], tuple(stop.calls)
+            check_calls(unit.name, len(calls))
+            parked = _ParkedStop(unit, calls, lambda: None)
+            del stop, calls  # or parked activations would outlive the run of the pruned unit
+            yield parked
+            parked.calls = ()
+
+
+def watch_units(
+    units: Sequence[Unit], samples: Samples, observer: Observer, hold: Callable[[str], None]
+) -> Iterator[Unit]:
+    """Run each sample once through the dense model, side by side, and read the inputs of all units as they run.
+
+    The sums are the ones that the observer collects if the samples run one after another. If a sample visits a unit
+    several times, they are added in another order, so that the last digits can differ. `observer.finish` returns them.
+
+    Yields:
+        Each unit before the samples run through it; `hold` is called with its name before each sample does.
+    """
+
+    def prepared(index: int, call: Call) -> Call:
+        hold(units[index].name)
+        return observer.watched(units[index], call)
+
+    held = _parking_at_products(samples.hold(), units)
+    for stop in lockstep(held, *_modules(units), observer.processes, to_end=True, prepared=prepared):
+        yield units[stop.unit]
+
+
+def _modules(units: Sequence[Unit]) -> tuple[list[nn.Module], list[str]]:
+    """Return the modules and the names of units."""
+    return [unit.module for unit in units if unit.module is not None], [unit.name for unit in units]
+
+
+def _parking_at_products(samples: list[Sample], units: Sequence[Unit]) -> list[Sample]:
+    """Park samples also where a model multiplies by the weight of a unit that is a layer outside of its forward."""
+    index_of = {
+        layer: index
+        for index, unit in enumerate(units)
+        for layer in unit.layers
+        if layer.module is unit.module and layer.expert is None
+    }
+
+    def stop(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+        product = products[0]
+        return (
+            park(index_of[product.layer], lambda tokens: multiply(), product.tokens) if product.row == 0 else multiply()
+        )
+
+    def watched(forward: Callable[[], object]) -> object:
+        interceptor = WeightInterceptor(index_of, stop)  # each thread has its own
+        with interceptor if interceptor.watches else nullcontext():
+            return forward()
+
+    return [replace(each, forward=partial(watched, each.forward)) for each in samples] if index_of else samples

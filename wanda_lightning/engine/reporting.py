@@ -1,0 +1,63 @@
+"""Make the report of a pruning run."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
+
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.engine.notes import notes_on
+from wanda_lightning.engine.run import Run, unreached
+from wanda_lightning.models import is_unloaded, is_wrapper
+from wanda_lightning.parallel import zero_counts
+from wanda_lightning.report import PruningReport
+
+log = logging.getLogger(__name__)
+
+
+def make_report(run: Run) -> PruningReport:
+    """Return the report of a run that has pruned all units, and log its warnings.
+
+    Raises:
+        UserError: If no layer was pruned.
+    """
+    started = time.perf_counter()
+    plan = run.plan
+    for layer in plan.layers:
+        if layer.name not in run.layers and layer.name not in run.skipped:  # no batch reached its unit
+            run.skipped[layer.name] = unreached(layer)
+    if not run.layers and plan.config.sparsity > 0:
+        raise UserError(
+            f"batches must reach the layers, but no token except padding reached any of the {len(plan.layers)} layers, "
+            "so nothing was pruned. Check that the batches hold more than padding and that forward= runs the model."
+        )
+    shards = [layer for layer in plan.layers if layer.name in run.layers and isinstance(layer.parameter, DTensor)]
+    for layer, count in zip(shards, zero_counts([s.parameter for s in shards], plan.processes), strict=True):
+        run.layers[layer.name].sparsity = count / layer.size
+    notes = notes_on(run)
+    for note in notes:
+        if note.is_warning and plan.processes.rank == 0:
+            log.warning(note.text)
+    parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
+    # The zeros of a parameter that is one pruned layer are known; to count them again would read every weight.
+    known = {
+        id(layer.parameter): run.layers[layer.name].zeros
+        for layer in plan.layers
+        if layer.name in run.layers and layer.size == layer.parameter.numel() and not is_unloaded(layer.parameter)
+    }
+    others = [p for p in parameters if id(p) not in known and not is_wrapper(p) and not is_unloaded(p)]
+    zeros = run.store.zeros + sum(known.values()) + sum(zero_counts(others, plan.processes))
+    run.seconds["report"] = time.perf_counter() - started
+    return PruningReport(
+        layers=[run.layers[n.name] for n in plan.layers if n.name in run.layers],
+        skipped=[*plan.inventory.skipped, *(run.skipped[n.name] for n in plan.layers if n.name in run.skipped)],
+        parameters=sum(parameter.numel() for parameter in parameters),
+        zeros=zeros,
+        seconds=run.seconds,
+        config={"preset": plan.config.preset, **plan.config.describe(), "calibration_batches": run.samples.total},
+        notes=[note.text for note in notes],
+        training=run.training,
+    )

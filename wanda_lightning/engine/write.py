@@ -1,0 +1,114 @@
+"""Prune the layers of one unit with their statistics: solve, write, and record what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.core.gram import relative_error
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import Weight
+from wanda_lightning.engine.run import Run, unreached
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.parallel import reshard
+from wanda_lightning.report import POOLED, PrunedLayer
+
+
+def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], observer: Observer) -> None:
+    """Prune the layers that the samples reached, and leave the others dense with a reason."""
+    plan = run.plan
+    reshard(unit.module or plan.model)
+    with plan.processes.fail_together():
+        reached: list[Layer] = []
+        for layer in unit.layers:
+            if skipped := _left_dense(layer, inputs.get(layer.name, InputStatistics())) if plan.observed else None:
+                run.skipped[layer.name] = skipped
+            else:
+                reached.append(layer)
+        statistics = InputStatistics()
+        for layers in _by_input(reached, inputs):
+            if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
+                statistics.forget_derived()
+            statistics = following
+            for pruned in _prune_layers(run, layers, statistics):
+                pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
+                pruned.note = "; ".join(_layer_notes(run, pruned, statistics, observer))
+                run.layers[pruned.name] = pruned
+        run.few_tokens |= observer.pooled
+
+
+def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
+    if inputs.count == 0 and layer.expert is not None:
+        detail = "no calibration token was observed in any expert of the module"
+        return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNROUTED, detail)
+    if inputs.count == 0:
+        return unreached(layer)
+    if bool(inputs.inactive().all()):
+        return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.INACTIVE, "all its inputs were zero")
+    return None
+
+
+_MAX_GROUP = 1 << 28  # weights: 1 GiB in float32, and up to four times that in the solver
+
+
+def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics]) -> Iterator[list[Layer]]:
+    """Group layers that share one input; split a group that is too large for memory."""
+    groups: dict[object, dict[str, list[Layer]]] = {}
+    for layer in layers:
+        # Each expert is a group of its own, since a hundred of them may share pooled statistics. These groups follow
+        # each other, so that what is derived from the statistics is computed once.
+        shared = groups.setdefault(inputs.get(layer.name, layer.name), {})
+        shared.setdefault(layer.name if layer.siblings else "", []).append(layer)
+    for group in (group for shared in groups.values() for group in shared.values()):
+        part: list[Layer] = []
+        for layer in group:
+            if part and sum(other.size for other in (*part, layer)) > _MAX_GROUP:
+                yield part
+                part = []
+            part.append(layer)
+        yield part
+
+
+def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) -> Iterator[PrunedLayer]:
+    """Solve layers that share one input, and write their weights."""
+    weights = {layer.name: layer.read() for layer in layers}
+    rows = {name: weight for name, weight in weights.items() if len(weight)}  # a process may hold no row of a layer
+    solved: dict[str, Weight] = {}
+    if rows:
+        device = next(iter(rows.values())).device
+        with torch.autocast(device.type, enabled=False):  # a mixed-precision Trainer's would round the statistics
+            selections = [run.selections[name] for name in rows]
+            pairs = run.plan.config.solver.solve_together([*rows.values()], inputs, selections)
+        solved = {name: weight for name, (weight, _) in zip(rows, pairs, strict=True)}
+    for layer in layers:
+        target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
+        pruned = PrunedLayer(layer.name, layer.shape, target, 0.0, inputs.count, siblings=layer.siblings, block=block)
+        if layer.name in solved:
+            dense, sparse = weights[layer.name], solved[layer.name]
+            pruned.before, pruned.sparsity = _share_of_zeros(dense), _share_of_zeros(sparse)
+            if "gram" in inputs.sums and not isinstance(layer.parameter, DTensor):
+                pruned.error = relative_error(dense, sparse, inputs.sums["gram"])
+            layer.write(sparse)
+        yield pruned
+
+
+def _share_of_zeros(weight: Weight) -> float:
+    return int((weight == 0).count_nonzero()) / weight.numel()
+
+
+def _layer_notes(run: Run, pruned: PrunedLayer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:
+    if run.permuted and pruned.name in run.permuted.kept:
+        before, after = run.permuted.kept[pruned.name]
+        yield f"inputs permuted: kept score {after / before - 1:+.2%}"
+    has_energy = inputs.sums.keys() & {"square_sum", "gram"}
+    if inputs.count and has_energy and (inactive := int(inputs.inactive().count_nonzero())):
+        yield f"{inactive} inputs never active"
+    if pruned.name in observer.padding_counted:
+        yield "padding counted: the attention_mask does not show which inputs are padding"
+    if pruned.name in observer.not_routed:
+        yield "every token counted: the model passes all tokens to every expert"
+    if pruned.name in observer.pooled:
+        yield POOLED
