@@ -17,6 +17,7 @@ from support.samples import as_samples, samples_of
 from support.zoo import ZOO, run
 
 from wanda_lightning import prune
+from wanda_lightning.calibration import openmp
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.solvers import Solver
@@ -49,6 +50,23 @@ def test_keywords_arrive_as_keywords():
     model = specimen.build()
     for stop in travel(model, specimen.batches(), model.blocks):
         assert all(call.args == () and call.kwargs.keys() == {"hidden", "extra"} for call in stop.calls)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+@pytest.mark.parametrize("most", [0, openmp.MOST_IDLE_WORKERS])
+def test_waiting_batches_keep_few_workers(monkeypatch, most):
+    """OpenMP keeps a team for each thread of a batch that computes between the units."""
+    monkeypatch.setattr(openmp, "MOST_IDLE_WORKERS", most)
+    x = torch.randn(2**16, WIDTH)
+    model, before = Chain(Mlp(), Mlp(), glue=lambda index: x.exp()), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        x.exp()  # the team of this thread
+        threads = len(os.listdir("/proc/self/task"))
+        for _ in travel(model, vectors(16), model.blocks):
+            assert len(os.listdir("/proc/self/task")) <= threads + 16 + (2 * 3 if most == 0 else most)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_batch_may_never_reach_a_unit():

@@ -122,7 +122,26 @@ def test_allocations_are_of_the_batches_of_all(pair, sequential, allocation):
     assert len({layer.target for layer in report.layers}) > 1
 
 
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_a_bad_mask_in_one_process_ends_both(pair, sequential):
+    (first, said), (second, own) = pair.run(cases.with_a_bad_mask, sequential)
+    assert (first, second) == ("ValueError", "UserError")
+    assert "process 1 of 2" in said
+    assert "attention_mask must have the shape of the tokens" in own
+
+
 # ------------------------------------------------------------------------------------- statistics by distinct input
+
+
+def test_layers_with_one_input_are_added_up_and_factorized_once_at_layer(pair):
+    """Of the 14 layers of two blocks, 2 x 4 have an input of their own."""
+    (calls, sent), other = pair.run(cases.factorized)
+    assert (calls, sent) == other
+    config = ZOO["llama"].build().config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    numbers = 2 * (3 * hidden**2 + inner**2)
+    assert numbers <= sent < 1.2 * numbers
+    assert calls == 2 * 4
 
 
 def test_layers_with_one_input_are_added_up_once(pair):

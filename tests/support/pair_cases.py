@@ -83,6 +83,26 @@ def whole_after(model, batches, **choices):
     return whole(model), report
 
 
+def with_a_bad_mask(rank, sequential):
+    """Only the second process has a batch whose mask does not fit."""
+    batches = [{"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8 - rank)}]
+    return attempt(lambda: prune_both(ZOO["llama"].build(), batches, sequential=sequential))
+
+
+def factorized(rank):
+    """How often SparseGPT factorizes a Gram matrix at "layer", and how many numbers are sent."""
+    processes, sent, calls, factorize = both(), [], [], torch.linalg.cholesky_ex
+    add = processes.all_reduce_sum
+    processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
+    torch.linalg.cholesky_ex = lambda *args, **options: calls.append(args) or factorize(*args, **options)
+    try:
+        batches = share_of(ZOO["llama"].batches(), rank, None)
+        prune_both(ZOO["llama"].build(), batches, processes, method="sparsegpt", sequential="layer")
+    finally:
+        torch.linalg.cholesky_ex = factorize
+    return len(calls), sum(sent)
+
+
 def shard(model, units=None, **options):
     """Apply `fully_shard` to the blocks and to the model around them, as one does for training."""
     mesh = init_device_mesh("cpu", (2,))

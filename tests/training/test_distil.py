@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Distil, PruningReport, prune
-from wanda_lightning.calibration.batches import Sample
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS
@@ -119,7 +119,7 @@ def test_tokens_that_stand_for_images_and_audio_are_not_learned():
     """They are in the vocabulary of some models, which never predict them."""
     config = SimpleNamespace(image_token_id=3, video_token_index=5, audio_token_id=None, eos_token_id=6)
     ids = torch.tensor([[1, 3, 3, 4, 5, 2, 6]])
-    sample = Sample(lambda: None, (), 1, {"input_ids": ids}, 0)
+    sample = Sample(lambda: None, lambda: None, {"input_ids": ids})
     found = next_tokens(torch.zeros(1, 7, 9), sample, config)
     assert found.tolist() == [-1, -1, 4, -1, 2, 6, -1]
 

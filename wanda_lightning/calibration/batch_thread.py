@@ -10,6 +10,7 @@ from typing import Any
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
+from wanda_lightning.calibration.openmp import end_idle_workers
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
 
@@ -57,12 +58,14 @@ class StopForward(BaseException):
 class BatchThread(threading.Thread):
     """The forward pass of one sample, which parks at units with the given names."""
 
-    def __init__(self, sample: Sample, names: Sequence[str], thread_state: ThreadState) -> None:
+    def __init__(
+        self, sample: Sample, names: Sequence[str], thread_state: ThreadState, ends_workers: bool = False
+    ) -> None:
         super().__init__(name=f"calibration batch {sample.batch_index}", daemon=True)
         self.sample = sample
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.unit = -1  # index of the unit at which the batch is parked, or was parked last
-        self._names, self._thread_state = names, thread_state
+        self._names, self._thread_state, self._ends_workers = names, thread_state, ends_workers
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -92,6 +95,8 @@ class BatchThread(threading.Thread):
         self.unit, self.call = unit, call
         del call
         self.sample.parking.add((args, kwargs))
+        if self._ends_workers:
+            end_idle_workers()
         self._back.release()
         self._go.acquire()
         thread_state.switches.restore()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 from wanda_lightning.calibration.batch_thread import BatchThread, Call, Stalled, park
+from wanda_lightning.calibration.openmp import keeps_many_workers
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.revisits import find_revisits
 from wanda_lightning.calibration.samples import Sample
@@ -111,7 +112,8 @@ def _parking(units: Sequence[nn.Module | None]) -> Iterator[None]:
 def _batch_threads(samples: Sequence[Sample], names: Sequence[str]) -> Iterator[list[BatchThread]]:
     """Construct one thread for each batch; end all threads at the end of this block."""
     state, stalled = ThreadState(), None
-    threads = [BatchThread(sample, names, state) for sample in samples]
+    ends_workers = keeps_many_workers(len(samples))
+    threads = [BatchThread(sample, names, state, ends_workers) for sample in samples]
     try:
         yield threads
     except Stalled as stall:
