@@ -360,7 +360,6 @@ class PruningReport:
     def save(self, folder: str | Path) -> Path:
         """Write `pruning_report.json` into a folder, atomically, and return its path."""
         path = Path(folder) / REPORT_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
         return path
