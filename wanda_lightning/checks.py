@@ -54,19 +54,17 @@ def check_callable(**values: object) -> None:
             raise ValueError(f"{name} must be a function, but it is {value!r}.")
 
 
-def check_batches(batches: object) -> None:
+def check_batches(**values: object) -> None:
     """Raise a ValueError for anything but a list, a dataloader or another collection of batches."""
-    if not isinstance(batches, Iterable) or isinstance(batches, Mapping | str | bytes) or hasattr(batches, "dtype"):
-        raise ValueError(
-            f"batches must be a list of batches or a dataloader, but it is a {type(batches).__name__}. Put one batch "
-            "into a list: [batch]."
-        )
+    for name, value in values.items():
+        if not isinstance(value, Iterable) or isinstance(value, Mapping | str | bytes) or hasattr(value, "dtype"):
+            raise ValueError(f"{name} must be a list of batches or a dataloader, but it is a {type(value).__name__}.")
 
 
 def check_path(**values: object) -> None:
-    """Raise a ValueError for a value that cannot be the path of a file or folder; None stands for an unset option."""
+    """Raise a ValueError for a value that cannot be the path of a file or folder."""
     for name, value in values.items():
-        if value is not None and (not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value)):
+        if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
             raise ValueError(f"{name} must be the path of a file or folder, but it is {value!r}.")
 
 

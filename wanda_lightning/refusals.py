@@ -61,7 +61,8 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
                 f"model must have weights that can change, but {layer.name} was created under torch.inference_mode(). "
                 "Build or load the model outside of it."
             )
-        if 0 in local(layer.parameter.detach()).stride():
+        stored = local(layer.parameter.detach())
+        if any(step == 0 and size > 1 for step, size in zip(stored.stride(), stored.shape, strict=True)):
             raise ValueError(
                 f"model must store each weight by itself, but {layer.name} was made by expand() and repeats the same "
                 "numbers. Replace it by nn.Parameter(weight.clone())."

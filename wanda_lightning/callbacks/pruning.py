@@ -26,6 +26,7 @@ from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, proce
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.checks import (
     check_at_least,
+    check_batches,
     check_flags,
     check_path,
     check_report_path,
@@ -118,8 +119,12 @@ class PruningCallback(Callback):
         self.schedule = schedule_of(at_step, schedule)
         check_at_least(1, num_samples=num_samples)
         check_flags(keep_zeros=keep_zeros)
-        check_path(report_dir=report_dir, report=report)
+        if dataloader is not None:
+            check_batches(dataloader=dataloader)
+        if report_dir is not None:
+            check_path(report_dir=report_dir)
         if report is not None:
+            check_path(report=report)
             check_report_path(report)
         checks.check_stages(self.schedule, self.config.pattern)
         checks.check_calibrate_on(calibrate_on, self.config, dataloader)

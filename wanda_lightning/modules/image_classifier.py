@@ -56,7 +56,8 @@ class ImageClassifierModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_not_negative(lr=lr, weight_decay=weight_decay)
-        check_path(checkpoint=checkpoint)
+        if checkpoint is not None:
+            check_path(checkpoint=checkpoint)
         self._model_kwargs = dict(model_kwargs or {})
         checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         if isinstance(model, (str, os.PathLike)):

@@ -328,7 +328,12 @@ class PruningReport:
                 f"version must be at most {_VERSION}, but it is {version!r}. Read this report with the version of "
                 "wanda_lightning that wrote it, or a newer one."
             )
-        return from_fields(cls, content)
+        report: PruningReport = from_fields(cls, content)
+        shares = {f"layers[{index}].sparsity": layer.sparsity for index, layer in enumerate(report.layers)}
+        for name, share in {**shares, "zeros": report.zeros / max(1, report.parameters)}.items():
+            if not 0 <= share <= 1:  # NaN, too
+                raise ValueError(f"{name} must be a share of the weights, but it is {share:g} of them.")
+        return report
 
     @classmethod
     def load(cls, path: str | Path) -> PruningReport:

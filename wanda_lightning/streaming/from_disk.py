@@ -118,7 +118,7 @@ def pruned_from_disk(
     refuse_parking(park, device)
     refuse_whole_model(config, processes)
     refuse_places(source, output)
-    check_batches(batches)
+    check_batches(batches=batches)
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     with processes.fail_together():

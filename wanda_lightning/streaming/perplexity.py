@@ -57,8 +57,10 @@ def perplexity_from_disk(
     Raises:
         ValueError: If no token of the batches has a next token.
     """
-    check_path(source=source, parked_in=parked_in)
-    check_batches(batches)
+    check_path(source=source)
+    if parked_in is not None:
+        check_path(parked_in=parked_in)
+    check_batches(batches=batches)
     refuse_parking(park, device)
     hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint(str(source), dtype, hub, device)
