@@ -177,7 +177,7 @@ def make_plan(
     Raises:
         ValueError: If the model cannot be pruned as asked.
     """
-    refuse_no_module(model)
+    refuse_no_module(model, "prune(model, batches)")
     reshard(model)
     config = config_for(config, model)
     # Blocks are loaded one at a time, also to be pruned with statistics of the dense model.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.checks import check_at_least, check_memory, check_positive
+from wanda_lightning.checks import check_at_least, check_memory, check_path, check_positive, check_seed
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, check_source, evaluation_text
@@ -81,12 +81,17 @@ class TextDataModule(DataModule):
     ) -> None:
         super().__init__()
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
-        check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
+        check_at_least(1, num_samples=num_samples, batch_size=batch_size)
+        check_positive(limit=limit, train_samples=train_samples)
+        check_seed(seed)
         check_memory("num_samples", num_samples, seqlen)
         check_memory("train_samples", train_samples or 0, seqlen)
+        check_path(calibration=calibration)
         if calibration != SELF:
             check_source(calibration, "calibration")
-        texts = [evaluation] if isinstance(evaluation, str | os.PathLike) else evaluation
+        texts = [evaluation] if isinstance(evaluation, str) or not isinstance(evaluation, Sequence) else evaluation
+        for each in texts:
+            check_path(evaluation=each)
         self.evaluations = tuple(os.fspath(text) for text in texts)
         if not self.evaluations or len({*self.evaluations}) < len(self.evaluations):
             raise ValueError(f"evaluation must name at least one text, and each only once, but it is {evaluation!r}.")

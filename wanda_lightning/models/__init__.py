@@ -16,6 +16,7 @@ from wanda_lightning.models.predictions import (
 )
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.models.reads_images import reads_images
+from wanda_lightning.models.tokens import check_tokens, number_of_embeddings
 
 __all__ = [
     "HiddenUnits",
@@ -26,6 +27,7 @@ __all__ = [
     "TokenMask",
     "Unit",
     "causal_config",
+    "check_tokens",
     "find_layers",
     "find_predictions",
     "fitting_mask",
@@ -36,6 +38,7 @@ __all__ = [
     "is_wrapper",
     "model_from_config",
     "number_of_classes",
+    "number_of_embeddings",
     "own_head",
     "placeholder",
     "reads_images",
