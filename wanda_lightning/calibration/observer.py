@@ -120,6 +120,8 @@ class Observer:
             call.parking.occupy()
             with naming_batch(call.batch, x, unit.name):
                 reader = self._read(unit, call.batch, x)
+                if x.dtype != unit.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
+                    call.run(on_copies=True)
             call.parking.vacate()
             self._add(reader)
             identities += [entry.identity for entry in reader.entries]

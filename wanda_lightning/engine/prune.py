@@ -20,6 +20,7 @@ from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.gradients import gradient_statistics, gradient_statistics_by_block
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
+from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
@@ -104,6 +105,7 @@ def prune_as(
             choose the same masks; an error in one process ends all of them.
         store: Where the weights are, and the activations of batches that wait.
     """
+    check_callable(forward=forward)
     seconds: dict[str, float] = {}
     progress = progress and processes.rank == 0
     with _timed(seconds, "prepare"), processes.fail_together():
