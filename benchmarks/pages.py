@@ -51,7 +51,7 @@ def claims() -> str:
         for key in (("magnitude", "50 %"), ("sparsegpt", "2:4"))
     }
     lines = (
-        "**Wanda's masks are those of [the reference](https://github.com/locuslab/wanda)**, the code of the paper's "
+        "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, the code of the paper's "
         "authors, bit for bit, on the tiny random models of the tests. On WikiText-2, "
         f"Wanda at 50 % has perplexity {same} in both codes (dense: {perplexity(dense)}). SparseGPT at 2:4 "
         f"({pairs['sparsegpt', '2:4']}) and magnitude at 50 % ({pairs['magnitude', '50 %']}) differ, by the order of "

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning import methods
+from wanda_lightning.common.checks import check_at_least, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import check_patterns
 from wanda_lightning.common.words import did_you_mean
@@ -128,6 +129,7 @@ class PruningConfig:
                 "chooses in one block of columns after another. Use SparseGPT(mask='upfront'), or another criterion or "
                 "solver."
             )
+        check_flags(include_grouped=self.include_grouped, keep_batch_norm=self.keep_batch_norm)
         self.pattern.check(self.sparsity)
         if reason := self.permutation.why_not(self.pattern):
             raise UserError(
@@ -221,8 +223,7 @@ def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
             "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
             f"{shown(sparsity)}."
         )
-    if not isinstance(min_expert_tokens, int) or min_expert_tokens < 0:
-        raise UserError(f"min_expert_tokens must be a number of tokens, 0 or more, but it is {min_expert_tokens!r}.")
+    check_at_least(0, min_expert_tokens=min_expert_tokens)
 
 
 def _named(option: str, name: str) -> Any:

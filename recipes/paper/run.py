@@ -5,8 +5,9 @@
     python recipes/paper/run.py recipes/paper/llama.yaml --out out/small --model MODEL.gguf \
         --set nsamples=16 seqlen=512 limit=40 calibration=python-docs eval=python-docs
 
-Cost and result: the cells of llama.yaml at 50 % and 2:4 on SmolLM2-135M take 13 minutes on 2 CPU cores and give the
-numbers in README.md. No table has been run on the paper's models.
+Cost and result: the cells of llama.yaml at 50 % and 2:4 on SmolLM2-135M-Instruct, with the options and texts of
+docs/measured.md, take 13 minutes on 2 CPU cores and give the numbers there. No table has been run on the paper's
+models.
 
 A family is one YAML file: `options` for all cells, `models` by name, `cells` by name with options of their own, and the
 `source` of the `published` numbers. Each cell is one `wanda-lightning prune` in a process of its own, which leaves its

@@ -33,7 +33,7 @@ REFUSED = {
         (["--seqlen", "1"], "--seqlen must be a whole number of at least 2, but it is 1."),
         (["--batch_size", "0"], "--batch_size must be a whole number of at least 1, but it is 0."),
         (["--limit", "0"], "--limit must be a whole number of at least 1, but it is 0."),
-        (["--min_expert_tokens", "-1"], "--min_expert_tokens must be a number of tokens, 0 or more, but it is -1."),
+        (["--min_expert_tokens", "-1"], "--min_expert_tokens must be at least 0, but it is -1."),
         (["--skip", "re:("], "--skip re:( must be a regular expression after 're:', but missing )"),
         (["--use_variant", "--prune_method", "magnitude"], "Use --prune_method wanda within rows"),
         (["--use_variant", "--sparsity_type", "2:4"], "--use_variant has no meaning for --sparsity_type 2:4. Leave it"),

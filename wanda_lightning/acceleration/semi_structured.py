@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.placeholders import placeholder
+from wanda_lightning.models.refusals import refuse_no_module
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _ROWS, _COLUMNS = 32, 64  # CUTLASS requires multiples of these, cuSPARSELt multiples of 16
@@ -35,6 +36,7 @@ def accelerate_2to4(model: nn.Module) -> Accelerated:
     Raises:
         ValueError: If the model is elsewhere, the device is older, or no layer can be accelerated.
     """
+    refuse_no_module(model, "accelerate_2to4(model)")
     refuse_devices({parameter.device for parameter in model.parameters()})
     linears, dense = {}, {}
     for name, module, reason in _matrices(model):

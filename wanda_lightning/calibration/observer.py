@@ -119,6 +119,8 @@ class Observer:
                 x = input_of(call.args, call.kwargs)
                 with naming_batch(call.sample.batch_index, x, unit.name):
                     reader = self._read(unit, call.sample, x)
+                    if x.dtype != unit.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
+                        call.run(on_copies=True)
                 call.sample.parking.vacate()
                 self._add(reader)
                 identities += [entry.identity for entry in reader.entries]

@@ -26,7 +26,7 @@ from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.models import TokenMask, token_masks
+from wanda_lightning.models import TokenMask, check_tokens, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
 
 
@@ -102,7 +102,12 @@ class Samples:
         self.length = len(self._batches) if isinstance(self._batches, Sized) else None
 
     def _forward_on_device(self, batch: Any) -> object:
-        return forward_batch(self._model, to_device(batch, next(self._model.parameters()).device))
+        try:
+            return forward_batch(self._model, to_device(batch, next(self._model.parameters()).device))
+        except Exception:
+            if isinstance(batch, Mapping) and "input_ids" in batch:  # only now, since some models replace ids
+                check_tokens(self._model, batch["input_ids"])
+            raise
 
     def read_all(self, progress: bool) -> None:
         """Load all batches into memory; a bar counts them if their number is unknown."""

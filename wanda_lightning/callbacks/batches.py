@@ -20,6 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, take
 from wanda_lightning.callbacks.trainer import stop_if_terminated
+from wanda_lightning.common.checks import check_batches
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def calibration_batches(
     if processes.world_size > 1:
         torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
     loader, source = (dataloader, "dataloader") if dataloader is not None else _find(trainer, pl_module)
+    check_batches(**{source: loader})
     log.info("Calibrating on %s", source)
     step, offset, wanted = processes.world_size, processes.rank, num_samples
     if step > 1 and _reads_own_part(loader):

@@ -51,9 +51,9 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
         model = network_of(dense, name) if isinstance(dense, L.LightningModule) else dense
     else:
         model = _load(dense, pl_module)
+    _refuse_not_finite(model)
     if dense is not None and (zeros := _zeros_of_pruning(model)):
         rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
-    _refuse_not_finite(model)
     _refuse_shared(model, pl_module)
     _refuse_other_classes(model, network)
     return model.requires_grad_(False).eval()
@@ -111,7 +111,11 @@ def _zeros_of_pruning(model: nn.Module) -> str:
 
 
 def _refuse_not_finite(model: nn.Module) -> None:
+    if next(model.parameters(), None) is None:
+        raise UserError(f"dense must be a model with weights, but {type(model).__name__} has none.")
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"dense must hold its weights, but {name} is on the meta device. Load the weights first.")
         is_plain = parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if not is_plain or is_wrapper(parameter) or is_unloaded(parameter):
             continue  # quantized, or not there yet

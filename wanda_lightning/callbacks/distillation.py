@@ -19,7 +19,7 @@ from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.callbacks.dense import Dense, dense_model, fingerprint, move_beside, network_of
 from wanda_lightning.callbacks.trainer import processes_of
-from wanda_lightning.common.checks import refuse_pytorch_lightning
+from wanda_lightning.common.checks import check_path, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.losses import summed_divergence
@@ -64,6 +64,8 @@ class DistillFromDense(Callback):
         self, dense: Dense = None, weight: float = 0.5, temperature: float = 1.0, network: str | None = None
     ) -> None:
         self.dense, self.weight, self.temperature, self.network = dense, weight, temperature, network
+        if dense is not None and not isinstance(dense, nn.Module):
+            check_path(dense=dense)
         check(self, weight=Number(above=0, maximum=1), temperature=Number(above=0))
         self._teacher: nn.Module | None = None  # while it trains
         self._fingerprint = ""

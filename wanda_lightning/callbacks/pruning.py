@@ -24,7 +24,14 @@ from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.validation import ValidationLoop
-from wanda_lightning.common.checks import check_at_least, check_report_path, refuse_pytorch_lightning
+from wanda_lightning.common.checks import (
+    check_at_least,
+    check_batches,
+    check_flags,
+    check_path,
+    check_report_path,
+    refuse_pytorch_lightning,
+)
 from wanda_lightning.common.files import refuse_existing, refuse_nonempty
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.criteria import Magnitude, Wanda
@@ -111,7 +118,13 @@ class PruningCallback(Callback):
         self.config = config
         self.schedule = schedule_of(at_step, schedule)
         check_at_least(1, num_samples=num_samples)
+        check_flags(keep_zeros=keep_zeros)
+        if dataloader is not None:
+            check_batches(dataloader=dataloader)
+        if report_dir is not None:
+            check_path(report_dir=report_dir)
         if report is not None:
+            check_path(report=report)
             check_report_path(report)
         checks.check_stages(self.schedule, self.config.pattern)
         checks.check_calibrate_on(calibrate_on, self.config, dataloader)

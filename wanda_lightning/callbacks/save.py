@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
-from wanda_lightning.common.checks import refuse_pytorch_lightning
+from wanda_lightning.common.checks import check_flags, check_path, refuse_pytorch_lightning
 from wanda_lightning.common.files import files_in, is_replaceable, reserved, unclaimed
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import refuse_upload, upload
@@ -59,6 +59,8 @@ class SavePretrained(Callback):
         push_to_hub: str | None = None,
         private: bool = False,
     ) -> None:
+        check_path(folder=folder)
+        check_flags(overwrite=overwrite, private=private)
         self.folder, self.overwrite, self.push_to_hub, self.private = folder, overwrite, push_to_hub, private
         self._reserved = ExitStack()
 

@@ -22,7 +22,10 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:
     """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
     target = getattr(pl_module, "pruning_target", pl_module)
-    assert isinstance(target, nn.Module)
+    if not isinstance(target, nn.Module):
+        raise MisconfigurationException(
+            f"pruning_target of {type(pl_module).__name__} must be a module, but it is {target!r}."
+        )
     return target
 
 

@@ -256,6 +256,8 @@ class PruneOptions(InspectOptions):
             _refuse_place(self, "save", refuse_nonempty)  # a run that continues may find its model there
         if self.report is not None:
             check_report_path(self.report)
+            if Path(self.report) in (Path(self.save or ""), Path(self.save_model or "")):
+                raise UsageError(f"--report must differ from the folders to write, but it is {self.report} too.")
         _refuse_place(self, "report", refuse_existing)
         if self.push_to_hub is not None:
             refuse_upload(self.push_to_hub, self.private)
@@ -506,7 +508,7 @@ def refuse_missing(options: Any, names: str) -> None:
 def _refuse_place(options: Any, name: str, refuse: Callable[[str, bool], None]) -> None:
     """Raise a UsageError that starts with the option if a path cannot be written."""
     if (path := getattr(options, name)) is not None:
-        if not path.strip():
+        if not path.strip() or "\0" in path:
             raise UsageError(f"--{name} must be a path, but it is {path!r}.")
         try:
             refuse(path, options.overwrite)

@@ -179,6 +179,8 @@ def _value(each: Field[Any], text: Any) -> Any:
     kind, rule = _kind(each), each.metadata["rule"]
     if text == "null" and each.default is None:
         return None
+    if text == "" and kind is str:  # as of "$UNSET"
+        raise UsageError(f"--{each.name} must not be empty. Leave it out, or give a value.")
     if not isinstance(text, str) and kind is not list:
         raise UsageError(f"--{each.name} must be one value, but it is {text!r}.")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from math import inf
@@ -34,6 +34,40 @@ def check_not_negative(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < inf:
             raise UserError(f"{name} must be a number of at least 0, but it is {value!r}.")
+
+
+def check_seed(seed: object) -> None:
+    """Raise a ValueError for a seed that is not a whole number."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise UserError(f"seed must be a whole number, but it is {seed!r}.")
+
+
+def check_flags(**values: object) -> None:
+    """Raise a ValueError for a value that is neither True nor False, such as the text "false", which is true."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name} must be True or False, but it is {value!r}.")
+
+
+def check_callable(**values: object) -> None:
+    """Raise a ValueError for a value that cannot be called; None stands for an unset option."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise UserError(f"{name} must be a function, but it is {value!r}.")
+
+
+def check_batches(**values: object) -> None:
+    """Raise a ValueError for anything but a list, a dataloader or another collection of batches."""
+    for name, value in values.items():
+        if not isinstance(value, Iterable) or isinstance(value, Mapping | str | bytes) or hasattr(value, "dtype"):
+            raise UserError(f"{name} must be a list of batches or a dataloader, but it is a {type(value).__name__}.")
+
+
+def check_path(**values: object) -> None:
+    """Raise a ValueError for a value that cannot be the path of a file or folder."""
+    for name, value in values.items():
+        if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
+            raise UserError(f"{name} must be the path of a file or folder, but it is {value!r}.")
 
 
 def refuse_pytorch_lightning(trainer: object) -> None:

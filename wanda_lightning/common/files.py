@@ -33,7 +33,7 @@ ROW_WEIGHTS_NAME = "pruning_row_weights.safetensors"
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().resolve()
+    return Path(os.path.expanduser(path)).resolve()  # Path.expanduser refuses ~ of an unknown user
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from wanda_lightning.common.checks import check_at_least, check_positive
+from wanda_lightning.common.checks import check_at_least, check_path, check_positive, check_seed
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.data.image_sources import Source, check_source, open_source
 from wanda_lightning.data.module import DataModule, silence_worker_advice
@@ -67,7 +67,10 @@ class ImageDataModule(DataModule):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_positive(batch_size=batch_size, num_samples=num_samples, image_size=image_size)
+        check_path(data=data)
+        check_at_least(1, batch_size=batch_size, num_samples=num_samples)
+        check_positive(image_size=image_size)
+        check_seed(seed)
         check_at_least(0, num_workers=num_workers)
         check_source(data)
         self.data = data

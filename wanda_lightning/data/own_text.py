@@ -81,6 +81,8 @@ def sample_windows(
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token after which the model writes a text; refuse a tokenizer that has none."""
+    if not hasattr(tokenizer, "bos_token_id"):
+        raise UserError(f"tokenizer must be one of transformers, but it is {tokenizer!r}.")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise UserError(

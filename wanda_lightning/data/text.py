@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import check_at_least, check_memory, check_positive
+from wanda_lightning.common.checks import check_at_least, check_memory, check_path, check_positive, check_seed
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_tokenizer, locate
 from wanda_lightning.data.module import DataModule, silence_worker_advice
@@ -82,12 +82,17 @@ class TextDataModule(DataModule):
     ) -> None:
         super().__init__()
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
-        check_positive(num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
+        check_at_least(1, num_samples=num_samples, batch_size=batch_size)
+        check_positive(limit=limit, train_samples=train_samples)
+        check_seed(seed)
         check_memory("num_samples", num_samples, seqlen)
         check_memory("train_samples", train_samples or 0, seqlen)
+        check_path(calibration=calibration)
         if calibration != SELF:
             check_source(calibration, "calibration")
-        texts = [evaluation] if isinstance(evaluation, str | os.PathLike) else evaluation
+        texts = [evaluation] if isinstance(evaluation, str) or not isinstance(evaluation, Sequence) else evaluation
+        for each in texts:
+            check_path(evaluation=each)
         self.evaluations = tuple(os.fspath(text) for text in texts)
         if not self.evaluations or len({*self.evaluations}) < len(self.evaluations):
             raise UserError(f"evaluation must name at least one text, and each only once, but it is {evaluation!r}.")

@@ -16,7 +16,6 @@ from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import RowWeights
 from wanda_lightning.engine.refusals import (
-    refuse_no_module,
     refuse_nothing_to_prune,
     refuse_sharding,
     refuse_too_wide,
@@ -24,6 +23,7 @@ from wanda_lightning.engine.refusals import (
 )
 from wanda_lightning.models import Inventory, Layer, Unit, find_layers, reads_images
 from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.models.refusals import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
 
 Selections = Mapping[str, Selection]  # by layer
@@ -177,7 +177,7 @@ def make_plan(
     Raises:
         ValueError: If the model cannot be pruned as asked.
     """
-    refuse_no_module(model)
+    refuse_no_module(model, "prune(model, batches)")
     reshard(model)
     config = config_for(config, model)
     # Blocks are loaded one at a time, also to be pruned with statistics of the dense model.

@@ -14,6 +14,7 @@ from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
@@ -96,6 +97,7 @@ def prune_as(
             choose the same masks; an error in one process ends all of them.
         store: Where the weights are, and the activations of batches that wait.
     """
+    check_callable(forward=forward)
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"), processes.fail_together():
         plan = store.plan(config, model, processes)

@@ -13,18 +13,9 @@ from wanda_lightning.common.checks import available_memory
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.models.experts import refuse_sharded_experts
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.parallel import Processes
-
-
-def refuse_no_module(model: object) -> None:
-    """Refuse anything that is no module, for example batches."""
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"model must be a torch.nn.Module, but it is a {type(model).__name__}. Give the model first, then the "
-            "calibration batches: prune(model, batches)."
-        )
+from wanda_lightning.models.refusals import refuse_no_values, refuse_sharded_experts
+from wanda_lightning.parallel import Processes, local
 
 
 def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None:
@@ -58,16 +49,18 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
     """Refuse weights without values, weights that cannot be written, NaN and infinity."""
     for layer in layers:
         refuse_sharded_experts(layer)
+        refuse_no_values(layer)
         weight = layer.weight
-        if weight.is_meta:
-            raise UserError(
-                f"model must hold its weights, but {layer.name} is on the meta device and has no values. Load the "
-                "weights before pruning."
-            )
         if layer.parameter.is_inference():
             raise UserError(
                 f"model must have weights that can change, but {layer.name} was created under torch.inference_mode(). "
                 "Build or load the model outside of it."
+            )
+        stored = local(layer.parameter.detach())
+        if any(step == 0 and size > 1 for step, size in zip(stored.stride(), stored.shape, strict=True)):
+            raise UserError(
+                f"model must store each weight by itself, but {layer.name} was made by expand() and repeats the same "
+                "numbers. Replace it by nn.Parameter(weight.clone())."
             )
         # The sum takes one fast pass. It may overflow, so only the slow check of each weight decides.
         if not weight.sum().isfinite() and not weight.isfinite().all():

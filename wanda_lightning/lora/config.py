@@ -7,6 +7,7 @@ from typing import Any
 from peft import LoraConfig
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need extra forward passes
@@ -53,6 +54,7 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = KEEP_ZEROS_LORA
+        check(self, r=Number(minimum=1, whole=True), lora_alpha=Number(), lora_dropout=Number(minimum=0, below=1))
         refused = [field.name for field in dataclasses.fields(self) if field.metadata.get("is_lora_variant")]
         refused += ["use_qalora", "target_parameters", "layer_replication", "megatron_config"]
         if used := [name for name in refused if getattr(self, name, None)]:

@@ -15,6 +15,7 @@ from wanda_lightning.models.predictions import (
 )
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.models.reads_images import reads_images
+from wanda_lightning.models.tokens import check_tokens, number_of_embeddings
 
 __all__ = [
     "HiddenUnits",
@@ -25,6 +26,7 @@ __all__ = [
     "TokenMask",
     "Unit",
     "causal_config",
+    "check_tokens",
     "find_layers",
     "find_predictions",
     "fitting_mask",
@@ -34,6 +36,7 @@ __all__ = [
     "is_unloaded",
     "is_wrapper",
     "number_of_classes",
+    "number_of_embeddings",
     "own_head",
     "placeholder",
     "reads_images",

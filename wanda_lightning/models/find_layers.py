@@ -41,6 +41,7 @@ def find_layers(
     finder.sort_parameters()
     finder.skip_tied_to_skipped()
     finder.apply_user_patterns(check_patterns("skip", skip), check_patterns("only", only))
+    finder.skip(SkipReason.UNSUPPORTED, lambda layer: "has no elements" if 0 in layer.shape else None)
     # Find blocks before the pattern removes layers: blocks must not depend on the pattern.
     blocks = finder.block_of_each_layer()
     finder.skip(SkipReason.PATTERN, lambda layer: pattern.why_not(layer.shape[1]))

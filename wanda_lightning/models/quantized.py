@@ -21,7 +21,7 @@ def is_wrapper(parameter: Tensor) -> bool:
 
 
 def is_packed(parameter: Tensor) -> bool:
-    """Whether a parameter holds anything but floating-point numbers of at least 16 bits."""
+    """Whether a parameter holds anything but dense floating-point numbers of at least 16 bits."""
     return is_wrapper(parameter) or _holds_codes(parameter)
 
 
@@ -95,4 +95,4 @@ _READERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 def _holds_codes(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or tensor.element_size() < 2
+    return not tensor.is_floating_point() or tensor.element_size() < 2 or tensor.layout is not torch.strided

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -30,6 +31,8 @@ def skip_packed(name: str, weight: Tensor, module: nn.Module) -> SkippedMatrix:
     dtype, kind = str(weight.dtype).removeprefix("torch."), type(weight).__name__
     if library := quantizer(module, weight):
         detail = f"quantized by {library} ({type(module).__name__}, {kind}): prune first, then quantize"
+    elif weight.layout is not torch.strided:
+        detail = f"weights of layout {weight.layout} cannot be pruned in place"
     elif weight.is_floating_point() and weight.element_size() >= 2:
         detail = f"weights of type {kind} cannot be pruned in place"
     else:

@@ -20,14 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wanda_lightning.common.checks import check_not_negative, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_folder
+from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
     DTYPES,
     bars_on_terminals_only,
     check_causal,
     check_decoder_only,
+    check_dtype,
+    check_tokenizer,
     check_vocabulary,
     load_causal_lm,
-    number_of_embeddings,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 
@@ -75,9 +77,12 @@ class CausalLMModule(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if dtype != "auto" and dtype not in DTYPES:
-            raise UserError(f"dtype must be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
+        check_dtype(dtype)
         check_not_negative(lr=lr, weight_decay=weight_decay)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
+        if lora is not None and not isinstance(lora, Mapping):
+            raise UserError(f"lora must be a mapping such as {{'r': 8}}, but it is {lora!r}.")
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
             self.save_hyperparameters(ignore=["tokenizer"])
@@ -136,15 +141,7 @@ class CausalLMModule(L.LightningModule):
 
     def check_tokens(self, input_ids: Tensor) -> None:
         """Raise a ValueError for token ids without an embedding. On a CUDA device they would end the process."""
-        embeddings = number_of_embeddings(self.model)
-        if embeddings is None or input_ids.numel() == 0:
-            return
-        low, high = (int(bound) for bound in input_ids.aminmax())
-        if low < 0 or high >= embeddings:
-            raise UserError(
-                f"input_ids must be from 0 to {embeddings - 1}, since the model has {embeddings} embeddings, but one "
-                f"is {low if low < 0 else high}. Use the tokenizer that the model was trained with."
-            )
+        check_tokens(self.model, input_ids)
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the input ids, attention mask and labels of a batch."""
@@ -153,7 +150,8 @@ class CausalLMModule(L.LightningModule):
         elif "input_ids" not in batch:
             raise UserError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
         input_ids = batch["input_ids"]
-        if input_ids.device.type == "cpu":  # on a GPU it would wait for the device; TextDataModule checks in setup()
+        # On a GPU it would wait for the device; TextDataModule checks in setup().
+        if not isinstance(input_ids, Tensor) or input_ids.device.type == "cpu":
             self.check_tokens(input_ids)
         return input_ids, batch.get("attention_mask"), batch.get("labels")
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from wanda_lightning.common.checks import check_not_negative
+from wanda_lightning.common.checks import check_not_negative, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
@@ -57,6 +57,8 @@ class ImageClassifierModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_not_negative(lr=lr, weight_decay=weight_decay)
+        if checkpoint is not None:
+            check_path(checkpoint=checkpoint)
         self._model_kwargs = dict(model_kwargs or {})
         checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         if isinstance(model, (str, os.PathLike)):
@@ -72,6 +74,11 @@ class ImageClassifierModule(L.LightningModule):
             if model_kwargs:
                 raise UserError(
                     f"model_kwargs must be left out unless model is a name, but it is a built {type(model).__name__}."
+                )
+            if num_classes not in (None, getattr(model, "num_classes", num_classes)):
+                raise UserError(
+                    f"num_classes must be that of the built model, {model.num_classes}, but it is {num_classes!r}. "
+                    "Build the model with this number."
                 )
             self.model = model
         if checkpoint is not None:

@@ -31,6 +31,7 @@ from wanda_lightning.common.model_source import (
     timm_name,
 )
 from wanda_lightning.common.words import one_line
+from wanda_lightning.models import number_of_embeddings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED = (*DTYPES.values(), torch.float64)
@@ -90,6 +91,20 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise a ValueError for anything but the name of a data type for weights."""
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype must be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise a ValueError for anything but a tokenizer that can be saved with a model."""
+    if not hasattr(tokenizer, "save_pretrained") or isinstance(tokenizer, type):
+        raise UserError(
+            f"tokenizer must be one of transformers, but it is {tokenizer!r}. Give AutoTokenizer.from_pretrained(...)."
+        )
+
+
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """Raise a ValueError for a tokenizer with more tokens than the model has embeddings.
 
@@ -101,14 +116,6 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
             f"tokenizer must belong to the model, but it has {size} tokens and the model only {embeddings} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
-
-
-def number_of_embeddings(model: Any) -> int | None:
-    """Return the number of token embeddings of a transformers model, or None if it is not known."""
-    try:
-        return int(model.get_input_embeddings().num_embeddings)
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:

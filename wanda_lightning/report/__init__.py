@@ -329,7 +329,12 @@ class PruningReport:
                 f"version must be at most {_VERSION}, but it is {version!r}. Read this report with the version of "
                 "wanda_lightning that wrote it, or a newer one."
             )
-        return from_fields(cls, content)
+        report: PruningReport = from_fields(cls, content)
+        shares = {f"layers[{index}].sparsity": layer.sparsity for index, layer in enumerate(report.layers)}
+        for name, share in {**shares, "zeros": report.zeros / max(1, report.parameters)}.items():
+            if not 0 <= share <= 1:  # NaN, too
+                raise UserError(f"{name} must be a share of the weights, but it is {share:g} of them.")
+        return report
 
     @classmethod
     def load(cls, path: str | Path) -> PruningReport:
@@ -361,7 +366,6 @@ class PruningReport:
     def save(self, folder: str | Path) -> Path:
         """Write `pruning_report.json` into a folder, atomically, and return its path."""
         path = Path(folder) / REPORT_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
         return path

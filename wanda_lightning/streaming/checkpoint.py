@@ -32,7 +32,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, locate, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import placeholder
-from wanda_lightning.modules.loading import check_finite, check_stored_as_float
+from wanda_lightning.modules.loading import check_dtype, check_finite, check_stored_as_float
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
@@ -63,6 +63,7 @@ class Checkpoint:
     """
 
     def __init__(self, name: str, dtype: str = "auto", hub: Mapping[str, Any] = {}, device: str = "cpu") -> None:
+        check_dtype(str(dtype).removeprefix("torch."))
         self._name = name
         self.device = _available(device)
         self.blocks: tuple[str, ...] = ()
@@ -91,7 +92,9 @@ class Checkpoint:
             finally:
                 PreTrainedModel._load_pretrained_model = original
         self._move_buffers()
-        self._refuse_incomplete(loaded["missing_keys"], loaded["mismatched_keys"])
+        names = (name for name, _ in self.model.named_parameters())
+        missing = {name for name in names if self.part_of(name) not in self._keys}  # now, not when batches arrive there
+        self._refuse_incomplete(sorted(missing | {*loaded["missing_keys"]}), loaded["mismatched_keys"])
         check_stored_as_float(name, self.files, self.model)
         self._refuse_shared()
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from wanda_lightning.common.checks import check_batches, check_callable, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.modules.loading import check_vocabulary
+from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -114,13 +115,13 @@ def pruned_from_disk(
 
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
+    check_callable(forward=forward)
     refuse_parking(park, device)
     refuse_whole_model(config, processes)
     refuse_places(source, output)
-    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise UserError(
-            f"tokenizer must be one of transformers, but it is {tokenizer!r}. Give AutoTokenizer.from_pretrained(...)."
-        )
+    check_batches(batches=batches)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     with processes.fail_together():
         held = list(batches)
         checkpoint = Checkpoint(str(source), dtype, hub, device)
@@ -202,6 +203,7 @@ def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]
                 f"{name} must be a string or a path, but it is a {type(given).__name__}. Call "
                 "prune_from_disk(source, output, batches), or prune(model, batches) for a model in memory."
             )
+    check_path(source=source, output=output)
     folder, target = Path(source).expanduser().resolve(), Path(output).expanduser().resolve()
     if folder.is_dir() and target.is_relative_to(folder):
         raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

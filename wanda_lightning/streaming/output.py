@@ -112,6 +112,7 @@ class OutputFolder:
         self._row_weights = ""
         self.report = ""
         self.bytes_written = 0
+        self._is_begun = False
         with self._in_first() as is_first:
             if is_first:
                 self._open(folder, size)
@@ -136,6 +137,7 @@ class OutputFolder:
                 self._resume(folder, self._read_progress(folder))
             refuse_full(folder, size - sum(record.size for record in self.written.values()))
             self._save_progress()
+            self._is_begun = True
         except BaseException:
             self.close()
             raise
@@ -271,8 +273,10 @@ class OutputFolder:
                 (self.path / PROGRESS_NAME).unlink()
 
     def close(self) -> None:
-        """Allow other runs to write into the folder."""
+        """Allow other runs to write into the folder; delete a record without any part, as of refused batches."""
         if self._lock is not None:
+            if self._is_begun and [file.name for file in self.path.iterdir()] == [PROGRESS_NAME]:
+                (self.path / PROGRESS_NAME).unlink()
             unlock(self._lock)
             self._lock = None
 

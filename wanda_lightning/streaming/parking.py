@@ -243,6 +243,8 @@ def refuse_parking(park: str, device: str) -> None:
     """Refuse an unknown place for activations, and one that does not suit the device of the model."""
     if park not in PARKING:
         raise UserError(f"park must be one of {', '.join(PARKING)}, but it is {park!r}.")
+    if not isinstance(device, str):
+        raise UserError(f"device must be a text such as 'cpu' or 'cuda:0', but it is {device!r}.")
     is_cpu = device.startswith("cpu")
     if park == "disk" and not is_cpu:
         raise UserError(

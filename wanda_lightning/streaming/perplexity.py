@@ -14,9 +14,11 @@ from typing import Any
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
+from wanda_lightning.models import check_tokens
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.streaming.block_loader import BlockLoader
@@ -58,6 +60,10 @@ def perplexity_from_disk(
     Raises:
         ValueError: If no token of the batches has a next token.
     """
+    check_path(source=source)
+    if parked_in is not None:
+        check_path(parked_in=parked_in)
+    check_batches(batches=batches)
     refuse_parking(park, device)
     hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint(str(source), dtype, hub, device)
@@ -65,6 +71,9 @@ def perplexity_from_disk(
     metric = WindowPerplexity().to(checkpoint.device)
 
     def measure(batch: Mapping[str, Any]) -> None:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise UserError(f"batches must be mappings with input_ids, but one is a {type(batch).__name__}.")
+        check_tokens(checkpoint.model, batch["input_ids"])
         input_ids, mask = batch["input_ids"].to(checkpoint.device), batch.get("attention_mask")
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +18,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer, find_layers
-from wanda_lightning.models.experts import refuse_sharded_experts
+from wanda_lightning.models.refusals import refuse_no_module, refuse_no_values, refuse_sharded_experts
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
 
 
@@ -55,6 +55,13 @@ def keep_zeros(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
+    refuse_no_module(model, "keep_zeros(model, optimizer)")
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+            raise UserError(
+                f"optimizers must be torch optimizers, but one is a {type(optimizer).__name__}. Call "
+                "keep_zeros(model, optimizer) for one, keep_zeros(model, *optimizers) for several."
+            )
     zeros = HeldZeros()
     if state is not None:
         zeros.load_state_dict(state)
@@ -95,6 +102,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         if not layers:
             for layer in found.values():
                 refuse_sharded_experts(layer)
+                refuse_no_values(layer)
             layers = [name for name, count in zeros_of(model, processes).items() if 0 < count < found[name].size]
         if not layers and processes.rank == 0:
             warnings.warn(
@@ -159,6 +167,12 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`."""
+        if not isinstance(state, Mapping) or not {"layers", "unheld_zeros"} <= state.keys():
+            raise UserError(
+                "state must be the state_dict() of what keep_zeros returned, with layers and unheld_zeros, but it is "
+                f"a {type(state).__name__}{f' with {sorted(state)[:5]}' if isinstance(state, Mapping) else ''}. The "
+                "state of a model or an optimizer is another one."
+            )
         self._resumed = state["layers"]
         self.load(state["unheld_zeros"])
 

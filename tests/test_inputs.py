@@ -1,0 +1,148 @@
+"""Wrong types and values at every public entry point: one sentence that names the option, before any work."""
+
+import pytest
+import torch
+from support.disk import VOCABULARY, batches, save_llama
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from wanda_lightning import (
+    CausalLMModule,
+    DistillFromDense,
+    ImageClassifierModule,
+    ImageDataModule,
+    SavePretrained,
+    TextDataModule,
+    WandaPrune,
+    accelerate_2to4,
+    keep_zeros,
+    perplexity_from_disk,
+    prune,
+    prune_from_disk,
+    sample_windows,
+)
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 16}
+
+
+def net():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: keep_zeros([net()]), r"model must be a torch.nn.Module, but it is a list\. Call keep_zeros\(model"),
+        (lambda: keep_zeros(nn.Linear), "model must be a torch.nn.Module, but it is the class Linear"),
+        (lambda: keep_zeros(net(), [torch.optim.SGD(net().parameters())]), "optimizers must be .* one is a list"),
+        (lambda: keep_zeros(net(), state=net().state_dict()), "state must be the state_dict"),
+        (lambda: keep_zeros(net().to("meta")), "model must hold its weights, but 0 is on the meta device"),
+        (lambda: accelerate_2to4("x"), r"model must be a torch.nn.Module, but it is a str\. Call accelerate_2to4"),
+        (lambda: prune(net(), [torch.ones(2, 8)], forward=3), "forward must be a function, but it is 3"),
+        (lambda: prune(net(), include_grouped="false"), "include_grouped must be True or False, but it is 'false'"),
+        (lambda: WandaPrune(dataloader=3), "dataloader must be a list of batches or a dataloader, but it is a int"),
+        (lambda: WandaPrune(report_dir=3), "report_dir must be the path of a file or folder, but it is 3"),
+        (lambda: WandaPrune(keep_zeros="no"), "keep_zeros must be True or False"),
+        (lambda: SavePretrained(""), "folder must be the path of a file or folder, but it is ''"),
+        (lambda: DistillFromDense(dense=[net()]), "dense must be the path"),
+        (lambda: TextDataModule(calibration=None), "calibration must be the path"),
+        (lambda: TextDataModule(evaluation=3), "evaluation must be the path"),
+        (lambda: TextDataModule(num_samples=None), "num_samples must be a whole number, but it is None"),
+        (lambda: TextDataModule(seed=None), "seed must be a whole number, but it is None"),
+        (lambda: ImageDataModule(""), "data must be the path"),
+        (lambda: ImageDataModule("digits", batch_size=None), "batch_size must be a whole number, but it is None"),
+        (lambda: sample_windows(llama(), None, 1, 8), "tokenizer must be one of transformers, but it is None"),
+        (lambda: CausalLMModule(llama(), tokenizer=3), "tokenizer must be one of transformers, but it is 3"),
+        (lambda: CausalLMModule(llama(), lora="r=8"), "lora must be a mapping"),
+        (
+            lambda: CausalLMModule(llama(), lora={"r": 0}),
+            "r of KeepZerosLoraConfig must be a whole number of at least 1",
+        ),
+        (lambda: ImageClassifierModule("test_vit", checkpoint=3), "checkpoint must be the path"),
+    ],
+)
+def test_a_wrong_type_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_built_classifier_keeps_its_classes():
+    model = net()
+    model.num_classes = 4
+    with pytest.raises(ValueError, match="num_classes must be that of the built model, 4, but it is 3"):
+        ImageClassifierModule(model, num_classes=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_batches_of_another_dtype_change_no_weight(dtype):
+    model = net()
+    before = model[0].weight.clone()
+    with pytest.raises(RuntimeError, match="dtype"):
+        prune(model, [torch.ones(2, 8, dtype=dtype)], progress=False)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_batches_of_another_dtype_under_autocast():
+    def forward(batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch)
+
+    model = net()
+    prune(model, [torch.randn(9, 8).bfloat16()], forward=forward, progress=False)
+    assert (model[0].weight == 0).sum() == (model[0].weight.numel() // 2)
+
+
+def test_weights_that_cannot_be_written():
+    for weight, message in [
+        (torch.ones(1, 8).expand(8, 8), r"0 was made by expand\(\)"),
+        (torch.eye(8).to_sparse(), "weights of layout torch.sparse_coo cannot be pruned in place"),
+    ]:
+        model = net()
+        model[0].weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(ValueError, match=message):
+            prune(model, method="magnitude", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_elements_are_skipped():
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 0)])
+    report = prune(model, method="magnitude", progress=False)
+    assert [skipped.detail for skipped in report.skipped] == ["has no elements"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.full((2, 8), VOCABULARY), f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {VOCABULARY}"),
+        (torch.zeros(2, 8), "input_ids must be a tensor of int64, .* but it is of torch.float32"),
+        (torch.zeros(2, 0, dtype=torch.long), r"input_ids must .* but it is of shape \(2, 0\)"),
+        ([[1, 2]], "input_ids must .* but it is a list"),
+    ],
+)
+def test_tokens_that_are_none(tmp_path, ids, message):
+    save_llama(tmp_path / "llama")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    wrong = [{"input_ids": ids}]
+    for call in (
+        lambda: prune(model, wrong, progress=False),
+        lambda: CausalLMModule(model).training_step(wrong[0], 0),
+        lambda: perplexity_from_disk(tmp_path / "llama", wrong, progress=False),
+        lambda: prune_from_disk(tmp_path / "llama", tmp_path / "out", wrong, progress=False),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_block_without_weights_is_refused_before_anything_is_written(tmp_path):
+    save_llama(tmp_path / "llama")
+    config = LlamaConfig.from_pretrained(tmp_path / "llama")
+    config.num_hidden_layers += 1
+    config.save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"has no weights for 9 parameters .* model\.layers\.4"):
+        prune_from_disk(tmp_path / "llama", tmp_path / "out", batches(), progress=False)
+    assert not (tmp_path / "out").exists()
