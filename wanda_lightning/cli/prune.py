@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.cli.allocator import keep_freed_memory
 from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
 from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.options import (
@@ -54,6 +55,7 @@ def run(options: PruneOptions) -> None:
     """Prune a model, measure it before and after, and save what was asked for."""
     if options.stream:
         return _stream(options)
+    keep_freed_memory()
     samples = options.nsamples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES)
     callback = PruningCallback(**options.choices, num_samples=samples)
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
