@@ -38,9 +38,9 @@ from wanda_lightning.hub.card import write_card
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.report import REPORT_NAME, Measured, PruningReport, Run
+from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.page import write_report
-from wanda_lightning.report.words import change_of
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.parking import refuse_parking

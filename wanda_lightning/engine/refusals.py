@@ -13,7 +13,7 @@ from wanda_lightning.common.checks import available_memory
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.models.experts import refuse_sharded_experts
+from wanda_lightning.models.layers import refuse_sharded_experts
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import Processes
 

@@ -17,9 +17,9 @@ from wanda_lightning.common.files import whole_file
 from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
 from wanda_lightning.report import Measured, PruningReport, Run, Sample
+from wanda_lightning.report.descriptions import choices_of, method_in_words
 from wanda_lightning.report.metrics import METRICS, TOP1
 from wanda_lightning.report.page import write_report
-from wanda_lightning.report.words import choices_of, method_in_words
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"

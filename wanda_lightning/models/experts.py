@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
-
-from wanda_lightning.common.errors import UserError
-
-if TYPE_CHECKING:
-    from wanda_lightning.models.layers import Layer
 
 
 def siblings_of(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -111,14 +104,3 @@ def routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
             if name not in experts and (name in ("router", "gate", "gating") or one_row_each):
                 found.update(child.modules())
     return found
-
-
-def refuse_sharded_experts(layer: Layer) -> None:
-    """Refuse experts that are sharded across processes: no process holds all of them."""
-    if layer.expert is not None and isinstance(layer.parameter, DTensor):
-        module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]
-        raise UserError(
-            f"model must hold all experts of a module in one process, but {layer.siblings} are sharded across "
-            "processes. Prune before sharding (devices=1, or DDPStrategy), or leave them dense with "
-            f"skip=['*.{module}']."
-        )

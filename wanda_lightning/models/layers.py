@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import sum_squares
 from wanda_lightning.models.experts import siblings_of, stacked_experts
 from wanda_lightning.models.linear_subclasses import computes_linear
@@ -250,3 +252,14 @@ def is_plain(layer: Layer) -> bool:
     weight, is_whole = layer.parameter, layer.expert is None and layer.group is None
     numbers = type(weight) in (nn.Parameter, Tensor) and not is_packed(weight) and not quantizer(layer.module, weight)
     return is_whole and numbers and all(size == 1 for size in weight.shape[2:])
+
+
+def refuse_sharded_experts(layer: Layer) -> None:
+    """Refuse experts that are sharded across processes: no process holds all of them."""
+    if layer.expert is not None and isinstance(layer.parameter, DTensor):
+        module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]
+        raise UserError(
+            f"model must hold all experts of a module in one process, but {layer.siblings} are sharded across "
+            "processes. Prune before sharding (devices=1, or DDPStrategy), or leave them dense with "
+            f"skip=['*.{module}']."
+        )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.common.checks import require_report_extra
 from wanda_lightning.common.words import count
 from wanda_lightning.models import SkipReason
-from wanda_lightning.report import POOLED, Layers, PrunedLayer, PruningReport, TrainingPass, grouped
+from wanda_lightning.report.records import POOLED, Layers, PrunedLayer, ReportData, TrainingPass, grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,13 +65,13 @@ class Grid:
         self.height = 60 + 24 * len(self.kinds)  # of a heat map, in pixels
 
 
-def layer_grid(report: PruningReport, field: str) -> Grid:
+def layer_grid(report: ReportData, field: str) -> Grid:
     """Return the sparsity or the error of the layers of each kind in each block."""
     cells = grouped(report.layers, lambda layer: (_kind_in_block(layer), layer.block))
     return Grid({cell: getattr(Layers(layers), field) for cell, layers in cells.items() if cell[0]})
 
 
-def part_grid(report: PruningReport) -> Grid:
+def part_grid(report: ReportData) -> Grid:
     """Return the errors of the parts of each block before and after a recovery has trained them."""
     cells = {}
     for layer in report.layers:
@@ -100,7 +100,7 @@ def shortest_ends(names: Sequence[str]) -> list[str]:
     return [next((end for end in ends[name] if uses[end] == 1), name) for name in names]
 
 
-def weights_by_kind(report: PruningReport, most: int = 14) -> list[tuple[str, int, int, int]]:
+def weights_by_kind(report: ReportData, most: int = 14) -> list[tuple[str, int, int, int]]:
     """Return (kind of matrix, zeros, other pruned weights, weights left dense), largest first, `most` at most."""
     pruned = grouped(report.layers, _kind_in_model)
     found = []
@@ -119,7 +119,7 @@ def weights_by_kind(report: PruningReport, most: int = 14) -> list[tuple[str, in
     return found
 
 
-def expert_tokens(report: PruningReport) -> dict[str, dict[str, float]]:
+def expert_tokens(report: ReportData) -> dict[str, dict[str, float]]:
     """Return how many calibration tokens the experts of each block received, as a table: numbers by heading."""
     experts = [layer for layer in report.layers if layer.siblings]
     found: dict[str, dict[str, float]] = {}
@@ -140,7 +140,7 @@ class Plot:
     draw: Callable[[Axes, int], None]
 
 
-def plots_of(report: PruningReport) -> list[Plot]:
+def plots_of(report: ReportData) -> list[Plot]:
     """Return the figures for which the report has numbers; refuse if the extra `report` is not installed."""
     require_report_extra()
     sparsity, errors, parts = layer_grid(report, "sparsity"), layer_grid(report, "error"), part_grid(report)

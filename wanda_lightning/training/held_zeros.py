@@ -18,7 +18,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer, find_layers
-from wanda_lightning.models.experts import refuse_sharded_experts
+from wanda_lightning.models.layers import refuse_sharded_experts
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
 
 
