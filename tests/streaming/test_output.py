@@ -15,7 +15,7 @@ from support.pairwise import with_nightly
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import prune_from_disk
-from wanda_lightning.common.files import PROGRESS_NAME
+from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, 
 
 from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
-from wanda_lightning.common.files import PROGRESS_NAME
+from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming import from_disk, parking, perplexity
 from wanda_lightning.streaming.checkpoint import Checkpoint

@@ -26,9 +26,10 @@ from wanda_lightning.cli.options import (
     as_given,
 )
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.common.files import existing_parent, files_in, unclaimed, whole_file
 from wanda_lightning.common.model_source import load_config, load_tokenizer
+from wanda_lightning.common.refuse_path import existing_parent, files_in
 from wanda_lightning.common.words import one_line
+from wanda_lightning.common.write_whole import unclaimed, whole_file
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.text_sources import SELF

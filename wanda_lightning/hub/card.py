@@ -13,8 +13,8 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from wanda_lightning.common.files import whole_file
 from wanda_lightning.common.words import count, counted, duration
+from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
 from wanda_lightning.report import Measured, PruningReport, Run, Sample
 from wanda_lightning.report.descriptions import choices_of, method_in_words

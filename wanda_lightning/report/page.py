@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any
 
 from wanda_lightning.common.checks import check_report_path
-from wanda_lightning.common.files import whole_file
+from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.report import descriptions, figures
 from wanda_lightning.report.records import ReportData, Run
 

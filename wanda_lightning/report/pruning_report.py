@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.files import whole_file
+from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report.fields import as_json, from_fields
 from wanda_lightning.report.page import write_html, write_png

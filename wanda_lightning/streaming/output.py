@@ -19,20 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.files import (
-    PROGRESS_NAME,
-    ROW_WEIGHTS_NAME,
-    flush_folder,
-    is_locked,
-    lock,
-    refuse_full,
-    refuse_unresumable,
-    replace_file,
-    unlock,
-    whole_file,
-)
+from wanda_lightning.common.killed_runs import flush_folder, is_locked, lock, unlock
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.refuse_path import PROGRESS_NAME, ROW_WEIGHTS_NAME, refuse_full, refuse_unresumable
 from wanda_lightning.common.words import one_line
+from wanda_lightning.common.write_whole import replace_file, whole_file
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PrunedLayer
