@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models.placeholders import placeholder
+from wanda_lightning.core.placeholders import placeholder
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _ROWS, _COLUMNS = 32, 64  # CUTLASS requires multiples of these, cuSPARSELt multiples of 16

@@ -34,9 +34,9 @@ class Call:
     def run(self, on_copies: bool = False) -> Any:
         """Run the unit and return its output; on clones of its arguments if it will run again on the same values.
 
-        The activations stay in memory afterward: call `parking.vacate` unless the batch continues now.
+        The activations stay in memory afterward: call `parking.offload` unless the batch continues now.
         """
-        self.parking.occupy()
+        self.parking.restore()
         arguments = self.args, self.kwargs
         with naming_batch(self.batch, arguments, self.unit), self.thread_state.entered():
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
@@ -121,7 +121,7 @@ class BatchThread(threading.Thread):
         """
         self.call, self._output = None, output
         del output
-        self.parking.occupy()
+        self.parking.restore()
         switches = ProcessSwitches()
         try:
             self._go.release()
@@ -131,7 +131,7 @@ class BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
         if self.call is not None:
-            self.parking.vacate()
+            self.parking.offload()
 
     def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
         """Run the parked call, or the one that `prepared` returns for it, and continue the batch with its output."""

@@ -70,7 +70,7 @@ class Observer:
                     with self.collect(unit, call.batch):
                         # A unit runs again after it is pruned, and may write into its inputs.
                         call.run(on_copies=unit.module is not None)
-                    call.parking.vacate()
+                    call.parking.offload()
                 statistics = self._take(unit)
         return self._of_all(unit, statistics)
 
@@ -117,10 +117,10 @@ class Observer:
             return {names[name]: value for name, value in statistics.items()}
         identities = []
         for call, x in zip(calls, inputs, strict=True):
-            call.parking.occupy()
+            call.parking.restore()
             with naming_batch(call.batch, x, unit.name):
                 reader = self._read(unit, call.batch, x)
-            call.parking.vacate()
+            call.parking.offload()
             self._add(reader)
             identities += [entry.identity for entry in reader.entries]
         statistics = self._take(unit)

@@ -19,10 +19,10 @@ class Parking:
     def add(self, value: object) -> None:
         """Count the tensors within a value among the activations of the batch."""
 
-    def vacate(self) -> None:
+    def offload(self) -> None:
         """Free memory until the batch, or a unit on its inputs, runs again."""
 
-    def occupy(self) -> None:
+    def restore(self) -> None:
         """Bring the activations back into memory, for the batch or a unit that is about to run."""
 
 

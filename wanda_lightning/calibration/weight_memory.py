@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_lightning.models import Layer, is_unloaded
+from wanda_lightning.core.placeholders import is_unloaded
+from wanda_lightning.models import Layer
 
 
 class _Stack(NamedTuple):

@@ -24,6 +24,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.gram import relative_error
+from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
@@ -31,7 +32,7 @@ from wanda_lightning.engine.notes import Outcome, notes_on
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan, Selections, make_plan
 from wanda_lightning.engine.store import WeightStore
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_unloaded, is_wrapper
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_wrapper
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
 from wanda_lightning.report import POOLED, Permuted, PrunedLayer, PruningReport, TrainedPart
 from wanda_lightning.training import DenseModel, ModelRecovery

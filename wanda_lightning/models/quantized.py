@@ -58,29 +58,6 @@ def read_weight(module: nn.Module, name: str = "weight") -> Tensor:
     return weight.detach() if reader is None else reader(module, weight)
 
 
-def dequantize(model: nn.Module) -> None:
-    """Replace the weight of every quantized layer by the one that `read_weight` returns."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, module in list(model.named_modules()):
-        if not is_quantized(module):
-            continue
-        weight = nn.Parameter(read_weight(module), requires_grad=False)
-        if quantizer(module) is None:  # the weight is quantized, not the layer
-            module.weight = weight
-            continue
-        dtype = getattr(getattr(model, "config", None), "dtype", None) or weight.dtype
-        if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # which bitsandbytes replaced; (d_in, d_out)
-            layer: nn.Module = Conv1D(*weight.shape)
-            weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
-        else:
-            layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        layer.weight, layer.bias = nn.Parameter(weight.to(dtype), requires_grad=False), module.bias
-        model.set_submodule(name, layer)
-    if (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
-        loaded_by.remove_quantization_config(model)
-
-
 def _read_bitsandbytes(module: Any, weight: Any) -> Tensor:
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
-from wanda_lightning.streaming.parking import return_freed_memory
+from wanda_lightning.streaming.offloading import return_freed_memory
 from wanda_lightning.streaming.parts import RESIDENT
 
 _WRITES_PLACEHOLDER = "more than one element of the written-to tensor refers to a single memory location"

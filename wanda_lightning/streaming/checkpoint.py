@@ -31,7 +31,7 @@ from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, locate, reading
 from wanda_lightning.common.words import one_line
-from wanda_lightning.models import placeholder
+from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.modules.loading import check_finite, check_stored_as_float
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 

@@ -19,10 +19,10 @@ from wanda_lightning.modules.loading import check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.output import OutputFolder, fingerprint
-from wanda_lightning.streaming.parking import parking_maker, refuse_parking
+from wanda_lightning.streaming.offloading import parking_maker, refuse_parking
+from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.parts import RESIDENT
-from wanda_lightning.streaming.weights import StreamedWeights
+from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 
 def prune_from_disk(

@@ -16,7 +16,7 @@ from wanda_lightning.engine.store import WeightStore
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
-from wanda_lightning.streaming.output import OutputFolder, PartRecord
+from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 from wanda_lightning.streaming.parts import RESIDENT
 
 

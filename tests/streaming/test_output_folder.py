@@ -19,7 +19,7 @@ from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk
-from wanda_lightning.streaming.output import OutputFolder
+from wanda_lightning.streaming.output_folder import OutputFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -78,7 +78,7 @@ class DiskParking(_MovingParking):
         super().__init__()
         self._folder = folder
 
-    def vacate(self) -> None:
+    def offload(self) -> None:
         """Move the activations to files; those that are there already, and were read, leave memory again.
 
         Raises:
@@ -141,13 +141,13 @@ class HostParking(_MovingParking):
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """Move back what outlives the forward pass, such as the batch itself."""
-        self.occupy()
+        self.restore()
         away = self._host.away
         for key in [key for key, group in away.items() if not _alive(group)]:
             del away[key]
         super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
 
-    def vacate(self) -> None:
+    def offload(self) -> None:
         """Move the activations to the host."""
         for tensors in self._alive():
             if not self._group_of(tensors[0]) and _can_move(tensors, self._host.device.type):
@@ -155,7 +155,7 @@ class HostParking(_MovingParking):
                 group = [weakref.ref(tensor) for tensor in tensors]
                 self._host.away.update({id(tensor): group for tensor in tensors})
 
-    def occupy(self) -> None:
+    def restore(self) -> None:
         """Move the activations back to the device."""
         for tensors in self._alive():
             self._return(tensors[0])

@@ -12,8 +12,8 @@ from torch import nn
 from wanda_lightning.calibration.gradients import PREDICTIONS_AT_ONCE, SAMPLES_AT_ONCE
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, find_layers
+from wanda_lightning.streaming.measure_perplexity import AT_ONCE
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part
-from wanda_lightning.streaming.perplexity import AT_ONCE
 
 _FLOAT32, _FLOAT64 = 4, 8  # bytes
 
