@@ -134,8 +134,12 @@ class Checkpoint:
                 self._keys.setdefault(part, {}).setdefault(path, []).append(key)
 
     def part_of(self, name: str) -> str:
-        """Return the block in which a parameter lies, or `RESIDENT`."""
+        """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
         return part_of(name, self.blocks)
+
+    def parameters(self, part: str) -> dict[str, nn.Parameter]:
+        """Return the parameters of a part by name."""
+        return {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
 
     def load(self, part: str, stored: Keys | None = None) -> Any:
         """Load a part of the model, by default from the checkpoint.
@@ -161,7 +165,7 @@ class Checkpoint:
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
             self._refuse_incomplete(missing, loaded.mismatched_keys)
-        own = {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
+        own = self.parameters(part)
         for weight in own.values():
             weight.requires_grad_(False)  # a weight that is freed has no place for its gradient
         check_finite(own.items(), self._name)

@@ -134,7 +134,7 @@ def pruned_from_disk(
             report = PruningReport.from_json(folder.report)
         else:
             weights = StreamedWeights(checkpoint, folder, parking_maker(park, checkpoint.device, folder.path))
-            with weights.streaming():
+            with weights.blocks.loading():
                 run = None if forward is None else partial(forward, checkpoint.model)
                 report = prune_as(
                     config,

@@ -81,7 +81,7 @@ def perplexity_from_disk(
                 stops = lockstep(forwards, modules, names=checkpoint.blocks, to_end=True, make_parking=make_parking)
                 for stop in stops:
                     here = checkpoint.blocks[stop.unit]
-                    blocks.hold(here)
+                    blocks.load_only(here)
                     bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")
                     bar.advance()
     if not metric.windows:
