@@ -45,13 +45,10 @@ def prune_from_disk(
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
 
-    The weights that lie outside of the blocks (embeddings, head, final norm) are in memory all the time. The weights of
-    a block are read when the calibration batches arrive at it, and written when they have left it. The output is a
-    folder for `from_pretrained`, with the same weights that `prune` computes in memory.
-
-    If the run is interrupted, call this again with the same arguments, and it continues after the last written block.
-    Until it has finished, the output is not a model. Other choices, batches and weights are refused; another `forward`
-    is not noticed.
+    The weights outside of the blocks stay in memory. A block is read when the calibration batches arrive at it, and
+    written when they have left it. The output is a folder for `from_pretrained`, with the weights that `prune` computes.
+    An interrupted run continues when it is called again with the same arguments; until it has finished, the output is
+    not a model. Other choices, batches and weights are refused, but another `forward` is not noticed.
 
     Args:
         source: Hub id or local folder.
@@ -66,8 +63,7 @@ def prune_from_disk(
         forward: Called with the model and one batch, to run it; the default is that of `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
-        park: Where the activations of batches are while they wait: `"memory"` of the device, `"cpu"` if that is
-            another device, or `"disk"`, in the output folder.
+        park: Where the activations of waiting batches are: `"memory"` of the device, `"cpu"`, or `"disk"` (the output).
         device: Where the model computes, for example `"cuda"`. Two blocks are there, and the activations.
         **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
 
@@ -75,10 +71,8 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
-    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    config = PruningConfig.from_names(sparsity, **choices)
     with pruned_from_disk(
-        config,
+        PruningConfig.from_names(sparsity, **choices),
         source,
         output,
         batches,
@@ -86,7 +80,7 @@ def prune_from_disk(
         tokenizer=tokenizer,
         forward=forward,
         progress=progress,
-        hub=hub,
+        hub={"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code},
         processes=processes,
         park=park,
         device=device,
@@ -130,8 +124,8 @@ def pruned_from_disk(
     made_with = _described(config, checkpoint, held, processes)
     parts = [RESIDENT, *checkpoint.blocks]
     with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes, progress)) as folder:
-        if folder.report:
-            report = PruningReport.from_json(folder.report)
+        if folder.progress.report:
+            report = PruningReport.from_json(folder.progress.report)
         else:
             weights = StreamedWeights(checkpoint, folder, parking_maker(park, checkpoint.device, folder.path))
             with weights.blocks.loading():
@@ -195,7 +189,7 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
 
 
 def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Refuse what is no path, and an output inside of the source folder, or the source itself."""
+    """Refuse arguments that are no paths, and an output that is the source folder or lies inside it."""
     for name, given in (("source", source), ("output", output)):
         if not isinstance(given, str | os.PathLike):
             raise UserError(

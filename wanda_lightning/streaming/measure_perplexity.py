@@ -13,6 +13,7 @@ from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.parking import MakeParking
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
@@ -63,27 +64,36 @@ def perplexity_from_disk(
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
-    def measure(batch: Mapping[str, Any]) -> None:
-        input_ids, mask = batch["input_ids"].to(checkpoint.device), batch.get("attention_mask")
-        mask = None if mask is None else mask.to(checkpoint.device)
-        metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
-
     make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
-    modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
     remaining, total = iter(batches), None
     if isinstance(batches, Sized):
         total = ceil(len(batches) / AT_ONCE) * len(checkpoint.blocks)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
-        while group := list(islice(remaining, AT_ONCE)):
-            blocks = BlockLoader(checkpoint)
-            with blocks.loading():
-                forwards = [partial(measure, batch) for batch in group]
-                stops = lockstep(forwards, modules, names=checkpoint.blocks, to_end=True, make_parking=make_parking)
-                for stop in stops:
-                    here = checkpoint.blocks[stop.unit]
-                    blocks.load_only(here)
-                    bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")
-                    bar.advance()
+        while together := list(islice(remaining, AT_ONCE)):
+            _measure(checkpoint, metric, together, make_parking, bar)
     if not metric.windows:
         raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
     return float(metric.compute())
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    metric: WindowPerplexity,
+    batches: Iterable[Mapping[str, Any]],
+    make_parking: MakeParking,
+    bar: ProgressBar,
+) -> None:
+    """Pass batches through the model together, block by block, and update the metric."""
+
+    def run(batch: Mapping[str, Any]) -> None:
+        input_ids, mask = batch["input_ids"].to(checkpoint.device), batch.get("attention_mask")
+        mask = None if mask is None else mask.to(checkpoint.device)
+        metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
+
+    modules, names = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks], checkpoint.blocks
+    loader, forwards = BlockLoader(checkpoint), [partial(run, batch) for batch in batches]
+    with loader.loading():
+        for stop in lockstep(forwards, modules, names=names, to_end=True, make_parking=make_parking):
+            loader.load_only(names[stop.unit])
+            bar.show(f"{names[stop.unit]}, {as_size(checkpoint.bytes_read)} read")
+            bar.advance()

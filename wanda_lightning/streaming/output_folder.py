@@ -46,16 +46,16 @@ class PartRecord:
     checksum: str = ""  # of its file; empty if it has no tensors and so no file
 
 
-@dataclass(frozen=True)
-class _Progress:
+@dataclass
+class Progress:
     """The content of the progress file."""
 
     version: int
-    made_with: dict[str, Any]
-    sparsities: dict[str, float]
+    made_with: dict[str, Any]  # what determines the result
+    sparsities: dict[str, float]  # of each layer, once it is known
     row_weights: str  # checksum of their file; empty if there is none
-    written: dict[str, PartRecord]
-    report: str
+    written: dict[str, PartRecord]  # by part
+    report: str  # of the finished pruning, as JSON
 
 
 class OutputFolder:
@@ -71,13 +71,11 @@ class OutputFolder:
         parts: The names of all parts.
         size: Number of bytes of all parts.
         processes: All processes that prune the model. The first one writes.
-        progress: Show a bar while the parts that an interrupted run has written are checked.
+        show_progress: Show a bar while the parts that an interrupted run has written are checked.
 
     Attributes:
         path: The folder.
-        written: The record of each written part.
-        sparsities: The sparsity of each layer, once it is known.
-        report: The report of the pruning as JSON, once it is finished.
+        progress: What is written so far.
         bytes_written: Number of bytes that were written by this process.
 
     Raises:
@@ -92,22 +90,17 @@ class OutputFolder:
         parts: Sequence[str],
         size: int = 0,
         processes: Processes = SINGLE_PROCESS,
-        progress: bool = False,
+        show_progress: bool = False,
     ) -> None:
         self.path, self._parts = Path(folder).expanduser().resolve(), list(parts)
-        self._made_with = json.loads(json.dumps(made_with, default=str))
-        self._processes, self._shows_progress = processes, progress
+        self.progress = Progress(_VERSION, json.loads(json.dumps(made_with, default=str)), {}, "", {}, "")
+        self._processes, self._show_progress = processes, show_progress
         self._lock: int | None = None
-        self.written: dict[str, PartRecord] = {}
-        self.sparsities: dict[str, float] = {}
-        self._row_weights = ""
-        self.report = ""
         self.bytes_written = 0
         with self._in_first() as is_first:
             if is_first:
                 self._open(folder, size)
-        found = self.written, self.sparsities, self.report
-        self.written, self.sparsities, self.report = processes.broadcast(found, 0)
+        self.progress = processes.broadcast(self.progress, 0)
 
     @contextmanager
     def _in_first(self) -> Iterator[bool]:
@@ -125,19 +118,19 @@ class OutputFolder:
         try:
             if (self.path / PROGRESS_NAME).is_file():
                 self._resume(folder, self._read_progress(folder))
-            refuse_full(folder, size - sum(record.size for record in self.written.values()))
+            refuse_full(folder, size - sum(record.size for record in self.progress.written.values()))
             self._save_progress()
         except BaseException:
             self.close()
             raise
 
-    def _read_progress(self, folder: object) -> _Progress:
+    def _read_progress(self, folder: object) -> Progress:
         file = self.path / PROGRESS_NAME
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(content, Mapping) and content.get("version") != _VERSION:
                 raise UserError(f"version must be {_VERSION}, but it is {content.get('version')!r}.")
-            progress: _Progress = from_fields(_Progress, content)
+            progress: Progress = from_fields(Progress, content)
             return progress
         except ValueError as error:
             raise UserError(
@@ -145,13 +138,14 @@ class OutputFolder:
                 "begin anew, or choose another folder."
             ) from error
 
-    def _resume(self, folder: object, begun: _Progress) -> None:
+    def _resume(self, folder: object, begun: Progress) -> None:
         """Take over what an interrupted run has written, except for files that are not as it wrote them.
 
         Raises:
             ValueError: If that run had other choices.
         """
-        differing = list(_differences(begun.made_with, self._made_with))
+        own = self.progress
+        differing = list(_differences(begun.made_with, own.made_with))
         unknown = [f"another part of the model, {part}" for part in begun.written if part not in self._parts]
         if begun.written and (reasons := differing + unknown):
             others = f" (and {len(reasons) - 1} more)" if reasons[1:] else ""
@@ -159,15 +153,15 @@ class OutputFolder:
                 f"{folder} was begun with {reasons[0]}{others}. Use the same choices, data and model to go on, or "
                 "another folder."
             )
-        with ProgressBar("Checking written parts", len(begun.written), self._shows_progress) as bar:
+        with ProgressBar("Checking written parts", len(begun.written), self._show_progress) as bar:
             for part, record in begun.written.items():
                 if not record.keys or self._is_whole(self._path(part), record.checksum):
-                    self.written[part] = record
+                    own.written[part] = record
                 bar.advance()
         has_weights = not begun.row_weights or self._is_whole(self.path / ROW_WEIGHTS_NAME, begun.row_weights)
         if has_weights and not differing:
-            self.sparsities, self._row_weights = begun.sparsities, begun.row_weights
-        self.report = begun.report if self.written.keys() >= set(self._parts) else ""
+            own.sparsities, own.row_weights = begun.sparsities, begun.row_weights
+        own.report = begun.report if own.written.keys() >= set(self._parts) else ""
 
     def _is_whole(self, file: Path, checksum: str) -> bool:
         """Return whether a file is as it was written; warn if not."""
@@ -195,50 +189,50 @@ class OutputFolder:
             with whole_file(self._path(part)) as new:
                 save_file(dict(tensors), new, metadata={"format": "pt"})
                 checksum = _checksum(new)
-        self.written[part] = replace(record, keys=list(tensors), size=size, checksum=checksum)
+        self.progress.written[part] = replace(record, keys=list(tensors), size=size, checksum=checksum)
         if is_first:
             self.bytes_written += size
             self._save_progress()
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
         """Write the sparsity of each layer, and the row weights of those that have any."""
-        self.sparsities = dict(sparsities)
+        self.progress.sparsities = dict(sparsities)
         with self._in_first() as is_first:
             if is_first and row_weights:
                 with whole_file(self.path / ROW_WEIGHTS_NAME) as new:
                     save_file(dict(row_weights), new)
-                    self._row_weights = _checksum(new)
+                    self.progress.row_weights = _checksum(new)
             if is_first:
                 self._save_progress()
 
     def row_weights(self) -> dict[str, Tensor]:
         """Read the row weights; empty if no layer has any."""
-        return load_file(self.path / ROW_WEIGHTS_NAME) if self._row_weights else {}
+        return load_file(self.path / ROW_WEIGHTS_NAME) if self.progress.row_weights else {}
 
     def _save_progress(self) -> None:
-        content = _Progress(_VERSION, self._made_with, self.sparsities, self._row_weights, self.written, self.report)
         with whole_file(self.path / PROGRESS_NAME) as new:
-            new.write_text(as_json(asdict(content)), encoding="utf-8")
+            new.write_text(as_json(asdict(self.progress)), encoding="utf-8")
 
     def stored(self, part: str) -> dict[Path, list[str]]:
         """Return the file and the names of the tensors of a written part."""
-        return {self._path(part): self.written[part].keys}
+        return {self._path(part): self.progress.written[part].keys}
 
     def finish(self, save_configuration: Callable[[Path], None], report: str) -> None:
         """Write the index and what `save_configuration` writes into a folder, which makes the folder a model.
 
         The report is kept for a run that is started again, until `forget`.
         """
-        self.report = report
+        self.progress.report = report
         with self._in_first() as is_first:
             if is_first:
                 self._save_progress()
                 self._save_rest(save_configuration)
 
     def _save_rest(self, save_configuration: Callable[[Path], None]) -> None:
-        weight_map = {key: self._path(part).name for part in self._parts for key in self.written[part].keys}
+        written = self.progress.written
+        weight_map = {key: self._path(part).name for part in self._parts for key in written[part].keys}
         index = {
-            "metadata": {"total_size": sum(record.size for record in self.written.values())},
+            "metadata": {"total_size": sum(record.size for record in written.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
         for leftover in self.path.glob(".wanda-*"):  # of a run that was killed here; the folder is locked

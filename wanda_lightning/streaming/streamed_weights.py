@@ -46,7 +46,7 @@ class StreamedWeights(WeightStore):
         self._ahead: dict[str, str] | None = None
 
     def _stored(self, block: str) -> Keys | None:
-        return self._output.stored(block) if block in self._output.written and not self._is_dense else None
+        return self._output.stored(block) if block in self._output.progress.written and not self._is_dense else None
 
     def _change(self, block: str) -> None:
         if block in self._changes:
@@ -73,7 +73,7 @@ class StreamedWeights(WeightStore):
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an interrupted run has stored; empty if there are none."""
-        sparsities = self._output.sparsities
+        sparsities = self._output.progress.sparsities
         weights = {name: each.to(self._checkpoint.device) for name, each in self._output.row_weights().items()}
         is_complete = bool(sparsities) and (bool(weights) or not plan.config.pattern.weigh_rows)
         return plan.selections(sparsities, weights) if is_complete else {}
@@ -96,9 +96,9 @@ class StreamedWeights(WeightStore):
             if part != RESIDENT:
                 self.blocks.load(part)
                 self.blocks.prefetch_after(part)
-            is_pruned = part != RESIDENT and part in self._output.written
+            is_pruned = part != RESIDENT and part in self._output.progress.written
             if is_pruned:
-                self._restore(self._output.written[part], outcome)
+                self._restore(self._output.progress.written[part], outcome)
             else:
                 refuse_unprunable(unit.layers)
             if processes.world_size > 1:
@@ -113,7 +113,7 @@ class StreamedWeights(WeightStore):
                 self._store(block, outcome)
             self.blocks.wait()
             for block in self._checkpoint.blocks:
-                if block not in self._output.written:  # no batch called it
+                if block not in self._output.progress.written:  # no batch called it
                     self.blocks.load(block)
                     self._store(block, outcome)
             self.blocks.wait()
@@ -128,11 +128,11 @@ class StreamedWeights(WeightStore):
     @property
     def zeros(self) -> int:  # type: ignore[override]
         """Number of zeros in the stored blocks."""
-        return sum(record.zeros for part, record in self._output.written.items() if part != RESIDENT)
+        return sum(record.zeros for part, record in self._output.progress.written.items() if part != RESIDENT)
 
     def _store(self, block: str, outcome: Outcome) -> None:
         """Write a block unless it is written already, and free it, both in the background."""
-        if block in self._output.written:
+        if block in self._output.progress.written:
             self.blocks.evict(block)
         else:
             self.blocks.evict(block, partial(self._write, block, self._record(block, outcome)))
