@@ -34,7 +34,7 @@ _moves = 0  # how often weights were loaded or freed
 
 
 def weights_moved() -> None:
-    """Say that weights were loaded or freed, so that every `WeightMemory` reads their addresses again."""
+    """Invalidate every `WeightMemory` after loading or freeing weights."""
     global _moves
     _moves += 1
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from wanda_lightning.common.killed_runs import CONFIG, OURS, clean_up, entries, is_locked, temporaries, temporary_name
 
 PROGRESS_NAME = "pruning_progress.json"
-"""The file in a folder that is written part by part and not finished."""
+"""In a folder that is written part by part: the record of the parts written so far."""
 ROW_WEIGHTS_NAME = "pruning_row_weights.safetensors"
-"""Another one, of some methods."""
+"""In the same folder, for some methods: the weights of rows."""
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -142,7 +142,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def is_replaceable(path: str | os.PathLike[str], overwrite: bool = False) -> bool:
-    """Whether nothing is in a folder that keeps `whole_folder` from writing it."""
+    """Whether `whole_folder` could write a folder: `refuse_replacement` does not refuse its content."""
     try:
         refuse_replacement(path, overwrite)
     except FileExistsError:

@@ -82,7 +82,7 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
 
 @contextmanager
 def reserved(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Make other processes refuse a folder until the body ends, and yield a temporary folder where it will be.
+    """Reserve a folder against other processes until the body ends; yield a temporary folder on the same file system.
 
     Raises:
         OSError: If `refuse_replacement` refuses the folder.

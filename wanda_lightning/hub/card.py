@@ -1,4 +1,4 @@
-"""The model card of a pruned model: how it was pruned, what that cost, and how it is loaded."""
+"""The model card of a pruned model: method, results, and code that loads the model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_card(
 ) -> None:
     """Write the model card, and a picture if matplotlib is installed, into the folder of a saved model.
 
-    A README.md that this function did not write is kept.
+    A README.md that this function did not write is not replaced.
 
     Args:
         folder: The folder.
@@ -89,7 +89,7 @@ def _read(model: str, file: str, cache_dir: str | None) -> bytes:
 
 
 def continue_card(card: OwnCard, folder: Path, run: Run, *, name: str | os.PathLike[str], on_hub: bool = False) -> None:
-    """Write the card of a pruned model that was fine-tuned: the one that it had before, and a section.
+    """Write the card of a fine-tuned pruned model: its earlier card with a section on the fine-tuning.
 
     Args:
         card: The card of the model before fine-tuning. If it is empty, none is written.
@@ -170,7 +170,7 @@ def _model_card(report: PruningReport, source: Source, saved: _Saved, has_pictur
 
 
 def _to_publish(run: Run) -> Run:
-    """Return what a card shows: without the folders of this machine, and without results that are no numbers."""
+    """Return the run without folders of this machine, and without results that are not finite."""
     model, data, calibration, command = (
         _FOLDERS.sub("", text) for text in (run.model, run.data, run.calibration, run.command)
     )

@@ -16,9 +16,9 @@ class Source:
     """The model that was pruned.
 
     Attributes:
-        hub_id: Its id on the hub, or that of the model that it derives from; empty if neither is known.
+        hub_id: Its id on the hub, or the id of its base model; empty if neither is known.
         metadata: License and language, as in its model card.
-        is_derived: Whether the id is that of the model that it derives from.
+        is_derived: Whether `hub_id` is the id of its base model.
     """
 
     hub_id: str = ""
@@ -27,7 +27,7 @@ class Source:
 
 
 def find_source(model: str, cache_dir: str | None = None) -> Source:
-    """Find the card of a model, on this machine or on the hub. What cannot be found is left out.
+    """Find the card of a model, on this machine or on the hub. Fields that cannot be found are empty.
 
     Args:
         model: Name of the model as in `Run.model`: a hub id, a folder, a `.gguf` file, or `timm:` and a name of timm.

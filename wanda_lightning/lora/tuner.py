@@ -1,4 +1,4 @@
-"""Put keep-zeros adapters into a model."""
+"""Insert keep-zeros adapters into a model."""
 
 import copy
 import warnings

@@ -18,7 +18,7 @@ _NO_LABEL = -100  # transformers pads labels with this value
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Which tokens of a batch count."""
+    """The tokens of a batch that count, in contrast to padding."""
 
     inside: str  # name of the module that these tokens enter; "" for the whole model
     keep: Tensor  # (batch, tokens); True is a token, False is padding

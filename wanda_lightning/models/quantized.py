@@ -16,7 +16,7 @@ _QUANTIZERS = {
 
 
 def is_wrapper(parameter: Tensor) -> bool:
-    """Whether a parameter holds no numbers itself, such as a quantized tensor subclass that reports a float dtype."""
+    """Whether a parameter is a tensor subclass without numbers of its own, such as one that wraps quantized codes."""
     return not issubclass(type(parameter), nn.Parameter | DTensor)  # isinstance would ask the tensor
 
 

@@ -16,14 +16,14 @@ _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that
 
 
 def title_of(report: ReportData) -> str:
-    """Return the name of the model, without the folder of a file, or what is known instead."""
+    """Return the name of the model without its folder, or its size if the name is unknown."""
     name = report.run.model if report.run else ""
     is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
     return (PurePath(name).name if is_path else name) or f"A model of {count(report.parameters)} parameters"
 
 
 def verdict(report: ReportData) -> str:
-    """Say in two sentences what was done and what it cost."""
+    """Return a summary in two sentences: the pruning, and its effect on the metric."""
     text = (
         f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
         f"the weights in {counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
@@ -36,7 +36,7 @@ def verdict(report: ReportData) -> str:
 
 
 def change_of(metric: Metric, result: Measured) -> str:
-    """Say in a sentence how a metric changed on some data."""
+    """Return a sentence on the change of a metric on one data set."""
     data, _, amount = result.data.partition(", ")
     subject = metric.title + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
     before, after = metric.text(result.before), metric.text(result.after)
@@ -85,7 +85,7 @@ def stages(report: ReportData, least: float = 0.0) -> str:
 
 
 def dense_by_reason(report: ReportData) -> list[tuple[str, list[SkippedMatrix]]]:
-    """Return each reason to leave matrices dense with its matrices, most weights first."""
+    """Return the matrices left dense by reason; the reason with the most weights comes first."""
     groups = grouped(report.skipped, lambda matrix: matrix.detail)
     return sorted(groups.items(), key=lambda group: -sum(matrix.size for matrix in group[1]))
 

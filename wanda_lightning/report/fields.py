@@ -37,8 +37,8 @@ def from_fields(kind: Any, value: Any, place: str = "") -> Any:
 
     Args:
         kind: A dataclass, or the type of a field of one.
-        value: What JSON holds.
-        place: Where the value stands, such as layers[3].sparsity; empty for the whole.
+        value: The parsed JSON.
+        place: Path of the value, such as layers[3].sparsity; empty for the whole.
 
     Raises:
         ValueError: If a field is missing or has another type.

@@ -51,7 +51,7 @@ _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
 class Grid:
-    """Values, or None if they are not known, by kind of layer and by block, in the order in which these first occur."""
+    """Values by kind of layer (rows) and block (columns), in order of first occurrence; None if unknown."""
 
     def __init__(self, cells: Mapping[tuple[str, str], float | None]) -> None:
         self.kinds = list(dict.fromkeys(kind for kind, _ in cells))  # rows, such as `self_attn.q_proj`
@@ -168,7 +168,7 @@ def _errors(name: str, title: str, grid: Grid) -> Plot:
 
 
 def color_range(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Return the values of the palest and the strongest color: those of the data, or a wider range inside [0, 1]."""
+    """Return the range of values that the colors span: that of the data, widened to `least` inside [0, 1]."""
     low, high = min(values), max(values)
     if high - low >= least:
         return low, high

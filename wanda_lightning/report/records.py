@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TrainedPart:
-    """A part of a block, such as its MLP, whose kept weights a recovery has trained toward the dense part."""
+    """A part of a block, such as its MLP, that a recovery trained to reproduce the dense part."""
 
     name: str  # of the module, in the model
     before: float  # relative squared error of its outputs on held-out batches before the training
@@ -92,7 +92,7 @@ class PrunedLayer:
 
 
 class Layers(list[PrunedLayer]):
-    """Layers that tables and figures show as one, such as the same layer of all experts of a module."""
+    """Layers shown as one in tables and figures, such as the same layer of all experts of a module."""
 
     @property
     def size(self) -> int:
@@ -182,7 +182,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ChangedImage:
-    """An image to which the pruned model gives another class than the dense model."""
+    """An image for which the pruned and the dense model predict different classes."""
 
     png: str  # a small version of the image: a PNG file in base64
     label: str  # its class
@@ -192,7 +192,7 @@ class ChangedImage:
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of the dense and of the pruned model on some data; None if they are not known."""
+    """The results of the dense and of the pruned model on one data set; None if unknown."""
 
     data: str
     before: float | None
@@ -201,7 +201,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """The run that pruned the model: on which data, and with which result. What is not known is empty or None.
+    """The run that pruned the model: its data and results. Unknown values are empty or None.
 
     Attributes:
         command: The shell command that repeats it; empty for a run that was started from Python.
@@ -210,11 +210,11 @@ class Run:
         before: The result of the dense model.
         after: The result of the pruned model.
         data: The data on which both were measured.
-        others: Results on further data.
+        others: Results on other data.
         calibration: The calibration data; also empty if the method reads none.
         zero_shot: For each zero-shot task, the results of the pruned model.
         samples: Text by both models.
-        images: Images of which the prediction changed.
+        images: Images whose prediction changed.
     """
 
     command: str = ""

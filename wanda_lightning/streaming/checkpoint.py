@@ -45,7 +45,7 @@ class Checkpoint:
 
     Args:
         name: Hub id or local folder.
-        dtype: The dtype of `from_pretrained`; "auto" keeps that of the file.
+        dtype: The dtype of `from_pretrained`; "auto" keeps the stored dtype.
         hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         device: Where the loaded weights are.
 
@@ -98,7 +98,7 @@ class Checkpoint:
     def _load_resident(
         self, model: Any, state_dict: object, files: Sequence[str], load_config: Any, expected_keys: object = None
     ) -> tuple[Any, None]:
-        """Take the place of `PreTrainedModel._load_pretrained_model`: load only what lies outside of the blocks."""
+        """Replacement of `PreTrainedModel._load_pretrained_model`: load only the weights outside of the blocks."""
         self.model, self._load_config = model, replace(load_config, device_map={"": self.device})
         self.files = {Path(file): _stamp(file) for file in files}
         self.blocks = block_names(model)
@@ -113,14 +113,14 @@ class Checkpoint:
         return loaded, None
 
     def _move_buffers(self) -> None:
-        """Move the buffers that are not stored, which transformers computes on the CPU."""
+        """Move buffers that transformers computes on the CPU instead of loading them."""
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != self.device:
                     setattr(module, name, buffer.to(self.device))
 
     def _sort_keys(self) -> None:
-        """Find the part to which each stored tensor belongs."""
+        """Assign each stored tensor to its part."""
         mapping = self._load_config.weight_mapping or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -306,7 +306,7 @@ def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the progress bars of transformers away: each part would have one."""
+    """Hide the progress bars of transformers: each part would show one."""
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

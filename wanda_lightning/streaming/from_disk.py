@@ -46,7 +46,7 @@ def prune_from_disk(
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
 
     The weights outside of the blocks stay in memory. A block is read when the calibration batches arrive at it, and
-    written when they have left it. The output is a folder for `from_pretrained`, with the weights that `prune` computes.
+    written when they leave it. The output is a folder for `from_pretrained`, with the weights that `prune` computes.
     An interrupted run continues when it is called again with the same arguments; until it has finished, the output is
     not a model. Other choices, batches and weights are refused, but another `forward` is not noticed.
 
@@ -60,12 +60,12 @@ def prune_from_disk(
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
         tokenizer: Saved with the model if given, by its `save_pretrained`.
-        forward: Called with the model and one batch, to run it; the default is that of `prune`.
+        forward: Called with the model and one batch, to run it; by default as in `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
         park: Where the activations of waiting batches are: `"memory"` of the device, `"cpu"`, or `"disk"` (the output).
         device: Where the model computes, for example `"cuda"`. Two blocks are there, and the activations.
-        **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
+        **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
 
     Raises:
         OSError: If the source cannot be read or the output cannot be written.
@@ -147,7 +147,7 @@ def pruned_from_disk(
 def _described(
     config: PruningConfig, checkpoint: Checkpoint, batches: list[Any], processes: Processes
 ) -> dict[str, Any]:
-    """Return what determines the result, as plain data."""
+    """Return the choices and data that determine the result, as plain data."""
     own = fingerprint(batches)
     return {
         "choices": config.describe(),

@@ -49,7 +49,7 @@ def perplexity_from_disk(
         dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
         progress: Show a bar.
         park: Where the activations of batches are while they wait, as for `prune_from_disk`.
-        parked_in: Folder for `park="disk"`; by default that of temporary files.
+        parked_in: Folder for `park="disk"`; by default the folder of temporary files.
         device: Where the model computes.
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.

@@ -20,12 +20,12 @@ _FLOAT32, _FLOAT64 = 4, 8  # bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that is occupied at the peak, in bytes, without the Python process and its libraries.
+    """Peak memory in bytes, without the Python process and its libraries.
 
     Attributes:
-        outside: The weights outside of all blocks.
-        blocks: The two largest blocks that follow each other.
-        activations: The activations of all batches that wait at a unit, or of one batch if the others are on disk.
+        outside: Weights outside of all blocks.
+        blocks: The largest pair of consecutive blocks.
+        activations: Activations of all batches that wait at a unit, or of one batch if the others are on disk.
         work: Statistics and workspace of the most expensive unit, or the logits of a batch.
     """
 
@@ -121,7 +121,7 @@ def _memory(model: nn.Module, activations: int, work: int) -> Memory:
 
 
 def _to_observe(layers: Sequence[Layer], config: PruningConfig) -> int:
-    """Return the bytes of the sums, of those of one batch, and of one new sum."""
+    """Return the bytes of the accumulated sums, of the sums of one batch, and of one sum being computed."""
     grams = _grams(layers, config)
     return 2 * sum(grams) + max(grams)
 
@@ -137,7 +137,7 @@ def _to_solve(layers: Sequence[Layer], config: PruningConfig) -> int:
 
 
 def _to_permute(inventory: Inventory, config: PruningConfig, length: int, size: int) -> int:
-    """Return the bytes in which the permutation is chosen, and in which runs of a block are compared."""
+    """Return the bytes needed to choose the permutation, or to compare runs of a block if that is more."""
     if not config.permutation.reads_batches:
         return 0
     widths: dict[str, list[int]] = {}

@@ -51,7 +51,7 @@ class Progress:
     """The content of the progress file."""
 
     version: int
-    made_with: dict[str, Any]  # what determines the result
+    made_with: dict[str, Any]  # choices and data that determine the result
     sparsities: dict[str, float]  # of each layer, once it is known
     row_weights: str  # checksum of their file; empty if there is none
     written: dict[str, PartRecord]  # by part
@@ -66,8 +66,8 @@ class OutputFolder:
 
     Args:
         folder: A folder that is empty, does not exist, or was left by an interrupted run.
-        made_with: What determines the result, as plain data by name. A folder in which parts were written with other
-            values is refused.
+        made_with: The choices and data that determine the result, as plain data by name. A folder with parts that were
+            written with other values is refused.
         parts: The names of all parts.
         size: Number of bytes of all parts.
         processes: All processes that prune the model. The first one writes.
@@ -75,7 +75,7 @@ class OutputFolder:
 
     Attributes:
         path: The folder.
-        progress: What is written so far.
+        progress: The parts written so far, the allocation and the report.
         bytes_written: Number of bytes that were written by this process.
 
     Raises:
@@ -104,7 +104,7 @@ class OutputFolder:
 
     @contextmanager
     def _in_first(self) -> Iterator[bool]:
-        """Yield True in the first process, which may write, and False in the others, which wait until it is done."""
+        """Yield True in the first process, which writes, and False in the others, which wait for it."""
         with self._processes.fail_together():
             yield self._processes.rank == 0
 
@@ -139,7 +139,7 @@ class OutputFolder:
             ) from error
 
     def _resume(self, folder: object, begun: Progress) -> None:
-        """Take over what an interrupted run has written, except for files that are not as it wrote them.
+        """Continue an interrupted run; parts whose files have changed since are written again.
 
         Raises:
             ValueError: If that run had other choices.
@@ -164,7 +164,7 @@ class OutputFolder:
         own.report = begun.report if own.written.keys() >= set(self._parts) else ""
 
     def _is_whole(self, file: Path, checksum: str) -> bool:
-        """Return whether a file is as it was written; warn if not."""
+        """Whether a file is unchanged since it was written; warn if not."""
         if file.is_file() and _checksum(file) == checksum:
             return True
         warnings.warn(f"{file} is {'damaged' if file.exists() else 'missing'}, so it is made again.", stacklevel=2)
@@ -218,9 +218,9 @@ class OutputFolder:
         return {self._path(part): self.progress.written[part].keys}
 
     def finish(self, save_configuration: Callable[[Path], None], report: str) -> None:
-        """Write the index and what `save_configuration` writes into a folder, which makes the folder a model.
+        """Write the index and the files of `save_configuration`; after that, the folder is a model.
 
-        The report is kept for a run that is started again, until `forget`.
+        The report stays in the progress file until `forget`, for a run that is started again.
         """
         self.progress.report = report
         with self._in_first() as is_first:
@@ -249,7 +249,7 @@ class OutputFolder:
                     os.replace(file, target)
 
     def forget(self) -> None:
-        """Delete what only a run that is started again would need."""
+        """Delete the files that only a repeated run needs."""
         with self._in_first() as is_first:
             if is_first:
                 (self.path / ROW_WEIGHTS_NAME).unlink(missing_ok=True)
@@ -263,7 +263,7 @@ class OutputFolder:
 
 
 def _differences(begun: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Yield each difference in words, with the values of a choice, but without fingerprints."""
+    """Describe each difference, with the values of choices but without fingerprints."""
     for name in dict.fromkeys([*begun, *now]):
         first, second = begun.get(name), now.get(name)
         if isinstance(first, Mapping) and isinstance(second, Mapping):
