@@ -52,15 +52,9 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     """Yield a temporary folder to fill; it replaces `path` if the body ends without an error.
 
     A folder that cannot be renamed (a mount point such as a Docker volume, or a folder in a read-only parent) is kept,
-    and the files are moved into it, `config.json` last. Missing parent folders are created.
-
-    Args:
-        path: The folder to write.
-        overwrite: Replace a model's folder, with everything in it. The old one is deleted last, when the new one is on
-            the disk.
-
-    Raises:
-        OSError: If `refuse_replacement` refuses the folder.
+    and the files are moved into it, `config.json` last. Missing parent folders are created. `overwrite` replaces the
+    folder of a model with everything in it, unless `refuse_replacement` refuses; the old content is deleted last, when
+    the new one is on the disk.
     """
     with reserved(path, overwrite) as new:
         with _explaining_a_full_disk(path, new):
@@ -84,8 +78,7 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
 def reserved(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Reserve a folder against other processes until the body ends; yield a temporary folder on the same file system.
 
-    Raises:
-        OSError: If `refuse_replacement` refuses the folder.
+    `refuse_replacement` may refuse it.
     """
     refuse_replacement(path, overwrite)
     target = resolved(path)

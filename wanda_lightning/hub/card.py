@@ -37,14 +37,8 @@ def write_card(
 ) -> None:
     """Write the model card, and a picture if matplotlib is installed, into the folder of a saved model.
 
-    A README.md that this function did not write is not replaced.
-
-    Args:
-        folder: The folder.
-        report: The report of the pruning.
-        name: The name by which the model is loaded: a path, or an id on the hub.
-        on_hub: Whether the name is an id on the hub.
-        trained_steps: Number of optimizer steps of the run that pruned the model.
+    A README.md that this function did not write is not replaced. The model is loaded by `name`, a path or an id on the
+    hub. `trained_steps` is the number of optimizer steps of the run that pruned the model.
     """
     folder = Path(folder).expanduser()
     path = folder / CARD_NAME
@@ -89,14 +83,10 @@ def _read(model: str, file: str, cache_dir: str | None) -> bytes:
 
 
 def continue_card(card: OwnCard, folder: Path, run: Run, *, name: str | os.PathLike[str], on_hub: bool = False) -> None:
-    """Write the card of a fine-tuned pruned model: its earlier card with a section on the fine-tuning.
+    """Write the card of a fine-tuned pruned model: its earlier card, unless empty, with a section on the fine-tuning.
 
-    Args:
-        card: The card of the model before fine-tuning. If it is empty, none is written.
-        folder: The folder of the model after it.
-        run: The results before and after it, and the command.
-        name: The name by which the model is loaded: a path, or an id on the hub.
-        on_hub: Whether the name is an id on the hub.
+    `run` has the command and the results before and after the fine-tuning. The model is loaded by `name`, a path or an
+    id on the hub.
     """
     from huggingface_hub import ModelCard
 

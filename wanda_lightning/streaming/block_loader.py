@@ -19,15 +19,9 @@ class BlockLoader:
     """Keeps the blocks in memory that are in use, and the prefetched one.
 
     One background thread stores, frees and loads one block after the other, so the next block is loaded when the
-    previous one is freed: at most two are in memory besides those that batches still need.
-
-    Args:
-        checkpoint: The model.
-        stored: Returns other files that hold a block; None for those of the checkpoint.
-        prepare: Called with a block that was loaded from the checkpoint.
-
-    Attributes:
-        loaded: The blocks in memory in the order in which they were called, without the prefetched one.
+    previous one is freed: at most two are in memory besides those that batches still need. `stored` returns the files
+    of a block that was written, or None to load it from the checkpoint and to call `prepare` with it. Methods that load
+    or evict raise an OSError if a block cannot be read, or if the block evicted before could not be stored.
     """
 
     def __init__(
@@ -37,7 +31,7 @@ class BlockLoader:
         prepare: Callable[[str], None] = lambda block: None,
     ) -> None:
         self._checkpoint, self._stored, self._prepare = checkpoint, stored, prepare
-        self.loaded: list[str] = []
+        self.loaded: list[str] = []  # in the order in which they were called, without the prefetched one
         self._background = ThreadPoolExecutor(1, thread_name_prefix="blocks on disk")
         self._prefetched: tuple[str, Future[None]] | None = None
         self._evicted: Future[None] | None = None  # the latest eviction
@@ -45,11 +39,7 @@ class BlockLoader:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Load each block when the model calls it; free all blocks at the end.
-
-        Raises:
-            ValueError: If the model changes weights of a block before it calls the block.
-        """
+        """Load each block when the model calls it; free all blocks at the end."""
         hooks = [
             self._checkpoint.model.get_submodule(block).register_forward_pre_hook(
                 partial(lambda block, module, args: self.load(block), block)
@@ -71,11 +61,7 @@ class BlockLoader:
             self.loaded.clear()
 
     def load(self, block: str) -> None:
-        """Load a block unless it is in memory.
-
-        Raises:
-            OSError: If it cannot be read, or the evicted block could not be stored.
-        """
+        """Load a block unless it is in memory."""
         if block in self.loaded:
             return
         self.wait()  # the background thread stores before it loads, so this takes no time
@@ -106,21 +92,13 @@ class BlockLoader:
         self._take_prefetched("")
 
     def evict(self, block: str, store: Callable[[], object] = lambda: None) -> None:
-        """Store a block and free it, in the background.
-
-        Raises:
-            OSError: If the block before could not be stored.
-        """
+        """Store a block and free it, in the background."""
         self.wait()
         self.loaded.remove(block)
         self._evicted = self._submit(self._evict, block, store)
 
     def wait(self) -> None:
-        """Wait until all evicted blocks are stored.
-
-        Raises:
-            OSError: If one could not be stored.
-        """
+        """Wait until all evicted blocks are stored."""
         if self._evicted is not None:
             evicted, self._evicted = self._evicted, None
             evicted.result()

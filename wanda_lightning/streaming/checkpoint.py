@@ -49,13 +49,6 @@ class Checkpoint:
         hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         device: Where the loaded weights are.
 
-    Attributes:
-        model: The model.
-        blocks: The names of its blocks.
-        files: The safetensors files.
-        bytes_read: Number of bytes of the tensors that were read.
-        device: Where its weights are.
-
     Raises:
         OSError: If neither a local folder nor the hub has the model in safetensors, or a file is missing.
         ValueError: If files are damaged or contradict each other, a block shares a weight with the rest, or the device
@@ -142,16 +135,7 @@ class Checkpoint:
         return {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
 
     def load(self, part: str, stored: Keys | None = None) -> Any:
-        """Load a part of the model, by default from the checkpoint.
-
-        Args:
-            part: A block, or `RESIDENT`.
-            stored: Other files that hold it in the same format.
-
-        Raises:
-            OSError: If a file of the checkpoint has changed.
-            ValueError: If tensors are missing or have other shapes.
-        """
+        """Load a block or `RESIDENT` from the checkpoint, or from other files in the same format."""
         if stored is None:
             stored = self._keys.get(part, {})
             for path in stored:
@@ -187,11 +171,7 @@ class Checkpoint:
         weights_moved()
 
     def stored(self, part: str) -> dict[str, Tensor]:
-        """Return a part on the CPU, under the names and in the layout of the checkpoint.
-
-        Raises:
-            RuntimeError: If the part is not loaded: its weights have no values.
-        """
+        """Return a part on the CPU, under the names and in the layout of the checkpoint."""
         if part not in self._conversions:
             raise RuntimeError(f"{part} is not loaded, so it cannot be stored. Please report this error.")
         model: Any = self.model

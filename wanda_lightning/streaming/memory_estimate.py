@@ -20,19 +20,12 @@ _FLOAT32, _FLOAT64 = 4, 8  # bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory in bytes, without the Python process and its libraries.
+    """Peak memory in bytes, without the Python process and its libraries."""
 
-    Attributes:
-        outside: Weights outside of all blocks.
-        blocks: The largest pair of consecutive blocks.
-        activations: Activations of all batches that wait at a unit, or of one batch if the others are on disk.
-        work: Statistics and workspace of the most expensive unit, or the logits of a batch.
-    """
-
-    outside: int
-    blocks: int
-    activations: int
-    work: int
+    outside: int  # weights outside of all blocks
+    blocks: int  # the largest pair of consecutive blocks
+    activations: int  # of all batches that wait at a unit, or of one batch if the others are on disk
+    work: int  # statistics and workspace of the most expensive unit, or the logits of a batch
 
     @property
     def total(self) -> int:
@@ -42,16 +35,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Samples:
-    """Windows of text that pass through the model.
-
-    Attributes:
-        count: Number of windows.
-        length: Number of tokens in a window.
-        batch_size: Number of windows in a batch.
-    """
+    """Windows of text that pass through the model."""
 
     count: int
-    length: int
+    length: int  # in tokens
     batch_size: int
 
     def __str__(self) -> str:
@@ -69,14 +56,9 @@ class Samples:
 
 
 def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, park: str = "memory") -> Memory:
-    """Estimate the memory of `prune_from_disk`.
+    """Estimate the memory of `prune_from_disk` for a model on the meta device, in the dtype of pruning.
 
-    Args:
-        model: The model on the meta device, in the dtype of pruning.
-        config: The choices; `sequential` is not `"auto"`.
-        samples: The calibration samples.
-        park: `"memory"`; `"cpu"`, with memory of the CPU and of the device together; or `"disk"`, with only one batch
-            of activations in memory.
+    `sequential` must not be `"auto"`. With `park="cpu"`, memory of the CPU and of the device are added.
     """
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     hidden, size = _hidden_size(model), _element_size(model)

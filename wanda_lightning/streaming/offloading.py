@@ -79,11 +79,7 @@ class DiskParking(_MovingParking):
         self._folder = folder
 
     def offload(self) -> None:
-        """Move the activations to files; activations that were read back from files leave memory again.
-
-        Raises:
-            OSError: If a file cannot be written.
-        """
+        """Move the activations to files; activations that were read back from files leave memory again."""
         has_moved = False
         for tensors in self._alive():
             memory = tensors[0].untyped_storage()

@@ -62,21 +62,8 @@ class OutputFolder:
     """The folder of a pruned model, with one safetensors file for each part.
 
     A part is written as a whole, and the files without which the folder is not a model come last. Only one run may
-    write into the folder.
-
-    Args:
-        folder: A folder that is empty, does not exist, or was left by an interrupted run.
-        made_with: The choices and data that determine the result, as plain data by name. A folder with parts that were
-            written with other values is refused.
-        parts: The names of all parts.
-        size: Number of bytes of all parts.
-        processes: All processes that prune the model. The first one writes.
-        show_progress: Show a bar while the parts that an interrupted run has written are checked.
-
-    Attributes:
-        path: The folder.
-        progress: The parts written so far, the allocation and the report.
-        bytes_written: Number of bytes that were written by this process.
+    write into the folder, and of its processes only the first one. The folder is empty, does not exist, or was left by
+    an interrupted run with the same choices and data, `made_with`.
 
     Raises:
         OSError: If the folder has other files, cannot be written, or another run writes into it.
@@ -96,7 +83,7 @@ class OutputFolder:
         self.progress = Progress(_VERSION, json.loads(json.dumps(made_with, default=str)), {}, "", {}, "")
         self._processes, self._show_progress = processes, show_progress
         self._lock: int | None = None
-        self.bytes_written = 0
+        self.bytes_written = 0  # by this process
         with self._in_first() as is_first:
             if is_first:
                 self._open(folder, size)
@@ -139,11 +126,7 @@ class OutputFolder:
             ) from error
 
     def _resume(self, folder: object, begun: Progress) -> None:
-        """Continue an interrupted run; parts whose files have changed since are written again.
-
-        Raises:
-            ValueError: If that run had other choices.
-        """
+        """Continue an interrupted run with the same choices; parts whose files have changed since are written again."""
         own = self.progress
         differing = list(_differences(begun.made_with, own.made_with))
         unknown = [f"another part of the model, {part}" for part in begun.written if part not in self._parts]
@@ -175,11 +158,7 @@ class OutputFolder:
         return self.path / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord) -> None:
-        """Write a part and its record, in the first process. The others do not wait for the end.
-
-        Raises:
-            RuntimeError: If a tensor has no values.
-        """
+        """Write a part and its record in the first process; the others do not wait for it."""
         if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

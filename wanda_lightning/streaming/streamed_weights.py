@@ -26,11 +26,6 @@ class StreamedWeights(WeightStore):
 
     At most two blocks are in memory: the one that is pruned, and the prefetched one. The model must be pruned inside
     `blocks.loading()`.
-
-    Args:
-        checkpoint: The model.
-        output: Where its parts are written.
-        make_parking: Keeps the activations of one batch while it waits at a unit.
     """
 
     is_whole = False
