@@ -44,34 +44,21 @@ class TrainedPart:
 
 @dataclass
 class PrunedLayer:
-    """One matrix that was pruned.
+    """One matrix that was pruned."""
 
-    Attributes:
-        name: The layer's name in the model.
-        shape: (d_out, d_in) of the matrix view.
-        target: The sparsity that was asked for.
-        sparsity: The fraction of its weights that are zero.
-        tokens: Number of calibration tokens that entered it; 0 if none were needed.
-        note: Remarks about this layer, or an empty string.
-        siblings: For a matrix of an expert, a glob that matches this matrix of every expert of its module.
-        before: The fraction of its weights that were zero before pruning.
-        block: The block of the model that contains it; its own module if it lies in no block.
-        error: The relative squared error of its outputs on the calibration tokens, before any recovery; None if the
-            method collects no Gram matrix to compute it from, or several processes hold the rows.
-        part: The part of the block in which a recovery trained it; None without such a recovery.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    target: float
-    sparsity: float
-    tokens: int
+    name: str  # of the layer in the model
+    shape: tuple[int, int]  # (d_out, d_in) of the matrix view
+    target: float  # the sparsity that was asked for
+    sparsity: float  # fraction of its weights that are zero
+    tokens: int  # number of calibration tokens that entered it; 0 if none were needed
     note: str = ""
-    siblings: str = ""
-    before: float = 0.0
-    block: str = ""
+    siblings: str = ""  # for a matrix of an expert: a glob that matches this matrix of every expert of its module
+    before: float = 0.0  # fraction of its weights that were zero before pruning
+    block: str = ""  # the block of the model that contains it; its own module if it lies in no block
+    # The relative squared error of its outputs on the calibration tokens, before any recovery. None if the method
+    # collects no Gram matrix to compute it from, or several processes hold the rows.
     error: float | None = None
-    part: TrainedPart | None = None
+    part: TrainedPart | None = None  # the part of the block in which a recovery trained it
 
     @property
     def size(self) -> int:
@@ -201,33 +188,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """The run that pruned the model: its data and results. Unknown values are empty or None.
+    """The run that pruned the model: its data and results. Unknown values are empty or None."""
 
-    Attributes:
-        command: The shell command that repeats it; empty for a run that was started from Python.
-        model: Name of the dense model, and in parentheses the file of its weights if the name alone does not load them.
-        metric: What was measured: "perplexity", or "top-1", a fraction of the images.
-        before: The result of the dense model.
-        after: The result of the pruned model.
-        data: The data on which both were measured.
-        others: Results on other data.
-        calibration: The calibration data; also empty if the method reads none.
-        zero_shot: For each zero-shot task, the results of the pruned model.
-        samples: Text by both models.
-        images: Images whose prediction changed.
-    """
-
-    command: str = ""
-    model: str = ""
-    metric: str = ""
-    before: float | None = None
-    after: float | None = None
-    data: str = ""
-    others: tuple[Measured, ...] = ()
-    calibration: str = ""
-    zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    samples: tuple[Sample, ...] = ()
-    images: tuple[ChangedImage, ...] = ()
+    command: str = ""  # the shell command that repeats it; empty for a run that was started from Python
+    model: str = ""  # name of the dense model, with the file of its weights in parentheses if the name loads no weights
+    metric: str = ""  # "perplexity", or "top-1", a fraction of the images
+    before: float | None = None  # result of the dense model
+    after: float | None = None  # result of the pruned model
+    data: str = ""  # on which both were measured
+    others: tuple[Measured, ...] = ()  # results on other data
+    calibration: str = ""  # the calibration data; also empty if the method reads none
+    zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the pruned model, by task
+    samples: tuple[Sample, ...] = ()  # text by both models
+    images: tuple[ChangedImage, ...] = ()  # images whose prediction changed
 
     @property
     def results(self) -> tuple[Measured, ...]:
