@@ -16,7 +16,7 @@ from result import OURS, Result, read_table
 from tables import LABELS, ROOT, SCALED
 
 from wanda_lightning.common.checks import require_extra
-from wanda_lightning.common.files import whole_file
+from wanda_lightning.common.write_whole import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

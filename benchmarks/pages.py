@@ -22,7 +22,7 @@ import wanda_lightning
 from wanda_lightning import methods
 from wanda_lightning.cli.options import OPTIONS
 from wanda_lightning.cli.parser import default_of
-from wanda_lightning.common.files import whole_file
+from wanda_lightning.common.write_whole import whole_file
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PART = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)

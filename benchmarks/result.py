@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.common.files import whole_file
+from wanda_lightning.common.write_whole import whole_file
 
 FOLDER = Path(__file__).parent / "results"
 OURS = "wanda_lightning"

@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
-from wanda_lightning.common.files import is_locked
+from wanda_lightning.common.killed_runs import is_locked
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.streaming import Samples, from_disk, memory_to_prune
 from wanda_lightning.streaming.checkpoint import Checkpoint

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +97,16 @@ def test_what_the_table_allows_points_downwards():
         below = order[order.index(room) + 1 :]
         for other in (allowed.anywhere | allowed.in_functions) & ROOMS.keys():
             assert other in below, f"{room} stands below {other} in the table, but may import it"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {".".join(Path(file).with_suffix("").parts).removesuffix(".__init__"): ROOT / file for file in FILES}
+    imported = {}
+    for module, file in modules.items():
+        nodes = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        names = [(node.module, f"{node.module}.{alias.name}") for node in nodes for alias in node.names]
+        imported[module] = {full if full in modules else base for base, full in names} & modules.keys()
+    assert set(TopologicalSorter(imported).static_order()) == modules.keys()
 
 
 TABLE = """

@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 from wanda_lightning.cli import parse_options
-from wanda_lightning.common.files import whole_file
 from wanda_lightning.common.words import did_you_mean
+from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.report import REPORT_NAME
 
 SAME_NUMBER = {"batch_size", "cache_dir", "trust_remote_code", "eval_zero_shot", "tasks_dir"}

@@ -71,7 +71,7 @@ def test_another_run_cannot_take_the_folder_of_one_that_trains(tmp_path):
     refused = []
 
     def other():
-        script = "import sys; from wanda_lightning.common.files import refuse_replacement as r; r(sys.argv[1])"
+        script = "import sys; from wanda_lightning.common.refuse_path import refuse_replacement as r; r(sys.argv[1])"
         refused.append(subprocess.run([sys.executable, "-c", script, tmp_path / "out"], capture_output=True, text=True))
 
     module.on_train_end = other

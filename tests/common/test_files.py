@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from wanda_lightning.common import files
-from wanda_lightning.common.files import (
-    refuse_existing,
-    refuse_full,
-    refuse_nonempty,
-    refuse_replacement,
-    reserved,
-    unclaimed,
-    whole_file,
-    whole_folder,
-)
+from wanda_lightning.common import killed_runs
+from wanda_lightning.common.refuse_path import refuse_existing, refuse_full, refuse_nonempty, refuse_replacement
+from wanda_lightning.common.write_whole import reserved, unclaimed, whole_file, whole_folder
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -252,7 +244,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, reason):
 
 KILLED = """
 import sys, time
-from wanda_lightning.common.files import whole_file, whole_folder
+from wanda_lightning.common.write_whole import whole_file, whole_folder
 with whole_folder(sys.argv[1]) as folder, whole_file(sys.argv[2]) as file:
     (folder / "half").write_text("half")
     file.write_text("half")
@@ -283,18 +275,25 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
 
 
 def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
-    aside = tmp_path / f"{files._label(tmp_path / 'model')}12345678"
-    (aside / "model").mkdir(parents=True)
-    (aside / "model" / "config.json").write_text("old")
+    aside = tmp_path / f"{killed_runs._label(tmp_path / 'model')}12345678"
+    (aside / killed_runs._OLD).mkdir(parents=True)
+    (aside / killed_runs._OLD / "config.json").write_text("old")
     with pytest.raises(FileExistsError, match="not empty"):
         refuse_replacement(tmp_path / "model")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == ["model/config.json"]
 
 
+def test_a_half_written_folder_is_not_taken_for_an_old_one(tmp_path):
+    half = tmp_path / f"{killed_runs._label(tmp_path / 'model')}12345678"
+    (half / "model").mkdir(parents=True)  # a folder in the model with the name of the model
+    refuse_replacement(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 STEPS = """
 import os, sys
 from pathlib import Path
-from wanda_lightning.common.files import whole_folder
+from wanda_lightning.common.write_whole import whole_folder
 folder, last, steps = Path(sys.argv[1]), int(sys.argv[2]), 0
 os.path.ismount = lambda path: len(sys.argv) > 3
 

@@ -19,8 +19,7 @@ from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.engine import permuting
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.engine.run import Run
-from wanda_lightning.engine.store import WeightStore
+from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 READERS = {

@@ -1,5 +1,7 @@
 """Padding is read from every form of attention mask, or its absence from the masks is visible in the report."""
 
+from unittest import mock
+
 import pytest
 import torch
 from support.zoo import ZOO
@@ -9,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from wanda_lightning import prune
 from wanda_lightning.models import fitting_mask, token_masks
+from wanda_lightning.models.module_names import named_modules
 
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -154,6 +157,14 @@ def test_the_report_says_where_padding_counted():
     report = prune(Text(), [{"x": torch.randn(2, 5, 8), "attention_mask": torch.ones(5)}], progress=False)
     note = "padding counted: the attention_mask does not show which inputs are padding"
     assert [layer.note for layer in report.layers] == [note, note]
+
+
+def test_the_modules_of_a_model_are_searched_once_for_all_batches():
+    model = ZOO["t5"].build()
+    with mock.patch("wanda_lightning.models.padding.named_modules", wraps=named_modules) as search:
+        first, second = (token_masks(model, {"input_ids": IDS, "attention_mask": mask}) for mask in (RIGHT, LEFT))
+    assert [mask.inside for mask in first] == [mask.inside for mask in second] == ["encoder"]
+    assert search.call_count == 1
 
 
 @pytest.mark.parametrize("compiled", ["model", "encoder"])

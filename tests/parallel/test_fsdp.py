@@ -119,12 +119,12 @@ def test_an_error_leaves_all_at_rest(pair):
 def test_what_cannot_be_pruned_sharded(pair, case, name, text):
     dense = dict(ZOO[name].build().named_parameters())
     for error, weights in pair.run(cases.refused, case):
-        assert error[0] == "ValueError"
+        assert error[0] == "UserError"
         assert re.search(text, error[1]), error[1]
         assert_same_weights(weights, dense, tolerance=0)
 
 
 def test_a_model_that_routes_its_batches(pair):
     for error, _ in pair.run(cases.refused, "routed"):
-        assert error[0] == "ValueError"
+        assert error[0] == "UserError"
         assert "do not call the same parts of the model" in error[1]

@@ -241,8 +241,8 @@ def test_only_the_first_process_shows_progress(pair):
 @pytest.mark.parametrize(
     ("spoil", "kinds", "text"),
     [
-        ("input", ("ValueError", "ValueError"), "NaN or infinity"),
-        ("weight", ("ValueError", "ValueError"), "has weights that are NaN or infinite"),
+        ("input", ("UserError", "UserError"), "NaN or infinity"),
+        ("weight", ("UserError", "UserError"), "has weights that are NaN or infinite"),
         ("iterator", ("RuntimeError", "OSError"), "no more disk"),
         ("forward", ("RuntimeError", "OSError"), "no more disk"),
     ],
@@ -262,7 +262,7 @@ def test_what_is_wrong_in_one_process_ends_all(pair, sequential, spoil, kinds, t
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_no_batches_in_any_process(pair, sequential):
     for error, unchanged in pair.run(cases.spoilt, sequential, "nothing"):
-        assert error[0] == "ValueError"
+        assert error[0] == "UserError"
         assert "there is none" in error[1]
         assert unchanged
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, 
 
 from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
-from wanda_lightning.common.files import PROGRESS_NAME
+from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.streaming import from_disk, parking, perplexity
+from wanda_lightning.streaming import from_disk, measure_perplexity, offloading
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,13 +28,13 @@ PARKS = ("memory", "disk", "host")
 @pytest.fixture
 def park_in(monkeypatch):
     """Return the value of `park` for a place; "host" is "cpu" as far as that can be tested without a GPU."""
-    monkeypatch.setattr(parking, "SMALLEST", 0)
+    monkeypatch.setattr(offloading, "SMALLEST", 0)
 
     def choose(place):
         if place != "host":
             return place
-        monkeypatch.setattr(parking, "_copied", hide)
-        make_parking = partial(parking.HostParking, parking.Host(torch.device("cpu:0")))
+        monkeypatch.setattr(offloading, "_copied", hide)
+        make_parking = partial(offloading.HostParking, offloading.Host(torch.device("cpu:0")))
         monkeypatch.setattr(from_disk, "parking_maker", lambda *_: make_parking)
         return "memory"
 
@@ -182,13 +182,13 @@ def test_progress_shows_the_unit_the_bytes_and_the_seconds_left(source, tmp_path
         assert float(found[1]) * 1000 == pytest.approx(outside + (number + 1) * block, abs=block + 100)
         assert max(0, number - 2) * block - 100 <= float(found[2]) * 1000 <= max(0, number - 1) * block + 100
         assert bool(found[3]) == (number > 0)
-    monkeypatch.setattr(perplexity, "AT_ONCE", 2)
+    monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
     perplexity_from_disk(source, batches())
     assert re.search(r"Measuring 5/8 model\.layers\.1, .* KB read \(\d+ s, \d+ s left\)", capsys.readouterr().err)
 
 
 def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeypatch, park_in):
-    monkeypatch.setattr(perplexity, "AT_ONCE", 2)
+    monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
     model, metric = AutoModelForCausalLM.from_pretrained(source), WindowPerplexity()
     with torch.no_grad():
         for batch in batches():
@@ -211,7 +211,7 @@ def test_a_text_without_predictions_has_no_perplexity(source, padding):
 @pytest.mark.parametrize("park", ["memory", "cpu"])
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, monkeypatch, name, park):
-    monkeypatch.setattr(parking, "SMALLEST", 0)
+    monkeypatch.setattr(offloading, "SMALLEST", 0)
     model = AutoModelForCausalLM.from_pretrained(source).cuda()
     expected = prune(model, batches(), 0.5, progress=False, **CHOICES[name])
     model.save_pretrained(tmp_path / "memory")

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, prune, prune_from_disk
-from wanda_lightning.streaming.output import OutputFolder
+from wanda_lightning.streaming.output_folder import OutputFolder
 
 VOCABULARY = 64
 

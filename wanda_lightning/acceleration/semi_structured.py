@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models.placeholders import placeholder
+from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.models.refusals import refuse_no_module
 
 _DTYPES = (torch.float16, torch.bfloat16)

@@ -34,9 +34,9 @@ class Call:
     def run(self, on_copies: bool = False) -> Any:
         """Run the unit and return its output; on clones of its arguments if it will run again on the same values.
 
-        The activations stay in memory afterward: call `sample.parking.vacate` unless the sample continues now.
+        The activations stay in memory afterward: call `sample.parking.offload` unless the sample continues now.
         """
-        self.sample.parking.occupy()
+        self.sample.parking.restore()
         arguments = self.args, self.kwargs
         with naming_batch(self.sample.batch_index, arguments, self.unit), self.thread_state.entered():
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
@@ -115,7 +115,7 @@ class BatchThread(threading.Thread):
         """
         self.call, self._output = None, output
         del output
-        self.sample.parking.occupy()
+        self.sample.parking.restore()
         switches = ProcessSwitches()
         try:
             self._go.release()
@@ -125,7 +125,7 @@ class BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
         if self.call is not None:
-            self.sample.parking.vacate()
+            self.sample.parking.offload()
 
     def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
         """Run the parked call, or the one that `prepared` returns for it, and continue the batch with its output."""

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Parking:
-    """The activations of one batch, which stay in memory. The forward pass of the batch runs in this context."""
+    """Keeps the activations of one batch in memory. The forward pass of the batch runs in this context."""
 
     def __enter__(self) -> Any:
         """Begin the forward pass."""
@@ -19,11 +19,11 @@ class Parking:
     def add(self, value: object) -> None:
         """Count the tensors within a value among the activations of the batch."""
 
-    def vacate(self) -> None:
+    def offload(self) -> None:
         """Free memory until the batch, or a unit on its inputs, runs again."""
 
-    def occupy(self) -> None:
-        """Bring the activations back into memory, for the batch or a unit that is about to run."""
+    def restore(self) -> None:
+        """Bring the activations back into memory before the batch, or a unit on its inputs, runs."""
 
 
 MakeParking = Callable[[], Parking]  # for one batch

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_lightning.models import Layer, is_unloaded
+from wanda_lightning.core.placeholders import is_unloaded
+from wanda_lightning.models import Layer
 
 
 class _Stack(NamedTuple):
@@ -33,7 +34,7 @@ _moves = 0  # how often weights were loaded or freed
 
 
 def weights_moved() -> None:
-    """Say that weights were loaded or freed, so that every `WeightMemory` reads their addresses again."""
+    """Invalidate every `WeightMemory` after loading or freeing weights."""
     global _moves
     _moves += 1
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from wanda_lightning.callbacks.trainer import pruning_target
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models import is_unloaded, is_wrapper, number_of_classes
+from wanda_lightning.core.placeholders import is_unloaded
+from wanda_lightning.models import is_wrapper, number_of_classes
 from wanda_lightning.parallel import local
 from wanda_lightning.training.held_zeros import prunable_layers, zeros_of
 

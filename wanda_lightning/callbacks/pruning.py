@@ -32,7 +32,7 @@ from wanda_lightning.common.checks import (
     check_report_path,
     refuse_pytorch_lightning,
 )
-from wanda_lightning.common.files import refuse_existing, refuse_nonempty
+from wanda_lightning.common.refuse_path import refuse_existing, refuse_nonempty
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.criteria import Magnitude, Wanda
 from wanda_lightning.core.solvers import SparseGPT

@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.common.checks import check_flags, check_path, refuse_pytorch_lightning
-from wanda_lightning.common.files import files_in, is_replaceable, reserved, unclaimed
+from wanda_lightning.common.refuse_path import files_in, is_replaceable
+from wanda_lightning.common.write_whole import reserved, unclaimed
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import refuse_upload, upload
 from wanda_lightning.report import PruningReport

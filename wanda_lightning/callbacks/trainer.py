@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from wanda_lightning.engine.run import Run
-from wanda_lightning.engine.store import WeightStore
+from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 

@@ -135,7 +135,7 @@ def _run_command(command: str, arguments: list[str]) -> None:
         options = parse_options(command, arguments)
         options.refuse_early()
     from wanda_lightning.cli.output import quiet_libraries, readable_warnings
-    from wanda_lightning.common.files import reserved
+    from wanda_lightning.common.write_whole import reserved
 
     quiet_libraries()
     module = import_module(f"wanda_lightning.cli.{command}")

@@ -24,7 +24,7 @@ from wanda_lightning.cli.measure import (
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.files import files_in
+from wanda_lightning.common.refuse_path import files_in
 from wanda_lightning.common.words import one_line
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.hub.card import OwnCard, continue_card, read_card

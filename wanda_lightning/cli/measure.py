@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from wanda_lightning.cli.options import FinetuneOptions, PruneOptions
 from wanda_lightning.cli.output import print_line
 from wanda_lightning.cli.parser import UsageError
-from wanda_lightning.common.files import is_replaceable, refuse_full, unclaimed
 from wanda_lightning.common.model_source import load_config
+from wanda_lightning.common.refuse_path import is_replaceable, refuse_full
+from wanda_lightning.common.write_whole import unclaimed
 from wanda_lightning.hub.upload import upload
 
 

@@ -16,14 +16,14 @@ import yaml
 
 from wanda_lightning.cli.parser import UsageError, as_list, default_of, option
 from wanda_lightning.common.checks import check_memory, check_report_path
-from wanda_lightning.common.files import (
+from wanda_lightning.common.model_source import why_missing, why_no_language_model
+from wanda_lightning.common.refuse_path import (
     PROGRESS_NAME,
     refuse_existing,
     refuse_nonempty,
     refuse_replacement,
     refuse_unresumable,
 )
-from wanda_lightning.common.model_source import why_missing, why_no_language_model
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources

@@ -27,9 +27,10 @@ from wanda_lightning.cli.options import (
     as_given,
 )
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.common.files import existing_parent, files_in, unclaimed, whole_file
 from wanda_lightning.common.model_source import load_config, load_tokenizer
+from wanda_lightning.common.refuse_path import existing_parent, files_in
 from wanda_lightning.common.words import one_line
+from wanda_lightning.common.write_whole import unclaimed, whole_file
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.text_sources import SELF
@@ -39,12 +40,12 @@ from wanda_lightning.hub.card import write_card
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.report import REPORT_NAME, Measured, PruningReport, Run
+from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.page import write_report
-from wanda_lightning.report.words import change_of
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
-from wanda_lightning.streaming.parking import refuse_parking
+from wanda_lightning.streaming.offloading import refuse_parking
 
 _NO_TEXT = (
     "no text by the dense and the pruned model is shown, since --stream never has a whole model in memory to write it"

@@ -17,11 +17,12 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
+from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
-from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, is_unloaded, is_wrapper
+from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, is_wrapper
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import Permuted

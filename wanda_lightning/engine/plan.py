@@ -190,8 +190,6 @@ def make_plan(
         if has_weights:
             refuse_unprunable(inventory.layers)
         refuse_too_wide(config, inventory)
-        for unit in plan.units:
-            for layer in unit.layers:
-                refuse_sharding(config, model, unit, layer, processes)
+        refuse_sharding(config, model, plan.units, processes)
         config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
     return plan

@@ -22,8 +22,7 @@ from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_la
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.reporting import make_report
-from wanda_lightning.engine.run import Observed, Run, timed
-from wanda_lightning.engine.store import WeightStore
+from wanda_lightning.engine.run import Observed, Run, WeightStore, timed
 from wanda_lightning.engine.write import prune_unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 from wanda_lightning.report import Permuted, PruningReport, TrainedPart

@@ -108,8 +108,17 @@ def refuse_too_wide(config: PruningConfig, inventory: Inventory) -> None:
         )
 
 
-def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: Layer, processes: Processes) -> None:
-    """Refuse a layer that is sharded by FSDP2 or tensor parallelism in a way that pruning does not support."""
+def refuse_sharding(config: PruningConfig, model: nn.Module, units: Iterable[Unit], processes: Processes) -> None:
+    """Refuse layers that are sharded by FSDP2 or tensor parallelism in a way that pruning does not support."""
+    managers = [name for name, module in named_modules(model).items() if isinstance(module, FSDPModule)]
+    for unit in units:
+        for layer in unit.layers:
+            _refuse_sharded(config, managers, unit, layer, processes)
+
+
+def _refuse_sharded(
+    config: PruningConfig, managers: Sequence[str], unit: Unit, layer: Layer, processes: Processes
+) -> None:
     weight, name = layer.parameter, layer.name
     managed = getattr(layer.module, "_is_fsdp_managed_module", False)
     if isinstance(weight, DTensor) and not managed:
@@ -120,11 +129,7 @@ def refuse_sharding(config: PruningConfig, model: nn.Module, unit: Unit, layer: 
         )
     if not managed:
         return
-    managers = [
-        inside
-        for inside, module in named_modules(model).items()
-        if isinstance(module, FSDPModule) and f"{name}.".startswith(_prefix(inside))
-    ]
+    managers = [inside for inside in managers if f"{name}.".startswith(_prefix(inside))]
     if not managers:
         raise UserError(
             f"model must be sharded itself, but a module around it manages the weight of {name}. Apply fully_shard to "

@@ -9,9 +9,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.engine.notes import notes_on
 from wanda_lightning.engine.run import Run, unreached
-from wanda_lightning.models import is_unloaded, is_wrapper
+from wanda_lightning.models import is_wrapper
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import PruningReport
 

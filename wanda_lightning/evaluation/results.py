@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.files import whole_file
+from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight

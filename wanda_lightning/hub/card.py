@@ -1,4 +1,4 @@
-"""The model card of a pruned model: how it was pruned, what that cost, and how it is loaded."""
+"""The model card of a pruned model: method, results, and code that loads the model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from wanda_lightning.common.files import whole_file
 from wanda_lightning.common.words import count, counted, duration
+from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
 from wanda_lightning.report import Measured, PruningReport, Run, Sample
+from wanda_lightning.report.descriptions import choices_of, method_in_words
 from wanda_lightning.report.metrics import METRICS, TOP1
 from wanda_lightning.report.page import write_report
-from wanda_lightning.report.words import choices_of, method_in_words
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
@@ -37,14 +37,8 @@ def write_card(
 ) -> None:
     """Write the model card, and a picture if matplotlib is installed, into the folder of a saved model.
 
-    A README.md that this function did not write is kept.
-
-    Args:
-        folder: The folder.
-        report: The report of the pruning.
-        name: The name by which the model is loaded: a path, or an id on the hub.
-        on_hub: Whether the name is an id on the hub.
-        trained_steps: Number of optimizer steps of the run that pruned the model.
+    A README.md that this function did not write is not replaced. The model is loaded by `name`, a path or an id on the
+    hub. `trained_steps` is the number of optimizer steps of the run that pruned the model.
     """
     folder = Path(folder).expanduser()
     path = folder / CARD_NAME
@@ -89,14 +83,10 @@ def _read(model: str, file: str, cache_dir: str | None) -> bytes:
 
 
 def continue_card(card: OwnCard, folder: Path, run: Run, *, name: str | os.PathLike[str], on_hub: bool = False) -> None:
-    """Write the card of a pruned model that was fine-tuned: the one that it had before, and a section.
+    """Write the card of a fine-tuned pruned model: its earlier card, unless empty, with a section on the fine-tuning.
 
-    Args:
-        card: The card of the model before fine-tuning. If it is empty, none is written.
-        folder: The folder of the model after it.
-        run: The results before and after it, and the command.
-        name: The name by which the model is loaded: a path, or an id on the hub.
-        on_hub: Whether the name is an id on the hub.
+    `run` has the command and the results before and after the fine-tuning. The model is loaded by `name`, a path or an
+    id on the hub.
     """
     from huggingface_hub import ModelCard
 
@@ -170,7 +160,7 @@ def _model_card(report: PruningReport, source: Source, saved: _Saved, has_pictur
 
 
 def _to_publish(run: Run) -> Run:
-    """Return what a card shows: without the folders of this machine, and without results that are no numbers."""
+    """Return the run without folders of this machine, and without results that are not finite."""
     model, data, calibration, command = (
         _FOLDERS.sub("", text) for text in (run.model, run.data, run.calibration, run.command)
     )

@@ -13,25 +13,17 @@ _KEPT = ("license", "license_name", "license_link", "language")
 
 @dataclass(frozen=True)
 class Source:
-    """The model that was pruned.
+    """The model that was pruned."""
 
-    Attributes:
-        hub_id: Its id on the hub, or that of the model that it derives from; empty if neither is known.
-        metadata: License and language, as in its model card.
-        is_derived: Whether the id is that of the model that it derives from.
-    """
-
-    hub_id: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    is_derived: bool = False
+    hub_id: str = ""  # its id on the hub, or the id of its base model; empty if neither is known
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # license and language, as in its model card
+    is_derived: bool = False  # whether `hub_id` is the id of its base model
 
 
 def find_source(model: str, cache_dir: str | None = None) -> Source:
-    """Find the card of a model, on this machine or on the hub. What cannot be found is left out.
+    """Find the card of a model named as in `Run.model`, on this machine or on the hub.
 
-    Args:
-        model: Name of the model as in `Run.model`: a hub id, a folder, a `.gguf` file, or `timm:` and a name of timm.
-        cache_dir: Folder for downloads from the hub.
+    The name is a hub id, a folder, a `.gguf` file, or `timm:` and a name of timm. Unknown fields stay empty.
     """
     name = model.removeprefix("timm:")
     if name.startswith("hf-hub:"):

@@ -18,12 +18,7 @@ _EXPECTED = "push_to_hub must be OWNER/NAME of a model repository"
 
 
 def refuse_upload(repo_id: str, private: bool = False) -> None:
-    """Raise a ValueError for an upload that cannot succeed. Only a private one connects to the hub.
-
-    Args:
-        repo_id: OWNER/NAME of a model repository.
-        private: Refuse a public repository.
-    """
+    """Refuse an upload that cannot succeed; `private` connects to the hub to refuse a public repository."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -63,17 +58,8 @@ def _refuse_public(repo_id: str) -> None:
 def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str], private: bool = False) -> str:
     """Upload files of a folder to a model repository, in one commit, and return its address.
 
-    A repository that does not exist is created. Weights of another model that the repository holds are deleted, because
-    they might be loaded instead.
-
-    Args:
-        folder: The folder of the model.
-        repo_id: OWNER/NAME of the repository.
-        files: The names of the files in the folder, see `files_in`.
-        private: Create a private repository, and refuse a public one.
-
-    Raises:
-        OSError: If it fails, for whatever reason. The message names the command that uploads the files later.
+    A repository that does not exist is created. Weights of another model in the repository are deleted, because they
+    might be loaded instead. Any failure is an OSError that names the command that uploads the files later.
     """
     from huggingface_hub import HfApi
 

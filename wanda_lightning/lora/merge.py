@@ -7,12 +7,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
-from wanda_lightning.lora.layer import KeepZerosLinear
+from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear
 from wanda_lightning.lora.tuner import refuse_unreadable
-from wanda_lightning.models.quantized import dequantize, is_quantized
+from wanda_lightning.models.quantized import is_quantized, quantizer, read_weight
 
 
 @torch.no_grad()
@@ -91,7 +92,28 @@ def _dequantize_base(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> 
     if quantized:
         for name, module in model.named_modules():
             refuse_unreadable(name, module)
-        dequantize(model)
+        _dequantize(model)
+
+
+def _dequantize(model: nn.Module) -> None:
+    """Replace the weight of every quantized layer by the one that `read_weight` returns."""
+    for name, module in list(model.named_modules()):
+        if not is_quantized(module):
+            continue
+        weight = nn.Parameter(read_weight(module), requires_grad=False)
+        if quantizer(module) is None:  # the weight is quantized, not the layer
+            module.weight = weight
+            continue
+        dtype = getattr(getattr(model, "config", None), "dtype", None) or weight.dtype
+        if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # which bitsandbytes replaced; (d_in, d_out)
+            layer: nn.Module = Conv1D(*weight.shape)
+            weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        else:
+            layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        layer.weight, layer.bias = nn.Parameter(weight.to(dtype), requires_grad=False), module.bias
+        model.set_submodule(name, layer)
+    if (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
+        loaded_by.remove_quantization_config(model)
 
 
 def _targeted_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

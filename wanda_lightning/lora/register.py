@@ -30,7 +30,7 @@ KEEP_ZEROS_LORA = _add_peft_type()
 
 
 def register(config_class: type, tuner_class: Any) -> None:
-    """Tell PEFT which classes to use for adapters of the type `KEEP_ZEROS_LORA`."""
+    """Register the classes of adapters of the type `KEEP_ZEROS_LORA` with PEFT."""
     PEFT_TYPE_TO_CONFIG_MAPPING[KEEP_ZEROS_LORA] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[KEEP_ZEROS_LORA] = tuner_class
     PEFT_TYPE_TO_PREFIX_MAPPING[KEEP_ZEROS_LORA] = tuner_class.prefix

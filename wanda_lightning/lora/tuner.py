@@ -1,4 +1,4 @@
-"""Put keep-zeros adapters into a model."""
+"""Insert keep-zeros adapters into a model."""
 
 import copy
 import warnings
@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.lora.layer import KeepZerosLinear
+from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear
 from wanda_lightning.models.quantized import can_be_read, is_quantized
 
 

@@ -5,16 +5,15 @@ from wanda_lightning.models.hidden_units import HiddenUnits, hidden_units
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, is_plain
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
-from wanda_lightning.models.placeholders import is_unloaded, placeholder
-from wanda_lightning.models.predictions import (
+from wanda_lightning.models.quantized import is_wrapper
+from wanda_lightning.models.task import (
     causal_config,
     find_predictions,
     has_classes,
     number_of_classes,
     own_head,
+    reads_images,
 )
-from wanda_lightning.models.quantized import is_wrapper
-from wanda_lightning.models.reads_images import reads_images
 from wanda_lightning.models.tokens import check_tokens, number_of_embeddings
 
 __all__ = [
@@ -33,12 +32,10 @@ __all__ = [
     "has_classes",
     "hidden_units",
     "is_plain",
-    "is_unloaded",
     "is_wrapper",
     "number_of_classes",
     "number_of_embeddings",
     "own_head",
-    "placeholder",
     "reads_images",
     "token_masks",
 ]

@@ -1,4 +1,4 @@
-"""Find the layers to prune, group them into units, and give every other matrix its reason."""
+"""Find the layers to prune, group them into units, and list every other matrix with its reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def find_layers(
     include_grouped: bool = False,
     pattern: Pattern = Unstructured(),
 ) -> Inventory:
-    """Find the layers to prune, group them into units, and give every other matrix its reason.
+    """Find the layers to prune, group them into units, and list every other matrix with its reason.
 
     `PruningConfig.from_names` describes the arguments; `sequential` is `"block"`, `"layer"` or `"none"`. Layers whose
     width does not fit the pattern are skipped. The weights are not read, so the model may be on the meta device. Raises

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ _NO_LABEL = -100  # transformers pads labels with this value
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Which tokens of a batch count."""
+    """The tokens of a batch that count, in contrast to padding."""
 
     inside: str  # name of the module that these tokens enter; "" for the whole model
     keep: Tensor  # (batch, tokens); True is a token, False is padding
@@ -50,14 +51,30 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     _check_shape(attention, batch)
     keep = _attended(attention)
     masks = [] if keep is None else [TokenMask("", keep)]
-    for name, module in named_modules(model).items():
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-            encoder = module.get_encoder()  # type: ignore[operator]
-            inside = next(inner for inner, other in model.named_modules() if other is encoder)
-            masks = [TokenMask(uncompiled_name(inside), mask.keep) for mask in masks] + _decoder_masks(name, batch)
-            break
+    if found := _encoder_and_decoder(model):
+        encoder, whole = found
+        masks = [TokenMask(encoder, mask.keep) for mask in masks] + _decoder_masks(whole, batch)
     usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
     return usable if any(not (mask.keep.numel() and mask.keep.all()) for mask in usable) else ()
+
+
+_FOUND: WeakKeyDictionary[nn.Module, tuple[str, str] | None] = WeakKeyDictionary()
+
+
+def _encoder_and_decoder(model: nn.Module) -> tuple[str, str] | None:
+    """Return the names of the encoder and of the module around it and the decoder; None for any other model.
+
+    The modules of a model are searched once, not for each batch.
+    """
+    if model not in _FOUND:
+        _FOUND[model] = None
+        for name, module in named_modules(model).items():
+            if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
+                encoder = module.get_encoder()  # type: ignore[operator]
+                inside = next(inner for inner, other in model.named_modules() if other is encoder)
+                _FOUND[model] = uncompiled_name(inside), name
+                break
+    return _FOUND[model]
 
 
 def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:

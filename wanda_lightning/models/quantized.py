@@ -16,7 +16,7 @@ _QUANTIZERS = {
 
 
 def is_wrapper(parameter: Tensor) -> bool:
-    """Whether a parameter holds no numbers itself, such as a quantized tensor subclass that reports a float dtype."""
+    """Whether a parameter is a tensor subclass without numbers of its own, such as one that wraps quantized codes."""
     return not issubclass(type(parameter), nn.Parameter | DTensor)  # isinstance would ask the tensor
 
 
@@ -56,29 +56,6 @@ def read_weight(module: nn.Module, name: str = "weight") -> Tensor:
     weight: Tensor = getattr(module, name)
     reader = _READERS.get(quantizer(module, weight) or "")
     return weight.detach() if reader is None else reader(module, weight)
-
-
-def dequantize(model: nn.Module) -> None:
-    """Replace the weight of every quantized layer by the one that `read_weight` returns."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, module in list(model.named_modules()):
-        if not is_quantized(module):
-            continue
-        weight = nn.Parameter(read_weight(module), requires_grad=False)
-        if quantizer(module) is None:  # the weight is quantized, not the layer
-            module.weight = weight
-            continue
-        dtype = getattr(getattr(model, "config", None), "dtype", None) or weight.dtype
-        if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # which bitsandbytes replaced; (d_in, d_out)
-            layer: nn.Module = Conv1D(*weight.shape)
-            weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
-        else:
-            layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        layer.weight, layer.bias = nn.Parameter(weight.to(dtype), requires_grad=False), module.bias
-        model.set_submodule(name, layer)
-    if (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
-        loaded_by.remove_quantization_config(model)
 
 
 def _read_bitsandbytes(module: Any, weight: Any) -> Tensor:

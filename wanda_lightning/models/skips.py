@@ -1,4 +1,4 @@
-"""Decide which matrices are left dense by default, and why."""
+"""Choose the matrices that are left dense by default, with the reason for each."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wanda_lightning.common.checks import check_not_negative, require_extra
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.files import whole_folder
+from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
     DTYPES,

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from wanda_lightning.common.checks import check_not_negative, check_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.files import whole_folder
+from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 
 

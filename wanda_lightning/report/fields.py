@@ -33,15 +33,8 @@ def _finite(value: Any) -> Any:
 def from_fields(kind: Any, value: Any, place: str = "") -> Any:
     """Construct an object of an annotated type from its parsed JSON; ignore keys that are not fields.
 
-    Reports of version 0.2.0 may hold NaN and infinity. A null for a number that is not optional was one of these.
-
-    Args:
-        kind: A dataclass, or the type of a field of one.
-        value: What JSON holds.
-        place: Where the value stands, such as layers[3].sparsity; empty for the whole.
-
-    Raises:
-        ValueError: If a field is missing or has another type.
+    Reports of version 0.2.0 may hold NaN and infinity. A null for a number that is not optional was one of these. A
+    field that is missing or has another type is refused by its `place`, such as layers[3].sparsity.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is UnionType:  # with None

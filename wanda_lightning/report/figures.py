@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.common.checks import require_report_extra
 from wanda_lightning.common.words import count
 from wanda_lightning.models import SkipReason
-from wanda_lightning.report import POOLED, Layers, PrunedLayer, PruningReport, TrainingPass, grouped
+from wanda_lightning.report.records import POOLED, Layers, PrunedLayer, ReportData, TrainingPass, grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
 class Grid:
-    """Values, or None if they are not known, by kind of layer and by block, in the order in which these first occur."""
+    """Values by kind of layer (rows) and block (columns), in order of first occurrence; None if unknown."""
 
     def __init__(self, cells: Mapping[tuple[str, str], float | None]) -> None:
         self.kinds = list(dict.fromkeys(kind for kind, _ in cells))  # rows, such as `self_attn.q_proj`
@@ -65,13 +65,13 @@ class Grid:
         self.height = 60 + 24 * len(self.kinds)  # of a heat map, in pixels
 
 
-def layer_grid(report: PruningReport, field: str) -> Grid:
+def layer_grid(report: ReportData, field: str) -> Grid:
     """Return the sparsity or the error of the layers of each kind in each block."""
     cells = grouped(report.layers, lambda layer: (_kind_in_block(layer), layer.block))
     return Grid({cell: getattr(Layers(layers), field) for cell, layers in cells.items() if cell[0]})
 
 
-def part_grid(report: PruningReport) -> Grid:
+def part_grid(report: ReportData) -> Grid:
     """Return the errors of the parts of each block before and after a recovery has trained them."""
     cells = {}
     for layer in report.layers:
@@ -100,7 +100,7 @@ def shortest_ends(names: Sequence[str]) -> list[str]:
     return [next((end for end in ends[name] if uses[end] == 1), name) for name in names]
 
 
-def weights_by_kind(report: PruningReport, most: int = 14) -> list[tuple[str, int, int, int]]:
+def weights_by_kind(report: ReportData, most: int = 14) -> list[tuple[str, int, int, int]]:
     """Return (kind of matrix, zeros, other pruned weights, weights left dense), largest first, `most` at most."""
     pruned = grouped(report.layers, _kind_in_model)
     found = []
@@ -119,7 +119,7 @@ def weights_by_kind(report: PruningReport, most: int = 14) -> list[tuple[str, in
     return found
 
 
-def expert_tokens(report: PruningReport) -> dict[str, dict[str, float]]:
+def expert_tokens(report: ReportData) -> dict[str, dict[str, float]]:
     """Return how many calibration tokens the experts of each block received, as a table: numbers by heading."""
     experts = [layer for layer in report.layers if layer.siblings]
     found: dict[str, dict[str, float]] = {}
@@ -140,7 +140,7 @@ class Plot:
     draw: Callable[[Axes, int], None]
 
 
-def plots_of(report: PruningReport) -> list[Plot]:
+def plots_of(report: ReportData) -> list[Plot]:
     """Return the figures for which the report has numbers; refuse if the extra `report` is not installed."""
     require_report_extra()
     sparsity, errors, parts = layer_grid(report, "sparsity"), layer_grid(report, "error"), part_grid(report)
@@ -168,7 +168,7 @@ def _errors(name: str, title: str, grid: Grid) -> Plot:
 
 
 def color_range(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Return the values of the palest and the strongest color: those of the data, or a wider range inside [0, 1]."""
+    """Return the range of values that the colors span: that of the data, widened to `least` inside [0, 1]."""
     low, high = min(values), max(values)
     if high - low >= least:
         return low, high

@@ -13,7 +13,7 @@ class Metric:
     name: str  # in `Run.metric` and in tables
     title: str  # at the start of a sentence
     logged: tuple[str, str]  # the names under which modules log it, in validation and in test
-    task: str  # what a model does that is measured by it, as the Hugging Face hub calls it
+    task: str  # of the models that it measures, in the vocabulary of the Hugging Face hub
     on_hub: str  # its name on the hub
     column: str  # its name in the log files of the reference code
     is_share: bool = False  # whether it is a fraction, which is shown in percent

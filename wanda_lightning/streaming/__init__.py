@@ -1,8 +1,8 @@
 """Prune a model that does not fit in memory: read it block by block, and write each block when it is pruned."""
 
 from wanda_lightning.streaming.from_disk import prune_from_disk
-from wanda_lightning.streaming.memory import Memory, Samples, memory_to_measure, memory_to_prune
-from wanda_lightning.streaming.perplexity import perplexity_from_disk
+from wanda_lightning.streaming.measure_perplexity import perplexity_from_disk
+from wanda_lightning.streaming.memory_estimate import Memory, Samples, memory_to_measure, memory_to_prune
 
 __all__ = [
     "Memory",

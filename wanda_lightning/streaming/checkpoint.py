@@ -31,7 +31,7 @@ from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, locate, reading
 from wanda_lightning.common.words import one_line
-from wanda_lightning.models import placeholder
+from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.modules.loading import check_dtype, check_finite, check_stored_as_float
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
@@ -45,16 +45,9 @@ class Checkpoint:
 
     Args:
         name: Hub id or local folder.
-        dtype: The dtype of `from_pretrained`; "auto" keeps that of the file.
+        dtype: The dtype of `from_pretrained`; "auto" keeps the stored dtype.
         hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         device: Where the loaded weights are.
-
-    Attributes:
-        model: The model.
-        blocks: The names of its blocks.
-        files: The safetensors files.
-        bytes_read: Number of bytes of the tensors that were read.
-        device: Where its weights are.
 
     Raises:
         OSError: If neither a local folder nor the hub has the model in safetensors, or a file is missing.
@@ -101,7 +94,7 @@ class Checkpoint:
     def _load_resident(
         self, model: Any, state_dict: object, files: Sequence[str], load_config: Any, expected_keys: object = None
     ) -> tuple[Any, None]:
-        """Take the place of `PreTrainedModel._load_pretrained_model`: load only what lies outside of the blocks."""
+        """Replacement of `PreTrainedModel._load_pretrained_model`: load only the weights outside of the blocks."""
         self.model, self._load_config = model, replace(load_config, device_map={"": self.device})
         self.files = {Path(file): _stamp(file) for file in files}
         self.blocks = block_names(model)
@@ -116,14 +109,14 @@ class Checkpoint:
         return loaded, None
 
     def _move_buffers(self) -> None:
-        """Move the buffers that are not stored, which transformers computes on the CPU."""
+        """Move buffers that transformers computes on the CPU instead of loading them."""
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != self.device:
                     setattr(module, name, buffer.to(self.device))
 
     def _sort_keys(self) -> None:
-        """Find the part to which each stored tensor belongs."""
+        """Assign each stored tensor to its part."""
         mapping = self._load_config.weight_mapping or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -137,20 +130,15 @@ class Checkpoint:
                 self._keys.setdefault(part, {}).setdefault(path, []).append(key)
 
     def part_of(self, name: str) -> str:
-        """Return the block in which a parameter lies, or `RESIDENT`."""
+        """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
         return part_of(name, self.blocks)
 
+    def parameters(self, part: str) -> dict[str, nn.Parameter]:
+        """Return the parameters of a part by name."""
+        return {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
+
     def load(self, part: str, stored: Keys | None = None) -> Any:
-        """Load a part of the model, by default from the checkpoint.
-
-        Args:
-            part: A block, or `RESIDENT`.
-            stored: Other files that hold it in the same format.
-
-        Raises:
-            OSError: If a file of the checkpoint has changed.
-            ValueError: If tensors are missing or have other shapes.
-        """
+        """Load a block or `RESIDENT` from the checkpoint, or from other files in the same format."""
         if stored is None:
             stored = self._keys.get(part, {})
             for path in stored:
@@ -164,7 +152,7 @@ class Checkpoint:
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
             self._refuse_incomplete(missing, loaded.mismatched_keys)
-        own = {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
+        own = self.parameters(part)
         for weight in own.values():
             weight.requires_grad_(False)  # a weight that is freed has no place for its gradient
         check_finite(own.items(), self._name)
@@ -186,11 +174,7 @@ class Checkpoint:
         weights_moved()
 
     def stored(self, part: str) -> dict[str, Tensor]:
-        """Return a part on the CPU, under the names and in the layout of the checkpoint.
-
-        Raises:
-            RuntimeError: If the part is not loaded: its weights have no values.
-        """
+        """Return a part on the CPU, under the names and in the layout of the checkpoint."""
         if part not in self._conversions:
             raise RuntimeError(f"{part} is not loaded, so it cannot be stored. Please report this error.")
         model: Any = self.model
@@ -305,7 +289,7 @@ def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the progress bars of transformers away: each part would have one."""
+    """Hide the progress bars of transformers: each part would show one."""
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -20,10 +20,10 @@ from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.output import OutputFolder, fingerprint
-from wanda_lightning.streaming.parking import parking_maker, refuse_parking
+from wanda_lightning.streaming.offloading import parking_maker, refuse_parking
+from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.parts import RESIDENT
-from wanda_lightning.streaming.weights import StreamedWeights
+from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 
 def prune_from_disk(
@@ -46,13 +46,10 @@ def prune_from_disk(
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
 
-    The weights that lie outside of the blocks (embeddings, head, final norm) are in memory all the time. The weights of
-    a block are read when the calibration batches arrive at it, and written when they have left it. The output is a
-    folder for `from_pretrained`, with the same weights that `prune` computes in memory.
-
-    If the run is interrupted, call this again with the same arguments, and it continues after the last written block.
-    Until it has finished, the output is not a model. Other choices, batches and weights are refused; another `forward`
-    is not noticed.
+    The weights outside of the blocks stay in memory. A block is read when the calibration batches arrive at it, and
+    written when they leave it. The output is a folder for `from_pretrained`, with the weights that `prune` computes.
+    An interrupted run continues when it is called again with the same arguments; until it has finished, the output is
+    not a model. Other choices, batches and weights are refused, but another `forward` is not noticed.
 
     Args:
         source: Hub id or local folder.
@@ -64,22 +61,19 @@ def prune_from_disk(
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
         tokenizer: Saved with the model if given, by its `save_pretrained`.
-        forward: Called with the model and one batch, to run it; the default is that of `prune`.
+        forward: Called with the model and one batch, to run it; by default as in `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
-        park: Where the activations of batches are while they wait: `"memory"` of the device, `"cpu"` if that is
-            another device, or `"disk"`, in the output folder.
+        park: Where the activations of waiting batches are: `"memory"` of the device, `"cpu"`, or `"disk"` (the output).
         device: Where the model computes, for example `"cuda"`. Two blocks are there, and the activations.
-        **choices: The other arguments of `PruningConfig.from_names`. What needs the whole model at once is refused.
+        **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
 
     Raises:
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
-    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    config = PruningConfig.from_names(sparsity, **choices)
     with pruned_from_disk(
-        config,
+        PruningConfig.from_names(sparsity, **choices),
         source,
         output,
         batches,
@@ -87,7 +81,7 @@ def prune_from_disk(
         tokenizer=tokenizer,
         forward=forward,
         progress=progress,
-        hub=hub,
+        hub={"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code},
         processes=processes,
         park=park,
         device=device,
@@ -131,11 +125,11 @@ def pruned_from_disk(
     made_with = _described(config, checkpoint, held, processes)
     parts = [RESIDENT, *checkpoint.blocks]
     with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes, progress)) as folder:
-        if folder.report:
-            report = PruningReport.from_json(folder.report)
+        if folder.progress.report:
+            report = PruningReport.from_json(folder.progress.report)
         else:
             weights = StreamedWeights(checkpoint, folder, parking_maker(park, checkpoint.device, folder.path))
-            with weights.streaming():
+            with weights.blocks.loading():
                 run = None if forward is None else partial(forward, checkpoint.model)
                 report = prune_as(
                     config,
@@ -154,7 +148,7 @@ def pruned_from_disk(
 def _described(
     config: PruningConfig, checkpoint: Checkpoint, batches: list[Any], processes: Processes
 ) -> dict[str, Any]:
-    """Return what determines the result, as plain data."""
+    """Return the choices and data that determine the result, as plain data."""
     own = fingerprint(batches)
     return {
         "choices": config.describe(),
@@ -196,7 +190,7 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
 
 
 def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Refuse what is no path, and an output inside of the source folder, or the source itself."""
+    """Refuse arguments that are no paths, and an output that is the source folder or lies inside it."""
     for name, given in (("source", source), ("output", output)):
         if not isinstance(given, str | os.PathLike):
             raise UserError(

@@ -21,8 +21,8 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def part_of(name: str, blocks: Iterable[str]) -> str:
-    """Return the block in which a parameter lies, or `RESIDENT`."""
-    return next((block for block in blocks if name.startswith(f"{block}.")), RESIDENT)
+    """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
+    return next((block for block in blocks if f"{name}.".startswith(f"{block}.")), RESIDENT)
 
 
 def bytes_by_part(model: nn.Module, blocks: Sequence[str]) -> Mapping[str, int]:

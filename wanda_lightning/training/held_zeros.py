@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -98,12 +98,13 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
         layers, self._resumed = self._resumed, []
-        found = {layer.name: layer for layer in prunable_layers(model)}
+        found = _sharded_layers(model)
         if not layers:
             for layer in found.values():
                 refuse_sharded_experts(layer)
                 refuse_no_values(layer)
-            layers = [name for name, count in zeros_of(model, processes).items() if 0 < count < found[name].size]
+            zeros = _count_zeros(found.values(), processes)
+            layers = [name for name, count in zeros.items() if 0 < count < found[name].size]
         if not layers and processes.rank == 0:
             warnings.warn(
                 "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
@@ -114,15 +115,18 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 f"state must be of the same model, wrapped in the same way, but it names {unknown[0]}, which this "
                 "model does not have. Pass the model as it was when the state was saved."
             )
-        self.hold(model, layers)
+        self._hold([found[name] for name in layers])
 
     def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
         """Hold the weights of the named layers that are zero now; release all others."""
+        found = _sharded_layers(model)
+        self._hold([found[name] for name in layers])
+
+    def _hold(self, layers: Sequence[Layer]) -> None:
         self.release()
-        reshard(model)  # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards
-        unheld, self._loaded, self._at_release, self.layers = self._loaded, {}, {}, list(layers)
-        found = {layer.name: layer for layer in prunable_layers(model)}
-        for layer in (found[name] for name in self.layers):
+        unheld, self._loaded, self._at_release = self._loaded, {}, {}
+        self.layers = [layer.name for layer in layers]
+        for layer in layers:
             refuse_sharded_experts(layer)
             weight = layer.parameter
             assert isinstance(weight, nn.Parameter)
@@ -223,9 +227,18 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
 def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:
     """Count the zeros of each prunable layer, over all processes."""
-    reshard(model)
+    return _count_zeros(_sharded_layers(model).values(), processes)
+
+
+def _sharded_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return all layers that may have been pruned by name, with their shards if the model is sharded."""
+    reshard(model)  # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards
+    return {layer.name: layer for layer in prunable_layers(model)}
+
+
+def _count_zeros(layers: Iterable[Layer], processes: Processes) -> dict[str, int]:
     # Sharded experts are never pruned, see `refuse_sharded_experts`.
-    layers = [x for x in prunable_layers(model) if x.expert is None or not isinstance(x.parameter, DTensor)]
+    layers = [x for x in layers if x.expert is None or not isinstance(x.parameter, DTensor)]
     counts = zero_counts([layer.part(layer.parameter.detach()) for layer in layers], processes)
     return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.parking import MakeParking
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
@@ -23,7 +24,7 @@ from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.parking import parking_maker, refuse_parking
+from wanda_lightning.streaming.offloading import parking_maker, refuse_parking
 
 AT_ONCE = 32  # batches that pass through the model together
 
@@ -51,7 +52,7 @@ def perplexity_from_disk(
         dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
         progress: Show a bar.
         park: Where the activations of batches are while they wait, as for `prune_from_disk`.
-        parked_in: Folder for `park="disk"`; by default that of temporary files.
+        parked_in: Folder for `park="disk"`; by default the folder of temporary files.
         device: Where the model computes.
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.
@@ -70,7 +71,32 @@ def perplexity_from_disk(
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
-    def measure(batch: Mapping[str, Any]) -> None:
+    make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
+    remaining, total = enumerate(batches), None
+    if isinstance(batches, Sized):
+        total = ceil(len(batches) / AT_ONCE) * len(checkpoint.blocks)
+    with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
+        while together := list(islice(remaining, AT_ONCE)):
+            _measure(checkpoint, metric, together, make_parking, bar)
+    if not metric.windows:
+        raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
+    return float(metric.compute())
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    metric: WindowPerplexity,
+    batches: Iterable[tuple[int, Mapping[str, Any]]],
+    make_parking: MakeParking,
+    bar: ProgressBar,
+) -> None:
+    """Pass batches, with their indices, through the model together, block by block, and update the metric."""
+
+    def sample(index: int, batch: Mapping[str, Any]) -> Sample:
+        forward = partial(run, batch)
+        return Sample(forward, forward, batch_index=index, parking=make_parking())
+
+    def run(batch: Mapping[str, Any]) -> None:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise UserError(f"batches must be mappings with input_ids, but one is a {type(batch).__name__}.")
         check_tokens(checkpoint.model, batch["input_ids"])
@@ -78,23 +104,10 @@ def perplexity_from_disk(
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
-    make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
-    modules = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks]
-    remaining, done, total = iter(batches), 0, None
-    if isinstance(batches, Sized):
-        total = ceil(len(batches) / AT_ONCE) * len(checkpoint.blocks)
-    with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
-        while group := list(islice(remaining, AT_ONCE)):
-            blocks = BlockLoader(checkpoint)
-            with blocks.loading():
-                runs = [partial(measure, batch) for batch in group]
-                samples = [Sample(run, run, batch_index=n, parking=make_parking()) for n, run in enumerate(runs, done)]
-                done += len(group)
-                for stop in lockstep(samples, modules, checkpoint.blocks, to_end=True):
-                    here = checkpoint.blocks[stop.unit]
-                    blocks.hold(here)
-                    bar.show(f"{here}, {as_size(checkpoint.bytes_read)} read")
-                    bar.advance()
-    if not metric.windows:
-        raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
-    return float(metric.compute())
+    modules, names = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks], checkpoint.blocks
+    loader, samples = BlockLoader(checkpoint), [sample(index, batch) for index, batch in batches]
+    with loader.loading():
+        for stop in lockstep(samples, modules, names, to_end=True):
+            loader.load_only(names[stop.unit])
+            bar.show(f"{names[stop.unit]}, {as_size(checkpoint.bytes_read)} read")
+            bar.advance()

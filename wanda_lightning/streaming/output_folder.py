@@ -19,20 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.files import (
-    PROGRESS_NAME,
-    ROW_WEIGHTS_NAME,
-    flush_folder,
-    is_locked,
-    lock,
-    refuse_full,
-    refuse_unresumable,
-    replace_file,
-    unlock,
-    whole_file,
-)
+from wanda_lightning.common.killed_runs import flush_folder, is_locked, lock, unlock
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.refuse_path import PROGRESS_NAME, ROW_WEIGHTS_NAME, refuse_full, refuse_unresumable
 from wanda_lightning.common.words import one_line
+from wanda_lightning.common.write_whole import replace_file, whole_file
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PrunedLayer
@@ -55,39 +46,24 @@ class PartRecord:
     checksum: str = ""  # of its file; empty if it has no tensors and so no file
 
 
-@dataclass(frozen=True)
-class _Progress:
+@dataclass
+class Progress:
     """The content of the progress file."""
 
     version: int
-    made_with: dict[str, Any]
-    sparsities: dict[str, float]
+    made_with: dict[str, Any]  # choices and data that determine the result
+    sparsities: dict[str, float]  # of each layer, once it is known
     row_weights: str  # checksum of their file; empty if there is none
-    written: dict[str, PartRecord]
-    report: str
+    written: dict[str, PartRecord]  # by part
+    report: str  # of the finished pruning, as JSON
 
 
 class OutputFolder:
     """The folder of a pruned model, with one safetensors file for each part.
 
     A part is written as a whole, and the files without which the folder is not a model come last. Only one run may
-    write into the folder.
-
-    Args:
-        folder: A folder that is empty, does not exist, or was left by an interrupted run.
-        made_with: What determines the result, as plain data by name. A folder in which parts were written with other
-            values is refused.
-        parts: The names of all parts.
-        size: Number of bytes of all parts.
-        processes: All processes that prune the model. The first one writes.
-        progress: Show a bar while the parts that an interrupted run has written are checked.
-
-    Attributes:
-        path: The folder.
-        written: The record of each written part.
-        sparsities: The sparsity of each layer, once it is known.
-        report: The report of the pruning as JSON, once it is finished.
-        bytes_written: Number of bytes that were written by this process.
+    write into the folder, and of its processes only the first one. The folder is empty, does not exist, or was left by
+    an interrupted run with the same choices and data, `made_with`.
 
     Raises:
         OSError: If the folder has other files, cannot be written, or another run writes into it.
@@ -101,27 +77,22 @@ class OutputFolder:
         parts: Sequence[str],
         size: int = 0,
         processes: Processes = SINGLE_PROCESS,
-        progress: bool = False,
+        show_progress: bool = False,
     ) -> None:
         self.path, self._parts = Path(folder).expanduser().resolve(), list(parts)
-        self._made_with = json.loads(json.dumps(made_with, default=str))
-        self._processes, self._shows_progress = processes, progress
+        self.progress = Progress(_VERSION, json.loads(json.dumps(made_with, default=str)), {}, "", {}, "")
+        self._processes, self._show_progress = processes, show_progress
         self._lock: int | None = None
-        self.written: dict[str, PartRecord] = {}
-        self.sparsities: dict[str, float] = {}
-        self._row_weights = ""
-        self.report = ""
-        self.bytes_written = 0
+        self.bytes_written = 0  # by this process
         self._is_begun = False
         with self._in_first() as is_first:
             if is_first:
                 self._open(folder, size)
-        found = self.written, self.sparsities, self.report
-        self.written, self.sparsities, self.report = processes.broadcast(found, 0)
+        self.progress = processes.broadcast(self.progress, 0)
 
     @contextmanager
     def _in_first(self) -> Iterator[bool]:
-        """Yield True in the first process, which may write, and False in the others, which wait until it is done."""
+        """Yield True in the first process, which writes, and False in the others, which wait for it."""
         with self._processes.fail_together():
             yield self._processes.rank == 0
 
@@ -135,20 +106,20 @@ class OutputFolder:
         try:
             if (self.path / PROGRESS_NAME).is_file():
                 self._resume(folder, self._read_progress(folder))
-            refuse_full(folder, size - sum(record.size for record in self.written.values()))
+            refuse_full(folder, size - sum(record.size for record in self.progress.written.values()))
             self._save_progress()
             self._is_begun = True
         except BaseException:
             self.close()
             raise
 
-    def _read_progress(self, folder: object) -> _Progress:
+    def _read_progress(self, folder: object) -> Progress:
         file = self.path / PROGRESS_NAME
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(content, Mapping) and content.get("version") != _VERSION:
                 raise UserError(f"version must be {_VERSION}, but it is {content.get('version')!r}.")
-            progress: _Progress = from_fields(_Progress, content)
+            progress: Progress = from_fields(Progress, content)
             return progress
         except ValueError as error:
             raise UserError(
@@ -156,13 +127,10 @@ class OutputFolder:
                 "begin anew, or choose another folder."
             ) from error
 
-    def _resume(self, folder: object, begun: _Progress) -> None:
-        """Take over what an interrupted run has written, except for files that are not as it wrote them.
-
-        Raises:
-            ValueError: If that run had other choices.
-        """
-        differing = list(_differences(begun.made_with, self._made_with))
+    def _resume(self, folder: object, begun: Progress) -> None:
+        """Continue an interrupted run with the same choices; parts whose files have changed since are written again."""
+        own = self.progress
+        differing = list(_differences(begun.made_with, own.made_with))
         unknown = [f"another part of the model, {part}" for part in begun.written if part not in self._parts]
         if begun.written and (reasons := differing + unknown):
             others = f" (and {len(reasons) - 1} more)" if reasons[1:] else ""
@@ -170,18 +138,18 @@ class OutputFolder:
                 f"{folder} was begun with {reasons[0]}{others}. Use the same choices, data and model to go on, or "
                 "another folder."
             )
-        with ProgressBar("Checking written parts", len(begun.written), self._shows_progress) as bar:
+        with ProgressBar("Checking written parts", len(begun.written), self._show_progress) as bar:
             for part, record in begun.written.items():
                 if not record.keys or self._is_whole(self._path(part), record.checksum):
-                    self.written[part] = record
+                    own.written[part] = record
                 bar.advance()
         has_weights = not begun.row_weights or self._is_whole(self.path / ROW_WEIGHTS_NAME, begun.row_weights)
         if has_weights and not differing:
-            self.sparsities, self._row_weights = begun.sparsities, begun.row_weights
-        self.report = begun.report if self.written.keys() >= set(self._parts) else ""
+            own.sparsities, own.row_weights = begun.sparsities, begun.row_weights
+        own.report = begun.report if own.written.keys() >= set(self._parts) else ""
 
     def _is_whole(self, file: Path, checksum: str) -> bool:
-        """Return whether a file is as it was written; warn if not."""
+        """Whether a file is unchanged since it was written; warn if not."""
         if file.is_file() and _checksum(file) == checksum:
             return True
         warnings.warn(f"{file} is {'damaged' if file.exists() else 'missing'}, so it is made again.", stacklevel=2)
@@ -192,11 +160,7 @@ class OutputFolder:
         return self.path / f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord) -> None:
-        """Write a part and its record, in the first process. The others do not wait for the end.
-
-        Raises:
-            RuntimeError: If a tensor has no values.
-        """
+        """Write a part and its record in the first process; the others do not wait for it."""
         if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -206,50 +170,50 @@ class OutputFolder:
             with whole_file(self._path(part)) as new:
                 save_file(dict(tensors), new, metadata={"format": "pt"})
                 checksum = _checksum(new)
-        self.written[part] = replace(record, keys=list(tensors), size=size, checksum=checksum)
+        self.progress.written[part] = replace(record, keys=list(tensors), size=size, checksum=checksum)
         if is_first:
             self.bytes_written += size
             self._save_progress()
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
         """Write the sparsity of each layer, and the row weights of those that have any."""
-        self.sparsities = dict(sparsities)
+        self.progress.sparsities = dict(sparsities)
         with self._in_first() as is_first:
             if is_first and row_weights:
                 with whole_file(self.path / ROW_WEIGHTS_NAME) as new:
                     save_file(dict(row_weights), new)
-                    self._row_weights = _checksum(new)
+                    self.progress.row_weights = _checksum(new)
             if is_first:
                 self._save_progress()
 
     def row_weights(self) -> dict[str, Tensor]:
         """Read the row weights; empty if no layer has any."""
-        return load_file(self.path / ROW_WEIGHTS_NAME) if self._row_weights else {}
+        return load_file(self.path / ROW_WEIGHTS_NAME) if self.progress.row_weights else {}
 
     def _save_progress(self) -> None:
-        content = _Progress(_VERSION, self._made_with, self.sparsities, self._row_weights, self.written, self.report)
         with whole_file(self.path / PROGRESS_NAME) as new:
-            new.write_text(as_json(asdict(content)), encoding="utf-8")
+            new.write_text(as_json(asdict(self.progress)), encoding="utf-8")
 
     def stored(self, part: str) -> dict[Path, list[str]]:
         """Return the file and the names of the tensors of a written part."""
-        return {self._path(part): self.written[part].keys}
+        return {self._path(part): self.progress.written[part].keys}
 
     def finish(self, save_configuration: Callable[[Path], None], report: str) -> None:
-        """Write the index and what `save_configuration` writes into a folder, which makes the folder a model.
+        """Write the index and the files of `save_configuration`; after that, the folder is a model.
 
-        The report is kept for a run that is started again, until `forget`.
+        The report stays in the progress file until `forget`, for a run that is started again.
         """
-        self.report = report
+        self.progress.report = report
         with self._in_first() as is_first:
             if is_first:
                 self._save_progress()
                 self._save_rest(save_configuration)
 
     def _save_rest(self, save_configuration: Callable[[Path], None]) -> None:
-        weight_map = {key: self._path(part).name for part in self._parts for key in self.written[part].keys}
+        written = self.progress.written
+        weight_map = {key: self._path(part).name for part in self._parts for key in written[part].keys}
         index = {
-            "metadata": {"total_size": sum(record.size for record in self.written.values())},
+            "metadata": {"total_size": sum(record.size for record in written.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
         for leftover in self.path.glob(".wanda-*"):  # of a run that was killed here; the folder is locked
@@ -266,7 +230,7 @@ class OutputFolder:
                     os.replace(file, target)
 
     def forget(self) -> None:
-        """Delete what only a run that is started again would need."""
+        """Delete the files that only a repeated run needs."""
         with self._in_first() as is_first:
             if is_first:
                 (self.path / ROW_WEIGHTS_NAME).unlink(missing_ok=True)
@@ -282,7 +246,7 @@ class OutputFolder:
 
 
 def _differences(begun: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Yield each difference in words, with the values of a choice, but without fingerprints."""
+    """Describe each difference, with the values of choices but without fingerprints."""
     for name in dict.fromkeys([*begun, *now]):
         first, second = begun.get(name), now.get(name)
         if isinstance(first, Mapping) and isinstance(second, Mapping):

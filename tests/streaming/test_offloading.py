@@ -23,9 +23,9 @@ from torch import nn
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.engine.store import WeightStore
-from wanda_lightning.streaming import parking
-from wanda_lightning.streaming.parking import DiskParking, Host, HostParking
+from wanda_lightning.engine.run import WeightStore
+from wanda_lightning.streaming import offloading
+from wanda_lightning.streaming.offloading import DiskParking, Host, HostParking
 
 WIDE = 1 << 15  # numbers, which take more memory than the smallest that is moved
 
@@ -36,12 +36,12 @@ def is_in_a_file(tensor):
 
 @pytest.fixture
 def all_sizes(monkeypatch):
-    monkeypatch.setattr(parking, "SMALLEST", 0)
+    monkeypatch.setattr(offloading, "SMALLEST", 0)
 
 
 @pytest.fixture(autouse=True)
 def hidden_host(monkeypatch):
-    monkeypatch.setattr(parking, "_copied", hide)
+    monkeypatch.setattr(offloading, "_copied", hide)
 
 
 def host():
@@ -61,14 +61,14 @@ def test_tensors_keep_their_values_and_what_they_share(tmp_path):
     copies, version, pointer = [each.clone() for each in (x, *views)], x._version, x.data_ptr()
     disk = DiskParking(tmp_path)
     disk.add(views)  # the tensor that they are views of is found through them
-    disk.vacate()
+    disk.offload()
     assert all(map(is_in_a_file, (x, *views)))
     assert x.data_ptr() != pointer
     assert all(map(torch.equal, (x, *views), copies))
     assert [each.stride() for each in views] == [each.stride() for each in (x[1:], x.t(), views[2])]
     assert x._version == version
     x.add_(1)
-    disk.vacate()  # what was written into the file stays
+    disk.offload()  # what was written into the file stays
     assert all(torch.equal(each, copy + 1) for each, copy in zip((x, *views), copies, strict=True))
     assert x._version == views[0]._version == version + 1
 
@@ -78,7 +78,7 @@ def test_what_a_function_returns_is_found(tmp_path):
     with DiskParking(tmp_path) as disk:
         x = torch.randn(WIDE)
         first, second = torch.stack([x, x]).add_(1).unbind()
-    disk.vacate()
+    disk.offload()
     assert all(map(is_in_a_file, (x, first, second)))
     assert torch.equal(first, x + 1)
 
@@ -89,7 +89,7 @@ def test_files_vanish_with_their_tensors(tmp_path):
     disk = DiskParking(tmp_path)
     disk.add(tensors)
     free = os.statvfs(tmp_path).f_bfree
-    disk.vacate()
+    disk.offload()
     assert len(os.listdir("/dev/fd")) == before
     assert not list(tmp_path.iterdir())
     assert free - os.statvfs(tmp_path).f_bfree != 0
@@ -155,7 +155,7 @@ def test_memory_that_others_may_use_stays(tmp_path, make):
     pointer = x.data_ptr() if x.layout is torch.strided else None
     disk = DiskParking(tmp_path)
     disk.add([x])
-    disk.vacate()
+    disk.offload()
     assert pointer is None or (x.data_ptr() == pointer and not is_in_a_file(x))
     del other
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_explained(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"park='disk' .*131,072 bytes could not be written .* Free some space"):
-            disk.vacate()
+            disk.offload()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not is_in_a_file(x)
@@ -182,15 +182,15 @@ def test_what_is_moved_to_the_host_comes_back():
     own.add([*views, small])
     for _ in range(2):
         for _ in range(2):
-            own.vacate()
+            own.offload()
             assert all(map(is_hidden, (x, *views)))
             assert not is_hidden(small)
             assert not torch.equal(x, copies[0])
-        own.occupy()
+        own.restore()
         assert all(map(torch.equal, (x, *views), copies))
         assert [each.stride() for each in views] == [each.stride() for each in (x[1:], x.t(), views[2])]
         assert x._version == version
-    own.vacate()
+    own.offload()
     with other:  # another batch, which knows nothing of these tensors, and uses one of them
         assert torch.equal(torch.stack([views[0]])[0], copies[1])
     assert torch.equal(x, copies[0])
@@ -254,9 +254,9 @@ def test_tensors_that_batches_share_stay_valid(tmp_path, all_sizes, kind):
         for stop in stops:
             for call in stop.calls:
                 x = batches[call.sample.batch_index] + table
-                call.sample.parking.occupy()
+                call.sample.parking.restore()
                 assert torch.equal(call.args[0], x if stop.unit == 0 else through(model.blocks[:1], x) + table)
-                call.sample.parking.vacate()
+                call.sample.parking.offload()
     assert is_in_a_file(model.table) == (kind == "disk")
     assert not is_hidden(model.table)  # the last batch has copied it back
     assert torch.equal(model.table, table)

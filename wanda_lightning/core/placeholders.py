@@ -1,4 +1,4 @@
-"""Stand in for the weights of a model that are not in memory."""
+"""Placeholders for weights that are not in memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def placeholder(like: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the same shape and dtype on a device that occupies a single element: NaN if it can be.
+    """Return a tensor of the same shape and dtype that occupies one element: NaN, or 0 in an integer dtype.
 
-    Unlike a tensor on the meta device, it does not change the device that a model reports; and what a forward computes
-    with it is NaN, which calibration refuses.
+    Unlike a tensor on the meta device, it does not change the device that a model reports. Any result computed from it
+    is NaN, which calibration refuses.
     """
     value = torch.nan if like.is_floating_point() else 0
     return torch.full((), value, dtype=like.dtype, device=device).expand(like.shape)

@@ -32,7 +32,7 @@ from wanda_lightning.methods import PARKING
 SMALLEST = 1 << 16
 """Bytes of the smallest memory that is worth moving."""
 
-_FILES = "/dev/fd/"  # the names of open files: those of parked activations have no other
+_FILES = "/dev/fd/"  # path of an open file; files of parked activations have no other name
 
 
 class _MovingParking(TorchFunctionMode, Parking):
@@ -65,7 +65,7 @@ class _MovingParking(TorchFunctionMode, Parking):
             self._made[id(value)] = weakref.ref(value)
 
     def _alive(self) -> Iterator[list[Tensor]]:
-        """Return the tensors that are still there, grouped by the memory that they share."""
+        """Return the tensors that still exist, grouped by the memory that they share."""
         alive = [tensor for reference in self._made.values() if (tensor := reference()) is not None]
         self._made = {id(tensor): weakref.ref(tensor) for tensor in alive}
         return _by_memory(alive)
@@ -78,12 +78,8 @@ class DiskParking(_MovingParking):
         super().__init__()
         self._folder = folder
 
-    def vacate(self) -> None:
-        """Move the activations to files; those that are there already, and were read, leave memory again.
-
-        Raises:
-            OSError: If a file cannot be written.
-        """
+    def offload(self) -> None:
+        """Move the activations to files; activations that were read back from files leave memory again."""
         has_moved = False
         for tensors in self._alive():
             memory = tensors[0].untyped_storage()
@@ -119,7 +115,7 @@ class Host:
     """State shared by the parkings of all batches, since batches may share tensors that the model keeps."""
 
     device: torch.device  # where the activations are while their batch runs
-    # The tensors whose memory is that of the host, by id, each with all that share its memory.
+    # The tensors that are on the host, by id, each with all tensors that share its memory.
     away: dict[int, _Group] = field(default_factory=dict)
 
 
@@ -133,21 +129,21 @@ class HostParking(_MovingParking):
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a function; first copy back what another batch has moved."""
+        """Run a function; first copy back arguments that another batch has moved."""
         for value in (*args, *(kwargs or {}).values()):
             for tensor in value if isinstance(value, tuple | list) else (value,):
                 self._return(tensor)
         return super().__torch_function__(function, types, args, kwargs)
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        """Move back what outlives the forward pass, such as the batch itself."""
-        self.occupy()
+        """Move back tensors that outlive the forward pass, such as the batch itself."""
+        self.restore()
         away = self._host.away
         for key in [key for key, group in away.items() if not _alive(group)]:
             del away[key]
         super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
 
-    def vacate(self) -> None:
+    def offload(self) -> None:
         """Move the activations to the host."""
         for tensors in self._alive():
             if not self._group_of(tensors[0]) and _can_move(tensors, self._host.device.type):
@@ -155,20 +151,20 @@ class HostParking(_MovingParking):
                 group = [weakref.ref(tensor) for tensor in tensors]
                 self._host.away.update({id(tensor): group for tensor in tensors})
 
-    def occupy(self) -> None:
+    def restore(self) -> None:
         """Move the activations back to the device."""
         for tensors in self._alive():
             self._return(tensors[0])
 
     def _return(self, value: object) -> None:
-        """Move a tensor back, and all that share its memory, if it is away."""
+        """Move a tensor back to the device with all that share its memory, if it is on the host."""
         if tensors := self._group_of(value):
             _replace_memory(tensors, _copied(tensors[0].untyped_storage(), self._host.device))
             for tensor in tensors:
                 self._host.away.pop(id(tensor), None)
 
     def _group_of(self, value: object) -> list[Tensor]:
-        """Return a tensor that is away with those that share its memory; nothing for any other value."""
+        """Return all tensors that share the memory of an offloaded tensor; an empty list for any other value."""
         tensors = _alive(self._host.away.get(id(value), []))
         # A new tensor may have the id of one that is gone.
         return tensors if any(tensor is value for tensor in tensors) else []
@@ -185,7 +181,7 @@ def _copied(memory: torch.UntypedStorage, device: torch.device | str) -> torch.U
 
 
 def _replace_memory(tensors: Sequence[Tensor], memory: torch.UntypedStorage) -> None:
-    """Let tensors that share their memory share a copy of it instead."""
+    """Replace the memory that tensors share."""
     for tensor in tensors:
         place: Any = torch.empty(0, dtype=tensor.dtype, device=memory.device)
         tensor.data = place.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -12,27 +12,20 @@ from torch import nn
 from wanda_lightning.calibration.gradients import PREDICTIONS_AT_ONCE, SAMPLES_AT_ONCE
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, find_layers
+from wanda_lightning.streaming.measure_perplexity import AT_ONCE
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part
-from wanda_lightning.streaming.perplexity import AT_ONCE
 
 _FLOAT32, _FLOAT64 = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that is occupied at the peak, in bytes, without the Python process and its libraries.
+    """Peak memory in bytes, without the Python process and its libraries."""
 
-    Attributes:
-        outside: The weights outside of all blocks.
-        blocks: The two largest blocks that follow each other.
-        activations: The activations of all batches that wait at a unit, or of one batch if the others are on disk.
-        work: Statistics and workspace of the most expensive unit, or the logits of a batch.
-    """
-
-    outside: int
-    blocks: int
-    activations: int
-    work: int
+    outside: int  # weights outside of all blocks
+    blocks: int  # the largest pair of consecutive blocks
+    activations: int  # of all batches that wait at a unit, or of one batch if the others are on disk
+    work: int  # statistics and workspace of the most expensive unit, or the logits of a batch
 
     @property
     def total(self) -> int:
@@ -42,16 +35,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Samples:
-    """Windows of text that pass through the model.
-
-    Attributes:
-        count: Number of windows.
-        length: Number of tokens in a window.
-        batch_size: Number of windows in a batch.
-    """
+    """Windows of text that pass through the model."""
 
     count: int
-    length: int
+    length: int  # in tokens
     batch_size: int
 
     def __str__(self) -> str:
@@ -69,14 +56,9 @@ class Samples:
 
 
 def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, park: str = "memory") -> Memory:
-    """Estimate the memory of `prune_from_disk`.
+    """Estimate the memory of `prune_from_disk` for a model on the meta device, in the dtype of pruning.
 
-    Args:
-        model: The model on the meta device, in the dtype of pruning.
-        config: The choices; `sequential` is not `"auto"`.
-        samples: The calibration samples.
-        park: `"memory"`; `"cpu"`, with memory of the CPU and of the device together; or `"disk"`, with only one batch
-            of activations in memory.
+    `sequential` must not be `"auto"`. With `park="cpu"`, memory of the CPU and of the device are added.
     """
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     hidden, size = _hidden_size(model), _element_size(model)
@@ -121,7 +103,7 @@ def _memory(model: nn.Module, activations: int, work: int) -> Memory:
 
 
 def _to_observe(layers: Sequence[Layer], config: PruningConfig) -> int:
-    """Return the bytes of the sums, of those of one batch, and of one new sum."""
+    """Return the bytes of the accumulated sums, of the sums of one batch, and of one sum being computed."""
     grams = _grams(layers, config)
     return 2 * sum(grams) + max(grams)
 
@@ -137,7 +119,7 @@ def _to_solve(layers: Sequence[Layer], config: PruningConfig) -> int:
 
 
 def _to_permute(inventory: Inventory, config: PruningConfig, length: int, size: int) -> int:
-    """Return the bytes in which the permutation is chosen, and in which runs of a block are compared."""
+    """Return the bytes needed to choose the permutation, or to compare runs of a block if that is more."""
     if not config.permutation.reads_batches:
         return 0
     widths: dict[str, list[int]] = {}

@@ -9,21 +9,21 @@ from typing import Any
 
 from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.models import SkippedMatrix
-from wanda_lightning.report import Measured, PruningReport, Run, grouped
 from wanda_lightning.report.metrics import METRICS, Metric
+from wanda_lightning.report.records import Measured, ReportData, Run, grouped
 
 _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
 
 
-def title_of(report: PruningReport) -> str:
-    """Return the name of the model, without the folder of a file, or what is known instead."""
+def title_of(report: ReportData) -> str:
+    """Return the name of the model without its folder, or its size if the name is unknown."""
     name = report.run.model if report.run else ""
     is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
     return (PurePath(name).name if is_path else name) or f"A model of {count(report.parameters)} parameters"
 
 
-def verdict(report: PruningReport) -> str:
-    """Say in two sentences what was done and what it cost."""
+def verdict(report: ReportData) -> str:
+    """Return a summary in two sentences: the pruning, and its effect on the metric."""
     text = (
         f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
         f"the weights in {counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
@@ -36,7 +36,7 @@ def verdict(report: PruningReport) -> str:
 
 
 def change_of(metric: Metric, result: Measured) -> str:
-    """Say in a sentence how a metric changed on some data."""
+    """Return a sentence on the change of a metric on one data set."""
     data, _, amount = result.data.partition(", ")
     subject = metric.title + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
     before, after = metric.text(result.before), metric.text(result.after)
@@ -78,19 +78,19 @@ def choice_of(config: Mapping[str, Any], option: str) -> str:
     return "" if name in _NEUTRAL else name
 
 
-def stages(report: PruningReport, least: float = 0.0) -> str:
+def stages(report: ReportData, least: float = 0.0) -> str:
     """Return the time of each stage that took at least a fraction of the whole time."""
     found = (each for each in report.seconds.items() if each[1] >= least * report.total_seconds)
     return ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in found)
 
 
-def dense_by_reason(report: PruningReport) -> list[tuple[str, list[SkippedMatrix]]]:
-    """Return each reason to leave matrices dense with its matrices, most weights first."""
+def dense_by_reason(report: ReportData) -> list[tuple[str, list[SkippedMatrix]]]:
+    """Return the matrices left dense by reason; the reason with the most weights comes first."""
     groups = grouped(report.skipped, lambda matrix: matrix.detail)
     return sorted(groups.items(), key=lambda group: -sum(matrix.size for matrix in group[1]))
 
 
-def made_with(report: PruningReport) -> dict[str, str]:
+def made_with(report: ReportData) -> dict[str, str]:
     """Return the data, the settings, the time of each stage, and the versions."""
     run = report.run or Run()
     settings = {name: _as_text(value) for name, value in report.config.items() if name not in ("command", "measured")}

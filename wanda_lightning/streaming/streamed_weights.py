@@ -1,4 +1,4 @@
-"""Store the blocks of a model as they are pruned."""
+"""Read the blocks of a model when the batches arrive at them, and write them when they are pruned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -19,46 +20,39 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, make_plan
 from wanda_lightning.engine.refusals import refuse_unprunable
-from wanda_lightning.engine.run import Run
-from wanda_lightning.engine.store import WeightStore
-from wanda_lightning.models import Layer, Unit
+from wanda_lightning.engine.run import Run, WeightStore
+from wanda_lightning.models import Unit
 from wanda_lightning.parallel import Processes
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
-from wanda_lightning.streaming.output import OutputFolder, PartRecord
+from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 from wanda_lightning.streaming.parts import RESIDENT
 
 
 class StreamedWeights(WeightStore):
     """Reads each block when the batches arrive at it, and writes it when they have left it.
 
-    At most two blocks are in memory: the one that is pruned, and the next one.
-
-    Args:
-        checkpoint: The model.
-        output: Where its parts are written.
-        make_parking: Keeps the activations of one batch while it waits at a unit.
+    At most two blocks are in memory: the one that is pruned, and the prefetched one. The model must be pruned inside
+    `blocks.loading()`.
     """
 
     advice = "What is written stays: start again with the same choices to continue."
 
     def __init__(self, checkpoint: Checkpoint, output: OutputFolder, make_parking: MakeParking = Parking) -> None:
         self.make_parking = make_parking
+        self.blocks = BlockLoader(checkpoint, self._stored, self._change)
         self._checkpoint, self._output = checkpoint, output
         self._is_dense = False
-        self._blocks = BlockLoader(checkpoint, self._stored, self._change)
         self._changes: dict[str, Callable[[], None]] = {}  # by block
-        # (block, unit) of the units at which no batch has stopped yet; None before the first stop
-        self._pending: set[tuple[str, str]] | None = None
+        # The parts of the units at which no batch has stopped yet, by unit; None before the first stop
+        self._ahead: dict[str, str] | None = None
 
     def _stored(self, block: str) -> Keys | None:
-        return self._output.stored(block) if block in self._output.written and not self._is_dense else None
+        return self._output.stored(block) if block in self._output.progress.written and not self._is_dense else None
 
-    @contextmanager
-    def streaming(self) -> Iterator[None]:
-        """Read and write the blocks of the model that is pruned in this context."""
-        with self._blocks.loading():
-            yield
+    def _change(self, block: str) -> None:
+        if block in self._changes:
+            self._changes[block]()
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -68,7 +62,7 @@ class StreamedWeights(WeightStore):
             yield
         finally:
             self._is_dense = False
-            self._blocks.start_again()
+            self.blocks.reset()
 
     def plan(self, config: PruningConfig, model: nn.Module, processes: Processes) -> Plan:
         """Find what will be pruned, without the weights."""
@@ -113,21 +107,17 @@ class StreamedWeights(WeightStore):
         """Do nothing: the changed weights are not in memory any more, and are read again."""
 
     def hold(self, name: str) -> None:
-        """Load the block of a layer or a unit; evict all others except the prefetched one."""
-        if (part := self._checkpoint.part_of(f"{name}.")) != RESIDENT:
-            self._blocks.hold(part)
+        """Load the block of a layer or unit; evict all others except the prefetched one."""
+        if (part := self._checkpoint.part_of(name)) != RESIDENT:
+            self.blocks.load_only(part)
 
     def repeat(self, block: str, change: Callable[[], None]) -> None:
         """Call `change` whenever the block is read from the checkpoint."""
         self._changes[block] = change
 
-    def _change(self, block: str) -> None:
-        if block in self._changes:
-            self._changes[block]()
-
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an interrupted run has stored; empty if there are none."""
-        sparsities = self._output.sparsities
+        sparsities = self._output.progress.sparsities
         weights = {name: each.to(self._checkpoint.device) for name, each in self._output.row_weights().items()}
         is_complete = bool(sparsities) and (bool(weights) or not plan.config.pattern.weigh_rows)
         return plan.selections(sparsities, weights) if is_complete else {}
@@ -138,50 +128,40 @@ class StreamedWeights(WeightStore):
         self._output.save_allocation({name: each.sparsity for name, each in selections.items()}, weighed)
 
     def arrive(self, unit: Unit, run: Run) -> bool:
-        """Write and free the blocks that all batches have left, and have the unit's block in memory."""
-        processes = run.plan.processes
+        """Write and free the blocks that all batches have left, and load the unit's block."""
+        part, processes = self._checkpoint.part_of(unit.name), run.plan.processes
         with processes.fail_together():
-            is_done = self._arrive(unit, run)
+            if self._ahead is None:
+                self._ahead = {each.name: self._checkpoint.part_of(each.name) for each in run.plan.units}
+            self._ahead.pop(unit.name, None)
+            needed = {part, *self._ahead.values()}  # a batch may be parked ahead, in a block that is loaded
+            for block in [block for block in self.blocks.loaded if block not in needed]:
+                self._store(block, run)
+            if part != RESIDENT:
+                self.blocks.load(part)
+                self.blocks.prefetch_after(part)
+            is_pruned = part != RESIDENT and part in self._output.progress.written
+            if is_pruned:
+                self._restore(self._output.progress.written[part], run)
+            else:
+                refuse_unprunable(unit.layers)
             if processes.world_size > 1:
-                self._blocks.finish()  # another process may read what the first one has written
-            return is_done
-
-    def _arrive(self, unit: Unit, run: Run) -> bool:
-        part = self._checkpoint.part_of(f"{unit.name}.")
-        if self._pending is None:
-            names = [each.name for each in run.plan.units]
-            self._pending = {(self._checkpoint.part_of(f"{name}."), name) for name in names}
-        self._pending.discard((part, unit.name))
-        unfinished = {block for block, _ in self._pending}  # a batch may be parked ahead, in a block that is loaded
-        for block in [block for block in self._blocks.loaded if block != part and block not in unfinished]:
-            self._store(block, run)
-        if part == RESIDENT:
-            refuse_unprunable(unit.layers)
-            return False
-        self._blocks.require(part)
-        self._blocks.expect_next(part)
-        if part in self._output.written:
-            self._recall(part, run)
-            return True
-        refuse_unprunable(unit.layers)
-        return False
+                self.blocks.wait()  # another process may read what the first one has written
+        return is_pruned
 
     def finish(self, run: Run) -> None:
-        """Write what is left, and wait until all is written."""
+        """Write the remaining blocks and the weights outside of all blocks, and wait until they are stored."""
         with run.plan.processes.fail_together():
-            self._finish(run)
-
-    def _finish(self, run: Run) -> None:
-        self._blocks.expect_nothing()
-        for block in list(self._blocks.loaded):
-            self._store(block, run)
-        self._blocks.finish()
-        for block in self._checkpoint.blocks:
-            if block not in self._output.written:  # no batch called it
-                self._blocks.require(block)
+            self.blocks.drop_prefetched()
+            for block in list(self.blocks.loaded):
                 self._store(block, run)
-        self._blocks.finish()
-        self._write(RESIDENT, self._record(RESIDENT, run))
+            self.blocks.wait()
+            for block in self._checkpoint.blocks:
+                if block not in self._output.progress.written:  # no batch called it
+                    self.blocks.load(block)
+                    self._store(block, run)
+            self.blocks.wait()
+            self._write(RESIDENT, self._record(RESIDENT, run))
 
     @property
     def status(self) -> str:  # type: ignore[override]
@@ -192,36 +172,32 @@ class StreamedWeights(WeightStore):
     @property
     def zeros(self) -> int:  # type: ignore[override]
         """Number of zeros in the stored blocks."""
-        return sum(record.zeros for part, record in self._output.written.items() if part != RESIDENT)
+        return sum(record.zeros for part, record in self._output.progress.written.items() if part != RESIDENT)
 
     def _store(self, block: str, run: Run) -> None:
         """Write a block unless it is written already, and free it, both in the background."""
-        if block in self._output.written:
-            self._blocks.free(block)
+        if block in self._output.progress.written:
+            self.blocks.evict(block)
         else:
-            self._blocks.free(block, partial(self._write, block, self._record(block, run)))
+            self.blocks.evict(block, partial(self._write, block, self._record(block, run)))
 
     def _write(self, part: str, record: PartRecord) -> None:
-        parameters = self._checkpoint.model.named_parameters()
-        own = [parameter for name, parameter in parameters if self._checkpoint.part_of(name) == part]
-        zeros = sum(int((parameter == 0).count_nonzero()) for parameter in own)
+        weights = self._checkpoint.parameters(part).values()
+        zeros = sum(int((weight == 0).count_nonzero()) for weight in weights)
         self._output.save(part, self._checkpoint.stored(part), replace(record, zeros=zeros))
 
     def _record(self, part: str, run: Run) -> PartRecord:
         """Return what happened to a part."""
-        names = {layer.name for layer in run.plan.layers if self._lies_in(part, layer)}
-        return PartRecord(
-            [layer for name, layer in run.layers.items() if name in names],
-            [matrix for name, matrix in run.skipped.items() if name in names],
-            {name: tokens for name, tokens in run.few_tokens.items() if name in names},
-        )
 
-    def _lies_in(self, part: str, layer: Layer) -> bool:
-        return self._checkpoint.part_of(layer.name) == part
+        def own(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: each for name, each in found.items() if self._checkpoint.part_of(name) == part}
 
-    def _recall(self, part: str, run: Run) -> None:
+        layers, skipped = list(own(run.layers).values()), list(own(run.skipped).values())
+        return PartRecord(layers, skipped, own(run.few_tokens))
+
+    @staticmethod
+    def _restore(record: PartRecord, run: Run) -> None:
         """Copy what an earlier run did to a part into the run."""
-        record = self._output.written[part]
         run.layers |= {each.name: each for each in record.layers}
         run.skipped |= {each.name: each for each in record.skipped}
         run.few_tokens |= record.few_tokens

@@ -1,4 +1,4 @@
-"""Which models count as image models, and so calibrate on the dense model by default."""
+"""What a model reads and predicts: image models calibrate on the dense model by default."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from wanda_lightning import ImageClassifierModule, PruningConfig
 from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.models import reads_images
+from wanda_lightning.models import has_classes, reads_images
 
 
 class Wrapped(L.LightningModule):
@@ -78,3 +78,19 @@ def test_choices_that_are_made_win(name, choices, sequential):
     assert plan.config.sequential == sequential
     assert plan.units == make_plan(PruningConfig.from_names(**{**choices, "sequential": sequential}), plan.model).units
     assert config == PruningConfig.from_names(**choices)  # what was asked stays as it was
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (torch.zeros(2, 5), True),
+        (torch.zeros(2, 1), False),
+        (torch.zeros(2, 3, 5), False),
+        ((torch.zeros(2, 3, 5), None), False),
+        ({"logits": torch.zeros(2, 3, 5)}, True),
+        ({"logits": torch.zeros(2, 5, 4, 4)}, False),
+    ],
+    ids=["classes", "one_class", "sequence", "tuple", "tokens", "images"],
+)
+def test_which_outputs_are_classes(output, expected):
+    assert has_classes(output) is expected

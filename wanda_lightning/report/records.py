@@ -1,0 +1,250 @@
+"""What a report records: every matrix of the model, the stages of the pruning, and the run around it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+from wanda_lightning.models import SkippedMatrix
+
+POOLED = "few tokens: pruned with the statistics of all experts"  # note of an expert's matrix
+_Item = TypeVar("_Item")
+_LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets", "lm_eval")
+
+
+def grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
+    """Return the items by key, in the order in which the keys first occur."""
+    groups: dict[Any, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and the libraries that numbers depend on."""
+    found = {"python": platform.python_version(), **dict.fromkeys(_LIBRARIES, "not installed")}
+    for library in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """A part of a block, such as its MLP, that a recovery trained to reproduce the dense part."""
+
+    name: str  # of the module, in the model
+    before: float  # relative squared error of its outputs on held-out batches before the training
+    after: float  # the same after the training
+
+
+@dataclass
+class PrunedLayer:
+    """One matrix that was pruned."""
+
+    name: str  # of the layer in the model
+    shape: tuple[int, int]  # (d_out, d_in) of the matrix view
+    target: float  # the sparsity that was asked for
+    sparsity: float  # fraction of its weights that are zero
+    tokens: int  # number of calibration tokens that entered it; 0 if none were needed
+    note: str = ""
+    siblings: str = ""  # for a matrix of an expert: a glob that matches this matrix of every expert of its module
+    before: float = 0.0  # fraction of its weights that were zero before pruning
+    block: str = ""  # the block of the model that contains it; its own module if it lies in no block
+    # The relative squared error of its outputs on the calibration tokens, before any recovery. None if the method
+    # collects no Gram matrix to compute it from, or several processes hold the rows.
+    error: float | None = None
+    part: TrainedPart | None = None  # the part of the block in which a recovery trained it
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def zeros(self) -> int:
+        """Number of weights that are zero."""
+        return round(self.sparsity * self.size)
+
+    @property
+    def remarks(self) -> str:
+        """The note, and the errors of the part that was trained."""
+        part = self.part
+        trained = f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}" if part else ""
+        return "; ".join(filter(None, (self.note, trained)))
+
+
+class Layers(list[PrunedLayer]):
+    """Layers shown as one in tables and figures, such as the same layer of all experts of a module."""
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(layer.size for layer in self)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are zero."""
+        return sum(layer.zeros for layer in self) / (self.size or 1)
+
+    @property
+    def error(self) -> float | None:
+        """Mean of the errors that are known; None if none is."""
+        errors = [layer.error for layer in self if layer.error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def remarks(self) -> str:
+        """The remarks about the layer; for experts, all different ones with the numbers of their experts."""
+        if not (siblings := self[0].siblings):
+            return self[0].remarks
+        before, _, after = siblings.partition("*")
+        found = [f"{len(self)} experts"]
+        for remarks, layers in grouped(self, lambda layer: layer.remarks).items():
+            if remarks:
+                numbers = (layer.name.removeprefix(before).removesuffix(after) for layer in layers)
+                found.append(f"{', '.join(numbers)}: {remarks}")
+        return "; ".join(found)
+
+    def range(self, field: str, form: str) -> str:
+        """Return the smallest and the largest value of a field as text, or one if they look the same."""
+        values = [getattr(layer, field) for layer in self]
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low} - {high}"
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """The mean losses of one pass over the calibration samples."""
+
+    loss: float | None  # of the samples that were trained on, each before its step; None before training
+    held_out: float | None  # of the held-out samples after the pass; None if none are held out
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of a whole pruned model."""
+
+    recovery: str  # with its hyperparameters
+    trained: int  # number of samples that were trained on
+    held_out: int  # number of samples that were held out
+    passes: tuple[TrainingPass, ...]  # the first one has the losses before training
+    stopped: str = ""  # why training ended early; empty if it did not
+
+
+@dataclass(frozen=True)
+class BatchNormCorrection:
+    """The correction of the running statistics of BatchNorm layers."""
+
+    layers: int  # number of layers that calibration batches reached
+    samples: int  # number of samples that gave the correction
+    held_out: int  # number of held-out samples
+    before: float | None  # mean distance of predictions from the dense ones on held-out samples, without the correction
+    after: float | None  # the same with the correction; both are None if no samples are held out
+    kept: bool  # whether the correction was kept
+
+
+@dataclass
+class Permuted:
+    """The permutation of hidden units before pruning."""
+
+    # by layer whose inputs were permuted: the sum of Wanda's scores that the pattern keeps, before and after
+    kept: dict[str, tuple[float, float]] = field(default_factory=dict)
+    put_back: list[str] = field(default_factory=list)  # blocks whose output changed: their units have the old order
+    why_not: str = ""  # why no units were sought; empty if they were
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and its continuations by the dense and by the pruned language model."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class ChangedImage:
+    """An image for which the pruned and the dense model predict different classes."""
+
+    png: str  # a small version of the image: a PNG file in base64
+    label: str  # its class
+    before: str  # the prediction of the dense model
+    after: str  # the prediction of the pruned model
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results of the dense and of the pruned model on one data set; None if unknown."""
+
+    data: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that pruned the model: its data and results. Unknown values are empty or None."""
+
+    command: str = ""  # the shell command that repeats it; empty for a run that was started from Python
+    model: str = ""  # name of the dense model, with the file of its weights in parentheses if the name loads no weights
+    metric: str = ""  # "perplexity", or "top-1", a fraction of the images
+    before: float | None = None  # result of the dense model
+    after: float | None = None  # result of the pruned model
+    data: str = ""  # on which both were measured
+    others: tuple[Measured, ...] = ()  # results on other data
+    calibration: str = ""  # the calibration data; also empty if the method reads none
+    zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the pruned model, by task
+    samples: tuple[Sample, ...] = ()  # text by both models
+    images: tuple[ChangedImage, ...] = ()  # images whose prediction changed
+
+    @property
+    def results(self) -> tuple[Measured, ...]:
+        """The results that are known, of the first data first."""
+        found = (Measured(self.data, self.before, self.after), *self.others)
+        return tuple(each for each in found if (each.before, each.after) != (None, None))
+
+
+@dataclass
+class ReportData:
+    """The content of a report, and the totals that follow from it; `PruningReport` describes the fields."""
+
+    layers: list[PrunedLayer]
+    skipped: list[SkippedMatrix]
+    parameters: int
+    zeros: int
+    seconds: dict[str, float]
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    training: Training | None = None
+    run: Run | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over the pruned layers."""
+        return Layers(self.layers).sparsity
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of zeros over all parameters of the model."""
+        return self.zeros / self.parameters if self.parameters else 0.0
+
+    @property
+    def coverage(self) -> float:
+        """Fraction of the model's parameters in pruned layers."""
+        return Layers(self.layers).size / self.parameters if self.parameters else 0.0
+
+    @property
+    def total_seconds(self) -> float:
+        """Time of all stages."""
+        return sum(self.seconds.values())
+
+    def rows(self) -> dict[str, Layers]:
+        """The pruned layers by name; all experts of a module share a row."""
+        rows = grouped(self.layers, lambda layer: layer.siblings or layer.name)
+        return {name: Layers(layers) for name, layers in rows.items()}
