@@ -27,6 +27,7 @@ from wanda_lightning import (
     Fisher,
     KeepZeros,
     PerLayer,
+    Reconstruct,
     prune,
     prune_from_disk,
 )
@@ -196,6 +197,13 @@ def distilled(rank, name, shares, size):
     model = ZOO[name].build().double()
     batches = share_of(split(ZOO[name].batches(), size), rank, shares)
     return whole_after(model, batches, recovery=Distil(passes=2, batch_size=2))
+
+
+def reconstructed(rank, name, shares):
+    """Prune and reconstruct a specimen that both processes have."""
+    model = ZOO[name].build().double()
+    batches = share_of(split(ZOO[name].batches(), 1), rank, shares)
+    return whole_after(model, batches, method="magnitude", recovery=Reconstruct(epochs=2))
 
 
 def best(rank, samples, shares=None):

@@ -70,6 +70,7 @@ def notes_on(outcome: Outcome) -> list[Note]:
         _mixed_nm(outcome),
         _permuted(outcome),
         _batch_norm(outcome),
+        _stopped_parts(outcome),
         _training(outcome),
     )
     return [note for note in notes if note]
@@ -218,6 +219,17 @@ def _batch_norm(outcome: Outcome) -> Note | None:
         layers = _layers(range(done.layers), "BatchNorm layer")
         return Note(f"the statistics of {layers} are corrected on {done.samples} samples{compared}", is_warning=False)
     return Note(f"BatchNorm layers keep their statistics instead of a correction{compared}", is_warning=False)
+
+
+def _stopped_parts(outcome: Outcome) -> Note | None:
+    parts = {layer.part.name: layer.part for layer in outcome.layers.values() if layer.part and layer.part.stopped}
+    if not parts:
+        return None
+    first, untrained = next(iter(parts.values())), sum(not part.after < part.before for part in parts.values())
+    return Note(
+        f"the training of {_layers(parts, 'part')} stopped, {first.name} first: {first.stopped}. {untrained} of them "
+        "keep the weights from before the training: load the model in a wider dtype, or use a lower learning_rate"
+    )
 
 
 def _training(outcome: Outcome) -> Note | None:

@@ -200,7 +200,7 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: 
                 unit = stop.unit
                 bar.show(f"{unit.name}{store.status}")
                 if not store.arrive(unit, outcome):
-                    recovery = config.recovery.start(unit, data.masks)
+                    recovery = config.recovery.start(unit, data.masks, plan.processes)
                     if observes:
                         inputs = observer(unit, recovery.record(stop.calls))
                     stop.check()
@@ -212,7 +212,7 @@ def _prune_units(plan: Plan, data: CalibrationBatches, outcome: Outcome, store: 
                         inputs = {}  # frees the statistics before the recovery
                     for part in recovery.train(bar.show):
                         for name in part.layers & outcome.layers.keys():
-                            outcome.layers[name].part = TrainedPart(part.name, part.before, part.after)
+                            outcome.layers[name].part = TrainedPart(part.name, part.before, part.after, part.stopped)
                 if in_parts or not plan.is_one_pass:
                     bar.advance()
         store.finish(outcome)

@@ -1,20 +1,20 @@
-"""The predictions of one calibration sample, those of the dense model, and the tokens that they predict."""
+"""The predictions for one calibration sample as rows, and the tokens that they predict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from wanda_lightning.calibration.batches import Sample
-from wanda_lightning.models import Layer, find_predictions, fitting_mask, own_head
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.models import find_predictions, fitting_mask
 
 _MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
+ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
 def widened(x: Tensor) -> Tensor:
@@ -49,48 +49,16 @@ def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
     return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)
 
 
-@dataclass(frozen=True)
-class DenseTarget:
-    """The dense predictions for one sample: the inputs of the output head, or the predictions themselves."""
-
-    rows: Tensor
-    head: nn.Module | None
-
-    def predictions(self) -> Callable[[slice], Tensor]:
-        """Return a function that gives some of the dense predictions, (rows, classes)."""
-        head, rows = self.head, self.rows
-        if head is None:
-            return lambda part: rows[part]
-        cast = _cast_by_autocast(head)
-        return lambda part: functional_call(head, cast, (rows[part],))
+def predictions_of(output: object) -> Tensor:
+    """Return the predictions in the output of a model; refuse an output without any."""
+    found = find_predictions(output)
+    if found is None:
+        raise UserError(
+            "recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
+            f"gave {_kind(output)}. Let forward= (or calibration_step) return the predictions, or use another recovery."
+        )
+    return found
 
 
-def _cast_by_autocast(head: nn.Module) -> dict[str, Tensor]:
-    """Return the matrices of a head in the dtype of autocast, which would cast them anew for all rows of each part."""
-    parameters = dict(head.named_parameters())
-    kinds = {parameter.device.type for parameter in parameters.values()}
-    if not all(torch.is_autocast_enabled(kind) for kind in kinds):
-        return {}
-    return {
-        name: parameter.detach().to(torch.get_autocast_dtype(parameter.device.type))
-        for name, parameter in parameters.items()
-        if parameter.ndim > 1 and parameter.dtype == torch.float32
-    }
-
-
-def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
-    """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
-    pruned = {id(layer.parameter) for layer in layers}
-    for module in model.modules():
-        head = own_head(module)
-        if head is not None:
-            return None if any(id(parameter) in pruned for parameter in head.parameters()) else head
-    return None
-
-
-def nearly_equal(first: Tensor, second: Tensor) -> bool:
-    """Return whether two predictions differ only by rounding; some models scale or cap the outputs of their head."""
-    if not second.numel():  # a sample of padding
-        return True
-    tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()
-    return bool(((first - second).abs() <= tolerance).all())
+def _kind(found: object) -> str:
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
