@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from wanda_lightning import Distil, PruningConfig, prune
 from wanda_lightning.calibration.observer import PassiveCalibration
+from wanda_lightning.engine import batch_norm
 from wanda_lightning.engine.batch_norm import batch_norm_layers
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.training import batch_norm
 
 
 def statistics(model):

@@ -20,8 +20,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS
 from wanda_lightning.training import distil, distil_loss, masked_weights
-from wanda_lightning.training.dense_targets import DenseTarget
-from wanda_lightning.training.predictions import next_tokens
+from wanda_lightning.training.predictions import DenseTarget, next_tokens
 
 
 class Classifier(nn.Module):

@@ -21,12 +21,11 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.models import Layer
 from wanda_lightning.report import Training, TrainingPass
-from wanda_lightning.training.dense_targets import DenseTarget, dense_targets, output_head
 from wanda_lightning.training.distil_loss import DistilLoss
-from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError, sum_over_processes
-from wanda_lightning.training.predictions import HELD_OUT
+from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
+from wanda_lightning.training.over_processes import in_one_order, sum_over_processes
+from wanda_lightning.training.predictions import HELD_OUT, DenseTarget, dense_targets, output_head
 from wanda_lightning.training.recovery import DenseModel, ModelRecovery, Recovery
-from wanda_lightning.training.sample_order import in_one_order
 
 log = logging.getLogger(__name__)
 

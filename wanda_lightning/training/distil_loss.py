@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import Sample
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
 from wanda_lightning.models import causal_config, has_classes
-from wanda_lightning.training.dense_targets import DenseTarget
-from wanda_lightning.training.predictions import ROWS_AT_ONCE, next_tokens, predictions_of, rows_of, widened
+from wanda_lightning.training.predictions import (
+    ROWS_AT_ONCE,
+    DenseTarget,
+    next_tokens,
+    predictions_of,
+    rows_of,
+    widened,
+)
 
 _Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 

@@ -14,6 +14,7 @@ from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes, local
+from wanda_lightning.training.over_processes import sum_over_processes
 
 # Small gradients are zero in float16, and large ones infinite. Powers of two leave other dtypes unchanged.
 LARGEST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-16
@@ -147,16 +148,6 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         if gradient is None:
             return torch.zeros_like(master)
         return gradient.to(master.dtype).contiguous().div_(self._scale)
-
-
-def sum_over_processes(losses: Callable[[], Iterable[float]], processes: Processes) -> float:
-    """Return the sum of the losses of all processes; an error in one of them ends all."""
-    total = torch.zeros(1)
-    with processes.fail_together():
-        for loss in losses():
-            total += loss
-    processes.all_reduce_sum([total])
-    return float(total)
 
 
 def _master(parameter: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""The predictions for one calibration sample as rows, and the tokens that they predict."""
+"""The predictions for one calibration sample, those of the dense model, and the tokens that they predict."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from wanda_lightning.calibration.batches import Sample
+from wanda_lightning.calibration.batches import CalibrationBatches, Sample, fit_together
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models import find_predictions, fitting_mask
+from wanda_lightning.models import Layer, find_predictions, fitting_mask, own_head
 
 _MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
@@ -62,3 +66,94 @@ def predictions_of(output: object) -> Tensor:
 
 def _kind(found: object) -> str:
     return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """The dense predictions for one sample: the inputs of the output head, or the predictions themselves."""
+
+    rows: Tensor
+    head: nn.Module | None
+
+    def predictions(self) -> Callable[[slice], Tensor]:
+        """Return a function that gives some of the dense predictions, (rows, classes)."""
+        head, rows = self.head, self.rows
+        if head is None:
+            return lambda part: rows[part]
+        cast = _cast_by_autocast(head)
+        return lambda part: functional_call(head, cast, (rows[part],))
+
+
+def dense_targets(samples: Sequence[Sample], data: CalibrationBatches, head: nn.Module | None) -> list[DenseTarget]:
+    """Return what the dense model predicts for the samples of a batch."""
+    with torch.set_grad_enabled(samples[0].batch_index == 0):  # shows whether training will get gradients
+        first = _target(samples[0], head)
+    with torch.no_grad():
+        if len(samples) > 1 and len(first.rows) == 1 and fit_together(samples):
+            others = _target(data.join(samples[1:]), head)
+            if len(others.rows) == len(samples) - 1:
+                return [first, *(DenseTarget(row, others.head) for row in others.rows.split(1))]
+        return [first, *(_target(sample, head) for sample in samples[1:])]
+
+
+def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
+    entered: list[Tensor] = []
+    with ExitStack() as hooks:
+        if head is not None:
+            hook = head.register_forward_pre_hook(lambda module, args: entered.extend(args))
+            hooks.callback(hook.remove)
+        output = sample.predict()
+    predictions = rows_of(predictions_of(output), sample)
+    _refuse_untrainable(predictions, sample.batch_index)
+    predictions = predictions.detach()
+    if head is not None and len(entered) == 1:
+        rows = rows_of(entered[0].detach(), sample)
+        part = slice(0, ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
+        if len(rows) == len(predictions) and _nearly_equal(head(rows[part]).detach(), predictions[part]):
+            return DenseTarget(rows.clone(), head)
+    return DenseTarget(predictions.clone(), None)
+
+
+def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
+    if torch.is_grad_enabled() and not predictions.requires_grad:
+        raise UserError(
+            "recovery=Distil() needs predictions with gradients, but the predictions of the model have none, as under "
+            "torch.no_grad() or after detach(). Let forward= (or calibration_step) return predictions with gradients, "
+            "or use another recovery."
+        )
+    if not (predictions < math.inf).all():  # minus infinity is allowed: the logit of an impossible class
+        raise UserError(
+            f"recovery=Distil() needs finite predictions, but those of batch {batch} (counted from 0) hold NaN or "
+            "infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+        )
+
+
+def _cast_by_autocast(head: nn.Module) -> dict[str, Tensor]:
+    """Return the matrices of a head in the dtype of autocast, which would cast them anew for all rows of each part."""
+    parameters = dict(head.named_parameters())
+    kinds = {parameter.device.type for parameter in parameters.values()}
+    if not all(torch.is_autocast_enabled(kind) for kind in kinds):
+        return {}
+    return {
+        name: parameter.detach().to(torch.get_autocast_dtype(parameter.device.type))
+        for name, parameter in parameters.items()
+        if parameter.ndim > 1 and parameter.dtype == torch.float32
+    }
+
+
+def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
+    """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
+    pruned = {id(layer.parameter) for layer in layers}
+    for module in model.modules():
+        head = own_head(module)
+        if head is not None:
+            return None if any(id(parameter) in pruned for parameter in head.parameters()) else head
+    return None
+
+
+def _nearly_equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two predictions differ only by rounding; some models scale or cap the outputs of their head."""
+    if not second.numel():  # a sample of padding
+        return True
+    tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()
+    return bool(((first - second).abs() <= tolerance).all())

@@ -19,9 +19,9 @@ from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
+from wanda_lightning.training.over_processes import in_one_order
 from wanda_lightning.training.predictions import widened
 from wanda_lightning.training.recovery import RecoveredPart, Recovery, UnitRecovery
-from wanda_lightning.training.sample_order import in_one_order
 
 _HELD_OUT = 4  # every fourth batch is held out from training
 
@@ -59,7 +59,7 @@ class Reconstruct(Recovery):
         return "the recovery trains the parts of whole blocks. Use sequential='block' or another recovery."
 
     def workspace(self, unit: Unit) -> int:
-        """Copies of the weights of a part, gradients in both dtypes, two moments, and the best weights."""
+        """Count masters, gradients in both dtypes, two moments, and two sets of best weights of the largest part."""
         return 7 * max((sum(layer.size for layer in part.layers) for part in _parts(unit)), default=0)
 
     def start(self, unit: Unit, masks: TokenMasks, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:

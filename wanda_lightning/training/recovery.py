@@ -98,4 +98,4 @@ class NoRecovery(Recovery):
     """Leave the weights as the solver computed them."""
 
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
-        """Support all."""
+        """Accept any number of processes, and sharded models."""
