@@ -215,6 +215,12 @@ def test_reconstruction_is_that_of_one_process(pair, name, shares):
         assert (one.part.before, one.part.after) == pytest.approx((other.part.before, other.part.after))
 
 
+def test_reconstruction_fails_together(pair):
+    first, second = pair.run(cases.failing_reconstruction)
+    assert "no more disk" in first[1]
+    assert second == ("OSError", "no more disk")
+
+
 @pytest.mark.parametrize("samples", with_nightly([3], [3, None]))
 def test_masks_with_fisher_are_those_of_one_process(pair, samples):
     (first, report), (second, _) = pair.run(cases.best, samples)

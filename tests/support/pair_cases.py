@@ -206,6 +206,18 @@ def reconstructed(rank, name, shares):
     return whole_after(model, batches, method="magnitude", recovery=Reconstruct(epochs=2))
 
 
+def failing_reconstruction(rank):
+    """The errors if a part fails in one process while it is trained."""
+    model = ZOO["llama"].build()
+
+    def fail(*_):
+        if rank == 1 and torch.is_grad_enabled():
+            raise OSError("no more disk")
+
+    model.model.layers[0].mlp.register_forward_hook(fail)
+    return attempt(lambda: prune_both(model, share_of(ZOO["llama"].batches(), rank, None), recovery=Reconstruct()))
+
+
 def best(rank, samples, shares=None):
     """What each layer's sparsity and zeros are with the Fisher allocation."""
     choices = {"allocation": Fisher(num_samples=samples), "solver": "admm"}

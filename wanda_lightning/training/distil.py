@@ -67,7 +67,8 @@ class Distil(Recovery):
             predictions: one window of at least 8 tokens, or 8 images. Samples with one prediction and equal shapes
             run as one batch.
         loss: `"kl"`, or `"mse"` for the mean squared error of the outputs; None chooses `"kl"` for outputs of shape
-            (samples, classes) and for `logits` of shape (samples, tokens, classes), and `"mse"` for all others.
+            (samples, classes) and for `logits` of shape (samples, tokens, classes) or (samples, classes, height,
+            width), and `"mse"` for all others.
         next_token: Share of the loss that is the cross entropy of the next token, in [0, 1]; the rest is the
             divergence. It applies to causal language models of transformers, but not with `"mse"`.
         seed: Seed of the order of the samples.
