@@ -274,12 +274,13 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("gain", "tokens", "overflows"), [(0.1, 2048, False), (300.0, 1, True)], ids=["tiny", "overflow"]
 )
-def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, gain, tokens, overflows):
-
+@pytest.mark.parametrize("mixed", [False, True], ids=["weights", "autocast"])
+def test_gradients_in_float16_neither_vanish_nor_overflow(monkeypatch, gain, tokens, overflows, mixed):
     torch.manual_seed(0)
     half = Tokens(gain).half()
     wide = copy.deepcopy(half).float()
-    batches = [torch.randn(1, tokens, 8).half() for _ in range(4)]
+    half = copy.deepcopy(wide) if mixed else half
+    batches = [torch.randn(1, tokens, 8).to(half.body.weight.dtype) for _ in range(4)]
     found, scales, step = [], [], masked_weights.MaskedWeights.step
 
     def recording(self, *arguments):
@@ -292,7 +293,11 @@ def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, g
 
     monkeypatch.setattr(torch.optim.AdamW, "step", gradients_of)
     monkeypatch.setattr(masked_weights.MaskedWeights, "step", recording)
-    monkeypatch.setattr(distil_loss, "_mixed_precision", lambda model: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(
+        distil_loss,
+        "_mixed_precision",
+        lambda model: torch.autocast("cpu", torch.float16, enabled=mixed and model is half, cache_enabled=False),
+    )
     for model, inputs in ((half, batches), (wide, [x.float() for x in batches])):
         prune(model, inputs, 0.5, skip="head", recovery=Distil(passes=1, batch_size=2), progress=False)
     assert len(found) == 4

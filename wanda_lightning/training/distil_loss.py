@@ -23,15 +23,9 @@ _Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class DistilLoss:
-    """Compares the predictions of a pruned model with the dense ones, and with the next tokens of text.
+    """Compares the predictions of a pruned model with the dense ones, and with the next tokens of text."""
 
-    Args:
-        model: The model.
-        kind: `"kl"`, `"mse"`, or None to choose by the outputs; see `Distil`.
-        next_token: Share of the cross entropy in the loss of a causal language model; see `Distil`.
-    """
-
-    def __init__(self, model: nn.Module, kind: str | None, next_token: float) -> None:
+    def __init__(self, model: nn.Module, kind: str | None, next_token: float) -> None:  # see `Distil`
         self._model, self._kind, self._causal = model, kind, causal_config(model)
         self._next_token = 0.0 if self._causal is None else next_token
 

@@ -1,4 +1,4 @@
-"""Train the kept weights of pruned layers: their masks, float32 masters, learning rates, loss scale and best values."""
+"""Train the kept weights of pruned layers: masks, float32 masters, learning rates, loss scale, best values."""
 
 from __future__ import annotations
 
@@ -44,16 +44,12 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
     Inside a `with` block, only these parameters have gradients. At its end, also after an error, they get their best
     values (see `keep_best`), and all flags and gradients of the module are restored.
 
-    An optimizer updates the masters: the parameters themselves, or copies in float32, since bfloat16 would lose small
+    A parameter that holds some of the pruned layers is trained where these are not zero; any other one as a whole. An
+    optimizer updates the masters: the parameters themselves, or copies in float32, since bfloat16 would lose small
     steps. Masters are contiguous, because fused AdamW of PyTorch 2.13 ignores strides.
 
-    Args:
-        module: The module that is trained.
-        parameters: Its trained parameters.
-        layers: The pruned layers. A parameter that holds some of them is trained where these are not zero, and any
-            other parameter as a whole.
-        processes: All processes that train copies of the module together, each on its own samples.
-        skip_unreached: Leave out a parameter that no sample of a step reaches; otherwise its gradient is 0.
+    All processes train copies of the module together, each on its own samples. With `skip_unreached`, the optimizer
+    skips a parameter that no sample of a step reaches; otherwise its gradient is 0.
     """
 
     def __init__(
@@ -110,10 +106,10 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         Raises:
             NotFiniteError: Before the step, if the loss or a gradient is NaN or infinite.
         """
-        loss, is_finite = self._gradients(losses)
+        loss, is_finite = self._set_gradients(losses)
         while not is_finite and self._scale > SMALLEST_SCALE:
             self._scale /= 16
-            loss, is_finite = self._gradients(losses)
+            loss, is_finite = self._set_gradients(losses)
         if not is_finite:
             raise NotFiniteError("gradient")
         optimizer.step()
@@ -128,8 +124,8 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         """Take the present values as the best ones."""
         self._best = [parameter.detach().clone() for parameter in self._parameters]
 
-    def _gradients(self, losses: Callable[[float], Iterable[float]]) -> tuple[float, bool]:
-        """Give the masters the masked gradients of all processes; return the loss, and whether they are finite."""
+    def _set_gradients(self, losses: Callable[[float], Iterable[float]]) -> tuple[float, bool]:
+        """Give the masters the masked gradients of all processes if they are finite; return the loss, and whether."""
         loss = sum_over_processes(lambda: losses(self._scale), self._processes)
         if not math.isfinite(loss):
             raise NotFiniteError("loss")
@@ -138,9 +134,11 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         self._processes.all_reduce_sum([reached, *gradients])
         for gradient, keep in zip(gradients, self._keep, strict=True):
             mask_(gradient, keep)
-        for master, gradient, is_reached in zip(self.masters, gradients, reached.tolist(), strict=True):
-            master.grad = gradient if is_reached or not self._skip_unreached else None
-        return loss, bool(torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all())
+        is_finite = bool(torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all())
+        if is_finite:  # otherwise the next backward pass would add to those of a master that is the parameter itself
+            for master, gradient, is_reached in zip(self.masters, gradients, reached.tolist(), strict=True):
+                master.grad = gradient if is_reached or not self._skip_unreached else None
+        return loss, is_finite
 
     def _take_gradient(self, parameter: Tensor, master: Tensor) -> Tensor:
         """Return the unscaled gradient of this process in the dtype of the master, and free the parameter's."""
