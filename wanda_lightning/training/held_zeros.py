@@ -1,4 +1,4 @@
-"""Hold pruned weights at zero while a model trains, in any training loop."""
+"""Keep pruned weights at zero while a model trains, in any training loop."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     @property
     def is_holding(self) -> bool:
-        """Whether it holds any weight now."""
+        """Whether any weight is held now."""
         return bool(self._handles)
 
     def __exit__(self, *_: object) -> None:
@@ -163,10 +163,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.load(state["unheld_zeros"])
 
     def unheld_zeros(self) -> dict[str, Tensor]:
-        """Return which weights are zero by chance and not held, by layer, as `core.bits.pack` stores them.
+        """Return a packed mask (`core.bits.pack`) for each layer of weights that are zero by chance and not held.
 
-        A resumed run must `load` them. After `release`, these are the weights at the time of the release. Sharded
-        layers are left out.
+        A resumed run must `load` them. After `release`, the masks are those at the time of the release. Sharded layers
+        are left out.
         """
         if not self._handles:
             return self._loaded or self._at_release

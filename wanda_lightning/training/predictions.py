@@ -35,9 +35,9 @@ def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
 
 
 def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
-    """Return the id of the token that follows each row of the predictions, -1 where none follows.
+    """Return the id of the token that follows each row of the predictions, or -1 if there is none to predict.
 
-    None follows where the config of the model says that the id stands for a part of an image, a video or audio. The
+    Placeholders for parts of an image, a video or audio, which the config of the model names, are not predicted. The
     result is None if the sample has no `input_ids`, or not one prediction for each of them.
     """
     ids = sample.batch.get("input_ids") if isinstance(sample.batch, Mapping) else None
@@ -70,13 +70,13 @@ def _kind(found: object) -> str:
 
 @dataclass(frozen=True)
 class DenseTarget:
-    """The dense predictions for one sample: the inputs of the output head, or the predictions themselves."""
+    """The dense predictions for one sample, stored as the inputs of the output head or as the predictions."""
 
     rows: Tensor
     head: nn.Module | None
 
     def predictions(self) -> Callable[[slice], Tensor]:
-        """Return a function that gives some of the dense predictions, (rows, classes)."""
+        """Return a function that computes a slice of the dense predictions, (rows, classes)."""
         head, rows = self.head, self.rows
         if head is None:
             return lambda part: rows[part]

@@ -79,7 +79,7 @@ class Recovery:
             )
 
     def workspace(self, unit: Unit) -> int:
-        """Return about how many float32 numbers it holds at most for the weights that it trains in a unit."""
+        """Estimate the peak memory for training the weights of a unit, as a number of float32 values."""
         return 0
 
     def start(
