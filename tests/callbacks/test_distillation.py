@@ -288,6 +288,32 @@ def test_other_ways_to_run_a_network(make):
         torch.testing.assert_close(found, expected)
 
 
+class Segmentation(Net):
+    """Its classes are in dimension 1, or the same numbers are (samples, pixels, classes)."""
+
+    def __init__(self, flat):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.flat = nn.Sequential(nn.Conv2d(2, 8, 1), nn.Tanh(), nn.Conv2d(8, 5, 1)), flat
+
+    def forward(self, x):
+        logits = self.layers(x.view(-1, 2, 2, 4))
+        return {"logits": logits.flatten(2).mT if self.flat else logits}
+
+    def _loss(self, batch):
+        return self(batch[0])["logits"].square().mean()
+
+
+def test_the_classes_of_a_segmentation_are_in_dimension_1():
+    modules = Segmentation(True), Segmentation(False)
+    for module in modules:
+        dense = copy.deepcopy(module)
+        dense.layers[2].weight.data *= 2
+        trainer(DistillFromDense(dense, weight=1.0), max_steps=3).fit(module, loader())
+    for expected, found in zip(*(module.parameters() for module in modules), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def compiled_in_place():
     module = Net()
     module.compile(backend="eager")

@@ -12,7 +12,7 @@ from support.pair_checks import alone, assert_equal_everywhere, assert_same_repo
 from support.pairwise import pairwise, spread, with_nightly
 from support.zoo import ZOO
 
-from wanda_lightning import Distil, Fisher, Magnitude, prune
+from wanda_lightning import Distil, Fisher, Magnitude, Reconstruct, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 
@@ -219,6 +219,25 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
     for one, other in zip(report.training.passes, expected.training.passes, strict=True):
         assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
+
+
+@pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
+def test_reconstruction_is_that_of_one_process(pair, name, shares):
+    """The same steps on the same batches, whichever process runs them."""
+    model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches(), 1), shares)
+    expected = prune(model, turns, method="magnitude", recovery=Reconstruct(epochs=2), progress=False)
+    (weights, report), (others, _) = pair.run(cases.reconstructed, name, shares)
+    assert_equal_everywhere(weights, others)
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
+    for one, other in zip(report.layers, expected.layers, strict=True):
+        assert (one.part.before, one.part.after) == pytest.approx((other.part.before, other.part.after))
+
+
+def test_reconstruction_fails_together(pair):
+    first, second = pair.run(cases.failing_reconstruction)
+    assert "no more disk" in first[1]
+    assert second == ("OSError", "no more disk")
 
 
 @pytest.mark.parametrize("samples", with_nightly([3], [3, None]))

@@ -229,8 +229,8 @@ def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, monke
 @pytest.mark.parametrize(
     "name",
     with_nightly(
-        ["none", "permutation"],
-        ["magnitude", "layer", "2:4", "owl_layer", "none", "skip", "permutation"],
+        ["none", "permutation", "reconstruct"],
+        ["magnitude", "layer", "2:4", "owl_layer", "none", "skip", "permutation", "reconstruct"],
     ),
 )
 def test_two_processes_share_the_batches(pair, source, tmp_path, name):

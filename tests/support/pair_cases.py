@@ -27,6 +27,7 @@ from wanda_lightning import (
     Fisher,
     KeepZeros,
     PerLayer,
+    Reconstruct,
     prune,
     prune_from_disk,
 )
@@ -215,6 +216,25 @@ def distilled(rank, name, shares, size):
     model = ZOO[name].build().double()
     batches = share_of(split(ZOO[name].batches(), size), rank, shares)
     return whole_after(model, batches, recovery=Distil(passes=2, batch_size=2))
+
+
+def reconstructed(rank, name, shares):
+    """Prune and reconstruct a specimen that both processes have."""
+    model = ZOO[name].build().double()
+    batches = share_of(split(ZOO[name].batches(), 1), rank, shares)
+    return whole_after(model, batches, method="magnitude", recovery=Reconstruct(epochs=2))
+
+
+def failing_reconstruction(rank):
+    """The errors if a part fails in one process while it is trained."""
+    model = ZOO["llama"].build()
+
+    def fail(*_):
+        if rank == 1 and torch.is_grad_enabled():
+            raise OSError("no more disk")
+
+    model.model.layers[0].mlp.register_forward_hook(fail)
+    return attempt(lambda: prune_both(model, share_of(ZOO["llama"].batches(), rank, None), recovery=Reconstruct()))
 
 
 def best(rank, samples, shares=None):

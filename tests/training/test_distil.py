@@ -19,8 +19,7 @@ from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS
-from wanda_lightning.training import distil
-from wanda_lightning.training.masked_weights import TrainedWeight
+from wanda_lightning.training import distil, distil_loss, masked_weights
 from wanda_lightning.training.predictions import DenseTarget, next_tokens
 
 
@@ -236,7 +235,7 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(monkeypatch,
     distillation = distil._Distillation
 
     def mean_loss(self, chosen):
-        weights.append([parameter.clone() for parameter in self._model.parameters()])
+        weights.append([parameter.clone() for parameter in self._dense.model.parameters()])
         return next(following)
 
     monkeypatch.setattr(distillation, "_mean_loss", mean_loss)
@@ -275,13 +274,14 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("gain", "tokens", "overflows"), [(0.1, 2048, False), (300.0, 1, True)], ids=["tiny", "overflow"]
 )
-def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, gain, tokens, overflows):
-
+@pytest.mark.parametrize("mixed", [False, True], ids=["weights", "autocast"])
+def test_gradients_in_float16_neither_vanish_nor_overflow(monkeypatch, gain, tokens, overflows, mixed):
     torch.manual_seed(0)
     half = Tokens(gain).half()
     wide = copy.deepcopy(half).float()
-    batches = [torch.randn(1, tokens, 8).half() for _ in range(4)]
-    found, scales, step = [], [], distil._Distillation._step
+    half = copy.deepcopy(wide) if mixed else half
+    batches = [torch.randn(1, tokens, 8).to(half.body.weight.dtype) for _ in range(4)]
+    found, scales, step = [], [], masked_weights.MaskedWeights.step
 
     def recording(self, *arguments):
         loss = step(self, *arguments)
@@ -292,8 +292,12 @@ def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, g
         found.append([group["params"][0].grad.clone() for group in self.param_groups])
 
     monkeypatch.setattr(torch.optim.AdamW, "step", gradients_of)
-    monkeypatch.setattr(distil._Distillation, "_step", recording)
-    monkeypatch.setattr(distil, "_mixed_precision", lambda model: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(masked_weights.MaskedWeights, "step", recording)
+    monkeypatch.setattr(
+        distil_loss,
+        "_mixed_precision",
+        lambda model: torch.autocast("cpu", torch.float16, enabled=mixed and model is half, cache_enabled=False),
+    )
     for model, inputs in ((half, batches), (wide, [x.float() for x in batches])):
         prune(model, inputs, 0.5, skip="head", recovery=Distil(passes=1, batch_size=2), progress=False)
     assert len(found) == 4
@@ -301,7 +305,7 @@ def test_gradients_of_float16_weights_neither_vanish_nor_overflow(monkeypatch, g
         for gradient, expected in zip(one, other, strict=True):
             assert gradient.dtype == torch.float32
             assert float((gradient - expected).norm() / expected.norm()) < 0.05
-    assert all((scale < distil._SCALE) == overflows for scale in scales[:2])
+    assert all((scale < masked_weights.LARGEST_SCALE) == overflows for scale in scales[:2])
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice"])
@@ -394,6 +398,28 @@ def test_other_outputs_are_compared_by_their_squared_error():
         expected, after = ((m(x) - dense(x)).square().mean() for m in (start, model))
     assert report.training.passes[1].loss == pytest.approx(float(expected), rel=1e-6)
     assert after < expected
+
+
+def test_the_classes_of_a_segmentation_are_in_dimension_1():
+    """Distillation of a model with (samples, classes, height, width) is that of (samples, pixels, classes)."""
+
+    class Segmentation(nn.Module):
+        def __init__(self, flat):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers, self.flat = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 5, 1)).double(), flat
+
+        def forward(self, x):
+            logits = self.layers(x)
+            return {"logits": logits.flatten(2).mT if self.flat else logits}
+
+    batches = [torch.randn(2, 3, 2, 6, generator=torch.Generator().manual_seed(i)).double() for i in range(4)]
+    models = Segmentation(flat=True), Segmentation(flat=False)
+    reports = [prune(model, batches, 0.5, recovery=Distil(passes=2), progress=False) for model in models]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(reports[0].training.passes, reports[1].training.passes, strict=True):
+        assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
 
 
 def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
@@ -556,7 +582,7 @@ def test_flags_are_restored_if_there_is_no_memory_for_masters(monkeypatch, caplo
     def no_memory(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(TrainedWeight, "of", no_memory)
+    monkeypatch.setattr(masked_weights, "_master", no_memory)
     model = classifier()
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         prune(model, some_batches(2), 0.5, recovery="distil", progress=False)

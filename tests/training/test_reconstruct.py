@@ -12,10 +12,7 @@ from torch import nn
 
 from wanda_lightning import NM, PruningReport, Reconstruct, prune
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.config import PruningConfig
-from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.models import find_layers
-from wanda_lightning.parallel import Processes
 
 
 def parts_of(name):
@@ -272,6 +269,50 @@ def test_a_model_in_half_precision_learns_in_float32():
     assert (weight != before).sum() > 24  # half of what is kept
 
 
+def test_float16_learns_what_float32_does():
+    """The gradients of a sum over many tokens overflow in float16, unless the loss is scaled."""
+    generator, errors = torch.Generator().manual_seed(1), []
+    batches = [torch.randn(5000, 8, generator=generator) for _ in range(4)]
+    for dtype in (torch.float16, torch.float32):
+        model = blocks(torch.float16).to(dtype)
+        for block in model:
+            block.mlp[2].weight.data *= 100
+        report = prune(model, [x.to(dtype) for x in batches], recovery="reconstruct", progress=False)
+        assert not any("training of" in note for note in report.notes)
+        errors.append([(layer.part.before, layer.part.after) for layer in report.layers])
+    assert all(after < 0.9 * before for before, after in errors[0])
+    assert torch.allclose(*map(torch.tensor, errors), rtol=0.02)
+
+
+class WithoutSlope(nn.Linear):
+    """A layer with a gradient of NaN."""
+
+    def forward(self, x):
+        return super().forward(x + (x * 0).sum().abs().sqrt())
+
+
+class Overflowing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1e30 * 1e30
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(WithoutSlope, "the gradient was not finite"), (Overflowing, "the held-out error was not finite")]
+)
+def test_the_report_names_a_part_that_was_not_trained(kind, why, caplog):
+    model, batches = blocks(torch.float32), some_batches(4, torch.float32)
+    model[1].mlp.append(kind(8, 8))
+    start = copy.deepcopy(model)
+    prune(start, batches, skip="1.mlp.3", progress=False)
+    report = prune(model, batches, skip="1.mlp.3", recovery="reconstruct", progress=False)
+    assert torch.equal(model[1].mlp[0].weight == 0, start[1].mlp[0].weight == 0)
+    first, second = report.layers[0], report.layers[-1]
+    assert "stopped" not in first.remarks
+    assert f"training stopped: {why}" in second.remarks
+    assert f"the training of 1 part stopped, 1.mlp first: {why}. 1 of them keep the weights" in report.notes[-1]
+    assert report.notes[-1] in caplog.text
+
+
 def test_what_it_cannot_do_is_refused():
     model, batches = blocks(), some_batches(2)
     before = copy.deepcopy(model.state_dict())
@@ -291,11 +332,9 @@ def test_what_it_cannot_do_is_refused():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_several_processes_are_refused():
-    two = Processes()
-    two.world_size = 2
-    with pytest.raises(ValueError, match="trains in one process, but 2 prune together"):
-        make_plan(PruningConfig.from_names(recovery="reconstruct"), blocks(), two)
+def test_a_sharded_model_is_refused():
+    with pytest.raises(ValueError, match=r"recovery=Reconstruct\(\) trains a model that each process holds as a whole"):
+        Reconstruct().check_processes(2, is_sharded=True)
 
 
 def test_the_report_says_how_it_was_made():

@@ -19,7 +19,7 @@ from wanda_lightning.calibration.side_by_side import pass_side_by_side
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
-from wanda_lightning.models import Layer, Unit, fitting_mask
+from wanda_lightning.models import Layer, Unit, find_predictions, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 _SAMPLES_AT_ONCE = 32  # with one prediction each
@@ -192,8 +192,6 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     those of padding.
     """
     logits, keep = _logits(sample.predict()), None
-    if logits.ndim > 3:  # (batch, classes, height, width), as for torch's cross_entropy
-        logits = logits.movedim(1, -1)
     if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder
         keep = mask.keep.to(logits.device)
         logits = logits.reshape(*keep.shape, -1)
@@ -266,10 +264,8 @@ def _add(product: Product, squares: Tensor, gradient: Tensor, total: GradientSta
 
 
 def _logits(output: object) -> Tensor:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or found.ndim < 2 or not found.requires_grad:
+    found = find_predictions(output)
+    if found is None or not found.requires_grad:
         raise UserError(
             f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__} "
             "without logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or "

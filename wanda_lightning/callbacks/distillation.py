@@ -23,7 +23,7 @@ from wanda_lightning.common.checks import check_path, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.losses import summed_divergence
-from wanda_lightning.models import causal_config, find_predictions, fitting_mask, token_masks
+from wanda_lightning.models import causal_config, find_predictions, fitting_mask, has_classes, token_masks
 
 
 class DistillFromDense(Callback):
@@ -229,12 +229,13 @@ def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def _logits(output: object, whose: str) -> Tensor:
-    """Return the logits of an output, (samples, classes) or (samples, tokens, classes)."""
+    """Return the logits of an output, with the classes in the last dimension."""
     found = find_predictions(output)
-    if found is None or found.ndim > 3 or found.shape[-1] < 2:
+    if found is None or found.shape[-1] < 2 or (found.ndim > 3 and not has_classes(output)):
         kind = type(output).__name__ if found is None else f"a tensor of shape {tuple(found.shape)}"
         raise UserError(
-            f"{whose} must return logits, or an output that holds them, of shape (samples, classes) or (samples, "
-            f"tokens, classes), to be distilled, but it returns {kind}. Give network=NAME of the part that does."
+            f"{whose} must return logits of shape (samples, classes) or (samples, tokens, classes), or an output that "
+            "has them, or those of images (samples, classes, height, width), as `logits`, to be distilled, but it "
+            f"returns {kind}. Give network=NAME of the part that does."
         )
     return found

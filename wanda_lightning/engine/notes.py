@@ -37,6 +37,7 @@ def notes_on(run: Run) -> list[Note]:
         _mixed_nm(run),
         _permuted(run),
         _batch_norm(run),
+        _stopped_parts(run),
         _training(run),
     )
     return [note for note in notes if note]
@@ -186,6 +187,17 @@ def _batch_norm(run: Run) -> Note | None:
         layers = _layers(range(done.layers), "BatchNorm layer")
         return Note(f"the statistics of {layers} are corrected on {done.samples} samples{compared}", is_warning=False)
     return Note(f"BatchNorm layers keep their statistics instead of a correction{compared}", is_warning=False)
+
+
+def _stopped_parts(run: Run) -> Note | None:
+    parts = {layer.part.name: layer.part for layer in run.layers.values() if layer.part and layer.part.stopped}
+    if not parts:
+        return None
+    first, untrained = next(iter(parts.values())), sum(not part.after < part.before for part in parts.values())
+    return Note(
+        f"the training of {_layers(parts, 'part')} stopped, {first.name} first: {first.stopped}. {untrained} of them "
+        "keep the weights from before the training: load the model in a wider dtype, or use a lower learning_rate"
+    )
 
 
 def _training(run: Run) -> Note | None:

@@ -190,14 +190,14 @@ def _prune_units(run: Run) -> None:
             unit = stop.unit
             bar.show(f"{unit.name}{run.store.status}")
             if not run.store.arrive(unit, run):
-                recovery = config.recovery.start(unit)
+                recovery = config.recovery.start(unit, plan.processes)
                 inputs = stop.observe(observer, recovery.record)
                 run.selections = run.selections or plan.allocate(inputs)
                 prune_unit(run, unit, inputs, observer)
                 del inputs  # frees the statistics before the recovery
                 for part in recovery.train(bar.show):
                     for name in part.layers & run.layers.keys():
-                        run.layers[name].part = TrainedPart(part.name, part.before, part.after)
+                        run.layers[name].part = TrainedPart(part.name, part.before, part.after, part.stopped)
             if not stop.counts_batches:
                 bar.advance()
         run.store.finish(run)

@@ -24,21 +24,29 @@ def reads_images(model: nn.Module) -> bool:
 
 
 def find_predictions(output: object) -> Tensor | None:
-    """Return the logits of an output, or the output if it is a tensor; None if there are no predictions."""
+    """Return the logits of an output, or the output if it is a tensor, with the classes in the last dimension.
+
+    If there are four or more dimensions, as in (samples, classes, height, width), the classes are in dimension 1 of the
+    output, as for torch's `cross_entropy`. The result is None if there are no predictions.
+    """
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(found, tuple | list) and found:
         found = found[0]
-    return found if isinstance(found, Tensor) and found.is_floating_point() and found.ndim > 1 else None
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
+        return None
+    return found.movedim(1, -1) if found.ndim > 3 else found
 
 
 def has_classes(output: object) -> bool:
-    """Return whether the last dimension of the predictions holds classes, judging by where they are and their shape."""
+    """Return whether an output holds logits of classes: a matrix of at least two columns, or anything named `logits`.
+
+    Other tensors, such as images, may hold numbers.
+    """
     predictions = find_predictions(output)
     if predictions is None or predictions.shape[-1] < 2:
         return False
-    has_logits = predictions is not output and not isinstance(output, tuple | list)
-    # Logits with more dimensions are images, whose last dimension is the width.
-    return predictions.ndim in ((2, 3) if has_logits else (2,))
+    is_named = isinstance(output, Mapping) or hasattr(output, "logits")
+    return is_named or predictions.ndim == 2
 
 
 def causal_config(model: nn.Module) -> Any | None:

@@ -40,6 +40,7 @@ class TrainedPart:
     name: str  # of the module, in the model
     before: float  # relative squared error of its outputs on held-out batches before the training
     after: float  # the same after the training
+    stopped: str = ""  # why training ended early or did not take place
 
 
 @dataclass
@@ -75,7 +76,8 @@ class PrunedLayer:
         """The note, and the errors of the part that was trained."""
         part = self.part
         trained = f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}" if part else ""
-        return "; ".join(filter(None, (self.note, trained)))
+        stopped = f"training stopped: {part.stopped}" if part and part.stopped else ""
+        return "; ".join(filter(None, (self.note, trained, stopped)))
 
 
 class Layers(list[PrunedLayer]):

@@ -1,4 +1,4 @@
-"""Hold pruned weights at zero while a model trains, in any training loop."""
+"""Keep pruned weights at zero while a model trains, in any training loop."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
+from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.models.refusals import refuse_no_module, refuse_no_values, refuse_sharded_experts
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
+from wanda_lightning.training.masked_weights import keep_masks
 
 
 def keep_zeros(
@@ -41,8 +43,8 @@ def keep_zeros(
         processes: All processes, if they share the rows of one model (FSDP2).
 
     Returns:
-        An object that holds the zeros, and the model in memory, until its `release()`. As a context manager, it
-        releases them at the end.
+        A handle that keeps the zeros, and a reference to the model, until `release()`. As a context manager, it calls
+        `release()` at the end.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -81,14 +83,14 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.layers: list[str] = []  # of the latest `hold`
         self._resumed: list[str] = []  # layers of a loaded state
         self._handles: list[RemovableHandle] = []
-        self._held_layers: list[tuple[Layer, nn.Parameter]] = []
-        self._keep: dict[nn.Parameter, Tensor] = {}
+        self._held_layers: list[tuple[Layer, Tensor]] = []
+        self._keep: dict[Tensor, KeepMask] = {}
         self._loaded: dict[str, Tensor] = {}
         self._at_release: dict[str, Tensor] = {}
 
     @property
     def is_holding(self) -> bool:
-        """Whether it holds any weight now."""
+        """Whether any weight is held now."""
         return bool(self._handles)
 
     def __exit__(self, *_: object) -> None:
@@ -128,15 +130,12 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.layers = [layer.name for layer in layers]
         for layer in layers:
             refuse_sharded_experts(layer)
-            weight = layer.parameter
-            assert isinstance(weight, nn.Parameter)
-            if weight not in self._keep:  # one parameter may hold many layers, not all of which are held
-                self._keep[weight] = torch.ones_like(local(weight.detach()), dtype=torch.bool)
-            keep = layer.part(self._keep[weight])
-            keep.copy_(layer.weight != 0)
+        self._keep = keep_masks(layers, elsewhere=True)
+        self._held_layers = [(layer, layer.parameter) for layer in layers]
+        for layer, weight in self._held_layers:
             if layer.name in unheld:
+                keep = layer.part(self._keep[weight])
                 keep |= unpack(unheld[layer.name], keep.shape).to(keep.device)
-            self._held_layers.append((layer, weight))
         for weight in self._keep:
             self._mask_gradient(weight)
             trains = weight.requires_grad
@@ -158,7 +157,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     @torch.no_grad()
     def clear_copies(self, model: nn.Module, copies: Iterable[nn.Module]) -> None:
         """Zero the held zeros of a model in copies of it, such as averages of its weights."""
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         for copy in copies:
             weights = dict(copy.named_parameters())
             for weight, keep in self._keep.items():
@@ -181,10 +180,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.load(state["unheld_zeros"])
 
     def unheld_zeros(self) -> dict[str, Tensor]:
-        """Return which weights are zero by chance and not held, by layer, as `core.bits.pack` stores them.
+        """Return a packed mask (`core.bits.pack`) for each layer of weights that are zero by chance and not held.
 
-        A resumed run must `load` them. After `release`, these are the weights at the time of the release. Sharded
-        layers are left out.
+        A resumed run must `load` them. After `release`, the masks are those at the time of the release. Sharded layers
+        are left out.
         """
         if not self._handles:
             return self._loaded or self._at_release
@@ -211,11 +210,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
             self._held_layers.clear()
             self._keep.clear()
 
-    def _held(self, optimizer: Optimizer) -> list[nn.Parameter]:
+    def _held(self, optimizer: Optimizer) -> list[Tensor]:
         return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._keep]
 
     def _mask_gradient(self, weight: Tensor) -> None:
-        assert isinstance(weight, nn.Parameter)
         if weight.grad is not None:
             _zero(weight.grad, self._keep[weight])
 

@@ -1,114 +1,158 @@
-"""The kept weights of pruned layers: which they are, how large they are, and how they are trained in float32."""
+"""Train the kept weights of pruned layers: masks, float32 masters, learning rates, loss scale, best values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
+from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer
+from wanda_lightning.parallel import Processes, local
+from wanda_lightning.training.over_processes import sum_over_processes
+
+# Small gradients are zero in float16, and large ones infinite. Powers of two leave other dtypes unchanged.
+LARGEST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-16
 
 
-def keep_mask(parameter: Tensor, layers: Sequence[Layer]) -> KeepMask:
-    """Return which entries of a parameter are kept weights of these layers; it may also hold layers that stay dense."""
-    keep = torch.zeros_like(parameter, dtype=torch.bool)
+def keep_masks(layers: Iterable[Layer], elsewhere: bool) -> dict[Tensor, KeepMask]:
+    """Return the nonzero weights of some layers as a mask of each parameter (or of its shard in this process).
+
+    A parameter may hold further layers, such as other experts; their entries are `elsewhere`.
+    """
+    keep: dict[Tensor, KeepMask] = {}
     for layer in layers:
-        layer.part(keep).copy_(layer.weight != 0)
+        parameter = layer.parameter
+        if parameter not in keep:
+            keep[parameter] = torch.full_like(local(parameter.detach()), elsewhere, dtype=torch.bool)
+        layer.part(keep[parameter]).copy_(layer.weight != 0)
     return keep
 
 
-def root_mean_square(weights: Tensor) -> float:
-    """Return the root mean square of some weights; 0 if there are none."""
-    return float(weights.square().mean().sqrt()) if len(weights) else 0.0
+class NotFiniteError(Exception):
+    """A loss or a gradient is NaN or infinite."""
 
 
-@dataclass
-class TrainedWeight:
-    """One trained parameter.
+class MaskedWeights(AbstractContextManager["MaskedWeights"]):
+    """The trained parameters of a pruned model, or of a part of it; zeros stay zero.
 
-    Attributes:
-        parameter: The model's parameter.
-        master: What the optimizer updates: the parameter, or a contiguous copy in float32, since bfloat16 would lose
-            small steps. Fused AdamW of PyTorch 2.13 ignores strides.
-        keep: Which of its entries are trained.
+    Inside a `with` block, only these parameters have gradients. At its end, also after an error, they get their best
+    values (see `keep_best`), and all flags and gradients of the module are restored.
+
+    A parameter that holds some of the pruned layers is trained where these are not zero; any other one as a whole. An
+    optimizer updates the masters: the parameters themselves, or copies in float32, since bfloat16 would lose small
+    steps. Masters are contiguous, because fused AdamW of PyTorch 2.13 ignores strides.
+
+    All processes train copies of the module together, each on its own samples. With `skip_unreached`, the optimizer
+    skips a parameter that no sample of a step reaches; otherwise its gradient is 0.
     """
 
-    parameter: nn.Parameter
-    master: Tensor
-    keep: KeepMask
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[Tensor],
+        layers: Sequence[Layer],
+        processes: Processes,
+        skip_unreached: bool = False,
+    ) -> None:
+        self._parameters, self._processes, self._skip_unreached = parameters, processes, skip_unreached
+        self._before = [
+            (parameter, parameter.requires_grad, parameter.grad)
+            for parameter in dict.fromkeys((*module.parameters(), *parameters))
+        ]
+        kept = keep_masks(layers, elsewhere=False)
+        self._keep = [kept[p] if p in kept else torch.ones_like(p, dtype=torch.bool) for p in parameters]
+        self.masters = [_master(parameter) for parameter in parameters]
+        self.keep_best()
+        self._scale = LARGEST_SCALE
 
-    @classmethod
-    def of(cls, parameter: nn.Parameter, layers: Sequence[Layer]) -> TrainedWeight:
-        """Return a parameter with its kept entries; all entries of a parameter without pruned layers are trained."""
-        keep = keep_mask(parameter, layers) if layers else torch.ones_like(parameter, dtype=torch.bool)
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        is_master = parameter.dtype == wide and parameter.is_contiguous()
-        return cls(parameter, parameter if is_master else parameter.detach().to(wide).contiguous(), keep)
-
-    def scale(self) -> float:
-        """Return the root mean square of the kept entries."""
-        return root_mean_square(self.master.detach()[self.keep])
-
-    def values(self) -> Tensor:
-        """Return a copy of the values in the model."""
-        return self.parameter.detach().clone()
-
-    def take_gradient(self, scale: float) -> Tensor:
-        """Return the gradient of this process divided by a scale, in the dtype of the master, and free it."""
-        gradient = self.parameter.grad
-        self.parameter.grad = None
-        if gradient is None:
-            return torch.zeros_like(self.master)
-        return gradient.to(self.master.dtype).contiguous().div_(scale)
-
-    def write(self) -> None:
-        """Copy the master into the model."""
-        self.master.grad = None
-        if self.master is not self.parameter:
-            self.set(self.master)
-
-    @torch.no_grad()
-    def set(self, values: Tensor) -> None:
-        """Write values into the model."""
-        self.parameter.copy_(values)
-
-
-@contextmanager
-def training(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> Iterator[list[TrainedWeight]]:
-    """Turn on gradients for the trained parameters only; restore all flags and gradients at the end."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    trained = trained_parameters(model, layers, head)
-    pruned: dict[int, list[Layer]] = {}
-    for layer in layers:
-        pruned.setdefault(id(layer.parameter), []).append(layer)
-    try:
-        for parameter, _, _ in before:
+    def __enter__(self) -> MaskedWeights:
+        """Turn on gradients for the trained parameters only."""
+        for parameter, _, _ in self._before:
             parameter.requires_grad_(False)
             parameter.grad = None
-        weights = [TrainedWeight.of(parameter, pruned.get(id(parameter), [])) for parameter in trained]
-        for parameter in trained:
+        for parameter in self._parameters:
             parameter.requires_grad_(True)
-        yield weights
-    finally:
-        for parameter, requires_grad, gradient in before:
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        """Write the best values, and restore all flags and gradients."""
+        for parameter, best in zip(self._parameters, self._best, strict=True):
+            parameter.copy_(best)
+        for parameter, requires_grad, gradient in self._before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's groups; learning rates are relative to the root mean square of the kept weights."""
+        return [
+            {"params": [master], "lr": learning_rate * _root_mean_square(master.detach()[keep])}
+            for master, keep in zip(self.masters, self._keep, strict=True)
+        ]
 
-def trained_parameters(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> list[nn.Parameter]:
-    """Return the pruned parameters and all vectors, except those that are frozen or belong to the dense head."""
-    pruned = {id(layer.parameter) for layer in layers}
-    fixed = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    return [
-        parameter
-        for parameter in model.parameters()
-        if parameter.requires_grad
-        and id(parameter) not in fixed
-        and not isinstance(parameter, UninitializedParameter)
-        and (id(parameter) in pruned or parameter.ndim < 2)
-    ]
+    def step(self, optimizer: torch.optim.Optimizer, losses: Callable[[float], Iterable[float]]) -> float:
+        """Take one optimizer step, and return the loss before it, summed over the samples of all processes.
+
+        `losses(scale)` yields the losses of this process's samples, and passes their gradients, times the scale,
+        backward. If the gradients overflow, they are computed again with a smaller scale, as no sample should be left
+        out.
+
+        Raises:
+            NotFiniteError: Before the step, if the loss or a gradient is NaN or infinite.
+        """
+        loss, is_finite = self._set_gradients(losses)
+        while not is_finite and self._scale > SMALLEST_SCALE:
+            self._scale /= 16
+            loss, is_finite = self._set_gradients(losses)
+        if not is_finite:
+            raise NotFiniteError("gradient")
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(self._parameters, self.masters, strict=True):
+                master.grad = None
+                if master is not parameter:
+                    parameter.copy_(master)
+        return loss
+
+    def keep_best(self) -> None:
+        """Take the present values as the best ones."""
+        self._best = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _set_gradients(self, losses: Callable[[float], Iterable[float]]) -> tuple[float, bool]:
+        """Give the masters the masked gradients of all processes if they are finite; return the loss, and whether."""
+        loss = sum_over_processes(lambda: losses(self._scale), self._processes)
+        if not math.isfinite(loss):
+            raise NotFiniteError("loss")
+        reached = torch.tensor([parameter.grad is not None for parameter in self._parameters], dtype=torch.int64)
+        gradients = [self._take_gradient(*pair) for pair in zip(self._parameters, self.masters, strict=True)]
+        self._processes.all_reduce_sum([reached, *gradients])
+        for gradient, keep in zip(gradients, self._keep, strict=True):
+            mask_(gradient, keep)
+        is_finite = bool(torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all())
+        if is_finite:  # otherwise the next backward pass would add to those of a master that is the parameter itself
+            for master, gradient, is_reached in zip(self.masters, gradients, reached.tolist(), strict=True):
+                master.grad = gradient if is_reached or not self._skip_unreached else None
+        return loss, is_finite
+
+    def _take_gradient(self, parameter: Tensor, master: Tensor) -> Tensor:
+        """Return the unscaled gradient of this process in the dtype of the master, and free the parameter's."""
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return torch.zeros_like(master)
+        return gradient.to(master.dtype).contiguous().div_(self._scale)
+
+
+def _master(parameter: Tensor) -> Tensor:
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    is_master = parameter.dtype == wide and parameter.is_contiguous()
+    return parameter if is_master else parameter.detach().to(wide).contiguous()
+
+
+def _root_mean_square(weights: Tensor) -> float:
+    return float(weights.square().mean().sqrt()) if len(weights) else 0.0

@@ -1,8 +1,10 @@
-"""The predictions of one calibration sample, those of the dense model, and the tokens that they predict."""
+"""The predictions for one calibration sample, those of the dense model, and the tokens that they predict."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.samples import Sample, Samples, fit_together
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer, find_predictions, fitting_mask, own_head
 
 _MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
+ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
 def widened(x: Tensor) -> Tensor:
@@ -31,9 +35,9 @@ def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
 
 
 def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
-    """Return the id of the token that follows each row of the predictions, -1 where none follows.
+    """Return the id of the token that follows each row of the predictions, or -1 if there is none to predict.
 
-    None follows where the config of the model says that the id stands for a part of an image, a video or audio. The
+    Placeholders for parts of an image, a video or audio, which the config of the model names, are not predicted. The
     result is None if the sample has no `input_ids`, or not one prediction for each of them.
     """
     ids = sample.batch.get("input_ids") if isinstance(sample.batch, Mapping) else None
@@ -49,20 +53,79 @@ def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
     return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)
 
 
+def predictions_of(output: object) -> Tensor:
+    """Return the predictions in the output of a model; refuse an output without any."""
+    found = find_predictions(output)
+    if found is None:
+        raise UserError(
+            "recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
+            f"gave {_kind(output)}. Let forward= (or calibration_step) return the predictions, or use another recovery."
+        )
+    return found
+
+
+def _kind(found: object) -> str:
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+
+
 @dataclass(frozen=True)
 class DenseTarget:
-    """The dense predictions for one sample: the inputs of the output head, or the predictions themselves."""
+    """The dense predictions for one sample, stored as the inputs of the output head or as the predictions."""
 
     rows: Tensor
     head: nn.Module | None
 
     def predictions(self) -> Callable[[slice], Tensor]:
-        """Return a function that gives some of the dense predictions, (rows, classes)."""
+        """Return a function that computes a slice of the dense predictions, (rows, classes)."""
         head, rows = self.head, self.rows
         if head is None:
             return lambda part: rows[part]
         cast = _cast_by_autocast(head)
         return lambda part: functional_call(head, cast, (rows[part],))
+
+
+def dense_targets(samples: Sequence[Sample], data: Samples, head: nn.Module | None) -> list[DenseTarget]:
+    """Return what the dense model predicts for the samples of a batch."""
+    with torch.set_grad_enabled(samples[0].batch_index == 0):  # shows whether training will get gradients
+        first = _target(samples[0], head)
+    with torch.no_grad():
+        if len(samples) > 1 and len(first.rows) == 1 and fit_together(samples):
+            others = _target(data.join(samples[1:]), head)
+            if len(others.rows) == len(samples) - 1:
+                return [first, *(DenseTarget(row, others.head) for row in others.rows.split(1))]
+        return [first, *(_target(sample, head) for sample in samples[1:])]
+
+
+def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
+    entered: list[Tensor] = []
+    with ExitStack() as hooks:
+        if head is not None:
+            hook = head.register_forward_pre_hook(lambda module, args: entered.extend(args))
+            hooks.callback(hook.remove)
+        output = sample.predict()
+    predictions = rows_of(predictions_of(output), sample)
+    _refuse_untrainable(predictions, sample.batch_index)
+    predictions = predictions.detach()
+    if head is not None and len(entered) == 1:
+        rows = rows_of(entered[0].detach(), sample)
+        part = slice(0, ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
+        if len(rows) == len(predictions) and _nearly_equal(head(rows[part]).detach(), predictions[part]):
+            return DenseTarget(rows.clone(), head)
+    return DenseTarget(predictions.clone(), None)
+
+
+def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
+    if torch.is_grad_enabled() and not predictions.requires_grad:
+        raise UserError(
+            "recovery=Distil() needs predictions with gradients, but the predictions of the model have none, as under "
+            "torch.no_grad() or after detach(). Let forward= (or calibration_step) return predictions with gradients, "
+            "or use another recovery."
+        )
+    if not (predictions < math.inf).all():  # minus infinity is allowed: the logit of an impossible class
+        raise UserError(
+            f"recovery=Distil() needs finite predictions, but those of batch {batch} (counted from 0) hold NaN or "
+            "infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+        )
 
 
 def _cast_by_autocast(head: nn.Module) -> dict[str, Tensor]:
@@ -88,7 +151,7 @@ def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
     return None
 
 
-def nearly_equal(first: Tensor, second: Tensor) -> bool:
+def _nearly_equal(first: Tensor, second: Tensor) -> bool:
     """Return whether two predictions differ only by rounding; some models scale or cap the outputs of their head."""
     if not second.numel():  # a sample of padding
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -10,17 +11,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments
-from wanda_lightning.calibration.gradients import without_gradients
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.hyperparameters import Number, check
-from wanda_lightning.core.masking import masked
 from wanda_lightning.models import Layer, Unit, fitting_mask
-from wanda_lightning.training.masked_weights import keep_mask, root_mean_square
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
+from wanda_lightning.training.over_processes import in_one_order
 from wanda_lightning.training.predictions import widened
 from wanda_lightning.training.recovery import RecoveredPart, Recovery, UnitRecovery
 
@@ -57,22 +56,14 @@ class Reconstruct(Recovery):
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or another recovery."
 
-    def check_processes(self, world_size: int, is_sharded: bool) -> None:
-        """Require a single process: each would train on its own batches alone."""
-        if world_size > 1:
-            raise UserError(
-                f"recovery=Reconstruct() trains in one process, but {world_size} prune together. Prune with devices=1, "
-                "or without recovery."
-            )
-
     def workspace(self, unit: Unit) -> int:
-        """Copies of the weights of a part, gradients in both dtypes, two moments, and the best weights."""
+        """Count masters, gradients in both dtypes, two moments, and two sets of best weights of the largest part."""
         return 7 * max((sum(layer.size for layer in part.layers) for part in _parts(unit)), default=0)
 
-    def start(self, unit: Unit) -> UnitRecovery:
+    def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Find the parts of the unit; a unit that is a single layer has no parts."""
         parts = _parts(unit)
-        return _BlockReconstruction(self, unit, parts) if parts else UnitRecovery()
+        return _BlockReconstruction(self, unit, parts, processes) if parts else UnitRecovery()
 
 
 class _Run(NamedTuple):
@@ -109,6 +100,7 @@ class _BlockReconstruction(UnitRecovery):
     config: Reconstruct
     unit: Unit
     parts: list[_Part]
+    processes: Processes
 
     def record(self, calls: Iterable[Call]) -> Iterator[Call]:
         """Record the parts during each call; a batch that does not count is not recorded."""
@@ -133,85 +125,82 @@ class _BlockReconstruction(UnitRecovery):
         """Train part by part; the recorded tensors of a part are freed after its training."""
         while self.parts:
             part = self.parts.pop(0)
-            if part.runs:
-                show(part.name)
-                yield _PartTraining(part, self.config).train()
+            show(part.name)
+            if trained := _PartTraining(part, self.config, self.processes).train():
+                yield trained
 
 
 class _PartTraining:
-    """Trains the nonzero weights of one part, and writes them at the end of training.
+    """Trains the nonzero weights of one part.
 
-    The part runs outside the block, by `functional_call` with float32 copies of its weights, so that the model does not
-    change until training ends.
+    All processes share one order of the runs. Each step trains on one run, in the process that recorded it.
     """
 
-    def __init__(self, part: _Part, config: Reconstruct) -> None:
-        self._part, self._config = part, config
-        self._trained = [run for index, run in enumerate(part.runs) if index % _HELD_OUT != _HELD_OUT - 1]
-        self._held_out = part.runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
-        names = {module: name for name, module in part.module.named_modules()}
-        paths = {layer.name: f"{names[layer.module]}.{layer.parameter_name}" for layer in part.layers}
-        self._weights = {paths[layer.name]: layer.parameter.detach() for layer in part.layers}
-        # float32: bfloat16 would lose small steps.
-        self._copies = {
-            path: weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).requires_grad_()
-            for path, weight in self._weights.items()
-        }
-        self._keep = {
-            path: keep_mask(weight, [layer for layer in part.layers if paths[layer.name] == path])
-            for path, weight in self._weights.items()
-        }
+    def __init__(self, part: _Part, config: Reconstruct, processes: Processes) -> None:
+        self._part, self._config, self._processes = part, config, processes
+        by_batch: dict[int, list[_Run]] = {run.call.sample.batch_index: [] for run in part.runs}
+        for run in part.runs:
+            by_batch[run.call.sample.batch_index].append(run)
+        self._runs = in_one_order([by_batch.get(n, []) for n in range(1 + max(by_batch, default=-1))], processes)
+        self._trained = [run for index, run in enumerate(self._runs) if index % _HELD_OUT != _HELD_OUT - 1]
+        self._held_out = self._runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
 
-    def train(self) -> RecoveredPart:
-        """Train for at most `epochs` epochs, as long as the held-out error falls."""
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [copy], "lr": self._config.learning_rate * root_mean_square(copy.detach()[keep])}
-                for copy, keep in zip(self._copies.values(), self._keep.values(), strict=True)
-            ]
-        )
-        with without_gradients(self._part.module):
+    def train(self) -> RecoveredPart | None:
+        """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
+        if not self._runs:
+            return None
+        module, layers, stopped = self._part.module, self._part.layers, ""
+        parameters = list(dict.fromkeys(layer.parameter for layer in layers))
+        with MaskedWeights(module, parameters, layers, self._processes, skip_unreached=True) as weights:
+            optimizer = torch.optim.Adam(weights.groups(self._config.learning_rate))
             first = least = self._held_out_error()
-            best = self._snapshot()
-            for _ in range(self._config.epochs):
-                self._train_epoch(optimizer)
-                if not (error := self._held_out_error()) < least:
-                    break
-                least, best = error, self._snapshot()
-        for path, weight in self._weights.items():
-            weight.copy_(best[path])
-        energy = float(sum(self._square_sum(run.output, run) for run in self._held_out))
+            try:
+                if not math.isfinite(first):
+                    raise NotFiniteError("held-out error")
+                for _ in range(self._config.epochs):
+                    for run in self._trained:
+                        weights.step(optimizer, partial(self._losses, run))
+                    if not (after := self._held_out_error()) < least:
+                        break
+                    least = after
+                    weights.keep_best()
+            except NotFiniteError as error:
+                stopped = f"the {error} was not finite"
+        energy = float(sum(self._held_out_sums(lambda run: self._square_sum(run.output, run))))
         energy = max(energy, torch.finfo(torch.float32).tiny)
-        names = frozenset(layer.name for layer in self._part.layers)
-        return RecoveredPart(self._part.name, names, first / energy, least / energy)
+        names = frozenset(layer.name for layer in layers)
+        return RecoveredPart(self._part.name, names, first / energy, least / energy, stopped)
 
-    def _train_epoch(self, optimizer: torch.optim.Optimizer) -> None:
-        for run in self._trained:
-            optimizer.zero_grad()
-            self._error(run, training=True).backward()
-            for copy, keep in zip(self._copies.values(), self._keep.values(), strict=True):
-                if copy.grad is not None:  # Adam skips weights without a gradient
-                    copy.grad = masked(copy.grad, keep)
-            optimizer.step()
+    def _losses(self, run: _Run | None, scale: float) -> Iterator[float]:
+        if run is not None:
+            error = self._error(run, training=True)
+            error.backward(torch.full_like(error, scale))
+            yield float(error)
 
     def _held_out_error(self) -> float:
-        return float(torch.stack([self._error(run) for run in self._held_out]).sum())
+        return float(self._held_out_sums(self._error).sum())
+
+    def _held_out_sums(self, sum_of: Callable[[_Run], Tensor]) -> Tensor:
+        """Return a sum for each held-out run of all processes."""
+        weight = self._part.layers[0].weight
+        sums = torch.zeros_like(widened(weight.new_empty(len(self._held_out))))
+        with self._processes.fail_together():
+            for index, run in enumerate(self._held_out):
+                if run is not None:
+                    sums[index] = sum_of(run)
+        self._processes.all_reduce_sum([sums])
+        return sums
 
     def _error(self, run: _Run, training: bool = False) -> Tensor:
         with run.call.thread_state.entered(), torch.set_grad_enabled(training):
-            values = {path: copy.to(self._weights[path].dtype) for path, copy in self._copies.items()}
             args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-            output = _first_output(functional_call(self._part.module, values, args, kwargs))
-            return self._square_sum(output - run.output, run)
+            return self._square_sum(_first_output(self._part.module(*args, **kwargs)) - run.output, run)
 
     def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
         """Sum the squares over all tokens except padding."""
         if mask := fitting_mask(run.call.sample.masks, self._part.name, x):
             x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
         return widened(x).square().sum()
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {path: copy.detach().clone() for path, copy in self._copies.items()}
 
 
 def _parts(unit: Unit) -> list[_Part]:

@@ -10,8 +10,9 @@ from torch import nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer, Unit
-from wanda_lightning.parallel import Processes
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import Training
 
 
@@ -22,6 +23,7 @@ class RecoveredPart(NamedTuple):
     layers: frozenset[str]  # names of the pruned layers inside it
     before: float
     after: float
+    stopped: str = ""  # why training ended early or did not take place
 
 
 class UnitRecovery:
@@ -70,12 +72,17 @@ class Recovery:
 
     def check_processes(self, world_size: int, is_sharded: bool) -> None:
         """Raise a ValueError if the recovery does not support this number of processes, or a sharded model."""
+        if is_sharded:
+            raise UserError(
+                f"recovery={type(self).__name__}() trains a model that each process holds as a whole, but this one is "
+                "sharded. Prune before sharding (devices=1), or without recovery."
+            )
 
     def workspace(self, unit: Unit) -> int:
-        """Return about how many float32 numbers it holds at most for the weights that it trains in a unit."""
+        """Estimate the peak memory for training the weights of a unit, as a number of float32 values."""
         return 0
 
-    def start(self, unit: Unit) -> UnitRecovery:
+    def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Start the recovery of a unit that is still dense."""
         return UnitRecovery()
 
@@ -87,3 +94,6 @@ class Recovery:
 @dataclass(frozen=True)
 class NoRecovery(Recovery):
     """Leave the weights as the solver computed them."""
+
+    def check_processes(self, world_size: int, is_sharded: bool) -> None:
+        """Accept any number of processes, and sharded models."""

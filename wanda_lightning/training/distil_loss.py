@@ -1,0 +1,89 @@
+"""The loss of a sample in distillation, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
+from wanda_lightning.models import causal_config, has_classes
+from wanda_lightning.training.predictions import (
+    ROWS_AT_ONCE,
+    DenseTarget,
+    next_tokens,
+    predictions_of,
+    rows_of,
+    widened,
+)
+
+_Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+class DistilLoss:
+    """Compares the predictions of a pruned model with the dense ones, and with the next tokens of text."""
+
+    def __init__(self, model: nn.Module, kind: str | None, next_token: float) -> None:  # see `Distil`
+        self._model, self._kind, self._causal = model, kind, causal_config(model)
+        self._next_token = 0.0 if self._causal is None else next_token
+
+    def __call__(self, sample: Sample, target: DenseTarget, factor: float, scale: float | None) -> float:
+        """Return the loss of a sample times a factor, after passing its gradient, times a scale, backward.
+
+        Without a scale, nothing is passed backward. The gradient is computed by hand for some rows at a time: cross
+        entropy would hold several tensors of the size of all predictions.
+        """
+        with torch.set_grad_enabled(scale is not None), _mixed_precision(self._model):
+            output = sample.predict()
+            rows = rows_of(predictions_of(output), sample)
+        if not len(rows):  # a sample of padding
+            return 0.0
+        gradient = None if scale is None else torch.empty_like(rows)
+        loss, compare = 0.0, self._comparison(output, sample, target)
+        with torch.no_grad():
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                part = slice(start, start + ROWS_AT_ONCE)
+                value, slopes = compare(widened(rows[part]), part)
+                loss += float(value) * factor
+                if gradient is not None and scale is not None:
+                    gradient[part] = slopes.mul_(scale * factor)
+        if gradient is not None:
+            rows.backward(gradient)
+        return loss
+
+    def _comparison(self, output: object, sample: Sample, target: DenseTarget) -> _Comparison:
+        """Return the function that compares some rows of predictions: their part of the loss, and its gradient."""
+        is_kl = self._kind == "kl" or (self._kind is None and has_classes(output))
+        compare, dense, count = divergence if is_kl else squared_error, target.predictions(), len(target.rows)
+        tokens = next_tokens(output, sample, self._causal) if is_kl and self._next_token else None
+        known = 0 if tokens is None else int((tokens >= 0).sum())
+        share = self._next_token if known else 0.0
+
+        def part_of_loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            value, slopes = compare(rows, widened(dense(part)))
+            loss, gradient = value * ((1 - share) / count), slopes.mul_((1 - share) / count)
+            if tokens is not None and share:
+                value, slopes = cross_entropy(rows, tokens[part])
+                loss, gradient = loss + value * (share / known), gradient.add_(slopes, alpha=share / known)
+            return loss, gradient
+
+        return part_of_loss
+
+
+def _mixed_precision(model: nn.Module) -> torch.autocast:
+    """Run float32 models in bfloat16 where the hardware supports it natively; keep the precision set by a Trainer."""
+    parameter = next(model.parameters())
+    kind = parameter.device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    if not enabled and parameter.dtype == torch.float32 and kind in ("cuda", "cpu"):
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else _cpu_has_bfloat16()
+        dtype = torch.bfloat16
+    # A cached cast that was made without gradients would cut the graph of the recomputed block.
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
+def _cpu_has_bfloat16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
