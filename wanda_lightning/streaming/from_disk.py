@@ -63,7 +63,7 @@ def prune_from_disk(
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
         park: Where the activations of waiting batches are: `"memory"` of the device, `"cpu"`, or `"disk"` (the output).
-        device: Where the model computes, for example `"cuda"`. Two blocks, all other weights and the activations are there.
+        device: Where the model computes, for example `"cuda"`. Two blocks and the activations are there.
         **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
 
     Raises:
