@@ -46,10 +46,9 @@ def prune_from_disk(
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
 
-    The weights outside of the blocks stay in memory. A block is read when the calibration batches arrive at it, and
-    written when they leave it. The output is a folder for `from_pretrained`, with the weights that `prune` computes.
-    An interrupted run continues when it is called again with the same arguments; until it has finished, the output is
-    not a model. Other choices, batches and weights are refused, but another `forward` is not noticed.
+    A block is read when the calibration batches arrive at it, and written when they leave it. The output is a folder
+    for `from_pretrained`, with the weights that `prune` computes. An interrupted run continues when it is called again
+    with the same arguments (`forward` is not compared); until it has finished, the output is not a model.
 
     Args:
         source: Hub id or local folder.
@@ -65,7 +64,7 @@ def prune_from_disk(
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
         park: Where the activations of waiting batches are: `"memory"` of the device, `"cpu"`, or `"disk"` (the output).
-        device: Where the model computes, for example `"cuda"`. Two blocks are there, and the activations.
+        device: Where the model computes, for example `"cuda"`. Two blocks and the activations are there.
         **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
 
     Raises:
