@@ -17,7 +17,7 @@ pytestmark = IGNORED_WARNINGS
 @pytest.fixture
 def tuned(pruned, inputs):
     """The options of a fast run on the language model, pruned."""
-    texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "6"]
+    texts = ["--data", inputs / "long.txt", "--evaluation", inputs / "other.txt", "--limit", "6"]
     sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01"]
     return ["finetune", "--model", pruned, *texts, *sizes]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +72,6 @@ def parse_options(command: str, arguments: Sequence[str]) -> Any:
     return CommandParser(command, OPTIONS[command], COMMANDS[command]).parse_options(arguments)
 
 
-def _options_of(command: str) -> set[str]:
-    """Return the names of a command's options; none for a recipe."""
-    from wanda_lightning.cli.options import OPTIONS
-
-    return {field.name for field in fields(OPTIONS[command])} if command in OPTIONS else set()
-
-
 def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
     """Run one command; if it ends early, say why in one line."""
     from wanda_lightning.cli.errors import explain
@@ -99,7 +91,7 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
         if signals.received is None:
-            return explain(error, "--debug" in arguments, _options_of(command))
+            return explain(error, "--debug" in arguments)
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
     if signals.received is None:

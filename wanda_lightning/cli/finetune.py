@@ -21,8 +21,9 @@ from wanda_lightning.cli.measure import (
     refuse_no_space,
     save_model,
 )
-from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
+from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.cli.parser import as_command
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import files_in
 from wanda_lightning.common.words import one_line
@@ -46,7 +47,7 @@ def run(options: FinetuneOptions) -> None:
     windows = TextDataModule(
         module.tokenizer,
         options.data,
-        options.eval,
+        options.evaluation,
         seqlen=checked_seqlen(options.seqlen, module.model.config, _PAPER_SEQLEN),
         num_samples=options.steps * options.batch_size,
         batch_size=options.batch_size,

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from wanda_lightning.cli.options import FinetuneOptions, PruneOptions
+from wanda_lightning.cli.common_options import SaveOptions
 from wanda_lightning.cli.output import print_line
 from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.common.files import is_replaceable, refuse_full, unclaimed
@@ -64,7 +64,7 @@ def save_model(module: Any, folder: str | None, overwrite: bool) -> Path | None:
     return place
 
 
-def push(folder: Path | None, files: Collection[str], options: PruneOptions | FinetuneOptions) -> None:
+def push(folder: Path | None, files: Collection[str], options: SaveOptions) -> None:
     """Upload files of a saved model if a repository is given. Call it last, since it may fail."""
     if folder is not None and options.push_to_hub is not None:
         print_line(f"Uploaded {folder} to {upload(folder, options.push_to_hub, files, options.private)}.")
