@@ -267,7 +267,11 @@ OF_LANGUAGE_MODELS = [
     (["--evaluation", "{}/text.txt,{}/gone.txt"], "gone.txt does not exist", 2),
     (["--tasks", "paper", "--tasks_dir", "{}/gone"], "gone does not exist", 2),
     (["--save", "{}"], "--save {} must be a file, but it is a folder. Name a file inside it", 2),
-    (["--save", "{}/text.txt"], "--save {}/text.txt already exists. Choose another name, or replace it with overwrite=T", 2),
+    (
+        ["--save", "{}/text.txt"],
+        "--save {}/text.txt already exists. Choose another name, or replace it with overwrite=T",
+        2,
+    ),
 ]
 
 

@@ -44,8 +44,8 @@ def test_messages_have_one_dtype_and_a_bounded_size(monkeypatch, pair):
     [
         ({"inner": [], "outer": []}, "fine", "fine"),
         ({"inner": [1], "outer": []}, ("RuntimeError", "process 1 of 2 .* KeyError: 1"), ("KeyError", "1")),
-        ({"inner": [], "outer": [0]}, ("ValueError", "bad 0"), ("ValueError", "process 0 of 2 .* bad 0")),
-        ({"inner": [], "outer": [0, 1]}, ("ValueError", "bad 0"), ("ValueError", "bad 1")),
+        ({"inner": [], "outer": [0]}, ("UserError", "bad 0"), ("UserError", "process 0 of 2 .* bad 0")),
+        ({"inner": [], "outer": [0, 1]}, ("UserError", "bad 0"), ("UserError", "bad 1")),
         ({"inner": [0, 1], "outer": []}, ("KeyError", "0"), ("KeyError", "1")),
     ],
 )
@@ -222,10 +222,10 @@ def test_only_the_first_process_shows_progress(pair):
 @pytest.mark.parametrize(
     ("spoil", "kinds", "text"),
     [
-        ("input", ("ValueError", "ValueError"), "NaN or infinity"),
-        ("weight", ("ValueError", "ValueError"), "has weights that are NaN or infinite"),
-        ("iterator", ("RuntimeError", "OSError"), "no more disk"),
-        ("forward", ("RuntimeError", "OSError"), "no more disk"),
+        ("input", ("UserError", "UserError"), "NaN or infinity"),
+        ("weight", ("UserError", "UserError"), "has weights that are NaN or infinite"),
+        ("iterator", ("UserError", "OSError"), "no more disk"),
+        ("forward", ("UserError", "OSError"), "no more disk"),
     ],
 )
 def test_what_is_wrong_in_one_process_ends_all(pair, sequential, spoil, kinds, text):

@@ -24,7 +24,7 @@ from wanda_lightning.cli.measure import (
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parser import as_command
-from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.files import files_in
 from wanda_lightning.common.words import one_line
 from wanda_lightning.data import TextDataModule
@@ -101,6 +101,8 @@ def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             keep_zeros=options.method == "keep-zeros-lora",
         )
+    except MissingPackageError:
+        raise
     except ValueError as error:
         raise UserError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
 

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from wanda_lightning.common.errors import UserError
+
 Value = TypeVar("Value")
 
 _ENTRIES = 2**25  # in one message: 128 MiB of float32, since a message is a copy
@@ -98,7 +100,7 @@ class Processes:
         except Exception as error:
             if error is not self._known_failure:
                 self._known_failure = error
-                cause = isinstance(error, ValueError), f"{type(error).__name__}: {error}"
+                cause = isinstance(error, UserError | OSError), f"{type(error).__name__}: {error}"
                 self._broadcast(cause, -1 - self._lowest(-1 - self.rank))
             raise
         self.all_reduce_min(0)
@@ -111,8 +113,8 @@ class Processes:
         return int(tensor)
 
     def _fail_with(self, rank: int) -> None:
-        is_value_error, cause = self._broadcast((False, ""), rank)
-        failure = ValueError if is_value_error else RuntimeError
+        is_refusal, cause = self._broadcast((False, ""), rank)
+        failure = UserError if is_refusal else RuntimeError
         self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
         raise self._known_failure
 
