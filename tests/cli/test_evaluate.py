@@ -264,8 +264,6 @@ OF_LANGUAGE_MODELS = [
     (["--dense", "{}/images"], "has no config.json", 2),
     (["--pruned", "{}/dense"], "pruned must be a pruned model, but no layer of {}/dense has a zero.", 1),
     (["--seqlen", "257"], "--seqlen must be at most 256, the model's context, but it is 257", 2),
-    (["--evaluation", "{}/text.txt,{}/gone.txt"], "gone.txt does not exist", 2),
-    (["--tasks", "paper", "--tasks_dir", "{}/gone"], "gone does not exist", 2),
     (["--save", "{}"], "--save {} must be a file, but it is a folder. Name a file inside it", 2),
     (
         ["--save", "{}/text.txt"],

@@ -25,7 +25,6 @@ COMMANDS = ["prune", "finetune", "evaluate", "inspect", "speed", "fit", "validat
 USAGE = [
     (["prune"], "--model is required"),
     (["speed"], "--model is required"),
-    (["inspect", "x"], "inspect takes only options, but 'x' is not one."),
     (["fit"], "--config FILE.yaml is required for fit"),
     (["validate", "--config", "gone.yaml"], "gone.yaml"),
     (["inspect", "--model", "."], "--model . has no config.json."),

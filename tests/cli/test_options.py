@@ -39,7 +39,6 @@ REFUSED = {
         (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
         (["--use_variant", "--method", "magnitude"], "Use --method wanda within rows"),
         (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it"),
-        (["--method", "fast", "--use_variant"], "--use_variant compares Wanda's scores within rows, but"),
         (["--data", "digits"], "--data has no meaning for a language model. Leave it out."),
         (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
         ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit have no meaning for an image classifier. Leave"),

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.parser import UsageError, as_command, as_list
+from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.parser import as_command, as_list
 
 
 def parse(*arguments, command="prune"):
@@ -75,28 +76,26 @@ def test_files_that_are_refused(content, message):
 
 
 ALIASES = [
-    ("prune", "sparsity_ratio", "sparsity", "0.25"),
-    ("inspect", "sparsity_type", "pattern", "2:4"),
-    ("prune", "prune_method", "method", "magnitude"),
-    ("prune", "nsamples", "num_samples", "3"),
-    ("prune", "eval", "evaluation", "a.txt,b.txt"),
-    ("finetune", "eval", "evaluation", "a.txt"),
-    ("evaluate", "eval", "evaluation", "[]"),
-    ("prune", "data_path", "data", "digits"),
-    ("evaluate", "resume", "checkpoint", "a.safetensors"),
+    ("prune --model x", "sparsity_ratio", "sparsity", "0.25"),
+    ("inspect --model x", "sparsity_type", "pattern", "2:4"),
+    ("prune --model x", "prune_method", "method", "magnitude"),
+    ("prune --model x", "nsamples", "num_samples", "3"),
+    ("prune --model x", "eval", "evaluation", "a.txt,b.txt"),
+    ("finetune --model x", "eval", "evaluation", "a.txt"),
+    ("evaluate --model x", "eval", "evaluation", "[]"),
+    ("prune --model timm:x", "data_path", "data", "digits"),
+    ("evaluate --model timm:x --data digits", "resume", "checkpoint", "a.safetensors"),
 ]
 
 
-@pytest.mark.parametrize(("command", "alias", "name", "value"), ALIASES)
-def test_an_earlier_name_of_an_option(command, alias, name, value, capsys):
-    model = "timm:x" if name in ("data", "checkpoint") else "x"
-    base = ["--model", model, *(["--data", "cifar10"] if name == "checkpoint" else [])]
+@pytest.mark.parametrize(("start", "alias", "name", "value"), ALIASES)
+def test_an_earlier_name_of_an_option(start, alias, name, value, capsys):
+    command, *base = start.split()
     expected = parse(*base, f"--{name}", value, command=command)
     assert f"--{name}" in as_command(command, expected).split()  # and so it is not the default
-    assert parse(*base, f"--{alias}", value, command=command) == expected
-    assert parse(*base, f"--{alias}", value, f"--{name}", value, command=command) == expected
     Path("old.yaml").write_text(yaml.safe_dump({alias: value}))
-    assert parse(*base, "--config", "old.yaml", command=command) == expected
+    for given in ([f"--{alias}", value], [f"--{alias}", value, f"--{name}", value], ["--config", "old.yaml"]):
+        assert parse(*base, *given, command=command) == expected
     with pytest.raises(SystemExit):
         parse("--help", command=command)
     assert re.search(rf"--{name} \w+, --{alias} \w+", capsys.readouterr().out)
@@ -141,11 +140,6 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
 def test_an_empty_text_is_not_the_default():
     assert parse("--model", "x", "--evaluation", "", command="evaluate").evaluation == []
     assert parse("--model", "x", command="evaluate").evaluation is None
-
-
-def test_a_required_option():
-    with pytest.raises(UsageError, match="--model is required: Hub id"):
-        parse("--seed", "1")
 
 
 def test_help_is_complete(capsys):

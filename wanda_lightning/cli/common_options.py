@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.cli.parser import UsageError, default_of, option
+from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.parser import default_of, option
 from wanda_lightning.common.model_source import why_missing, why_no_language_model
 from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.hub.upload import refuse_upload
@@ -34,16 +35,56 @@ SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """The model that a command loads, and how."""
+    """The model that a command loads, and checks of options that need no model."""
 
     model: Any = option("Hub id, folder or .gguf file of a language model.", MISSING)
     dtype: str | None = option("Data type of the weights; by default auto, as they are stored.", rule=OneOf(DTYPES))
     cache_dir: str | None = option("Folder for downloads from the hub.")
     trust_remote_code: bool = option("Run the code that comes with a hub model.", False)
 
+    def refuse_given(self, purpose: str, names: str) -> None:
+        """Refuse options that do not have their defaults although they mean nothing for this purpose."""
+        defaults = {each.name: default_of(each) for each in fields(self)}
+        given = [f"--{name}" for name in names.split() if getattr(self, name) != defaults[name]]
+        if given:
+            verb, them = ("has", "it") if len(given) == 1 else ("have", "them")
+            raise UsageError(f"{', '.join(given)} {verb} no meaning for {purpose}. Leave {them} out.")
+
+    def refuse_missing(self, names: str) -> None:
+        """Refuse a file or folder that does not exist, unless its name may be a hub id."""
+        for name in names.split():
+            given = getattr(self, name)
+            for value in [given] if isinstance(given, str) else given or ():
+                path = value.removeprefix("timm:local-dir:")
+                if name in ("checkpoint", "tasks_dir") or path != value:
+                    path = os.path.abspath(path)  # never a hub id
+                reason = why_missing(path)
+                if not reason and name in ("model", "dense", "pruned") and path == value:
+                    reason = why_no_language_model(Path(path))
+                if reason:
+                    raise UsageError(f"--{name} {value} {reason}")
+
+    def refuse_place(self, name: str, refuse: Callable[[str, bool], None]) -> None:
+        """Refuse a path that cannot be written, in a message that starts with the option."""
+        if (path := getattr(self, name)) is not None:
+            if not path.strip():
+                raise UsageError(f"--{name} must be a path, but it is {path!r}.")
+            try:
+                refuse(path, self.overwrite)  # type: ignore[attr-defined]  # of every command that writes
+            except OSError as error:
+                raise UsageError(f"--{name} {error}") from error
+
+    def require_images(self, model: str) -> None:
+        """Refuse an image classifier without images to measure it on."""
+        if self.data is None:  # type: ignore[attr-defined]  # of every command that reads images
+            raise UsageError(
+                f"--data is required for the image classifier {model}: give a folder laid out like ImageNet, cifar10, "
+                "cifar100 or a hub id with the classes that the model was trained on, or digits to try the command out."
+            )
+
 
 @dataclass(kw_only=True)
-class SaveOptions:
+class SaveOptions(ModelOptions):
     """Where a command saves a model."""
 
     save_model: str | None = option("Folder for the pruned model.")
@@ -54,55 +95,9 @@ class SaveOptions:
     overwrite: bool = option("Replace a --save_model folder with everything in it.", False)
 
     def refuse_push(self, purpose: str) -> None:
-        """Raise a UsageError for an upload without a saved model, and for a private one without a repository."""
+        """Refuse an upload without a saved model, a private one without a repository, and one that cannot succeed."""
         for needed, name in (("save_model", "push_to_hub"), ("push_to_hub", "private")):
             if getattr(self, needed) is None:
-                refuse_given(self, f"{purpose} without --{needed}", name)
-
-    def refuse_early(self) -> None:
-        """Refuse an upload that cannot succeed."""
+                self.refuse_given(f"{purpose} without --{needed}", name)
         if self.push_to_hub is not None:
             refuse_upload(self.push_to_hub, self.private)
-
-
-def refuse_given(options: Any, purpose: str, names: str) -> None:
-    """Raise a UsageError for options that do not have their defaults although they mean nothing for this purpose."""
-    defaults = {each.name: default_of(each) for each in fields(options)}
-    given = [f"--{name}" for name in names.split() if getattr(options, name) != defaults[name]]
-    if given:
-        verb, them = ("has", "it") if len(given) == 1 else ("have", "them")
-        raise UsageError(f"{', '.join(given)} {verb} no meaning for {purpose}. Leave {them} out.")
-
-
-def require_images(model: str, data: str | None) -> None:
-    """Raise a UsageError if an image classifier has no images to be measured on."""
-    if data is None:
-        raise UsageError(
-            f"--data is required for the image classifier {model}: give a folder laid out like ImageNet, cifar10, "
-            "cifar100 or a hub id with the classes that the model was trained on, or digits to try the command out."
-        )
-
-
-def refuse_missing(options: Any, names: str) -> None:
-    """Raise a UsageError for a file or folder that does not exist, unless its name may be a hub id."""
-    for name in names.split():
-        given = getattr(options, name)
-        for value in [given] if isinstance(given, str) else given or ():
-            path = value.removeprefix("timm:local-dir:")
-            if name in ("checkpoint", "tasks_dir") or path != value:
-                path = os.path.abspath(path)  # never a hub id
-            if reason := why_missing(path):
-                raise UsageError(f"--{name} {value} {reason}")
-            if name in ("model", "dense", "pruned") and path == value and (reason := why_no_language_model(Path(path))):
-                raise UsageError(f"--{name} {value} {reason}")
-
-
-def refuse_place(options: Any, name: str, refuse: Callable[[str, bool], None]) -> None:
-    """Raise a UsageError that starts with the option if a path cannot be written."""
-    if (path := getattr(options, name)) is not None:
-        if not path.strip():
-            raise UsageError(f"--{name} must be a path, but it is {path!r}.")
-        try:
-            refuse(path, options.overwrite)
-        except OSError as error:
-            raise UsageError(f"--{name} {error}") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.common.errors import UserError
+
+
+class UsageError(UserError):
+    """A wrong option. The command ends with status 2."""
 
 
 def refusal_in(error: BaseException) -> BaseException | None:
@@ -17,25 +18,9 @@ def refusal_in(error: BaseException) -> BaseException | None:
     Meant for the user are `UserError`, errors of the operating system, and Lightning's `MisconfigurationException`.
     Causes count because LightningCLI wraps errors of classes.
     """
-    found: BaseException | None = error
-    while found is not None and not _is_refusal(found):
-        found = found.__cause__
-    return found
-
-
-def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, UserError | OSError) or type(error).__name__ == "MisconfigurationException"
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turn refusals into `UsageError`s while options are checked before a model is loaded."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(str(error)) from error
+    if isinstance(error, UserError | OSError) or type(error).__name__ == "MisconfigurationException":
+        return error
+    return None if error.__cause__ is None else refusal_in(error.__cause__)
 
 
 def explain(error: BaseException, debug: bool) -> int:

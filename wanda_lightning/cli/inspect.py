@@ -15,6 +15,7 @@ from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.pruning_options import InspectOptions
 from wanda_lightning.common.checks import available_memory
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.words import counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for
@@ -40,7 +41,7 @@ def run(options: InspectOptions) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(layer.size for layer in found.layers)
     print_line(
-        f"{_counted(len(found.layers), 'layer')} in {_counted(len(found.units), 'unit')} hold {weights:,} weights, "
+        f"{counted(len(found.layers), 'layer')} in {counted(len(found.units), 'unit')} hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters, with --sequential {config.sequential}."
     )
     for note in (unfit_layers(found), low_coverage(found)):
@@ -52,7 +53,7 @@ def run(options: InspectOptions) -> None:
 
 
 def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) -> None:
-    """Print the memory that `prune --stream` needs; raise a ValueError if this machine has less."""
+    """Print the memory that `prune --stream` needs; refuse a machine that has less."""
     import torch
 
     is_given = options.dtype not in (None, "auto")
@@ -105,7 +106,3 @@ def _units_table(found: Inventory, model: str) -> Table:
         weights = f"{sum(layer.size for layer in unit.layers):,}"
         table.add_row(escape(unit.name) or "the whole model", str(len(unit.layers)), weights, escape(names))
     return table
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

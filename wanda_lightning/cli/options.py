@@ -18,12 +18,9 @@ from wanda_lightning.cli.common_options import (
     WINDOW,
     ModelOptions,
     SaveOptions,
-    refuse_given,
-    refuse_missing,
-    refuse_place,
-    require_images,
 )
-from wanda_lightning.cli.parser import UsageError, option
+from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.parser import option
 from wanda_lightning.cli.pruning_options import InspectOptions, PruneOptions
 from wanda_lightning.common.checks import check_memory
 from wanda_lightning.common.files import refuse_existing, refuse_replacement
@@ -36,7 +33,7 @@ PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-tru
 
 
 @dataclass(kw_only=True)
-class FinetuneOptions(SaveOptions, ModelOptions):
+class FinetuneOptions(SaveOptions):
     """The options of `wanda-lightning finetune`."""
 
     model: str = option("Hub id, folder or .gguf file of the pruned model.", MISSING)
@@ -79,8 +76,7 @@ class FinetuneOptions(SaveOptions, ModelOptions):
     def __post_init__(self) -> None:
         if self.method == "full":
             adapters = "lora_r lora_alpha lora_dropout target_modules"
-            refuse_given(self, "--method full, which trains no adapters", adapters)
-        self.refuse_push("fine-tuning")
+            self.refuse_given("--method full, which trains no adapters", adapters)
         if self.distill and self.dense is None:
             raise UsageError("--distill learns from the dense model, but none is given. Name it with --dense.")
         if self.distill and self.dense is not None and Path(self.dense).resolve() == Path(self.model).resolve():
@@ -91,11 +87,11 @@ class FinetuneOptions(SaveOptions, ModelOptions):
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and samples that do not fit in memory."""
-        refuse_missing(self, "model dense")
+        self.refuse_missing("model dense")
         text_sources.check_source(self.data, "--data")
         text_sources.check_source(self.evaluation, "--evaluation")
-        refuse_place(self, "save_model", refuse_replacement)
-        super().refuse_early()
+        self.refuse_place("save_model", refuse_replacement)
+        self.refuse_push("fine-tuning")
         check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
 
 
@@ -145,12 +141,12 @@ class EvaluateOptions(ModelOptions):
             raise UsageError(f"--model must name language models or image classifiers, but {found}.")
         if self.is_image:
             language = "evaluation tasks tasks_dir limit task_limit seqlen dtype trust_remote_code"
-            refuse_given(self, "an image classifier", language)
-            require_images(self.models[0], self.data)
+            self.refuse_given("an image classifier", language)
+            self.require_images(self.models[0])
         else:
-            refuse_given(self, "a language model", "data checkpoint")
+            self.refuse_given("a language model", "data checkpoint")
             if not self.tasks:
-                refuse_given(self, "an evaluation without --tasks", "tasks_dir task_limit")
+                self.refuse_given("an evaluation without --tasks", "tasks_dir task_limit")
         if self.checkpoint is not None and len(self.checkpoint) != len(self.model):
             raise UsageError(
                 f"--checkpoint must have one file for each --model, but it has {len(self.checkpoint)} for "
@@ -159,12 +155,12 @@ class EvaluateOptions(ModelOptions):
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, and a file that cannot be written."""
-        refuse_missing(self, "model dense pruned checkpoint tasks_dir")
+        self.refuse_missing("model dense pruned checkpoint tasks_dir")
         if self.is_image:
             image_sources.check_source(self.data or "")
         for text in self.evaluation or ():
             text_sources.check_source(text, "--evaluation")
-        refuse_place(self, "save", refuse_existing)
+        self.refuse_place("save", refuse_existing)
 
     @property
     def models(self) -> list[str]:
@@ -191,7 +187,7 @@ class SpeedOptions(ModelOptions):
 
     def refuse_early(self) -> None:
         """Refuse a file that does not exist."""
-        refuse_missing(self, "model")
+        self.refuse_missing("model")
 
 
 OPTIONS: dict[str, type] = {

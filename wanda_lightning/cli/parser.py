@@ -18,13 +18,9 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from wanda_lightning.common.errors import UserError
+from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.core.hyperparameters import Number, OneOf
-
-
-class UsageError(UserError):
-    """A wrong option. The command ends with status 2."""
 
 
 def option(help: str, default: Any = None, rule: Number | OneOf | None = None, alias: str | None = None) -> Any:
@@ -82,16 +78,15 @@ class CommandParser(argparse.ArgumentParser):
         for path in given.config:
             texts |= self._by_name(self._read(path))
         texts |= self._by_name(given.options)
-        options = {each.name: each for each in fields(self._options)}
-        values = {name: default_of(each) for name, each in options.items()}
-        values |= {name: self._value(options[name], text) for name, text in texts.items()}
+        values = {each.name: default_of(each) for each in fields(self._options)}
+        values |= {name: self._value(self._fields[f"--{name}"], text) for name, text in texts.items()}
         if given.print_config:
             known = {name: None if value is MISSING else value for name, value in values.items()}
             print(yaml.safe_dump(known, sort_keys=False), end="")
             raise SystemExit(0)
         for name, value in values.items():
             if value is MISSING:
-                raise UsageError(f"--{name} is required: {options[name].metadata['help']}")
+                raise UsageError(f"--{name} is required: {self._fields[f'--{name}'].metadata['help']}")
         return self._options(**values)
 
     def _by_name(self, given: Mapping[str, Any]) -> dict[str, Any]:

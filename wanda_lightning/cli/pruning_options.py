@@ -24,12 +24,9 @@ from wanda_lightning.cli.common_options import (
     WINDOW,
     ModelOptions,
     SaveOptions,
-    refuse_given,
-    refuse_missing,
-    refuse_place,
-    require_images,
 )
-from wanda_lightning.cli.parser import UsageError, option
+from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.parser import option
 from wanda_lightning.common.checks import check_memory, check_report_path
 from wanda_lightning.common.files import (
     PROGRESS_NAME,
@@ -113,7 +110,7 @@ class _PruningOptions(_Choices):  # type: ignore[misc]  # its base is made from 
         if self.use_variant:
             meant = "equal_share"
         if given not in ("unstructured", meant):
-            refuse_given(self, f"--pattern {given}", "use_variant prune_granularity")
+            self.refuse_given(f"--pattern {given}", "use_variant prune_granularity")
         is_wanda = self.method in (None, "wanda") and self.criterion in (None, "wanda")
         is_wanda = is_wanda and self.solver in (None, "zero_out")
         if self.use_variant and (not is_wanda or self.prune_granularity == "layer"):
@@ -155,13 +152,13 @@ class InspectOptions(_PruningOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.is_image:
-            refuse_given(self, "an image classifier", "stream")
+            self.refuse_given("an image classifier", "stream")
         if not self.stream:
-            refuse_given(self, "inspect without --stream", "num_samples seqlen batch_size dtype park")
+            self.refuse_given("inspect without --stream", "num_samples seqlen batch_size dtype park")
 
     def refuse_early(self) -> None:
         """Refuse a file that does not exist, and choices that contradict each other."""
-        refuse_missing(self, "model")
+        self.refuse_missing("model")
         _ = self.config
 
     @property
@@ -214,15 +211,15 @@ class PruneOptions(SaveOptions, _PruningOptions):
     def __post_init__(self) -> None:
         if self.is_image:
             language = "seqlen limit calibration evaluation dtype trust_remote_code stream eval_zero_shot tasks_dir"
-            refuse_given(self, "an image classifier", language)
-            require_images(self.model, self.data)
+            self.refuse_given("an image classifier", language)
+            self.require_images(self.model)
         else:
-            refuse_given(self, "a language model", "data checkpoint")
+            self.refuse_given("a language model", "data checkpoint")
         if not self.eval_zero_shot:
-            refuse_given(self, "pruning without --eval_zero_shot", "tasks_dir")
+            self.refuse_given("pruning without --eval_zero_shot", "tasks_dir")
         if self.stream:
             writes = self.save or self.report
-            refuse_given(self, "--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
+            self.refuse_given("--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
             if self.calibration == text_sources.SELF:
@@ -231,20 +228,19 @@ class PruneOptions(SaveOptions, _PruningOptions):
                     "reads it block by block. Give a text, or leave --stream out."
                 )
         else:
-            refuse_given(self, "pruning without --stream, which uses a GPU if there is one", "device park")
-        self.refuse_push("pruning")
+            self.refuse_given("pruning without --stream, which uses a GPU if there is one", "device park")
         super().__post_init__()
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and too many samples."""
-        refuse_missing(self, "model checkpoint tasks_dir")
-        refuse_place(self, "save_model", refuse_unresumable if self.stream else refuse_replacement)
+        self.refuse_missing("model checkpoint tasks_dir")
+        self.refuse_place("save_model", refuse_unresumable if self.stream else refuse_replacement)
         if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
-            refuse_place(self, "save", refuse_nonempty)  # a run that continues may find its model there
+            self.refuse_place("save", refuse_nonempty)  # a run that continues may find its model there
         if self.report is not None:
             check_report_path(self.report)
-        refuse_place(self, "report", refuse_existing)
-        super().refuse_early()
+        self.refuse_place("report", refuse_existing)
+        self.refuse_push("pruning")
         if self.is_image:
             image_sources.check_source(self.data or "", calibrates=True)
         else:
