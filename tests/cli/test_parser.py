@@ -151,6 +151,7 @@ def test_help_is_complete(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
+    assert "or timm:NAME of an image classifier. (required)" in text
     assert "(default: 0.5)" in text
     assert "One of block, layer, none, auto." in text
     assert "--include_grouped Also prune grouped convolutions" in text

@@ -84,7 +84,7 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class SaveOptions(ModelOptions):
+class SaveOptions:
     """Where a command saves a model."""
 
     save_model: str | None = option("Folder for the pruned model.")
@@ -98,6 +98,6 @@ class SaveOptions(ModelOptions):
         """Refuse an upload without a saved model, a private one without a repository, and one that cannot succeed."""
         for needed, name in (("save_model", "push_to_hub"), ("push_to_hub", "private")):
             if getattr(self, needed) is None:
-                self.refuse_given(f"{purpose} without --{needed}", name)
+                self.refuse_given(f"{purpose} without --{needed}", name)  # type: ignore[attr-defined]  # ModelOptions
         if self.push_to_hub is not None:
             refuse_upload(self.push_to_hub, self.private)

@@ -33,7 +33,7 @@ PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-tru
 
 
 @dataclass(kw_only=True)
-class FinetuneOptions(SaveOptions):
+class FinetuneOptions(SaveOptions, ModelOptions):
     """The options of `wanda-lightning finetune`."""
 
     model: str = option("Hub id, folder or .gguf file of the pruned model.", MISSING)
