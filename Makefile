@@ -44,7 +44,7 @@ test-oldest: .venv-oldest/bin/pytest
 
 # A real Llama-architecture model, pruned to 50 % with magnitude and with Wanda, on text that needs no network.
 demo: .venv/demo $(SMOLLM2)
-	$(BIN)/python recipes/llm/demo.py --model $(SMOLLM2) --nsamples $(NSAMPLES) --seqlen $(SEQLEN) --limit $(LIMIT)
+	$(BIN)/python recipes/llm/demo.py --model $(SMOLLM2) --num_samples $(NSAMPLES) --seqlen $(SEQLEN) --limit $(LIMIT)
 
 # A small ViT and a small ConvNeXt, trained on digits and pruned to 50 % and 2:4.
 demo-vision: .venv/demo

@@ -105,7 +105,7 @@ def main() -> None:
         run(python, "-c", PRUNE.format(prefix=name), **isolated)
         command = python.with_name("wanda-lightning")
         assert "wanda_lightning" in run(command, "--version", **isolated)
-        run(command, "inspect", "--model", folder / "model", "--sparsity_type", "2:4", **isolated)
+        run(command, "inspect", "--model", folder / "model", "--pattern", "2:4", **isolated)
         for extra, code in EXTRAS.items():
             check = f"try:\n    {code}\nexcept ImportError as error:\n    print(error)"
             assert f"pip install 'wanda_lightning[{extra}]'" in run(python, "-c", check, **isolated), extra

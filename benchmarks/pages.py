@@ -21,7 +21,7 @@ from tables import ROOT, Lookup, lookup, markdown, number, perplexity, seconds
 import wanda_lightning
 from wanda_lightning import methods
 from wanda_lightning.cli.options import OPTIONS
-from wanda_lightning.cli.parser import default_of
+from wanda_lightning.cli.parser import default_of, flags_of
 from wanda_lightning.common.write_whole import whole_file
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -195,7 +195,8 @@ def options(command: str) -> str:
         default, rule = default_of(each), each.metadata["rule"]
         shown = "required" if default is MISSING else "" if default in (None, False, []) else f"`{default}`"
         allowed = f" O{str(rule)[1:]}." if str(rule).startswith("one of") else ""
-        rows.append([f"`--{each.name}`", shown, f"{each.metadata['help']}{allowed}".replace("*", "\\*")])
+        flags = ", ".join(f"`{flag}`" for flag in flags_of(each))
+        rows.append([flags, shown, f"{each.metadata['help']}{allowed}".replace("*", "\\*")])
     return _text_table(("option", "default", "meaning"), rows)
 
 

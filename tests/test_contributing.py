@@ -33,7 +33,7 @@ for row, score in zip(expected, scores):
     row[score.argsort()[:8]] = 0
 assert torch.equal(model[0].weight, expected)
 assert "SoftWanda" in str(report.config["criterion"])
-parse_options("prune", ["--model=any", "--prune_method=soft_wanda"])
+parse_options("prune", ["--model=any", "--method=soft_wanda"])
 """
 
 

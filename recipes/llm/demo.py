@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="unstructured", help="unstructured, or N:M such as 2:4")
-    parser.add_argument("--nsamples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--num_samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
     parser.add_argument("--report", default="out/demo.html", help="page to write about Wanda")
@@ -45,11 +45,11 @@ def main() -> None:
         module.tokenizer,
         evaluation=TEXTS,
         seqlen=options.seqlen,
-        num_samples=options.nsamples,
+        num_samples=options.num_samples,
         limit=options.limit,
         batch_size=4,
     )
-    wanda = WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.nsamples)
+    wanda = WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.num_samples)
     methods: dict[str, PruningCallback | None] = {
         "dense": None,
         "magnitude": MagnitudePrune(options.sparsity, pattern=options.pattern),

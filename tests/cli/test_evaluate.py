@@ -88,7 +88,7 @@ def refused(refused, monkeypatch):
 @pytest.fixture
 def side_by_side(inputs):
     """The options of a fast run on two language models."""
-    text = ["--eval", inputs / "text.txt", "--limit", "5", "--seqlen", SEQLEN]
+    text = ["--evaluation", inputs / "text.txt", "--limit", "5", "--seqlen", SEQLEN]
     return ["evaluate", "--model", inputs / "pruned", "--dense", inputs / "dense", *text]
 
 
@@ -133,7 +133,7 @@ def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys):
 
 def lost_zeros(*models, pruned):
     """The share of the zeros of a pruned model that other models have lost, and the sparsity of their layers."""
-    options = ["--pruned", pruned, "--eval", "", "--save", "lost.json", "--overwrite"]
+    options = ["--pruned", pruned, "--evaluation", "", "--save", "lost.json", "--overwrite"]
     assert run("evaluate", "--model", ",".join(map(str, models)), *options) == 0
     found = json.loads(Path("lost.json").read_text())["models"]
     assert list(found) == [str(pruned), *map(str, models)]
@@ -201,7 +201,7 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, 
 
     monkeypatch.setattr("wanda_lightning.cli.evaluate.CausalLMModule", load)
     shutil.copytree(inputs / "dense", tmp_path / "copy")
-    several = [f"{inputs}/pruned, {inputs}/dense,copy", "--eval", f"{inputs}/text.txt,{inputs}/other.txt"]
+    several = [f"{inputs}/pruned, {inputs}/dense,copy", "--evaluation", f"{inputs}/text.txt,{inputs}/other.txt"]
     assert run("evaluate", "--model", *several, "--limit", "2", "--save", "results.json") == 0
     assert len(loaded) == 6
     assert not re.search(r"\([+-]", capsys.readouterr().out)
@@ -215,7 +215,7 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, 
 
 
 def test_the_context_is_the_window_and_nothing_is_written_unasked(inputs, tmp_path, capsys):
-    assert run("evaluate", "--model", f"[{inputs}/dense]", "--eval", inputs / "text.txt") == 0
+    assert run("evaluate", "--model", f"[{inputs}/dense]", "--evaluation", inputs / "text.txt") == 0
     model = AutoModelForCausalLM.from_pretrained(inputs / "dense")
     expected = perplexity_by_hand(model, (inputs / "text.txt").read_text(), seqlen=256)
     assert f" {expected:.2f} " in capsys.readouterr().out
@@ -239,8 +239,8 @@ def test_image_classifiers_side_by_side(inputs, capsys):
     models = [timm.create_model(f"local-dir:{inputs}/vit{seed}", pretrained=True) for seed in (1, 2)]
     save_file(models[1].state_dict(), "weights.safetensors")
     folder = f"timm:local-dir:{inputs}/vit1"
-    options = ["--data_path", inputs / "images", "--batch_size", "5", "--save", "results.json"]
-    assert run("evaluate", "--model", folder, "--resume", "weights.safetensors", "--dense", folder, *options) == 0
+    options = ["--data", inputs / "images", "--batch_size", "5", "--save", "results.json"]
+    assert run("evaluate", "--model", folder, "--checkpoint", "weights.safetensors", "--dense", folder, *options) == 0
     out = capsys.readouterr().out
     assert "top-1" in out
     assert "top-5" in out
@@ -259,15 +259,17 @@ OF_TASKS = [
     (["--tasks", "boolq"], "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR", 1),
 ]
 OF_LANGUAGE_MODELS = [
-    (["--eval", "{}/short.txt"], f"--seqlen {SEQLEN} needs a text of at least {SEQLEN} tokens", 1),
-    (["--eval", "wikitext2"], "Use python-docs, which needs no network", 1),
+    (["--evaluation", "{}/short.txt"], f"seqlen={SEQLEN} needs a text of at least {SEQLEN} tokens", 1),
+    (["--evaluation", "wikitext2"], "Use python-docs, which needs no network", 1),
     (["--dense", "{}/images"], "has no config.json", 2),
-    (["--pruned", "{}/dense"], "--pruned must be a pruned model, but no layer of {}/dense has a zero.", 1),
+    (["--pruned", "{}/dense"], "pruned must be a pruned model, but no layer of {}/dense has a zero.", 1),
     (["--seqlen", "257"], "--seqlen must be at most 256, the model's context, but it is 257", 2),
-    (["--eval", "{}/text.txt,{}/gone.txt"], "gone.txt does not exist", 2),
-    (["--tasks", "paper", "--tasks_dir", "{}/gone"], "gone does not exist", 2),
     (["--save", "{}"], "--save {} must be a file, but it is a folder. Name a file inside it", 2),
-    (["--save", "{}/text.txt"], "--save {}/text.txt already exists. Choose another name, or replace it with --over", 2),
+    (
+        ["--save", "{}/text.txt"],
+        "--save {}/text.txt already exists. Choose another name, or replace it with overwrite=T",
+        2,
+    ),
 ]
 
 
@@ -283,14 +285,14 @@ def test_models_that_cannot_be_compared(inputs, side_by_side, refused, tmp_path)
     shutil.copytree(inputs / "dense", tmp_path / "shorter")
     config = json.loads(Path("shorter/config.json").read_text())
     Path("shorter/config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
-    several = ["--model", f"{inputs}/dense,shorter", "--eval", inputs / "text.txt"]
+    several = ["--model", f"{inputs}/dense,shorter", "--evaluation", inputs / "text.txt"]
     refused("evaluate", *several, message="reads 64 tokens at once and another model 256. Use --seqlen 64")
     for name in ("other", "mute"):
         tiny_llama(0).save_pretrained(tmp_path / name)
     byte_tokenizer().save_pretrained(tmp_path / "other")
     refused(*side_by_side, "--model", "other", message="but other splits")
     refused(*side_by_side, "--model", "mute", message="mute must have a tokenizer")
-    images = ["--model", f"timm:local-dir:{inputs}/vit1,timm:test_vitt", "--data_path", inputs / "images"]
+    images = ["--model", f"timm:local-dir:{inputs}/vit1,timm:test_vitt", "--data", inputs / "images"]
     refused("evaluate", *images, message="Did you mean test_vit")
 
 
@@ -315,8 +317,8 @@ def test_the_json_is_whole_or_not_there(inputs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def pruning(inputs):
-    sizes = ["--nsamples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", inputs / "text.txt"]
-    return ["prune", "--model", inputs / "dense", *sizes, "--eval", inputs / "text.txt"]
+    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", inputs / "text.txt"]
+    return ["prune", "--model", inputs / "dense", *sizes, "--evaluation", inputs / "text.txt"]
 
 
 @needs_lm_eval

@@ -17,7 +17,7 @@ pytestmark = IGNORED_WARNINGS
 @pytest.fixture
 def tuned(pruned, inputs):
     """The options of a fast run on the language model, pruned."""
-    texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "6"]
+    texts = ["--data", inputs / "long.txt", "--evaluation", inputs / "other.txt", "--limit", "6"]
     sizes = ["--steps", "3", "--batch_size", "2", "--seqlen", SEQLEN, "--lr", "0.01"]
     return ["finetune", "--model", pruned, *texts, *sizes]
 
@@ -104,4 +104,4 @@ def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):
     refused(*tuned, "--target_modules", "no_such", message="no_such")
     refused(*tuned, "--save_model", inputs, message=f"--save_model {inputs} is a folder that is not empty", code=2)
     monkeypatch.setitem(sys.modules, "peft", None)
-    refused(*tuned, message="Adapters need peft: pip install 'wanda_lightning[lora]'")
+    refused(*tuned, message="error: Adapters need peft: pip install 'wanda_lightning[lora]'")

@@ -76,7 +76,7 @@ def test_inspect_a_mixture_of_experts(capsys):
 def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     folder = str(inputs / "llama")
-    assert run("inspect", "--model", folder, "--sparsity_type", "16:64") == 0
+    assert run("inspect", "--model", folder, "--pattern", "16:64") == 0
     out = capsys.readouterr().out
     assert "2 layers in 2 units hold 4,096 weights" in out
     assert any("input width 32 is not a multiple of 64" in row and " 12 " in row for row in out.splitlines())
@@ -87,7 +87,7 @@ def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--sparsity_type", "2:5"], "--sparsity_type 2:5 fits none of the 14 layers"),
+        (["--pattern", "2:5"], "pattern=NM(n=2, m=5) fits none of the 14 layers"),
         (["--skip", "model"], "model has nothing to prune"),
     ],
 )
@@ -103,8 +103,8 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
     [
         (["--model", "gone"], "gone is not in the cache, and the hub cannot be reached"),
         (["--model", "timm:test_vitt"], "Did you mean test_vit"),
-        (["--model", "timm:test_vit", "--only", "blocks.9"], "--only blocks.9 matches no matrix"),
-        (["--model", "gone", "--stream", "--recovery", "distil"], "--recovery distil"),
+        (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix"),
+        (["--model", "gone", "--stream", "--recovery", "distil"], "recovery='distil'"),
     ],
 )
 def test_inspect_refuses(refused, more, message):
@@ -119,21 +119,21 @@ def sum_of(out):
 
 def test_inspect_prints_the_memory_of_streaming(inputs, capsys):
     shutil.copytree(inputs / "llama", "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert run("inspect", "--model", "weightless", "--stream", "--nsamples", "8", "--seqlen", "32") == 0
+    assert run("inspect", "--model", "weightless", "--stream", "--num_samples", "8", "--seqlen", "32") == 0
     out = capsys.readouterr().out
     (needed,) = re.findall(r"needs about ([\d.]+) GiB with 8 windows of 32 tokens in batches of 4, and", out)
     assert float(needed) == pytest.approx(sum_of(out), abs=0.08)  # of rounded numbers
     few = sum_of(out)
-    many = ["--stream", "--nsamples", str(2**20), "--seqlen", "32"]
+    many = ["--stream", "--num_samples", str(2**20), "--seqlen", "32"]
     assert run("inspect", "--model", "weightless", *many, "--park", "disk") == 0
     assert sum_of(capsys.readouterr().out) == pytest.approx(few, abs=0.03)
-    assert run("inspect", "--model", "weightless", "--stream", "--nsamples", str(2**20), "--seqlen", "32") in (0, 1)
+    assert run("inspect", "--model", "weightless", "--stream", "--num_samples", str(2**20), "--seqlen", "32") in (0, 1)
     assert sum_of(capsys.readouterr().out) == pytest.approx(few + 2**20 * 32 * 2 * 32 * 4 / 2**30, abs=0.03)  # float32
 
 
 def test_too_little_memory_is_an_error(inputs, capsys, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
-    assert run("inspect", "--model", inputs / "llama", "--stream", "--nsamples", "256", "--seqlen", "32") == 1
+    assert run("inspect", "--model", inputs / "llama", "--stream", "--num_samples", "256", "--seqlen", "32") == 1
     assert re.search(r"prune --stream needs about .* GiB with 256 windows .* GiB are free", capsys.readouterr().err)
 
 

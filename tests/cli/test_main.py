@@ -25,7 +25,6 @@ COMMANDS = ["prune", "finetune", "evaluate", "inspect", "speed", "fit", "validat
 USAGE = [
     (["prune"], "--model is required"),
     (["speed"], "--model is required"),
-    (["inspect", "x"], "inspect takes only options, but 'x' is not one."),
     (["fit"], "--config FILE.yaml is required for fit"),
     (["validate", "--config", "gone.yaml"], "gone.yaml"),
     (["inspect", "--model", "."], "--model . has no config.json."),
@@ -103,7 +102,7 @@ import sys
 from wanda_lightning.cli import main
 commands = ["prune", "finetune", "evaluate", "inspect", "speed"]
 lines = [[], ["--version"], ["pruen"]] + [[c, o] for c in commands for o in ("--help", "--print_config")]
-wrong = ("--prune_method wnada", "--sparsity_type 4:2", "--eval wikitext3", "--save /dev/null/x")
+wrong = ("--method wnada", "--pattern 4:2", "--evaluation wikitext3", "--save /dev/null/x")
 lines += [["prune", "--model", "x", *more.split()] for more in wrong] + [["fit"], ["fit", "--help"]]
 lines += [["fit", *option] for option in (["--config", "gone.yaml"], ["-c", "gone.yml"], ["--config=gone.yaml"])]
 for arguments in lines:
@@ -154,7 +153,7 @@ def test_a_fault_keeps_its_traceback(text, capsys, monkeypatch):
     assert run(*text) == 1
     err = capsys.readouterr().err
     assert "ValueError: invalid literal for int()" in err
-    assert "Please report it" in err
+    assert "Please open an issue" in err
 
 
 def test_a_signal_after_the_work_keeps_its_status(capsys, monkeypatch):

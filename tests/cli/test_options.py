@@ -11,45 +11,46 @@ from support.cli import run
 
 from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.options import DTYPES, FLAGS, OPTIONS, PRECISIONS, TASKS, EvaluateOptions, as_command
+from wanda_lightning.cli.common_options import DTYPES
+from wanda_lightning.cli.options import OPTIONS, PRECISIONS, TASKS, EvaluateOptions
+from wanda_lightning.cli.parser import as_command
 from wanda_lightning.evaluation import PAPER_TASKS
 from wanda_lightning.modules import loading
 
-VIT = ["--model", "timm:test_vit", "--data_path", "digits"]
+VIT = ["--model", "timm:test_vit", "--data", "digits"]
 
 REFUSED = {
     "prune": [
-        (["--sparsity_ratio", "1"], "must be the fraction of weights that become zero, at least 0 and below 1, but it"),
-        (["--sparsity_ratio", "nan"], "at least 0 and below 1, but it is nan."),
-        (["--sparsity_ratio", "half"], "--sparsity_ratio must be a number, but it is 'half'."),
-        (["--sparsity_type", "diagonal"], "--sparsity_type must be one of unstructured, unstructured_row, "),
-        (["--sparsity_type", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
-        (["--sparsity_type", "0:4"], "any other N:M with 1 <= N < M, but it is '0:4'."),
-        (["--prune_method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
+        (["--sparsity", "1"], "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but"),
+        (["--sparsity", "nan"], "at least 0 and below 1, but it is nan."),
+        (["--sparsity", "half"], "--sparsity must be a number, but it is 'half'."),
+        (["--pattern", "diagonal"], "--pattern must be one of unstructured, unstructured_row, "),
+        (["--pattern", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
+        (["--pattern", "0:4"], "any other N:M with 1 <= N < M, but it is '0:4'."),
+        (["--method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
         (["--allocation", "luck"], "--allocation must be one of uniform, "),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, but it is 'int8'."),
         (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4294967295, but it is -1."),
-        (["--nsamples", "many"], "--nsamples must be a whole number of at least 1, but it is 'many'."),
+        (["--num_samples", "many"], "--num_samples must be a whole number of at least 1, but it is 'many'."),
         (["--seqlen", "1"], "--seqlen must be a whole number of at least 2, but it is 1."),
         (["--batch_size", "0"], "--batch_size must be a whole number of at least 1, but it is 0."),
         (["--limit", "0"], "--limit must be a whole number of at least 1, but it is 0."),
-        (["--min_expert_tokens", "-1"], "--min_expert_tokens must be at least 0, but it is -1."),
-        (["--skip", "re:("], "--skip re:( must be a regular expression after 're:', but missing )"),
-        (["--use_variant", "--prune_method", "magnitude"], "Use --prune_method wanda within rows"),
-        (["--use_variant", "--sparsity_type", "2:4"], "--use_variant has no meaning for --sparsity_type 2:4. Leave it"),
-        (["--prune_method", "fast", "--use_variant"], "--use_variant compares Wanda's scores within rows, but"),
-        (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
+        (["--min_expert_tokens", "-1"], "min_expert_tokens must be at least 0, but it is -1."),
+        (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
+        (["--use_variant", "--method", "magnitude"], "Use --method wanda within rows"),
+        (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it"),
+        (["--data", "digits"], "--data has no meaning for a language model. Leave it out."),
         (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
         ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit have no meaning for an image classifier. Leave"),
-        (["--model", "timm:vit_base"], "--data_path is required for the image classifier timm:vit_base: give a folder"),
+        (["--model", "timm:vit_base"], "--data is required for the image classifier timm:vit_base: give a folder"),
         (["--colour", "red"], "--colour is not an option of prune."),
-        (["--nsample", "3"], "--nsample is not an option of prune. Did you mean --nsamples"),
+        (["--nsample", "3"], "--nsample is not an option of prune. Did you mean --nsamples or --num_samples"),
         (["red"], "prune takes only options, but 'red' is not one."),
         (["--seqlen"], "--seqlen expected one argument."),
-        (["--sparsity_type", "2:4", "--sparsity_ratio", "0.7"], "--sparsity_ratio must be 0.5 for the pattern 2:4,"),
-        (["--solver", "admm", "--criterion", "ria"], "cannot be combined with --solver admm"),
-        (["--recovery", "reconstruct", "--sequential", "layer"], "--sequential layer"),
-        (["--criterion", "magnitude", "--use_variant"], "Use --prune_method wanda within rows"),
+        (["--pattern", "2:4", "--sparsity", "0.7"], "sparsity must be 0.5 for the pattern 2:4,"),
+        (["--solver", "admm", "--criterion", "ria"], "criterion='ria' cannot be combined with solver='admm'"),
+        (["--recovery", "reconstruct", "--sequential", "layer"], "sequential='layer'"),
+        (["--criterion", "magnitude", "--use_variant"], "Use --method wanda within rows"),
         (["--config", "gone.yaml"], "--config gone.yaml cannot be read: No such file or directory."),
     ],
     "finetune": [
@@ -63,20 +64,26 @@ REFUSED = {
     ],
     "evaluate": [
         (["--tasks", "rte,arc_eazy"], "paper, all, but it is 'arc_eazy'. Did you mean arc_easy?"),
-        (["--data_path", "digits"], "--data_path has no meaning for a language model. Leave it out."),
+        (["--data", "digits"], "--data has no meaning for a language model. Leave it out."),
         (["--task_limit", "2"], "--task_limit has no meaning for an evaluation without --tasks."),
         (["--model", "x,timm:test_vit"], "language models or image classifiers, but both were given."),
         (["--model", ""], "language models or image classifiers, but none was given."),
-        ([*VIT, "--eval", "python-docs", "--limit", "2"], "--eval, --limit have no meaning for an image classifier."),
-        ([*VIT, "--resume", "a,b"], "--resume must have one file for each --model, but it has 2 for 1."),
-        (["--model", "timm:test_vit"], "--data_path is required for the image classifier timm:test_vit"),
+        (
+            [*VIT, "--evaluation", "python-docs", "--limit", "2"],
+            "--evaluation, --limit have no meaning for an image classifier.",
+        ),
+        ([*VIT, "--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1."),
+        (["--model", "timm:test_vit"], "--data is required for the image classifier timm:test_vit"),
     ],
     "inspect": [
-        (["--sparsity_type", "diagonal"], "--sparsity_type must be one of unstructured"),
-        (["--only", "re:["], "--only re:[ must be a regular expression after 're:', but unterminated"),
+        (["--pattern", "diagonal"], "--pattern must be one of unstructured"),
+        (["--only", "re:["], "only='re:[' must be a regular expression after 're:', but unterminated"),
         ([*VIT[:2], "--stream"], "--stream has no meaning for an image classifier"),
         (["--model", "tiny.gguf", "--stream"], "--stream reads a folder or hub model in safetensors"),
-        (["--park", "disk", "--nsamples", "8"], "--nsamples, --park have no meaning for inspect without --stream"),
+        (
+            ["--park", "disk", "--num_samples", "8"],
+            "--num_samples, --park have no meaning for inspect without --stream",
+        ),
     ],
 }
 CASES = [(command, *case) for command, cases in REFUSED.items() for case in cases]
@@ -106,25 +113,25 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
     values |= {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
     value = (values | {"permutation": "assignment", "recovery": "reconstruct"})[name]
     text = ",".join(value) if isinstance(value, list) else str(value)
-    given = [f"--{FLAGS.get(name, name)}", *([] if value is True else [text])]
+    given = [f"--{name}", *([] if value is True else [text])]
     others = {"pattern": "2:4"} if name == "permutation" else {}
-    base = ["--model", "x", *(["--sparsity_type", "2:4"] if others else [])]
+    base = ["--model", "x", *(["--pattern", "2:4"] if others else [])]
     options = parse_options(command, [*base, *given])
     chosen = PruningConfig.from_names(**others, **{name: value})
-    assert options.config == PruningConfig.from_names(**options.choices) == chosen
-    assert options.config != parse_options(command, base).config == PruningConfig.from_names(**others)
+    assert PruningConfig.from_names(**options.choices) == chosen
+    assert chosen != PruningConfig.from_names(**parse_options(command, base).choices)
 
 
 @pytest.mark.parametrize(
     ("given", "name"),
     [
         ([], "wanda"),
-        (["--prune_method", "ria"], "ria"),
-        (["--prune_method", "best"], "best"),
+        (["--method", "ria"], "ria"),
+        (["--method", "best"], "best"),
         (["--solver", "sparsegpt"], "sparsegpt"),
-        (["--prune_method", "wanda", "--criterion", "magnitude"], "wanda_magnitude"),
+        (["--method", "wanda", "--criterion", "magnitude"], "wanda_magnitude"),
         (["--recovery", "distil"], "wanda_distil"),
-        (["--prune_method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
+        (["--method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(given, name):
@@ -160,19 +167,27 @@ def test_the_fields_of_the_task_files_are_in_the_help():
     [
         ("prune", ["--model", "gone.gguf"], "--model gone.gguf does not exist"),
         ("prune", ["--model", "x", "--calibration", "gone.txt"], "--calibration gone.txt does not exist"),
-        ("prune", ["--model", "x", "--eval", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
-        ("evaluate", ["--model", "x", "--eval", "python-docs,wikitext3"], "--eval must be one of c4, wikitext2, "),
+        ("prune", ["--model", "x", "--evaluation", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
+        (
+            "evaluate",
+            ["--model", "x", "--evaluation", "python-docs,wikitext3"],
+            "--evaluation must be one of c4, wikitext2, ",
+        ),
         ("finetune", ["--model", "x", "--data", "wikitext3"], "--data must be one of c4, wikitext2, python-docs"),
-        ("prune", ["--model", "timm:x", "--data_path", "digts"], "--data_path must be a folder or a known data set"),
+        ("prune", ["--model", "timm:x", "--data", "digts"], "data must be a folder or a known data set"),
         ("prune", ["--model", "x", "--save", "/dev/null/x"], "--save /dev/null/x cannot be written: /dev/null is a"),
         ("finetune", ["--model", "x", "--save_model", "/dev/null"], "--save_model /dev/null must be a folder, but"),
         ("evaluate", ["--model", "x", "--save", "/dev/null/r.json"], "--save /dev/null/r.json cannot be written: /d"),
-        ("prune", [*VIT, "--resume", "gone"], "--resume gone does not exist"),
-        ("prune", ["--model", "x", "--nsamples", "1000000000"], "--nsamples must fit in memory, but 1000000000 win"),
+        ("prune", [*VIT, "--checkpoint", "gone"], "--checkpoint gone does not exist"),
+        (
+            "prune",
+            ["--model", "x", "--num_samples", "1000000000"],
+            "--num_samples must fit in memory, but 1000000000 win",
+        ),
         ("finetune", ["--model", "x", "--dense", "/gone"], "--dense /gone does not exist"),
         ("finetune", ["--model", "x", "--steps", "1000000000"], "--steps times --batch_size must fit in memory"),
         ("evaluate", ["--model", "x,gone.gguf"], "--model gone.gguf does not exist"),
-        ("evaluate", [*VIT, "--resume", "gone.safetensors"], "--resume gone.safetensors does not exist"),
+        ("evaluate", [*VIT, "--checkpoint", "gone.safetensors"], "--checkpoint gone.safetensors does not exist"),
         ("inspect", ["--model", "timm:local-dir:/gone"], "--model timm:local-dir:/gone does not exist"),
         ("inspect", ["--model", "./out/modl"], "--model ./out/modl does not exist. Check the path."),
     ],
@@ -186,7 +201,7 @@ def test_missing_files_and_too_many_samples_are_refused_early(command, more, mes
 def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
     memory = psutil.virtual_memory()._replace(available=8 * 100 * 32)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    options = ["--model", "x", "--seqlen", "32", "--nsamples"]
+    options = ["--model", "x", "--seqlen", "32", "--num_samples"]
     parse_options("prune", [*options, "100"]).refuse_early()
     with pytest.raises(ValueError, match="must fit in memory"):
         parse_options("prune", [*options, "101"]).refuse_early()
@@ -196,8 +211,8 @@ def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
     ("command", "arguments"),
     [
         ("prune", ["--model", "m"]),
-        ("prune", ["--model=it's here", "--sparsity_type", "2:4", "--seed", "3", "--stream", "--save_model", "a b"]),
-        ("prune", ["--model", "m", "--skip", "lm_head,re:x{1,3}(a,b)", "--sparsity_ratio", "0.25", "--overwrite"]),
+        ("prune", ["--model=it's here", "--pattern", "2:4", "--seed", "3", "--stream", "--save_model", "a b"]),
+        ("prune", ["--model", "m", "--skip", "lm_head,re:x{1,3}(a,b)", "--sparsity", "0.25", "--overwrite"]),
         ("prune", ["--model", "m", "--skip", '["re:a,b", "[ab]"]', "--only", "[ab]*"]),
         ("finetune", ["--model", "m", "--target_modules", "q_proj", "--lr", "1e-05"]),
         ("speed", ["--model", "m", "--tokens", "3"]),
@@ -212,6 +227,6 @@ def test_a_command_is_parsed_into_the_options_from_which_it_was_made(command, ar
 
 
 def test_a_command_shows_defaults_only_on_request():
-    options = parse_options("prune", ["--model", "m", "--sparsity_ratio", "0.5"])
+    options = parse_options("prune", ["--model", "m", "--sparsity", "0.5"])
     assert as_command("prune", options) == "wanda-lightning prune --model m"
-    assert as_command("prune", options, ["sparsity_ratio"]) == "wanda-lightning prune --model m --sparsity_ratio 0.5"
+    assert as_command("prune", options, ["sparsity"]) == "wanda-lightning prune --model m --sparsity 0.5"

@@ -1,13 +1,14 @@
 """Arguments and YAML files become a dataclass; what they print and refuse."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.options import FLAGS
-from wanda_lightning.cli.parser import UsageError, as_list
+from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.parser import as_command, as_list
 
 
 def parse(*arguments, command="prune"):
@@ -36,22 +37,22 @@ def test_lists(given, expected):
 
 
 def test_a_file_is_read_as_text_and_the_command_line_wins():
-    Path("a.yaml").write_text("model: x\nsparsity_type: 2:4\nnsamples: 4\nskip: [a, b]\ninclude_grouped: true\n")
+    Path("a.yaml").write_text("model: x\nsparsity_type: 2:4\nnum_samples: 4\nskip: [a, b]\ninclude_grouped: true\n")
     Path("b.yaml").write_text("nsamples: 5\nseqlen: null\n")
-    options = parse("--nsamples", "6", "--config", "a.yaml", "--sparsity_ratio=0.25", "--keep_batch_norm")
-    assert (options.sparsity_type, options.nsamples, options.skip) == ("2:4", 6, ["a", "b"])
-    assert (options.sparsity_ratio, options.include_grouped, options.keep_batch_norm) == (0.25, True, True)
+    options = parse("--num_samples", "6", "--config", "a.yaml", "--sparsity=0.25", "--keep_batch_norm")
+    assert (options.pattern, options.num_samples, options.skip) == ("2:4", 6, ["a", "b"])
+    assert (options.sparsity, options.include_grouped, options.keep_batch_norm) == (0.25, True, True)
     assert (options.only, options.seed, options.save) == ([], 0, None)
-    assert parse("--config", "a.yaml", "--config", "b.yaml").nsamples == 5
+    assert parse("--config", "a.yaml", "--config", "b.yaml").num_samples == 5
 
 
 def test_what_is_printed_reads_back(capsys):
-    arguments = ["--model", "x", "--sparsity_type", "2:4", "--skip", "re:x{1,3}", "--use_variant"]
+    arguments = ["--model", "x", "--pattern", "2:4", "--skip", "re:x{1,3}", "--use_variant"]
     with pytest.raises(SystemExit) as stop:
         parse(*arguments, "--print_config")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["sparsity_type"] == "2:4"
+    assert yaml.safe_load(printed)["pattern"] == "2:4"
     Path("printed.yaml").write_text(printed.replace("use_variant: true", "use_variant: false"))
     assert parse("--config", "printed.yaml") == parse(*arguments[:-1])
 
@@ -64,7 +65,7 @@ def test_what_is_printed_reads_back(capsys):
         ("model: [a\n", "is not YAML"),
         ("model: {a: b}\n", "--model must be one value, but it is {'a': 'b'}"),
         ("model: x\nuse_variant: maybe\n", "--use_variant must be true or false, but it is 'maybe'"),
-        ("model: x\nnsamples: many\n", "--nsamples must be a whole number of at least 1, but it is 'many'"),
+        ("model: x\nnsamples: many\n", "--num_samples must be a whole number of at least 1, but it is 'many'"),
     ],
 )
 def test_files_that_are_refused(content, message):
@@ -74,12 +75,57 @@ def test_files_that_are_refused(content, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("keyword", FLAGS)
-@pytest.mark.parametrize("command", ["prune", "inspect"])
-def test_the_name_of_an_option_in_python_leads_to_its_flag(command, keyword):
+ALIASES = [
+    ("prune --model x", "sparsity_ratio", "sparsity", "0.25"),
+    ("inspect --model x", "sparsity_type", "pattern", "2:4"),
+    ("prune --model x", "prune_method", "method", "magnitude"),
+    ("prune --model x", "nsamples", "num_samples", "3"),
+    ("prune --model x", "eval", "evaluation", "a.txt,b.txt"),
+    ("finetune --model x", "eval", "evaluation", "a.txt"),
+    ("evaluate --model x", "eval", "evaluation", "[]"),
+    ("prune --model timm:x", "data_path", "data", "digits"),
+    ("evaluate --model timm:x --data digits", "resume", "checkpoint", "a.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("start", "alias", "name", "value"), ALIASES)
+def test_an_earlier_name_of_an_option(start, alias, name, value, capsys):
+    command, *base = start.split()
+    expected = parse(*base, f"--{name}", value, command=command)
+    assert f"--{name}" in as_command(command, expected).split()  # and so it is not the default
+    Path("old.yaml").write_text(yaml.safe_dump({alias: value}))
+    for given in ([f"--{alias}", value], [f"--{alias}", value, f"--{name}", value], ["--config", "old.yaml"]):
+        assert parse(*base, *given, command=command) == expected
+    with pytest.raises(SystemExit):
+        parse("--help", command=command)
+    assert re.search(rf"--{name} \w+, --{alias} \w+", capsys.readouterr().out)
+
+
+def test_two_names_with_two_values():
     with pytest.raises(UsageError) as caught:
-        parse("--model", "x", f"--{keyword}", "0.5", command=command)
-    assert str(caught.value) == f"--{keyword} is not an option of {command}. Did you mean --{FLAGS[keyword]}?"
+        parse("--model", "x", "--sparsity", "0.5", "--sparsity_ratio", "0.6")
+    message = "--sparsity and --sparsity_ratio are names of one option, but they are 0.5 and 0.6. Give one of them."
+    assert str(caught.value) == message
+    assert parse("--model", "x", "--sparsity", "0.5", "--sparsity_ratio", "5e-1").sparsity == 0.5
+    Path("old.yaml").write_text("sparsity_ratio: 0.6\n")
+    assert parse("--model", "x", "--config", "old.yaml", "--sparsity", "0.5").sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        ("--use_variant", "equal_share"),
+        ("--use_variant --prune_granularity row --sparsity_type unstructured", "equal_share"),
+        ("--prune_granularity row", "unstructured_row"),
+        ("--prune_granularity layer --prune_method magnitude", "unstructured_layer"),
+        ("--prune_granularity layer --pattern unstructured_layer", "unstructured_layer"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "inspect"])
+def test_flags_of_the_reference_that_stand_for_a_pattern(command, flags, pattern):
+    options = parse("--model", "x", *flags.split(), command=command)
+    method = ["--method", options.method] if options.method else []
+    assert options == parse("--model", "x", "--pattern", pattern, *method, command=command)
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
@@ -87,18 +133,13 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
     Path("a.yaml").write_text("save_model: ~/out\nmodel: timm:local-dir:~/m\ndata_path: ~/images\n")
     options = parse("--config", "a.yaml", "--save", "~/log")
     assert (options.save, options.save_model) == (f"{tmp_path}/log", f"{tmp_path}/out")
-    assert (options.model, options.data_path) == (f"timm:local-dir:{tmp_path}/m", f"{tmp_path}/images")
+    assert (options.model, options.data) == (f"timm:local-dir:{tmp_path}/m", f"{tmp_path}/images")
     assert parse("--model", "~/a,~/b", command="evaluate").model == [f"{tmp_path}/a", f"{tmp_path}/b"]
 
 
 def test_an_empty_text_is_not_the_default():
-    assert parse("--model", "x", "--eval", "", command="evaluate").eval == []
-    assert parse("--model", "x", command="evaluate").eval is None
-
-
-def test_a_required_option():
-    with pytest.raises(UsageError, match="--model is required: Hub id"):
-        parse("--seed", "1")
+    assert parse("--model", "x", "--evaluation", "", command="evaluate").evaluation == []
+    assert parse("--model", "x", command="evaluate").evaluation is None
 
 
 def test_help_is_complete(capsys):
@@ -110,6 +151,7 @@ def test_help_is_complete(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
+    assert "or timm:NAME of an image classifier. (required)" in text
     assert "(default: 0.5)" in text
     assert "One of block, layer, none, auto." in text
     assert "--include_grouped Also prune grouped convolutions" in text

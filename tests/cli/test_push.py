@@ -34,7 +34,7 @@ def test_a_pruned_model(hub, text, how, capsys, monkeypatch):
 
 
 def test_a_fine_tuned_model(hub, pruned, inputs):
-    texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "2", "--steps", "2"]
+    texts = ["--data", inputs / "long.txt", "--evaluation", inputs / "other.txt", "--limit", "2", "--steps", "2"]
     assert run("finetune", "--model", pruned, *texts, "--save_model", "tuned", *PUSH) == 0
     assert hub.repositories == {"us/tiny": everything_in(Path("tuned"))}
     card = hub.repositories["us/tiny"]["README.md"].decode()
@@ -48,7 +48,7 @@ def test_a_refused_upload_leaves_the_model_and_the_results(hub, text, capsys):
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     (message,) = [line for line in err.splitlines() if "error: " in line]
-    assert "--push_to_hub us/tiny failed: the model is saved in out, but it was not uploaded" in message
+    assert "push_to_hub='us/tiny' failed: the model is saved in out, but it was not uploaded" in message
     assert "To upload it later, run: hf upload us/tiny out --include README.md --include config.json" in message
     assert {"config.json", "model.safetensors"} <= everything_in(Path("out")).keys()
     assert "pruning_report.json" in everything_in(Path("log"))
@@ -58,9 +58,9 @@ def test_a_refused_upload_leaves_the_model_and_the_results(hub, text, capsys):
 def test_what_cannot_succeed_is_refused_before_pruning(hub, text, refused, inputs, monkeypatch):
     refused(*text, *PUSH, message="--push_to_hub has no meaning for pruning without --save_model", code=2)
     out = ["--save_model", "out"]
-    tuned = ["finetune", "--model", inputs / "llama", "--data", "python-docs", "--eval", "python-docs"]
+    tuned = ["finetune", "--model", inputs / "llama", "--data", "python-docs", "--evaluation", "python-docs"]
     for command in (text, tuned):
-        refused(*command, *out, "--push_to_hub", "a/b/c", message="--push_to_hub must be OWNER/NAME", code=2)
+        refused(*command, *out, "--push_to_hub", "a/b/c", message="push_to_hub must be OWNER/NAME", code=2)
     monkeypatch.setenv("HF_TOKEN", "")
-    refused(*text, *out, *PUSH, message="--push_to_hub must be left out without a token", code=2)
+    refused(*text, *out, *PUSH, message="push_to_hub must be left out without a token", code=2)
     assert hub.requests == []

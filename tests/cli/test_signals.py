@@ -43,7 +43,7 @@ def test_a_signal_ends_a_command(command, inputs, text, pruned, tmp_path):
     number, status, *where = CASES[command]
     arguments = [*text, "--save", "out", "--save_model", "model"]
     if command == "finetune":  # the Trainer has a handler of its own
-        texts = ["--data", inputs / "long.txt", "--eval", inputs / "other.txt", "--limit", "1", "--seqlen", "32"]
+        texts = ["--data", inputs / "long.txt", "--evaluation", inputs / "other.txt", "--limit", "1", "--seqlen", "32"]
         arguments = ["finetune", "--model", pruned, *texts, "--steps", "50", "--save_model", "tuned"]
     before = everything_in(tmp_path)
     fork = Fork(slowed, *where, *map(str, arguments))

@@ -51,4 +51,4 @@ def test_bad_input(pruned, refused, monkeypatch):
     refused("speed", "--model", "timm:test_vit", message="--model must be a language model", code=2)
     refused("speed", "--model", "/no/such", message="--model /no/such does not exist", code=2)
     monkeypatch.setattr(speed, "refuse_devices", lambda devices: None)
-    refused("speed", "--model", pruned, "--tokens", "500", message="the model's context, but they are 128", code=2)
+    refused("speed", "--model", pruned, "--tokens", "500", message="--seqlen plus --tokens must be at most 64", code=2)

@@ -51,7 +51,7 @@ def test_calibration_images_are_a_seeded_choice_of_training_images():
 
 def test_descriptions_count_the_images_that_are_read():
     data = ImageDataModule("digits", vit(), num_samples=64, seed=3)
-    with pytest.raises(RuntimeError, match=r"^setup\(\) opens the images"):
+    with pytest.raises(ValueError, match=r"^setup\(\) opens the images"):
         _ = data.num_classes
     data.setup("validate")
     assert data.describe_calibration(1) == "digits, 1 image, seed 3"

@@ -154,5 +154,5 @@ def test_distributed_weights_are_refused(option, name, launches, tmp_path, monke
 
 
 def test_the_callback_of_lightning_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"Use wanda_lightning\.integrations\.transformers\.KeepZerosCallback"):
+    with pytest.raises(ValueError, match=r"Use wanda_lightning\.integrations\.transformers\.KeepZerosCallback"):
         trained(tmp_path, KeepZeros())

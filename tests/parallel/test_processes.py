@@ -44,8 +44,8 @@ def test_messages_have_one_dtype_and_a_bounded_size(monkeypatch, pair):
     [
         ({"inner": [], "outer": []}, "fine", "fine"),
         ({"inner": [1], "outer": []}, ("RuntimeError", "process 1 of 2 .* KeyError: 1"), ("KeyError", "1")),
-        ({"inner": [], "outer": [0]}, ("ValueError", "bad 0"), ("ValueError", "process 0 of 2 .* bad 0")),
-        ({"inner": [], "outer": [0, 1]}, ("ValueError", "bad 0"), ("ValueError", "bad 1")),
+        ({"inner": [], "outer": [0]}, ("UserError", "bad 0"), ("UserError", "process 0 of 2 .* bad 0")),
+        ({"inner": [], "outer": [0, 1]}, ("UserError", "bad 0"), ("UserError", "bad 1")),
         ({"inner": [0, 1], "outer": []}, ("KeyError", "0"), ("KeyError", "1")),
     ],
 )
@@ -125,7 +125,7 @@ def test_allocations_are_of_the_batches_of_all(pair, sequential, allocation):
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_a_bad_mask_in_one_process_ends_both(pair, sequential):
     (first, said), (second, own) = pair.run(cases.with_a_bad_mask, sequential)
-    assert (first, second) == ("ValueError", "UserError")
+    assert (first, second) == ("UserError", "UserError")
     assert "process 1 of 2" in said
     assert "attention_mask must have the shape of the tokens" in own
 
@@ -262,8 +262,8 @@ def test_only_the_first_process_shows_progress(pair):
     [
         ("input", ("UserError", "UserError"), "NaN or infinity"),
         ("weight", ("UserError", "UserError"), "has weights that are NaN or infinite"),
-        ("iterator", ("RuntimeError", "OSError"), "no more disk"),
-        ("forward", ("RuntimeError", "OSError"), "no more disk"),
+        ("iterator", ("UserError", "OSError"), "no more disk"),
+        ("forward", ("UserError", "OSError"), "no more disk"),
     ],
 )
 def test_what_is_wrong_in_one_process_ends_all(pair, sequential, spoil, kinds, text):

@@ -94,12 +94,12 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
         assert values["model"] == content["models"][cell.model]
         method, *_, last = cell.name.split("_")
         if method in ("magnitude", "sparsegpt", "wanda"):
-            assert values["prune_method"] == method
+            assert values["method"] == method
         kinds = {"4to8": ("4:8", 0.5), "2to4": ("2:4", 0.5)}
         if path.stem != "calibration":
-            kind, ratio = kinds.get(last) or ("unstructured", int(last) / 100)
-            assert (values["sparsity_type"], values["sparsity_ratio"]) == (kind, ratio)
-        assert values["use_variant"] == (method == "variant")
+            kind, ratio = kinds.get(last) or ("equal_share" if method == "variant" else "unstructured", int(last) / 100)
+            kind = f"{kind}_{cell.options['prune_granularity']}" if "prune_granularity" in cell.options else kind
+            assert (values["pattern"], values["sparsity"]) == (kind, ratio)
         assert values["save"] == f"out/{path.stem}/{cell.model}/{cell.name}"
         for command, *arguments in later:
             cli.parse_options(command, arguments)
@@ -158,7 +158,7 @@ def test_a_sweep_on_a_small_model_resumes_and_hides_what_is_not_comparable(input
     assert [row["cell"] for row in found] == ["dense", "magnitude_50", "wanda_2to4"]
     for row in found[1:]:
         report = json.loads(Path("out/llama/llama", row["cell"], "pruning_report.json").read_text())
-        assert report["config"]["command"]["prune_method"] == row["cell"].split("_")[0]
+        assert report["config"]["command"]["method"] == row["cell"].split("_")[0]
         assert (row["ours"], found[0]["ours"]) == (report["run"]["after"], report["run"]["before"])
         assert (row["published"], row["sparsity"]) == (None, 0.5)
     assert f"{found[2]['ours']:.2f}" in shown

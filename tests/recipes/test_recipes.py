@@ -49,7 +49,9 @@ def test_a_script_opens_with_a_command_and_a_result(path):
 
 TEXT = "--model.model={inputs}/llama --data.calibration={inputs}/long.txt --data.evaluation={inputs}/other.txt"
 TEXT += " --data.num_samples=4"
-PRUNE = "--model={inputs}/llama --calibration={inputs}/long.txt --eval={inputs}/other.txt --seqlen=16 --nsamples=4"
+PRUNE = (
+    "--model={inputs}/llama --calibration={inputs}/long.txt --evaluation={inputs}/other.txt --seqlen=16 --num_samples=4"
+)
 SMALLER = {
     "wanda_2to4": PRUNE,
     "validate_wanda": f"{TEXT} --data.seqlen=16",
@@ -83,7 +85,7 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     assert run(command, option, path, *SMALLER[path.stem].format(inputs=inputs).split()) == 0
     content = yaml.safe_load(path.read_text())
     if command == "prune":
-        sparsity, pattern, folder = content["sparsity_ratio"], content["sparsity_type"], content["save_model"]
+        sparsity, pattern, folder = content["sparsity"], content["pattern"], content["save_model"]
     else:
         choices, *others = [callback.get("init_args", {}) for callback in content["trainer"]["callbacks"]]
         sparsity, pattern = choices["sparsity"], choices.get("pattern", "unstructured")

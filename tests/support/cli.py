@@ -116,8 +116,8 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def text(inputs):
     """The options of a fast run on the language model."""
-    sizes = ["--nsamples", "4", "--seqlen", SEQLEN, "--limit", "6", "--calibration", inputs / "long.txt"]
-    return ["prune", "--model", inputs / "llama", *sizes, "--eval", inputs / "other.txt"]
+    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "6", "--calibration", inputs / "long.txt"]
+    return ["prune", "--model", inputs / "llama", *sizes, "--evaluation", inputs / "other.txt"]
 
 
 @pytest.fixture
@@ -142,8 +142,8 @@ def made():
 @pytest.fixture
 def images(inputs):
     """The options of a fast run on the image classifier."""
-    weights = ["--model", "timm:test_vit", "--resume", inputs / "test_vit.safetensors"]
-    return ["prune", *weights, "--data_path", inputs / "images", "--nsamples", "6"]
+    weights = ["--model", "timm:test_vit", "--checkpoint", inputs / "test_vit.safetensors"]
+    return ["prune", *weights, "--data", inputs / "images", "--num_samples", "6"]
 
 
 @pytest.fixture

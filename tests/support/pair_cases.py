@@ -36,6 +36,7 @@ from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.trainer import processes_of
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.engine.batch_norm import batch_norm_layers
@@ -156,7 +157,7 @@ def failures(rank, who):
                     raise KeyError(rank)
             processes.all_reduce_min(1)
             if rank in who["outer"]:
-                raise ValueError(f"bad {rank}")
+                raise UserError(f"bad {rank}")
         return "fine"
 
     return attempt(work), both().all_reduce_min(3 + rank)

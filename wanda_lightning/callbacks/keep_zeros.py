@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
 from wanda_lightning.common.checks import refuse_pytorch_lightning
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.training.held_zeros import HeldZeros
 
 
@@ -50,7 +51,7 @@ class KeepZeros(Callback):
 
     def on_init_end(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse the Trainer of transformers, which calls this hook."""
-        raise TypeError(
+        raise UserError(
             "callbacks of transformers' Trainer must be its own, but KeepZeros is a callback of Lightning's Trainer. "
             "Use wanda_lightning.integrations.transformers.KeepZerosCallback()."
         )

@@ -8,9 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from importlib import import_module
+from os.path import exists
 from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Any
+
+from wanda_lightning.cli.errors import UsageError, explain
+from wanda_lightning.common.errors import UserError
 
 if TYPE_CHECKING:
     from wanda_lightning.cli.signals import Signals
@@ -73,17 +77,8 @@ def parse_options(command: str, arguments: Sequence[str]) -> Any:
     return CommandParser(command, OPTIONS[command], COMMANDS[command]).parse_options(arguments)
 
 
-def _options_of(command: str) -> set[str]:
-    """Return the names of a command's options; none for a recipe."""
-    from wanda_lightning.cli.options import OPTIONS
-
-    return {field.name for field in fields(OPTIONS[command])} if command in OPTIONS else set()
-
-
 def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
     """Run one command; if it ends early, say why in one line."""
-    from wanda_lightning.cli.errors import explain
-
     command = arguments[0] if arguments else "--help"
     try:
         if command in COMMANDS:
@@ -99,7 +94,7 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
         if signals.received is None:
-            return explain(error, "--debug" in arguments, _options_of(command))
+            return explain(error, "--debug" in arguments)
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
     if signals.received is None:
@@ -111,7 +106,6 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
 
 def _show(command: str) -> None:
     """Print the usage or the version, or refuse an unknown command."""
-    from wanda_lightning.cli.parser import UsageError
     from wanda_lightning.common.words import did_you_mean
 
     if command in ("-h", "--help"):
@@ -126,14 +120,12 @@ def _show(command: str) -> None:
 
 
 def _run_command(command: str, arguments: list[str]) -> None:
-    from importlib import import_module
-
-    from wanda_lightning.cli.errors import usage_errors
-
     _refuse_without_docstrings()
-    with usage_errors():
+    try:
         options = parse_options(command, arguments)
         options.refuse_early()
+    except (UserError, OSError) as error:
+        raise UsageError(str(error)) from error
     from wanda_lightning.cli.output import quiet_libraries, readable_warnings
     from wanda_lightning.common.write_whole import reserved
 
@@ -162,8 +154,6 @@ def _run_lightning(arguments: list[str], in_shell: bool) -> None:
 
 def _refuse_without_docstrings() -> None:
     """Refuse `python -OO`, under which transformers cannot import its models and options have no help."""
-    from wanda_lightning.cli.parser import UsageError
-
     if sys.flags.optimize > 1:
         raise UsageError(
             "python -OO removes the docstrings that transformers reads to define its models, so no model can be loaded."
@@ -173,10 +163,6 @@ def _refuse_without_docstrings() -> None:
 
 def _refuse_missing_recipe(arguments: list[str]) -> None:
     """Refuse a recipe that is missing, before Lightning is imported."""
-    from os.path import exists
-
-    from wanda_lightning.cli.parser import UsageError
-
     command, *options = arguments
     if not options:
         raise UsageError(f"--config FILE.yaml is required for {command}: a recipe such as those in recipes/.")

@@ -1,30 +1,15 @@
-"""Distinguish refusals, which are meant for the user, from faults, and print them in the terms of the command line."""
+"""Distinguish refusals, which are meant for the user, from faults, and print both."""
 
 from __future__ import annotations
 
-import re
 import sys
 import traceback
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 
-from wanda_lightning.cli.options import FLAGS, EvaluateOptions, PruneOptions
-from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.common.errors import UserError
 
-_OPTIONS = {
-    **{field.name: field.name for command in (PruneOptions, EvaluateOptions) for field in fields(command)},
-    **FLAGS,
-    "checkpoint": "resume",
-    "data": "data_path",
-    "evaluation": "eval",
-    "lr": "lr",
-    "num_samples": "nsamples",
-}
-_NAMES = "|".join(_OPTIONS)
-_KEYWORD = re.compile(rf"(?<![\w.])({_NAMES})=('[^']*'|\"[^\"]*\"|\[[^\]]*\]|\.\.\.|[\w:.*+-]*[\w*])?")
-_SUBJECT = re.compile(rf"^({_NAMES})(?= must | should )")
+
+class UsageError(UserError):
+    """A wrong option. The command ends with status 2."""
 
 
 def refusal_in(error: BaseException) -> BaseException | None:
@@ -33,62 +18,20 @@ def refusal_in(error: BaseException) -> BaseException | None:
     Meant for the user are `UserError`, errors of the operating system, and Lightning's `MisconfigurationException`.
     Causes count because LightningCLI wraps errors of classes.
     """
-    found: BaseException | None = error
-    while found is not None and not _is_refusal(found):
-        found = found.__cause__
-    return found
+    if isinstance(error, UserError | OSError) or type(error).__name__ == "MisconfigurationException":
+        return error
+    return None if error.__cause__ is None else refusal_in(error.__cause__)
 
 
-def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, UserError | OSError) or type(error).__name__ == "MisconfigurationException"
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turn refusals into `UsageError`s while options are checked before a model is loaded."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(str(error)) from error
-
-
-def in_options(message: str, known: Collection[str] = frozenset(_OPTIONS.values())) -> str:
-    """Replace Python's keywords by the known options.
-
-    >>> in_options("num_samples must be at least 1, but it is 0. Use skip=['a', 'b'] or overwrite=True.")
-    '--nsamples must be at least 1, but it is 0. Use --skip a,b or --overwrite.'
-    """
-
-    def option(found: re.Match[str]) -> str:
-        if _OPTIONS[found[1]] not in known:
-            return found[0]
-        value = found[2] or ""
-        if value.startswith("["):
-            value = ",".join(re.findall(r"'([^']*)'", value))
-        value = value.strip("'\"")
-        return f"--{_OPTIONS[found[1]]}" + (f" {value}" if value and value != "True" else "")
-
-    message = re.sub(r"NM\(n=(\d+), m=(\d+)\)", r"\1:\2", message)
-    subject = _SUBJECT.match(message)
-    if subject and _OPTIONS[subject[1]] in known:
-        message = f"--{_OPTIONS[subject[1]]}{message[subject.end() :]}"
-    return _KEYWORD.sub(option, message)
-
-
-def explain(error: BaseException, debug: bool, options: Collection[str]) -> int:
-    """Print a refusal in one line, or the traceback of a fault (of any error with `debug`), and return the exit status.
-
-    `options` are those of the command, which replace Python's keywords; there are none for a recipe.
-    """
+def explain(error: BaseException, debug: bool) -> int:
+    """Print a refusal in one line, or the traceback of a fault (of any error with `debug`); return the exit status."""
     refusal = refusal_in(error)
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     if refusal is not None:
-        message = in_options(str(refusal) or type(refusal).__name__, options)
+        message = str(refusal) or type(refusal).__name__
     elif out_of_memory:
         cause = str(error).splitlines()[0] if str(error) else "of the host"
-        message = f"memory ran out ({cause}). Use a smaller --batch_size, --nsamples or --seqlen."
+        message = f"memory ran out ({cause}). Use a smaller --batch_size, --num_samples or --seqlen."
     else:
         message = (
             "internal error in wanda_lightning or in a library that it uses. Please open an issue with the command and "

@@ -6,9 +6,11 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
+from wanda_lightning.cli.common_options import PAPER_SEQLEN
 from wanda_lightning.cli.measure import checked_seqlen, measure, refuse_long_windows
-from wanda_lightning.cli.options import PAPER_SEQLEN, EvaluateOptions, as_given
+from wanda_lightning.cli.options import EvaluateOptions
 from wanda_lightning.cli.output import print_table
+from wanda_lightning.cli.parser import as_given
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, KeptZeros, Results, load_tasks, sparsity_of, task_names, zero_shot
@@ -44,7 +46,7 @@ class _LanguageModels:
 
     def prepare(self, name: str, module: CausalLMModule) -> None:
         """Tokenize the texts, and refuse models that would be measured on different windows."""
-        names = ["wikitext2"] if self._options.eval is None else self._options.eval
+        names = ["wikitext2"] if self._options.evaluation is None else self._options.evaluation
         if module.tokenizer is None and (names or self._tasks):
             raise UserError(f"{name} must have a tokenizer to read text, but it has none. Save one into its folder.")
         options: dict[str, Any] = {
@@ -67,7 +69,7 @@ class _LanguageModels:
                 raise UserError(
                     "--model must name models with the same tokenizer, since perplexities over different tokens cannot "
                     f"be compared, but {name} splits {text.evaluation} differently than {self.names[0]}. Evaluate them "
-                    "one by one, or give --eval '' to measure tasks alone."
+                    "one by one, or give --evaluation '' to measure tasks alone."
                 )
         self._texts[name] = texts
 
@@ -86,7 +88,7 @@ class _ImageClassifiers:
     def __init__(self, options: EvaluateOptions) -> None:
         self._options = options
         sources: list[tuple[str, str | None]] = [(name, None) for name in (options.dense, options.pruned) if name]
-        weights: Sequence[str | None] = options.resume or [None] * len(options.model)
+        weights: Sequence[str | None] = options.checkpoint or [None] * len(options.model)
         sources += zip(options.model, weights, strict=True)
         # One model with several weights: the file names distinguish them.
         self._sources = {f"{name} {file}" if file else name: (name, file) for name, file in sources}
@@ -97,9 +99,9 @@ class _ImageClassifiers:
         return ImageClassifierModule(model, pretrained=weights is None, checkpoint=weights)
 
     def prepare(self, name: str, module: ImageClassifierModule) -> ImageDataModule:
-        assert self._options.data_path is not None
+        assert self._options.data is not None
         size = self._options.batch_size or 64
-        data = ImageDataModule(self._options.data_path, module, batch_size=size, cache_dir=self._options.cache_dir)
+        data = ImageDataModule(self._options.data, module, batch_size=size, cache_dir=self._options.cache_dir)
         data.setup("validate")
         return data
 

@@ -21,11 +21,12 @@ from wanda_lightning.cli.measure import (
     refuse_no_space,
     save_model,
 )
-from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_command
+from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.common.errors import UserError
+from wanda_lightning.cli.parser import as_command
+from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.refuse_path import files_in
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.words import counted, one_line
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.hub.card import OwnCard, continue_card, read_card
 from wanda_lightning.modules import CausalLMModule
@@ -46,7 +47,7 @@ def run(options: FinetuneOptions) -> None:
     windows = TextDataModule(
         module.tokenizer,
         options.data,
-        options.eval,
+        options.evaluation,
         seqlen=checked_seqlen(options.seqlen, module.model.config, _PAPER_SEQLEN),
         num_samples=options.steps * options.batch_size,
         batch_size=options.batch_size,
@@ -85,7 +86,7 @@ def run(options: FinetuneOptions) -> None:
     for name, value in perplexity.items():
         table.add_row(name, f"{value:.2f}")
     print_table(table)
-    steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
+    steps = counted(options.steps, "step")
     print_line(f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}.")
     push(folder, files, options)
 
@@ -100,6 +101,8 @@ def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             keep_zeros=options.method == "keep-zeros-lora",
         )
+    except MissingPackageError:
+        raise
     except ValueError as error:
         raise UserError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
 

@@ -9,11 +9,13 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
+from wanda_lightning.cli.common_options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE
 from wanda_lightning.cli.measure import checked_seqlen
-from wanda_lightning.cli.options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE, InspectOptions
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.cli.pruning_options import InspectOptions
 from wanda_lightning.common.checks import available_memory
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.words import counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for
@@ -39,7 +41,7 @@ def run(options: InspectOptions) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(layer.size for layer in found.layers)
     print_line(
-        f"{_counted(len(found.layers), 'layer')} in {_counted(len(found.units), 'unit')} hold {weights:,} weights, "
+        f"{counted(len(found.layers), 'layer')} in {counted(len(found.units), 'unit')} hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters, with --sequential {config.sequential}."
     )
     for note in (unfit_layers(found), low_coverage(found)):
@@ -51,14 +53,14 @@ def run(options: InspectOptions) -> None:
 
 
 def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) -> None:
-    """Print the memory that `prune --stream` needs; raise a ValueError if this machine has less."""
+    """Print the memory that `prune --stream` needs; refuse a machine that has less."""
     import torch
 
     is_given = options.dtype not in (None, "auto")
     model.to(getattr(torch, str(options.dtype)) if is_given else model.config.dtype or model.dtype)
     seqlen = checked_seqlen(options.seqlen, model.config, PAPER_SEQLEN)
     batch_size = options.batch_size or SEQUENCES_AT_ONCE
-    samples = Samples(options.nsamples or PAPER_SEQUENCES, seqlen, batch_size)
+    samples = Samples(options.num_samples or PAPER_SEQUENCES, seqlen, batch_size)
     prune = memory_to_prune(model, config, samples, options.park)
     measure = memory_to_measure(model, seqlen, batch_size, options.park)
     libraries = psutil.Process().memory_info().rss  # this process has loaded them, too
@@ -68,8 +70,8 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     needs = f"prune --stream needs about {needed / _GIB:.1f} GiB with {samples}"
     if needed > free:
         raise UserError(
-            f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--nsamples, --seqlen), "
-            "smaller batches (--batch_size), --park disk, --prune_method wanda (no Gram matrices), or the other "
+            f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--num_samples, --seqlen), "
+            "smaller batches (--batch_size), --park disk, --method wanda (no Gram matrices), or the other "
             "--sequential: block holds fewer activations, layer fewer Gram matrices."
         )
     print_line(f"{needs}, and {free / _GIB:.1f} GiB are free.")
@@ -104,7 +106,3 @@ def _units_table(found: Inventory, model: str) -> Table:
         weights = f"{sum(layer.size for layer in unit.layers):,}"
         table.add_row(escape(unit.name) or "the whole model", str(len(unit.layers)), weights, escape(names))
     return table
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

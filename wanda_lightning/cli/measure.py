@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from wanda_lightning.cli.options import FinetuneOptions, PruneOptions
+from wanda_lightning.cli.common_options import SaveOptions
+from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.cli.output import print_line
-from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.common.model_source import load_config
 from wanda_lightning.common.refuse_path import is_replaceable, refuse_full
 from wanda_lightning.common.write_whole import unclaimed
@@ -32,17 +32,17 @@ def plain_trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
     return L.Trainer(accelerator="auto", devices=1, callbacks=list(callbacks), **quiet, **options)
 
 
-def refuse_long_windows(seqlen: int | None, model: str, hub: dict[str, Any]) -> None:
+def refuse_long_windows(seqlen: int | None, model: str, hub: dict[str, Any], option: str = "--seqlen") -> None:
     """Refuse windows that are longer than the context of a model, before its weights are loaded."""
     if seqlen is not None:
-        checked_seqlen(seqlen, load_config(model, **hub), seqlen)
+        checked_seqlen(seqlen, load_config(model, **hub), seqlen, option)
 
 
-def checked_seqlen(seqlen: int | None, config: Any, default: int) -> int:
+def checked_seqlen(seqlen: int | None, config: Any, default: int, option: str = "--seqlen") -> int:
     """Return the number of tokens in a window: the given one if it fits, else the context, but at most `default`."""
     context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or default)
     if seqlen is not None and seqlen > context:
-        raise UsageError(f"--seqlen must be at most {context}, the model's context, but it is {seqlen}.")
+        raise UsageError(f"{option} must be at most {context}, the model's context, but it is {seqlen}.")
     return min(default, context) if seqlen is None else seqlen
 
 
@@ -65,7 +65,7 @@ def save_model(module: Any, folder: str | None, overwrite: bool) -> Path | None:
     return place
 
 
-def push(folder: Path | None, files: Collection[str], options: PruneOptions | FinetuneOptions) -> None:
+def push(folder: Path | None, files: Collection[str], options: SaveOptions) -> None:
     """Upload files of a saved model if a repository is given. Call it last, since it may fail."""
     if folder is not None and options.push_to_hub is not None:
         print_line(f"Uploaded {folder} to {upload(folder, options.push_to_hub, files, options.private)}.")

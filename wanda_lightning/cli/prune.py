@@ -1,4 +1,4 @@
-"""`wanda-lightning prune`: the reference's flags, on any model."""
+"""`wanda-lightning prune`: prune a model, and measure it before and after."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from rich.table import Table
 
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.allocator import keep_freed_memory
-from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
-from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
-from wanda_lightning.cli.options import (
+from wanda_lightning.cli.common_options import (
     IMAGES_AT_ONCE,
     PAPER_IMAGES,
     PAPER_SEQLEN,
     PAPER_SEQUENCES,
     SEQUENCES_AT_ONCE,
-    PruneOptions,
-    as_command,
-    as_given,
 )
+from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
+from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
 from wanda_lightning.cli.output import print_line, print_table
+from wanda_lightning.cli.parser import as_command, as_given
+from wanda_lightning.cli.pruning_options import PruneOptions
 from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.common.refuse_path import existing_parent, files_in
 from wanda_lightning.common.words import one_line
@@ -57,7 +56,7 @@ def run(options: PruneOptions) -> None:
     if options.stream:
         return _stream(options)
     keep_freed_memory()
-    samples = options.nsamples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES)
+    samples = options.num_samples or (PAPER_IMAGES if options.is_image else PAPER_SEQUENCES)
     callback = PruningCallback(**options.choices, num_samples=samples)
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
@@ -126,10 +125,10 @@ def _perplexities(read: Callable[..., float], data: TextDataModule) -> dict[str,
 
 
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
-    assert options.data_path is not None
-    module = ImageClassifierModule(options.model, pretrained=options.resume is None, checkpoint=options.resume)
+    assert options.data is not None
+    module = ImageClassifierModule(options.model, pretrained=options.checkpoint is None, checkpoint=options.checkpoint)
     data = ImageDataModule(
-        options.data_path,
+        options.data,
         module,
         batch_size=options.batch_size or IMAGES_AT_ONCE,
         num_samples=samples,
@@ -150,9 +149,9 @@ def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
     return TextDataModule(
         tokenizer,
         options.calibration or "c4",
-        options.eval or ["wikitext2"],
+        options.evaluation or ["wikitext2"],
         seqlen=checked_seqlen(options.seqlen, config, PAPER_SEQLEN),
-        num_samples=options.nsamples or PAPER_SEQUENCES,
+        num_samples=options.num_samples or PAPER_SEQUENCES,
         batch_size=options.batch_size or SEQUENCES_AT_ONCE,
         limit=options.limit,
         seed=options.seed,
@@ -177,12 +176,12 @@ def _record_run(
 ) -> Run:
     """Record the options and the results in the report, and return the results."""
     report.config["command"] = as_given(options) | _as_used(options, data)
-    always = ("sparsity_ratio",) if config.pattern.fixed_sparsity is None else ()
+    always = ("sparsity",) if config.pattern.fixed_sparsity is None else ()
     metric = TOP1 if options.is_image else PERPLEXITY
     name, _ = metric.logged
     report.run = Run(
         command=as_command("prune", options, always),
-        model=f"{options.model} ({options.resume})" if options.resume else options.model,
+        model=f"{options.model} ({options.checkpoint})" if options.checkpoint else options.model,
         metric=metric.name,
         before=dense[name],
         after=pruned[name],
@@ -203,13 +202,13 @@ def _others(data: TextDataModule, dense: Mapping[str, float], pruned: Mapping[st
 def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:
     """Return the options whose defaults depend on the model, with the values that were used."""
     used: dict[str, Any] = {
-        "nsamples": data.num_samples,
+        "num_samples": data.num_samples,
         "batch_size": data.batch_size,
-        "prune_method": options.method,
+        "method": options.method or "wanda",
     }
     if isinstance(data, ImageDataModule):
         return used
-    return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "eval": list(data.evaluations)}
+    return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "evaluation": list(data.evaluations)}
 
 
 def _write_card(folder: Path | None, options: PruneOptions, report: PruningReport) -> None:

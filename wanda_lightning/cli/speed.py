@@ -13,10 +13,9 @@ from rich.table import Table
 
 from wanda_lightning.acceleration import accelerate_2to4
 from wanda_lightning.acceleration.semi_structured import refuse_devices
+from wanda_lightning.cli.measure import refuse_long_windows
 from wanda_lightning.cli.options import SpeedOptions
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.cli.parser import UsageError
-from wanda_lightning.common.model_source import load_config
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
 from wanda_lightning.modules import CausalLMModule
@@ -38,7 +37,7 @@ def run(options: SpeedOptions) -> None:
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_devices({device})
-    _refuse_long(options, load_config(options.model, **hub))
+    refuse_long_windows(options.seqlen + options.tokens, options.model, hub, "--seqlen plus --tokens")
     model: Any = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub).model.eval().to(device)
     prompt = torch.randint(model.get_input_embeddings().num_embeddings, (1, options.seqlen), device=device)
     with torch.inference_mode(False), torch.no_grad():
@@ -48,16 +47,6 @@ def run(options: SpeedOptions) -> None:
     print_table(_table(title, speeds, sizes, difference))
     for what in Speeds._fields:
         print_line(verdict(what, getattr(speeds["dense"], what), getattr(speeds["2:4"], what)))
-
-
-def _refuse_long(options: SpeedOptions, config: Any) -> None:
-    """Refuse a text that is longer than the model's context, before the weights are loaded."""
-    context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
-    if context and options.seqlen + options.tokens > context:
-        raise UsageError(
-            f"--seqlen and --tokens must be at most {context} together, the model's context, but they are "
-            f"{options.seqlen} and {options.tokens}."
-        )
 
 
 def _measure(model: Any, prompt: Any, tokens: int) -> tuple[dict[str, Speeds], dict[str, int], float]:

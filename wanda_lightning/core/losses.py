@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
+
 _AT_ONCE = 2**22  # logits whose probabilities are in memory at the same time, 16 MiB in float32
 
 
@@ -64,7 +66,7 @@ class _SummedDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.gradient is None:
-            raise RuntimeError(
+            raise UserError(
                 "retain_graph must be False for a loss with distillation: its gradient is computed in place to save "
                 "memory, so its graph can be passed backward only once."
             )

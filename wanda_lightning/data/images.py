@@ -140,7 +140,7 @@ class ImageDataModule(DataModule):
 
     def _opened(self) -> Source:
         if self._source is None:
-            raise RuntimeError("setup() opens the images, but it was not called. Call it first.")
+            raise UserError("setup() opens the images, but it was not called. Call it first.")
         return self._source
 
     @property

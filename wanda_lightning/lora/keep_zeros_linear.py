@@ -194,7 +194,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         merged = torch.where(keep, _kept_sum(weight, *self._factors(names), keep.to(wide)).to(weight.dtype), weight)
         shifts = [self.scaling[name] * self.lora_B[name].bias for name in names if self.lora_bias[name]]
         if shifts and bias is None:
-            raise RuntimeError(
+            raise UserError(
                 "lora_bias must be False to merge into a layer without a bias, but the adapter was trained with it."
             )
         merged_bias = (bias + sum(shifts)).to(bias.dtype) if shifts and bias is not None else bias

@@ -100,8 +100,7 @@ class Processes:
         except Exception as error:
             if error is not self._known_failure:
                 self._known_failure = error
-                kind = next((kind for kind in (UserError, ValueError) if isinstance(error, kind)), RuntimeError)
-                cause = kind, f"{type(error).__name__}: {error}"
+                cause = isinstance(error, UserError | OSError), f"{type(error).__name__}: {error}"
                 self._broadcast(cause, -1 - self._lowest(-1 - self.rank))
             raise
         self.all_reduce_min(0)
@@ -114,9 +113,9 @@ class Processes:
         return int(tensor)
 
     def _fail_with(self, rank: int) -> None:
-        nothing: tuple[type[Exception], str] = (RuntimeError, "")
-        kind, cause = self._broadcast(nothing, rank)
-        self._known_failure = kind(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
+        is_refusal, cause = self._broadcast((False, ""), rank)
+        failure = UserError if is_refusal else RuntimeError
+        self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
         raise self._known_failure
 
 

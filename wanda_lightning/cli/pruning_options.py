@@ -1,0 +1,254 @@
+"""The options of `prune` and `inspect`. Those of a pruning are the arguments of `PruningConfig.from_names`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from wanda_lightning.cli.common_options import (
+    COUNT,
+    IMAGES_AT_ONCE,
+    IMAGES_HELP,
+    LIMIT_HELP,
+    PAPER_SEQLEN,
+    PAPER_SEQUENCES,
+    SEED,
+    SEQLEN_HELP,
+    SEQUENCES_AT_ONCE,
+    TEXTS_HELP,
+    TIMM,
+    WINDOW,
+    ModelOptions,
+    SaveOptions,
+)
+from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.parser import option
+from wanda_lightning.common.checks import check_memory, check_report_path
+from wanda_lightning.common.refuse_path import (
+    PROGRESS_NAME,
+    refuse_existing,
+    refuse_nonempty,
+    refuse_replacement,
+    refuse_unresumable,
+)
+from wanda_lightning.config import NAMES, PruningConfig
+from wanda_lightning.core.hyperparameters import OneOf
+from wanda_lightning.data import image_sources, text_sources
+from wanda_lightning.methods import PARKING
+
+_REFERENCE_FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
+
+
+class _Pattern(OneOf):
+    def accepts(self, value: object) -> bool:
+        found = re.fullmatch(r"(\d+):(\d+)", str(value))
+        return 1 <= int(found[1]) < int(found[2]) if found else super().accepts(value)
+
+
+def _choices() -> Iterator[tuple[str, Any, Any]]:
+    """Yield an option for each argument of `PruningConfig.from_names`, with the first sentence of its description."""
+    text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
+    described = dict(re.findall(r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE))
+    for name, parameter in inspect.signature(PruningConfig.from_names).parameters.items():
+        help = " ".join(described.get(name, "").replace("`", "").split())
+        rule = OneOf(tuple(NAMES[name])) if name in NAMES else None
+        if name == "pattern":
+            rule = _Pattern(("unstructured", *NAMES[name], "any other N:M with 1 <= N < M"))
+        kind = {tuple: list[str], type(None): str | None}.get(type(parameter.default), type(parameter.default))
+        yield name, kind, option(help, parameter.default, rule, _REFERENCE_FLAGS.get(name))
+
+
+_Choices: Any = make_dataclass("_Choices", _choices(), bases=(ModelOptions,), kw_only=True)
+
+
+@dataclass(kw_only=True)
+class _PruningOptions(_Choices):  # type: ignore[misc]  # its base is made from PruningConfig
+    """The model, all choices of a pruning, and what determines the memory that it needs."""
+
+    model: str = option(
+        "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.", MISSING
+    )
+    use_variant: bool = option(
+        "The reference's name of --pattern equal_share: each row loses the same share of its total score.", False
+    )
+    prune_granularity: str | None = option(
+        "The reference's name of --pattern unstructured_row and unstructured_layer.", rule=OneOf(("row", "layer"))
+    )
+    num_samples: int | None = option(
+        "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.",
+        rule=COUNT,
+        alias="nsamples",
+    )
+    seqlen: int | None = option(f"{SEQLEN_HELP} {PAPER_SEQLEN}.", rule=WINDOW)
+    batch_size: int | None = option(
+        f"Number of samples in a batch; by default {SEQUENCES_AT_ONCE} sequences or {IMAGES_AT_ONCE} images.",
+        rule=COUNT,
+    )
+    park: str = option(
+        "Where the activations of batches are while they wait, with --stream: memory (of --device), cpu (its "
+        "memory, if --device is another), or disk (files beside the pruned model).",
+        "memory",
+        rule=OneOf(PARKING),
+    )
+
+    def __post_init__(self) -> None:
+        if self.stream and self.model.endswith(".gguf"):
+            raise UsageError(
+                f"--stream reads a folder or hub model in safetensors, but --model is {self.model}. Give such a "
+                "model, or leave --stream out."
+            )
+        if self.use_variant or self.prune_granularity is not None:
+            self._apply_reference_flags()
+
+    def _apply_reference_flags(self) -> None:
+        """Replace the reference's flags by the pattern that they stand for."""
+        given, meant = self.choices["pattern"], f"unstructured_{self.prune_granularity}"
+        if self.use_variant:
+            meant = "equal_share"
+        if given not in ("unstructured", meant):
+            self.refuse_given(f"--pattern {given}", "use_variant prune_granularity")
+        is_wanda = self.method in (None, "wanda") and self.criterion in (None, "wanda")
+        is_wanda = is_wanda and self.solver in (None, "zero_out")
+        if self.use_variant and (not is_wanda or self.prune_granularity == "layer"):
+            raise UsageError(
+                f"--use_variant compares Wanda's scores within rows, but --method is {self.name} and "
+                f"--prune_granularity is {self.prune_granularity or 'row'}. Use --method wanda within rows, or leave "
+                "--use_variant out."
+            )
+        self.pattern, self.use_variant, self.prune_granularity = meant, False, None
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the model is an image classifier."""
+        return self.model.startswith(TIMM)
+
+    @property
+    def name(self) -> str:
+        """The label of the results: the method, and the choices that replace its own."""
+        method = self.method
+        if method is None and self.criterion is None and self.solver is None:
+            method = "wanda"
+        names = (method, self.criterion, self.solver, self.allocation, self.recovery)
+        return "_".join(name for name in names if name is not None)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The arguments of `PruningConfig.from_names`."""
+        return {name: getattr(self, name) for name in inspect.signature(PruningConfig.from_names).parameters}
+
+
+@dataclass(kw_only=True)
+class InspectOptions(_PruningOptions):
+    """The options of `wanda-lightning inspect`."""
+
+    stream: bool = option(
+        "Also print the memory that prune --stream needs, and fail if this machine has less; no weight is read.", False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_image:
+            self.refuse_given("an image classifier", "stream")
+        if not self.stream:
+            self.refuse_given("inspect without --stream", "num_samples seqlen batch_size dtype park")
+
+    def refuse_early(self) -> None:
+        """Refuse a file that does not exist, and choices that contradict each other."""
+        self.refuse_missing("model")
+        _ = self.config
+
+    @property
+    def config(self) -> PruningConfig:
+        """The choices as objects. The sparsity of N:M need not be given, since `inspect` does not show it."""
+        choices = self.choices
+        if ":" in self.pattern:
+            n, m = map(int, self.pattern.split(":"))
+            choices["sparsity"] = 1 - n / m
+        return PruningConfig.from_names(**choices)
+
+
+@dataclass(kw_only=True)
+class PruneOptions(SaveOptions, _PruningOptions):
+    """The options of `wanda-lightning prune`: also the data, and where the results go."""
+
+    seed: int = option("Seed that draws the calibration samples.", 0, rule=SEED)
+    calibration: str | None = option(
+        f"Text to calibrate on, by default c4 as in the paper: {TEXTS_HELP}; or self, what the dense model writes."
+    )
+    evaluation: list[str] | None = option(
+        f"Texts to measure perplexity on, by default wikitext2: {TEXTS_HELP}. The first is the one that counts.",
+        alias="eval",
+    )
+    limit: int | None = option(LIMIT_HELP, rule=COUNT)
+    data: str | None = option(f"Images to calibrate and measure on: {IMAGES_HELP}", alias="data_path")
+    checkpoint: str | None = option("Weights (.safetensors) of the image classifier.", alias="resume")
+    save: str | None = option("Folder for log_METHOD.txt and pruning_report.json.")
+    report: str | None = option(
+        "Page (.html) or picture (.png) to write, with figures and tables (needs the extra report)."
+    )
+    device: str = option("Device to compute on with --stream, such as cuda.", "cpu")
+    stream: bool = option(
+        "Read a language model block by block from disk, and write each pruned block to --save_model. If pruning is "
+        "interrupted, the same command continues it.",
+        False,
+    )
+    overwrite: bool = option(
+        "Add to a --save folder that is not empty, replace a --report, and replace a --save_model folder with "
+        "everything in it.",
+        False,
+    )
+    eval_zero_shot: bool = option(
+        "Also measure the pruned model on the paper's seven zero-shot tasks (needs lm-eval).", False
+    )
+    tasks_dir: str | None = option(
+        "Folder with a TASK.jsonl for each of these tasks (see evaluate --help); by default they come from the hub."
+    )
+
+    def __post_init__(self) -> None:
+        if self.is_image:
+            language = "seqlen limit calibration evaluation dtype trust_remote_code stream eval_zero_shot tasks_dir"
+            self.refuse_given("an image classifier", language)
+            self.require_images(self.model)
+        else:
+            self.refuse_given("a language model", "data checkpoint")
+        if not self.eval_zero_shot:
+            self.refuse_given("pruning without --eval_zero_shot", "tasks_dir")
+        if self.stream:
+            writes = self.save or self.report
+            self.refuse_given("--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
+            if self.save_model is None:
+                raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
+            if self.calibration == text_sources.SELF:
+                raise UsageError(
+                    f"--calibration {self.calibration} needs the whole model in memory to write a text, but --stream "
+                    "reads it block by block. Give a text, or leave --stream out."
+                )
+        else:
+            self.refuse_given("pruning without --stream, which uses a GPU if there is one", "device park")
+        super().__post_init__()
+
+    def refuse_early(self) -> None:
+        """Refuse files that do not exist, places that cannot be written, and too many samples."""
+        self.refuse_missing("model checkpoint tasks_dir")
+        self.refuse_place("save_model", refuse_unresumable if self.stream else refuse_replacement)
+        if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
+            self.refuse_place("save", refuse_nonempty)  # a run that continues may find its model there
+        if self.report is not None:
+            check_report_path(self.report)
+            if Path(self.report) in (Path(self.save or ""), Path(self.save_model or "")):
+                raise UsageError(f"--report must differ from the folders to write, but it is {self.report} too.")
+        self.refuse_place("report", refuse_existing)
+        self.refuse_push("pruning")
+        if self.is_image:
+            image_sources.check_source(self.data or "", calibrates=True)
+        else:
+            if self.calibration != text_sources.SELF:
+                text_sources.check_source(self.calibration or "c4", "--calibration")
+            for text in self.evaluation or ():
+                text_sources.check_source(text, "--evaluation")
+            check_memory("--num_samples", self.num_samples or PAPER_SEQUENCES, self.seqlen or PAPER_SEQLEN)
+        PruningConfig.from_names(**self.choices)  # last, since it imports torch
