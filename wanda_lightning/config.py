@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from wanda_lightning import methods
 from wanda_lightning.common.errors import UserError
@@ -21,6 +21,29 @@ if TYPE_CHECKING:
     from wanda_lightning.core.permutation import Permutation
     from wanda_lightning.core.solvers import Solver
     from wanda_lightning.training import Recovery
+
+
+class CommonChoices(TypedDict, total=False):
+    """The arguments of `PruningConfig.from_names` that fit every method."""
+
+    pattern: Pattern | str
+    allocation: Allocation | str | None
+    recovery: Recovery | str | None
+    permutation: Permutation | str | None
+    sequential: str | None
+    skip: str | Sequence[str]
+    only: str | Sequence[str]
+    include_grouped: bool
+    min_expert_tokens: int
+    keep_batch_norm: bool
+
+
+class PruningChoices(CommonChoices, total=False):
+    """The type of `**choices`: all arguments of `PruningConfig.from_names` except the sparsity."""
+
+    method: str | None
+    criterion: Criterion | str | None
+    solver: Solver | str | None
 
 
 @dataclass(frozen=True)

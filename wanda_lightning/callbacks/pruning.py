@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -26,15 +26,18 @@ from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, proce
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.common.checks import check_at_least, check_report_path, refuse_pytorch_lightning
 from wanda_lightning.common.files import refuse_existing, refuse_nonempty
-from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.criteria import Magnitude, Wanda
-from wanda_lightning.core.solvers import SparseGPT
+from wanda_lightning.config import CommonChoices, PruningChoices, PruningConfig
+from wanda_lightning.core.criteria import Criterion, Magnitude, Wanda
+from wanda_lightning.core.solvers import Solver, SparseGPT
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport, Run
 from wanda_lightning.report.page import write_report
 from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PruningCallback(Callback):
@@ -103,7 +106,7 @@ class PruningCallback(Callback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
-        **choices: Any,
+        **choices: Unpack[PruningChoices],
     ) -> None:
         config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and config.sequential == "auto":
@@ -362,14 +365,29 @@ class PruningCallback(Callback):
             clear_copies(self._zeros, trainer, pl_module)
 
 
+class CallbackOptions(CommonChoices, total=False):
+    """The arguments of `PruningCallback` that its subclasses pass on."""
+
+    num_samples: int
+    dataloader: Iterable[Any] | None
+    keep_zeros: bool
+    report_dir: str | Path | None
+    report: str | Path | None
+    at_step: int
+    schedule: Schedule | None
+    calibrate_on: Literal["calibration", "validation"]
+
+
 class WandaPrune(PruningCallback):
     """Prune by weight magnitude times input norm, within each output row (Sun et al. 2024).
 
     It takes the arguments of `PruningCallback`, except `method` and `criterion`.
     """
 
-    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
-        super().__init__(sparsity, method="wanda", criterion=Wanda(), **options)
+    def __init__(
+        self, sparsity: float = 0.5, *, solver: Solver | str | None = None, **options: Unpack[CallbackOptions]
+    ) -> None:
+        super().__init__(sparsity, method="wanda", criterion=Wanda(), solver=solver, **options)
 
 
 class SparseGPTPrune(PruningCallback):
@@ -379,8 +397,15 @@ class SparseGPTPrune(PruningCallback):
     to the diagonal of the Gram matrix, as a fraction of its mean.
     """
 
-    def __init__(self, sparsity: float = 0.5, dampening: float = 0.01, **options: Any) -> None:
-        super().__init__(sparsity, method="sparsegpt", solver=SparseGPT(dampening), **options)
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        dampening: float = 0.01,
+        *,
+        criterion: Criterion | str | None = None,
+        **options: Unpack[CallbackOptions],
+    ) -> None:
+        super().__init__(sparsity, method="sparsegpt", criterion=criterion, solver=SparseGPT(dampening), **options)
 
 
 class MagnitudePrune(PruningCallback):
@@ -389,5 +414,7 @@ class MagnitudePrune(PruningCallback):
     It takes the arguments of `PruningCallback`, except `method` and `criterion`.
     """
 
-    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
-        super().__init__(sparsity, method="magnitude", criterion=Magnitude(), **options)
+    def __init__(
+        self, sparsity: float = 0.5, *, solver: Solver | str | None = None, **options: Unpack[CallbackOptions]
+    ) -> None:
+        super().__init__(sparsity, method="magnitude", criterion=Magnitude(), solver=solver, **options)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.config import PruningConfig
+from wanda_lightning.config import PruningChoices, PruningConfig
 from wanda_lightning.core.gram import relative_error
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
@@ -36,6 +36,9 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, resh
 from wanda_lightning.report import POOLED, Permuted, PrunedLayer, PruningReport, TrainedPart
 from wanda_lightning.training import DenseModel, ModelRecovery
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 log = logging.getLogger(__name__)
 
 Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
@@ -48,7 +51,7 @@ def prune(
     *,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
-    **choices: Any,
+    **choices: Unpack[PruningChoices],
 ) -> PruningReport:
     """Prune any model in place: the weights with the smallest scores become zero.
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.config import PruningConfig
+from wanda_lightning.config import PruningChoices, PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.modules.loading import check_vocabulary
@@ -23,6 +23,9 @@ from wanda_lightning.streaming.output import OutputFolder, fingerprint
 from wanda_lightning.streaming.parking import parking_maker, refuse_parking
 from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.streaming.weights import StreamedWeights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def prune_from_disk(
@@ -41,7 +44,7 @@ def prune_from_disk(
     processes: Processes = SINGLE_PROCESS,
     park: str = "memory",
     device: str = "cpu",
-    **choices: Any,
+    **choices: Unpack[PruningChoices],
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
 
