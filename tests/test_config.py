@@ -175,6 +175,7 @@ WandaPrune(spasity=0.5)
 WandaPrune(method="ria")
 prune(model, methode="wanda")
 prune(model, skip=3)
+from wanda_lightning import WandaPrun
 """
 MYPY = f"""[mypy]
 mypy_path = {Path(__file__).parents[1]}
@@ -187,6 +188,7 @@ Unexpected keyword argument "spasity" for "WandaPrune"; did you mean "sparsity"?
 Unexpected keyword argument "method" for "WandaPrune"  [call-arg]
 Unexpected keyword argument "methode" for "prune"; did you mean "method"?  [call-arg]
 Argument "skip" to "prune" has incompatible type "int"; expected "str | Sequence[str]"  [arg-type]
+Module "wanda_lightning" has no attribute "WandaPrun"; maybe "WandaPrune"?  [attr-defined]
 """
 
 

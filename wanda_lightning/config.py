@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -117,8 +117,8 @@ class PruningConfig:
         _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
-        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
-        usual_permutation = base.permutation if chosen_pattern.group_size else methods.NO_PERMUTATION
+        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
+        usual_permutation = base.permutation if chosen_pattern.group_size else methods.PERMUTATIONS["none"]
         chosen_recovery: Recovery = _resolve("recovery", recovery, base.recovery)
         usual_sequential = chosen_recovery.sequential if base.sequential == "auto" else base.sequential
         return cls(
@@ -228,14 +228,18 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
 
-_BASES = {
-    "criterion": "core.criteria.Criterion",
-    "pattern": "core.patterns.Pattern",
-    "allocation": "core.allocation.Allocation",
-    "solver": "core.solvers.Solver",
-    "recovery": "training.Recovery",
-    "permutation": "core.permutation.Permutation",
-}
+
+def _base(option: str) -> type:
+    """Return the class of the objects that an option takes."""
+    from wanda_lightning.core.allocation import Allocation
+    from wanda_lightning.core.criteria import Criterion
+    from wanda_lightning.core.patterns import Pattern
+    from wanda_lightning.core.permutation import Permutation
+    from wanda_lightning.core.solvers import Solver
+    from wanda_lightning.training import Recovery
+
+    bases = (Criterion, Pattern, Allocation, Solver, Recovery, Permutation)
+    return next(base for base in bases if base.__name__.lower() == option)
 
 
 def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
@@ -254,14 +258,14 @@ def _named(option: str, name: str) -> Any:
     return NAMES[option][name]
 
 
-def _resolve(option: str, given: Any, default: methods.Choice | None) -> Any:
+def _resolve(option: str, given: Any, default: Callable[[], Any] | None) -> Any:
     """Return the object for an option, which is given as an object, as a name, or not at all."""
     if given is None:
         assert default is not None
         return default()
     if isinstance(given, str):
         return _named(option, given)()
-    if not isinstance(given, (base := methods.load(_BASES[option]))):
+    if not isinstance(given, (base := _base(option))):
         raise UserError(
             f"{option} must be of class {base.__name__} or one of {', '.join(NAMES[option])}, but it is {given!r}."
         )
@@ -289,7 +293,9 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
-        return methods.load("core.patterns.NM")(n=int(match[1]), m=int(match[2]))
+        from wanda_lightning.core.patterns import NM
+
+        return NM(n=int(match[1]), m=int(match[2]))
     if given is None or (isinstance(given, str) and given not in NAMES["pattern"]):
         raise UserError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M"]))
     return _resolve("pattern", given, None)
