@@ -31,7 +31,7 @@ def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
     if options.stream:
         refuse_whole_model(options.config)
-    model: Any = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
+    model: Any = model_from_config(options.source(options.model))
     config = config_for(options.config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     print_table(_units_table(found, options.model))

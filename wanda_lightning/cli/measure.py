@@ -14,7 +14,7 @@ from wanda_lightning.cli.options import FinetuneOptions, PruneOptions
 from wanda_lightning.cli.output import print_line
 from wanda_lightning.cli.parser import UsageError
 from wanda_lightning.common.files import is_replaceable, refuse_full, unclaimed
-from wanda_lightning.common.model_source import load_config
+from wanda_lightning.common.model_source import ModelSource, load_config
 from wanda_lightning.hub.upload import upload
 
 
@@ -31,10 +31,10 @@ def plain_trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
     return L.Trainer(accelerator="auto", devices=1, callbacks=list(callbacks), **quiet, **options)
 
 
-def refuse_long_windows(seqlen: int | None, model: str, hub: dict[str, Any]) -> None:
+def refuse_long_windows(seqlen: int | None, model: ModelSource) -> None:
     """Refuse windows that are longer than the context of a model, before its weights are loaded."""
     if seqlen is not None:
-        checked_seqlen(seqlen, load_config(model, **hub), seqlen)
+        checked_seqlen(seqlen, load_config(model), seqlen)
 
 
 def checked_seqlen(seqlen: int | None, config: Any, default: int) -> int:

@@ -23,7 +23,7 @@ from wanda_lightning.common.files import (
     refuse_replacement,
     refuse_unresumable,
 )
-from wanda_lightning.common.model_source import why_missing, why_no_language_model
+from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_language_model
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources
@@ -57,6 +57,19 @@ _PRIVATE = "Make the repository of --push_to_hub private if it is new, and refus
 _SEQLEN = "Number of tokens in a window; by default the model's context, at most"
 
 
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Where a command finds its models."""
+
+    revision: str = option("Branch, tag or commit of --model on the hub.", "main")
+
+    def source(self, name: str) -> ModelSource:
+        """Return the source of a model; `revision` is that of `model`, not of `dense` or `pruned`."""
+        given: Any = self
+        named = given.model if isinstance(given.model, list) else [given.model]
+        return ModelSource(name, self.revision if name in named else "main", given.cache_dir, given.trust_remote_code)
+
+
 _COUNT = Number(minimum=1, whole=True)
 _WINDOW = Number(minimum=2, whole=True)
 _SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
@@ -85,7 +98,7 @@ _MODEL = option(
     MISSING,
 )
 _ModelAndPruning: Any = make_dataclass(
-    "_ModelAndPruning", [("model", "str", _MODEL), *_pruning_options()], kw_only=True
+    "_ModelAndPruning", [("model", "str", _MODEL), *_pruning_options()], bases=(ModelOptions,), kw_only=True
 )
 
 
@@ -141,7 +154,7 @@ class InspectOptions(_ModelAndPruning):  # type: ignore[misc]  # its base is mad
     def refuse_early(self) -> None:
         """Refuse a file that does not exist, and choices that contradict each other."""
         if self.is_image:
-            refuse_given(self, "an image classifier", "stream")
+            refuse_given(self, "an image classifier", "revision stream")
         if not self.stream:
             refuse_given(self, "inspect without --stream", "nsamples seqlen batch_size dtype park")
         refuse_missing(self, "model")
@@ -226,7 +239,7 @@ class PruneOptions(InspectOptions):
 
     def __post_init__(self) -> None:
         if self.is_image:
-            language = "seqlen limit calibration eval dtype trust_remote_code stream eval_zero_shot tasks_dir"
+            language = "seqlen limit calibration eval dtype revision trust_remote_code stream eval_zero_shot tasks_dir"
             refuse_given(self, "an image classifier", language)
             _require_images(self.model, self.data_path)
         else:
@@ -271,7 +284,7 @@ class PruneOptions(InspectOptions):
 
 
 @dataclass(kw_only=True)
-class FinetuneOptions:
+class FinetuneOptions(ModelOptions):
     """The options of `wanda-lightning finetune`."""
 
     model: str = option("Hub id, folder or .gguf file of the pruned model.", MISSING)
@@ -341,7 +354,7 @@ class FinetuneOptions:
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(ModelOptions):
     """The options of `wanda-lightning evaluate`."""
 
     model: list[str] = option(
@@ -385,7 +398,7 @@ class EvaluateOptions:
             found = "both were given" if self.models else "none was given"
             raise UsageError(f"--model must name language models or image classifiers, but {found}.")
         if self.is_image:
-            language = "eval tasks tasks_dir limit task_limit seqlen dtype trust_remote_code"
+            language = "eval tasks tasks_dir limit task_limit seqlen dtype revision trust_remote_code"
             refuse_given(self, "an image classifier", language)
             _require_images(self.models[0], self.data_path)
         else:
@@ -418,7 +431,7 @@ class EvaluateOptions:
 
 
 @dataclass(kw_only=True)
-class SpeedOptions:
+class SpeedOptions(ModelOptions):
     """The options of `wanda-lightning speed`."""
 
     model: str = option("Hub id or folder of a language model that is pruned to 2:4.", MISSING)

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import load_config, locate, reading
+from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import placeholder
 from wanda_lightning.modules.loading import check_finite, check_stored_as_float
@@ -44,9 +44,8 @@ class Checkpoint:
     The model is complete except for the weights of its blocks, which are placeholders until they are loaded.
 
     Args:
-        name: Hub id or local folder.
+        source: Hub id or local folder.
         dtype: The dtype of `from_pretrained`; "auto" keeps that of the file.
-        hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         device: Where the loaded weights are.
 
     Attributes:
@@ -62,8 +61,8 @@ class Checkpoint:
             cannot be used.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", hub: Mapping[str, Any] = {}, device: str = "cpu") -> None:
-        self._name = name
+    def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
+        name = self._name = str(source)
         self.device = _available(device)
         self.blocks: tuple[str, ...] = ()
         self.bytes_read = 0
@@ -74,19 +73,19 @@ class Checkpoint:
                 f"The model {name!r} cannot be read block by block: only Hugging Face models in safetensors can. "
                 "Prune it in memory."
             )
-        config = load_config(name, **hub)
-        _refuse_without_safetensors(name)
+        config = load_config(source)
+        _refuse_without_safetensors(source)
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
             )
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         original = PreTrainedModel._load_pretrained_model
-        with reading("weights", name), _quiet():
+        with reading("weights", source), _quiet():
             try:
                 PreTrainedModel._load_pretrained_model = staticmethod(self._load_resident)
                 self.model, loaded = auto_class.from_pretrained(
-                    **locate(name), **hub, dtype=dtype, use_safetensors=True, output_loading_info=True
+                    **source.locate(), dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
             finally:
                 PreTrainedModel._load_pretrained_model = original
@@ -279,9 +278,9 @@ class _Stored:
         return copy
 
 
-def _refuse_without_safetensors(name: str) -> None:
+def _refuse_without_safetensors(source: ModelSource) -> None:
     """Refuse a local folder with weights in other formats only."""
-    folder = Path(name).expanduser()
+    name, folder = str(source), source.path
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
         raise UserError(

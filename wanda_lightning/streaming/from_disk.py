@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
@@ -78,18 +79,16 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
-    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     config = PruningConfig.from_names(sparsity, **choices)
     with pruned_from_disk(
         config,
-        source,
+        ModelSource(source, revision or "main", cache_dir, trust_remote_code),
         output,
         batches,
         dtype=dtype,
         tokenizer=tokenizer,
         forward=forward,
         progress=progress,
-        hub=hub,
         processes=processes,
         park=park,
         device=device,
@@ -100,7 +99,7 @@ def prune_from_disk(
 @contextmanager
 def pruned_from_disk(
     config: PruningConfig,
-    source: str | os.PathLike[str],
+    source: ModelSource,
     output: str | os.PathLike[str],
     batches: Iterable[Any],
     *,
@@ -108,7 +107,6 @@ def pruned_from_disk(
     tokenizer: Any = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
-    hub: Mapping[str, Any] = {},
     processes: Processes = SINGLE_PROCESS,
     park: str = "memory",
     device: str = "cpu",
@@ -119,14 +117,14 @@ def pruned_from_disk(
     """
     refuse_parking(park, device)
     refuse_whole_model(config, processes)
-    refuse_places(source, output)
+    refuse_places(source.name, output)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise UserError(
             f"tokenizer must be one of transformers, but it is {tokenizer!r}. Give AutoTokenizer.from_pretrained(...)."
         )
     with processes.fail_together():
         held = list(batches)
-        checkpoint = Checkpoint(str(source), dtype, hub, device)
+        checkpoint = Checkpoint(source, dtype, device)
         make_plan(config, checkpoint.model, processes, has_weights=False)  # to refuse before anything is written
         if tokenizer is not None:
             check_vocabulary(tokenizer, checkpoint.model)

@@ -14,6 +14,7 @@ from typing import Any
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
 from wanda_lightning.modules import WindowPerplexity
@@ -58,8 +59,7 @@ def perplexity_from_disk(
         ValueError: If no token of the batches has a next token.
     """
     refuse_parking(park, device)
-    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    checkpoint = Checkpoint(str(source), dtype, hub, device)
+    checkpoint = Checkpoint(ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device)
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
