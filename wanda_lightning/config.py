@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from wanda_lightning import methods
+from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import check_patterns
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.core.hyperparameters import shown
 
 if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
@@ -243,13 +242,10 @@ def _base(option: str) -> type:
 
 
 def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
-    if not isinstance(sparsity, Real) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise UserError(
-            "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
-            f"{shown(sparsity)}."
-        )
-    if not isinstance(min_expert_tokens, int) or min_expert_tokens < 0:
-        raise UserError(f"min_expert_tokens must be a number of tokens, 0 or more, but it is {min_expert_tokens!r}.")
+    fraction = "the fraction of weights that become zero, at least 0 and below 1"
+    check_values(Number(minimum=0, below=1, text=fraction), sparsity=sparsity)
+    tokens = "a number of tokens, 0 or more"
+    check_values(Number(minimum=0, whole=True, text=tokens), min_expert_tokens=min_expert_tokens)
 
 
 def _named(option: str, name: str) -> Any:

@@ -25,7 +25,7 @@ from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions, as_comm
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import files_in
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.words import counted, one_line
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.hub.card import OwnCard, continue_card, read_card
 from wanda_lightning.modules import CausalLMModule
@@ -86,7 +86,7 @@ def run(options: FinetuneOptions) -> None:
     for name, value in perplexity.items():
         table.add_row(name, f"{value:.2f}")
     print_table(table)
-    steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
+    steps = counted(options.steps, "step")
     print_line(f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}.")
     push(folder, files, options)
 

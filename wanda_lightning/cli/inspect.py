@@ -12,8 +12,9 @@ from rich.table import Table
 from wanda_lightning.cli.measure import checked_seqlen
 from wanda_lightning.cli.options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE, InspectOptions
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.common.checks import available_memory
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.memory import free_memory
+from wanda_lightning.common.words import as_gib, counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for
@@ -23,8 +24,6 @@ from wanda_lightning.modules.from_config import model_from_config
 from wanda_lightning.report import skipped_table
 from wanda_lightning.streaming import Memory, Samples, memory_to_measure, memory_to_prune
 from wanda_lightning.streaming.from_disk import refuse_whole_model
-
-_GIB = 2**30
 
 
 def run(options: InspectOptions) -> None:
@@ -39,7 +38,7 @@ def run(options: InspectOptions) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(layer.size for layer in found.layers)
     print_line(
-        f"{_counted(len(found.layers), 'layer')} in {_counted(len(found.units), 'unit')} hold {weights:,} weights, "
+        f"{counted(len(found.layers), 'layer')} in {counted(len(found.units), 'unit')} hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters, with --sequential {config.sequential}."
     )
     for note in (unfit_layers(found), low_coverage(found)):
@@ -64,15 +63,15 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     libraries = psutil.Process().memory_info().rss  # this process has loaded them, too
     print_table(_memory_table(libraries, prune, measure))
     needed = libraries + max(prune.total, measure.total)
-    free = libraries + available_memory()
-    needs = f"prune --stream needs about {needed / _GIB:.1f} GiB with {samples}"
+    free = libraries + free_memory()
+    needs = f"prune --stream needs about {as_gib(needed)} with {samples}"
     if needed > free:
         raise UserError(
-            f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--nsamples, --seqlen), "
+            f"{needs}, but {as_gib(free)} are free. Use fewer or shorter samples (--nsamples, --seqlen), "
             "smaller batches (--batch_size), --park disk, --prune_method wanda (no Gram matrices), or the other "
             "--sequential: block holds fewer activations, layer fewer Gram matrices."
         )
-    print_line(f"{needs}, and {free / _GIB:.1f} GiB are free.")
+    print_line(f"{needs}, and {as_gib(free)} are free.")
 
 
 def _memory_table(libraries: int, *memories: Memory) -> Table:
@@ -89,7 +88,7 @@ def _memory_table(libraries: int, *memories: Memory) -> Table:
     )
     columns = [(libraries, *astuple(memory), libraries + memory.total) for memory in memories]
     for label, *sizes in zip(labels, *columns, strict=True):
-        table.add_row(label, *(f"{size / _GIB:.2f}" for size in sizes))
+        table.add_row(label, *(f"{size / 2**30:.2f}" for size in sizes))
     return table
 
 
@@ -104,7 +103,3 @@ def _units_table(found: Inventory, model: str) -> Table:
         weights = f"{sum(layer.size for layer in unit.layers):,}"
         table.add_row(escape(unit.name) or "the whole model", str(len(unit.layers)), weights, escape(names))
     return table
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

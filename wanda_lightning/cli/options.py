@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from wanda_lightning.cli.parser import UsageError, as_list, default_of, option
-from wanda_lightning.common.checks import check_memory, check_report_path
+from wanda_lightning.common.checks import Number, OneOf, check_report_path
 from wanda_lightning.common.files import (
     PROGRESS_NAME,
     refuse_existing,
@@ -23,9 +23,9 @@ from wanda_lightning.common.files import (
     refuse_replacement,
     refuse_unresumable,
 )
+from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_language_model
 from wanda_lightning.config import NAMES, PruningConfig
-from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources
 from wanda_lightning.hub.upload import refuse_upload
 from wanda_lightning.methods import PARKING

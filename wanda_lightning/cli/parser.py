@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import yaml
 
+from wanda_lightning.common.checks import Number, OneOf
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.core.hyperparameters import Number, OneOf
 
 
 class UsageError(UserError):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import check_at_least, check_memory, check_positive
+from wanda_lightning.common.checks import check_at_least, check_positive
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wanda_lightning.common.checks import check_not_negative, require_extra
+from wanda_lightning.common.checks import Number, check_values, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_folder
 from wanda_lightning.common.model_source import ModelSource
@@ -78,7 +78,7 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         if dtype != "auto" and dtype not in DTYPES:
             raise UserError(f"dtype must be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
-        check_not_negative(lr=lr, weight_decay=weight_decay)
+        check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
             self.save_hyperparameters(ignore=["tokenizer"])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from wanda_lightning.common.checks import check_not_negative
+from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
@@ -56,7 +56,7 @@ class ImageClassifierModule(L.LightningModule):
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__()
-        check_not_negative(lr=lr, weight_decay=weight_decay)
+        check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         self._model_kwargs = dict(model_kwargs or {})
         checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         if isinstance(model, (str, os.PathLike)):

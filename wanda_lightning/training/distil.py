@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import Sample, fit_together
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.common.checks import Number, OneOf, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import causal_config, find_predictions, has_classes

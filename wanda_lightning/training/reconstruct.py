@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.gradients import without_gradients
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.masking import masked
 from wanda_lightning.models import Layer, TokenMask, Unit, fitting_mask
 from wanda_lightning.training.masked_weights import keep_mask, root_mean_square
