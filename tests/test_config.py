@@ -25,7 +25,7 @@ from wanda_lightning import (
     Wanda,
     ZeroOut,
 )
-from wanda_lightning.callbacks.pruning import CallbackOptions
+from wanda_lightning.callbacks.methods import CallbackOptions
 from wanda_lightning.config import CommonChoices, PruningChoices
 from wanda_lightning.core.criteria import Criterion, Saliency
 from wanda_lightning.core.patterns import Pattern
