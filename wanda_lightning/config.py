@@ -47,7 +47,7 @@ class PruningChoices(CommonChoices, total=False):
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes.
+    """The choices of one pruning, resolved to objects. `from_names` constructs it and describes the attributes.
 
     Raises:
         ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
@@ -170,7 +170,7 @@ class PruningConfig:
 
     @property
     def preset(self) -> str:
-        """Name of the preset whose choices these are; empty if they are those of none."""
+        """Name of the preset with exactly these choices; empty if there is none."""
         pattern = "unstructured" if self.pattern.fixed_sparsity is None else self.pattern
         choices = [option for option in NAMES if option != "method"]
         for name in methods.PRESETS:

@@ -53,13 +53,13 @@ class OneOf:
 
 
 def check(method: object, **rules: Number | OneOf) -> None:
-    """Check attributes of a method, each against its rule."""
+    """Raise a ValueError for an attribute of a method that breaks its rule."""
     for name, rule in rules.items():
         check_values(rule, **{f"{name} of {type(method).__name__}": getattr(method, name)})
 
 
 def check_values(rule: Number | OneOf, **values: object) -> None:
-    """Check values by their names; raise a ValueError with the rule and the value."""
+    """Raise a ValueError that names a value which breaks the rule."""
     for name, value in values.items():
         if not rule.accepts(value):
             raise UserError(f"{name} must be {rule}, but it is {shown(value)}.")

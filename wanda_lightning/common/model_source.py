@@ -67,7 +67,7 @@ class ModelSource:
 
 
 def why_missing(name: str | os.PathLike[str]) -> str:
-    """Return why a name is neither a path that exists nor a hub id, as a predicate; empty if it may be."""
+    """Return why a name is neither an existing path nor a hub id, as a predicate; empty if it may be one."""
     path = Path(name).expanduser()
     if path.exists():
         return ""
@@ -100,7 +100,7 @@ def load_config(source: ModelSource) -> Any:
 
 
 def why_no_language_model(path: Path) -> str:
-    """Return why a folder is no language model, as a predicate; empty for one that may be, and for other paths."""
+    """Return why a folder is no language model, as a predicate; empty if it may be one, and for other paths."""
     if not path.is_dir():
         return ""
     try:
