@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def load_causal_lm(source: ModelSource, dtype: str, with_tokenizer: bool) -> tup
             model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
         has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
         tokenizer = load_tokenizer(source) if with_tokenizer and has_tokenizer else None
-    _check_complete(name, loaded)
+    check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         check_stored_as_float(name, _weight_files(source), model)
     check_finite(model.named_parameters(), name)
@@ -110,16 +110,17 @@ def number_of_embeddings(model: Any) -> int | None:
         return None
 
 
-def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
-    if mismatched := sorted(loaded.get("mismatched_keys", ())):
-        key, stored, expected = mismatched[0]
+def check_complete(name: str, missing: Collection[str], mismatched: Collection[Any]) -> None:
+    """Raise a ValueError for weights that are missing, or that have other shapes than the configuration requires."""
+    if mismatched:
+        key, stored, expected = min(mismatched)
         raise UserError(
             f"The model {name!r} has {len(mismatched)} weights that do not fit its configuration, {key} first: its "
             f"stored shape is {tuple(stored)}, but config.json requires {tuple(expected)}. Correct config.json."
         )
-    if missing := sorted(loaded["missing_keys"]):
+    if missing:
         raise UserError(
-            f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {missing[0]} "
+            f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {min(missing)} "
             "first; they would be random. Check the folder and its config.json."
         )
 

@@ -32,7 +32,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import placeholder
-from wanda_lightning.modules.loading import check_finite, check_stored_as_float
+from wanda_lightning.modules.loading import check_complete, check_finite, check_stored_as_float
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
@@ -90,7 +90,7 @@ class Checkpoint:
             finally:
                 PreTrainedModel._load_pretrained_model = original
         self._move_buffers()
-        self._refuse_incomplete(loaded["missing_keys"], loaded["mismatched_keys"])
+        check_complete(name, loaded["missing_keys"], loaded["mismatched_keys"])
         check_stored_as_float(name, self.files, self.model)
         self._refuse_shared()
 
@@ -159,7 +159,7 @@ class Checkpoint:
         weights_moved()
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
-            self._refuse_incomplete(missing, loaded.mismatched_keys)
+            check_complete(self._name, missing, loaded.mismatched_keys)
         own = {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
         for weight in own.values():
             weight.requires_grad_(False)  # a weight that is freed has no place for its gradient
@@ -219,19 +219,6 @@ class Checkpoint:
             raise OSError(
                 f"{path} must not change while the model is pruned, but it was written or removed meanwhile. Start "
                 "again with the model that you want."
-            )
-
-    def _refuse_incomplete(self, missing: Sequence[str], mismatched: Sequence[Any]) -> None:
-        if mismatched:
-            key, found, expected = sorted(mismatched)[0]
-            raise UserError(
-                f"The model {self._name!r} has weights that do not fit its configuration, {key} first: its stored "
-                f"shape is {tuple(found)}, but config.json requires {tuple(expected)}. Correct config.json."
-            )
-        if missing:
-            raise UserError(
-                f"The model {self._name!r} has no weights for {len(missing)} parameters of its configuration, "
-                f"{sorted(missing)[0]} first. Check the folder and its config.json."
             )
 
     def _refuse_shared(self) -> None:
