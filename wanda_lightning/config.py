@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 from wanda_lightning import methods
 from wanda_lightning.common.checks import Number, check_values
@@ -14,12 +14,16 @@ from wanda_lightning.common.name_patterns import check_patterns
 from wanda_lightning.common.words import did_you_mean
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+
     from wanda_lightning.core.allocation import Allocation
     from wanda_lightning.core.criteria import Criterion
     from wanda_lightning.core.patterns import Pattern
     from wanda_lightning.core.permutation import Permutation
     from wanda_lightning.core.solvers import Solver
     from wanda_lightning.training import Recovery
+else:
+    Unpack = Optional  # jsonargparse would take no defaults and no help from `from_names`
 
 
 class CommonChoices(TypedDict, total=False):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.schedules import Schedule
-from wanda_lightning.config import CommonChoices
+from wanda_lightning.config import CommonChoices, Unpack
 from wanda_lightning.core.criteria import Criterion, Magnitude, Wanda
 from wanda_lightning.core.solvers import Solver, SparseGPT
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class CallbackOptions(CommonChoices, total=False):

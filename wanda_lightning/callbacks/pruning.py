@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -26,16 +26,13 @@ from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, proce
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.common.checks import check_at_least, check_report_path, refuse_pytorch_lightning
 from wanda_lightning.common.files import refuse_existing, refuse_nonempty
-from wanda_lightning.config import PruningChoices, PruningConfig
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport, Run
 from wanda_lightning.report.page import write_report
 from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class PruningCallback(Callback):

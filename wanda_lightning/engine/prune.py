@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.config import PruningChoices, PruningConfig
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.core.gram import relative_error
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import Weight
@@ -35,9 +35,6 @@ from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit, is_un
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard, zero_counts
 from wanda_lightning.report import POOLED, Permuted, PrunedLayer, PruningReport, TrainedPart
 from wanda_lightning.training import DenseModel, ModelRecovery
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.config import PruningChoices, PruningConfig
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.modules.loading import check_vocabulary
@@ -24,9 +24,6 @@ from wanda_lightning.streaming.output import OutputFolder, fingerprint
 from wanda_lightning.streaming.parking import parking_maker, refuse_parking
 from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.streaming.weights import StreamedWeights
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def prune_from_disk(
