@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 from wanda_lightning import methods
-from wanda_lightning.common.checks import check_at_least, check_flags
+from wanda_lightning.common.checks import Number, check_at_least, check_flags, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import check_patterns
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.core.hyperparameters import shown
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+
     from wanda_lightning.core.allocation import Allocation
     from wanda_lightning.core.criteria import Criterion
     from wanda_lightning.core.patterns import Pattern
     from wanda_lightning.core.permutation import Permutation
     from wanda_lightning.core.solvers import Solver
     from wanda_lightning.training import Recovery
+else:
+    Unpack = Optional  # jsonargparse would take no defaults and no help from `from_names`
+
+
+class CommonChoices(TypedDict, total=False):
+    """The arguments of `PruningConfig.from_names` that fit every method."""
+
+    pattern: Pattern | str
+    allocation: Allocation | str | None
+    recovery: Recovery | str | None
+    permutation: Permutation | str | None
+    sequential: str | None
+    skip: str | Sequence[str]
+    only: str | Sequence[str]
+    include_grouped: bool
+    min_expert_tokens: int
+    keep_batch_norm: bool
+
+
+class PruningChoices(CommonChoices, total=False):
+    """The type of `**choices`: all arguments of `PruningConfig.from_names` except the sparsity."""
+
+    method: str | None
+    criterion: Criterion | str | None
+    solver: Solver | str | None
 
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The choices of one pruning, all resolved to objects. `from_names` constructs it and describes the attributes.
+    """The choices of one pruning, resolved to objects. `from_names` constructs it and describes the attributes.
 
     Raises:
         ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
@@ -95,8 +120,8 @@ class PruningConfig:
         _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
-        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.UNIFORM
-        usual_permutation = base.permutation if chosen_pattern.group_size else methods.NO_PERMUTATION
+        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
+        usual_permutation = base.permutation if chosen_pattern.group_size else methods.PERMUTATIONS["none"]
         chosen_recovery: Recovery = _resolve("recovery", recovery, base.recovery)
         usual_sequential = chosen_recovery.sequential if base.sequential == "auto" else base.sequential
         return cls(
@@ -150,7 +175,7 @@ class PruningConfig:
 
     @property
     def preset(self) -> str:
-        """Name of the preset whose choices these are; empty if they are those of none."""
+        """Name of the preset with exactly these choices; empty if there is none."""
         pattern = "unstructured" if self.pattern.fixed_sparsity is None else self.pattern
         choices = [option for option in NAMES if option != "method"]
         for name in methods.PRESETS:
@@ -207,22 +232,23 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
 
-_BASES = {
-    "criterion": "core.criteria.Criterion",
-    "pattern": "core.patterns.Pattern",
-    "allocation": "core.allocation.Allocation",
-    "solver": "core.solvers.Solver",
-    "recovery": "training.Recovery",
-    "permutation": "core.permutation.Permutation",
-}
+
+def _base(option: str) -> type:
+    """Return the class of the objects that an option takes."""
+    from wanda_lightning.core.allocation import Allocation
+    from wanda_lightning.core.criteria import Criterion
+    from wanda_lightning.core.patterns import Pattern
+    from wanda_lightning.core.permutation import Permutation
+    from wanda_lightning.core.solvers import Solver
+    from wanda_lightning.training import Recovery
+
+    bases = (Criterion, Pattern, Allocation, Solver, Recovery, Permutation)
+    return next(base for base in bases if base.__name__.lower() == option)
 
 
 def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
-    if not isinstance(sparsity, Real) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise UserError(
-            "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but it is "
-            f"{shown(sparsity)}."
-        )
+    fraction = "the fraction of weights that become zero, at least 0 and below 1"
+    check_values(Number(minimum=0, below=1, text=fraction), sparsity=sparsity)
     check_at_least(0, min_expert_tokens=min_expert_tokens)
 
 
@@ -232,14 +258,14 @@ def _named(option: str, name: str) -> Any:
     return NAMES[option][name]
 
 
-def _resolve(option: str, given: Any, default: methods.Choice | None) -> Any:
+def _resolve(option: str, given: Any, default: Callable[[], Any] | None) -> Any:
     """Return the object for an option, which is given as an object, as a name, or not at all."""
     if given is None:
         assert default is not None
         return default()
     if isinstance(given, str):
         return _named(option, given)()
-    if not isinstance(given, (base := methods.load(_BASES[option]))):
+    if not isinstance(given, (base := _base(option))):
         raise UserError(
             f"{option} must be of class {base.__name__} or one of {', '.join(NAMES[option])}, but it is {given!r}."
         )
@@ -267,7 +293,9 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
-        return methods.load("core.patterns.NM")(n=int(match[1]), m=int(match[2]))
+        from wanda_lightning.core.patterns import NM
+
+        return NM(n=int(match[1]), m=int(match[2]))
     if given is None or (isinstance(given, str) and given not in NAMES["pattern"]):
         raise UserError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M"]))
     return _resolve("pattern", given, None)

@@ -53,7 +53,7 @@ def test_learning_from_the_dense_model(tuned, inputs, monkeypatch, method):
     loaded = []
     load = loading.load_causal_lm
     monkeypatch.setattr(
-        causal_lm, "load_causal_lm", lambda name, *args, **kw: loaded.append(name) or load(name, *args, **kw)
+        causal_lm, "load_causal_lm", lambda source, *args, **kw: loaded.append(str(source)) or load(source, *args, **kw)
     )
     options = ["--method", method, "--dense", inputs / "llama", "--steps", "20"]
     assert run(*tuned, *options, "--save_model", "plain") == 0

@@ -33,6 +33,20 @@ def test_inspect_a_folder(inputs, capsys, tmp_path):
     assert "14 layers in 14 units" in capsys.readouterr().out
 
 
+def test_inspect_a_revision(inputs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = tmp_path / "models--owner--llama"
+    for revision, commit in (("main", "a" * 40), ("tuned", "b" * 40)):
+        shutil.copytree(inputs / "llama", cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / revision).write_text(commit)
+    config = cached / "snapshots" / ("b" * 40) / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    for more, expected in ([], "14 layers in 2 units"), (["--revision", "tuned"], "7 layers in 1 unit "):
+        assert run("inspect", "--model", "owner/llama", "--cache_dir", tmp_path, *more) == 0
+        assert expected in capsys.readouterr().out
+
+
 class LargestOnDevice(TorchDispatchMode):
     """How many numbers the largest tensor holds that is computed meanwhile, outside of the meta device."""
 

@@ -14,6 +14,7 @@ from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.common_options import DTYPES
 from wanda_lightning.cli.options import OPTIONS, PRECISIONS, TASKS, EvaluateOptions
 from wanda_lightning.cli.parser import as_command
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.evaluation import PAPER_TASKS
 from wanda_lightning.modules import loading
 
@@ -103,6 +104,14 @@ def test_every_option_has_help(command):
     for field in fields(OPTIONS[command]):
         assert field.metadata["help"].rstrip().endswith(".")
         assert "`" not in field.metadata["help"]
+
+
+def test_the_revision_is_that_of_the_model():
+    options = parse_options("finetune", ["--model=a/b", "--dense=c/d", "--revision=v1", "--cache_dir=cache"])
+    assert options.source(options.model) == ModelSource("a/b", "v1", "cache")
+    assert options.source(options.dense) == ModelSource("c/d", "main", "cache")
+    options = parse_options("evaluate", ["--model=a/b,c/d", "--pruned=e/f", "--revision=v1"])
+    assert [options.source(name).revision for name in options.models] == ["main", "v1", "v1"]
 
 
 @pytest.mark.parametrize("command", ["prune", "inspect"])

@@ -1,12 +1,20 @@
-"""Option values that are refused before any library is loaded."""
+"""Values inside and outside of their ranges, which are refused before any library is loaded."""
 
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from wanda_lightning.common import checks
-from wanda_lightning.common.checks import check_at_least, check_not_negative, check_positive, require_extra
+from wanda_lightning.common.checks import (
+    Number,
+    OneOf,
+    check,
+    check_at_least,
+    check_positive,
+    check_values,
+    require_extra,
+)
 
 
 def test_whole_numbers_and_missing_ones_pass():
@@ -33,32 +41,9 @@ def test_other_values_are_refused(value, message):
 
 @pytest.mark.parametrize("value", [-0.1, "1e-3", float("nan"), float("inf"), None])
 def test_numbers_must_be_finite_and_not_negative(value):
-    check_not_negative(lr=0.0, weight_decay=1)
+    check_values(Number(minimum=0), lr=0.0, weight_decay=1)
     with pytest.raises(ValueError, match=rf"^lr must be a number of at least 0, but it is {value!r}\.$"):
-        check_not_negative(lr=value)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_container_may_use_less_than_the_machine(tmp_path, monkeypatch, version):
-    limit, usage, cache = (
-        ("memory.max", "memory.current", "inactive_file")
-        if version == 2
-        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    )
-    root = tmp_path if version == 2 else tmp_path / "memory"
-    (root / "outer/own").mkdir(parents=True)
-    (tmp_path / "groups").write_text("0::/outer/own\n" if version == 2 else "3:cpu:/x\n7:hugetlb,memory:/outer/own\n")
-    for folder, allowed in (("outer/own", "max"), ("outer", "900000"), (".", "500000")):
-        (root / folder / limit).write_text(allowed)
-        (root / folder / usage).write_text("300000")
-        (root / folder / "memory.stat").write_text(f"anon 5\n{cache} 100000\n")
-    monkeypatch.setattr(checks, "CGROUPS", tmp_path)
-    monkeypatch.setattr(checks, "OWN_CGROUPS", tmp_path / "groups")
-    assert checks.available_memory() == 300_000
-    with pytest.raises(ValueError, match=r"need 0\.0 GiB and 0\.0 GiB are free\. Use at most 37\."):
-        checks.check_memory("--nsamples", 38, 1000)
-    monkeypatch.setattr(checks, "OWN_CGROUPS", tmp_path / "none")
-    assert checks.available_memory() > 10**8
+        check_values(Number(minimum=0), lr=value)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):
@@ -68,3 +53,45 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     with pytest.raises(ImportError) as caught:
         require_extra("demo", "gguf", "torch", "accelerate", purpose="GGUF files")
     assert str(caught.value) == "GGUF files need gguf and accelerate: pip install 'wanda_lightning[demo]'"
+
+
+@pytest.mark.parametrize(
+    ("rule", "inside", "outside"),
+    [
+        (Number(above=0), [1e-9, 1, np.float64(3)], [0, -1.0, float("nan"), "1", None, True]),
+        (Number(minimum=0, below=1), [0, 0.999], [1, 1.0, -1e-9]),
+        (Number(minimum=0, maximum=0.5), [0.0, 0.5], [0.51]),
+        (Number(minimum=1, whole=True), [1, 10**9, np.int64(2)], [0, 1.0, 2.5, "1", True]),
+        (OneOf(("row", "layer")), ["row", "layer"], ["rows", "", None, 1, ["row"]]),
+    ],
+    ids=str,
+)
+def test_ranges(rule, inside, outside):
+    assert all(map(rule.accepts, inside))
+    assert not any(map(rule.accepts, outside))
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Number(above=0), "a number above 0"),
+        (Number(minimum=0, maximum=0.5), "a number of at least 0 and at most 0.5"),
+        (Number(minimum=1, whole=True), "a whole number of at least 1"),
+        (Number(whole=True), "a whole number"),
+        (Number(minimum=0, text="0 or more"), "0 or more"),
+        (OneOf(("row", "layer")), "one of row, layer"),
+    ],
+)
+def test_rules_in_words(rule, text):
+    assert str(rule) == text
+
+
+def test_the_error_names_what_must_change():
+    @dataclass(frozen=True)
+    class Method:
+        steps: object = 3
+        rate: object = 0.5
+
+    check(Method(), steps=Number(minimum=1, whole=True), rate=Number(above=0))
+    with pytest.raises(ValueError, match=r"^rate of Method must be a number above 0, but it is 'fast'\.$"):
+        check(Method(rate="fast"), steps=Number(minimum=1, whole=True), rate=Number(above=0))

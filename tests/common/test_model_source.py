@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from support.hub import running_hub
 from support.modules import tiny_llama
 
-from wanda_lightning.common.model_source import load_config, load_tokenizer, locate, timm_name, why_missing
+from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer, timm_name, why_missing
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.from_config import model_from_config
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -47,17 +47,17 @@ def test_a_path_that_does_not_exist(monkeypatch, tmp_path, name, reason):
     Path("out/model").mkdir(parents=True)
     assert why_missing(name) == reason
     if not reason:
-        assert locate(name) == {"pretrained_model_name_or_path": name}
+        assert ModelSource(name).locate() == {"pretrained_model_name_or_path": name, **ModelSource(name).hub}
     else:
         with pytest.raises(FileNotFoundError):
-            locate(name)
+            ModelSource(name).locate()
 
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, model_from_config])
 def test_without_a_network_nobody_waits_for_the_hub(network, load):
     slept = network("http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(OSError, match=r"of 'owner/none' cannot be found.* owner/none is not in the cache, and the hub"):
-        load("owner/none")
+        load(ModelSource("owner/none"))
     assert slept == []
 
 
@@ -74,7 +74,7 @@ def test_a_hub_that_answers_is_not_called_unreachable(network):
     with running_hub() as hub:
         network(hub.url)
         with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be found") as found:
-            load_config("owner/none")
+            load_config(ModelSource("owner/none"))
     assert "the hub cannot be reached" not in str(found.value)
 
 
@@ -83,9 +83,9 @@ def test_a_hub_that_answers_is_not_called_unreachable(network):
 def test_an_index_may_only_name_files_in_its_folder(tmp_path, index, name):
     tiny_llama().config.save_pretrained(tmp_path)
     (tmp_path / index).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}))
-    for load in (CausalLMModule, model_from_config, Checkpoint):
+    for load in (load_config, model_from_config, Checkpoint):
         with pytest.raises(ValueError, match=f"{index} must name files in its folder, but it names .*x"):
-            load(str(tmp_path))
+            load(ModelSource(tmp_path))
 
 
 def test_links_that_the_cache_of_the_hub_makes_are_followed(tmp_path):
@@ -104,7 +104,7 @@ def test_a_classifier_without_its_prefix(tmp_path):
     with pytest.raises(
         OSError, match=rf"{tmp_path} is an image classifier of timm: its name is timm:local-dir:{tmp_path}"
     ):
-        load_config(tmp_path)
+        load_config(ModelSource(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["s3:foo", "timm:s3:foo", "https://x/y"])

@@ -101,8 +101,8 @@ def test_names_are_checked_without_torch():
 import sys
 from wanda_lightning.data.text_sources import check_source
 from wanda_lightning.data.image_sources import check_source as check_images
-from wanda_lightning.common.model_source import locate
-check_source("c4"), check_images("cifar10"), locate("owner/name")
+from wanda_lightning.common.model_source import ModelSource
+check_source("c4"), check_images("cifar10"), ModelSource("owner/name").locate()
 assert not {"torch", "lightning", "transformers", "timm", "datasets"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)

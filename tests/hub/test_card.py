@@ -14,6 +14,7 @@ from support.modules import same_weights, tiny_llama, tiny_tokenizer
 from support.zoo import ZOO
 
 from wanda_lightning import CausalLMModule, prune
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.hub.card import PICTURE_NAME, OwnCard, continue_card, read_card, write_card
 from wanda_lightning.hub.source import Source, find_source
 from wanda_lightning.report import Measured, Run, Sample
@@ -117,7 +118,7 @@ def test_a_fine_tuned_model_has_the_card_of_the_pruned_one_and_a_section(tmp_pat
     run = Run("wanda-lightning finetune --model pruned", "", "perplexity", 16.5, 14.25, "a.txt, 2 windows of 8 tokens")
     typed = replace(run, command=run.command.replace("pruned", "/home/me/pruned"), data=f"/home/me/{run.data}")
     tiny_llama().save_pretrained(tmp_path / "tuned")
-    continue_card(read_card(str(tmp_path / "pruned")), tmp_path / "tuned", typed, name="us/tuned", on_hub=True)
+    continue_card(read_card(ModelSource(tmp_path / "pruned")), tmp_path / "tuned", typed, name="us/tuned", on_hub=True)
     card = ModelCard.load(tmp_path / "tuned/README.md")
     (found,) = card.data.eval_results
     assert (found.dataset_name, found.metric_value) == (run.data, 14.25)
@@ -139,7 +140,7 @@ def test_a_fine_tuned_model_has_no_card_if_the_pruned_one_has_none_of_ours(tmp_p
         (tmp_path / name).mkdir()
     if card:
         (tmp_path / "pruned/README.md").write_text(card)
-    continue_card(read_card(str(tmp_path / "pruned")), tmp_path / "tuned", RUN, name="tuned")
+    continue_card(read_card(ModelSource(tmp_path / "pruned")), tmp_path / "tuned", RUN, name="tuned")
     assert list((tmp_path / "tuned").iterdir()) == []
 
 
@@ -208,9 +209,9 @@ def snapshot(tmp_path, monkeypatch):
 
 def test_the_card_of_a_hub_model_is_read_as_that_of_a_folder(tmp_path, snapshot):
     card_of(*pruned_llama(), snapshot)
-    assert read_card("us/pruned", str(tmp_path)) == read_card(str(snapshot))
-    assert read_card("us/pruned", str(tmp_path)).text == (snapshot / "README.md").read_text()
-    assert read_card("us/unknown", str(tmp_path)) == OwnCard()
+    assert read_card(ModelSource("us/pruned", cache_dir=str(tmp_path))) == read_card(ModelSource(snapshot))
+    assert read_card(ModelSource("us/pruned", cache_dir=str(tmp_path))).text == (snapshot / "README.md").read_text()
+    assert read_card(ModelSource("us/unknown", cache_dir=str(tmp_path))) == OwnCard()
 
 
 # ------------------------------------------------------------------------------------------------ the dense model

@@ -374,8 +374,6 @@ def test_choices_that_fit_nothing_are_refused():
     for choice in ("skip", "only"):
         with pytest.raises(ValueError, match=f"{choice}='blocks.3.upp' matches no matrix .* nearest is 'blocks.3.up'"):
             find_layers(TWELVE, **{choice: ["*.up", "blocks.3.upp"]})
-    with pytest.raises(ValueError, match=r"one of block, layer, none, but it is 'row'"):
-        find_layers(TWELVE, "row")
 
 
 def test_what_is_skipped_already_keeps_its_reason():

@@ -22,8 +22,12 @@ from transformers import (
     T5Config,
 )
 
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.modules.from_config import model_from_config
+from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, from_config
+
+
+def model_from_config(name):
+    return from_config.model_from_config(ModelSource(name))
 
 
 @pytest.fixture(autouse=True)

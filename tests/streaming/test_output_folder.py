@@ -15,6 +15,7 @@ from support.pairwise import with_nightly
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import prune_from_disk
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -84,8 +85,9 @@ def test_a_run_may_continue_with_other_parking(source, streamed, tmp_path, monke
 
 
 def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, streamed, tmp_path, monkeypatch):
-    config, arguments = PruningConfig.from_names(method="wanda"), (source, tmp_path, batches())
-    with pytest.raises(KeyboardInterrupt), pruned_from_disk(config, *arguments, progress=False) as first:
+    config, arguments = PruningConfig.from_names(method="wanda"), (tmp_path, batches())
+    run = pruned_from_disk(config, ModelSource(source), *arguments, progress=False)
+    with pytest.raises(KeyboardInterrupt), run as first:
         raise KeyboardInterrupt
     assert (tmp_path / PROGRESS_NAME).is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path)  # it is complete
@@ -93,7 +95,7 @@ def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, stre
     shutil.copytree(tmp_path, left)
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "stored", None)  # nothing is pruned again
-        assert prune_from_disk(*arguments, **WANDA) == first
+        assert prune_from_disk(source, *arguments, **WANDA) == first
     assert not (tmp_path / PROGRESS_NAME).exists()
     next(left.glob("model-00003-*.safetensors")).unlink()  # a block that is missing is pruned again
     assert prune_from_disk(source, left, batches(), **WANDA).layers == first.layers
@@ -235,7 +237,7 @@ def test_a_full_disk_is_refused_before_anything_is_pruned(source, tmp_path, monk
 
 
 def test_a_part_without_values_is_never_written(source, tmp_path):
-    checkpoint = Checkpoint(str(source))
+    checkpoint = Checkpoint(ModelSource(source))
     with pytest.raises(RuntimeError, match=r"model\.layers\.0 is not loaded"):
         checkpoint.stored("model.layers.0")
     output = OutputFolder(tmp_path / "out", {}, ["a"])

@@ -2,7 +2,8 @@
 
 from wanda_lightning.callbacks.distillation import DistillFromDense
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
-from wanda_lightning.callbacks.pruning import MagnitudePrune, PruningCallback, SparseGPTPrune, WandaPrune
+from wanda_lightning.callbacks.methods import MagnitudePrune, SparseGPTPrune, WandaPrune
+from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.save import SavePretrained
 from wanda_lightning.callbacks.schedules import CubicSchedule, LinearSchedule, OneShot, Schedule
 

@@ -19,9 +19,8 @@ from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.callbacks.dense import Dense, dense_model, fingerprint, move_beside, network_of
 from wanda_lightning.callbacks.trainer import processes_of
-from wanda_lightning.common.checks import check_path, refuse_pytorch_lightning
+from wanda_lightning.common.checks import Number, check, check_path, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import causal_config, find_predictions, fitting_mask, has_classes, token_masks
 

@@ -33,9 +33,7 @@ from wanda_lightning.common.checks import (
     refuse_pytorch_lightning,
 )
 from wanda_lightning.common.refuse_path import refuse_existing, refuse_nonempty
-from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.criteria import Magnitude, Wanda
-from wanda_lightning.core.solvers import SparseGPT
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -110,7 +108,7 @@ class PruningCallback(Callback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
-        **choices: Any,
+        **choices: Unpack[PruningChoices],
     ) -> None:
         config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and config.sequential == "auto":
@@ -373,34 +371,3 @@ class PruningCallback(Callback):
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
             clear_copies(self._zeros, trainer, pl_module)
-
-
-class WandaPrune(PruningCallback):
-    """Prune by weight magnitude times input norm, within each output row (Sun et al. 2024).
-
-    It takes the arguments of `PruningCallback`, except `method` and `criterion`.
-    """
-
-    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
-        super().__init__(sparsity, method="wanda", criterion=Wanda(), **options)
-
-
-class SparseGPTPrune(PruningCallback):
-    """Prune column by column, and compensate in the later columns for each error (Frantar & Alistarh 2023).
-
-    It takes the arguments of `PruningCallback`, except `method` and `solver`, and `dampening`: the number that is added
-    to the diagonal of the Gram matrix, as a fraction of its mean.
-    """
-
-    def __init__(self, sparsity: float = 0.5, dampening: float = 0.01, **options: Any) -> None:
-        super().__init__(sparsity, method="sparsegpt", solver=SparseGPT(dampening), **options)
-
-
-class MagnitudePrune(PruningCallback):
-    """Prune the smallest weights of each layer (Han et al. 2015); only an allocation such as `OWL` reads data.
-
-    It takes the arguments of `PruningCallback`, except `method` and `criterion`.
-    """
-
-    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
-        super().__init__(sparsity, method="magnitude", criterion=Magnitude(), **options)

@@ -10,8 +10,8 @@ from typing import Any
 
 from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.cli.parser import default_of, option
-from wanda_lightning.common.model_source import why_missing, why_no_language_model
-from wanda_lightning.core.hyperparameters import Number, OneOf
+from wanda_lightning.common.checks import Number, OneOf
+from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_language_model
 from wanda_lightning.hub.upload import refuse_upload
 
 TIMM = "timm:"  # before the name of an image classifier
@@ -39,8 +39,14 @@ class ModelOptions:
 
     model: Any = option("Hub id, folder or .gguf file of a language model.", MISSING)
     dtype: str | None = option("Data type of the weights; by default auto, as they are stored.", rule=OneOf(DTYPES))
+    revision: str = option("Branch, tag or commit of --model on the hub.", "main")
     cache_dir: str | None = option("Folder for downloads from the hub.")
     trust_remote_code: bool = option("Run the code that comes with a hub model.", False)
+
+    def source(self, name: str) -> ModelSource:
+        """Return the source of a model; `revision` is that of `model`, not of `dense` or `pruned`."""
+        named = self.model if isinstance(self.model, list) else [self.model]
+        return ModelSource(name, self.revision if name in named else "main", self.cache_dir, self.trust_remote_code)
 
     def refuse_given(self, purpose: str, names: str) -> None:
         """Refuse options that do not have their defaults although they mean nothing for this purpose."""

@@ -34,15 +34,14 @@ class _LanguageModels:
     def __init__(self, options: EvaluateOptions) -> None:
         self.names = options.models
         self._options = options
-        self._hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
         for name in self.names:
-            refuse_long_windows(options.seqlen, name, self._hub)
+            refuse_long_windows(options.seqlen, options.source(name))
         self._tasks = load_tasks(task_names(options.tasks), options.tasks_dir, options.cache_dir)
         self._batch_size = options.batch_size or 4
         self._texts: dict[str, list[TextDataModule]] = {}  # by model
 
     def load(self, name: str) -> CausalLMModule:
-        return CausalLMModule(name, dtype=self._options.dtype or "auto", **self._hub)
+        return CausalLMModule(name, dtype=self._options.dtype or "auto", **self._options.source(name).hub)
 
     def prepare(self, name: str, module: CausalLMModule) -> None:
         """Tokenize the texts, and refuse models that would be measured on different windows."""

@@ -39,11 +39,12 @@ _PAPER_SEQLEN = 1024
 
 def run(options: FinetuneOptions) -> None:
     """Fine-tune a pruned language model, measure it before and after, and save it."""
-    hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
-    refuse_long_windows(options.seqlen, options.model, hub)
-    hub["dtype"] = options.dtype or ("float32" if options.method == "full" else "auto")
+    source = options.source(options.model)
+    refuse_long_windows(options.seqlen, source)
+    dtype = options.dtype or ("float32" if options.method == "full" else "auto")
     L.seed_everything(options.seed, verbose=False)
-    module = CausalLMModule(options.model, lr=options.lr or LEARNING_RATES[options.method], lr_decay=True, **hub)
+    lr = options.lr or LEARNING_RATES[options.method]
+    module = CausalLMModule(options.model, dtype=dtype, lr=lr, lr_decay=True, **source.hub)
     windows = TextDataModule(
         module.tokenizer,
         options.data,
@@ -67,7 +68,7 @@ def run(options: FinetuneOptions) -> None:
     perplexity: dict[str, float] = {}
     callbacks: list[Callback] = [KeepZeros()] if options.method == "full" else []
     if options.dense is not None:
-        dense = CausalLMModule(options.dense, **hub)
+        dense = CausalLMModule(options.dense, dtype=dtype, **options.source(options.dense).hub)
         perplexity["dense"] = measure(dense, windows)["val_perplexity"]
         callbacks += [DistillFromDense(dense)] if options.distill else []
         del dense  # unless it is still needed, free it before training
@@ -77,7 +78,7 @@ def run(options: FinetuneOptions) -> None:
         perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
-    card = OwnCard() if options.save_model is None else read_card(options.model, options.cache_dir)  # may be replaced
+    card = OwnCard() if options.save_model is None else read_card(source)  # may be replaced
     folder = save_model(module, options.save_model, options.overwrite)
     _write_card(card, folder, options, perplexity, windows)
     files = files_in(folder) if folder else []

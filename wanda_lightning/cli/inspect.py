@@ -13,9 +13,9 @@ from wanda_lightning.cli.common_options import PAPER_SEQLEN, PAPER_SEQUENCES, SE
 from wanda_lightning.cli.measure import checked_seqlen
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.pruning_options import InspectOptions
-from wanda_lightning.common.checks import available_memory
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.memory import free_memory
+from wanda_lightning.common.words import as_gib, counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for
@@ -26,14 +26,12 @@ from wanda_lightning.report import skipped_table
 from wanda_lightning.streaming import Memory, Samples, memory_to_measure, memory_to_prune
 from wanda_lightning.streaming.from_disk import refuse_whole_model
 
-_GIB = 2**30
-
 
 def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
     if options.stream:
         refuse_whole_model(options.config)
-    model: Any = model_from_config(options.model, options.cache_dir, options.trust_remote_code)
+    model: Any = model_from_config(options.source(options.model))
     config = config_for(options.config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     print_table(_units_table(found, options.model))
@@ -66,15 +64,15 @@ def _print_memory(options: InspectOptions, model: Any, config: PruningConfig) ->
     libraries = psutil.Process().memory_info().rss  # this process has loaded them, too
     print_table(_memory_table(libraries, prune, measure))
     needed = libraries + max(prune.total, measure.total)
-    free = libraries + available_memory()
-    needs = f"prune --stream needs about {needed / _GIB:.1f} GiB with {samples}"
+    free = libraries + free_memory()
+    needs = f"prune --stream needs about {as_gib(needed)} with {samples}"
     if needed > free:
         raise UserError(
-            f"{needs}, but {free / _GIB:.1f} GiB are free. Use fewer or shorter samples (--num_samples, --seqlen), "
+            f"{needs}, but {as_gib(free)} are free. Use fewer or shorter samples (--num_samples, --seqlen), "
             "smaller batches (--batch_size), --park disk, --method wanda (no Gram matrices), or the other "
             "--sequential: block holds fewer activations, layer fewer Gram matrices."
         )
-    print_line(f"{needs}, and {free / _GIB:.1f} GiB are free.")
+    print_line(f"{needs}, and {as_gib(free)} are free.")
 
 
 def _memory_table(libraries: int, *memories: Memory) -> Table:
@@ -91,7 +89,7 @@ def _memory_table(libraries: int, *memories: Memory) -> Table:
     )
     columns = [(libraries, *astuple(memory), libraries + memory.total) for memory in memories]
     for label, *sizes in zip(labels, *columns, strict=True):
-        table.add_row(label, *(f"{size / _GIB:.2f}" for size in sizes))
+        table.add_row(label, *(f"{size / 2**30:.2f}" for size in sizes))
     return table
 
 

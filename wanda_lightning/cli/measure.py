@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from wanda_lightning.cli.common_options import SaveOptions
 from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.cli.output import print_line
-from wanda_lightning.common.model_source import load_config
+from wanda_lightning.common.model_source import ModelSource, load_config
 from wanda_lightning.common.refuse_path import is_replaceable, refuse_full
 from wanda_lightning.common.write_whole import unclaimed
 from wanda_lightning.hub.upload import upload
@@ -32,10 +32,10 @@ def plain_trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
     return L.Trainer(accelerator="auto", devices=1, callbacks=list(callbacks), **quiet, **options)
 
 
-def refuse_long_windows(seqlen: int | None, model: str, hub: dict[str, Any], option: str = "--seqlen") -> None:
+def refuse_long_windows(seqlen: int | None, model: ModelSource, option: str = "--seqlen") -> None:
     """Refuse windows that are longer than the context of a model, before its weights are loaded."""
     if seqlen is not None:
-        checked_seqlen(seqlen, load_config(model, **hub), seqlen, option)
+        checked_seqlen(seqlen, load_config(model), seqlen, option)
 
 
 def checked_seqlen(seqlen: int | None, config: Any, default: int, option: str = "--seqlen") -> int:

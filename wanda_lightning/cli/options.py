@@ -22,9 +22,9 @@ from wanda_lightning.cli.common_options import (
 from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.cli.parser import option
 from wanda_lightning.cli.pruning_options import InspectOptions, PruneOptions
-from wanda_lightning.common.checks import check_memory
+from wanda_lightning.common.checks import Number, OneOf
+from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.refuse_path import refuse_existing, refuse_replacement
-from wanda_lightning.core.hyperparameters import Number, OneOf
 from wanda_lightning.data import image_sources, text_sources
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
@@ -140,7 +140,7 @@ class EvaluateOptions(ModelOptions):
             found = "both were given" if self.models else "none was given"
             raise UsageError(f"--model must name language models or image classifiers, but {found}.")
         if self.is_image:
-            language = "evaluation tasks tasks_dir limit task_limit seqlen dtype trust_remote_code"
+            language = "evaluation tasks tasks_dir limit task_limit seqlen dtype revision trust_remote_code"
             self.refuse_given("an image classifier", language)
             self.require_images(self.models[0])
         else:

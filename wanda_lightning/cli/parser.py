@@ -19,8 +19,8 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 
 from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.common.checks import Number, OneOf
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.core.hyperparameters import Number, OneOf
 
 
 def option(help: str, default: Any = None, rule: Number | OneOf | None = None, alias: str | None = None) -> Any:

@@ -87,25 +87,22 @@ def run(options: PruneOptions) -> None:
 
 
 def _stream(options: PruneOptions) -> None:
-    """Do the same with a model that is read and written block by block."""
-    hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
+    """Prune from disk, one block at a time."""
+    source, output = options.source(options.model), options.save_model or ""
     choices = PruningConfig.from_names(**options.choices)
     refuse_whole_model(choices)
     refuse_parking(options.park, options.device)
     L.seed_everything(options.seed, verbose=False)
-    config, tokenizer = load_config(options.model, **hub), load_tokenizer(options.model, **hub)
-    refuse_long_windows(options.seqlen, options.model, hub)
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    refuse_long_windows(options.seqlen, source)
     check_decoder_only(config)
     data = _text(options, tokenizer, config)
-    source, output = options.model, options.save_model or ""
     dtype = options.dtype or "auto"
     where: dict[str, Any] = {"park": options.park, "device": options.device}
-    read = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **hub)
-    dense = _perplexities(partial(read, source, dtype=dtype), data)
+    read = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **source.hub)
+    dense = _perplexities(partial(read, source.name, dtype=dtype), data)
     batches = data.calibration_dataloader()
-    with pruned_from_disk(
-        choices, source, output, batches, tokenizer=tokenizer, hub=hub, dtype=dtype, **where
-    ) as report:
+    with pruned_from_disk(choices, source, output, batches, tokenizer=tokenizer, dtype=dtype, **where) as report:
         pruned = _perplexities(partial(read, output), data)
         _record_run(report, options, data, choices, dense, pruned)
         _write_card(Path(output), options, report)
@@ -139,9 +136,9 @@ def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModu
 
 
 def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
-    hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
-    refuse_long_windows(options.seqlen, options.model, hub)
-    module = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub)
+    source = options.source(options.model)
+    refuse_long_windows(options.seqlen, source)
+    module = CausalLMModule(source.name, dtype=options.dtype or "auto", **source.hub)
     return module, _text(options, module.tokenizer, module.model.config)
 
 

@@ -27,7 +27,8 @@ from wanda_lightning.cli.common_options import (
 )
 from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.cli.parser import option
-from wanda_lightning.common.checks import check_memory, check_report_path
+from wanda_lightning.common.checks import OneOf, check_report_path
+from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.refuse_path import (
     PROGRESS_NAME,
     refuse_existing,
@@ -36,7 +37,6 @@ from wanda_lightning.common.refuse_path import (
     refuse_unresumable,
 )
 from wanda_lightning.config import NAMES, PruningConfig
-from wanda_lightning.core.hyperparameters import OneOf
 from wanda_lightning.data import image_sources, text_sources
 from wanda_lightning.methods import PARKING
 
@@ -152,7 +152,7 @@ class InspectOptions(_PruningOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.is_image:
-            self.refuse_given("an image classifier", "stream")
+            self.refuse_given("an image classifier", "revision stream")
         if not self.stream:
             self.refuse_given("inspect without --stream", "num_samples seqlen batch_size dtype park")
 
@@ -210,7 +210,9 @@ class PruneOptions(SaveOptions, _PruningOptions):
 
     def __post_init__(self) -> None:
         if self.is_image:
-            language = "seqlen limit calibration evaluation dtype trust_remote_code stream eval_zero_shot tasks_dir"
+            language = (
+                "seqlen limit calibration evaluation dtype revision trust_remote_code stream eval_zero_shot tasks_dir"
+            )
             self.refuse_given("an image classifier", language)
             self.require_images(self.model)
         else:

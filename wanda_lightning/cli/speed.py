@@ -34,11 +34,11 @@ def run(options: SpeedOptions) -> None:
     """Time a model with dense and with 2:4 weights in turn, and say which differences exceed the spread."""
     import torch
 
-    hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
+    source = options.source(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_devices({device})
-    refuse_long_windows(options.seqlen + options.tokens, options.model, hub, "--seqlen plus --tokens")
-    model: Any = CausalLMModule(options.model, dtype=options.dtype or "auto", **hub).model.eval().to(device)
+    refuse_long_windows(options.seqlen + options.tokens, source, "--seqlen plus --tokens")
+    model: Any = CausalLMModule(options.model, dtype=options.dtype or "auto", **source.hub).model.eval().to(device)
     prompt = torch.randint(model.get_input_embeddings().num_embeddings, (1, options.seqlen), device=device)
     with torch.inference_mode(False), torch.no_grad():
         speeds, sizes, difference = _measure(model, prompt, options.tokens)

@@ -1,11 +1,11 @@
-"""Checks of option values and installed packages, which import no library."""
+"""Checks of values and installed packages, which import no library."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
-from math import inf
+from math import inf, isfinite
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -13,27 +13,78 @@ from pathlib import Path
 from wanda_lightning.common.errors import MissingPackageError, UserError
 
 
-def check_positive(**values: object) -> None:
-    """Raise a ValueError for a value that is not a whole number of at least 1; None stands for an unset option."""
+@dataclass(frozen=True)
+class Number:
+    """A finite number in a range: `above` and `below` exclude the bound, `minimum` and `maximum` include it.
+
+    `text` describes the number in messages, by default by its range.
+    """
+
+    above: int | float = -inf
+    minimum: int | float = -inf
+    below: int | float = inf
+    maximum: int | float = inf
+    whole: bool = False
+    text: str = ""
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is a number in the range."""
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+            return False
+        return self.above < float(value) < self.below and self.minimum <= float(value) <= self.maximum
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
+        range_ = " and ".join(f"{text} {bound:.10g}" for text, bound in bounds.items() if isfinite(bound))
+        return self.text or f"a {'whole ' if self.whole else ''}number {range_}".rstrip()
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of several names."""
+
+    names: tuple[str, ...]
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is one of the names."""
+        return isinstance(value, str) and value in self.names
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.names)}"
+
+
+def check(method: object, **rules: Number | OneOf) -> None:
+    """Raise a ValueError for an attribute of a method that breaks its rule."""
+    for name, rule in rules.items():
+        check_values(rule, **{f"{name} of {type(method).__name__}": getattr(method, name)})
+
+
+def check_values(rule: Number | OneOf, **values: object) -> None:
+    """Raise a ValueError that names a value which breaks the rule."""
     for name, value in values.items():
-        if value is not None:
-            check_at_least(1, **{name: value})
+        if not rule.accepts(value):
+            raise UserError(f"{name} must be {rule}, but it is {shown(value)}.")
 
 
 def check_at_least(minimum: int, **values: object) -> None:
     """Raise a ValueError for a value that is not a whole number of at least `minimum`."""
-    for name, value in values.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise UserError(f"{name} must be a whole number, but it is {value!r}.")
-        if value < minimum:
-            raise UserError(f"{name} must be at least {minimum}, but it is {value}.")
+    check_values(Number(whole=True), **values)
+    check_values(Number(minimum=minimum, text=f"at least {minimum}"), **values)
 
 
-def check_not_negative(**values: object) -> None:
-    """Raise a ValueError for a value that is not a finite number of at least 0."""
-    for name, value in values.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < inf:
-            raise UserError(f"{name} must be a number of at least 0, but it is {value!r}.")
+def check_positive(**values: object) -> None:
+    """Raise a ValueError for a value that is not a whole number of at least 1; None stands for an unset option."""
+    check_at_least(1, **{name: value for name, value in values.items() if value is not None})
+
+
+def shown(value: object) -> str:
+    """Return a wrong value for a message: a number or a text as it is written, anything else by its class.
+
+    Example:
+        >>> shown("0.5"), shown(None), shown([0.5])
+        ("'0.5'", 'None', 'a list')
+    """
+    return repr(value) if value is None or isinstance(value, str | Real) else f"a {type(value).__name__}"
 
 
 def check_seed(seed: object) -> None:
@@ -78,45 +129,6 @@ def refuse_pytorch_lightning(trainer: object) -> None:
             "Import Trainer, LightningModule and everything else from lightning.pytorch: pytorch_lightning is a copy "
             "of the same library, and objects of the two cannot be mixed."
         )
-
-
-def check_memory(option: str, count: int, seqlen: int) -> None:
-    """Raise a ValueError if `count` windows of `seqlen` tokens (8 bytes each) do not fit in the free memory."""
-    size, free = 8 * seqlen, available_memory()
-    if count * size > free:
-        raise UserError(
-            f"{option} must fit in memory, but {count} windows of {seqlen} tokens need {count * size / 2**30:,.1f} GiB "
-            f"and {free / 2**30:,.1f} GiB are free. Use at most {free // size}."
-        )
-
-
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
-
-def available_memory() -> int:
-    """Return the bytes that this process can still use: those of the machine, or of a container that has fewer."""
-    import psutil
-
-    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
-
-
-def _left_in_cgroups() -> Iterator[int]:
-    """Yield how much is left of each memory limit of Linux (control groups of version 2 or 1) for this process."""
-    lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.exists() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if not controllers:
-            folder, limit, usage, cache = CGROUPS, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            folder, limit, usage = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        own = folder / path.lstrip("/")  # inside a container, it may be the folder itself
-        for each in (own, *(parent for parent in own.parents if parent.is_relative_to(folder))):
-            with suppress(OSError, ValueError, KeyError):  # no such group, no limit ("max"), other files
-                statistics = dict(line.split() for line in (each / "memory.stat").read_text().splitlines())
-                used = int((each / usage).read_text()) - int(statistics[cache])  # the kernel frees its cache
-                yield max(0, int((each / limit).read_text()) - used)
 
 
 def require_extra(extra: str, *packages: str, purpose: str) -> None:

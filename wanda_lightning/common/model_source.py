@@ -1,4 +1,4 @@
-"""Resolve the name of a model: a hub id, a local folder, a GGUF file or a timm model.
+"""Where a model comes from: a hub id, a local folder, a GGUF file or a timm model.
 
 All code that loads or describes a model by name uses this module, so that a wrong name or a broken file always raises
 the same error. Libraries are imported inside functions, so that checking a local path is fast.
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -20,8 +21,53 @@ from wanda_lightning.common.words import did_you_mean, one_line
 _LOCAL_FOLDER, _ON_HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder and of a hub id
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: Hub id, folder or `.gguf` file of a language model; or `timm:NAME` of an image classifier.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Folder for downloads from the hub; None for the usual one.
+        trust_remote_code: Run the code that comes with the model.
+    """
+
+    name: str | os.PathLike[str]
+    revision: str = "main"
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+    @property
+    def path(self) -> Path:
+        """The name as a path, which may not exist."""
+        return Path(self.name).expanduser()
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` for a model on the hub, except its id."""
+        names = ("revision", "cache_dir", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+    def locate(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained`, with a path if one exists, or else a hub id.
+
+        Raises a FileNotFoundError for a GGUF file or a folder that does not exist.
+        """
+        if self.path.suffix == ".gguf":
+            if not self.path.is_file():
+                raise FileNotFoundError(f"The GGUF file {self} does not exist. Download it and give its local path.")
+            require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
+            return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name, **self.hub}
+        if reason := why_missing(self.name):
+            raise FileNotFoundError(f"The model {self} {reason}")
+        return {"pretrained_model_name_or_path": str(self.path) if self.path.exists() else str(self), **self.hub}
+
+
 def why_missing(name: str | os.PathLike[str]) -> str:
-    """Return why a name is neither a path that exists nor a hub id, as a predicate; empty if it may be."""
+    """Return why a name is neither an existing path nor a hub id, as a predicate; empty if it may be one."""
     path = Path(name).expanduser()
     if path.exists():
         return ""
@@ -31,30 +77,13 @@ def why_missing(name: str | os.PathLike[str]) -> str:
     return ""
 
 
-def locate(name: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the arguments of `from_pretrained` for a path that exists, with `~` expanded, or else a hub id.
-
-    Raises a FileNotFoundError for a GGUF file or a folder that does not exist.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"The GGUF file {name} does not exist. Download it and give its local path.")
-        require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if reason := why_missing(name):
-        raise FileNotFoundError(f"The model {name} {reason}")
-    return {"pretrained_model_name_or_path": str(path if path.exists() else name)}
-
-
-def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
+def load_config(source: ModelSource) -> Any:
     """Load the transformers configuration of a hub id, a local folder or a GGUF file.
 
-    `hub` holds `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. Raises an OSError for a model that
-    neither a folder nor the hub has, and a ValueError for a file that is damaged or inconsistent.
+    Raises an OSError for a model that neither a folder nor the hub has, and a ValueError for a file that is damaged or
+    inconsistent.
     """
-    source = locate(name)
-    path = Path(name).expanduser()
+    arguments, path = source.locate(), source.path
     if path.is_file() and path.suffix != ".gguf":
         raise OSError(
             f"model must be a folder or a .gguf file, but {path} is another file. Give the folder with config.json and "
@@ -65,13 +94,13 @@ def load_config(name: str | os.PathLike[str], **hub: Any) -> Any:
     _refuse_files_outside(path)
     from transformers import AutoConfig
 
-    with reading("configuration", name):
-        refuse_unreachable(source["pretrained_model_name_or_path"], hub.get("cache_dir"))
-        return AutoConfig.from_pretrained(**source, **hub)
+    with reading("configuration", source):
+        refuse_unreachable(source)
+        return AutoConfig.from_pretrained(**arguments)
 
 
 def why_no_language_model(path: Path) -> str:
-    """Return why a folder is no language model, as a predicate; empty for one that may be, and for other paths."""
+    """Return why a folder is no language model, as a predicate; empty if it may be one, and for other paths."""
     if not path.is_dir():
         return ""
     try:
@@ -98,17 +127,17 @@ def _refuse_files_outside(folder: Path) -> None:
                 raise UserError(f"{index} must name files in its folder, but it names {name.as_posix()}. Correct it.")
 
 
-def load_tokenizer(name: str | os.PathLike[str], **hub: Any) -> Any:
-    """Load a transformers tokenizer; arguments and errors as for `load_config`."""
-    source = locate(name)
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load a transformers tokenizer; errors as for `load_config`."""
+    arguments = source.locate()
     from transformers import AutoTokenizer
 
-    with reading("tokenizer", name):
-        refuse_unreachable(source["pretrained_model_name_or_path"], hub.get("cache_dir"))
-        return AutoTokenizer.from_pretrained(**source, **hub)
+    with reading("tokenizer", source):
+        refuse_unreachable(source)
+        return AutoTokenizer.from_pretrained(**arguments)
 
 
-def refuse_unreachable(hub_id: str, cache_dir: str | None = None) -> None:
+def refuse_unreachable(source: ModelSource) -> None:
     """Raise an OSError if a hub model is not in the cache and the hub cannot be reached.
 
     The libraries would try again for half a minute.
@@ -117,12 +146,13 @@ def refuse_unreachable(hub_id: str, cache_dir: str | None = None) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
-    if Path(hub_id).exists():
+    if source.path.exists():
         return
+    hub_id = str(source)
     try:
-        folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
+        folder = Path(source.cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
         if not (folder / "snapshots").is_dir():
-            get_hf_file_metadata(hf_hub_url(hub_id, "config.json"))
+            get_hf_file_metadata(hf_hub_url(hub_id, "config.json", revision=source.revision))
     except (HfHubHTTPError, HFValidationError):  # the hub has answered, or it is no hub id: the libraries explain it
         return
     except Exception as error:  # libraries of the network raise errors of many kinds
@@ -130,8 +160,8 @@ def refuse_unreachable(hub_id: str, cache_dir: str | None = None) -> None:
 
 
 @contextmanager
-def reading(part: str, name: str | os.PathLike[str]) -> Iterator[None]:
-    """While a library reads the `part` of the model `name`, turn its errors, of many classes, into errors for the user.
+def reading(part: str, name: ModelSource | Path) -> Iterator[None]:
+    """While a library reads the `part` of a model, turn its errors, of many classes, into errors for the user.
 
     A missing file becomes an OSError, and a file that cannot be used a ValueError. A missing package stays an
     ImportError, and exhausted memory the error that it is.
@@ -187,7 +217,7 @@ def timm_name(name: str | os.PathLike[str]) -> str:
         return f"{_LOCAL_FOLDER}{_timm_folder(Path(text.removeprefix(_LOCAL_FOLDER)).expanduser())}"
     if text.startswith(_ON_HUB):
         try:
-            refuse_unreachable(text.removeprefix(_ON_HUB))
+            refuse_unreachable(ModelSource(text.removeprefix(_ON_HUB)))
         except OSError as error:
             raise OSError(f"{error} Check the connection, or give a folder: {_LOCAL_FOLDER}FOLDER.") from error
         return text

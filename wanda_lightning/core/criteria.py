@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import PerInput, Score, Weight
 

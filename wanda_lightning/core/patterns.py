@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
+from wanda_lightning.common.checks import Number, OneOf, check
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.keep_largest import nondeterministic_kernels
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.types import Order, Score

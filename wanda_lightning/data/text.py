@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import check_at_least, check_memory, check_path, check_positive, check_seed
+from wanda_lightning.common.checks import check_at_least, check_path, check_positive, check_seed
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import load_tokenizer, locate
+from wanda_lightning.common.memory import check_memory
+from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, check_source, evaluation_text
@@ -99,7 +100,7 @@ class TextDataModule(DataModule):
         for each in self.evaluations:
             check_source(each, "evaluation")
         if isinstance(tokenizer, (str, os.PathLike)):
-            locate(tokenizer)
+            ModelSource(tokenizer).locate()
         elif tokenizer is not None and not callable(tokenizer):
             raise UserError(
                 f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {tokenizer!r}."
@@ -135,7 +136,9 @@ class TextDataModule(DataModule):
                 "tokenizer must be given, since no Trainer runs a module that has one. Give a hub id, a folder or "
                 "a .gguf file, or save the tokenizer in the model's folder."
             )
-        return load_tokenizer(given, cache_dir=self.cache_dir) if isinstance(given, (str, os.PathLike)) else given
+        if isinstance(given, (str, os.PathLike)):
+            given = load_tokenizer(ModelSource(given, cache_dir=self.cache_dir))
+        return given
 
     def _tokenize(self, text: str) -> list[int]:
         # verbose=False: the tokenizer would warn that the text is longer than the context, which the windows are not.

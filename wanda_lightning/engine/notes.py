@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from typing import NamedTuple
 
+from wanda_lightning.common.words import counted
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
@@ -204,21 +205,17 @@ def _training(run: Run) -> Note | None:
     if not (training := run.training):
         return None
     losses = ", ".join(f"{each.loss:.4g}" for each in training.passes if each.loss is not None)
-    trained = _samples(training.trained)
+    trained = counted(training.trained, "sample")
     text = f"{training.recovery} trained on {trained}, mean loss of each pass: {losses or 'none'}"
     held_out = [each.held_out for each in training.passes if each.held_out is not None]
     if held_out:
         best = held_out.index(min(held_out))
-        text += f"; on {_samples(training.held_out, 'held-out ')}, before and after each pass: "
+        text += f"; on {counted(training.held_out, 'held-out sample')}, before and after each pass: "
         text += ", ".join(f"{loss:.4g}" for loss in held_out)
         text += f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
     else:
         text += "; too few samples to hold any out"
     return Note(f"{text}; {training.stopped}" if training.stopped else text, is_warning=bool(training.stopped))
-
-
-def _samples(count: int, kind: str = "") -> str:
-    return f"{count} {kind}sample{'' if count == 1 else 's'}"
 
 
 def _as_nm(pattern: Pattern) -> str:
@@ -231,5 +228,5 @@ def _size(matrices: Sequence[SkippedMatrix]) -> int:
     return sum(matrix.size for matrix in matrices)
 
 
-def _layers(counted: Sized, noun: str = "layer") -> str:
-    return f"{len(counted)} {noun}{'' if len(counted) == 1 else 's'}"
+def _layers(names: Sized, noun: str = "layer") -> str:
+    return counted(len(names), noun)

@@ -16,7 +16,7 @@ from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.config import PruningConfig
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.permuting import permute
@@ -40,7 +40,7 @@ def prune(
     *,
     forward: Callable[[Any], object] | None = None,
     progress: bool = True,
-    **choices: Any,
+    **choices: Unpack[PruningChoices],
 ) -> PruningReport:
     """Prune any model in place: the weights with the smallest scores become zero.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from wanda_lightning.common.checks import available_memory
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.memory import free_memory
+from wanda_lightning.common.words import as_gib, counted
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models import Inventory, Layer, SkipReason, Unit
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refusals import refuse_no_values, refuse_sharded_experts
 from wanda_lightning.parallel import Processes, local
@@ -24,7 +24,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     if undecided:
         first = undecided[0]
         raise UserError(
-            f"skip must name {_counted(undecided, 'matrix', 'matrices')} that cannot be pruned in place, "
+            f"skip must name {counted(len(undecided), 'matrix', 'matrices')} that cannot be pruned in place, "
             f"{first.name} first: {first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave "
             f"what cannot be pruned dense with skip=['{first.name}']."
         )
@@ -32,8 +32,8 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
         return
     if unfit := inventory.skipped_for(SkipReason.PATTERN):
         raise UserError(
-            f"{config.shown('pattern')} fits none of the {_counted(unfit, 'layer')} that would be pruned; the largest "
-            f"is {unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
+            f"{config.shown('pattern')} fits none of the {counted(len(unfit), 'layer')} that would be pruned; the "
+            f"largest is {unfit[0].name}: {unfit[0].detail}. Use an N:M whose M divides the input widths, or "
             "pattern='unstructured'."
         )
     asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]
@@ -70,19 +70,7 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
             )
 
 
-def _counted(matrices: Sequence[SkippedMatrix], one: str, many: str = "layers") -> str:
-    return f"{len(matrices)} {one if len(matrices) == 1 else many}"
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the number of free bytes on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory()
-
-
 _GRAMS_AT_ONCE = 4  # the sum, its dampened copy, the Cholesky factor and the inverse
-_GIB = 2**30
 
 
 def refuse_too_wide(config: PruningConfig, inventory: Inventory) -> None:
@@ -101,8 +89,8 @@ def refuse_too_wide(config: PruningConfig, inventory: Inventory) -> None:
     needed, free = max(_GRAMS_AT_ONCE * largest, held), free_memory(widest.weight.device)
     if needed > free:
         raise UserError(
-            f"{config.data_reader} needs at least {needed / _GIB:.1f} GiB for Gram matrices, the largest for "
-            f"{widest.name} with {widest.shape[1]} inputs, but only {free / _GIB:.1f} GiB are free on "
+            f"{config.data_reader} needs at least {as_gib(needed)} for Gram matrices, the largest for "
+            f"{widest.name} with {widest.shape[1]} inputs, but only {as_gib(free)} are free on "
             f"{widest.weight.device}. Leave wide layers dense with skip=['{widest.name}'], use criterion='wanda' with "
             "solver='zero_out', or use sequential='layer'."
         )

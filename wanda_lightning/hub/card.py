@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
@@ -42,7 +43,7 @@ def write_card(
     """
     folder = Path(folder).expanduser()
     path = folder / CARD_NAME
-    if path.exists() and not read_card(str(folder)).text:
+    if path.exists() and not read_card(ModelSource(folder)).text:
         return
     run = report.run or Run()
     source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
@@ -64,19 +65,19 @@ class OwnCard:
     picture: bytes = b""
 
 
-def read_card(model: str, cache_dir: str | None = None) -> OwnCard:
+def read_card(model: ModelSource) -> OwnCard:
     """Read the card of a folder or a hub model; an empty one if it has none that `write_card` wrote."""
-    text = _read(model, CARD_NAME, cache_dir).decode("utf-8", errors="replace")
-    return OwnCard(text, _read(model, PICTURE_NAME, cache_dir)) if _MARK in text else OwnCard()
+    text = _read(model, CARD_NAME).decode("utf-8", errors="replace")
+    return OwnCard(text, _read(model, PICTURE_NAME)) if _MARK in text else OwnCard()
 
 
-def _read(model: str, file: str, cache_dir: str | None) -> bytes:
-    path = Path(model).expanduser() / file
+def _read(model: ModelSource, file: str) -> bytes:
+    path = model.path / file
     if not path.parent.exists():
         from huggingface_hub import hf_hub_download
 
         try:
-            path = Path(hf_hub_download(model, file, cache_dir=cache_dir))
+            path = Path(hf_hub_download(str(model), file, revision=model.revision, cache_dir=model.cache_dir))
         except Exception:  # no such file, or no connection: libraries of the network raise errors of many kinds
             return b""
     return path.read_bytes() if path.is_file() else b""

@@ -6,8 +6,8 @@ from typing import Any
 
 from peft import LoraConfig
 
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need extra forward passes

@@ -8,10 +8,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
-from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models.blocks import find_blocks
 from wanda_lightning.models.experts import stored_by_columns
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
@@ -35,8 +33,6 @@ def find_layers(
     width does not fit the pattern are skipped. The weights are not read, so the model may be on the meta device. Raises
     a ValueError if a pattern in `skip` or `only` matches no matrix.
     """
-    if sequential not in SEQUENTIAL_CHOICES:
-        raise UserError(f"sequential must be one of {', '.join(SEQUENTIAL_CHOICES)}, but it is {sequential!r}.")
     finder = _Finder(model, include_grouped)
     finder.sort_parameters()
     finder.skip_tied_to_skipped()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wanda_lightning.common.checks import check_not_negative, require_extra
+from wanda_lightning.common.checks import Number, check_values, require_extra
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
@@ -78,7 +79,7 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_dtype(dtype)
-        check_not_negative(lr=lr, weight_decay=weight_decay)
+        check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         if lora is not None and not isinstance(lora, Mapping):
@@ -86,8 +87,8 @@ class CausalLMModule(L.LightningModule):
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
             self.save_hyperparameters(ignore=["tokenizer"])
-            hub = {"revision": revision, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-            self.model, loaded = load_causal_lm(model, dtype, hub, with_tokenizer=tokenizer is None)
+            source = ModelSource(model, revision, cache_dir, trust_remote_code)
+            self.model, loaded = load_causal_lm(source, dtype, with_tokenizer=tokenizer is None)
             self.tokenizer = tokenizer if tokenizer is not None else loaded
         else:
             if not isinstance(model, nn.Module) or not hasattr(model, "config"):
@@ -219,9 +220,9 @@ class CausalLMModule(L.LightningModule):
 
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
-        hub = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
+        cached = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
         dtype = next((key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto")
-        model, _ = load_causal_lm(os.fspath(name), dtype, hub, with_tokenizer=False)
+        model, _ = load_causal_lm(ModelSource(os.fspath(name), **cached), dtype, with_tokenizer=False)
         check_causal(model)
         return cast(nn.Module, model)
 

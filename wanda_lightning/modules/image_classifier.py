@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from wanda_lightning.common.checks import check_not_negative, check_path
+from wanda_lightning.common.checks import Number, check_path, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
@@ -56,7 +56,7 @@ class ImageClassifierModule(L.LightningModule):
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__()
-        check_not_negative(lr=lr, weight_decay=weight_decay)
+        check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         if checkpoint is not None:
             check_path(checkpoint=checkpoint)
         self._model_kwargs = dict(model_kwargs or {})

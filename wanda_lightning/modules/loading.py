@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
+    ModelSource,
     load_config,
     load_tokenizer,
-    locate,
     reading,
     refuse_unreachable,
     timm_name,
@@ -42,30 +42,29 @@ _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batch
 _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configuration says is_decoder=False
 
 
-def load_causal_lm(name: str, dtype: str, hub: dict[str, Any], with_tokenizer: bool) -> tuple[Any, Any]:
+def load_causal_lm(source: ModelSource, dtype: str, with_tokenizer: bool) -> tuple[Any, Any]:
     """Load a decoder-only language model, and its tokenizer or None.
 
-    `hub` holds `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`. Raises an OSError for a model that
-    neither a folder nor the hub has in safetensors, and a ValueError for files that are broken or contradict each
-    other, and for weights that cannot be used.
+    Raises an OSError for a model that neither a folder nor the hub has in safetensors, and a ValueError for files that
+    are broken or contradict each other, and for weights that cannot be used.
     """
-    path, source = Path(name).expanduser(), locate(name)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    name, path, options = str(source), source.path, source.locate()
+    options |= {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
     if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with bars_on_terminals_only():
         if path.suffix != ".gguf":
-            check_decoder_only(load_config(name, **hub))
+            check_decoder_only(load_config(source))
         if path.is_dir():
             _require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
-        with reading("weights", name):
-            model, loaded = AutoModelForCausalLM.from_pretrained(**source, **hub, **options, output_loading_info=True)
+        with reading("weights", source):
+            model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
         has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
-        tokenizer = load_tokenizer(name, **hub) if with_tokenizer and has_tokenizer else None
-    _check_complete(name, loaded)
+        tokenizer = load_tokenizer(source) if with_tokenizer and has_tokenizer else None
+    check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
-        check_stored_as_float(name, _weight_files(name, hub), model)
+        check_stored_as_float(name, _weight_files(source), model)
     check_finite(model.named_parameters(), name)
     return model, tokenizer
 
@@ -118,26 +117,28 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
         )
 
 
-def _check_complete(name: str, loaded: Mapping[str, Any]) -> None:
-    if mismatched := sorted(loaded.get("mismatched_keys", ())):
-        key, stored, expected = mismatched[0]
+def check_complete(name: str, missing: Collection[str], mismatched: Collection[Any]) -> None:
+    """Raise a ValueError for weights that are missing, or that have other shapes than the configuration requires."""
+    if mismatched:
+        key, stored, expected = min(mismatched)
         raise UserError(
             f"The model {name!r} has {len(mismatched)} weights that do not fit its configuration, {key} first: its "
             f"stored shape is {tuple(stored)}, but config.json requires {tuple(expected)}. Correct config.json."
         )
-    if missing := sorted(loaded["missing_keys"]):
+    if missing:
         raise UserError(
-            f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {missing[0]} "
+            f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {min(missing)} "
             "first; they would be random. Check the folder and its config.json."
         )
 
 
-def _weight_files(name: str, hub: dict[str, Any]) -> list[Path]:
+def _weight_files(source: ModelSource) -> list[Path]:
     """Return the safetensors files of a folder, or of a hub model that is in the cache."""
-    folder = Path(name).expanduser()
+    folder = source.path
     if not folder.is_dir():
-        options = {key: value for key, value in hub.items() if key in ("revision", "cache_dir")}
-        config = transformers.utils.cached_file(name, "config.json", local_files_only=True, **options)
+        config = transformers.utils.cached_file(
+            str(source), "config.json", local_files_only=True, revision=source.revision, cache_dir=source.cache_dir
+        )
         folder = Path(config).parent
     return sorted(folder.glob("*.safetensors"))
 
@@ -198,7 +199,7 @@ def _refuse_unreachable_weights(name: str, kwargs: Mapping[str, Any]) -> None:
     """Raise an OSError if the usual weights of a timm model can neither be downloaded nor found."""
     known = None if ":" in name else timm.models.get_pretrained_cfg(name)
     if known is not None and known.hf_hub_id and not {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys():
-        refuse_unreachable(known.hf_hub_id, kwargs.get("cache_dir"))
+        refuse_unreachable(ModelSource(known.hf_hub_id, cache_dir=kwargs.get("cache_dir")))
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

@@ -29,10 +29,10 @@ from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import load_config, locate, reading
+from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.core.placeholders import placeholder
-from wanda_lightning.modules.loading import check_dtype, check_finite, check_stored_as_float
+from wanda_lightning.modules.loading import check_complete, check_dtype, check_finite, check_stored_as_float
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
@@ -44,9 +44,8 @@ class Checkpoint:
     The model is complete except for the weights of its blocks, which are placeholders until they are loaded.
 
     Args:
-        name: Hub id or local folder.
+        source: Hub id or local folder.
         dtype: The dtype of `from_pretrained`; "auto" keeps the stored dtype.
-        hub: `revision`, `cache_dir` and `trust_remote_code` of `from_pretrained`.
         device: Where the loaded weights are.
 
     Raises:
@@ -55,9 +54,9 @@ class Checkpoint:
             cannot be used.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", hub: Mapping[str, Any] = {}, device: str = "cpu") -> None:
+    def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
         check_dtype(str(dtype).removeprefix("torch."))
-        self._name = name
+        name = self._name = str(source)
         self.device = _available(device)
         self.blocks: tuple[str, ...] = ()
         self.bytes_read = 0
@@ -68,26 +67,26 @@ class Checkpoint:
                 f"The model {name!r} cannot be read block by block: only Hugging Face models in safetensors can. "
                 "Prune it in memory."
             )
-        config = load_config(name, **hub)
-        _refuse_without_safetensors(name)
+        config = load_config(source)
+        _refuse_without_safetensors(source)
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
             )
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         original = PreTrainedModel._load_pretrained_model
-        with reading("weights", name), _quiet():
+        with reading("weights", source), _quiet():
             try:
                 PreTrainedModel._load_pretrained_model = staticmethod(self._load_resident)
                 self.model, loaded = auto_class.from_pretrained(
-                    **locate(name), **hub, dtype=dtype, use_safetensors=True, output_loading_info=True
+                    **source.locate(), dtype=dtype, use_safetensors=True, output_loading_info=True
                 )
             finally:
                 PreTrainedModel._load_pretrained_model = original
         self._move_buffers()
         names = (name for name, _ in self.model.named_parameters())
         missing = {name for name in names if self.part_of(name) not in self._keys}  # now, not when batches arrive there
-        self._refuse_incomplete(sorted(missing | {*loaded["missing_keys"]}), loaded["mismatched_keys"])
+        check_complete(self._name, missing | {*loaded["missing_keys"]}, loaded["mismatched_keys"])
         check_stored_as_float(name, self.files, self.model)
         self._refuse_shared()
 
@@ -151,7 +150,7 @@ class Checkpoint:
         weights_moved()
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
-            self._refuse_incomplete(missing, loaded.mismatched_keys)
+            check_complete(self._name, missing, loaded.mismatched_keys)
         own = self.parameters(part)
         for weight in own.values():
             weight.requires_grad_(False)  # a weight that is freed has no place for its gradient
@@ -209,19 +208,6 @@ class Checkpoint:
                 "again with the model that you want."
             )
 
-    def _refuse_incomplete(self, missing: Sequence[str], mismatched: Sequence[Any]) -> None:
-        if mismatched:
-            key, found, expected = sorted(mismatched)[0]
-            raise UserError(
-                f"The model {self._name!r} has weights that do not fit its configuration, {key} first: its stored "
-                f"shape is {tuple(found)}, but config.json requires {tuple(expected)}. Correct config.json."
-            )
-        if missing:
-            raise UserError(
-                f"The model {self._name!r} has no weights for {len(missing)} parameters of its configuration, "
-                f"{sorted(missing)[0]} first. Check the folder and its config.json."
-            )
-
     def _refuse_shared(self) -> None:
         owners: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -266,9 +252,9 @@ class _Stored:
         return copy
 
 
-def _refuse_without_safetensors(name: str) -> None:
+def _refuse_without_safetensors(source: ModelSource) -> None:
     """Refuse a local folder with weights in other formats only."""
-    folder = Path(name).expanduser()
+    name, folder = str(source), source.path
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
         raise UserError(

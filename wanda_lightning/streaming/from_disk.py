@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import nn
 
 from wanda_lightning.common.checks import check_batches, check_callable, check_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.config import PruningConfig
+from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
@@ -42,7 +43,7 @@ def prune_from_disk(
     processes: Processes = SINGLE_PROCESS,
     park: str = "memory",
     device: str = "cpu",
-    **choices: Any,
+    **choices: Unpack[PruningChoices],
 ) -> PruningReport:
     """Prune a language model in safetensors block by block, with at most two blocks in memory; return the report.
 
@@ -73,14 +74,13 @@ def prune_from_disk(
     """
     with pruned_from_disk(
         PruningConfig.from_names(sparsity, **choices),
-        source,
+        ModelSource(source, revision or "main", cache_dir, trust_remote_code),
         output,
         batches,
         dtype=dtype,
         tokenizer=tokenizer,
         forward=forward,
         progress=progress,
-        hub={"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code},
         processes=processes,
         park=park,
         device=device,
@@ -91,7 +91,7 @@ def prune_from_disk(
 @contextmanager
 def pruned_from_disk(
     config: PruningConfig,
-    source: str | os.PathLike[str],
+    source: ModelSource,
     output: str | os.PathLike[str],
     batches: Iterable[Any],
     *,
@@ -99,7 +99,6 @@ def pruned_from_disk(
     tokenizer: Any = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
-    hub: Mapping[str, Any] = {},
     processes: Processes = SINGLE_PROCESS,
     park: str = "memory",
     device: str = "cpu",
@@ -111,13 +110,13 @@ def pruned_from_disk(
     check_callable(forward=forward)
     refuse_parking(park, device)
     refuse_whole_model(config, processes)
-    refuse_places(source, output)
+    refuse_places(source.name, output)
     check_batches(batches=batches)
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     with processes.fail_together():
         held = list(batches)
-        checkpoint = Checkpoint(str(source), dtype, hub, device)
+        checkpoint = Checkpoint(source, dtype, device)
         make_plan(config, checkpoint.model, processes, has_weights=False)  # to refuse before anything is written
         if tokenizer is not None:
             check_vocabulary(tokenizer, checkpoint.model)

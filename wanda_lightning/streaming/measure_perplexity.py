@@ -17,6 +17,7 @@ from wanda_lightning.calibration.parking import MakeParking
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
 from wanda_lightning.models import check_tokens
@@ -66,8 +67,7 @@ def perplexity_from_disk(
         check_path(parked_in=parked_in)
     check_batches(batches=batches)
     refuse_parking(park, device)
-    hub = {"revision": revision or "main", "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    checkpoint = Checkpoint(str(source), dtype, hub, device)
+    checkpoint = Checkpoint(ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device)
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 

@@ -16,9 +16,9 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
+from wanda_lightning.common.checks import Number, OneOf, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.models import Layer
 from wanda_lightning.report import Training, TrainingPass
 from wanda_lightning.training.distil_loss import DistilLoss

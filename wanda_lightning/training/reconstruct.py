@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments
-from wanda_lightning.core.hyperparameters import Number, check
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Unit, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError

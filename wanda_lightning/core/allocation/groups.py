@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from wanda_lightning.common.checks import OneOf
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
-from wanda_lightning.core.hyperparameters import OneOf
 
 Per = Literal["block", "layer"]
 PER = OneOf(("block", "layer"))

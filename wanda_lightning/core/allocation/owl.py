@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
 from wanda_lightning.core.allocation.groups import PER, Per, group_of, groups_of, refuse_one_group, unit_range
 from wanda_lightning.core.allocation.match_target import match_target
 from wanda_lightning.core.criteria import Wanda
-from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.types import Score
 
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from wanda_lightning.common.checks import Number
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import matches, refuse_unmatched
 from wanda_lightning.core.allocation.base import Allocation, DenseLayer
 from wanda_lightning.core.allocation.match_target import match_target
-from wanda_lightning.core.hyperparameters import Number
 
 _OPTION = "PerLayer pattern"
 _SPARSITY = Number(minimum=0, below=1)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.gram import dampened
-from wanda_lightning.core.hyperparameters import Number, check
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.base import Solver

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.checks import Number, OneOf, check
 from wanda_lightning.core.criteria import Criterion, Group, Saliency
-from wanda_lightning.core.hyperparameters import Number, OneOf, check
 from wanda_lightning.core.masking import as_numbers, mask_
 from wanda_lightning.core.patterns import ColumnBlock
 from wanda_lightning.core.selection import Selection
