@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.batches import split
+from support.data import byte_tokenizer
 from support.gradients import gradients
 from support.zoo import ZOO, run
 from torch import distributed as dist
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import (
     Distil,
@@ -27,6 +28,8 @@ from wanda_lightning import (
     Fisher,
     KeepZeros,
     PerLayer,
+    TextDataModule,
+    WandaPrune,
     prune,
     prune_from_disk,
 )
@@ -37,6 +40,7 @@ from wanda_lightning.callbacks.batches import calibration_batches, calibration_f
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.data import text
 from wanda_lightning.engine.batch_norm import batch_norm_layers
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.models import find_layers
@@ -561,3 +565,20 @@ def pruned_from_disk(rank, source, folder, batches, choices):
         return report.layers, report.zeros, report.notes
 
     return attempt(both_ways)
+
+
+def read_text(rank, loop, prunes):
+    """The texts that this process reads, and its windows."""
+    reads = []
+
+    def counted(name):
+        original = getattr(text, name)
+        return mock.patch.object(text, name, lambda *arguments: (reads.append(name), original(*arguments))[1])
+
+    data = TextDataModule(byte_tokenizer(), seqlen=16, num_samples=4, limit=4)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module = CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)))
+    with counted("calibration_source"), counted("evaluation_text"):
+        run = trainer("ddp", *[WandaPrune(num_samples=4)] * prunes)
+        getattr(run, loop)(module, datamodule=data)
+    return reads, data.evaluation_windows, data.calibration_windows
