@@ -487,33 +487,19 @@ def distill(rank, strategy):
     return whole(module)
 
 
-class Llama(CausalLMModule):
-    """A module of ours, sharded as the Trainer's strategy asks."""
-
-    def __init__(self):
-        L.LightningModule.__init__(self)
-        self.model = ZOO["llama"].build()
-
-    def configure_model(self):
-        if not isinstance(self.model, FSDPModule):
-            for layer in self.model.model.layers:
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-def fit_llama(rank, sequential):
+def fit_llama(rank, folder, sequential):
     windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
     callback = PruneAtStart(PruningConfig.from_names(sequential=sequential), 1000, windows)
-    trainer(strategy_named("fsdp2"), callback).fit(Llama(), DataLoader(windows, batch_size=None))
-    return callback.weights, callback.report
+    module = CausalLMModule(folder)
+    trainer(strategy_named("fsdp2"), callback).fit(module, DataLoader(windows, batch_size=None))
+    module.configure_model()  # once more
+    sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
+    return callback.weights, callback.report, sharded
 
 
 def save_shards(rank, folder):
     fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
-    return attempt(lambda: fit(Llama(), DataLoader(SAMPLES)))
+    return attempt(lambda: fit(CausalLMModule(ZOO["llama"].build()), DataLoader(SAMPLES)))
 
 
 class SlowlySaved(Regression):
