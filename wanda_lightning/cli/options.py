@@ -292,7 +292,8 @@ class FinetuneOptions:
     eval: str = option(f"Text to measure perplexity on: {_TEXTS}.", "wikitext2")
     limit: int | None = option(_LIMIT, rule=_COUNT)
     steps: int = option("Number of optimizer steps.", 300, rule=_COUNT)
-    batch_size: int = option("Number of windows in a step.", 1, rule=_COUNT)
+    batch_size: int = option("Number of windows in a step, on each device.", 1, rule=_COUNT)
+    devices: int = option("Number of devices to train on.", 1, rule=_COUNT)
     seqlen: int | None = option(f"{_SEQLEN} 1024 (as in the paper).", rule=_WINDOW)
     lr: float | None = option(
         "Learning rate of the first step, which falls linearly to 0; by default 1e-4 for adapters (as in the paper) "
@@ -337,7 +338,8 @@ class FinetuneOptions:
         _refuse_place(self, "save_model", refuse_replacement)
         if self.push_to_hub is not None:
             refuse_upload(self.push_to_hub, self.private)
-        check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
+        windows = self.steps * self.batch_size * self.devices
+        check_memory("--steps times --batch_size", windows, self.seqlen or PAPER_SEQLEN)
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_tokenizer, locate
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
+from wanda_lightning.data.resumable import ResumableLoader
 from wanda_lightning.data.text_sources import (
     OWN_TEXT,
     SELF,
@@ -271,7 +272,8 @@ class TextDataModule(DataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the training windows, shuffled anew in each epoch."""
-        return self._loader(self.train_windows, torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        return ResumableLoader(_rows(self.train_windows), self.batch_size, shuffle=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
@@ -281,10 +283,13 @@ class TextDataModule(DataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
-        silence_worker_advice()
-        dataset: Any = [{"input_ids": window} for window in windows]
-        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)
+    def _loader(self, windows: Tensor) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(_rows(windows), batch_size=self.batch_size)
+
+
+def _rows(windows: Tensor) -> Any:
+    silence_worker_advice()
+    return [{"input_ids": window} for window in windows]
 
 
 def _named(texts: Any, option: str) -> tuple[str, Any]:
