@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from rich.table import Table
 
@@ -123,6 +122,8 @@ class _Progress(Checkpoint):
         self._every = max(1, options.steps // _CHECKPOINTS)
         self._command = as_command("finetune", replace(options, push_to_hub=None, private=False, overwrite=False))
         if self.path.exists():
+            import torch
+
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)["command"]
             if found != self._command:
                 raise UserError(

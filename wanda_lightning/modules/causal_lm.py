@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from wanda_lightning.common.checks import check_not_negative, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.files import whole_folder
+from wanda_lightning.hub.upload import save_and_upload
 from wanda_lightning.modules.loading import (
     DTYPES,
     bars_on_terminals_only,
@@ -315,6 +316,19 @@ class CausalLMModule(L.LightningModule):
             from wanda_lightning.lora import merge
 
             self.model = merge(self.model, reprune)
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Save the model as `save_pretrained` does, upload it, and return the address. Call it in one process only.
+
+        Args:
+            repo_id: OWNER/NAME of a model repository on the Hugging Face hub; it is created if it does not exist.
+            private: Make the repository private if it is new, and refuse a public one.
+
+        Raises:
+            ValueError: If the upload cannot succeed, for example without a token.
+            OSError: If it fails. The message names the command that uploads the model later.
+        """
+        return save_and_upload(self.save_pretrained, repo_id, private)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
