@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     __version__: str
     from wanda_lightning.acceleration import accelerate_2to4
     from wanda_lightning.callbacks import (
+        BestAfterPruning,
         CubicSchedule,
         DistillFromDense,
         KeepZeros,
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "acceleration": "accelerate_2to4",
     "callbacks": (
-        "CubicSchedule DistillFromDense KeepZeros LinearSchedule MagnitudePrune OneShot PruningCallback SavePretrained "
-        "Schedule SparseGPTPrune WandaPrune"
+        "BestAfterPruning CubicSchedule DistillFromDense KeepZeros LinearSchedule MagnitudePrune OneShot "
+        "PruningCallback SavePretrained Schedule SparseGPTPrune WandaPrune"
     ),
     "config": "PruningConfig",
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
@@ -66,6 +67,7 @@ __all__ = [
     "RIA",
     "AlphaPruning",
     "Assignment",
+    "BestAfterPruning",
     "CausalLMModule",
     "CubicSchedule",
     "Distil",

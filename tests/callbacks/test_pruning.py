@@ -513,7 +513,8 @@ def test_a_dry_run_prunes_at_every_stage(when, steps):
 def test_metrics_of_each_stage_reach_the_logger(tmp_path):
     module = Net()
     callback = WandaPrune(0.5, num_samples=12, skip=["layers.2"], schedule=LinearSchedule(0, 4, every=2))
-    trainer(callback, logger=CSVLogger(tmp_path), max_steps=6, log_every_n_steps=1).fit(module, loader())
+    fit = trainer(callback, logger=CSVLogger(tmp_path), max_steps=6, log_every_n_steps=1)
+    fit.fit(module, loader())
     first, row = [row for row in rows_of(tmp_path) if row.get("sparsity/model")]
     assert (first["step"], first["sparsity/pruned_layers"], row["step"]) == ("2", "0.25", "4")
     assert {name for name in row if name.startswith("sparsity/") and row[name]} == {
@@ -525,6 +526,9 @@ def test_metrics_of_each_stage_reach_the_logger(tmp_path):
     assert float(row["sparsity/layers.0"]) == 0.5
     size = sum(p.numel() for p in module.parameters())
     assert float(row["sparsity/model"]) == pytest.approx((64 * 32 / 2 + 16 * 64 / 2) / size)
+    assert {name: float(value) for name, value in fit.callback_metrics.items()} == pytest.approx(
+        callback.report.metrics()
+    )
 
 
 @pytest.mark.parametrize(("loop", "at_step"), [("validate", 0), ("fit", 2)])

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Single
 from support import pair_cases as cases
 from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
 from support.pairwise import pairwise
+from support.zoo import ZOO
 from torch.utils.data import DataLoader
 
 from wanda_lightning import KeepZeros, WandaPrune, prune
@@ -49,8 +50,10 @@ def test_lightnings_own_loader_is_already_divided(pair, strategy):
 
 
 @pytest.mark.parametrize("sequential", ["block", "none"])
-def test_a_language_model_of_ours_under_fsdp2(pair, sequential):
-    (weights, report), (others, _) = pair.run(cases.fit_llama, sequential)
+def test_a_language_model_of_ours_under_fsdp2(pair, tmp_path, sequential):
+    ZOO["llama"].build().save_pretrained(tmp_path)
+    (weights, report, sharded), (others, *_) = pair.run(cases.fit_llama, str(tmp_path), sequential)
+    assert sharded == ["FSDPLlamaForCausalLM", *["FSDPLlamaDecoderLayer"] * 2]
     model, expected = alone("llama", sequential=sequential)
     assert_equal_everywhere(weights, others)
     assert_same_weights(weights, dict(model.named_parameters()))

@@ -1,11 +1,15 @@
 """`wanda-lightning finetune`: zeros stay, and perplexity is measured again by hand."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import forks
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, zeros_by_layer
+from support.forks import shell
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -94,6 +98,49 @@ def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
     for name in before:
         assert torch.equal(before[name], after[name])
         assert not torch.equal(pruned.get_submodule(name).weight.float(), new.get_submodule(name).weight)
+
+
+def killed(at, *arguments):
+    """Be a command that kills itself before a step."""
+    step = causal_lm.CausalLMModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        if module.trainer.global_step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(module, batch, batch_idx)
+
+    causal_lm.CausalLMModule.training_step = training_step
+    shell(*arguments)
+
+
+@pytest.mark.parametrize("method", ["full", pytest.param("keep-zeros-lora", marks=pytest.mark.nightly)])
+def test_a_killed_command_that_is_repeated_equals_an_uninterrupted_one(tuned, capsys, monkeypatch, method):
+    options = ["--method", method, "--steps", "24", *(["--lora_dropout", "0"] if method != "full" else [])]
+    assert run(*tuned, *options, "--save_model", "whole") == 0
+    command = [*tuned, *options, "--save_model", "tuned"]
+    assert forks.run(killed, 15, *map(str, command)).returncode == -signal.SIGKILL
+    assert run(*command, "--seed", "1") == 1
+    assert "--save_model tuned has a checkpoint of another command" in capsys.readouterr().err
+    steps, step = [], causal_lm.CausalLMModule.training_step
+    count = lambda module, batch, index: (steps.append(module.trainer.global_step), step(module, batch, index))[1]  # noqa: E731
+    monkeypatch.setattr(causal_lm.CausalLMModule, "training_step", count)
+    assert run(*command) == 0
+    assert steps == list(range(15, 24))
+    assert "Training continues from" in capsys.readouterr().out
+    whole, new = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("whole", "tuned"))
+    assert all(torch.equal(new[name], weight) for name, weight in whole.items())
+    assert not list(Path().glob("*.ckpt"))
+
+
+@pytest.mark.nightly
+def test_two_devices_take_twice_the_windows_in_a_step(tuned, capsys):
+    assert run(*tuned, "--devices", "2", "--batch_size", "1", "--method", "full", "--save_model", "two") == 0
+    assert "3 steps in" in capsys.readouterr().out
+    assert run(*tuned, "--batch_size", "2", "--method", "full", "--save_model", "one") == 0
+    pruned, one, two = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("pruned", "one", "two"))
+    for name, weight in two.items():
+        assert not torch.equal(weight, pruned[name])
+        assert torch.equal(weight == 0, one[name] == 0)
 
 
 def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):

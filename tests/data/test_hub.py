@@ -1,8 +1,10 @@
 """Unreachable data sets of the hub raise one clear error."""
 
+import datasets
 import pytest
 from support.data import vit
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.data import ImageDataModule, TextDataModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")  # models without regard to the images
@@ -24,3 +26,20 @@ def test_images_from_an_unreachable_hub_are_one_clear_error(tmp_path, offline, d
     with pytest.raises(OSError, match=r"is not in the cache, and .* cannot be reached\. Use digits") as error:
         module.setup("fit")
     assert isinstance(error.value.__cause__, ConnectionError)
+
+
+def test_images_are_downloaded_before_they_are_opened(monkeypatch, imagenet):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)))
+    for data in ("digits", str(imagenet), "cifar10", "some/images"):
+        ImageDataModule(data, cache_dir="cache").prepare_data()
+    assert asked == [(name, {"cache_dir": "cache"}) for name in ("uoft-cs/cifar10", "some/images")]
+
+
+def test_a_data_set_with_several_configurations_must_be_loaded(monkeypatch, tokenizer):
+    def load_dataset(name, **options):
+        raise ValueError("Config name is missing.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"by its name alone\. Load it with datasets\.load_dataset and give the result"):
+        TextDataModule(tokenizer, evaluation="own/news").prepare_data()

@@ -3,8 +3,10 @@
 import logging
 from pydoc_data.topics import topics
 
+import datasets
 import pytest
 import torch
+from support import pair_cases as cases
 from support.callbacks import trainer
 from support.data import (
     byte_tokenizer,
@@ -107,6 +109,47 @@ def test_only_what_is_needed_is_read_and_only_once(monkeypatch, tokenizer):
     assert reads[2:] == ["calibration_source"]
 
 
+@pytest.mark.parametrize(("loop", "prunes", "read"), [("fit", False, 2), ("validate", False, 1), ("validate", True, 2)])
+def test_one_process_reads_what_the_trainer_will_use(pair, loop, prunes, read):
+    (first, *windows), (second, *others) = pair.run(cases.read_text, loop, prunes)
+    assert (first, second) == (["evaluation_text", "calibration_source"][:read], [])
+    assert all(map(torch.equal, windows, others))
+
+
+def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
+    texts = documents([30, 41, 10])
+    table = datasets.Dataset.from_dict({"text": texts})
+    empty = datasets.Dataset.from_dict({"text": [""]})
+    hub = {"own/news": {"train": table, "test": table, "unused": empty}, "own/one": {"all": table}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub[name])
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    expected = TextDataModule(tokenizer, file, file, seqlen=20, num_samples=5)
+    names = {"texts in memory": (texts, table), "own/news": ("own/news",), "own/one": ("own/one",)}
+    for name, source in ((name, source) for name, sources in names.items() for source in sources):
+        data = TextDataModule(tokenizer, source, [source], seqlen=20, num_samples=5)
+        assert torch.equal(data.calibration_windows, expected.calibration_windows)
+        assert torch.equal(data.evaluation_windows, expected.evaluation_windows)
+        assert data.describe_calibration(5) == f"{name}, 5 windows of 20 tokens, seed 0"
+        assert data.describe_evaluation() == f"{name}, 4 windows of 20 tokens"
+    data = TextDataModule(tokenizer, evaluation=[texts, file], seqlen=20)
+    assert data.evaluations == ("texts in memory", file)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "must have text, but it is empty"),
+        (["a", 1], r"must be the name of a text, a list of strings or a datasets.Dataset, but it is \['a', 1\]"),
+        (datasets.Dataset.from_dict({"body": ["a"]}), "must have a column 'text' of strings, but it has body"),
+        ("one line\nand another", r"must name a text, but it is a text itself: 'one line.*evaluation=\[\[\.\.\.\]\]"),
+    ],
+)
+def test_what_is_no_text(tokenizer, source, message):
+    for option, given in (("calibration", source), ("evaluation", [source])):
+        with pytest.raises(ValueError, match=f"^{option} {message}"):
+            TextDataModule(tokenizer, **{option: given})
+
+
 def test_training_shuffles_the_calibration_windows_by_the_seed(tokenizer):
     def epochs(seed):
         loader = TextDataModule(tokenizer, seqlen=16, num_samples=20, seed=seed).train_dataloader()
@@ -197,7 +240,7 @@ def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
     with pytest.raises(ValueError, match=message):
         trainer().validate(module, data, verbose=False)
     data = TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
-    data.evaluation_windows = torch.zeros(2, 32, dtype=torch.long)
+    data._cut["python-docs"] = torch.zeros(2, 32, dtype=torch.long)
     trainer().validate(module, data, verbose=False)
     with pytest.raises(ValueError, match=message):
         data.calibration_dataloader()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.modules import CausalLMModule, causal_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`")
 
@@ -121,6 +121,37 @@ def test_saves_an_ordinary_folder(tmp_path, tied):
     assert same_weights(again.model, model)
     assert again.model.training
     assert again.tokenizer("w3 w7").input_ids == [3, 7]
+
+
+WEIGHTS = {
+    "model": lambda module: module.model,
+    "parameters": lambda module: list(module.parameters()),
+    "state_dict": lambda module: module.state_dict(),
+    "to": lambda module: module.to(torch.bfloat16),
+    "pruning_target": lambda module: module.pruning_target,
+    "load_state_dict": lambda module: module.load_state_dict({}, strict=False),
+    "Trainer": lambda module: trainer().validate(module, DataLoader(windows_of_text(2)), verbose=False),
+    "inference mode": torch.inference_mode()(lambda module: module.model),
+}
+
+
+@pytest.mark.parametrize("use", WEIGHTS)
+def test_the_model_is_loaded_when_its_weights_are_needed_and_only_once(tmp_path, monkeypatch, use):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    loads, load = [], causal_lm.load_causal_lm
+    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (loads.append(args), load(*args))[1])
+    module = CausalLMModule(str(tmp_path), lora={"r": 2} if use == "parameters" else None).eval()
+    assert module.tokenizer is None
+    assert loads == []
+    WEIGHTS[use](module)
+    module.configure_model()
+    assert len(loads) == 1
+    assert not module.model.training
+    assert module.model.dtype == (torch.bfloat16 if use == "to" else torch.float32)
+    assert not any(weight.is_inference() for weight in module.parameters())
+    assert same_weights(module.pruning_target, model.to(module.model.dtype)) or use == "parameters"
+    assert any("lora" in name for name in module.state_dict()) == (use == "parameters")
 
 
 def test_overwrites_the_folder_that_it_was_loaded_from(tmp_path):

@@ -53,10 +53,10 @@ def test_only_bin_is_refused(tmp_path):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"weights in safetensors, .*pytorch_model\.bin.*save_pretrained"):
-        CausalLMModule(str(tmp_path))
+        CausalLMModule(str(tmp_path)).configure_model()
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"weights of .* cannot be used: .* no file named model\.safetensors"):
-        CausalLMModule(str(tmp_path))
+        CausalLMModule(str(tmp_path)).configure_model()
 
 
 def test_missing_models_are_refused(tmp_path):
@@ -213,7 +213,7 @@ def test_a_broken_language_model_is_named(folders, tmp_path, file, change, messa
     shutil.copytree(folders / "llama", tmp_path / "broken")
     change(tmp_path / "broken" / file)
     with pytest.raises(ValueError, match=message) as caught:
-        CausalLMModule(str(tmp_path / "broken"))
+        CausalLMModule(str(tmp_path / "broken")).configure_model()
     assert str(tmp_path / "broken") in str(caught.value)
     assert "\n" not in str(caught.value)
     if file == "config.json" and "weights" not in message and "shape" not in message:
@@ -263,7 +263,7 @@ def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
     path = tmp_path / "broken.gguf"
     path.write_bytes(part((folders / "tiny.gguf").read_bytes()))
     with pytest.raises(ValueError, match=rf"broken\.gguf' {CAUSE}"):
-        CausalLMModule(str(path))
+        CausalLMModule(str(path)).configure_model()
 
 
 def test_gguf_names_the_extra(folders, monkeypatch):
@@ -280,9 +280,9 @@ def test_float16_that_overflows_is_named(folders, tmp_path):
     stored(lambda weights: {"model.norm.weight": weights["model.norm.weight"] * 1e6})(
         tmp_path / "large/model.safetensors"
     )
-    CausalLMModule(str(tmp_path / "large"))
+    CausalLMModule(str(tmp_path / "large")).configure_model()
     with pytest.raises(ValueError, match=r"model\.norm holds NaN or infinity in float16.*dtype='bfloat16'"):
-        CausalLMModule(str(tmp_path / "large"), dtype="float16")
+        CausalLMModule(str(tmp_path / "large"), dtype="float16").configure_model()
 
 
 # --------------------------------------------------------------------------------------- models that predict no text
@@ -295,7 +295,7 @@ def test_encoders_are_refused(tmp_path, loaded):
     model.save_pretrained(tmp_path)
     message = r"bert is an encoder.*perplexity would be meaningless.*wanda_lightning\.prune"
     with pytest.raises(ValueError, match=message):
-        CausalLMModule(model if loaded else str(tmp_path))
+        CausalLMModule(model if loaded else str(tmp_path)).configure_model()
     T5Config(d_model=32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"t5 is an encoder-decoder.*wanda_lightning\.prune"):
         CausalLMModule(str(tmp_path))
@@ -316,7 +316,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     tiny_tokenizer(129).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 129 tokens and the model only 128"):
-        CausalLMModule(str(tmp_path))
+        CausalLMModule(str(tmp_path)).configure_model()
     added = tiny_tokenizer(128)
     added.add_tokens(["<image>"])
     CausalLMModule(model, added)
@@ -333,6 +333,6 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(folders, tmp_path):
     assert same_weights(module.model, tiny_llama())
     assert module.tokenizer("w3 w7").input_ids == [3, 7]
     with pytest.raises(ValueError, match=r"'owner/integers' stores lm_head\.weight as I8"):
-        CausalLMModule("owner/integers", cache_dir=str(tmp_path))
+        CausalLMModule("owner/integers", cache_dir=str(tmp_path)).configure_model()
     with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be found: neither a local folder nor"):
         CausalLMModule("owner/none", cache_dir=str(tmp_path))

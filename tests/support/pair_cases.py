@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.batches import split
+from support.data import byte_tokenizer
 from support.gradients import gradients
 from support.samples import samples_of
 from support.zoo import ZOO, run
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import (
     Distil,
@@ -28,6 +29,8 @@ from wanda_lightning import (
     KeepZeros,
     PerLayer,
     Reconstruct,
+    TextDataModule,
+    WandaPrune,
     prune,
     prune_from_disk,
 )
@@ -39,6 +42,7 @@ from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.data import text
 from wanda_lightning.engine.batch_norm import batch_norm_layers
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.models import find_layers
@@ -523,33 +527,19 @@ def distill(rank, strategy):
     return whole(module)
 
 
-class Llama(CausalLMModule):
-    """A module of ours, sharded as the Trainer's strategy asks."""
-
-    def __init__(self):
-        L.LightningModule.__init__(self)
-        self.model = ZOO["llama"].build()
-
-    def configure_model(self):
-        if not isinstance(self.model, FSDPModule):
-            for layer in self.model.model.layers:
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-def fit_llama(rank, sequential):
+def fit_llama(rank, folder, sequential):
     windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
     callback = PruneAtStart(PruningConfig.from_names(sequential=sequential), 1000, windows)
-    trainer(strategy_named("fsdp2"), callback).fit(Llama(), DataLoader(windows, batch_size=None))
-    return callback.weights, callback.report
+    module = CausalLMModule(folder)
+    trainer(strategy_named("fsdp2"), callback).fit(module, DataLoader(windows, batch_size=None))
+    module.configure_model()  # once more
+    sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
+    return callback.weights, callback.report, sharded
 
 
 def save_shards(rank, folder):
     fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
-    return attempt(lambda: fit(Llama(), DataLoader(SAMPLES)))
+    return attempt(lambda: fit(CausalLMModule(ZOO["llama"].build()), DataLoader(SAMPLES)))
 
 
 class SlowlySaved(Regression):
@@ -601,3 +591,20 @@ def pruned_from_disk(rank, source, folder, batches, choices):
         return report.layers, report.zeros, report.notes
 
     return attempt(both_ways)
+
+
+def read_text(rank, loop, prunes):
+    """The texts that this process reads, and its windows."""
+    reads = []
+
+    def counted(name):
+        original = getattr(text, name)
+        return mock.patch.object(text, name, lambda *arguments: (reads.append(name), original(*arguments))[1])
+
+    data = TextDataModule(byte_tokenizer(), seqlen=16, num_samples=4, limit=4)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module = CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)))
+    with counted("calibration_source"), counted("evaluation_text"):
+        run = trainer("ddp", *[WandaPrune(num_samples=4)] * prunes)
+        getattr(run, loop)(module, datamodule=data)
+    return reads, data.evaluation_windows, data.calibration_windows

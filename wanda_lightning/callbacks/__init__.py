@@ -1,5 +1,6 @@
 """Lightning callbacks that prune a model, keep its zeros during training, distill it, and save it."""
 
+from wanda_lightning.callbacks.best import BestAfterPruning
 from wanda_lightning.callbacks.distillation import DistillFromDense
 from wanda_lightning.callbacks.keep_zeros import KeepZeros
 from wanda_lightning.callbacks.methods import MagnitudePrune, SparseGPTPrune, WandaPrune
@@ -8,6 +9,7 @@ from wanda_lightning.callbacks.save import SavePretrained
 from wanda_lightning.callbacks.schedules import CubicSchedule, LinearSchedule, OneShot, Schedule
 
 __all__ = [
+    "BestAfterPruning",
     "CubicSchedule",
     "DistillFromDense",
     "KeepZeros",

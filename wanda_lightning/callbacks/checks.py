@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from wanda_lightning.callbacks.keep_zeros import holds_zeros
 from wanda_lightning.callbacks.schedules import Schedule
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import averaged_models, last_step
+from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
@@ -54,16 +54,6 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
         )
 
 
-def refuse_equal_keys(callback: Callback, trainer: L.Trainer) -> None:
-    """Raise an error if two callbacks of one class have the same state key: a checkpoint would mix up their states."""
-    keys = [other.state_key for other in trainer.callbacks if type(other) is type(callback)]  # type: ignore[attr-defined]
-    if keys.count(callback.state_key) > 1:
-        raise MisconfigurationException(
-            f"skip or only must differ between two callbacks of the class {type(callback).__name__}, but both have the "
-            f"state key {callback.state_key}. Let them prune different layers, or use one callback with a schedule."
-        )
-
-
 def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
     """Raise an error if training ends before the last stage of the schedule."""
     last, end = schedule.stages[-1][0], last_step(trainer)
@@ -76,7 +66,8 @@ def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
 
 def without_permutation_in_training(config: PruningConfig, trainer: L.Trainer) -> PruningConfig:
     """Leave permutations out, with a warning, if masks, moments or averages depend on the order of the weights."""
-    started = trainer.global_step > 0 or averaged_models(trainer) or holds_zeros(trainer)
+    holding = any(callback.holds_zeros for callback in zeros_callbacks(trainer))
+    started = trainer.global_step > 0 or averaged_models(trainer) or holding
     if trainer.state.fn != TrainerFn.FITTING or not started or not config.permutation.reads_batches:
         return config
     rank_zero_warn(
@@ -99,7 +90,7 @@ def refuse_fit_without_validation(trainer: L.Trainer) -> None:
 def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
     """Warn if a `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after it.
 
-    A subclass that overrides `check_monitor_top_k` chooses which checkpoints it compares, as `PruningCallback` shows.
+    A subclass that overrides `check_monitor_top_k` chooses which checkpoints it compares, as `BestAfterPruning` does.
     """
     last = schedule.stages[-1][0]
     for checkpoint in () if trainer.fast_dev_run else trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
@@ -108,8 +99,8 @@ def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
         if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={checkpoint.monitor!r}) also compares checkpoints from before step {last}, "
-                "when pruning ends, so its best one is probably less sparse than requested. Let it compare "
-                "only checkpoints from after pruning, as the docstring of PruningCallback shows."
+                "when pruning ends, so its best one is probably less sparse than requested. Use "
+                f"BestAfterPruning(monitor={checkpoint.monitor!r}), which compares only checkpoints from after pruning."
             )
 
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
-from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common.checks import refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.training.held_zeros import HeldZeros
 
 
-class KeepZeros(Callback):
+class KeepZeros(ZerosCallback):
     """Keep every zero of a model that was pruned earlier at zero while the model trains.
 
     `PruningCallback` does this for the layers that it prunes. `KeepZeros` keeps the zeros that each prunable layer has
     when training starts. A layer that is all zeros is skipped, since some layers are initialized to zero.
     """
-
-    def __init__(self) -> None:
-        self._zeros = HeldZeros()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a Trainer of `pytorch_lightning`, or a strategy that distributes the model in an unsupported way."""
@@ -31,15 +27,7 @@ class KeepZeros(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the zeros and hold them."""
         self._zeros.hold_all(pruning_target(pl_module), processes_of(trainer))
-        clear_copies(self._zeros, trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove the hooks."""
-        self._zeros.release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Remove the hooks."""
-        self._zeros.release()
+        self._clear_copies(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names of the layers and which of their zeros are not kept; the kept zeros are in the weights."""
@@ -55,15 +43,3 @@ class KeepZeros(Callback):
             "callbacks of transformers' Trainer must be its own, but KeepZeros is a callback of Lightning's Trainer. "
             "Use wanda_lightning.integrations.transformers.KeepZerosCallback()."
         )
-
-
-def clear_copies(zeros: HeldZeros, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Zero copies of held zeros: the optimizers' moments, and the weights that averaging callbacks average."""
-    zeros.clear(trainer.optimizers)
-    zeros.clear_copies(pl_module, averaged_models(trainer))
-
-
-def holds_zeros(trainer: L.Trainer) -> bool:
-    """Whether a callback holds zeros now."""
-    held = (getattr(callback, "_zeros", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return any(isinstance(zeros, HeldZeros) and zeros.is_holding for zeros in held)

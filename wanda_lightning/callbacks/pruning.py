@@ -10,20 +10,18 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks import checks
 from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
-from wanda_lightning.callbacks.figures import log_figures
-from wanda_lightning.callbacks.keep_zeros import clear_copies
-from wanda_lightning.callbacks.run import run_of, with_result
+from wanda_lightning.callbacks.publish import publish, set_metrics
+from wanda_lightning.callbacks.run import measured_before, run_of, with_result
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.validation import ValidationLoop
+from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common.checks import (
     check_at_least,
     check_batches,
@@ -37,12 +35,12 @@ from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.report import PruningReport, Run
+from wanda_lightning.report import PruningReport
 from wanda_lightning.report.page import write_report
-from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
+from wanda_lightning.training.held_zeros import zeros_of
 
 
-class PruningCallback(Callback):
+class PruningCallback(ZerosCallback):
     """Prune a model before it is trained or evaluated, at a step of training, or by a schedule.
 
     `trainer.fit` prunes at each stage of the schedule, counted in optimizer steps (`trainer.global_step`). The default
@@ -61,14 +59,11 @@ class PruningCallback(Callback):
     are relative to the module's `pruning_target` if it has one (our modules give the names of Hugging Face and timm),
     else to the LightningModule.
 
-    `ModelCheckpoint(monitor=...)` also compares checkpoints from before pruning, and prefers them since dense models
-    score better. Let it compare only checkpoints from after the last stage, here at step 1000::
+    After pruning, `trainer.callback_metrics` has `sparsity/model`, `sparsity/pruned_layers` and the sparsity of each
+    layer, for other callbacks to monitor; loggers get them, too. Use `BestAfterPruning` to keep the best checkpoint.
 
-        class BestAfterPruning(ModelCheckpoint):
-            def check_monitor_top_k(self, trainer, current=None):
-                return trainer.global_step > 1000 and super().check_monitor_top_k(trainer, current)
-
-    To prune at another moment, override `should_prune`.
+    To prune at another moment, override `should_prune`. Two pruning callbacks of one class in a Trainer must differ in
+    `skip` or `only`, which tell their states in a checkpoint apart.
 
     Args:
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
@@ -110,6 +105,7 @@ class PruningCallback(Callback):
         calibrate_on: Literal["calibration", "validation"] = "calibration",
         **choices: Unpack[PruningChoices],
     ) -> None:
+        super().__init__()
         config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and config.sequential == "auto":
             config = replace(config, sequential="none")  # a validation loop runs the dense model
@@ -132,11 +128,9 @@ class PruningCallback(Callback):
         self.report_dir = report_dir
         self.report_path = report
         self.calibrate_on = calibrate_on
-        self._zeros = HeldZeros()
         self._state = PruningState(self._fixed_choices)
         self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
         self._processes = SINGLE_PROCESS
-        self._is_set_up = False
         self._pruned_to_evaluate = False  # the loop that runs has pruned the model at its start
         self._resumed = False  # weights and state come from the same checkpoint
 
@@ -146,12 +140,21 @@ class PruningCallback(Callback):
         return self._state.report
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has pruned the model to its final sparsity."""
+        return self._state.share == 1
+
+    @property
+    def reads_calibration_data(self) -> bool:
+        """Whether it may prune with data from `calibration_dataloader()` of the datamodule or module."""
+        is_given = self.dataloader is not None or self.calibrate_on == "validation"
+        return not is_given and self.config.data_reader is not None
+
+    @property
     def state_key(self) -> str:
         """A key with `skip` and `only`, since two callbacks may prune different layers."""
         only = {"only": list(self.config.only)} if self.config.only else {}
-        key = self._generate_state_key(skip=list(self.config.skip), **only)
-        # Equal keys would make the constructor of the Trainer raise an error that does not explain them; `setup` does.
-        return key if self._is_set_up else f"{key} {id(self)}"
+        return self._generate_state_key(skip=list(self.config.skip), **only)
 
     def should_prune(self, trainer: L.Trainer) -> bool:
         """Whether to prune now; called before training, after each optimizer step, and before an evaluation.
@@ -165,9 +168,7 @@ class PruningCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
         refuse_pytorch_lightning(trainer)
-        self._is_set_up = True
         self._pruned_to_evaluate = False  # an earlier loop may have been interrupted
-        checks.refuse_equal_keys(self, trainer)
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
             if self.report_dir is not None and trainer.is_global_zero:
@@ -180,7 +181,7 @@ class PruningCallback(Callback):
         checks.refuse_late_stages(self._schedule(trainer), trainer)
         if self.calibrate_on == "validation":
             checks.refuse_fit_without_validation(trainer)
-        self._forget_if_dense(pl_module)
+        self._forget_if_dense(trainer, pl_module)
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
@@ -199,14 +200,14 @@ class PruningCallback(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hooks, and warn if the final sparsity was not reached."""
         checks.warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
-        self._zeros.release()
+        super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
         if self._validation is not None:
             self._validation.end_batch()
         self._validation = None
-        self._zeros.release()
+        super().on_exception(trainer, pl_module, exception)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before `trainer.validate`, or start to collect statistics."""
@@ -278,13 +279,14 @@ class PruningCallback(Callback):
         stages = [stage for stage in self._schedule(trainer).stages if stage[0] <= trainer.global_step]
         return [share for step, share in stages if step == stages[-1][0]] or [1.0]
 
-    def _forget_if_dense(self, pl_module: L.LightningModule) -> None:
+    def _forget_if_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
         resumed, self._resumed = self._resumed, False
-        if resumed or not self._state.zeros:
-            return
-        if not self._state.describes(zeros_of(pruning_target(pl_module), self._processes)):
+        may_differ = bool(self._state.zeros) and not resumed
+        if may_differ and not self._state.describes(zeros_of(pruning_target(pl_module), self._processes)):
             self._state = PruningState(self._fixed_choices)
+        if self.report is not None:
+            set_metrics(self.report, trainer)
 
     def _prune_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Return whether the model was pruned."""
@@ -299,7 +301,7 @@ class PruningCallback(Callback):
 
     def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pruned_to_evaluate = False
-        self._forget_if_dense(pl_module)
+        self._forget_if_dense(trainer, pl_module)
         if not self.should_prune(trainer):
             checks.warn_if_dense(self._name, self._state, self.schedule)
             return
@@ -328,29 +330,12 @@ class PruningCallback(Callback):
 
     def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
         """Record, show, log and save the report."""
-        reads_datamodule = self.dataloader is None and self.calibrate_on == "calibration"
-        samples = self.num_samples if reads_datamodule and self.config.data_reader is not None else 0
-        report.run = run_of(trainer, samples)
+        report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)
         if self.calibrate_on == "validation":  # the loop that has just ended ran the model before this stage
-            report.run = self._measured_before(report.run, trainer)
+            report.run = measured_before(report.run, trainer, self._state)
         self._state.record(report, share)
-        if shows_progress(trainer):
-            rank_zero_info(f"{self._name}: {report.summary()}")
-        for logger in trainer.loggers:
-            logger.log_metrics(report.metrics(), step=trainer.global_step)
-        if self.report_path is not None:
-            log_figures(report, trainer)
+        publish(report, trainer, self._name, with_figures=self.report_path is not None)
         self._save(report, trainer)
-
-    def _measured_before(self, run: Run, trainer: L.Trainer) -> Run:
-        """Return the run with the result of the dense model, which the loop before the first stage has measured."""
-        if not self._state.share:
-            return with_result(run, trainer, is_dense=True)
-        first = self.report.run if self.report is not None else None
-        if first is None:
-            return run
-        others = tuple(replace(other, after=None) for other in first.others)
-        return replace(run, metric=first.metric, before=first.before, data=first.data, others=others)
 
     def _record_result(self, trainer: L.Trainer) -> None:
         """Add what the evaluation loop has measured to the report, if the loop has pruned the model at its start."""
@@ -370,4 +355,4 @@ class PruningCallback(Callback):
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
-            clear_copies(self._zeros, trainer, pl_module)
+            self._clear_copies(trainer, pl_module)

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 
+from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import pruning_target
 from wanda_lightning.report import Measured, Run
 from wanda_lightning.report.metrics import METRICS
@@ -43,6 +44,17 @@ def with_result(run: Run, trainer: L.Trainer, is_dense: bool) -> Run:
             known = others.get(text, Measured(text, None, None))
             others[text] = replace(known, before=float(other)) if is_dense else replace(known, after=float(other))
     return replace(run, others=tuple(others.values()))
+
+
+def measured_before(run: Run, trainer: L.Trainer, state: PruningState) -> Run:
+    """Return the run with the result of the dense model, which the loop before the first stage has measured."""
+    if not state.share:  # that loop has just ended
+        return with_result(run, trainer, is_dense=True)
+    first = None if state.report is None else state.report.run
+    if first is None:
+        return run
+    others = tuple(replace(other, after=None) for other in first.others)
+    return replace(run, metric=first.metric, before=first.before, data=first.data, others=others)
 
 
 def _name_of(pl_module: L.LightningModule) -> str:

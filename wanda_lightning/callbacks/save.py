@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.checks import check_flags, check_path, refuse_pytorch_lightning
 from wanda_lightning.common.refuse_path import files_in, is_replaceable
 from wanda_lightning.common.write_whole import reserved, unclaimed
@@ -120,8 +120,7 @@ class SavePretrained(Callback):
 
     def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        found = [callback.report for callback in callbacks if isinstance(callback, PruningCallback)]
+        found = [callback.report for callback in zeros_callbacks(trainer)]
         if reports := [report for report in found if report is not None]:
             report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
             if trainer.global_step and report.run is not None:  # the results are those of the model before training

@@ -27,9 +27,14 @@ def measure(module: L.LightningModule, data: L.LightningDataModule, *callbacks: 
 
 
 def plain_trainer(*callbacks: Callback, **options: Any) -> L.Trainer:
-    """Return a Trainer for one device that writes nothing."""
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="auto", devices=1, callbacks=list(callbacks), **quiet, **options)
+    """Return a Trainer that, unless the options say otherwise, has one device and writes nothing."""
+    plain: dict[str, Any] = {
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(accelerator="auto", callbacks=list(callbacks), **{**plain, **options})
 
 
 def refuse_long_windows(seqlen: int | None, model: ModelSource, option: str = "--seqlen") -> None:

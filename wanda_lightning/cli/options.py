@@ -52,7 +52,8 @@ class FinetuneOptions(SaveOptions, ModelOptions):
     evaluation: str = option(f"Text to measure perplexity on: {TEXTS_HELP}.", "wikitext2", alias="eval")
     limit: int | None = option(LIMIT_HELP, rule=COUNT)
     steps: int = option("Number of optimizer steps.", 300, rule=COUNT)
-    batch_size: int = option("Number of windows in a step.", 1, rule=COUNT)
+    batch_size: int = option("Number of windows in a step, on each device.", 1, rule=COUNT)
+    devices: int = option("Number of devices to train on.", 1, rule=COUNT)
     seqlen: int | None = option(f"{SEQLEN_HELP} 1024 (as in the paper).", rule=WINDOW)
     lr: float | None = option(
         "Learning rate of the first step, which falls linearly to 0; by default 1e-4 for adapters (as in the paper) "
@@ -92,7 +93,8 @@ class FinetuneOptions(SaveOptions, ModelOptions):
         text_sources.check_source(self.evaluation, "--evaluation")
         self.refuse_place("save_model", refuse_replacement)
         self.refuse_push("fine-tuning")
-        check_memory("--steps times --batch_size", self.steps * self.batch_size, self.seqlen or PAPER_SEQLEN)
+        windows = self.steps * self.batch_size * self.devices
+        check_memory("--steps times --batch_size", windows, self.seqlen or PAPER_SEQLEN)
 
 
 @dataclass(kw_only=True)

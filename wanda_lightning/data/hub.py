@@ -9,7 +9,7 @@ from wanda_lightning.common.words import one_line
 
 
 def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
-    """Load a data set with `datasets.load_dataset`. All ranks may call it at once, since `datasets` locks its cache.
+    """Load a data set with `datasets.load_dataset`.
 
     Raises an OSError, whose message recommends `instead`, for a data set that neither the cache nor the hub has, and a
     ValueError for one that cannot be read.
@@ -30,4 +30,9 @@ def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
         raise UserError(
             f"The data set {name} cannot be read: a file is damaged, or its format does not match its extension. "
             f"Download it again, or use {instead}. The cause: {one_line(error.__cause__ or error)}"
+        ) from error
+    except ValueError as error:  # for example, it has several configurations
+        raise UserError(
+            f"The data set {name} cannot be loaded by its name alone. Load it with datasets.load_dataset and give the "
+            f"result, or use {instead}. The cause: {one_line(error)}"
         ) from error

@@ -107,14 +107,29 @@ def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence
     If all class folders have names that are among `model_classes`, the model's classes by output, their labels are the
     outputs.
     """
-    path = Path(data).expanduser()
     if data == "digits":
         return _digits()
-    if data not in _HUB and path.is_dir() and not _is_parquet(path):
-        return _from_folder(path, model_classes)
-    name, label_column = _HUB.get(data, (data, None))
-    splits = load_from_hub(str(path) if path.is_dir() else name, instead=_ALTERNATIVE, cache_dir=cache_dir)
-    return _from_splits(splits, name, label_column)
+    if _has_class_folders(data):
+        return _from_folder(Path(data).expanduser(), model_classes)
+    return _from_splits(_load_splits(data, cache_dir), *_HUB.get(data, (data, None)))
+
+
+def _load_splits(data: str, cache_dir: str | None = None) -> Mapping[str, Any]:
+    """Return the splits of a source without class folders: a hub data set, or a folder of Parquet files."""
+    path = Path(data).expanduser()
+    name = str(path) if path.is_dir() else _HUB.get(data, (data, None))[0]
+    return load_from_hub(name, instead=_ALTERNATIVE, cache_dir=cache_dir)
+
+
+def download(data: str, cache_dir: str | None = None) -> None:
+    """Download a hub data set, or convert Parquet files, into the cache of `datasets`; nothing for other sources."""
+    if data != "digits" and not _has_class_folders(data):
+        _load_splits(data, cache_dir)
+
+
+def _has_class_folders(data: str) -> bool:
+    path = Path(data).expanduser()
+    return data not in _HUB and path.is_dir() and not _is_parquet(path)
 
 
 def _digits() -> Source:

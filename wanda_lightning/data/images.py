@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from wanda_lightning.common.checks import check_at_least, check_path, check_positive, check_seed
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.data.image_sources import Source, check_source, open_source
+from wanda_lightning.data.image_sources import Source, check_source, download, open_source
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.preprocessing import class_names_of, resolve_preprocessing
 
@@ -99,6 +99,10 @@ class ImageDataModule(DataModule):
     def evaluation_image(self, index: int) -> tuple[Any, int]:
         """Return an evaluation image as a PIL image before any transform, and its label; available after `setup`."""
         return self._opened().evaluation[index]
+
+    def prepare_data(self) -> None:
+        """Download the images, in one process of each node."""
+        download(self.data, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""

@@ -9,19 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import check_at_least, check_path, check_positive, check_seed
+from wanda_lightning.common.checks import check_at_least, check_positive, check_seed
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.data.module import DataModule, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
-from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, check_source, evaluation_text
+from wanda_lightning.data.resumable import ResumableLoader
+from wanda_lightning.data.text_sources import (
+    OWN_TEXT,
+    SELF,
+    calibration_source,
+    check_source,
+    documents_in,
+    evaluation_text,
+    name_of,
+)
 from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 _C4_EVALUATION_WINDOWS = 256
@@ -34,25 +45,28 @@ class TextDataModule(DataModule):
     A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. A seed
     draws the same windows as the code of Sun et al. 2024:
 
-    - calibration on documents (c4, .jsonl, .parquet): draw documents until one is longer than `seqlen`, then draw the
-      start of the window in it;
+    - calibration on documents (c4, .jsonl, .parquet, a hub data set, a list): draw documents until one is longer than
+      `seqlen`, then draw the start of the window in it;
     - calibration on one text (wikitext2, python-docs, .txt): draw the start of the window;
     - evaluation: join the documents to one text, cut it into windows and drop the rest. c4 stands for the first 1100
       documents of the validation file, and at most 256 windows.
 
-    Calibration and evaluation data are each read and tokenized once, at first use. If both are the same file, the model
-    is evaluated on the text that it was calibrated on; the two parts of python-docs have no paragraph in common. Text
-    like that of the calibration flatters a pruned model, so evaluate on text of another kind, too.
+    Each text is read and tokenized once: in a Trainer, by one of its processes, which gives the windows to the others.
+    If calibration and evaluation data are the same, the model is evaluated on the text that it was calibrated on; the
+    two parts of python-docs have no paragraph in common. Text like that of the calibration flatters a pruned model, so
+    evaluate on text of another kind, too.
 
     Args:
         tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
             module that the Trainer runs.
         calibration: c4, wikitext2, python-docs, sklearn-docs (the descriptions of scikit-learn's data sets; these two
             need no network) or a FILE: a .txt file is one text; .jsonl and .parquet files have documents in the field
-            `text`. Or self: what the model that the Trainer runs writes
-            (see `sample_windows`) when the windows are first used, which must be before it is pruned.
-        evaluation: Text for perplexity, with the same choices except self. Of several, each has a dataloader of its
-            own, and the first is the one that counts: `val_perplexity` is its perplexity.
+            `text`. Or the id of a hub data set (OWNER/NAME), or a `datasets.Dataset`, such as a part of a large one,
+            with documents in the column `text`; or a list of documents. Or self: what the model that the Trainer runs
+            writes (see `sample_windows`) when the windows are first used, which must be before it is pruned.
+        evaluation: Text for perplexity, with the same choices except self; of a hub data set, the split `validation` or
+            else `test`. It may be a list of several, so a list of documents is in a list: `[documents]`. Each has a
+            dataloader of its own, and the first is the one that counts: `val_perplexity` is its perplexity.
         seqlen: Number of tokens in a window, including the special tokens of the tokenizer.
         num_samples: Number of calibration windows.
         batch_size: Number of windows in a batch.
@@ -71,8 +85,10 @@ class TextDataModule(DataModule):
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-        calibration: str = "python-docs",
-        evaluation: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = "python-docs",
+        calibration: str | os.PathLike[str] | list[str] | Dataset = "python-docs",
+        evaluation: str | os.PathLike[str] | Dataset | Sequence[str | os.PathLike[str] | list[str] | Dataset] = (
+            "python-docs"
+        ),
         seqlen: int = 2048,
         num_samples: int = 128,
         batch_size: int = 4,
@@ -88,27 +104,25 @@ class TextDataModule(DataModule):
         check_seed(seed)
         check_memory("num_samples", num_samples, seqlen)
         check_memory("train_samples", train_samples or 0, seqlen)
-        check_path(calibration=calibration)
-        if calibration != SELF:
-            check_source(calibration, "calibration")
-        texts = [evaluation] if isinstance(evaluation, str) or not isinstance(evaluation, Sequence) else evaluation
-        for each in texts:
-            check_path(evaluation=each)
-        self.evaluations = tuple(os.fspath(text) for text in texts)
-        if not self.evaluations or len({*self.evaluations}) < len(self.evaluations):
-            raise UserError(f"evaluation must name at least one text, and each only once, but it is {evaluation!r}.")
-        for each in self.evaluations:
-            check_source(each, "evaluation")
+        self.prepare_data_per_node = False
+        self.calibration, self._calibration_source = _named(calibration, "calibration")
+        texts = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
+        named = [_named(text, "evaluation") for text in texts]
+        self.evaluations = tuple(name for name, _ in named)
+        self._evaluation_sources = dict(named)
+        if not named or len(self._evaluation_sources) < len(named):
+            raise UserError(
+                f"evaluation must name at least one text, and each only once, but it names {list(self.evaluations)}."
+            )
         if isinstance(tokenizer, (str, os.PathLike)):
             ModelSource(tokenizer).locate()
         elif tokenizer is not None and not callable(tokenizer):
             raise UserError(
                 f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {tokenizer!r}."
             )
-        elif tokenizer is not None and calibration == SELF:
+        elif tokenizer is not None and self.calibration == SELF:
             first_token(tokenizer)
         self._given_tokenizer = tokenizer
-        self.calibration = calibration
         self.evaluation = self.evaluations[0]
         self.seqlen = seqlen
         self.num_samples = num_samples
@@ -118,7 +132,8 @@ class TextDataModule(DataModule):
         self.cache_dir = cache_dir
         self.train_samples = num_samples if train_samples is None else train_samples
         self._sample = ""
-        self._windows: dict[str, Tensor] = {}
+        self._drawn: dict[int, Tensor] = {}  # by their number
+        self._cut: dict[str, Tensor] = {}  # by the name of the text
 
     @property
     def _module(self) -> Any:
@@ -144,15 +159,20 @@ class TextDataModule(DataModule):
         # verbose=False: the tokenizer would warn that the text is longer than the context, which the windows are not.
         return self.tokenizer(text, verbose=False).input_ids
 
-    @cached_property
+    @property
     def calibration_windows(self) -> Tensor:
         """Token ids of shape (num_samples, seqlen), in the order in which they were drawn."""
-        return self._draw(self.num_samples)
+        return self._windows(self.num_samples)
 
-    @cached_property
+    @property
     def train_windows(self) -> Tensor:
         """Token ids of shape (train_samples, seqlen), in the order in which they were drawn."""
-        return self.calibration_windows if self.train_samples == self.num_samples else self._draw(self.train_samples)
+        return self._windows(self.train_samples)
+
+    def _windows(self, count: int) -> Tensor:
+        if count not in self._drawn:
+            self._drawn[count] = self._draw(count)
+        return self._drawn[count]
 
     def _draw(self, count: int) -> Tensor:
         if self.calibration == SELF:
@@ -164,7 +184,7 @@ class TextDataModule(DataModule):
                     "wanda_lightning.sample_windows."
                 )
             return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
-        content = calibration_source(self.calibration, self.cache_dir)
+        content = calibration_source(self._calibration_source, self.cache_dir)
         draw = (self.seqlen, count, self.seed, self.calibration)
         if isinstance(content, str):
             return draw_from_text(self._tokenize(content), *draw)
@@ -172,38 +192,57 @@ class TextDataModule(DataModule):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the windows that the model has written so far: a resumed run cannot have them written again."""
-        names = ("calibration_windows", "train_windows") if self.calibration == SELF else ()
-        return {name: vars(self)[name] for name in names if name in vars(self)}
+        counts = self._window_counts if self.calibration == SELF else {}
+        return {name: self._drawn[count] for name, count in counts.items() if count in self._drawn}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Use the windows of the run that is resumed."""
         if self.calibration == SELF:
-            vars(self).update(state_dict)
+            self._drawn |= {self._window_counts[name]: windows for name, windows in state_dict.items()}
 
-    @cached_property
+    @property
+    def _window_counts(self) -> dict[str, int]:
+        return {"calibration_windows": self.num_samples, "train_windows": self.train_samples}
+
+    @property
     def evaluation_windows(self) -> Tensor:
         """Token ids of the first text for evaluation, of shape (windows, seqlen), in the order of the text."""
         return self.windows_of(self.evaluation)
 
     def windows_of(self, source: str) -> Tensor:
         """Return the token ids of a text for evaluation, of shape (windows, seqlen), in the order of the text."""
-        if source not in self._windows:
-            text = evaluation_text(source, self.cache_dir)
+        if source not in self._cut:
+            text = evaluation_text(self._evaluation_sources[source], self.cache_dir)
             self._sample = self._sample or text[:_SAMPLE]
             ids = self._tokenize(text)
             if source == "c4":
                 ids = ids[: _C4_EVALUATION_WINDOWS * self.seqlen]
-            self._windows[source] = cut(ids, self.seqlen, self.limit, source)
-        return self._windows[source]
+            self._cut[source] = cut(ids, self.seqlen, self.limit, source)
+        return self._cut[source]
+
+    def prepare_data(self) -> None:
+        """Read and tokenize, in one process, what the Trainer will use; `setup` gives the windows to the others."""
+        for source in self.evaluations:
+            self.windows_of(source)
+        if self.trainer is None or self.calibration == SELF:
+            return
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._windows(self.train_samples)
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(getattr(callback, "reads_calibration_data", False) for callback in callbacks):
+            self._windows(self.num_samples)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check the data of the stage: the evaluation windows, and for `fit` the training windows.
+        """Check the data of the stage: the evaluation windows, and for `fit` the training windows.
 
-        Calibration windows are read when `calibration_dataloader()` is called. Refuse a tokenizer that differs from
-        that of the module that the Trainer runs, and a token for which the module has no embedding.
+        Windows that `prepare_data` has not read are read now, those for calibration when `calibration_dataloader()` is
+        called. Refuse a tokenizer that differs from that of the module that the Trainer runs, and a token for which the
+        module has no embedding.
         """
-        self._check_tokens(self.evaluation_windows)
-        for source in self.evaluations[1:]:
+        if self.trainer is not None:
+            prepared = self._drawn, self._cut, self._sample
+            self._drawn, self._cut, self._sample = self.trainer.strategy.broadcast(prepared)
+        for source in self.evaluations:
             self._check_tokens(self.windows_of(source))
         if stage in (None, "fit"):
             self._check_tokens(self.train_windows)
@@ -225,12 +264,12 @@ class TextDataModule(DataModule):
         """Return the source, and how many windows of which length a seed has drawn from it."""
         count = min(num_samples, self.num_samples)
         source = OWN_TEXT if self.calibration == SELF else self.calibration
-        return f"{source}, {_windows(count, self.seqlen)}, seed {self.seed}"
+        return f"{source}, {_count_of(count, self.seqlen)}, seed {self.seed}"
 
     def describe_evaluation(self, number: int = 0) -> str:
         """Return the source of the text with this number, and how many windows of which length it has."""
-        windows = self.windows_of(self.evaluations[number]) if number else self.evaluation_windows
-        return f"{self.evaluations[number]}, {_windows(len(windows), self.seqlen)}"
+        windows = self.windows_of(self.evaluations[number])
+        return f"{self.evaluations[number]}, {_count_of(len(windows), self.seqlen)}"
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the calibration windows, in the order in which they were drawn."""
@@ -238,7 +277,8 @@ class TextDataModule(DataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the training windows, shuffled anew in each epoch."""
-        return self._loader(self.train_windows, torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        return ResumableLoader(_rows(self.train_windows), self.batch_size, shuffle=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
@@ -248,11 +288,25 @@ class TextDataModule(DataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, windows: Tensor, shuffle: torch.Generator | None = None) -> DataLoader[dict[str, Tensor]]:
-        silence_worker_advice()
-        dataset: Any = [{"input_ids": window} for window in windows]
-        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle is not None, generator=shuffle)
+    def _loader(self, windows: Tensor) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(_rows(windows), batch_size=self.batch_size)
 
 
-def _windows(count: int, seqlen: int) -> str:
+def _rows(windows: Tensor) -> Any:
+    silence_worker_advice()
+    return [{"input_ids": window} for window in windows]
+
+
+def _named(texts: Any, option: str) -> tuple[str, Any]:
+    """Return the name of a text, and where it comes from; refuse what is no text."""
+    if not isinstance(texts, str | os.PathLike):
+        documents_in(texts, option)
+        return name_of(texts), texts
+    name = os.fspath(texts)
+    if name != SELF or option == "evaluation":
+        check_source(name, option)
+    return name, name
+
+
+def _count_of(count: int, seqlen: int) -> str:
     return f"{count:,} window{'s' * (count != 1)} of {seqlen:,} tokens"

@@ -1,10 +1,11 @@
-"""Texts by name or file, split for calibration and evaluation."""
+"""Texts by name, from a file, from the hub or in memory, split for calibration and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
@@ -16,15 +17,23 @@ SELF, OWN_TEXT = "self", "text by the dense model"
 """The name of the text that the model itself writes, to calibrate on, and what it is in words."""
 
 _NAMES = ("c4", "wikitext2", "python-docs", "sklearn-docs")
+_IN_MEMORY = "texts in memory"
+_HUB_SPLITS = ("train",), ("validation", "test", "train")  # for calibration and for evaluation: the first that exists
 _ALTERNATIVE = "python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 _C4_EVALUATION_DOCUMENTS = 1100
 _EVALUATION_FRACTION = 0.3  # of the characters of python-docs
+_LONGEST_NAME = 1000  # characters
 _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics by chance
 
 
 def check_source(source: str, option: str = "text") -> None:
-    """Refuse a source that is neither a known name nor a file of a known format; errors begin with the option."""
+    """Refuse what is neither a known name, a hub id nor a file of a known format; errors begin with the option."""
+    if "\n" in source or len(source) > _LONGEST_NAME:
+        raise UserError(
+            f"{option} must name a text, but it is a text itself: {source!r:.60}... Give a list of documents, as "
+            "calibration=[...] or, since evaluation may be several texts, evaluation=[[...]]."
+        )
     path = Path(source).expanduser()
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")
@@ -33,37 +42,77 @@ def check_source(source: str, option: str = "text") -> None:
     if path.suffix in EXTENSIONS:
         found = "is a folder. Give the file" if path.exists() else "does not exist. Check the path"
         raise FileNotFoundError(f"{option} {source} {found}.")
-    kinds = f"{option} must be one of {', '.join(_NAMES)}, or a file that ends in {', '.join(EXTENSIONS)}"
+    kinds = (
+        f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or a file that ends in "
+        f"{', '.join(EXTENSIONS)}"
+    )
     if path.exists():
         raise UserError(f"{kinds}, but {source} ends in {path.suffix or 'nothing'}. Convert it or rename it.")
+    if _is_hub_id(source):
+        return
     raise UserError(f"{kinds}, but it is {source!r}.{did_you_mean(source, _NAMES)}")
 
 
-def calibration_source(source: str, cache_dir: str | None = None) -> str | Sequence[str]:
+def documents_in(texts: Any, option: str) -> Sequence[str]:
+    """Return a list of strings as it is, or the column `text` of a data set; errors begin with the option."""
+    columns = getattr(texts, "column_names", None)
+    if isinstance(columns, list):
+        if getattr(texts.features.get("text"), "dtype", None) not in ("string", "large_string"):
+            raise UserError(
+                f"{option} must have a column 'text' of strings, but it has {', '.join(columns)}. Rename its column."
+            )
+        texts = texts["text"]
+    elif not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{option} must be the name of a text, a list of strings or a datasets.Dataset, but it is {texts!r:.200}."
+        )
+    if len(texts) == 0:
+        raise UserError(f"{option} must have text, but it is empty.")
+    return texts
+
+
+def name_of(texts: Any) -> str:
+    """Return how to call a list of strings or a data set."""
+    return getattr(getattr(texts, "info", None), "dataset_name", None) or _IN_MEMORY
+
+
+def calibration_source(source: Any, cache_dir: str | None = None) -> str | Sequence[str]:
     """Return one text, or a sequence of documents, from which calibration windows are drawn."""
     if source == "c4":
         return _c4("train", cache_dir)
     if source == "wikitext2":
         return " ".join(_wikitext2("train", cache_dir))
-    if source == "python-docs":
-        return "\n\n".join(python_docs()[0].values())
-    if source == "sklearn-docs":
-        return sklearn_docs()
-    return read_file(Path(source).expanduser())
+    return _read(source, 0, cache_dir)
 
 
-def evaluation_text(source: str, cache_dir: str | None = None) -> str:
+def evaluation_text(source: Any, cache_dir: str | None = None) -> str:
     """Return the text on which perplexity is measured."""
     if source == "c4":
         return " ".join(_c4("validation", cache_dir)[:_C4_EVALUATION_DOCUMENTS])
     if source == "wikitext2":
         return "\n\n".join(_wikitext2("test", cache_dir))
+    content = _read(source, 1, cache_dir)
+    return content if isinstance(content, str) else "\n\n".join(content)
+
+
+def _read(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
+    """Return a text or documents: part 0 is for calibration, and part 1 for evaluation."""
+    if not isinstance(source, str):
+        return documents_in(source, name_of(source))
     if source == "python-docs":
-        return "\n\n".join(python_docs()[1].values())
+        return "\n\n".join(python_docs()[part].values())
     if source == "sklearn-docs":
         return sklearn_docs()
-    content = read_file(Path(source).expanduser())
-    return content if isinstance(content, str) else "\n\n".join(content)
+    path = Path(source).expanduser()
+    if path.exists() or not _is_hub_id(source):
+        return read_file(path)
+    splits = load_from_hub(source, instead=_ALTERNATIVE, cache_dir=cache_dir)
+    split = next((split for split in _HUB_SPLITS[part] if split in splits), next(iter(splits)))
+    return documents_in(splits[split], f"The data set {source}")
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not source.endswith("/")
 
 
 def _c4(split: str, cache_dir: str | None) -> Sequence[str]:

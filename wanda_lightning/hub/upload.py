@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Collection
+import shutil
+import tempfile
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.refuse_path import files_in
 from wanda_lightning.common.words import one_line
 
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json"]
@@ -85,3 +88,16 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
             f"({type(error).__name__}: {one_line(error)}). To upload it later, run: {shlex.join(later)}"
         ) from error
     return str(address)
+
+
+def save_and_upload(save: Callable[..., None], repo_id: str, private: bool) -> str:
+    """Save a model with `save(folder, overwrite)` in a temporary folder, and upload it as `upload` does.
+
+    If the upload fails, the folder stays, since the message names it.
+    """
+    refuse_upload(repo_id, private)
+    folder = tempfile.mkdtemp()
+    save(folder, overwrite=True)
+    address = upload(folder, repo_id, files_in(folder), private)
+    shutil.rmtree(folder)
+    return address

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, cast
 
 import lightning as L
@@ -14,13 +15,15 @@ import torch
 import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning.common.checks import Number, check_values, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.write_whole import whole_folder
+from wanda_lightning.hub.upload import save_and_upload
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
     DTYPES,
@@ -28,9 +31,11 @@ from wanda_lightning.modules.loading import (
     check_causal,
     check_decoder_only,
     check_dtype,
+    check_source,
     check_tokenizer,
     check_vocabulary,
     load_causal_lm,
+    load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 
@@ -42,6 +47,9 @@ class CausalLMModule(L.LightningModule):
     starts with them. All have the shape (batch, tokens). The module logs `train_loss`, `val_perplexity` and
     `test_perplexity`; `predict` returns the mean loss of each window. The model is in training mode, as Lightning
     expects before `fit`; call `.eval()` to use it without a Trainer.
+
+    A model that is given by name is loaded by `configure_model`, which the Trainer calls, or when its weights are first
+    needed; its configuration is checked at once. With `ModelParallelStrategy`, `configure_model` shards its blocks.
 
     Args:
         model: Hub id, local folder, `.gguf` file, or a loaded model.
@@ -78,6 +86,7 @@ class CausalLMModule(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        self._modules["model"] = None  # `__getattr__` loads it
         check_dtype(dtype)
         check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         if tokenizer is not None:
@@ -87,9 +96,11 @@ class CausalLMModule(L.LightningModule):
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
             self.save_hyperparameters(ignore=["tokenizer"])
-            source = ModelSource(model, revision, cache_dir, trust_remote_code)
-            self.model, loaded = load_causal_lm(source, dtype, with_tokenizer=tokenizer is None)
-            self.tokenizer = tokenizer if tokenizer is not None else loaded
+            self._source = ModelSource(model, revision, cache_dir, trust_remote_code)
+            self._dtype_name, self._lora = dtype, lora
+            check_source(self._source)
+            if tokenizer is not None:
+                self.tokenizer = tokenizer
         else:
             if not isinstance(model, nn.Module) or not hasattr(model, "config"):
                 raise UserError(
@@ -98,20 +109,67 @@ class CausalLMModule(L.LightningModule):
                 )
             self.save_hyperparameters(ignore=["model", "tokenizer"])
             check_decoder_only(model.config)
-            self.model = model if dtype == "auto" else model.to(DTYPES[dtype])
             self.tokenizer = tokenizer
-        check_causal(self.model)
-        if self.tokenizer is not None:
-            check_vocabulary(self.tokenizer, self.model)
-        if lora is not None:
-            self.add_adapters(**lora)
-        self.model.train()
+            self._adopt(model if dtype == "auto" else model.to(DTYPES[dtype]), lora)
         self.lr = lr
         self.weight_decay = weight_decay
         self.lr_decay = lr_decay
         self.val_perplexity = WindowPerplexity()
         self.test_perplexity = WindowPerplexity()
         self.other_perplexities = nn.ModuleList()  # of the dataloaders after the first, while they are measured
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that was given or that belongs to the model; None if there is none."""
+        return load_own_tokenizer(self._source)
+
+    def configure_model(self) -> None:
+        """Load the model, and shard it if the Trainer's strategy asks for it (FSDP2). A second call does nothing."""
+        self._load_model()
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            for module in (*blocks, self.model):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def _load_model(self) -> None:
+        if self._modules["model"] is None:
+            # As outside of the Trainer, whose device context would make transformers require accelerate.
+            with torch.inference_mode(False), torch.device("cpu"):
+                self._adopt(load_causal_lm(self._source, self._dtype_name), self._lora)
+
+    def _adopt(self, model: Any, lora: dict[str, Any] | None) -> None:
+        check_causal(model)
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, model)
+        self.model = model
+        if lora is not None:
+            self.add_adapters(**lora)
+        self.model.train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a submodule or parameter; `model` is loaded first, as whenever weights are read or moved."""
+        if name == "model":
+            self._load_model()
+        return super().__getattr__(name)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Yield all modules, of the loaded model, too."""
+        self._load_model()
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state, with the weights of the loaded model."""
+        self._load_model()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Restore the state, after the model has been loaded."""
+        self._load_model()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._load_model()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def pruning_target(self) -> nn.Module:
@@ -222,7 +280,7 @@ class CausalLMModule(L.LightningModule):
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
         cached = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
         dtype = next((key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto")
-        model, _ = load_causal_lm(ModelSource(os.fspath(name), **cached), dtype, with_tokenizer=False)
+        model = load_causal_lm(ModelSource(os.fspath(name), **cached), dtype)
         check_causal(model)
         return cast(nn.Module, model)
 
@@ -257,6 +315,19 @@ class CausalLMModule(L.LightningModule):
             from wanda_lightning.lora import merge
 
             self.model = merge(self.model, reprune)
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Save the model as `save_pretrained` does, upload it, and return the address. Call it in one process only.
+
+        Args:
+            repo_id: OWNER/NAME of a model repository on the Hugging Face hub; it is created if it does not exist.
+            private: Make the repository private if it is new, and refuse a public one.
+
+        Raises:
+            ValueError: If the upload cannot succeed, for example without a token.
+            OSError: If it fails. The message names the command that uploads the model later.
+        """
+        return save_and_upload(self.save_pretrained, repo_id, private)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.

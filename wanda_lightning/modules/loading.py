@@ -42,31 +42,45 @@ _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batch
 _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configuration says is_decoder=False
 
 
-def load_causal_lm(source: ModelSource, dtype: str, with_tokenizer: bool) -> tuple[Any, Any]:
-    """Load a decoder-only language model, and its tokenizer or None.
+def check_source(source: ModelSource) -> None:
+    """Refuse what is no decoder-only language model by its configuration; only look whether a GGUF file exists."""
+    if source.path.suffix == ".gguf":
+        source.locate()
+    else:
+        check_decoder_only(load_config(source))
+
+
+def load_own_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer that belongs to a model, or return None for a folder without one."""
+    path = source.path
+    if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+        return None
+    with bars_on_terminals_only():
+        return load_tokenizer(source)
+
+
+def load_causal_lm(source: ModelSource, dtype: str) -> Any:
+    """Load a decoder-only language model.
 
     Raises an OSError for a model that neither a folder nor the hub has in safetensors, and a ValueError for files that
     are broken or contradict each other, and for weights that cannot be used.
     """
     name, path, options = str(source), source.path, source.locate()
+    check_source(source)
     options |= {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
     if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with bars_on_terminals_only():
-        if path.suffix != ".gguf":
-            check_decoder_only(load_config(source))
         if path.is_dir():
             _require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
         with reading("weights", source):
             model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
-        has_tokenizer = not path.is_dir() or any(path.glob("*token*")) or any(path.glob("vocab*"))
-        tokenizer = load_tokenizer(source) if with_tokenizer and has_tokenizer else None
     check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         check_stored_as_float(name, _weight_files(source), model)
     check_finite(model.named_parameters(), name)
-    return model, tokenizer
+    return model
 
 
 def check_decoder_only(config: Any) -> None:

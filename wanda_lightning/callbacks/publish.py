@@ -1,0 +1,54 @@
+"""Show a report: on the console, to loggers, and to callbacks that monitor metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from wanda_lightning.callbacks.trainer import shows_progress
+from wanda_lightning.report import PruningReport
+from wanda_lightning.report.page import images_of
+
+
+def publish(report: PruningReport, trainer: L.Trainer, name: str, with_figures: bool) -> None:
+    """Print the summary under a name, and give the metrics, and if asked the figures, to loggers and callbacks."""
+    if shows_progress(trainer):
+        rank_zero_info(f"{name}: {report.summary()}")
+    for logger in trainer.loggers:
+        logger.log_metrics(report.metrics(), step=trainer.global_step)
+    set_metrics(report, trainer)
+    if with_figures:
+        _log_figures(report, trainer)
+
+
+def set_metrics(report: PruningReport, trainer: L.Trainer) -> None:
+    """Add the sparsities of a report to the metrics that callbacks such as `ModelCheckpoint` monitor."""
+    device = trainer.strategy.root_device
+    trainer.callback_metrics.update(
+        {name: torch.tensor(value, device=device) for name, value in report.metrics().items()}
+    )
+
+
+def _log_figures(report: PruningReport, trainer: L.Trainer) -> None:
+    """Log each figure as an image, from the first process, to the loggers that take images.
+
+    These are the loggers with `log_image(key, images, step)`, such as `WandbLogger`, and `TensorBoardLogger`.
+    """
+    if not trainer.is_global_zero:
+        return
+    loggers: list[Any] = [each for each in trainer.loggers if _takes_images(each)]
+    for name, image in images_of(report).items() if loggers else ():
+        for logger in loggers:
+            key = f"pruning/{name}"
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(key, image, trainer.global_step, dataformats="HWC")
+            else:
+                logger.log_image(key, [image], step=trainer.global_step)
+
+
+def _takes_images(logger: object) -> bool:
+    return isinstance(logger, TensorBoardLogger) or callable(getattr(logger, "log_image", None))
