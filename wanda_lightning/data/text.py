@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,6 @@ from wanda_lightning.data.text_sources import (
 from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 _C4_EVALUATION_WINDOWS = 256
@@ -85,10 +83,9 @@ class TextDataModule(DataModule):
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-        calibration: str | os.PathLike[str] | list[str] | Dataset = "python-docs",
-        evaluation: str | os.PathLike[str] | Dataset | Sequence[str | os.PathLike[str] | list[str] | Dataset] = (
-            "python-docs"
-        ),
+        # Any, for lists and datasets.Dataset: of a list of strings, jsonargparse would read the file that a name names.
+        calibration: str | Any = "python-docs",
+        evaluation: str | Any = "python-docs",
         seqlen: int = 2048,
         num_samples: int = 128,
         batch_size: int = 4,
