@@ -151,4 +151,4 @@ def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):
     refused(*tuned, "--target_modules", "no_such", message="no_such")
     refused(*tuned, "--save_model", inputs, message=f"--save_model {inputs} is a folder that is not empty", code=2)
     monkeypatch.setitem(sys.modules, "peft", None)
-    refused(*tuned, message="error: Adapters need peft: pip install 'wanda_lightning[lora]'")
+    refused(*tuned, message="error: Adapters need peft: pip install '.[lora]' in the source folder")

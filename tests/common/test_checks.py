@@ -52,7 +52,7 @@ def test_a_missing_package_names_its_extra(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError) as caught:
         require_extra("demo", "gguf", "torch", "accelerate", purpose="GGUF files")
-    assert str(caught.value) == "GGUF files need gguf and accelerate: pip install 'wanda_lightning[demo]'"
+    assert str(caught.value) == "GGUF files need gguf and accelerate: pip install '.[demo]' in the source folder"
 
 
 @pytest.mark.parametrize(

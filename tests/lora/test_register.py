@@ -54,4 +54,4 @@ def test_the_package_does_not_import_peft():
 def test_without_peft_the_error_names_the_extra():
     code = "import sys; sys.modules['peft'] = None; import wanda_lightning.lora"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.stderr.endswith("MissingPackageError: Adapters need peft: pip install 'wanda_lightning[lora]'\n")
+    assert done.stderr.endswith("MissingPackageError: Adapters need peft: pip install '.[lora]' in the source folder\n")

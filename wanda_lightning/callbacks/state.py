@@ -62,10 +62,10 @@ class PruningState:
         Raises:
             ValueError: If the choices of the callback differ from the saved ones.
         """
-        if saved["choices"] != choices:
+        if saved.get("choices") != choices:
             raise UserError(
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
-                f"{saved['choices']}, but they are {choices}. Use the same, or load only the weights in a new run."
+                f"{saved.get('choices')}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
         known = {each.name for each in fields(cls)} & saved.keys()
         return cls(**{**{each: saved[each] for each in known}, "report": _report(saved, name)})

@@ -134,7 +134,8 @@ def refuse_pytorch_lightning(trainer: object) -> None:
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """Raise an ImportError that names the extra if one of its packages is missing; `purpose` is a plural subject."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise MissingPackageError(f"{purpose} need {' and '.join(missing)}: pip install 'wanda_lightning[{extra}]'")
+        needed = " and ".join(missing)
+        raise MissingPackageError(f"{purpose} need {needed}: pip install '.[{extra}]' in the source folder")
 
 
 def check_report_path(path: str | PathLike[str]) -> str:

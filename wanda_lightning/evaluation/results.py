@@ -27,7 +27,7 @@ Results = dict[str, dict[str, float]]
 
 _COUNTS = ("windows", "documents", "images")  # metrics that give the number of samples
 _ERROR = "_stderr"  # suffix of a metric's standard error
-_SPARSITY = {"layers": "of prunable layers", "model": "of the model", "lost": "lost of the pruned model's zeros"}
+_SPARSITY = {"layers": "of prunable layers", "model": "of the model", "lost": "of the pruned model that is lost"}
 
 
 def sparsity_of(model: nn.Module) -> dict[str, float]:

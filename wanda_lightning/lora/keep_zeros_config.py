@@ -17,7 +17,7 @@ _HOW_TO_LOAD = """\
 This adapter merges into a pruned model without filling its zeros. PEFT knows its type only after an import:
 
 ```python
-import wanda_lightning.lora  # pip install 'wanda_lightning[lora]'
+import wanda_lightning.lora  # needs the extra lora
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(pruned, "this folder")

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.words import counted
 from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report.fields import as_json, from_fields
@@ -45,7 +46,7 @@ class PruningReport(ReportData):
         """The totals as text."""
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         return (
-            f"{len(self.layers)} layers hold {self.coverage:.1%} of {self.parameters:,} parameters. "
+            f"{counted(len(self.layers), 'layer')} with {self.coverage:.1%} of {self.parameters:,} parameters. "
             f"Sparsity: {self.sparsity:.2%} of the pruned layers, {self.model_sparsity:.2%} of the model. "
             f"{self.total_seconds:.1f} s ({stages})."
         )
