@@ -9,6 +9,7 @@ from torch import nn
 
 from wanda_lightning.cli import measure
 from wanda_lightning.cli.measure import checked_seqlen, refuse_long_windows
+from wanda_lightning.common.model_source import ModelSource
 
 
 class Model(nn.Module):
@@ -57,7 +58,7 @@ def test_the_context_is_the_default_and_the_limit(seqlen, context, expected):
 
 def test_long_windows_are_refused_without_the_weights(inputs, tmp_path):
     shutil.copytree(inputs / "llama", tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
-    refuse_long_windows(None, "gone", {})
-    refuse_long_windows(64, "weightless", {})
+    refuse_long_windows(None, ModelSource("gone"))
+    refuse_long_windows(64, ModelSource("weightless"))
     with pytest.raises(ValueError, match="--seqlen must be at most 64"):
-        refuse_long_windows(65, "weightless", {})
+        refuse_long_windows(65, ModelSource("weightless"))
