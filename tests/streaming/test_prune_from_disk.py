@@ -17,7 +17,8 @@ from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
 from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.streaming import from_disk, measure_perplexity, offloading
+from wanda_lightning.streaming import disk_and_host_parking as parking
+from wanda_lightning.streaming import from_disk, measure_perplexity
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,13 +29,13 @@ PARKS = ("memory", "disk", "host")
 @pytest.fixture
 def park_in(monkeypatch):
     """Return the value of `park` for a place; "host" is "cpu" as far as that can be tested without a GPU."""
-    monkeypatch.setattr(offloading, "SMALLEST", 0)
+    monkeypatch.setattr(parking, "SMALLEST", 0)
 
     def choose(place):
         if place != "host":
             return place
-        monkeypatch.setattr(offloading, "_copied", hide)
-        make_parking = partial(offloading.HostParking, offloading.Host(torch.device("cpu:0")))
+        monkeypatch.setattr(parking, "_copied", hide)
+        make_parking = partial(parking.HostParking, torch.device("cpu:0"), {})
         monkeypatch.setattr(from_disk, "parking_maker", lambda *_: make_parking)
         return "memory"
 
@@ -211,7 +212,7 @@ def test_a_text_without_predictions_has_no_perplexity(source, padding):
 @pytest.mark.parametrize("park", ["memory", "cpu"])
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, monkeypatch, name, park):
-    monkeypatch.setattr(offloading, "SMALLEST", 0)
+    monkeypatch.setattr(parking, "SMALLEST", 0)
     model = AutoModelForCausalLM.from_pretrained(source).cuda()
     expected = prune(model, batches(), 0.5, progress=False, **CHOICES[name])
     model.save_pretrained(tmp_path / "memory")

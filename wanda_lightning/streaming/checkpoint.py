@@ -41,17 +41,8 @@ Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are sto
 class Checkpoint:
     """A language model in safetensors whose blocks are loaded one at a time.
 
-    The model is complete except for the weights of its blocks, which are placeholders until they are loaded.
-
-    Args:
-        source: Hub id or local folder.
-        dtype: The dtype of `from_pretrained`; "auto" keeps the stored dtype.
-        device: Where the loaded weights are.
-
-    Raises:
-        OSError: If neither a local folder nor the hub has the model in safetensors, or a file is missing.
-        ValueError: If files are damaged or contradict each other, a block shares a weight with the rest, or the device
-            cannot be used.
+    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Weights
+    that are missing, damaged, quantized, or shared by two parts are refused before any block is loaded.
     """
 
     def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:

@@ -25,7 +25,7 @@ from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.offloading import parking_maker, refuse_parking
+from wanda_lightning.streaming.disk_and_host_parking import parking_maker, refuse_parking
 
 AT_ONCE = 32  # batches that pass through the model together
 

@@ -21,7 +21,13 @@ from torch import Tensor
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.killed_runs import flush_folder, is_locked, lock, unlock
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.refuse_path import PROGRESS_NAME, ROW_WEIGHTS_NAME, refuse_full, refuse_unresumable
+from wanda_lightning.common.refuse_path import (
+    PROGRESS_NAME,
+    ROW_WEIGHTS_NAME,
+    refuse_full,
+    refuse_unresumable,
+    resolved,
+)
 from wanda_lightning.common.words import one_line
 from wanda_lightning.common.write_whole import replace_file, whole_file
 from wanda_lightning.models import SkippedMatrix
@@ -63,11 +69,7 @@ class OutputFolder:
 
     A part is written as a whole, and the files without which the folder is not a model come last. Only one run may
     write into the folder, and of its processes only the first one. The folder is empty, does not exist, or was left by
-    an interrupted run with the same choices and data, `made_with`.
-
-    Raises:
-        OSError: If the folder has other files, cannot be written, or another run writes into it.
-        ValueError: If it was begun with other choices, or its progress file is damaged.
+    an interrupted run with the same choices and data, `made_with`; any other folder is refused.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class OutputFolder:
         processes: Processes = SINGLE_PROCESS,
         show_progress: bool = False,
     ) -> None:
-        self.path, self._parts = Path(folder).expanduser().resolve(), list(parts)
+        self.path, self._parts = resolved(folder), list(parts)
         self.progress = Progress(_VERSION, json.loads(json.dumps(made_with, default=str)), {}, "", {}, "")
         self._processes, self._show_progress = processes, show_progress
         self._lock: int | None = None
