@@ -252,3 +252,7 @@ def test_two_processes_fail_together(pair, source, tmp_path):
     assert "not empty" in theirs
     for _, error in pair.run(pruned_from_disk, str(source), str(tmp_path), batches(), {"method": "best"}):
         assert "reads gradients, which only a single process can compute" in error
+    unreadable = {"input_ids": torch.empty(2, 48, dtype=torch.long, device="meta")}  # only of the second process
+    places = str(source), str(tmp_path / "unreadable")
+    for _, error in pair.run(pruned_from_disk, *places, [*batches(1), unreadable], {"method": "magnitude"}):
+        assert "meta tensor" in error
