@@ -248,7 +248,7 @@ def refuse_parking(park: str, device: str) -> None:
 
 
 def parking_maker(park: str, device: torch.device, folder: Path) -> MakeParking:
-    """Return what makes the parking of a batch; `folder` is for files."""
+    """Return a function that makes the parking of a batch; `folder` holds the files of `"disk"`."""
     if park == "disk":
         return partial(DiskParking, folder)
     return partial(HostParking, device, {}) if park == "cpu" else Parking

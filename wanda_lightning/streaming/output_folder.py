@@ -239,7 +239,7 @@ class OutputFolder:
                 (self.path / PROGRESS_NAME).unlink()
 
     def close(self) -> None:
-        """Allow other runs to write into the folder; delete a record without any part, as of refused batches."""
+        """Allow other runs to write into the folder; delete a record without parts, which refused batches leave."""
         if self._lock is not None:
             if self._is_begun and [file.name for file in self.path.iterdir()] == [PROGRESS_NAME]:
                 (self.path / PROGRESS_NAME).unlink()
