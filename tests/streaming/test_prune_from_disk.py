@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, 
 
 from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming import disk_and_host_parking as parking
@@ -206,6 +207,17 @@ def test_a_text_without_predictions_has_no_perplexity(source, padding):
     for given in ([], [{"input_ids": ids} | ({} if padding is None else {"attention_mask": ids * padding})]):
         with pytest.raises(ValueError, match="batches must hold at least two tokens in a row, but there are none"):
             perplexity_from_disk(source, given, progress=False)
+
+
+def test_what_has_no_perplexity_is_refused(source, tmp_path):
+    mask = {**batches(1)[0], "attention_mask": [[1] * 48] * 2}
+    with pytest.raises(
+        UserError, match=r"attention_mask must be a tensor of shape \(samples, tokens\), but it is a list"
+    ):
+        perplexity_from_disk(source, [mask], progress=False)
+    T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model must be a decoder-only language model, but t5 is an encoder-decoder"):
+        perplexity_from_disk(tmp_path, batches(), progress=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -86,7 +86,7 @@ class OutputFolder:
         self._processes, self._show_progress = processes, show_progress
         self._lock: int | None = None
         self.bytes_written = 0  # by this process
-        self._is_begun = False
+        self._is_begun = self._is_new = False  # whether this process has written a record, and made the folder
         with self._in_first() as is_first:
             if is_first:
                 self._open(folder, size)
@@ -100,6 +100,7 @@ class OutputFolder:
 
     def _open(self, folder: str | os.PathLike[str], size: int) -> None:
         refuse_unresumable(folder)
+        self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         flush_folder(self.path.parent)
         self._lock = lock(self.path)
@@ -239,10 +240,12 @@ class OutputFolder:
                 (self.path / PROGRESS_NAME).unlink()
 
     def close(self) -> None:
-        """Allow other runs to write into the folder; delete a record without parts, which refused batches leave."""
+        """Allow other runs to write into the folder; undo its making if there are no parts, as after a refusal."""
         if self._lock is not None:
             if self._is_begun and [file.name for file in self.path.iterdir()] == [PROGRESS_NAME]:
                 (self.path / PROGRESS_NAME).unlink()
+            if self._is_new and not any(self.path.iterdir()):
+                self.path.rmdir()
             unlock(self._lock)
             self._lock = None
 
