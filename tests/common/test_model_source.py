@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from support.hub import running_hub
 from support.modules import tiny_llama
 
+from wanda_lightning import prune_from_disk
 from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer, timm_name, why_missing
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.from_config import model_from_config
@@ -86,6 +87,13 @@ def test_an_index_may_only_name_files_in_its_folder(tmp_path, index, name):
     for load in (load_config, model_from_config, Checkpoint):
         with pytest.raises(ValueError, match=f"{index} must name files in its folder, but it names .*x"):
             load(ModelSource(tmp_path))
+
+
+def test_the_home_of_an_unknown_user_is_a_name_like_any_other(tmp_path):
+    name = "~nobody_here/models/tiny"
+    assert ModelSource(name).path == Path(name)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        prune_from_disk(name, tmp_path / "out", [])
 
 
 def test_links_that_the_cache_of_the_hub_makes_are_followed(tmp_path):

@@ -333,6 +333,14 @@ def test_a_layer_tied_to_an_output_head_is_left_dense():
     assert found == {"first": "tied to second: output head", "second": "tied to first"}
 
 
+def test_a_model_that_cannot_say_what_its_output_head_is():
+    class Speech(nn.Sequential):
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+    assert [layer.name for layer in find_layers(Speech(nn.Linear(8, 8))).layers] == ["0"]
+
+
 def test_an_embedding_is_never_pruned_through_a_tied_layer():
     model = nn.ModuleDict({"decoder": nn.Linear(8, 12, bias=False), "embed": nn.Embedding(12, 8)})
     model["embed"].weight = model["decoder"].weight

@@ -87,8 +87,10 @@ def test_weights_in_other_formats_are_refused(copied, tmp_path):
     torch.save(LlamaForCausalLM.from_pretrained(copied).state_dict(), copied / "pytorch_model.bin")
     for file in copied.glob("*.safetensors*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"has other weights \(pytorch_model\.bin\) only\. Save it in this format"):
-        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+    for expected in (r"generation_config\.json, pytorch_model\.bin\. Convert", r"generation_config\.json\. Convert"):
+        with pytest.raises(OSError, match=rf"weights in safetensors, .* has config\.json, {expected}"):
+            prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+        (copied / "pytorch_model.bin").unlink(missing_ok=True)
     for name in ("timm:test_vit", "model.gguf"):
         with pytest.raises(ValueError, match="only Hugging Face models in safetensors"):
             prune_from_disk(name, tmp_path / "out", batches())

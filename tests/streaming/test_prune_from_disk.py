@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, 
 
 from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.streaming import from_disk, measure_perplexity, offloading
+from wanda_lightning.streaming import disk_and_host_parking as parking
+from wanda_lightning.streaming import from_disk, measure_perplexity
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,13 +30,13 @@ PARKS = ("memory", "disk", "host")
 @pytest.fixture
 def park_in(monkeypatch):
     """Return the value of `park` for a place; "host" is "cpu" as far as that can be tested without a GPU."""
-    monkeypatch.setattr(offloading, "SMALLEST", 0)
+    monkeypatch.setattr(parking, "SMALLEST", 0)
 
     def choose(place):
         if place != "host":
             return place
-        monkeypatch.setattr(offloading, "_copied", hide)
-        make_parking = partial(offloading.HostParking, offloading.Host(torch.device("cpu:0")))
+        monkeypatch.setattr(parking, "_copied", hide)
+        make_parking = partial(parking.HostParking, torch.device("cpu:0"), {})
         monkeypatch.setattr(from_disk, "parking_maker", lambda *_: make_parking)
         return "memory"
 
@@ -207,11 +209,22 @@ def test_a_text_without_predictions_has_no_perplexity(source, padding):
             perplexity_from_disk(source, given, progress=False)
 
 
+def test_what_has_no_perplexity_is_refused(source, tmp_path):
+    mask = {**batches(1)[0], "attention_mask": [[1] * 48] * 2}
+    with pytest.raises(
+        UserError, match=r"attention_mask must be a tensor of shape \(samples, tokens\), but it is a list"
+    ):
+        perplexity_from_disk(source, [mask], progress=False)
+    T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model must be a decoder-only language model, but t5 is an encoder-decoder"):
+        perplexity_from_disk(tmp_path, batches(), progress=False)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("park", ["memory", "cpu"])
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, monkeypatch, name, park):
-    monkeypatch.setattr(offloading, "SMALLEST", 0)
+    monkeypatch.setattr(parking, "SMALLEST", 0)
     model = AutoModelForCausalLM.from_pretrained(source).cuda()
     expected = prune(model, batches(), 0.5, progress=False, **CHOICES[name])
     model.save_pretrained(tmp_path / "memory")
@@ -251,3 +264,7 @@ def test_two_processes_fail_together(pair, source, tmp_path):
     assert "not empty" in theirs
     for _, error in pair.run(pruned_from_disk, str(source), str(tmp_path), batches(), {"method": "best"}):
         assert "reads gradients, which only a single process can compute" in error
+    unreadable = {"input_ids": torch.empty(2, 48, dtype=torch.long, device="meta")}  # only of the second process
+    places = str(source), str(tmp_path / "unreadable")
+    for _, error in pair.run(pruned_from_disk, *places, [*batches(1), unreadable], {"method": "magnitude"}):
+        assert "meta tensor" in error

@@ -55,21 +55,13 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Family:
-    """One model that represents its family.
+    """One model that represents its family."""
 
-    Attributes:
-        kind: One of `KINDS`.
-        name: The model type of the configuration, or the module in timm.
-        model: The class, or timm's name of the model.
-        build: Returns the model, in eval mode and float32, with the same weights every time.
-        batches: Returns small calibration batches for a model.
-    """
-
-    kind: str
-    name: str
-    model: str
-    build: Callable[[], nn.Module]
-    batches: Callable[[nn.Module], list[Any]]
+    kind: str  # one of `KINDS`
+    name: str  # the model type of the configuration, or the module in timm
+    model: str  # the class, or timm's name of the model
+    build: Callable[[], nn.Module]  # in eval mode and float32, with the same weights every time
+    batches: Callable[[nn.Module], list[Any]]  # small calibration batches for a model
 
     @property
     def ways(self) -> list[tuple[str, str]]:
@@ -79,32 +71,22 @@ class Family:
 
 @dataclass
 class Result:
-    """The outcome for a family.
-
-    Attributes:
-        status: `passes`, `fails`, or `cannot be built here`.
-        cause: The first line of the error, if it does not pass.
-        sparsity: The sparsity of the pruned layers, at 0.5 and `block`.
-        coverage: Pruned parameters divided by the parameters of all matrices inside the blocks that a batch reaches.
-        left_out: The fraction of those parameters that stay dense, by reason.
-        slow: The dtype in which `block` equals the slow procedure.
-        seconds: CPU time for all of it.
-    """
+    """The outcome for a family."""
 
     kind: str
     name: str
     model: str
-    status: str = "passes"
-    cause: str = ""
-    sparsity: float = 0.0
-    coverage: float = 0.0
-    left_out: dict[str, float] = field(default_factory=dict)
-    slow: str = ""
-    seconds: float = 0.0
+    status: str = "passes"  # or `fails`, or `cannot be built here`
+    cause: str = ""  # the first line of the error, if it does not pass
+    sparsity: float = 0.0  # of the pruned layers, at 0.5 and `block`
+    coverage: float = 0.0  # pruned parameters divided by those of all matrices inside the blocks that a batch reaches
+    left_out: dict[str, float] = field(default_factory=dict)  # the fraction of those that stay dense, by reason
+    slow: str = ""  # the dtype in which `block` equals the slow procedure
+    seconds: float = 0.0  # CPU time for all of it
 
 
 class CannotBuild(Exception):
-    """The installed versions cannot build the model."""
+    """The installed versions cannot build the model, or its plain forward pass fails."""
 
 
 # ---- the families
@@ -383,12 +365,7 @@ def _finite(output: Any) -> bool:
 
 
 def check(family: Family, slowly: bool = True, ways: Sequence[tuple[str, str]] | None = None) -> Result:
-    """Prune a model in every way, or in some, and check the result.
-
-    Raises:
-        AssertionError: A check failed.
-        CannotBuild: The model cannot be built, or its plain forward pass fails.
-    """
+    """Prune a model in every way, or in some, and check the result by assertions."""
     result = Result(family.kind, family.name, family.model)
     try:
         dense = family.build()
@@ -492,11 +469,7 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
 
 
 def _compare(dense: nn.Module, batches: list[Any]) -> str:
-    """Return the dtype in which the masks for sequential="block" equal those of the slow procedure.
-
-    Raises:
-        AssertionError: They differ.
-    """
+    """Return the dtype in which the masks for sequential="block" equal those of the slow procedure."""
     model, wide = copy.deepcopy(dense), tree_map_only(Tensor, _double, batches)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products are not intercepted, and have no float64

@@ -21,18 +21,10 @@ FORKS.set_forkserver_preload(
 
 
 class Fork:
-    """A running call of a function of a module in a process of its own, whose output is captured.
+    """A running call of a function of a module in a process of its own, whose output is in `stdout` and `stderr`.
 
-    Args:
-        function: What is called. Its module is imported in the fork, unless it is preloaded.
-        *arguments: Its arguments, which are pickled.
-        cwd: Working directory; by default that of this process.
-        env: All environment variables; by default those of this process. Some libraries have read theirs already.
-
-    Attributes:
-        stdout: What it prints, to read or to close.
-        stderr: The same for its errors.
-        pid: The process.
+    The arguments are pickled, and the module is imported in the fork unless it is preloaded. `cwd` and `env`, with all
+    environment variables, are those of this process by default; some libraries have read theirs already.
     """
 
     def __init__(self, function, *arguments, cwd=None, env=None):

@@ -26,12 +26,7 @@ class Pair:
         self._end()
 
     def run(self, function, *args, **kwargs):
-        """Call `function(rank, *args, **kwargs)` in both, and give both results.
-
-        Raises:
-            TimeoutError: If one of them does not come back: they wait for each other.
-            RuntimeError: If one of them fails, with its traceback.
-        """
+        """Call `function(rank, *args, **kwargs)` in both, and return both results or raise what went wrong."""
         if not self._processes:
             self._start()
         for connection in self._connections:

@@ -6,7 +6,7 @@ HIDDEN = {}  # activations that are away, by the memory that stands for them
 
 
 def hide(memory, device):
-    """Take the place of `parking._copied`: memory on the host holds no value, so results show whether it is used."""
+    """Take the place of `_copied`: memory on the host holds no value, so results show whether it is used."""
     if device != "cpu":
         return HIDDEN.pop(memory._cdata)
     copy = torch.empty(0, dtype=torch.uint8).set_(memory).clone().untyped_storage()

@@ -30,23 +30,14 @@ VOCABULARY, TOKENS, WINDOW = 128, 24, 8
 
 @dataclass(frozen=True)
 class Specimen:
-    """A model for tests. In the globs, as in `fnmatch`, `*` crosses dots, so blocks are written with `[0-9]`.
+    """A model for tests. In the globs, as in `fnmatch`, `*` crosses dots, so blocks are written with `[0-9]`."""
 
-    Attributes:
-        build: Returns the model, in eval mode and float32, with the same weights every time.
-        batches: Returns two or three batches. A mapping is passed as keywords, and of a tuple only the first element.
-        dense: Matrices that must be skipped by default. All others must be pruned.
-        blocks: Modules at which sequential="block" stops.
-        uncalled: Layers outside `dense` that no batch calls, so that they keep their weights.
-        read_past: Layers whose weight another module reads, while nothing calls their own forward.
-    """
-
-    build: Callable[[], nn.Module]
-    batches: Callable[[], list[Any]]
-    dense: tuple[str, ...] = ()
-    blocks: tuple[str, ...] = ()
-    uncalled: tuple[str, ...] = ()
-    read_past: tuple[str, ...] = ()
+    build: Callable[[], nn.Module]  # in eval mode and float32, with the same weights every time
+    batches: Callable[[], list[Any]]  # two or three; a mapping is passed as keywords, a tuple's first element alone
+    dense: tuple[str, ...] = ()  # matrices that must be skipped by default; all others must be pruned
+    blocks: tuple[str, ...] = ()  # modules at which sequential="block" stops
+    uncalled: tuple[str, ...] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
+    read_past: tuple[str, ...] = ()  # layers whose weight another module reads, while nothing calls their own forward
 
 
 def save_llama_of_bytes(folder: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import placeholder
-from wanda_lightning.models.refusals import refuse_no_module
+from wanda_lightning.models.refuse_model import refuse_no_module
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _ROWS, _COLUMNS = 32, 64  # CUTLASS requires multiples of these, cuSPARSELt multiples of 16

@@ -43,8 +43,8 @@ from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk
+from wanda_lightning.streaming.disk_and_host_parking import refuse_parking
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
-from wanda_lightning.streaming.offloading import refuse_parking
 
 _NO_TEXT = (
     "no text by the dense and the pruned model is shown, since --stream never has a whole model in memory to write it"

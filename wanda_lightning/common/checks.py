@@ -89,8 +89,7 @@ def shown(value: object) -> str:
 
 def check_seed(seed: object) -> None:
     """Raise a ValueError for a seed that is not a whole number."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool):
-        raise UserError(f"seed must be a whole number, but it is {seed!r}.")
+    check_values(Number(whole=True), seed=seed)
 
 
 def check_flags(**values: object) -> None:

@@ -43,7 +43,7 @@ class ModelSource:
     @property
     def path(self) -> Path:
         """The name as a path, which may not exist."""
-        return Path(self.name).expanduser()
+        return Path(os.path.expanduser(self.name))  # Path.expanduser refuses ~ of an unknown user
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -68,13 +68,10 @@ class ModelSource:
 
 def why_missing(name: str | os.PathLike[str]) -> str:
     """Return why a name is neither an existing path nor a hub id, as a predicate; empty if it may be one."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return ""
+    path = ModelSource(name).path
     is_file = path.suffix in (".gguf", ".safetensors")
-    if is_file or path.is_absolute() or os.fspath(name).startswith(".") or len(path.parts) > 2:
-        return "does not exist. Check the path."
-    return ""
+    is_path = is_file or path.is_absolute() or os.fspath(name).startswith(".") or len(path.parts) > 2
+    return "does not exist. Check the path." if is_path and not path.exists() else ""
 
 
 def load_config(source: ModelSource) -> Any:
@@ -116,7 +113,7 @@ def why_no_language_model(path: Path) -> str:
 
 def _refuse_files_outside(folder: Path) -> None:
     """Refuse an index that names files outside of its folder, which would be read as weights."""
-    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
+    for index in sorted(folder.glob("*.index.json")):
         try:
             found = {*json.loads(index.read_bytes())["weight_map"].values()}
             names = sorted(name for name in found if isinstance(name, str))
@@ -179,7 +176,7 @@ def reading(part: str, name: ModelSource | Path) -> Iterator[None]:
 
 
 def _explain(error: Exception, part: str, name: str) -> Exception:
-    path = Path(name).expanduser()
+    path = ModelSource(name).path
     if broken := _broken_json(path):
         return UserError(f"The {part} of {name!r} cannot be read: {broken}. Download or save the file again.")
     found = path.exists() or isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError))  # of the hub
@@ -197,7 +194,7 @@ def _explain(error: Exception, part: str, name: str) -> Exception:
 
 def _broken_json(folder: Path) -> str | None:
     """Return the name of the first JSON file of a folder that cannot be parsed, with the reason."""
-    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+    for file in sorted(folder.glob("*.json")):
         try:
             json.loads(file.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -214,7 +211,7 @@ def timm_name(name: str | os.PathLike[str]) -> str:
     """
     text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
     if text.startswith(_LOCAL_FOLDER):
-        return f"{_LOCAL_FOLDER}{_timm_folder(Path(text.removeprefix(_LOCAL_FOLDER)).expanduser())}"
+        return f"{_LOCAL_FOLDER}{_timm_folder(ModelSource(text.removeprefix(_LOCAL_FOLDER)).path)}"
     if text.startswith(_ON_HUB):
         try:
             refuse_unreachable(ModelSource(text.removeprefix(_ON_HUB)))

@@ -40,7 +40,7 @@ def check_patterns(option: str, given: object) -> tuple[str, ...]:
 
 
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
-    """Raise a ValueError with the nearest name if a pattern matches none of the `names`, which belong to a `what`."""
+    """Raise a ValueError with the nearest of the `names` if a pattern matches none; `what` says what they name."""
     for pattern in patterns:
         if not any(matches(name, pattern, option) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)

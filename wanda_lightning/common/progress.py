@@ -12,13 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Progress of one long task on stderr.
-
-    Args:
-        title: Name of the task.
-        total: Number of steps; None if it is not known, or not yet.
-        enabled: False shows nothing.
-    """
+    """Progress of one long task on stderr; `total` is the number of steps, None if it is not known (yet)."""
 
     def __init__(self, title: str, total: int | None, enabled: bool = True) -> None:
         self._title, self._total, self._done = title, total, 0.0

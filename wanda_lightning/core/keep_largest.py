@@ -110,7 +110,7 @@ def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Fl
 
 
 def _kth_by_sample(scores: Float[Tensor, " size"], k: int) -> tuple[float, float]:
-    """Do the same for one large group: select among the few scores between two quantiles of a sample."""
+    """Return both for one large group, selected among the few scores between two quantiles of a sample."""
     array = scores.numpy()
     sample = array[::_STRIDE].copy()
     sample.sort()

@@ -23,7 +23,7 @@ from wanda_lightning.engine.refusals import (
 )
 from wanda_lightning.models import Inventory, Layer, Unit, find_layers, reads_images
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.models.refusals import refuse_no_module
+from wanda_lightning.models.refuse_model import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
 
 Selections = Mapping[str, Selection]  # by layer

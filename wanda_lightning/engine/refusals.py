@@ -14,7 +14,7 @@ from wanda_lightning.common.words import as_gib, counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, SkipReason, Unit
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.models.refusals import refuse_no_values, refuse_sharded_experts
+from wanda_lightning.models.refuse_model import refuse_no_values, refuse_sharded_experts
 from wanda_lightning.parallel import Processes, local
 
 

@@ -31,7 +31,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
         reprune: Restore the zeros that plain adapters fill.
 
     Raises:
-        ValueError: The model is no `PeftModel`, its adapters cannot be merged, or a quantized layer cannot be
+        ValueError: The model is not a `PeftModel`, its adapters cannot be merged, or a quantized layer cannot be
             dequantized or has plain adapters.
 
     Warns:

@@ -14,6 +14,7 @@ from wanda_lightning.models.experts import routers, stacked_experts
 from wanda_lightning.models.inventory import SkippedMatrix, SkipReason
 from wanda_lightning.models.layers import kind_of, layer_kinds
 from wanda_lightning.models.quantized import quantizer
+from wanda_lightning.models.task import own_head
 
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
 _STANDARDIZED = re.compile("Std(Conv|Linear)|WeightStandardi[sz]ed")
@@ -108,8 +109,8 @@ def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> 
 def _heads(module: nn.Module) -> set[nn.Module]:
     """Return the modules of the output head that a model or submodel declares."""
     tops: list[Any] = []
-    if callable(get_output_embeddings := _method(module, "get_output_embeddings")):
-        tops.append(get_output_embeddings())
+    if callable(_method(module, "get_output_embeddings")):
+        tops.append(own_head(module))
     if callable(get_classifier := _method(module, "get_classifier")):
         classifier = get_classifier()
         tops.extend(classifier if isinstance(classifier, tuple | list) else [classifier])

@@ -19,7 +19,7 @@ def number_of_embeddings(model: Any) -> int | None:
 
 
 def check_tokens(model: Any, input_ids: object) -> None:
-    """Raise a ValueError for what is no tensor of token ids, and for ids without an embedding in the model.
+    """Raise a ValueError for anything but a tensor of token ids, and for ids without an embedding in the model.
 
     Such ids raise an IndexError in PyTorch, and on a CUDA device they end the process.
     """

@@ -73,7 +73,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with bars_on_terminals_only():
         if path.is_dir():
-            _require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
+            require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
         with reading("weights", source):
             model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
@@ -182,7 +182,7 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     checked = timm_name(name)
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
-        _require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
+        require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
     try:
         if pretrained and folder is None:
             _refuse_unreachable_weights(checked, kwargs)
@@ -249,7 +249,8 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def _require_safetensors(folder: Path, converter: str) -> None:
+def require_safetensors(folder: Path, converter: str) -> None:
+    """Refuse a folder without weights in safetensors; `converter` makes such weights from others."""
     if not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(file.name for file in folder.iterdir()))
         raise OSError(

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
-from wanda_lightning.streaming.offloading import return_freed_memory
+from wanda_lightning.streaming.disk_and_host_parking import return_freed_memory
 
 _WRITES_PLACEHOLDER = "more than one element of the written-to tensor refers to a single memory location"
 

@@ -32,7 +32,13 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.core.placeholders import placeholder
-from wanda_lightning.modules.loading import check_complete, check_dtype, check_finite, check_stored_as_float
+from wanda_lightning.modules.loading import (
+    check_complete,
+    check_dtype,
+    check_finite,
+    check_stored_as_float,
+    require_safetensors,
+)
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
@@ -41,17 +47,8 @@ Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are sto
 class Checkpoint:
     """A language model in safetensors whose blocks are loaded one at a time.
 
-    The model is complete except for the weights of its blocks, which are placeholders until they are loaded.
-
-    Args:
-        source: Hub id or local folder.
-        dtype: The dtype of `from_pretrained`; "auto" keeps the stored dtype.
-        device: Where the loaded weights are.
-
-    Raises:
-        OSError: If neither a local folder nor the hub has the model in safetensors, or a file is missing.
-        ValueError: If files are damaged or contradict each other, a block shares a weight with the rest, or the device
-            cannot be used.
+    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Weights
+    that are missing, damaged, quantized, or shared by two parts are refused before any block is loaded.
     """
 
     def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
@@ -68,7 +65,9 @@ class Checkpoint:
                 "Prune it in memory."
             )
         config = load_config(source)
-        _refuse_without_safetensors(source)
+        if source.path.is_dir():
+            converter = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            require_safetensors(source.path, f"{converter}, which needs memory for all weights once")
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
@@ -250,18 +249,6 @@ class _Stored:
             copy: Tensor = file.get_slice(self._key)[index].clone()
         self.bytes_read += copy.nbytes
         return copy
-
-
-def _refuse_without_safetensors(source: ModelSource) -> None:
-    """Refuse a local folder with weights in other formats only."""
-    name, folder = str(source), source.path
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
-        raise UserError(
-            f"The model {name!r} must have .safetensors files to be read block by block, but it has other weights "
-            f"({found}) only. Save it in this format, which needs memory for all weights once: "
-            f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
-        )
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:

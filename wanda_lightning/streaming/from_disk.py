@@ -14,6 +14,7 @@ from torch import nn
 from wanda_lightning.common.checks import check_batches, check_callable, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.refuse_path import resolved
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
@@ -21,7 +22,7 @@ from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.offloading import parking_maker, refuse_parking
+from wanda_lightning.streaming.disk_and_host_parking import parking_maker, refuse_parking
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
@@ -120,7 +121,8 @@ def pruned_from_disk(
         make_plan(config, checkpoint.model, processes, has_weights=False)  # to refuse before anything is written
         if tokenizer is not None:
             check_vocabulary(tokenizer, checkpoint.model)
-    made_with = _described(config, checkpoint, held, processes)
+        own_data = fingerprint(held)
+    made_with = _described(config, checkpoint, [processes.broadcast(own_data, r) for r in range(processes.world_size)])
     parts = [RESIDENT, *checkpoint.blocks]
     with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes, progress)) as folder:
         if folder.progress.report:
@@ -143,16 +145,13 @@ def pruned_from_disk(
         folder.forget()
 
 
-def _described(
-    config: PruningConfig, checkpoint: Checkpoint, batches: list[Any], processes: Processes
-) -> dict[str, Any]:
-    """Return the choices and data that determine the result, as plain data."""
-    own = fingerprint(batches)
+def _described(config: PruningConfig, checkpoint: Checkpoint, data: list[str]) -> dict[str, Any]:
+    """Return the choices and data that determine the result; `data` has the fingerprint of each process's batches."""
     return {
         "choices": config.describe(),
         "dtype": str(checkpoint.model.dtype),
         "device": checkpoint.device.type,
-        "calibration data": [processes.broadcast(own, rank) for rank in range(processes.world_size)],
+        "calibration data": data,
         "weights": {f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
         "config.json": [fingerprint(checkpoint.configuration)],
     }
@@ -196,6 +195,6 @@ def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]
                 "prune_from_disk(source, output, batches), or prune(model, batches) for a model in memory."
             )
     check_path(source=source, output=output)
-    folder, target = Path(source).expanduser().resolve(), Path(output).expanduser().resolve()
-    if folder.is_dir() and target.is_relative_to(folder):
+    folder = resolved(source)
+    if folder.is_dir() and resolved(output).is_relative_to(folder):
         raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

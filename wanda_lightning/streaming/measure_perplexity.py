@@ -11,6 +11,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.parking import MakeParking
@@ -22,10 +24,10 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.modules.loading import check_causal
+from wanda_lightning.modules.loading import check_causal, check_decoder_only
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.offloading import parking_maker, refuse_parking
+from wanda_lightning.streaming.disk_and_host_parking import parking_maker, refuse_parking
 
 AT_ONCE = 32  # batches that pass through the model together
 
@@ -68,6 +70,7 @@ def perplexity_from_disk(
     check_batches(batches=batches)
     refuse_parking(park, device)
     checkpoint = Checkpoint(ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device)
+    check_decoder_only(checkpoint.model.config)
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
@@ -101,6 +104,10 @@ def _measure(
             raise UserError(f"batches must be mappings with input_ids, but one is a {type(batch).__name__}.")
         check_tokens(checkpoint.model, batch["input_ids"])
         input_ids, mask = batch["input_ids"].to(checkpoint.device), batch.get("attention_mask")
+        if not isinstance(mask, Tensor | None):
+            raise UserError(
+                f"attention_mask must be a tensor of shape (samples, tokens), but it is a {type(mask).__name__}."
+            )
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 

@@ -21,7 +21,13 @@ from torch import Tensor
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.killed_runs import flush_folder, is_locked, lock, unlock
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.refuse_path import PROGRESS_NAME, ROW_WEIGHTS_NAME, refuse_full, refuse_unresumable
+from wanda_lightning.common.refuse_path import (
+    PROGRESS_NAME,
+    ROW_WEIGHTS_NAME,
+    refuse_full,
+    refuse_unresumable,
+    resolved,
+)
 from wanda_lightning.common.words import one_line
 from wanda_lightning.common.write_whole import replace_file, whole_file
 from wanda_lightning.models import SkippedMatrix
@@ -63,11 +69,7 @@ class OutputFolder:
 
     A part is written as a whole, and the files without which the folder is not a model come last. Only one run may
     write into the folder, and of its processes only the first one. The folder is empty, does not exist, or was left by
-    an interrupted run with the same choices and data, `made_with`.
-
-    Raises:
-        OSError: If the folder has other files, cannot be written, or another run writes into it.
-        ValueError: If it was begun with other choices, or its progress file is damaged.
+    an interrupted run with the same choices and data, `made_with`; any other folder is refused.
     """
 
     def __init__(
@@ -79,12 +81,12 @@ class OutputFolder:
         processes: Processes = SINGLE_PROCESS,
         show_progress: bool = False,
     ) -> None:
-        self.path, self._parts = Path(folder).expanduser().resolve(), list(parts)
+        self.path, self._parts = resolved(folder), list(parts)
         self.progress = Progress(_VERSION, json.loads(json.dumps(made_with, default=str)), {}, "", {}, "")
         self._processes, self._show_progress = processes, show_progress
         self._lock: int | None = None
         self.bytes_written = 0  # by this process
-        self._is_begun = False
+        self._is_begun = self._is_new = False  # whether this process has written a record, and made the folder
         with self._in_first() as is_first:
             if is_first:
                 self._open(folder, size)
@@ -98,6 +100,7 @@ class OutputFolder:
 
     def _open(self, folder: str | os.PathLike[str], size: int) -> None:
         refuse_unresumable(folder)
+        self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         flush_folder(self.path.parent)
         self._lock = lock(self.path)
@@ -237,10 +240,12 @@ class OutputFolder:
                 (self.path / PROGRESS_NAME).unlink()
 
     def close(self) -> None:
-        """Allow other runs to write into the folder; delete a record without any part, as of refused batches."""
+        """Allow other runs to write into the folder; undo its making if there are no parts, as after a refusal."""
         if self._lock is not None:
             if self._is_begun and [file.name for file in self.path.iterdir()] == [PROGRESS_NAME]:
                 (self.path / PROGRESS_NAME).unlink()
+            if self._is_new and not any(self.path.iterdir()):
+                self.path.rmdir()
             unlock(self._lock)
             self._lock = None
 

@@ -19,7 +19,7 @@ from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
-from wanda_lightning.models.refusals import refuse_no_module, refuse_no_values, refuse_sharded_experts
+from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values, refuse_sharded_experts
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
 from wanda_lightning.training.masked_weights import keep_masks
 

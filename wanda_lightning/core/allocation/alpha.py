@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.core.allocation.base import Allocation, DenseLayer, Uniform
+from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, Uniform
 from wanda_lightning.core.allocation.groups import PER, Per, group_of, groups_of, refuse_one_group, unit_range
 from wanda_lightning.core.allocation.match_target import match_target, mean_of
 from wanda_lightning.core.types import Weight

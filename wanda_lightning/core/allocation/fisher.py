@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.core.allocation.base import Allocation, DenseLayer, GradientLimit
+from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit
 from wanda_lightning.core.allocation.groups import refuse_one_group
 from wanda_lightning.core.allocation.match_target import match_target, mean_of
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from wanda_lightning.common.checks import OneOf
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.allocation.base import Allocation, DenseLayer
+from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer
 
 Per = Literal["block", "layer"]
 PER = OneOf(("block", "layer"))

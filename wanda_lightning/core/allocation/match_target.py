@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from wanda_lightning.core.allocation.base import DenseLayer
+from wanda_lightning.core.allocation.allocation import DenseLayer
 
 
 def match_target(

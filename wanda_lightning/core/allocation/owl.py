@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.core.allocation.base import Allocation, DenseLayer
+from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer
 from wanda_lightning.core.allocation.groups import PER, Per, group_of, groups_of, refuse_one_group, unit_range
 from wanda_lightning.core.allocation.match_target import match_target
 from wanda_lightning.core.criteria import Wanda

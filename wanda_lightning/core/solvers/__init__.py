@@ -5,8 +5,8 @@ a block of columns and updating the weights. `ZeroOut` scores once and sets weig
 """
 
 from wanda_lightning.core.solvers.admm import ADMM
-from wanda_lightning.core.solvers.base import Solver, ZeroOut
 from wanda_lightning.core.solvers.refit import Refit
+from wanda_lightning.core.solvers.solver import Solver, ZeroOut
 from wanda_lightning.core.solvers.sparsegpt import SparseGPT
 
 __all__ = ["ADMM", "Refit", "Solver", "SparseGPT", "ZeroOut"]

@@ -15,8 +15,8 @@ from wanda_lightning.core.criteria import lower_inactive
 from wanda_lightning.core.gram import cholesky
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.solvers.base import Solver
 from wanda_lightning.core.solvers.refit import refit
+from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, PerInput, Score, Weight
 

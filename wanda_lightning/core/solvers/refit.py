@@ -14,7 +14,7 @@ from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.gram import dampened
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.solvers.base import Solver
+from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, Weight
 

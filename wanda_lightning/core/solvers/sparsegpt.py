@@ -16,7 +16,7 @@ from wanda_lightning.core.criteria import Criterion, Group, Saliency
 from wanda_lightning.core.masking import as_numbers, mask_
 from wanda_lightning.core.patterns import ColumnBlock
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.solvers.base import Solver
+from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, OneMask, OneWeight, Weight
 

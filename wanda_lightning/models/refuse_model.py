@@ -1,4 +1,4 @@
-"""Refuse what is no model, and layers whose weights no process can read or write."""
+"""Refuse anything but a model, and layers whose weights no process can read or write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanda_lightning.models.layers import Layer
 
 
 def refuse_no_module(model: object, call: str) -> None:
-    """Refuse anything that is no module, for example batches; `call` shows where the model belongs."""
+    """Refuse anything but a module, for example batches; `call` shows where the model belongs."""
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UserError(f"model must be a torch.nn.Module, but it is {kind}. Call {call}.")

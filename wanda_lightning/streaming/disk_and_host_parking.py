@@ -15,7 +15,6 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -110,21 +109,16 @@ class DiskParking(_MovingParking):
 _Group = list[weakref.ref[Tensor]]  # tensors that share their memory
 
 
-@dataclass
-class Host:
-    """State shared by the parkings of all batches, since batches may share tensors that the model keeps."""
-
-    device: torch.device  # where the activations are while their batch runs
-    # The tensors that are on the host, by id, each with all tensors that share its memory.
-    away: dict[int, _Group] = field(default_factory=dict)
-
-
 class HostParking(_MovingParking):
-    """The activations of one batch on an accelerator, which are in the memory of the host while the batch waits."""
+    """The activations of one batch on an accelerator, which are in the memory of the host while the batch waits.
 
-    def __init__(self, host: Host) -> None:
+    `away` has the tensors that are on the host, by id, each with all tensors that share its memory. The parkings of all
+    batches share it, since batches may share tensors that the model keeps.
+    """
+
+    def __init__(self, device: torch.device, away: dict[int, _Group]) -> None:
         super().__init__()
-        self._host = host
+        self._device, self._away = device, away
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -138,18 +132,17 @@ class HostParking(_MovingParking):
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """Move back tensors that outlive the forward pass, such as the batch itself."""
         self.restore()
-        away = self._host.away
-        for key in [key for key, group in away.items() if not _alive(group)]:
-            del away[key]
+        for key in [key for key, group in self._away.items() if not _alive(group)]:
+            del self._away[key]
         super().__exit__(exc_type, exc_val, exc_tb)  # type: ignore[no-untyped-call]
 
     def offload(self) -> None:
         """Move the activations to the host."""
         for tensors in self._alive():
-            if not self._group_of(tensors[0]) and _can_move(tensors, self._host.device.type):
+            if not self._group_of(tensors[0]) and _can_move(tensors, self._device.type):
                 _replace_memory(tensors, _copied(tensors[0].untyped_storage(), "cpu"))
                 group = [weakref.ref(tensor) for tensor in tensors]
-                self._host.away.update({id(tensor): group for tensor in tensors})
+                self._away.update({id(tensor): group for tensor in tensors})
 
     def restore(self) -> None:
         """Move the activations back to the device."""
@@ -159,13 +152,13 @@ class HostParking(_MovingParking):
     def _return(self, value: object) -> None:
         """Move a tensor back to the device with all that share its memory, if it is on the host."""
         if tensors := self._group_of(value):
-            _replace_memory(tensors, _copied(tensors[0].untyped_storage(), self._host.device))
+            _replace_memory(tensors, _copied(tensors[0].untyped_storage(), self._device))
             for tensor in tensors:
-                self._host.away.pop(id(tensor), None)
+                self._away.pop(id(tensor), None)
 
     def _group_of(self, value: object) -> list[Tensor]:
         """Return all tensors that share the memory of an offloaded tensor; an empty list for any other value."""
-        tensors = _alive(self._host.away.get(id(value), []))
+        tensors = _alive(self._away.get(id(value), []))
         # A new tensor may have the id of one that is gone.
         return tensors if any(tensor is value for tensor in tensors) else []
 
@@ -255,7 +248,7 @@ def refuse_parking(park: str, device: str) -> None:
 
 
 def parking_maker(park: str, device: torch.device, folder: Path) -> MakeParking:
-    """Return what makes the parking of a batch; `folder` is for files."""
+    """Return a function that makes the parking of a batch; `folder` holds the files of `"disk"`."""
     if park == "disk":
         return partial(DiskParking, folder)
-    return partial(HostParking, Host(device)) if park == "cpu" else Parking
+    return partial(HostParking, device, {}) if park == "cpu" else Parking

@@ -24,8 +24,8 @@ from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.engine.run import WeightStore
-from wanda_lightning.streaming import offloading
-from wanda_lightning.streaming.offloading import DiskParking, Host, HostParking
+from wanda_lightning.streaming import disk_and_host_parking as parking
+from wanda_lightning.streaming.disk_and_host_parking import DiskParking, HostParking
 
 WIDE = 1 << 15  # numbers, which take more memory than the smallest that is moved
 
@@ -36,22 +36,17 @@ def is_in_a_file(tensor):
 
 @pytest.fixture
 def all_sizes(monkeypatch):
-    monkeypatch.setattr(offloading, "SMALLEST", 0)
+    monkeypatch.setattr(parking, "SMALLEST", 0)
 
 
 @pytest.fixture(autouse=True)
 def hidden_host(monkeypatch):
-    monkeypatch.setattr(offloading, "_copied", hide)
-
-
-def host():
-    """The host, beside a CPU that takes the place of an accelerator."""
-    return Host(torch.device("cpu:0"))
+    monkeypatch.setattr(parking, "_copied", hide)
 
 
 def makers(folder):
-    """What makes the parking of a batch."""
-    return {"disk": partial(DiskParking, folder), "host": partial(HostParking, host())}
+    """What makes the parking of a batch. For the host, a CPU takes the place of an accelerator."""
+    return {"disk": partial(DiskParking, folder), "host": partial(HostParking, torch.device("cpu:0"), {})}
 
 
 @torch.no_grad()
@@ -178,7 +173,7 @@ def test_what_is_moved_to_the_host_comes_back():
     x = torch.randn(4, WIDE)
     views = [x[1:], x.t(), x.view(2, 2, WIDE).transpose(0, 1)]
     small, copies, version = torch.ones(8), [each.clone() for each in (x, *views)], x._version
-    own, other = (HostParking(shared) for shared in [host()] * 2)
+    own, other = (make() for make in [makers(None)["host"]] * 2)
     own.add([*views, small])
     for _ in range(2):
         for _ in range(2):
