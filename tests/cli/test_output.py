@@ -9,31 +9,29 @@ from rich.table import Table
 
 from wanda_lightning.cli.output import print_line, print_table, readable_warnings
 
+RESULTS = {
+    **{"method": "ablate_wanda_iter", "sparsity": "50.00%", "dense perplexity": "13243.37"},
+    **{"pruned perplexity": "1234567.89", "seconds to prune": "1234.5"},
+}
+LONG = {"": "sparsity of the prunable layers", "/models/of/the/laboratory/llama-2-7b-pruned-2-4": "50.00% (+50.00)"}
+
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
-def test_no_number_is_cut(width, capsys, monkeypatch):
+@pytest.mark.parametrize("cells", [RESULTS, LONG])
+def test_no_number_is_cut(cells, width, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    made = Table()
-    for heading in ("method", "sparsity", "dense perplexity", "pruned perplexity", "seconds to prune"):
-        made.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
-    made.add_row("ablate_wanda_iter", "50.00%", "13243.37", "1234567.89", "1234.5")
+    first, *numbers = cells
+    made = Table(first)
+    for heading in numbers:
+        made.add_column(heading, justify="right", overflow="fold")
+    made.add_row(*cells.values())
     print_table(made)
     out = capsys.readouterr().out
-    for number in ("50.00%", "13243.37", "1234567.89", "1234.5"):
-        assert re.search(rf"(?<![\d.]){re.escape(number)}", out)
-    assert ("sparsity: 50.00%" in out.splitlines()) == (width < 80)
+    for heading in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(cells[heading])}", out)
+    if cells is RESULTS:
+        assert ("sparsity: 50.00%" in out.splitlines()) == (width < 80)
     assert "…" not in out
-
-
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_no_number_is_cut_under_the_long_name_of_a_model(width, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(width))
-    made = Table()
-    made.add_column("")
-    made.add_column("/models/of/the/laboratory/llama-2-7b-pruned-2-4", justify="right", overflow="fold")
-    made.add_row("sparsity of the prunable layers of the model", "50.00% (+50.00)")
-    print_table(made)
-    assert "50.00% (+50.00)" in capsys.readouterr().out
 
 
 def test_markup_in_names_is_text(capsys, monkeypatch):
