@@ -1,6 +1,7 @@
 """Tables keep their numbers on terminals of every width, and warnings are one line."""
 
 import re
+import subprocess
 import sys
 import warnings
 
@@ -46,6 +47,14 @@ def test_markup_in_names_is_text(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "name: [red]a[/red]:smile:" in out
     assert "layers [bold]x[/bold] of a name that is longer than the terminal is wide\n" in out
+
+
+def test_lightning_does_not_log_the_hardware():
+    """In a fresh interpreter, since Lightning sets its level when it is imported."""
+    code = "from wanda_lightning.cli.output import quiet_libraries; quiet_libraries()\n"
+    code += "import lightning as L; L.Trainer(accelerator='cpu', logger=False, enable_checkpointing=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "available" not in done.stdout + done.stderr
 
 
 def test_warnings_are_one_line_without_a_path(capsys):
