@@ -134,7 +134,7 @@ def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
     assert len({layer.target for layer in report.layers}) > 1
 
 
-def test_skip_only_dtype_and_granularity(text, tmp_path):
+def test_skip_only_and_dtype(text, tmp_path):
     more = ["--skip", '["*.down_proj", "model.layers.0.self_attn"]', "--only", "re:.*(self_attn|mlp).*"]
     more += ["--dtype", "bfloat16", "--sequential", "layer", "--batch_size", "2"]
     assert run(*text, *more, *OUT) == 0

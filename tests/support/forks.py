@@ -23,16 +23,8 @@ FORKS.set_forkserver_preload(
 class Fork:
     """A running call of a function of a module in a process of its own, whose output is captured.
 
-    Args:
-        function: What is called. Its module is imported in the fork, unless it is preloaded.
-        *arguments: Its arguments, which are pickled.
-        cwd: Working directory; by default that of this process.
-        env: All environment variables; by default those of this process. Some libraries have read theirs already.
-
-    Attributes:
-        stdout: What it prints, to read or to close.
-        stderr: The same for its errors.
-        pid: The process.
+    The arguments are pickled. Folder and environment variables are by default those of this process; some libraries
+    have read theirs already. `stdout` and `stderr` are what it prints, to read or to close.
     """
 
     def __init__(self, function, *arguments, cwd=None, env=None):

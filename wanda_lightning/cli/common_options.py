@@ -80,7 +80,7 @@ class ModelOptions:
             if not path.strip() or "\0" in path:
                 raise UsageError(f"--{name} must be a path, but it is {path!r}.")
             try:
-                refuse(path, values["overwrite"])  # of every command that writes
+                refuse(path, values["overwrite"])  # every command that writes has this option
             except OSError as error:
                 raise UsageError(f"--{name} {error}") from error
 
@@ -99,7 +99,7 @@ class ModelOptions:
 
 @dataclass(kw_only=True)
 class SaveOptions(ModelOptions):
-    """The model, and where a command saves what it makes of it."""
+    """The model that a command loads, and where it saves the new one."""
 
     save_model: str | None = option("Folder for the pruned model.")
     push_to_hub: str | None = option(

@@ -138,7 +138,7 @@ class CommandParser(argparse.ArgumentParser):
         kind, rule = self._kinds[each.name], each.metadata["rule"]
         if text == "null":
             return default_of(each)
-        if text == "" and kind is str:  # as of "$UNSET"
+        if text == "" and kind is str:  # such as "$UNSET" in a script
             raise UsageError(f"--{each.name} must not be empty. Leave it out, or give a value.")
         if not isinstance(text, str) and kind is not list:
             raise UsageError(f"--{each.name} must be one value, but it is {text!r}.")

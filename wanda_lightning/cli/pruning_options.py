@@ -118,7 +118,7 @@ class _PruningOptions(ModelOptions):
 
 @dataclass(kw_only=True)
 class InspectOptions(_PruningOptions, _InspectChoices):  # type: ignore[misc]  # a base made from PruningConfig
-    """The options of `wanda-lightning inspect`: those of `prune` on which depends what is pruned, or the memory."""
+    """The options of `inspect`: those of `prune` that determine which layers are pruned, or the memory it needs."""
 
     stream: bool = option(
         "Also print the memory that prune --stream needs, and fail if this machine has less; no weight is read.", False
