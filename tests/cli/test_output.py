@@ -1,6 +1,7 @@
 """Tables keep their numbers on terminals of every width, and warnings are one line."""
 
 import re
+import subprocess
 import sys
 import warnings
 
@@ -9,31 +10,29 @@ from rich.table import Table
 
 from wanda_lightning.cli.output import print_line, print_table, readable_warnings
 
+RESULTS = {
+    **{"method": "ablate_wanda_iter", "sparsity": "50.00%", "dense perplexity": "13243.37"},
+    **{"pruned perplexity": "1234567.89", "seconds to prune": "1234.5"},
+}
+LONG = {"": "sparsity of the prunable layers", "/models/of/the/laboratory/llama-2-7b-pruned-2-4": "50.00% (+50.00)"}
+
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
-def test_no_number_is_cut(width, capsys, monkeypatch):
+@pytest.mark.parametrize("cells", [RESULTS, LONG])
+def test_no_number_is_cut(cells, width, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    made = Table()
-    for heading in ("method", "sparsity", "dense perplexity", "pruned perplexity", "seconds to prune"):
-        made.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
-    made.add_row("ablate_wanda_iter", "50.00%", "13243.37", "1234567.89", "1234.5")
+    first, *numbers = cells
+    made = Table(first)
+    for heading in numbers:
+        made.add_column(heading, justify="right", overflow="fold")
+    made.add_row(*cells.values())
     print_table(made)
     out = capsys.readouterr().out
-    for number in ("50.00%", "13243.37", "1234567.89", "1234.5"):
-        assert re.search(rf"(?<![\d.]){re.escape(number)}", out)
-    assert ("sparsity: 50.00%" in out.splitlines()) == (width < 80)
+    for heading in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(cells[heading])}", out)
+    if cells is RESULTS:
+        assert ("sparsity: 50.00%" in out.splitlines()) == (width < 80)
     assert "…" not in out
-
-
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_no_number_is_cut_under_the_long_name_of_a_model(width, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(width))
-    made = Table()
-    made.add_column("")
-    made.add_column("/models/of/the/laboratory/llama-2-7b-pruned-2-4", justify="right", overflow="fold")
-    made.add_row("sparsity of the prunable layers of the model", "50.00% (+50.00)")
-    print_table(made)
-    assert "50.00% (+50.00)" in capsys.readouterr().out
 
 
 def test_markup_in_names_is_text(capsys, monkeypatch):
@@ -48,6 +47,14 @@ def test_markup_in_names_is_text(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "name: [red]a[/red]:smile:" in out
     assert "layers [bold]x[/bold] of a name that is longer than the terminal is wide\n" in out
+
+
+def test_lightning_does_not_log_the_hardware():
+    """In a fresh interpreter, since Lightning sets its level when it is imported."""
+    code = "from wanda_lightning.cli.output import quiet_libraries; quiet_libraries()\n"
+    code += "import lightning as L; L.Trainer(accelerator='cpu', logger=False, enable_checkpointing=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "available" not in done.stdout + done.stderr
 
 
 def test_warnings_are_one_line_without_a_path(capsys):

@@ -52,7 +52,7 @@ def test_what_is_printed_reads_back(capsys):
         parse(*arguments, "--print_config")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["pattern"] == "2:4"
+    assert (yaml.safe_load(printed)["pattern"], yaml.safe_load(printed)["method"]) == ("2:4", "wanda")
     Path("printed.yaml").write_text(printed.replace("use_variant: true", "use_variant: false"))
     assert parse("--config", "printed.yaml") == parse(*arguments[:-1])
 
@@ -112,20 +112,26 @@ def test_two_names_with_two_values():
 
 
 @pytest.mark.parametrize(
-    ("flags", "pattern"),
+    ("given", "pattern"),
     [
-        ("--use_variant", "equal_share"),
-        ("--use_variant --prune_granularity row --sparsity_type unstructured", "equal_share"),
-        ("--prune_granularity row", "unstructured_row"),
-        ("--prune_granularity layer --prune_method magnitude", "unstructured_layer"),
-        ("--prune_granularity layer --pattern unstructured_layer", "unstructured_layer"),
+        ({"use_variant": "true"}, "equal_share"),
+        ({"use_variant": "true", "prune_granularity": "row", "sparsity_type": "unstructured"}, "equal_share"),
+        ({"prune_granularity": "row"}, "unstructured_row"),
+        ({"prune_granularity": "layer", "prune_method": "magnitude"}, "unstructured_layer"),
+        ({"prune_granularity": "layer", "pattern": "unstructured_layer"}, "unstructured_layer"),
     ],
 )
-@pytest.mark.parametrize("command", ["prune", "inspect"])
-def test_flags_of_the_reference_that_stand_for_a_pattern(command, flags, pattern):
-    options = parse("--model", "x", *flags.split(), command=command)
-    method = ["--method", options.method] if options.method else []
-    assert options == parse("--model", "x", "--pattern", pattern, *method, command=command)
+def test_flags_of_the_reference_that_stand_for_a_pattern(given, pattern):
+    flags = [word for name, value in given.items() for word in (f"--{name}", value) if word != "true"]
+    options = parse("--model", "x", *flags)
+    assert options == parse("--model", "x", "--pattern", pattern, "--method", options.method)
+    Path("old.yaml").write_text(yaml.safe_dump(given))
+    assert parse("--model", "x", "--config", "old.yaml") == options
+
+
+def test_null_is_the_default():
+    Path("printed.yaml").write_text("model: x\nmethod: null\nseqlen: null\nskip: null\nseed: null\n")
+    assert parse("--config", "printed.yaml") == parse("--model", "x")
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
@@ -153,5 +159,7 @@ def test_help_is_complete(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "or timm:NAME of an image classifier. (required)" in text
     assert "(default: 0.5)" in text
+    assert "calibration samples. (default: 0)" in text
+    assert "id of a data set on the hub (OWNER/NAME)" in text
     assert "One of block, layer, none, auto." in text
     assert "--include_grouped Also prune grouped convolutions" in text

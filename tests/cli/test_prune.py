@@ -102,25 +102,6 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
 
 
 @pytest.mark.parametrize(
-    ("method", "allocation", "pattern"),
-    [("ria", "owl", "unstructured"), pytest.param("magnitude", "alpha_layer", "8:16", marks=pytest.mark.nightly)],
-)
-def test_layers_that_differ_in_sparsity(text, capsys, method, allocation, pattern):
-    choices = ["--method", method, "--allocation", allocation, "--pattern", pattern]
-    assert run(*text, *choices, "--save", "out", "--save_model", "out/model") == 0
-    shown = capsys.readouterr()
-    zeros = zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
-    assert torch.cat([where.flatten() for where in zeros.values()]).float().mean() == pytest.approx(0.5, abs=0.01)
-    sparsities = {where.float().mean().item() for where in zeros.values()}
-    assert len(sparsities) > 1
-    report = json.loads(Path("out/pruning_report.json").read_text())
-    assert sorted({layer["sparsity"] for layer in report["layers"]}) == pytest.approx(sorted(sparsities))
-    assert report["config"]["allocation"]["name"] == ("OWL" if allocation == "owl" else "AlphaPruning")
-    assert ("Note: mixed N:M: " in shown.out) == (pattern == "8:16")
-    assert ("Observing" in shown.err) == (allocation == "owl")
-
-
-@pytest.mark.parametrize(
     ("preset", "pattern"),
     [
         *(("balanced", "2:4"), ("best", "unstructured")),
@@ -153,10 +134,10 @@ def test_a_preset_of_an_image_classifier(inputs, images, tmp_path, refused):
     assert len({layer.target for layer in report.layers}) > 1
 
 
-def test_skip_only_dtype_and_granularity(text, tmp_path):
+def test_skip_only_and_dtype(text, tmp_path):
     more = ["--skip", '["*.down_proj", "model.layers.0.self_attn"]', "--only", "re:.*(self_attn|mlp).*"]
     more += ["--dtype", "bfloat16", "--sequential", "layer", "--batch_size", "2"]
-    assert run(*text, *more, "--save", "out", "--save_model", "out/model") == 0
+    assert run(*text, *more, *OUT) == 0
     pruned = AutoModelForCausalLM.from_pretrained("out/model")
     assert pruned.dtype == torch.bfloat16
     for name, where in zeros_by_layer(pruned).items():
@@ -211,7 +192,7 @@ def test_the_report_has_images_whose_prediction_changed(inputs, images, tmp_path
 
 def test_nothing_is_written_that_was_not_asked_for(text, tmp_path, capsys):
     assert run(*text) == 0
-    assert "wanda" in capsys.readouterr().out
+    assert "Nothing was saved. To save the model, add --save_model DIR" in capsys.readouterr().out
     assert everything_in(tmp_path) == {}
 
 
@@ -260,25 +241,39 @@ def test_the_digits_that_need_no_network(inputs, few_digits):
     assert run("prune", *weights, "--data", "digits", "--num_samples", "8") == 0
 
 
-WRONG_USAGE = [
-    (["--model", "{}/images"], "has no config.json"),
-    (["--calibration", "{}/table.csv"], "ends in .csv"),
-    (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
-]
 REFUSED = [
-    (["--calibration", "{}/latin1.txt"], "must be in UTF-8"),
-    (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
-    (["--evaluation", "{}/short.txt"], f"seqlen={SEQLEN} needs a text of at least {SEQLEN} tokens, but"),
-    (
-        ["--calibration", "c4"],
-        "error: The data set allenai/c4 is not in the cache, and the Hugging Face hub cannot be rea",
-    ),
-    (["--evaluation", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"),
-    (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of"),
-    (["--skip", "[down_proj]"], "skip='down_proj' matches no matrix of the model; the nearest is"),
-    (["--skip", "[model]"], "model has nothing to prune"),
-    (["--model", "{}/long.txt"], "is another file. Give the folder"),
+    (["--model", "{}/images"], "has no config.json", 2),
+    (["--calibration", "{}/table.csv"], "ends in .csv", 2),
+    (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65", 2),
+    (["--calibration", "{}/latin1.txt"], "must be in UTF-8", 1),
+    (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but", 1),
+    (["--evaluation", "{}/short.txt"], f"seqlen={SEQLEN} needs a text of at least {SEQLEN} tokens, but", 1),
+    (["--calibration", "c4"], "The data set allenai/c4 is not in the cache, and the Hugging Face hub cannot be rea", 1),
+    (["--evaluation", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)", 1),
+    (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of", 1),
+    (["--skip", "[down_proj]"], "skip='down_proj' matches no matrix of the model; the nearest is", 1),
+    (["--skip", "[model]"], "model has nothing to prune", 1),
+    (["--model", "{}/long.txt"], "is another file. Give the folder", 1),
+    (["--stream", "--device", "cuda:99"], "device must be one that PyTorch can use on this machine", 1),
+    (["--device", "cuda"], "--device has no meaning for pruning without --stream", 2),
+    (["--park", "disk"], "--park has no meaning for pruning without --stream", 2),
+    (["--stream", "--model", "{}/gone.gguf"], "safetensors", 2),
+    (["--stream", "--calibration", "self"], "--calibration self needs the whole model in memory", 2),
+    (["--stream", "--method", "thorough"], "needs the whole model in memory", 1),
+    (["--stream", "--sequential", "none", "--solver", "admm"], "needs the Gram matrices of all layers in memory", 1),
 ]
+
+
+@pytest.mark.parametrize(("more", "message", "code"), REFUSED, ids=[" ".join(more) for more, _, _ in REFUSED])
+def test_refused_for_a_language_model(inputs, text, refused, more, message, code):
+    err = refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
+    assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
+
+
+def test_refused_with_stream(text, refused):
+    refused(*text, "--stream", message="--save_model, which is missing", code=2)
+    message = "--overwrite has no meaning for --stream"
+    refused(*text, "--stream", "--overwrite", "--save_model", "out", message=message, code=2)
 
 
 def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
@@ -360,37 +355,6 @@ def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_s
     measured = PruningReport.from_json((tmp_path / "out" / "pruning_report.json").read_text()).run
     assert min(measured.after, measured.before) > 1
     assert not (tmp_path / "out" / "model" / "pruning_progress.json").exists()
-
-
-NOT_STREAMED = [
-    (["--stream"], "--save_model, which is missing", 2),
-    (["--stream", "--device", "cuda:99", *OUT], "device must be one that PyTorch can use on this machine", 1),
-    (["--device", "cuda", *OUT], "--device has no meaning for pruning without --stream", 2),
-    (["--park", "disk", *OUT], "--park has no meaning for pruning without --stream", 2),
-    (["--stream", "--model", "{}/gone.gguf", *OUT], "safetensors", 2),
-    (["--stream", "--calibration", "self", *OUT], "--calibration self needs the whole model in memory", 2),
-    (["--stream", "--overwrite", "--save_model", "out"], "--overwrite has no meaning for --stream", 2),
-    (["--stream", "--method", "thorough", *OUT], "needs the whole model in memory", 1),
-    (
-        ["--stream", "--sequential", "none", "--solver", "admm", *OUT],
-        "needs the Gram matrices of all layers in memory",
-        1,
-    ),
-]
-
-
-@pytest.mark.parametrize(("more", "message", "code"), NOT_STREAMED, ids=[" ".join(more) for more, _, _ in NOT_STREAMED])
-def test_refused_with_stream(inputs, text, refused, more, message, code):
-    refused(*text, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
-
-
-CASES = [(*case, 2) for case in WRONG_USAGE] + [(*case, 1) for case in REFUSED]
-
-
-@pytest.mark.parametrize(("more", "message", "code"), CASES, ids=[" ".join(more) for more, _, _ in CASES])
-def test_refused_for_a_language_model(inputs, text, refused, more, message, code):
-    err = refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message, code=code)
-    assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
 
 
 def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images, refused, tmp_path):

@@ -4,17 +4,11 @@ from pathlib import Path
 
 import pytest
 from support.cli import IGNORED_WARNINGS, everything_in, run
-from support.hub import ignores_uploads, running_hub
+from support.hub import hub as hub
+from support.hub import ignores_uploads
 
 pytestmark = [*IGNORED_WARNINGS, ignores_uploads]
 PUSH = ["--push_to_hub", "us/tiny"]
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with running_hub() as hub:
-        hub.connect(monkeypatch)
-        yield hub
 
 
 @pytest.mark.parametrize("how", [[], ["--stream"]])

@@ -44,7 +44,7 @@ def test_a_signal_ends_a_command(command, inputs, text, pruned, tmp_path):
     arguments = [*text, "--save", "out", "--save_model", "model"]
     if command == "finetune":  # the Trainer has a handler of its own
         texts = ["--data", inputs / "long.txt", "--evaluation", inputs / "other.txt", "--limit", "1", "--seqlen", "32"]
-        arguments = ["finetune", "--model", pruned, *texts, "--steps", "50", "--save_model", "tuned"]
+        arguments = ["finetune", "--model", pruned, *texts, "--steps", "20", "--save_model", "tuned"]
     before = everything_in(tmp_path)
     fork = Fork(slowed, *where, *map(str, arguments))
     assert any("in the middle" in line for line in fork.stdout)
@@ -53,7 +53,9 @@ def test_a_signal_ends_a_command(command, inputs, text, pruned, tmp_path):
     assert ended.returncode == status
     assert f"wanda-lightning: ended by {number.name}. Unfinished files were removed." in ended.stderr
     assert "Traceback" not in ended.stderr
-    (tmp_path / "tuned.ckpt").unlink(missing_ok=True)  # to continue from
+    has_progress = (tmp_path / "tuned.ckpt").exists()
+    assert ("The same command continues from " in ended.stdout) == has_progress == (command == "finetune")
+    (tmp_path / "tuned.ckpt").unlink(missing_ok=True)
     assert everything_in(tmp_path) == before
 
 

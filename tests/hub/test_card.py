@@ -227,9 +227,13 @@ def test_license_and_base_of_a_folder_are_kept(tmp_path):
     metadata = "license: other\nlicense_name: llama\nlicense_link: LICENSE\nlanguage:\n- en\nbase_model: us/base\nx: 1"
     folder = folder_with_card(tmp_path / "dense", metadata)
     kept = {"license": "other", "license_name": "llama", "license_link": "LICENSE", "language": ["en"]}
-    assert find_source(folder) == find_source(f"timm:local-dir:{folder}") == Source("us/base", kept, is_derived=True)
+    assert (
+        find_source(ModelSource(folder))
+        == find_source(ModelSource(f"timm:local-dir:{folder}"))
+        == Source("us/base", kept, is_derived=True)
+    )
     (tmp_path / "dense/model.gguf").touch()
-    assert find_source(f"{folder}/model.gguf") == Source("us/base", kept, is_derived=True)
+    assert find_source(ModelSource(f"{folder}/model.gguf")) == Source("us/base", kept, is_derived=True)
 
     card = card_of(*pruned_llama(replace(RUN, model=folder)), tmp_path / "tiny")
     assert {"base_model": "us/base", "base_model_relation": "finetune", **kept}.items() <= card.data.to_dict().items()
@@ -240,16 +244,18 @@ def test_license_and_base_of_a_folder_are_kept(tmp_path):
 def test_a_folder_without_a_readable_card(tmp_path, card):
     if card is not None:
         (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
-    assert find_source(str(tmp_path)) == Source()
+    assert find_source(ModelSource(tmp_path)) == Source()
 
 
-def test_the_card_of_a_hub_model_comes_from_the_cache(tmp_path, snapshot):
+@pytest.mark.parametrize("revision", ["main", "v1"])
+def test_the_card_of_a_hub_model_comes_from_the_cache(tmp_path, snapshot, revision):
+    (snapshot.parents[1] / "refs/main").rename(snapshot.parents[1] / "refs" / revision)
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
-    link = "https://huggingface.co/us/pruned/blob/main/LICENSE"
+    link = f"https://huggingface.co/us/pruned/blob/{revision}/LICENSE"
     for name in ("us/pruned", "timm:hf-hub:us/pruned"):
-        found = find_source(name, cache_dir=str(tmp_path))
+        found = find_source(ModelSource(name, revision, str(tmp_path)))
         assert found == Source("us/pruned", {"license": "other", "license_link": link})
-    assert find_source("us/unknown", cache_dir=str(tmp_path)) == Source("us/unknown")
+    assert find_source(ModelSource("us/unknown", cache_dir=str(tmp_path))) == Source("us/unknown")
 
 
 def test_a_hub_that_cannot_be_reached_is_no_error(monkeypatch):
@@ -257,11 +263,11 @@ def test_a_hub_that_cannot_be_reached_is_no_error(monkeypatch):
         raise ConnectionError("proxy")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    assert find_source("us/model") == Source("us/model")
+    assert find_source(ModelSource("us/model")) == Source("us/model")
 
 
 def test_weights_of_timm_are_on_the_hub():
     known = timm.get_pretrained_cfg("test_vit")
-    assert find_source("timm:test_vit") == Source(known.hf_hub_id, {"license": known.license})
-    assert find_source("timm:test_vit (mine.safetensors)") == find_source("timm:test_vit.other_tag") == Source()
-    assert find_source("a b (mine.safetensors)") == Source()
+    assert find_source(ModelSource("timm:test_vit")) == Source(known.hf_hub_id, {"license": known.license})
+    for name in ("timm:test_vit (mine.safetensors)", "timm:test_vit.other_tag", "a b (mine.safetensors)"):
+        assert find_source(ModelSource(name)) == Source()

@@ -2,7 +2,8 @@
 
 import pytest
 from huggingface_hub import constants
-from support.hub import ignores_uploads, running_hub
+from support.hub import hub as hub
+from support.hub import ignores_uploads
 from support.modules import tiny_llama, tiny_tokenizer, tiny_vit
 
 from wanda_lightning.hub.upload import refuse_upload, upload
@@ -11,55 +12,44 @@ from wanda_lightning.modules import CausalLMModule
 pytestmark = ignores_uploads
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    with running_hub() as hub:
-        hub.connect(monkeypatch)
-        yield hub
-
-
 FILES = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
 
 
 @pytest.fixture
-def model(tmp_path):
-    """A folder with the kinds of files that a model has."""
+def folder(tmp_path):
+    """The kinds of files that a model has."""
     (tmp_path / "a model").mkdir()
     for name, content in FILES.items():
         (tmp_path / "a model" / name).write_bytes(content)
-    return tmp_path / "a model", FILES
+    return tmp_path / "a model"
 
 
-def test_the_files_of_the_model_are_uploaded_to_a_new_repository(hub, model):
-    folder, files = model
+def test_the_files_of_the_model_are_uploaded_to_a_new_repository(hub, folder):
     (folder / "logs").mkdir()
     for private in ("report.html", "logs/config.json", "config.json.bak", "adapter[1].json"):
         (folder / private).write_text("/home/me")
     refuse_upload("us/tiny")
     assert hub.requests == []
-    assert upload(folder, "us/tiny", [*files, "adapter[1].json"]) == f"{hub.url}/us/tiny"
-    assert hub.repositories == {"us/tiny": {**files, "adapter[1].json": b"/home/me"}}
+    assert upload(folder, "us/tiny", [*FILES, "adapter[1].json"]) == f"{hub.url}/us/tiny"
+    assert hub.repositories == {"us/tiny": {**FILES, "adapter[1].json": b"/home/me"}}
 
 
-def test_a_folder_is_uploaded_with_hf_xet_installed(hub, model, monkeypatch):
+def test_a_folder_is_uploaded_with_hf_xet_installed(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    folder, files = model
     (folder / "model.safetensors").rename(folder / "model.bin")  # the hub of the tests takes it without xet
     upload(folder, "us/tiny", ["model.bin"])
-    assert hub.repositories["us/tiny"]["model.bin"] == files["model.safetensors"]
+    assert hub.repositories["us/tiny"]["model.bin"] == FILES["model.safetensors"]
 
 
-def test_weights_of_another_model_in_the_repository_are_deleted(hub, model):
-    folder, files = model
+def test_weights_of_another_model_in_the_repository_are_deleted(hub, folder):
     names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     others = {"LICENSE": b"mine", "adapter_model.safetensors": b"adapters"}
     hub.repositories["us/tiny"] = {**dict.fromkeys(names, b"old"), **others, "config.json": b"old"}
     upload(folder, "us/tiny", FILES)
-    assert hub.repositories["us/tiny"] == {**others, **files}
+    assert hub.repositories["us/tiny"] == {**others, **FILES}
 
 
-def test_a_refused_upload_says_how_to_repeat_it(hub, model, monkeypatch):
-    folder, files = model
+def test_a_refused_upload_says_how_to_repeat_it(hub, folder, monkeypatch):
     hub.refused = "us/tiny"
     with pytest.raises(OSError, match="You have no permission to write") as caught:
         upload(folder, "us/tiny", FILES)
@@ -67,17 +57,16 @@ def test_a_refused_upload_says_how_to_repeat_it(hub, model, monkeypatch):
     assert str(caught.value).startswith(expected)
     included = "--include README.md --include config.json --include model.safetensors"
     assert str(caught.value).endswith(f"run: hf upload us/tiny '{folder}' {included}")
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(OSError, match="hf upload us/tiny"):
         upload(folder, "us/tiny", FILES)
 
 
-def test_a_private_repository(hub, model):
-    folder, files = model
+def test_a_private_repository(hub, folder):
     upload(folder, "us/tiny", FILES, private=True)
     assert hub.private == {"us/tiny"}
-    assert hub.repositories == {"us/tiny": files}
+    assert hub.repositories == {"us/tiny": FILES}
     hub.repositories["us/public"] = {}
     message = "push_to_hub='us/public' must be a private repository with private=True, but it exists and is public"
     with pytest.raises(ValueError, match=f"^{message}"):

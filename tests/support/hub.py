@@ -17,21 +17,14 @@ ignores_uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWa
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory.
-
-    Attributes:
-        repositories: The files of each repository, by path.
-        private: The repositories that are private.
-        refused: A repository to which nothing can be committed.
-        requests: Method and path of each request.
-    """
+    """Repositories in memory."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.repositories: dict[str, dict[str, bytes]] = {}  # the files of each, by path
         self.private: set[str] = set()
-        self.refused = ""
-        self.requests: list[str] = []
+        self.refused = ""  # a repository to which nothing can be committed
+        self.requests: list[str] = []  # method and path
         self.uploaded: dict[str, bytes] = {}  # by sha256
 
     @property
@@ -62,6 +55,13 @@ def running_hub():
         hub.shutdown()
         thread.join()
         hub.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with running_hub() as hub:
+        hub.connect(monkeypatch)
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -42,15 +42,11 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line with these arguments, by default those of the shell, and return the exit status.
 
-    Args:
-        argv: The arguments; by default those of the shell.
-
-    Returns:
-        The exit status: 0; 2 for a wrong option that is found before data or a model is loaded; 1 for any other error;
-        128 plus the number of the signal that ended the command (130 after Ctrl-C, 143 after SIGTERM, 129 after
-        SIGHUP); 141 if the output was closed before its end.
+    It is 0; 2 for a wrong option that is found before data or a model is loaded; 1 for any other error; 128 plus the
+    number of the signal that ended the command (130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP); 141 if the
+    output was closed before its end.
     """
     signals = None
     try:

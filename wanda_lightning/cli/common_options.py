@@ -20,7 +20,10 @@ PAPER_SEQLEN = 2048
 PAPER_IMAGES, PAPER_SEQUENCES = 4096, 128
 IMAGES_AT_ONCE, SEQUENCES_AT_ONCE = 64, 4
 
-TEXTS_HELP = "c4, wikitext2, python-docs, sklearn-docs (these two need no network) or a FILE (.txt, .jsonl, .parquet)"
+TEXTS_HELP = (
+    "c4, wikitext2, python-docs, sklearn-docs (these two need no network), the id of a data set on the hub "
+    "(OWNER/NAME) or a FILE (.txt, .jsonl, .parquet)"
+)
 IMAGES_HELP = (
     "a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits (8x8 digits, needs no network). Required "
     "for image classifiers."
@@ -72,17 +75,22 @@ class ModelOptions:
 
     def refuse_place(self, name: str, refuse: Callable[[str, bool], None]) -> None:
         """Refuse a path that cannot be written, in a message that starts with the option."""
-        if (path := getattr(self, name)) is not None:
+        values = vars(self)
+        if (path := values[name]) is not None:
             if not path.strip() or "\0" in path:
                 raise UsageError(f"--{name} must be a path, but it is {path!r}.")
             try:
-                refuse(path, self.overwrite)  # type: ignore[attr-defined]  # of every command that writes
+                refuse(path, values["overwrite"])  # every command that writes has this option
             except OSError as error:
                 raise UsageError(f"--{name} {error}") from error
 
-    def require_images(self, model: str) -> None:
-        """Refuse an image classifier without images to measure it on."""
-        if self.data is None:  # type: ignore[attr-defined]  # of every command that reads images
+    def refuse_other_kind(self, model: str, data: str | None, of_language_models: str) -> None:
+        """Refuse options for the other kind of model, and an image classifier without images to measure it on."""
+        if not model.startswith(TIMM):
+            self.refuse_given("a language model", "data checkpoint")
+            return
+        self.refuse_given("an image classifier", of_language_models)
+        if data is None:
             raise UsageError(
                 f"--data is required for the image classifier {model}: give a folder laid out like ImageNet, cifar10, "
                 "cifar100 or a hub id with the classes that the model was trained on, or digits to try the command out."
@@ -90,8 +98,8 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class SaveOptions:
-    """Where a command saves a model."""
+class SaveOptions(ModelOptions):
+    """The model that a command loads, and where it saves the new one."""
 
     save_model: str | None = option("Folder for the pruned model.")
     push_to_hub: str | None = option(
@@ -104,6 +112,6 @@ class SaveOptions:
         """Refuse an upload without a saved model, a private one without a repository, and one that cannot succeed."""
         for needed, name in (("save_model", "push_to_hub"), ("push_to_hub", "private")):
             if getattr(self, needed) is None:
-                self.refuse_given(f"{purpose} without --{needed}", name)  # type: ignore[attr-defined]  # ModelOptions
+                self.refuse_given(f"{purpose} without --{needed}", name)
         if self.push_to_hub is not None:
             refuse_upload(self.push_to_hub, self.private)

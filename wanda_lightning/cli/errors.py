@@ -31,7 +31,7 @@ def explain(error: BaseException, debug: bool) -> int:
         message = str(refusal) or type(refusal).__name__
     elif out_of_memory:
         cause = str(error).splitlines()[0] if str(error) else "of the host"
-        message = f"memory ran out ({cause}). Use a smaller --batch_size, --num_samples or --seqlen."
+        message = f"memory ran out ({cause}). Use smaller batches, fewer samples or shorter windows."
     else:
         message = (
             "internal error in wanda_lightning or in a library that it uses. Please open an issue with the command and "

@@ -113,7 +113,7 @@ class _ImageClassifiers:
 
 
 def _measure_each(models: Any, pruned: str | None) -> dict[str, Results]:
-    """Measure one model at a time, after all were loaded once, so that none is refused after another was measured."""
+    """Load all models once, so that none is refused after another was measured; then measure them one at a time."""
     module: Any = None
     zeros: KeptZeros | None = None
     lost: dict[str, dict[str, float]] = {name: {} for name in models.names}

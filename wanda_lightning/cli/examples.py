@@ -36,14 +36,14 @@ class TextExamples(Examples):
         self.texts: list[str] = []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Continue the prompts; without texts if the model cannot."""
+        """Continue the prompts; warn if the model cannot generate text."""
         model, tokenizer = pl_module.model, pl_module.tokenizer
         try:
             with ProgressBar("Continuing prompts", len(PROMPTS)) as bar:
                 for prompt in PROMPTS:
                     self.texts.append(continuation(model, tokenizer, prompt))
                     bar.advance()
-        except Exception as error:  # of the model's own code, which must not end a run that has pruned
+        except Exception as error:  # code of the model, whose errors must not end a run that has pruned
             warnings.warn(
                 f"{type(model).__name__} cannot continue a prompt, so the report has no text: {one_line(error)}",
                 stacklevel=2,

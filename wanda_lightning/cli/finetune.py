@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from wanda_lightning.cli.measure import (
     refuse_long_windows,
     refuse_no_space,
     save_model,
+    tolerating_no_card,
 )
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
@@ -46,6 +46,15 @@ def run(options: FinetuneOptions) -> None:
     continues after an interruption.
     """
     checkpoint = None if options.save_model is None else _Progress(options)
+    try:
+        _finetune(options, checkpoint)
+    except BaseException:
+        if checkpoint is not None and checkpoint.path.exists():
+            print_line(f"The same command continues from {checkpoint.path}.")
+        raise
+
+
+def _finetune(options: FinetuneOptions, checkpoint: _Progress | None) -> None:
     source = options.source(options.model)
     refuse_long_windows(options.seqlen, source)
     dtype = options.dtype or ("float32" if options.method == "full" else "auto")
@@ -70,24 +79,28 @@ def run(options: FinetuneOptions) -> None:
         )
     windows.setup("fit")
     refuse_no_space(options.save_model, module)
-    if options.method != "full":  # before anything is measured, since it may be refused
+    # Before anything is measured, since adapters and devices may be refused.
+    if options.method != "full":
         _add_adapters(module, options)
-    perplexity: dict[str, float] = {}
-    callbacks: list[Callback] = [KeepZeros()] if options.method == "full" else []
+    dense = None
     if options.dense is not None:
         dense = CausalLMModule(options.dense, dtype=dtype, **options.source(options.dense).hub)
+    trainer = _trainer(options, dense, checkpoint)
+    perplexity: dict[str, float] = {}
+    if dense is not None:
         perplexity["dense"] = measure(dense, windows)["val_perplexity"]
-        callbacks += [DistillFromDense(dense)] if options.distill else []
         del dense  # unless it is still needed, free it before training
     perplexity["pruned"] = measure(module, windows)["val_perplexity"]  # new adapters add nothing
-    seconds = _train(module, windows, options, callbacks, checkpoint)
+    started = time.perf_counter()
+    resumed = checkpoint is not None and checkpoint.path.exists()
+    trainer.fit(module, windows, ckpt_path=checkpoint.path if checkpoint is not None and resumed else None)
+    seconds = time.perf_counter() - started
     if options.method == "lora":
         perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
-    card = OwnCard() if options.save_model is None else read_card(source)  # may be replaced
-    folder = save_model(module, options.save_model, options.overwrite)
-    _write_card(card, folder, options, perplexity, windows)
+    before, after, data = perplexity["pruned"], perplexity["fine-tuned"], windows.describe_evaluation()
+    folder = _save(module, options, Run(as_command("finetune", options), "", PERPLEXITY.name, before, after, data))
     if checkpoint is not None:
         checkpoint.path.unlink(missing_ok=True)
     files = files_in(folder) if folder else []
@@ -98,6 +111,8 @@ def run(options: FinetuneOptions) -> None:
     print_table(table)
     steps = counted(options.steps, "step")
     print_line(f"{steps} in {seconds:.0f} s. Zeros before: {zeros:,}, after: {_count_zeros(module):,}.")
+    if folder is None:
+        print_line("The model was not saved. To save it, add --save_model DIR.")
     push(folder, files, options)
 
 
@@ -117,6 +132,16 @@ def _add_adapters(module: CausalLMModule, options: FinetuneOptions) -> None:
         raise UserError(f"--target_modules {','.join(targets)} cannot get adapters: {one_line(error)}") from error
 
 
+def _command_of(checkpoint: Path) -> str:
+    """Return the command that wrote a checkpoint; empty if the file is damaged or of another program."""
+    import torch
+
+    try:
+        return str(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["command"])
+    except Exception:  # torch raises errors of many kinds
+        return ""
+
+
 class _Progress(Checkpoint):
     """The checkpoint of a run, and the command that it belongs to; refuses a checkpoint of another command."""
 
@@ -126,13 +151,11 @@ class _Progress(Checkpoint):
         self._every = max(1, options.steps // _CHECKPOINTS)
         self._command = as_command("finetune", replace(options, push_to_hub=None, private=False, overwrite=False))
         if self.path.exists():
-            import torch
-
-            found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)["command"]
+            found = _command_of(self.path)
             if found != self._command:
                 raise UserError(
                     f"--save_model {options.save_model} has a checkpoint of another command, {self.path}. Remove the "
-                    f"file, or continue that command: {found}"
+                    f"file, or continue that command{f': {found}' if found else '.'}"
                 )
             print_line(f"Training continues from {self.path}.")
 
@@ -148,17 +171,13 @@ class _Progress(Checkpoint):
         checkpoint["command"] = self._command
 
 
-def _train(
-    module: CausalLMModule,
-    windows: TextDataModule,
-    options: FinetuneOptions,
-    callbacks: Sequence[Callback],
-    checkpoint: _Progress | None,
-) -> float:
-    """Train, and return the number of seconds."""
-    trainer = plain_trainer(
+def _trainer(options: FinetuneOptions, dense: CausalLMModule | None, checkpoint: _Progress | None) -> L.Trainer:
+    """Return the Trainer for the fine-tuning; Lightning refuses devices that this machine does not have."""
+    callbacks: list[Callback] = [KeepZeros()] if options.method == "full" else []
+    callbacks += [DistillFromDense(dense)] if options.distill and dense is not None else []
+    callbacks += [] if checkpoint is None else [checkpoint]
+    return plain_trainer(
         *callbacks,
-        *([] if checkpoint is None else [checkpoint]),
         devices=options.devices,
         strategy="auto" if options.devices == 1 else "ddp_spawn",  # the command itself runs only once
         precision=options.precision,
@@ -168,30 +187,17 @@ def _train(
         gradient_clip_val=1.0,
         enable_checkpointing=checkpoint is not None,
     )
-    started = time.perf_counter()
-    resumed = checkpoint is not None and checkpoint.path.exists()
-    trainer.fit(module, windows, ckpt_path=checkpoint.path if checkpoint is not None and resumed else None)
-    return time.perf_counter() - started
 
 
-def _write_card(
-    card: OwnCard,
-    folder: Path | None,
-    options: FinetuneOptions,
-    perplexity: Mapping[str, float],
-    windows: TextDataModule,
-) -> None:
-    if folder is None:
-        return
-    run = Run(
-        command=as_command("finetune", options),
-        metric=PERPLEXITY.name,
-        before=perplexity["pruned"],
-        after=perplexity["fine-tuned"],
-        data=windows.describe_evaluation(),
-    )
-    name, on_hub = options.push_to_hub or folder, options.push_to_hub is not None
-    continue_card(card, folder, run, name=name, on_hub=on_hub)
+def _save(module: CausalLMModule, options: FinetuneOptions, run: Run) -> Path | None:
+    """Save the model with the card of the pruned one, and return its folder; None if it is not to be saved."""
+    card = read_card(options.source(options.model)) if options.save_model else OwnCard()  # it may be replaced
+    folder = save_model(module, options.save_model, options.overwrite)
+    if folder is not None:
+        with tolerating_no_card(folder):
+            name, on_hub = options.push_to_hub or folder, options.push_to_hub is not None
+            continue_card(card, folder, run, name=name, on_hub=on_hub)
+    return folder
 
 
 def _count_zeros(module: CausalLMModule) -> int:

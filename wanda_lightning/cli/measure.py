@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from wanda_lightning.cli.errors import UsageError
 from wanda_lightning.cli.output import print_line
 from wanda_lightning.common.model_source import ModelSource, load_config
 from wanda_lightning.common.refuse_path import is_replaceable, refuse_full
+from wanda_lightning.common.words import one_line
 from wanda_lightning.common.write_whole import unclaimed
 from wanda_lightning.hub.upload import upload
 
@@ -68,6 +70,15 @@ def save_model(module: Any, folder: str | None, overwrite: bool) -> Path | None:
     if place != Path(folder):
         print_line(f"Note: {folder} was written to meanwhile, so the model is in {place}.")
     return place
+
+
+@contextmanager
+def tolerating_no_card(folder: Path) -> Iterator[None]:
+    """Print a note if the model card cannot be written, since the saved model and the results matter more."""
+    try:
+        yield
+    except Exception as error:
+        print_line(f"Note: no model card could be written into {folder}: {one_line(error)}")
 
 
 def push(folder: Path | None, files: Collection[str], options: SaveOptions) -> None:

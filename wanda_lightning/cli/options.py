@@ -33,7 +33,7 @@ PRECISIONS = ("32-true", "32", "64-true", "64", "16-true", "16-mixed", "bf16-tru
 
 
 @dataclass(kw_only=True)
-class FinetuneOptions(SaveOptions, ModelOptions):
+class FinetuneOptions(SaveOptions):
     """The options of `wanda-lightning finetune`."""
 
     model: str = option("Hub id, folder or .gguf file of the pruned model.", MISSING)
@@ -141,14 +141,10 @@ class EvaluateOptions(ModelOptions):
         if len({name.startswith(TIMM) for name in self.models}) != 1:
             found = "both were given" if self.models else "none was given"
             raise UsageError(f"--model must name language models or image classifiers, but {found}.")
-        if self.is_image:
-            language = "evaluation tasks tasks_dir limit task_limit seqlen dtype revision trust_remote_code"
-            self.refuse_given("an image classifier", language)
-            self.require_images(self.models[0])
-        else:
-            self.refuse_given("a language model", "data checkpoint")
-            if not self.tasks:
-                self.refuse_given("an evaluation without --tasks", "tasks_dir task_limit")
+        language = "evaluation tasks tasks_dir limit task_limit seqlen dtype revision trust_remote_code"
+        self.refuse_other_kind(self.models[0], self.data, language)
+        if not self.tasks:
+            self.refuse_given("an evaluation without --tasks", "tasks_dir task_limit")
         if self.checkpoint is not None and len(self.checkpoint) != len(self.model):
             raise UsageError(
                 f"--checkpoint must have one file for each --model, but it has {len(self.checkpoint)} for "

@@ -69,6 +69,8 @@ def _one_line(message: Any, category: Any, filename: str, lineno: int, line: str
 
 def quiet_libraries() -> None:
     """Hide what libraries log at every start: Lightning about hardware, torchao about kernels for other devices."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it is installed
         logging.getLogger(name).setLevel(logging.ERROR)
+    import lightning.pytorch  # which sets its level when it is imported
+
+    logging.getLogger(lightning.pytorch.__name__).setLevel(logging.WARNING)

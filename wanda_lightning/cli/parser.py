@@ -28,7 +28,8 @@ def option(help: str, default: Any = None, rule: Number | OneOf | None = None, a
 
     The `alias` is a second name, which the reference or an earlier version gives to the option.
     """
-    metadata = {"help": help, "rule": rule, "alias": alias}
+    allowed = f" O{str(rule)[1:]}." if isinstance(rule, OneOf) else ""
+    metadata = {"help": help + allowed, "rule": rule, "alias": alias}
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -37,6 +38,14 @@ def option(help: str, default: Any = None, rule: Number | OneOf | None = None, a
 def default_of(each: Field[Any]) -> Any:
     """Return the default of a field."""
     return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+def default_text(each: Field[Any]) -> str:
+    """Return the default of a field as it is typed; empty for None, False, an empty list and a required option."""
+    default = default_of(each)
+    if default is MISSING or default is None or default is False:
+        return ""
+    return ",".join(default) if isinstance(default, list) else str(default)
 
 
 def flags_of(each: Field[Any]) -> list[str]:
@@ -127,9 +136,9 @@ class CommandParser(argparse.ArgumentParser):
     def _value(self, each: Field[Any], text: Any) -> Any:
         """Convert the text of an argument, or a value of a YAML file, to the type of the option, and check it."""
         kind, rule = self._kinds[each.name], each.metadata["rule"]
-        if text == "null" and each.default is None:
-            return None
-        if text == "" and kind is str:  # as of "$UNSET"
+        if text == "null":
+            return default_of(each)
+        if text == "" and kind is str:  # such as "$UNSET" in a script
             raise UsageError(f"--{each.name} must not be empty. Leave it out, or give a value.")
         if not isinstance(text, str) and kind is not list:
             raise UsageError(f"--{each.name} must be one value, but it is {text!r}.")
@@ -147,18 +156,14 @@ class CommandParser(argparse.ArgumentParser):
 
 def _argument(each: Field[Any], kind: type) -> dict[str, Any]:
     """Return the arguments of `add_argument` for a field."""
-    text, rule, default = each.metadata["help"], each.metadata["rule"], default_of(each)
+    text, default = each.metadata["help"], default_text(each)
     if kind is bool:
         return {"nargs": 0, "const": "true", "help": text}
     if kind is list:
         text += " Commas separate several."
-    if isinstance(rule, OneOf):
-        text += f" O{str(rule)[1:]}."
-    if default is MISSING:
-        text += " (required)"
-    elif default not in (None, []):
-        text += f" (default: {','.join(default) if kind is list else default})"
-    metavar = "NAME" if isinstance(rule, OneOf) else {int: "N", float: "X", str: "TEXT", list: "LIST"}[kind]
+    text += " (required)" if default_of(each) is MISSING else f" (default: {default})" if default else ""
+    is_name = isinstance(each.metadata["rule"], OneOf)
+    metavar = "NAME" if is_name else {int: "N", float: "X", str: "TEXT", list: "LIST"}[kind]
     return {"metavar": metavar, "help": text.replace("%", "%%")}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,20 @@ from wanda_lightning.cli.common_options import (
     SEQUENCES_AT_ONCE,
 )
 from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
-from wanda_lightning.cli.measure import checked_seqlen, measure, push, refuse_long_windows, refuse_no_space, save_model
+from wanda_lightning.cli.measure import (
+    checked_seqlen,
+    measure,
+    push,
+    refuse_long_windows,
+    refuse_no_space,
+    save_model,
+    tolerating_no_card,
+)
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parser import as_command, as_given
 from wanda_lightning.cli.pruning_options import PruneOptions
 from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.common.refuse_path import existing_parent, files_in
-from wanda_lightning.common.words import one_line
 from wanda_lightning.common.write_whole import unclaimed, whole_file
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
@@ -40,7 +47,7 @@ from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.report import REPORT_NAME, Measured, PruningReport, Run
 from wanda_lightning.report.descriptions import change_of
-from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
+from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
 from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.disk_and_host_parking import refuse_parking
@@ -74,14 +81,18 @@ def run(options: PruneOptions) -> None:
     folder = save_model(module, options.save_model, options.overwrite)
     _write_card(folder, options, report)
     files = files_in(folder) if folder else []
-    if tasks:  # takes hours for a large model, so it is saved before
-        accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
-        report.run = replace(run, zero_shot=accuracies)
-        _write_card(folder, options, report)
-    _write_results(options, report)
+    try:
+        if tasks:  # takes hours for a large model, so it is saved before
+            accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
+            report.run = replace(run, zero_shot=accuracies)
+            _write_card(folder, options, report)
+    finally:
+        _write_results(options, report)
     _print_results(options.name, report)
     if tasks:
         print_table(Evaluation({f"{options.model}, pruned": accuracies}).table())
+    if not (options.save_model or options.save or options.report):
+        print_line("Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR.")
     push(folder, files, options)
     return None
 
@@ -116,9 +127,9 @@ def _stream(options: PruneOptions) -> None:
 
 def _perplexities(read: Callable[..., float], data: TextDataModule) -> dict[str, float]:
     """Return the perplexity on each text, by the names under which a Trainer logs them."""
-    (name, _), loaders = PERPLEXITY.logged, data.val_dataloader()
-    names = [name, *(f"{name}/{text}" for text in data.evaluations[1:])]
-    return dict(zip(names, map(read, loaders if isinstance(loaders, list) else [loaders]), strict=True))
+    loaders = data.val_dataloader()
+    results = map(read, loaders if isinstance(loaders, list) else [loaders])
+    return dict(zip(_logged_names(PERPLEXITY, data), results, strict=True))
 
 
 def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
@@ -172,50 +183,40 @@ def _record_run(
     pruned: Mapping[str, float],
 ) -> Run:
     """Record the options and the results in the report, and return the results."""
-    report.config["command"] = as_given(options) | _as_used(options, data)
-    always = ("sparsity",) if config.pattern.fixed_sparsity is None else ()
-    metric = TOP1 if options.is_image else PERPLEXITY
-    name, _ = metric.logged
+    used: dict[str, Any] = {"num_samples": data.num_samples, "batch_size": data.batch_size}
+    if isinstance(data, ImageDataModule):
+        metric, measured_on = TOP1, [data.describe_evaluation()]
+    else:
+        used |= {"seqlen": data.seqlen, "calibration": data.calibration, "evaluation": list(data.evaluations)}
+        metric, measured_on = PERPLEXITY, [data.describe_evaluation(number) for number in range(len(data.evaluations))]
+    report.config["command"] = as_given(options) | used
+    logged = _logged_names(metric, data)
+    first, *others = [Measured(text, dense[name], pruned[name]) for text, name in zip(measured_on, logged, strict=True)]
     report.run = Run(
-        command=as_command("prune", options, always),
+        command=as_command("prune", options, always=("sparsity",) if config.pattern.fixed_sparsity is None else ()),
         model=f"{options.model} ({options.checkpoint})" if options.checkpoint else options.model,
         metric=metric.name,
-        before=dense[name],
-        after=pruned[name],
-        data=data.describe_evaluation(),
-        others=() if isinstance(data, ImageDataModule) else tuple(_others(data, dense, pruned)),
+        before=first.before,
+        after=first.after,
+        data=first.data,
+        others=tuple(others),
         calibration="" if config.data_reader is None else data.describe_calibration(data.num_samples),
     )
     return report.run
 
 
-def _others(data: TextDataModule, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Iterator[Measured]:
-    """Yield the results on the texts after the first."""
-    for number, text in enumerate(data.evaluations[1:], start=1):
-        name = f"{PERPLEXITY.logged[0]}/{text}"
-        yield Measured(data.describe_evaluation(number), dense[name], pruned[name])
-
-
-def _as_used(options: PruneOptions, data: TextDataModule | ImageDataModule) -> dict[str, Any]:
-    """Return the options whose defaults depend on the model, with the values that were used."""
-    used: dict[str, Any] = {
-        "num_samples": data.num_samples,
-        "batch_size": data.batch_size,
-        "method": options.method or "wanda",
-    }
-    if isinstance(data, ImageDataModule):
-        return used
-    return {**used, "seqlen": data.seqlen, "calibration": data.calibration, "evaluation": list(data.evaluations)}
+def _logged_names(metric: Metric, data: TextDataModule | ImageDataModule) -> list[str]:
+    """Return the names under which a Trainer logs the result on each data set."""
+    name, _ = metric.logged
+    texts = () if isinstance(data, ImageDataModule) else data.evaluations[1:]
+    return [name, *(f"{name}/{text}" for text in texts)]
 
 
 def _write_card(folder: Path | None, options: PruneOptions, report: PruningReport) -> None:
     if folder is None:
         return
-    name = options.push_to_hub or folder
-    try:
-        write_card(folder, report, name=name, on_hub=options.push_to_hub is not None)
-    except Exception as error:  # the results, which are not written yet, matter more than the card
-        print_line(f"Note: no model card could be written into {folder}: {one_line(error)}")
+    with tolerating_no_card(folder):
+        write_card(folder, report, name=options.push_to_hub or folder, on_hub=options.push_to_hub is not None)
 
 
 def _write_results(options: PruneOptions, report: PruningReport) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from wanda_lightning.data import image_sources, text_sources
 from wanda_lightning.methods import PARKING
 
 _REFERENCE_FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
+_ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
 
 
 class _Pattern(OneOf):
@@ -49,34 +50,35 @@ class _Pattern(OneOf):
         return 1 <= int(found[1]) < int(found[2]) if found else super().accepts(value)
 
 
-def _choices() -> Iterator[tuple[str, Any, Any]]:
-    """Yield an option for each argument of `PruningConfig.from_names`, with the first sentence of its description."""
+def _choices(without: Collection[str] = ()) -> Any:
+    """Return a dataclass with an option for each argument of `PruningConfig.from_names`.
+
+    The help is the first sentence of the argument's description.
+    """
     text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
     described = dict(re.findall(r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE))
-    for name, parameter in inspect.signature(PruningConfig.from_names).parameters.items():
+    options = []
+    for name in (each for each in _ARGUMENTS if each not in without):
+        default = "wanda" if name == "method" else _ARGUMENTS[name].default  # which means the same
         help = " ".join(described.get(name, "").replace("`", "").split())
         rule = OneOf(tuple(NAMES[name])) if name in NAMES else None
         if name == "pattern":
             rule = _Pattern(("unstructured", *NAMES[name], "any other N:M with 1 <= N < M"))
-        kind = {tuple: list[str], type(None): str | None}.get(type(parameter.default), type(parameter.default))
-        yield name, kind, option(help, parameter.default, rule, _REFERENCE_FLAGS.get(name))
+        kind = {tuple: list[str], type(None): str | None}.get(type(default), type(default))
+        options.append((name, kind, option(help, default, rule, _REFERENCE_FLAGS.get(name))))
+    return make_dataclass("_Choices", options, bases=(ModelOptions,), kw_only=True)
 
 
-_Choices: Any = make_dataclass("_Choices", _choices(), bases=(ModelOptions,), kw_only=True)
+_PruneChoices: Any = _choices()
+_InspectChoices: Any = _choices(without=("sparsity", "min_expert_tokens", "keep_batch_norm"))
 
 
 @dataclass(kw_only=True)
-class _PruningOptions(_Choices):  # type: ignore[misc]  # its base is made from PruningConfig
-    """The model, all choices of a pruning, and what determines the memory that it needs."""
+class _PruningOptions(ModelOptions):
+    """The model, and what determines the memory that a pruning needs."""
 
     model: str = option(
         "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.", MISSING
-    )
-    use_variant: bool = option(
-        "The reference's name of --pattern equal_share: each row loses the same share of its total score.", False
-    )
-    prune_granularity: str | None = option(
-        "The reference's name of --pattern unstructured_row and unstructured_layer.", rule=OneOf(("row", "layer"))
     )
     num_samples: int | None = option(
         "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.",
@@ -95,65 +97,39 @@ class _PruningOptions(_Choices):  # type: ignore[misc]  # its base is made from 
         rule=OneOf(PARKING),
     )
 
-    def __post_init__(self) -> None:
-        if self.stream and self.model.endswith(".gguf"):
-            raise UsageError(
-                f"--stream reads a folder or hub model in safetensors, but --model is {self.model}. Give such a "
-                "model, or leave --stream out."
-            )
-        if self.use_variant or self.prune_granularity is not None:
-            self._apply_reference_flags()
-
-    def _apply_reference_flags(self) -> None:
-        """Replace the reference's flags by the pattern that they stand for."""
-        given, meant = self.choices["pattern"], f"unstructured_{self.prune_granularity}"
-        if self.use_variant:
-            meant = "equal_share"
-        if given not in ("unstructured", meant):
-            self.refuse_given(f"--pattern {given}", "use_variant prune_granularity")
-        is_wanda = self.method in (None, "wanda") and self.criterion in (None, "wanda")
-        is_wanda = is_wanda and self.solver in (None, "zero_out")
-        if self.use_variant and (not is_wanda or self.prune_granularity == "layer"):
-            raise UsageError(
-                f"--use_variant compares Wanda's scores within rows, but --method is {self.name} and "
-                f"--prune_granularity is {self.prune_granularity or 'row'}. Use --method wanda within rows, or leave "
-                "--use_variant out."
-            )
-        self.pattern, self.use_variant, self.prune_granularity = meant, False, None
-
     @property
     def is_image(self) -> bool:
         """Whether the model is an image classifier."""
         return self.model.startswith(TIMM)
 
     @property
-    def name(self) -> str:
-        """The label of the results: the method, and the choices that replace its own."""
-        method = self.method
-        if method is None and self.criterion is None and self.solver is None:
-            method = "wanda"
-        names = (method, self.criterion, self.solver, self.allocation, self.recovery)
-        return "_".join(name for name in names if name is not None)
-
-    @property
     def choices(self) -> dict[str, Any]:
-        """The arguments of `PruningConfig.from_names`."""
-        return {name: getattr(self, name) for name in inspect.signature(PruningConfig.from_names).parameters}
+        """The arguments of `PruningConfig.from_names` that are options."""
+        return {name: value for name, value in vars(self).items() if name in _ARGUMENTS}
+
+    def refuse_streamed_gguf(self) -> None:
+        """Refuse a file that cannot be read block by block."""
+        if self.model.endswith(".gguf"):
+            raise UsageError(
+                f"--stream reads a folder or hub model in safetensors, but --model is {self.model}. Give such a "
+                "model, or leave --stream out."
+            )
 
 
 @dataclass(kw_only=True)
-class InspectOptions(_PruningOptions):
-    """The options of `wanda-lightning inspect`."""
+class InspectOptions(_PruningOptions, _InspectChoices):  # type: ignore[misc]  # a base made from PruningConfig
+    """The options of `inspect`: those of `prune` that determine which layers are pruned, or the memory it needs."""
 
     stream: bool = option(
         "Also print the memory that prune --stream needs, and fail if this machine has less; no weight is read.", False
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.is_image:
-            self.refuse_given("an image classifier", "revision stream")
-        if not self.stream:
+            self.refuse_given("an image classifier", "revision trust_remote_code stream")
+        if self.stream:
+            self.refuse_streamed_gguf()
+        else:
             self.refuse_given("inspect without --stream", "num_samples seqlen batch_size dtype park")
 
     def refuse_early(self) -> None:
@@ -163,18 +139,21 @@ class InspectOptions(_PruningOptions):
 
     @property
     def config(self) -> PruningConfig:
-        """The choices as objects. The sparsity of N:M need not be given, since `inspect` does not show it."""
-        choices = self.choices
-        if ":" in self.pattern:
-            n, m = map(int, self.pattern.split(":"))
-            choices["sparsity"] = 1 - n / m
-        return PruningConfig.from_names(**choices)
+        """The choices as objects, with the sparsity that fits the pattern."""
+        n, _, m = self.choices["pattern"].partition(":")
+        return PruningConfig.from_names(1 - int(n) / int(m) if m else 0.5, **self.choices)
 
 
 @dataclass(kw_only=True)
-class PruneOptions(SaveOptions, _PruningOptions):
+class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore[misc]  # a base made from PruningConfig
     """The options of `wanda-lightning prune`: also the data, and where the results go."""
 
+    use_variant: bool = option(
+        "The reference's name of --pattern equal_share: each row loses the same share of its total score.", False
+    )
+    prune_granularity: str | None = option(
+        "The reference's name of --pattern unstructured_row and unstructured_layer.", rule=OneOf(("row", "layer"))
+    )
     seed: int = option("Seed that draws the calibration samples.", 0, rule=SEED)
     calibration: str | None = option(
         f"Text to calibrate on, by default c4 as in the paper: {TEXTS_HELP}; or self, what the dense model writes."
@@ -209,17 +188,14 @@ class PruneOptions(SaveOptions, _PruningOptions):
     )
 
     def __post_init__(self) -> None:
-        if self.is_image:
-            language = (
-                "seqlen limit calibration evaluation dtype revision trust_remote_code stream eval_zero_shot tasks_dir"
-            )
-            self.refuse_given("an image classifier", language)
-            self.require_images(self.model)
-        else:
-            self.refuse_given("a language model", "data checkpoint")
+        language = (
+            "seqlen limit calibration evaluation dtype revision trust_remote_code stream eval_zero_shot tasks_dir"
+        )
+        self.refuse_other_kind(self.model, self.data, language)
         if not self.eval_zero_shot:
             self.refuse_given("pruning without --eval_zero_shot", "tasks_dir")
         if self.stream:
+            self.refuse_streamed_gguf()
             writes = self.save or self.report
             self.refuse_given("--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
             if self.save_model is None:
@@ -231,7 +207,31 @@ class PruneOptions(SaveOptions, _PruningOptions):
                 )
         else:
             self.refuse_given("pruning without --stream, which uses a GPU if there is one", "device park")
-        super().__post_init__()
+        if self.use_variant or self.prune_granularity is not None:
+            self._apply_reference_flags()
+
+    def _apply_reference_flags(self) -> None:
+        """Replace the reference's flags by the pattern that they stand for."""
+        given, meant = self.choices["pattern"], f"unstructured_{self.prune_granularity}"
+        if self.use_variant:
+            meant = "equal_share"
+        if given not in ("unstructured", meant):
+            self.refuse_given(f"--pattern {given}", "use_variant prune_granularity")
+        scores = self.method, self.criterion or "wanda", self.solver or "zero_out"
+        if self.use_variant and (scores != ("wanda", "wanda", "zero_out") or self.prune_granularity == "layer"):
+            raise UsageError(
+                f"--use_variant compares Wanda's scores within rows, but --method is {self.name} and "
+                f"--prune_granularity is {self.prune_granularity or 'row'}. Use --method wanda within rows, or leave "
+                "--use_variant out."
+            )
+        self.pattern, self.use_variant, self.prune_granularity = meant, False, None
+
+    @property
+    def name(self) -> str:
+        """The label of the results: the method, and the choices that replace its own."""
+        method = None if self.method == "wanda" and (self.criterion or self.solver) else self.method
+        names = (method, self.criterion, self.solver, self.allocation, self.recovery)
+        return "_".join(name for name in names if name is not None)
 
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and too many samples."""

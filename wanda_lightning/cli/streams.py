@@ -10,10 +10,9 @@ from typing import Any
 
 
 class TolerantStream:
-    """A text stream that discards its text once the pipe is closed, and replaces characters that it cannot encode.
+    """A text stream that replaces characters that it cannot encode, and discards its text once the pipe is closed.
 
-    Attributes:
-        is_broken: Whether the pipe is closed (`| head -1`).
+    `is_broken` says whether the pipe is closed (`| head -1`).
     """
 
     def __init__(self, stream: Any) -> None:

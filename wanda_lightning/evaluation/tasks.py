@@ -133,7 +133,7 @@ def _unfit(path: Path, reason: str) -> ValueError:
 
 
 def _check_answers(task: Any, path: Path) -> None:
-    """Raise a ValueError for an answer that is not among the choices: lm-eval would count every prediction as wrong."""
+    """Refuse an answer that is not among the choices, since lm-eval would count every prediction as wrong."""
     for number, document in enumerate(task.eval_docs, start=1):
         try:
             choices = task.doc_to_choice(document)
@@ -148,12 +148,12 @@ def _check_answers(task: Any, path: Path) -> None:
 def zero_shot(
     model: Any, tokenizer: Any, tasks: Mapping[str, Any], batch_size: int = 4, limit: int | None = None
 ) -> Results:
-    """Evaluate a language model on tasks from `load_tasks`, without examples in the prompt, some choices at a time.
+    """Evaluate a language model on tasks from `load_tasks`, without examples in the prompt.
 
-    The model runs on the accelerator if there is one, and is moved back to its device afterwards. `limit` is the number
-    of documents of each task, from the start. Return for each task `acc` and, if the task has it, `acc_norm`
-    (log-likelihoods divided by the lengths of the choices), their standard errors, and the number of documents. With
-    several tasks also `mean`: the mean of `acc` and its standard error, as in the paper.
+    The model runs on the accelerator if there is one, on `batch_size` choices at a time, and is moved back to its
+    device afterward. Only the first `limit` documents of each task are used. Return for each task `acc` and, if the
+    task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard errors, and the
+    number of documents; with several tasks, also `mean`: the mean of `acc` and its standard error, as in the paper.
     """
     check_positive(batch_size=batch_size, limit=limit)
     if not tasks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import isfinite
@@ -17,7 +17,7 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
-from wanda_lightning.report import Measured, PruningReport, Run, Sample
+from wanda_lightning.report import Measured, PruningReport, Run
 from wanda_lightning.report.descriptions import choices_of, method_in_words
 from wanda_lightning.report.metrics import METRICS, TOP1
 from wanda_lightning.report.page import write_report
@@ -45,13 +45,14 @@ def write_card(
     path = folder / CARD_NAME
     if path.exists() and not read_card(ModelSource(folder)).text:
         return
-    run = report.run or Run()
-    source = find_source(run.model, report.config.get("command", {}).get("cache_dir")) if run.model else Source()
+    run, command = report.run or Run(), report.config.get("command", {})
+    place = {name: command[name] for name in ("revision", "cache_dir") if command.get(name)}
+    source = find_source(ModelSource(run.model, **place)) if run.model else Source()
     report = replace(report, run=_to_publish(run))
     has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
     if has_picture:
-        write_report(report, Path(folder) / PICTURE_NAME)
-    saved = _Saved(os.fspath(name), _read_config(Path(folder)), on_hub)
+        write_report(report, folder / PICTURE_NAME)
+    saved = _Saved(os.fspath(name), _read_config(folder), on_hub)
     card = _model_card(report, source, saved, has_picture, trained_steps)
     with whole_file(path) as temporary:
         temporary.write_text(card, encoding="utf-8")
@@ -162,15 +163,12 @@ def _model_card(report: PruningReport, source: Source, saved: _Saved, has_pictur
 
 def _to_publish(run: Run) -> Run:
     """Return the run without folders of this machine, and without results that are not finite."""
-    model, data, calibration, command = (
-        _FOLDERS.sub("", text) for text in (run.model, run.data, run.calibration, run.command)
-    )
-    before, after = _known(run.before), _known(run.after)
+    names = ("model", "data", "calibration", "command")
+    texts: dict[str, Any] = {name: _FOLDERS.sub("", getattr(run, name)) for name in names}
     others = tuple(
         Measured(_FOLDERS.sub("", each.data), _known(each.before), _known(each.after)) for each in run.others
     )
-    texts: dict[str, Any] = {"model": model, "data": data, "calibration": calibration, "command": command}
-    return replace(run, before=before, after=after, others=others, **texts)
+    return replace(run, before=_known(run.before), after=_known(run.after), others=others, **texts)
 
 
 def _known(value: float | None) -> float | None:
@@ -244,16 +242,13 @@ def _settings(report: PruningReport, run: Run) -> str:
 
 def _code(saved: _Saved) -> str:
     """Return a block of Python code that loads the model."""
-    return _fenced(_loading(saved), "python")
-
-
-def _loading(saved: _Saved) -> str:
-    name = json.dumps(saved.name)
     if saved.library == "transformers":
-        call = f"model = {saved.model_class}.from_pretrained({name})"
-        return f"from transformers import {saved.model_class}\n\n{call}"
-    place = json.dumps(f"{'hf-hub' if saved.on_hub else 'local-dir'}:{saved.name}")
-    return f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+        library, call = f"from transformers import {saved.model_class}", f"{saved.model_class}.from_pretrained"
+        arguments = json.dumps(saved.name)
+    else:
+        library, call = "import timm", "timm.create_model"
+        arguments = json.dumps(f"{'hf-hub' if saved.on_hub else 'local-dir'}:{saved.name}") + ", pretrained=True"
+    return _fenced(f"{library}\n\nmodel = {call}({arguments})", "python")
 
 
 def _fine_tuning(run: Run) -> str:
@@ -264,15 +259,11 @@ def _fine_tuning(run: Run) -> str:
 
 
 def _samples(run: Run) -> str:
-    if not run.samples:
-        return ""
-    return "\n\n".join(["## Text before and after", *(block for each in run.samples for block in _sample(each))])
-
-
-def _sample(sample: Sample) -> Iterator[str]:
-    for model, text in (("Dense", sample.before), ("Pruned", sample.after)):
-        yield f"{model}:"
-        yield indent(sample.prompt + text, "    ", lambda _: True)
+    parts = ["## Text before and after"] if run.samples else []
+    for sample in run.samples:
+        for model, text in (("Dense", sample.before), ("Pruned", sample.after)):
+            parts += [f"{model}:", indent(sample.prompt + text, "    ", lambda _: True)]
+    return "\n\n".join(parts)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.common.model_source import ModelSource
+
 CARD_NAME = "README.md"
 _KEPT = ("license", "license_name", "license_link", "language")
 
@@ -20,18 +22,15 @@ class Source:
     is_derived: bool = False  # whether `hub_id` is the id of its base model
 
 
-def find_source(model: str, cache_dir: str | None = None) -> Source:
-    """Find the card of a model named as in `Run.model`, on this machine or on the hub.
-
-    The name is a hub id, a folder, a `.gguf` file, or `timm:` and a name of timm. Unknown fields stay empty.
-    """
-    name = model.removeprefix("timm:")
+def find_source(model: ModelSource) -> Source:
+    """Find the card of a model on this machine or on the hub. Unknown fields stay empty."""
+    name = str(model).removeprefix("timm:")
     if name.startswith("hf-hub:"):
-        return _on_hub(name.removeprefix("hf-hub:"), cache_dir)
+        return _on_hub(name.removeprefix("hf-hub:"), model)
     path = Path(name.removeprefix("local-dir:")).expanduser()
     if path.exists():
         return _in_folder(path if path.is_dir() else path.parent)
-    return _in_timm(name) if model.startswith("timm:") else _on_hub(name, cache_dir)
+    return _in_timm(name) if name != str(model) else _on_hub(name, model)
 
 
 def _in_folder(folder: Path) -> Source:
@@ -57,12 +56,13 @@ def _in_timm(name: str) -> Source:
     return Source(known.hf_hub_id, {"license": known.license} if known.license else {})
 
 
-def _on_hub(name: str, cache_dir: str | None) -> Source:
+def _on_hub(name: str, model: ModelSource) -> Source:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        card = _metadata(Path(hf_hub_download(name, CARD_NAME, cache_dir=cache_dir)))
+        file = hf_hub_download(name, CARD_NAME, revision=model.revision, cache_dir=model.cache_dir)
+        card = _metadata(Path(file))
     except GatedRepoError:
         return Source(name)
     except (HFValidationError, RepositoryNotFoundError):  # not on the hub, such as "vit (weights.safetensors)"
@@ -72,7 +72,7 @@ def _on_hub(name: str, cache_dir: str | None) -> Source:
     kept = _kept(card)
     link = kept.get("license_link")
     if isinstance(link, str) and "://" not in link:
-        kept["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+        kept["license_link"] = f"https://huggingface.co/{name}/blob/{model.revision}/{link}"
     return Source(name, kept)
 
 
