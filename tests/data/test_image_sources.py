@@ -40,7 +40,7 @@ def test_digits_are_split_by_class_into_disjoint_parts():
 
 def test_digits_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"^The digits need sklearn: pip install 'wanda_lightning\[demo\]'$"):
+    with pytest.raises(ImportError, match=r"^The digits need sklearn: pip install '\.\[demo\]' in the source folder$"):
         ImageDataModule("digits")
 
 

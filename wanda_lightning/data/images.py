@@ -175,12 +175,12 @@ class ImageDataModule(DataModule):
         return "evaluation" if self._opened().train is None else "train"
 
     def describe_calibration(self, num_samples: int) -> str:
-        """Return the source, and how many of its images a seed has drawn."""
+        """Return the source, the number of images, and the seed that drew them."""
         count = min(num_samples, self.num_samples, len(getattr(self._opened(), self._calibration_part)))
         return f"{self.data}, {count:,} image{'s' * (count != 1)}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
-        """Return the source, and how many images it has."""
+        """Return the source and its number of images."""
         count = len(self._opened().evaluation)
         return f"{self.data}, {count:,} image{'s' * (count != 1)}"
 

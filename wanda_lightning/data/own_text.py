@@ -108,16 +108,16 @@ def _sampling(model: Any) -> Iterator[None]:
 
 
 class _Advancing:
-    """Advances a bar for each token."""
+    """A streamer for `generate` that advances a bar by one for each token."""
 
     def __init__(self, bar: ProgressBar) -> None:
         self._bar, self._has_begun = bar, False
 
     def put(self, tokens: Tensor) -> None:
-        """Count a token of each window; the first call brings what was given."""
+        """Advance the bar, except for the first call, which passes the prompt."""
         if self._has_begun:
             self._bar.advance()
         self._has_begun = True
 
     def end(self) -> None:
-        """End the text."""
+        """Do nothing at the end of the text."""
