@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from wanda_lightning import WandaPrune
-from wanda_lightning.callbacks.batches import batch_size
+from wanda_lightning.calibration.batches import batch_size
 
 
 class Data(L.LightningDataModule):
