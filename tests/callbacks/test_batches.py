@@ -55,14 +55,6 @@ class TestCalibrationSource:
             (6, Training, Data, None),
             (9, Recorder, Data, None),
         ],
-        ids=[
-            "given",
-            "the datamodule's",
-            "the module's",
-            "train of the datamodule",
-            "train of the module",
-            "validation",
-        ],
     )
     def test_order_when_validating(self, tag, make, data, given):
         module = make()

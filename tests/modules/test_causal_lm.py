@@ -167,14 +167,14 @@ WEIGHTS = {
 def test_the_model_is_loaded_when_its_weights_are_needed_and_only_once(tmp_path, monkeypatch, use):
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    loads, load = [], causal_lm.load_causal_lm
-    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (loads.append(args), load(*args))[1])
+    loads, original = [], causal_lm.load_causal_lm
+    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (loads.append(args), original(*args))[1])
     module = CausalLMModule(str(tmp_path), lora={"r": 2} if use == "parameters" else None).eval()
     assert module.tokenizer is None
     assert loads == []
-    WEIGHTS[use](module)
-    module.configure_model()
-    assert len(loads) == 1
+    for load in (WEIGHTS[use], CausalLMModule.configure_model):
+        load(module)
+        assert len(loads) == 1
     assert not module.model.training
     assert module.model.dtype == (torch.bfloat16 if use == "to" else torch.float32)
     assert not any(weight.is_inference() for weight in module.parameters())

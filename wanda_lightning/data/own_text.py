@@ -97,14 +97,15 @@ def _sampling(model: Any) -> Iterator[None]:
     """Sample plainly: without the model's own settings, among them the token that ends a text and so the window."""
     from transformers import GenerationConfig
 
-    own, was_training = model.generation_config, model.training
+    own, training = model.generation_config, [part for part in model.modules() if part.training]
     model.generation_config = GenerationConfig()
     model.eval()
     try:
         yield
     finally:
         model.generation_config = own
-        model.train(was_training)
+        for part in training:
+            part.training = True
 
 
 class _Advancing:
