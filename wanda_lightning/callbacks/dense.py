@@ -86,7 +86,11 @@ def _load(name: str | os.PathLike[str], pl_module: L.LightningModule) -> nn.Modu
             f"{os.fspath(name)!r}. Load the model and give it, or define the method."
         )
     model = load(name)
-    assert isinstance(model, nn.Module)
+    if not isinstance(model, nn.Module):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__}.load_dense_model must return a module, but it returned a "
+            f"{type(model).__name__}."
+        )
     return model
 
 

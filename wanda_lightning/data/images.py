@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from operator import methodcaller
 from typing import Any
@@ -57,7 +58,7 @@ class ImageDataModule(DataModule):
 
     def __init__(
         self,
-        data: str,
+        data: str | os.PathLike[str],
         model: str | nn.Module | None = None,
         batch_size: int = 64,
         num_samples: int = 4096,
@@ -72,8 +73,8 @@ class ImageDataModule(DataModule):
         check_positive(image_size=image_size)
         check_seed(seed)
         check_at_least(0, num_workers=num_workers)
-        check_source(data)
-        self.data = data
+        self.data = os.fspath(data)
+        check_source(self.data)
         self.model = model
         self.batch_size = batch_size
         self.num_samples = num_samples
