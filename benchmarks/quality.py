@@ -147,14 +147,16 @@ class LanguageModel:
         module = CausalLMModule(options.model, dtype="float32")
         sources = (options.calibration, options.calibration if options.held_out else options.eval)
         windows = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-        data = TextDataModule(module.tokenizer, *sources, **windows, batch_size=4, seed=0)
-        if options.held_out:
-            data.evaluation_windows = held_out(data)
+        data = TextDataModule(module.tokenizer, *sources, **windows, seed=0)
+        self.tokenizer, self.model = module.tokenizer, module.model.eval()
         if options.calibration == SELF:  # no Trainer runs the model
-            shape = options.nsamples, options.seqlen
-            data.calibration_windows = sample_windows(module.model, module.tokenizer, *shape)
-        self.tokenizer, self.model, self.samples = module.tokenizer, module.model.eval(), data.calibration_windows
-        self.calibration, self.evaluation = list(data.calibration_dataloader()), data.val_dataloader()
+            self.samples = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
+        else:
+            self.samples = data.calibration_windows
+        evaluated_on = held_out(data) if options.held_out else data.evaluation_windows
+        self.calibration, self.evaluation = (
+            [{"input_ids": part} for part in windows.split(4)] for windows in (self.samples, evaluated_on)
+        )
         self.dense = copy.deepcopy(self.model.state_dict())
         named = {SELF: OWN_TEXT, "python-docs": "python-docs"}
         names = [named.get(source, Path(source).name) for source in sources]

@@ -168,10 +168,11 @@ class PruningConfig:
     def shown(self, option: str) -> str:
         """Return an option and its value for messages, as the user can type it: `solver='admm'`, `solver=ADMM(...)`."""
         value = getattr(self, option)
-        named = value if isinstance(value, str) else None
-        for name, make in {} if named else NAMES[option].items():
-            named = name if make() == value else named
-        return f"{option}={named!r}" if named else f"{option}={value}"
+        if isinstance(value, str):
+            return f"{option}={value!r}"
+        return next(
+            (f"{option}={name!r}" for name, make in NAMES[option].items() if make() == value), f"{option}={value}"
+        )
 
     @property
     def preset(self) -> str:

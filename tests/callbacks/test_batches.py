@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from wanda_lightning import WandaPrune
-from wanda_lightning.callbacks.batches import batch_size
+from wanda_lightning.calibration.batches import batch_size
 
 
 class Data(L.LightningDataModule):
@@ -54,14 +54,6 @@ class TestCalibrationSource:
             (5, Training, TrainData, None),
             (6, Training, Data, None),
             (9, Recorder, Data, None),
-        ],
-        ids=[
-            "given",
-            "the datamodule's",
-            "the module's",
-            "train of the datamodule",
-            "train of the module",
-            "validation",
         ],
     )
     def test_order_when_validating(self, tag, make, data, given):

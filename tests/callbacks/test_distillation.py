@@ -394,6 +394,11 @@ def pruned_net():
     return module
 
 
+class LoadsNothing(Net):
+    def load_dense_model(self, name):
+        return None
+
+
 class Later(Net):
     """Builds its layers only when the strategy asks."""
 
@@ -411,6 +416,7 @@ class Later(Net):
         (pruned_net, {}, ValueError, "dense must be given, since the network is already pruned: 50% .* layers.2 are"),
         (Later, {}, ValueError, "dense must be given, since Later has no parameters in setup"),
         (Net, {"dense": "some/name"}, MisconfigurationException, "Net has no method load_dense_model"),
+        (LoadsNothing, {"dense": "a"}, MisconfigurationException, "must return a module, but it returned a NoneType"),
         (Net, {"network": "head"}, MisconfigurationException, "submodule of Net, but 'head' is none. .* are layers"),
         (Manual, {}, MisconfigurationException, "Manual optimizes manually"),
     ],

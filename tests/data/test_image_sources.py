@@ -98,7 +98,7 @@ def test_ambiguous_columns_are_refused():
 
 def test_bad_folders_are_refused(tmp_path, imagenet):
     with pytest.raises(FileNotFoundError, match="missing does not exist"):
-        ImageDataModule(str(tmp_path / "missing"))
+        ImageDataModule(tmp_path / "missing")
     (tmp_path / "list.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"list\.txt is a file"):
         ImageDataModule(str(tmp_path / "list.txt"))

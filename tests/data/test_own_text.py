@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.callbacks import trainer
+from support.callbacks import SaveAt, trainer
 from support.data import byte_tokenizer
 from support.modules import tiny_llama
 from torch import nn
@@ -38,10 +38,11 @@ def writer(tokenizer):
 def test_tokens_are_drawn_from_the_predictions():
     model = tiny_llama().double().train()
     model.generation_config.update(eos_token_id=list(range(64)), repetition_penalty=2.0, top_k=3)
+    model.lm_head.eval()
     own, state = model.generation_config, torch.get_rng_state()
     windows = sample_windows(model, TOKENIZER, 5, 12, seed=3, batch_size=2, progress=False)
     assert model.generation_config is own
-    assert model.training
+    assert [name for name, part in model.named_modules() if not part.training] == ["lm_head"]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(windows, written_by_hand(model.eval(), [5], 5, 12, 3, 2)[:, 1:])
     assert not torch.equal(windows, sample_windows(model, TOKENIZER, 5, 12, seed=4, batch_size=2, progress=False))
@@ -73,6 +74,20 @@ def test_a_resumed_run_has_the_text_of_the_run_before():
     resumed.load_state_dict(data.state_dict())
     assert torch.equal(resumed.calibration_windows, windows)  # no Trainer runs a model that could write it
     assert TextDataModule(tokenizer).state_dict() == {}
+
+
+def test_the_model_writes_text_for_training_only_once(tmp_path, monkeypatch):
+    def fit(**options):
+        module = CausalLMModule(writer(tokenizer), tokenizer=tokenizer)
+        data = TextDataModule(tokenizer, calibration="self", seqlen=8, num_samples=2, train_samples=20, limit=2)
+        trainer(saving, max_steps=2).fit(module, data, **options)
+        return data
+
+    tokenizer, saving = byte_tokenizer(), SaveAt(tmp_path, 2)
+    data = fit()
+    assert torch.equal(data.calibration_windows, data.train_windows[:2])
+    monkeypatch.setattr("wanda_lightning.data.text.sample_windows", None)
+    assert torch.equal(fit(ckpt_path=tmp_path / "2.ckpt").train_windows, data.train_windows)
 
 
 def test_the_dense_model_writes_the_text_that_it_is_calibrated_on():

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from support.callbacks import Net, SaveAt, trainer
+from support.data import byte_tokenizer
 
+from wanda_lightning import TextDataModule
 from wanda_lightning.data.resumable import ResumableLoader
 
 
@@ -18,3 +21,28 @@ def test_the_rest_of_an_epoch(read):
     assert [next(batches).tolist() for _ in range(read)] == expected[:read]
     resumed.load_state_dict(stopped.state_dict())
     assert [batch.tolist() for _ in range(3) for batch in resumed][: 12 - read] == expected[read:]
+
+
+class Reading(Net):
+    """Records the batches of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def _loss(self, batch):
+        self.seen.append(batch["input_ids"].tolist())
+        return self(batch["input_ids"].float()).sum()
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5, 2])
+def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(tmp_path, limit):
+    def fit(*callbacks, **options):
+        module, data = Reading(), TextDataModule(byte_tokenizer(), seqlen=32, num_samples=16, limit=1)
+        lengths = {"max_epochs": 2, "limit_train_batches": limit, "limit_val_batches": 0}
+        trainer(*callbacks, **lengths).fit(module, data, **options)
+        return module.seen
+
+    whole = fit(SaveAt(tmp_path, 1, 2, 3))
+    for step in (1, 2, 3):
+        assert fit(ckpt_path=tmp_path / f"{step}.ckpt") == whole[step:]

@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from support import pair_cases as cases
 from support.callbacks import trainer
 from support.data import (
@@ -20,6 +21,7 @@ from support.data import (
 from support.gguf import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from wanda_lightning import WandaPrune
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.data.text_sources import python_docs
 from wanda_lightning.modules import CausalLMModule
@@ -105,8 +107,14 @@ def test_only_what_is_needed_is_read_and_only_once(monkeypatch, tokenizer):
         data.setup("fit")
         data.train_dataloader(), data.calibration_dataloader()
     assert reads == ["evaluation_text", "calibration_source"]
-    TextDataModule(tokenizer, seqlen=32, num_samples=2).calibration_dataloader()
-    assert reads[2:] == ["calibration_source"]
+    data = TextDataModule(tokenizer, seqlen=32, num_samples=2, train_samples=5)
+    data.trainer = trainer(WandaPrune(num_samples=2))
+    data.trainer.state.fn = TrainerFn.FITTING
+    data.prepare_data()
+    assert reads[2:] == ["evaluation_text", "calibration_source"]
+    assert data.train_windows.shape == (5, 32)
+    assert torch.equal(data.train_windows[:2], data.calibration_windows)
+    assert len(reads) == 4
 
 
 @pytest.mark.parametrize(("loop", "prunes", "read"), [("fit", False, 2), ("validate", False, 1), ("validate", True, 2)])

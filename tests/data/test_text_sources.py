@@ -68,7 +68,7 @@ def test_several_texts_are_measured_one_by_one(tokenizer):
 
 def test_descriptions_of_data_sets_name_the_extra(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"need sklearn: pip install '\.\[demo\]' in the source folder"):
+    with pytest.raises(ImportError, match=r"need sklearn: pip install '\.\[demo\]' in"):
         TextDataModule(tokenizer, evaluation="sklearn-docs")
 
 

@@ -49,6 +49,33 @@ def test_several_dataloaders_have_a_perplexity_each():
     assert [torch.cat(first).mean().exp().item(), torch.cat(second).mean().exp().item()] == pytest.approx(alone)
 
 
+def test_an_interrupted_loop_does_not_change_the_next_one():
+    class Failing(CausalLMModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            assert (dataloader_idx, batch_idx) != self.fails
+            super().validation_step(batch, batch_idx, dataloader_idx)
+
+    module, ids = Failing(tiny_llama()), windows_of_text()
+    for number, first in ((0, ids[:3]), (1, ids[3:])):
+        module.fails = (number, 1)
+        with pytest.raises(AssertionError):
+            trainer().validate(module, [DataLoader(ids), DataLoader(ids)], verbose=False)
+        module.fails = None
+        loaders = [DataLoader(first), DataLoader(first)]
+        (fresh,) = trainer().validate(CausalLMModule(tiny_llama()), loaders[0], verbose=False)
+        run = trainer()
+        run.validate(module, loaders, verbose=False)
+        assert {float(value) for value in run.callback_metrics.values()} == {fresh["val_perplexity"]}
+
+
+def test_adapters_that_cannot_be_added_leave_no_model_without_them(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    module = CausalLMModule(str(tmp_path), lora={"r": "x"})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="r of KeepZerosLoraConfig must be"):
+            module.configure_model()
+
+
 def test_dropout_is_off_while_measuring():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -130,6 +157,7 @@ WEIGHTS = {
     "to": lambda module: module.to(torch.bfloat16),
     "pruning_target": lambda module: module.pruning_target,
     "load_state_dict": lambda module: module.load_state_dict({}, strict=False),
+    "apply": lambda module: module.apply(lambda part: None),
     "Trainer": lambda module: trainer().validate(module, DataLoader(windows_of_text(2)), verbose=False),
     "inference mode": torch.inference_mode()(lambda module: module.model),
 }
@@ -139,14 +167,14 @@ WEIGHTS = {
 def test_the_model_is_loaded_when_its_weights_are_needed_and_only_once(tmp_path, monkeypatch, use):
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    loads, load = [], causal_lm.load_causal_lm
-    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (loads.append(args), load(*args))[1])
+    loads, original = [], causal_lm.load_causal_lm
+    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (loads.append(args), original(*args))[1])
     module = CausalLMModule(str(tmp_path), lora={"r": 2} if use == "parameters" else None).eval()
     assert module.tokenizer is None
     assert loads == []
-    WEIGHTS[use](module)
-    module.configure_model()
-    assert len(loads) == 1
+    for load in (WEIGHTS[use], CausalLMModule.configure_model):
+        load(module)
+        assert len(loads) == 1
     assert not module.model.training
     assert module.model.dtype == (torch.bfloat16 if use == "to" else torch.float32)
     assert not any(weight.is_inference() for weight in module.parameters())

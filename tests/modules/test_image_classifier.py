@@ -56,6 +56,14 @@ def test_predict_and_calibration_need_no_labels():
         module.calibration_step({"x": images})
 
 
+def test_an_interrupted_loop_does_not_change_the_next_one():
+    module, samples = tiny_vit(), list(zip(torch.randn(6, 3, 32, 32), torch.arange(6), strict=True))
+    (expected,) = trainer().validate(module, DataLoader(samples[3:]), verbose=False)
+    with pytest.raises(ValueError, match="must have labels"):
+        trainer().validate(module, DataLoader([*samples[:3], (torch.zeros(3, 32, 32),)], batch_size=1), verbose=False)
+    assert trainer().validate(module, DataLoader(samples[3:]), verbose=False) == [expected]
+
+
 def test_fit_learns():
     module = tiny_vit()
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)

@@ -271,9 +271,7 @@ def test_gguf_names_the_extra(folders, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             for build in (CausalLMModule, model_from_config):
-                with pytest.raises(
-                    ImportError, match=rf"need {package}: pip install '\.\[demo\]' in the source folder"
-                ):
+                with pytest.raises(ImportError, match=rf"need {package}: pip install '\.\[demo\]' in"):
                     build(str(folders / "tiny.gguf"))
 
 

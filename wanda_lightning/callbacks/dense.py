@@ -41,8 +41,8 @@ def network_of(module: L.LightningModule, name: str | None) -> nn.Module:
 def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) -> nn.Module:
     """Return the dense counterpart of the network with this name in a module, frozen and in eval mode.
 
-    Call it in `setup("fit")`: callbacks prune later, and checkpoints are restored later. The result is no part of the
-    LightningModule.
+    Call it in `setup("fit")`: callbacks prune later, and checkpoints are restored later. The result is not a submodule
+    of the LightningModule.
     """
     network = network_of(pl_module, name)
     if dense is None:
@@ -86,7 +86,11 @@ def _load(name: str | os.PathLike[str], pl_module: L.LightningModule) -> nn.Modu
             f"{os.fspath(name)!r}. Load the model and give it, or define the method."
         )
     model = load(name)
-    assert isinstance(model, nn.Module)
+    if not isinstance(model, nn.Module):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__}.load_dense_model must return a module, but it returned a "
+            f"{type(model).__name__}."
+        )
     return model
 
 

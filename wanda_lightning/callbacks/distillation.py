@@ -220,7 +220,7 @@ class _Comparison:
 
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    """Return the arguments of a call by their names; a mapping among the positional ones is taken apart."""
+    """Return the arguments of a call by name, with positional mappings unpacked."""
     named: dict[str, Any] = dict(kwargs)
     for name, value in zip(inspect.signature(forward).parameters, args, strict=False):
         named |= value if isinstance(value, Mapping) else {name: value}

@@ -48,9 +48,8 @@ class PruningCallback(ZerosCallback):
     all weights again, with new statistics, and zeros stay zero. `trainer.validate`, `test` and `predict` prune when
     they start, and so evaluate the pruned model, unless the schedule starts after step 0. A model that this callback
     has pruned, also before a resume, is not pruned again while it has its zeros. SIGTERM ends the process at the next
-    batch or unit, with status 143. The zeros stay zero while the model
-    trains (see `KeepZeros`). With `fast_dev_run`, stages after the end of training are moved to its last step, and no
-    report is written.
+    batch or unit, with status 143. The zeros stay zero while the model trains (see `KeepZeros`). With `fast_dev_run`,
+    stages after the end of training are moved to its last step, and no report is written.
 
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
@@ -80,7 +79,7 @@ class PruningCallback(ZerosCallback):
             `trainer.validate`, which then evaluates the dense model. The default of `sequential` is then `"none"`, the
             only value that it supports. It uses whole batches until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
+            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
             `keep_batch_norm`.
 
     Raises:

@@ -15,7 +15,7 @@ from wanda_lightning.report.metrics import METRICS
 
 
 def run_of(trainer: L.Trainer, calibration_samples: int) -> Run:
-    """Describe the run before anything is measured. Without samples, the calibration data are not the datamodule's."""
+    """Describe a run that has measured nothing. With 0 samples, it was not calibrated on the datamodule."""
     run = Run(model=_name_of(trainer.lightning_module))
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
     return replace(run, calibration=describe(calibration_samples)) if describe and calibration_samples else run

@@ -81,11 +81,11 @@ class SavePretrained(Callback):
                 f"{type(trainer.strategy).__name__} distributes the model. Use Lightning's ModelCheckpoint, with "
                 "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file."
             )
-        if self.push_to_hub is not None:
-            refuse_upload(self.push_to_hub, self.private)
         self._reserved.close()  # of an interrupted run
         with processes_of(trainer).fail_together():
             if trainer.is_global_zero:
+                if self.push_to_hub is not None:
+                    refuse_upload(self.push_to_hub, self.private)
                 self._reserved.enter_context(reserved(self.folder, self.overwrite))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

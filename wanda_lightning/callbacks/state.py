@@ -15,25 +15,15 @@ from wanda_lightning.report import PruningReport
 
 @dataclass
 class PruningState:
-    """The progress of a callback. It does not store which weights are zero, since the weights show it.
+    """The progress of a callback. It does not store which weights are zero, since the weights show it."""
 
-    Attributes:
-        choices: The choices that a resumed run must not change.
-        zeros: Number of zeros of each pruned layer.
-        share: Share of the final sparsity that has been reached.
-        asked_at: Optimizer step of the latest call of `should_prune`.
-        due: Whether to prune at the end of the next validation loop.
-        unheld_zeros: Weights that are zero by chance, see `HeldZeros.unheld_zeros`.
-        report: The report of the latest pruning.
-    """
-
-    choices: dict[str, Any]
-    zeros: dict[str, int] = field(default_factory=dict)
-    share: float = 0.0
-    asked_at: int | None = None
-    due: bool = False
-    unheld_zeros: dict[str, Tensor] = field(default_factory=dict)
-    report: PruningReport | None = None
+    choices: dict[str, Any]  # which a resumed run must not change
+    zeros: dict[str, int] = field(default_factory=dict)  # number by pruned layer
+    share: float = 0.0  # of the final sparsity
+    asked_at: int | None = None  # optimizer step of the latest call of `should_prune`
+    due: bool = False  # prune at the end of the next validation loop
+    unheld_zeros: dict[str, Tensor] = field(default_factory=dict)  # see `HeldZeros.unheld_zeros`
+    report: PruningReport | None = None  # of the latest pruning
 
     def record(self, report: PruningReport, share: float) -> None:
         """Record that the model was pruned to a share of the final sparsity."""
@@ -55,20 +45,14 @@ class PruningState:
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str) -> PruningState:
-        """Restore the state that `to_checkpoint` returned, for a callback of the class `name`.
-
-        A report that cannot be read is left out, with a warning.
-
-        Raises:
-            ValueError: If the choices of the callback differ from the saved ones.
-        """
+        """Restore the state that `to_checkpoint` returned, for a callback of the class `name` with the same choices."""
         if saved.get("choices") != choices:
             raise UserError(
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
                 f"{saved.get('choices')}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
         known = {each.name for each in fields(cls)} & saved.keys()
-        return cls(**{**{each: saved[each] for each in known}, "report": _report(saved, name)})
+        return cls(**{each: saved[each] for each in known} | {"report": _report(saved, name)})
 
 
 def _report(saved: Mapping[str, Any], name: str) -> PruningReport | None:

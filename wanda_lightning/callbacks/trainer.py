@@ -60,11 +60,7 @@ def stop_if_terminated(trainer: L.Trainer) -> None:
 
 
 class StoppableWeights(WeightStore):
-    """Weights in memory; SIGTERM ends the pruning at the next unit.
-
-    Args:
-        trainer: The Trainer that receives the signal.
-    """
+    """Weights in memory; if the Trainer has received SIGTERM, the pruning ends at the next unit."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer

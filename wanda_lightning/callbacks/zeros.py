@@ -1,4 +1,4 @@
-"""What the callbacks of a Trainer that make or keep zeros have in common, and tell each other."""
+"""The base class of all callbacks that prune or keep zeros."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from wanda_lightning.training.held_zeros import HeldZeros
 class ZerosCallback(Callback):
     """A callback that prunes or keeps zeros while a model trains.
 
-    Other callbacks of the Trainer, and data modules, read its properties. They read those of your own callback, too, if
-    you derive it from this class.
+    Other callbacks of the Trainer and data modules read its properties. Derive your own callback from this class so
+    that they read its properties, too.
     """
 
     def __init__(self) -> None:

@@ -75,8 +75,8 @@ class Source:
 def check_source(data: str, calibrates: bool = False) -> None:
     """Check the name of a source without reading images or connecting to the hub.
 
-    A name that is not known is refused, a path that does not exist, a folder without class folders, and with
-    `calibrates` also a folder with `val` that lacks `train`.
+    Raises an error for an unknown name, a path that does not exist, or a folder without class folders; with
+    `calibrates`, also for a folder that has `val` but no `train`.
     """
     path = Path(data).expanduser()
     if data == "digits":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from operator import methodcaller
 from typing import Any
@@ -57,7 +58,7 @@ class ImageDataModule(DataModule):
 
     def __init__(
         self,
-        data: str,
+        data: str | os.PathLike[str],
         model: str | nn.Module | None = None,
         batch_size: int = 64,
         num_samples: int = 4096,
@@ -72,8 +73,8 @@ class ImageDataModule(DataModule):
         check_positive(image_size=image_size)
         check_seed(seed)
         check_at_least(0, num_workers=num_workers)
-        check_source(data)
-        self.data = data
+        self.data = os.fspath(data)
+        check_source(self.data)
         self.model = model
         self.batch_size = batch_size
         self.num_samples = num_samples
@@ -175,12 +176,12 @@ class ImageDataModule(DataModule):
         return "evaluation" if self._opened().train is None else "train"
 
     def describe_calibration(self, num_samples: int) -> str:
-        """Return the source, and how many of its images a seed has drawn."""
+        """Return the source, the number of images, and the seed that drew them."""
         count = min(num_samples, self.num_samples, len(getattr(self._opened(), self._calibration_part)))
         return f"{self.data}, {count:,} image{'s' * (count != 1)}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
-        """Return the source, and how many images it has."""
+        """Return the source and its number of images."""
         count = len(self._opened().evaluation)
         return f"{self.data}, {count:,} image{'s' * (count != 1)}"
 

@@ -97,27 +97,28 @@ def _sampling(model: Any) -> Iterator[None]:
     """Sample plainly: without the model's own settings, among them the token that ends a text and so the window."""
     from transformers import GenerationConfig
 
-    own, was_training = model.generation_config, model.training
+    own, training = model.generation_config, [part for part in model.modules() if part.training]
     model.generation_config = GenerationConfig()
     model.eval()
     try:
         yield
     finally:
         model.generation_config = own
-        model.train(was_training)
+        for part in training:
+            part.training = True
 
 
 class _Advancing:
-    """Advances a bar for each token."""
+    """A streamer for `generate` that advances a bar by one for each token."""
 
     def __init__(self, bar: ProgressBar) -> None:
         self._bar, self._has_begun = bar, False
 
     def put(self, tokens: Tensor) -> None:
-        """Count a token of each window; the first call brings what was given."""
+        """Advance the bar, except for the first call, which passes the prompt."""
         if self._has_begun:
             self._bar.advance()
         self._has_begun = True
 
     def end(self) -> None:
-        """End the text."""
+        """Do nothing at the end of the text."""

@@ -1,4 +1,4 @@
-"""A dataloader that goes on in the middle of an epoch."""
+"""A dataloader that continues in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from torch.utils.data import DataLoader
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A dataloader without workers whose position Lightning stores in checkpoints, so that no batch comes twice."""
+    """A dataloader without workers whose position Lightning stores in checkpoints, so that no batch comes twice.
+
+    `limit` is the Trainer's `limit_train_batches`: the number or fraction of batches after which an epoch ends.
+    """
 
     _skip = _done = 0
     _order: Any = None  # state of the generator before it shuffled this epoch
+
+    def __init__(self, *args: Any, limit: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limit = limit  # public: Lightning rebuilds the loader from its attributes to add a DistributedSampler
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of an epoch, or those that are left of it."""
@@ -25,12 +32,13 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many batches of the epoch have been read, and how the epoch is shuffled."""
-        if self._done == len(self):  # the next epoch
+        end = min(self.limit, len(self)) if isinstance(self.limit, int) else int(self.limit * len(self))
+        if self._done >= end:  # the next epoch
             return {"done": 0, "order": self._generator_state()}
         return {"done": self._done, "order": self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batches that have been read."""
+        """Skip the batches that have been read."""
         self._skip = state["done"]
         if self.generator is not None and state["order"] is not None:
             self.generator.set_state(state["order"])

@@ -129,7 +129,7 @@ class TextDataModule(DataModule):
         self.cache_dir = cache_dir
         self.train_samples = num_samples if train_samples is None else train_samples
         self._sample = ""
-        self._drawn: dict[int, Tensor] = {}  # by their number
+        self._drawn = torch.empty(0, seqlen, dtype=torch.long)  # windows for calibration and training
         self._cut: dict[str, Tensor] = {}  # by the name of the text
 
     @property
@@ -167,9 +167,9 @@ class TextDataModule(DataModule):
         return self._windows(self.train_samples)
 
     def _windows(self, count: int) -> Tensor:
-        if count not in self._drawn:
-            self._drawn[count] = self._draw(count)
-        return self._drawn[count]
+        if len(self._drawn) < count:
+            self._drawn = self._draw(count)  # begins with the windows that were drawn before
+        return self._drawn[:count]
 
     def _draw(self, count: int) -> Tensor:
         if self.calibration == SELF:
@@ -189,17 +189,12 @@ class TextDataModule(DataModule):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the windows that the model has written so far: a resumed run cannot have them written again."""
-        counts = self._window_counts if self.calibration == SELF else {}
-        return {name: self._drawn[count] for name, count in counts.items() if count in self._drawn}
+        return {"train_windows": self._drawn} if self.calibration == SELF and len(self._drawn) else {}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Use the windows of the run that is resumed."""
         if self.calibration == SELF:
-            self._drawn |= {self._window_counts[name]: windows for name, windows in state_dict.items()}
-
-    @property
-    def _window_counts(self) -> dict[str, int]:
-        return {"calibration_windows": self.num_samples, "train_windows": self.train_samples}
+            self._drawn = max(state_dict.values(), key=len, default=self._drawn)
 
     @property
     def evaluation_windows(self) -> Tensor:
@@ -223,11 +218,10 @@ class TextDataModule(DataModule):
             self.windows_of(source)
         if self.trainer is None or self.calibration == SELF:
             return
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._windows(self.train_samples)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(getattr(callback, "reads_calibration_data", False) for callback in callbacks):
-            self._windows(self.num_samples)
+        calibrates = any(getattr(callback, "reads_calibration_data", False) for callback in callbacks)
+        trains = self.trainer.state.fn == TrainerFn.FITTING
+        self._windows(max(calibrates * self.num_samples, trains * self.train_samples))
 
     def setup(self, stage: str | None = None) -> None:
         """Check the data of the stage: the evaluation windows, and for `fit` the training windows.
@@ -241,7 +235,7 @@ class TextDataModule(DataModule):
             self._drawn, self._cut, self._sample = self.trainer.strategy.broadcast(prepared)
         for source in self.evaluations:
             self._check_tokens(self.windows_of(source))
-        if stage in (None, "fit"):
+        if stage in (None, "fit") and self.calibration != SELF:  # the model writes on its device, and once if resumed
             self._check_tokens(self.train_windows)
         theirs = getattr(self._module, "tokenizer", None)
         if theirs is None or theirs is self.tokenizer:
@@ -258,13 +252,13 @@ class TextDataModule(DataModule):
         return windows
 
     def describe_calibration(self, num_samples: int) -> str:
-        """Return the source, and how many windows of which length a seed has drawn from it."""
+        """Return the source, the number and length of the windows, and the seed that drew them."""
         count = min(num_samples, self.num_samples)
         source = OWN_TEXT if self.calibration == SELF else self.calibration
         return f"{source}, {_count_of(count, self.seqlen)}, seed {self.seed}"
 
     def describe_evaluation(self, number: int = 0) -> str:
-        """Return the source of the text with this number, and how many windows of which length it has."""
+        """Return the source of the text with this number, and the number and length of its windows."""
         windows = self.windows_of(self.evaluations[number])
         return f"{self.evaluations[number]}, {_count_of(len(windows), self.seqlen)}"
 
@@ -274,8 +268,13 @@ class TextDataModule(DataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the training windows, shuffled anew in each epoch."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return ResumableLoader(_rows(self.train_windows), self.batch_size, shuffle=True, generator=generator)
+        return ResumableLoader(
+            _rows(self.train_windows),
+            self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
+        )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
@@ -295,7 +294,7 @@ def _rows(windows: Tensor) -> Any:
 
 
 def _named(texts: Any, option: str) -> tuple[str, Any]:
-    """Return the name of a text, and where it comes from; refuse what is no text."""
+    """Return the name of a text and its source; raise an error for anything else."""
     if not isinstance(texts, str | os.PathLike):
         documents_in(texts, option)
         return name_of(texts), texts

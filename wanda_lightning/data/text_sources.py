@@ -28,7 +28,7 @@ _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics
 
 
 def check_source(source: str, option: str = "text") -> None:
-    """Refuse what is neither a known name, a hub id nor a file of a known format; errors begin with the option."""
+    """Raise an error unless a source is a known name, a hub id or a file of a known format; it names the option."""
     if "\n" in source or len(source) > _LONGEST_NAME:
         raise UserError(
             f"{option} must name a text, but it is a text itself: {source!r:.60}... Give a list of documents, as "

@@ -116,7 +116,7 @@ class CausalLMModule(L.LightningModule):
         self.lr_decay = lr_decay
         self.val_perplexity = WindowPerplexity()
         self.test_perplexity = WindowPerplexity()
-        self.other_perplexities = nn.ModuleList()  # of the dataloaders after the first, while they are measured
+        self._others: dict[int, WindowPerplexity] = {}  # by the number of a dataloader after the first
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -141,9 +141,7 @@ class CausalLMModule(L.LightningModule):
         check_causal(model)
         if self.tokenizer is not None:
             check_vocabulary(self.tokenizer, model)
-        self.model = model
-        if lora is not None:
-            self.add_adapters(**lora)
+        self.model = model if lora is None else _with_adapters(model, **lora)
         self.model.train(self.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -166,6 +164,11 @@ class CausalLMModule(L.LightningModule):
         """Restore the state, after the model has been loaded."""
         self._load_model()
         return super().load_state_dict(*args, **kwargs)
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply a function to all modules, of the loaded model, too."""
+        self._load_model()
+        return super().apply(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._load_model()
@@ -225,18 +228,18 @@ class CausalLMModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the windows to `val_perplexity`, or to the perplexity of another dataloader."""
-        self._measure("val_perplexity", self.val_perplexity, batch, dataloader_idx)
+        self._measure("val_perplexity", self.val_perplexity, batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the windows to `test_perplexity`, or to the perplexity of another dataloader."""
-        self._measure("test_perplexity", self.test_perplexity, batch, dataloader_idx)
+        self._measure("test_perplexity", self.test_perplexity, batch, batch_idx, dataloader_idx)
 
-    def _measure(self, name: str, metric: WindowPerplexity, batch: Any, dataloader_idx: int) -> None:
+    def _measure(self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         input_ids, attention_mask, _ = self._read(batch)
         if dataloader_idx:
-            while len(self.other_perplexities) < dataloader_idx:
-                self.other_perplexities.append(WindowPerplexity().to(self.device))
-            metric = cast(WindowPerplexity, self.other_perplexities[dataloader_idx - 1])
+            metric = self._others.setdefault(dataloader_idx, WindowPerplexity().to(self.device))
+        if batch_idx == 0:  # an earlier loop may have been interrupted
+            metric.reset()
         metric.update(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
         if not dataloader_idx:
             self.log(name, metric, prog_bar=True, batch_size=len(input_ids), add_dataloader_idx=False)
@@ -251,10 +254,10 @@ class CausalLMModule(L.LightningModule):
 
     def _log_others(self, name: str) -> None:
         names = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
-        for number, metric in enumerate(self.other_perplexities, start=1):
+        for number, metric in self._others.items():
             text = names[number] if number < len(names) else str(number)
-            self.log(f"{name}/{text}", cast(WindowPerplexity, metric).compute(), sync_dist=True)
-        self.other_perplexities = nn.ModuleList()
+            self.log(f"{name}/{text}", metric.compute(), sync_dist=True)
+        self._others.clear()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
@@ -294,16 +297,7 @@ class CausalLMModule(L.LightningModule):
         Raises:
             ImportError: If peft is not installed.
         """
-        require_extra("lora", "peft", purpose="Adapters")
-        import peft
-
-        from wanda_lightning.lora import KeepZerosLoraConfig
-
-        config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
-        with warnings.catch_warnings():
-            # A callback may prune when training starts.
-            warnings.filterwarnings("ignore", message="None of the .* layers that adapter .* holds a zero")
-            self.model = peft.get_peft_model(self.model, config(task_type="CAUSAL_LM", **arguments))
+        self.model = _with_adapters(self.model, keep_zeros, **arguments)
 
     def merge(self, reprune: bool = False) -> None:
         """Merge the adapters, if there are any, into the weights; see `wanda_lightning.lora.merge`.
@@ -345,3 +339,16 @@ class CausalLMModule(L.LightningModule):
             self.model.save_pretrained(new)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
+
+
+def _with_adapters(model: Any, keep_zeros: bool = True, **arguments: Any) -> Any:
+    require_extra("lora", "peft", purpose="Adapters")
+    import peft
+
+    from wanda_lightning.lora import KeepZerosLoraConfig
+
+    config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
+    with warnings.catch_warnings():
+        # A callback may prune when training starts.
+        warnings.filterwarnings("ignore", message="None of the .* layers that adapter .* holds a zero")
+        return peft.get_peft_model(model, config(task_type="CAUSAL_LM", **arguments))

@@ -143,19 +143,21 @@ class ImageClassifierModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Add the images to the loss and the accuracies of the validation, and return the predicted labels."""
-        return self._measure("val", batch)
+        return self._measure("val", batch, batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Add the images to the loss and the accuracies of the test, and return the predicted labels."""
-        return self._measure("test", batch)
+        return self._measure("test", batch, batch_idx)
 
-    def _measure(self, stage: str, batch: Any) -> Tensor:
+    def _measure(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
         images, labels = _read_labeled(batch)
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(images))
         for name, metric in self.metrics.items():
             if name.startswith(f"{stage}_"):
                 assert isinstance(metric, Metric)
+                if batch_idx == 0:  # an earlier loop may have been interrupted
+                    metric.reset()
                 metric.update(logits, labels)
                 self.log(name, metric, prog_bar=True, batch_size=len(images))
         return logits.argmax(dim=-1)

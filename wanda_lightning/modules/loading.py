@@ -43,7 +43,7 @@ _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configura
 
 
 def check_source(source: ModelSource) -> None:
-    """Refuse what is no decoder-only language model by its configuration; only look whether a GGUF file exists."""
+    """Raise an error for the configuration of another kind of model; for a GGUF file, only check that it exists."""
     if source.path.suffix == ".gguf":
         source.locate()
     else:
@@ -177,7 +177,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
-    Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for what cannot be used.
+    Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for a wrong option or file.
     """
     checked = timm_name(name)
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
