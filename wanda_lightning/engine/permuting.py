@@ -56,7 +56,7 @@ def permute(run: Run) -> Permuted:
             unit = units[stop.unit]
             bar.show(unit.name)
             store.hold(unit.name)
-            search(unit, tuple(stop.calls), observer)
+            search(unit, stop.calls, observer)
             bar.advance()
     for index, name in enumerate(names):
         # A later call may use the units in another way. Only processes with samples there have seen it.

@@ -198,6 +198,4 @@ def _prune_units(run: Run) -> None:
                 for part in recovery.train(bar.show):
                     for name in part.layers & run.layers.keys():
                         run.layers[name].part = TrainedPart(part.name, part.before, part.after, part.stopped)
-            if not stop.counts_batches:
-                bar.advance()
         run.store.finish(run)
