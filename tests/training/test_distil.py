@@ -600,6 +600,17 @@ def test_batches_of_inference_mode():
     assert report.training.trained == 2
 
 
+def test_empty_batches():
+    model, batches = classifier(), some_batches(4)
+    plain, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"at least one sample for recovery=Distil\(\), but all of them are empty"):
+        prune(model, [batches[0][:0]], 0.5, recovery="distil", progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for each, some in ((plain, batches), (model, [batches[0], batches[0][:0], *batches[1:]])):
+        prune(each, some, 0.5, recovery="distil", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
 def test_a_sparsity_of_0_trains_nothing():
     model, batches = classifier(), some_batches(4)
     before = copy.deepcopy(model.state_dict())

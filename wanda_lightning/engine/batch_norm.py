@@ -132,7 +132,7 @@ class BatchNormStatistics:
             for index, layer in enumerate(self._layers):
                 hooks.callback(layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove)
             for batch, kept in self._used:
-                count, size = kept, batch.size
+                count, size = kept, max(1, batch.size)  # a batch may be empty
                 batch.forward()
 
     def _zeros(self) -> list[Tensor]:

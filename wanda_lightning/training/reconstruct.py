@@ -182,8 +182,7 @@ class _PartTraining:
 
     def _held_out_sums(self, sum_of: Callable[[_Run], Tensor]) -> Tensor:
         """Return a sum for each held-out run of all processes."""
-        weight = self._part.layers[0].weight
-        sums = torch.zeros_like(widened(weight.new_empty(len(self._held_out))))
+        sums = widened(self._part.layers[0].weight.new_zeros(len(self._held_out)))
         with self._processes.fail_together():
             for index, run in enumerate(self._held_out):
                 if run is not None:
