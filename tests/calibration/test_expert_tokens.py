@@ -5,14 +5,7 @@ import copy
 import pytest
 import torch
 from support import reference
-from support.experts import (
-    SPECIMENS,
-    Stack,
-    double,
-    experts_of,
-    jetmoe,
-    observed,
-)
+from support.experts import SPECIMENS, Stack, double, experts_of, jetmoe, observed
 from support.pairwise import spread, with_nightly
 from support.zoo import ZOO, run
 from torch import nn

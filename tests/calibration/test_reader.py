@@ -15,10 +15,9 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.core.solvers import SparseGPT, ZeroOut
-from wanda_lightning.methods import SOLVERS
+from wanda_lightning.methods import SEQUENTIAL_CHOICES, SOLVERS
 from wanda_lightning.models import Unit, find_layers
 
-SEQUENTIAL_CHOICES = ("block", "layer", "none")
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 
 

@@ -8,6 +8,7 @@ import timm
 import torch
 from support.callbacks import Net, loader, trainer
 from support.pairwise import spread
+from support.refusals import refusal
 from support.zoo import ZOO, run
 from torch import nn
 
@@ -180,14 +181,6 @@ def test_alpha_pruning_needs_no_data():
 class Untouched:
     def __iter__(self):
         raise AssertionError("the batches were touched before the refusal")
-
-
-def refusal(model, batches, **choices):
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        prune(model, batches, progress=False, **choices)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    return str(caught.value)
 
 
 def one_block():

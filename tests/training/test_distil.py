@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.batches import split
 from support.pairwise import spread, with_nightly
+from support.refusals import refusal
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
@@ -536,9 +537,9 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
     ("break_", "message"),
     [
         (lambda model: model.requires_grad_(False), "requires_grad is False for each of them"),
-        (lambda model: model.head.bias.data.fill_(math.nan), r"finite predictions, but those of batch 0"),
+        (lambda model: model.head.bias.data.fill_(math.nan), "finite predictions, but those of batch 0"),
         (lambda model: model.register_forward_hook(lambda m, a, out: out.detach()), "predictions with gradients"),
-        (lambda model: model.register_forward_hook(lambda m, a, out: out[:, 0]), r"gave a tensor of shape \(1,\)"),
+        (lambda model: model.register_forward_hook(lambda m, a, out: out[:, 0]), "gave a tensor of shape (1,)"),
         (lambda model: model.register_forward_hook(lambda m, a, out: "text"), "gave a str"),
     ],
     ids=["frozen", "nan", "detached", "vector", "text"],
@@ -546,11 +547,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, message):
     model = classifier()
     break_(model)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
-        prune(model, some_batches(2), recovery="distil", progress=False)
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+    assert message in refusal(model, some_batches(2), recovery="distil")
 
 
 def test_impossible_classes_do_not_count():
@@ -602,10 +599,9 @@ def test_batches_of_inference_mode():
 
 def test_empty_batches():
     model, batches = classifier(), some_batches(4)
-    plain, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"at least one sample for recovery=Distil\(\), but all of them are empty"):
-        prune(model, [batches[0][:0]], 0.5, recovery="distil", progress=False)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    plain = copy.deepcopy(model)
+    message = refusal(model, [batches[0][:0]], 0.5, recovery="distil")
+    assert "at least one sample for recovery=Distil(), but all of them are empty" in message
     for each, some in ((plain, batches), (model, [batches[0], batches[0][:0], *batches[1:]])):
         prune(each, some, 0.5, recovery="distil", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))

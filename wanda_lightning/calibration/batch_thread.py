@@ -108,12 +108,7 @@ class BatchThread(threading.Thread):
         return output
 
     def advance(self, output: Any = None) -> None:
-        """Let the batch run to its next unit, or to its end (called in the scheduler's thread).
-
-        Raises:
-            Stalled: If the batch waits for something that never happens.
-            BaseException: The error that the forward pass raised.
-        """
+        """Let the batch run to its next unit, or to its end (called in the scheduler's thread)."""
         self.call, self._output = None, output
         del output
         self.sample.parking.restore()

@@ -58,10 +58,6 @@ def lockstep(
     Yields:
         The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all threads
         and restores the modules.
-
-    Raises:
-        ValueError: If a batch waits forever, probably for a lock that a parked batch holds.
-        BaseException: An error of a forward pass, with its own traceback.
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(units)))

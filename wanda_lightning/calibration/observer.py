@@ -46,11 +46,7 @@ class Observer:
     _last: tuple[Sequence[Layer], list[Identity], dict[str, InputStatistics]] = (), [], {}
 
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
-        """Return the statistics of each layer of the unit that a batch reached.
-
-        Raises:
-            ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
-        """
+        """Return the statistics of each layer of the unit that a batch reached."""
         if _is_layer(unit):  # it need not run: its input is in the parked calls
             return self._read_parked(unit, [call for call in calls if call.sample.counts])
         self._last = (), [], {}

@@ -64,11 +64,7 @@ class BatchReader:
         return multiply()
 
     def read(self, product: Product) -> None:
-        """Sum the tokens of a product, unless another layer had the same input.
-
-        Raises:
-            ValueError: If they do not have the width of the layer.
-        """
+        """Sum the tokens of a product, unless another layer had the same input."""
         layer, x = product.layer, product.tokens
         # A search through the entries of many experts is slow, and only the latest entry can match.
         for entry in self.entries if layer.expert is None else self.entries[-1:]:

@@ -49,9 +49,6 @@ class Samples:
     `forward` runs one batch through the model (by default `forward_batch`, on the model's device), and `predict`
     returns the logits (by default the output of `forward`). `reader` names the choice that reads the batches; None if
     no choice does.
-
-    Raises:
-        UserError: If the batches are needed but `batches` is not a collection of batches.
     """
 
     def __init__(
@@ -109,11 +106,7 @@ class Samples:
             yield replace(self._sample(batch, index, 1), counts=counts)
 
     def hold(self) -> list[Sample]:
-        """Return one sample for each batch, all of which are in memory.
-
-        Raises:
-            UserError: If there are none.
-        """
+        """Return one sample for each batch, all of which are in memory; refuse to go on without any."""
         with self._processes.fail_together():
             samples = list(self)
         self.refuse_if_empty()

@@ -94,8 +94,7 @@ def watch_units(
     The sums are the ones that the observer collects if the samples run one after another. If a sample visits a unit
     several times, they are added in another order, so that the last digits can differ. `observer.finish` returns them.
 
-    Yields:
-        Each unit before the samples run through it; `hold` is called with its name before each sample does.
+    Yields each unit before the samples run through it. `hold` is called with its name before each sample does.
     """
 
     def prepared(index: int, call: Call) -> Call:

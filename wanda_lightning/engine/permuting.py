@@ -69,16 +69,11 @@ def permute(run: Run) -> Permuted:
 
 
 class _Search:
-    """Permutes the hidden units of one block after the other.
-
-    Attributes:
-        permuted: What was permuted so far.
-        done: The hidden units that were permuted, with their orders, by block.
-    """
+    """Permutes the hidden units of one block after the other."""
 
     def __init__(self, plan: Plan) -> None:
         self.permuted = Permuted()
-        self.done: dict[str, list[Reordering]] = {}
+        self.done: dict[str, list[Reordering]] = {}  # by block
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), _tied(plan.model)
         # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}

@@ -25,7 +25,7 @@ from wanda_lightning.engine.reporting import make_report
 from wanda_lightning.engine.run import Observed, Run, WeightStore, timed
 from wanda_lightning.engine.write import prune_unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
-from wanda_lightning.report import Permuted, PruningReport, TrainedPart
+from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def _prune_units(run: Run) -> None:
                 run.selections = run.selections or plan.allocate(inputs)
                 prune_unit(run, unit, inputs, observer)
                 del inputs  # frees the statistics before the recovery
-                for part in recovery.train(bar.show):
-                    for name in part.layers & run.layers.keys():
-                        run.layers[name].part = TrainedPart(part.name, part.before, part.after, part.stopped)
+                for part, layers in recovery.train(bar.show):
+                    for name in run.layers.keys() & {layer.name for layer in layers}:
+                        run.layers[name].part = part
         run.store.finish(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import nn
 
@@ -13,17 +13,7 @@ from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.report import Training
-
-
-class RecoveredPart(NamedTuple):
-    """A module of a unit after its training, with its relative squared error on held-out batches before and after."""
-
-    name: str
-    layers: frozenset[str]  # names of the pruned layers inside it
-    before: float
-    after: float
-    stopped: str = ""  # why training ended early or did not take place
+from wanda_lightning.report import TrainedPart, Training
 
 
 class UnitRecovery:
@@ -33,8 +23,11 @@ class UnitRecovery:
         """Return calls of the dense unit that record what training needs when each is run once."""
         return calls
 
-    def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
-        """Train the kept weights of the pruned unit part by part, and call `show` with the name of each part."""
+    def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
+        """Train the kept weights of the pruned unit; yield each part with its layers.
+
+        `show` is called with the name of each part before it is trained.
+        """
         return iter(())
 
 
