@@ -179,7 +179,7 @@ def test_the_fisher_information_of_pieces_is_that_of_the_whole():
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_what_cannot_be_heard_stays_dense_with_a_reason(sequential):
+def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     torch.manual_seed(0)
     model = nn.Sequential(Formula(by_copies), nn.Linear(32, 8))
     dense = copy.deepcopy(model)

@@ -175,7 +175,7 @@ class _Shortened(nn.Module):
         return self.net(x[:, 1:])
 
 
-# ---- layers that nothing can be said of
+# ---- layers without active inputs
 
 
 @EVERY_GRANULARITY
@@ -214,7 +214,7 @@ def test_a_group_whose_inputs_are_all_zero_stays_dense():
     assert report.zeros == 4 * 18 == int((model.conv.weight == 0).sum())
 
 
-# ---- numbers that are none
+# ---- NaN and infinity
 
 
 class Spoiling(nn.Module):
@@ -259,7 +259,7 @@ def spoiled(*index, value=math.nan, when=3):
     ],
 )
 @EVERY_GRANULARITY
-def test_a_number_that_is_none_is_found(sequential, between, index, mask, place, value):
+def test_nan_and_infinity_are_found(sequential, between, index, mask, place, value):
     model = Spoiling(spoiled(*index, value=value), between).float()
     batches = [{"x": torch.randn(n, 5, 4)} for n in (2, 3)]
     if mask:  # left padding: rows among the tokens that count are not rows of the batch

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.refusals import refusal
+from support.refusals import Untouched, refusal
 from support.zoo import ZOO
 from torch import nn
 
@@ -64,13 +64,6 @@ def vectors(width=8):
 def assert_says(message, *parts):
     for part in parts:
         assert str(part) in message
-
-
-class Untouched:
-    """Calibration batches that nobody may draw yet."""
-
-    def __iter__(self):
-        pytest.fail("a batch was drawn before the refusal")
 
 
 # ---- what was asked is impossible

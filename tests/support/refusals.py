@@ -9,6 +9,13 @@ import torch
 from wanda_lightning import prune
 
 
+class Untouched:
+    """Calibration batches that must not be read before the refusal."""
+
+    def __iter__(self):
+        pytest.fail("a batch was read before the refusal")
+
+
 def bits(tensor):
     return tensor.detach().flatten().view(torch.uint8)  # NaN equals NaN
 

@@ -15,7 +15,7 @@ from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Distil, PruningReport, prune
+from wanda_lightning import Distil, PruningReport, Reconstruct, prune
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
@@ -509,10 +509,10 @@ def test_wrong_values_are_refused(options, message):
         Distil(**options)
 
 
-def test_a_sharded_model_is_refused():
-    with pytest.raises(ValueError, match="trains a model that each process holds as a whole"):
-        Distil().check_processes(2, is_sharded=True)
-    Distil().check_processes(2, is_sharded=False)
+@pytest.mark.parametrize("recovery", [Distil(), Reconstruct()], ids=str)
+def test_a_sharded_model_is_refused(recovery):
+    with pytest.raises(ValueError, match=r"recovery=\w+\(\) trains a model that each process holds as a whole"):
+        recovery.check_sharded()
 
 
 class Headed(Classifier):

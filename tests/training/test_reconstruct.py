@@ -325,11 +325,6 @@ def test_what_it_cannot_do_is_refused():
             Reconstruct(**values)
 
 
-def test_a_sharded_model_is_refused():
-    with pytest.raises(ValueError, match=r"recovery=Reconstruct\(\) trains a model that each process holds as a whole"):
-        Reconstruct().check_processes(2, is_sharded=True)
-
-
 def test_the_report_says_how_it_was_made():
     report = prune(blocks(), some_batches(2), 0.5, recovery=Reconstruct(epochs=3), progress=False)
     assert report.config["recovery"] == {"name": "Reconstruct", "epochs": 3, "learning_rate": 0.01}

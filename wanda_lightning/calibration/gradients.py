@@ -104,7 +104,7 @@ class _Backward:
                 self.last = max(self.last, -(-self._limit.predictions // predictions))
 
     def left(self, done: int) -> int | None:
-        """Return how many samples are left; None if all are."""
+        """Return how many samples are left; None if there is no limit."""
         return None if self.last is None else max(0, self.last - done)
 
 

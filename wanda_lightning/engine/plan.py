@@ -177,7 +177,8 @@ def make_plan(
     stops = "block" if config.sequential == "none" and not has_weights else config.sequential
     inventory = find_layers(model, stops, config.skip, config.only, config.include_grouped, config.pattern)
     plan = Plan(config, model, processes, inventory)
-    config.recovery.check_processes(processes.world_size, is_sharded(model))
+    if is_sharded(model):
+        config.recovery.check_sharded()
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
         if has_weights:

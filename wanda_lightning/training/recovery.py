@@ -63,13 +63,12 @@ class Recovery:
         """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
         return None
 
-    def check_processes(self, world_size: int, is_sharded: bool) -> None:
-        """Raise a ValueError if the recovery does not support this number of processes, or a sharded model."""
-        if is_sharded:
-            raise UserError(
-                f"recovery={type(self).__name__}() trains a model that each process holds as a whole, but this one is "
-                "sharded. Prune before sharding (devices=1), or without recovery."
-            )
+    def check_sharded(self) -> None:
+        """Raise a ValueError if the recovery does not support sharded models."""
+        raise UserError(
+            f"recovery={type(self).__name__}() trains a model that each process holds as a whole, but this one is "
+            "sharded. Prune before sharding (devices=1), or without recovery."
+        )
 
     def workspace(self, unit: Unit) -> int:
         """Estimate the peak memory for training the weights of a unit, as a number of float32 values."""
@@ -88,5 +87,5 @@ class Recovery:
 class NoRecovery(Recovery):
     """Leave the weights as the solver computed them."""
 
-    def check_processes(self, world_size: int, is_sharded: bool) -> None:
-        """Accept any number of processes, and sharded models."""
+    def check_sharded(self) -> None:
+        """Accept sharded models."""
