@@ -5,14 +5,7 @@ import copy
 import pytest
 import torch
 from support import reference
-from support.experts import (
-    SPECIMENS,
-    Stack,
-    double,
-    experts_of,
-    jetmoe,
-    observed,
-)
+from support.experts import SPECIMENS, Stack, double, experts_of, jetmoe, observed
 from support.pairwise import spread, with_nightly
 from support.zoo import ZOO, run
 from torch import nn
@@ -186,7 +179,7 @@ def test_the_fisher_information_of_pieces_is_that_of_the_whole():
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_what_cannot_be_heard_stays_dense_with_a_reason(sequential):
+def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     torch.manual_seed(0)
     model = nn.Sequential(Formula(by_copies), nn.Linear(32, 8))
     dense = copy.deepcopy(model)

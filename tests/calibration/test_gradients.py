@@ -10,6 +10,7 @@ from support.batches import split
 from support.chains import overrides
 from support.gradients import gradients
 from support.pairwise import spread, with_nightly
+from support.refusals import refusal
 from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
@@ -258,12 +259,8 @@ def test_magnitude_may_be_spread_by_it():
 )
 def test_without_predictions_it_is_refused(forward):
     model = ZOO["plain_mlp"].build()
-    before = copy.deepcopy(model.state_dict())
-    batches = ZOO["plain_mlp"].batches()
-    with pytest.raises(ValueError, match="without logits that depend on the pruned layers"):
-        prune(model, batches, allocation="fisher", forward=lambda batch: forward(model, batch), progress=False)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    message = refusal(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=partial(forward, model))
+    assert "without logits that depend on the pruned layers" in message
 
 
 def test_a_gradient_that_is_no_number_is_refused():
@@ -272,10 +269,8 @@ def test_a_gradient_that_is_no_number_is_refused():
     def forward(batch):
         return run(model, batch) * torch.tensor(float("inf"))
 
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"finite predictions, but those of batch 0 .* hold NaN or infinity"):
-        prune(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=forward, progress=False)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    message = refusal(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=forward)
+    assert "finite predictions, but those of batch 0 (counted from 0) hold NaN or infinity" in message
 
 
 def test_an_input_that_is_changed_after_the_layer_counts_as_it_was():

@@ -1,4 +1,4 @@
-"""Layers whose weight is read past their forward: against the same models with every layer called."""
+"""Weights that are multiplied outside the forward of their layer: against the same models with every layer called."""
 
 import copy
 import math
@@ -170,7 +170,7 @@ def test_layers_with_one_input_share_its_statistics():
     assert statistics["0.q"].sums is statistics["0.k"].sums is statistics["0.v"].sums
 
 
-def test_what_is_no_product_with_all_inputs_is_not_heard():
+def test_only_products_with_all_inputs_are_intercepted():
     layer = nn.Linear(WIDTH, WIDTH)
     (unit,) = find_layers(nn.Sequential(layer)).units
     names = []
@@ -191,12 +191,12 @@ def test_what_is_no_product_with_all_inputs_is_not_heard():
         assert names == ["0"]
 
 
-def test_however_the_factors_are_given(monkeypatch):
+def test_every_way_to_pass_the_factors(monkeypatch):
     layer = nn.Linear(WIDTH, WIDTH)
-    heard_tokens = []
+    intercepted = []
 
     def on_product(products, multiply):
-        heard_tokens.append(products[0].tokens)
+        intercepted.append(products[0].tokens)
         return multiply()
 
     x, bias = torch.randn(2, 3, WIDTH), torch.zeros(WIDTH)
@@ -220,8 +220,8 @@ def test_however_the_factors_are_given(monkeypatch):
             WeightInterceptor(find_layers(nn.Sequential(layer), "none", only=["0"]).layers, on_product),
         ):
             torch.testing.assert_close(way(), expected)
-        assert len(heard_tokens) == index + 1
-        assert torch.equal(heard_tokens[-1].reshape(x.shape), x)
+        assert len(intercepted) == index + 1
+        assert torch.equal(intercepted[-1].reshape(x.shape), x)
 
 
 class Graph(nn.Module):
@@ -239,7 +239,7 @@ class Graph(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_what_has_no_memory_is_multiplied_as_ever(sequential):
+def test_tensors_without_memory_of_their_own_are_multiplied_as_usual(sequential):
     torch.manual_seed(0)
     blocks = nn.Sequential(Graph(), Graph())
     report = prune(blocks, [torch.randn(3, WIDTH)], 0.5, progress=False, sequential=sequential)

@@ -19,8 +19,12 @@ from support.zoo import ZOO, run
 from wanda_lightning import prune
 from wanda_lightning.calibration import openmp
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.unit_stops import whole_model_calls
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.calibration.unit_stops import watch_units, whole_model_calls
 from wanda_lightning.core.solvers import Solver
+from wanda_lightning.models import Unit, find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
 
 
 @pytest.fixture(autouse=True)
@@ -221,18 +225,26 @@ def test_activations_of_a_stop_are_gone_after_it():
         assert all(reference() is not None for reference in references(stop))
         assert [reference() for reference in before] == [None] * len(before)
         before = references(stop)
-        assert len(before) == 5
-        del stop
+        assert len(before) == 5  # the stop itself is still referenced when the next one is made
     assert [reference() for reference in before] == [None] * len(before)
     assert gone == [True] * (3 * 5 + 1)  # at once, before the next stop; one batch continues behind the last one
 
 
-@pytest.mark.parametrize("sequential", ["block", "layer"])
-def test_prune_holds_the_activations_of_one_unit(sequential):
-    """While the pruned unit runs, a batch that has gone on has left its old input behind."""
+def watched(model, batches):
+    samples = Samples(model, batches, None, None, SINGLE_PROCESS, "a test")
+    units, observer = find_layers(model, skip=["head"]).units, Observer(frozenset({"square_sum"}))
+    with torch.no_grad():
+        for _ in watch_units(units, samples, observer, lambda name: None):
+            pass
+    assert len(observer.finish(Unit("", None, find_layers(model).layers))) == 12
+
+
+@pytest.mark.parametrize("way", ["block", "layer", "watched"])
+def test_the_activations_of_one_unit_are_held(way):
+    """While a unit runs, a batch that has gone on has left its old input behind."""
     alive, most = weakref.WeakSet(), 0
 
-    class PassiveCalibration(Mlp):
+    class Counted(Mlp):
         def forward(self, x):
             nonlocal most
             y = super().forward(x)
@@ -240,8 +252,11 @@ def test_prune_holds_the_activations_of_one_unit(sequential):
             most = max(most, len(alive))
             return y
 
-    model = Chain(*(PassiveCalibration() for _ in range(6)))
-    prune(model, vectors(4), sequential=sequential, skip=["head"], progress=False)
+    model = Chain(*(Counted() for _ in range(6)))
+    if way == "watched":
+        watched(model, vectors(4))
+    else:
+        prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
     assert most == 4 + 1
     assert len(alive) == 0
 

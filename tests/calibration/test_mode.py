@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from wanda_lightning import prune
 from wanda_lightning.calibration.mode import calibration_mode
 
 
@@ -90,10 +89,3 @@ def test_modes_that_are_mixed_come_back():
     with calibration_mode(shared):
         pass
     assert modes(shared) == before
-
-
-def test_pruning_leaves_it_unmerged_too():
-    model = nn.Sequential(build()[1], nn.Linear(4, 4))
-    prune(model, [torch.randn(8, 4)], skip=["0"], progress=False)
-    assert model[0].training
-    assert not model[0].merged

@@ -1,5 +1,6 @@
 """Statistics of the layers of a unit, against sums by hand."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.calibration.unit_stops import stop_at_units, watch_units, whole_model_calls
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -88,6 +89,19 @@ def test_layers_with_one_input_share_one_object(sequential):
     assert found[f"{attention}q_proj"] is found[f"{attention}k_proj"] is found[f"{attention}v_proj"]
     assert found[f"{mlp}gate_proj"] is found[f"{mlp}up_proj"]
     assert len({id(statistics) for statistics in found.values()}) == 2 * 4
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypatch):
+    """The inputs of a layer are compared with those of the last one, whose Gram matrix may be large."""
+    alive, held, update = weakref.WeakSet(), [], InputStatistics.update
+    monkeypatch.setattr(InputStatistics, "update", lambda *args: held.append(len(alive)) or update(*args))
+    model, observer = nn.Sequential(nn.Linear(8, 8), Scaling(False), nn.Linear(8, 8), Scaling(False)), Observer(NEEDS)
+    units = find_layers(model, sequential).units
+    assert len(units) == (4 if sequential == "block" else 6)
+    for stop in travel(model, [torch.randn(2, 8)], [unit.module for unit in units]):
+        alive.update(observer(units[stop.unit], stop.calls).values())
+    assert held == [0] * 6
 
 
 def test_collect_and_finish_give_what_a_call_gives():

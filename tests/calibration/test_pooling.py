@@ -1,20 +1,15 @@
 """Experts that saw few tokens are pruned by what all experts saw."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from support import reference
-from support.experts import (
-    observed,
-    starved,
-)
+from support.experts import observed, starved
 from support.pairwise import spread
 from support.zoo import ZOO, run
 
-from wanda_lightning import PruningCallback, SparseGPTPrune, WandaPrune, prune
-from wanda_lightning.config import PruningConfig
+from wanda_lightning import prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 
@@ -45,18 +40,6 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum)
             keep = reference.keep_by_row(reference.array(layer.read().abs() * sums.sqrt()), 0.5)
             pruned = next(item for item in find_layers(model).layers if item.name == layer.name)
             assert ((pruned.read() != 0).numpy() == keep).all(), layer.name
-
-
-def test_the_minimum_has_one_name_everywhere():
-    for make in (
-        PruningCallback,
-        WandaPrune,
-        SparseGPTPrune,
-        PruningConfig.from_names,
-        partial(PruningCallback, method="fast"),
-    ):
-        made = make(min_expert_tokens=7)
-        assert getattr(made, "config", made).min_expert_tokens == 7
 
 
 def test_experts_in_a_list_help_each_other():

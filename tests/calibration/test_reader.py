@@ -15,10 +15,9 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.core.solvers import SparseGPT, ZeroOut
-from wanda_lightning.methods import SOLVERS
+from wanda_lightning.methods import SEQUENTIAL_CHOICES, SOLVERS
 from wanda_lightning.models import Unit, find_layers
 
-SEQUENTIAL_CHOICES = ("block", "layer", "none")
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 
 
@@ -176,7 +175,7 @@ class _Shortened(nn.Module):
         return self.net(x[:, 1:])
 
 
-# ---- layers that nothing can be said of
+# ---- layers without active inputs
 
 
 @EVERY_GRANULARITY
@@ -215,7 +214,7 @@ def test_a_group_whose_inputs_are_all_zero_stays_dense():
     assert report.zeros == 4 * 18 == int((model.conv.weight == 0).sum())
 
 
-# ---- numbers that are none
+# ---- NaN and infinity
 
 
 class Spoiling(nn.Module):
@@ -260,7 +259,7 @@ def spoiled(*index, value=math.nan, when=3):
     ],
 )
 @EVERY_GRANULARITY
-def test_a_number_that_is_none_is_found(sequential, between, index, mask, place, value):
+def test_nan_and_infinity_are_found(sequential, between, index, mask, place, value):
     model = Spoiling(spoiled(*index, value=value), between).float()
     batches = [{"x": torch.randn(n, 5, 4)} for n in (2, 3)]
     if mask:  # left padding: rows among the tokens that count are not rows of the batch

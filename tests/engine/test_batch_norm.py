@@ -293,6 +293,13 @@ def test_an_iterator_still_gives_all_its_batches(sequential, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), listed.state_dict().values(), strict=True))
 
 
+def test_an_empty_batch_changes_nothing():
+    plain, model, (first, second) = resnet(), resnet(), images(2, 3)
+    prune(plain, [first, second], progress=False)
+    prune(model, [first, first[:0], second], progress=False)
+    assert same(plain, model)
+
+
 def test_outputs_that_are_no_predictions():
     dense = resnet()
     corrected = copy.deepcopy(dense)

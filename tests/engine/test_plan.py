@@ -8,6 +8,7 @@ import timm
 import torch
 from support.callbacks import Net, loader, trainer
 from support.pairwise import spread
+from support.refusals import Untouched, refusal
 from support.zoo import ZOO, run
 from torch import nn
 
@@ -175,19 +176,6 @@ def test_alpha_pruning_needs_no_data():
     assert len({layer.target for layer in report.layers}) > 1
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert report.config["allocation"] == {"name": "AlphaPruning", "epsilon": 0.3, "per": "block"}
-
-
-class Untouched:
-    def __iter__(self):
-        raise AssertionError("the batches were touched before the refusal")
-
-
-def refusal(model, batches, **choices):
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        prune(model, batches, progress=False, **choices)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    return str(caught.value)
 
 
 def one_block():

@@ -19,9 +19,9 @@ from wanda_lightning import NM, Unstructured, prune
 from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Unit, find_layers
 
-SEQUENTIAL_CHOICES = ("block", "layer", "none")
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # with what tolerance
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch and of numpy
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))

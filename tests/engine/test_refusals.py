@@ -1,12 +1,11 @@
 """Every refusal says what was asked, what was found and what to do; and leaves the model as it was."""
 
 import math
-import sys
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.refusals import Untouched, refusal
 from support.zoo import ZOO
 from torch import nn
 
@@ -62,55 +61,9 @@ def vectors(width=8):
     return [torch.randn(samples, 3, width, generator=generator) for samples in (2, 3, 2)]
 
 
-def content(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def bits(tensor):
-    return tensor.detach().flatten().view(torch.uint8)  # NaN equals NaN
-
-
-def changed(model, before):
-    """Names of what is no longer as before."""
-    return [
-        name
-        for name, value in model.state_dict().items()
-        if value.dtype != before[name].dtype or not (value.is_meta or torch.equal(bits(value), bits(before[name])))
-    ]
-
-
-def refusal(model, batches=None, *args, error=ValueError, written=(), **choices):
-    """The error of a `prune` that only wrote what it names, and left nothing else behind."""
-    before, modes = content(model), [module.training for module in model.modules()]
-    overridden = [name for name, module in model.named_modules() if "forward" in vars(module)]
-    threads = set(threading.enumerate())
-    with pytest.raises(error) as caught:
-        prune(model, batches, *args, progress=False, **choices)
-    assert changed(model, before) == [f"{name}.weight" for name in written]
-    assert [module.training for module in model.modules()] == modes
-    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == overridden
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    assert set(threading.enumerate()) <= threads
-    assert torch.is_grad_enabled()
-    assert torch.backends.mha.get_fastpath_enabled()
-    notes = [note for note in getattr(caught.value, "__notes__", []) if "already pruned" in note]
-    assert len(notes) == (bool(written) and sys.version_info >= (3, 11))
-    if notes:
-        assert f"{len(written)} layers are already pruned, from {written[0]} to {written[-1]};" in notes[0]
-        assert "Reload the model" in notes[0]
-    return str(caught.value)
-
-
 def assert_says(message, *parts):
     for part in parts:
         assert str(part) in message
-
-
-class Untouched:
-    """Calibration batches that nobody may draw yet."""
-
-    def __iter__(self):
-        pytest.fail("a batch was drawn before the refusal")
 
 
 # ---- what was asked is impossible

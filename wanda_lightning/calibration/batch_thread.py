@@ -13,6 +13,7 @@ from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.openmp import end_idle_workers
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
+from wanda_lightning.common.errors import UserError
 
 Forward = Callable[..., Any]
 
@@ -43,7 +44,7 @@ class Call:
             return self.forward(*args, **kwargs)
 
 
-class Stalled(Exception):
+class Stalled(UserError):
     """A batch that reaches no unit although the process computes nothing."""
 
     def __init__(self, thread: BatchThread, place: str) -> None:
@@ -107,12 +108,7 @@ class BatchThread(threading.Thread):
         return output
 
     def advance(self, output: Any = None) -> None:
-        """Let the batch run to its next unit, or to its end (called in the scheduler's thread).
-
-        Raises:
-            Stalled: If the batch waits for something that never happens.
-            BaseException: The error that the forward pass raised.
-        """
+        """Let the batch run to its next unit, or to its end (called in the scheduler's thread)."""
         self.call, self._output = None, output
         del output
         self.sample.parking.restore()

@@ -52,7 +52,7 @@ def gradient_statistics(
 
     def run(mode: AbstractContextManager[Any]) -> None:
         with recomputing(blocks, mode), torch.enable_grad():
-            _pass_backward(samples, tick, processes, limit)
+            _pass_backward(samples, tick, processes, _Backward(limit))
 
     return _summed(model, layers, processes, run)
 
@@ -74,7 +74,7 @@ def gradient_statistics_by_block(
     """
 
     def run(mode: AbstractContextManager[Any]) -> None:
-        for group in _groups(samples, limit):
+        for group in _groups(samples, _Backward(limit)):
             pass_side_by_side(group, blocks, mode, hold)
 
     return _summed(model, layers, SINGLE_PROCESS, run)
@@ -83,24 +83,40 @@ def gradient_statistics_by_block(
 SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384
 
 
-def _groups(samples: Samples, limit: GradientLimit) -> Iterator[list[Sample]]:
-    """Yield groups of samples that pass backward. The first pass shows how many predictions a sample has."""
-    remaining, last, done, predictions = chain.from_iterable(map(samples.split, samples)), limit.samples, 0, 0
+class _Backward:
+    """Runs the backward passes of samples, until there are enough samples and predictions."""
 
-    def pass_backward(sample: Sample, first: int) -> None:
-        nonlocal last, predictions
-        objective, found = _objective(sample, first, sample.size if last is None else last - first)
-        if not predictions:
-            predictions = found
-            last = None if last is None else max(last, -(-limit.predictions // predictions))
+    def __init__(self, limit: GradientLimit) -> None:
+        self._limit, self.last = limit, limit.samples  # the number of samples; None if all of them pass backward
+        self.predictions = 0  # of each sample; 0 until the first one has run
+
+    def run(self, sample: Sample, first: int) -> None:
+        """Run the backward pass of a sample; `first` is its index, or that of the first of several joined samples."""
+        objective, predictions = _objective(sample, first, sample.size if self.last is None else self.last - first)
+        self.expect(predictions)
         objective.backward()
 
-    while last is None or done < last:
-        size = SAMPLES_AT_ONCE if not predictions else max(SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE // predictions)
-        end = done + size if last is None else min(done + size, last)
+    def expect(self, predictions: int) -> None:
+        """Expect that each sample has as many predictions as the first."""
+        if not self.predictions:
+            self.predictions = predictions
+            if self.last is not None:
+                self.last = max(self.last, -(-self._limit.predictions // predictions))
+
+    def left(self, done: int) -> int | None:
+        """Return how many samples are left; None if there is no limit."""
+        return None if self.last is None else max(0, self.last - done)
+
+
+def _groups(samples: Samples, backward: _Backward) -> Iterator[list[Sample]]:
+    """Yield groups of samples whose `forward` also passes backward."""
+    remaining, done = chain.from_iterable(map(samples.split, samples)), 0
+    while (left := backward.left(done)) != 0:
+        size = max(SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE // (backward.predictions or PREDICTIONS_AT_ONCE))
+        end = done + (size if left is None else min(size, left))
         group: list[Sample] = []
         while done < end and (sample := next(remaining, None)):
-            group.append(replace(sample, forward=partial(pass_backward, sample, done)))
+            group.append(replace(sample, forward=partial(backward.run, sample, done)))
             done += sample.size
         if not group:
             return
@@ -136,32 +152,31 @@ def _zeros(layer: Layer) -> GradientStatistics:
     return GradientStatistics(zeros[:d_in], zeros[d_in:])
 
 
-def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, limit: GradientLimit) -> None:
+def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, backward: _Backward) -> None:
     """Run backward passes for one batch of each process, then for the next, until enough samples are done.
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
-    batches, last, done, predictions = iter(samples), limit.samples, 0, 0
-    while last is None or done < last:
+    batches, done = iter(samples), 0
+    while backward.left(done) != 0:
         with processes.fail_together():
             batch = next(batches, None)
-            left = samples.split(batch) if batch and batch.counts else []
-        sizes = processes.all_gather([batch is not None, sum(sample.size for sample in left)])
+            own = samples.split(batch) if batch and batch.counts else []
+        sizes = processes.all_gather([batch is not None, sum(sample.size for sample in own)])
         if not any(has_batch for has_batch, _ in sizes):
             return
         index = done + sum(size for _, size in sizes[: processes.rank])
         with processes.fail_together():
-            if not predictions and any(size for _, size in sizes):  # the first sample shows how many each has
+            if not backward.predictions and any(size for _, size in sizes):
                 first = next(rank for rank, (_, size) in enumerate(sizes) if size)
                 if processes.rank == first:
-                    sample = left.pop(0)
-                    predictions = _pass_sample_backward(sample, 0, sample.size if last is None else last)
+                    sample = own.pop(0)
+                    backward.run(sample, index)
                     index += sample.size
-                predictions = processes.broadcast(predictions, first)
-                last = None if last is None else max(last, -(-limit.predictions // predictions))
-            left = left if last is None else left[: max(0, last - index)]
-            for sample in _joined(samples, left) if predictions == 1 else left:
-                _pass_sample_backward(sample, index, sample.size if last is None else last - index)
+                backward.expect(processes.broadcast(backward.predictions, first))
+            own = own[: backward.left(index)]
+            for sample in _joined(samples, own) if backward.predictions == 1 else own:
+                backward.run(sample, index)
                 index += sample.size
             tick()
         done += sum(size for _, size in sizes)
@@ -172,13 +187,6 @@ def _joined(samples: Samples, parts: Sequence[Sample]) -> Iterator[Sample]:
     for start in range(0, len(parts), _SAMPLES_AT_ONCE):
         some = parts[start : start + _SAMPLES_AT_ONCE]
         yield from [samples.join(some)] if fit_together(some) else some
-
-
-def _pass_sample_backward(sample: Sample, first: int, count: int) -> int:
-    """Run the backward pass of a sample; return its number of predictions. See `_objective`."""
-    objective, predictions = _objective(sample, first, count)
-    objective.backward()
-    return predictions
 
 
 def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:

@@ -204,11 +204,7 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[Abstra
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the input that a layer was called with.
-
-    Raises:
-        ValueError: If it is no tensor, as with a batch that has one pair of parentheses too many.
-    """
+    """Return the input that a layer was called with."""
     x = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(x, Tensor):
         raise UserError(

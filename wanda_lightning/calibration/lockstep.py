@@ -10,7 +10,7 @@ at the same units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Stop(NamedTuple):
     """All batches that are parked at one unit."""
 
     unit: int  # index of the unit
-    calls: Iterable[Call]  # one for each batch at the unit, to iterate once; empty if only other processes are there
+    calls: list[Call]  # one for each batch at the unit; empty if only other processes are there
 
 
 def lockstep(
@@ -50,21 +50,14 @@ def lockstep(
     unit every batch ends, so the rest of the model is not computed. Only one batch continues, up to the next module
     with a matrix of its own, to find out whether the model calls a unit again.
 
-    Args:
-        samples: What runs forward, each in a thread of its own.
-        units: Disjoint modules in the order of the stops; None for a stop at which batches `park` themselves.
-        names: Names of the units for error messages; by default those of their classes.
-        processes: The processes that run the same units, each with its own forward passes.
-        revisited: Receives the index of every unit that a batch reaches again.
-        to_end: Let the batches run to the end of the model after the last unit.
-        prepared: Takes the index of a unit and a call of it with which a batch will continue; returns the call to run.
+    Units are disjoint modules in the order of the stops; None is a stop at which batches `park` themselves. `revisited`
+    receives the index of every unit that a batch reaches again. With `to_end`, the batches run to the end of the model
+    after the last unit. `prepared` takes the index of a unit and the call of it with which a batch will continue, and
+    returns the call to run.
 
     Yields:
-        The stops. Closing the generator, or an exception, ends all threads and restores the modules.
-
-    Raises:
-        ValueError: If a batch waits forever, probably for a lock that a parked batch holds.
-        BaseException: An error of a forward pass, with its own traceback.
+        The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all threads
+        and restores the modules.
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(units)))
@@ -81,7 +74,9 @@ def lockstep(
                 return
             here = [thread for thread in parked if thread.unit == unit]
             if unit in pending:
-                yield Stop(unit, tuple(thread.call for thread in here if thread.call is not None))
+                stop = Stop(unit, [thread.call for thread in here if thread.call is not None])
+                yield stop
+                stop.calls.clear()  # or parked activations would outlive the run of the unit
                 pending.remove(unit)
             else:
                 revisited.add(unit)

@@ -35,29 +35,20 @@ class Check(NamedTuple):
         return f"sample {sample}, token {', '.join(map(str, token))}" if token else f"row {sample}"
 
 
-def largest_token(tokens: Tokens) -> Tensor:
-    """Return the index of the token with the largest absolute value, where NaN counts as infinity."""
-    largest = torch.maximum(tokens.amax(dim=1), -tokens.amin(dim=1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return largest.argmax()
-
-
 def token_to_report(finite: Tensor, tokens: Callable[[], Tokens]) -> Tensor:
-    """Return the index of the largest token in case the sums are not finite; 0 if they are known to be.
+    """Return the index of the token with the largest absolute value, or NaN; 0 if the sums are known to be finite.
 
     On a CPU, `tokens` is called only if the sums are not finite; on other devices always, because reading the flag
     would wait for the device.
     """
     if finite.device.type == "cpu" and finite:
         return torch.zeros((), dtype=torch.int64)
-    return largest_token(tokens())
+    rows = tokens()
+    return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).nan_to_num(nan=torch.inf, posinf=torch.inf).argmax()
 
 
 def refuse_nonfinite(checks: Sequence[Check], processes: Processes) -> None:
-    """Read all checks, and refuse sums that are not finite.
-
-    Raises:
-        ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
-    """
+    """Read all checks, and refuse sums that are not finite."""
     by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
     for check in checks:
         by_device.setdefault(check.finite.device, []).append(check.finite)

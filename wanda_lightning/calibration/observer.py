@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
@@ -28,41 +27,29 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 @dataclass
 class Observer:
-    """Sums up the inputs of the layers of a unit over all calibration batches.
+    """Sums up the inputs of the layers of a unit over the calibration batches of all processes.
 
     Layers with the same input share one `InputStatistics` object.
-
-    Args:
-        needs: Names of the sums.
-        processes: Processes that calibrate together; the statistics are sums over the batches of all processes.
-        min_expert_tokens: Experts with fewer tokens get the statistics of all their siblings in the unit.
-
-    Attributes:
-        padding_counted: Layers whose statistics include padding, because the masks do not show it in their inputs.
-        pooled: Experts with the statistics of all siblings, each with its own number of tokens.
-        not_routed: Experts to which the model passes every token, so that all tokens count.
     """
 
-    needs: frozenset[str]
+    needs: frozenset[str]  # names of the sums
     processes: Processes = SINGLE_PROCESS
-    min_expert_tokens: int = 0
+    min_expert_tokens: int = 0  # experts with fewer get the statistics of all their siblings in the unit
+    # Layers whose statistics include padding, because the masks do not show it in their inputs.
     padding_counted: set[str] = field(default_factory=set)
+    # Experts with the statistics of all siblings, each with its own number of tokens.
     pooled: dict[str, int] = field(default_factory=dict)
-    not_routed: set[str] = field(default_factory=set)
+    not_routed: set[str] = field(default_factory=set)  # experts to which the model passes every token
     _sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)  # by the layers with this input
     _checks: list[Check] = field(default_factory=list)
-    # The last unit that was a layer: its layers, their inputs in all batches of this process, and their statistics over
-    # all processes.
+    # The layers of the last unit, if that was a layer, their inputs in this process, and their statistics over all.
     _last: tuple[Sequence[Layer], list[Identity], dict[str, InputStatistics]] = (), [], {}
 
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
-        """Return the statistics of each layer of the unit that a batch reached.
-
-        Raises:
-            ValueError: If an input holds NaN or infinity, or its squares overflow; names layer, batch and token.
-        """
+        """Return the statistics of each layer of the unit that a batch reached."""
         if _is_layer(unit):  # it need not run: its input is in the parked calls
             return self._read_parked(unit, [call for call in calls if call.sample.counts])
+        self._last = (), [], {}
         with self.processes.fail_together():
             for call in calls:
                 with self.collect(unit, call.sample):
@@ -95,7 +82,14 @@ class Observer:
         """Return the statistics of the batches that ran in `collect`; otherwise the same as `__call__`."""
         with self.processes.fail_together():
             statistics = self._take(unit)
-        return self._of_all(unit, statistics)
+        if self.processes.world_size > 1:
+            statistics, padding_counted = all_reduce_statistics(
+                unit.layers, statistics, self.padding_counted, self.needs, self.processes
+            )
+            self.padding_counted |= padding_counted
+        result, pooled = pool_experts(unit.layers, statistics, self.min_expert_tokens)
+        self.pooled.update(pooled)
+        return result
 
     def _read_parked(self, unit: Unit, calls: Sequence[Call]) -> dict[str, InputStatistics]:
         """Read the inputs of a unit that is a layer from its parked calls, without running it.
@@ -112,7 +106,7 @@ class Observer:
             names = {last.name: layer.name for last, layer in zip(layers, unit.layers, strict=True)}
             self.padding_counted.update(names[name] for name in self.padding_counted & names.keys())
             return {names[name]: value for name, value in statistics.items()}
-        identities = []
+        self._last, identities, statistics = ((), [], {}), [], {}  # frees the Gram matrix before the next one
         with self.processes.fail_together():
             for call in calls:
                 call.sample.parking.restore()
@@ -162,17 +156,6 @@ class Observer:
             if (parts := by_layer.get(layer.name))
         }
 
-    def _of_all(self, unit: Unit, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
-        """Sum the statistics over all processes, and pool the statistics of experts with few tokens."""
-        if self.processes.world_size > 1:
-            statistics, padding_counted = all_reduce_statistics(
-                unit.layers, statistics, self.padding_counted, self.needs, self.processes
-            )
-            self.padding_counted |= padding_counted
-        result, pooled = pool_experts(unit.layers, statistics, self.min_expert_tokens)
-        self.pooled.update(pooled)
-        return result
-
 
 def _is_layer(unit: Unit) -> bool:
     """Whether a unit is one layer, or all groups of one convolution."""
@@ -207,8 +190,7 @@ class PassiveCalibration:
             UserError: If there was no batch, or an activation held NaN or infinity.
         """
         statistics = self.observer.finish(self._unit)
-        batches = torch.tensor(self._batches)
-        self.observer.processes.all_reduce_sum([batches])
+        batches = sum(count for (count,) in self.observer.processes.all_gather([self._batches]))
         if not batches:
             raise UserError("calibrate_on='validation' needs batches that run through the model, but none did.")
-        return statistics, int(batches)
+        return statistics, batches

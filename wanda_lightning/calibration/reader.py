@@ -64,11 +64,7 @@ class BatchReader:
         return multiply()
 
     def read(self, product: Product) -> None:
-        """Sum the tokens of a product, unless another layer had the same input.
-
-        Raises:
-            ValueError: If they do not have the width of the layer.
-        """
+        """Sum the tokens of a product, unless another layer had the same input."""
         layer, x = product.layer, product.tokens
         # A search through the entries of many experts is slow, and only the latest entry can match.
         for entry in self.entries if layer.expert is None else self.entries[-1:]:
@@ -84,22 +80,16 @@ class BatchReader:
     def _read_images(self, layer: Layer, x: Tensor) -> None:
         """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
         images = (x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)).detach()
-        entry = Entry(
-            Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted=False
-        )
-        statistics = entry.statistics
+        statistics = InputStatistics(self._needs)
+        entry = Entry(Identity(x, layer, self._calls), [layer.name], statistics, padding_counted=False)
         if self._needs == {"square_sum"}:
             squares = _fitting(layer.squares(images), layer, x)
             statistics.add(len(images) * len(squares), {"square_sum": squares.sum(dim=0)})
         else:
             for tokens in layer.token_parts(images):
                 statistics.update(_fitting(tokens, layer, x))
-        self.entries.append(entry)
-        if statistics.count:
-            finite = statistics.finite()
-            row = token_to_report(finite, lambda: layer.magnitudes(images))
-            shape = len(images), statistics.count // len(images)
-            self.checks.append(Check(entry.layers, self._batch, finite, row, shape, None))
+        shape = len(images), statistics.count // max(1, len(images))
+        self._add(entry, lambda: layer.magnitudes(images), shape, None)
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
         """Sum the tokens that count."""
@@ -118,10 +108,14 @@ class BatchReader:
             shape, tokens = tuple(keep.shape), tokens[keep.flatten().to(tokens.device)]
         entry = Entry(Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted)
         entry.statistics.update(tokens)
+        self._add(entry, lambda: tokens, shape, keep)
+
+    def _add(self, entry: Entry, magnitudes: Callable[[], Tensor], shape: tuple[int, ...], keep: Tensor | None) -> None:
+        """Add an entry, and check its sums if any token counts."""
         self.entries.append(entry)
-        if tokens.numel():
+        if entry.statistics.count:
             finite = entry.statistics.finite()
-            row = token_to_report(finite, lambda: tokens)
+            row = token_to_report(finite, magnitudes)
             self.checks.append(Check(entry.layers, self._batch, finite, row, shape, keep))
 
     def _real_tokens(self, product: Product, tokens: Tensor, shape: tuple[int, ...]) -> Tensor | None:

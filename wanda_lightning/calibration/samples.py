@@ -8,7 +8,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import (
@@ -32,47 +31,24 @@ from wanda_lightning.parallel import Processes, is_sharded
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A calibration batch, or some of its samples, that can run through the model.
-
-    Attributes:
-        forward: Runs it through the model.
-        predict: Runs it and returns the logits.
-        batch: What enters the model.
-        masks: Its padding.
-        counts: False if it only runs because another process runs a batch at the same time.
-        size: Number of samples.
-        batch_index: Index of the calibration batch, for messages.
-        parking: Keeps its activations while it waits at a unit.
-    """
+    """A calibration batch, or some of its samples, that can run through the model."""
 
     forward: Callable[[], object]
-    predict: Callable[[], object]
+    predict: Callable[[], object]  # returns the logits
     batch: Any = None
     masks: tuple[TokenMask, ...] = ()
-    counts: bool = True
-    size: int = 1
-    batch_index: int = 0
-    parking: Parking = field(default_factory=Parking)
+    counts: bool = True  # False if it only runs because another process runs a batch at the same time
+    size: int = 1  # number of samples
+    batch_index: int = 0  # of the calibration batch, for messages
+    parking: Parking = field(default_factory=Parking)  # keeps its activations while it waits at a unit
 
 
 class Samples:
     """The calibration batches of one process, each of which is one `Sample` until it is `split`.
 
-    Args:
-        model: The model.
-        batches: The batches.
-        forward: Runs one batch through the model; by default `forward_batch`, on the model's device.
-        predict: Runs one batch and returns the logits; by default `forward`.
-        processes: All processes that calibrate together.
-        reader: The choice that reads the batches, for messages; None if no choice does.
-        make_parking: Makes the parking of a sample.
-
-    Attributes:
-        length: Number of batches of this process; None if it is unknown.
-        total: Number of batches of all processes; known once they have run.
-
-    Raises:
-        UserError: If the batches are needed but `batches` is not a collection of batches.
+    `forward` runs one batch through the model (by default `forward_batch`, on the model's device), and `predict`
+    returns the logits (by default the output of `forward`). `reader` names the choice that reads the batches; None if
+    no choice does.
     """
 
     def __init__(
@@ -98,8 +74,8 @@ class Samples:
         # FSDP2 communicates in every forward pass, so all processes must run the same number of them.
         self._padded_to_equal = processes.world_size > 1 and is_sharded(model)
         self._counted = 0  # batches of this process in the latest pass
-        self.total = 0
-        self.length = len(self._batches) if isinstance(self._batches, Sized) else None
+        self.total = 0  # batches of all processes, once they have run
+        self.length = len(self._batches) if isinstance(self._batches, Sized) else None  # None if it is unknown
 
     def _forward_on_device(self, batch: Any) -> object:
         try:
@@ -130,11 +106,7 @@ class Samples:
             yield replace(self._sample(batch, index, 1), counts=counts)
 
     def hold(self) -> list[Sample]:
-        """Return one sample for each batch, all of which are in memory.
-
-        Raises:
-            UserError: In all processes, if there are none, or one cannot be read in any process.
-        """
+        """Return one sample for each batch, all of which are in memory; refuse to go on without any."""
         with self._processes.fail_together():
             samples = list(self)
         self.refuse_if_empty()
@@ -170,9 +142,9 @@ class Samples:
         return kept
 
     def head(self, count: int) -> list[Sample]:
-        """Return exactly the first samples of all processes that this process has, if they are taken in turn.
+        """Return this process's part of the first `count` samples, which are taken from all processes in turn.
 
-        So they are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
+        They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
         """
         with self._processes.fail_together():
             found = self.first(count)
@@ -190,25 +162,19 @@ class Samples:
         with self._processes.fail_together():
             for _ in self:
                 pass
-        self.total = self._total()
+        self._sum_counts()
 
     def refuse_if_empty(self) -> None:
-        """Count the batches that all processes have read in the latest pass.
-
-        Raises:
-            UserError: If there are none.
-        """
-        self.total = self._total()
+        """Count the batches that all processes have read in the latest pass, and refuse to go on without any."""
+        self._sum_counts()
         if not self.total:
             raise UserError(
                 f"batches must hold at least one calibration batch for {self._reader}, but there is none. Give a "
                 "list or a dataloader: an iterator can be read only once."
             )
 
-    def _total(self) -> int:
-        total = torch.tensor(self._counted)
-        self._processes.all_reduce_sum([total])
-        return int(total)
+    def _sum_counts(self) -> None:
+        self.total = sum(count for (count,) in self._processes.all_gather([self._counted]))
 
     def _sample(self, batch: Any, index: int, size: int) -> Sample:
         forward, predict = (partial(_run, run, batch, index) for run in (self._forward, self._predict))

@@ -28,13 +28,10 @@ from wanda_lightning.models import Unit
 def pass_side_by_side(
     passes: Sequence[Sample], blocks: Sequence[Unit], mode: AbstractContextManager[Any], hold: Callable[[str], None]
 ) -> None:
-    """Run samples whose `forward` also passes backward, all of them side by side.
+    """Run samples whose `forward` also passes backward, side by side; refuse a block that cannot be recomputed.
 
     They need the torch-function mode `mode`, which is active already in this thread. `hold` is called with the
     name of a block before a sample runs through it, forward or backward.
-
-    Raises:
-        ValueError: If a block cannot be recomputed.
     """
     stops = [*blocks, *reversed(blocks)]
     random = torch.get_rng_state()  # recomputation saves and restores it in each thread
@@ -83,11 +80,7 @@ class _Stopping(Recomputed):
             return forward(*args, **kwargs)
 
     def run_once(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse the block: its weights would have to stay in memory until the backward pass.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refuse the block: its weights would have to stay in memory until the backward pass."""
         raise UserError(
             f"allocation and pattern read gradients, for which each block runs twice, but {self._name} cannot run "
             "twice from disk: it writes into its inputs, or shares an object with other blocks. Prune in memory, or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -24,28 +24,13 @@ Record = Callable[[Iterable[Call]], Iterable[Call]]
 
 @dataclass
 class UnitStop:
-    """A unit that is about to be pruned, with the calibration samples that wait there."""
+    """A unit that is about to be pruned, with the statistics of its layers; there are none if none are needed."""
 
     unit: Unit
+    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
 
     def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
-        """Return the statistics of the layers; nothing if none are needed. `record` sees each call that runs."""
-        return {}
-
-    @property
-    def counts_batches(self) -> bool:
-        """Whether progress is counted in batches, because all of them run through the whole model here."""
-        return False
-
-
-@dataclass
-class KnownStop(UnitStop):
-    """A unit whose statistics are known."""
-
-    inputs: Mapping[str, InputStatistics]
-
-    def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
-        """Return the statistics."""
+        """Return the statistics of the layers; `record` sees each call that runs."""
         return self.inputs
 
 
@@ -53,19 +38,14 @@ class KnownStop(UnitStop):
 class _ParkedStop(UnitStop):
     """A unit at which samples are parked, or the whole model, through which they run one by one."""
 
-    calls: Iterable[Call]  # to iterate once
-    check: Callable[[], None]  # after that: refuses samples that took other paths in other processes
+    calls: Iterable[Call] = ()  # to iterate once
+    check: Callable[[], None] = lambda: None  # after that: refuses samples that took other paths in other processes
 
     def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
         """Run the calls through the unit, and return the sums over all processes."""
         inputs = observer(self.unit, record(self.calls))
         self.check()
         return inputs
-
-    @property
-    def counts_batches(self) -> bool:
-        """Whether the unit is the whole model."""
-        return self.unit.module is None
 
 
 def whole_model_calls(samples: Iterable[Sample], tick: Callable[[], None] = lambda: None) -> Iterator[Call]:
@@ -86,8 +66,9 @@ def stop_at_units(
 ) -> Generator[UnitStop]:
     """Stop at each unit with all samples that reach it; after each stop the samples run through the pruned unit.
 
-    A single unit without a module stands for the whole model; `tick` is called after each batch that ran through it.
-    `revisited` receives the indices of units that a sample reaches again.
+    A single unit without a module stands for the whole model, through which each sample runs once. `tick` is called
+    after each stop, or after each sample of the whole model. `revisited` receives the indices of units that a sample
+    reaches again.
     """
     with fsdp_calls_checked(model, processes) as check_calls:
         if units[0].module is None:
@@ -96,16 +77,13 @@ def stop_at_units(
                 check_calls("", 0)
                 samples.refuse_if_empty()
 
-            yield _ParkedStop(units[0], whole_model_calls(samples, tick), check)
+            yield _ParkedStop(units[0], calls=whole_model_calls(samples, tick), check=check)
             return
         held = _parking_at_products(samples.hold(), units)
         for stop in lockstep(held, *_modules(units), processes, revisited):
-            unit, calls = units[stop.unit], tuple(stop.calls)
-            check_calls(unit.name, len(calls))
-            parked = _ParkedStop(unit, calls, lambda: None)
-            del stop, calls  # or parked activations would outlive the run of the pruned unit
-            yield parked
-            parked.calls = ()
+            check_calls(units[stop.unit].name, len(stop.calls))
+            yield _ParkedStop(units[stop.unit], calls=stop.calls)
+            tick()
 
 
 def watch_units(
@@ -116,8 +94,7 @@ def watch_units(
     The sums are the ones that the observer collects if the samples run one after another. If a sample visits a unit
     several times, they are added in another order, so that the last digits can differ. `observer.finish` returns them.
 
-    Yields:
-        Each unit before the samples run through it; `hold` is called with its name before each sample does.
+    Yields each unit before the samples run through it. `hold` is called with its name before each sample does.
     """
 
     def prepared(index: int, call: Call) -> Call:

@@ -51,11 +51,7 @@ class BatchNormStatistics:
     If there are at least eight samples, every eighth is held out. If the correction moves the held-out predictions of
     the pruned model further from the dense ones, the original statistics are restored.
 
-    Args:
-        layers: The BatchNorm layers (see `batch_norm_layers`) of the dense model, which runs during construction; each
-            process has a full copy of the model.
-        samples: The calibration samples.
-        processes: All processes that prune together; the sums cover the samples of all of them.
+    The dense model runs during construction. Each process has a full copy of it, and the sums cover the samples of all.
     """
 
     def __init__(self, layers: Sequence[nn.Module], samples: Samples, processes: Processes) -> None:
@@ -65,15 +61,11 @@ class BatchNormStatistics:
         if layers:
             with processes.fail_together(), noting(lambda: _OPTION, kind=Exception):
                 self._used, held_out = _divided(samples, -(-_SAMPLES // processes.world_size))
-                self._record()
+                self._run(self._record)
                 self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
 
     def correct(self) -> BatchNormCorrection | None:
-        """Correct the statistics of the pruned model, unless that makes its predictions worse.
-
-        Returns:
-            What was done; None if there are no layers.
-        """
+        """Correct the pruned model, unless that makes its predictions worse; None if there are no layers."""
         if not self._layers:
             return None
         sizes = [sum(count for _, count in self._used), sum(sample.size for sample, _, _ in self._held_out)]
@@ -91,14 +83,10 @@ class BatchNormStatistics:
             self._restore()
         return BatchNormCorrection(corrected, used, held_out, before, after, not hurts)
 
-    def _record(self) -> None:
-        """Run the dense model."""
-
-        def visit(layer: int, call: int, inputs: Tensor) -> None:
-            sums = self._dense[layer]
-            sums.append(_sums(inputs) + (sums[-1] if sums else 0))
-
-        self._run(visit)
+    def _record(self, layer: int, call: int, inputs: Tensor) -> None:
+        """Add the inputs of a layer of the dense model."""
+        sums = self._dense[layer]
+        sums.append(_sums(inputs) + (sums[-1] if sums else 0))
 
     def _correct(self) -> int:
         """Correct the statistics batch by batch, then by all batches of all processes; return how many layers."""
@@ -132,7 +120,7 @@ class BatchNormStatistics:
             for index, layer in enumerate(self._layers):
                 hooks.callback(layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove)
             for batch, kept in self._used:
-                count, size = kept, batch.size
+                count, size = kept, max(1, batch.size)  # a batch may be empty
                 batch.forward()
 
     def _zeros(self) -> list[Tensor]:
@@ -160,11 +148,7 @@ class BatchNormStatistics:
 
 
 def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], list[Sample]]:
-    """Hold out every eighth of the first samples.
-
-    Returns:
-        Each batch, with the number of its samples that are not held out, which are its first; and those that are.
-    """
+    """Return the first batches, each with its number of samples that are not held out, and every eighth sample."""
     used: list[tuple[Sample, int]] = []
     held_out: list[Sample] = []
     seen = 0

@@ -56,7 +56,7 @@ def permute(run: Run) -> Permuted:
             unit = units[stop.unit]
             bar.show(unit.name)
             store.hold(unit.name)
-            search(unit, tuple(stop.calls), observer)
+            search(unit, stop.calls, observer)
             bar.advance()
     for index, name in enumerate(names):
         # A later call may use the units in another way. Only processes with samples there have seen it.
@@ -69,16 +69,11 @@ def permute(run: Run) -> Permuted:
 
 
 class _Search:
-    """Permutes the hidden units of one block after the other.
-
-    Attributes:
-        permuted: What was permuted so far.
-        done: The hidden units that were permuted, with their orders, by block.
-    """
+    """Permutes the hidden units of one block after the other."""
 
     def __init__(self, plan: Plan) -> None:
         self.permuted = Permuted()
-        self.done: dict[str, list[Reordering]] = {}
+        self.done: dict[str, list[Reordering]] = {}  # by block
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), _tied(plan.model)
         # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,9 @@ Selections = Mapping[str, Selection]  # by layer
 
 @dataclass(frozen=True)
 class Plan:
-    """A model with its layers grouped into units, and the choices and processes that prune it.
+    """A model with its layers grouped into units, and the choices and processes that prune it."""
 
-    Attributes:
-        config: The choices, for this model: `sequential` is not `"auto"`.
-        model: The model.
-        processes: All processes that prune together.
-        inventory: Every matrix of the model.
-    """
-
-    config: PruningConfig
+    config: PruningConfig  # for this model: `sequential` is not "auto"
     model: nn.Module
     processes: Processes
     inventory: Inventory
@@ -60,7 +53,7 @@ class Plan:
         """All layers as one unit."""
         return Unit("", None, self.layers)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Unit, ...]:
         """One unit for each block that holds layers, and for each layer outside of all blocks."""
         modules, members = named_modules(self.model), dict[str, list[Layer]]()
@@ -68,13 +61,13 @@ class Plan:
             members.setdefault(self.inventory.blocks[layer.name], []).append(layer)
         return tuple(Unit(name, modules.get(name, self.model), tuple(inside)) for name, inside in members.items())
 
-    @property
+    @cached_property
     def block_units(self) -> tuple[Unit, ...]:
         """One unit for each block that holds layers; none contains another."""
         own = {self.model, *(layer.module for layer in self.layers)}
         return tuple(unit for unit in self.parts if unit.module not in own)
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[nn.Module, ...]:
         """The modules of `block_units`."""
         return tuple(unit.module for unit in self.block_units if unit.module)
@@ -184,7 +177,8 @@ def make_plan(
     stops = "block" if config.sequential == "none" and not has_weights else config.sequential
     inventory = find_layers(model, stops, config.skip, config.only, config.include_grouped, config.pattern)
     plan = Plan(config, model, processes, inventory)
-    config.recovery.check_processes(processes.world_size, is_sharded(model))
+    if is_sharded(model):
+        config.recovery.check_sharded()
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
         if has_weights:

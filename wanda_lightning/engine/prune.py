@@ -25,7 +25,7 @@ from wanda_lightning.engine.reporting import make_report
 from wanda_lightning.engine.run import Observed, Run, WeightStore, timed
 from wanda_lightning.engine.write import prune_unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
-from wanda_lightning.report import Permuted, PruningReport, TrainedPart
+from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ def prune_as(
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"), processes.fail_together():
         plan = store.plan(config, model, processes)
-        not_corrected = _why_not_corrected(plan, batches)
-        batch_norms = [] if not_corrected else _batch_norms(plan)
+        batch_norms = _batch_norms(plan)
+        not_corrected = _why_not_corrected(plan, batches) if batch_norms else ""
+        batch_norms = [] if not_corrected else batch_norms
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader, store.make_parking)
         run = Run(plan, samples, store, progress and processes.rank == 0, seconds, not_corrected=not_corrected)
@@ -118,8 +119,10 @@ def prune_as(
             run.allocate(lambda: _observe_dense_model(run))
     recovers = config.recovery.reads_batches and config.sparsity > 0
     with run.timed("recover", recovers), pruning_mode(model):
-        dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
-        recovery = config.recovery.start_model(dense) if recovers else ModelRecovery()
+        recovery = ModelRecovery()
+        if recovers:
+            dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
+            recovery = config.recovery.start_model(dense)
     with run.timed("prune"), pruning_mode(model), noting(run.written, log.error):
         _prune_units(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
@@ -155,8 +158,6 @@ def _batch_norms(plan: Plan) -> list[nn.Module]:
 
 
 def _why_not_corrected(plan: Plan, batches: object) -> str:
-    if not _batch_norms(plan):
-        return ""
     if is_sharded(plan.model):
         return "the model is sharded"
     return "no calibration batches were given" if batches is None else ""
@@ -195,9 +196,7 @@ def _prune_units(run: Run) -> None:
                 run.selections = run.selections or plan.allocate(inputs)
                 prune_unit(run, unit, inputs, observer)
                 del inputs  # frees the statistics before the recovery
-                for part in recovery.train(bar.show):
-                    for name in part.layers & run.layers.keys():
-                        run.layers[name].part = TrainedPart(part.name, part.before, part.after, part.stopped)
-            if not stop.counts_batches:
-                bar.advance()
+                for part, layers in recovery.train(bar.show):
+                    for name in run.layers.keys() & {layer.name for layer in layers}:
+                        run.layers[name].part = part
         run.store.finish(run)

@@ -20,11 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def make_report(run: Run) -> PruningReport:
-    """Return the report of a run that has pruned all units, and log its warnings.
-
-    Raises:
-        UserError: If no layer was pruned.
-    """
+    """Return the report of a run that has pruned all units, and log its warnings."""
     started = time.perf_counter()
     plan = run.plan
     for layer in plan.layers:

@@ -27,43 +27,28 @@ Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]
 
 @dataclass
 class Run:
-    """One pruning run.
-
-    Attributes:
-        plan: The layers, their units, and the choices.
-        samples: The calibration samples of this process.
-        store: Where the weights are.
-        progress: Whether to show bars.
-        seconds: Time by stage.
-        selections: The sparsity, criterion and pattern of each layer; empty until they are allocated.
-        layers: The pruned layers by name, in the order in which they were pruned.
-        skipped: Layers that were left dense, by name.
-        few_tokens: Number of tokens of each expert that was pruned with the statistics of all experts of its module.
-        revisited: Indices of units that the model called again after they were pruned.
-        batch_norm: The correction of BatchNorm layers; None if there was none.
-        not_corrected: Why the model's BatchNorm layers were not corrected; empty if it has none, or they were.
-        permuted: The permutation of hidden units; None if there was none.
-        training: The training of the whole model; None if there was none.
-    """
+    """One pruning run. Dictionaries of layers and experts have their names as keys."""
 
     plan: Plan
     samples: Samples
     store: WeightStore
-    progress: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-    selections: Selections = field(default_factory=dict)
-    layers: dict[str, PrunedLayer] = field(default_factory=dict)
-    skipped: dict[str, SkippedMatrix] = field(default_factory=dict)
+    progress: bool = False  # whether to show bars
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    selections: Selections = field(default_factory=dict)  # empty until the sparsities are allocated
+    layers: dict[str, PrunedLayer] = field(default_factory=dict)  # in the order in which they were pruned
+    skipped: dict[str, SkippedMatrix] = field(default_factory=dict)  # layers that were left dense
+    # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
     few_tokens: dict[str, int] = field(default_factory=dict)
-    revisited: set[int] = field(default_factory=set)
+    revisited: set[int] = field(default_factory=set)  # indices of units that the model called again after pruning
     batch_norm: BatchNormCorrection | None = None
-    not_corrected: str = ""
+    not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were, or there are none
     permuted: Permuted | None = None
-    training: Training | None = None
+    training: Training | None = None  # of the whole model
 
     def allocate(self, observe: Callable[[], Observed]) -> None:
         """Give each layer its sparsity, from what `observe` finds in the dense model, or as an earlier run did."""
-        self.selections = self.store.recall(self.plan)
+        with self.plan.processes.fail_together():
+            self.selections = self.store.recall(self.plan)
         if self.selections:
             self.samples.count()
             return
@@ -101,19 +86,12 @@ def unreached(layer: Layer) -> SkippedMatrix:
 
 
 class WeightStore:
-    """All weights and activations stay in memory.
+    """All weights and activations stay in memory."""
 
-    Attributes:
-        zeros: Number of zeros among the weights that are not in memory.
-        advice: What to do if pruning fails halfway.
-        status: What to show beside the name of a unit, for example what has been read so far.
-        make_parking: Makes the parking of a sample.
-    """
-
-    zeros: int = 0
-    advice: str = "Reload the model before you try again."
-    status: str = ""
-    make_parking: MakeParking = Parking
+    zeros: int = 0  # among the weights that are not in memory
+    advice: str = "Reload the model before you try again."  # if pruning fails halfway
+    status: str = ""  # what to show beside the name of a unit, for example what has been read so far
+    make_parking: MakeParking = Parking  # makes the parking of a sample
 
     def plan(self, config: PruningConfig, model: nn.Module, processes: Processes) -> Plan:
         """Find what will be pruned."""
@@ -141,9 +119,12 @@ class WeightStore:
         """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit."""
         plan = run.plan
         bar.expect(run.samples.length if plan.is_one_pass else len(plan.units))
-        if not plan.observed:
-            return (UnitStop(unit) for unit in plan.units)
-        return stop_at_units(plan.model, plan.units, run.samples, plan.processes, run.revisited, bar.advance)
+        if plan.observed:
+            yield from stop_at_units(plan.model, plan.units, run.samples, plan.processes, run.revisited, bar.advance)
+            return
+        for unit in plan.units:
+            yield UnitStop(unit)
+            bar.advance()
 
     # ------------------------------------------------------------------------------------------------------ weights
 

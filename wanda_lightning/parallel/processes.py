@@ -29,10 +29,6 @@ class Processes:
     Args:
         group: The `torch.distributed` process group.
         device: The device that the backend of the group needs; None for the CPU.
-
-    Attributes:
-        world_size: Number of processes.
-        rank: Index of this process.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:

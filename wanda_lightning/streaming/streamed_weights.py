@@ -13,7 +13,7 @@ from torch import nn
 from wanda_lightning.calibration.gradients import gradient_statistics_by_block
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.parking import MakeParking, Parking
-from wanda_lightning.calibration.unit_stops import KnownStop, UnitStop, watch_units
+from wanda_lightning.calibration.unit_stops import UnitStop, watch_units
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
 from wanda_lightning.config import PruningConfig
@@ -101,7 +101,8 @@ class StreamedWeights(WeightStore):
         if not run.selections:
             run.allocate(lambda: (inputs, {}))
         for unit in run.plan.units:
-            yield KnownStop(unit, inputs)
+            yield UnitStop(unit, inputs)
+            bar.advance()
 
     def undo(self, change: Callable[[], None]) -> None:
         """Do nothing: the changed weights are not in memory any more, and are read again."""

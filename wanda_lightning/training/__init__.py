@@ -6,7 +6,6 @@ from wanda_lightning.training.recovery import (
     DenseModel,
     ModelRecovery,
     NoRecovery,
-    RecoveredPart,
     Recovery,
     UnitRecovery,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "ModelRecovery",
     "NoRecovery",
     "Reconstruct",
-    "RecoveredPart",
     "Recovery",
     "UnitRecovery",
 ]

@@ -120,6 +120,11 @@ class _Distillation(ModelRecovery):
                     bar.advance()
             dense.data.refuse_if_empty()
         self._samples = in_one_order(batches, self._processes)
+        if not self._samples:
+            raise UserError(
+                "batches must hold at least one sample for recovery=Distil(), but all of them are empty. Give batches "
+                "whose tensors have samples in their first dimension."
+            )
         self._loss = DistilLoss(dense.model, config.loss, config.next_token)
         self._batch_size = config.batch_size or self._usual_batch_size()
 
@@ -169,8 +174,7 @@ class _Distillation(ModelRecovery):
     def _order(self, trained: Sequence[int], number: int) -> Iterator[Sequence[int]]:
         """Yield the samples of each step of a pass."""
         generator = torch.Generator().manual_seed(self._config.seed + number)
-        shuffled = [trained[index] for index in torch.randperm(len(trained), generator=generator).tolist()]
-        yield from self._batches(shuffled)
+        return self._batches([trained[index] for index in torch.randperm(len(trained), generator=generator).tolist()])
 
     def _batches(self, samples: Sequence[int]) -> Iterator[Sequence[int]]:
         return (samples[start : start + self._batch_size] for start in range(0, len(samples), self._batch_size))

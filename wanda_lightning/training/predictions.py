@@ -57,15 +57,12 @@ def predictions_of(output: object) -> Tensor:
     """Return the predictions in the output of a model; refuse an output without any."""
     found = find_predictions(output)
     if found is None:
+        tensor = f"tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
             "recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
-            f"gave {_kind(output)}. Let forward= (or calibration_step) return the predictions, or use another recovery."
+            f"gave a {tensor}. Let forward= (or calibration_step) return the predictions, or use another recovery."
         )
     return found
-
-
-def _kind(found: object) -> str:
-    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,9 @@ class DenseTarget:
 
 
 def dense_targets(samples: Sequence[Sample], data: Samples, head: nn.Module | None) -> list[DenseTarget]:
-    """Return what the dense model predicts for the samples of a batch."""
+    """Return what the dense model predicts for the samples of a batch, which may be empty."""
+    if not samples:
+        return []
     with torch.set_grad_enabled(samples[0].batch_index == 0):  # shows whether training will get gradients
         first = _target(samples[0], head)
     with torch.no_grad():

@@ -18,10 +18,11 @@ from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Unit, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.report import TrainedPart
 from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
 from wanda_lightning.training.over_processes import in_one_order
 from wanda_lightning.training.predictions import widened
-from wanda_lightning.training.recovery import RecoveredPart, Recovery, UnitRecovery
+from wanda_lightning.training.recovery import Recovery, UnitRecovery
 
 _HELD_OUT = 4  # every fourth batch is held out from training
 
@@ -121,13 +122,13 @@ class _BlockReconstruction(UnitRecovery):
                 hooks.callback(after.remove)
             return call.forward(*args, **kwargs)
 
-    def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
+    def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
         """Train part by part; the recorded tensors of a part are freed after its training."""
         while self.parts:
             part = self.parts.pop(0)
             show(part.name)
             if trained := _PartTraining(part, self.config, self.processes).train():
-                yield trained
+                yield trained, part.layers
 
 
 class _PartTraining:
@@ -145,7 +146,7 @@ class _PartTraining:
         self._trained = [run for index, run in enumerate(self._runs) if index % _HELD_OUT != _HELD_OUT - 1]
         self._held_out = self._runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
 
-    def train(self) -> RecoveredPart | None:
+    def train(self) -> TrainedPart | None:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
         if not self._runs:
             return None
@@ -168,8 +169,7 @@ class _PartTraining:
                 stopped = f"the {error} was not finite"
         energy = float(sum(self._held_out_sums(lambda run: self._square_sum(run.output, run))))
         energy = max(energy, torch.finfo(torch.float32).tiny)
-        names = frozenset(layer.name for layer in layers)
-        return RecoveredPart(self._part.name, names, first / energy, least / energy, stopped)
+        return TrainedPart(self._part.name, first / energy, least / energy, stopped)
 
     def _losses(self, run: _Run | None, scale: float) -> Iterator[float]:
         if run is not None:
@@ -182,8 +182,7 @@ class _PartTraining:
 
     def _held_out_sums(self, sum_of: Callable[[_Run], Tensor]) -> Tensor:
         """Return a sum for each held-out run of all processes."""
-        weight = self._part.layers[0].weight
-        sums = torch.zeros_like(widened(weight.new_empty(len(self._held_out))))
+        sums = widened(self._part.layers[0].weight.new_zeros(len(self._held_out)))
         with self._processes.fail_together():
             for index, run in enumerate(self._held_out):
                 if run is not None:

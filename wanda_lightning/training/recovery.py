@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import nn
 
@@ -13,17 +13,7 @@ from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.report import Training
-
-
-class RecoveredPart(NamedTuple):
-    """A module of a unit after its training, with its relative squared error on held-out batches before and after."""
-
-    name: str
-    layers: frozenset[str]  # names of the pruned layers inside it
-    before: float
-    after: float
-    stopped: str = ""  # why training ended early or did not take place
+from wanda_lightning.report import TrainedPart, Training
 
 
 class UnitRecovery:
@@ -33,8 +23,11 @@ class UnitRecovery:
         """Return calls of the dense unit that record what training needs when each is run once."""
         return calls
 
-    def train(self, show: Callable[[str], None]) -> Iterator[RecoveredPart]:
-        """Train the kept weights of the pruned unit part by part, and call `show` with the name of each part."""
+    def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
+        """Train the kept weights of the pruned unit; yield each part with its layers.
+
+        `show` is called with the name of each part before it is trained.
+        """
         return iter(())
 
 
@@ -70,13 +63,12 @@ class Recovery:
         """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
         return None
 
-    def check_processes(self, world_size: int, is_sharded: bool) -> None:
-        """Raise a ValueError if the recovery does not support this number of processes, or a sharded model."""
-        if is_sharded:
-            raise UserError(
-                f"recovery={type(self).__name__}() trains a model that each process holds as a whole, but this one is "
-                "sharded. Prune before sharding (devices=1), or without recovery."
-            )
+    def check_sharded(self) -> None:
+        """Raise a ValueError if the recovery does not support sharded models."""
+        raise UserError(
+            f"recovery={type(self).__name__}() trains a model that each process holds as a whole, but this one is "
+            "sharded. Prune before sharding (devices=1), or without recovery."
+        )
 
     def workspace(self, unit: Unit) -> int:
         """Estimate the peak memory for training the weights of a unit, as a number of float32 values."""
@@ -95,5 +87,5 @@ class Recovery:
 class NoRecovery(Recovery):
     """Leave the weights as the solver computed them."""
 
-    def check_processes(self, world_size: int, is_sharded: bool) -> None:
-        """Accept any number of processes, and sharded models."""
+    def check_sharded(self) -> None:
+        """Accept sharded models."""
