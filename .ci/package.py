@@ -108,7 +108,7 @@ def main() -> None:
         run(command, "inspect", "--model", folder / "model", "--pattern", "2:4", **isolated)
         for extra, code in EXTRAS.items():
             check = f"try:\n    {code}\nexcept ImportError as error:\n    print(error)"
-            assert f"pip install 'wanda_lightning[{extra}]'" in run(python, "-c", check, **isolated), extra
+            assert f"pip install '.[{extra}]' in" in run(python, "-c", check, **isolated), extra
 
 
 if __name__ == "__main__":
