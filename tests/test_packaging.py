@@ -58,3 +58,7 @@ def test_issue_templates_ask_for_the_report(name):
     (report,) = (field for field in form["body"] if field.get("id") == "report")
     assert "pruning_report.json" in report["attributes"]["description"]
     assert report["validations"]["required"]
+
+
+def test_users_see_the_types():
+    assert (ROOT / "wanda_lightning/py.typed").exists()  # or mypy skips an installed package

@@ -159,7 +159,7 @@ def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
     trainer(DistillFromDense(Dense(), weight=0.4)).validate(Net(), loader(), ckpt_path=tmp_path / "3.ckpt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.nightly)])
 def test_two_processes_train_like_one(pair, strategy):
     first, second = pair.run(cases.distill, strategy)
     for name, weight in cases.distill(None, "auto").items():

@@ -241,7 +241,13 @@ class Twice(LooksAtZeros):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # calibration needs no gradients
 @pytest.mark.parametrize(
     ("make", "at_step"),
-    [(Checkpointed, 5), (Compiled, 5), (CompiledLayer, 0), (Tied, 0), (Twice, 5)],
+    [
+        (Checkpointed, 5),
+        pytest.param(Compiled, 5, marks=pytest.mark.nightly),
+        (CompiledLayer, 0),
+        (Tied, 0),
+        (Twice, 5),
+    ],
 )
 def test_other_ways_to_run_a_model(make, at_step):
     if "Compiled" in make.__name__ and not torch._dynamo.is_dynamo_supported():

@@ -126,13 +126,13 @@ def callbacks_of(options, *callbacks):
     ("optimizer", "when", "options"),
     [
         ("adamw", "at_step", "ema"),
-        ("adamw", "at_start", "clipping"),
+        pytest.param("adamw", "at_start", "clipping", marks=pytest.mark.nightly),
         ("adamw", "not kept", "plain"),
         ("momentum", "at_step", "bf16-mixed"),
         ("momentum", "cubic", "ema first"),
-        ("sign", "at_start", "ema"),
+        pytest.param("sign", "at_start", "ema", marks=pytest.mark.nightly),
         ("sign", "cubic", "accumulation"),
-        ("lion", "cubic", "bf16-true"),
+        pytest.param("lion", "cubic", "bf16-true", marks=pytest.mark.nightly),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, options):

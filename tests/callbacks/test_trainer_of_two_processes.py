@@ -49,7 +49,7 @@ def test_lightnings_own_loader_is_already_divided(pair, strategy):
     assert len({tuple(sample) for sample in found}) == 7  # no sample twice
 
 
-@pytest.mark.parametrize("sequential", ["block", "none"])
+@pytest.mark.parametrize("sequential", ["block", pytest.param("none", marks=pytest.mark.nightly)])
 def test_a_language_model_of_ours_under_fsdp2(pair, tmp_path, sequential):
     ZOO["llama"].build().save_pretrained(tmp_path)
     (weights, report, sharded), (others, *_) = pair.run(cases.fit_llama, str(tmp_path), sequential)

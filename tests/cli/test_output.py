@@ -49,6 +49,7 @@ def test_markup_in_names_is_text(capsys, monkeypatch):
     assert "layers [bold]x[/bold] of a name that is longer than the terminal is wide\n" in out
 
 
+@pytest.mark.nightly
 def test_lightning_does_not_log_the_hardware():
     """In a fresh interpreter, since Lightning sets its level when it is imported."""
     code = "from wanda_lightning.cli.output import quiet_libraries; quiet_libraries()\n"

@@ -35,7 +35,7 @@ class Reading(Net):
         return self(batch["input_ids"].float()).sum()
 
 
-@pytest.mark.parametrize("limit", [1.0, 0.5, 2])
+@pytest.mark.parametrize("limit", [1.0, 0.5, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(tmp_path, limit):
     def fit(*callbacks, **options):
         module, data = Reading(), TextDataModule(byte_tokenizer(), seqlen=32, num_samples=16, limit=1)

@@ -108,3 +108,13 @@ def test_a_module_is_uploaded_as_it_is_saved(hub, tmp_path, monkeypatch, make):
     with pytest.raises(OSError, match=r"the model is saved in .*temporary.* hf upload us/other"):
         module.push_to_hub("us/other")
     assert len(list((tmp_path / "temporary").iterdir())) == 1
+
+
+def test_a_model_that_cannot_be_saved_leaves_no_folder(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    module = tiny_vit()
+    monkeypatch.setattr(module, "save_pretrained", lambda folder, overwrite: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        module.push_to_hub("us/tiny")
+    assert not any(tmp_path.iterdir())
+    assert hub.requests == []

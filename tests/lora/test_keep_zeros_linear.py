@@ -140,6 +140,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 
 
 # torch 2.13 instantiates the autograd function itself while it traces.
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_model_gives_the_same_gradients():
     model, layer = single(sparse_layer("linear").float())

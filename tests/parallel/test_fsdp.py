@@ -59,6 +59,7 @@ def test_uneven_and_empty_shares_sharded(pair, sequential, shares):
     check_sharded(pair.run(cases.sharded, "few_rows", shares, sequential=sequential), "few_rows", sequential=sequential)
 
 
+@pytest.mark.nightly
 def test_blocks_that_are_compiled(pair):
     check_sharded(pair.run(cases.sharded, "few_rows", compiled=True), "few_rows")
 

@@ -65,8 +65,9 @@ SMALLER = {
     "digits_vit": "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1",
     "digits_vit_gradual": "--trainer.max_epochs=4 --data.batch_size=20 --trainer.limit_val_batches=1",
 }
+SLOW = ("digits_vit_gradual", "gradual")
 RUN = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.nightly] if path.stem == "digits_vit_gradual" else [])
+    pytest.param(path, id=path.stem, marks=[pytest.mark.nightly] if path.stem in SLOW else [])
     for path in RECIPES
     if path.parent.name != "paper"
 ]

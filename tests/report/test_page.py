@@ -25,6 +25,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr("wanda_lightning.report.figures.to_svg", lambda plot, width: "<svg></svg>")
 
 
+@pytest.mark.nightly
 def test_a_large_report_is_one_small_file(tmp_path):
     report = llama_report(30)
     page = page_of(report, tmp_path)

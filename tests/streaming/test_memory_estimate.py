@@ -107,6 +107,7 @@ needs_linux = pytest.mark.skipif(
 )
 
 
+@pytest.mark.nightly
 @needs_linux
 def test_activations_on_disk_are_not_in_memory(tmp_path):
     folder, choices = save(tmp_path / "model", 1), {"sequential": "layer", "batches": 24}

@@ -242,7 +242,7 @@ def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, monke
 @pytest.mark.parametrize(
     "name",
     with_nightly(
-        ["none", "permutation", "reconstruct"],
+        ["none", "permutation"],
         ["magnitude", "layer", "2:4", "owl_layer", "none", "skip", "permutation", "reconstruct"],
     ),
 )

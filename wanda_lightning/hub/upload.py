@@ -90,14 +90,30 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
     return str(address)
 
 
-def save_and_upload(save: Callable[..., None], repo_id: str, private: bool) -> str:
-    """Save a model with `save(folder, overwrite)` in a temporary folder, and upload it as `upload` does.
+class Uploadable:
+    """What can save a model with `save_pretrained(folder, overwrite)`, and so upload it."""
 
-    If the upload fails, the folder stays, since the message names it.
-    """
-    refuse_upload(repo_id, private)
-    folder = tempfile.mkdtemp()
-    save(folder, overwrite=True)
-    address = upload(folder, repo_id, files_in(folder), private)
-    shutil.rmtree(folder)
-    return address
+    save_pretrained: Callable[..., None]
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Save the model as `save_pretrained` does, upload it, and return the address. Call it in one process only.
+
+        Args:
+            repo_id: OWNER/NAME of a model repository on the Hugging Face hub; it is created if it does not exist.
+            private: Make the repository private if it is new, and refuse a public one.
+
+        Raises:
+            ValueError: If the upload cannot succeed, for example without a token.
+            OSError: If it fails. The message names the folder of the model, which stays, and the command that uploads
+                it later.
+        """
+        refuse_upload(repo_id, private)
+        folder = tempfile.mkdtemp()
+        try:
+            self.save_pretrained(folder, overwrite=True)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        address = upload(folder, repo_id, files_in(folder), private)
+        shutil.rmtree(folder)
+        return address

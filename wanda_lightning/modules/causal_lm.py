@@ -23,7 +23,7 @@ from wanda_lightning.common.checks import Number, check_values, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.write_whole import whole_folder
-from wanda_lightning.hub.upload import save_and_upload
+from wanda_lightning.hub.upload import Uploadable
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
     DTYPES,
@@ -40,7 +40,7 @@ from wanda_lightning.modules.loading import (
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 
 
-class CausalLMModule(L.LightningModule):
+class CausalLMModule(Uploadable, L.LightningModule):
     """A decoder-only language model, trained on its next-token loss and evaluated by `WindowPerplexity`.
 
     A batch is a mapping with `input_ids` and optionally `attention_mask` and `labels`, the ids alone, or a tuple that
@@ -309,19 +309,6 @@ class CausalLMModule(L.LightningModule):
             from wanda_lightning.lora import merge
 
             self.model = merge(self.model, reprune)
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Save the model as `save_pretrained` does, upload it, and return the address. Call it in one process only.
-
-        Args:
-            repo_id: OWNER/NAME of a model repository on the Hugging Face hub; it is created if it does not exist.
-            private: Make the repository private if it is new, and refuse a public one.
-
-        Raises:
-            ValueError: If the upload cannot succeed, for example without a token.
-            OSError: If it fails. The message names the command that uploads the model later.
-        """
-        return save_and_upload(self.save_pretrained, repo_id, private)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.

@@ -19,11 +19,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.checks import Number, check_path, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
-from wanda_lightning.hub.upload import save_and_upload
+from wanda_lightning.hub.upload import Uploadable
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 
 
-class ImageClassifierModule(L.LightningModule):
+class ImageClassifierModule(Uploadable, L.LightningModule):
     """An image classifier, trained on cross entropy and evaluated by accuracy.
 
     A batch is `(images, labels)`, or a mapping with `image` or `pixel_values` and `label` or `labels`: images of shape
@@ -174,19 +174,6 @@ class ImageClassifierModule(L.LightningModule):
         exempt: Collection[str] = getattr(self.model, "no_weight_decay", tuple)()
         groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         return torch.optim.AdamW(groups, lr=self.lr)
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Save the model as `save_pretrained` does, upload it, and return the address. Call it in one process only.
-
-        Args:
-            repo_id: OWNER/NAME of a model repository on the Hugging Face hub; it is created if it does not exist.
-            private: Make the repository private if it is new, and refuse a public one.
-
-        Raises:
-            ValueError: If the upload cannot succeed, for example without a token.
-            OSError: If it fails. The message names the command that uploads the model later.
-        """
-        return save_and_upload(self.save_pretrained, repo_id, private)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.

@@ -1,0 +1,23 @@
+"""What mypy says of a user's code: it fails if a line marked `type: ignore` has no error, or another one."""
+
+from torch import nn
+
+from wanda_lightning import SparseGPTPrune, WandaPrune, prune
+
+
+def right(model: nn.Module) -> None:
+    """Calls without an error."""
+    WandaPrune(0.5, pattern="2:4", num_samples=8, solver="sparsegpt")
+    SparseGPTPrune(criterion="wanda", skip=["lm_head"])
+    prune(model, method="wanda")
+
+
+def wrong(model: nn.Module) -> None:
+    """Misspelled names, arguments that a class does not take, wrong types."""
+    from wanda_lightning import WandaPrun  # type: ignore[attr-defined]
+
+    WandaPrun()
+    WandaPrune(spasity=0.5)  # type: ignore[call-arg]
+    WandaPrune(method="ria")  # type: ignore[call-arg]
+    prune(model, methode="wanda")  # type: ignore[call-arg]
+    prune(model, skip=3)  # type: ignore[arg-type]
