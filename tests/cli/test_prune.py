@@ -430,7 +430,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_pruning(inputs, tmp_p
     (tmp_path / "old.html").write_text("old")
     for path, message in (
         ("report.pdf", "report must end with .html or .png, but it is 'report.pdf'."),
-        ("old.html", "--report old.html already exists. Choose another name, or replace it with overwrite=True."),
+        ("old.html", "--report old.html already exists. Choose another name, or replace it with overwrite."),
         ("old.html/a.html", "--report old.html/a.html cannot be written"),
         ("a.html", "Reports with figures need matplotlib: pip install '.[report]' in the source folder"),
     ):

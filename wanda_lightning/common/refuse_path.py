@@ -30,7 +30,7 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
         if target.is_dir():
             raise IsADirectoryError(f"{path} must be a file, but it is a folder. Name a file inside it.")
         if os.path.lexists(target) and not overwrite:
-            raise FileExistsError(f"{path} already exists. Choose another name, or replace it with overwrite=True.")
+            raise FileExistsError(f"{path} already exists. Choose another name, or replace it with overwrite.")
         _try_to_write(target.parent, target)
 
 
@@ -43,9 +43,7 @@ def refuse_nonempty(path: str | os.PathLike[str], overwrite: bool = False) -> No
         if os.path.lexists(target) and not target.is_dir():
             raise FileExistsError(f"{path} must be a folder, but it is a file. Choose another path.")
         if entries(target) and not overwrite:
-            raise FileExistsError(
-                f"{path} is a folder that is not empty. Choose another, or allow it with overwrite=True."
-            )
+            raise FileExistsError(f"{path} is a folder that is not empty. Choose another, or allow it with overwrite.")
         _try_to_write(target, target)
 
 
