@@ -267,7 +267,7 @@ OF_LANGUAGE_MODELS = [
     (["--save", "{}"], "--save {} must be a file, but it is a folder. Name a file inside it", 2),
     (
         ["--save", "{}/text.txt"],
-        "--save {}/text.txt already exists. Choose another name, or replace it with overwrite=T",
+        "--save {}/text.txt already exists. Choose another name, or replace it with overwrite.",
         2,
     ),
 ]
