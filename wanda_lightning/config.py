@@ -99,7 +99,8 @@ class PruningConfig:
             method: Name of a method, or of a preset: `fast` (Wanda in one pass), `balanced` (better at every sparsity),
                 `best`, or `thorough` (`best`, then distillation); it sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.
-            pattern: Where zeros may fall: `unstructured`, or N:M such as `2:4`, which keeps N of every M weights.
+            pattern: Where zeros may fall: `unstructured`, N:M such as `2:4`, which keeps N of every M weights, or
+                `structured`: they fill whole hidden units, which `shrink` takes out; `sparsity` is a fraction of units.
                 `"unstructured"` compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"`
                 compare as they say; `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
@@ -120,6 +121,8 @@ class PruningConfig:
         _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
+        if chosen_pattern.prunes_units and solver is None and (method is None or method in methods.PRESETS):
+            chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
         usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
         usual_permutation = base.permutation if chosen_pattern.group_size else methods.PERMUTATIONS["none"]
         chosen_recovery: Recovery = _resolve("recovery", recovery, base.recovery)
@@ -156,6 +159,13 @@ class PruningConfig:
             )
         check_flags(include_grouped=self.include_grouped, keep_batch_norm=self.keep_batch_norm)
         self.pattern.check(self.sparsity)
+        for option in ("solver", "allocation"):
+            if self.pattern.prunes_units and not getattr(self, option).prunes_units:
+                fitting = [name for name, make in NAMES[option].items() if make().prunes_units]
+                raise UserError(
+                    f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it compares single "
+                    f"weights, not hidden units. Choose {option} from {', '.join(fitting)}."
+                )
         if reason := self.permutation.why_not(self.pattern):
             raise UserError(
                 f"{self.shown('permutation')} cannot be combined with {self.shown('pattern')}, because {reason}"
@@ -177,7 +187,8 @@ class PruningConfig:
     @property
     def preset(self) -> str:
         """Name of the preset with exactly these choices; empty if there is none."""
-        pattern = "unstructured" if self.pattern.fixed_sparsity is None else self.pattern
+        is_free = self.pattern.fixed_sparsity is None and not self.pattern.prunes_units
+        pattern = "unstructured" if is_free else self.pattern
         choices = [option for option in NAMES if option != "method"]
         for name in methods.PRESETS:
             preset = PruningConfig.from_names(self.sparsity, method=name, pattern=pattern)
@@ -205,7 +216,7 @@ class PruningConfig:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
         reading = [option for option in choices if _reads_data(getattr(self, option))]
-        reading += ["pattern"] if self.pattern.weigh_rows else []
+        reading += ["pattern"] if self.pattern.weigh_rows or self.pattern.prunes_units else []
         return self.shown(reading[0]) if reading else None
 
     def scaled(self, fraction: float) -> PruningConfig:

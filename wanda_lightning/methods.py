@@ -30,6 +30,7 @@ PATTERNS: Mapping[str, Callable[[], Pattern]] = {
     "unstructured_layer": lambda: wl.Unstructured(group="layer"),
     "unstructured_layer_weighted": lambda: wl.Unstructured(group="layer", weigh_rows=True),
     "equal_share": lambda: wl.EqualShare(),
+    "structured": lambda: wl.Structured(),
     "2:4": lambda: wl.NM(n=2, m=4),
     "4:8": lambda: wl.NM(n=4, m=8),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,7 @@ _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 class _Record:
     """The results of one call of a block, and the inputs of its modules."""
 
-    # Tensors that the block returned, or wrote into its arguments, buffers or attributes.
+    # Tensors that the block returned, or wrote into its arguments, attributes or buffers, in this order.
     results: list[Tensor] = field(default_factory=list)
     # Inputs of each module with a matrix, one tensor for each of its calls.
     inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
@@ -76,6 +76,21 @@ class BlockRuns:
             for index, record in enumerate(self._records)
         )
 
+    def same_after(self, change: Callable[[], None]) -> bool:
+        """Run the first call, change the block, and run it again: whether the results are the same, and finite.
+
+        A block whose shapes no longer fit raises whatever its model raises; its results are not the same.
+        """
+        before = self._run_again(0)
+        change()
+        try:
+            after = self._run_again(0)
+        except Exception:
+            return False
+        buffers = len(list(self._block.buffers()))  # the last results; they may have other shapes now
+        pairs = (record.results[: len(record.results) - buffers] for record in (before, after))
+        return _all_same(*pairs, before.eps)
+
     def same_columns(self, x: Tensor, y: Tensor) -> bool:
         """Whether all columns of two matrices of tokens are the same, to rounding."""
         return x.shape == y.shape and _same(x, y, self._records[0].eps, each_column=True)
@@ -106,7 +121,7 @@ class BlockRuns:
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             output = call.forward(*args, **kwargs)
         # A block may pass keys and values to later blocks through an object among its arguments.
-        found = [*tensors_within((output, args, kwargs)), *self._block.buffers(), *self._attributes()]
+        found = [*tensors_within((output, args, kwargs)), *self._attributes(), *self._block.buffers()]
         record.results = [tensor.clone() for tensor in found]
         record.eps = _eps(record.results + [x for entered in record.inputs.values() for x in entered])
         return output, record

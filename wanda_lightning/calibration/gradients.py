@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def gradient_statistics(
     tick: Callable[[], None],
     processes: Processes,
     limit: GradientLimit = GradientLimit(),
+    columns: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
@@ -44,7 +46,8 @@ def gradient_statistics(
     of one sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.
 
     Batch i of all processes precedes batch i + 1 of any. `tick` is called after each batch. `limit` is the number of
-    samples over all processes. The result holds the layers that a batch reached.
+    samples over all processes. `columns` has the number of columns of each hidden unit, for the layers whose units are
+    scored. The result holds the layers that a batch reached.
 
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
@@ -54,7 +57,7 @@ def gradient_statistics(
         with recomputing(blocks, mode), torch.enable_grad():
             _pass_backward(samples, tick, processes, _Backward(limit))
 
-    return _summed(model, layers, processes, run)
+    return _summed(model, layers, processes, run, columns)
 
 
 def gradient_statistics_by_block(
@@ -64,6 +67,7 @@ def gradient_statistics_by_block(
     samples: Samples,
     hold: Callable[[str], None],
     limit: GradientLimit = GradientLimit(),
+    columns: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, GradientStatistics]:
     """Return what `gradient_statistics` returns in a single process, with few blocks in memory at a time.
 
@@ -77,7 +81,7 @@ def gradient_statistics_by_block(
         for group in _groups(samples, _Backward(limit)):
             pass_side_by_side(group, blocks, mode, hold)
 
-    return _summed(model, layers, SINGLE_PROCESS, run)
+    return _summed(model, layers, SINGLE_PROCESS, run, columns)
 
 
 SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384
@@ -128,14 +132,15 @@ def _summed(
     layers: Sequence[Layer],
     processes: Processes,
     run: Callable[[AbstractContextManager[Any]], None],
+    columns: Mapping[str, int],
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients while `run`, called with a mode that its backward passes enter, runs."""
-    sums = {layer.name: _zeros(layer) for layer in layers}
+    sums = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
     reached = torch.zeros(len(layers), dtype=torch.int64)
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
     with without_gradients(model), intercept(layers, on_product) as mode:
         run(mode)
-    processes.all_reduce_sum([reached, *(each for pair in sums.values() for each in pair)])
+    processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
     _refuse_nonfinite(sums)
     if reached.any() and not any(total.inputs.any() for total in sums.values()):
         raise UserError(
@@ -146,10 +151,11 @@ def _summed(
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
-def _zeros(layer: Layer) -> GradientStatistics:
+def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
     d_out, d_in = layer.shape
     zeros = torch.zeros(d_in + d_out, dtype=torch.float32, device=layer.weight.device)
-    return GradientStatistics(zeros[:d_in], zeros[d_in:])
+    units = None if columns is None else zeros.new_zeros(d_in // columns)
+    return GradientStatistics(zeros[:d_in], zeros[d_in:], units)
 
 
 def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, backward: _Backward) -> None:
@@ -245,12 +251,19 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistic
     def on_product(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         if not torch.is_grad_enabled():  # no gradient reaches this product
             return multiply()
-        squares = [product.layer.tokens(product.tokens.detach()).float().square() for product in products]
+        totals = [sums[product.layer.name] for product in products]
+        inputs = [product.layer.tokens(product.tokens.detach()).float() for product in products]
+        squares = [each.square() for each in inputs]
+        # A copy, because the model may write into its activations before the backward pass
+        signed = [x.clone() if total.units is not None else None for x, total in zip(inputs, totals, strict=True)]
+        del inputs
         output = _with_graph(multiply())
 
         def add(gradient: Tensor) -> None:
-            for product, each in zip(products, squares, strict=True):
-                _add(product, each, gradient, sums[product.layer.name])
+            for product, each, tokens, total in zip(products, squares, signed, totals, strict=True):
+                _add(product, each, gradient, total)
+                if tokens is not None:
+                    _add_units(product, tokens, gradient, total)
                 reached[indices[product.layer.name]] += product.layer.expert is None or bool(each.any())
 
         output.register_hook(add)
@@ -269,6 +282,15 @@ def _add(product: Product, squares: Tensor, gradient: Tensor, total: GradientSta
     # Divide by all rows of the layer: this product may use only some of them.
     total.inputs.add_(torch.mv(squares.t(), squared_gradient.sum(dim=1) / len(total.rows)))
     total.rows[product.row : product.row + squared_gradient.shape[1]].add_(squared_gradient.sum(dim=0))
+
+
+def _add_units(product: Product, tokens: Tensor, gradient: Tensor, total: GradientStatistics) -> None:
+    """Add the squared first-order effects of each unit on the loss through each token."""
+    assert total.units is not None
+    outputs = product.layer.outputs(product.part(gradient)).flatten(0, -2).float()
+    weight = product.layer.read()[product.row : product.row + outputs.shape[1]].float()
+    effects = torch.mm(outputs, weight).mul_(tokens)
+    total.units.add_(effects.unflatten(1, (-1, len(total.units))).sum(dim=1).square_().sum(dim=0))
 
 
 def _logits(output: object) -> Tensor:

@@ -69,6 +69,11 @@ class Pattern(ABC):
         """The only sparsity that the pattern can have; None if it can have any."""
         return None
 
+    @property
+    def prunes_units(self) -> bool:
+        """Whether zeros fill whole columns, and the rows of other layers that write what these columns read."""
+        return False
+
     def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any sparsity
         """Raise a ValueError for a sparsity that the pattern cannot have."""
 
@@ -260,3 +265,59 @@ class EqualShare(Pattern):
                 share, high = (share + low) / 2, share
             else:
                 share, low = (share + high) / 2, share
+
+
+@dataclass(frozen=True)
+class Structured(Pattern):
+    """Zeros fill whole hidden units, so that they can be taken out and an ordinary smaller model is left.
+
+    A unit is a column of the layer that reads it. The score of a unit is the sum over the rows of the squared scores of
+    its weights: with `Wanda` that of FASP (Hu et al. 2025, arXiv 2501.09412). `prune` also sets to zero what writes the
+    unit: the rows and biases of other layers, and vectors with one entry for each unit.
+
+    Attributes:
+        multiple_of: The number of kept units of a layer is rounded to a multiple of this, at least one.
+        columns: Columns of each unit: as many as the kernel of a convolution has positions; `prune` sets it.
+    """
+
+    multiple_of: int = 8
+    columns: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        at_least_1 = Number(minimum=1, whole=True)
+        check(self, multiple_of=at_least_1, columns=at_least_1)
+
+    @property
+    def prunes_units(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def spans_rows(self) -> bool:
+        """True: the score of a unit is a sum over all rows."""
+        return True
+
+    def sparsity_steps(self, d_out: int, d_in: int) -> int:
+        """Return how many multiples of `multiple_of` units the layer has."""
+        return max(1, d_in // self.columns // self.multiple_of)
+
+    def kept(self, width: int, sparsity: float) -> int:
+        """Return how many of `width` units are kept.
+
+        Example:
+            >>> Structured().kept(1536, 0.3), Structured().kept(1536, 0.0)
+            (1072, 1536)
+        """
+        if sparsity == 0:
+            return width
+        return min(width, max(1, self.multiples(width, sparsity)) * self.multiple_of)
+
+    def multiples(self, width: int, sparsity: float) -> int:
+        """Return how many multiples of `multiple_of` are nearest to the units that a sparsity leaves; perhaps none."""
+        return round(width * (1 - sparsity) / self.multiple_of)
+
+    def __call__(self, scores: Score, sparsity: float) -> KeepMask:
+        """Keep the units with the largest scores."""
+        units = scores.square().sum(dim=0).unflatten(0, (self.columns, -1)).sum(dim=0)
+        keep = keep_largest(units[None], self.kept(len(units), sparsity))[0]
+        return keep.repeat(self.columns).expand_as(scores).contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.gram import inverse_factor, scaled
-from wanda_lightning.core.types import Gram, PerInput, RowWeights, Tokens
+from wanda_lightning.core.types import Gram, PerInput, PerUnit, RowWeights, Tokens
 
 Derived = TypeVar("Derived")
 
@@ -83,6 +83,7 @@ class GradientStatistics(NamedTuple):
 
     inputs: PerInput  # x² * mean(g²), with the mean over the outputs
     rows: RowWeights  # g²
+    units: PerUnit | None = None  # (x * h)², with the gradients h at the inputs, if units are scored
 
     def row_weights(self) -> RowWeights:
         """Return `rows` divided by its mean; ones if all gradients are 0."""

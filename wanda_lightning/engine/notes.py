@@ -32,7 +32,7 @@ def notes_on(run: Run) -> list[Note]:
         _revisited(run),
         _already_sparse(run),
         unfit_layers(run.plan.inventory),
-        low_coverage(run.plan.inventory, run.skipped),
+        None if run.plan.coupled else low_coverage(run.plan.inventory, run.skipped),
         _few_tokens(run),
         _short_of_target(run),
         _mixed_nm(run),
@@ -141,7 +141,7 @@ def _short_of_target(run: Run) -> Note | None:
 
 
 def _mixed_nm(run: Run) -> Note | None:
-    kinds = Counter(run.selections[name].pattern for name in run.layers)
+    kinds = Counter(run.selections[name].pattern for name in run.layers if name in run.selections)
     if run.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
         return None
     counts = {_as_nm(kind): number for kind, number in kinds.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
@@ -17,12 +15,11 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
-from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
-from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, is_wrapper
+from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import Permuted
@@ -74,7 +71,7 @@ class _Search:
     def __init__(self, plan: Plan) -> None:
         self.permuted = Permuted()
         self.done: dict[str, list[Reordering]] = {}  # by block
-        self._plan, self._modules, self._tied = plan, named_modules(plan.model), _tied(plan.model)
+        self._plan, self._modules, self._tied = plan, named_modules(plan.model), tied_tensors(plan.model)
         # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}
 
@@ -179,21 +176,3 @@ def _permute_all(reorderings: Iterable[Reordering]) -> None:
 
 def _is_identity(orders: Orders) -> bool:
     return bool((orders == torch.arange(orders.shape[1])).all())
-
-
-def _tied(model: nn.Module) -> set[tuple[nn.Module, str]]:
-    """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
-    found = [
-        (module, name, _memory(tensor))
-        for module in model.modules()
-        for tensors in (module.named_parameters, module.named_buffers)
-        for name, tensor in tensors(recurse=False)
-    ]
-    counts = Counter(memory for _, _, memory in found)
-    return {(module, name) for module, name, memory in found if counts[memory] > 1}
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
-    has_memory = not is_unloaded(tensor) and tensor.device.type != "meta" and tensor.numel() and not is_wrapper(tensor)
-    return tensor.untyped_storage().data_ptr() if has_memory else id(tensor)

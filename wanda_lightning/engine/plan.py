@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer
+from wanda_lightning.core.patterns import Structured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import RowWeights
@@ -21,7 +22,8 @@ from wanda_lightning.engine.refusals import (
     refuse_too_wide,
     refuse_unprunable,
 )
-from wanda_lightning.models import Inventory, Layer, Unit, find_layers, reads_images
+from wanda_lightning.engine.unit_sparsities import unit_sparsities
+from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
@@ -37,6 +39,8 @@ class Plan:
     model: nn.Module
     processes: Processes
     inventory: Inventory
+    # The hidden units to prune, by the layer that reads them, if whole units are pruned; the layers are these readers.
+    coupled: Mapping[str, RemovableUnits] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -71,6 +75,11 @@ class Plan:
     def blocks(self) -> tuple[nn.Module, ...]:
         """The modules of `block_units`."""
         return tuple(unit.module for unit in self.block_units if unit.module)
+
+    @property
+    def unit_columns(self) -> dict[str, int]:
+        """The number of columns of each hidden unit, by layer."""
+        return {name: units.columns for name, units in self.coupled.items()}
 
     @property
     def is_one_pass(self) -> bool:
@@ -135,9 +144,11 @@ class Plan:
             shown.add(name)
             hold(name)
 
-        progress = progress and allocation.reads_weights
+        progress = progress and allocation.reads_weights and not self.coupled
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
-            if processes.rank == 0 and layers:
+            if processes.rank == 0 and self.coupled:
+                sparsities = unit_sparsities(self.config, self.coupled, gradients)
+            elif processes.rank == 0 and layers:
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
             # One process computes them: singular values that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
@@ -151,6 +162,9 @@ class Plan:
             sparsity = sparsities.get(layer.name, self.config.sparsity)
             weights = {"row_weights": row_weights[layer.name]} if layer.name in row_weights else {}
             pattern = self.config.pattern.for_sparsity(sparsity)
+            if layer.name in self.coupled:
+                assert isinstance(pattern, Structured)
+                pattern = replace(pattern, columns=self.coupled[layer.name].columns)
             selections[layer.name] = Selection(self.config.criterion, pattern, sparsity, **weights)
         return selections
 

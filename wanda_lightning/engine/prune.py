@@ -19,6 +19,7 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
+from wanda_lightning.engine.coupling import couple
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.reporting import make_report
@@ -112,6 +113,9 @@ def prune_as(
     if config.permutation.reads_batches:
         with run.timed("permute"), pruning_mode(model):
             run.permuted = permute(run)
+    if config.pattern.prunes_units:
+        with run.timed("find units"), pruning_mode(model):
+            couple(run)
     with run.timed("normalize", bool(batch_norms)), pruning_mode(model):
         statistics = BatchNormStatistics(batch_norms, samples, processes)
     if allocate_first:

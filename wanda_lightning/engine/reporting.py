@@ -47,9 +47,10 @@ def make_report(run: Run) -> PruningReport:
     }
     others = [p for p in parameters if id(p) not in known and not is_wrapper(p) and not is_unloaded(p)]
     zeros = run.store.zeros + sum(known.values()) + sum(zero_counts(others, plan.processes))
+    names = plan.inventory.blocks if plan.coupled else [layer.name for layer in plan.layers]
     run.seconds["report"] = time.perf_counter() - started
     return PruningReport(
-        layers=[run.layers[n.name] for n in plan.layers if n.name in run.layers],
+        layers=[run.layers[name] for name in names if name in run.layers],
         skipped=[*plan.inventory.skipped, *(run.skipped[n.name] for n in plan.layers if n.name in run.skipped)],
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,

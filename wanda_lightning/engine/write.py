@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -37,6 +38,8 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
                 pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
                 pruned.note = "; ".join(_layer_notes(run, pruned, statistics, observer))
                 run.layers[pruned.name] = pruned
+                if pruned.name in plan.coupled:
+                    run.layers |= _zero_units(run, pruned)
         run.few_tokens |= observer.pooled
 
 
@@ -93,6 +96,22 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
                 pruned.error = relative_error(dense, sparse, inputs.sums["gram"])
             layer.write(sparse)
         yield pruned
+
+
+def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:
+    """Set to zero what writes the units that a layer no longer reads, and return the records of their writers."""
+    units, written = run.plan.coupled[read.name], dict[str, PrunedLayer]()
+    before = {writer.name: _share_of_zeros(writer.read()) for writer in units.writers}
+    units.zero(units.slots[-1].zeros())
+    for writer in units.writers:
+        block, sparsity = run.plan.inventory.blocks[writer.name], _share_of_zeros(writer.read())
+        record = PrunedLayer(
+            writer.name, writer.shape, read.target, sparsity, read.tokens, before=before[writer.name], block=block
+        )
+        # A layer between two others reads units and writes units.
+        own = run.layers.get(writer.name)
+        written[writer.name] = replace(own, sparsity=sparsity) if own else record
+    return written
 
 
 def _share_of_zeros(weight: Weight) -> float:

@@ -6,6 +6,7 @@ from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReaso
 from wanda_lightning.models.layers import Layer, is_plain
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.quantized import is_wrapper
+from wanda_lightning.models.removable_units import RemovableUnits, removable_units
 from wanda_lightning.models.task import (
     causal_config,
     find_predictions,
@@ -14,12 +15,14 @@ from wanda_lightning.models.task import (
     own_head,
     reads_images,
 )
+from wanda_lightning.models.tied import tied_tensors
 from wanda_lightning.models.tokens import check_tokens, number_of_embeddings
 
 __all__ = [
     "HiddenUnits",
     "Inventory",
     "Layer",
+    "RemovableUnits",
     "SkipReason",
     "SkippedMatrix",
     "TokenMask",
@@ -37,5 +40,7 @@ __all__ = [
     "number_of_embeddings",
     "own_head",
     "reads_images",
+    "removable_units",
+    "tied_tensors",
     "token_masks",
 ]

@@ -31,11 +31,12 @@ class SkipReason(str, Enum):
     UNREACHED = "unreached"
     UNROUTED = "unrouted"
     INACTIVE = "inactive"
+    UNCOUPLED = "uncoupled"
 
     @property
     def is_expected(self) -> bool:
         """Whether users expect that such a matrix stays dense, or asked for it."""
-        return self.value in ("adapter", "embedding", "output_head", "router", "stem", "tied", "user")
+        return self.value in ("adapter", "embedding", "output_head", "router", "stem", "tied", "user", "uncoupled")
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,11 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 def is_plain(layer: Layer) -> bool:
     """Whether a layer is one matrix of ordinary numbers, maybe as a convolution with a kernel of size 1."""
-    weight, is_whole = layer.parameter, layer.expert is None and layer.group is None
-    numbers = type(weight) in (nn.Parameter, Tensor) and not is_packed(weight) and not quantizer(layer.module, weight)
-    return is_whole and numbers and all(size == 1 for size in weight.shape[2:])
+    is_whole = layer.expert is None and layer.group is None
+    return is_whole and has_numbers(layer) and all(size == 1 for size in layer.parameter.shape[2:])
+
+
+def has_numbers(layer: Layer) -> bool:
+    """Whether the parameter of a layer holds ordinary numbers, neither packed nor quantized."""
+    weight = layer.parameter
+    return type(weight) in (nn.Parameter, Tensor) and not is_packed(weight) and not quantizer(layer.module, weight)

@@ -89,7 +89,9 @@ class StreamedWeights(WeightStore):
 
         plan, limit = run.plan, run.plan.config.allocation.gradient_limit
         with self.dense():
-            return gradient_statistics_by_block(plan.model, plan.layers, plan.block_units, run.samples, hold, limit)
+            return gradient_statistics_by_block(
+                plan.model, plan.layers, plan.block_units, run.samples, hold, limit, plan.unit_columns
+            )
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit; with `sequential="none"`, all statistics are collected before the first stop."""

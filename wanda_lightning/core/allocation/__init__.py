@@ -4,7 +4,7 @@ An allocation decides how the layers differ. `match_target` shifts all sparsitie
 number of weights, is the target, and rounds them to sparsities that the pattern can have.
 """
 
-from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit, Uniform
+from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit, Uniform, UnitLayer
 from wanda_lightning.core.allocation.alpha import AlphaPruning, tail_exponent
 from wanda_lightning.core.allocation.fisher import Fisher
 from wanda_lightning.core.allocation.match_target import match_target
@@ -20,6 +20,7 @@ __all__ = [
     "GradientLimit",
     "PerLayer",
     "Uniform",
+    "UnitLayer",
     "match_target",
     "tail_exponent",
 ]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+from wanda_lightning.core.patterns import Structured
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
-from wanda_lightning.core.types import Weight
+from wanda_lightning.core.types import PerUnit, Weight
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class DenseLayer:
         return self._zeros[0]
 
 
+@dataclass(frozen=True)
+class UnitLayer:
+    """Description of a layer whose inputs are hidden units for an allocation."""
+
+    name: str
+    kind: str  # layers of one kind differ in nothing but their place in the model
+    width: int  # number of units
+    scores: PerUnit | None = None  # of the units, if the allocation reads gradients
+
+
 class GradientLimit(NamedTuple):
     """The first `samples` samples, and more until there are at least `predictions` predictions."""
 
@@ -53,11 +64,13 @@ class Allocation(ABC):
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
         reads_weights: Whether it reads whole layers. A process that holds only some of the rows cannot compute it then.
+        prunes_units: Whether it can distribute hidden units.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_gradients: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
+    prunes_units: ClassVar[bool] = False
 
     @property
     def gradient_limit(self) -> GradientLimit:
@@ -75,13 +88,25 @@ class Allocation(ABC):
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Return the sparsity of each layer, by name, in [0, 1)."""
 
+    def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
+        """Return the fraction of the hidden units of each layer that become zero, if `prunes_units`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
     """The same sparsity for every layer."""
 
     reads_weights: ClassVar[bool] = False
+    prunes_units: ClassVar[bool] = True
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Give every layer the target."""
         return {layer.name: sparsity for layer in layers}
+
+    def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
+        """Give all layers of a kind the fraction that fits the narrowest one, so that one number describes them."""
+        narrowest: dict[str, int] = {}
+        for layer in layers:
+            narrowest[layer.kind] = min(layer.width, narrowest.get(layer.kind, layer.width))
+        return {layer.name: 1 - pattern.kept(width := narrowest[layer.kind], sparsity) / width for layer in layers}

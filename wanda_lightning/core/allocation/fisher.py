@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit
+from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit, UnitLayer
 from wanda_lightning.core.allocation.groups import refuse_one_group
 from wanda_lightning.core.allocation.match_target import match_target, mean_of
+from wanda_lightning.core.patterns import Structured
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Fisher(Allocation):
     are below, at most `max_deviation` from the target. The cost is one forward and backward pass of the dense model; no
     labels are needed.
 
+    The score of a hidden unit is the sum over tokens of its squared activation times the squared gradient there. One
+    threshold gives each layer the fraction of its units below: at most 60 %, or halfway from the target to all.
+
     Attributes:
         max_deviation: Maximum difference between a layer's sparsity and the target.
         num_samples: Number of calibration samples, the first ones of all processes together, that are passed backward;
@@ -36,6 +41,7 @@ class Fisher(Allocation):
     """
 
     reads_gradients: ClassVar[bool] = True
+    prunes_units: ClassVar[bool] = True
     max_deviation: float = 0.15
     num_samples: int | None = None
     num_predictions: int = 0
@@ -73,9 +79,33 @@ class Fisher(Allocation):
             low, high = (threshold, high) if mean_of(layers, wanted) < sparsity else (low, threshold)
         return match_target(layers, wanted, sparsity)
 
+    def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
+        """Compare the units of all layers; `max_deviation` does not apply."""
+        most = max(_MOST_UNITS, (1 + sparsity) / 2)
+        scores = {layer.name: layer.scores.sort().values for layer in layers if layer.scores is not None}
+        total = sparsity * sum(map(len, scores.values()))
+        every = torch.cat(list(scores.values())).sort().values
+
+        def shares(below: int) -> dict[str, float]:
+            return {name: _share(own, every[below], most, pattern) for name, own in scores.items()}
+
+        def enough(below: int) -> bool:
+            return sum(share * len(scores[name]) for name, share in shares(below).items()) >= total
+
+        return shares(bisect_left(range(len(every) - 1), True, key=enough))
+
 
 _BINS, _LOWEST, _HIGHEST = 1 << 14, -100.0, 100.0  # of the natural logarithm of a score; zeros are in the first bin
 _HALVINGS = 50
+
+
+_MOST_UNITS = 0.6  # of a layer
+
+
+def _share(scores: Tensor, threshold: Tensor, most: float, pattern: Structured) -> float:
+    """Return the fraction of a layer's sorted scores below a threshold, rounded as the pattern needs it."""
+    below = min(int(torch.searchsorted(scores, threshold)) / len(scores), most)
+    return 1 - pattern.kept(len(scores), below) / len(scores)
 
 
 def _distribution(layer: DenseLayer) -> Tensor:

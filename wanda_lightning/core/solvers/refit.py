@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.core.gram import dampened
+from wanda_lightning.core.gram import cholesky, dampened
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.solver import Solver
@@ -24,7 +24,8 @@ class Refit(Solver):
     """Choose weights like `ZeroOut`, then refit the kept ones by least squares.
 
     For each row, `||(w - w') X^T||^2 + dampening * mean(diag(X^T X)) * ||w - w'||^2` is minimized over the kept
-    weights, by conjugate gradients on all rows at once with the diagonal as preconditioner.
+    weights, by conjugate gradients on all rows at once with the diagonal as preconditioner. If whole columns are kept,
+    all rows have the same equations, which a Cholesky factorization solves exactly.
 
     Attributes:
         dampening: Pull toward the dense weights, as a fraction of the mean diagonal; raise it for few calibration
@@ -36,6 +37,7 @@ class Refit(Solver):
     steps: int = 30
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    prunes_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
@@ -47,10 +49,29 @@ class Refit(Solver):
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose, then refit."""
         keep = selection.keep(weight, inputs)
+        if selection.pattern.prunes_units:
+            return refit_columns(weight, keep[0], inputs.sums["gram"], self.dampening), keep
         gram = dampened(inputs.sums["gram"], self.dampening)
         dense = weight.to(gram.dtype).contiguous()
         fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.steps)
         return fitted.to(weight.dtype), keep
+
+
+def refit_columns(dense: Weight, keep: Bool[Tensor, " d_in"], gram: Gram, dampening: float) -> Weight:
+    """Return the weights of the kept columns S that minimize the error of `Refit`, and zeros in the other columns.
+
+    With the Gram matrix G and the pull p toward the dense weights, they are `(W G[:, S] + p W[:, S]) (G[S, S] + p)^-1`.
+    """
+    kept = keep.nonzero().flatten()
+    if len(kept) == len(keep):
+        return dense.clone()
+    wide = dense.to(gram.dtype)
+    lower, used = cholesky(gram[kept][:, kept], dampening)
+    mean = gram.diagonal()[kept].mean()
+    target = torch.mm(gram[kept], wide.t()) + torch.where(mean > 0, mean * used, 1) * wide[:, kept].t()
+    fitted = torch.zeros_like(dense)
+    fitted[:, kept] = torch.cholesky_solve(target, lower).t().to(fitted.dtype)
+    return fitted
 
 
 def refit(

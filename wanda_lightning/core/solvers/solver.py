@@ -20,10 +20,12 @@ class Solver(ABC):
     Attributes:
         needs: The input statistics that it reads, in addition to those of the criterion.
         takes_any_criterion: Whether the user may choose the criterion.
+        prunes_units: Whether it solves layers whose zeros fill whole columns.
     """
 
     needs: ClassVar[frozenset[str]]
     takes_any_criterion: ClassVar[bool] = True
+    prunes_units: ClassVar[bool] = False
 
     @property
     def chooses_in_blocks(self) -> bool:
@@ -67,6 +69,7 @@ class ZeroOut(Solver):
     """Set the pruned weights to zero and leave the others exactly as they are."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    prunes_units: ClassVar[bool] = True
 
     def workspace(self, rows: Sequence[int], d_in: int) -> int:
         """The scores of one layer, and the copy in which the threshold is found."""

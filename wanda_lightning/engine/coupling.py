@@ -1,0 +1,151 @@
+"""Find the hidden units of each block that can be taken out: it computes the same with units at zero as without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.core.patterns import Structured
+from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.run import Run
+from wanda_lightning.models import Layer, RemovableUnits, SkippedMatrix, SkipReason, Unit, removable_units, tied_tensors
+from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.parallel import is_sharded
+
+_DETAIL = "no hidden units that could be taken out were found at its inputs or outputs"
+
+
+def couple(run: Run) -> None:
+    """Find the hidden units that can be taken out, and leave all other layers dense.
+
+    One sample runs through the dense model. For each candidate, a random half of the units is set to zero, and then
+    taken out: the results of the block must be the same. Units of which the user has skipped a writer stay.
+    """
+    plan, store = run.plan, run.store
+    if is_sharded(plan.model):
+        raise UserError(
+            f"{plan.config.shown('pattern')} needs whole layers, but the model is sharded. Prune it in one process, or "
+            "with DDP."
+        )
+    processes, search, units = plan.processes, _Search(plan), plan.block_units
+    samples, revisited = run.samples.head(1), set[int]()
+    if not any(number for (number,) in processes.all_gather([len(samples)])):
+        run.samples.refuse_if_empty()
+    names = [unit.name for unit in units]
+    with ProgressBar("Finding hidden units", len(units), run.progress) as bar, store.dense():
+        for stop in lockstep(samples, plan.blocks, names, processes, revisited) if units else ():
+            unit = units[stop.unit]
+            bar.show(unit.name)
+            store.hold(unit.name)
+            search(unit, stop.calls)
+            bar.advance()
+    again = {names[index] for index in revisited}  # the block may use its units in another way then
+    found = {name: each for name, each in search.found.items() if plan.inventory.blocks[name] not in again}
+    run.plan = _narrowed(plan, _wide_enough(plan, found))
+
+
+def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
+    """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
+    pattern, sparsity = plan.config.pattern, plan.config.sparsity
+    assert isinstance(pattern, Structured)
+    if not found:
+        raise UserError(
+            f"{plan.config.shown('pattern')} finds no hidden units in the model: in no block does one layer read what "
+            "others write, with every unit apart from the rest. Use pattern='unstructured' or '2:4'."
+        )
+    name, widest = max(found.items(), key=lambda item: item[1].width)
+    if widest.width <= pattern.multiple_of:
+        raise UserError(
+            f"multiple_of={pattern.multiple_of} of {plan.config.shown('pattern')} leaves no unit to remove: the widest "
+            f"layer, {name}, reads {widest.width} hidden units. Choose a smaller one, such as "
+            f"Structured(multiple_of={max(1, widest.width // 8)})."
+        )
+    if pattern.multiples(widest.width, sparsity) < 1:
+        raise UserError(
+            f"sparsity={sparsity:g} would remove all {widest.width} hidden units that {name} reads, in multiples of "
+            f"{pattern.multiple_of}. Choose a lower sparsity, or a smaller multiple_of."
+        )
+    return {name: units for name, units in found.items() if units.width > pattern.multiple_of}
+
+
+class _Search:
+    """Finds the units of one block after the other."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.found: dict[str, RemovableUnits] = {}  # by reader
+        self._plan, self._modules, self._tied = plan, named_modules(plan.model), tied_tensors(plan.model)
+        self._own = {layer.module: layer for layer in plan.layers}
+        self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
+        # The candidate that fits readers with the same name and shape in blocks with the same modules; -1 if none does.
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def __call__(self, unit: Unit, calls: Sequence[Call]) -> None:
+        """Find the units that layers of this block read."""
+        assert unit.module is not None
+        runs = BlockRuns(unit.module, calls)
+        for call in runs.recording():
+            call.run()
+        with self._plan.processes.fail_together():
+            for layer in unit.layers:
+                for units in self._fitting(layer, unit, runs):
+                    self.found[layer.name] = units
+                    self._taken |= {(slot.module, slot.name, slot.dim) for slot in units.slots}
+
+    def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> Iterator[RemovableUnits]:
+        """Yield the units that a layer reads, if they can be taken out."""
+        assert unit.module is not None
+        parent = self._modules[reader.name.rpartition(".")[0]]
+        inside = tuple(name for name, _ in unit.module.named_modules())
+        key = type(unit.module), inside, reader.name.removeprefix(unit.name), reader.shape
+        if not self._agree(runs.is_empty or runs.reads_alone(reader.module)):
+            return
+        for index, found in enumerate(removable_units(reader, parent, unit.module)):
+            if self._known.get(key, index) == index and self._is_free(found) and self._is_right(found, runs):
+                self._known[key] = index
+                writers = tuple(self._own[writer.module] for writer in found.writers)
+                yield replace(found, writers=writers)
+                return
+        self._known.setdefault(key, -1)
+
+    def _is_free(self, units: RemovableUnits) -> bool:
+        """Whether its tensors belong to no other units or modules, and all writers may be pruned."""
+        slots = [(slot.module, slot.name, slot.dim) for slot in units.slots]
+        tied = any((module, name) in self._tied for module, name, _ in slots)
+        return not tied and not self._taken & {*slots} and all(w.module in self._own for w in units.writers)
+
+    def _is_right(self, units: RemovableUnits, runs: BlockRuns) -> bool:
+        """Whether the block computes the same with a random half of the units at zero as without them."""
+        if units.width < 2:
+            return False
+        keep = torch.zeros(units.width, dtype=torch.bool)
+        keep[torch.randperm(units.width, generator=torch.Generator().manual_seed(0))[: units.width // 2]] = True
+        with units.restored():
+            units.zero(~keep)
+            return self._agree(runs.is_empty or runs.same_after(lambda: units.take(keep)))
+
+    def _agree(self, answer: bool) -> bool:
+        """Whether all processes answer yes."""
+        return bool(self._plan.processes.all_reduce_min(int(answer)))
+
+
+def _narrowed(plan: Plan, coupled: Mapping[str, RemovableUnits]) -> Plan:
+    """Return a plan that observes and prunes the readers only; layers that neither read nor write units stay dense."""
+    inventory = plan.inventory
+    written = {writer.name for units in coupled.values() for writer in units.writers}
+    skipped = tuple(
+        SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, _DETAIL)
+        for layer in inventory.layers
+        if layer.name not in coupled and layer.name not in written
+    )
+    narrow = (replace(unit, layers=tuple(x for x in unit.layers if x.name in coupled)) for unit in inventory.units)
+    units = tuple(unit for unit in narrow if unit.layers)
+    inventory = replace(inventory, units=units, skipped=(*inventory.skipped, *skipped))
+    return replace(plan, inventory=inventory, coupled=coupled)

@@ -1,0 +1,229 @@
+"""Find hidden units that can be taken out of a block: everything that writes, carries and reads them.
+
+This file proposes candidates by shapes alone, as `hidden_units` does. Whether a candidate is right is measured: the
+block must compute the same with units that are zero as without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from wanda_lightning.models.layers import Layer, has_numbers, kind_of
+
+Units = Bool[Tensor, " units"]
+
+_WIDTHS = frozenset(
+    {"in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels", "nf", "nx"}
+    | {"intermediate_size", "ffn_dim", "hidden_features", "inner_dim"}
+)
+"""Attributes of modules that may hold the number of units."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The entries of a tensor that belong to hidden units; `copies` consecutive parts have one for each unit."""
+
+    module: nn.Module
+    name: str  # of the tensor
+    dim: int  # along which the units lie
+    copies: int = 1
+    interleaved: bool = False  # whether the copies of a unit lie side by side
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter or buffer."""
+        found = getattr(self.module, self.name)
+        assert isinstance(found, Tensor)
+        return found
+
+    def where(self, units: Units) -> Tensor:
+        """Return the mask of the entries of some units."""
+        return units.repeat_interleave(self.copies) if self.interleaved else units.repeat(self.copies)
+
+    def zero(self, units: Units) -> None:
+        """Set the entries of units to zero."""
+        tensor = self.tensor.detach()
+        tensor.index_fill_(self.dim, self.where(units).nonzero().flatten().to(tensor.device), 0)
+
+    def zeros(self) -> Units:
+        """Return which units have only zeros here."""
+        tensor = self.tensor.detach().movedim(self.dim, 0).flatten(1) if self.tensor.ndim > 1 else self.tensor[:, None]
+        empty = (tensor == 0).all(dim=1).cpu()
+        parts = empty.unflatten(0, (-1, self.copies) if self.interleaved else (self.copies, -1))
+        return parts.all(dim=1 if self.interleaved else 0)
+
+    def taken(self, units: Units) -> Tensor:
+        """Return the tensor without the other units."""
+        old = self.tensor
+        index = self.where(units).nonzero().flatten().to(old.device)
+        new = old.detach().index_select(self.dim, index)
+        return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+@dataclass(frozen=True)
+class RemovableUnits:
+    """Hidden units that one layer reads, and every tensor with an entry, a row or a column for each of them.
+
+    The reader's own columns are the last slot. Tensors between writers and reader, such as depthwise convolutions and
+    the statistics of BatchNorm, belong to the units, too.
+    """
+
+    reader: Layer
+    writers: tuple[Layer, ...]
+    width: int  # number of units
+    slots: tuple[Slot, ...]
+    parents: tuple[nn.Module, ...] = ()  # modules whose attributes may hold the width
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of the reader's matrix for each unit: the positions of its kernel."""
+        return self.reader.shape[1] // self.width
+
+    def zero(self, units: Units) -> None:
+        """Set all parameters of some units to zero; running statistics stay."""
+        for slot in self.slots:
+            if isinstance(slot.tensor, nn.Parameter):
+                slot.zero(units)
+        torch.clear_autocast_cache()  # it holds casts of the weights
+
+    def zeros(self) -> Units:
+        """Return which units are zero on both sides: in the columns of the readers and the rows of the writers.
+
+        Vectors in between, such as biases, may be anything: what a unit computes from them meets zeros only.
+        """
+        return torch.stack([slot.zeros() for slot in self.slots if slot.tensor.ndim > 1]).all(dim=0)
+
+    def take(self, units: Units) -> None:
+        """Take all other units out, in place."""
+        new = [(slot, slot.taken(units)) for slot in self.slots]
+        changed: dict[tuple[nn.Module, int], int] = {}
+        for slot, tensor in new:
+            changed[slot.module, slot.tensor.shape[slot.dim]] = tensor.shape[slot.dim]
+            setattr(slot.module, slot.name, tensor)
+        number = int(units.sum())
+        for parent in self.parents:
+            changed |= {(parent, self.width): number, (parent, 2 * self.width): 2 * number}
+        for (module, before), after in changed.items():
+            for name in _WIDTHS & vars(module).keys():
+                if getattr(module, name) == before:
+                    setattr(module, name, after)
+        torch.clear_autocast_cache()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Undo `zero` and `take` at the end of this block."""
+        tensors = [(slot, slot.tensor, slot.tensor.detach().clone()) for slot in self.slots]
+        modules = dict.fromkeys([*(slot.module for slot in self.slots), *self.parents])
+        attributes = [
+            (module, {name: vars(module)[name] for name in _WIDTHS & vars(module).keys()}) for module in modules
+        ]
+        try:
+            yield
+        finally:
+            for slot, tensor, values in tensors:
+                tensor.detach().copy_(values)
+                setattr(slot.module, slot.name, tensor)
+            for module, found in attributes:
+                for name, value in found.items():
+                    setattr(module, name, value)
+            torch.clear_autocast_cache()
+
+
+def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[RemovableUnits]:
+    """Yield candidates for the hidden units that a layer reads, the likeliest first.
+
+    Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
+    the block has adapters: they were trained for this width.
+    """
+    if any(getattr(type(module), "adapter_layer_names", ()) for module in block.modules()):  # peft's layers
+        return
+    if not _is_whole(reader):
+        return
+    width = reader.parameter.shape[_reading(reader)]
+    proposed: set[object] = set()
+    for scope in dict.fromkeys((parent, block)):
+        layers = [layer for module in scope.modules() if (layer := whole_layer(module)) and module is not reader.module]
+        index = {module: place for place, module in enumerate(scope.modules())}
+        vectors = [*_vectors(scope, width), *_depthwise(scope, width)]
+        readers = [Slot(layer.module, "weight", _reading(layer)) for layer in layers if _width(layer) == width]
+        last = Slot(reader.module, "weight", _reading(reader))
+        for writers, written in _written(layers, width):
+            first, end = min(index[layer.module] for layer in writers), index.get(reader.module, len(index))
+            between = [slot for slot in vectors if first < index[slot.module] < end]
+            inner = [slot for slot in readers if first < index[slot.module] < end]
+            for more in (between, [*between, *inner], vectors, [*vectors, *readers], []):
+                slots = (*written, *more, last)
+                key = tuple((id(slot.module), slot.name, slot.dim, slot.copies, slot.interleaved) for slot in slots)
+                if key not in proposed:
+                    proposed.add(key)
+                    yield RemovableUnits(reader, writers, width, slots, tuple(dict.fromkeys((parent, scope))))
+
+
+def whole_layer(module: nn.Module) -> Layer | None:
+    """Return a module as a layer with one matrix of ordinary numbers; None if it is not one."""
+    kind = kind_of(module)
+    layer = Layer("", module, kind) if kind else None
+    return layer if layer and getattr(module, "groups", 1) == 1 and _is_whole(layer) else None
+
+
+def _is_whole(layer: Layer) -> bool:
+    return layer.expert is None and layer.group is None and has_numbers(layer)
+
+
+def _written(layers: Sequence[Layer], width: int) -> Iterator[tuple[tuple[Layer, ...], tuple[Slot, ...]]]:
+    """Propose writers: one layer or, with a gate, two, or one with twice the rows."""
+    same = [layer for layer in layers if layer.shape[0] == width]
+    for writers in (same, *([layer] for layer in same if len(same) > 1)):
+        if writers:
+            yield tuple(writers), tuple(slot for layer in writers for slot in _rows(layer))
+    for layer in layers:
+        if layer.shape[0] == 2 * width:
+            yield (layer,), _rows(layer, 2)
+            yield (layer,), _rows(layer, 2, interleaved=True)
+
+
+def _rows(layer: Layer, copies: int = 1, interleaved: bool = False) -> tuple[Slot, ...]:
+    """Return the rows of a layer, and the entries of its bias."""
+    slots = [Slot(layer.module, "weight", 1 - _reading(layer), copies, interleaved)]
+    if isinstance(getattr(layer.module, "bias", None), Tensor):
+        slots.append(Slot(layer.module, "bias", 0, copies, interleaved))
+    return tuple(slots)
+
+
+def _vectors(scope: nn.Module, width: int) -> Iterator[Slot]:
+    """Yield the parameters and buffers with one number for each unit, such as those of BatchNorm."""
+    for module in scope.modules():
+        if whole_layer(module) is None and not _is_depthwise(module, width):
+            for tensors in (module.named_parameters, module.named_buffers):
+                for name, tensor in tensors(recurse=False):
+                    if tuple(tensor.shape) == (width,):
+                        yield Slot(module, name, 0)
+
+
+def _depthwise(scope: nn.Module, width: int) -> Iterator[Slot]:
+    """Yield what depthwise convolutions have for each unit."""
+    for module in scope.modules():
+        if _is_depthwise(module, width):
+            yield Slot(module, "weight", 0)
+            if module.bias is not None:
+                yield Slot(module, "bias", 0)
+
+
+def _is_depthwise(module: nn.Module, width: int) -> bool:
+    is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d)
+    return is_convolution and module.groups == module.in_channels == module.out_channels == width
+
+
+def _reading(layer: Layer) -> int:
+    """Return the dimension of the weight along which the inputs lie."""
+    return 1 if layer.kind.rows_first else 0
+
+
+def _width(layer: Layer) -> int:
+    return layer.parameter.shape[_reading(layer)]

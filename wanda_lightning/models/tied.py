@@ -1,0 +1,28 @@
+"""Find tensors that share memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor, nn
+
+from wanda_lightning.core.placeholders import is_unloaded
+from wanda_lightning.models.quantized import is_wrapper
+
+
+def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
+    found = [
+        (module, name, _memory(tensor))
+        for module in model.modules()
+        for tensors in (module.named_parameters, module.named_buffers)
+        for name, tensor in tensors(recurse=False)
+    ]
+    counts = Counter(memory for _, _, memory in found)
+    return {(module, name) for module, name, memory in found if counts[memory] > 1}
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
+    has_memory = not is_unloaded(tensor) and tensor.device.type != "meta" and tensor.numel() and not is_wrapper(tensor)
+    return tensor.untyped_storage().data_ptr() if has_memory else id(tensor)
