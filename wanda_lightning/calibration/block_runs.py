@@ -88,8 +88,8 @@ class BlockRuns:
         except Exception:
             return False
         buffers = len(list(self._block.buffers()))  # the last results; they may have other shapes now
-        pairs = (record.results[: len(record.results) - buffers] for record in (before, after))
-        return _all_same(*pairs, before.eps)
+        kept, left = (record.results[: len(record.results) - buffers] for record in (before, after))
+        return _all_same(kept, left, before.eps)
 
     def same_columns(self, x: Tensor, y: Tensor) -> bool:
         """Whether all columns of two matrices of tokens are the same, to rounding."""

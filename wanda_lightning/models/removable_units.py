@@ -216,8 +216,9 @@ def _depthwise(scope: nn.Module, width: int) -> Iterator[Slot]:
 
 
 def _is_depthwise(module: nn.Module, width: int) -> bool:
-    is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d)
-    return is_convolution and module.groups == module.in_channels == module.out_channels == width
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return False
+    return module.groups == module.in_channels == module.out_channels == width
 
 
 def _reading(layer: Layer) -> int:
