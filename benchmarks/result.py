@@ -44,6 +44,13 @@ QUANTITIES: Mapping[str, str] = {
     "zeros_kept": "fraction of the pruned weights that are still zero",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
+    "weights_mib": "bytes of all weights, in MiB",
+    "zstd_mib": "the same after zstd -3",
+    **{
+        f"{what}_{size}": f"{text} per second with a batch of {size} / those of the dense float32 model"
+        for what, text in (("prefill", "tokens of a prompt"), ("decode", "generated tokens"), ("images", "images"))
+        for size in (1, 32)
+    },
     "zstd_3": "bytes of the file after zstd -3 / dense bytes",
     "zstd_19": "bytes of the file after zstd -19 / dense bytes",
 }
