@@ -63,7 +63,7 @@ def refit_columns(dense: Weight, keep: Bool[Tensor, " d_in"], gram: Gram, dampen
     With the Gram matrix G and the pull p toward the dense weights, they are `(W G[:, S] + p W[:, S]) (G[S, S] + p)^-1`.
     """
     kept = keep.nonzero().flatten()
-    if len(kept) == len(keep):
+    if not dense[:, ~keep].any():  # pruned already, or nothing to prune
         return dense.clone()
     wide = dense.to(gram.dtype)
     lower, used = cholesky(gram[kept][:, kept], dampening)
