@@ -23,9 +23,11 @@ from wanda_lightning.models import (
     SkipReason,
     Unit,
     has_adapters,
+    reads_images,
     removable_units,
     tied_tensors,
 )
+from wanda_lightning.models.layers import kind_of
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
 
@@ -64,7 +66,8 @@ def couple(run: Run) -> None:
         # A later call may use the units in another way. Only processes with samples there have seen it.
         if processes.all_reduce_min(int(index not in revisited)) == 0:
             search.forget(unit)
-    run.plan = _narrowed(plan, _wide_enough(plan, search.found), search.reached)
+    narrowed = _narrowed(plan, _wide_enough(plan, search.found), search.reached)
+    run.plan = replace(narrowed, positions=search.positions_of_all(narrowed.coupled))
 
 
 def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
@@ -104,6 +107,7 @@ class _Search:
 
     def __init__(self, plan: Plan) -> None:
         self.found: dict[str, RemovableUnits] = {}  # by reader
+        self._positions: dict[nn.Module, int] = {}
         self.reached: set[str] = set()  # layers that the sample reached
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), tied_tensors(plan.model)
         self._own = {layer.module: layer for layer in plan.layers}
@@ -123,11 +127,24 @@ class _Search:
                 if units := self._fitting(layer, unit, runs):
                     self.found[layer.name] = units
                     self._taken |= {(slot.module, slot.name, slot.dim) for slot in units.slots}
+                    self._count_positions(units, runs)
 
     def forget(self, unit: Unit) -> None:
         """Leave out the units of a block."""
         for layer in unit.layers:
             self.found.pop(layer.name, None)
+
+    def _count_positions(self, units: RemovableUnits, runs: BlockRuns) -> None:
+        for module in {slot.module for slot in units.slots if slot.tensor.ndim > 1}:
+            if not runs.is_empty and reads_images(self._plan.model) and (kind := kind_of(module)):
+                self._positions[module] = runs.positions(Layer("", module, kind))
+
+    def positions_of_all(self, coupled: Mapping[str, RemovableUnits]) -> dict[nn.Module, int]:
+        """Return the positions in the sample, which one process has, at which the modules with units compute."""
+        modules = list(dict.fromkeys(slot.module for units in coupled.values() for slot in units.slots))
+        counts = torch.tensor([self._positions.get(module, 0) for module in modules], dtype=torch.int64)
+        self._plan.processes.all_reduce_sum([counts])
+        return {module: number for module, number in zip(modules, counts.tolist(), strict=True) if number}
 
     def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> RemovableUnits | None:
         """Return the units that a layer reads, if they can be taken out."""

@@ -41,6 +41,8 @@ class Plan:
     inventory: Inventory
     # The hidden units to prune, by the layer that reads them, if whole units are pruned; the layers are these readers.
     coupled: Mapping[str, RemovableUnits] = field(default_factory=dict)
+    # At how many positions of an image the modules with these units compute, if the model reads images.
+    positions: Mapping[nn.Module, int] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[Unit, ...]:
