@@ -163,7 +163,9 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
         layers = [layer for module in scope.modules() if (layer := whole_layer(module)) and module is not reader.module]
         index = {module: place for place, module in enumerate(scope.modules())}
         vectors = [*_vectors(scope, width), *_depthwise(scope, width)]
-        readers = [Slot(layer.module, "weight", _reading(layer)) for layer in layers if _width(layer) == width]
+        # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
+        smaller = [layer for layer in layers if _width(layer) == width and layer.size <= reader.size]
+        readers = [Slot(layer.module, "weight", _reading(layer)) for layer in smaller]
         last = Slot(reader.module, "weight", _reading(reader))
         for writers, written in _written(layers, width):
             first, end = min(index[layer.module] for layer in writers), index.get(reader.module, len(index))
