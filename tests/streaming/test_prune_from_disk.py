@@ -47,6 +47,8 @@ SAMPLED = {
     **dict.fromkeys(("magnitude", "2:4", "skip", "owl_layer"), "memory"),
     **dict.fromkeys(("wanda", "none", "fisher"), "disk"),
     **dict.fromkeys(("layer", "reconstruct", "permutation"), "host"),
+    **{"structured": "host", "structured_fisher": "disk"},
+    **dict.fromkeys(("structured_magnitude", "structured_reconstruct"), "memory"),
 }
 
 
