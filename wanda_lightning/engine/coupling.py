@@ -50,7 +50,7 @@ def couple(run: Run) -> None:
             "with DDP."
         )
     processes, search, revisited = plan.processes, _Search(plan), set[int]()
-    units = plan.block_units or (Unit("", plan.model, plan.layers),)
+    units = plan.block_units or (_one_block(plan),)
     samples, names = run.samples.head(1), [unit.name for unit in units]
     if not any(number for (number,) in processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
@@ -68,6 +68,19 @@ def couple(run: Run) -> None:
             search.forget(unit)
     narrowed = _narrowed(plan, _wide_enough(plan, search.found), search.reached)
     run.plan = replace(narrowed, positions=search.positions_of_all(narrowed.coupled))
+
+
+def _one_block(plan: Plan) -> Unit:
+    """Return the smallest module with a forward that contains all layers."""
+    modules, name = named_modules(plan.model), plan.layers[0].name.rpartition(".")[0]
+
+    def is_around(name: str) -> bool:
+        inside = all(layer.name.startswith(f"{name}." if name else "") for layer in plan.layers)
+        return inside and type(modules[name]).forward is not nn.Module.forward  # a ModuleList has none
+
+    while name and not is_around(name):
+        name = name.rpartition(".")[0]
+    return Unit(name, modules[name], plan.layers)
 
 
 def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
