@@ -15,6 +15,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.refusals import refuse_rounding
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import (
     Layer,
@@ -85,7 +86,7 @@ def _one_block(plan: Plan) -> Unit:
 
 def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
     """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
-    pattern, sparsity = plan.config.pattern, plan.config.sparsity
+    pattern = plan.config.pattern
     assert isinstance(pattern, Structured)
     if not found and has_adapters(plan.model):
         raise UserError(
@@ -100,18 +101,7 @@ def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, R
             f"{plan.config.shown('pattern')} finds no hidden units in the model: in no block does one layer read what "
             f"others write, with every unit apart from the rest{left_out}. Use pattern='unstructured' or '2:4'."
         )
-    name, widest = max(found.items(), key=lambda item: item[1].width)
-    if widest.width <= pattern.multiple_of:
-        raise UserError(
-            f"multiple_of={pattern.multiple_of} of {plan.config.shown('pattern')} leaves no unit to remove: the widest "
-            f"layer, {name}, reads {widest.width} hidden units. Choose a smaller one, such as "
-            f"Structured(multiple_of={max(1, widest.width // 8)})."
-        )
-    if pattern.multiples(widest.width, sparsity) < 1:
-        raise UserError(
-            f"sparsity={sparsity:g} would remove all {widest.width} hidden units that {name} reads, in multiples of "
-            f"{pattern.multiple_of}. Choose a lower sparsity, or a smaller multiple_of."
-        )
+    refuse_rounding(plan.config, {name: units.width for name, units in found.items()})
     return {name: units for name, units in found.items() if units.width > pattern.multiple_of}
 
 

@@ -18,6 +18,7 @@ from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import RowWeights
 from wanda_lightning.engine.refusals import (
     refuse_nothing_to_prune,
+    refuse_rounding,
     refuse_sharding,
     refuse_too_wide,
     refuse_unprunable,
@@ -197,6 +198,7 @@ def make_plan(
         config.recovery.check_sharded()
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
+        refuse_rounding(config, {layer.name: layer.width for layer in inventory.layers})
         if has_weights:
             refuse_unprunable(inventory.layers)
         refuse_too_wide(config, inventory)

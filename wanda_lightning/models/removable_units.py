@@ -157,14 +157,14 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
     """
     if has_adapters(block) or not _is_whole(reader):
         return
-    width = reader.parameter.shape[_reading(reader)]
+    width = reader.width
     proposed: set[object] = set()
     for scope in dict.fromkeys((parent, block)):
         layers = [layer for module in scope.modules() if (layer := whole_layer(module)) and module is not reader.module]
         index = {module: place for place, module in enumerate(scope.modules())}
         vectors = [*_vectors(scope, width), *_depthwise(scope, width)]
         # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
-        smaller = [layer for layer in layers if _width(layer) == width and layer.size <= reader.size]
+        smaller = [layer for layer in layers if layer.width == width and layer.size <= reader.size]
         readers = [Slot(layer.module, "weight", _reading(layer)) for layer in smaller]
         last = Slot(reader.module, "weight", _reading(reader))
         for writers, written in _written(layers, width):
@@ -239,7 +239,3 @@ def _is_depthwise(module: nn.Module, width: int) -> bool:
 def _reading(layer: Layer) -> int:
     """Return the dimension of the weight along which the inputs lie."""
     return 1 if layer.kind.rows_first else 0
-
-
-def _width(layer: Layer) -> int:
-    return layer.parameter.shape[_reading(layer)]
