@@ -272,6 +272,10 @@ def test_every_matrix_is_in_the_report_once():
         found = [layer.name for layer in report.layers] + [matrix.name for matrix in report.skipped]
         every = {key.removesuffix(".weight") for key, p in model.named_parameters() if p.ndim > 1}
         assert sorted(found) == sorted(every)
+        if name == "mobile":
+            details = {matrix.name: matrix.detail for matrix in report.skipped}
+            said = "depthwise convolution; 16 of its filters are those of hidden units that are zero"
+            assert details["blocks.0.conv_dw"] == said
 
 
 NORMS = {

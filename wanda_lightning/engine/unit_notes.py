@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from wanda_lightning.common.words import as_size, count
 from wanda_lightning.engine.plan import Plan
-from wanda_lightning.models import reads_images
+from wanda_lightning.models import SkippedMatrix, reads_images
+from wanda_lightning.models.module_names import named_modules
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,25 @@ def cost_without(plan: Plan, removed: Mapping[str, int]) -> Cost:
         size += left * tensor.element_size()
         multiply_adds += left * plan.positions.get(module, 1) if tensor.ndim > 1 else 0
     return Cost(parameters, size, multiply_adds)
+
+
+def with_zero_filters(
+    plan: Plan, zero_units: Mapping[str, int], skipped: Sequence[SkippedMatrix]
+) -> list[SkippedMatrix]:
+    """Say of each depthwise convolution between layers how many of its filters belong to hidden units that are zero."""
+    names = {module: name for name, module in named_modules(plan.model).items()}
+    zero = {
+        names[slot.module]: zero_units.get(reader, 0)
+        for reader, units in plan.coupled.items()
+        for slot in units.slots
+        if slot.tensor.ndim > 1
+    }
+    return [
+        replace(each, detail=f"{each.detail}; {number:,} of its filters are those of hidden units that are zero")
+        if (number := zero.get(each.name, 0))
+        else each
+        for each in skipped
+    ]
 
 
 def note_on_units(plan: Plan, zero_units: Mapping[str, int], parameters: int) -> str:
