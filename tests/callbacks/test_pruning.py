@@ -1,6 +1,7 @@
 """PruningCallback in the loops of Lightning, against `prune` and training loops by hand."""
 
 import copy
+import itertools
 import os
 import pickle
 import signal
@@ -48,6 +49,7 @@ from wanda_lightning import (
     PruningCallback,
     SparseGPT,
     SparseGPTPrune,
+    Structured,
     WandaPrune,
     prune,
 )
@@ -350,6 +352,8 @@ class TestShouldPrune:
         ),
         ({"at_step": 3, "pattern": "2:5", "sparsity": 0.6}, "is not a multiple of 5"),
         ({"schedule": CubicSchedule(0, 4, every=2), "skip": ["*"]}, "nothing to prune"),
+        ({"at_step": 3, "pattern": Structured(64)}, "multiple_of=64 of .* leaves no unit to remove"),
+        ({"at_step": 3, "pattern": "structured", "sparsity": 0.95}, "sparsity=0.95 would remove all 64 hidden units"),
     ],
 )
 def test_errors_of_a_later_stage_are_raised_at_the_start(when, message):
@@ -357,6 +361,55 @@ def test_errors_of_a_later_stage_are_raised_at_the_start(when, message):
     with pytest.raises(ValueError, match=message):
         trainer(WandaPrune(num_samples=24, **when), max_steps=6).fit(module, loader(24))
     assert same(module, Net())
+
+
+def units_at_zero(module):
+    """The hidden units of the two inner layers of `Net` that are zero in the layer that reads them, if they are so in
+    the layer that writes them, too.
+    """
+    found = []
+    for writer, reader in ((0, 2), (2, 4)):
+        units = (module.layers[reader].weight == 0).all(dim=0)
+        assert not module.layers[writer].weight[units].any()
+        found.append(set(units.nonzero().flatten().tolist()))
+    return found
+
+
+class Units(L.Callback):
+    """The hidden units that are zero after each optimizer step."""
+
+    def __init__(self):
+        self.at = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.at.append(units_at_zero(pl_module))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+def test_hidden_units_are_pruned_in_stages_and_stay_zero(optimizer):
+    units, module = Units(), Net(optimizer)
+    callback = WandaPrune(0.5, pattern="structured", num_samples=24, schedule=CubicSchedule(0, 8, every=2))
+    trainer(callback, units, max_steps=12).fit(module, loader(24))
+    numbers = [len(inner) for inner, _ in units.at]
+    assert numbers[-1] == 32
+    assert len(set(numbers)) > 2  # 64 * 0.5 * (1 - 0.75^3, ...) to multiples of 8
+    assert all(number % 8 == 0 for number in numbers)
+    for before, after in itertools.pairwise(units.at):
+        assert all(first <= second for first, second in zip(before, after, strict=True))
+    assert any(note.startswith("64 of 128 hidden units are zero") for note in callback.report.notes)
+    # Momentum from before pruning moves the biases of these units, which nothing reads.
+    x = torch.randn(5, 32)
+    before = module(x)
+    with torch.no_grad():
+        for writer, reader in ((0, 2), (2, 4)):
+            module.layers[writer].bias[(module.layers[reader].weight == 0).all(dim=0)] = 0
+    assert torch.equal(module(x), before)
+
+
+def test_hidden_units_are_pruned_before_validation():
+    module = Net()
+    trainer(WandaPrune(0.5, pattern="structured", num_samples=8)).validate(module, loader(), verbose=False)
+    assert [len(each) for each in units_at_zero(module)] == [32, 32]
 
 
 @pytest.mark.parametrize(

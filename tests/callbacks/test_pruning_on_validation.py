@@ -113,6 +113,8 @@ def test_options_that_validation_does_not_support_are_refused():
         PruningCallback(method="fast", calibrate_on="validation")
     with pytest.raises(ValueError, match="calibrate_on must be one of calibration, validation, but it is 'test'"):
         WandaPrune(calibrate_on="test")
+    with pytest.raises(ValueError, match="runs no block by itself, but pattern='structured' runs each block with and"):
+        WandaPrune(calibrate_on="validation", sequential="none", pattern="structured")
     with pytest.raises(MisconfigurationException, match="this fit has none"):
         trainer(on_validation(), max_epochs=1).fit(Net(), loader())
     with pytest.warns(UserWarning, match="no validation loop ended after pruning was due"):

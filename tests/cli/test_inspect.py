@@ -47,6 +47,12 @@ def test_inspect_a_revision(inputs, capsys, tmp_path, monkeypatch):
         assert expected in capsys.readouterr().out
 
 
+def test_inspect_of_a_structured_pattern(inputs, capsys):
+    assert run("inspect", "--model", inputs / "llama", "--pattern", "structured") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "prunes only those of these layers that write or read hidden units" in said
+
+
 class LargestOnDevice(TorchDispatchMode):
     """How many numbers the largest tensor holds that is computed meanwhile, outside of the meta device."""
 

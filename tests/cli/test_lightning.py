@@ -54,6 +54,9 @@ def recipe(inputs):
 ONE_OF_FOUR = {"pattern": {"class_path": "wanda_lightning.NM", "init_args": {"n": 1, "m": 4}}, "sparsity": 0.75}
 
 
+IN_16S = {"pattern": {"class_path": "wanda_lightning.Structured", "init_args": {"multiple_of": 16}}, "sparsity": 0.5}
+
+
 def pruned_as():
     report = json.loads(Path("out/pruning_report.json").read_text())
     return report["config"]["pattern"], report["sparsity"], report["config"]["sparsity"]
@@ -70,6 +73,13 @@ def test_validate_a_recipe(recipe, capsys, tmp_path):
     assert "val_perplexity" in capsys.readouterr().out
     assert pruned_as() == ({"name": "NM", "n": 2, "m": 4}, 0.5, 0.5)
     assert sorted(os.listdir(tmp_path)) == ["out", "recipe.yaml"]
+
+
+def test_a_recipe_with_a_structured_pattern(recipe):
+    assert run("validate", "--config", recipe(**IN_16S)) == 0
+    assert pruned_as() == ({"name": "Structured", "multiple_of": 16, "columns": 1}, 0.5, 0.5)
+    notes = json.loads(Path("out/pruning_report.json").read_text())["notes"]
+    assert any(note.startswith("64 of 128 hidden units are zero") for note in notes)
 
 
 def test_a_recipe_of_choices_within_choices(recipe):

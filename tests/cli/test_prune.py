@@ -37,6 +37,25 @@ METHODS = [
 ]
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_structured_zeros_are_in_the_folder_and_the_report(inputs, capsys, stream):
+    flags = f"--model {inputs}/llama --sparsity_ratio 0.5 --sparsity_type structured --nsamples 4 --seqlen {SEQLEN}"
+    files = f"--calibration {inputs}/long.txt --evaluation {inputs}/other.txt --save out/logs --save_model out/model"
+    assert run("prune", *flags.split(), *files.split(), *stream) == 0
+    for block in AutoModelForCausalLM.from_pretrained("out/model").model.layers:
+        units = (block.mlp.down_proj.weight == 0).all(dim=0)
+        assert int(units.sum()) == 32
+        assert not block.mlp.gate_proj.weight[units].any()
+        assert not block.mlp.up_proj.weight[units].any()
+    text = "64 of 128 hidden units are zero; shrink() takes out 6,144 of"
+    assert text in " ".join(capsys.readouterr().out.split())
+    report = PruningReport.load("out/logs")
+    assert any(note.startswith(text) for note in report.notes)
+    assert [layer.note for layer in report.layers] == ["", "", "32 of 64 hidden units are zero"] * 2
+    report.to_html("page.html")
+    assert all(each in Path("page.html").read_text() for each in (text, "32 of 64 hidden units are zero"))
+
+
 @pytest.mark.parametrize(("method", "kind", "ratio", "more"), METHODS)
 def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, method, kind, ratio, more):
     flags = f"--model {inputs}/llama --seed 0 --nsamples 4 --sparsity_ratio {ratio} --sparsity_type {kind} "

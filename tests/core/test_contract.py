@@ -30,7 +30,7 @@ from support.pairwise import pairwise
 from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, DenseLayer, Fisher, PerLayer
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Saliency, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
-from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
+from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Structured, Unstructured
 from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
@@ -60,6 +60,11 @@ def selection_of(criterion, pattern):
     return Selection(CRITERIA[criterion](), pattern, getattr(pattern, "sparsity", 0.5))
 
 
+def solver_for(solver, pattern):
+    """The solver, or the refit in the place of one that cannot solve layers with whole columns of zeros."""
+    return Refit() if pattern.prunes_units and not SOLVERS[solver]().prunes_units else SOLVERS[solver]()
+
+
 def assert_counts(pattern, keep, sparsity):
     """How many zeros each comparison group has."""
     d_out, d_in = keep.shape
@@ -73,6 +78,10 @@ def assert_counts(pattern, keep, sparsity):
         case EqualShare():
             # The search also ends where shares 0.001 apart differ by more: two weights of this matrix.
             assert abs((~keep).double().mean().item() - sparsity) <= max(0.001, 2 / keep.numel())
+        case Structured(multiple_of=multiple_of):
+            kept = reference.kept_units(d_in, sparsity, multiple_of)
+            assert (keep == keep[0]).all()
+            assert keep[0].sum().item() == kept
         case _:
             raise NotImplementedError(f"write here how many weights {pattern} prunes")
 
@@ -134,7 +143,8 @@ def test_only_a_criterion_without_needs_runs_without_statistics():
 )
 def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
     weight, tokens = random_layer(dtype)
-    before, solver, selection = weight.clone(), SOLVERS[solver](), selection_of(criterion, pattern)
+    before, selection = weight.clone(), selection_of(criterion, pattern)
+    solver = solver_for(solver, selection.pattern)
     inputs = statistics(tokens, selection.criterion, solver)
     sums = {name: value.clone() for name, value in inputs.sums.items()}
     pruned, keep = solver(weight, inputs, selection)
@@ -169,8 +179,8 @@ def test_zero_out_scores_chooses_and_zeroes(criterion, pattern, dtype):
 
 @pytest.mark.parametrize(("criterion", "pattern", "solver"), pairwise(CRITERIA, PATTERNS, SOLVERS), ids=str)
 def test_pruning_twice_changes_nothing(criterion, pattern, solver):
-    weight, tokens = random_layer()
-    solver, selection = SOLVERS[solver](), selection_of(criterion, pattern)
+    (weight, tokens), selection = random_layer(), selection_of(criterion, pattern)
+    solver = solver_for(solver, selection.pattern)
     inputs = statistics(tokens, selection.criterion, solver)
     once, keep_once = solver(weight, inputs, selection)
     twice, keep_twice = solver(once, inputs, selection)
@@ -193,8 +203,8 @@ def test_pruning_further_keeps_the_zeros(solver):
     ids=str,
 )
 def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver, tokens):
-    weight, tokens = random_layer(torch.float64, tokens=tokens)
-    solver, selection = SOLVERS[solver](), selection_of(criterion, pattern)
+    (weight, tokens), selection = random_layer(torch.float64, tokens=tokens), selection_of(criterion, pattern)
+    solver = solver_for(solver, selection.pattern)
     if solver == SparseGPT() or not solver.takes_any_criterion:
         # It chooses from weights that have moved, and there magnitude may choose badly.
         selection = dataclasses.replace(selection, criterion=solver.own_criterion)

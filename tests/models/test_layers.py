@@ -315,10 +315,10 @@ def test_fisher_looks_at_the_outputs_of_the_group():
     with torch.no_grad():
         model.blocks[1].mix.weight[:, 4:8] = 0
     sums = gradients(model, images(), include_grouped=True)
-    for each in sums["blocks.1.conv.group1"]:
+    for each in sums["blocks.1.conv.group1"][:2]:
         assert not each.any()
     for group in (0, 2, 3):
-        assert all(each.all() for each in sums[f"blocks.1.conv.group{group}"])
+        assert all(each.all() for each in sums[f"blocks.1.conv.group{group}"][:2])
 
 
 def test_zeros_of_groups_are_kept_while_training():

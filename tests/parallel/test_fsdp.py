@@ -103,6 +103,7 @@ def test_an_error_leaves_all_at_rest(pair):
         ("layer", "llama", r"sequential='layer' stops at model.layers.0.self_attn.q_proj.*sequential='none'"),
         ("unstructured_layer", "llama", "pattern='unstructured_layer' compares the rows"),
         ("equal_share", "llama", "pattern='equal_share' compares the rows"),
+        ("structured", "llama", "pattern='structured' compares the rows"),
         ("owl", "llama", r"allocation='owl' reads all rows of model.layers.0.self_attn.q_proj, .*devices=1"),
         ("alpha", "llama", "allocation='alpha' reads all rows"),
         ("per_layer", "llama", r"PerLayer\(.*\) reads all rows"),

@@ -12,7 +12,7 @@ from support.pair_checks import alone, assert_equal_everywhere, assert_same_repo
 from support.pairwise import pairwise, spread, with_nightly
 from support.zoo import ZOO
 
-from wanda_lightning import Distil, Fisher, Magnitude, Reconstruct, prune
+from wanda_lightning import Distil, Fisher, Magnitude, Reconstruct, Structured, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 
@@ -114,6 +114,27 @@ def test_a_process_may_have_no_batch_at_a_unit(pair, sequential):
 @pytest.mark.parametrize("pattern", ["unstructured_layer", "equal_share"])
 def test_patterns_over_all_rows(pair, pattern):
     check(pair, "plain_mlp", pattern=pattern)
+
+
+STRUCTURED = (
+    ("llama", "block"),
+    ("resnet50", "none"),
+    ("routed", "layer"),
+    ("block_twice", "block"),
+    ("unreached", "none"),
+)
+
+
+@pytest.mark.parametrize(("name", "sequential"), STRUCTURED)
+def test_hidden_units_are_those_of_one_process(pair, name, sequential):
+    choices = {"method": "wanda", "pattern": Structured(4), "keep_batch_norm": True}
+    report = check(pair, name, sequential=sequential, **choices)
+    assert any("hidden units are zero; shrink() takes out" in note for note in report.notes)
+
+
+def test_hidden_units_by_the_gradients_of_all(pair):
+    report = check(pair, "llama", method="wanda", allocation="fisher", pattern=Structured(4))
+    assert any(note.startswith("64 of 128 hidden units are zero") for note in report.notes)
 
 
 @pytest.mark.parametrize(("sequential", "allocation"), spread(SEQUENTIAL_CHOICES, ["owl", "alpha"]))

@@ -54,7 +54,7 @@ def test_a_killed_run_continues_where_it_was(source, streamed, tmp_path):
 @pytest.mark.parametrize(
     ("name", "passes", "repeated"),
     with_nightly(
-        [("magnitude", 1, 0), ("permutation for wanda", 2, 1)],
+        [("magnitude", 1, 0), ("permutation for wanda", 2, 1), ("structured", 2, 1)],
         [("none", 3, 1), ("rows", 3, 0), ("alpha_layer", 2, 0), ("owl without statistics", 3, 0)],
     ),
 )

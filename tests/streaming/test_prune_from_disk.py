@@ -13,7 +13,7 @@ from support.pairwise import with_nightly
 from support.parking import hide
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning import OWL, Structured, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.refuse_path import PROGRESS_NAME
@@ -47,6 +47,8 @@ SAMPLED = {
     **dict.fromkeys(("magnitude", "2:4", "skip", "owl_layer"), "memory"),
     **dict.fromkeys(("wanda", "none", "fisher"), "disk"),
     **dict.fromkeys(("layer", "reconstruct", "permutation"), "host"),
+    **{"structured": "host", "structured_fisher": "disk"},
+    **dict.fromkeys(("structured_magnitude", "structured_reconstruct"), "memory"),
 }
 
 
@@ -268,3 +270,18 @@ def test_two_processes_fail_together(pair, source, tmp_path):
     places = str(source), str(tmp_path / "unreadable")
     for _, error in pair.run(pruned_from_disk, *places, [*batches(1), unreadable], {"method": "magnitude"}):
         assert "meta tensor" in error
+
+
+@pytest.mark.parametrize(
+    ("choices", "text"),
+    [
+        ({"skip": ["*.mlp.*"]}, "finds no hidden units in the model"),
+        ({"pattern": Structured(64)}, "multiple_of=64 of .* leaves no unit to remove"),
+        ({"sparsity": 0.95}, "sparsity=0.95 would remove all 64 hidden units"),
+    ],
+)
+def test_a_structured_pattern_that_does_not_fit_leaves_no_folder(source, tmp_path, choices, text):
+    choices = {"sparsity": 0.5, "pattern": "structured", "progress": False, **choices}
+    with pytest.raises(UserError, match=text):
+        prune_from_disk(source, tmp_path / "out", batches(), **choices)
+    assert not (tmp_path / "out").exists()

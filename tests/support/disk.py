@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, prune, prune_from_disk
+from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, Structured, prune, prune_from_disk
 from wanda_lightning.streaming.output_folder import OutputFolder
 
 VOCABULARY = 64
@@ -33,6 +33,10 @@ CHOICES = {
     "permutation for wanda": {"method": "wanda", "pattern": "2:4", "permutation": "assignment"},
     "more samples": {"method": "wanda", "allocation": Fisher(num_samples=3, num_predictions=240)},
     "rows": {"method": "magnitude", "pattern": "unstructured_layer_weighted"},
+    "structured": {"pattern": "structured"},
+    "structured_magnitude": {"method": "magnitude", "pattern": "structured"},
+    "structured_fisher": {"method": "best", "pattern": Structured(4)},
+    "structured_reconstruct": {"pattern": "structured", "recovery": Reconstruct()},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
 }
 

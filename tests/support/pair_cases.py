@@ -355,6 +355,7 @@ CHOICES = {
     "layer": {"sequential": "layer"},
     "unstructured_layer": {"pattern": "unstructured_layer"},
     "equal_share": {"pattern": "equal_share"},
+    "structured": {"pattern": "structured"},
     "owl": {"allocation": "owl"},
     "alpha": {"allocation": "alpha"},
     "per_layer": {"allocation": PerLayer({"*.mlp": 0.6})},

@@ -5,7 +5,7 @@ Nothing here is shared with the package. `keep` arrays are True where a weight s
 
 import numpy as np
 
-from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
+from wanda_lightning.core.patterns import NM, EqualShare, Structured, Unstructured
 
 
 def array(tensor):
@@ -214,6 +214,24 @@ def keep_equal_share(scores, sparsity):
         share = (bottom + top) / 2
 
 
+def kept_units(width, sparsity, multiple_of):
+    """The multiple nearest to the units that are left (of two equally near ones, the even one), but at least one."""
+    if sparsity == 0:
+        return width
+    multiples = range(width // multiple_of + 2)
+    left = width * (1 - sparsity) / multiple_of
+    nearest = min(multiples, key=lambda number: (abs(number - left), number % 2))
+    return min(width, max(1, nearest) * multiple_of)
+
+
+def keep_units(scores, sparsity, multiple_of, columns):
+    """Keep the units with the largest sums of squared scores; those of unit u are in the columns u, u + width, ..."""
+    width = scores.shape[1] // columns
+    totals = [[sum(float(score) ** 2 for score in scores[:, unit::width].ravel()) for unit in range(width)]]
+    kept = keep_largest(np.array(totals), kept_units(width, sparsity, multiple_of))[0]
+    return np.tile(kept, (len(scores), columns))
+
+
 def keep(pattern, scores, sparsity):
     """The slow version of any pattern."""
     match pattern:
@@ -225,6 +243,8 @@ def keep(pattern, scores, sparsity):
             return keep_n_of_m(scores, n, m)
         case EqualShare():
             return keep_equal_share(scores, sparsity)
+        case Structured(multiple_of=multiple_of, columns=columns):
+            return keep_units(scores, sparsity, multiple_of, columns)
     raise NotImplementedError(f"write the slow version of {pattern} in tests/support/reference.py")
 
 

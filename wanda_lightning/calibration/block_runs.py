@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.models import Layer
 
 _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 
@@ -51,10 +52,18 @@ class BlockRuns:
         """Whether there is no call."""
         return not self._records
 
+    def reaches(self, module: nn.Module) -> bool:
+        """Whether the first call calls a module."""
+        return module in self._records[0].inputs
+
+    def positions(self, layer: Layer) -> int:
+        """Return at how many positions a layer computes in the first call."""
+        return sum(len(layer.tokens(x)) for x in self._records[0].inputs.get(layer.module, ()))
+
     def reads_alone(self, module: nn.Module) -> bool:
         """Whether the first call reaches a module, and no other module with a matrix gets the same input."""
         inputs = self._records[0].inputs
-        if module not in inputs:
+        if not self.reaches(module):
             return False
         others = [x for other, entered in inputs.items() if other is not module for x in entered]
         return not any(torch.equal(x, y) for x in inputs[module] for y in others if x.shape == y.shape)
@@ -76,20 +85,27 @@ class BlockRuns:
             for index, record in enumerate(self._records)
         )
 
-    def same_after(self, change: Callable[[], None]) -> bool:
-        """Run the first call, change the block, and run it again: whether the results are the same, and finite.
+    def same_after(self, change: Callable[[], None], reader: Layer, columns: Tensor) -> bool:
+        """Run the first call, take units out of the block, and run it again: whether it computes the same.
 
-        A block whose shapes no longer fit raises whatever its model raises; its results are not the same.
+        Its results must be the same, and the inputs of the reader those that it had in some columns, since a residual
+        stream or a small scale could hide a difference. A block whose shapes no longer fit raises whatever its model
+        raises; it does not compute the same.
         """
-        before = self._run_again(0)
+        before = self._run_again(0, with_inputs=True)
         change()
         try:
-            after = self._run_again(0)
+            after = self._run_again(0, with_inputs=True)
         except Exception:
             return False
         buffers = len(list(self._block.buffers()))  # the last results; they may have other shapes now
         kept, left = (record.results[: len(record.results) - buffers] for record in (before, after))
-        return _all_same(kept, left, before.eps)
+        read, reads = ([reader.tokens(x) for x in record.inputs.get(reader.module, ())] for record in (before, after))
+        return (
+            _all_same(kept, left, before.eps)
+            and len(read) == len(reads)
+            and all(self.same_columns(x[:, columns.to(x.device)], y) for x, y in zip(read, reads, strict=True))
+        )
 
     def same_columns(self, x: Tensor, y: Tensor) -> bool:
         """Whether all columns of two matrices of tokens are the same, to rounding."""

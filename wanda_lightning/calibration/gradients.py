@@ -306,7 +306,7 @@ def _logits(output: object) -> Tensor:
 
 def _refuse_nonfinite(sums: Mapping[str, GradientStatistics]) -> None:
     for name, total in sums.items():
-        if not (total.inputs.isfinite().all() and total.rows.isfinite().all()):
+        if not all(each.isfinite().all() for each in total if each is not None):
             raise UserError(
                 f"calibration batches must give finite gradients, but those at {name} hold NaN or infinity. Load the "
                 "model in a wider dtype (float32 or bfloat16), or choose allocation='uniform' and "

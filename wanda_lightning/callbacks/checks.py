@@ -41,6 +41,11 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
             f"and no dataloader, but sequential is {config.sequential!r}"
             + (" and a dataloader is given." if dataloader is not None else ".")
         )
+    if config.pattern.prunes_units:
+        raise UserError(
+            f"calibrate_on='validation' runs no block by itself, but {config.shown('pattern')} runs each block with "
+            "and without hidden units, to find those that it can remove. Use calibrate_on='calibration'."
+        )
     if config.reads_gradients:
         reader = config.shown("allocation" if config.allocation.reads_gradients else "pattern")
         raise UserError(

@@ -45,6 +45,11 @@ def run(options: InspectOptions) -> None:
     for note in (unfit_layers(found), low_coverage(found)):
         if note is not None:
             print_line(f"Note: {note.text}")
+    if config.pattern.prunes_units:
+        print_line(
+            "Note: --pattern structured prunes only those of these layers that write or read hidden units. prune finds "
+            "them by running the blocks."
+        )
     refuse_nothing_to_prune(config, found)
     if options.stream:
         _print_memory(options, model, config)

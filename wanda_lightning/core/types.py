@@ -14,6 +14,7 @@ OneMask = Bool[Tensor, "_ d_in"]
 Tokens = Float[Tensor, "tokens d_in"]
 PerInput = Float[Tensor, " d_in"]
 PerUnit = Float[Tensor, " units"]
+Units = Bool[Tensor, " units"]  # some hidden units
 PerRow = Int[Tensor, " d_out"]
 RowWeights = Float[Tensor, " d_out"]
 Gram = Float[Tensor, "d_in d_in"]

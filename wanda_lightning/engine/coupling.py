@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -15,19 +15,34 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.refusals import refuse_rounding
 from wanda_lightning.engine.run import Run
-from wanda_lightning.models import Layer, RemovableUnits, SkippedMatrix, SkipReason, Unit, removable_units, tied_tensors
+from wanda_lightning.models import (
+    Layer,
+    RemovableUnits,
+    SkippedMatrix,
+    SkipReason,
+    Unit,
+    has_adapters,
+    reads_images,
+    removable_units,
+    tied_tensors,
+)
+from wanda_lightning.models.layers import kind_of
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
 
 _DETAIL = "no hidden units that could be taken out were found at its inputs or outputs"
+
+_UNSEEN = "the calibration sample that shows which hidden units can be taken out does not call it"
 
 
 def couple(run: Run) -> None:
     """Find the hidden units that can be taken out, and leave all other layers dense.
 
     One sample runs through the dense model. For each candidate, a random half of the units is set to zero, and then
-    taken out: the results of the block must be the same. Units of which the user has skipped a writer stay.
+    taken out: the block must compute the same. Units stay if the user has skipped a layer that writes them. A model
+    without blocks is one block.
     """
     plan, store = run.plan, run.store
     if is_sharded(plan.model):
@@ -35,44 +50,58 @@ def couple(run: Run) -> None:
             f"{plan.config.shown('pattern')} needs whole layers, but the model is sharded. Prune it in one process, or "
             "with DDP."
         )
-    processes, search, units = plan.processes, _Search(plan), plan.block_units
-    samples, revisited = run.samples.head(1), set[int]()
+    processes, search, revisited = plan.processes, _Search(plan), set[int]()
+    units = plan.block_units or (_one_block(plan),)
+    samples, names = run.samples.head(1), [unit.name for unit in units]
     if not any(number for (number,) in processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
-    names = [unit.name for unit in units]
+    modules = [unit.module for unit in units]
     with ProgressBar("Finding hidden units", len(units), run.progress) as bar, store.dense():
-        for stop in lockstep(samples, plan.blocks, names, processes, revisited) if units else ():
+        for stop in lockstep(samples, modules, names, processes, revisited):
             unit = units[stop.unit]
             bar.show(unit.name)
             store.hold(unit.name)
             search(unit, stop.calls)
             bar.advance()
-    again = {names[index] for index in revisited}  # the block may use its units in another way then
-    found = {name: each for name, each in search.found.items() if plan.inventory.blocks[name] not in again}
-    run.plan = _narrowed(plan, _wide_enough(plan, found))
+    for index, unit in enumerate(units):
+        # A later call may use the units in another way. Only processes with samples there have seen it.
+        if processes.all_reduce_min(int(index not in revisited)) == 0:
+            search.forget(unit)
+    narrowed = _narrowed(plan, _wide_enough(plan, search.found), search.reached)
+    run.plan = replace(narrowed, positions=search.positions_of_all(narrowed.coupled))
+
+
+def _one_block(plan: Plan) -> Unit:
+    """Return the smallest module with a forward that contains all layers."""
+    modules, name = named_modules(plan.model), plan.layers[0].name.rpartition(".")[0]
+
+    def is_around(name: str) -> bool:
+        inside = all(layer.name.startswith(f"{name}." if name else "") for layer in plan.layers)
+        return inside and type(modules[name]).forward is not nn.Module.forward  # a ModuleList has none
+
+    while name and not is_around(name):
+        name = name.rpartition(".")[0]
+    return Unit(name, modules[name], plan.layers)
 
 
 def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
     """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
-    pattern, sparsity = plan.config.pattern, plan.config.sparsity
+    pattern = plan.config.pattern
     assert isinstance(pattern, Structured)
+    if not found and has_adapters(plan.model):
+        raise UserError(
+            f"{plan.config.shown('pattern')} removes hidden units, but the model has adapters, which were trained for "
+            "all of them. Merge the adapters into the model first, or prune it before they are added."
+        )
     if not found:
+        left_out = ", and skip= and only= may leave out some of these layers" * bool(
+            plan.config.skip + plan.config.only
+        )
         raise UserError(
             f"{plan.config.shown('pattern')} finds no hidden units in the model: in no block does one layer read what "
-            "others write, with every unit apart from the rest. Use pattern='unstructured' or '2:4'."
+            f"others write, with every unit apart from the rest{left_out}. Use pattern='unstructured' or '2:4'."
         )
-    name, widest = max(found.items(), key=lambda item: item[1].width)
-    if widest.width <= pattern.multiple_of:
-        raise UserError(
-            f"multiple_of={pattern.multiple_of} of {plan.config.shown('pattern')} leaves no unit to remove: the widest "
-            f"layer, {name}, reads {widest.width} hidden units. Choose a smaller one, such as "
-            f"Structured(multiple_of={max(1, widest.width // 8)})."
-        )
-    if pattern.multiples(widest.width, sparsity) < 1:
-        raise UserError(
-            f"sparsity={sparsity:g} would remove all {widest.width} hidden units that {name} reads, in multiples of "
-            f"{pattern.multiple_of}. Choose a lower sparsity, or a smaller multiple_of."
-        )
+    refuse_rounding(plan.config, {name: units.width for name, units in found.items()})
     return {name: units for name, units in found.items() if units.width > pattern.multiple_of}
 
 
@@ -81,10 +110,13 @@ class _Search:
 
     def __init__(self, plan: Plan) -> None:
         self.found: dict[str, RemovableUnits] = {}  # by reader
+        self._positions: dict[nn.Module, int] = {}
+        self.reached: set[str] = set()  # layers that the sample reached
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), tied_tensors(plan.model)
         self._own = {layer.module: layer for layer in plan.layers}
+        self._kept = {self._modules.get(m.name) for m in plan.inventory.skipped_for(SkipReason.USER)}
         self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
-        # The candidate that fits readers with the same name and shape in blocks with the same modules; -1 if none does.
+        # The candidate that fits readers with the same name in blocks with the same parameters; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}
 
     def __call__(self, unit: Unit, calls: Sequence[Call]) -> None:
@@ -95,31 +127,60 @@ class _Search:
             call.run()
         with self._plan.processes.fail_together():
             for layer in unit.layers:
-                for units in self._fitting(layer, unit, runs):
+                if units := self._fitting(layer, unit, runs):
                     self.found[layer.name] = units
                     self._taken |= {(slot.module, slot.name, slot.dim) for slot in units.slots}
+                    self._count_positions(units, runs)
 
-    def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> Iterator[RemovableUnits]:
-        """Yield the units that a layer reads, if they can be taken out."""
+    def forget(self, unit: Unit) -> None:
+        """Leave out the units of a block."""
+        for layer in unit.layers:
+            self.found.pop(layer.name, None)
+
+    def _count_positions(self, units: RemovableUnits, runs: BlockRuns) -> None:
+        for module in {slot.module for slot in units.slots if slot.tensor.ndim > 1}:
+            if not runs.is_empty and reads_images(self._plan.model) and (kind := kind_of(module)):
+                self._positions[module] = runs.positions(Layer("", module, kind))
+
+    def positions_of_all(self, coupled: Mapping[str, RemovableUnits]) -> dict[nn.Module, int]:
+        """Return the positions in the sample, which one process has, at which the modules with units compute."""
+        modules = list(dict.fromkeys(slot.module for units in coupled.values() for slot in units.slots))
+        counts = torch.tensor([self._positions.get(module, 0) for module in modules], dtype=torch.int64)
+        self._plan.processes.all_reduce_sum([counts])
+        return {module: number for module, number in zip(modules, counts.tolist(), strict=True) if number}
+
+    def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> RemovableUnits | None:
+        """Return the units that a layer reads, if they can be taken out."""
         assert unit.module is not None
+        if reader.expert is not None or reader.group is not None:
+            return None
         parent = self._modules[reader.name.rpartition(".")[0]]
-        inside = tuple(name for name, _ in unit.module.named_modules())
-        key = type(unit.module), inside, reader.name.removeprefix(unit.name), reader.shape
+        inside = tuple((name, parameter.shape) for name, parameter in unit.module.named_parameters())
+        key = type(unit.module), inside, reader.name.removeprefix(unit.name)
+        if not self._agree(runs.is_empty or runs.reaches(reader.module)):
+            return None
+        self.reached.add(reader.name)
         if not self._agree(runs.is_empty or runs.reads_alone(reader.module)):
-            return
+            return None
+        all_free = True
         for index, found in enumerate(removable_units(reader, parent, unit.module)):
-            if self._known.get(key, index) == index and self._is_free(found) and self._is_right(found, runs):
+            if self._known.get(key, index) != index:
+                continue
+            if not self._is_free(found):
+                all_free = False
+            elif self._is_right(found, runs):
                 self._known[key] = index
-                writers = tuple(self._own[writer.module] for writer in found.writers)
-                yield replace(found, writers=writers)
-                return
-        self._known.setdefault(key, -1)
+                return replace(found, writers=tuple(self._own[writer.module] for writer in found.writers))
+        if all_free:  # otherwise, it may fit in the next block
+            self._known.setdefault(key, -1)
+        return None
 
     def _is_free(self, units: RemovableUnits) -> bool:
-        """Whether its tensors belong to no other units or modules, and all writers may be pruned."""
-        slots = [(slot.module, slot.name, slot.dim) for slot in units.slots]
+        """Whether its tensors belong to no other units or modules, and all of its layers may be pruned."""
+        slots = {(slot.module, slot.name, slot.dim) for slot in units.slots}
         tied = any((module, name) in self._tied for module, name, _ in slots)
-        return not tied and not self._taken & {*slots} and all(w.module in self._own for w in units.writers)
+        own = all(writer.module in self._own for writer in units.writers)
+        return own and not tied and not slots & self._taken and not any(module in self._kept for module, _, _ in slots)
 
     def _is_right(self, units: RemovableUnits, runs: BlockRuns) -> bool:
         """Whether the block computes the same with a random half of the units at zero as without them."""
@@ -129,19 +190,22 @@ class _Search:
         keep[torch.randperm(units.width, generator=torch.Generator().manual_seed(0))[: units.width // 2]] = True
         with units.restored():
             units.zero(~keep)
-            return self._agree(runs.is_empty or runs.same_after(lambda: units.take(keep)))
+            columns = keep.repeat(units.columns)
+            return self._agree(runs.is_empty or runs.same_after(lambda: units.take(keep), units.reader, columns))
 
     def _agree(self, answer: bool) -> bool:
         """Whether all processes answer yes."""
         return bool(self._plan.processes.all_reduce_min(int(answer)))
 
 
-def _narrowed(plan: Plan, coupled: Mapping[str, RemovableUnits]) -> Plan:
+def _narrowed(plan: Plan, coupled: Mapping[str, RemovableUnits], reached: Set[str]) -> Plan:
     """Return a plan that observes and prunes the readers only; layers that neither read nor write units stay dense."""
     inventory = plan.inventory
     written = {writer.name for units in coupled.values() for writer in units.writers}
     skipped = tuple(
-        SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, _DETAIL)
+        SkippedMatrix(
+            layer.name, layer.stored_shape, SkipReason.UNCOUPLED, _DETAIL if layer.name in reached else _UNSEEN
+        )
         for layer in inventory.layers
         if layer.name not in coupled and layer.name not in written
     )

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from typing import NamedTuple
 
+from torch.nn.parameter import UninitializedParameter
+
 from wanda_lightning.common.words import counted
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.engine.run import Run
+from wanda_lightning.engine.unit_notes import note_on_units
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
 
 _ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
@@ -35,6 +38,7 @@ def notes_on(run: Run) -> list[Note]:
         None if run.plan.coupled else low_coverage(run.plan.inventory, run.skipped),
         _few_tokens(run),
         _short_of_target(run),
+        _units(run),
         _mixed_nm(run),
         _permuted(run),
         _batch_norm(run),
@@ -120,6 +124,7 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
 def _few_tokens(run: Run) -> Note | None:
     layers = run.layers.values()
     few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in run.few_tokens]
+    few = [layer for layer in few if layer.name in run.selections]  # not what only writes hidden units
     if "gram" not in run.plan.config.needs or not few:
         return None
     least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
@@ -138,6 +143,13 @@ def _short_of_target(run: Run) -> Note | None:
         f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
         f"{worst.sparsity:.1%} of {worst.target:.1%}"
     )
+
+
+def _units(run: Run) -> Note | None:
+    if not run.plan.coupled or not run.plan.config.sparsity:
+        return None
+    parameters = sum(p.numel() for p in run.plan.model.parameters() if not isinstance(p, UninitializedParameter))
+    return Note(note_on_units(run.plan, run.zero_units, parameters), is_warning=not any(run.zero_units.values()))
 
 
 def _mixed_nm(run: Run) -> Note | None:

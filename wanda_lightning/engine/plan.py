@@ -18,6 +18,7 @@ from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import RowWeights
 from wanda_lightning.engine.refusals import (
     refuse_nothing_to_prune,
+    refuse_rounding,
     refuse_sharding,
     refuse_too_wide,
     refuse_unprunable,
@@ -41,6 +42,8 @@ class Plan:
     inventory: Inventory
     # The hidden units to prune, by the layer that reads them, if whole units are pruned; the layers are these readers.
     coupled: Mapping[str, RemovableUnits] = field(default_factory=dict)
+    # At how many positions of an image the modules with these units compute, if the model reads images.
+    positions: Mapping[nn.Module, int] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -195,6 +198,7 @@ def make_plan(
         config.recovery.check_sharded()
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
+        refuse_rounding(config, {layer.name: layer.width for layer in inventory.layers})
         if has_weights:
             refuse_unprunable(inventory.layers)
         refuse_too_wide(config, inventory)

@@ -125,6 +125,7 @@ def prune_as(
     with run.timed("recover", recovers), pruning_mode(model):
         recovery = ModelRecovery()
         if recovers:
+            # With a structured pattern, layers without hidden units (not in `run.plan`) train, too.
             dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
             recovery = config.recovery.start_model(dense)
     with run.timed("prune"), pruning_mode(model), noting(run.written, log.error):

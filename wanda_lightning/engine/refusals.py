@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -12,6 +12,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.memory import free_memory
 from wanda_lightning.common.words import as_gib, counted
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.patterns import Structured
 from wanda_lightning.models import Inventory, Layer, SkipReason, Unit
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_values, refuse_sharded_experts
@@ -68,6 +69,28 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
                 f"model must have finite weights, but {layer.name} has weights that are NaN or infinite. Check the "
                 "checkpoint. If its weights overflowed in the conversion to float16, load it in float32 or bfloat16."
             )
+
+
+def refuse_rounding(config: PruningConfig, widths: Mapping[str, int]) -> None:
+    """Refuse a structured pattern that, rounded, could remove no unit of any layer, or would remove all of them.
+
+    `widths` holds the number of units that each layer reads, or at most reads.
+    """
+    pattern = config.pattern
+    if not isinstance(pattern, Structured) or not widths:
+        return
+    name, widest = max(widths.items(), key=lambda item: item[1])
+    if widest <= pattern.multiple_of:
+        raise UserError(
+            f"multiple_of={pattern.multiple_of} of {config.shown('pattern')} leaves no unit to remove: the widest "
+            f"layer, {name}, reads {widest} hidden units. Choose a smaller one, such as "
+            f"Structured(multiple_of={max(1, widest // 8)})."
+        )
+    if pattern.multiples(widest, config.sparsity) < 1:
+        raise UserError(
+            f"sparsity={config.sparsity:g} would remove all {widest} hidden units that {name} reads, in multiples of "
+            f"{pattern.multiple_of}. Choose a lower sparsity, or a smaller multiple_of."
+        )
 
 
 _GRAMS_AT_ONCE = 4  # the sum, its dampened copy, the Cholesky factor and the inverse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
@@ -12,6 +13,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.engine.notes import notes_on
 from wanda_lightning.engine.run import Run, unreached
+from wanda_lightning.engine.unit_notes import with_zero_filters
 from wanda_lightning.models import is_wrapper
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import PruningReport
@@ -26,6 +28,10 @@ def make_report(run: Run) -> PruningReport:
     for layer in plan.layers:
         if layer.name not in run.layers and layer.name not in run.skipped:  # no batch reached its unit
             run.skipped[layer.name] = unreached(layer)
+    for name, units in plan.coupled.items():
+        for writer in units.writers if name in run.skipped else ():
+            why = replace(run.skipped[name], name=writer.name, shape=writer.stored_shape)
+            run.skipped.setdefault(writer.name, why)
     if not run.layers and plan.config.sparsity > 0:
         raise UserError(
             f"batches must reach the layers, but no token except padding reached any of the {len(plan.layers)} layers, "
@@ -48,10 +54,11 @@ def make_report(run: Run) -> PruningReport:
     others = [p for p in parameters if id(p) not in known and not is_wrapper(p) and not is_unloaded(p)]
     zeros = run.store.zeros + sum(known.values()) + sum(zero_counts(others, plan.processes))
     names = plan.inventory.blocks if plan.coupled else [layer.name for layer in plan.layers]
+    skipped = [run.skipped[name] for name in names if name in run.skipped and name not in run.layers]
     run.seconds["report"] = time.perf_counter() - started
     return PruningReport(
         layers=[run.layers[name] for name in names if name in run.layers],
-        skipped=[*plan.inventory.skipped, *(run.skipped[n.name] for n in plan.layers if n.name in run.skipped)],
+        skipped=[*with_zero_filters(plan, run.zero_units, plan.inventory.skipped), *skipped],
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
         seconds=run.seconds,

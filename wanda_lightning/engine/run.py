@@ -39,6 +39,7 @@ class Run:
     skipped: dict[str, SkippedMatrix] = field(default_factory=dict)  # layers that were left dense
     # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
     few_tokens: dict[str, int] = field(default_factory=dict)
+    zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
     revisited: set[int] = field(default_factory=set)  # indices of units that the model called again after pruning
     batch_norm: BatchNormCorrection | None = None
     not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were, or there are none

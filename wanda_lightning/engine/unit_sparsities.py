@@ -24,5 +24,5 @@ def unit_sparsities(
         layers.append(UnitLayer(name, re.sub(r"\d+", "*", name), units.width, scores))
     if config.allocation.reads_gradients:
         layers = [layer for layer in layers if layer.scores is not None]
-    found = config.allocation.of_units(layers, config.sparsity, pattern)
+    found = config.allocation.of_units(layers, config.sparsity, pattern) if layers else {}
     return {layer.name: 1 - pattern.kept(layer.width, found[layer.name]) / layer.width for layer in layers}

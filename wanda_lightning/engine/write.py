@@ -102,7 +102,11 @@ def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:
     """Set to zero what writes the units that a layer no longer reads, and return the records of their writers."""
     units, written = run.plan.coupled[read.name], dict[str, PrunedLayer]()
     before = {writer.name: _share_of_zeros(writer.read()) for writer in units.writers}
-    units.zero(units.slots[-1].zeros())
+    zeros = units.slots[-1].zeros()
+    units.zero(zeros)
+    run.zero_units[read.name] = int(zeros.sum())
+    unread = f"{run.zero_units[read.name]:,} of {units.width:,} hidden units are zero"
+    read.note = "; ".join(filter(None, (read.note, unread)))
     for writer in units.writers:
         block, sparsity = run.plan.inventory.blocks[writer.name], _share_of_zeros(writer.read())
         record = PrunedLayer(

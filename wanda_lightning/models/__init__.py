@@ -6,7 +6,7 @@ from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReaso
 from wanda_lightning.models.layers import Layer, is_plain
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.quantized import is_wrapper
-from wanda_lightning.models.removable_units import RemovableUnits, removable_units
+from wanda_lightning.models.removable_units import RemovableUnits, has_adapters, removable_units
 from wanda_lightning.models.task import (
     causal_config,
     find_predictions,
@@ -32,6 +32,7 @@ __all__ = [
     "find_layers",
     "find_predictions",
     "fitting_mask",
+    "has_adapters",
     "has_classes",
     "hidden_units",
     "is_plain",

@@ -209,6 +209,11 @@ class Layer:
         return d_out, d_in
 
     @property
+    def width(self) -> int:
+        """Number of input channels: d_in without the positions of a kernel."""
+        return self.stored_shape[1 if self.kind.rows_first else 0]
+
+    @property
     def size(self) -> int:
         """Number of weights, unsharded."""
         return math.prod(self.stored_shape)

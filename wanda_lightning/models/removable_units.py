@@ -11,18 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
+from wanda_lightning.core.types import Units
 from wanda_lightning.models.layers import Layer, has_numbers, kind_of
 
-Units = Bool[Tensor, " units"]
-
-_WIDTHS = frozenset(
-    {"in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels", "nf", "nx"}
-    | {"intermediate_size", "ffn_dim", "hidden_features", "inner_dim"}
-)
-"""Attributes of modules that may hold the number of units."""
+# Attributes that hold the number of units: of modules that read them, that write them, that do both, and around them.
+_INPUTS = frozenset({"in_features", "in_channels", "nx"})
+_OUTPUTS = frozenset({"out_features", "out_channels", "nf"})
+_VECTORS = frozenset({"num_features", "num_channels", "groups"}) | _INPUTS | _OUTPUTS
+_AROUND = frozenset({"intermediate_size", "ffn_dim", "hidden_features", "inner_dim"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,14 @@ class Slot:
         found = getattr(self.module, self.name)
         assert isinstance(found, Tensor)
         return found
+
+    @property
+    def attributes(self) -> frozenset[str]:
+        """The attributes of the module that hold its size along this dimension."""
+        layer = whole_layer(self.module)
+        if layer is None:
+            return _VECTORS
+        return _INPUTS if self.name == "weight" and self.dim == _reading(layer) else _OUTPUTS
 
     def where(self, units: Units) -> Tensor:
         """Return the mask of the entries of some units."""
@@ -71,11 +77,11 @@ class RemovableUnits:
     """Hidden units that one layer reads, and every tensor with an entry, a row or a column for each of them.
 
     The reader's own columns are the last slot. Tensors between writers and reader, such as depthwise convolutions and
-    the statistics of BatchNorm, belong to the units, too.
+    the statistics of BatchNorm, belong to the units, too; so do columns of the layers of a squeeze-and-excitation.
     """
 
     reader: Layer
-    writers: tuple[Layer, ...]
+    writers: tuple[Layer, ...]  # and other layers that read the units on their way to the reader
     width: int  # number of units
     slots: tuple[Slot, ...]
     parents: tuple[nn.Module, ...] = ()  # modules whose attributes may hold the width
@@ -101,18 +107,14 @@ class RemovableUnits:
 
     def take(self, units: Units) -> None:
         """Take all other units out, in place."""
-        new = [(slot, slot.taken(units)) for slot in self.slots]
-        changed: dict[tuple[nn.Module, int], int] = {}
-        for slot, tensor in new:
-            changed[slot.module, slot.tensor.shape[slot.dim]] = tensor.shape[slot.dim]
-            setattr(slot.module, slot.name, tensor)
         number = int(units.sum())
+        for slot in self.slots:
+            new = slot.taken(units)
+            _resize(slot.module, slot.attributes, slot.tensor.shape[slot.dim], new.shape[slot.dim])
+            setattr(slot.module, slot.name, new)
         for parent in self.parents:
-            changed |= {(parent, self.width): number, (parent, 2 * self.width): 2 * number}
-        for (module, before), after in changed.items():
-            for name in _WIDTHS & vars(module).keys():
-                if getattr(module, name) == before:
-                    setattr(module, name, after)
+            _resize(parent, _AROUND, self.width, number)
+            _resize(parent, _AROUND, 2 * self.width, 2 * number)
         torch.clear_autocast_cache()
 
     @contextmanager
@@ -121,7 +123,8 @@ class RemovableUnits:
         tensors = [(slot, slot.tensor, slot.tensor.detach().clone()) for slot in self.slots]
         modules = dict.fromkeys([*(slot.module for slot in self.slots), *self.parents])
         attributes = [
-            (module, {name: vars(module)[name] for name in _WIDTHS & vars(module).keys()}) for module in modules
+            (module, {name: vars(module)[name] for name in (_VECTORS | _AROUND) & vars(module).keys()})
+            for module in modules
         ]
         try:
             yield
@@ -135,23 +138,34 @@ class RemovableUnits:
             torch.clear_autocast_cache()
 
 
+def _resize(module: nn.Module, attributes: frozenset[str], before: int, after: int) -> None:
+    for name in attributes & vars(module).keys():
+        if getattr(module, name) == before:
+            setattr(module, name, after)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into a model."""
+    return any(getattr(type(module), "adapter_layer_names", ()) for module in model.modules())
+
+
 def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[RemovableUnits]:
     """Yield candidates for the hidden units that a layer reads, the likeliest first.
 
     Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
     the block has adapters: they were trained for this width.
     """
-    if any(getattr(type(module), "adapter_layer_names", ()) for module in block.modules()):  # peft's layers
+    if has_adapters(block) or not _is_whole(reader):
         return
-    if not _is_whole(reader):
-        return
-    width = reader.parameter.shape[_reading(reader)]
+    width = reader.width
     proposed: set[object] = set()
     for scope in dict.fromkeys((parent, block)):
         layers = [layer for module in scope.modules() if (layer := whole_layer(module)) and module is not reader.module]
         index = {module: place for place, module in enumerate(scope.modules())}
         vectors = [*_vectors(scope, width), *_depthwise(scope, width)]
-        readers = [Slot(layer.module, "weight", _reading(layer)) for layer in layers if _width(layer) == width]
+        # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
+        smaller = [layer for layer in layers if layer.width == width and layer.size <= reader.size]
+        readers = [Slot(layer.module, "weight", _reading(layer)) for layer in smaller]
         last = Slot(reader.module, "weight", _reading(reader))
         for writers, written in _written(layers, width):
             first, end = min(index[layer.module] for layer in writers), index.get(reader.module, len(index))
@@ -162,7 +176,8 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
                 key = tuple((id(slot.module), slot.name, slot.dim, slot.copies, slot.interleaved) for slot in slots)
                 if key not in proposed:
                     proposed.add(key)
-                    yield RemovableUnits(reader, writers, width, slots, tuple(dict.fromkeys((parent, scope))))
+                    others = [layer for layer in layers if layer.module in {slot.module for slot in slots}]
+                    yield RemovableUnits(reader, tuple(others), width, slots, tuple(dict.fromkeys((parent, scope))))
 
 
 def whole_layer(module: nn.Module) -> Layer | None:
@@ -224,7 +239,3 @@ def _is_depthwise(module: nn.Module, width: int) -> bool:
 def _reading(layer: Layer) -> int:
     """Return the dimension of the weight along which the inputs lie."""
     return 1 if layer.kind.rows_first else 0
-
-
-def _width(layer: Layer) -> int:
-    return layer.parameter.shape[_reading(layer)]

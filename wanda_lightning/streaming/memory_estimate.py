@@ -75,6 +75,7 @@ def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, p
         work = max(work, _to_observe(unit.layers, config) + at_once, _to_solve(unit.layers, config))
         work = max(work, _FLOAT32 * config.recovery.workspace(unit) + at_once)
     work = max(work, _to_permute(inventory, config, samples.length, size))  # an allocation needs less than any solver
+    work = max(work, _to_couple(inventory, config, samples.length, size))
     activations = tokens * waiting * size
     activations += recorded * config.recovery.recorded * hidden * size
     if config.reads_gradients and park == "memory":  # the inputs of all blocks wait for the backward pass
@@ -129,6 +130,21 @@ def _to_permute(inventory: Inventory, config: PruningConfig, length: int, size: 
     compared = max(2 * size * sum(each) + 5 * _FLOAT64 * max(each) for each in widths.values())
     chosen = config.permutation.workspace(max(layer.size for layer in inventory.layers))
     return max(_FLOAT32 * chosen, length * compared)
+
+
+def _to_couple(inventory: Inventory, config: PruningConfig, length: int, size: int) -> int:
+    """Return the bytes needed to run a block with half of its hidden units at zero, and without them."""
+    if not config.pattern.prunes_units:
+        return 0
+    blocks: dict[str, list[Layer]] = {}
+    for layer in inventory.layers:
+        blocks.setdefault(inventory.blocks[layer.name], []).append(layer)
+    # A copy of the weights and half of them, and the inputs of all layers twice; two of them are compared in float64.
+    return max(
+        3 * size * sum(layer.size for layer in layers) // 2
+        + length * (2 * size * sum(x.shape[1] for x in layers) + 5 * _FLOAT64 * max(x.shape[1] for x in layers))
+        for layers in blocks.values()
+    )
 
 
 def _grams(layers: Iterable[Layer], config: PruningConfig) -> list[int]:

@@ -46,6 +46,7 @@ class PartRecord:
     layers: list[PrunedLayer] = field(default_factory=list)
     skipped: list[SkippedMatrix] = field(default_factory=list)
     few_tokens: dict[str, int] = field(default_factory=dict)  # by expert's layer
+    zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
     zeros: int = 0
     keys: list[str] = field(default_factory=list)  # names of the tensors in its file
     size: int = 0  # of the tensors, in bytes

@@ -196,7 +196,7 @@ class StreamedWeights(WeightStore):
             return {name: each for name, each in found.items() if self._checkpoint.part_of(name) == part}
 
         layers, skipped = list(own(run.layers).values()), list(own(run.skipped).values())
-        return PartRecord(layers, skipped, own(run.few_tokens))
+        return PartRecord(layers, skipped, own(run.few_tokens), own(run.zero_units))
 
     @staticmethod
     def _restore(record: PartRecord, run: Run) -> None:
@@ -204,3 +204,4 @@ class StreamedWeights(WeightStore):
         run.layers |= {each.name: each for each in record.layers}
         run.skipped |= {each.name: each for each in record.skipped}
         run.few_tokens |= record.few_tokens
+        run.zero_units |= record.zero_units

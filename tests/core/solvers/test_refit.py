@@ -7,7 +7,7 @@ from support import reference
 from support.layers import correlated_layer, random_layer, solve, statistics
 
 from wanda_lightning.core.criteria import Wanda
-from wanda_lightning.core.patterns import NM, Unstructured
+from wanda_lightning.core.patterns import NM, Structured, Unstructured
 from wanda_lightning.core.solvers import Refit
 from wanda_lightning.core.solvers.refit import refit
 
@@ -20,6 +20,33 @@ def test_a_refit_is_numpys_least_squares(pattern, dampening):
     assert torch.equal(keep, pattern(Wanda()(weight, statistics(tokens, Wanda)), 0.5))
     expected = reference.least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy())
     np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("columns", [1, 4])
+def test_a_refit_of_whole_columns_is_torchs_least_squares(dampening, columns):
+    """Rows of sqrt(p) below the tokens, with the dense weights as targets, pull toward these weights."""
+    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 64), tokens=200)
+    pattern = Structured(2, columns=columns)
+    pruned, keep = solve(Refit(dampening), weight, tokens, pattern=pattern)
+    kept = keep[0]
+    assert torch.equal(keep, pattern(Wanda()(weight, statistics(tokens, Wanda)), 0.5))
+    assert int(kept.sum()) == 32
+    pull = (dampening * tokens[:, kept].square().sum(dim=0).mean()).sqrt()
+    left = torch.cat([tokens[:, kept], pull * torch.eye(32, dtype=torch.float64)])
+    right = torch.cat([tokens @ weight.T, pull * weight[:, kept].T])
+    expected = torch.linalg.lstsq(left, right).solution.T
+    torch.testing.assert_close(pruned[:, kept], expected, rtol=1e-5, atol=1e-7)
+    assert not pruned[:, ~kept].any()
+
+
+def test_the_columns_that_are_kept_need_not_be_active():
+    weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
+    tokens[:, :20] = 0
+    pruned, keep = solve(Refit(), weight, tokens, pattern=Structured(2))
+    assert pruned.isfinite().all()
+    assert keep[0, 20:].all()
+    torch.testing.assert_close(tokens @ pruned.T, tokens @ weight.T, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 200])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,8 +106,19 @@ class Uniform(Allocation):
         return {layer.name: sparsity for layer in layers}
 
     def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
-        """Give all layers of a kind the fraction that fits the narrowest one, so that one number describes them."""
-        narrowest: dict[str, int] = {}
+        """Give all layers of a kind one fraction that leaves whole units of each, so that one number describes them.
+
+        If the widths have no such fraction within 0.05 of the target, each is rounded on its own.
+        """
+        widths: dict[str, list[int]] = {}
         for layer in layers:
-            narrowest[layer.kind] = min(layer.width, narrowest.get(layer.kind, layer.width))
-        return {layer.name: 1 - pattern.kept(width := narrowest[layer.kind], sparsity) / width for layer in layers}
+            widths.setdefault(layer.kind, []).append(layer.width)
+        found: dict[str, float] = {}
+        for layer in layers:
+            common = math.gcd(*widths[layer.kind])  # this many steps of one unit, or more, fit into each width
+            fraction = 1 - pattern.kept(common, sparsity) / common
+            found[layer.name] = fraction if abs(fraction - sparsity) <= _ROUNDING else sparsity
+        return found
+
+
+_ROUNDING = 0.05  # of the fraction of hidden units

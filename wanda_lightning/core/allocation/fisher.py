@@ -29,8 +29,9 @@ class Fisher(Allocation):
     are below, at most `max_deviation` from the target. The cost is one forward and backward pass of the dense model; no
     labels are needed.
 
-    The score of a hidden unit is the sum over tokens of its squared activation times the squared gradient there. One
-    threshold gives each layer the fraction of its units below: at most 60 %, or halfway from the target to all.
+    The score of a hidden unit is the sum over tokens of its squared activation times the squared gradient there. The
+    units with the smallest scores of the whole model become zero: of a layer at most 60 %, or halfway from the target
+    to all.
 
     Attributes:
         max_deviation: Maximum difference between a layer's sparsity and the target.
@@ -82,30 +83,28 @@ class Fisher(Allocation):
     def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
         """Compare the units of all layers; `max_deviation` does not apply."""
         most = max(_MOST_UNITS, (1 + sparsity) / 2)
-        scores = {layer.name: layer.scores.sort().values for layer in layers if layer.scores is not None}
-        total = sparsity * sum(map(len, scores.values()))
-        every = torch.cat(list(scores.values())).sort().values
+        scored = [(layer, layer.scores.cpu()) for layer in layers if layer.scores is not None]
+        every = torch.cat([scores for _, scores in scored])
+        ranks = every.argsort(stable=True).argsort()  # without ties: many units may have the score 0
+        own = [each.sort().values for each in ranks.split([layer.width for layer, _ in scored])]
 
-        def shares(below: int) -> dict[str, float]:
-            return {name: _share(own, every[below], most, pattern) for name, own in scores.items()}
+        def removed(rank: int) -> list[int]:
+            """Return how many units of each layer become zero if those of lower ranks should."""
+            below = (min(int(torch.searchsorted(each, rank)) / len(each), most) for each in own)
+            return [
+                layer.width - pattern.kept(layer.width, share) for (layer, _), share in zip(scored, below, strict=True)
+            ]
 
-        def enough(below: int) -> bool:
-            return sum(share * len(scores[name]) for name, share in shares(below).items()) >= total
+        def enough(rank: int) -> bool:
+            return sum(removed(rank)) >= int(sparsity * len(every))
 
-        return shares(bisect_left(range(len(every) - 1), True, key=enough))
-
-
-_BINS, _LOWEST, _HIGHEST = 1 << 14, -100.0, 100.0  # of the natural logarithm of a score; zeros are in the first bin
-_HALVINGS = 50
+        found = removed(bisect_left(range(len(every)), True, key=enough))
+        return {layer.name: number / layer.width for (layer, _), number in zip(scored, found, strict=True)}
 
 
 _MOST_UNITS = 0.6  # of a layer
-
-
-def _share(scores: Tensor, threshold: Tensor, most: float, pattern: Structured) -> float:
-    """Return the fraction of a layer's sorted scores below a threshold, rounded as the pattern needs it."""
-    below = min(int(torch.searchsorted(scores, threshold)) / len(scores), most)
-    return 1 - pattern.kept(len(scores), below) / len(scores)
+_BINS, _LOWEST, _HIGHEST = 1 << 14, -100.0, 100.0  # of the natural logarithm of a score; zeros are in the first bin
+_HALVINGS = 50
 
 
 def _distribution(layer: DenseLayer) -> Tensor:

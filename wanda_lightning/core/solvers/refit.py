@@ -63,9 +63,9 @@ def refit_columns(dense: Weight, keep: Bool[Tensor, " d_in"], gram: Gram, dampen
     With the Gram matrix G and the pull p toward the dense weights, they are `(W G[:, S] + p W[:, S]) (G[S, S] + p)^-1`.
     """
     kept = keep.nonzero().flatten()
-    if len(kept) == len(keep):
+    if not dense[:, ~keep].any():  # pruned already, or nothing to prune
         return dense.clone()
-    wide = dense.to(gram.dtype)
+    wide = dense.to(gram.dtype).contiguous()
     lower, used = cholesky(gram[kept][:, kept], dampening)
     mean = gram.diagonal()[kept].mean()
     target = torch.mm(gram[kept], wide.t()) + torch.where(mean > 0, mean * used, 1) * wide[:, kept].t()
