@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from wanda_lightning.engine.prune import prune
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
     from wanda_lightning.report import PruningReport
+    from wanda_lightning.shrinking import Shrunk, shrink
     from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
     from wanda_lightning.training import Distil, NoRecovery, Reconstruct
     from wanda_lightning.training.held_zeros import keep_zeros
@@ -55,6 +56,7 @@ _HOMES = {
     "engine.prune": "prune",
     "training": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
+    "shrinking": "Shrunk shrink",
     "streaming": "perplexity_from_disk prune_from_disk",
     "training.held_zeros": "keep_zeros",
 }
@@ -91,6 +93,7 @@ __all__ = [
     "Refit",
     "SavePretrained",
     "Schedule",
+    "Shrunk",
     "SparseGPT",
     "SparseGPTPrune",
     "Structured",
@@ -106,6 +109,7 @@ __all__ = [
     "prune",
     "prune_from_disk",
     "sample_windows",
+    "shrink",
 ]
 
 

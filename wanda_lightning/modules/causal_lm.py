@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, cast
 
@@ -38,6 +39,7 @@ from wanda_lightning.modules.loading import (
     load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
+from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
 class CausalLMModule(Uploadable, L.LightningModule):
@@ -310,7 +312,9 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
             self.model = merge(self.model, reprune)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+    ) -> Shrunk | None:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
 
         If the model has adapters that are not merged, peft writes only the adapters.
@@ -318,14 +322,24 @@ class CausalLMModule(Uploadable, L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
+            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
+                memory keeps them. If layers then have widths that no configuration of the family gives, the folder has
+                a modeling file of its own and loads with `trust_remote_code=True`.
+
+        Returns:
+            With `shrink`, what was left out.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
+            ValueError: If `shrink` finds nothing to leave out, or adapters that are not merged.
         """
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
-            self.model.save_pretrained(new)
+            with shrunk(self.model) if shrink else nullcontext() as result:
+                write_modeling_file(self.pruning_target, new)
+                self.model.save_pretrained(new)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
+        return result
 
 
 def _with_adapters(model: Any, keep_zeros: bool = True, **arguments: Any) -> Any:

@@ -1,0 +1,8 @@
+"""Take hidden units that are zero on both sides out of a model, and save what is left as an ordinary smaller model."""
+
+from wanda_lightning.shrinking.configuration import fit_configuration
+from wanda_lightning.shrinking.modeling import write_modeling_file
+from wanda_lightning.shrinking.take_out import Shrunk, shrink, shrunk
+from wanda_lightning.shrinking.timm_arguments import fitting_arguments
+
+__all__ = ["Shrunk", "fit_configuration", "fitting_arguments", "shrink", "shrunk", "write_modeling_file"]
