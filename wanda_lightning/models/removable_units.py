@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
+from wanda_lightning.core.types import Units
 from wanda_lightning.models.layers import Layer, has_numbers, kind_of
-
-Units = Bool[Tensor, " units"]
 
 _WIDTHS = frozenset(
     {"in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels", "nf", "nx"}

@@ -5,4 +5,7 @@ from wanda_lightning.shrinking.modeling import write_modeling_file
 from wanda_lightning.shrinking.take_out import Shrunk, shrink, shrunk
 from wanda_lightning.shrinking.timm_arguments import fitting_arguments
 
-__all__ = ["Shrunk", "fit_configuration", "fitting_arguments", "shrink", "shrunk", "write_modeling_file"]
+LEFT_OUT = "the hidden units that became zero are not in the saved model, so its matrices are smaller than shown here"
+"""For the report of a pruned model that was saved without them."""
+
+__all__ = ["LEFT_OUT", "Shrunk", "fit_configuration", "fitting_arguments", "shrink", "shrunk", "write_modeling_file"]
