@@ -165,29 +165,31 @@ class _Search:
 
     def take_out(self, reader: Layer, block: nn.Module) -> None:
         """Take out the units that a layer reads and that are zero on both sides."""
-        unproven = list[int]()
+        is_started = False
         for units in self._candidates(reader, block):
             columns, rows, empty = self._sides(units)
             if empty.all():
                 empty[0] = False  # a layer without inputs is no layer
             if not empty.any():
                 continue
-            if not unproven:
+            if not is_started:
                 self._trial.start(units)
+            is_started = True
             undo = units.undo_take()
             units.take(~empty)
             if self._trial.is_same(units):
                 self.result.one_sided += int(((columns ^ rows) & ~empty).sum())
                 return self._accept(units, int(empty.sum()), undo)
             undo()
-            unproven.append(int(empty.sum()))
-        self.result.unproven += max(unproven, default=0)
         return None
 
     def count(self, reader: Layer, block: nn.Module) -> None:
-        """Count the units that a layer reads and that are zero on one side only, if they can be taken out."""
+        """Count the units that a layer reads and that stay although they are zero on both sides, or on one."""
         for units in self._candidates(reader, block):
             columns, rows, empty = self._sides(units)
+            if empty.any():
+                self.result.unproven += int(empty.sum())
+                return
             found = int(((columns ^ rows) & ~empty).sum())
             if found and units.width > 1 and self._is_right(units):
                 self.result.one_sided += found
