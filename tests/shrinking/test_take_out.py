@@ -16,7 +16,7 @@ IMAGES = {
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}),
     "resnet18": ("resnet18", {}),
     "efficientnet": ("efficientnet_lite0", {}),
-    "squeeze-and-excitation": ("efficientnet_b0", {}),
+    "squeeze-and-excitation": ("test_efficientnet", {}),
 }
 
 
