@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
     from wanda_lightning.report import PruningReport
     from wanda_lightning.shrinking import Shrunk, shrink
-    from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
+    from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk, shrink_from_disk
     from wanda_lightning.training import Distil, NoRecovery, Reconstruct
     from wanda_lightning.training.held_zeros import keep_zeros
 
@@ -57,7 +57,7 @@ _HOMES = {
     "training": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
     "shrinking": "Shrunk shrink",
-    "streaming": "perplexity_from_disk prune_from_disk",
+    "streaming": "perplexity_from_disk prune_from_disk shrink_from_disk",
     "training.held_zeros": "keep_zeros",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -110,6 +110,7 @@ __all__ = [
     "prune_from_disk",
     "sample_windows",
     "shrink",
+    "shrink_from_disk",
 ]
 
 

@@ -88,3 +88,12 @@ def test_options_that_contradict_each_other_are_refused(text, more, message, cap
     assert run(*text, *more) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_larger_than_memory(structured, capsys):
+    assert run("shrink", "--model", structured, "--save_model", "small", "--stream") == 0
+    assert "Took out 64 of 128 hidden units in 2 layers" in capsys.readouterr().out
+    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert (Path("small") / "tokenizer.json").exists()
+    assert run("shrink", "--model", structured, "--stream") == 2
+    assert "--stream writes each smaller block to --save_model, which is missing." in capsys.readouterr().err

@@ -106,11 +106,14 @@ class ShrinkOptions(SaveOptions):
         "timm:local-dir:FOLDER, that is pruned with --pattern structured.",
         MISSING,
     )
+    stream: bool = option("Read a language model block by block from disk, and write each smaller block.", False)
     save_model: str | None = option("Folder for the smaller model. Without it, what could be taken out is only shown.")
 
     def __post_init__(self) -> None:
         if self.model.startswith(TIMM):
-            self.refuse_given("an image classifier", "dtype revision trust_remote_code")
+            self.refuse_given("an image classifier", "dtype revision trust_remote_code stream")
+        if self.stream and self.save_model is None:
+            raise UsageError("--stream writes each smaller block to --save_model, which is missing. Add it.")
 
     def refuse_early(self) -> None:
         """Refuse a model that does not exist, and a place that cannot be written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from wanda_lightning.cli.common_options import TIMM
@@ -11,10 +12,18 @@ from wanda_lightning.cli.output import print_line
 from wanda_lightning.common.refuse_path import files_in
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.shrinking import shrink
+from wanda_lightning.streaming import shrink_from_disk
 
 
 def run(options: ShrinkOptions) -> None:
     """Shrink a model and save it; without a folder, say what could be taken out."""
+    if options.stream:
+        assert options.save_model is not None
+        where: dict[str, Any] = options.source(options.model).hub
+        dtype = options.dtype or "auto"
+        print_line(str(shrink_from_disk(options.model, options.save_model, options.overwrite, dtype=dtype, **where)))
+        push(Path(options.save_model), files_in(options.save_model), options)
+        return
     module: Any
     if options.model.startswith(TIMM):
         module = ImageClassifierModule(options.model)

@@ -42,6 +42,14 @@ class Shrunk:
         """Number of units that were taken out."""
         return sum(before - after for before, after in self.layers.values())
 
+    def refuse_nothing(self) -> None:
+        """Raise an error if nothing was taken out, although a smaller model is to be saved."""
+        if not self.layers:
+            raise UserError(
+                f"shrink=True must remove something. {self} Prune with pattern='structured' first, or save without "
+                "shrink."
+            )
+
     def __str__(self) -> str:
         """Return the result in sentences."""
         if self.layers:
@@ -94,11 +102,7 @@ def shrunk(model: nn.Module, batch: Any = None, forward: Callable[[Any], object]
     """
     result, undo = _take_out(model, batch, forward)
     try:
-        if not result.layers:
-            raise UserError(
-                f"shrink=True must remove something. {result} Prune with pattern='structured' first, or save without "
-                "shrink."
-            )
+        result.refuse_nothing()
         yield result
     finally:
         _undo_all(undo)

@@ -112,8 +112,8 @@ class Trial:
             if module is units.reader.module and isinstance(output, Tensor):
                 results.read.append(output.clone())
 
-        with ExitStack() as hooks, _evaluating(self._model), torch.random.fork_rng():
-            torch.manual_seed(0)  # of models that draw numbers in evaluation, too
+        with ExitStack() as hooks, _evaluating(self._model), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # of models that draw numbers in evaluation, too
             for module in _layers(units):
                 hooks.callback(module.register_forward_hook(enter).remove)
             output = self._forward(self._batch)
