@@ -278,3 +278,34 @@ def test_layers_of_several_widths_are_exported():
     wl.shrink(model, images)
     exported = torch.export.export(model, (images,)).module()
     torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_models_with_the_same_configuration_keep_it():
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**LLAMA)
+    model, other = (hf.LlamaForCausalLM(config) for _ in range(2))
+    for layer in model.model.layers:
+        zero(layer.mlp, slice(0, 8), ("down_proj",), ("gate_proj", "up_proj"))
+    wl.shrink(model)
+    assert model.config.intermediate_size == model.model.config.intermediate_size == 56
+    assert other.config.intermediate_size == config.intermediate_size == 64
+
+
+def test_a_model_without_blocks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[0].weight[:4] = model[2].weight[:, :4] = 0
+        model[2].weight[9:] = model[4].weight[:, 9:] = 0
+    expected = model(X).detach()
+    assert wl.shrink(model, X).layers == {"2": (16, 12), "4": (16, 9)}
+    same(model, X, expected)
+
+
+def test_experts_in_one_parameter_stay():
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    model = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**LLAMA, **sizes))
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[:, :, :8] = 0
+    assert not wl.shrink(model).layers

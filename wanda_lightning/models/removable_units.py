@@ -6,7 +6,7 @@ block must compute the same with units that are zero as without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -100,7 +100,7 @@ class RemovableUnits:
 
     @property
     def sides(self) -> tuple[Slot, ...]:
-        """The matrices that write or read the units."""
+        """The matrices that write or read the units; the last is the reader's."""
         return tuple(s for s in self.slots if s.tensor.ndim > 1 and not _is_depthwise(s.module, self.width))
 
     def take(self, units: Units) -> None:
@@ -119,34 +119,24 @@ class RemovableUnits:
                     setattr(module, name, after)
         torch.clear_autocast_cache()
 
-    def undo_take(self) -> Callable[[], None]:
-        """Return a function that puts back the tensors and widths of now."""
-        tensors = [(slot, slot.tensor) for slot in self.slots]
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Undo `zero` and `take` at the end of this block."""
+        tensors = [(slot, slot.tensor, slot.tensor.detach().clone()) for slot in self.slots]
         modules = dict.fromkeys([*(slot.module for slot in self.slots), *self.parents])
         attributes = [
             (module, {name: vars(module)[name] for name in _WIDTHS & vars(module).keys()}) for module in modules
         ]
-
-        def undo() -> None:
-            for slot, tensor in tensors:
+        try:
+            yield
+        finally:
+            for slot, tensor, values in tensors:
+                tensor.detach().copy_(values)
                 setattr(slot.module, slot.name, tensor)
             for module, found in attributes:
                 for name, value in found.items():
                     setattr(module, name, value)
             torch.clear_autocast_cache()
-
-        return undo
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Undo `zero` and `take` at the end of this block."""
-        tensors, undo = [(slot.tensor, slot.tensor.detach().clone()) for slot in self.slots], self.undo_take()
-        try:
-            yield
-        finally:
-            for tensor, values in tensors:
-                tensor.detach().copy_(values)
-            undo()
 
 
 def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[RemovableUnits]:

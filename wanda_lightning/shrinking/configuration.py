@@ -25,7 +25,9 @@ _Wrong = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by tensor: the sh
 
 
 def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
-    """Adapt the configuration of each model of transformers that a model is or contains, in place.
+    """Adapt the configuration of each model of transformers that a model is or contains.
+
+    The model gets a configuration of its own, since another model may have been built from the old one.
 
     If no attributes of the family give the new shapes, the shapes themselves are added to the configuration, for a
     modeling file that `write_modeling_file` writes.
@@ -38,16 +40,26 @@ def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
     found = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     inner = {each for outer in found for each in outer.modules() if each is not outer}
     outermost = [each for each in found if each not in inner]
-    saved = [(config, copy.deepcopy(vars(config))) for m in outermost for config in _configurations(m.config)]
+    replaced = [change for each in outermost for change in _own_configuration(each)]
 
     def undo() -> None:
-        for config, values in saved:
-            own = vars(config)
-            for name in [name for name, value in own.items() if not _is_configuration(value)]:
-                del own[name]
-            own.update((name, value) for name, value in values.items() if not _is_configuration(value))
+        for module, name, old in replaced:
+            setattr(module, name, old)
 
     return " ".join(filter(None, map(_fit, outermost))), undo
+
+
+def _own_configuration(model: Any) -> list[tuple[nn.Module, str, Any]]:
+    """Replace the configuration of a model by a copy in all its modules; return what was replaced."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    replaced = []
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if _is_configuration(value) and id(value) in copies:
+                replaced.append((module, name, value))
+                setattr(module, name, copies[id(value)])
+    return replaced
 
 
 def family_of(model: nn.Module) -> Any:
@@ -122,13 +134,6 @@ def _attributes(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
             yield from _attributes(value, (*path, name))
         elif not name.startswith("_") and not name.endswith("_token_id"):
             yield (*path, name), value
-
-
-def _configurations(config: Any) -> Iterator[Any]:
-    yield config
-    for value in vars(config).values():
-        if _is_configuration(value):
-            yield from _configurations(value)
 
 
 def _is_configuration(value: object) -> bool:

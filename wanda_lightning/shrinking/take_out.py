@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
-from wanda_lightning.models import Layer, RemovableUnits, find_layers, removable_units, tied_tensors
+from wanda_lightning.models import Layer, RemovableUnits, Unit, find_layers, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
 from wanda_lightning.parallel import is_sharded
@@ -116,7 +116,11 @@ def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | N
     search = _Search(model, Trial(model, batch, forward))
     try:
         with torch.no_grad():
-            layers = [(layer, unit.module or model) for unit in find_layers(model).units for layer in unit.layers]
+            units = find_layers(model).units
+            # A layer outside of all blocks has the model around it.
+            layers = [
+                (layer, model if u.module is layer.module else u.module or model) for u in units for layer in u.layers
+            ]
             for layer, _ in layers:
                 refuse_no_values(layer)
             for layer, block in layers:
@@ -133,6 +137,11 @@ def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | N
         raise
     result.parameters = before, _number_of_parameters(model)
     return result, search.undo
+
+
+def _block_of(layer: Layer, unit: Unit, model: nn.Module) -> nn.Module:
+    """Return the block of a layer; the model, if the layer lies outside of all blocks."""
+    return model if unit.module is None or unit.module is layer.module else unit.module
 
 
 def _refuse(model: nn.Module) -> None:
@@ -157,6 +166,22 @@ def _number_of_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _undo_of(units: RemovableUnits) -> _Undo:
+    """Return a function that puts back the tensors of units, and the widths of their modules."""
+    tensors = [(slot.module, slot.name, slot.tensor) for slot in units.slots]
+    modules = dict.fromkeys([*(slot.module for slot in units.slots), *units.parents])
+    widths = [(module, {key: value for key, value in vars(module).items() if type(value) is int}) for module in modules]
+
+    def undo() -> None:
+        for module, name, tensor in tensors:
+            setattr(module, name, tensor)
+        for module, found in widths:
+            vars(module).update(found)
+        torch.clear_autocast_cache()
+
+    return undo
+
+
 class _Search:
     """Takes out the units that one layer after the other reads."""
 
@@ -179,7 +204,7 @@ class _Search:
             if not is_started:
                 self._trial.start(units)
             is_started = True
-            undo = units.undo_take()
+            undo = _undo_of(units)
             units.take(~empty)
             if self._trial.is_same(units):
                 self.result.one_sided += int(((columns ^ rows) & ~empty).sum())
@@ -200,6 +225,8 @@ class _Search:
                 return
 
     def _candidates(self, reader: Layer, block: nn.Module) -> Iterator[RemovableUnits]:
+        if reader.expert is not None or reader.group is not None:
+            return
         parent = self._modules[reader.name.rpartition(".")[0]]
         for units in removable_units(reader, parent, block):
             slots = {(slot.module, slot.name, slot.dim) for slot in units.slots}
