@@ -309,3 +309,16 @@ def test_experts_in_one_parameter_stay():
     with torch.no_grad():
         model.model.layers[0].mlp.experts.down_proj[:, :, :8] = 0
     assert not wl.shrink(model).layers
+
+
+def test_layers_of_several_widths_become_onnx(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, images = pruned_image_model("convnext")
+    with torch.no_grad():
+        expected = model(images)
+    wl.shrink(model, images)
+    torch.onnx.export(model, (images,), tmp_path / "small.onnx", dynamo=True)
+    session = runtime.InferenceSession(tmp_path / "small.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)

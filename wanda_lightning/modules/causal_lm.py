@@ -35,11 +35,12 @@ from wanda_lightning.modules.loading import (
     check_source,
     check_tokenizer,
     check_vocabulary,
+    explaining_other_widths,
     load_causal_lm,
     load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
-from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
+from wanda_lightning.shrinking import shrunk, write_modeling_file
 
 
 class CausalLMModule(Uploadable, L.LightningModule):
@@ -164,8 +165,9 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Restore the state, after the model has been loaded."""
-        self._load_model()
-        return super().load_state_dict(*args, **kwargs)
+        with explaining_other_widths():
+            self._load_model()
+            return super().load_state_dict(*args, **kwargs)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """Apply a function to all modules, of the loaded model, too."""
@@ -312,9 +314,7 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
             self.model = merge(self.model, reprune)
 
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
-    ) -> Shrunk | None:
+    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False) -> Any:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
 
         If the model has adapters that are not merged, peft writes only the adapters.
@@ -322,16 +322,11 @@ class CausalLMModule(Uploadable, L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
-                memory keeps them. If layers then have widths that no configuration of the family gives, the folder has
-                a modeling file of its own and loads with `trust_remote_code=True`.
-
-        Returns:
-            With `shrink`, what was left out.
+            shrink: Leave out hidden units that are zero on both sides, and return a `Shrunk`, which says how many; a
+                ValueError if there are none. The module in memory keeps them.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If `shrink` finds nothing to leave out, or adapters that are not merged.
         """
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
             with shrunk(self.model) if shrink else nullcontext() as result:

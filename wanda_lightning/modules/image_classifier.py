@@ -21,7 +21,7 @@ from wanda_lightning.common.checks import Number, check_path, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.hub.upload import Uploadable
-from wanda_lightning.modules.loading import create_classifier, load_checkpoint
+from wanda_lightning.modules.loading import create_classifier, explaining_other_widths, load_checkpoint
 from wanda_lightning.shrinking import Shrunk, fitting_arguments, shrunk
 
 
@@ -108,6 +108,11 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
     def pruning_target(self) -> nn.Module:
         """The module that the pruning callbacks prune: the model itself."""
         return self.model
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Restore the state; refuse in one line a state of other widths."""
+        with explaining_other_widths():
+            return super().load_state_dict(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Any:
         """Return the logits, of shape (batch, num_classes)."""
