@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from wanda_lightning.engine.prune import prune
     from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
     from wanda_lightning.report import PruningReport
-    from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk
+    from wanda_lightning.shrinking import Shrunk, shrink
+    from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk, shrink_from_disk
     from wanda_lightning.training import Distil, NoRecovery, Reconstruct
     from wanda_lightning.training.held_zeros import keep_zeros
 
@@ -55,7 +56,8 @@ _HOMES = {
     "engine.prune": "prune",
     "training": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
-    "streaming": "perplexity_from_disk prune_from_disk",
+    "shrinking": "Shrunk shrink",
+    "streaming": "perplexity_from_disk prune_from_disk shrink_from_disk",
     "training.held_zeros": "keep_zeros",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -91,6 +93,7 @@ __all__ = [
     "Refit",
     "SavePretrained",
     "Schedule",
+    "Shrunk",
     "SparseGPT",
     "SparseGPTPrune",
     "Structured",
@@ -106,6 +109,8 @@ __all__ = [
     "prune",
     "prune_from_disk",
     "sample_windows",
+    "shrink",
+    "shrink_from_disk",
 ]
 
 

@@ -12,7 +12,7 @@ from support.modules import tiny_llama, windows_of_text
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained
+from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained, WandaPrune
 
 
 class Saving(Net):
@@ -146,3 +146,33 @@ def test_a_malformed_repository_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="push_to_hub must be OWNER/NAME"):
         trainer(SavePretrained(tmp_path / "out", push_to_hub="a/b/c"), max_steps=1).fit(module, loader())
     assert same(module, Saving())
+
+
+def windows():
+    return DataLoader(windows_of_text(), batch_size=2)
+
+
+def test_leaves_out_hidden_units_that_are_zero(tmp_path):
+    module = CausalLMModule(tiny_llama(), lr=0.01)
+    pruning = WandaPrune(0.5, pattern="structured", num_samples=4)
+    trainer(pruning, SavePretrained(tmp_path / "out", shrink=True), max_steps=2).fit(module, windows())
+    small, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), windows_of_text()
+    width = module.model.config.intermediate_size
+    assert small.config.intermediate_size == width // 2
+    assert module.model.model.layers[0].mlp.up_proj.out_features == width  # the one in memory keeps its zeros
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert "not in the saved model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
+    module = CausalLMModule(tiny_llama(), lr=0.01)
+    with pytest.warns(UserWarning, match=r"saved with its zeros\. shrink=True must remove something"):
+        trainer(MagnitudePrune(), SavePretrained(tmp_path / "out", shrink=True), max_steps=1).fit(module, windows())
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), module.model)
+
+
+def test_a_module_that_cannot_shrink_is_refused_before_training(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"save_pretrained\(folder, overwrite, shrink=True\), but"):
+        trainer(SavePretrained(tmp_path / "out", shrink=True), max_steps=1).fit(Saving(), loader())
+    assert not any(tmp_path.iterdir())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,11 +20,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.checks import check_flags, check_path, refuse_pytorch_lightning
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.refuse_path import files_in, is_replaceable
 from wanda_lightning.common.write_whole import reserved, unclaimed
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import refuse_upload, upload
 from wanda_lightning.report import PruningReport
+from wanda_lightning.shrinking import LEFT_OUT
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -44,6 +48,9 @@ class SavePretrained(Callback):
         overwrite: Replace a model that is already in the folder.
         push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the saved files are uploaded.
         private: Make the repository private if it is new, and refuse a public one.
+        shrink: Leave out the hidden units that are zero on both sides, as `pattern="structured"` leaves them, with the
+            module's `save_pretrained(folder, overwrite, shrink=True)`. If they cannot be left out, the model is saved
+            with its zeros, with a warning.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
@@ -59,9 +66,11 @@ class SavePretrained(Callback):
         overwrite: bool = False,
         push_to_hub: str | None = None,
         private: bool = False,
+        shrink: bool = False,
     ) -> None:
         check_path(folder=folder)
-        check_flags(overwrite=overwrite, private=private)
+        check_flags(overwrite=overwrite, private=private, shrink=shrink)
+        self.shrink = shrink
         self.folder, self.overwrite, self.push_to_hub, self.private = folder, overwrite, push_to_hub, private
         self._reserved = ExitStack()
 
@@ -74,6 +83,12 @@ class SavePretrained(Callback):
             raise MisconfigurationException(
                 f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has no such "
                 "method. Define it, or use Lightning's ModelCheckpoint."
+            )
+        if self.shrink and "shrink" not in inspect.signature(pl_module.save_pretrained).parameters:  # type: ignore[arg-type]
+            raise MisconfigurationException(
+                f"shrink=True calls save_pretrained(folder, overwrite, shrink=True), but that of "
+                f"{type(pl_module).__name__} has no such argument. Add it (wanda_lightning.shrink does the work), or "
+                "leave shrink out."
             )
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
@@ -112,19 +127,33 @@ class SavePretrained(Callback):
                 f"{self.folder} was written to while the model trained, so the model is saved in {folder}.",
                 category=UserWarning,
             )
-        pl_module.save_pretrained(folder, overwrite=self.overwrite)  # type: ignore[operator]
-        self._write_card(folder, trainer, pl_module)
+        is_smaller = self._save_model(pl_module, folder)
+        self._write_card(folder, trainer, pl_module, is_smaller)
         if self.push_to_hub is not None:
             address = upload(folder, self.push_to_hub, files_in(folder), self.private)
             rank_zero_info(f"SavePretrained: uploaded to {address}")
 
-    def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _save_model(self, pl_module: Any, folder: Path) -> bool:
+        """Save the model, and return whether hidden units were left out."""
+        if self.shrink:
+            try:
+                result = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
+                rank_zero_info(f"SavePretrained: {result}")
+                return True
+            except UserError as error:
+                rank_zero_warn(f"The model is saved with its zeros. {error}", category=UserWarning)
+        pl_module.save_pretrained(folder, overwrite=self.overwrite)
+        return False
+
+    def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, is_smaller: bool) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
         found = [callback.report for callback in zeros_callbacks(trainer)]
         if reports := [report for report in found if report is not None]:
             report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
             if trainer.global_step and report.run is not None:  # the results are those of the model before training
                 report.run = replace(report.run, after=None, others=(), zero_shot={}, samples=(), images=())
+            if is_smaller:
+                report.notes = [*report.notes, LEFT_OUT]
             write_card(
                 folder,
                 report,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "prune": "Prune a language model or an image classifier, and measure it before and after.",
+    "shrink": "Take out the hidden units that are zero, as prune --pattern structured leaves them, and save the rest.",
     "finetune": "Fine-tune a pruned language model without losing a zero, and measure it before and after.",
     "evaluate": "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity.",
     "inspect": "Show what prune would prune, what not, and why. No weight is loaded.",

@@ -60,13 +60,17 @@ def refuse_no_space(folder: str | None, module: L.LightningModule) -> None:
         refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
 
-def save_model(module: Any, folder: str | None, overwrite: bool) -> Path | None:
-    """Save a model, next to the folder if another run has saved one in it meanwhile, and return where it is."""
+def save_model(module: Any, folder: str | None, overwrite: bool, **options: Any) -> Path | None:
+    """Save a model, next to the folder if another run has saved one in it meanwhile, and return where it is.
+
+    The module's `save_pretrained` gets the options; what it returns is printed.
+    """
     if folder is None:
         return None
     refuse_no_space(folder, module)
     place = unclaimed(folder, partial(is_replaceable, overwrite=overwrite))
-    module.save_pretrained(place, overwrite=overwrite)
+    if (result := module.save_pretrained(place, overwrite=overwrite, **options)) is not None:
+        print_line(str(result))
     if place != Path(folder):
         print_line(f"Note: {folder} was written to meanwhile, so the model is in {place}.")
     return place

@@ -98,6 +98,31 @@ class FinetuneOptions(SaveOptions):
 
 
 @dataclass(kw_only=True)
+class ShrinkOptions(SaveOptions):
+    """The options of `wanda-lightning shrink`."""
+
+    model: str = option(
+        "Hub id, folder or .gguf file of a language model, or timm:NAME of an image classifier, a folder as "
+        "timm:local-dir:FOLDER, that is pruned with --pattern structured.",
+        MISSING,
+    )
+    stream: bool = option("Read a language model block by block from disk, and write each smaller block.", False)
+    save_model: str | None = option("Folder for the smaller model. Without it, what could be taken out is only shown.")
+
+    def __post_init__(self) -> None:
+        if self.model.startswith(TIMM):
+            self.refuse_given("an image classifier", "dtype revision trust_remote_code stream")
+        if self.stream and self.save_model is None:
+            raise UsageError("--stream writes each smaller block to --save_model, which is missing. Add it.")
+
+    def refuse_early(self) -> None:
+        """Refuse a model that does not exist, and a place that cannot be written."""
+        self.refuse_missing("model")
+        self.refuse_place("save_model", refuse_replacement)
+        self.refuse_push("shrinking")
+
+
+@dataclass(kw_only=True)
 class EvaluateOptions(ModelOptions):
     """The options of `wanda-lightning evaluate`."""
 
@@ -190,6 +215,7 @@ class SpeedOptions(ModelOptions):
 
 OPTIONS: dict[str, type] = {
     "prune": PruneOptions,
+    "shrink": ShrinkOptions,
     "finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,
     "inspect": InspectOptions,

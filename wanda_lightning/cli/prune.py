@@ -34,6 +34,7 @@ from wanda_lightning.cli.measure import (
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parser import as_command, as_given
 from wanda_lightning.cli.pruning_options import PruneOptions
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.common.refuse_path import existing_parent, files_in
 from wanda_lightning.common.write_whole import unclaimed, whole_file
@@ -49,6 +50,7 @@ from wanda_lightning.report import REPORT_NAME, Measured, PruningReport, Run
 from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
 from wanda_lightning.report.page import write_report
+from wanda_lightning.shrinking import LEFT_OUT
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.disk_and_host_parking import refuse_parking
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -78,7 +80,7 @@ def run(options: PruneOptions) -> None:
     assert report is not None
     run = replace(_record_run(report, options, data, callback.config, dense, pruned), **after.since(before))
     report.run = run
-    folder = save_model(module, options.save_model, options.overwrite)
+    folder = _save_model(module, options, report)
     _write_card(folder, options, report)
     files = files_in(folder) if folder else []
     try:
@@ -95,6 +97,19 @@ def run(options: PruneOptions) -> None:
         print_line("Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR.")
     push(folder, files, options)
     return None
+
+
+def _save_model(module: Any, options: PruneOptions, report: PruningReport) -> Path | None:
+    """Save the model, with its zeros if they cannot be taken out: pruning may have taken hours."""
+    if options.shrink:
+        try:
+            folder = save_model(module, options.save_model, options.overwrite, shrink=True)
+        except UserError as error:
+            print_line(f"Note: the model is saved with its zeros. {error}")
+        else:
+            report.notes.append(LEFT_OUT)
+            return folder
+    return save_model(module, options.save_model, options.overwrite)
 
 
 def _stream(options: PruneOptions) -> None:

@@ -180,6 +180,11 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
         "everything in it.",
         False,
     )
+    shrink: bool = option(
+        "Leave the hidden units that --pattern structured has set to zero out of --save_model: it becomes an ordinary, "
+        "smaller model.",
+        False,
+    )
     eval_zero_shot: bool = option(
         "Also measure the pruned model on the paper's seven zero-shot tasks (needs lm-eval).", False
     )
@@ -197,7 +202,7 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
         if self.stream:
             self.refuse_streamed_gguf()
             writes = self.save or self.report
-            self.refuse_given("--stream", "eval_zero_shot" if writes else "overwrite eval_zero_shot")
+            self.refuse_given("--stream", f"shrink {'' if writes else 'overwrite '}eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
             if self.calibration == text_sources.SELF:
@@ -207,6 +212,10 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
                 )
         else:
             self.refuse_given("pruning without --stream, which uses a GPU if there is one", "device park")
+        if self.save_model is None:
+            self.refuse_given("pruning without --save_model", "shrink")
+        if self.choices["pattern"] != "structured":
+            self.refuse_given(f"--pattern {self.choices['pattern']}, whose zeros do not fill hidden units", "shrink")
         if self.use_variant or self.prune_granularity is not None:
             self._apply_reference_flags()
 

@@ -93,7 +93,7 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
 class Uploadable:
     """What can save a model with `save_pretrained(folder, overwrite)`, and so upload it."""
 
-    save_pretrained: Callable[..., None]
+    save_pretrained: Callable[..., object]
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Save the model as `save_pretrained` does, upload it, and return the address. Call it in one process only.

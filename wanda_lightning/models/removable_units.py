@@ -101,9 +101,15 @@ class RemovableUnits:
     def zeros(self) -> Units:
         """Return which units are zero on both sides: in the columns of the readers and the rows of the writers.
 
-        Vectors in between, such as biases, may be anything: what a unit computes from them meets zeros only.
+        What lies in between, such as biases and depthwise convolutions, may be anything: what a unit computes from it
+        meets zeros only.
         """
-        return torch.stack([slot.zeros() for slot in self.slots if slot.tensor.ndim > 1]).all(dim=0)
+        return torch.stack([slot.zeros() for slot in self.sides]).all(dim=0)
+
+    @property
+    def sides(self) -> tuple[Slot, ...]:
+        """The matrices that write or read the units; the last is the reader's."""
+        return tuple(s for s in self.slots if s.tensor.ndim > 1 and not _is_depthwise(s.module, self.width))
 
     def take(self, units: Units) -> None:
         """Take all other units out, in place."""

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, cast
 
@@ -34,10 +35,12 @@ from wanda_lightning.modules.loading import (
     check_source,
     check_tokenizer,
     check_vocabulary,
+    explaining_other_widths,
     load_causal_lm,
     load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
+from wanda_lightning.shrinking import shrunk, write_modeling_file
 
 
 class CausalLMModule(Uploadable, L.LightningModule):
@@ -162,8 +165,9 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Restore the state, after the model has been loaded."""
-        self._load_model()
-        return super().load_state_dict(*args, **kwargs)
+        with explaining_other_widths():
+            self._load_model()
+            return super().load_state_dict(*args, **kwargs)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """Apply a function to all modules, of the loaded model, too."""
@@ -310,7 +314,7 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
             self.model = merge(self.model, reprune)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False) -> Any:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
 
         If the model has adapters that are not merged, peft writes only the adapters.
@@ -318,14 +322,19 @@ class CausalLMModule(Uploadable, L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
+            shrink: Leave out hidden units that are zero on both sides, and return a `Shrunk`, which says how many; a
+                ValueError if there are none. The module in memory keeps them.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
         """
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
-            self.model.save_pretrained(new)
+            with shrunk(self.model) if shrink else nullcontext() as result:
+                write_modeling_file(self.pruning_target, new)
+                self.model.save_pretrained(new)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
+        return result
 
 
 def _with_adapters(model: Any, keep_zeros: bool = True, **arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -20,7 +21,8 @@ from wanda_lightning.common.checks import Number, check_path, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.hub.upload import Uploadable
-from wanda_lightning.modules.loading import create_classifier, load_checkpoint
+from wanda_lightning.modules.loading import create_classifier, explaining_other_widths, load_checkpoint
+from wanda_lightning.shrinking import Shrunk, fitting_arguments, shrunk
 
 
 class ImageClassifierModule(Uploadable, L.LightningModule):
@@ -107,6 +109,11 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
         """The module that the pruning callbacks prune: the model itself."""
         return self.model
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Restore the state; refuse in one line a state of other widths."""
+        with explaining_other_widths():
+            return super().load_state_dict(*args, **kwargs)
+
     def forward(self, images: Tensor) -> Any:
         """Return the logits, of shape (batch, num_classes)."""
         return self.model(images)
@@ -175,16 +182,24 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
         groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         return torch.optim.AdamW(groups, lr=self.lr)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+    ) -> Shrunk | None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
 
         Args:
             folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
+            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
+                memory keeps them.
+
+        Returns:
+            With `shrink`, what was left out.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration.
+            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration; if no
+                arguments of `timm.create_model` give its widths; or if `shrink` finds nothing to leave out.
         """
         if not hasattr(self.model, "pretrained_cfg"):
             raise UserError(
@@ -194,10 +209,10 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else None
-        with whole_folder(folder, overwrite) as new:
-            save_for_hf(
-                self.model, str(new), model_config=labels, model_args=self._model_kwargs, safe_serialization=True
-            )
+        with whole_folder(folder, overwrite) as new, shrunk(model) if shrink else nullcontext() as result:
+            arguments = fitting_arguments(model, self._model_kwargs)
+            save_for_hf(model, str(new), model_config=labels, model_args=arguments, safe_serialization=True)
+        return result
 
 
 def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:

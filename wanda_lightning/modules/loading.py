@@ -36,6 +36,23 @@ from wanda_lightning.models import number_of_embeddings
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED = (*DTYPES.values(), torch.float64)
 
+
+@contextmanager
+def explaining_other_widths() -> Iterator[None]:
+    """Turn torch's list of all tensors of a checkpoint that do not fit a model into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, found, rest = str(error).partition("size mismatch for ")
+        if not found:
+            raise
+        first = " ".join(rest.partition("\n")[0].rstrip(".").split())
+        raise UserError(
+            f"The checkpoint is of a model with other widths: {first}. If shrink has taken hidden units out since, "
+            "resume with the model that has its zeros, and shrink it after training."
+        ) from error
+
+
 # -------------------------------------------------------------------------------------------------- language models
 
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."

@@ -1,0 +1,99 @@
+"""`wanda-lightning shrink` and `prune --shrink`: ordinary, smaller folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from support.cli import IGNORED_WARNINGS, everything_in, run
+from transformers import AutoModelForCausalLM
+
+pytestmark = IGNORED_WARNINGS
+
+STRUCTURED = ["--pattern", "structured", "--sparsity", "0.5"]
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+
+
+@pytest.fixture
+def structured(text):
+    """A folder `zeros` with the language model, half of whose hidden units are zero."""
+    assert run(*text, *STRUCTURED, "--save_model", "zeros") == 0
+    return "zeros"
+
+
+def test_shrinks_a_language_model(structured, capsys):
+    capsys.readouterr()
+    before = everything_in(Path(structured))
+    assert run("shrink", "--model", structured, "--save_model", "small") == 0
+    assert capsys.readouterr().out == (
+        "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024 parameters are left.\n"
+    )
+    assert json.loads(Path("small/config.json").read_text())["intermediate_size"] == 32
+    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert everything_in(Path("small"))["tokenizer.json"] == before["tokenizer.json"]
+    assert everything_in(Path(structured)) == before
+
+
+def test_only_shows_what_could_be_taken_out_without_a_folder(structured, capsys, tmp_path):
+    before = everything_in(tmp_path)
+    capsys.readouterr()
+    assert run("shrink", "--model", structured) == 0
+    assert "Took out 64 of 128 hidden units" in capsys.readouterr().out
+    assert everything_in(tmp_path) == before
+
+
+def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, capsys, tmp_path):
+    before = everything_in(tmp_path)
+    assert run("shrink", "--model", pruned) == 0
+    assert "Nothing can be removed: no hidden unit is zero on both sides." in capsys.readouterr().out
+    assert run("shrink", "--model", pruned, "--save_model", "small") == 1
+    error = capsys.readouterr().err
+    assert "shrink=True must remove something. Nothing can be removed" in error
+    assert error.count("\n") == 1
+    assert everything_in(tmp_path) == before
+
+
+def test_prune_saves_the_smaller_model(text, structured):
+    assert run(*text, *STRUCTURED, "--shrink", "--save_model", "small") == 0
+    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 32
+    assert "not in the saved model" in ModelCard.load("small/README.md").text
+
+
+def test_prune_saves_the_zeros_if_they_cannot_be_taken_out(inputs, capsys):
+    data = ["--data", inputs / "images", "--num_samples", "4", "--checkpoint", inputs / "test_convnext.safetensors"]
+    command = ["prune", "--model", "timm:test_convnext", *data, *STRUCTURED, "--shrink", "--save_model", "small"]
+    assert run(*command) == 0
+    assert "Note: the model is saved with its zeros. save_pretrained writes a folder that" in capsys.readouterr().out
+    model = timm.create_model("local-dir:small", pretrained=True)
+    assert any((m.weight == 0).any() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--shrink", *STRUCTURED], "--shrink has no meaning for pruning without --save_model"),
+        (["--shrink", "--save_model", "x"], "--shrink has no meaning for --pattern unstructured, whose zeros do not"),
+        (["--shrink", "--stream", *STRUCTURED, "--save_model", "x"], "--shrink has no meaning for --stream"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(text, more, message, capsys, tmp_path):
+    assert run(*text, *more) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_larger_than_memory(structured, capsys):
+    assert run("shrink", "--model", structured, "--save_model", "small", "--stream") == 0
+    assert "Took out 64 of 128 hidden units in 2 layers" in capsys.readouterr().out
+    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert (Path("small") / "tokenizer.json").exists()
+    assert run("shrink", "--model", structured, "--stream") == 2
+    assert "--stream writes each smaller block to --save_model, which is missing." in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""Folders of shrunk models load with their own library alone, and give the results of the model with zeros."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import lightning as L
+import pytest
+import timm
+import torch
+import transformers as hf
+from support.zoo import VOCABULARY
+from torch.utils.data import DataLoader
+
+import wanda_lightning as wl
+
+_ALONE = """
+    import sys
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "wanda_lightning":
+                raise ImportError(name)
+
+    sys.meta_path.insert(0, Blocked())
+    folder, inputs, outputs = sys.argv[1:]
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    x = load_file(inputs)["x"]
+"""
+
+
+def outputs_elsewhere(folder, x, load):
+    """The outputs of a folder in a new process that cannot import wanda_lightning."""
+    from safetensors.torch import load_file, save_file
+
+    inputs, outputs = folder.parent / "inputs.safetensors", folder.parent / "outputs.safetensors"
+    save_file({"x": x}, inputs)
+    code = textwrap.dedent(_ALONE + load)
+    done = subprocess.run([sys.executable, "-c", code, folder, inputs, outputs], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return load_file(outputs)["y"]
+
+
+_TRANSFORMERS = """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=TRUST)
+    assert model.generate(x[:, :3], max_new_tokens=3, do_sample=False).shape[1] == 6
+    with torch.no_grad():
+        save_file({"y": model.eval()(x).logits}, outputs)
+"""
+_TIMM = """
+    import timm
+
+    with torch.no_grad():
+        save_file({"y": timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)}, outputs)
+"""
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_NAMES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_SPECIAL}
+_SIZES = {**_NAMES, "intermediate_size": 64, "initializer_range": 0.3, "max_position_embeddings": 64}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3, **_SPECIAL}
+_OPT = {**_NAMES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}
+_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3, **_SPECIAL}
+LANGUAGE = {
+    "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES)), "intermediate_size"),
+    "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2)), "n_inner"),
+    "opt": (lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT)), "ffn_dim"),
+    "phi3": (lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES)), "intermediate_size"),
+    "bloom": (lambda: hf.BloomForCausalLM(hf.BloomConfig(**_BLOOM)), None),
+}
+
+
+def pruned_text_model(name, **choices):
+    torch.manual_seed(0)
+    model = LANGUAGE[name][0]().eval()
+    ids = torch.randint(3, VOCABULARY, (8, 16))
+    wl.prune(model, [{"input_ids": ids}], 0.4, pattern="structured", progress=False, **choices)
+    return model, ids
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_a_language_model_loads_without_this_package(name, tmp_path):
+    model, ids = pruned_text_model(name)
+    with torch.no_grad():
+        expected = model(ids).logits
+    config, state = model.config.to_dict(), {key: value.clone() for key, value in model.state_dict().items()}
+    report = wl.CausalLMModule(model).save_pretrained(tmp_path / "out", shrink=True)
+    saved, attribute = json.loads((tmp_path / "out" / "config.json").read_text()), LANGUAGE[name][1]
+    widths = {after for _, after in report.layers.values()}
+    assert len(widths) == 1
+    if attribute is None:
+        assert (tmp_path / "out" / "modeling_shrunk.py").exists()
+    else:
+        assert {saved[attribute]} == widths
+        assert "auto_map" not in saved
+    # The module keeps its zeros and its configuration.
+    assert model.config.to_dict() == config
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    load = _TRANSFORMERS.replace("TRUST", str(attribute is None))
+    torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", ids, load), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_several_widths_get_a_modeling_file(tmp_path):
+    model, ids = pruned_text_model("llama", allocation="fisher")
+    with torch.no_grad():
+        expected = model(ids).logits
+    report = wl.shrink(model)
+    assert len({after for _, after in report.layers.values()}) > 1
+    wl.CausalLMModule(model).save_pretrained(tmp_path / "out")
+    load = _TRANSFORMERS.replace("TRUST", "True")
+    torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", ids, load), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="do not fit"):
+        wl.CausalLMModule(tmp_path / "out").configure_model()
+    # Loaded, it can be saved again, by this package or by transformers.
+    again = wl.CausalLMModule(tmp_path / "out", trust_remote_code=True)
+    again.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(outputs_elsewhere(tmp_path / "again", ids, load), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vision_transformer_loads_without_this_package(tmp_path):
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}
+    module = wl.ImageClassifierModule("vit_tiny_patch16_224", False, num_classes=10, model_kwargs=kwargs).eval()
+    images = torch.randn(4, 3, 32, 32)
+    wl.prune(module.model, [images], 0.4, pattern="structured", progress=False)
+    with torch.no_grad():
+        expected = module(images)
+    module.save_pretrained(tmp_path / "out", shrink=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["mlp_ratio"] == 2.5
+    torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", images, _TIMM), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timm_has_no_arguments_for_the_widths(tmp_path):
+    module = wl.ImageClassifierModule("convnext_atto", False, num_classes=10).eval()
+    wl.prune(module.model, [torch.randn(2, 3, 32, 32)], 0.5, pattern="structured", progress=False)
+    with pytest.raises(ValueError, match=r"no arguments of ConvNeXt give the widths .*mlp\.fc1\.weight"):
+        module.save_pretrained(tmp_path / "out", shrink=True)
+    assert not (tmp_path / "out").exists()
+    timm.create_model("convnext_atto", num_classes=10).load_state_dict(module.model.state_dict())  # with its zeros
+
+
+def test_a_model_without_zeros_is_not_saved_as_shrunk(tmp_path):
+    module = wl.CausalLMModule(LANGUAGE["llama"][0]())
+    assert str(wl.shrink(module.model)) == "Nothing can be removed: no hidden unit is zero on both sides."
+    with pytest.raises(ValueError, match=r"shrink=True must remove something\. Nothing can be removed"):
+        module.save_pretrained(tmp_path / "out", shrink=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_training_is_not_resumed_with_the_shrunk_model(tmp_path):
+    model, ids = pruned_text_model("llama")
+    module = wl.CausalLMModule(model)
+    options = {
+        "max_steps": 1,
+        "limit_val_batches": 0,
+        "logger": False,
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+    }
+    options |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(**options)
+    trainer.fit(module, DataLoader(ids, batch_size=8))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    wl.prune(model, [{"input_ids": ids}], 0.4, pattern="structured", progress=False)
+    wl.shrink(model)
+    with pytest.raises(ValueError, match=r"^The checkpoint is of a model with other widths: .*\. If shrink has taken"):
+        L.Trainer(**options).fit(module, DataLoader(ids, batch_size=8), ckpt_path=tmp_path / "last.ckpt")

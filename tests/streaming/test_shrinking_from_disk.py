@@ -1,0 +1,73 @@
+"""A model that is shrunk block by block equals the one that is shrunk in memory."""
+
+import pytest
+import torch
+import transformers as hf
+from transformers import AutoModelForCausalLM
+
+import wanda_lightning as wl
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = {**SIZES, "intermediate_size": 64, "initializer_range": 0.3}
+OPT = {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}
+MODELS = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)),
+    "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**LLAMA, pad_token_id=0)),
+    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**OPT)),
+}
+IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "fisher"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    wl.prune(model, [{"input_ids": IDS}], 0.4, pattern="structured", allocation=allocation, progress=False)
+    model.save_pretrained(tmp_path / "zeros")
+    report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+    with torch.no_grad():
+        expected = model(IDS).logits
+    in_memory = wl.shrink(model)
+    assert report == in_memory
+    small, loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(loaded.values())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in small.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
+    model = MODELS["llama"]()
+    wl.prune(model, [{"input_ids": IDS}], 0.5, pattern="structured", progress=False)
+    model.save_pretrained(tmp_path / "zeros")
+    from wanda_lightning.streaming.checkpoint import Checkpoint
+
+    here, most = set(), []
+    load, unload = Checkpoint.load, Checkpoint.unload
+
+    def counting_load(self, part, stored=None):
+        here.add(part)
+        most.append(len(here - {""}))
+        return load(self, part, stored)
+
+    def counting_unload(self, part):
+        here.discard(part)
+        return unload(self, part)
+
+    monkeypatch.setattr(Checkpoint, "load", counting_load)
+    monkeypatch.setattr(Checkpoint, "unload", counting_unload)
+    wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+    assert max(most) == 1
+
+
+def test_scattered_zeros_leave_no_folder(tmp_path):
+    model = MODELS["llama"]()
+    wl.prune(model, sparsity=0.5, method="magnitude", progress=False)
+    model.save_pretrained(tmp_path / "zeros")
+    with pytest.raises(ValueError, match="Nothing can be removed"):
+        wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["zeros"]

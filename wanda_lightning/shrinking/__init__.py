@@ -1,0 +1,21 @@
+"""Take hidden units that are zero on both sides out of a model, and save what is left as an ordinary smaller model."""
+
+from wanda_lightning.shrinking.configuration import fit_configuration
+from wanda_lightning.shrinking.modeling import write_modeling_file
+from wanda_lightning.shrinking.take_out import Shrunk, shrink, shrunk
+from wanda_lightning.shrinking.timm_arguments import fitting_arguments
+from wanda_lightning.shrinking.trial import example_batch
+
+LEFT_OUT = "the hidden units that became zero are not in the saved model, so its matrices are smaller than shown here"
+"""For the report of a pruned model that was saved without them."""
+
+__all__ = [
+    "LEFT_OUT",
+    "Shrunk",
+    "example_batch",
+    "fit_configuration",
+    "fitting_arguments",
+    "shrink",
+    "shrunk",
+    "write_modeling_file",
+]

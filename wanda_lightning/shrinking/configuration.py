@@ -1,0 +1,176 @@
+"""Find the configuration that describes a model of transformers after hidden units were taken out of it.
+
+No table of families says which attribute holds a width. Each attribute that has the old one is set to the new one, and
+the model is built on the meta device: an attribute is right if more shapes fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+SHAPES = "shrunk_shapes"
+"""Attribute of a configuration: by parameter or buffer, the shape that no other attribute says."""
+NUMBERS = "shrunk_numbers"
+"""Attribute of a configuration: by module, the widths among its attributes that no other attribute says."""
+FAMILY = "shrunk_family"
+"""Attribute of a class in a modeling file: the class of transformers that it is made from."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+_Wrong = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by tensor: the shape as built, and the right one
+
+
+def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
+    """Adapt the configuration of each model of transformers that a model is or contains.
+
+    The model gets a configuration of its own, since another model may have been built from the old one.
+
+    If no attributes of the family give the new shapes, the shapes themselves are added to the configuration, for a
+    modeling file that `write_modeling_file` writes.
+
+    Returns:
+        What a user must know about it, and a function that undoes the change.
+    """
+    from transformers import PreTrainedModel
+
+    found = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    inner = {each for outer in found for each in outer.modules() if each is not outer}
+    outermost = [each for each in found if each not in inner]
+    replaced = [change for each in outermost for change in _own_configuration(each)]
+
+    def undo() -> None:
+        for module, name, old in replaced:
+            setattr(module, name, old)
+
+    return " ".join(filter(None, map(_fit, outermost))), undo
+
+
+def _own_configuration(model: Any) -> list[tuple[nn.Module, str, Any]]:
+    """Replace the configuration of a model by a copy in all its modules; return what was replaced."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    replaced = []
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if _is_configuration(value) and id(value) in copies:
+                replaced.append((module, name, value))
+                setattr(module, name, copies[id(value)])
+    return replaced
+
+
+def family_of(model: nn.Module) -> Any:
+    """Return the class of a model, or the one from which a modeling file has made it."""
+    return getattr(type(model), FAMILY, type(model))
+
+
+def _fit(model: Any) -> str:
+    """Change the configuration of a model so that it gives the shapes of the model."""
+    family, target = family_of(model), _shapes(model)
+    config = copy.deepcopy(model.config)
+    for each in (config, model.config):
+        for name in {SHAPES, NUMBERS} & vars(each).keys():
+            delattr(each, name)
+    wrong = _wrong(family, config, target)
+    while wrong:
+        tried = []
+        for path, value in _options(config, _pairs(wrong)):
+            trial = copy.deepcopy(config)
+            try:
+                _set(trial, path, value)
+            except Exception:  # the configuration checks the types of its attributes
+                continue
+            tried.append((len(_wrong(family, trial, target)), path, value))
+        best = min(tried, key=lambda each: each[0], default=None)
+        if best is None or best[0] >= len(wrong):
+            return _store_shapes(model, family, wrong)
+        for each in (config, model.config):
+            _set(each, *best[1:])
+        wrong = _wrong(family, config, target)
+    auto_map = getattr(model.config, "auto_map", None)
+    if family is not type(model) and auto_map:  # the modeling file is no longer needed
+        del model.config.auto_map
+    return ""
+
+
+def _store_shapes(model: Any, family: Any, wrong: _Wrong) -> str:
+    """Add the shapes to the configuration that its other attributes do not say, and the widths of modules."""
+    pairs = _pairs(wrong)
+    names = ", ".join(map(str, sorted({new for _, new in pairs})[:8]))
+    modules = dict(_built(family, model.config).named_modules())
+    numbers = {}
+    for name, module in model.named_modules():
+        before = vars(modules[name]) if name in modules else {}
+        widths = {key: now for key, now in vars(module).items() if type(now) is int}
+        found = {
+            key: now for key, now in widths.items() if type(before.get(key)) is int and (before[key], now) in pairs
+        }
+        if found:
+            numbers[name] = found
+    setattr(model.config, SHAPES, {name: list(right) for name, (_, right) in wrong.items()})
+    setattr(model.config, NUMBERS, numbers)
+    return (
+        f"No configuration of {family.__name__} gives the new widths ({names}), so a saved folder has a modeling file "
+        "of its own and loads with trust_remote_code=True."
+    )
+
+
+def _options(config: Any, pairs: Mapping[tuple[int, int], None]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield attributes that may hold a width, each with a new value; None stands for a width derived from another."""
+    for path, value in _attributes(config):
+        for old, new in pairs:
+            if (type(value) is int and value == old) or value is None:
+                yield path, new
+            elif isinstance(value, list | tuple) and old in value:
+                yield path, type(value)(new if each == old else each for each in value)
+
+
+def _attributes(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in vars(config).items():
+        if _is_configuration(value):
+            yield from _attributes(value, (*path, name))
+        elif not name.startswith("_") and not name.endswith("_token_id"):
+            yield (*path, name), value
+
+
+def _is_configuration(value: object) -> bool:
+    from transformers import PretrainedConfig
+
+    return isinstance(value, PretrainedConfig)
+
+
+def _set(config: Any, path: tuple[str, ...], value: Any) -> None:
+    *inner, name = path
+    for each in inner:
+        config = getattr(config, each)
+    setattr(config, name, value)
+
+
+def _wrong(family: Any, config: Any, target: Shapes) -> _Wrong:
+    """Return the tensors that have another shape in a model that is built from a configuration."""
+    try:
+        built = _shapes(_built(family, config))
+    except Exception:  # whatever the family raises for values that contradict each other
+        return {name: ((), shape) for name, shape in target.items()}
+    return {name: (built[name], shape) for name, shape in target.items() if built.get(name, shape) != shape}
+
+
+def _built(family: Any, config: Any) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        built: nn.Module = family(copy.deepcopy(config))
+    return built
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _pairs(wrong: _Wrong) -> dict[tuple[int, int], None]:
+    """Return the old and new sizes of dimensions that do not fit."""
+    shapes = [pair for pair in wrong.values() if len(pair[0]) == len(pair[1])]
+    return dict.fromkeys((b, a) for before, after in shapes for b, a in zip(before, after, strict=True) if b != a)

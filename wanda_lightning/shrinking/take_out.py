@@ -1,0 +1,271 @@
+"""Take out the hidden units that are zero on both sides: the inverse of pruning with `pattern="structured"`.
+
+No calibration data is needed. Candidates come from shapes and zeros, and each must leave what the model computes as it
+was: it runs on a small batch before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.common.checks import check_callable
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.words import counted
+from wanda_lightning.models import Layer, RemovableUnits, Unit, find_layers, removable_units, tied_tensors
+from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
+from wanda_lightning.parallel import is_sharded
+from wanda_lightning.shrinking.configuration import fit_configuration
+from wanda_lightning.shrinking.trial import Trial
+
+_Undo = Callable[[], None]
+
+
+@dataclass
+class Shrunk:
+    """What `shrink` has taken out."""
+
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # by reader: its units before and after
+    one_sided: int = 0  # units that stay, since they are zero on one side only
+    unproven: int = 0  # units that stay, since the model did not compute the same without them
+    parameters: tuple[int, int] = (0, 0)  # before and after
+    configuration: str = ""  # how the configuration of the model describes it now
+
+    @property
+    def units(self) -> int:
+        """Number of units that were taken out."""
+        return sum(before - after for before, after in self.layers.values())
+
+    def refuse_nothing(self) -> None:
+        """Raise an error if nothing was taken out, although a smaller model is to be saved."""
+        if not self.layers:
+            raise UserError(
+                f"shrink=True must remove something. {self} Prune with pattern='structured' first, or save without "
+                "shrink."
+            )
+
+    def __str__(self) -> str:
+        """Return the result in sentences."""
+        if self.layers:
+            before, after = self.parameters
+            text = (
+                f"Took out {self.units:,} of {sum(b for b, _ in self.layers.values()):,} hidden units in "
+                f"{counted(len(self.layers), 'layer')}; {after:,} of {before:,} parameters are left."
+            )
+        else:
+            text = "Nothing can be removed: no hidden unit is zero on both sides."
+        if self.one_sided:
+            text += f" {counted(self.one_sided, 'unit')} stay, since they are zero on one side only."
+        if self.unproven:
+            text += (
+                f" {counted(self.unproven, 'unit')} stay, although they are zero on both sides: the batch did not "
+                "reach their layers, or the model did not compute the same without them."
+            )
+        return f"{text} {self.configuration}".strip()
+
+
+def shrink(model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None) -> Shrunk:
+    """Take out, in place, the hidden units that are zero on both sides, as `pattern="structured"` leaves them.
+
+    The model computes the same, to rounding, with fewer parameters; this is checked with one batch for each layer.
+    Units that are zero on one side only, for example since training has changed them, stay. The configuration of a
+    model of transformers is adapted. Optimizers and adapters of the model with zeros do not fit afterwards.
+
+    Args:
+        model: The model, in memory and not sharded.
+        batch: Runs through the model; by default a small one is made for models of transformers and timm. Its values
+            matter little, but it must reach every layer that is to become smaller.
+        forward: Runs the batch through the model. The default is `model(**batch)` for a mapping, `model(batch[0])` for
+            a tuple or list, and `model(batch)` for a tensor.
+
+    Returns:
+        What was taken out; its `str` says so in words.
+
+    Raises:
+        ValueError: If the model has adapters, is sharded, or cannot run on the batch. It is unchanged then.
+    """
+    return _take_out(model, batch, forward)[0]
+
+
+@contextmanager
+def shrunk(model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None) -> Iterator[Shrunk]:
+    """Shrink a model in this block, and put the zeros back at its end.
+
+    Raises:
+        ValueError: If `shrink` does, or if nothing can be removed.
+    """
+    result, undo = _take_out(model, batch, forward)
+    try:
+        result.refuse_nothing()
+        yield result
+    finally:
+        _undo_all(undo)
+
+
+def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> tuple[Shrunk, list[_Undo]]:
+    refuse_no_module(model, "shrink(model)")
+    check_callable(forward=forward)
+    _refuse(model)
+    before = _number_of_parameters(model)
+    search = _Search(model, Trial(model, batch, forward))
+    try:
+        with torch.no_grad():
+            units = find_layers(model).units
+            # A layer outside of all blocks has the model around it.
+            layers = [
+                (layer, model if u.module is layer.module else u.module or model) for u in units for layer in u.layers
+            ]
+            for layer, _ in layers:
+                refuse_no_values(layer)
+            for layer, block in layers:
+                search.take_out(layer, block)
+            search.check()
+            for layer, block in layers:
+                search.count(layer, block)
+        result = search.result
+        if result.layers:
+            result.configuration, undo = fit_configuration(model)
+            search.undo.append(undo)
+    except BaseException:
+        _undo_all(search.undo)
+        raise
+    result.parameters = before, _number_of_parameters(model)
+    return result, search.undo
+
+
+def _block_of(layer: Layer, unit: Unit, model: nn.Module) -> nn.Module:
+    """Return the block of a layer; the model, if the layer lies outside of all blocks."""
+    return model if unit.module is None or unit.module is layer.module else unit.module
+
+
+def _refuse(model: nn.Module) -> None:
+    if is_sharded(model):
+        raise UserError(
+            "shrink needs whole layers, but the model is sharded. Shrink it in one process, after training."
+        )
+    adapted = [name for name, m in model.named_modules() if getattr(type(m), "adapter_layer_names", ())]
+    if adapted:
+        raise UserError(
+            f"shrink would break adapters, which were trained for the widths of now, such as that of {adapted[0]}. "
+            "Merge them first (CausalLMModule.merge(), or wanda_lightning.lora.merge(model))."
+        )
+
+
+def _undo_all(undo: Sequence[_Undo]) -> None:
+    for each in reversed(undo):
+        each()
+
+
+def _number_of_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _undo_of(units: RemovableUnits) -> _Undo:
+    """Return a function that puts back the tensors of units, and the widths of their modules."""
+    tensors = [(slot.module, slot.name, slot.tensor) for slot in units.slots]
+    modules = dict.fromkeys([*(slot.module for slot in units.slots), *units.parents])
+    widths = [(module, {key: value for key, value in vars(module).items() if type(value) is int}) for module in modules]
+
+    def undo() -> None:
+        for module, name, tensor in tensors:
+            setattr(module, name, tensor)
+        for module, found in widths:
+            vars(module).update(found)
+        torch.clear_autocast_cache()
+
+    return undo
+
+
+class _Search:
+    """Takes out the units that one layer after the other reads."""
+
+    def __init__(self, model: nn.Module, trial: Trial) -> None:
+        self.result, self.undo = Shrunk(), list[_Undo]()
+        self._trial, self._modules, self._tied = trial, named_modules(model), tied_tensors(model)
+        self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
+        self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
+        self._last: RemovableUnits | None = None
+
+    def take_out(self, reader: Layer, block: nn.Module) -> None:
+        """Take out the units that a layer reads and that are zero on both sides."""
+        is_started = False
+        for units in self._candidates(reader, block):
+            columns, rows, empty = self._sides(units)
+            if empty.all():
+                empty[0] = False  # a layer without inputs is no layer
+            if not empty.any():
+                continue
+            if not is_started:
+                self._trial.start(units)
+            is_started = True
+            undo = _undo_of(units)
+            units.take(~empty)
+            if self._trial.is_same(units):
+                self.result.one_sided += int(((columns ^ rows) & ~empty).sum())
+                return self._accept(units, int(empty.sum()), undo)
+            undo()
+        return None
+
+    def count(self, reader: Layer, block: nn.Module) -> None:
+        """Count the units that a layer reads and that stay although they are zero on both sides, or on one."""
+        for units in self._candidates(reader, block):
+            columns, rows, empty = self._sides(units)
+            if empty.any():
+                self.result.unproven += int(empty.sum())
+                return
+            found = int(((columns ^ rows) & ~empty).sum())
+            if found and units.width > 1 and self._is_right(units):
+                self.result.one_sided += found
+                return
+
+    def _candidates(self, reader: Layer, block: nn.Module) -> Iterator[RemovableUnits]:
+        if reader.expert is not None or reader.group is not None:
+            return
+        parent = self._modules[reader.name.rpartition(".")[0]]
+        for units in removable_units(reader, parent, block):
+            slots = {(slot.module, slot.name, slot.dim) for slot in units.slots}
+            if not self._taken & slots and not any((module, name) in self._tied for module, name, _ in slots):
+                yield units
+
+    def _is_right(self, units: RemovableUnits) -> bool:
+        """Whether the model computes the same with half of the units at zero as without them."""
+        keep = torch.arange(units.width) % 2 == 0
+        with units.restored():
+            units.zero(~keep)
+            self._trial.start(units)
+            units.take(keep)
+            return self._trial.is_same(units)
+
+    def check(self) -> None:
+        """Raise an error if the model as a whole no longer computes the same."""
+        if self._last is not None and not self._trial.ends_same(self._last):
+            raise UserError(
+                "shrink must not change what the model computes, but without its zero units its outputs on the batch "
+                "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
+            )
+
+    def _accept(self, units: RemovableUnits, removed: int, undo: _Undo) -> None:
+        self.result.layers[units.reader.name] = units.width, units.width - removed
+        self.undo.append(undo)
+        self._last = units
+        self._taken |= {(slot.module, slot.name, slot.dim) for slot in units.slots}
+        changed = {slot.module for slot in units.slots}
+        self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
+
+    def _sides(self, units: RemovableUnits) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which units the reader does not read, which no layer writes, and which are zero on both sides."""
+        writers, found = {writer.module for writer in units.writers}, []
+        for slot in units.sides:
+            key = slot.module, slot.name, slot.dim, slot.copies, slot.interleaved
+            if key not in self._zeros:
+                self._zeros[key] = slot.zeros()
+            found.append((slot, self._zeros[key]))
+        columns = found[-1][1]
+        rows = torch.stack([zeros for slot, zeros in found[:-1] if slot.module in writers]).all(dim=0)
+        return columns, rows, torch.stack([zeros for _, zeros in found]).all(dim=0)

@@ -1,0 +1,167 @@
+"""Run a model on one batch before and after hidden units are taken out, and compare the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.words import one_line
+from wanda_lightning.models import RemovableUnits, reads_images
+
+_CLOSE = 1e-4  # relative
+
+
+def example_batch(model: nn.Module) -> Any:
+    """Return a small batch for a model of transformers or timm; None for any other."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(model, "dummy_inputs") and config is not None:
+        if not reads_images(model):
+            return {name: tensor.to(_device(model)) for name, tensor in model.dummy_inputs.items()}  # type: ignore[operator,union-attr]
+        config = getattr(config, "vision_config", config)
+        size = getattr(config, "image_size", 224)
+        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": _noise(model, (2, getattr(config, "num_channels", 3), *size))}
+    settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not settings or not settings.get("input_size"):
+        return None
+    shape = tuple(settings["input_size"])
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return _noise(model, (2, shape[0], *(built_for or shape[1:])))
+
+
+def _noise(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return noise.to(_device(model), dtype)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@dataclass
+class _Results:
+    outputs: list[Tensor]  # of the model
+    read: list[Tensor]  # outputs of one layer, one for each of its calls
+    called: set[nn.Module]
+
+
+class Trial:
+    """Runs of a model on one batch.
+
+    Without a batch, one is made for models of transformers and timm. `forward(batch)` runs it; the default is
+    `model(**batch)` for a mapping, `model(batch[0])` for a tuple or list, and `model(batch)` otherwise.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None) -> None:
+        self._model, self._forward = model, forward or self._call
+        self._batch = example_batch(model) if batch is None else batch
+        self._first: list[Tensor] | None = None
+        self._before: _Results | None = None
+
+    def start(self, units: RemovableUnits) -> None:
+        """Run the model as it is now, and record the outputs of the layer that reads some units.
+
+        Raises:
+            UserError: If there is no batch, or the model cannot run on it.
+        """
+        if self._batch is None:
+            raise UserError(
+                f"shrink runs a batch to check that the model computes the same, but it cannot make one for a "
+                f"{type(self._model).__name__}. Give batch=, and forward= if model(batch) is not the way to call it."
+            )
+        try:
+            self._before = self._run(units)
+        except Exception as error:
+            raise UserError(
+                f"shrink runs a batch to check that the model computes the same, but {type(self._model).__name__} "
+                f"cannot run on it: {type(error).__name__}: {one_line(error)}. Give batch= and forward=."
+            ) from error
+        self._first = self._before.outputs if self._first is None else self._first
+
+    def is_same(self, units: RemovableUnits) -> bool:
+        """Whether the batch reaches all these layers, and the reader and the model return the same as at `start`.
+
+        What the reader returns is compared, since a residual with a small scale may hide a difference from the model.
+        """
+        assert self._before is not None
+        if not _layers(units) <= self._before.called:
+            return False
+        try:
+            after = self._run(units)
+        except Exception:  # shapes that do not fit raise whatever the model raises
+            return False
+        return _all(_most_same, self._before.read, after.read) and _all(_same, self._before.outputs, after.outputs)
+
+    def ends_same(self, units: RemovableUnits) -> bool:
+        """Whether the model returns the same as at the first `start`."""
+        return self._first is None or _all(_same, self._first, self._run(units).outputs)
+
+    def _run(self, units: RemovableUnits) -> _Results:
+        results = _Results([], [], set())
+
+        def enter(module: nn.Module, _: object, output: object) -> None:
+            results.called.add(module)
+            if module is units.reader.module and isinstance(output, Tensor):
+                results.read.append(output.clone())
+
+        with ExitStack() as hooks, _evaluating(self._model), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # of models that draw numbers in evaluation, too
+            for module in _layers(units):
+                hooks.callback(module.register_forward_hook(enter).remove)
+            output = self._forward(self._batch)
+        results.outputs = [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return results
+
+    def _call(self, batch: Any) -> object:
+        if isinstance(batch, Mapping):
+            return self._model(**batch)
+        return self._model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _layers(units: RemovableUnits) -> set[nn.Module]:
+    return {units.reader.module, *(writer.module for writer in units.writers)}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, without gradients and without the kernel that bypasses layers of torch's encoder."""
+    modes = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _all(same: Callable[[Tensor, Tensor], bool], before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    if not before or [x.shape for x in before] != [y.shape for y in after]:
+        return False
+    return all(same(x, y) for x, y in zip(before, after, strict=True))
+
+
+def _most_same(x: Tensor, y: Tensor) -> bool:
+    """Whether the norms agree to rounding and more than half of the entries are close: in 16 bits, they are equal."""
+    close = (torch.where(x == y, 0.0, x.double() - y.double()).abs() <= _CLOSE * x.double().abs()).double().mean()
+    return _same(x, y) and bool(close > 0.5)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    limit = max(8 * torch.finfo(x.dtype).eps, _CLOSE)
+    difference = torch.where(x == y, 0.0, x.double() - y.double())  # both may be infinite
+    scale = torch.linalg.vector_norm(torch.where(x.isfinite(), x.double(), 0.0))
+    return bool(torch.linalg.vector_norm(difference) <= limit * scale)
