@@ -92,13 +92,15 @@ class Trial:
         What the reader returns is compared, since a residual with a small scale may hide a difference from the model.
         """
         assert self._before is not None
-        if not _layers(units) <= self._before.called:
-            return False
         try:
             after = self._run(units)
         except Exception:  # shapes that do not fit raise whatever the model raises
             return False
-        return _all(_most_same, self._before.read, after.read) and _all(_same, self._before.outputs, after.outputs)
+        return (
+            _layers(units) <= after.called
+            and _all(_most_same, self._before.read, after.read)
+            and _all(_same, self._before.outputs, after.outputs)
+        )
 
     def ends_same(self, units: RemovableUnits) -> bool:
         """Whether the model returns the same as at the first `start`."""
