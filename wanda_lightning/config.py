@@ -101,6 +101,7 @@ class PruningConfig:
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: `unstructured`, N:M such as `2:4`, which keeps N of every M weights, or
                 `structured`: they fill whole hidden units, which `shrink` takes out; `sparsity` is a fraction of units.
+                `experts` takes that fraction of the experts out of each layer of a mixture of experts.
                 `"unstructured"` compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"`
                 compare as they say; `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
@@ -120,6 +121,8 @@ class PruningConfig:
         """
         _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
+        if method in methods.PRESETS and resolve_pattern(pattern).drops_experts:
+            base = methods.Method()  # presets choose how weights are pruned
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
         if chosen_pattern.prunes_units and solver is None and (method is None or method in methods.PRESETS):
             chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
@@ -166,6 +169,12 @@ class PruningConfig:
                     f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it compares single "
                     f"weights, not hidden units. Choose {option} from {', '.join(fitting)}."
                 )
+        for option, usual in _OF_WEIGHTS.items() if self.pattern.drops_experts else ():
+            if getattr(self, option) != NAMES[option][usual]():
+                raise UserError(
+                    f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it is about "
+                    f"weights, and whole experts are dropped by a score of their own. Leave {option} out."
+                )
         if reason := self.permutation.why_not(self.pattern):
             raise UserError(
                 f"{self.shown('permutation')} cannot be combined with {self.shown('pattern')}, because {reason}"
@@ -187,6 +196,8 @@ class PruningConfig:
     @property
     def preset(self) -> str:
         """Name of the preset with exactly these choices; empty if there is none."""
+        if self.pattern.drops_experts:
+            return ""
         is_free = self.pattern.fixed_sparsity is None and not self.pattern.prunes_units
         pattern = "unstructured" if is_free else self.pattern
         choices = [option for option in NAMES if option != "method"]
@@ -214,6 +225,8 @@ class PruningConfig:
     @property
     def data_reader(self) -> str | None:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
+        if self.pattern.drops_experts:
+            return self.shown("pattern")
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
         reading = [option for option in choices if _reads_data(getattr(self, option))]
         reading += ["pattern"] if self.pattern.weigh_rows or self.pattern.prunes_units else []
@@ -243,6 +256,10 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto")),
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
+
+
+_OF_WEIGHTS = {"criterion": "wanda", "allocation": "uniform", "solver": "zero_out", "recovery": "none"}
+"""The choices that say how weights are pruned, which must have these defaults if whole experts are dropped."""
 
 
 def _base(option: str) -> type:

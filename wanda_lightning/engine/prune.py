@@ -20,6 +20,7 @@ from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.coupling import couple
+from wanda_lightning.engine.drop_experts import drop_experts
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.reporting import make_report
@@ -110,6 +111,8 @@ def prune_as(
         allocate_first = not plan.is_one_pass or config.reads_gradients
         if config.data_reader and (allocate_first or config.recovery.reads_batches):
             samples.read_all(run.progress)  # the batches run several times, or side by side
+    if config.pattern.drops_experts:
+        return drop_experts(run)
     if config.permutation.reads_batches:
         with run.timed("permute"), pruning_mode(model):
             run.permuted = permute(run)
