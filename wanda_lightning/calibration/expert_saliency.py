@@ -1,8 +1,8 @@
 """Measure how much each expert of a mixture contributes to its output.
 
-REAP's saliency of an expert (Lasby et al. 2025, arXiv 2510.13999) is the mean, over the tokens that are routed to it, of
-its gate times the norm of its output: the norm of what it adds for this token. Where a model multiplies the input of the
-experts by the gate (Llama 4), it is the norm of what the expert returns for that input.
+REAP's saliency of an expert (Lasby et al. 2025, arXiv 2510.13999) is the mean, over the tokens that are routed to it,
+of its gate times the norm of its output: the norm of what it adds for this token. Where a model multiplies the input of
+the experts by the gate (Llama 4), it is the norm of what the expert returns for that input.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ExpertSaliency:
         self.first: dict[str, Call] = {}  # the first call of each mixture, by its name
         self.padding_counted: set[str] = set()  # mixtures where the masks do not show which tokens are padding
         self._mixtures = mixtures
-        # For each expert the sum of the norms and the number of tokens, and in the last column the number of all tokens.
+        # For each expert the sum of the norms and the number of tokens; in the last column the number of all tokens.
         self._sums = {each.name: torch.zeros(2, each.number + 1, dtype=torch.float64) for each in mixtures}
 
     @contextmanager
@@ -68,7 +68,7 @@ class ExpertSaliency:
         routed, seen = self.tokens(mixture).sum(), self._sums[mixture.name][1, -1]
         return int((routed / seen).ceil()) if seen else 0
 
-    def saliency(self, mixture: Mixture) -> Tensor:
+    def __call__(self, mixture: Mixture) -> Tensor:
         """Return the saliency of each expert, in float64; 0 for experts without tokens."""
         norms, tokens = self._sums[mixture.name][:, :-1]
         return norms / tokens.clamp(min=1)
@@ -78,9 +78,7 @@ class ExpertSaliency:
             args, kwargs = clone_arguments((args, kwargs))
             self.first[mixture.name] = Call(sample, mixture.name, module.forward, args, kwargs, ThreadState())
 
-    def _read(
-        self, sample: Sample, mixture: Mixture, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> None:
+    def _read(self, sample: Sample, mixture: Mixture, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = tensors_within((args, kwargs))
         try:
             if mixture.is_list:
@@ -142,7 +140,7 @@ def _from_indices(experts: nn.Module, args: Any, kwargs: Any, output: Tensor, re
 
 
 def _from_slabs(mixture: Mixture, x: Tensor, output: Tensor, real: Real) -> _Added:
-    """Read a module that gets all tokens once for each expert, as zeros for the experts to which they are not routed."""
+    """Read a module that gets all tokens once for each expert: zeros where they are not routed to it."""
     if len(x) % mixture.number or x.ndim != 2 or x.shape != output.shape:
         raise _Unknown(f"its experts get {tuple(x.shape)} and return {tuple(output.shape)}")
     inputs, outputs = (tensor.unflatten(0, (mixture.number, -1)) for tensor in (x, output))

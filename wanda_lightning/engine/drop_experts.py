@@ -1,4 +1,4 @@
-"""Take whole experts out of a mixture of experts: the ones with the smallest saliency in one pass of the dense model."""
+"""Take the experts with the smallest saliency, measured in one pass of the dense model, out of each mixture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Size, Tensor, nn
+from torch import Tensor
 
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.cloning import tensors_within
@@ -22,9 +21,9 @@ from wanda_lightning.common.words import counted
 from wanda_lightning.core.patterns import Experts
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
-from wanda_lightning.models import SkippedMatrix, SkipReason, tied_tensors
-from wanda_lightning.models.configuration import find_change
-from wanda_lightning.models.mixtures import Mixture, mixtures, set_number
+from wanda_lightning.models import SkippedMatrix, SkipReason
+from wanda_lightning.models.configuration import find_change, pretrained_models, shapes_of
+from wanda_lightning.models.mixtures import Mixture, mixtures, set_number, shapes_without
 from wanda_lightning.models.removable_units import Units
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import PrunedLayer, PruningReport
@@ -44,30 +43,38 @@ def drop_experts(run: Run) -> PruningReport:
         UserError: If no mixture of experts is found, or one that cannot do without the experts; nothing has changed.
     """
     plan = run.plan
-    found, kept = _find(plan)
-    with run.timed("observe"), pruning_mode(plan.model):
+    model, sparsity, pattern = plan.model, plan.config.sparsity, plan.config.pattern
+    with plan.processes.fail_together():
+        found, kept = _find(plan)
+    with run.timed("observe"), pruning_mode(model):
         saliency = _observe(run, found)
         _refuse_few(plan, found, kept, saliency)
-        keep = plan.processes.broadcast({each.name: _choose(plan, saliency.saliency(each)) for each in found}, 0)
-    report = _report(run, found, kept, keep, saliency)
+        scores = {each.name: saliency(each).float().view(each.groups, -1) for each in found}
+        keep = {name: pattern(grouped, sparsity).flatten() for name, grouped in scores.items()}
+        keep = plan.processes.broadcast(keep, 0)
+    report = _report(run, found, keep, saliency)
     if kept < found[0].number:
-        with run.timed("drop"), pruning_mode(plan.model):
+        with run.timed("drop"), pruning_mode(model):
             for mixture in found:
                 _refuse_wrong(plan, mixture, saliency, keep[mixture.name])
-            change = _configuration(plan, found, kept)
+            changes = [*_configurations(plan, found, kept)]
             for mixture in found:
                 mixture.take(keep[mixture.name])
-            set_number(plan.model.modules(), found[0].number, kept)
-            change()
-    after = sum(parameter.numel() for parameter in plan.model.parameters())
-    report.zeros = report.parameters - after
-    report.notes.insert(0, _summary(found, kept, report.parameters, after))
+            set_number(model.modules(), found[0].number, kept)
+            for change in changes:
+                change()
+        report.zeros = report.parameters - sum(parameter.numel() for parameter in model.parameters())
+    report.notes.insert(
+        0,
+        f"{found[0].number - kept} of {found[0].number} experts were taken out of {counted(len(found), 'layer')} each, "
+        f"and with them {report.zeros:,} parameters, which this report counts as zeros",
+    )
     return report
 
 
 def _find(plan: Plan) -> tuple[list[Mixture], int]:
     """Return the mixtures of the model and the number of experts that each keeps, or refuse the model."""
-    found, shown = list(mixtures(plan.model)), plan.config.shown("pattern")
+    found, shown, pattern = list(mixtures(plan.model)), plan.config.shown("pattern"), plan.config.pattern
     if is_sharded(plan.model):
         raise UserError(f"{shown} needs whole layers, but the model is sharded. Prune it in one process, or with DDP.")
     if not found:
@@ -76,35 +83,25 @@ def _find(plan: Plan) -> tuple[list[Mixture], int]:
     for mixture in found:
         if (mixture.number, mixture.groups) != (number, groups):
             raise UserError(
-                f"{shown} drops the same number of experts in every layer, but {found[0].name} has {number} in {groups} "
-                f"groups and {mixture.name} {mixture.number} in {mixture.groups}. {_OTHERS}"
+                f"{shown} drops the same number of experts in every layer, but {found[0].name} has {number} (groups: "
+                f"{groups}) and {mixture.name} has {mixture.number} (groups: {mixture.groups}). {_OTHERS}"
             )
-    _refuse_user_skips(plan, found)
-    tied = tied_tensors(plan.model)
-    for mixture in found:
-        adapters = any(getattr(type(module), "adapter_layer_names", ()) for module in mixture.module.modules())
-        if adapters or any((slot.module, slot.name) in tied for slot in mixture.slots):
-            why = "adapters, which were trained for this number" if adapters else "tensors that others share"
-            raise UserError(f"{shown} changes the number of experts, but {mixture.name} has {why}. {_OTHERS}")
-    assert isinstance(plan.config.pattern, Experts)
+    for matrix in plan.inventory.skipped_for(SkipReason.USER):
+        if matrix.name.startswith(tuple(mixture.prefix for mixture in found)):
+            raise UserError(
+                f"{shown} drops the same number of experts in every layer, but skip or only leaves out {matrix.name}. "
+                "Leave out no experts."
+            )
+    assert isinstance(pattern, Experts)
     each, sparsity = number // groups, plan.config.sparsity
-    kept = groups * plan.config.pattern.kept(each, sparsity)
+    kept = groups * pattern.kept(each, sparsity)
     if kept == 0 or (kept == number and sparsity > 0):
         inside = f" in each of the {groups} groups" if groups > 1 else ""
         raise UserError(
             f"sparsity={sparsity:g} with {shown} drops {'all' if kept == 0 else 'none'} of the {each} experts{inside}. "
-            f"Choose a sparsity between {1 / each:.3g} and {1 - 1 / each:.3g}."
+            f"Choose at least {1 / each:.3g} and at most {1 - 1 / each:.3g}."
         )
     return found, kept
-
-
-def _refuse_user_skips(plan: Plan, found: Sequence[Mixture]) -> None:
-    for matrix in plan.inventory.skipped_for(SkipReason.USER):
-        if matrix.name.startswith(tuple(mixture.prefix for mixture in found)):
-            raise UserError(
-                f"{plan.config.shown('pattern')} drops the same number of experts in every layer, but skip or only "
-                f"leaves out {matrix.name}. Leave out no experts."
-            )
 
 
 def _observe(run: Run, found: Sequence[Mixture]) -> ExpertSaliency:
@@ -128,7 +125,7 @@ def _refuse_few(plan: Plan, found: Sequence[Mixture], kept: int, saliency: Exper
                 f"batches must reach all experts, but no token except padding reached {mixture.name}. Check that the "
                 "batches hold more than padding and that forward= runs the model."
             )
-        if not saliency.saliency(mixture).isfinite().all():
+        if not saliency(mixture).isfinite().all():
             raise UserError(
                 f"batches must give finite activations, but the experts of {mixture.name} return NaN or infinity. "
                 "Check the weights, or load the model in float32 or bfloat16."
@@ -141,19 +138,12 @@ def _refuse_few(plan: Plan, found: Sequence[Mixture], kept: int, saliency: Exper
             )
 
 
-def _choose(plan: Plan, saliency: Tensor) -> Units:
-    """Return which experts stay."""
-    groups = next(mixtures(plan.model)).groups
-    return plan.config.pattern(saliency.float().view(groups, -1), plan.config.sparsity).flatten()
-
-
 def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: Units) -> None:
     """Refuse a mixture that does not compute the same without experts as with these experts unroutable."""
 
     def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
-        results = tensors_within(mixture.module.forward(*args, **kwargs))
-        is_logits = [x.ndim > 0 and x.shape[-1] == mixture.number for x in results]
-        return [x[..., keep.to(x.device)] if wide else x for x, wide in zip(results, is_logits, strict=True)]
+        results = tensors_within(mixture.module.forward(*args, **kwargs))  # perhaps with one logit for each expert
+        return [x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results]
 
     same, call = True, saliency.first.get(mixture.name)
     if call is not None:  # this process has a batch
@@ -166,90 +156,47 @@ def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: 
 
             same = BlockRuns(mixture.module, [replace(call, forward=forward)]).same_after(take)
     if not plan.processes.all_reduce_min(int(same)):
-        kept = int(keep.sum())
-        where = f", {kept // mixture.groups} in each of its {mixture.groups} groups" if mixture.groups > 1 else ""
+        kept, groups = int(keep.sum()), mixture.groups
+        where = f" ({kept // groups} in each of its {groups} groups)" if groups > 1 else ""
         raise UserError(
-            f"{plan.config.shown('pattern')} would leave {kept} of {mixture.number} experts{where}, but "
-            f"{mixture.name} ({type(mixture.module).__name__}) then computes something else than with the other "
-            "experts unroutable: its groups may have too few experts for a token, or its experts are used in another "
-            f"way. Choose a lower sparsity, or another pattern. {_OTHERS}"
+            f"sparsity={plan.config.sparsity:g} with {plan.config.shown('pattern')} leaves {kept} of {mixture.number} "
+            f"experts{where}, but without the others {mixture.name} ({type(mixture.module).__name__}) computes "
+            "something else than with the others unroutable: a token may need more experts of a group, or the experts "
+            f"are used in another way. Choose a lower sparsity, or another pattern. {_OTHERS}"
         )
 
 
-def _configuration(plan: Plan, found: Sequence[Mixture], kept: int) -> Callable[[], None]:
-    """Return a function that changes the configuration of each model of transformers inside the model."""
-    changes = []
-    for model in _pretrained(plan.model):
-        shapes = _shapes(model, found, kept)
-        if shapes == {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}:
+def _configurations(plan: Plan, found: Sequence[Mixture], kept: int) -> Iterator[Callable[[], None]]:
+    """Yield functions that change the configurations of the models of transformers inside the model."""
+    for model in pretrained_models(plan.model):
+        if (shapes := shapes_without(model, found, kept)) == shapes_of(model):
             continue  # its experts are elsewhere
         change = find_change(model, shapes, found[0].number, kept, word="expert")
         if change is None:
             raise UserError(
-                f"{plan.config.shown('pattern')} needs a configuration that says the number of experts, but no "
-                f"attribute of {type(model.config).__name__} that is {found[0].number} gives a "
-                f"{type(model).__name__} with {kept} experts in each layer. {_OTHERS}"
+                f"{plan.config.shown('pattern')} needs a configuration with the number of experts, but none of the "
+                f"attributes of {type(model.config).__name__} that are {found[0].number} describes this "
+                f"{type(model).__name__} with {kept} experts in each layer. Adapters must be merged first. {_OTHERS}"
             )
-        changes.append(change)
-
-    def change_all() -> None:
-        for change in changes:
-            change()
-
-    return change_all
+        yield change
 
 
-def _pretrained(module: nn.Module) -> Iterator[Any]:
-    """Yield the models of transformers in a module that lie in no other one."""
-    from transformers import PreTrainedModel
-
-    if isinstance(module, PreTrainedModel):
-        yield module
-    else:
-        for child in module.children():
-            yield from _pretrained(child)
-
-
-def _shapes(model: nn.Module, found: Sequence[Mixture], kept: int) -> dict[str, Size]:
-    """Return the shapes in the state dict of a model once experts are taken out."""
-    changed: dict[int, Size] = {}
-    gone: set[int] = set()
+def _report(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], saliency: ExpertSaliency) -> PruningReport:
+    """Return the report of the dense model, with the weights of dropped experts as zeros, and log its warnings."""
+    plan, layers, few = run.plan, dict[str, PrunedLayer](), 0
+    least = plan.config.min_expert_tokens
     for mixture in found:
-        for slot in mixture.slots:
-            sizes = list(slot.tensor.shape)
-            sizes[slot.dim] = kept
-            changed[id(slot.tensor)] = Size(sizes)
-        experts = list(mixture.experts.children())[kept:] if mixture.is_list else []
-        gone |= {id(tensor) for each in experts for tensor in (*each.parameters(), *each.buffers())}
-    tensors = model.state_dict(keep_vars=True)
-    return {name: changed.get(id(tensor), tensor.shape) for name, tensor in tensors.items() if id(tensor) not in gone}
-
-
-def _report(
-    run: Run, found: Sequence[Mixture], kept: int, keep: Mapping[str, Units], saliency: ExpertSaliency
-) -> PruningReport:
-    """Return the report, in which the weights of dropped experts count as zeros, and log its warnings."""
-    plan, layers = run.plan, dict[str, PrunedLayer]()
-    few = 0
-    for mixture in found:
-        children = list(mixture.experts.children()) if mixture.is_list else []
-        own = {module: index for index, expert in enumerate(children) for module in expert.modules()}
         tokens = saliency.tokens(mixture).long().tolist()
-        few += sum(count < plan.config.min_expert_tokens for count in tokens)
+        few += sum(count < least for count in tokens)
+        target = 1 - float(keep[mixture.name].double().mean())
         for layer in plan.layers:
-            index = own.get(layer.module, layer.expert if layer.module is mixture.experts else None)
-            if index is not None:
-                stays, block = bool(keep[mixture.name][index]), plan.inventory.blocks[layer.name]
-                layers[layer.name] = PrunedLayer(
-                    layer.name, layer.shape, 1 - kept / mixture.number, float(not stays), tokens[index],
-                    "" if stays else "dropped", layer.siblings, block=block,
-                )  # fmt: skip
-    notes = []
-    if few:
-        notes.append(f"{counted(few, 'expert')} received fewer than {plan.config.min_expert_tokens} tokens: give more "
-                     "calibration samples")  # fmt: skip
-    if saliency.padding_counted:
-        notes.append(f"padding counted in {counted(len(saliency.padding_counted), 'mixture')} of experts")
+            if (index := mixture.index_of(layer)) is not None:
+                note, block = "" if keep[mixture.name][index] else "dropped", plan.inventory.blocks[layer.name]
+                record = PrunedLayer(layer.name, layer.shape, target, float(bool(note)), tokens[index], note)
+                layers[layer.name] = replace(record, siblings=layer.siblings, block=block)
+    notes = [f"{counted(few, 'expert')} received fewer than {least} tokens: give more calibration samples"] * bool(few)
+    if uncertain := saliency.padding_counted:
+        notes.append(f"padding counted in {counted(len(uncertain), 'layer')} of experts")
     for note in notes if plan.processes.rank == 0 else ():
         log.warning(note)
     others = [layer for layer in plan.layers if layer.name not in layers]
@@ -263,12 +210,4 @@ def _report(
         seconds=run.seconds,
         config={"preset": "", **plan.config.describe(), "calibration_batches": run.samples.total},
         notes=notes,
-    )
-
-
-def _summary(found: Sequence[Mixture], kept: int, before: int, after: int) -> str:
-    return (
-        f"{found[0].number - kept} of {found[0].number} experts were taken out of each of "
-        f"{counted(len(found), 'layer')}, which leaves {after:,} of {before:,} parameters; in this report, dropped "
-        "weights count as zeros"
     )

@@ -1,4 +1,4 @@
-"""Find the attributes of a model's configuration that hold a number of which the shapes depend."""
+"""Find the attributes of a model's configuration that hold a number on which the shapes depend."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ Shapes = Mapping[str, torch.Size]
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes in a model's state dict."""
     return {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def pretrained_models(module: nn.Module) -> Iterator[Any]:
+    """Yield the models of transformers in a module that lie in no other one."""
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from pretrained_models(child)
 
 
 def find_change(model: Any, shapes: Shapes, old: int, new: int, word: str = "") -> Callable[[], None] | None:

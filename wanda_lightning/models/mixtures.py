@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.models.experts import routers, stacked_experts
+from wanda_lightning.models.layers import Layer
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.removable_units import Slot, Units
 
@@ -44,6 +45,13 @@ class Mixture:
         """The start of the names of everything in the experts."""
         name = next(name for name, child in self.module.named_children() if child is self.experts)
         return f"{self.name}.{name}." if self.name else f"{name}."
+
+    def index_of(self, layer: Layer) -> int | None:
+        """Return to which expert a layer belongs; None if to none of them."""
+        if not self.is_list:
+            return layer.expert if layer.module is self.experts else None
+        owners = (index for index, expert in enumerate(self.experts.children()) if layer.module in expert.modules())
+        return next(owners, None)
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:
@@ -78,6 +86,20 @@ class Mixture:
             for slot, tensor in tensors:
                 setattr(slot.module, slot.name, tensor)
             torch.clear_autocast_cache()
+
+
+def shapes_without(model: nn.Module, found: Iterable[Mixture], kept: int) -> dict[str, torch.Size]:
+    """Return the shapes in the state dict of a model as they will be once each mixture has `kept` experts."""
+    changed: dict[int, torch.Size] = {}
+    gone: set[int] = set()
+    for mixture in found:
+        for slot in mixture.slots:
+            before, after = slot.tensor.shape[: slot.dim], slot.tensor.shape[slot.dim + 1 :]
+            changed[id(slot.tensor)] = torch.Size((*before, kept, *after))
+        last = list(mixture.experts.children())[kept:] if mixture.is_list else []
+        gone |= {id(tensor) for expert in last for tensor in expert.state_dict(keep_vars=True).values()}
+    tensors = model.state_dict(keep_vars=True)
+    return {name: changed.get(id(tensor), tensor.shape) for name, tensor in tensors.items() if id(tensor) not in gone}
 
 
 def set_number(modules: Iterable[nn.Module], old: int, new: int) -> None:
