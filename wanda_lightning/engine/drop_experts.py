@@ -18,7 +18,7 @@ from wanda_lightning.calibration.unroutable import unroutable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
-from wanda_lightning.core.patterns import Experts
+from wanda_lightning.core.expert_pattern import Experts
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import SkippedMatrix, SkipReason
@@ -66,8 +66,8 @@ def drop_experts(run: Run) -> PruningReport:
         report.zeros = report.parameters - sum(parameter.numel() for parameter in model.parameters())
     report.notes.insert(
         0,
-        f"{found[0].number - kept} of {found[0].number} experts were taken out of {counted(len(found), 'layer')} each, "
-        f"and with them {report.zeros:,} parameters, which this report counts as zeros",
+        f"{found[0].number - kept} of {found[0].number} experts were taken out of each of "
+        f"{counted(len(found), 'layer')}: {report.zeros:,} parameters, which count as zeros in this report",
     )
     return report
 
