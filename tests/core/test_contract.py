@@ -29,6 +29,7 @@ from support.pairwise import pairwise
 
 from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, DenseLayer, Fisher, PerLayer
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Saliency, Wanda
+from wanda_lightning.core.expert_pattern import Experts
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Unstructured
 from wanda_lightning.core.permutation import Assignment
@@ -73,6 +74,8 @@ def assert_counts(pattern, keep, sparsity):
         case EqualShare():
             # The search also ends where shares 0.001 apart differ by more: two weights of this matrix.
             assert abs((~keep).double().mean().item() - sparsity) <= max(0.001, 2 / keep.numel())
+        case Experts():  # a row has the experts of one group
+            assert (~keep).sum(dim=1).tolist() == [d_in - round(d_in * (1 - sparsity))] * d_out
         case _:
             raise NotImplementedError(f"write here how many weights {pattern} prunes")
 

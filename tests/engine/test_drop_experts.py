@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers as hf
-from support.mixtures import FAMILIES, NUMBERS, blocks, build, cannot_be_chosen, slow_saliency
+from support.mixtures import FAMILIES, NUMBERS, build, cannot_be_chosen, slow_saliency
 from support.refusals import Untouched, refusal
 from support.samples import samples_of
 from support.zoo import ZOO, run

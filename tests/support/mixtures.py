@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -77,6 +78,10 @@ def expert(name, block, index, x):
     return second @ (own.act_fn(gate) * up)
 
 
+def _keep(inputs, key, block, args):
+    inputs[key] = args[0]
+
+
 @torch.no_grad()
 def slow_saliency(name, model, batches):
     """The mean over the tokens of each expert of its gate times the norm of its output; and the number of tokens."""
@@ -84,8 +89,7 @@ def slow_saliency(name, model, batches):
     for batch in batches:
         inputs, hooks = {}, []
         for key, block in blocks(model).items():
-            keep = lambda _, args, key=key: inputs.update({key: args[0]})  # noqa: E731
-            hooks.append(block.register_forward_pre_hook(keep))
+            hooks.append(block.register_forward_pre_hook(partial(_keep, inputs, key)))
         run(model, batch)
         for hook in hooks:
             hook.remove()
@@ -104,7 +108,7 @@ def slow_saliency(name, model, batches):
 
 @contextmanager
 def cannot_be_chosen(model, dropped):
-    """Give the experts in `dropped`, lists by block, such logits and biases that no router of the model chooses them."""
+    """Give the experts in `dropped`, lists by block, logits and biases with which no router chooses them."""
     linear, rows, biases = torch.nn.functional.linear, {}, []
     for name, indices in dropped.items():
         own = router(model.get_submodule(name))

@@ -5,6 +5,7 @@ Nothing here is shared with the package. `keep` arrays are True where a weight s
 
 import numpy as np
 
+from wanda_lightning.core.expert_pattern import Experts
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 
 
@@ -225,6 +226,8 @@ def keep(pattern, scores, sparsity):
             return keep_n_of_m(scores, n, m)
         case EqualShare():
             return keep_equal_share(scores, sparsity)
+        case Experts():
+            return keep_largest(scores, round(scores.shape[1] * (1 - sparsity)))
     raise NotImplementedError(f"write the slow version of {pattern} in tests/support/reference.py")
 
 
