@@ -202,12 +202,13 @@ def _report(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], salie
     others = [layer for layer in plan.layers if layer.name not in layers]
     detail = "no matrix of a routed expert"
     skipped = [SkippedMatrix(each.name, each.stored_shape, SkipReason.UNCOUPLED, detail) for each in others]
+    config = {"preset": "", **plan.config.describe(), "criterion": {"name": "REAP"}}  # of experts, not of weights
     return PruningReport(
         layers=[*layers.values()],
         skipped=[*plan.inventory.skipped, *skipped],
         parameters=sum(parameter.numel() for parameter in plan.model.parameters()),
         zeros=0,
         seconds=run.seconds,
-        config={"preset": "", **plan.config.describe(), "calibration_batches": run.samples.total},
+        config={**config, "calibration_batches": run.samples.total},
         notes=notes,
     )
