@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 import transformers as hf
+from support import families
 from support.mixtures import FAMILIES, NUMBERS, build, cannot_be_chosen, slow_saliency
 from support.refusals import Untouched, refusal
 from support.samples import samples_of
-from support.zoo import ZOO, run
+from support.zoo import ZOO, run, seeded
 from torch import nn
 
 from wanda_lightning import Experts, PruningConfig, WandaPrune, prune, prune_from_disk
@@ -151,7 +152,7 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
 @pytest.mark.parametrize(
     ("make", "sparsity", "choices", "message"),
     [
-        (ZOO["llama"].build, 0.25, {}, "pattern='experts' needs a mixture of experts, but the model has no router"),
+        (ZOO["llama"].build, 0.25, {}, "pattern='experts' needs a mixture of experts, but no module"),
         (lambda: build("mixtral"), 0.05, {}, r"sparsity=0\.05 .* drops none of the 8 experts\. Choose at least 0\.125"),
         (lambda: build("mixtral"), 0.97, {}, r"drops all of the 8 experts\. .* at most 0\.875"),
         (lambda: build("deepseek_v3"), 0.1, {}, "drops none of the 4 experts in each of the 2 groups"),
@@ -243,3 +244,45 @@ def test_where_experts_cannot_be_dropped(tmp_path):
     with pytest.raises(ValueError, match="pattern='experts' changes the shapes of the weights"):
         prune_from_disk(tmp_path / "dense", tmp_path / "out", batches_of("mixtral"), 0.25, pattern="experts")
     assert not (tmp_path / "out").exists()
+
+
+# ---- all families of transformers
+
+OTHERS = {"dbrx", "inkling_text", "jetmoe", "longcat_flash", "zaya"}  # docs/methods.md says why
+
+
+def many_experts(model):
+    """The same model with eight experts in each layer, since two groups of two cannot lose any."""
+    config = copy.deepcopy(model.config)
+    for key in {*NUMBERS.values()} & vars(config).keys():
+        setattr(config, key, 8)
+    return seeded(lambda: type(model)(config))
+
+
+@pytest.mark.nightly
+def test_families(tmp_path):
+    refused, passed = set(), set()
+    for kind in ("causal", "other"):
+        for name in families.names(kind):
+            try:
+                family = families.family(kind, name)
+                model = family.build()
+            except Exception:  # tests/models/test_families.py knows which cannot be built
+                continue
+            found = list(mixtures(model))
+            if not any(".experts" in key for key, _ in model.named_modules()) or name == "hunyuan_v1_moe":  # has one
+                continue
+            model = many_experts(model) if found and found[0].groups > 1 else model
+            batches = family.batches(model)
+            try:
+                prune(model, batches, 0.25, pattern="experts", progress=False)
+            except ValueError:
+                refused.add(name)
+                continue
+            model.save_pretrained(tmp_path / name)
+            loaded = type(model).from_pretrained(tmp_path / name).eval()
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(**batches[0])[0], model.eval()(**batches[0])[0])
+            passed.add(name)
+    assert refused == OTHERS
+    assert len(passed) == 57

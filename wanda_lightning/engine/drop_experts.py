@@ -78,7 +78,10 @@ def _find(plan: Plan) -> tuple[list[Mixture], int]:
     if is_sharded(plan.model):
         raise UserError(f"{shown} needs whole layers, but the model is sharded. Prune it in one process, or with DDP.")
     if not found:
-        raise UserError(f"{shown} needs a mixture of experts, but the model has no router beside experts. {_OTHERS}")
+        raise UserError(
+            f"{shown} needs a mixture of experts, but no module of the model has experts and a router with one row for "
+            f"each of them. {_OTHERS}"
+        )
     number, groups = found[0].number, found[0].groups
     for mixture in found:
         if (mixture.number, mixture.groups) != (number, groups):
