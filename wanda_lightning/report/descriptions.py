@@ -26,8 +26,8 @@ def verdict(report: ReportData) -> str:
     """Return a summary in two sentences: the pruning, and its effect on the metric."""
     text = (
         f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
-        f"the weights in {counted(len(report.layers), 'layer')} {fate(report.config)}, {report.model_sparsity:.2%} of all "
-        f"{count(report.parameters)} parameters."
+        f"the weights in {counted(len(report.layers), 'layer')} {fate(report.config)}, {report.model_sparsity:.2%} of "
+        f"all {count(report.parameters)} parameters."
     )
     run = report.run
     if run is None or run.after is None:
