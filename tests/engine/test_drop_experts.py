@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from support import families
-from support.mixtures import FAMILIES, NUMBERS, build, cannot_be_chosen, slow_saliency
+from support.mixtures import FAMILIES, NUMBERS, blocks, build, cannot_be_chosen, slow_saliency
 from support.refusals import Untouched, refusal
 from support.samples import samples_of
 from support.zoo import ZOO, run, seeded
@@ -95,6 +95,21 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
         assert not info["mismatched_keys"]
         for x, y in zip(after, logits(loaded.eval(), batches), strict=True):
             assert torch.equal(x, y)
+
+
+def test_an_expert_that_the_bias_of_the_router_prefers_can_leave():
+    model, batches = build("deepseek_v3"), batches_of("deepseek_v3")
+    with torch.no_grad():
+        for block in blocks(model).values():
+            block.gate.e_score_correction_bias[5] = 3
+            block.experts.down_proj[5] *= 1e-3
+    dense = copy.deepcopy(model)
+    dropped = dropped_in(prune(model, batches, 0.25, pattern="experts", progress=False))
+    assert all(5 in indices for indices in dropped.values())
+    with cannot_be_chosen(dense, dropped):
+        before = logits(dense, batches)
+    for x, y in zip(before, logits(model, batches), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 def test_everything_that_counts_experts_knows_the_new_number():
