@@ -236,6 +236,14 @@ def test_a_mixture_that_no_batch_reaches_is_refused():
     assert "no token except padding reached model.layers.0.mlp" in refusal(model, empty, 0.25, pattern="experts")
 
 
+def test_activations_that_are_not_finite_are_refused():
+    model = build("mixtral")
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
+    message = refusal(model, batches_of("mixtral"), 0.25, pattern="experts")
+    assert "the experts of model.layers.1.mlp return NaN or infinity" in message
+    hook.remove()
+
+
 @pytest.mark.parametrize(
     "choices",
     [
