@@ -169,8 +169,8 @@ class PruningConfig:
                     f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it compares single "
                     f"weights, not hidden units. Choose {option} from {', '.join(fitting)}."
                 )
-        for option, usual in _OF_WEIGHTS.items() if self.pattern.drops_experts else ():
-            if getattr(self, option) != NAMES[option][usual]():
+        for option in ("criterion", "allocation", "solver", "recovery") if self.pattern.drops_experts else ():
+            if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
                 raise UserError(
                     f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it is about "
                     f"weights, and whole experts are dropped by a score of their own. Leave {option} out."
@@ -196,8 +196,6 @@ class PruningConfig:
     @property
     def preset(self) -> str:
         """Name of the preset with exactly these choices; empty if there is none."""
-        if self.pattern.drops_experts:
-            return ""
         is_free = self.pattern.fixed_sparsity is None and not self.pattern.prunes_units
         pattern = "unstructured" if is_free else self.pattern
         choices = [option for option in NAMES if option != "method"]
@@ -225,10 +223,9 @@ class PruningConfig:
     @property
     def data_reader(self) -> str | None:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
-        if self.pattern.drops_experts:
-            return self.shown("pattern")
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
-        reading = [option for option in choices if _reads_data(getattr(self, option))]
+        reading = ["pattern"] if self.pattern.drops_experts else []
+        reading += [option for option in choices if _reads_data(getattr(self, option))]
         reading += ["pattern"] if self.pattern.weigh_rows or self.pattern.prunes_units else []
         return self.shown(reading[0]) if reading else None
 
@@ -256,10 +253,6 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto")),
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
-
-
-_OF_WEIGHTS = {"criterion": "wanda", "allocation": "uniform", "solver": "zero_out", "recovery": "none"}
-"""The choices that say how weights are pruned, which must have these defaults if whole experts are dropped."""
 
 
 def _base(option: str) -> type:

@@ -102,10 +102,10 @@ class TestExperts:
     class Routed(L.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = ZOO["expert_list"].build().train()
+            self.net = ZOO["mixtral"].build().train()
 
-        def forward(self, x):
-            return self.net(x)
+        def forward(self, ids):
+            return self.net(ids).logits
 
         def step(self, batch):
             loss = self(batch[0]).square().mean()
@@ -122,7 +122,7 @@ class TestExperts:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def data(self):
-        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(24, 32)), batch_size=4)
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(32, (24, 8))), batch_size=4)
 
     def test_are_not_dropped_when_training_starts(self):
         module = self.Routed()
@@ -135,9 +135,9 @@ class TestExperts:
     def test_are_dropped_before_an_evaluation_and_then_the_rest_can_train(self):
         module, callback = self.Routed(), WandaPrune(0.5, pattern="experts", num_samples=24)
         trainer(callback).validate(module, self.data(), verbose=False)
-        assert [len(block.experts) for block in module.net.blocks] == [2, 2]
+        assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
         trainer(callback).validate(module, self.data(), verbose=False)  # not a second time
-        assert [len(block.experts) for block in module.net.blocks] == [2, 2]
-        before = module.net.blocks[0].gate.weight.clone()
+        assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
+        before = module.net.model.layers[0].mlp.gate.weight.clone()
         trainer(callback, max_epochs=1).fit(module, self.data())
-        assert not torch.equal(module.net.blocks[0].gate.weight, before)
+        assert not torch.equal(module.net.model.layers[0].mlp.gate.weight, before)

@@ -3,11 +3,12 @@
 import copy
 import re
 
+import peft
 import pytest
 import torch
 import transformers as hf
 from support import families
-from support.mixtures import FAMILIES, NUMBERS, blocks, build, cannot_be_chosen, slow_saliency
+from support.mixtures import NUMBERS, blocks, build, cannot_be_chosen, slow_saliency
 from support.refusals import Untouched, refusal
 from support.samples import samples_of
 from support.zoo import ZOO, run, seeded
@@ -18,11 +19,11 @@ from wanda_lightning.calibration.expert_saliency import ExpertSaliency
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.models.mixtures import mixtures
 
-EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("name", NUMBERS)
 
 
 def batches_of(name):
-    return ZOO["expert_list" if name == "expert_list" else "mixtral_padded"].batches()
+    return ZOO["mixtral_padded"].batches()
 
 
 def dropped_in(report):
@@ -59,7 +60,7 @@ def test_the_saliency_is_that_of_a_loop_over_tokens(name):
         slow = [expected[mixture.name].get(index, (0.0, 0)) for index in range(mixture.number)]
         assert saliency.tokens(mixture).tolist() == [count for _, count in slow]
         assert saliency(mixture).tolist() == pytest.approx([mean for mean, _ in slow], rel=1e-4)
-        assert saliency.per_token(mixture) == (1 if name == "expert_list" else 2)
+        assert saliency.per_token[mixture.name] == 2
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
@@ -70,7 +71,7 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
     report = prune(model, batches, sparsity, pattern="experts", progress=False)
     dropped = dropped_in(report)
 
-    number = 4 if name == "expert_list" else 8
+    number = 8
     groups = 2 if name == "deepseek_v3" else 1
     for block, means in expected.items():
         order = sorted(range(number), key=lambda index: means.get(index, (0.0, 0))[0])
@@ -87,14 +88,13 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (dense, model)]
     assert (report.parameters, report.zeros) == (sizes[0], sizes[0] - sizes[1])
     assert report.sparsity == sparsity
-    if name != "expert_list":
-        assert getattr(model.config, NUMBERS[name]) == number * (1 - sparsity)
-        model.save_pretrained(tmp_path)
-        loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["mismatched_keys"]
-        for x, y in zip(after, logits(loaded.eval(), batches), strict=True):
-            assert torch.equal(x, y)
+    assert getattr(model.config, NUMBERS[name]) == number * (1 - sparsity)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    for x, y in zip(after, logits(loaded.eval(), batches), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_an_expert_that_the_bias_of_the_router_prefers_can_leave():
@@ -158,16 +158,35 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
     report = prune(model, batches_of("mixtral"), 0.25, pattern="experts", progress=False)
     assert 2 in dropped_in(report)["model.layers.0.mlp"]
     assert [each.tokens for each in report.layers if each.name == "model.layers.0.mlp.experts.down_proj.2"] == [0]
-    assert any("received fewer than 32 tokens: give more" in note for note in report.notes)
+    assert any("received fewer than 32 tokens, " in note for note in report.notes)
 
 
 # ---- refusals, each of which leaves the model as it was
+
+
+def adapted():
+    model = build("mixtral")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def unequal():
+    model = build("mixtral")
+    model.model.layers[1].mlp = build("mixtral", experts=4).model.layers[1].mlp
+    return model
 
 
 @pytest.mark.parametrize(
     ("make", "sparsity", "choices", "message"),
     [
         (ZOO["llama"].build, 0.25, {}, "pattern='experts' needs a mixture of experts, but no module"),
+        (ZOO["expert_list"].build, 0.25, {}, r"experts in stacked parameters \(a list of modules does not count\)"),
+        (adapted, 0.25, {}, r"needs whole layers, but the model has adapters\. Merge adapters first"),
+        (
+            unequal,
+            0.25,
+            {},
+            r"in every layer, but model\.layers\.0\.mlp has 8 in 1 group and \S+1\.mlp has 4 in 1 group",
+        ),
         (lambda: build("mixtral"), 0.05, {}, r"sparsity=0\.05 .* drops none of the 8 experts\. Choose at least 0\.125"),
         (lambda: build("mixtral"), 0.97, {}, r"drops all of the 8 experts\. .* at most 0\.875"),
         (lambda: build("deepseek_v3"), 0.1, {}, "drops none of the 4 experts in each of the 2 groups"),
@@ -184,38 +203,31 @@ def test_is_refused_before_a_batch_is_read(make, sparsity, choices, message):
     assert re.search(message, refusal(make(), Untouched(), sparsity, pattern="experts", **choices))
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@EVERY_FAMILY
 def test_fewer_experts_than_a_token_needs_are_refused(name):
-    groups = "(3|leaves 2 of 8 experts \\(1 in each of its 2 groups\\))" if name == "deepseek_v3" else ""
-    sparsity = 0.75 if groups else 0.875
-    expected = groups or r"leaves 1 of 8 experts, but model\.layers\.0\.\S+ routes each token to 2\. .* at most 0\.75"
+    sparsity, left = (
+        (0.75, r"2 of 8 experts \(1 in each of its 2 groups\)") if name == "deepseek_v3" else (0.875, "1 of 8")
+    )
     message = refusal(build(name), batches_of(name), sparsity, pattern="experts")
-    assert re.search(expected, message)
+    assert re.search(rf"leaves {left}.* without the others model\.layers\.\d\.\S+ .* a token may need more", message)
 
 
 def test_groups_with_too_few_experts_for_a_token_are_refused():
     model = build("deepseek_v3", num_experts_per_tok=3)  # from one group of four
     message = refusal(model, batches_of("deepseek_v3"), 0.5, pattern="experts")
     assert "leaves 4 of 8 experts (2 in each of its 2 groups)" in message
-    assert "a token may need more experts of a group" in message
-
-
-class Fallback(nn.Module):
-    """A list of experts, the last of which also gets every token."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.gate, self.experts, self.run = inner.gate, inner.experts, type(inner).forward
-
-    def forward(self, x):
-        return self.run(self, x) + 0.1 * self.experts[3](x)
+    assert "a token may need more experts" in message
 
 
 def test_experts_that_are_used_in_another_way_are_refused():
-    model = build("expert_list")
-    model.blocks[1] = Fallback(model.blocks[1])
-    message = refusal(model, batches_of("expert_list"), 0.5, pattern="experts")
-    assert re.search(r"blocks\.1 \(Fallback\) (computes something else|does not show it)", message)
+    class Fallback(type(build("mixtral").model.layers[1].mlp)):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) + self.experts.down_proj[7].sum()
+
+    model = build("mixtral")
+    model.model.layers[1].mlp.__class__ = Fallback
+    message = refusal(model, batches_of("mixtral"), 0.5, pattern="experts")
+    assert re.search(r"model\.layers\.1\.mlp \(Fallback\) computes something else", message)
 
 
 def test_a_configuration_without_the_number_is_refused():
@@ -226,14 +238,16 @@ def test_a_configuration_without_the_number_is_refused():
 
     model = Fixed(build("mixtral").config).eval()
     message = refusal(model, batches_of("mixtral"), 0.25, pattern="experts")
-    assert "none of the attributes of MixtralConfig that are 8 describes this Fixed with 6 experts" in message
+    assert "no attributes of MixtralConfig give Fixed its new shapes" in message
     assert model.config.num_local_experts == 8
 
 
 def test_a_mixture_that_no_batch_reaches_is_refused():
     model = build("mixtral")
     empty = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
-    assert "no token except padding reached model.layers.0.mlp" in refusal(model, empty, 0.25, pattern="experts")
+    assert "the experts of model.layers.0.mlp get no token except padding" in refusal(
+        model, empty, 0.25, pattern="experts"
+    )
 
 
 def test_activations_that_are_not_finite_are_refused():
@@ -264,7 +278,7 @@ def test_where_experts_cannot_be_dropped(tmp_path):
     with pytest.raises(ValueError, match="calibrate_on='validation' collects statistics of weights"):
         WandaPrune(0.25, pattern="experts", calibrate_on="validation")
     build("mixtral").save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="pattern='experts' changes the shapes of the weights"):
+    with pytest.raises(ValueError, match="pattern='experts' needs the whole model in memory"):
         prune_from_disk(tmp_path / "dense", tmp_path / "out", batches_of("mixtral"), 0.25, pattern="experts")
     assert not (tmp_path / "out").exists()
 

@@ -9,65 +9,71 @@ from support.tiny import tiny
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning.models.configuration import find_change, pretrained_models, shapes_of
+from wanda_lightning.models.configuration import fit_configuration
 
 
-def on_meta(model_class, config):
+def reshaped(model_class, config, new):
+    """A model with the shapes of `new`, but with the other configuration."""
     with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
+        model = model_class(copy.deepcopy(new))
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    return model
 
 
-@pytest.mark.parametrize("key", ["num_local_experts", "intermediate_size", "vocab_size", "num_hidden_layers"])
-def test_the_one_attribute_with_the_shapes_changes(key):
-    model = ZOO["mixtral"].build()
-    config = model.config
-    old = getattr(config, key)
-    expected = copy.deepcopy(config)
-    setattr(expected, key, old + 2)
-    change = find_change(model, shapes_of(on_meta(type(model), expected)), old, old + 2)
-    assert getattr(config, key) == old  # until it is called
-    change()
-    assert config.to_dict() == expected.to_dict()
+@pytest.mark.parametrize("key", ["num_local_experts", "intermediate_size", "vocab_size"])
+def test_the_one_attribute_with_the_shapes_changes_and_can_be_changed_back(key):
+    old = ZOO["mixtral"].build().config
+    new = copy.deepcopy(old)
+    setattr(new, key, getattr(old, key) + 2)
+    config = copy.deepcopy(old)
+    problem, undo = fit_configuration(reshaped(hf.MixtralForCausalLM, config, new))
+    assert not problem
+    assert config.to_dict() == new.to_dict()
+    undo()
+    assert config.to_dict() == old.to_dict()
 
 
 def test_attributes_that_are_equal_by_chance_stay():
-    model = ZOO["mixtral"].build()
-    assert model.config.num_attention_heads == model.config.num_local_experts == 4
-    expected = copy.deepcopy(model.config)
-    expected.num_local_experts = 2
-    find_change(model, shapes_of(on_meta(type(model), expected)), 4, 2)()
-    assert model.config.num_attention_heads == 4
-    assert model.config.num_local_experts == 2
+    config = ZOO["mixtral"].build().config
+    assert config.num_attention_heads == config.num_local_experts == 4
+    new = copy.deepcopy(config)
+    new.num_local_experts = config.num_hidden_layers = new.num_hidden_layers = 2
+    config.num_local_experts = 4
+    assert not fit_configuration(reshaped(hf.MixtralForCausalLM, config, new))[0]
+    assert config.to_dict() == new.to_dict()
 
 
 def test_an_attribute_of_a_configuration_inside_changes():
     config = tiny(hf.Qwen3VLMoeConfig)
-    model = on_meta(hf.Qwen3VLMoeForConditionalGeneration, config)
-    expected = copy.deepcopy(config)
-    old = expected.text_config.num_experts
-    expected.text_config.num_experts = old - 1
-    find_change(model, shapes_of(on_meta(type(model), expected)), old, old - 1, word="expert")()
-    assert model.config.text_config.num_experts == old - 1
+    new = copy.deepcopy(config)
+    new.text_config.num_experts -= 1
+    model = reshaped(hf.Qwen3VLMoeForConditionalGeneration, config, new)
+    assert not fit_configuration(nn.ModuleList([model]))[0]
+    assert config.text_config.num_experts == new.text_config.num_experts
 
 
-def test_two_attributes_may_change_together():
-    model = ZOO["llama"].build()
-    expected = copy.deepcopy(model.config)
-    expected.intermediate_size = expected.vocab_size = 80
-    model.config.intermediate_size = model.config.vocab_size
-    old = model.config.vocab_size
-    find_change(model, shapes_of(on_meta(type(model), expected)), old, 80)()
-    assert (model.config.intermediate_size, model.config.vocab_size) == (80, 80)
+def test_two_attributes_may_change():
+    config = ZOO["llama"].build().config
+    new = copy.deepcopy(config)
+    new.intermediate_size, new.vocab_size = config.intermediate_size - 8, config.vocab_size - 8
+    assert not fit_configuration(reshaped(hf.LlamaForCausalLM, config, new))[0]
+    assert config.to_dict() == new.to_dict()
 
 
 def test_shapes_that_no_attribute_gives():
     model = ZOO["mixtral"].build()
-    shapes = shapes_of(model)
-    shapes["model.layers.0.mlp.gate.weight"] = torch.Size((3, 32))
-    assert find_change(model, shapes, 4, 3) is None
+    before = model.config.to_dict()
+    model.model.layers[0].mlp.gate.weight = nn.Parameter(torch.zeros(3, 32))
+    problem, undo = fit_configuration(model)
+    undo()
+    assert problem == "no attributes of MixtralConfig give MixtralForCausalLM its new shapes"
+    assert model.config.to_dict() == before
 
 
-def test_the_outermost_models_of_a_module():
-    first, second = ZOO["llama"].build(), ZOO["mixtral"].build()
-    assert list(pretrained_models(nn.ModuleDict({"a": first, "b": nn.ModuleList([second])}))) == [first, second]
-    assert not list(pretrained_models(nn.Linear(2, 2)))
+def test_other_models_and_modules_stay():
+    model = nn.ModuleDict({"a": ZOO["llama"].build(), "b": nn.ModuleList([ZOO["mixtral"].build(), nn.Linear(2, 2)])})
+    before = [model["a"].config.to_dict(), model["b"][0].config.to_dict()]
+    assert not fit_configuration(model)[0]
+    assert [model["a"].config.to_dict(), model["b"][0].config.to_dict()] == before

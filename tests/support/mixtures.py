@@ -15,14 +15,11 @@ NUMBERS = {
     "gpt_oss": "num_local_experts",
     "llama4": "num_local_experts",
 }
-FAMILIES = [*NUMBERS, "expert_list"]
 
 
 def build(name, experts=8, **more):
     """A model of the zoo with another number of experts, and with biases where the router has any."""
     model = ZOO[name].build()
-    if name == "expert_list":
-        return model
     config = copy.deepcopy(model.config)
     for key, value in {NUMBERS[name]: experts, **more}.items():
         setattr(config, key, value)
@@ -46,9 +43,6 @@ def gates(name, block, x):
     """The gate of each expert to which a token is routed."""
     own = router(block)
     logits = own.weight @ x + (own.bias if getattr(own, "bias", None) is not None else 0)
-    if name == "expert_list":
-        shares = logits.softmax(0)
-        return {int(shares.argmax()): shares.max()}
     if name == "deepseek_v3":
         scores, choice, size = logits.sigmoid(), logits.sigmoid() + own.e_score_correction_bias, len(logits) // 2
         best = max(range(2), key=lambda group: choice[group * size :][:size].sort().values[-2:].sum())
@@ -64,8 +58,6 @@ def gates(name, block, x):
 
 def expert(name, block, index, x):
     """What one expert returns for a token."""
-    if name == "expert_list":
-        return block.experts[index](x)
     own = block.experts
     first, second = own.gate_up_proj[index], own.down_proj[index]
     if name == "gpt_oss":

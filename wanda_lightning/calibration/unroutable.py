@@ -45,8 +45,6 @@ class _Lower(TorchFunctionMode):
 @contextmanager
 def unroutable(mixture: Mixture, experts: Units) -> Iterator[None]:
     """Give these experts the lowest logits and biases in this block."""
-    vectors = [vector for vector in mixture.vectors if vector.is_floating_point()]
-    before = [vector.clone() for vector in vectors]
 
     def lowered(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with _Lower(experts):
@@ -55,10 +53,8 @@ def unroutable(mixture: Mixture, experts: Units) -> Iterator[None]:
     with ExitStack() as stack:
         for router in mixture.routers:
             stack.enter_context(patched(router, "forward", partial(lowered, router.forward)))
-        try:
-            for vector in vectors:
-                vector.view(-1)[experts.to(vector.device)] = _lowest(vector)
-            yield
-        finally:
-            for vector, values in zip(vectors, before, strict=True):
-                vector.copy_(values)
+        for tensor in (slot.tensor.detach() for slot in mixture.slots):
+            if tensor.numel() == mixture.number and tensor.is_floating_point():  # for example a bias of the router
+                stack.callback(tensor.copy_, tensor.clone())
+                tensor.view(-1)[experts.to(tensor.device)] = _lowest(tensor)
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import Pattern
@@ -20,10 +21,7 @@ class Experts(Pattern):
     of its gate times the norm of its output.
     """
 
-    @property
-    def drops_experts(self) -> bool:
-        """True."""
-        return True
+    drops_experts: ClassVar[bool] = True
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return the number of experts in a group."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -20,21 +19,20 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
 from wanda_lightning.core.expert_pattern import Experts
 from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.reporting import make_report
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.models.configuration import find_change, pretrained_models, shapes_of
-from wanda_lightning.models.mixtures import Mixture, mixtures, set_number, shapes_without
+from wanda_lightning.models.configuration import fit_configuration
+from wanda_lightning.models.mixtures import Mixture, mixtures
 from wanda_lightning.models.removable_units import Units
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import PrunedLayer, PruningReport
-
-log = logging.getLogger(__name__)
 
 _OTHERS = "Use pattern='unstructured' or '2:4'."
 
 
 def drop_experts(run: Run) -> PruningReport:
-    """Drop experts in place, and return the report.
+    """Drop experts in place, and return the report, which counts their weights as zeros.
 
     All batches run once through the dense model. Before anything changes, each mixture is run without the experts that
     were chosen: it must compute the same as with these experts unroutable.
@@ -42,69 +40,68 @@ def drop_experts(run: Run) -> PruningReport:
     Raises:
         UserError: If no mixture of experts is found, or one that cannot do without the experts; nothing has changed.
     """
-    plan = run.plan
-    model, sparsity, pattern = plan.model, plan.config.sparsity, plan.config.pattern
+    plan, model, keep = run.plan, run.plan.model, dict[str, Units]()
     with plan.processes.fail_together():
-        found, kept = _find(plan)
+        found = _find(plan)
     with run.timed("observe"), pruning_mode(model):
         saliency = _observe(run, found)
-        _refuse_few(plan, found, kept, saliency)
-        scores = {each.name: saliency(each).float().view(each.groups, -1) for each in found}
-        keep = {name: pattern(grouped, sparsity).flatten() for name, grouped in scores.items()}
+        for mixture in found:
+            scores = saliency(mixture).float().view(mixture.groups, -1)
+            keep[mixture.name] = plan.config.pattern(scores, plan.config.sparsity).flatten()
         keep = plan.processes.broadcast(keep, 0)
-    report = _report(run, found, keep, saliency)
-    if kept < found[0].number:
-        with run.timed("drop"), pruning_mode(model):
+    _record(run, found, keep, saliency)
+    report = make_report(run)
+    with run.timed("drop"), pruning_mode(model):
+        for mixture in found:
+            _refuse_wrong(plan, mixture, saliency, keep[mixture.name])
+        with ExitStack() as undo:  # first without data, since dense and smaller tensors would be in memory together
             for mixture in found:
-                _refuse_wrong(plan, mixture, saliency, keep[mixture.name])
-            changes = [*_configurations(plan, found, kept)]
-            for mixture in found:
-                mixture.take(keep[mixture.name])
-            set_number(model.modules(), found[0].number, kept)
-            for change in changes:
-                change()
-        report.zeros = report.parameters - sum(parameter.numel() for parameter in model.parameters())
-    report.notes.insert(
-        0,
-        f"{found[0].number - kept} of {found[0].number} experts were taken out of each of "
-        f"{counted(len(found), 'layer')}: {report.zeros:,} parameters, which count as zeros in this report",
-    )
+                undo.callback(mixture.drop_data())
+                undo.callback(mixture.take(keep[mixture.name]))
+            problem, undo_configuration = fit_configuration(model)
+        if problem:
+            undo_configuration()
+            raise UserError(f"{plan.config.shown('pattern')} changes the shapes of the model, but {problem}. {_OTHERS}")
+        for mixture in found:
+            mixture.take(keep[mixture.name])
+    report.zeros = report.parameters - sum(parameter.numel() for parameter in model.parameters())
+    report.config = {**report.config, "preset": "", "criterion": {"name": "REAP"}}  # of experts, not of weights
+    gone = f"{int((~keep[found[0].name]).sum())} of {found[0].number} experts were taken out of each of "
+    report.notes.insert(0, f"{gone}{counted(len(found), 'layer')}: {report.zeros:,} parameters, reported as zeros")
     return report
 
 
-def _find(plan: Plan) -> tuple[list[Mixture], int]:
-    """Return the mixtures of the model and the number of experts that each keeps, or refuse the model."""
+def _find(plan: Plan) -> list[Mixture]:
+    """Return the mixtures of the model, or refuse the model."""
     found, shown, pattern = list(mixtures(plan.model)), plan.config.shown("pattern"), plan.config.pattern
-    if is_sharded(plan.model):
-        raise UserError(f"{shown} needs whole layers, but the model is sharded. Prune it in one process, or with DDP.")
+    adapters = any(getattr(type(module), "adapter_layer_names", ()) for module in plan.model.modules())
+    if adapters or is_sharded(plan.model):
+        raise UserError(
+            f"{shown} needs whole layers, but the model {'has adapters' if adapters else 'is sharded'}. Merge adapters "
+            "first, and prune in one process, or with DDP."
+        )
     if not found:
         raise UserError(
-            f"{shown} needs a mixture of experts, but no module of the model has experts and a router with one row for "
-            f"each of them. {_OTHERS}"
+            f"{shown} needs a mixture of experts, but no module of the model has experts in stacked parameters (a list "
+            f"of modules does not count) and a router with one row for each of them. {_OTHERS}"
         )
-    number, groups = found[0].number, found[0].groups
-    for mixture in found:
-        if (mixture.number, mixture.groups) != (number, groups):
-            raise UserError(
-                f"{shown} drops the same number of experts in every layer, but {found[0].name} has {number} (groups: "
-                f"{groups}) and {mixture.name} has {mixture.number} (groups: {mixture.groups}). {_OTHERS}"
-            )
-    for matrix in plan.inventory.skipped_for(SkipReason.USER):
-        if matrix.name.startswith(tuple(mixture.prefix for mixture in found)):
-            raise UserError(
-                f"{shown} drops the same number of experts in every layer, but skip or only leaves out {matrix.name}. "
-                "Leave out no experts."
-            )
+    sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
+    problems = [f"{name} has {number} in {counted(groups, 'group')}" for (number, groups), name in sizes.items()]
+    user = [matrix.name for matrix in plan.inventory.skipped_for(SkipReason.USER)]
+    left_out = [name for name in user if name.startswith(tuple(f"{mixture.prefix}." for mixture in found))]
+    if len(sizes) > 1 or left_out:
+        problem = f"skip or only leaves out {left_out[0]}" if left_out else " and ".join(problems)
+        raise UserError(f"{shown} drops the same number of experts in every layer, but {problem}. {_OTHERS}")
     assert isinstance(pattern, Experts)
-    each, sparsity = number // groups, plan.config.sparsity
-    kept = groups * pattern.kept(each, sparsity)
-    if kept == 0 or (kept == number and sparsity > 0):
-        inside = f" in each of the {groups} groups" if groups > 1 else ""
+    size, sparsity = found[0].number // found[0].groups, plan.config.sparsity
+    kept = pattern.kept(size, sparsity)
+    if kept == 0 or (kept == size and sparsity > 0):
+        where = f" in each of the {found[0].groups} groups" if found[0].groups > 1 else ""
         raise UserError(
-            f"sparsity={sparsity:g} with {shown} drops {'all' if kept == 0 else 'none'} of the {each} experts{inside}. "
-            f"Choose at least {1 / each:.3g} and at most {1 - 1 / each:.3g}."
+            f"sparsity={sparsity:g} with {shown} drops {'none' if kept else 'all'} of the {size} experts{where}. "
+            f"Choose at least {1 / size:.3g} and at most {1 - 1 / size:.3g}."
         )
-    return found, kept
+    return found
 
 
 def _observe(run: Run, found: Sequence[Mixture]) -> ExpertSaliency:
@@ -117,28 +114,15 @@ def _observe(run: Run, found: Sequence[Mixture]) -> ExpertSaliency:
             bar.advance()
     run.samples.refuse_if_empty()
     saliency.all_reduce(processes)
-    return saliency
-
-
-def _refuse_few(plan: Plan, found: Sequence[Mixture], kept: int, saliency: ExpertSaliency) -> None:
-    """Refuse to keep fewer experts than a token is routed to, and activations that are not finite."""
     for mixture in found:
-        if not (per_token := saliency.per_token(mixture)):
+        reached, finite = saliency.tokens(mixture).any(), saliency(mixture).isfinite().all()
+        if not reached or not finite:
+            problem = "return NaN or infinity" if reached else "get no token except padding"
             raise UserError(
-                f"batches must reach all experts, but no token except padding reached {mixture.name}. Check that the "
-                "batches hold more than padding and that forward= runs the model."
+                f"batches must give finite activations in all layers, but the experts of {mixture.name} {problem}. "
+                "Check the batches and the weights, and that forward= runs the model; load it in float32 or bfloat16."
             )
-        if not saliency(mixture).isfinite().all():
-            raise UserError(
-                f"batches must give finite activations, but the experts of {mixture.name} return NaN or infinity. "
-                "Check the weights, or load the model in float32 or bfloat16."
-            )
-        if per_token > kept:
-            raise UserError(
-                f"sparsity={plan.config.sparsity:g} with {plan.config.shown('pattern')} leaves {kept} of "
-                f"{mixture.number} experts, but {mixture.name} routes each token to {per_token}. Choose a sparsity of "
-                f"at most {1 - per_token / mixture.number:.3g}."
-            )
+    return saliency
 
 
 def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: Units) -> None:
@@ -148,70 +132,39 @@ def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: 
         results = tensors_within(mixture.module.forward(*args, **kwargs))  # perhaps with one logit for each expert
         return [x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results]
 
-    same, call = True, saliency.first.get(mixture.name)
-    if call is not None:  # this process has a batch
-        with mixture.restored(), ExitStack() as stack:
-            stack.enter_context(unroutable(mixture, ~keep))
+    kept, groups, same = int(keep.sum()), mixture.groups, True
+    if (call := saliency.first.get(mixture.name)) is not None:  # this process has a batch
+        with ExitStack() as undo, ExitStack() as lowered:
+            lowered.enter_context(unroutable(mixture, ~keep))
 
             def take() -> None:
-                stack.close()
-                mixture.take(keep)
+                lowered.close()
+                undo.callback(mixture.take(keep))
 
             same = BlockRuns(mixture.module, [replace(call, forward=forward)]).same_after(take)
+            same = same and saliency.per_token[mixture.name] <= kept
     if not plan.processes.all_reduce_min(int(same)):
-        kept, groups = int(keep.sum()), mixture.groups
         where = f" ({kept // groups} in each of its {groups} groups)" if groups > 1 else ""
         raise UserError(
             f"sparsity={plan.config.sparsity:g} with {plan.config.shown('pattern')} leaves {kept} of {mixture.number} "
             f"experts{where}, but without the others {mixture.name} ({type(mixture.module).__name__}) computes "
-            "something else than with the others unroutable: a token may need more experts of a group, or the experts "
-            f"are used in another way. Choose a lower sparsity, or another pattern. {_OTHERS}"
+            "something else than with the others unroutable: a token may need more experts, or the experts are used in "
+            f"another way. Choose a lower sparsity, or another pattern. {_OTHERS}"
         )
 
 
-def _configurations(plan: Plan, found: Sequence[Mixture], kept: int) -> Iterator[Callable[[], None]]:
-    """Yield functions that change the configurations of the models of transformers inside the model."""
-    for model in pretrained_models(plan.model):
-        if (shapes := shapes_without(model, found, kept)) == shapes_of(model):
-            continue  # its experts are elsewhere
-        change = find_change(model, shapes, found[0].number, kept, word="expert")
-        if change is None:
-            raise UserError(
-                f"{plan.config.shown('pattern')} needs a configuration with the number of experts, but none of the "
-                f"attributes of {type(model.config).__name__} that are {found[0].number} describes this "
-                f"{type(model).__name__} with {kept} experts in each layer. Adapters must be merged first. {_OTHERS}"
-            )
-        yield change
-
-
-def _report(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], saliency: ExpertSaliency) -> PruningReport:
-    """Return the report of the dense model, with the weights of dropped experts as zeros, and log its warnings."""
-    plan, layers, few = run.plan, dict[str, PrunedLayer](), 0
-    least = plan.config.min_expert_tokens
-    for mixture in found:
-        tokens = saliency.tokens(mixture).long().tolist()
-        few += sum(count < least for count in tokens)
-        target = 1 - float(keep[mixture.name].double().mean())
-        for layer in plan.layers:
-            if (index := mixture.index_of(layer)) is not None:
-                note, block = "" if keep[mixture.name][index] else "dropped", plan.inventory.blocks[layer.name]
-                record = PrunedLayer(layer.name, layer.shape, target, float(bool(note)), tokens[index], note)
-                layers[layer.name] = replace(record, siblings=layer.siblings, block=block)
-    notes = [f"{counted(few, 'expert')} received fewer than {least} tokens: give more calibration samples"] * bool(few)
-    if uncertain := saliency.padding_counted:
-        notes.append(f"padding counted in {counted(len(uncertain), 'layer')} of experts")
-    for note in notes if plan.processes.rank == 0 else ():
-        log.warning(note)
-    others = [layer for layer in plan.layers if layer.name not in layers]
-    detail = "no matrix of a routed expert"
-    skipped = [SkippedMatrix(each.name, each.stored_shape, SkipReason.UNCOUPLED, detail) for each in others]
-    config = {"preset": "", **plan.config.describe(), "criterion": {"name": "REAP"}}  # of experts, not of weights
-    return PruningReport(
-        layers=[*layers.values()],
-        skipped=[*plan.inventory.skipped, *skipped],
-        parameters=sum(parameter.numel() for parameter in plan.model.parameters()),
-        zeros=0,
-        seconds=run.seconds,
-        config={**config, "calibration_batches": run.samples.total},
-        notes=notes,
-    )
+def _record(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], saliency: ExpertSaliency) -> None:
+    """Record the matrices of dropped experts as zeros."""
+    plan, mixture_of = run.plan, {mixture.experts: mixture for mixture in found}
+    for layer in plan.layers:
+        if layer.module not in mixture_of or layer.expert is None:
+            detail = "no matrix of a routed expert"
+            run.skipped[layer.name] = SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
+            continue
+        mixture = mixture_of[layer.module]
+        dropped, tokens = not keep[mixture.name][layer.expert], int(saliency.tokens(mixture)[layer.expert])
+        note = "dropped" if dropped else "padding counted" * (mixture.name in saliency.padding_counted)
+        record = PrunedLayer(layer.name, layer.shape, float(dropped), float(dropped), tokens, note)
+        run.layers[layer.name] = replace(record, siblings=layer.siblings, block=plan.inventory.blocks[layer.name])
+        if tokens < plan.config.min_expert_tokens:
+            run.few_tokens[layer.name] = tokens

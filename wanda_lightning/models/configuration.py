@@ -1,79 +1,79 @@
-"""Find the attributes of a model's configuration that hold a number on which the shapes depend."""
+"""Find the configuration that describes a model of transformers after its shapes have changed.
+
+No table of families says which attribute holds a number. Each attribute that has the old one is set to the new one, and
+the model is built on the meta device: an attribute is right if more shapes fit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import nn
 
-_MOST = 3  # attributes that change together
-
-Shapes = Mapping[str, torch.Size]
+_Shapes = Mapping[str, torch.Size]
 
 
-def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes in a model's state dict."""
-    return {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def pretrained_models(module: nn.Module) -> Iterator[Any]:
-    """Yield the models of transformers in a module that lie in no other one."""
-    from transformers import PreTrainedModel
-
-    if isinstance(module, PreTrainedModel):
-        yield module
-    else:
-        for child in module.children():
-            yield from pretrained_models(child)
-
-
-def find_change(model: Any, shapes: Shapes, old: int, new: int, word: str = "") -> Callable[[], None] | None:
-    """Return a function that changes a model's configuration, so that a new model has the given shapes.
-
-    The configuration is that of a model of transformers, `model.config`, with the configurations inside it. Few of its
-    attributes that are `old` become `new`: the first ones with which the model, built on the meta device, has exactly
-    these shapes. Attributes with `word` in their names are tried first.
+def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
+    """Adapt the configuration of each model of transformers that a model is or contains to the shapes of the model.
 
     Returns:
-        None if no attributes give the shapes.
+        Which configuration cannot describe them, empty if all do; and a function that undoes the changes.
     """
-    places = sorted(_places(model.config, old), key=lambda place: word not in place[-1])
-    for count in range(1, _MOST + 1):
-        for chosen in combinations(places, count):
-            trial = deepcopy(model.config)
-            _set(trial, chosen, new)
-            if _shapes_on_meta(type(model), trial) == shapes:
-                return lambda chosen=chosen: _set(model.config, chosen, new)  # type: ignore[misc]
-    return None
+    from transformers import PreTrainedModel
+
+    found = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    inner = {each for outer in found for each in outer.modules() if each is not outer}
+    outermost = [each for each in found if each not in inner]
+    before = [(config, name, value) for each in outermost for config, name, value in _attributes(each.config)]
+
+    def undo() -> None:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+    names = [f"{type(each.config).__name__} give {type(each).__name__}" for each in outermost if not _fit(each)]
+    return f"no attributes of {names[0]} its new shapes" if names else "", undo
 
 
-def _places(config: Any, number: int) -> Iterator[tuple[str, ...]]:
-    """Yield the names of all attributes with this value, each after the names of the configurations around it."""
+def _fit(model: Any) -> bool:
+    """Change the attributes with which more shapes fit; return whether all fit then."""
+    built, actual = _built(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    target = {name: actual[name] for name in built.keys() & actual.keys()}  # not what was added, such as buffers
+    pairs = {pair for name in target for pair in zip(built[name], target[name], strict=False)}
+    wrong = _wrong(built, target)
+    for config, name, value in [*_attributes(model.config)]:
+        for old, new in sorted(pairs) if wrong else ():
+            if old == value != new:
+                setattr(config, name, new)
+                fewer = _wrong(_built(model), target)
+                wrong, value = (fewer, new) if fewer < wrong else (wrong, value)
+                setattr(config, name, value)
+    return bool(target) and not wrong
+
+
+def _attributes(config: Any) -> Iterator[tuple[Any, str, int]]:
+    """Yield the whole numbers in a configuration and those inside it: the configuration, the name and the value."""
     from transformers import PreTrainedConfig
 
-    for key, value in vars(config).items():
+    for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from ((key, *inner) for inner in _places(value, number))
-        elif type(value) is int and value == number:
-            yield (key,)
+            yield from _attributes(value)
+        elif type(value) is int:
+            yield config, name, value
 
 
-def _set(config: Any, places: tuple[tuple[str, ...], ...], number: int) -> None:
-    for *outer, key in places:
-        inner = config
-        for name in outer:
-            inner = getattr(inner, name)
-        setattr(inner, key, number)
+def _built(model: Any) -> _Shapes:
+    """Return the shapes of a new model with the same configuration; none if its class cannot build it."""
+    from transformers.initialization import no_init_weights
 
-
-def _shapes_on_meta(model_class: Any, config: Any) -> Shapes:
-    """Return the shapes of a new model; none if its class cannot build it."""
     try:
-        with torch.device("meta"):
-            return shapes_of(model_class(config))
-    except Exception:  # whatever the class raises for numbers that do not fit together
+        with torch.device("meta"), no_init_weights():
+            return {name: x.shape for name, x in type(model)(deepcopy(model.config)).state_dict().items()}
+    except Exception:  # whatever the class raises for numbers that contradict each other
         return {}
+
+
+def _wrong(built: _Shapes, target: _Shapes) -> int:
+    return sum(built.get(name) != shape for name, shape in target.items())

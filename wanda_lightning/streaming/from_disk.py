@@ -165,11 +165,6 @@ def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> N
 
 def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROCESS) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
-    if config.pattern.drops_experts:
-        raise UserError(
-            f"{config.shown('pattern')} changes the shapes of the weights, but the model is read and written block by "
-            "block in its own shapes. Prune in memory."
-        )
     if config.reads_gradients and processes.world_size > 1:
         raise UserError(
             f"{config.shown('allocation')} with {config.shown('pattern')} reads gradients, which only a single "
@@ -178,6 +173,7 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
         )
     grams = config.sequential == "none" and "gram" in config.needs
     reasons = {
+        "pattern": (config.pattern.drops_experts, "", "'unstructured' or '2:4'"),
         "sequential": (grams, f" with {config.shown('solver')}", "'block' or 'layer'"),
         "allocation": ("gram" in config.allocation.needs, "", "'owl' or 'fisher'"),
         "recovery": (config.recovery.reads_batches, "", "'none' or 'reconstruct'"),
