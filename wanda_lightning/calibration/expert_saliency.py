@@ -69,8 +69,12 @@ class ExpertSaliency:
         x, *others = tensors_within((args, kwargs))
         indices = next((tensor for tensor in others if not tensor.is_floating_point()), None)
         try:
-            if indices is None:
-                x, norms, routed = _from_slabs(mixture.number, x, output)
+            if indices is None:  # all tokens once for each expert, zeros where they are not routed to it
+                if others or x.ndim != 2 or x.shape != output.shape:
+                    raise ValueError(f"its experts get {tuple(x.shape)} and no indices")
+                inputs, outputs = (each.unflatten(0, (mixture.number, -1)) for each in (x, output))
+                x, routed = inputs[0], inputs.any(dim=-1).T
+                norms = torch.linalg.vector_norm(outputs.float(), dim=-1).T
                 indices = torch.arange(mixture.number, device=x.device).expand_as(norms)
             else:
                 norms = _from_indices(module, args, kwargs, output, indices)
@@ -113,15 +117,3 @@ def _from_indices(experts: nn.Module, args: Any, kwargs: Any, output: Tensor, in
     if error > 0.05 * size:  # False for NaN, which is refused later
         raise ValueError("its output is not the sum over the experts of a token")
     return torch.stack([torch.linalg.vector_norm(each.float(), dim=-1).flatten() for each in added], dim=1)
-
-
-def _from_slabs(number: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Read experts that get all tokens once for each expert, zeros where they are not routed to it.
-
-    Returns:
-        Tokens (tokens, d), the norms (tokens, experts) of what the experts return, and which tokens are routed to them.
-    """
-    if len(x) % number or x.ndim != 2 or x.shape != output.shape:
-        raise ValueError(f"its experts get {tuple(x.shape)} and return {tuple(output.shape)}")
-    inputs, outputs = (tensor.unflatten(0, (number, -1)) for tensor in (x, output))
-    return inputs[0], torch.linalg.vector_norm(outputs.float(), dim=-1).T, inputs.any(dim=-1).T

@@ -24,8 +24,9 @@ from wanda_lightning.models.removable_units import Units
 _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm}
 
 
-def _lowest(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).min / 2  # finite, because a router may multiply it by 0
+def _lowered(tensor: Tensor, experts: Units) -> Tensor:
+    lowest = torch.finfo(tensor.dtype).min / 2  # finite, because a router may multiply it by 0
+    return tensor.masked_fill(experts.to(tensor.device), lowest)
 
 
 class _Lower(TorchFunctionMode):
@@ -38,7 +39,7 @@ class _Lower(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and result.shape[-1] == len(self._experts):
-            return result.masked_fill(self._experts.to(result.device), _lowest(result))
+            return _lowered(result, self._experts)
         return result
 
 
@@ -46,15 +47,15 @@ class _Lower(TorchFunctionMode):
 def unroutable(mixture: Mixture, experts: Units) -> Iterator[None]:
     """Give these experts the lowest logits and biases in this block."""
 
-    def lowered(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with _Lower(experts):
             return forward(*args, **kwargs)
 
     with ExitStack() as stack:
         for router in mixture.routers:
-            stack.enter_context(patched(router, "forward", partial(lowered, router.forward)))
+            stack.enter_context(patched(router, "forward", partial(run, router.forward)))
         for tensor in (slot.tensor.detach() for slot in mixture.slots):
             if tensor.numel() == mixture.number and tensor.is_floating_point():  # for example a bias of the router
                 stack.callback(tensor.copy_, tensor.clone())
-                tensor.view(-1)[experts.to(tensor.device)] = _lowest(tensor)
+                tensor.copy_(_lowered(tensor.flatten(), experts).view_as(tensor))
         yield

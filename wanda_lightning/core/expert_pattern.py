@@ -23,10 +23,6 @@ class Experts(Pattern):
 
     drops_experts: ClassVar[bool] = True
 
-    def sparsity_steps(self, d_out: int, d_in: int) -> int:
-        """Return the number of experts in a group."""
-        return d_in
-
     def kept(self, number: int, sparsity: float) -> int:
         """Return how many of `number` experts are kept; the nearest number, which may be none or all.
 

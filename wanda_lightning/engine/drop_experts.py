@@ -86,12 +86,13 @@ def _find(plan: Plan) -> list[Mixture]:
             f"of modules does not count) and a router with one row for each of them. {_OTHERS}"
         )
     sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
-    problems = [f"{name} has {number} in {counted(groups, 'group')}" for (number, groups), name in sizes.items()]
-    user = [matrix.name for matrix in plan.inventory.skipped_for(SkipReason.USER)]
-    left_out = [name for name in user if name.startswith(tuple(f"{mixture.prefix}." for mixture in found))]
-    if len(sizes) > 1 or left_out:
-        problem = f"skip or only leaves out {left_out[0]}" if left_out else " and ".join(problems)
-        raise UserError(f"{shown} drops the same number of experts in every layer, but {problem}. {_OTHERS}")
+    texts = [f"{name} has {number} in {counted(groups, 'group')}" for (number, groups), name in sizes.items()]
+    problems = [" and ".join(texts)] if len(sizes) > 1 else []
+    experts = tuple(f"{mixture.prefix}." for mixture in found)
+    left_out = (matrix.name for matrix in plan.inventory.skipped_for(SkipReason.USER))
+    problems += [f"skip or only leaves out {name}" for name in left_out if name.startswith(experts)]
+    if problems:
+        raise UserError(f"{shown} drops the same number of experts in every layer, but {problems[0]}. {_OTHERS}")
     assert isinstance(pattern, Experts)
     size, sparsity = found[0].number // found[0].groups, plan.config.sparsity
     kept = pattern.kept(size, sparsity)
@@ -115,8 +116,8 @@ def _observe(run: Run, found: Sequence[Mixture]) -> ExpertSaliency:
     run.samples.refuse_if_empty()
     saliency.all_reduce(processes)
     for mixture in found:
-        reached, finite = saliency.tokens(mixture).any(), saliency(mixture).isfinite().all()
-        if not reached or not finite:
+        reached = saliency.tokens(mixture).any()
+        if not reached or not saliency(mixture).isfinite().all():
             problem = "return NaN or infinity" if reached else "get no token except padding"
             raise UserError(
                 f"batches must give finite activations in all layers, but the experts of {mixture.name} {problem}. "

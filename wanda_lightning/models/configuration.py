@@ -27,11 +27,11 @@ def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
     found = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
     inner = {each for outer in found for each in outer.modules() if each is not outer}
     outermost = [each for each in found if each not in inner]
-    before = [(config, name, value) for each in outermost for config, name, value in _attributes(each.config)]
+    before = [attribute for each in outermost for attribute in _attributes(each.config)]
 
     def undo() -> None:
-        for config, name, value in before:
-            setattr(config, name, value)
+        for attribute in before:
+            setattr(*attribute)
 
     names = [f"{type(each.config).__name__} give {type(each).__name__}" for each in outermost if not _fit(each)]
     return f"no attributes of {names[0]} its new shapes" if names else "", undo
