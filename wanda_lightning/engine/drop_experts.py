@@ -157,6 +157,7 @@ def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: 
 def _record(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], saliency: ExpertSaliency) -> None:
     """Record the matrices of dropped experts as zeros."""
     plan, mixture_of = run.plan, {mixture.experts: mixture for mixture in found}
+    counted_experts = set[object]()
     for layer in plan.layers:
         if layer.module not in mixture_of or layer.expert is None:
             detail = "no matrix of a routed expert"
@@ -167,5 +168,6 @@ def _record(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], salie
         note = "dropped" if dropped else "padding counted" * (mixture.name in saliency.padding_counted)
         record = PrunedLayer(layer.name, layer.shape, float(dropped), float(dropped), tokens, note)
         run.layers[layer.name] = replace(record, siblings=layer.siblings, block=plan.inventory.blocks[layer.name])
-        if tokens < plan.config.min_expert_tokens:
+        if tokens < plan.config.min_expert_tokens and (layer.module, layer.expert) not in counted_experts:
             run.few_tokens[layer.name] = tokens
+        counted_experts.add((layer.module, layer.expert))  # which may have several matrices
