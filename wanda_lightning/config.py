@@ -101,6 +101,7 @@ class PruningConfig:
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: `unstructured`, N:M such as `2:4`, which keeps N of every M weights, or
                 `structured`: they fill whole hidden units, which `shrink` takes out; `sparsity` is a fraction of units.
+                `experts` takes that fraction of the experts out of each layer of a mixture of experts.
                 `"unstructured"` compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"`
                 compare as they say; `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
@@ -120,6 +121,8 @@ class PruningConfig:
         """
         _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
         base: methods.Method = methods.Method() if method is None else _named("method", method)
+        if method in methods.PRESETS and resolve_pattern(pattern).drops_experts:
+            base = methods.Method()  # presets choose how weights are pruned
         chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
         if chosen_pattern.prunes_units and solver is None and (method is None or method in methods.PRESETS):
             chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
@@ -165,6 +168,12 @@ class PruningConfig:
                 raise UserError(
                     f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it compares single "
                     f"weights, not hidden units. Choose {option} from {', '.join(fitting)}."
+                )
+        for option in ("criterion", "allocation", "solver", "recovery") if self.pattern.drops_experts else ():
+            if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
+                raise UserError(
+                    f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it is about "
+                    f"weights, and whole experts are dropped by a score of their own. Leave {option} out."
                 )
         if reason := self.permutation.why_not(self.pattern):
             raise UserError(
@@ -215,7 +224,8 @@ class PruningConfig:
     def data_reader(self) -> str | None:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
-        reading = [option for option in choices if _reads_data(getattr(self, option))]
+        reading = ["pattern"] if self.pattern.drops_experts else []
+        reading += [option for option in choices if _reads_data(getattr(self, option))]
         reading += ["pattern"] if self.pattern.weigh_rows or self.pattern.prunes_units else []
         return self.shown(reading[0]) if reading else None
 

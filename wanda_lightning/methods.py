@@ -31,6 +31,7 @@ PATTERNS: Mapping[str, Callable[[], Pattern]] = {
     "unstructured_layer_weighted": lambda: wl.Unstructured(group="layer", weigh_rows=True),
     "equal_share": lambda: wl.EqualShare(),
     "structured": lambda: wl.Structured(),
+    "experts": lambda: wl.Experts(),
     "2:4": lambda: wl.NM(n=2, m=4),
     "4:8": lambda: wl.NM(n=4, m=8),
 }

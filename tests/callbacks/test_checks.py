@@ -1,9 +1,12 @@
 """What a pruning callback refuses or warns of before training starts."""
 
+import lightning as L
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import Manual, Net, SaveAt, Steps, TwoOptimizers, all_at, loader, same, share_of_zeros, trainer
+from support.zoo import ZOO
 
 from wanda_lightning import CubicSchedule, WandaPrune
 
@@ -91,3 +94,50 @@ class TestTwoCallbacks:
         with pytest.raises(RuntimeError, match=r"more than one stateful callback of type `WandaPrune`.*documentation"):
             getattr(trainer(first, second, max_steps=1), loop)(module, loader())
         assert same(module, Net())
+
+
+class TestExperts:
+    """They leave the model, so its optimizer must not hold it yet."""
+
+    class Routed(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = ZOO["mixtral"].build().train()
+
+        def forward(self, ids):
+            return self.net(ids).logits
+
+        def step(self, batch):
+            loss = self(batch[0]).square().mean()
+            self.log("val_loss", loss)
+            return loss
+
+        def training_step(self, batch, index):
+            return self.step(batch)
+
+        def validation_step(self, batch, index):
+            self.step(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def data(self):
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(32, (24, 8))), batch_size=4)
+
+    def test_are_not_dropped_when_training_starts(self):
+        module = self.Routed()
+        with pytest.raises(
+            MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"
+        ):
+            trainer(WandaPrune(0.5, pattern="experts", num_samples=24), max_epochs=1).fit(module, self.data())
+        assert same(module, self.Routed())
+
+    def test_are_dropped_before_an_evaluation_and_then_the_rest_can_train(self):
+        module, callback = self.Routed(), WandaPrune(0.5, pattern="experts", num_samples=24)
+        trainer(callback).validate(module, self.data(), verbose=False)
+        assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
+        trainer(callback).validate(module, self.data(), verbose=False)  # not a second time
+        assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
+        before = module.net.model.layers[0].mlp.gate.weight.clone()
+        trainer(callback, max_epochs=1).fit(module, self.data())
+        assert not torch.equal(module.net.model.layers[0].mlp.gate.weight, before)

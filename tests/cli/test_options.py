@@ -147,6 +147,7 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
         (["--solver", "sparsegpt"], "sparsegpt"),
         (["--method", "wanda", "--criterion", "magnitude"], "magnitude"),
         (["--recovery", "distil"], "wanda_distil"),
+        (["--pattern", "experts"], "reap"),
         (["--method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
     ],
 )

@@ -29,6 +29,7 @@ from support.pairwise import pairwise
 
 from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, DenseLayer, Fisher, PerLayer
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Saliency, Wanda
+from wanda_lightning.core.expert_pattern import Experts
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Structured, Unstructured
 from wanda_lightning.core.permutation import Assignment
@@ -82,6 +83,8 @@ def assert_counts(pattern, keep, sparsity):
             kept = reference.kept_units(d_in, sparsity, multiple_of)
             assert (keep == keep[0]).all()
             assert keep[0].sum().item() == kept
+        case Experts():  # a row has the experts of one group
+            assert (~keep).sum(dim=1).tolist() == [d_in - round(d_in * (1 - sparsity))] * d_out
         case _:
             raise NotImplementedError(f"write here how many weights {pattern} prunes")
 

@@ -106,6 +106,12 @@ def test_uneven_and_empty_shares(pair, sequential):
         check(pair, "plain_mlp", shares, sequential=sequential)
 
 
+@pytest.mark.parametrize("shares", [None, ((0, 1), ()), ((), (0, 1))])
+def test_experts(pair, shares):
+    report = check(pair, "mixtral_padded", shares, pattern="experts", sparsity=0.25)
+    assert sum(layer.note == "dropped" for layer in report.layers) == 4
+
+
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_a_process_may_have_no_batch_at_a_unit(pair, sequential):
     check(pair, "routed", sequential=sequential)

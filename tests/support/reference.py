@@ -5,6 +5,7 @@ Nothing here is shared with the package. `keep` arrays are True where a weight s
 
 import numpy as np
 
+from wanda_lightning.core.expert_pattern import Experts
 from wanda_lightning.core.patterns import NM, EqualShare, Structured, Unstructured
 
 
@@ -245,6 +246,8 @@ def keep(pattern, scores, sparsity):
             return keep_equal_share(scores, sparsity)
         case Structured(multiple_of=multiple_of, columns=columns):
             return keep_units(scores, sparsity, multiple_of, columns)
+        case Experts():
+            return keep_largest(scores, round(scores.shape[1] * (1 - sparsity)))
     raise NotImplementedError(f"write the slow version of {pattern} in tests/support/reference.py")
 
 

@@ -85,12 +85,12 @@ class BlockRuns:
             for index, record in enumerate(self._records)
         )
 
-    def same_after(self, change: Callable[[], None], reader: Layer, columns: Tensor) -> bool:
-        """Run the first call, take units out of the block, and run it again: whether it computes the same.
+    def same_after(self, change: Callable[[], None], read: tuple[Layer, Tensor] | None = None) -> bool:
+        """Run the first call, take something out of the block, and run it again: whether it computes the same.
 
-        Its results must be the same, and the inputs of the reader those that it had in some columns, since a residual
-        stream or a small scale could hide a difference. A block whose shapes no longer fit raises whatever its model
-        raises; it does not compute the same.
+        `read` is a layer, and which of its inputs it had before it still has: they must be the same, too, since a
+        residual stream or a small scale could hide a difference from the results. A block whose shapes no longer fit
+        raises whatever its model raises; it does not compute the same.
         """
         before = self._run_again(0, with_inputs=True)
         change()
@@ -100,11 +100,12 @@ class BlockRuns:
             return False
         buffers = len(list(self._block.buffers()))  # the last results; they may have other shapes now
         kept, left = (record.results[: len(record.results) - buffers] for record in (before, after))
-        read, reads = ([reader.tokens(x) for x in record.inputs.get(reader.module, ())] for record in (before, after))
-        return (
-            _all_same(kept, left, before.eps)
-            and len(read) == len(reads)
-            and all(self.same_columns(x[:, columns.to(x.device)], y) for x, y in zip(read, reads, strict=True))
+        return _all_same(kept, left, before.eps) and (read is None or self._reads_same(*read, before, after))
+
+    def _reads_same(self, layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
+        x, y = ([layer.tokens(each) for each in record.inputs.get(layer.module, ())] for record in (before, after))
+        return len(x) == len(y) and all(
+            self.same_columns(old[:, columns.to(old.device)], new) for old, new in zip(x, y, strict=True)
         )
 
     def same_columns(self, x: Tensor, y: Tensor) -> bool:

@@ -35,6 +35,11 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
         return
     if calibrate_on != "validation":
         raise UserError(f"calibrate_on must be one of calibration, validation, but it is {calibrate_on!r}.")
+    if config.pattern.drops_experts:
+        raise UserError(
+            f"calibrate_on='validation' collects statistics of weights, but {config.shown('pattern')} needs a pass of "
+            "its own. Use calibrate_on='calibration'."
+        )
     if config.sequential != "none" or dataloader is not None:
         raise UserError(
             "calibrate_on='validation' runs the dense model on the validation batches, so it needs sequential='none' "
@@ -56,6 +61,15 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
         raise UserError(
             f"calibrate_on='validation' keeps no batches, but {config.shown('recovery')} trains on them. "
             "Use calibrate_on='calibration'."
+        )
+
+
+def refuse_experts_in_training(config: PruningConfig, state: PruningState) -> None:
+    """Raise an error if experts would be dropped while an optimizer holds the parameters."""
+    if config.pattern.drops_experts and state.share < 1:
+        raise MisconfigurationException(
+            f"{config.shown('pattern')} replaces parameters by smaller ones, which the optimizer would not see. Drop "
+            "experts before training, with prune(model, batches, ...) or trainer.validate."
         )
 
 

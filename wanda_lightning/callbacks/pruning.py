@@ -177,6 +177,7 @@ class PruningCallback(ZerosCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
+        checks.refuse_experts_in_training(self.config, self._state)
         checks.refuse_late_stages(self._schedule(trainer), trainer)
         if self.calibrate_on == "validation":
             checks.refuse_fit_without_validation(trainer)

@@ -238,6 +238,8 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
     @property
     def name(self) -> str:
         """The label of the results: the method, and the choices that replace its own."""
+        if self.pattern == "experts":
+            return "reap"
         method = None if self.method == "wanda" and (self.criterion or self.solver) else self.method
         names = (method, self.criterion, self.solver, self.allocation, self.recovery)
         return "_".join(name for name in names if name is not None)

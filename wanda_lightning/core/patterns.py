@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -45,9 +45,11 @@ class Pattern(ABC):
 
     Attributes:
         weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared.
+        drops_experts: Whether whole experts leave the model instead of weights that become zero.
     """
 
     weigh_rows: bool = False
+    drops_experts: ClassVar[bool] = False
 
     @property
     def spans_rows(self) -> bool:

@@ -191,7 +191,7 @@ class _Search:
         with units.restored():
             units.zero(~keep)
             columns = keep.repeat(units.columns)
-            return self._agree(runs.is_empty or runs.same_after(lambda: units.take(keep), units.reader, columns))
+            return self._agree(runs.is_empty or runs.same_after(lambda: units.take(keep), (units.reader, columns)))
 
     def _agree(self, answer: bool) -> bool:
         """Whether all processes answer yes."""

@@ -58,10 +58,10 @@ def _few_expert_tokens(run: Run) -> Note | None:
     if not few:
         return None
     least = min(few, key=lambda name: run.layers[name].tokens)
+    use = "scored by these" if run.plan.config.pattern.drops_experts else "pruned with the statistics of all experts"
     return Note(
         f"{_layers(few, 'expert')} received fewer than {max(1, run.plan.config.min_expert_tokens)} tokens, {least} "
-        f"fewest: {run.layers[least].tokens}. They are pruned with the statistics of all experts: give more "
-        "calibration samples"
+        f"fewest: {run.layers[least].tokens}. They are {use}: give more calibration samples"
     )
 
 

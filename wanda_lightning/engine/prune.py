@@ -20,6 +20,7 @@ from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.coupling import couple
+from wanda_lightning.engine.drop_experts import drop_experts
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.reporting import make_report
@@ -107,9 +108,11 @@ def prune_as(
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader, store.make_parking)
         run = Run(plan, samples, store, progress and processes.rank == 0, seconds, not_corrected=not_corrected)
-        allocate_first = not plan.is_one_pass or config.reads_gradients
+        allocate_first = (not plan.is_one_pass or config.reads_gradients) and not config.pattern.drops_experts
         if config.data_reader and (allocate_first or config.recovery.reads_batches):
             samples.read_all(run.progress)  # the batches run several times, or side by side
+    if config.pattern.drops_experts:
+        return drop_experts(run)
     if config.permutation.reads_batches:
         with run.timed("permute"), pruning_mode(model):
             run.permuted = permute(run)

@@ -18,7 +18,7 @@ from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
 from wanda_lightning.report import Measured, PruningReport, Run
-from wanda_lightning.report.descriptions import choices_of, method_in_words
+from wanda_lightning.report.descriptions import choices_of, fate, method_in_words
 from wanda_lightning.report.metrics import METRICS, TOP1
 from wanda_lightning.report.page import write_report
 
@@ -213,7 +213,7 @@ def _summary(report: PruningReport, run: Run, source: Source, trained_steps: int
     trained = f" The same run trained it for {counted(trained_steps, 'step')}." if trained_steps else ""
     return (
         f"{base or 'A model'}, pruned with wanda_lightning: {report.sparsity:.2%} of the weights in "
-        f"{counted(len(report.layers), 'layer')} are zero, which is {report.model_sparsity:.2%} of all "
+        f"{counted(len(report.layers), 'layer')} {fate(report.config)}, which is {report.model_sparsity:.2%} of all "
         f"{count(report.parameters)} parameters.{trained}"
     )
 

@@ -26,13 +26,18 @@ def verdict(report: ReportData) -> str:
     """Return a summary in two sentences: the pruning, and its effect on the metric."""
     text = (
         f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
-        f"the weights in {counted(len(report.layers), 'layer')} are zero, {report.model_sparsity:.2%} of all "
-        f"{count(report.parameters)} parameters."
+        f"the weights in {counted(len(report.layers), 'layer')} {fate(report.config)}, {report.model_sparsity:.2%} of "
+        f"all {count(report.parameters)} parameters."
     )
     run = report.run
     if run is None or run.after is None:
         return f"{text} The effect on the predictions was not measured."
     return " ".join([text, *(change_of(METRICS[run.metric], each) for each in run.results)])
+
+
+def fate(config: Mapping[str, Any]) -> str:
+    """Return what has become of the pruned weights."""
+    return "were taken out" if choice_of(config, "pattern") == "Experts" else "are zero"
 
 
 def change_of(metric: Metric, result: Measured) -> str:

@@ -33,7 +33,7 @@ def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
     modeling file that `write_modeling_file` writes.
 
     Returns:
-        What a user must know about it, and a function that undoes the change.
+        Why no ordinary configuration describes a model, empty if one does; and a function that undoes the change.
     """
     from transformers import PreTrainedModel
 
@@ -46,7 +46,7 @@ def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
         for module, name, old in replaced:
             setattr(module, name, old)
 
-    return " ".join(filter(None, map(_fit, outermost))), undo
+    return "; ".join(filter(None, map(_fit, outermost))), undo
 
 
 def _own_configuration(model: Any) -> list[tuple[nn.Module, str, Any]]:
@@ -69,11 +69,11 @@ def family_of(model: nn.Module) -> Any:
 
 def _fit(model: Any) -> str:
     """Change the configuration of a model so that it gives the shapes of the model."""
-    family, target = family_of(model), _shapes(model)
-    config = copy.deepcopy(model.config)
+    family, config = family_of(model), copy.deepcopy(model.config)
     for each in (config, model.config):
         for name in {SHAPES, NUMBERS} & vars(each).keys():
             delattr(each, name)
+    target = _of_family(_shapes(model), family, config)
     wrong = _wrong(family, config, target)
     while wrong:
         tried = []
@@ -112,10 +112,7 @@ def _store_shapes(model: Any, family: Any, wrong: _Wrong) -> str:
             numbers[name] = found
     setattr(model.config, SHAPES, {name: list(right) for name, (_, right) in wrong.items()})
     setattr(model.config, NUMBERS, numbers)
-    return (
-        f"No configuration of {family.__name__} gives the new widths ({names}), so a saved folder has a modeling file "
-        "of its own and loads with trust_remote_code=True."
-    )
+    return f"no configuration of {family.__name__} gives the new numbers ({names})"
 
 
 def _options(config: Any, pairs: Mapping[tuple[int, int], None]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -155,7 +152,16 @@ def _wrong(family: Any, config: Any, target: Shapes) -> _Wrong:
         built = _shapes(_built(family, config))
     except Exception:  # whatever the family raises for values that contradict each other
         return {name: ((), shape) for name, shape in target.items()}
-    return {name: (built[name], shape) for name, shape in target.items() if built.get(name, shape) != shape}
+    return {name: (built.get(name, ()), shape) for name, shape in target.items() if built.get(name) != shape}
+
+
+def _of_family(shapes: Shapes, family: Any, config: Any) -> Shapes:
+    """Return the shapes of the tensors that the family has, too, if it can be built."""
+    try:
+        built = _shapes(_built(family, config))
+    except Exception:  # whatever the family raises
+        return shapes
+    return {name: shape for name, shape in shapes.items() if name in built}
 
 
 def _built(family: Any, config: Any) -> nn.Module:

@@ -35,7 +35,7 @@ class Shrunk:
     one_sided: int = 0  # units that stay, since they are zero on one side only
     unproven: int = 0  # units that stay, since the model did not compute the same without them
     parameters: tuple[int, int] = (0, 0)  # before and after
-    configuration: str = ""  # how the configuration of the model describes it now
+    misfit: str = ""  # why no ordinary configuration describes the smaller model
 
     @property
     def units(self) -> int:
@@ -67,7 +67,12 @@ class Shrunk:
                 f" {counted(self.unproven, 'unit')} stay, although they are zero on both sides: the batch did not "
                 "reach their layers, or the model did not compute the same without them."
             )
-        return f"{text} {self.configuration}".strip()
+        if self.misfit:
+            text += (
+                " A saved folder has a modeling file of its own and loads with trust_remote_code=True, because "
+                f"{self.misfit}."
+            )
+        return text
 
 
 def shrink(model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None) -> Shrunk:
@@ -130,7 +135,7 @@ def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | N
                 search.count(layer, block)
         result = search.result
         if result.layers:
-            result.configuration, undo = fit_configuration(model)
+            result.misfit, undo = fit_configuration(model)
             search.undo.append(undo)
     except BaseException:
         _undo_all(search.undo)

@@ -173,6 +173,7 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
         )
     grams = config.sequential == "none" and "gram" in config.needs
     reasons = {
+        "pattern": (config.pattern.drops_experts, "", "'unstructured' or '2:4'"),
         "sequential": (grams, f" with {config.shown('solver')}", "'block' or 'layer'"),
         "allocation": ("gram" in config.allocation.needs, "", "'owl' or 'fisher'"),
         "recovery": (config.recovery.reads_batches, "", "'none' or 'reconstruct'"),

@@ -62,7 +62,7 @@ def shrink_from_disk(
         stream = _Stream(Checkpoint(where, dtype), folder)
         stream.run()
         stream.result.refuse_nothing()
-        stream.result.configuration, _ = fit_configuration(stream.model)
+        stream.result.misfit, _ = fit_configuration(stream.model)
         write_modeling_file(stream.model, folder)
         stream.finish()
         if (tokenizer := load_own_tokenizer(where)) is not None:

@@ -1,0 +1,326 @@
+"""Whole experts leave a mixture; what is left equals the model in which they cannot be chosen."""
+
+import copy
+import re
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from support import families
+from support.mixtures import NUMBERS, blocks, build, cannot_be_chosen, slow_saliency
+from support.refusals import Untouched, refusal
+from support.samples import samples_of
+from support.zoo import ZOO, run, seeded
+from torch import nn
+
+from wanda_lightning import Experts, PruningConfig, WandaPrune, prune, prune_from_disk
+from wanda_lightning.calibration.expert_saliency import ExpertSaliency
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.models.mixtures import mixtures
+
+EVERY_FAMILY = pytest.mark.parametrize("name", NUMBERS)
+
+
+def batches_of(name):
+    return ZOO["mixtral_padded"].batches()
+
+
+def dropped_in(report):
+    """The dropped experts by block, from the records of their last matrices."""
+    found = {}
+    for layer in report.layers:
+        block, _, rest = layer.name.partition(".experts.")
+        if layer.note == "dropped":
+            found.setdefault(block, set()).add(int(re.search(r"\d+", rest)[0]))
+    return {block: sorted(indices) for block, indices in found.items()}
+
+
+def outputs(model, batches):
+    with torch.no_grad():
+        return [run(model, batch) for batch in batches]
+
+
+def logits(model, batches):
+    return [out.logits if hasattr(out, "logits") else out for out in outputs(model, batches)]
+
+
+@EVERY_FAMILY
+def test_the_saliency_is_that_of_a_loop_over_tokens(name):
+    model, batches = build(name), batches_of(name)
+    saliency = ExpertSaliency(list(mixtures(model)))
+    with pruning_mode(model):
+        for sample in samples_of(model, batches):
+            with saliency.collect(sample):
+                sample.forward()
+    expected = slow_saliency(name, model, batches)
+    assert {mixture.name for mixture in mixtures(model)} == expected.keys()
+    assert not saliency.padding_counted
+    for mixture in mixtures(model):
+        slow = [expected[mixture.name].get(index, (0.0, 0)) for index in range(mixture.number)]
+        assert saliency.tokens(mixture).tolist() == [count for _, count in slow]
+        assert saliency(mixture).tolist() == pytest.approx([mean for mean, _ in slow], rel=1e-4)
+        assert saliency.per_token[mixture.name] == 2
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+@EVERY_FAMILY
+def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(name, sparsity, tmp_path):
+    model, batches = build(name), batches_of(name)
+    dense, expected = copy.deepcopy(model), slow_saliency(name, model, batches)
+    report = prune(model, batches, sparsity, pattern="experts", progress=False)
+    dropped = dropped_in(report)
+
+    number = 8
+    groups = 2 if name == "deepseek_v3" else 1
+    for block, means in expected.items():
+        order = sorted(range(number), key=lambda index: means.get(index, (0.0, 0))[0])
+        of_groups = [[index for index in order if index * groups // number == group] for group in range(groups)]
+        assert dropped[block] == sorted(i for group in of_groups for i in group[: int(sparsity * len(group))])
+
+    with cannot_be_chosen(dense, dropped):
+        before = logits(dense, batches)
+    after = logits(model, batches)
+    for x, y in zip(before, after, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert not any(torch.allclose(x, y) for x, y in zip(logits(dense, batches), after, strict=True))
+
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (dense, model)]
+    assert (report.parameters, report.zeros) == (sizes[0], sizes[0] - sizes[1])
+    assert report.sparsity == sparsity
+    assert getattr(model.config, NUMBERS[name]) == number * (1 - sparsity)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    for x, y in zip(after, logits(loaded.eval(), batches), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_an_expert_that_the_bias_of_the_router_prefers_can_leave():
+    model, batches = build("deepseek_v3"), batches_of("deepseek_v3")
+    with torch.no_grad():
+        for block in blocks(model).values():
+            block.gate.e_score_correction_bias[5] = 3
+            block.experts.down_proj[5] *= 1e-3
+    dense = copy.deepcopy(model)
+    dropped = dropped_in(prune(model, batches, 0.25, pattern="experts", progress=False))
+    assert all(5 in indices for indices in dropped.values())
+    with cannot_be_chosen(dense, dropped):
+        before = logits(dense, batches)
+    for x, y in zip(before, logits(model, batches), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_everything_that_counts_experts_knows_the_new_number():
+    model, batches = build("mixtral"), batches_of("mixtral")
+    prune(model, batches, 0.25, pattern=Experts(), progress=False)
+    assert {module.num_experts for module in model.modules() if hasattr(module, "num_experts")} == {6}
+    ids = batches[0]["input_ids"]
+    result = model.train()(ids, labels=ids, output_router_logits=True)
+    result.loss.backward()  # the loss that balances the experts, too
+    assert result.router_logits[0].shape[-1] == 6
+    assert model.model.layers[0].mlp.experts.down_proj.grad.shape[0] == 6
+
+
+def test_a_model_inside_another_module_and_a_preset():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):
+            return self.model(input_ids).logits
+
+    alone, inside = build("qwen3_moe"), Wrapper(build("qwen3_moe"))
+    batches = ZOO["qwen3_moe"].batches()
+    prune(alone, batches, 0.25, pattern="experts", progress=False)
+    prune(inside, batches, 0.25, pattern="experts", method="best", progress=False)
+    assert inside.model.config.num_experts == 6
+    assert all(torch.equal(x, y) for x, y in zip(alone.parameters(), inside.model.parameters(), strict=True))
+
+
+def test_nothing_is_dropped_at_sparsity_0():
+    model = build("mixtral")
+    before = copy.deepcopy(model.state_dict())
+    report = prune(model, batches_of("mixtral"), 0.0, pattern="experts", progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.num_local_experts == 8
+    assert report.zeros == 0
+
+
+def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
+    model = build("mixtral")
+    gate = model.model.layers[0].mlp.gate
+    gate.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
+    with torch.no_grad():
+        gate.weight[2] = -10
+    report = prune(model, batches_of("mixtral"), 0.25, pattern="experts", progress=False)
+    assert 2 in dropped_in(report)["model.layers.0.mlp"]
+    assert [each.tokens for each in report.layers if each.name == "model.layers.0.mlp.experts.down_proj.2"] == [0]
+    few = {(each.block, re.search(r"\d+$", each.name)[0]) for each in report.layers if each.tokens < 32}
+    assert any(note.startswith(f"{len(few)} experts received fewer than 32 tokens, ") for note in report.notes)
+
+
+# ---- refusals, each of which leaves the model as it was
+
+
+def adapted():
+    model = build("mixtral")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def unequal():
+    model = build("mixtral")
+    model.model.layers[1].mlp = build("mixtral", experts=4).model.layers[1].mlp
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "sparsity", "choices", "message"),
+    [
+        (ZOO["llama"].build, 0.25, {}, "pattern='experts' needs a mixture of experts, but no module"),
+        (ZOO["expert_list"].build, 0.25, {}, r"experts in stacked parameters \(a list of modules does not count\)"),
+        (adapted, 0.25, {}, r"needs whole layers, but the model has adapters\. Merge adapters first"),
+        (
+            unequal,
+            0.25,
+            {},
+            r"in every layer, but model\.layers\.0\.mlp has 8 in 1 group and \S+1\.mlp has 4 in 1 group",
+        ),
+        (lambda: build("mixtral"), 0.05, {}, r"sparsity=0\.05 .* drops none of the 8 experts\. Choose at least 0\.125"),
+        (lambda: build("mixtral"), 0.97, {}, r"drops all of the 8 experts\. .* at most 0\.875"),
+        (lambda: build("deepseek_v3"), 0.1, {}, "drops none of the 4 experts in each of the 2 groups"),
+        (
+            lambda: build("mixtral"),
+            0.25,
+            {"skip": "*.0.mlp.experts.*"},
+            r"skip or only leaves out model\.layers\.0\.mlp\.experts\.",
+        ),
+        (lambda: build("mixtral"), 0.25, {"only": "*.q_proj"}, r"skip or only leaves out .*experts"),
+    ],
+)
+def test_is_refused_before_a_batch_is_read(make, sparsity, choices, message):
+    assert re.search(message, refusal(make(), Untouched(), sparsity, pattern="experts", **choices))
+
+
+@EVERY_FAMILY
+def test_fewer_experts_than_a_token_needs_are_refused(name):
+    sparsity, left = (
+        (0.75, r"2 of 8 experts \(1 in each of its 2 groups\)") if name == "deepseek_v3" else (0.875, "1 of 8")
+    )
+    message = refusal(build(name), batches_of(name), sparsity, pattern="experts")
+    assert re.search(rf"leaves {left}.* without the others model\.layers\.\d\.\S+ .* a token may need more", message)
+
+
+def test_groups_with_too_few_experts_for_a_token_are_refused():
+    model = build("deepseek_v3", num_experts_per_tok=3)  # from one group of four
+    message = refusal(model, batches_of("deepseek_v3"), 0.5, pattern="experts")
+    assert "leaves 4 of 8 experts (2 in each of its 2 groups)" in message
+    assert "a token may need more experts" in message
+
+
+def test_experts_that_are_used_in_another_way_are_refused():
+    class Fallback(type(build("mixtral").model.layers[1].mlp)):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) + self.experts.down_proj[7].sum()
+
+    model = build("mixtral")
+    model.model.layers[1].mlp.__class__ = Fallback
+    message = refusal(model, batches_of("mixtral"), 0.5, pattern="experts")
+    assert re.search(r"model\.layers\.1\.mlp \(Fallback\) computes something else", message)
+
+
+def test_a_configuration_without_the_number_is_refused():
+    class Fixed(hf.MixtralForCausalLM):
+        def __init__(self, config):
+            config.num_local_experts = 8
+            super().__init__(config)
+
+    model = Fixed(build("mixtral").config).eval()
+    message = refusal(model, batches_of("mixtral"), 0.25, pattern="experts")
+    assert "no configuration of Fixed gives the new numbers (6)" in message
+    assert model.config.num_local_experts == 8
+
+
+def test_a_mixture_that_no_batch_reaches_is_refused():
+    model = build("mixtral")
+    empty = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
+    assert "the experts of model.layers.0.mlp get no token except padding" in refusal(
+        model, empty, 0.25, pattern="experts"
+    )
+
+
+def test_activations_that_are_not_finite_are_refused():
+    model = build("mixtral")
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
+    message = refusal(model, batches_of("mixtral"), 0.25, pattern="experts")
+    assert "the experts of model.layers.1.mlp return NaN or infinity" in message
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"criterion": "magnitude"},
+        {"allocation": "owl"},
+        {"solver": "admm", "criterion": None},
+        {"recovery": "distil"},
+        {"method": "sparsegpt"},
+        {"permutation": "assignment"},
+    ],
+)
+def test_choices_about_weights_are_refused(choices):
+    with pytest.raises(ValueError, match=r"cannot be combined with pattern='experts'"):
+        PruningConfig.from_names(0.25, pattern="experts", **choices)
+
+
+def test_where_experts_cannot_be_dropped(tmp_path):
+    with pytest.raises(ValueError, match="calibrate_on='validation' collects statistics of weights"):
+        WandaPrune(0.25, pattern="experts", calibrate_on="validation")
+    build("mixtral").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="pattern='experts' needs the whole model in memory"):
+        prune_from_disk(tmp_path / "dense", tmp_path / "out", batches_of("mixtral"), 0.25, pattern="experts")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- all families of transformers
+
+OTHERS = {"dbrx", "inkling_text", "jetmoe", "longcat_flash", "zaya"}  # docs/methods.md says why
+
+
+def many_experts(model):
+    """The same model with eight experts in each layer, since two groups of two cannot lose any."""
+    config = copy.deepcopy(model.config)
+    for key in {*NUMBERS.values()} & vars(config).keys():
+        setattr(config, key, 8)
+    return seeded(lambda: type(model)(config))
+
+
+@pytest.mark.nightly
+def test_families(tmp_path):
+    refused, passed = set(), set()
+    for kind in ("causal", "other"):
+        for name in families.names(kind):
+            try:
+                family = families.family(kind, name)
+                model = family.build()
+            except Exception:  # tests/models/test_families.py knows which cannot be built
+                continue
+            found = list(mixtures(model))
+            if not any(".experts" in key for key, _ in model.named_modules()) or name == "hunyuan_v1_moe":  # has one
+                continue
+            model = many_experts(model) if found and found[0].groups > 1 else model
+            batches = family.batches(model)
+            try:
+                prune(model, batches, 0.25, pattern="experts", progress=False)
+            except ValueError:
+                refused.add(name)
+                continue
+            model.save_pretrained(tmp_path / name)
+            loaded = type(model).from_pretrained(tmp_path / name).eval()
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(**batches[0])[0], model.eval()(**batches[0])[0])
+            passed.add(name)
+    assert refused == OTHERS
+    assert len(passed) == 57

@@ -1,0 +1,173 @@
+"""Take the experts with the smallest saliency, measured in one pass of the dense model, out of each mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.calibration.cloning import tensors_within
+from wanda_lightning.calibration.expert_saliency import ExpertSaliency
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.unroutable import unroutable
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.words import counted
+from wanda_lightning.core.expert_pattern import Experts
+from wanda_lightning.core.types import Units
+from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.reporting import make_report
+from wanda_lightning.engine.run import Run
+from wanda_lightning.models import SkippedMatrix, SkipReason
+from wanda_lightning.models.mixtures import Mixture, mixtures
+from wanda_lightning.parallel import is_sharded
+from wanda_lightning.report import PrunedLayer, PruningReport
+from wanda_lightning.shrinking.configuration import fit_configuration
+
+_OTHERS = "Use pattern='unstructured' or '2:4'."
+
+
+def drop_experts(run: Run) -> PruningReport:
+    """Drop experts in place, and return the report, which counts their weights as zeros.
+
+    All batches run once through the dense model. Before anything changes, each mixture is run without the experts that
+    were chosen: it must compute the same as with these experts unroutable.
+
+    Raises:
+        UserError: If no mixture of experts is found, or one that cannot do without the experts; nothing has changed.
+    """
+    plan, model, keep = run.plan, run.plan.model, dict[str, Units]()
+    with plan.processes.fail_together():
+        found = _find(plan)
+    with run.timed("observe"), pruning_mode(model):
+        saliency = _observe(run, found)
+        for mixture in found:
+            scores = saliency(mixture).float().view(mixture.groups, -1)
+            keep[mixture.name] = plan.config.pattern(scores, plan.config.sparsity).flatten()
+        keep = plan.processes.broadcast(keep, 0)
+    _record(run, found, keep, saliency)
+    report = make_report(run)
+    with run.timed("drop"), pruning_mode(model):
+        for mixture in found:
+            _refuse_wrong(plan, mixture, saliency, keep[mixture.name])
+        with ExitStack() as undo:  # first without data, since dense and smaller tensors would be in memory together
+            for mixture in found:
+                undo.callback(mixture.drop_data())
+                undo.callback(mixture.take(keep[mixture.name]))
+            problem, undo_configuration = fit_configuration(model)
+        if problem:
+            undo_configuration()
+            raise UserError(f"{plan.config.shown('pattern')} changes the shapes of the model, but {problem}. {_OTHERS}")
+        for mixture in found:
+            mixture.take(keep[mixture.name])
+    report.zeros = report.parameters - sum(parameter.numel() for parameter in model.parameters())
+    report.config = {**report.config, "preset": "", "criterion": {"name": "REAP"}}  # of experts, not of weights
+    gone = f"{int((~keep[found[0].name]).sum())} of {found[0].number} experts were taken out of each of "
+    report.notes.insert(0, f"{gone}{counted(len(found), 'layer')}: {report.zeros:,} parameters, reported as zeros")
+    return report
+
+
+def _find(plan: Plan) -> list[Mixture]:
+    """Return the mixtures of the model, or refuse the model."""
+    found, shown, pattern = list(mixtures(plan.model)), plan.config.shown("pattern"), plan.config.pattern
+    adapters = any(getattr(type(module), "adapter_layer_names", ()) for module in plan.model.modules())
+    if adapters or is_sharded(plan.model):
+        raise UserError(
+            f"{shown} needs whole layers, but the model {'has adapters' if adapters else 'is sharded'}. Merge adapters "
+            "first, and prune in one process, or with DDP."
+        )
+    if not found:
+        raise UserError(
+            f"{shown} needs a mixture of experts, but no module of the model has experts in stacked parameters (a list "
+            f"of modules does not count) and a router with one row for each of them. {_OTHERS}"
+        )
+    sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
+    texts = [f"{name} has {number} in {counted(groups, 'group')}" for (number, groups), name in sizes.items()]
+    problems = [" and ".join(texts)] if len(sizes) > 1 else []
+    experts = tuple(f"{mixture.prefix}." for mixture in found)
+    left_out = (matrix.name for matrix in plan.inventory.skipped_for(SkipReason.USER))
+    problems += [f"skip or only leaves out {name}" for name in left_out if name.startswith(experts)]
+    if problems:
+        raise UserError(f"{shown} drops the same number of experts in every layer, but {problems[0]}. {_OTHERS}")
+    assert isinstance(pattern, Experts)
+    size, sparsity = found[0].number // found[0].groups, plan.config.sparsity
+    kept = pattern.kept(size, sparsity)
+    if kept == 0 or (kept == size and sparsity > 0):
+        where = f" in each of the {found[0].groups} groups" if found[0].groups > 1 else ""
+        raise UserError(
+            f"sparsity={sparsity:g} with {shown} drops {'none' if kept else 'all'} of the {size} experts{where}. "
+            f"Choose at least {1 / size:.3g} and at most {1 - 1 / size:.3g}."
+        )
+    return found
+
+
+def _observe(run: Run, found: Sequence[Mixture]) -> ExpertSaliency:
+    """Run all samples through the dense model."""
+    saliency, processes = ExpertSaliency(found), run.plan.processes
+    with ProgressBar("Observing experts", run.samples.length, run.progress) as bar, processes.fail_together():
+        for sample in run.samples:
+            with saliency.collect(sample):
+                sample.forward()
+            bar.advance()
+    run.samples.refuse_if_empty()
+    saliency.all_reduce(processes)
+    for mixture in found:
+        reached = saliency.tokens(mixture).any()
+        if not reached or not saliency(mixture).isfinite().all():
+            problem = "return NaN or infinity" if reached else "get no token except padding"
+            raise UserError(
+                f"batches must give finite activations in all layers, but the experts of {mixture.name} {problem}. "
+                "Check the batches and the weights, and that forward= runs the model; load it in float32 or bfloat16."
+            )
+    return saliency
+
+
+def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: Units) -> None:
+    """Refuse a mixture that does not compute the same without experts as with these experts unroutable."""
+
+    def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
+        results = tensors_within(mixture.module.forward(*args, **kwargs))  # perhaps with one logit for each expert
+        return [x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results]
+
+    kept, groups, same = int(keep.sum()), mixture.groups, True
+    if (call := saliency.first.get(mixture.name)) is not None:  # this process has a batch
+        with ExitStack() as undo, ExitStack() as lowered:
+            lowered.enter_context(unroutable(mixture, ~keep))
+
+            def take() -> None:
+                lowered.close()
+                undo.callback(mixture.take(keep))
+
+            same = BlockRuns(mixture.module, [replace(call, forward=forward)]).same_after(take)
+            same = same and saliency.per_token[mixture.name] <= kept
+    if not plan.processes.all_reduce_min(int(same)):
+        where = f" ({kept // groups} in each of its {groups} groups)" if groups > 1 else ""
+        raise UserError(
+            f"sparsity={plan.config.sparsity:g} with {plan.config.shown('pattern')} leaves {kept} of {mixture.number} "
+            f"experts{where}, but without the others {mixture.name} ({type(mixture.module).__name__}) computes "
+            "something else than with the others unroutable: a token may need more experts, or the experts are used in "
+            f"another way. Choose a lower sparsity, or another pattern. {_OTHERS}"
+        )
+
+
+def _record(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], saliency: ExpertSaliency) -> None:
+    """Record the matrices of dropped experts as zeros."""
+    plan, mixture_of = run.plan, {mixture.experts: mixture for mixture in found}
+    counted_experts = set[object]()
+    for layer in plan.layers:
+        if layer.module not in mixture_of or layer.expert is None:
+            detail = "no matrix of a routed expert"
+            run.skipped[layer.name] = SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
+            continue
+        mixture = mixture_of[layer.module]
+        dropped, tokens = not keep[mixture.name][layer.expert], int(saliency.tokens(mixture)[layer.expert])
+        note = "dropped" if dropped else "padding counted" * (mixture.name in saliency.padding_counted)
+        record = PrunedLayer(layer.name, layer.shape, float(dropped), float(dropped), tokens, note)
+        run.layers[layer.name] = replace(record, siblings=layer.siblings, block=plan.inventory.blocks[layer.name])
+        if tokens < plan.config.min_expert_tokens and (layer.module, layer.expert) not in counted_experts:
+            run.few_tokens[layer.name] = tokens
+        counted_experts.add((layer.module, layer.expert))  # which may have several matrices
