@@ -81,7 +81,9 @@ def pruned_text_model(name, **choices):
     return model, ids
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("llama", "bloom") else pytest.mark.nightly) for name in LANGUAGE]
+)
 def test_a_language_model_loads_without_this_package(name, tmp_path):
     model, ids = pruned_text_model(name)
     with torch.no_grad():
