@@ -130,7 +130,7 @@ def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | N
                 search.count(layer, block)
         result = search.result
         if result.layers:
-            result.configuration, undo = fit_configuration(model)
+            result.configuration, undo = fit_configuration(model, search.ends_same)
             search.undo.append(undo)
     except BaseException:
         _undo_all(search.undo)
@@ -242,9 +242,13 @@ class _Search:
             units.take(keep)
             return self._trial.is_same(units)
 
+    def ends_same(self) -> bool:
+        """Whether the model as a whole still computes the same."""
+        return self._last is None or self._trial.ends_same(self._last)
+
     def check(self) -> None:
         """Raise an error if the model as a whole no longer computes the same."""
-        if self._last is not None and not self._trial.ends_same(self._last):
+        if not self.ends_same():
             raise UserError(
                 "shrink must not change what the model computes, but without its zero units its outputs on the batch "
                 "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
