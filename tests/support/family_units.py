@@ -82,7 +82,9 @@ def mlp_of(model: nn.Module, batch: Any) -> str:
         whole = [layer for layer in block if layer.expert is None and layer.group is None]
         for reader in whole:
             writers = [other for other in whole if other.shape[0] in (reader.width, 2 * reader.width)]
-            found = [other for other in writers if other is not reader and _is_element_wise(model, batch, other, reader)]
+            found = [
+                other for other in writers if other is not reader and _is_element_wise(model, batch, other, reader)
+            ]
             if found and _determines(model, batch, found, reader):
                 return reader.name
     return "experts" if any(layer.expert is not None for layer in layers) else ""

@@ -124,7 +124,7 @@ class _Search:
         assert unit.module is not None
         runs = BlockRuns(unit.module, calls)
         for call in runs.recording():
-            call.run()
+            call.run(on_copies=True)
         with self._plan.processes.fail_together():
             for layer in unit.layers:
                 if units := self._fitting(layer, unit, runs):

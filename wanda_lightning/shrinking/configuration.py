@@ -24,9 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _Wrong = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by tensor: the shape as built, and the right one
 
 
-def fit_configuration(
-    model: nn.Module, is_same: Callable[[], bool] = lambda: True
-) -> tuple[str, Callable[[], None]]:
+def fit_configuration(model: nn.Module, is_same: Callable[[], bool] = lambda: True) -> tuple[str, Callable[[], None]]:
     """Adapt the configuration of each model of transformers that a model is or contains.
 
     The model gets a configuration of its own, since another model may have been built from the old one.
