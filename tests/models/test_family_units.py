@@ -23,7 +23,6 @@ NIGHTLY = {
     ("causal", "qwen3_next"): ORDINARY,  # shared experts
     ("causal", "deepseek_v3"): OWN_FILE,  # dense layers and shared experts
     ("causal", "gemma3n_text"): OWN_FILE,  # its forward reads a number of its configuration that is a width by chance
-    ("other", "AlbertForMaskedLM"): ORDINARY,  # one block for all layers
     ("other", "T5ForConditionalGeneration"): ORDINARY,
     ("other", "LlavaForConditionalGeneration"): ORDINARY,
     ("timm", "test_convnext"): NO_FOLDER,  # no argument of timm gives the widths
@@ -52,6 +51,19 @@ def test_a_sample_of_families(kind, name):
 @pytest.mark.parametrize(("kind", "name"), NIGHTLY)
 def test_more_families(kind, name):
     passes(kind, name, NIGHTLY[kind, name])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "cause"),
+    [
+        ("mamba", "causal", "no MLP"),
+        ("mixtral", "causal", "no MLP outside of experts"),
+        ("AlbertForMaskedLM", "other", "a block that runs more than once stays dense"),
+    ],
+)
+def test_families_without_hidden_units(name, kind, cause):
+    result = family_units.check(of(kind, name))
+    assert (result.width, result.cause) == (0, cause)
 
 
 def test_other_outputs_are_seen(monkeypatch):

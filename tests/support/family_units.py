@@ -173,7 +173,7 @@ def check(family: Family) -> Units:
     except ValueError as error:
         if "finds no hidden units" not in str(error):
             raise
-        result.cause = "no hidden units found"
+        result.cause = _why_none(model, batches[0], result.mlp)
         return result
     notes = [re.search(r"([\d,]+) of ([\d,]+) hidden units are zero", layer.note) for layer in report.layers]
     numbers = [[int(number.replace(",", "")) for number in note.groups()] for note in notes if note]
@@ -195,6 +195,17 @@ def check(family: Family) -> Units:
         except Exception as error:
             result.folder, result.cause = NO_FOLDER, _why_no_folder(family, dense, error, Path(folder) / "dense")
     return result
+
+
+def _why_none(model: nn.Module, batch: Any, mlp: str) -> str:
+    if not mlp:
+        return "no MLP"
+    if mlp == "experts":
+        return "no MLP outside of experts"
+    calls: list[None] = []
+    model.get_submodule(mlp).register_forward_hook(lambda *_: calls.append(None))
+    run(model, copy.deepcopy(batch))
+    return "a block that runs more than once stays dense" if len(calls) > 1 else "no hidden units found"
 
 
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:

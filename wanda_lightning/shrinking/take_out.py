@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
-from wanda_lightning.models import Layer, RemovableUnits, Unit, find_layers, removable_units, tied_tensors
+from wanda_lightning.models import Layer, RemovableUnits, find_layers, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
 from wanda_lightning.parallel import is_sharded
@@ -137,11 +137,6 @@ def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | N
         raise
     result.parameters = before, _number_of_parameters(model)
     return result, search.undo
-
-
-def _block_of(layer: Layer, unit: Unit, model: nn.Module) -> nn.Module:
-    """Return the block of a layer; the model, if the layer lies outside of all blocks."""
-    return model if unit.module is None or unit.module is layer.module else unit.module
 
 
 def _refuse(model: nn.Module) -> None:
