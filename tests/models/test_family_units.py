@@ -58,6 +58,7 @@ def test_more_families(kind, name):
     [
         ("mamba", "causal", "no MLP"),
         ("mixtral", "causal", "no MLP outside of experts"),
+        ("SqueezeBertForMaskedLM", "other", "its layers are grouped convolutions, which stay dense"),
         ("AlbertForMaskedLM", "other", "a block that runs more than once stays dense"),
     ],
 )
@@ -112,6 +113,11 @@ def test_an_mlp_is_recognized(name):
     model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Block(inner), Block(inner)])[0], nn.Linear(8, 8))
     found = family_units.mlp_of(model, (torch.randn(2, 4, 8),))
     assert found == ("1.down" if is_mlp else "")
+
+
+def test_a_grouped_convolution_is_in_an_mlp():
+    inner = nn.Sequential(nn.Conv1d(8, 16, 1, groups=4), nn.ReLU(), nn.Conv1d(16, 8, 1, groups=4))
+    assert family_units.mlp_of(nn.Sequential(inner), (torch.randn(2, 8, 5),)) == "0.2"
 
 
 # ---- the document

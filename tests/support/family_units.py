@@ -76,18 +76,28 @@ def mlp_of(model: nn.Module, batch: Any) -> str:
     outputs alone if it stays the same while the outputs of all other matrices of the model change. `experts` stands
     for experts in one tensor, if there is no other such layer.
     """
-    blocks = [unit.layers for unit in find_layers(model, "block").units if len(unit.layers) > 1]
-    layers = find_layers(model).layers
-    for block in blocks or [layers]:
-        whole = [layer for layer in block if layer.expert is None and layer.group is None]
+    every = find_layers(model, "block", include_grouped=True)
+    blocks = [unit.layers for unit in every.units if len({layer.module for layer in unit.layers}) > 1]
+    for block in blocks or [every.layers]:
+        whole = list({layer.module: layer for layer in block if layer.expert is None}.values())
         for reader in whole:
-            writers = [other for other in whole if other.shape[0] in (reader.width, 2 * reader.width)]
+            width = _width(reader, "in_channels")
+            writers = [other for other in whole if _width(other, "out_channels") in (width, 2 * width)]
             found = [
                 other for other in writers if other is not reader and _is_element_wise(model, batch, other, reader)
             ]
             if found and _determines(model, batch, found, reader):
-                return reader.name
-    return "experts" if any(layer.expert is not None for layer in layers) else ""
+                return reader.name if reader.group is None else reader.name.rpartition(".")[0]
+    has_experts = any(layer.expert is not None for layer in every.layers)
+    return "experts" if has_experts or any("expert" in matrix.name for matrix in every.skipped) else ""
+
+
+def _width(layer: Layer, channels: str) -> int:
+    """Return the number of inputs or outputs of the module of a layer, which may be one group of a convolution."""
+    if layer.group is not None:
+        number: int = getattr(layer.module, channels)
+        return number
+    return layer.width if channels == "in_channels" else layer.shape[0]
 
 
 def _input_of(model: nn.Module, batch: Any, reader: Layer, changes: Mapping[nn.Module, Callable[..., Any]]) -> Tensor:
@@ -123,8 +133,8 @@ def _is_element_wise(model: nn.Module, batch: Any, writer: Layer, reader: Layer)
 
         return change
 
-    before, counts = _input_of(model, batch, reader, {}), []
-    for channel in (0, writer.shape[0] // 2, writer.shape[0] - 1):
+    before, counts, channels = _input_of(model, batch, reader, {}), [], _width(writer, "out_channels")
+    for channel in (0, channels // 2, channels - 1):
         after = _input_of(model, batch, reader, {writer.module: raising(channel)})
         counts.append(int((before != after).sum()) if before.shape == after.shape else 2)
         if counts[-1] > 1:
@@ -202,6 +212,8 @@ def _why_none(model: nn.Module, batch: Any, mlp: str) -> str:
         return "no MLP"
     if mlp == "experts":
         return "no MLP outside of experts"
+    if getattr(model.get_submodule(mlp), "groups", 1) > 1:
+        return "its layers are grouped convolutions, which stay dense"
     calls: list[None] = []
     model.get_submodule(mlp).register_forward_hook(lambda *_: calls.append(None))
     run(model, copy.deepcopy(batch))
