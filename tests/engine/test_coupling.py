@@ -302,6 +302,22 @@ def test_units_that_depend_on_each_other_stay_dense(norm, scale):
     assert {"blocks.0.down", "blocks.2.down", "blocks.0.up"} <= {layer.name for layer in report.layers}
 
 
+class Centered(nn.Module):
+    """Subtract a share of the mean over the units, as Gemma 3n's activations do in its first layers only."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return torch.relu(x - self.share * x.mean(-1, keepdim=True))
+
+
+def test_blocks_with_the_same_parameters_and_other_attributes_are_tried_again():
+    model = seeded(lambda: Blocks(*(Mlp(Centered(share)) for share in (0.5, 0.0, 0.5, 0.0))))
+    assert list(found_in(model, vectors()).coupled) == ["blocks.1.down", "blocks.3.down"]
+
+
 def test_a_branch_of_a_tiny_scale_is_still_found():
     model = seeded(lambda: Blocks(Mlp(scale=1e-6), Mlp(scale=1e-6)))
     plan = found_in(model, vectors())

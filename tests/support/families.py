@@ -62,6 +62,7 @@ class Family:
     model: str  # the class, or timm's name of the model
     build: Callable[[], nn.Module]  # in eval mode and float32, with the same weights every time
     batches: Callable[[nn.Module], list[Any]]  # small calibration batches for a model
+    arguments: Callable[[], dict[str, Any]] = dict  # of `timm.create_model`, beside the name and `num_classes`
 
     @property
     def ways(self) -> list[tuple[str, str]]:
@@ -83,6 +84,9 @@ class Result:
     left_out: dict[str, float] = field(default_factory=dict)  # the fraction of those that stay dense, by reason
     slow: str = ""  # the dtype in which `block` equals the slow procedure
     seconds: float = 0.0  # CPU time for all of it
+
+    def __str__(self) -> str:
+        return f"{self.status:10}{self.coverage:5.0%}  {self.slow}{self.cause}"
 
 
 class CannotBuild(Exception):
@@ -184,7 +188,7 @@ def of_timm(name: str) -> Family:
 
     module = timm.models._registry._model_to_module[name]
     make = partial(seeded, lambda: timm.create_model(name, num_classes=16, **choice()[0]))
-    return Family("timm", module, name, make, images)
+    return Family("timm", module, name, make, images, lambda: choice()[0])
 
 
 def _size(name: str, **more: Any) -> int:
@@ -719,9 +723,22 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def main() -> None:
+def page(text: str, old: str) -> str:
+    """Return docs/models.md with another text of its first part, or of its second part, on hidden units."""
+    start = old.find("## Hidden units")
+    first, second = (old[:start], old[start:]) if start >= 0 else (old, "")
+    return f"{first.rstrip()}\n\n{text}" if text.startswith("## ") else f"{text}\n{second}".rstrip() + "\n"
+
+
+def main(
+    examine: Callable[[Family], Any] = examine,
+    result_class: type[Any] = Result,
+    document: Callable[[Sequence[Any]], str] = document,
+    share: Callable[[Sequence[Any]], str] = share,
+    description: str | None = __doc__,
+) -> None:
     """Examine the chosen families and print the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by name")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--resume", type=Path, help="JSON file of results: families in it are not examined again")
@@ -729,11 +746,12 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
 
-    def keep(result: Result) -> None:
+    def keep(result: Any) -> None:
         results[f"{result.kind}/{result.name}"] = asdict(result)
         if args.resume:
             args.resume.write_text(json.dumps(results, indent=1))
@@ -746,14 +764,17 @@ def main() -> None:
             continue
         chosen_family = family(kind, name)
         # If the process crashes, this stays, and the next run continues with the next family.
-        keep(Result(kind, name, chosen_family.model, "fails", "the process crashed"))
+        crashed = result_class(kind, name, chosen_family.model, cause="the process crashed")
+        if hasattr(crashed, "status"):
+            crashed.status = "fails"
+        keep(crashed)
         result = examine(chosen_family)
         keep(result)
-        print(f"{kind:7}{name:44}{result.status:10}{result.coverage:5.0%}{result.seconds:7.1f} s", end="")
-        print(f"  {result.slow}{result.cause}", flush=True)
-    done = [Result(**results[f"{kind}/{name}"]) for kind, name in chosen]
+        print(f"{kind:7}{name:44}{result.seconds:7.1f} s  {result}", flush=True)
+    done = [result_class(**results[f"{kind}/{name}"]) for kind, name in chosen]
     if args.write:
-        (Path(__file__).parents[2] / "docs" / "models.md").write_text(document(done), encoding="utf-8")
+        path = Path(__file__).parents[2] / "docs" / "models.md"
+        path.write_text(page(document(done), path.read_text(encoding="utf-8")), encoding="utf-8")
     print(share(done))
 
 

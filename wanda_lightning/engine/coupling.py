@@ -116,7 +116,7 @@ class _Search:
         self._own = {layer.module: layer for layer in plan.layers}
         self._kept = {self._modules.get(m.name) for m in plan.inventory.skipped_for(SkipReason.USER)}
         self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
-        # The candidate that fits readers with the same name in blocks with the same parameters; -1 if none does.
+        # The candidate that fits readers with the same name in blocks of the same kind; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}
 
     def __call__(self, unit: Unit, calls: Sequence[Call]) -> None:
@@ -124,7 +124,7 @@ class _Search:
         assert unit.module is not None
         runs = BlockRuns(unit.module, calls)
         for call in runs.recording():
-            call.run()
+            call.run(on_copies=True)
         with self._plan.processes.fail_together():
             for layer in unit.layers:
                 if units := self._fitting(layer, unit, runs):
@@ -155,8 +155,7 @@ class _Search:
         if reader.expert is not None or reader.group is not None:
             return None
         parent = self._modules[reader.name.rpartition(".")[0]]
-        inside = tuple((name, parameter.shape) for name, parameter in unit.module.named_parameters())
-        key = type(unit.module), inside, reader.name.removeprefix(unit.name)
+        key = _likeness(unit.module), reader.name.removeprefix(unit.name)
         if not self._agree(runs.is_empty or runs.reaches(reader.module)):
             return None
         self.reached.add(reader.name)
@@ -196,6 +195,17 @@ class _Search:
     def _agree(self, answer: bool) -> bool:
         """Whether all processes answer yes."""
         return bool(self._plan.processes.all_reduce_min(int(answer)))
+
+
+def _likeness(block: nn.Module) -> tuple[object, ...]:
+    """Return what blocks that compute alike have in common: parameters, and attributes such as a share of zeros."""
+    attributes = [
+        (name, key, value)
+        for name, module in block.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, float | bool)
+    ]
+    return type(block), *((name, parameter.shape) for name, parameter in block.named_parameters()), *attributes
 
 
 def _narrowed(plan: Plan, coupled: Mapping[str, RemovableUnits], reached: Set[str]) -> Plan:

@@ -24,13 +24,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 _Wrong = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by tensor: the shape as built, and the right one
 
 
-def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
+def fit_configuration(model: nn.Module, is_same: Callable[[], bool] = lambda: True) -> tuple[str, Callable[[], None]]:
     """Adapt the configuration of each model of transformers that a model is or contains.
 
     The model gets a configuration of its own, since another model may have been built from the old one.
 
     If no attributes of the family give the new shapes, the shapes themselves are added to the configuration, for a
     modeling file that `write_modeling_file` writes.
+
+    Args:
+        model: The model without the units.
+        is_same: Whether the model still computes the same: its forward may read an attribute that has a width by
+            chance.
 
     Returns:
         Why no ordinary configuration describes a model, empty if one does; and a function that undoes the change.
@@ -46,7 +51,7 @@ def fit_configuration(model: nn.Module) -> tuple[str, Callable[[], None]]:
         for module, name, old in replaced:
             setattr(module, name, old)
 
-    return "; ".join(filter(None, map(_fit, outermost))), undo
+    return "; ".join(filter(None, (_fit(each, is_same) for each in outermost))), undo
 
 
 def _own_configuration(model: Any) -> list[tuple[nn.Module, str, Any]]:
@@ -67,7 +72,7 @@ def family_of(model: nn.Module) -> Any:
     return getattr(type(model), FAMILY, type(model))
 
 
-def _fit(model: Any) -> str:
+def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     """Change the configuration of a model so that it gives the shapes of the model."""
     family, config = family_of(model), copy.deepcopy(model.config)
     for each in (config, model.config):
@@ -83,17 +88,34 @@ def _fit(model: Any) -> str:
                 _set(trial, path, value)
             except Exception:  # the configuration checks the types of its attributes
                 continue
-            tried.append((len(_wrong(family, trial, target)), path, value))
-        best = min(tried, key=lambda each: each[0], default=None)
-        if best is None or best[0] >= len(wrong):
+            left = _wrong(family, trial, target)
+            if len(left) < len(wrong):
+                tried.append((left, path, value))
+        tried.sort(key=lambda each: len(each[0]))
+        best = next((left for left, path, value in tried if _changes_nothing(model.config, path, value, is_same)), None)
+        if best is None:
             return _store_shapes(model, family, wrong)
-        for each in (config, model.config):
-            _set(each, *best[1:])
-        wrong = _wrong(family, config, target)
+        config, wrong = copy.deepcopy(model.config), best
     auto_map = getattr(model.config, "auto_map", None)
     if family is not type(model) and auto_map:  # the modeling file is no longer needed
         del model.config.auto_map
     return ""
+
+
+def _changes_nothing(config: Any, path: tuple[str, ...], value: Any, is_same: Callable[[], bool]) -> bool:
+    """Set an attribute in the configuration of a model; put the old one back if the model then computes otherwise."""
+    owner = config
+    for each in path[:-1]:
+        owner = getattr(owner, each)
+    before = dict(vars(owner))
+    _set(config, path, value)
+    try:
+        same = is_same()
+    except Exception:  # whatever the model raises for shapes that do not fit
+        same = False
+    if not same:
+        vars(owner).update(before)
+    return same
 
 
 def _store_shapes(model: Any, family: Any, wrong: _Wrong) -> str:

@@ -20,13 +20,13 @@ _TEMPLATE = '''\
 
 import torch
 from torch import nn
-from {module} import {family}
+from {module} import {family} as Family
 
 
-class Shrunk{family}({family}):
+class {family}(Family):
     """{family} with widths of its own in some layers."""
 
-    {attribute} = {family}
+    {attribute} = Family
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -39,6 +39,11 @@ class Shrunk{family}({family}):
         for place, widths in config.{numbers}.items():
             for name, width in widths.items():
                 setattr(self.get_submodule(place), name, width)
+
+    @classmethod
+    def is_custom_code(cls):
+        """No: transformers renames the tensors in the files as it does for {family}."""
+        return False
 '''
 
 
@@ -60,7 +65,7 @@ def write_modeling_file(model: nn.Module, folder: Path) -> None:
         )
     names = {"family": family.__name__, "module": family.__module__, "attribute": FAMILY}
     text = _TEMPLATE.format(**names, shapes=SHAPES, numbers=NUMBERS)
-    config.auto_map = dict.fromkeys(_auto_classes(family, config), f"{_NAME}.Shrunk{family.__name__}")
+    config.auto_map = dict.fromkeys(_auto_classes(family, config), f"{_NAME}.{family.__name__}")
     (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
-from wanda_lightning.models import Layer, RemovableUnits, Unit, find_layers, removable_units, tied_tensors
+from wanda_lightning.models import Layer, RemovableUnits, find_layers, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
 from wanda_lightning.parallel import is_sharded
@@ -135,18 +135,13 @@ def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | N
                 search.count(layer, block)
         result = search.result
         if result.layers:
-            result.misfit, undo = fit_configuration(model)
+            result.misfit, undo = fit_configuration(model, search.ends_same)
             search.undo.append(undo)
     except BaseException:
         _undo_all(search.undo)
         raise
     result.parameters = before, _number_of_parameters(model)
     return result, search.undo
-
-
-def _block_of(layer: Layer, unit: Unit, model: nn.Module) -> nn.Module:
-    """Return the block of a layer; the model, if the layer lies outside of all blocks."""
-    return model if unit.module is None or unit.module is layer.module else unit.module
 
 
 def _refuse(model: nn.Module) -> None:
@@ -247,9 +242,13 @@ class _Search:
             units.take(keep)
             return self._trial.is_same(units)
 
+    def ends_same(self) -> bool:
+        """Whether the model as a whole still computes the same."""
+        return self._last is None or self._trial.ends_same(self._last)
+
     def check(self) -> None:
         """Raise an error if the model as a whole no longer computes the same."""
-        if self._last is not None and not self._trial.ends_same(self._last):
+        if not self.ends_same():
             raise UserError(
                 "shrink must not change what the model computes, but without its zero units its outputs on the batch "
                 "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
