@@ -166,9 +166,9 @@ def _determines(model: nn.Module, batch: Any, writers: Sequence[Layer], reader: 
 # ---- pruning, taking out, loading
 
 
-def check(family: Family) -> Units:
+def check(family: Family, result: Units | None = None) -> Units:
     """Prune, shrink, save and load the model of a family; raise an error if its outputs change."""
-    result = Units(family.kind, family.name, family.model)
+    result = result or Units(family.kind, family.name, family.model)
     try:
         dense = family.build()
         batches = family.batches(dense)
@@ -179,7 +179,8 @@ def check(family: Family) -> Units:
     result.mlp = mlp_of(copy.deepcopy(dense), batches[0])
     model = copy.deepcopy(dense)
     try:
-        report = prune(model, batches, 0.25, pattern=Structured(multiple_of=1), progress=False)
+        pattern = Structured(multiple_of=8 if family.kind == "timm" else 1)  # those of transformers are tiny
+        report = prune(model, batches, 0.25, pattern=pattern, progress=False)
     except ValueError as error:
         if "finds no hidden units" not in str(error):
             raise
@@ -280,7 +281,7 @@ def examine(family: Family) -> Units:
     result = Units(family.kind, family.name, family.model)
     started = time.process_time()
     try:
-        result = check(family)
+        check(family, result)
     except CannotBuild as error:
         result.cause = f"cannot be built here: {error}"
     except Exception as error:
