@@ -135,6 +135,22 @@ def test_a_vision_transformer_loads_without_this_package(tmp_path):
     torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", images, _TIMM), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_two_arguments_of_timm_give_the_widths(tmp_path):
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 4}
+    module = wl.ImageClassifierModule("cait_xxs24_224", False, num_classes=10, model_kwargs=kwargs).eval()
+    images = torch.randn(4, 3, 32, 32)
+    wl.prune(module.model, [images], 0.25, pattern="structured", progress=False)
+    with torch.no_grad():
+        expected = module(images)
+    module.save_pretrained(tmp_path / "out", shrink=True)
+    arguments = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    assert (arguments["mlp_ratio"], arguments["mlp_ratio_token_only"]) == (3.0, 3.0)
+    with torch.no_grad():
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()(images)
+    torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_timm_has_no_arguments_for_the_widths(tmp_path):
     module = wl.ImageClassifierModule("convnext_atto", False, num_classes=10).eval()
     wl.prune(module.model, [torch.randn(2, 3, 32, 32)], 0.5, pattern="structured", progress=False)

@@ -77,6 +77,13 @@ def test_units_are_still_out_after_training_with_zeros_kept():
     assert report.units == sum(before // 2 // 8 * 8 if before > 8 else 0 for before, _ in report.layers.values())
 
 
+def test_a_single_channel_stays():
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 4, 3))
+    with torch.no_grad():
+        model[2].weight.zero_()
+    assert not wl.shrink(model, torch.randn(2, 3, 16, 16)).layers
+
+
 class Mlp(nn.Module):
     """A block with what is asked for between its two layers, and a residual with a tiny scale."""
 

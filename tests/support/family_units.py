@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import transformers as hf
 from support import families
 from support.families import CannotBuild, Family, run
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from wanda_lightning import ImageClassifierModule, prune, shrink
 from wanda_lightning.core.patterns import Structured
@@ -166,9 +167,9 @@ def _determines(model: nn.Module, batch: Any, writers: Sequence[Layer], reader: 
 # ---- pruning, taking out, loading
 
 
-def check(family: Family) -> Units:
+def check(family: Family, result: Units | None = None) -> Units:
     """Prune, shrink, save and load the model of a family; raise an error if its outputs change."""
-    result = Units(family.kind, family.name, family.model)
+    result = result or Units(family.kind, family.name, family.model)
     try:
         dense = family.build()
         batches = family.batches(dense)
@@ -179,7 +180,8 @@ def check(family: Family) -> Units:
     result.mlp = mlp_of(copy.deepcopy(dense), batches[0])
     model = copy.deepcopy(dense)
     try:
-        report = prune(model, batches, 0.25, pattern=Structured(multiple_of=1), progress=False)
+        pattern = Structured(multiple_of=8 if family.kind == "timm" else 1)  # those of transformers are tiny
+        report = prune(model, batches, 0.25, pattern=pattern, progress=False)
     except ValueError as error:
         if "finds no hidden units" not in str(error):
             raise
@@ -188,12 +190,14 @@ def check(family: Family) -> Units:
     notes = [re.search(r"([\d,]+) of ([\d,]+) hidden units are zero", layer.note) for layer in report.layers]
     numbers = [[int(number.replace(",", "")) for number in note.groups()] for note in notes if note]
     result.zero, result.width = (sum(each) for each in zip(*numbers, strict=True))
-    zeros = copy.deepcopy(model)
-    expected = [outputs(zeros, batch) for batch in batches]
+    zeros, same = copy.deepcopy(model), assert_same
+    if family.kind == "timm":  # deep random networks amplify the rounding errors of float32
+        same = partial(assert_same, wide=True)
+    expected = [outputs(zeros, batch, family.kind == "timm") for batch in batches]
     taken = shrink(model, batches[0])
     result.removed, (before, after) = taken.units, taken.parameters
     result.smaller = 1 - after / before
-    assert_same(model, batches, expected)
+    same(model, batches, expected)
     if result.removed < result.zero:
         result.cause = f"{result.zero - result.removed} units stay"
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +205,7 @@ def check(family: Family) -> Units:
         try:
             save = _timm_folder if family.kind == "timm" else _transformers_folder
             loaded, result.folder = save(family, zeros if family.kind == "timm" else model, path)
-            assert_same(loaded, batches, expected)
+            same(loaded, batches, expected)
         except Exception as error:
             result.folder, result.cause = NO_FOLDER, _why_no_folder(family, dense, error, Path(folder) / "dense")
     return result
@@ -220,17 +224,22 @@ def _why_none(model: nn.Module, batch: Any, mlp: str) -> str:
     return "a block that runs more than once stays dense" if len(calls) > 1 else "no hidden units found"
 
 
-def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Return the floating-point outputs of a model."""
+def outputs(model: nn.Module, batch: Any, wide: bool = False) -> list[Tensor]:
+    """Return the floating-point outputs of a model, computed in float64 if `wide`."""
+    model, batch = copy.deepcopy((model, batch)) if wide else (model, copy.deepcopy(batch))
+    if wide:
+        model, batch = model.double(), tree_map_only(Tensor, families._double, batch)
     torch.manual_seed(0)
-    leaves = tree_leaves(run(model, copy.deepcopy(batch)))
+    leaves = tree_leaves(run(model, batch))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def assert_same(model: nn.Module, batches: Sequence[Any], expected: Sequence[Sequence[Tensor]]) -> None:
+def assert_same(
+    model: nn.Module, batches: Sequence[Any], expected: Sequence[Sequence[Tensor]], wide: bool = False
+) -> None:
     """Raise an error unless the outputs are the expected ones, to rounding."""
     for batch, before in zip(batches, expected, strict=True):
-        after = outputs(model, batch)
+        after = outputs(model, batch, wide)
         assert [x.shape for x in after] == [x.shape for x in before], "outputs have other shapes"
         for x, y in zip(before, after, strict=True):
             difference = torch.linalg.vector_norm(x.double() - y.double()) / torch.linalg.vector_norm(x.double())
@@ -280,7 +289,7 @@ def examine(family: Family) -> Units:
     result = Units(family.kind, family.name, family.model)
     started = time.process_time()
     try:
-        result = check(family)
+        check(family, result)
     except CannotBuild as error:
         result.cause = f"cannot be built here: {error}"
     except Exception as error:
@@ -312,6 +321,9 @@ def document(results: Sequence[Units]) -> str:
     kinds = [kind for kind in families.KINDS if any(result.kind == kind for result in results)]
     lines += [_summary(families.KINDS[kind], [r for r in results if r.kind == kind]) for kind in kinds]
     lines += [_summary("all", results), "", *shares(results)]
+    every = sum(len(families.names(kind)) for kind in families.KINDS)
+    if len(results) < every:
+        lines += [f"The run was stopped before its end: {every - len(results)} of {every} families are missing."]
     lines += ["", "| reason | families |", "| --- | --- |"]
     reasons = Counter(re.sub(r"\d+ units", "units", result.cause) for result in results if result.cause)
     lines += [f"| {families._cell(reason)} | {number} |" for reason, number in reasons.most_common()]

@@ -225,7 +225,7 @@ class _Search:
                 return
 
     def _candidates(self, reader: Layer, block: nn.Module) -> Iterator[RemovableUnits]:
-        if reader.expert is not None or reader.group is not None:
+        if reader.expert is not None or reader.group is not None or reader.width < 2:  # a layer keeps one unit
             return
         parent = self._modules[reader.name.rpartition(".")[0]]
         for units in removable_units(reader, parent, block):

@@ -19,7 +19,7 @@ def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     """Return arguments with which timm builds a model with the shapes of this one.
 
     Each number among the arguments of the model's class, such as `mlp_ratio`, is scaled as the widths were. No table
-    says which: the model is built on the meta device.
+    says which: the model is built on the meta device, and the argument with which most shapes fit is taken first.
 
     Args:
         model: A model that timm has created.
@@ -28,23 +28,40 @@ def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     Raises:
         ValueError: If no arguments give the shapes; the message names layers that differ.
     """
-    target = _shapes(model)
+    target, found = _shapes(model), dict(arguments)
     try:
-        built, settings = _build(model, arguments)
+        built, settings = _build(model, found)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
-        return dict(arguments)
-    wrong = _wrong(built, target)
-    if not wrong:
-        return dict(arguments)
-    for extra in _options(settings, wrong, target, built):
+        return found
+    while wrong := _wrong(built, target):
+        best = _best(model, found, _options(settings, wrong, target, built), target)
+        if best is None or len(_wrong(best[1], target)) >= len(wrong):
+            raise _no_arguments(model, wrong, built, target)
+        found, built, settings = best
+    return found
+
+
+def _best(
+    model: Any, arguments: Mapping[str, Any], options: Iterator[dict[str, Any]], target: Shapes
+) -> tuple[dict[str, Any], Shapes, dict[str, Any]] | None:
+    """Return the arguments with which most shapes fit, these shapes, and all arguments of the class."""
+    best = None
+    for extra in options:
+        tried = {**arguments, **extra}
         try:
-            shapes, _ = _build(model, {**arguments, **extra})
+            built, settings = _build(model, tried)
         except Exception:  # whatever the class raises for values that contradict each other
             continue
-        if not _wrong(shapes, target):
-            return {**arguments, **extra}
+        if best is None or len(_wrong(built, target)) < len(_wrong(best[1], target)):
+            best = tried, built, settings
+        if not _wrong(built, target):
+            break
+    return best
+
+
+def _no_arguments(model: Any, wrong: list[str], built: Shapes, target: Shapes) -> UserError:
     shown = ", ".join(f"{name} {list(target[name])} instead of {list(built[name])}" for name in wrong[:3])
-    raise UserError(
+    return UserError(
         f"save_pretrained writes a folder that timm.create_model can build, but no arguments of "
         f"{type(model).__name__} give the widths of this model: {shown}{', ...' if len(wrong) > 3 else ''}. Save it "
         "with its zeros, or keep the module in memory and export it (torch.export, ONNX), which takes any shape."
@@ -56,6 +73,7 @@ def _options(settings: Mapping[str, Any], wrong: list[str], target: Shapes, buil
     pairs = {
         (before, after)
         for name in wrong
+        if len(built.get(name, ())) == len(target[name])
         for before, after in zip(built[name], target[name], strict=True)
         if before != after
     }

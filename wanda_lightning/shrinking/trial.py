@@ -32,7 +32,7 @@ def example_batch(model: nn.Module) -> Any:
     if not settings or not settings.get("input_size"):
         return None
     shape = tuple(settings["input_size"])
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    built_for = next((size for m in model.modules() if isinstance(size := getattr(m, "img_size", None), tuple)), None)
     return _noise(model, (2, shape[0], *(built_for or shape[1:])))
 
 
