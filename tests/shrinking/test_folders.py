@@ -151,6 +151,15 @@ def test_two_arguments_of_timm_give_the_widths(tmp_path):
     torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_for_small_images_is_tried_with_small_images(tmp_path):
+    """No attribute of a LeViT says for which size it was built."""
+    torch.manual_seed(0)
+    module = wl.ImageClassifierModule("levit_128s", False, num_classes=10, model_kwargs={"img_size": 64}).eval()
+    wl.prune(module.model, [torch.randn(2, 3, 64, 64)], 0.5, pattern="structured", only=["*.mlp.*"], progress=False)
+    with pytest.raises(ValueError, match="no arguments of LevitDistilled"):
+        module.save_pretrained(tmp_path / "out", shrink=True)
+
+
 def test_timm_has_no_arguments_for_the_widths(tmp_path):
     module = wl.ImageClassifierModule("convnext_atto", False, num_classes=10).eval()
     wl.prune(module.model, [torch.randn(2, 3, 32, 32)], 0.5, pattern="structured", progress=False)

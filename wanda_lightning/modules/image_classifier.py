@@ -22,7 +22,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.hub.upload import Uploadable
 from wanda_lightning.modules.loading import create_classifier, explaining_other_widths, load_checkpoint
-from wanda_lightning.shrinking import Shrunk, fitting_arguments, shrunk
+from wanda_lightning.shrinking import Shrunk, example_batch, fitting_arguments, shrunk
 
 
 class ImageClassifierModule(Uploadable, L.LightningModule):
@@ -209,7 +209,8 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else None
-        with whole_folder(folder, overwrite) as new, shrunk(model) if shrink else nullcontext() as result:
+        batch = example_batch(model, self._model_kwargs.get("img_size"))
+        with whole_folder(folder, overwrite) as new, shrunk(model, batch) if shrink else nullcontext() as result:
             arguments = fitting_arguments(model, self._model_kwargs)
             save_for_hf(model, str(new), model_config=labels, model_args=arguments, safe_serialization=True)
         return result

@@ -18,8 +18,11 @@ from wanda_lightning.models import RemovableUnits, reads_images
 _CLOSE = 1e-4  # relative
 
 
-def example_batch(model: nn.Module) -> Any:
-    """Return a small batch for a model of transformers or timm; None for any other."""
+def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Any:
+    """Return a small batch for a model of transformers or timm; None for any other.
+
+    A model of timm that was built for another size of images than its architecture may need that size.
+    """
     config: Any = getattr(model, "config", None)
     if hasattr(model, "dummy_inputs") and config is not None:
         if not reads_images(model):
@@ -33,6 +36,7 @@ def example_batch(model: nn.Module) -> Any:
         return None
     shape = tuple(settings["input_size"])
     built_for = next((size for m in model.modules() if isinstance(size := getattr(m, "img_size", None), tuple)), None)
+    built_for = (image_size, image_size) if isinstance(image_size, int) else image_size or built_for
     return _noise(model, (2, shape[0], *(built_for or shape[1:])))
 
 
