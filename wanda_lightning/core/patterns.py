@@ -45,10 +45,12 @@ class Pattern(ABC):
 
     Attributes:
         weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared.
+        prunes_units: Whether zeros fill whole columns, and the rows of other layers that write what these columns read.
         drops_experts: Whether whole experts leave the model instead of weights that become zero.
     """
 
     weigh_rows: bool = False
+    prunes_units: ClassVar[bool] = False
     drops_experts: ClassVar[bool] = False
 
     @property
@@ -70,11 +72,6 @@ class Pattern(ABC):
     def fixed_sparsity(self) -> float | None:
         """The only sparsity that the pattern can have; None if it can have any."""
         return None
-
-    @property
-    def prunes_units(self) -> bool:
-        """Whether zeros fill whole columns, and the rows of other layers that write what these columns read."""
-        return False
 
     def check(self, sparsity: float) -> None:  # noqa: B027  # most patterns can have any sparsity
         """Raise a ValueError for a sparsity that the pattern cannot have."""
@@ -282,17 +279,13 @@ class Structured(Pattern):
         columns: Columns of each unit: as many as the kernel of a convolution has positions; `prune` sets it.
     """
 
+    prunes_units: ClassVar[bool] = True
     multiple_of: int = 8
     columns: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
         check(self, multiple_of=at_least_1, columns=at_least_1)
-
-    @property
-    def prunes_units(self) -> bool:
-        """True."""
-        return True
 
     @property
     def spans_rows(self) -> bool:

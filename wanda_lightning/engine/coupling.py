@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -10,10 +11,9 @@ from torch import nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
-from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.patterns import Structured
+from wanda_lightning.engine.dense_blocks import dense_blocks
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.refusals import refuse_rounding
 from wanda_lightning.engine.run import Run
@@ -23,7 +23,7 @@ from wanda_lightning.models import (
     SkippedMatrix,
     SkipReason,
     Unit,
-    has_adapters,
+    adapted_module,
     reads_images,
     removable_units,
     tied_tensors,
@@ -44,28 +44,18 @@ def couple(run: Run) -> None:
     taken out: the block must compute the same. Units stay if the user has skipped a layer that writes them. A model
     without blocks is one block.
     """
-    plan, store = run.plan, run.store
+    plan = run.plan
     if is_sharded(plan.model):
         raise UserError(
             f"{plan.config.shown('pattern')} needs whole layers, but the model is sharded. Prune it in one process, or "
             "with DDP."
         )
-    processes, search, revisited = plan.processes, _Search(plan), set[int]()
-    units = plan.block_units or (_one_block(plan),)
-    samples, names = run.samples.head(1), [unit.name for unit in units]
-    if not any(number for (number,) in processes.all_gather([len(samples)])):
-        run.samples.refuse_if_empty()
-    modules = [unit.module for unit in units]
-    with ProgressBar("Finding hidden units", len(units), run.progress) as bar, store.dense():
-        for stop in lockstep(samples, modules, names, processes, revisited):
-            unit = units[stop.unit]
-            bar.show(unit.name)
-            store.hold(unit.name)
-            search(unit, stop.calls)
-            bar.advance()
-    for index, unit in enumerate(units):
-        # A later call may use the units in another way. Only processes with samples there have seen it.
-        if processes.all_reduce_min(int(index not in revisited)) == 0:
+    search, again, units = _Search(plan), set[str](), plan.block_units or (_one_block(plan),)
+    with closing(dense_blocks(run, units, 1, "Finding hidden units", again)) as blocks:
+        for unit, calls in blocks:
+            search(unit, calls)
+    for unit in units:
+        if unit.name in again:
             search.forget(unit)
     narrowed = _narrowed(plan, _wide_enough(plan, search.found), search.reached)
     run.plan = replace(narrowed, positions=search.positions_of_all(narrowed.coupled))
@@ -88,7 +78,7 @@ def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, R
     """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
     pattern = plan.config.pattern
     assert isinstance(pattern, Structured)
-    if not found and has_adapters(plan.model):
+    if not found and adapted_module(plan.model) is not None:
         raise UserError(
             f"{plan.config.shown('pattern')} removes hidden units, but the model has adapters, which were trained for "
             "all of them. Merge the adapters into the model first, or prune it before they are added."

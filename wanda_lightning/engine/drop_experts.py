@@ -22,7 +22,7 @@ from wanda_lightning.core.types import Units
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.reporting import make_report
 from wanda_lightning.engine.run import Run
-from wanda_lightning.models import SkippedMatrix, SkipReason
+from wanda_lightning.models import SkippedMatrix, SkipReason, adapted_module
 from wanda_lightning.models.mixtures import Mixture, mixtures
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import PrunedLayer, PruningReport
@@ -74,10 +74,10 @@ def drop_experts(run: Run) -> PruningReport:
 def _find(plan: Plan) -> list[Mixture]:
     """Return the mixtures of the model, or refuse the model."""
     found, shown, pattern = list(mixtures(plan.model)), plan.config.shown("pattern"), plan.config.pattern
-    adapters = any(getattr(type(module), "adapter_layer_names", ()) for module in plan.model.modules())
-    if adapters or is_sharded(plan.model):
+    adapted = adapted_module(plan.model) is not None
+    if adapted or is_sharded(plan.model):
         raise UserError(
-            f"{shown} needs whole layers, but the model {'has adapters' if adapters else 'is sharded'}. Merge adapters "
+            f"{shown} needs whole layers, but the model {'has adapters' if adapted else 'is sharded'}. Merge adapters "
             "first, and prune in one process, or with DDP."
         )
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -10,13 +11,12 @@ import torch
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.error_notes import noting
-from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders
+from wanda_lightning.engine.dense_blocks import dense_blocks
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, tied_tensors
@@ -40,24 +40,15 @@ def permute(run: Run) -> Permuted:
     plan, store = run.plan, run.store
     if is_sharded(plan.model):
         return Permuted(why_not="the model is sharded")
-    units, blocks = plan.block_units, plan.blocks
+    units = plan.block_units
     if not units:
         return Permuted(why_not="no layer to prune lies in a block")
-    processes, search, revisited = plan.processes, _Search(plan), set[int]()
-    samples = run.samples.head(_SAMPLES)
-    if not any(number for (number,) in processes.all_gather([len(samples)])):
-        run.samples.refuse_if_empty()
-    observer, names = Observer(Wanda.needs, processes), [unit.name for unit in units]
-    with ProgressBar("Permuting", len(units), run.progress) as bar, store.dense(), noting(search.state):
-        for stop in lockstep(samples, blocks, names, processes, revisited):
-            unit = units[stop.unit]
-            bar.show(unit.name)
-            store.hold(unit.name)
-            search(unit, stop.calls, observer)
-            bar.advance()
-    for index, name in enumerate(names):
-        # A later call may use the units in another way. Only processes with samples there have seen it.
-        if processes.all_reduce_min(int(index not in revisited)) == 0:
+    search, observer, again = _Search(plan), Observer(Wanda.needs, plan.processes), set[str]()
+    with closing(dense_blocks(run, units, _SAMPLES, "Permuting", again)) as blocks, noting(search.state):
+        for unit, calls in blocks:
+            search(unit, calls, observer)
+    for name in [unit.name for unit in units]:
+        if name in again:
             store.undo(partial(search.put_back, name))
             search.forget(name)
         else:

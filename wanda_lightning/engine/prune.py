@@ -53,9 +53,10 @@ def prune(
 
     Args:
         model: The model; only its weights and the running statistics of BatchNorm layers change, in place. With a
-            permutation, the order of hidden units changes, too.
+            permutation, the order of hidden units changes, too; with `pattern="experts"`, experts leave the model.
         batches: Calibration batches; all of them are used. `Magnitude` needs none, except for BatchNorm layers.
-        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
+        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); of their hidden units or experts
+            with such a pattern.
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,

@@ -1,12 +1,13 @@
 """Find what can be pruned in a model: layers, blocks and experts; also skipped matrices and padding."""
 
+from wanda_lightning.models.adapters import adapted_module
 from wanda_lightning.models.find_layers import find_layers
 from wanda_lightning.models.hidden_units import HiddenUnits, hidden_units
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.models.layers import Layer, is_plain
 from wanda_lightning.models.padding import TokenMask, fitting_mask, token_masks
 from wanda_lightning.models.quantized import is_wrapper
-from wanda_lightning.models.removable_units import RemovableUnits, has_adapters, removable_units
+from wanda_lightning.models.removable_units import RemovableUnits, removable_units
 from wanda_lightning.models.task import (
     causal_config,
     find_predictions,
@@ -27,12 +28,12 @@ __all__ = [
     "SkippedMatrix",
     "TokenMask",
     "Unit",
+    "adapted_module",
     "causal_config",
     "check_tokens",
     "find_layers",
     "find_predictions",
     "fitting_mask",
-    "has_adapters",
     "has_classes",
     "hidden_units",
     "is_plain",

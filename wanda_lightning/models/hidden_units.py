@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.core.types import Orders
+from wanda_lightning.models.adapters import adapted_module
 from wanda_lightning.models.layers import Layer, is_plain, kind_of
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "v_head_dim", "d_head", "key_value_proj_dim")
@@ -67,7 +68,7 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
     the block has adapters: they were trained for this order.
     """
     d_in = reader.shape[1]
-    if any(getattr(type(module), "adapter_layer_names", ()) for module in block.modules()):  # peft's layers
+    if adapted_module(block) is not None:
         return
     vectors = [
         (module, name)

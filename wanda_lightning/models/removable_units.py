@@ -6,7 +6,7 @@ block must compute the same with units that are zero as without them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.core.types import Units
+from wanda_lightning.models.adapters import adapted_module
 from wanda_lightning.models.layers import Layer, has_numbers, kind_of
 
 # Attributes that hold the number of units: of modules that read them, that write them, that do both, and around them.
@@ -123,25 +124,34 @@ class RemovableUnits:
             _resize(parent, _AROUND, 2 * self.width, 2 * number)
         torch.clear_autocast_cache()
 
+    def undo(self) -> Callable[[], None]:
+        """Return a function that puts back the tensors, and the widths of their modules, as they are now."""
+        tensors = [(slot.module, slot.name, slot.tensor) for slot in self.slots]
+        modules = dict.fromkeys([*(slot.module for slot in self.slots), *self.parents])
+        widths = [
+            (each, {name: vars(each)[name] for name in (_VECTORS | _AROUND) & vars(each).keys()}) for each in modules
+        ]
+
+        def undo() -> None:
+            for module, name, tensor in tensors:
+                setattr(module, name, tensor)
+            for module, found in widths:
+                vars(module).update(found)
+            torch.clear_autocast_cache()
+
+        return undo
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Undo `zero` and `take` at the end of this block."""
-        tensors = [(slot, slot.tensor, slot.tensor.detach().clone()) for slot in self.slots]
-        modules = dict.fromkeys([*(slot.module for slot in self.slots), *self.parents])
-        attributes = [
-            (module, {name: vars(module)[name] for name in (_VECTORS | _AROUND) & vars(module).keys()})
-            for module in modules
-        ]
+        values = [(slot.tensor.detach(), slot.tensor.detach().clone()) for slot in self.slots]
+        undo = self.undo()
         try:
             yield
         finally:
-            for slot, tensor, values in tensors:
-                tensor.detach().copy_(values)
-                setattr(slot.module, slot.name, tensor)
-            for module, found in attributes:
-                for name, value in found.items():
-                    setattr(module, name, value)
-            torch.clear_autocast_cache()
+            for tensor, value in values:
+                tensor.copy_(value)
+            undo()
 
 
 def _resize(module: nn.Module, attributes: frozenset[str], before: int, after: int) -> None:
@@ -150,18 +160,13 @@ def _resize(module: nn.Module, attributes: frozenset[str], before: int, after: i
             setattr(module, name, after)
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters into a model."""
-    return any(getattr(type(module), "adapter_layer_names", ()) for module in model.modules())
-
-
 def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[RemovableUnits]:
     """Yield candidates for the hidden units that a layer reads, the likeliest first.
 
     Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
     the block has adapters: they were trained for this width.
     """
-    if has_adapters(block) or not _is_whole(reader):
+    if adapted_module(block) is not None or not _is_whole(reader):
         return
     width = reader.width
     proposed: set[object] = set()

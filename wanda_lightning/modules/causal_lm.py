@@ -40,7 +40,7 @@ from wanda_lightning.modules.loading import (
     load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
-from wanda_lightning.shrinking import shrunk, write_modeling_file
+from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
 class CausalLMModule(Uploadable, L.LightningModule):
@@ -314,7 +314,9 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
             self.model = merge(self.model, reprune)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False) -> Any:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+    ) -> Shrunk | None:
         """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
 
         If the model has adapters that are not merged, peft writes only the adapters.
@@ -322,11 +324,15 @@ class CausalLMModule(Uploadable, L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            shrink: Leave out hidden units that are zero on both sides, and return a `Shrunk`, which says how many; a
-                ValueError if there are none. The module in memory keeps them.
+            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
+                memory keeps them.
+
+        Returns:
+            With `shrink`, what was left out.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
+            ValueError: If `shrink` finds nothing to leave out.
         """
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
             with shrunk(self.model) if shrink else nullcontext() as result:

@@ -78,7 +78,7 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     for each in (config, model.config):
         for name in {SHAPES, NUMBERS} & vars(each).keys():
             delattr(each, name)
-    target = _of_family(_shapes(model), family, config)
+    target = _of_family(shapes_of(model), family, config)
     wrong = _wrong(family, config, target)
     while wrong:
         tried = []
@@ -171,7 +171,7 @@ def _set(config: Any, path: tuple[str, ...], value: Any) -> None:
 def _wrong(family: Any, config: Any, target: Shapes) -> _Wrong:
     """Return the tensors that have another shape in a model that is built from a configuration."""
     try:
-        built = _shapes(_built(family, config))
+        built = shapes_of(_built(family, config))
     except Exception:  # whatever the family raises for values that contradict each other
         return {name: ((), shape) for name, shape in target.items()}
     return {name: (built.get(name, ()), shape) for name, shape in target.items() if built.get(name) != shape}
@@ -180,7 +180,7 @@ def _wrong(family: Any, config: Any, target: Shapes) -> _Wrong:
 def _of_family(shapes: Shapes, family: Any, config: Any) -> Shapes:
     """Return the shapes of the tensors that the family has, too, if it can be built."""
     try:
-        built = _shapes(_built(family, config))
+        built = shapes_of(_built(family, config))
     except Exception:  # whatever the family raises
         return shapes
     return {name: shape for name, shape in shapes.items() if name in built}
@@ -194,7 +194,8 @@ def _built(family: Any, config: Any) -> nn.Module:
     return built
 
 
-def _shapes(model: nn.Module) -> Shapes:
+def shapes_of(model: nn.Module) -> Shapes:
+    """Return the shape of each parameter and buffer, by name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

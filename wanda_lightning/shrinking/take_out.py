@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
-from wanda_lightning.models import Layer, RemovableUnits, find_layers, removable_units, tied_tensors
+from wanda_lightning.models import Layer, RemovableUnits, adapted_module, find_layers, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
 from wanda_lightning.parallel import is_sharded
@@ -149,10 +149,9 @@ def _refuse(model: nn.Module) -> None:
         raise UserError(
             "shrink needs whole layers, but the model is sharded. Shrink it in one process, after training."
         )
-    adapted = [name for name, m in model.named_modules() if getattr(type(m), "adapter_layer_names", ())]
-    if adapted:
+    if (adapted := adapted_module(model)) is not None:
         raise UserError(
-            f"shrink would break adapters, which were trained for the widths of now, such as that of {adapted[0]}. "
+            f"shrink would break adapters, which were trained for the present widths, such as that of {adapted}. "
             "Merge them first (CausalLMModule.merge(), or wanda_lightning.lora.merge(model))."
         )
 
@@ -164,22 +163,6 @@ def _undo_all(undo: Sequence[_Undo]) -> None:
 
 def _number_of_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _undo_of(units: RemovableUnits) -> _Undo:
-    """Return a function that puts back the tensors of units, and the widths of their modules."""
-    tensors = [(slot.module, slot.name, slot.tensor) for slot in units.slots]
-    modules = dict.fromkeys([*(slot.module for slot in units.slots), *units.parents])
-    widths = [(module, {key: value for key, value in vars(module).items() if type(value) is int}) for module in modules]
-
-    def undo() -> None:
-        for module, name, tensor in tensors:
-            setattr(module, name, tensor)
-        for module, found in widths:
-            vars(module).update(found)
-        torch.clear_autocast_cache()
-
-    return undo
 
 
 class _Search:
@@ -204,7 +187,7 @@ class _Search:
             if not is_started:
                 self._trial.start(units)
             is_started = True
-            undo = _undo_of(units)
+            undo = units.undo()
             units.take(~empty)
             if self._trial.is_same(units):
                 self.result.one_sided += int(((columns ^ rows) & ~empty).sum())

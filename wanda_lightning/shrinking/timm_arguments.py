@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
-
-Shapes = Mapping[str, tuple[int, ...]]
+from wanda_lightning.shrinking.configuration import Shapes, shapes_of
 
 
 def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     Raises:
         ValueError: If no arguments give the shapes; the message names layers that differ.
     """
-    target, found = _shapes(model), dict(arguments)
+    target, found = shapes_of(model), dict(arguments)
     try:
         built, settings = _build(model, found)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
@@ -126,8 +125,4 @@ def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[Shapes, dict[str, 
         family.__init__ = original
     settings.pop("self", None)
     settings |= settings.pop("kwargs", {})
-    return _shapes(built), settings
-
-
-def _shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes_of(built), settings
