@@ -78,10 +78,11 @@ def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
     return scale, result.div_(scale).div_(scale[:, None])
 
 
-def relative_error(dense: Weight, pruned: Weight, gram: Gram) -> float | None:
+def relative_error(dense: Weight, pruned: Weight, gram: Gram, fitted: Gram | None = None) -> float | None:
     """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
 
-    Of a layer with more than 256 rows, only about 256, evenly spaced, are compared.
+    Of a layer with more than 256 rows, only about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the
+    error if it is not `gram`: that of centered inputs if the bias was fitted, too.
 
     Example:
         >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), torch.eye(2))
@@ -91,7 +92,8 @@ def relative_error(dense: Weight, pruned: Weight, gram: Gram) -> float | None:
     weight = dense[rows].to(gram.dtype)
     lost = weight - pruned[rows].to(gram.dtype)
     with torch.autocast(gram.device.type, enabled=False):
-        error, energy = (float((torch.mm(each, gram) * each).sum()) for each in (lost, weight))
+        pairs = (lost, gram if fitted is None else fitted), (weight, gram)
+        error, energy = (float((torch.mm(each, matrix) * each).sum()) for each, matrix in pairs)
     if not math.isfinite(error + energy):
         return None
     return max(0.0, error) / energy if energy > 0 else 0.0

@@ -157,6 +157,22 @@ class InputStatistics:
         """Return a scale for each input and the scaled Gram matrix, computed once (see `core.gram`)."""
         return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
+    def mean(self) -> PerInput:
+        """Return the mean of each input over all tokens."""
+        return self.sums["sum"] / self.count
+
+    def centered(self) -> InputStatistics:
+        """Return the statistics with the Gram matrix of the inputs minus their means, computed once."""
+
+        def center() -> InputStatistics:
+            result = InputStatistics(self.needs)
+            gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
+            gram.diagonal().clamp_(min=0)  # rounding
+            result.count, result.sums = self.count, {**self.sums, "gram": gram}
+            return result
+
+        return self._once(("centered", 0.0), center)
+
     def forget_derived(self) -> None:
         """Free what layers with these inputs have shared; the next layer computes it again."""
         self._derived.clear()
@@ -181,4 +197,8 @@ class InputStatistics:
         return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
-SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": sum_squares, "gram": _gram}
+def _sum(tokens: Tokens) -> PerInput:
+    return tokens.sum(dim=0)
+
+
+SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": sum_squares, "gram": _gram, "sum": _sum}

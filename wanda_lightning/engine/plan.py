@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
@@ -24,7 +25,7 @@ from wanda_lightning.engine.refusals import (
     refuse_unprunable,
 )
 from wanda_lightning.engine.unit_sparsities import unit_sparsities
-from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images
+from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
@@ -78,6 +79,16 @@ class Plan:
     def blocks(self) -> tuple[nn.Module, ...]:
         """The modules of `block_units`."""
         return tuple(unit.module for unit in self.block_units if unit.module)
+
+    @cached_property
+    def _tied(self) -> set[tuple[nn.Module, str]]:
+        return tied_tensors(self.model)
+
+    def fitted_bias(self, layer: Layer) -> Tensor | None:
+        """Return the bias of a layer if the solver fits it, too; not one that is shared or sharded."""
+        if not self.config.solver.intercept or (bias := layer.bias) is None or isinstance(layer.parameter, DTensor):
+            return None
+        return None if (layer.module, "bias") in self._tied else bias.detach()
 
     @property
     def unit_columns(self) -> dict[str, int]:

@@ -52,8 +52,9 @@ def prune(
     `position_ids` that restart (packed documents) exclude no token.
 
     Args:
-        model: The model; only its weights and the running statistics of BatchNorm layers change, in place. With a
-            permutation, the order of hidden units changes, too; with `pattern="experts"`, experts leave the model.
+        model: The model; only its weights and the running statistics of BatchNorm layers change, in place; with the
+            solvers `ADMM` and `Refit`, biases of the pruned layers, too. With a permutation, the order of hidden units
+            changes; with `pattern="experts"`, experts leave the model.
         batches: Calibration batches; all of them are used. `Magnitude` needs none, except for BatchNorm layers.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); of their hidden units or experts
             with such a pattern.

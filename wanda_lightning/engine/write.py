@@ -12,6 +12,7 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.gram import relative_error
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Weight
+from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.parallel import reshard
@@ -30,7 +31,7 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
             else:
                 reached.append(layer)
         statistics = InputStatistics()
-        for layers in _by_input(reached, inputs):
+        for layers in _by_input(reached, inputs, plan):
             if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
                 statistics.forget_derived()
             statistics = following
@@ -57,14 +58,15 @@ def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
 _MAX_GROUP = 1 << 28  # weights: 1 GiB in float32, and up to four times that in the solver
 
 
-def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics]) -> Iterator[list[Layer]]:
-    """Group layers that share one input; split a group that is too large for memory."""
-    groups: dict[object, dict[str, list[Layer]]] = {}
+def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], plan: Plan) -> Iterator[list[Layer]]:
+    """Group layers that share one input, and have biases to fit or not; split a group that is too large for memory."""
+    groups: dict[object, dict[tuple[str, bool], list[Layer]]] = {}
     for layer in layers:
         # Each expert is a group of its own, since a hundred of them may share pooled statistics. These groups follow
         # each other, so that what is derived from the statistics is computed once.
         shared = groups.setdefault(inputs.get(layer.name, layer.name), {})
-        shared.setdefault(layer.name if layer.siblings else "", []).append(layer)
+        key = layer.name if layer.siblings else "", plan.fitted_bias(layer) is not None
+        shared.setdefault(key, []).append(layer)
     for group in (group for shared in groups.values() for group in shared.values()):
         part: list[Layer] = []
         for layer in group:
@@ -80,11 +82,13 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
     weights = {layer.name: layer.read() for layer in layers}
     rows = {name: weight for name, weight in weights.items() if len(weight)}  # a process may hold no row of a layer
     solved: dict[str, Weight] = {}
+    biases = {layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None}
+    fitted = inputs.centered() if biases else inputs
     if rows:
         device = next(iter(rows.values())).device
         with torch.autocast(device.type, enabled=False):  # a mixed-precision Trainer's would round the statistics
             selections = [run.selections[name] for name in rows]
-            pairs = run.plan.config.solver.solve_together([*rows.values()], inputs, selections)
+            pairs = run.plan.config.solver.solve_together([*rows.values()], fitted, selections)
         solved = {name: weight for name, (weight, _) in zip(rows, pairs, strict=True)}
     for layer in layers:
         target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
@@ -93,7 +97,10 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
             dense, sparse = weights[layer.name], solved[layer.name]
             pruned.before, pruned.sparsity = _share_of_zeros(dense), _share_of_zeros(sparse)
             if "gram" in inputs.sums and not isinstance(layer.parameter, DTensor):
-                pruned.error = relative_error(dense, sparse, inputs.sums["gram"])
+                pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"])
+            if layer.name in biases:  # the means of the outputs stay
+                lost = dense.to(fitted.mean().dtype) - sparse
+                biases[layer.name].add_((lost @ fitted.mean()).to(biases[layer.name].dtype))
             layer.write(sparse)
         yield pruned
 

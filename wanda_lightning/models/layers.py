@@ -198,6 +198,12 @@ class Layer:
         return self.part(local(self.parameter.detach()))
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias; None if it has none, or if the module holds other matrices with other biases."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, nn.Parameter) and self.expert is None and self.group is None else None
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the weight in its own layout, unsharded."""
         return tuple(self.part(torch.empty(self.parameter.shape, device="meta")).shape)

@@ -80,7 +80,8 @@ def _encoder_and_decoder(model: nn.Module) -> tuple[str, str] | None:
 def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:
     """Refuse a mask (samples, tokens) with another shape than the tokens, unless a cache adds keys before them."""
     tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch.get(key), Tensor)), None)
-    if not isinstance(attention, Tensor) or attention.ndim != 2 or tokens is None or "past_key_values" in batch:
+    cached = "cache" in batch or "past_key_values" in batch  # transformers 5.24 renames the second to the first
+    if not isinstance(attention, Tensor) or attention.ndim != 2 or tokens is None or cached:
         return
     if attention.shape != tokens.shape[:2]:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import Number, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.criteria import lower_inactive
 from wanda_lightning.core.gram import cholesky
@@ -33,6 +33,8 @@ class ADMM(Solver):
     Wanda's score, so the method is Wanda on weights that already compensate for the pruned ones. If Wanda's own mask
     gives a smaller error, it is used instead.
 
+    With a bias, X holds the inputs minus their means, and the bias makes up for the difference of the means.
+
     The solver takes no other criterion. Weights that are zero stay zero.
 
     Attributes:
@@ -41,19 +43,22 @@ class ADMM(Solver):
         rho: Pull toward the masked copy in the first and in the last iteration, in units of the diagonal; in between it
             grows by a constant factor.
         refit_steps: Maximum number of conjugate gradient steps of the refit.
+        intercept: Fit the bias of a layer, if it has one, together with its weights.
     """
 
     dampening: float = 0.05
     iterations: int = 10
     rho: tuple[float, float] = (0.1, 0.8)
     refit_steps: int = 2
+    intercept: bool = True
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "sum"})
     takes_any_criterion: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
         check(self, dampening=Number(above=0), iterations=at_least_1, refit_steps=at_least_1)
+        check_flags(intercept=self.intercept)
         if isinstance(self.rho, list):  # as a file gives it
             object.__setattr__(self, "rho", tuple(self.rho))
         pair = isinstance(self.rho, tuple) and len(self.rho) == 2

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import Number, check, check_flags
 from wanda_lightning.core.gram import cholesky, dampened
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
@@ -25,22 +25,26 @@ class Refit(Solver):
 
     For each row, `||(w - w') X^T||^2 + dampening * mean(diag(X^T X)) * ||w - w'||^2` is minimized over the kept
     weights, by conjugate gradients on all rows at once with the diagonal as preconditioner. If whole columns are kept,
-    all rows have the same equations, which a Cholesky factorization solves exactly.
+    all rows have the same equations, which a Cholesky factorization solves exactly. With a bias, X holds the inputs
+    minus their means, and the bias makes up for the difference of the means: the least squares with an intercept.
 
     Attributes:
         dampening: Pull toward the dense weights, as a fraction of the mean diagonal; raise it for few calibration
             tokens.
         steps: Maximum number of conjugate gradient steps.
+        intercept: Fit the bias of a layer, if it has one, together with its weights.
     """
 
     dampening: float = 0.1
     steps: int = 30
+    intercept: bool = True
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "sum"})
     prunes_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
+        check_flags(intercept=self.intercept)
 
     def workspace(self, rows: Sequence[int], d_in: int) -> int:
         """The dampened Gram matrix and nine matrices like the weight."""

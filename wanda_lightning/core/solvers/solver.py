@@ -21,11 +21,14 @@ class Solver(ABC):
         needs: The input statistics that it reads, in addition to those of the criterion.
         takes_any_criterion: Whether the user may choose the criterion.
         prunes_units: Whether it solves layers whose zeros fill whole columns.
+        intercept: Whether the bias of a layer, if it has one, is fitted together with the weights. The solver then gets
+            `InputStatistics.centered()`.
     """
 
     needs: ClassVar[frozenset[str]]
     takes_any_criterion: ClassVar[bool] = True
     prunes_units: ClassVar[bool] = False
+    intercept: bool = False
 
     @property
     def chooses_in_blocks(self) -> bool:

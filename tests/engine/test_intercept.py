@@ -1,0 +1,87 @@
+"""Biases that are fitted together with the weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from wanda_lightning import ADMM, Refit, prune
+from wanda_lightning.core.patterns import Structured
+
+
+@pytest.fixture
+def tokens():
+    """Correlated inputs whose means are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(200, 16, generator=generator) @ torch.randn(16, 16, generator=generator) + 3
+
+
+def layer(bias=True):
+    torch.manual_seed(1)
+    return nn.Linear(16, 8, bias)
+
+
+def error(dense, pruned, tokens):
+    return (dense(tokens) - pruned(tokens)).square().mean().item()
+
+
+@pytest.mark.parametrize("solver", [ADMM, Refit])
+def test_the_outputs_are_nearer_with_a_fitted_bias(solver, tokens):
+    dense, errors = layer(), []
+    for intercept in (False, True):
+        model = copy.deepcopy(dense)
+        report = prune(model, [tokens], 0.75, solver=solver(intercept=intercept), progress=False)
+        errors.append(error(dense, model, tokens))
+        shown = dense(tokens) - dense.bias
+        assert report.layers[0].error == pytest.approx(errors[-1] / shown.square().mean().item(), rel=1e-3)
+        assert (model.weight == 0).float().mean() == 0.75
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_columns_and_bias_are_the_least_squares_solution(tokens):
+    dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), layer_of(24))
+    model = copy.deepcopy(dense)
+    prune(model, [tokens], 0.5, pattern=Structured(multiple_of=4), solver=Refit(dampening=1e-7), progress=False)
+    hidden, kept = dense[1](dense[0](tokens)), (model[2].weight != 0).any(0)
+    assert kept.sum() == 12
+    inputs = torch.cat([hidden[:, kept], torch.ones(len(tokens), 1)], dim=1).double()
+    expected = torch.linalg.lstsq(inputs, dense(tokens).double(), driver="gelsd").solution.float()
+    found = torch.cat([model[2].weight[:, kept], model[2].bias[:, None]], dim=1)
+    torch.testing.assert_close(inputs.float() @ found.t(), inputs.float() @ expected, rtol=1e-3, atol=1e-3)
+
+
+def layer_of(width):
+    torch.manual_seed(2)
+    return nn.Linear(width, 8)
+
+
+def grouped():
+    torch.manual_seed(1)
+    return nn.Conv1d(16, 8, 1, groups=2)
+
+
+@pytest.mark.parametrize("make", [lambda: layer(bias=False), grouped], ids=["no bias", "one bias for several matrices"])
+def test_other_layers_are_pruned_as_without(make, tokens):
+    tokens = tokens[..., None] if isinstance(make(), nn.Conv1d) else tokens
+    pair = []
+    for intercept in (False, True):
+        pair.append(make())
+        prune(pair[-1], [tokens], 0.5, solver=ADMM(intercept=intercept), include_grouped=True, progress=False)
+    assert all(map(torch.equal, pair[0].parameters(), pair[1].parameters()))
+
+
+def test_a_bias_that_other_layers_use_stays(tokens):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].bias = model[0].bias
+    before = model[0].bias.clone()
+    prune(model, [tokens], 0.5, solver=ADMM(), progress=False)
+    assert torch.equal(model[0].bias, before)
+
+
+def test_inputs_that_never_change_are_taken_over_by_the_bias(tokens):
+    tokens[:, 3] = 7
+    dense = layer()
+    model = copy.deepcopy(dense)
+    prune(model, [tokens], 0.25, solver=ADMM(), progress=False)
+    assert not model.weight[:, 3].any()
