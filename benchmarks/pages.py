@@ -108,6 +108,15 @@ def zeros() -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def worth_short() -> str:
+    """The rows of the comparison of size and speed that a reader of the front page needs."""
+    chosen = {"dense": "dense", "int8": "dense", "thorough": "50 %", "structured, distilled": "25 % of units"}
+    runs = [r for r in read_table("worth") if "perplexity" in r.measured and chosen.get(r.method) == r.goal]
+    if len(runs) < len(chosen):
+        raise ValueError(f"The table needs the runs {list(chosen)}, but there are {[run.method for run in runs]}.")
+    return tables.worth_table(runs, ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1", "seconds"))
+
+
 def demo_table() -> str:
     """The table of `make demo`, without its source."""
     return tables.demo().partition("\n\n")[0]
@@ -234,6 +243,7 @@ PARTS: Mapping[str, Callable[..., str]] = {
     "claims": claims,
     "which": which,
     "zeros": zeros,
+    "worth_short": worth_short,
     "demo_table": demo_table,
     "training_costs": training_costs,
     "adapters": adapters,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
@@ -108,7 +109,7 @@ def _seconds_of_choices(model: nn.Module, batches: Batches, runs: int) -> list[f
 
 
 def measure_model(options: argparse.Namespace) -> None:
-    """Measure the choices of `sequential` in detail: seconds and memory."""
+    """Measure the choices of `sequential`, and taking hidden units out, in detail: seconds and memory."""
     model, batches, body = load(options)
     dense = copy.deepcopy(model.state_dict())
 
@@ -116,15 +117,22 @@ def measure_model(options: argparse.Namespace) -> None:
         with torch.no_grad():
             return seconds(lambda: [_call(body, batch) for batch in batches])
 
-    def pruning(sequential: str) -> Callable[[], float]:
+    def pruning(choices: dict[str, Any]) -> Callable[[], float]:
         def run() -> float:
             model.load_state_dict(dense)
-            return seconds(lambda: prune(model, batches, 0.5, sequential=sequential, forward=one, progress=False))
+            return seconds(lambda: prune(model, batches, **choices, forward=one, progress=False))
 
         def one(batch: dict[str, torch.Tensor]) -> object:
             return _call(body, batch)
 
         return run
+
+    def measure(own: Result, choices: dict[str, Any], passes: int) -> None:
+        plain, ours = medians(forward, pruning(choices), runs=options.runs)
+        ratio, peak = ours / (passes * plain), _peak(pruning(choices))
+        runs.save(own, {"seconds": ours, "plain_seconds": passes * plain, "ratio": ratio, "peak_mib": peak})
+        name = f"{own.method}, {own.case or own.goal} / {passes} forward pass{'es' if passes > 1 else ''}"
+        table.add_row(name, f"{passes * plain:.2f}", f"{ours:.2f}", f"{ratio:.3f}", f"{peak:.0f}")
 
     runs, calibration = Runs(options.save, "costs"), Samples("random tokens", options.nsamples, options.seqlen)
     planned = Result(model=Path(options.model).name, method="forward pass", calibration=calibration)
@@ -135,14 +143,11 @@ def measure_model(options: argparse.Namespace) -> None:
     runs.save(planned, {"peak_mib": peak})
     table.add_row("plain forward pass, batch by batch", "", "", "", f"{peak:.0f}")
     for sequential, passes in (("block", 2), ("layer", 1), ("none", 1)):
-        plain, ours = medians(forward, pruning(sequential), runs=options.runs)
-        measured = {"seconds": ours, "plain_seconds": passes * plain, "ratio": ours / (passes * plain)}
-        measured["peak_mib"] = _peak(pruning(sequential))
         choice = {"sequential": sequential}
-        runs.save(replace(planned, method="wanda", sparsity=0.5, case=choice, arguments=choice), measured)
-        name = f"sequential={sequential} / {passes} forward pass{'es' if passes > 1 else ''}"
-        times = f"{passes * plain:.2f}", f"{ours:.2f}", f"{measured['ratio']:.3f}"
-        table.add_row(name, *times, f"{measured['peak_mib']:.0f}")
+        own = replace(planned, method="wanda", sparsity=0.5, case=choice, arguments=choice)
+        measure(own, {"sparsity": 0.5, **choice}, passes)
+    units = {"sparsity": 0.25, "pattern": "structured"}
+    measure(replace(planned, method="structured", **units), units, 1)
     plain, ours = _seconds_of_mask(max(options.runs, 5))
     mask = Result(model="random matrix 4096 x 11008", method="2:4 mask", sparsity=0.5, pattern="2:4")
     runs.save(mask, {"seconds": ours, "plain_seconds": plain, "ratio": ours / plain})

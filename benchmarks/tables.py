@@ -6,6 +6,7 @@ pages that ask for it.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from result import OURS, Result, Samples, read_table
@@ -41,6 +42,15 @@ LABELS: Mapping[str, str] = {
     "thorough": "`thorough`",
     "fixed": "then `DistillFromDense`",
     "trained longer": "dense, trained as long",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "int4": "int4",
+    "structured": "units",
+    "structured, fisher": "units, by the loss",
+    "GroupMagnitude": "units, by Torch-Pruning",
+    "structured, int8": "units, then int8",
+    "structured, distilled": "units, by the loss, then distilled",
+    "structured, 10 epochs": "units, then 10 epochs",
 }
 """How a method is written. Tables list methods in this order."""
 
@@ -252,6 +262,8 @@ def costs() -> str:
         name = result.method
         if order := result.case.get("sequential"):
             name = f'Wanda, `sequential="{order}"` / {passes[order]}'
+        elif name == "structured":
+            name = f"{result.goal} to zero / one forward pass"
         elif name == "2:4 mask":
             name = f"2:4 mask of a {result.model} / `w.abs().mul_(s)`"
         rows.append([name, number(result, "ratio", ".2f"), number(result, "peak_mib", ".0f")])
@@ -456,6 +468,53 @@ def training_images() -> str:
     return _by_model(read_table("training_images"), lambda r: percent(r, "top1"), ("dense", "70 %", "80 %", "90 %"))
 
 
+WORTH: Mapping[str, tuple[str, Cell]] = {
+    "perplexity": ("perplexity", perplexity),
+    "top1": ("accuracy", lambda result: percent(result, "top1", 1)),
+    "weights_mib": ("MiB", lambda result: number(result, "weights_mib", ".1f")),
+    "zstd_mib": ("MiB after `zstd -3`", lambda result: number(result, "zstd_mib", ".1f")),
+    **{
+        f"{what}_{size}": (f"{what}, batch {size}", partial(number, quantity=f"{what}_{size}", form=".2f"))
+        for what in ("prefill", "decode", "images")
+        for size in (1, 32)
+    },
+    "peak_mib": ("activations, MiB", lambda result: number(result, "peak_mib", ".0f")),
+    "seconds": ("seconds to make", seconds),
+}
+"""Columns of the comparison of what makes a model smaller or faster: headings and cells."""
+
+
+def worth() -> str:
+    """Quality, size and speed of fewer bits, scattered zeros and fewer units."""
+    groups = defaultdict(list)
+    for result in read_table("worth"):
+        groups[result.model, result.case.get("weights")].append(result)
+    return "\n\n".join(f"`{model}`:\n\n{_worth_of(group)}" for (model, _), group in groups.items())
+
+
+def _worth_of(results: Sequence[Result]) -> str:
+    return worth_table(results, list(WORTH)) + "\n\n" + source(results)
+
+
+def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
+    """Return the rows of one model, with the columns that were measured."""
+    shown = [WORTH[name] for name in columns if name in results[0].measured]
+    rows = [[_worth_name(result), *(cell(result) for _, cell in shown)] for result in by_worth(results)]
+    return markdown(("", *(heading for heading, _ in shown)), rows)
+
+
+def by_worth(results: Iterable[Result]) -> list[Result]:
+    """Return the runs of one model in the order of their rows."""
+    order = list(LABELS)
+    return sorted(results, key=lambda r: (r.pattern == "structured", order.index(r.method), ":" in r.goal, r.sparsity))
+
+
+def _worth_name(result: Result) -> str:
+    goal = "" if result.goal == "dense" else f" {result.goal.removesuffix(' of units')}"
+    name, _, more = LABELS[result.method].partition(", ")
+    return f"{name}{goal}{', ' if more else ''}{more}"
+
+
 FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "methods": all_methods,
     "demo": demo,
@@ -475,4 +534,5 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "own_text": own_text,
     "training": training,
     "training_images": training_images,
+    "worth": worth,
 }

@@ -1,13 +1,13 @@
 """Compare what makes a model smaller or faster: fewer bits, scattered zeros, and fewer hidden units, in one table.
 
-    pip install torchao zstandard
+    pip install torchao zstandard torch-pruning
     python benchmarks/worth.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --save benchmarks/results
     python benchmarks/worth.py --digits --save benchmarks/results
     python benchmarks/worth.py --images .cache/efficientnet_lite0 --data imagenet_sample --save benchmarks/results
 
 Speeds are ratios to the dense float32 model, which runs alternately in the same process: medians of `--runs`. `prefill`
-is a forward pass of 128 tokens, `decode` the 16 tokens after them with a cache, `images` a forward pass; each for
+is a forward pass of 128 tokens, `decode` the 4 tokens after them with a cache, `images` a forward pass; each for
 batches of 1 and 32.
 """
 
@@ -15,7 +15,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from typing import Any
 import lightning as L
 import torch
 from measuring import MIB, PeakMemory, columns, fingerprint, medians, seconds
-from result import Result, Runs, Samples
+from result import OURS, Result, Runs, Samples, sparsity_of
 from rich.console import Console
 from torch import Tensor, nn
 
 from wanda_lightning import (
     CausalLMModule,
-    Distil,
+    DistillFromDense,
     Fisher,
     ImageClassifierModule,
     ImageDataModule,
@@ -41,36 +41,64 @@ from wanda_lightning import (
 from wanda_lightning.modules import WindowPerplexity
 
 BATCHES = (1, 32)
-PROMPT, NEW = 128, 16  # tokens
+PROMPT, NEW = 128, 4  # tokens
 Measured = dict[str, float]
 Change = Callable[[nn.Module], nn.Module]
+SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
 WIDTHS = ("12.5", "25", "50")
+PEER = "Torch-Pruning"
 
 
-def structured(percentage: str, **more: Any) -> dict[str, Any]:
-    """Return the arguments of `prune` for hidden units."""
-    return {"sparsity": float(percentage) / 100, "pattern": "structured", **more}
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
 
+    Attributes:
+        method: Its name.
+        change: Returns the changed model, given a copy of the dense one.
+        goal: Percentage of zeros or N:M; with `units`, the percentage of hidden units that are taken out.
+        units: Whether whole hidden units are zero.
+        code: Whose implementation.
+    """
 
-UNSTRUCTURED: dict[str, dict[str, Any]] = {
-    "best 50 %": {"sparsity": 0.5, "method": "best"},
-    "thorough 50 %": {"sparsity": 0.5, "method": "thorough"},
-    "best 2:4": {"sparsity": 0.5, "method": "best", "pattern": "2:4"},
-}
-UNITS: dict[str, dict[str, Any]] = {
-    **{f"structured {width} %": structured(width) for width in WIDTHS},
-    **{f"structured {width} %, fisher": structured(width, allocation=Fisher(num_samples=8)) for width in WIDTHS[:2]},
-    "structured 25 %, distilled": structured("25", recovery=Distil(passes=1)),
-}
+    method: str
+    change: Change
+    goal: str = "0"
+    units: bool = False
+    code: str = OURS
+
+    def planned(self, base: Result) -> Result:
+        """Return the result that the line will have."""
+        pattern = {"pattern": "structured"} if self.units else {}
+        return replace(base, method=self.method, code=self.code, **{**sparsity_of(self.goal), **pattern})
 
 
 def quantized(model: nn.Module, bits: int) -> nn.Module:
-    """Return a copy with the weights of linear layers in a few bits, as users of torchao make it."""
+    """Return the model with the weights of linear layers in a few bits, as users of torchao make it."""
     import torchao.quantization as quantization
 
-    model = copy.deepcopy(model)
     int4 = quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32))
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig() if bits == 8 else int4)
+    return model
+
+
+def by_peer(ids: Tensor, goal: str, model: Any) -> nn.Module:
+    """Return the model without the units that Torch-Pruning takes out of its MLPs, as in its example for LLMs."""
+    import torch_pruning
+
+    mlps = [block.mlp for block in model.model.layers]
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        {"input_ids": ids[:1], "use_cache": False},
+        output_transform=lambda output: output.logits,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+        pruning_ratio=0.0,
+        pruning_ratio_dict={mlp.gate_proj: float(goal) / 100 for mlp in mlps},
+        root_module_types=[nn.Linear],
+        ignored_layers=[model.lm_head],
+        round_to=8,
+    )
+    pruner.step()
     return model
 
 
@@ -123,20 +151,23 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
 
     def fill(size: int, model: Any) -> Any:
         ids = torch.randint(vocabulary, (size, PROMPT), generator=torch.Generator().manual_seed(0))
-        return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
 
     def prefill(size: int, model: nn.Module) -> float:
         return seconds(lambda: fill(size, model))
 
     def decode(size: int, model: Any) -> float:
-        cache, token = fill(size, model), torch.ones(size, 1, dtype=torch.long)
+        if size not in filled:
+            filled[size] = fill(size, model)  # its keys and values have the same shapes in all models
+        cache, token = copy.deepcopy(filled[size]), torch.ones(size, 1, dtype=torch.long)
 
         def generate() -> None:
             for _ in range(NEW):
-                model(input_ids=token, past_key_values=cache)
+                model(input_ids=token, cache=cache)
 
         return seconds(generate)
 
+    filled: dict[int, Any] = {}
     return {f"{clock.__name__}_{size}": partial(clock, size) for clock in (prefill, decode) for size in BATCHES}
 
 
@@ -151,31 +182,40 @@ def image_clocks(shape: tuple[int, ...]) -> dict[str, Callable[[nn.Module], floa
     return {f"images_{size}": partial(run, size) for size in BATCHES}
 
 
-def changes(
-    batches: list[Any], forward: Callable[[nn.Module, Any], object], choices: Mapping[str, dict[str, Any]]
-) -> dict[str, Change]:
-    """Return all rows of a table but the dense one, by name."""
+def common_rows(batches: list[Any], forward: Callable[[nn.Module, Any], object]) -> list[Row]:
+    """Return the lines that all models have."""
 
-    def pruned(chosen: dict[str, Any], model: nn.Module, bits: int | None = None) -> nn.Module:
-        prune(model, batches, **chosen, forward=partial(forward, model), progress=False)
-        if chosen.get("pattern") == "structured":
-            shrink(model)
+    def scattered(method: str, goal: str, model: nn.Module) -> nn.Module:
+        prune(model, batches, **sparsity_of(goal), method=method, forward=partial(forward, model), progress=False)
+        return model
+
+    def narrower(goal: str, model: nn.Module, allocation: Any = "uniform", bits: int = 0) -> nn.Module:
+        chosen = {"pattern": "structured", "allocation": allocation, "forward": partial(forward, model)}
+        prune(model, batches, float(goal) / 100, **chosen, progress=False)
+        shrink(model)
         return quantized(model, bits) if bits else model
 
-    rows: dict[str, Change] = {
-        "dense, bfloat16": lambda model: model.bfloat16(),
-        "int8": lambda model: quantized(model, 8),
-        "int4": lambda model: quantized(model, 4),
-    }
-    rows |= {name: partial(pruned, chosen) for name, chosen in choices.items()}
-    return rows | {"structured 25 %, int8": partial(pruned, structured("25"), bits=8)}
+    widths = [Row("structured", partial(narrower, goal), goal, units=True) for goal in WIDTHS]
+    fisher = partial(narrower, allocation=Fisher(num_samples=8))
+    return [
+        Row("dense", lambda model: model),
+        Row("bfloat16", lambda model: model.bfloat16()),
+        Row("int8", partial(quantized, bits=8)),
+        Row("int4", partial(quantized, bits=4)),
+        *widths,
+        *(Row("structured, fisher", partial(fisher, goal), goal, units=True) for goal in WIDTHS[:2]),
+        Row("structured, int8", partial(narrower, "25", bits=8), "25", units=True),
+        *(Row(method, partial(scattered, method, goal), goal) for method, goal in SCATTERED),
+    ]
 
 
-def text(options: argparse.Namespace) -> tuple[Comparison, dict[str, Change], Result]:
+def text(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
     """Prepare a language model."""
     module = CausalLMModule(options.model, dtype="float32")
     sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-    data = TextDataModule(module.tokenizer, options.calibration, options.eval, **sizes, seed=0)
+    data = TextDataModule(
+        module.tokenizer, options.calibration, options.eval, **sizes, train_samples=options.train_windows, batch_size=1
+    )
     model, evaluated = module.model.eval(), data.evaluation_windows.split(4)
 
     def quality(model: Any) -> Measured:
@@ -187,6 +227,15 @@ def text(options: argparse.Namespace) -> tuple[Comparison, dict[str, Change], Re
     def forward(model: Any, batch: Mapping[str, Tensor]) -> object:
         return model(**batch, use_cache=False)
 
+    def distilled(goal: str, model: Any) -> nn.Module:
+        dense = copy.deepcopy(model)
+        chosen = {"pattern": "structured", "allocation": Fisher(num_samples=8), "forward": partial(forward, model)}
+        prune(model, batches, float(goal) / 100, **chosen, progress=False)
+        own = CausalLMModule(model, tokenizer=module.tokenizer, lr=options.lr, lr_decay=True)
+        fit(own, data, DistillFromDense(dense, weight=1.0), gradient_clip_val=1.0)
+        shrink(model)
+        return model
+
     batches = [{"input_ids": part} for part in data.calibration_windows.split(4)]
     clocks = text_clocks(model.config.get_text_config().vocab_size)
     names = [name if name == "python-docs" else Path(name).name for name in (options.calibration, options.eval)]
@@ -196,13 +245,26 @@ def text(options: argparse.Namespace) -> tuple[Comparison, dict[str, Change], Re
         calibration=Samples(names[0], options.nsamples, options.seqlen),
         evaluation=Samples(names[1], options.limit, options.seqlen),
     )
-    rows = changes(batches, forward, {**UNSTRUCTURED, **UNITS})
+    ids = data.calibration_windows
+    rows = [
+        *common_rows(batches, forward),
+        *(Row("GroupMagnitude", partial(by_peer, ids, goal), goal, units=True, code=PEER) for goal in WIDTHS[:2]),
+        *(Row("structured, distilled", partial(distilled, goal), goal, units=True) for goal in WIDTHS[:2]),
+    ]
     return Comparison(model, clocks, quality, options.runs), rows, planned
+
+
+def fit(module: L.LightningModule, data: L.LightningDataModule, *callbacks: L.Callback, **more: Any) -> None:
+    """Train with zeros kept."""
+    L.seed_everything(0, verbose=False)
+    quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, "devices": 1}
+    L.Trainer(**{"max_epochs": 1, **quiet, **more}, callbacks=[KeepZeros(), *callbacks]).fit(module, data)
+    module.eval()
 
 
 def images_of(
     module: ImageClassifierModule, data: ImageDataModule, epochs: int, options: argparse.Namespace
-) -> tuple[Comparison, dict[str, Change]]:
+) -> tuple[Comparison, list[Row]]:
     """Prepare an image classifier; `epochs` of training follow some of the changes."""
     data.setup("validate")
     evaluated = list(data.val_dataloader())
@@ -213,25 +275,21 @@ def images_of(
         right = [(model(images.to(dtype)).argmax(dim=1) == labels).sum() for images, labels in evaluated]
         return {"top1": float(sum(right)) / sum(len(labels) for _, labels in evaluated)}
 
-    def trained(percentage: str, model: nn.Module) -> nn.Module:
-        prune(model, calibration, **structured(percentage), progress=False)
+    def trained(goal: str, model: nn.Module) -> nn.Module:
+        prune(model, calibration, float(goal) / 100, pattern="structured", progress=False)
         own = ImageClassifierModule(model, num_classes=module.num_classes, lr=module.hparams["lr"])
-        trainer = L.Trainer(
-            devices=1, max_epochs=epochs, logger=False, enable_checkpointing=False, callbacks=[KeepZeros()]
-        )
-        trainer.fit(own, data)
-        shrink(model.eval())
+        fit(own, data, max_epochs=epochs)
+        shrink(model)
         return model
 
-    choices = UNSTRUCTURED | {f"structured {width} %": structured(width) for width in WIDTHS}
-    rows = changes(calibration, lambda model, images: model(images), choices)
+    rows = common_rows(calibration, lambda model, images: model(images))
     if epochs:
-        rows |= {f"structured {width} %, {epochs} epochs": partial(trained, width) for width in WIDTHS[1:]}
+        rows += [Row(f"structured, {epochs} epochs", partial(trained, goal), goal, units=True) for goal in WIDTHS[1:]]
     shape = tuple(calibration[0].shape[1:])
     return Comparison(module.model.eval(), image_clocks(shape), quality, options.runs), rows
 
 
-def digits(options: argparse.Namespace) -> Iterator[tuple[Comparison, dict[str, Change], Result]]:
+def digits(options: argparse.Namespace) -> Iterator[tuple[Comparison, list[Row], Result]]:
     """Train the models of recipes/vision/demo.py on digits, and prepare them."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from recipes.vision import demo
@@ -248,9 +306,9 @@ def digits(options: argparse.Namespace) -> Iterator[tuple[Comparison, dict[str, 
         yield *images_of(module, data, 10, options), planned
 
 
-def photos(options: argparse.Namespace) -> Iterator[tuple[Comparison, dict[str, Change], Result]]:
+def photos(options: argparse.Namespace) -> Iterator[tuple[Comparison, list[Row], Result]]:
     """Prepare a classifier with its weights, such as EfficientNet-Lite0, and images in the layout of ImageNet."""
-    module = ImageClassifierModule(f"local-dir:{options.images}")
+    module = ImageClassifierModule(f"timm:local-dir:{options.images}")
     data = ImageDataModule(options.data, module, num_samples=options.nsamples)
     data.setup("validate")
     planned = Result(
@@ -275,21 +333,23 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, help="default 16; with --images 128")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
-    parser.add_argument("--rows", nargs="+", help="only these rows")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--train_windows", type=int, default=384, help="windows of the calibration text to train on")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of this training")
+    parser.add_argument("--rows", nargs="+", help="only these methods")
+    parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
     options = parser.parse_args()
     options.nsamples = options.nsamples or (128 if options.images else 16)
     prepared = digits(options) if options.digits else photos(options) if options.images else [text(options)]
     runs, console = Runs(options.save, "worth"), Console(width=160)
-    for comparison, rows, planned in prepared:
+    for comparison, rows, base in prepared:
         table = None
-        for name, change in {"dense": lambda model: model, **rows}.items():
-            if options.rows and name not in options.rows:
+        for row in rows:
+            if options.rows and row.method not in options.rows:
                 continue
-            run = runs(replace(planned, method=name), partial(comparison, change))
-            table = table or columns(f"{planned.model}: speeds relative to dense", "", *run.measured)
-            table.add_row(name, *(f"{number:.3f}" for number in run.measured.values()))
+            run = runs(row.planned(base), partial(comparison, row.change))
+            table = table or columns(f"{base.model}: speeds relative to dense", "", *run.measured)
+            table.add_row(f"{run.method} {run.goal}", *(f"{number:.3f}" for number in run.measured.values()))
         console.print(table or "Nothing to measure.")
 
 

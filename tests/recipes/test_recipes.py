@@ -56,16 +56,17 @@ SMALLER = {
     "wanda_2to4": PRUNE,
     "validate_wanda": f"{TEXT} --data.seqlen=16",
     **dict.fromkeys(
-        ["prune_then_distill", "prune_then_finetune", "prune_then_lora"],
+        ["prune_then_distill", "prune_then_finetune", "prune_then_lora", "smaller"],
         f"{TEXT} --data.seqlen=16 --data.train_samples=2",
     ),
     "gradual": f"{TEXT} --data.seqlen=8 --data.train_samples=61",
     "convnext_finetune": "--model.model=local-dir:convnext --data.data={inputs}/images --data.num_workers=0"
     " --data.image_size=32",
     "digits_vit": "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1",
+    "digits_vit_smaller": "--trainer.max_epochs=6 --data.batch_size=20 --trainer.limit_val_batches=1",
     "digits_vit_gradual": "--trainer.max_epochs=4 --data.batch_size=20 --trainer.limit_val_batches=1",
 }
-SLOW = ("digits_vit_gradual", "gradual")
+SLOW = ("digits_vit_gradual", "digits_vit_smaller", "gradual")
 RUN = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.nightly] if path.stem in SLOW else [])
     for path in RECIPES
@@ -94,6 +95,12 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     model = runs[0].model.model if folder is None else load(folder)
     layers = [model.get_submodule(layer.name) for layer in find_layers(model).layers]
     assert len(layers) >= 14
+    if pattern == "structured":
+        zeros = [runs[0].model.model.get_submodule(layer.name).weight == 0 for layer in find_layers(model).layers]
+        kept = [(int((~each).any(1).sum()), int((~each).any(0).sum())) for each in zeros]
+        assert kept == [tuple(layer.weight.shape) for layer in layers]
+        assert any(each.all(1).any() for each in zeros)
+        return
     for layer in layers:
         zeros = layer.weight.flatten(1) == 0
         if pattern == "2:4":
