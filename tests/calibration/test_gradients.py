@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
 from wanda_lightning.calibration.batches import map_tensors
-from wanda_lightning.calibration.gradients import gradient_statistics_by_block
+from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.config import PruningConfig
@@ -73,10 +73,7 @@ def test_recomputed_blocks_give_the_same_sums(name):
     model = ZOO[name].build().double()
     batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
     recomputed, stored = (gradients(model, batches, recomputed=choice) for choice in (True, False))
-    assert recomputed.keys() == stored.keys()
-    for layer, sums in stored.items():
-        for one, other in zip(sums, recomputed[layer], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(recomputed, stored, rtol=1e-4, atol=1e-12)
     assert any(sums.rows.any() for sums in stored.values())
 
 
@@ -90,7 +87,7 @@ def by_block(model, batches, hold):
     plan = make_plan(PruningConfig.from_names(allocation="fisher"), model)
     data = Samples(model, batches, partial(run, model), None, SINGLE_PROCESS, "the test")
     with pruning_mode(model):
-        return gradient_statistics_by_block(model, plan.layers, plan.block_units, data, hold)
+        return gradient_statistics(model, plan.layers, plan.block_units, data, hold=hold)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +102,8 @@ def test_samples_side_by_side_give_the_same_sums(name, at_once, monkeypatch):
     random = torch.get_rng_state()
     found = by_block(model, batches, held.append)
     assert torch.equal(torch.get_rng_state(), random)
-    assert found.keys() == expected.keys()
-    for layer, sums in expected.items():
-        for one, other in zip(sums, found[layer], strict=True):
-            rtol, atol = (1e-3, 1e-8) if name in ROUNDED else (0, 0)
-            torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+    rtol, atol = (1e-3, 1e-8) if name in ROUNDED else (0, 0)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
     assert not overrides(model)
 
 
@@ -133,9 +127,7 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
     got = gradients(nn.Sequential(*layers), images)
     expected = gradients(nn.Sequential(*layers, nn.Flatten(2), Transpose()), images)
     assert set(got) == {"1", "2"}
-    for name, sums in got.items():
-        torch.testing.assert_close(sums.inputs, expected[name].inputs)
-        torch.testing.assert_close(sums.rows, expected[name].rows)
+    torch.testing.assert_close(got, {name: expected[name] for name in got})
 
 
 def test_a_convolution_has_a_gradient_at_each_position():
@@ -173,8 +165,7 @@ def test_padding_does_not_count(name):
     batch = next(batch for batch in specimen.batches() if not batch["attention_mask"].all())
     mask = batch["attention_mask"].bool()
     other = dict(batch, input_ids=torch.where(mask, batch["input_ids"], 7))
-    for a, b in zip(measured(model, [batch]).values(), measured(model, [other]).values(), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(measured(model, [batch]), measured(model, [other]))
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
@@ -220,30 +211,24 @@ def test_the_size_of_the_batches_does_not_matter(name, samples):
     batches = split(ZOO[name].batches(), 8)
     sums = [measured(ZOO[name].build().double(), split(batches, size), samples=samples) for size in (1, 2, 4, 8)]
     for other in sums[1:]:
-        assert other.keys() == sums[0].keys()
-        for layer, value in sums[0].items():
-            torch.testing.assert_close(other[layer], value, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(other, sums[0], rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (9,), (4, 5), (3, 3, 3)], ids=str)
 def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(sizes):
     model, images = ZOO["vit"].build(), torch.cat([batch for batch, _ in ZOO["vit"].batches()] * 2)[:9]
-    alone = [measured(model, [image[None]]) for image in images]  # all with the seed of the first
-    runs = []
+    alone, runs = measured(model, [images[:1]]), []
     handle = model.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
     batches = list(images.split(sizes))
-    first = measured(model, batches, samples=1)
-    for layer, value in alone[0].items():
-        torch.testing.assert_close(first[layer], value, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(measured(model, batches, samples=1), alone, rtol=1e-4, atol=1e-7)
     runs.clear()
     some, six = measured(model, batches, samples=2, predictions=6), measured(model, batches, samples=6)
     every = measured(model, batches, samples=2, predictions=100)
     assert sum(runs) == 6 + 6 + 9
     assert runs[0] == 1
     handle.remove()
-    for layer, value in measured(model, [images]).items():
-        torch.testing.assert_close(every[layer], value, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(some[layer], six[layer], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(every, measured(model, [images]), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(some, six, rtol=1e-4, atol=1e-7)
 
 
 def test_magnitude_may_be_spread_by_it():
@@ -255,22 +240,18 @@ def test_magnitude_may_be_spread_by_it():
 
 
 @pytest.mark.parametrize(
-    "forward", [lambda model, x: None, lambda model, x: model(x).sum(), lambda model, x: model(x).detach()]
+    ("forward", "message"),
+    [
+        (lambda model, x: None, "without logits that depend on the pruned layers"),
+        (lambda model, x: model(x).sum(), "without logits that depend on the pruned layers"),
+        (lambda model, x: model(x).detach(), "without logits that depend on the pruned layers"),
+        (lambda model, x: model(x) * torch.inf, "finite predictions, but those of batch 0 (counted from 0) hold NaN"),
+    ],
 )
-def test_without_predictions_it_is_refused(forward):
+def test_without_predictions_it_is_refused(forward, message):
     model = ZOO["plain_mlp"].build()
-    message = refusal(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=partial(forward, model))
-    assert "without logits that depend on the pruned layers" in message
-
-
-def test_a_gradient_that_is_no_number_is_refused():
-    model = ZOO["plain_mlp"].build()
-
-    def forward(batch):
-        return run(model, batch) * torch.tensor(float("inf"))
-
-    message = refusal(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=forward)
-    assert "finite predictions, but those of batch 0 (counted from 0) hold NaN or infinity" in message
+    found = refusal(model, ZOO["plain_mlp"].batches(), allocation="fisher", forward=partial(forward, model))
+    assert message in found
 
 
 def test_an_input_that_is_changed_after_the_layer_counts_as_it_was():
@@ -291,8 +272,7 @@ def test_an_input_that_is_changed_after_the_layer_counts_as_it_was():
     other = Residual(in_place=False)
     other.load_state_dict(model.state_dict())
     x = torch.randn(5, 6)
-    for a, b in zip(measured(model, [x]).values(), measured(other, [x]).values(), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(measured(model, [x]), measured(other, [x]))
 
 
 def test_a_validation_loop_has_no_gradients():

@@ -11,8 +11,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from support import forks
-from support.chains import WIDTH, Chain, Mlp, hooks, interrupt, overrides, route, through, travel, vectors
+from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
 from support.samples import as_samples, samples_of
 from support.zoo import ZOO, run
 
@@ -47,13 +46,6 @@ def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(cou
             assert torch.equal(call.args[0], through(model.blocks[: stop.unit], batches[call.sample.batch_index]))
             assert call.kwargs == {}
     assert units == [0, 1, 2]
-
-
-def test_keywords_arrive_as_keywords():
-    specimen = ZOO["keywords_only"]
-    model = specimen.build()
-    for stop in travel(model, specimen.batches(), model.blocks):
-        assert all(call.args == () and call.kwargs.keys() == {"hidden", "extra"} for call in stop.calls)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
@@ -204,32 +196,6 @@ def test_only_batches_park():
 # ---- memory
 
 
-def references(stop):
-    return [weakref.ref(leaf) for call in stop.calls for leaf in (*call.args, *call.kwargs.values())]
-
-
-def test_activations_of_a_stop_are_gone_after_it():
-    gone = []
-
-    class Fresh(Chain):
-        def forward(self, x):
-            x = x * 1.0  # else the caller holds the first inputs
-            for block in self.blocks:
-                entered = weakref.ref(x)
-                x = block(x)
-                gone.append(entered() is None)
-
-    model, before = Fresh(*(Mlp() for _ in range(4))), []
-    stops = lockstep(samples_of(model, vectors(5)), model.blocks)
-    for stop in stops:
-        assert all(reference() is not None for reference in references(stop))
-        assert [reference() for reference in before] == [None] * len(before)
-        before = references(stop)
-        assert len(before) == 5  # the stop itself is still referenced when the next one is made
-    assert [reference() for reference in before] == [None] * len(before)
-    assert gone == [True] * (3 * 5 + 1)  # at once, before the next stop; one batch continues behind the last one
-
-
 def watched(model, batches):
     samples = Samples(model, batches, None, None, SINGLE_PROCESS, "a test")
     units, observer = find_layers(model, skip=["head"]).units, Observer(frozenset({"square_sum"}))
@@ -295,9 +261,8 @@ def test_batches_and_models_of_inference_mode(sequential):
     prune(decorated, ZOO["inplace"].batches(), sequential=sequential, progress=False)
     with torch.inference_mode():
         prune(given, ZOO["inplace"].batches(), sequential=sequential, progress=False)
-    for key, value in expected.state_dict().items():
-        assert torch.equal(value, decorated.state_dict()[key]), key
-        assert torch.equal(value, given.state_dict()[key]), key
+    for model in (decorated, given):
+        torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 def test_a_forward_of_the_instance_is_used_and_comes_back():
@@ -317,17 +282,6 @@ def test_a_forward_of_the_instance_is_used_and_comes_back():
     assert vars(model.blocks[0])["forward"] is doubled
 
 
-def test_units_that_write_into_their_inputs_are_observed_on_copies():
-    specimen = ZOO["inplace"]
-    model, plain = specimen.build(), specimen.build()
-    for stop in travel(model, specimen.batches(), model.blocks):
-        for call, batch in zip(stop.calls, specimen.batches(), strict=True):
-            before = call.args[0].clone()
-            call.run(on_copies=True)
-            assert torch.equal(call.args[0], before)
-            assert torch.equal(before, through(plain.blocks[: stop.unit], batch - 0.1))
-
-
 # ---- endings
 
 
@@ -335,53 +289,33 @@ class Unforeseen(Exception):
     pass
 
 
-def explode(error):
-    raise error
-
-
-class Bomb:
-    """Raises the second time that it is called, while other batches are parked."""
-
-    def __init__(self, error):
-        self.error, self.calls = error, 0
-
-    def __call__(self, *_):
-        self.calls += 1
-        if self.calls == 2:
-            explode(self.error)
-
-
-ERRORS = pytest.mark.parametrize("error", [Unforeseen("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
-
-
-def assert_surfaced(caught, error, *frames):
-    assert caught.value is error
-    assert {frame.name for frame in traceback.extract_tb(caught.tb)} >= set(frames)
-
-
-@ERRORS
+@pytest.mark.parametrize("error", [Unforeseen("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize("place", ["glue", "unit", "solver"])
 def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
-    bomb = Bomb(error)
-    model = Chain(
-        Mlp(),
-        Mlp(before=bomb if place == "unit" else None),
-        Mlp(),
-        glue=lambda now: bomb() if place == "glue" and now == 1 else None,
-    ).train()
+    """It is raised the second time, while other batches are parked."""
+    calls = []
+
+    def explode():
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+
+    glue = {"glue": lambda now: explode() if now == 1 else None}.get(place, lambda now: None)
+    model = Chain(Mlp(), Mlp(before=explode if place == "unit" else None), Mlp(), glue=glue).train()
 
     class Exploding(Solver):
         needs = frozenset()
 
         def __call__(self, weight, inputs, selection):
-            bomb()
+            explode()
             return weight, weight != 0
 
     solver = Exploding() if place == "solver" else "zero_out"
     with pytest.raises(type(error)) as caught:
         prune(model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False)
-    assert_surfaced(caught, error, "explode")
+    assert caught.value is error
+    assert "explode" in {frame.name for frame in traceback.extract_tb(caught.tb)}
     assert overrides(model) == hooks(model) == []
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
@@ -396,15 +330,6 @@ def test_closing_early_ends_all_threads(stops_seen):
     stops.close()
     assert overrides(model) == []
     assert list(stops) == []
-
-
-def test_a_forgotten_generator_ends_all_threads():
-    model = Chain(Mlp(), Mlp())
-    stops = lockstep(samples_of(model, vectors()), model.blocks)
-    next(stops)
-    assert overrides(model)
-    del stops
-    assert overrides(model) == []
 
 
 @pytest.mark.parametrize("stops_seen", [1, 2])
@@ -438,7 +363,7 @@ def test_a_model_that_catches_exceptions_does_not_swallow_the_ending(kind, stops
 def test_ctrl_c_ends_at_once(place, sequential):
     """In a unit the sleep itself is cut short; in the model's own code a batch goes on to its next stop."""
     seconds = 0.1 if place == "glue" and sequential != "none" else 60
-    timer = threading.Timer(0.15, interrupt, [os.getpid()])
+    timer = threading.Timer(0.15, os.kill, [os.getpid(), signal.SIGINT])
 
     def nap():
         if not timer.is_alive():
@@ -459,21 +384,3 @@ def test_ctrl_c_ends_at_once(place, sequential):
     assert time.monotonic() - started < 10
     assert overrides(model) in ([], ["blocks.0.up"])
     assert hooks(model) == []
-
-
-def prune_slowly():
-    def sleep():
-        print("started", flush=True)
-        time.sleep(60)
-
-    prune(Chain(Mlp(before=sleep), Mlp(before=sleep)), vectors(20), progress=False)
-
-
-def test_ctrl_c_ends_the_program():
-    process = forks.Fork(prune_slowly)
-    assert process.stdout.readline() == "started\n"
-    process.send_signal(signal.SIGINT)
-    ended = process.wait(timeout=20)
-    assert ended.returncode == 1
-    assert "in prune" in ended.stderr
-    assert ended.stderr.endswith("\nKeyboardInterrupt\n")

@@ -8,7 +8,6 @@ import torch
 from support.chains import travel
 from support.elsewhere import Elsewhere
 from support.pairwise import with_nightly
-from support.samples import samples_of
 from support.zoo import ZOO, run
 from torch import nn
 
@@ -16,7 +15,7 @@ from wanda_lightning import prune
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.calibration.unit_stops import stop_at_units, watch_units, whole_model_calls
+from wanda_lightning.calibration.unit_stops import stop_at_units, watch_units
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.engine.plan import make_plan
@@ -52,45 +51,6 @@ def test_batches_that_a_unit_writes_into_are_pruned_as_any_other(large, sequenti
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
-def observed(model, batches, sequential="none"):
-    observer = Observer(NEEDS)
-    units = find_layers(model, sequential).units
-    found = {}
-    with torch.no_grad():
-        if sequential == "none":
-            return observer(units[0], whole_model_calls(samples_of(model, batches)))
-        for stop in travel(model, batches, [unit.module for unit in units]):
-            found.update(observer(units[stop.unit], stop.calls))
-    return found
-
-
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_sums_are_those_of_the_tokens(sequential):
-    model, batches, seen = ZOO["llama"].build(), ZOO["llama"].batches(), {}
-    found = observed(model, batches, sequential)
-    for name, module in model.named_modules():
-        if name in found:
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
-    with torch.no_grad():
-        for batch in batches:
-            run(model, batch)
-    assert found.keys() == seen.keys()
-    for name, inputs in seen.items():
-        tokens = torch.cat([x.flatten(0, -2) for x in inputs])
-        assert found[name].count == len(tokens)
-        torch.testing.assert_close(found[name].sums["square_sum"], tokens.square().sum(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found[name].sums["gram"], tokens.T @ tokens, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_layers_with_one_input_share_one_object(sequential):
-    found = observed(ZOO["llama"].build(), ZOO["llama"].batches(), sequential)
-    attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
-    assert found[f"{attention}q_proj"] is found[f"{attention}k_proj"] is found[f"{attention}v_proj"]
-    assert found[f"{mlp}gate_proj"] is found[f"{mlp}up_proj"]
-    assert len({id(statistics) for statistics in found.values()}) == 2 * 4
-
-
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypatch):
     """The inputs of a layer are compared with those of the last one, whose Gram matrix may be large."""
@@ -102,20 +62,6 @@ def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypa
     for stop in travel(model, [torch.randn(2, 8)], [unit.module for unit in units]):
         alive.update(observer(units[stop.unit], stop.calls).values())
     assert held == [0] * 6
-
-
-def test_collect_and_finish_give_what_a_call_gives():
-    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
-    (unit,), observer = find_layers(model, "none").units, Observer(NEEDS)
-    with torch.no_grad():
-        for sample in samples_of(model, batches):
-            with observer.collect(unit, sample):
-                sample.forward()
-    expected, found = observed(model, batches), observer.finish(unit)
-    assert found.keys() == expected.keys()
-    for name, statistics in expected.items():
-        assert torch.equal(found[name].sums["gram"], statistics.sums["gram"])
-    assert observer.finish(unit) == {}
 
 
 SAMPLED = (

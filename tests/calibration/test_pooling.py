@@ -62,11 +62,6 @@ def test_experts_in_a_list_help_each_other():
     assert ((model.blocks[0].experts[1].up.weight != 0).numpy() == keep).all()
 
 
-def test_experts_in_a_list_are_no_blocks():
-    units = find_layers(ZOO["expert_list"].build()).units
-    assert [unit.name for unit in units] == ["blocks.0", "blocks.1", "head"]
-
-
 def test_alone_at_a_unit_an_expert_keeps_what_it_saw():
     """At sequential "layer" each layer of a list of experts is a unit, and its siblings are not known."""
     options = {"sequential": "layer", "progress": False}

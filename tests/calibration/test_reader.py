@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.pairwise import spread
 from support.samples import samples_of
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning import NM, OWL, RIA, Unstructured, Wanda, prune
+from wanda_lightning import NM, OWL, RIA, Unstructured, prune
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.criteria import Saliency
@@ -289,25 +288,6 @@ def test_a_massive_channel_is_pruned_by(sequential, dtype):
     assert model[1].weight.dtype == dtype
     assert model[1].weight[:, 3].all()
     assert (model[1].weight == 0).sum(dim=1).eq(4).all()
-
-
-@pytest.mark.parametrize(("solver", "sequential"), spread(SOLVERS, SEQUENTIAL_CHOICES))
-def test_float64_models_stay_float64(solver, sequential):
-    model, seen = ZOO["llama"].build().double(), []
-
-    class Spy(Wanda):
-        def __call__(self, weight, inputs):
-            seen.extend([weight.dtype, *(value.dtype for value in inputs.sums.values())])
-            return super().__call__(weight, inputs)
-
-    choices = {} if SOLVERS[solver]().own_criterion != Wanda() else {"criterion": Spy()}
-    if not SOLVERS[solver]().takes_any_criterion:
-        choices = {}
-    prune(model, ZOO["llama"].batches(), solver=solver, sequential=sequential, **choices, progress=False)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
-    assert set(seen) <= {torch.float64}
-    if choices:
-        assert seen
 
 
 def test_a_difference_that_float32_cannot_see():

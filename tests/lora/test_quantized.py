@@ -84,8 +84,7 @@ def test_training_equals_training_on_the_dequantized_weights(folder):
         train(model)
         trained.append({name: p.detach() for name, p in model.named_parameters() if "lora" in name})
     assert len(trained[0]) == 2 * 2 * len(TARGETS)
-    for name, parameter in trained[0].items():
-        torch.testing.assert_close(parameter, trained[1][name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
 
 
 def test_an_adapter_of_a_quantized_model_merges_after_it_was_saved(folder, tmp_path):

@@ -49,8 +49,7 @@ def test_matrices_left_dense_are_grouped_by_reason_with_most_weights_first():
     ],
 )
 def test_methods_in_words(choices, words):
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False, **choices)
+    report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), progress=False, **choices)
     assert method_in_words(report.config) == words
 
 

@@ -36,9 +36,8 @@ from wanda_lightning.report.figures import (
 
 @cache
 def pruned(name, **choices):
-    specimen = ZOO[name]
-    model = specimen.build()
-    return model, prune(model, specimen.batches(), 0.5, progress=False, **choices)
+    model = ZOO[name].build()
+    return model, prune(model, ZOO[name].batches(), 0.5, progress=False, **choices)
 
 
 def test_values_by_kind_and_block():

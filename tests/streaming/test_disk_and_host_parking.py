@@ -93,58 +93,23 @@ def test_files_vanish_with_their_tensors(tmp_path):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-def from_numpy():
-    array = np.ones(WIDE, dtype=np.float32)
-    return torch.from_numpy(array), array
+SHARED = {
+    "from NumPy": lambda: (torch.from_numpy(array := np.ones(WIDE, dtype=np.float32)), array),
+    "to NumPy": lambda: (x := torch.ones(WIDE), x.numpy()),
+    "to DLPack": lambda: (x := torch.ones(WIDE), np.from_dlpack(x)),
+    "with an unknown view": lambda: (x := torch.ones(WIDE), x.detach()),
+    "a weight": lambda: ((layer := nn.Linear(WIDE, 1)).weight.detach(), layer),
+    "a parameter": lambda: (nn.Parameter(torch.ones(WIDE)), None),
+    "saved by autograd": lambda: (x := torch.ones(WIDE, requires_grad=True) * 1, x.exp() * x),
+    "of inference mode": torch.inference_mode()(lambda: (torch.ones(WIDE), None)),
+    "conjugate": lambda: (torch.ones(WIDE, dtype=torch.complex64).conj(), None),
+    "meta": lambda: (torch.ones(WIDE, device="meta"), None),
+    "sparse": lambda: (torch.ones(WIDE).to_sparse(), None),
+    "small": lambda: (torch.ones(8), None),
+}
 
 
-def to_numpy():
-    x = torch.ones(WIDE)
-    return x, x.numpy()
-
-
-def to_dlpack():
-    x = torch.ones(WIDE)
-    return x, np.from_dlpack(x)
-
-
-def with_an_unknown_view():
-    x = torch.ones(WIDE)
-    return x, x.detach()
-
-
-def a_weight():
-    layer = nn.Linear(WIDE, 1)
-    return layer.weight.detach(), layer
-
-
-def saved_by_autograd():
-    x = torch.ones(WIDE, requires_grad=True) * 1
-    return x, x.exp() * x
-
-
-def made_in_inference_mode():
-    with torch.inference_mode():
-        return torch.ones(WIDE), None
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        from_numpy,
-        to_numpy,
-        to_dlpack,
-        with_an_unknown_view,
-        a_weight,
-        saved_by_autograd,
-        made_in_inference_mode,
-        lambda: (torch.ones(WIDE, dtype=torch.complex64).conj(), None),
-        lambda: (torch.ones(WIDE, device="meta"), None),
-        lambda: (torch.ones(WIDE).to_sparse(), None),
-        lambda: (nn.Parameter(torch.ones(WIDE)), None),
-        lambda: (torch.ones(8), None),
-    ],
-)
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
 def test_memory_that_others_may_use_stays(tmp_path, make):
     x, other = make()
     pointer = x.data_ptr() if x.layout is torch.strided else None

@@ -237,10 +237,6 @@ def test_a_full_disk_is_refused_before_anything_is_pruned(source, tmp_path, monk
     prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
 
 
-def test_a_part_without_values_is_never_written(source, tmp_path):
-    checkpoint = Checkpoint(ModelSource(source))
+def test_a_part_that_is_not_loaded_is_never_written(source):
     with pytest.raises(RuntimeError, match=r"model\.layers\.0 is not loaded"):
-        checkpoint.stored("model.layers.0")
-    output = OutputFolder(tmp_path / "out", {}, ["a"])
-    with pytest.raises(RuntimeError, match="has no values"):
-        output.save("a", {"weight": torch.empty(2, device="meta")}, {})
+        Checkpoint(ModelSource(source)).stored("model.layers.0")

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.disk import CHOICES, VOCABULARY, batches, in_memory, same, weights
+from support.disk import CHOICES, VOCABULARY, batches, count_blocks, in_memory, same, weights
 from support.families import causal, names
 from support.pair_cases import pruned_from_disk
 from support.pairwise import with_nightly
@@ -20,7 +20,6 @@ from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming import disk_and_host_parking as parking
 from wanda_lightning.streaming import from_disk, measure_perplexity
-from wanda_lightning.streaming.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -153,22 +152,9 @@ def test_batches_may_take_different_routes(source, tmp_path, name):
 
 @pytest.mark.parametrize("name", with_nightly(["fisher"], ["wanda"]))
 def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch, name):
-    loaded, most, load, unload = set(), [0], Checkpoint.load, Checkpoint.unload
-
-    def counting(self, part, *args):
-        result = load(self, part, *args)
-        loaded.add(part)
-        most[0] = max(most[0], len(loaded - {""}))
-        return result
-
-    def discounting(self, part):
-        unload(self, part)
-        loaded.discard(part)
-
-    monkeypatch.setattr(Checkpoint, "load", counting)
-    monkeypatch.setattr(Checkpoint, "unload", discounting)
+    loaded, counts = count_blocks(monkeypatch)
     prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name])
-    assert most[0] == 2
+    assert max(counts) == 2
     assert loaded == {""}
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from support.disk import count_blocks
 from transformers import AutoModelForCausalLM
 
 import wanda_lightning as wl
@@ -44,24 +45,9 @@ def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
     model = MODELS["llama"]()
     wl.prune(model, [{"input_ids": IDS}], 0.5, pattern="structured", progress=False)
     model.save_pretrained(tmp_path / "zeros")
-    from wanda_lightning.streaming.checkpoint import Checkpoint
-
-    here, most = set(), []
-    load, unload = Checkpoint.load, Checkpoint.unload
-
-    def counting_load(self, part, stored=None):
-        here.add(part)
-        most.append(len(here - {""}))
-        return load(self, part, stored)
-
-    def counting_unload(self, part):
-        here.discard(part)
-        return unload(self, part)
-
-    monkeypatch.setattr(Checkpoint, "load", counting_load)
-    monkeypatch.setattr(Checkpoint, "unload", counting_unload)
+    _, counts = count_blocks(monkeypatch)
     wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
-    assert max(most) == 1
+    assert max(counts) == 1
 
 
 def test_scattered_zeros_leave_no_folder(tmp_path):

@@ -1,7 +1,5 @@
 """Small chains of blocks, and ways to run them in lockstep."""
 
-import os
-import signal
 from contextlib import closing
 
 import torch
@@ -78,8 +76,3 @@ def overrides(model):
 
 def hooks(model):
     return [name for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]
-
-
-def interrupt(process):
-    """Send the signal of Ctrl-C."""
-    os.kill(process, signal.SIGINT)

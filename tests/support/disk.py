@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, Structured, prune, prune_from_disk
+from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder
 
 VOCABULARY = 64
@@ -82,6 +83,25 @@ def same(first, second):
 
 def bits(tensor):
     return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def count_blocks(monkeypatch):
+    """The parts of a checkpoint that are in memory, and how many blocks were there after each was loaded."""
+    here, counts, load, unload = set(), [], Checkpoint.load, Checkpoint.unload
+
+    def counting(self, part, *args):
+        result = load(self, part, *args)
+        here.add(part)
+        counts.append(len(here - {""}))
+        return result
+
+    def discounting(self, part):
+        unload(self, part)
+        here.discard(part)
+
+    monkeypatch.setattr(Checkpoint, "load", counting)
+    monkeypatch.setattr(Checkpoint, "unload", discounting)
+    return here, counts
 
 
 def interrupted(source, folder, monkeypatch, at=None, **choices):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.batches import split
 from support.pairwise import spread, with_nightly
+from support.recoveries import pruned_with_and_without, weights_of
 from support.refusals import refusal
 from support.zoo import ZOO, run
 from torch import nn
@@ -80,14 +81,10 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
 def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     dense, batches = classifier(), some_batches(count)
     config = Distil(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
-    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
-    prune(expected, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, recovery=config, progress=False)
-    pruned = {f"{layer.name}.weight" for layer in report.layers}
-    assert len(pruned) == 3
-    adamw_by_hand(expected, dense, pruned, batches, config)
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+    expected, model, report = pruned_with_and_without(dense, batches, recovery=config)
+    assert len(report.layers) == 3
+    adamw_by_hand(expected, dense, weights_of(report), batches, config)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
     assert report.training.trained == count
     assert report.training.held_out == 0
     assert len(report.training.passes) == passes + 1
@@ -106,13 +103,10 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
 
     dense = ZOO[name].build().double()
     samples = [{key: value[:1] for key, value in batch.items()} for batch in ZOO[name].batches()]
-    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
     config = Distil(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
-    prune(expected, samples, 0.5, progress=False)
-    report = prune(model, samples, 0.5, recovery=config, progress=False)
-    adamw_by_hand(expected, dense, {f"{layer.name}.weight" for layer in report.layers}, samples, config, loss_of)
-    for key, value in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-6, atol=1e-9)
+    expected, model, report = pruned_with_and_without(dense, samples, recovery=config)
+    adamw_by_hand(expected, dense, weights_of(report), samples, config, loss_of)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
 
 
 def test_tokens_that_stand_for_images_and_audio_are_not_learned():
@@ -129,8 +123,7 @@ def test_other_models_have_no_next_token(name):
     models = [ZOO[name].build() for _ in range(2)]
     for model, share in zip(models, (0.0, 0.5), strict=True):
         prune(model, ZOO[name].batches(), 0.5, recovery=Distil(passes=1, next_token=share), progress=False)
-    states = [model.state_dict() for model in models]
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    torch.testing.assert_close(*(model.state_dict() for model in models), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -149,10 +142,8 @@ def test_samples_with_one_prediction_run_together(size):
     assert runs == [1, *[8] * 8, 6]  # the first shows whether there are gradients
     samples = torch.cat(batches)
     trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
-    pruned = {f"{layer.name}.weight" for layer in report.layers}
-    adamw_by_hand(expected, dense, pruned, trained, Distil(passes=1, batch_size=8))
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+    adamw_by_hand(expected, dense, weights_of(report), trained, Distil(passes=1, batch_size=8))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
     with torch.no_grad():
         after = divergence(model, dense, samples[7::8])
     assert report.training.passes[1].held_out == pytest.approx(float(after), rel=1e-5)
@@ -249,11 +240,8 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(monkeypatch,
 
 def test_bfloat16_weights_have_masters():
     """Steps that bfloat16 would round away add up."""
-    model = classifier(torch.bfloat16)
-    batches = some_batches(6, dtype=torch.bfloat16)
-    start = copy.deepcopy(model)
-    prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, recovery=Distil(passes=30, batch_size=1, learning_rate=2e-4), progress=False)
+    recovery, batches = Distil(passes=30, batch_size=1, learning_rate=2e-4), some_batches(6, dtype=torch.bfloat16)
+    start, model, _ = pruned_with_and_without(classifier(torch.bfloat16), batches, recovery=recovery)
     weight, before = model.body[0].weight, start.body[0].weight
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight == 0, before == 0)
@@ -325,9 +313,8 @@ def test_weights_may_have_any_layout(layout):
         module.weight = nn.Parameter(other)
     for each in (model, expected):
         prune(each, batches, 0.5, recovery=Distil(passes=2), progress=False)
-    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(one, other)
-        assert torch.equal(one == 0, other == 0)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+    assert all(torch.equal(a == 0, b == 0) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
 def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
@@ -359,8 +346,7 @@ def test_a_model_may_be_called_with_a_key_value_cache():
     for model, use_cache in ((plain, False), (cached, True)):
         forward = partial(called, model, use_cache)
         prune(model, specimen.batches(), 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
-    for one, other in zip(plain.parameters(), cached.parameters(), strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(plain.state_dict(), cached.state_dict())
 
 
 def called(model, use_cache, batch):
@@ -389,11 +375,8 @@ def test_other_outputs_are_compared_by_their_squared_error():
             return super().forward(x)[:, None].expand(-1, 3, -1) * 2
 
     torch.manual_seed(0)
-    dense = Regressor().double()
-    model, batches = copy.deepcopy(dense), some_batches(2, size=3)
-    start = copy.deepcopy(dense)
-    prune(start, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, recovery=Distil(passes=1, batch_size=12), progress=False)
+    dense, batches = Regressor().double(), some_batches(2, size=3)
+    start, model, report = pruned_with_and_without(dense, batches, recovery=Distil(passes=1, batch_size=12))
     x = torch.cat(batches)
     with torch.no_grad():
         expected, after = ((m(x) - dense(x)).square().mean() for m in (start, model))
@@ -417,8 +400,7 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
     batches = [torch.randn(2, 3, 2, 6, generator=torch.Generator().manual_seed(i)).double() for i in range(4)]
     models = Segmentation(flat=True), Segmentation(flat=False)
     reports = [prune(model, batches, 0.5, recovery=Distil(passes=2), progress=False) for model in models]
-    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
     for one, other in zip(reports[0].training.passes, reports[1].training.passes, strict=True):
         assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
 
@@ -464,14 +446,12 @@ def test_a_loss_or_a_gradient_that_is_not_finite_stops(spoil, said):
             return spoil(super().forward(x), x)
 
     torch.manual_seed(0)
-    model, batches = Fragile().double(), some_batches(16)
+    batches = some_batches(16)
     batches[3][0, 0] = 3.0
-    start = copy.deepcopy(model)
-    prune(start, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, recovery="distil", progress=False)
+    start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distil")
     assert report.training.stopped.startswith(said)
     assert "was not finite, so training stopped" in report.training.stopped
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)
 
 
 def test_the_report_keeps_the_losses():
@@ -561,8 +541,7 @@ def test_impossible_classes_do_not_count():
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
         prune(each, batches, 0.5, recovery="distil", progress=False)
-    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
 def test_a_sample_may_be_all_padding():
@@ -608,8 +587,6 @@ def test_empty_batches():
 
 
 def test_a_sparsity_of_0_trains_nothing():
-    model, batches = classifier(), some_batches(4)
-    before = copy.deepcopy(model.state_dict())
-    report = prune(model, batches, 0.0, recovery="distil", progress=False)
+    start, model, report = pruned_with_and_without(classifier(), some_batches(4), 0.0, recovery="distil")
     assert report.training is None
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)

@@ -139,7 +139,6 @@ class BatchThread(threading.Thread):
         switches.restore()
 
     def _wait(self) -> None:
-        """Wait until the batch is parked or has ended."""
         used = time.process_time()
         while not self._back.acquire(timeout=IDLE_SECONDS):
             before, used = used, time.process_time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -89,19 +89,11 @@ def map_tensors(function: Callable[[Tensor], object], batch: Any) -> Any:
     return batch
 
 
-def tensors_of(batch: Any) -> Iterator[Tensor]:
-    """Yield all tensors of a batch that have at least one dimension."""
-    if isinstance(batch, Tensor):
-        if batch.ndim:
-            yield batch
-    elif isinstance(batch, Mapping | list | tuple):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors_of(value)
-
-
-def has_tensors(batch: Any) -> bool:
-    """Whether a batch holds a tensor with at least one dimension."""
-    return any(True for _ in tensors_of(batch))
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return all tensors of a batch that have at least one dimension."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return [tensor for tensor in found if tensor.ndim]
 
 
 # Tensors to which transformers gives one row for each sample.

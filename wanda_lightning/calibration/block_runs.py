@@ -138,14 +138,12 @@ class BlockRuns:
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             output = call.forward(*args, **kwargs)
         # A block may pass keys and values to later blocks through an object among its arguments.
-        found = [*tensors_within((output, args, kwargs)), *self._attributes(), *self._block.buffers()]
+        attributes = (value for module in self._block.modules() for value in vars(module).values())
+        found = [*tensors_within((output, args, kwargs)), *(x for x in attributes if isinstance(x, Tensor))]
+        found += self._block.buffers()
         record.results = [tensor.clone() for tensor in found]
         record.eps = _eps(record.results + [x for entered in record.inputs.values() for x in entered])
         return output, record
-
-    def _attributes(self) -> Iterator[Tensor]:
-        for module in self._block.modules():
-            yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def _eps(tensors: Sequence[Tensor]) -> float:
@@ -157,7 +155,6 @@ def _eps(tensors: Sequence[Tensor]) -> float:
 
 
 def _all_same(before: Sequence[Tensor], after: Sequence[Tensor], eps: float) -> bool:
-    """Whether tensors are the same, to rounding."""
     return [x.shape for x in before] == [y.shape for y in after] and all(
         _same(x, y, eps) for x, y in zip(before, after, strict=True)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -24,17 +24,19 @@ from wanda_lightning.models import Layer, Unit, find_predictions, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 _SAMPLES_AT_ONCE = 32  # with one prediction each
+SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384  # of a group that passes side by side, at least
 
 
 def gradient_statistics(
     model: nn.Module,
     layers: Sequence[Layer],
-    blocks: Sequence[nn.Module],
+    blocks: Sequence[Unit],
     samples: Samples,
-    tick: Callable[[], None],
-    processes: Processes,
+    tick: Callable[[], None] = lambda: None,
+    processes: Processes = SINGLE_PROCESS,
     limit: GradientLimit = GradientLimit(),
     columns: Mapping[str, int] = MappingProxyType({}),
+    hold: Callable[[str], None] | None = None,
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
@@ -49,42 +51,40 @@ def gradient_statistics(
     samples over all processes. `columns` has the number of columns of each hidden unit, for the layers whose units are
     scored. The result holds the layers that a batch reached.
 
+    With `hold`, a single process needs few blocks in memory at a time: groups of at least 8 samples and 16384
+    predictions pass forward and backward side by side. For a group, memory holds the inputs of all blocks. Sums differ
+    in the last digit only for samples with a single prediction, which do not share a pass then, and for blocks that are
+    called several times. `hold` is called with the name of a block before a sample runs through it, forward or
+    backward; `tick` is not called.
+
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
     """
-
-    def run(mode: AbstractContextManager[Any]) -> None:
-        with recomputing(blocks, mode), torch.enable_grad():
-            _pass_backward(samples, tick, processes, _Backward(limit))
-
-    return _summed(model, layers, processes, run, columns)
-
-
-def gradient_statistics_by_block(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    blocks: Sequence[Unit],
-    samples: Samples,
-    hold: Callable[[str], None],
-    limit: GradientLimit = GradientLimit(),
-    columns: Mapping[str, int] = MappingProxyType({}),
-) -> dict[str, GradientStatistics]:
-    """Return what `gradient_statistics` returns in a single process, with few blocks in memory at a time.
-
-    Groups of at least 8 samples and 16384 predictions pass forward and backward side by side. For a group, memory holds
-    the inputs of all blocks. Sums differ in the last digit only for samples with a single prediction, which do not
-    share a pass here, and for blocks that are called several times. `hold` is called with the name of a block before a
-    sample runs through it, forward or backward.
-    """
-
-    def run(mode: AbstractContextManager[Any]) -> None:
-        for group in _groups(samples, _Backward(limit)):
-            pass_side_by_side(group, blocks, mode, hold)
-
-    return _summed(model, layers, SINGLE_PROCESS, run, columns)
-
-
-SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384
+    sums = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
+    reached = torch.zeros(len(layers), dtype=torch.int64)
+    on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
+    with without_gradients(model), intercept(layers, on_product) as mode:
+        if hold is not None:
+            for group in _groups(samples, _Backward(limit)):
+                pass_side_by_side(group, blocks, mode, hold)
+        else:
+            with recomputing([block.module for block in blocks if block.module], mode), torch.enable_grad():
+                _pass_backward(samples, tick, processes, _Backward(limit))
+    processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
+    for name, total in sums.items():
+        if not all(each.isfinite().all() for each in total if each is not None):
+            raise UserError(
+                f"calibration batches must give finite gradients, but those at {name} hold NaN or infinity. Load the "
+                "model in a wider dtype (float32 or bfloat16), or choose allocation='uniform' and "
+                "pattern='unstructured_layer', which read no gradients."
+            )
+    if reached.any() and not any(total.inputs.any() for total in sums.values()):
+        raise UserError(
+            "calibration batches must give predictions that depend on the layers, but all gradients are 0, for example "
+            "because the output head is zero or all predictions have probability 1. Use a trained model, or choose "
+            "allocation='uniform' and pattern='unstructured_layer', which read no gradients."
+        )
+    return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
 class _Backward:
@@ -125,30 +125,6 @@ def _groups(samples: Samples, backward: _Backward) -> Iterator[list[Sample]]:
         if not group:
             return
         yield group
-
-
-def _summed(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    processes: Processes,
-    run: Callable[[AbstractContextManager[Any]], None],
-    columns: Mapping[str, int],
-) -> dict[str, GradientStatistics]:
-    """Sum squared inputs and gradients while `run`, called with a mode that its backward passes enter, runs."""
-    sums = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
-    reached = torch.zeros(len(layers), dtype=torch.int64)
-    on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
-    with without_gradients(model), intercept(layers, on_product) as mode:
-        run(mode)
-    processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
-    _refuse_nonfinite(sums)
-    if reached.any() and not any(total.inputs.any() for total in sums.values()):
-        raise UserError(
-            "calibration batches must give predictions that depend on the layers, but all gradients are 0, for example "
-            "because the output head is zero or all predictions have probability 1. Use a trained model, or choose "
-            "allocation='uniform' and pattern='unstructured_layer', which read no gradients."
-        )
-    return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
 def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
@@ -205,7 +181,15 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     the first `count` samples have a gradient that is not 0. Also return how many predictions each sample has, including
     those of padding.
     """
-    logits, keep = _logits(sample.predict()), None
+    output, keep = sample.predict(), None
+    logits = find_predictions(output)
+    if logits is None or not logits.requires_grad:
+        raise UserError(
+            f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__} "
+            "without logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or "
+            "choose allocation='uniform' and pattern='unstructured_layer', which read no gradients."
+        )
+    del output
     if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder
         keep = mask.keep.to(logits.device)
         logits = logits.reshape(*keep.shape, -1)
@@ -237,13 +221,11 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, gradient: Tensor) -> Tensor:
-        """Return 0."""
         ctx.save_for_backward(gradient)
         return logits.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Any) -> tuple[Tensor, None]:
-        """Return the gradient."""
         return ctx.saved_tensors[0], None
 
 
@@ -257,61 +239,26 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistic
         # A copy, because the model may write into its activations before the backward pass
         signed = [x.clone() if total.units is not None else None for x, total in zip(inputs, totals, strict=True)]
         del inputs
-        output = _with_graph(multiply())
+        output = multiply()
+        if not output.requires_grad:  # the graph starts here; a result is no leaf, because the model may write into it
+            output = output.detach().requires_grad_().clone()
 
         def add(gradient: Tensor) -> None:
             for product, each, tokens, total in zip(products, squares, signed, totals, strict=True):
-                _add(product, each, gradient, total)
-                if tokens is not None:
-                    _add_units(product, tokens, gradient, total)
-                reached[indices[product.layer.name]] += product.layer.expert is None or bool(each.any())
+                layer, outputs = product.layer, product.layer.outputs(product.part(gradient)).flatten(0, -2).float()
+                rows, squared = slice(product.row, product.row + outputs.shape[1]), outputs.square()
+                # Divide by all rows of the layer: this product may use only some of them.
+                total.inputs.add_(torch.mv(each.t(), squared.sum(dim=1) / len(total.rows)))
+                total.rows[rows].add_(squared.sum(dim=0))
+                if tokens is not None and total.units is not None:  # the first-order effects on the loss
+                    effects = torch.mm(outputs, layer.read()[rows].float()).mul_(tokens)
+                    total.units.add_(effects.unflatten(1, (-1, len(total.units))).sum(dim=1).square_().sum(dim=0))
+                reached[indices[layer.name]] += layer.expert is None or bool(each.any())
 
         output.register_hook(add)
         return output
 
     return on_product
-
-
-def _with_graph(output: Tensor) -> Tensor:
-    """Start the graph at the first layer, with a result that is not a leaf, because the model may write into it."""
-    return output if output.requires_grad else output.detach().requires_grad_().clone()
-
-
-def _add(product: Product, squares: Tensor, gradient: Tensor, total: GradientStatistics) -> None:
-    squared_gradient = product.layer.outputs(product.part(gradient)).flatten(0, -2).float().square()
-    # Divide by all rows of the layer: this product may use only some of them.
-    total.inputs.add_(torch.mv(squares.t(), squared_gradient.sum(dim=1) / len(total.rows)))
-    total.rows[product.row : product.row + squared_gradient.shape[1]].add_(squared_gradient.sum(dim=0))
-
-
-def _add_units(product: Product, tokens: Tensor, gradient: Tensor, total: GradientStatistics) -> None:
-    """Add the squared first-order effects of each unit on the loss through each token."""
-    assert total.units is not None
-    outputs = product.layer.outputs(product.part(gradient)).flatten(0, -2).float()
-    weight = product.layer.read()[product.row : product.row + outputs.shape[1]].float()
-    effects = torch.mm(outputs, weight).mul_(tokens)
-    total.units.add_(effects.unflatten(1, (-1, len(total.units))).sum(dim=1).square_().sum(dim=0))
-
-
-def _logits(output: object) -> Tensor:
-    found = find_predictions(output)
-    if found is None or not found.requires_grad:
-        raise UserError(
-            f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__} "
-            "without logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or "
-            "choose allocation='uniform' and pattern='unstructured_layer', which read no gradients."
-        )
-    return found
-
-
-def _refuse_nonfinite(sums: Mapping[str, GradientStatistics]) -> None:
-    for name, total in sums.items():
-        if not all(each.isfinite().all() for each in total if each is not None):
-            raise UserError(
-                f"calibration batches must give finite gradients, but those at {name} hold NaN or infinity. Load the "
-                "model in a wider dtype (float32 or bfloat16), or choose allocation='uniform' and "
-                "pattern='unstructured_layer', which read no gradients."
-            )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,34 +27,24 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     Models of transformers multiply by one expert at a time, through views of the parameter that `WeightInterceptor`
     recognizes.
     """
-    modes = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
-    caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    # A block that runs twice would append its keys twice.
+    settings: list[tuple[Any, str, object]]
+    settings = [(c, "use_cache", False) for c in configs.values() if hasattr(c, "use_cache")]
     # The public property has a setter that also writes into nested configurations.
-    experts = [(c, vars(c)[_EXPERTS]) for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
+    settings += [(c, _EXPERTS, "eager") for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})]
+    with ExitStack() as stack:
+        for config, name, _ in settings:
+            stack.callback(setattr, config, name, getattr(config, name))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        stack.callback(_restore, {module: module.training for module in model.modules()})
         model.eval()
-        for config, _ in caching:
-            config.use_cache = False  # a block that runs twice would append its keys twice
-        for config, _ in experts:
-            setattr(config, _EXPERTS, "eager")
+        for config, name, value in settings:
+            setattr(config, name, value)
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer bypasses its layers
-        with _uncompiled():
-            yield
-    finally:
-        _restore(modes)
-        for config, use_cache in caching:
-            config.use_cache = use_cache
-        for config, implementation in experts:
-            setattr(config, _EXPERTS, implementation)
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Run modules under `torch.compile` eagerly: compiled code would trace the interception."""
-    # Without torch._dynamo, whose import takes seconds, nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; compiled code would trace the interception
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def _restore(modes: Mapping[nn.Module, bool]) -> None:

@@ -60,28 +60,37 @@ class Observer:
 
     def watched(self, unit: Unit, call: Call) -> Call:
         """Return a call that also reads the inputs of the unit's layers when it runs; `finish` returns the sums."""
-        return replace(call, forward=partial(self._run_watched, unit, call))
 
-    def _run_watched(self, unit: Unit, call: Call, *args: Any, **kwargs: Any) -> Any:
-        if not _is_layer(unit):
-            with self.collect(unit, call.sample):
-                return call.forward(*args, **kwargs)
-        if call.sample.counts:
-            self._add(self._read(unit, call.sample, input_of(args, kwargs)))
-        return call.forward(*args, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not _is_layer(unit):
+                with self.collect(unit, call.sample):
+                    return call.forward(*args, **kwargs)
+            if call.sample.counts:
+                self._add(self._read(unit, call.sample, input_of(args, kwargs)))
+            return call.forward(*args, **kwargs)
+
+        return replace(call, forward=run)
 
     @contextmanager
     def collect(self, unit: Unit, sample: Sample) -> Iterator[None]:
         """Read the inputs of the unit's layers while a sample runs in this block."""
-        reader = self._reader(sample)
+        reader = BatchReader(self.needs, sample)
         with intercept(unit.layers if sample.counts else (), reader):
             yield
         self._add(reader)
 
     def finish(self, unit: Unit) -> dict[str, InputStatistics]:
         """Return the statistics of the batches that ran in `collect`; otherwise the same as `__call__`."""
+        sums, checks = self._sums, self._checks
+        self._sums, self._checks = {}, []
         with self.processes.fail_together():
-            statistics = self._take(unit)
+            refuse_nonfinite(checks, self.processes)
+        by_layer: dict[str, list[InputStatistics]] = {}
+        for names, value in sums.items():
+            for name in names:
+                by_layer.setdefault(name, []).append(value)
+        found = {layer.name: by_layer[layer.name] for layer in unit.layers if layer.name in by_layer}
+        statistics = {name: parts[0] if len(parts) == 1 else merged(parts) for name, parts in found.items()}
         if self.processes.world_size > 1:
             statistics, padding_counted = all_reduce_statistics(
                 unit.layers, statistics, self.padding_counted, self.needs, self.processes
@@ -123,38 +132,18 @@ class Observer:
         return found
 
     def _read(self, unit: Unit, sample: Sample, x: Tensor) -> BatchReader:
-        """Read the input of a unit that is a layer."""
-        reader = self._reader(sample)
+        reader = BatchReader(self.needs, sample)
         for layer in unit.layers:
             reader.read(Product(layer, x))
         return reader
 
-    def _reader(self, sample: Sample) -> BatchReader:
-        return BatchReader(self.needs, sample.batch_index, sample.masks)
-
     def _add(self, reader: BatchReader) -> None:
-        """Add the sums and the checks of one batch."""
         for entry in reader.entries:
             if entry.padding_counted:
                 self.padding_counted.update(entry.layers)
             self._sums.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
         self._checks += reader.checks
         self.not_routed |= reader.not_routed
-
-    def _take(self, unit: Unit) -> dict[str, InputStatistics]:
-        """Return the sums of this process for each layer, and reset them."""
-        sums, checks = self._sums, self._checks
-        self._sums, self._checks = {}, []
-        refuse_nonfinite(checks, self.processes)
-        by_layer: dict[str, list[InputStatistics]] = {}
-        for names, statistics in sums.items():
-            for name in names:
-                by_layer.setdefault(name, []).append(statistics)
-        return {
-            layer.name: parts[0] if len(parts) == 1 else merged(parts)
-            for layer in unit.layers
-            if (parts := by_layer.get(layer.name))
-        }
 
 
 def _is_layer(unit: Unit) -> bool:

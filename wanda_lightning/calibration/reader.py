@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.interception import Product
 from wanda_lightning.calibration.nonfinite import Check, token_to_report
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.models import Layer, TokenMask, fitting_mask
+from wanda_lightning.models import Layer, fitting_mask
 
 
 class Identity:
@@ -45,11 +46,11 @@ class Entry(NamedTuple):
 class BatchReader:
     """Reads the tokens of each layer while one batch runs; called in place of each product."""
 
-    def __init__(self, needs: frozenset[str], batch: int, masks: tuple[TokenMask, ...]) -> None:
+    def __init__(self, needs: frozenset[str], sample: Sample) -> None:
         self.entries: list[Entry] = []  # one for each distinct input
         self.checks: list[Check] = []
         self.not_routed: set[str] = set()  # experts to which the model passes every token
-        self._needs, self._batch, self._masks = needs, batch, masks
+        self._needs, self._batch, self._masks = needs, sample.batch_index, sample.masks
         self._calls = 0
         self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # the last `keep` of each expert
 
@@ -92,7 +93,6 @@ class BatchReader:
         self._add(entry, lambda: layer.magnitudes(images), shape, None)
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
-        """Sum the tokens that count."""
         layer, x = product.layer, product.tokens
         tokens = layer.tokens(x)
         if layer.expert is None:

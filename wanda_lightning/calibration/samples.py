@@ -14,11 +14,11 @@ from wanda_lightning.calibration.batches import (
     batch_size,
     concatenated,
     forward_batch,
-    has_tensors,
     have_one_layout,
     is_even,
     outside_inference,
     take,
+    tensors_of,
     to_device,
 )
 from wanda_lightning.calibration.error_notes import naming_batch
@@ -115,7 +115,7 @@ class Samples:
     def split(self, sample: Sample) -> list[Sample]:
         """Return the samples of a batch, each of which can run alone; the batch itself if it cannot be split."""
         batch = outside_inference(sample.batch)
-        size = batch_size(batch) if has_tensors(batch) else 1
+        size = batch_size(batch) if tensors_of(batch) else 1
         parts = [take(batch, n, n + 1) for n in range(size)] if is_even(batch) else [batch]
         return [self._sample(part, sample.batch_index, size // len(parts)) for part in parts]
 

@@ -28,21 +28,13 @@ class UnitStop:
 
     unit: Unit
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
-
-    def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
-        """Return the statistics of the layers; `record` sees each call that runs."""
-        return self.inputs
-
-
-@dataclass
-class _ParkedStop(UnitStop):
-    """A unit at which samples are parked, or the whole model, through which they run one by one."""
-
-    calls: Iterable[Call] = ()  # to iterate once
+    calls: Iterable[Call] | None = None  # to iterate once: through the unit, or one by one through the whole model
     check: Callable[[], None] = lambda: None  # after that: refuses samples that took other paths in other processes
 
     def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
-        """Run the calls through the unit, and return the sums over all processes."""
+        """Return the statistics of the layers, over all processes; `record` sees each call that runs."""
+        if self.calls is None:
+            return self.inputs
         inputs = observer(self.unit, record(self.calls))
         self.check()
         return inputs
@@ -77,12 +69,12 @@ def stop_at_units(
                 check_calls("", 0)
                 samples.refuse_if_empty()
 
-            yield _ParkedStop(units[0], calls=whole_model_calls(samples, tick), check=check)
+            yield UnitStop(units[0], calls=whole_model_calls(samples, tick), check=check)
             return
         held = _parking_at_products(samples.hold(), units)
         for stop in lockstep(held, *_modules(units), processes, revisited):
             check_calls(units[stop.unit].name, len(stop.calls))
-            yield _ParkedStop(units[stop.unit], calls=stop.calls)
+            yield UnitStop(units[stop.unit], calls=stop.calls)
             tick()
 
 
@@ -107,7 +99,6 @@ def watch_units(
 
 
 def _modules(units: Sequence[Unit]) -> tuple[list[nn.Module], list[str]]:
-    """Return the modules and the names of units."""
     return [unit.module for unit in units if unit.module is not None], [unit.name for unit in units]
 
 
@@ -122,9 +113,9 @@ def _parking_at_products(samples: list[Sample], units: Sequence[Unit]) -> list[S
 
     def stop(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         product = products[0]
-        return (
-            park(index_of[product.layer], lambda tokens: multiply(), product.tokens) if product.row == 0 else multiply()
-        )
+        if product.row:
+            return multiply()
+        return park(index_of[product.layer], lambda tokens: multiply(), product.tokens)
 
     def watched(forward: Callable[[], object]) -> object:
         interceptor = WeightInterceptor(index_of, stop)  # each thread has its own

@@ -61,7 +61,8 @@ class WeightMemory:
             start, end = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
             if start not in stacks:
                 matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
-                stacks[start] = _Stack(start, end, _layout(matrices), {})
+                on_meta = torch.empty_strided(matrices.shape, matrices.stride(), dtype=matrices.dtype, device="meta")
+                stacks[start] = _Stack(start, end, on_meta, {})
             stacks[start].layers[layer.expert or 0] = layer
         self._starts = sorted(stacks)
         self._stacks = [stacks[start] for start in self._starts]
@@ -103,10 +104,6 @@ class WeightMemory:
         index = bisect_right(self._starts, pointer) - 1
         stack = self._stacks[index] if index >= 0 else None
         return stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
-
-
-def _layout(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _is_plain(layer: Layer) -> bool:

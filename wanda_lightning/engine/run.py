@@ -113,7 +113,14 @@ class WeightStore:
         bar.expect(run.samples.length)
         plan, limit = run.plan, run.plan.config.allocation.gradient_limit
         return gradient_statistics(
-            plan.model, plan.layers, plan.blocks, run.samples, bar.advance, plan.processes, limit, plan.unit_columns
+            plan.model,
+            plan.layers,
+            plan.block_units,
+            run.samples,
+            bar.advance,
+            plan.processes,
+            limit,
+            plan.unit_columns,
         )
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:

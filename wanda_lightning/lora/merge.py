@@ -1,12 +1,12 @@
 """Merge adapters into the weights and check every zero."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
@@ -53,7 +53,11 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
             layer.unmerge()  # the zeros are read from the weights without adapters
 
     keeping = tuple(f"{name}.base_layer." for name, layer in layers.items() if isinstance(layer, KeepZerosLinear))
-    before = {after: (name, pack(weight == 0)) for name, after, weight in _targeted_weights(tuner.model)}
+    before = {}  # of each matrix that PEFT adapts or trains whole, by its name after unloading: its name and zeros
+    for name, weight in tuner.model.named_parameters(remove_duplicate=False):
+        after = name.replace(".original_module.", ".").replace(".base_layer.", ".")
+        if after != name and weight.dim() >= 2:
+            before[after] = name, pack(weight == 0)
     merged = tuner.merge_and_unload(adapter_names=names)
     weights = dict(merged.named_parameters(remove_duplicate=False))
     filled: list[str] = []
@@ -114,11 +118,3 @@ def _dequantize(model: nn.Module) -> None:
         model.set_submodule(name, layer)
     if (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
         loaded_by.remove_quantization_config(model)
-
-
-def _targeted_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield the name, the name after unloading, and the weight of each matrix that PEFT adapts or trains whole."""
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        after = name.replace(".original_module.", ".").replace(".base_layer.", ".")
-        if after != name and weight.dim() >= 2:
-            yield name, after, weight

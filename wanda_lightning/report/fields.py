@@ -55,7 +55,12 @@ def from_fields(kind: Any, value: Any, place: str = "") -> Any:
         if value not in (names := [each.value for each in kind]):
             raise _wrong(place, f"one of {', '.join(names)}", value)
         return kind(value)
-    return _plain(kind, value, place)
+    if kind is float and value is None:
+        return math.nan
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in _NAMES and not (is_number if kind is float else type(value) is kind):
+        raise _wrong(place, _NAMES[kind], value)
+    return value
 
 
 def _object(kind: Any, value: Any, place: str) -> Any:
@@ -69,15 +74,6 @@ def _object(kind: Any, value: Any, place: str) -> Any:
         elif each.default is MISSING and each.default_factory is MISSING:
             raise UserError(f"{path}{each.name} is missing.")
     return kind(**values)
-
-
-def _plain(kind: Any, value: Any, place: str) -> Any:
-    if kind is float and value is None:
-        return math.nan
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in _NAMES and not (is_number if kind is float else type(value) is kind):
-        raise _wrong(place, _NAMES[kind], value)
-    return value
 
 
 def _wrong(place: str, expected: str, value: Any) -> ValueError:

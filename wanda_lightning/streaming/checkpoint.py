@@ -82,12 +82,18 @@ class Checkpoint:
                 )
             finally:
                 PreTrainedModel._load_pretrained_model = original
-        self._move_buffers()
+        for module in self.model.modules():
+            for buffer_name, buffer in module.named_buffers(recurse=False):
+                if buffer.device != self.device:  # transformers computes it on the CPU instead of loading it
+                    setattr(module, buffer_name, buffer.to(self.device))
         names = (name for name, _ in self.model.named_parameters())
         missing = {name for name in names if self.part_of(name) not in self._keys}  # now, not when batches arrive there
         check_complete(self._name, missing | {*loaded["missing_keys"]}, loaded["mismatched_keys"])
         check_stored_as_float(name, self.files, self.model)
-        self._refuse_shared()
+        owners: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if owners.setdefault(id(parameter), part := self.part_of(name)) != part:
+                raise self.refusal(f"{name} is shared by two parts of the model")
 
     def _load_resident(
         self, model: Any, state_dict: object, files: Sequence[str], load_config: Any, expected_keys: object = None
@@ -106,15 +112,7 @@ class Checkpoint:
                 loaded.missing_keys.discard(name)
         return loaded, None
 
-    def _move_buffers(self) -> None:
-        """Move buffers that transformers computes on the CPU instead of loading them."""
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device != self.device:
-                    setattr(module, name, buffer.to(self.device))
-
     def _sort_keys(self) -> None:
-        """Assign each stored tensor to its part."""
         mapping = self._load_config.weight_mapping or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -139,8 +137,11 @@ class Checkpoint:
         """Load a block or `RESIDENT` from the checkpoint, or from other files in the same format."""
         if stored is None:
             stored = self._keys.get(part, {})
-            for path in stored:
-                self._refuse_changed(path)
+            if changed := [path for path in stored if _stamp(path) != self.files[path]]:
+                raise OSError(
+                    f"{changed[0]} must not change while the model is pruned, but it was written or removed meanwhile. "
+                    "Start again with the model that you want."
+                )
         slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
         with _quiet():
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, self._load_config)
@@ -199,20 +200,6 @@ class Checkpoint:
         """The configuration of the model, without where it was loaded from and by which version."""
         described: dict[str, Any] = self.model.config.to_dict()
         return {key: value for key, value in described.items() if key not in ("_name_or_path", "transformers_version")}
-
-    def _refuse_changed(self, path: Path) -> None:
-        if _stamp(path) != self.files[path]:
-            raise OSError(
-                f"{path} must not change while the model is pruned, but it was written or removed meanwhile. Start "
-                "again with the model that you want."
-            )
-
-    def _refuse_shared(self) -> None:
-        owners: dict[int, str] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            part = self.part_of(name)
-            if owners.setdefault(id(parameter), part) != part:
-                raise self.refusal(f"{name} is shared by two parts of the model")
 
     def refusal(self, reason: str) -> ValueError:
         """Return an error that names the model and says why it must be in memory as a whole."""

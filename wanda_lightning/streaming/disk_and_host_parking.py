@@ -13,7 +13,7 @@ import ctypes
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -64,10 +64,16 @@ class _MovingParking(TorchFunctionMode, Parking):
             self._made[id(value)] = weakref.ref(value)
 
     def _alive(self) -> Iterator[list[Tensor]]:
-        """Return the tensors that still exist, grouped by the memory that they share."""
-        alive = [tensor for reference in self._made.values() if (tensor := reference()) is not None]
+        """Return the tensors that still exist, and those that they are views of, grouped by the memory they share."""
+        alive = _alive(self._made.values())
         self._made = {id(tensor): weakref.ref(tensor) for tensor in alive}
-        return _by_memory(alive)
+        found = {id(tensor): tensor for tensor in alive}
+        found |= {id(tensor._base): tensor._base for tensor in alive if tensor._base is not None}
+        groups: dict[int, list[Tensor]] = {}
+        for tensor in found.values():
+            if torch._C._has_storage(tensor):
+                groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        yield from groups.values()
 
 
 class DiskParking(_MovingParking):
@@ -163,32 +169,19 @@ class HostParking(_MovingParking):
         return tensors if any(tensor is value for tensor in tensors) else []
 
 
-def _alive(group: _Group) -> list[Tensor]:
+def _alive(group: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
     return [tensor for reference in group if (tensor := reference()) is not None]
 
 
 def _copied(memory: torch.UntypedStorage, device: torch.device | str) -> torch.UntypedStorage:
-    """Return a copy of memory on a device."""
     source = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
     return torch.empty(memory.nbytes(), dtype=torch.uint8, device=device).copy_(source).untyped_storage()
 
 
 def _replace_memory(tensors: Sequence[Tensor], memory: torch.UntypedStorage) -> None:
-    """Replace the memory that tensors share."""
     for tensor in tensors:
         place: Any = torch.empty(0, dtype=tensor.dtype, device=memory.device)
         tensor.data = place.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _by_memory(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Group tensors, and the tensors that they are views of, by the memory that they share."""
-    found = {id(tensor): tensor for tensor in tensors}
-    found |= {id(tensor._base): tensor._base for tensor in tensors if tensor._base is not None}
-    groups: dict[int, list[Tensor]] = {}
-    for tensor in found.values():
-        if torch._C._has_storage(tensor):
-            groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
-    yield from groups.values()
 
 
 def _can_move(tensors: Sequence[Any], device: str) -> bool:

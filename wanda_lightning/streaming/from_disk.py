@@ -122,7 +122,14 @@ def pruned_from_disk(
         if tokenizer is not None:
             check_vocabulary(tokenizer, checkpoint.model)
         own_data = fingerprint(held)
-    made_with = _described(config, checkpoint, [processes.broadcast(own_data, r) for r in range(processes.world_size)])
+    made_with = {  # the choices and data that determine the result
+        "choices": config.describe(),
+        "dtype": str(checkpoint.model.dtype),
+        "device": checkpoint.device.type,
+        "calibration data": [processes.broadcast(own_data, rank) for rank in range(processes.world_size)],
+        "weights": {f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
+        "config.json": [fingerprint(checkpoint.configuration)],
+    }
     parts = [RESIDENT, *checkpoint.blocks]
     with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes, progress)) as folder:
         if folder.progress.report:
@@ -143,18 +150,6 @@ def pruned_from_disk(
         folder.finish(partial(_save_other_files, checkpoint, tokenizer), report.to_json())
         yield report
         folder.forget()
-
-
-def _described(config: PruningConfig, checkpoint: Checkpoint, data: list[str]) -> dict[str, Any]:
-    """Return the choices and data that determine the result; `data` has the fingerprint of each process's batches."""
-    return {
-        "choices": config.describe(),
-        "dtype": str(checkpoint.model.dtype),
-        "device": checkpoint.device.type,
-        "calibration data": data,
-        "weights": {f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
-        "config.json": [fingerprint(checkpoint.configuration)],
-    }
 
 
 def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
-from wanda_lightning.calibration.parking import MakeParking
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
@@ -74,31 +73,6 @@ def perplexity_from_disk(
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
-    make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
-    remaining, total = enumerate(batches), None
-    if isinstance(batches, Sized):
-        total = ceil(len(batches) / AT_ONCE) * len(checkpoint.blocks)
-    with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
-        while together := list(islice(remaining, AT_ONCE)):
-            _measure(checkpoint, metric, together, make_parking, bar)
-    if not metric.windows:
-        raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
-    return float(metric.compute())
-
-
-def _measure(
-    checkpoint: Checkpoint,
-    metric: WindowPerplexity,
-    batches: Iterable[tuple[int, Mapping[str, Any]]],
-    make_parking: MakeParking,
-    bar: ProgressBar,
-) -> None:
-    """Pass batches, with their indices, through the model together, block by block, and update the metric."""
-
-    def sample(index: int, batch: Mapping[str, Any]) -> Sample:
-        forward = partial(run, batch)
-        return Sample(forward, forward, batch_index=index, parking=make_parking())
-
     def run(batch: Mapping[str, Any]) -> None:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise UserError(f"batches must be mappings with input_ids, but one is a {type(batch).__name__}.")
@@ -111,10 +85,19 @@ def _measure(
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
+    make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
     modules, names = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks], checkpoint.blocks
-    loader, samples = BlockLoader(checkpoint), [sample(index, batch) for index, batch in batches]
-    with loader.loading():
-        for stop in lockstep(samples, modules, names, to_end=True):
-            loader.load_only(names[stop.unit])
-            bar.show(f"{names[stop.unit]}, {as_size(checkpoint.bytes_read)} read")
-            bar.advance()
+    runs = ((index, partial(run, batch)) for index, batch in enumerate(batches))
+    samples = (Sample(each, each, batch_index=index, parking=make_parking()) for index, each in runs)
+    total = ceil(len(batches) / AT_ONCE) * len(names) if isinstance(batches, Sized) else None
+    with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
+        while together := list(islice(samples, AT_ONCE)):
+            loader = BlockLoader(checkpoint)
+            with loader.loading():
+                for stop in lockstep(together, modules, names, to_end=True):
+                    loader.load_only(names[stop.unit])
+                    bar.show(f"{names[stop.unit]}, {as_size(checkpoint.bytes_read)} read")
+                    bar.advance()
+    if not metric.windows:
+        raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
+    return float(metric.compute())

@@ -12,6 +12,7 @@ from torch import nn
 from wanda_lightning.calibration.gradients import PREDICTIONS_AT_ONCE, SAMPLES_AT_ONCE
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.models import Inventory, Layer, find_layers
+from wanda_lightning.report.records import grouped
 from wanda_lightning.streaming.measure_perplexity import AT_ONCE
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part
 
@@ -72,7 +73,8 @@ def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, p
         if config.sequential == "layer":
             waiting = max(waiting, 3 * hidden + max(widest, 4 * hidden))
         at_once = samples.batch_tokens * (size * (2 * hidden + 3 * widest) + 2 * _FLOAT32 * widest)
-        work = max(work, _to_observe(unit.layers, config) + at_once, _to_solve(unit.layers, config))
+        grams = _grams(unit.layers, config)  # the accumulated sums, those of one batch, and one being computed
+        work = max(work, 2 * sum(grams) + max(grams) + at_once, sum(grams) + _to_solve(unit.layers, config))
         work = max(work, _FLOAT32 * config.recovery.workspace(unit) + at_once)
     work = max(work, _to_permute(inventory, config, samples.length, size))  # an allocation needs less than any solver
     work = max(work, _to_couple(inventory, config, samples.length, size))
@@ -103,31 +105,21 @@ def _memory(model: nn.Module, activations: int, work: int) -> Memory:
     return Memory(sizes.get(RESIDENT, 0), max(pairs, default=sum(in_order)), activations, work)
 
 
-def _to_observe(layers: Sequence[Layer], config: PruningConfig) -> int:
-    """Return the bytes of the accumulated sums, of the sums of one batch, and of one sum being computed."""
-    grams = _grams(layers, config)
-    return 2 * sum(grams) + max(grams)
-
-
 def _to_solve(layers: Sequence[Layer], config: PruningConfig) -> int:
-    """Return the bytes of the sums and of the most expensive group of layers."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for layer in layers:  # most layers of one module with the same width have the same inputs
-        key = layer.name if layer.siblings else layer.name.rpartition(".")[0]
-        groups.setdefault((key, layer.shape[1]), []).append(layer.shape[0])
-    numbers = max(config.solver.workspace(rows, d_in) for (_, d_in), rows in groups.items())
-    return sum(_grams(layers, config)) + _FLOAT32 * numbers
+    """Return the bytes of the most expensive group of layers, without the sums."""
+
+    def inputs_of(layer: Layer) -> tuple[str, int]:  # the same for most layers of one module with the same width
+        return (layer.name if layer.siblings else layer.name.rpartition(".")[0]), layer.shape[1]
+
+    groups = grouped(layers, inputs_of).items()
+    return _FLOAT32 * max(config.solver.workspace([x.shape[0] for x in group], d_in) for (_, d_in), group in groups)
 
 
 def _to_permute(inventory: Inventory, config: PruningConfig, length: int, size: int) -> int:
     """Return the bytes needed to choose the permutation, or to compare runs of a block if that is more."""
     if not config.permutation.reads_batches:
         return 0
-    widths: dict[str, list[int]] = {}
-    for layer in inventory.layers:
-        widths.setdefault(inventory.blocks[layer.name], []).append(layer.shape[1])
-    # The inputs of all layers of a block, before and after a permutation; two of them are compared in float64.
-    compared = max(2 * size * sum(each) + 5 * _FLOAT64 * max(each) for each in widths.values())
+    compared = max(_to_compare(layers, size) for layers in _by_block(inventory))
     chosen = config.permutation.workspace(max(layer.size for layer in inventory.layers))
     return max(_FLOAT32 * chosen, length * compared)
 
@@ -136,15 +128,20 @@ def _to_couple(inventory: Inventory, config: PruningConfig, length: int, size: i
     """Return the bytes needed to run a block with half of its hidden units at zero, and without them."""
     if not config.pattern.prunes_units:
         return 0
-    blocks: dict[str, list[Layer]] = {}
-    for layer in inventory.layers:
-        blocks.setdefault(inventory.blocks[layer.name], []).append(layer)
-    # A copy of the weights and half of them, and the inputs of all layers twice; two of them are compared in float64.
-    return max(
-        3 * size * sum(layer.size for layer in layers) // 2
-        + length * (2 * size * sum(x.shape[1] for x in layers) + 5 * _FLOAT64 * max(x.shape[1] for x in layers))
-        for layers in blocks.values()
+    return max(  # a copy of the weights and half of them, and the inputs
+        3 * size * sum(layer.size for layer in layers) // 2 + length * _to_compare(layers, size)
+        for layers in _by_block(inventory)
     )
+
+
+def _by_block(inventory: Inventory) -> Iterable[Sequence[Layer]]:
+    return grouped(inventory.layers, lambda layer: inventory.blocks[layer.name]).values()
+
+
+def _to_compare(layers: Sequence[Layer], size: int) -> int:
+    """Return the bytes of a token's inputs of all layers before and after a change; two are compared in float64."""
+    widths = [layer.shape[1] for layer in layers]
+    return 2 * size * sum(widths) + 5 * _FLOAT64 * max(widths)
 
 
 def _grams(layers: Iterable[Layer], config: PruningConfig) -> list[int]:

@@ -165,9 +165,7 @@ class OutputFolder:
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord) -> None:
         """Write a part and its record in the first process; the others do not wait for it."""
-        if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
-            raise RuntimeError(f"{empty[0]} has no values, so it cannot be saved. Please report this error.")
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         is_first = self._processes.rank == 0
         checksum = ""
         if is_first and tensors:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.calibration.gradients import gradient_statistics_by_block
+from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.unit_stops import UnitStop, watch_units
@@ -40,7 +40,7 @@ class StreamedWeights(WeightStore):
 
     def __init__(self, checkpoint: Checkpoint, output: OutputFolder, make_parking: MakeParking = Parking) -> None:
         self.make_parking = make_parking
-        self.blocks = BlockLoader(checkpoint, self._stored, self._change)
+        self.blocks = BlockLoader(checkpoint, self._stored, lambda block: self._changes.get(block, lambda: None)())
         self._checkpoint, self._output = checkpoint, output
         self._is_dense = False
         self._changes: dict[str, Callable[[], None]] = {}  # by block
@@ -49,10 +49,6 @@ class StreamedWeights(WeightStore):
 
     def _stored(self, block: str) -> Keys | None:
         return self._output.stored(block) if block in self._output.progress.written and not self._is_dense else None
-
-    def _change(self, block: str) -> None:
-        if block in self._changes:
-            self._changes[block]()
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -89,15 +85,21 @@ class StreamedWeights(WeightStore):
 
         plan, limit = run.plan, run.plan.config.allocation.gradient_limit
         with self.dense():
-            return gradient_statistics_by_block(
-                plan.model, plan.layers, plan.block_units, run.samples, hold, limit, plan.unit_columns
+            return gradient_statistics(
+                plan.model,
+                plan.layers,
+                plan.block_units,
+                run.samples,
+                limit=limit,
+                columns=plan.unit_columns,
+                hold=hold,
             )
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit; with `sequential="none"`, all statistics are collected before the first stop."""
-        return self._known_stops(run, observer, bar) if run.plan.is_one_pass else super().stops(run, observer, bar)
-
-    def _known_stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
+        if not run.plan.is_one_pass:
+            yield from super().stops(run, observer, bar)
+            return
         bar.expect(2 * len(run.plan.units))
         inputs = self._watch(run, observer, bar)
         if not run.selections:
@@ -190,7 +192,6 @@ class StreamedWeights(WeightStore):
         self._output.save(part, self._checkpoint.stored(part), replace(record, zeros=zeros))
 
     def _record(self, part: str, run: Run) -> PartRecord:
-        """Return what happened to a part."""
 
         def own(found: Mapping[str, Any]) -> dict[str, Any]:
             return {name: each for name, each in found.items() if self._checkpoint.part_of(name) == part}

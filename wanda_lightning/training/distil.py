@@ -19,7 +19,6 @@ from wanda_lightning.calibration.samples import Sample, fit_together
 from wanda_lightning.common.checks import Number, OneOf, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.models import Layer
 from wanda_lightning.report import Training, TrainingPass
 from wanda_lightning.training.distil_loss import DistilLoss
 from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
@@ -106,7 +105,16 @@ class _Distillation(ModelRecovery):
     def __init__(self, config: Distil, dense: DenseModel) -> None:
         self._config, self._dense, self._processes = config, dense, dense.processes
         head = output_head(dense.model, dense.layers)
-        self._parameters = _trained_parameters(dense.model, dense.layers, head)
+        pruned = {id(layer.parameter) for layer in dense.layers}
+        fixed = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        self._parameters: list[nn.Parameter] = [
+            parameter
+            for parameter in dense.model.parameters()
+            if parameter.requires_grad
+            and id(parameter) not in fixed
+            and not isinstance(parameter, UninitializedParameter)
+            and (id(parameter) in pruned or parameter.ndim < 2)
+        ]
         if not self._parameters:
             raise UserError(
                 "recovery=Distil() trains the pruned layers and all vectors, but requires_grad is False for "
@@ -136,7 +144,6 @@ class _Distillation(ModelRecovery):
         return max(1, _PREDICTIONS * samples // max(1, predictions))
 
     def train(self) -> Training:
-        """Train, and leave the best weights in the model."""
         config, dense = self._config, self._dense
         held = [index for index in range(len(self._samples)) if index % HELD_OUT == HELD_OUT - 1]
         trained = [index for index in range(len(self._samples)) if index not in held]
@@ -154,7 +161,9 @@ class _Distillation(ModelRecovery):
                 for number in range(1, config.passes + 1):
                     bar.show(f"pass {number}")
                     losses = []
-                    for chosen in self._order(trained, number):
+                    generator = torch.Generator().manual_seed(config.seed + number)
+                    order = torch.randperm(len(trained), generator=generator).tolist()
+                    for chosen in self._batches([trained[index] for index in order]):
                         losses.append(weights.step(optimizer, partial(self._losses, chosen, len(chosen))))
                         schedule.step()
                         bar.advance()
@@ -170,11 +179,6 @@ class _Distillation(ModelRecovery):
                 step = (len(passes) - 1) * steps + len(losses) + 1
                 stopped = f"the {error} of step {step} was not finite, so training stopped: use a lower learning_rate"
         return Training(repr(config), len(trained), len(held), tuple(passes), stopped)
-
-    def _order(self, trained: Sequence[int], number: int) -> Iterator[Sequence[int]]:
-        """Yield the samples of each step of a pass."""
-        generator = torch.Generator().manual_seed(self._config.seed + number)
-        return self._batches([trained[index] for index in torch.randperm(len(trained), generator=generator).tolist()])
 
     def _batches(self, samples: Sequence[int]) -> Iterator[Sequence[int]]:
         return (samples[start : start + self._batch_size] for start in range(0, len(samples), self._batch_size))
@@ -214,17 +218,3 @@ class _Distillation(ModelRecovery):
             rows = torch.cat([target.rows for target in targets])
             return [(self._dense.data.join(samples), DenseTarget(rows, targets[0].head), len(own))]
         return [(sample, target, 1) for sample, target in own]
-
-
-def _trained_parameters(model: nn.Module, layers: Sequence[Layer], head: nn.Module | None) -> list[nn.Parameter]:
-    """Return the pruned parameters and all vectors, except those that are frozen or belong to the dense head."""
-    pruned = {id(layer.parameter) for layer in layers}
-    fixed = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    return [
-        parameter
-        for parameter in model.parameters()
-        if parameter.requires_grad
-        and id(parameter) not in fixed
-        and not isinstance(parameter, UninitializedParameter)
-        and (id(parameter) in pruned or parameter.ndim < 2)
-    ]

@@ -78,12 +78,8 @@ def _mixed_precision(model: nn.Module) -> torch.autocast:
     kind = parameter.device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     if not enabled and parameter.dtype == torch.float32 and kind in ("cuda", "cpu"):
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else _cpu_has_bfloat16()
-        dtype = torch.bfloat16
+        dtype, features = torch.bfloat16, torch.cpu.get_capabilities()
+        on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else on_cpu
     # A cached cast that was made without gradients would cut the graph of the recomputed block.
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
-
-
-def _cpu_has_bfloat16() -> bool:
-    features = torch.cpu.get_capabilities()
-    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -103,28 +103,25 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
             hooks.callback(hook.remove)
         output = sample.predict()
     predictions = rows_of(predictions_of(output), sample)
-    _refuse_untrainable(predictions, sample.batch_index)
-    predictions = predictions.detach()
-    if head is not None and len(entered) == 1:
-        rows = rows_of(entered[0].detach(), sample)
-        part = slice(0, ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
-        if len(rows) == len(predictions) and _nearly_equal(head(rows[part]).detach(), predictions[part]):
-            return DenseTarget(rows.clone(), head)
-    return DenseTarget(predictions.clone(), None)
-
-
-def _refuse_untrainable(predictions: Tensor, batch: int) -> None:
     if torch.is_grad_enabled() and not predictions.requires_grad:
         raise UserError(
             "recovery=Distil() needs predictions with gradients, but the predictions of the model have none, as under "
             "torch.no_grad() or after detach(). Let forward= (or calibration_step) return predictions with gradients, "
             "or use another recovery."
         )
+    predictions = predictions.detach()
     if not (predictions < math.inf).all():  # minus infinity is allowed: the logit of an impossible class
         raise UserError(
-            f"recovery=Distil() needs finite predictions, but those of batch {batch} (counted from 0) hold NaN or "
-            "infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+            f"recovery=Distil() needs finite predictions, but those of batch {sample.batch_index} (counted from 0) "
+            "hold NaN or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather "
+            "than float16)."
         )
+    if head is not None and len(entered) == 1:
+        rows = rows_of(entered[0].detach(), sample)
+        part = slice(0, ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
+        if len(rows) == len(predictions) and _nearly_equal(head(rows[part]).detach(), predictions[part]):
+            return DenseTarget(rows.clone(), head)
+    return DenseTarget(predictions.clone(), None)
 
 
 def _cast_by_autocast(head: nn.Module) -> dict[str, Tensor]:

@@ -181,7 +181,6 @@ class _PartTraining:
         return float(self._held_out_sums(self._error).sum())
 
     def _held_out_sums(self, sum_of: Callable[[_Run], Tensor]) -> Tensor:
-        """Return a sum for each held-out run of all processes."""
         sums = widened(self._part.layers[0].weight.new_zeros(len(self._held_out)))
         with self._processes.fail_together():
             for index, run in enumerate(self._held_out):
