@@ -12,7 +12,7 @@ from support.cli import run
 from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.common_options import DTYPES
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.options import OPTIONS, PRECISIONS, TASKS, EvaluateOptions
 from wanda_lightning.cli.parser import as_command
 from wanda_lightning.common.model_source import ModelSource

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import as_command, as_list
 
 

@@ -13,7 +13,7 @@ from os.path import exists
 from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.cli.errors import UsageError, explain
+from wanda_lightning.cli.explain import UsageError, explain
 from wanda_lightning.common.errors import UserError
 
 if TYPE_CHECKING:

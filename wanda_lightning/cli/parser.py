@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.common.checks import Number, OneOf
 from wanda_lightning.common.words import did_you_mean
 
