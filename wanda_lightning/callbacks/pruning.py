@@ -22,14 +22,7 @@ from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.callbacks.zeros import ZerosCallback
-from wanda_lightning.common.checks import (
-    check_at_least,
-    check_batches,
-    check_flags,
-    check_path,
-    check_report_path,
-    refuse_pytorch_lightning,
-)
+from wanda_lightning.common import checks
 from wanda_lightning.common.refuse_path import refuse_existing, refuse_nonempty
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
@@ -110,15 +103,14 @@ class PruningCallback(ZerosCallback):
             config = replace(config, sequential="none")  # a validation loop runs the dense model
         self.config = config
         self.schedule = schedule_of(at_step, schedule)
-        check_at_least(1, num_samples=num_samples)
-        check_flags(keep_zeros=keep_zeros)
+        checks.check_at_least(1, num_samples=num_samples)
+        checks.check_flags(keep_zeros=keep_zeros)
         if dataloader is not None:
-            check_batches(dataloader=dataloader)
+            checks.check_batches(dataloader=dataloader)
         if report_dir is not None:
-            check_path(report_dir=report_dir)
+            checks.check_path(report_dir=report_dir)
         if report is not None:
-            check_path(report=report)
-            check_report_path(report)
+            checks.check_report_path(report)
         conflicts.check_stages(self.schedule, self.config.pattern)
         conflicts.check_calibrate_on(calibrate_on, self.config, dataloader)
         self.num_samples = num_samples
@@ -166,14 +158,13 @@ class PruningCallback(ZerosCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
-        refuse_pytorch_lightning(trainer)
+        checks.refuse_pytorch_lightning(trainer)
         self._pruned_to_evaluate = False  # an earlier loop may have been interrupted
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
-            if self.report_dir is not None and trainer.is_global_zero:
-                refuse_nonempty(self.report_dir, overwrite=True)
-            if self.report_path is not None and trainer.is_global_zero:
-                refuse_existing(self.report_path, overwrite=True)
+            for path, refuse in ((self.report_dir, refuse_nonempty), (self.report_path, refuse_existing)):
+                if path is not None and trainer.is_global_zero:
+                    refuse(path, overwrite=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
@@ -329,7 +320,6 @@ class PruningCallback(ZerosCallback):
         self._record(report, share, trainer)
 
     def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
-        """Record, show, log and save the report."""
         report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)
         if self.calibrate_on == "validation":  # the loop that has just ended ran the model before this stage
             report.run = measured_before(report.run, trainer, self._state)
