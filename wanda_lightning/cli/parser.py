@@ -155,7 +155,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _argument(each: Field[Any], kind: type) -> dict[str, Any]:
-    """Return the arguments of `add_argument` for a field."""
     text, default = each.metadata["help"], default_text(each)
     if kind is bool:
         return {"nargs": 0, "const": "true", "help": text}
@@ -199,7 +198,6 @@ def as_list(given: Any) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for piece in re.findall(r"\\.|.", text, flags=re.DOTALL):
         if piece == "," and depth == 0:

@@ -93,7 +93,6 @@ def reserved(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
 
 
 def _flush_all(folder: Path) -> None:
-    """Write a folder and everything in it to the disk."""
     for entry in (folder, *folder.rglob("*")):
         if entry.is_dir():
             flush_folder(entry)
