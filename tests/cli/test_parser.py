@@ -129,13 +129,6 @@ def test_flags_of_the_reference_that_stand_for_a_pattern(given, pattern):
     assert parse("--model", "x", "--config", "old.yaml") == options
 
 
-@pytest.mark.parametrize("name", ["pattern", "sparsity_type"])
-def test_structured_is_a_pattern(name):
-    assert parse("--model", "x", f"--{name}", "structured").pattern == "structured"
-    Path("own.yaml").write_text(f"{name}: structured\n")
-    assert parse("--model", "x", "--config", "own.yaml").pattern == "structured"
-
-
 def test_null_is_the_default():
     Path("printed.yaml").write_text("model: x\nmethod: null\nseqlen: null\nskip: null\nseed: null\n")
     assert parse("--config", "printed.yaml") == parse("--model", "x")
