@@ -22,7 +22,7 @@ from wanda_lightning import (
     Wanda,
     ZeroOut,
 )
-from wanda_lightning.callbacks.methods import CallbackOptions
+from wanda_lightning.callbacks.named_methods import CallbackOptions
 from wanda_lightning.config import CommonChoices, PruningChoices
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.methods import ALLOCATIONS, CRITERIA, PATTERNS, PERMUTATIONS, PRESETS, RECOVERIES, SOLVERS

@@ -19,33 +19,16 @@ from wanda_lightning.core.statistics import InputStatistics
 GOLDEN = Path(__file__).parent / "golden"
 
 
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 256}
+
+
 def llama():
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+    more = {"intermediate_size": 176, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **more, max_position_embeddings=64, tie_word_embeddings=False))
 
 
 def opt():
-    config = OPTConfig(
-        hidden_size=64,
-        ffn_dim=176,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=256,
-        max_position_embeddings=64,
-        word_embed_proj_dim=64,
-    )
-    return OPTForCausalLM(config)
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=176, max_position_embeddings=64, word_embed_proj_dim=64))
 
 
 def load_dense(name):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.disk import VOCABULARY, batches, save_llama
+from support.modules import tiny_llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,15 +23,9 @@ from wanda_lightning import (
     sample_windows,
 )
 
-SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 16}
-
 
 def net():
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def llama():
-    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
 @pytest.mark.parametrize(
@@ -49,17 +44,30 @@ def llama():
         (lambda: WandaPrune(keep_zeros="no"), "keep_zeros must be True or False"),
         (lambda: SavePretrained(""), "folder must be the path of a file or folder, but it is ''"),
         (lambda: DistillFromDense(dense=[net()]), "dense must be the path"),
+        (
+            lambda: DistillFromDense(weight=0.0),
+            "weight of DistillFromDense must be a number above 0 and at most 1, but",
+        ),
+        (
+            lambda: DistillFromDense(temperature=0),
+            "temperature of DistillFromDense must be a number above 0",
+        ),
         (lambda: TextDataModule(calibration=None), "calibration must be the name of a text"),
         (lambda: TextDataModule(evaluation=3), "evaluation must be the name of a text"),
-        (lambda: TextDataModule(num_samples=None), "num_samples must be a whole number, but it is None"),
         (lambda: TextDataModule(seed=None), "seed must be a whole number, but it is None"),
         (lambda: ImageDataModule(""), "data must be the path"),
-        (lambda: ImageDataModule("digits", batch_size=None), "batch_size must be a whole number, but it is None"),
-        (lambda: sample_windows(llama(), None, 1, 8), "tokenizer must be one of transformers, but it is None"),
-        (lambda: CausalLMModule(llama(), tokenizer=3), "tokenizer must be one of transformers, but it is 3"),
-        (lambda: CausalLMModule(llama(), lora="r=8"), "lora must be a mapping"),
+        (lambda: ImageDataModule("digits", num_samples="64"), "num_samples must be a whole number, but it is '64'"),
+        (lambda: ImageDataModule("digits", image_size=0), "image_size must be at least 1"),
+        (lambda: ImageDataModule("digits", num_workers=-1), "num_workers must be at least 0"),
         (
-            lambda: CausalLMModule(llama(), lora={"r": 0}),
+            lambda: ImageDataModule("cifar"),
+            "data must be a folder or a known data set.* mean cifar10",
+        ),
+        (lambda: sample_windows(tiny_llama(), None, 1, 8), "tokenizer must be one of transformers, but it is None"),
+        (lambda: CausalLMModule(tiny_llama(), tokenizer=3), "tokenizer must be one of transformers, but it is 3"),
+        (lambda: CausalLMModule(tiny_llama(), lora="r=8"), "lora must be a mapping"),
+        (
+            lambda: CausalLMModule(tiny_llama(), lora={"r": 0}),
             "r of KeepZerosLoraConfig must be a whole number of at least 1",
         ),
         (lambda: ImageClassifierModule("test_vit", checkpoint=3), "checkpoint must be the path"),

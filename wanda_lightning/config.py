@@ -119,32 +119,10 @@ class PruningConfig:
             min_expert_tokens: Experts with fewer calibration tokens use the statistics of all experts of their module.
             keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
         """
-        _check_numbers(sparsity, min_expert_tokens)  # here too, because the following lines import torch
-        base: methods.Method = methods.Method() if method is None else _named("method", method)
-        if method in methods.PRESETS and resolve_pattern(pattern).drops_experts:
-            base = methods.Method()  # presets choose how weights are pruned
-        chosen_criterion, chosen_pattern, chosen_solver = _resolve_layer_choices(base, criterion, pattern, solver)
-        if chosen_pattern.prunes_units and solver is None and (method is None or method in methods.PRESETS):
-            chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
-        usual_allocation = base.allocation if chosen_pattern.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
-        usual_permutation = base.permutation if chosen_pattern.group_size else methods.PERMUTATIONS["none"]
-        chosen_recovery: Recovery = _resolve("recovery", recovery, base.recovery)
-        usual_sequential = chosen_recovery.sequential if base.sequential == "auto" else base.sequential
-        return cls(
-            sparsity=sparsity,
-            criterion=chosen_criterion,
-            pattern=chosen_pattern,
-            allocation=_resolve("allocation", allocation, usual_allocation),
-            solver=chosen_solver,
-            recovery=chosen_recovery,
-            permutation=_resolve("permutation", permutation, usual_permutation),
-            sequential=usual_sequential if sequential is None else sequential,
-            skip=check_patterns("skip", skip),
-            only=check_patterns("only", only),
-            include_grouped=include_grouped,
-            min_expert_tokens=min_expert_tokens,
-            keep_batch_norm=keep_batch_norm,
-        )
+        _check_numbers(sparsity, min_expert_tokens)  # here too, because the following line imports torch
+        choices = _resolve_choices(method, criterion, pattern, allocation, solver, recovery, permutation, sequential)
+        patterns = check_patterns("skip", skip), check_patterns("only", only)
+        return cls(sparsity, *choices, *patterns, include_grouped, min_expert_tokens, keep_batch_norm)
 
     def __post_init__(self) -> None:
         _check_numbers(self.sparsity, self.min_expert_tokens)
@@ -294,15 +272,35 @@ def _resolve(option: str, given: Any, default: Callable[[], Any] | None) -> Any:
     return given
 
 
-def _resolve_layer_choices(
-    base: methods.Method, criterion: Criterion | str | None, pattern: Pattern | str, solver: Solver | str | None
-) -> tuple[Criterion, Pattern, Solver]:
+def _resolve_choices(
+    method: Any,
+    criterion: Any,
+    pattern: Any,
+    allocation: Any,
+    solver: Any,
+    recovery: Any,
+    permutation: Any,
+    sequential: Any,
+) -> tuple[Criterion, Pattern, Allocation, Solver, Recovery, Permutation, str]:
+    """Return the choices as objects, in the order of the fields of `PruningConfig`."""
+    base: methods.Method = methods.Method() if method is None else _named("method", method)
+    if method in methods.PRESETS and resolve_pattern(pattern).drops_experts:
+        base = methods.Method()  # presets choose how weights are pruned
     chosen_solver: Solver = _resolve("solver", solver, base.solver)
     if criterion is None and (solver is not None or base.criterion is None):
         criterion = chosen_solver.own_criterion
-    chosen_criterion: Criterion = _resolve("criterion", criterion, base.criterion)
-    group = base.group or chosen_solver.group(chosen_criterion)
-    return chosen_criterion, resolve_pattern(pattern, group), chosen_solver
+    criterion = _resolve("criterion", criterion, base.criterion)
+    pattern = resolve_pattern(pattern, base.group or chosen_solver.group(criterion))
+    if pattern.prunes_units and solver is None and (method is None or method in methods.PRESETS):
+        chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
+    usual_allocation = base.allocation if pattern.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
+    usual_permutation = base.permutation if pattern.group_size else methods.PERMUTATIONS["none"]
+    recovery = _resolve("recovery", recovery, base.recovery)
+    if sequential is None:
+        sequential = recovery.sequential if base.sequential == "auto" else base.sequential
+    allocation = _resolve("allocation", allocation, usual_allocation)
+    permutation = _resolve("permutation", permutation, usual_permutation)
+    return criterion, pattern, allocation, chosen_solver, recovery, permutation, sequential
 
 
 def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from support.callbacks import (
     ADAMW,
-    SGD,
     Lion,
     Net,
     all_at,
@@ -147,18 +146,6 @@ def test_state_of_one_byte_a_weight():
     module = LooksAtZeros(partial(Bytes, lr=0.05), from_step=2)
     trainer(Witness(), WandaPrune(num_samples=24, at_step=2), max_steps=6).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
-
-
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
-def test_hidden_units_stay_zero_with_their_biases(optimizer):
-    module = Net(optimizer)
-    prune(module, [x for x, _ in loader()], 0.5, pattern="structured", progress=False)
-    trainer(KeepZeros(), max_epochs=3).fit(module, loader())
-    for writer, reader in ((0, 2), (2, 4)):
-        units = (module.layers[reader].weight == 0).all(dim=0)
-        assert int(units.sum()) == 32
-        assert not module.layers[writer].weight[units].any()
-        assert not module.layers[writer].bias[units].any()  # held by nothing: the gradients are zero
 
 
 def test_stages_of_a_schedule_under_warm_moments():

@@ -14,7 +14,7 @@ from support.zoo import ZOO
 from torch.utils.data import DataLoader
 
 from wanda_lightning import KeepZeros, WandaPrune, prune
-from wanda_lightning.callbacks.batches import calibration_batches
+from wanda_lightning.callbacks.calibration_data import calibration_batches
 from wanda_lightning.callbacks.trainer import processes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:num_samples is")  # some tests take all there are

@@ -13,38 +13,29 @@ from support.cli import IGNORED_WARNINGS, SEQLEN, run
 pytestmark = IGNORED_WARNINGS
 
 
+RECIPE = """
+model: {class_path: wanda_lightning.CausalLMModule, init_args: {model: INPUTS/llama}}
+data:
+  class_path: wanda_lightning.TextDataModule
+  init_args: {calibration: INPUTS/long.txt, evaluation: INPUTS/other.txt, seqlen: SEQLEN, num_samples: 6, limit: 6}
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks: [{class_path: wanda_lightning.WandaPrune, init_args: {num_samples: 6, report_dir: out}}]
+"""
+
+
 @pytest.fixture
 def recipe(inputs):
     """Writes a recipe of LightningCLI and returns its path."""
 
     def write(**pruning):
-        options = {
-            "model": {"class_path": "wanda_lightning.CausalLMModule", "init_args": {"model": f"{inputs}/llama"}},
-            "data": {
-                "class_path": "wanda_lightning.TextDataModule",
-                "init_args": {
-                    "calibration": f"{inputs}/long.txt",
-                    "evaluation": f"{inputs}/other.txt",
-                    "seqlen": SEQLEN,
-                    "num_samples": 6,
-                    "limit": 6,
-                },
-            },
-            "trainer": {
-                "accelerator": "cpu",
-                "devices": 1,
-                "max_epochs": 1,
-                "logger": False,
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-                "callbacks": [
-                    {
-                        "class_path": "wanda_lightning.WandaPrune",
-                        "init_args": {"num_samples": 6, "report_dir": "out", **pruning},
-                    }
-                ],
-            },
-        }
+        options = yaml.safe_load(RECIPE.replace("INPUTS", str(inputs)).replace("SEQLEN", str(SEQLEN)))
+        options["trainer"]["callbacks"][0]["init_args"] |= pruning
         Path("recipe.yaml").write_text(yaml.safe_dump(options))
         return "recipe.yaml"
 
@@ -52,8 +43,6 @@ def recipe(inputs):
 
 
 ONE_OF_FOUR = {"pattern": {"class_path": "wanda_lightning.NM", "init_args": {"n": 1, "m": 4}}, "sparsity": 0.75}
-
-
 IN_16S = {"pattern": {"class_path": "wanda_lightning.Structured", "init_args": {"multiple_of": 16}}, "sparsity": 0.5}
 
 

@@ -41,6 +41,7 @@ def test_wrong_usage_is_exit_2(refused, arguments, message):
     ("moment", "number", "status", "said"),
     [
         ("forward", signal.SIGINT, 130, "interrupted"),
+        ("forward", signal.SIGHUP, 129, "ended by SIGHUP"),
         ("save_pretrained", signal.SIGTERM, 143, "ended by SIGTERM"),
     ],
 )

@@ -3,7 +3,6 @@
 import inspect
 import shlex
 from dataclasses import fields
-from pathlib import Path
 
 import psutil
 import pytest
@@ -12,7 +11,7 @@ from support.cli import run
 from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.common_options import DTYPES
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.options import OPTIONS, PRECISIONS, TASKS, EvaluateOptions
 from wanda_lightning.cli.parser import as_command
 from wanda_lightning.common.model_source import ModelSource
@@ -28,12 +27,8 @@ REFUSED = {
         (["--pattern", "diagonal"], "--pattern must be one of unstructured, unstructured_row, "),
         (["--pattern", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
         (["--method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
-        (["--allocation", "luck"], "--allocation must be one of uniform, "),
-        (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, but it is 'int8'."),
         (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4294967295, but it is -1."),
         (["--num_samples", "many"], "--num_samples must be a whole number of at least 1, but it is 'many'."),
-        (["--seqlen", "1"], "--seqlen must be a whole number of at least 2, but it is 1."),
-        (["--limit", "0"], "--limit must be a whole number of at least 1, but it is 0."),
         (["--min_expert_tokens", "-1"], "min_expert_tokens must be at least 0, but it is -1."),
         (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
         (["--use_variant", "--method", "magnitude"], "Use --method wanda within rows"),
@@ -53,17 +48,14 @@ REFUSED = {
         (["--config", "gone.yaml"], "--config gone.yaml cannot be read: No such file or directory."),
     ],
     "finetune": [
-        (["--steps", "0"], "--steps must be a whole number of at least 1, but it is 0."),
         (["--lr", "-1"], "--lr must be a number above 0, but it is -1.0."),
         (["--lora_dropout", "1"], "--lora_dropout must be a number of at least 0 and below 1, but it is 1.0."),
-        (["--precision", "fp8"], "--precision must be one of 32-true, "),
         (["--method", "keep-zeros"], "but it is 'keep-zeros'. Did you mean keep-zeros-lora?"),
         (["--model", "timm:test_vit"], "--model and --dense must be language models, but one is timm:test_vit."),
         (["--method", "full", "--lora_r", "4"], "--lora_r has no meaning for --method full, which trains no adapters."),
     ],
     "evaluate": [
         (["--tasks", "rte,arc_eazy"], "paper, all, but it is 'arc_eazy'. Did you mean arc_easy?"),
-        (["--data", "digits"], "--data has no meaning for a language model. Leave it out."),
         (["--task_limit", "2"], "--task_limit has no meaning for an evaluation without --tasks."),
         (["--model", "x,timm:test_vit"], "language models or image classifiers, but both were given."),
         (["--model", ""], "language models or image classifiers, but none was given."),
@@ -72,11 +64,8 @@ REFUSED = {
             "--evaluation, --limit have no meaning for an image classifier.",
         ),
         ([*VIT, "--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1."),
-        (["--model", "timm:test_vit"], "--data is required for the image classifier timm:test_vit"),
     ],
     "inspect": [
-        (["--pattern", "diagonal"], "--pattern must be one of unstructured"),
-        (["--only", "re:["], "only='re:[' must be a regular expression after 're:', but unterminated"),
         ([*VIT[:2], "--stream"], "--stream has no meaning for an image classifier"),
         (["--model", "tiny.gguf", "--stream"], "--stream reads a folder or hub model in safetensors"),
         (
@@ -188,7 +177,6 @@ def test_the_fields_of_the_task_files_are_in_the_help():
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
-        ("prune", ["--model", "gone.gguf"], "--model gone.gguf does not exist"),
         ("prune", ["--model", "x", "--calibration", "gone.txt"], "--calibration gone.txt does not exist"),
         ("prune", ["--model", "x", "--evaluation", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
         (
@@ -200,7 +188,6 @@ def test_the_fields_of_the_task_files_are_in_the_help():
         ("prune", ["--model", "timm:x", "--data", "digts"], "data must be a folder or a known data set"),
         ("prune", ["--model", "x", "--save", "/dev/null/x"], "--save /dev/null/x cannot be written: /dev/null is a"),
         ("finetune", ["--model", "x", "--save_model", "/dev/null"], "--save_model /dev/null must be a folder, but"),
-        ("evaluate", ["--model", "x", "--save", "/dev/null/r.json"], "--save /dev/null/r.json cannot be written: /d"),
         ("prune", [*VIT, "--checkpoint", "gone"], "--checkpoint gone does not exist"),
         (
             "prune",
@@ -210,13 +197,9 @@ def test_the_fields_of_the_task_files_are_in_the_help():
         ("finetune", ["--model", "x", "--dense", "/gone"], "--dense /gone does not exist"),
         ("finetune", ["--model", "x", "--steps", "1000000000"], "--steps times --batch_size must fit in memory"),
         ("evaluate", ["--model", "x,gone.gguf"], "--model gone.gguf does not exist"),
-        ("evaluate", [*VIT, "--checkpoint", "gone.safetensors"], "--checkpoint gone.safetensors does not exist"),
-        ("inspect", ["--model", "timm:local-dir:/gone"], "--model timm:local-dir:/gone does not exist"),
-        ("inspect", ["--model", "./out/modl"], "--model ./out/modl does not exist. Check the path."),
     ],
 )
 def test_missing_files_and_too_many_samples_are_refused_early(command, more, message, capsys):
-    Path("out").mkdir()
     assert run(command, *more) == 2
     assert message in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import as_command, as_list
 
 
@@ -127,13 +127,6 @@ def test_flags_of_the_reference_that_stand_for_a_pattern(given, pattern):
     assert options == parse("--model", "x", "--pattern", pattern, "--method", options.method)
     Path("old.yaml").write_text(yaml.safe_dump(given))
     assert parse("--model", "x", "--config", "old.yaml") == options
-
-
-@pytest.mark.parametrize("name", ["pattern", "sparsity_type"])
-def test_structured_is_a_pattern(name):
-    assert parse("--model", "x", f"--{name}", "structured").pattern == "structured"
-    Path("own.yaml").write_text(f"{name}: structured\n")
-    assert parse("--model", "x", "--config", "own.yaml").pattern == "structured"
 
 
 def test_null_is_the_default():

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from support.cli import IGNORED_WARNINGS, OUT, SEQLEN, everything_in, perplexity_by_hand, run, zeros_by_layer
 from support.reports import Page
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
@@ -35,25 +35,6 @@ METHODS = [
     pytest.param("ablate_mag_iter", "4:8", "0.5", [], marks=pytest.mark.nightly),
     pytest.param("reconstruct", "unstructured", "0.5", [], marks=pytest.mark.nightly),
 ]
-
-
-@pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_structured_zeros_are_in_the_folder_and_the_report(inputs, capsys, stream):
-    flags = f"--model {inputs}/llama --sparsity_ratio 0.5 --sparsity_type structured --nsamples 4 --seqlen {SEQLEN}"
-    files = f"--calibration {inputs}/long.txt --evaluation {inputs}/other.txt --save out/logs --save_model out/model"
-    assert run("prune", *flags.split(), *files.split(), *stream) == 0
-    for block in AutoModelForCausalLM.from_pretrained("out/model").model.layers:
-        units = (block.mlp.down_proj.weight == 0).all(dim=0)
-        assert int(units.sum()) == 32
-        assert not block.mlp.gate_proj.weight[units].any()
-        assert not block.mlp.up_proj.weight[units].any()
-    text = "64 of 128 hidden units are zero; shrink() takes out 6,144 of"
-    assert text in " ".join(capsys.readouterr().out.split())
-    report = PruningReport.load("out/logs")
-    assert any(note.startswith(text) for note in report.notes)
-    assert [layer.note for layer in report.layers] == ["", "", "32 of 64 hidden units are zero"] * 2
-    report.to_html("page.html")
-    assert all(each in Path("page.html").read_text() for each in (text, "32 of 64 hidden units are zero"))
 
 
 @pytest.mark.parametrize(("method", "kind", "ratio", "more"), METHODS)
@@ -118,25 +99,6 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/model")("ab").input_ids
     (found,) = ModelCard.load(tmp_path / "out/model/README.md").data.eval_results
     assert (found.dataset_name, found.metric_value) == (Path(report.run.data).name, report.run.after)
-
-
-@pytest.mark.parametrize(
-    ("preset", "pattern"),
-    [
-        *(("balanced", "2:4"), ("best", "unstructured")),
-        *(pytest.param(*other, marks=pytest.mark.nightly) for other in (("fast", "unstructured"), ("best", "2:4"))),
-    ],
-)
-def test_a_preset(text, tmp_path, preset, pattern):
-    assert run(*text, "--method", preset, "--pattern", pattern, *OUT) == 0
-    assert (tmp_path / f"out/log_{preset}.txt").read_text().splitlines()[1].startswith(f"{preset}\t0.5")
-    command = PruningReport.from_json((tmp_path / "out/pruning_report.json").read_text()).config["command"]
-    assert command["method"] == preset
-    zeros = zeros_by_layer(AutoModelForCausalLM.from_pretrained("out/model"))
-    sparsities = [where.float().mean() for where in zeros.values()]
-    assert (max(sparsities) - min(sparsities) > 0.02) == (preset == "best" and pattern == "unstructured")
-    if pattern == "2:4":
-        assert all((where.reshape(-1, 4).sum(dim=1) == 2).all() for where in zeros.values())
 
 
 @pytest.mark.nightly
@@ -262,17 +224,11 @@ def test_the_digits_that_need_no_network(inputs, few_digits):
 
 REFUSED = [
     (["--model", "{}/images"], "has no config.json", 2),
-    (["--calibration", "{}/table.csv"], "ends in .csv", 2),
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65", 2),
-    (["--calibration", "{}/latin1.txt"], "must be in UTF-8", 1),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but", 1),
-    (["--evaluation", "{}/short.txt"], f"seqlen={SEQLEN} needs a text of at least {SEQLEN} tokens, but", 1),
     (["--calibration", "c4"], "The data set allenai/c4 is not in the cache, and the Hugging Face hub cannot be rea", 1),
-    (["--evaluation", "wikitext2"], "Use python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)", 1),
     (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of", 1),
     (["--skip", "[down_proj]"], "skip='down_proj' matches no matrix of the model; the nearest is", 1),
-    (["--skip", "[model]"], "model has nothing to prune", 1),
-    (["--model", "{}/long.txt"], "is another file. Give the folder", 1),
     (["--stream", "--device", "cuda:99"], "device must be one that PyTorch can use on this machine", 1),
     (["--device", "cuda"], "--device has no meaning for pruning without --stream", 2),
     (["--park", "disk"], "--park has no meaning for pruning without --stream", 2),
@@ -385,10 +341,8 @@ def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images
 
 REFUSED_FOR_IMAGES = [
     (["--data", "{}/llama"], "data must have folders of classes", 2),
-    (["--data", "cifar10"], "Use digits, which needs no network", 1),
     (["--checkpoint", "{}/long.txt"], "must be a .safetensors file", 1),
     (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
-    (["--skip", "[blocks.9]"], "skip='blocks.9' matches no matrix", 1),
 ]
 
 
@@ -411,26 +365,6 @@ def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
         (tmp_path / "mine/config.json").write_text("{}")
     assert run(*text, option, "mine", "--overwrite") == 0
     assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
-
-
-def test_a_failed_write_leaves_nothing_behind(text, tmp_path, monkeypatch):
-    def fill_the_disk(model, folder):
-        (Path(folder) / "half.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fill_the_disk)
-    assert run(*text, *OUT) == 1
-    assert [path for path in everything_in(tmp_path) if path != "out"] == []
-
-
-def test_a_damaged_model_is_refused(inputs, text, refused):
-    for name in ("deeper", "truncated"):
-        shutil.copytree(inputs / "llama", name)
-    config, weights = Path("deeper/config.json"), Path("truncated/model.safetensors")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
-    weights.write_bytes(weights.read_bytes()[:200])
-    refused(*text, "--model", "deeper", message="they would be random")
-    refused(*text, "--model", "truncated", message="cannot be used: a file is incomplete or damaged")
 
 
 def test_the_report_is_also_a_page(inputs, text, tmp_path, capsys):

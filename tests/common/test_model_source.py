@@ -14,7 +14,7 @@ from support.modules import tiny_llama
 from wanda_lightning import prune_from_disk
 from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer, timm_name, why_missing
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.modules.from_config import model_from_config
+from wanda_lightning.modules.loading import model_from_config
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 

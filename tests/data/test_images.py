@@ -149,20 +149,6 @@ def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet
         data.train_dataloader()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_samples": "64"}, "num_samples must be a whole number, but it is '64'"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"num_workers": -1}, "num_workers must be at least 0"),
-        ({"data": "cifar"}, r"^data must be a folder or a known data set, but it is 'cifar'\. Did you mean cifar10"),
-    ],
-)
-def test_bad_image_arguments_are_refused_at_once(options, message):
-    with pytest.raises(ValueError, match=message):
-        ImageDataModule(**{"data": "digits", **options})
-
-
 # -------------------------------------------------------------------------- which output of the model each class is
 
 

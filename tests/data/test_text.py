@@ -19,7 +19,7 @@ from support.data import (
     write_parquet,
 )
 from support.gguf import write_gguf
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.modules import tiny_llama
 
 from wanda_lightning import WandaPrune
 from wanda_lightning.data import TextDataModule
@@ -172,8 +172,7 @@ def test_training_shuffles_the_calibration_windows_by_the_seed(tokenizer):
 
 
 def language_model(embeddings, tokenizer=None):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=embeddings, **sizes)), tokenizer)
+    return CausalLMModule(tiny_llama(vocab_size=embeddings), tokenizer)
 
 
 def test_the_tokenizer_may_be_a_gguf_file(tmp_path):
@@ -243,7 +242,10 @@ def test_windows_that_do_not_fit_in_memory_are_refused_before_anything_is_read(t
 
 
 def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
-    module, data = language_model(97), TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
+    module, data = (
+        language_model(97),
+        TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2),
+    )
     message = r"^input_ids must be from 0 to 96, since the model has 97 embeddings, but one is \d+"
     with pytest.raises(ValueError, match=message):
         trainer().validate(module, data, verbose=False)

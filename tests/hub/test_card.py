@@ -10,7 +10,8 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from support.modules import same_weights, tiny_llama, tiny_tokenizer
+from support.callbacks import same
+from support.modules import tiny_llama, tiny_tokenizer
 from support.zoo import ZOO
 
 from wanda_lightning import CausalLMModule, prune
@@ -110,7 +111,7 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
         assert line in code
         if not on_hub:
             exec(code, names)
-            assert same_weights(names["model"], model)
+            assert same(names["model"], model)
 
 
 def test_a_fine_tuned_model_has_the_card_of_the_pruned_one_and_a_section(tmp_path):

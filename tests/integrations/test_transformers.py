@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from support.modules import tiny_llama
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from wanda_lightning import KeepZeros, prune
 from wanda_lightning.integrations.transformers import KeepZerosCallback
@@ -29,9 +30,7 @@ class Windows(Dataset):
 
 
 def pruned_llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model = tiny_llama()
     prune(model, method="magnitude", progress=False)
     return model
 

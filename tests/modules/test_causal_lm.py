@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.callbacks import trainer
-from support.modules import MASKS, same_weights, slow_perplexity, tiny_llama, tiny_tokenizer, windows_of_text
+from support.callbacks import same, trainer
+from support.modules import MASKS, slow_perplexity, tiny_llama, tiny_tokenizer, windows_of_text
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
@@ -138,14 +138,14 @@ def test_saves_an_ordinary_folder(tmp_path, tied):
         model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
     CausalLMModule(model, tiny_tokenizer()).save_pretrained(tmp_path / "new" / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model")
-    assert same_weights(loaded, model)
+    assert same(loaded, model)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert AutoTokenizer.from_pretrained(tmp_path / "new" / "model")("w3 w7").input_ids == [3, 7]
     assert [file.suffix for file in (tmp_path / "new" / "model").iterdir() if file.stat().st_size > 20_000] == [
         ".safetensors"
     ]
     again = CausalLMModule(str(tmp_path / "new" / "model"))
-    assert same_weights(again.model, model)
+    assert same(again.model, model)
     assert again.model.training
     assert again.tokenizer("w3 w7").input_ids == [3, 7]
 
@@ -178,7 +178,7 @@ def test_the_model_is_loaded_when_its_weights_are_needed_and_only_once(tmp_path,
     assert not module.model.training
     assert module.model.dtype == (torch.bfloat16 if use == "to" else torch.float32)
     assert not any(weight.is_inference() for weight in module.parameters())
-    assert same_weights(module.pruning_target, model.to(module.model.dtype)) or use == "parameters"
+    assert same(module.pruning_target, model.to(module.model.dtype)) or use == "parameters"
     assert any("lora" in name for name in module.state_dict()) == (use == "parameters")
 
 
@@ -189,7 +189,7 @@ def test_overwrites_the_folder_that_it_was_loaded_from(tmp_path):
     with torch.no_grad():
         module.model.lm_head.weight.zero_()
     module.save_pretrained(tmp_path, overwrite=True)
-    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_loads_from_a_checkpoint(tmp_path):
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = CausalLMModule.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert same_weights(again, module)
+    assert same(again, module)
     assert again.lr == 0.5
     assert set(CausalLMModule(tiny_llama(), tiny_tokenizer()).hparams) & {"model", "tokenizer"} == set()
 

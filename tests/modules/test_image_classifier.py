@@ -4,8 +4,8 @@ import lightning as L
 import pytest
 import timm
 import torch
-from support.callbacks import trainer
-from support.modules import CONVNEXT, VIT, same_weights, tiny_vit
+from support.callbacks import same, trainer
+from support.modules import CONVNEXT, VIT, tiny_vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -101,9 +101,9 @@ def test_saves_a_timm_folder(tmp_path, name, kwargs):
     module.save_pretrained(tmp_path / "model")
     assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
     loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
-    assert same_weights(loaded, module.model)
+    assert same(loaded, module.model)
     again = ImageClassifierModule(f"local-dir:{tmp_path / 'model'}")
-    assert same_weights(again.model, module.model)
+    assert same(again.model, module.model)
     assert again.num_classes == 7
     with pytest.raises(FileExistsError, match="not empty"):
         module.save_pretrained(tmp_path / "model")
@@ -146,5 +146,5 @@ def test_loads_from_a_checkpoint(tmp_path):
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = ImageClassifierModule.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert same_weights(again, module)
+    assert same(again, module)
     assert again.lr == 0.5

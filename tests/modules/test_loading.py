@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.callbacks import same
 from support.gguf import write_gguf
-from support.modules import VIT, same_weights, tiny_llama, tiny_tokenizer, tiny_vit
+from support.modules import VIT, tiny_llama, tiny_tokenizer, tiny_vit
 from support.tiny import tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -23,11 +24,11 @@ from transformers import (
 )
 
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, from_config
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, loading
 
 
 def model_from_config(name):
-    return from_config.model_from_config(ModelSource(name))
+    return loading.model_from_config(ModelSource(name))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def test_gguf_becomes_an_ordinary_model(tmp_path):
     assert module.tokenizer("theta").input_ids == [29, 21, 2]
     module.save_pretrained(tmp_path / "model")
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
-    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), module.model)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), module.model)
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("theta").input_ids == [29, 21, 2]
 
 
@@ -81,7 +82,7 @@ def test_checkpoint(tmp_path):
     # pretrained stays true: with a checkpoint nothing is downloaded
     name, path = "vit_tiny_patch16_224", str(tmp_path / "weights.safetensors")
     again = ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs=VIT)
-    assert same_weights(again.model, module.model)
+    assert same(again.model, module.model)
     with pytest.raises(ValueError, match=r"head\.weight has the shape \(10, 32\) instead of \(9, 32\)"):
         ImageClassifierModule(name, num_classes=9, checkpoint=path, model_kwargs=VIT)
     weights = load_file(path)
@@ -133,13 +134,13 @@ def test_home_is_expanded_and_a_path_object_is_a_folder(tmp_path, monkeypatch, c
     transformers.utils.logging.enable_progress_bar()
     module.save_pretrained(tmp_path / "llama")
     vit.save_pretrained(tmp_path / "vit")
-    assert same_weights(CausalLMModule("~/llama").model, module.model)
+    assert same(CausalLMModule("~/llama").model, module.model)
     assert capsys.readouterr().err == ""  # bars are silent in a file
     assert transformers.utils.logging.is_progress_bar_enabled()
     assert CausalLMModule(tmp_path / "llama").hparams.model == str(tmp_path / "llama")
     assert type(model_from_config("~/llama")) is type(module.model)
     for name in ("timm:local-dir:~/vit", tmp_path / "vit"):
-        assert same_weights(ImageClassifierModule(name).model, vit.model)
+        assert same(ImageClassifierModule(name).model, vit.model)
     write_gguf(tmp_path / "tiny.gguf")
     assert len(model_from_config("~/tiny.gguf").model.layers) == 2
 
@@ -330,7 +331,7 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(folders, tmp_path):
         (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
     stored(integers)(snapshot / "model.safetensors")
     module = CausalLMModule("owner/good", cache_dir=str(tmp_path))
-    assert same_weights(module.model, tiny_llama())
+    assert same(module.model, tiny_llama())
     assert module.tokenizer("w3 w7").input_ids == [3, 7]
     with pytest.raises(ValueError, match=r"'owner/integers' stores lm_head\.weight as I8"):
         CausalLMModule("owner/integers", cache_dir=str(tmp_path)).configure_model()

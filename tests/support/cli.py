@@ -106,11 +106,15 @@ def inputs(tmp_path_factory):
     (folder / "table.csv").write_text("text\nsome\n")
     for part, count in (("train", 3), ("val", 2)):
         for label in ("ape", "bee", "cat", "dog"):
-            (folder / "images" / part / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / "images" / part / label / f"{i}.png")
+            save_noise(folder / "images" / part / label, count, rng)
     return folder
+
+
+def save_noise(folder, count, rng):
+    """Save random images."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 def tiny_llama(**kwargs):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=64, **sizes, **kwargs)).eval()
+    sizes |= {"vocab_size": 128, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes | kwargs)).eval()
 
 
 def tiny_tokenizer(size=128):
@@ -31,11 +32,6 @@ def tiny_vit(**kwargs):
     return ImageClassifierModule(
         "vit_tiny_patch16_224", pretrained=False, model_kwargs=VIT, **{"num_classes": 10} | kwargs
     )
-
-
-def same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def slow_perplexity(logits, input_ids, attention_mask=None):

@@ -37,7 +37,7 @@ from wanda_lightning import (
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.callbacks import SavePretrained
-from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
+from wanda_lightning.callbacks.calibration_data import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig

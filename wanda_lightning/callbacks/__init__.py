@@ -2,11 +2,11 @@
 
 from wanda_lightning.callbacks.best import BestAfterPruning
 from wanda_lightning.callbacks.distillation import DistillFromDense
-from wanda_lightning.callbacks.keep_zeros import KeepZeros
-from wanda_lightning.callbacks.methods import MagnitudePrune, SparseGPTPrune, WandaPrune
+from wanda_lightning.callbacks.named_methods import MagnitudePrune, SparseGPTPrune, WandaPrune
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.save import SavePretrained
 from wanda_lightning.callbacks.schedules import CubicSchedule, LinearSchedule, OneShot, Schedule
+from wanda_lightning.callbacks.zeros import KeepZeros
 
 __all__ = [
     "BestAfterPruning",

@@ -125,7 +125,6 @@ class DistillFromDense(Callback):
         return {"dense": self._fingerprint, **choices}
 
     def _with_distillation(self, output: Any, comparison: _Comparison, pl_module: L.LightningModule) -> Any:
-        """Return the output of a training step with the divergence added to its loss."""
         divergence = comparison.mean(pl_module)
         pl_module.log("distillation_loss", divergence.detach(), prog_bar=True)
         own = output["loss"] if isinstance(output, Mapping) else output

@@ -13,23 +13,16 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from wanda_lightning.callbacks import checks
-from wanda_lightning.callbacks.batches import calibration_batches, calibration_forward
+from wanda_lightning.callbacks import conflicts
+from wanda_lightning.callbacks.calibration_data import calibration_batches, calibration_forward
 from wanda_lightning.callbacks.publish import publish, set_metrics
-from wanda_lightning.callbacks.run import measured_before, run_of, with_result
+from wanda_lightning.callbacks.run_description import measured_before, run_of, with_result
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
 from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.callbacks.zeros import ZerosCallback
-from wanda_lightning.common.checks import (
-    check_at_least,
-    check_batches,
-    check_flags,
-    check_path,
-    check_report_path,
-    refuse_pytorch_lightning,
-)
+from wanda_lightning.common import checks
 from wanda_lightning.common.refuse_path import refuse_existing, refuse_nonempty
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
@@ -110,17 +103,16 @@ class PruningCallback(ZerosCallback):
             config = replace(config, sequential="none")  # a validation loop runs the dense model
         self.config = config
         self.schedule = schedule_of(at_step, schedule)
-        check_at_least(1, num_samples=num_samples)
-        check_flags(keep_zeros=keep_zeros)
+        checks.check_at_least(1, num_samples=num_samples)
+        checks.check_flags(keep_zeros=keep_zeros)
         if dataloader is not None:
-            check_batches(dataloader=dataloader)
+            checks.check_batches(dataloader=dataloader)
         if report_dir is not None:
-            check_path(report_dir=report_dir)
+            checks.check_path(report_dir=report_dir)
         if report is not None:
-            check_path(report=report)
-            check_report_path(report)
-        checks.check_stages(self.schedule, self.config.pattern)
-        checks.check_calibrate_on(calibrate_on, self.config, dataloader)
+            checks.check_report_path(report)
+        conflicts.check_stages(self.schedule, self.config.pattern)
+        conflicts.check_calibrate_on(calibrate_on, self.config, dataloader)
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
@@ -166,28 +158,27 @@ class PruningCallback(ZerosCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
-        refuse_pytorch_lightning(trainer)
+        checks.refuse_pytorch_lightning(trainer)
         self._pruned_to_evaluate = False  # an earlier loop may have been interrupted
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
-            if self.report_dir is not None and trainer.is_global_zero:
-                refuse_nonempty(self.report_dir, overwrite=True)
-            if self.report_path is not None and trainer.is_global_zero:
-                refuse_existing(self.report_path, overwrite=True)
+            for path, refuse in ((self.report_dir, refuse_nonempty), (self.report_path, refuse_existing)):
+                if path is not None and trainer.is_global_zero:
+                    refuse(path, overwrite=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
-        checks.refuse_experts_in_training(self.config, self._state)
-        checks.refuse_late_stages(self._schedule(trainer), trainer)
+        conflicts.refuse_experts_in_training(self.config, self._state)
+        conflicts.refuse_late_stages(self._schedule(trainer), trainer)
         if self.calibrate_on == "validation":
-            checks.refuse_fit_without_validation(trainer)
+            conflicts.refuse_fit_without_validation(trainer)
         self._forget_if_dense(trainer, pl_module)
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
             with self._processes.fail_together():  # raise now the errors of a later stage
                 make_plan(self.config, pruning_target(pl_module), self._processes)
-            checks.warn_of_dense_best(self.schedule, trainer)
+            conflicts.warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
     def on_train_batch_end(
@@ -199,7 +190,7 @@ class PruningCallback(ZerosCallback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hooks, and warn if the final sparsity was not reached."""
-        checks.warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
+        conflicts.warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
         super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -303,13 +294,13 @@ class PruningCallback(ZerosCallback):
         self._pruned_to_evaluate = False
         self._forget_if_dense(trainer, pl_module)
         if not self.should_prune(trainer):
-            checks.warn_if_dense(self._name, self._state, self.schedule)
+            conflicts.warn_if_dense(self._name, self._state, self.schedule)
             return
         if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
             self._state.due = True
             return
         (share,) = self._shares_due(trainer)
-        checks.warn_if_late(self._name, share, self.schedule)
+        conflicts.warn_if_late(self._name, share, self.schedule)
         self._prune(share, trainer, pl_module)
         self._pruned_to_evaluate = True
 
@@ -317,7 +308,7 @@ class PruningCallback(ZerosCallback):
         """Prune to a share of the final sparsity, without changing the random numbers that training draws."""
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
             report = prune_as(
-                checks.without_permutation_in_training(self.config.scaled(share), trainer),
+                conflicts.without_permutation_in_training(self.config.scaled(share), trainer),
                 pruning_target(pl_module),
                 calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
                 forward=partial(calibration_forward, trainer, pl_module),
@@ -329,7 +320,6 @@ class PruningCallback(ZerosCallback):
         self._record(report, share, trainer)
 
     def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
-        """Record, show, log and save the report."""
         report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)
         if self.calibrate_on == "validation":  # the loop that has just ended ran the model before this stage
             report.run = measured_before(report.run, trainer, self._state)

@@ -40,7 +40,11 @@ def _log_figures(report: PruningReport, trainer: L.Trainer) -> None:
     """
     if not trainer.is_global_zero:
         return
-    loggers: list[Any] = [each for each in trainer.loggers if _takes_images(each)]
+    loggers: list[Any] = [
+        each
+        for each in trainer.loggers
+        if isinstance(each, TensorBoardLogger) or callable(getattr(each, "log_image", None))
+    ]
     for name, image in images_of(report).items() if loggers else ():
         for logger in loggers:
             key = f"pruning/{name}"
@@ -48,7 +52,3 @@ def _log_figures(report: PruningReport, trainer: L.Trainer) -> None:
                 logger.experiment.add_image(key, image, trainer.global_step, dataformats="HWC")
             else:
                 logger.log_image(key, [image], step=trainer.global_step)
-
-
-def _takes_images(logger: object) -> bool:
-    return isinstance(logger, TensorBoardLogger) or callable(getattr(logger, "log_image", None))

@@ -51,13 +51,10 @@ class PruningState:
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
                 f"{saved.get('choices')}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
-        known = {each.name for each in fields(cls)} & saved.keys()
-        return cls(**{each: saved[each] for each in known} | {"report": _report(saved, name)})
-
-
-def _report(saved: Mapping[str, Any], name: str) -> PruningReport | None:
-    try:
-        return None if saved.get("report") is None else PruningReport.from_json(saved["report"])
-    except ValueError as error:
-        rank_zero_warn(f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}")
-        return None
+        known = {each.name: saved[each.name] for each in fields(cls) if each.name in saved}
+        try:
+            report = PruningReport.from_json(saved["report"]) if known.get("report") else None
+        except ValueError as error:
+            rank_zero_warn(f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}")
+            report = None
+        return cls(**known | {"report": report})

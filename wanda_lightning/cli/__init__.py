@@ -13,7 +13,7 @@ from os.path import exists
 from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.cli.errors import UsageError, explain
+from wanda_lightning.cli.explain import UsageError, explain
 from wanda_lightning.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
     """Run one command; if it ends early, say why in one line."""
     command = arguments[0] if arguments else "--help"
     try:
+        if sys.flags.optimize > 1 and command in (*COMMANDS, *LIGHTNING_COMMANDS):  # nor would options have help
+            raise UsageError(
+                "python -OO removes the docstrings that transformers reads to define its models, so no model can be "
+                "loaded. Use python -O, or python without the option."
+            )
         if command in COMMANDS:
             _run_command(command, arguments[1:])
         elif command in LIGHTNING_COMMANDS:
@@ -102,7 +107,6 @@ def _run(arguments: list[str], signals: Signals, in_shell: bool) -> int:
 
 
 def _show(command: str) -> None:
-    """Print the usage or the version, or refuse an unknown command."""
     from wanda_lightning.common.words import did_you_mean
 
     if command in ("-h", "--help"):
@@ -117,7 +121,6 @@ def _show(command: str) -> None:
 
 
 def _run_command(command: str, arguments: list[str]) -> None:
-    _refuse_without_docstrings()
     try:
         options = parse_options(command, arguments)
         options.refuse_early()
@@ -134,7 +137,6 @@ def _run_command(command: str, arguments: list[str]) -> None:
 
 
 def _run_lightning(arguments: list[str], in_shell: bool) -> None:
-    _refuse_without_docstrings()
     if "--help" in arguments or "-h" in arguments:
         print(_USAGE, end="")
         return
@@ -149,17 +151,7 @@ def _run_lightning(arguments: list[str], in_shell: bool) -> None:
         run(None if in_shell else arguments)
 
 
-def _refuse_without_docstrings() -> None:
-    """Refuse `python -OO`, under which transformers cannot import its models and options have no help."""
-    if sys.flags.optimize > 1:
-        raise UsageError(
-            "python -OO removes the docstrings that transformers reads to define its models, so no model can be loaded."
-            " Use python -O, or python without the option."
-        )
-
-
 def _refuse_missing_recipe(arguments: list[str]) -> None:
-    """Refuse a recipe that is missing, before Lightning is imported."""
     command, *options = arguments
     if not options:
         raise UsageError(f"--config FILE.yaml is required for {command}: a recipe such as those in recipes/.")

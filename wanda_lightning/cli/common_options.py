@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import default_of, option
 from wanda_lightning.common.checks import Number, OneOf
 from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_language_model

@@ -21,7 +21,7 @@ from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for
 from wanda_lightning.engine.refusals import refuse_nothing_to_prune
 from wanda_lightning.models import Inventory, find_layers
-from wanda_lightning.modules.from_config import model_from_config
+from wanda_lightning.modules.loading import model_from_config
 from wanda_lightning.report import skipped_table
 from wanda_lightning.streaming import Memory, Samples, memory_to_measure, memory_to_prune
 from wanda_lightning.streaming.from_disk import refuse_whole_model

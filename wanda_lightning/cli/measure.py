@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from wanda_lightning.cli.common_options import SaveOptions
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.output import print_line
 from wanda_lightning.common.model_source import ModelSource, load_config
 from wanda_lightning.common.refuse_path import is_replaceable, refuse_full

@@ -19,7 +19,7 @@ from wanda_lightning.cli.common_options import (
     ModelOptions,
     SaveOptions,
 )
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import option
 from wanda_lightning.cli.pruning_options import InspectOptions, PruneOptions
 from wanda_lightning.common.checks import Number, OneOf

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.common.checks import Number, OneOf
 from wanda_lightning.common.words import did_you_mean
 
@@ -155,7 +155,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _argument(each: Field[Any], kind: type) -> dict[str, Any]:
-    """Return the arguments of `add_argument` for a field."""
     text, default = each.metadata["help"], default_text(each)
     if kind is bool:
         return {"nargs": 0, "const": "true", "help": text}
@@ -199,7 +198,6 @@ def as_list(given: Any) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for piece in re.findall(r"\\.|.", text, flags=re.DOTALL):
         if piece == "," and depth == 0:

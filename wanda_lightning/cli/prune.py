@@ -69,7 +69,7 @@ def run(options: PruneOptions) -> None:
     callback = PruningCallback(**options.choices, num_samples=samples)
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
-    module, data = _classifier(options, samples) if options.is_image else _language_model(options)
+    module, data = _load(options, samples)
     make_plan(callback.config, module.model)  # to refuse the model before it is measured
     refuse_no_space(options.save_model, module)
     if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration != SELF:
@@ -147,7 +147,12 @@ def _perplexities(read: Callable[..., float], data: TextDataModule) -> dict[str,
     return dict(zip(_logged_names(PERPLEXITY, data), results, strict=True))
 
 
-def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModule]:
+def _load(options: PruneOptions, samples: int) -> tuple[Any, TextDataModule | ImageDataModule]:
+    if not options.is_image:
+        source = options.source(options.model)
+        refuse_long_windows(options.seqlen, source)
+        module: Any = CausalLMModule(source.name, dtype=options.dtype or "auto", **source.hub)
+        return module, _text(options, module.tokenizer, module.model.config)
     assert options.data is not None
     module = ImageClassifierModule(options.model, pretrained=options.checkpoint is None, checkpoint=options.checkpoint)
     data = ImageDataModule(
@@ -159,13 +164,6 @@ def _classifier(options: PruneOptions, samples: int) -> tuple[Any, ImageDataModu
         cache_dir=options.cache_dir,
     )
     return module, data
-
-
-def _language_model(options: PruneOptions) -> tuple[Any, TextDataModule]:
-    source = options.source(options.model)
-    refuse_long_windows(options.seqlen, source)
-    module = CausalLMModule(source.name, dtype=options.dtype or "auto", **source.hub)
-    return module, _text(options, module.tokenizer, module.model.config)
 
 
 def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
@@ -183,7 +181,6 @@ def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
 
 
 def _examples(options: PruneOptions, data: TextDataModule | ImageDataModule) -> Examples:
-    """Return what collects examples for a report."""
     if options.report is None:
         return Examples()
     return ImageExamples(data) if isinstance(data, ImageDataModule) else TextExamples()
@@ -235,25 +232,19 @@ def _write_card(folder: Path | None, options: PruneOptions, report: PruningRepor
 
 
 def _write_results(options: PruneOptions, report: PruningReport) -> None:
+    assert report.run is not None
     if options.save is not None:
-        _save_results(options, report)
+        folder = unclaimed(options.save, lambda place: options.overwrite or not (place / REPORT_NAME).exists())
+        report.save(folder)
+        headings = f"method\tactual_sparsity\t{METRICS[report.run.metric].column}\n"
+        numbers = f"{options.name}\t{report.sparsity:.4f}\t{report.run.after:.4f}\n"
+        with whole_file(folder / f"log_{options.name}.txt") as temporary:
+            temporary.write_text(headings + numbers, encoding="utf-8")
+        if folder != Path(options.save):
+            print_line(f"Note: another run has written to {options.save} meanwhile. The results are in {folder}.")
     if options.report is not None:
         write_report(report, options.report)
         print_line(f"The report is in {options.report}.")
-
-
-def _save_results(options: PruneOptions, report: PruningReport) -> None:
-    assert report.run is not None
-    column = METRICS[report.run.metric].column
-    folder = unclaimed(options.save or "", lambda place: options.overwrite or not (place / REPORT_NAME).exists())
-    report.save(folder)
-    with whole_file(folder / f"log_{options.name}.txt") as temporary:
-        temporary.write_text(
-            f"method\tactual_sparsity\t{column}\n{options.name}\t{report.sparsity:.4f}\t{report.run.after:.4f}\n",
-            encoding="utf-8",
-        )
-    if folder != Path(options.save or ""):
-        print_line(f"Note: another run has written to {options.save} meanwhile. The results are in {folder}.")
 
 
 def _print_results(method: str, report: PruningReport) -> None:

@@ -25,7 +25,7 @@ from wanda_lightning.cli.common_options import (
     ModelOptions,
     SaveOptions,
 )
-from wanda_lightning.cli.errors import UsageError
+from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import option
 from wanda_lightning.common.checks import OneOf, check_report_path
 from wanda_lightning.common.memory import check_memory

@@ -85,7 +85,6 @@ def _bytes(model: Any) -> int:
 
 
 def _seconds(model: Any, prompt: Any, tokens: int) -> float:
-    """Return the seconds to generate as many tokens greedily."""
     import torch
 
     started = time.perf_counter()

@@ -139,6 +139,7 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
 
 def check_report_path(path: str | PathLike[str]) -> str:
     """Return how the path of a report ends; raise an error for another ending, or if no report can be written here."""
+    check_path(report=path)
     suffix = Path(path).suffix.lower()
     if suffix not in (".html", ".png"):
         raise UserError(f"report must end with .html or .png, but it is {str(path)!r}.")

@@ -134,7 +134,6 @@ class TextDataModule(DataModule):
 
     @property
     def _module(self) -> Any:
-        """The module that the trainer runs, or None."""
         return getattr(self.trainer, "lightning_module", None)
 
     @cached_property

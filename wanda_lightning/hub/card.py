@@ -241,7 +241,6 @@ def _settings(report: PruningReport, run: Run) -> str:
 
 
 def _code(saved: _Saved) -> str:
-    """Return a block of Python code that loads the model."""
     if saved.library == "transformers":
         library, call = f"from transformers import {saved.model_class}", f"{saved.model_class}.from_pretrained"
         arguments = json.dumps(saved.name)

@@ -210,7 +210,6 @@ class CausalLMModule(Uploadable, L.LightningModule):
         check_tokens(self.model, input_ids)
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the input ids, attention mask and labels of a batch."""
         if not isinstance(batch, Mapping):
             batch = {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
         elif "input_ids" not in batch:

@@ -19,7 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
@@ -261,6 +261,17 @@ def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Non
         )
     model.load_state_dict(weights)
     check_finite(model.named_parameters(), str(checkpoint))
+
+
+def model_from_config(source: ModelSource) -> nn.Module:
+    """Build a language model or an image classifier on the meta device, from its configuration alone."""
+    with torch.device("meta"):
+        if str(source).startswith("timm:"):
+            return timm.create_model(timm_name(source.name), pretrained=False)
+        config = load_config(source)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with reading("configuration", source):
+            return auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from wanda_lightning.cli.errors import explain, refusal_in
+from wanda_lightning.cli.explain import explain, refusal_in
 from wanda_lightning.common.checks import check_positive
 from wanda_lightning.common.words import did_you_mean
 

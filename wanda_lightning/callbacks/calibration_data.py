@@ -104,7 +104,6 @@ def _train_dataloader(pl_module: L.LightningModule) -> Any:
 
 
 def _single(loaders: Any, kind: str) -> Any:
-    """Return the loader if there is exactly one."""
     if not isinstance(loaders, Mapping | list | tuple):
         return loaders
     if len(loaders) != 1:
