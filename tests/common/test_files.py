@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from wanda_lightning.common import killed_runs
 from wanda_lightning.common.refuse_path import refuse_existing, refuse_full, refuse_nonempty, refuse_replacement
 from wanda_lightning.common.write_whole import reserved, unclaimed, whole_file, whole_folder
 
@@ -71,45 +72,27 @@ def test_overwriting_replaces_everything(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "x"]
 
 
-def test_a_failed_write_brings_the_old_files_back(tmp_path, monkeypatch):
-    for name in ("config.json", "old"):
-        (tmp_path / name).write_text("old")
+def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").touch()
     rename = os.replace
 
     def fail(source, target):
-        if Path(target) == tmp_path / "config.json" and Path(source).read_text() == "new":
+        if (Path(source) / "new").exists():
             raise OSError("disk gone")
         rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="disk gone"), whole_folder(tmp_path, overwrite=True) as temporary:
-            _ = [(temporary / name).write_text("new") for name in ("config.json", "added")]
-    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"config.json": "old", "old": "old"}
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk gone"), whole_folder(tmp_path / "x", overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+    assert [entry.name for entry in (tmp_path / "x").iterdir()] == ["config.json"]
 
 
-def test_an_existing_folder_is_kept_as_a_mount_point_must_be(tmp_path):
-    (tmp_path / "lost+found").mkdir()
-    before = tmp_path.stat().st_ino
-    for text in ("first", "second"):
-        with whole_folder(tmp_path, overwrite=text == "second") as temporary:
-            (temporary / "config.json").write_text(text)
-            (temporary / f"{text}.bin").touch()
-        assert {entry.name for entry in tmp_path.iterdir()} == {"config.json", f"{text}.bin", "lost+found"}
-        assert (tmp_path / "config.json").read_text() == text
-    assert tmp_path.stat().st_ino == before
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_folder_filled_meanwhile_is_kept(tmp_path, exists):
-    def fill(folder):
-        folder.mkdir(exist_ok=True)
-        (folder / "theirs").touch()
-
-    if exists:
-        (tmp_path / "x").mkdir()
-    with pytest.raises(OSError, match=r"(no longer|not) empty"), whole_folder(tmp_path / "x"):
-        fill(tmp_path / "x")
+def test_a_folder_filled_meanwhile_is_kept(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "x"):
+        (tmp_path / "x" / "theirs").touch()
     assert [entry.name for entry in (tmp_path / "x").iterdir()] == ["theirs"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
@@ -181,6 +164,58 @@ def test_names_near_the_limit_and_a_tilde(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "here")) == ["config.json", "log.txt"]
 
 
+# ---- folders that cannot be renamed
+
+
+@pytest.fixture(params=["mounted", "simulated"])
+def mount_point(request, tmp_path, monkeypatch):
+    """A folder that cannot be renamed: a real mount where that is allowed, else a simulated one."""
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if request.param == "mounted" and subprocess.run(command, capture_output=True).returncode == 0:
+        yield folder
+        subprocess.run(["umount", str(folder)], check=True)
+        return
+    rename, is_mount = os.replace, os.path.ismount
+
+    def busy(source, target):
+        if folder in (Path(source), Path(target)):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder or is_mount(path))
+    yield folder
+
+
+def test_a_mount_point_is_written_into(mount_point):
+    (mount_point / "lost+found").mkdir()
+    for text in ("first", "second"):
+        with whole_folder(mount_point, overwrite=text == "second") as temporary:
+            (temporary / "config.json").write_text(text)
+            (temporary / f"{text}.bin").touch()
+        assert {entry.name for entry in mount_point.iterdir()} == {"config.json", f"{text}.bin", "lost+found"}
+        assert (mount_point / "config.json").read_text() == text
+
+
+def test_a_failed_write_into_a_mount_point_brings_the_old_files_back(mount_point, monkeypatch):
+    for name in ("config.json", "old"):
+        (mount_point / name).write_text("old")
+    rename = os.replace
+
+    def fail(source, target):
+        if Path(target) == mount_point / "config.json" and Path(source).read_text() == "new":
+            raise OSError("disk gone")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk gone"), whole_folder(mount_point, overwrite=True) as temporary:
+            _ = [(temporary / name).write_text("new") for name in ("config.json", "added")]
+    assert {entry.name: entry.read_text() for entry in mount_point.iterdir()} == {"config.json": "old", "old": "old"}
+
+
 # ---- full disks
 
 
@@ -239,11 +274,28 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     assert [entry.name for entry in (tmp_path / "model").iterdir()] == ["whole"]
 
 
+def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
+    aside = tmp_path / f"{killed_runs._label(tmp_path / 'model')}12345678"
+    (aside / killed_runs._OLD).mkdir(parents=True)
+    (aside / killed_runs._OLD / "config.json").write_text("old")
+    with pytest.raises(FileExistsError, match="not empty"):
+        refuse_replacement(tmp_path / "model")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == ["model/config.json"]
+
+
+def test_a_half_written_folder_is_not_taken_for_an_old_one(tmp_path):
+    half = tmp_path / f"{killed_runs._label(tmp_path / 'model')}12345678"
+    (half / "model").mkdir(parents=True)  # a folder in the model with the name of the model
+    refuse_replacement(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 STEPS = """
 import os, sys
 from pathlib import Path
 from wanda_lightning.common.write_whole import whole_folder
 folder, last, steps = Path(sys.argv[1]), int(sys.argv[2]), 0
+os.path.ismount = lambda path: len(sys.argv) > 3
 
 def counted(step):
     def count(*names, **options):
@@ -261,14 +313,15 @@ with whole_folder(folder, overwrite=True) as new:
 """
 
 
-def test_a_run_that_is_killed_at_any_rename_or_deletion_leaves_one_whole_model(tmp_path):
+@pytest.mark.parametrize("mounted", [[], ["mounted"]], ids=["renamed", "mounted"])
+def test_a_run_that_is_killed_at_any_rename_or_deletion_leaves_one_whole_model(tmp_path, mounted):
     old, whole = {"config.json": "old", "model.safetensors": "old"}, []
     for step in range(40):
         folder = tmp_path / str(step) / "model"
         folder.mkdir(parents=True)
         for name, text in old.items():
             (folder / name).write_text(text)
-        command = [sys.executable, "-c", STEPS, folder, str(step)]
+        command = [sys.executable, "-c", STEPS, folder, str(step), *mounted]
         ended = subprocess.run(command, capture_output=True, text=True)
         with pytest.raises(FileExistsError, match="not empty"):
             refuse_replacement(folder)  # the next run
@@ -291,8 +344,7 @@ def test_a_folder_is_on_the_disk_before_the_old_one_is_deleted(tmp_path, monkeyp
     monkeypatch.setattr(shutil, "rmtree", lambda path, **given: (steps.append("delete"), rmtree(path, **given)))
     with whole_folder(tmp_path / "x", overwrite=True) as new:
         (new / "config.json").touch()
-    *first, last = steps[: steps.index("delete")]
-    assert (first[:2], last) == ([str(new), str(new / "config.json")], str(tmp_path / "x"))
+    assert steps[: steps.index("delete")] == [str(new), str(new / "config.json"), str(tmp_path)]
 
 
 def test_a_reserved_folder_can_be_written_by_its_own_process_only(tmp_path):

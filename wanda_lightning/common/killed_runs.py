@@ -64,22 +64,42 @@ def temporary(home: Path, target: Path, is_folder: bool = False) -> Iterator[Pat
 def clean_up(home: Path, target: Path) -> None:
     """Remove the leftovers of killed runs for this target: temporary files and folders that no process has locked.
 
-    If a run was killed while it replaced the content of a folder, the old one comes back first, or, if all of it was
-    out, the new one is completed.
+    If a run was killed while it replaced a folder, the old folder comes back first, or the new one is completed.
     """
     locks = {leftover: lock(leftover) for leftover in temporaries(home, target)}
     held = {leftover: descriptor for leftover, descriptor in locks.items() if descriptor is not None}
-    for aside in held if home == target else ():
-        move_entries(aside / _OLD, target)
-        for replaced in temporaries(aside, target):
-            move_entries(target / replaced.name, target)
+    for leftover in held:
+        _finish_or_undo(leftover, target)
     for leftover, descriptor in held.items():
         _remove(leftover)
         unlock(descriptor)
 
 
+def _finish_or_undo(aside: Path, target: Path) -> None:
+    """Undo the replacement of a folder whose old content is in `aside`, or finish it if all of it was out."""
+    old = aside / _OLD
+    if old.is_dir() and not target.exists():
+        os.replace(old, target)
+    elif aside.parent == target:  # a folder that cannot be renamed
+        move_entries(old, target)
+        for replaced in temporaries(aside, target):
+            move_entries(target / replaced.name, target)
+
+
+def replace_folder(target: Path, new: Path) -> None:
+    """Rename `new`, a temporary folder, to the name of a folder."""
+    with temporary(target.parent, target, is_folder=True) as aside:
+        os.replace(target, aside / _OLD)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            os.replace(aside / _OLD, target)
+            raise
+        flush_folder(target.parent)
+
+
 def replace_entries(target: Path, new: Path) -> None:
-    """Replace the content of a folder by that of `new`, a temporary folder in it."""
+    """Replace the content of a folder that cannot be renamed by that of `new`, a temporary folder in it."""
     with temporary(target, target, is_folder=True) as aside:
         old, replaced = aside / _OLD, aside / new.name
         old.mkdir()

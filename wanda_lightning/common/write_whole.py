@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from wanda_lightning.common.killed_runs import entries, flush_folder, replace_entries, temporary
+from wanda_lightning.common.killed_runs import entries, flush_folder, replace_entries, replace_folder, temporary
 from wanda_lightning.common.refuse_path import (
     existing_parent,
     megabytes,
@@ -51,36 +51,38 @@ def _flush(file: Path) -> None:
 def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; it replaces `path` if the body ends without an error.
 
-    A folder that exists is kept, since some cannot be renamed (a mount point such as a Docker volume, or a folder in a
-    read-only parent), and the files are moved into it, `config.json` last. Missing parent folders are created.
-    `overwrite` replaces everything in the folder of a model, unless `refuse_replacement` refuses; the old content is
-    deleted last, when the new one is on the disk.
+    A folder that cannot be renamed (a mount point such as a Docker volume, or a folder in a read-only parent) is kept,
+    and the files are moved into it, `config.json` last. Missing parent folders are created. `overwrite` replaces the
+    folder of a model with everything in it, unless `refuse_replacement` refuses; the old content is deleted last, when
+    the new one is on the disk.
     """
     with reserved(path, overwrite) as new:
         with _explaining_a_full_disk(path, new):
             yield new
             _flush_all(new)
         target = resolved(path)
-        if new.parent != target:
+        if new.parent == target:
+            if entries(target) and not overwrite:
+                raise FileExistsError(f"{path} is no longer empty: another process has written to it.")
+            replace_entries(target, new)
+        elif overwrite and target.exists():
+            replace_folder(target, new)
+        else:
             if target.exists():
                 target.rmdir()  # Windows cannot rename to an existing folder; fails if the folder is no longer empty
             os.replace(new, target)
             flush_folder(target.parent)
-        elif entries(target) and not overwrite:
-            raise FileExistsError(f"{path} is no longer empty: another process has written to it.")
-        else:
-            replace_entries(target, new)
 
 
 @contextmanager
 def reserved(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Reserve a folder against other processes until the body ends; yield a temporary folder in it, or else beside it.
+    """Reserve a folder against other processes until the body ends; yield a temporary folder on the same file system.
 
     `refuse_replacement` may refuse it.
     """
     refuse_replacement(path, overwrite)
     target = resolved(path)
-    home = target if target.is_dir() else target.parent
+    home = _home(target)
     created = [folder for folder in (home, *home.parents) if not folder.exists()]
     home.mkdir(parents=True, exist_ok=True)
     try:
@@ -90,6 +92,11 @@ def reserved(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         for folder in created:
             with suppress(OSError):  # it has been written to
                 folder.rmdir()
+
+
+def _home(target: Path) -> Path:
+    """Return where the temporary folder is: beside the folder, or in it if it cannot be renamed."""
+    return target if target.is_dir() and not _can_be_renamed(target) else target.parent
 
 
 def _flush_all(folder: Path) -> None:
@@ -128,3 +135,13 @@ def unclaimed(path: str | os.PathLike[str], is_free: Callable[[Path], bool]) -> 
     if is_free(target):
         return Path(path)
     return next(place for number in count(2) if is_free(place := target.with_name(f"{target.name}-{number}")))
+
+
+def _can_be_renamed(folder: Path) -> bool:
+    if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK):
+        return False
+    if Path.cwd().is_relative_to(folder):  # a shell or a process that is in it would be left in a deleted folder
+        return False
+    mounts = Path("/proc/self/mountinfo")  # os.path.ismount does not detect a bind mount on the same device
+    lines = mounts.read_text("utf-8", "surrogateescape").splitlines() if mounts.exists() else []
+    return str(folder).replace(" ", r"\040") not in {line.split()[4] for line in lines}
