@@ -9,55 +9,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from wanda_lightning.acceleration import accelerate_2to4 as accelerate_2to4
-    from wanda_lightning.callbacks import BestAfterPruning as BestAfterPruning
-    from wanda_lightning.callbacks import CubicSchedule as CubicSchedule
-    from wanda_lightning.callbacks import DistillFromDense as DistillFromDense
-    from wanda_lightning.callbacks import KeepZeros as KeepZeros
-    from wanda_lightning.callbacks import LinearSchedule as LinearSchedule
-    from wanda_lightning.callbacks import MagnitudePrune as MagnitudePrune
-    from wanda_lightning.callbacks import OneShot as OneShot
-    from wanda_lightning.callbacks import PruningCallback as PruningCallback
-    from wanda_lightning.callbacks import SavePretrained as SavePretrained
-    from wanda_lightning.callbacks import Schedule as Schedule
-    from wanda_lightning.callbacks import SparseGPTPrune as SparseGPTPrune
-    from wanda_lightning.callbacks import WandaPrune as WandaPrune
-    from wanda_lightning.config import PruningConfig as PruningConfig
-    from wanda_lightning.core.allocation import OWL as OWL
-    from wanda_lightning.core.allocation import AlphaPruning as AlphaPruning
-    from wanda_lightning.core.allocation import Fisher as Fisher
-    from wanda_lightning.core.allocation import PerLayer as PerLayer
-    from wanda_lightning.core.allocation import Uniform as Uniform
-    from wanda_lightning.core.criteria import RIA as RIA
-    from wanda_lightning.core.criteria import Magnitude as Magnitude
-    from wanda_lightning.core.criteria import Wanda as Wanda
-    from wanda_lightning.core.expert_pattern import Experts as Experts
-    from wanda_lightning.core.patterns import NM as NM
-    from wanda_lightning.core.patterns import EqualShare as EqualShare
-    from wanda_lightning.core.patterns import Structured as Structured
-    from wanda_lightning.core.patterns import Unstructured as Unstructured
-    from wanda_lightning.core.permutation import Assignment as Assignment
-    from wanda_lightning.core.permutation import NoPermutation as NoPermutation
-    from wanda_lightning.core.solvers import ADMM as ADMM
-    from wanda_lightning.core.solvers import Refit as Refit
-    from wanda_lightning.core.solvers import SparseGPT as SparseGPT
-    from wanda_lightning.core.solvers import ZeroOut as ZeroOut
-    from wanda_lightning.data import ImageDataModule as ImageDataModule
-    from wanda_lightning.data import TextDataModule as TextDataModule
-    from wanda_lightning.data import sample_windows as sample_windows
-    from wanda_lightning.engine.prune import prune as prune
-    from wanda_lightning.modules import CausalLMModule as CausalLMModule
-    from wanda_lightning.modules import ImageClassifierModule as ImageClassifierModule
-    from wanda_lightning.report import PruningReport as PruningReport
-    from wanda_lightning.shrinking import Shrunk as Shrunk
-    from wanda_lightning.shrinking import shrink as shrink
-    from wanda_lightning.streaming import perplexity_from_disk as perplexity_from_disk
-    from wanda_lightning.streaming import prune_from_disk as prune_from_disk
-    from wanda_lightning.streaming import shrink_from_disk as shrink_from_disk
-    from wanda_lightning.training import Distil as Distil
-    from wanda_lightning.training import NoRecovery as NoRecovery
-    from wanda_lightning.training import Reconstruct as Reconstruct
-    from wanda_lightning.training.held_zeros import keep_zeros as keep_zeros
+    from wanda_lightning.acceleration import accelerate_2to4
+    from wanda_lightning.callbacks import (
+        BestAfterPruning,
+        CubicSchedule,
+        DistillFromDense,
+        KeepZeros,
+        LinearSchedule,
+        MagnitudePrune,
+        OneShot,
+        PruningCallback,
+        SavePretrained,
+        Schedule,
+        SparseGPTPrune,
+        WandaPrune,
+    )
+    from wanda_lightning.config import PruningConfig
+    from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
+    from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
+    from wanda_lightning.core.expert_pattern import Experts
+    from wanda_lightning.core.patterns import NM, EqualShare, Structured, Unstructured
+    from wanda_lightning.core.permutation import Assignment, NoPermutation
+    from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
+    from wanda_lightning.data import ImageDataModule, TextDataModule, sample_windows
+    from wanda_lightning.engine.prune import prune
+    from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+    from wanda_lightning.report import PruningReport
+    from wanda_lightning.shrinking import Shrunk, shrink
+    from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk, shrink_from_disk
+    from wanda_lightning.training import Distil, NoRecovery, Reconstruct
+    from wanda_lightning.training.held_zeros import keep_zeros
 
 _HOMES = {
     "acceleration": "accelerate_2to4",
@@ -83,8 +64,58 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
+__all__ = [
+    "ADMM",
+    "NM",
+    "OWL",
+    "RIA",
+    "AlphaPruning",
+    "Assignment",
+    "BestAfterPruning",
+    "CausalLMModule",
+    "CubicSchedule",
+    "Distil",
+    "DistillFromDense",
+    "EqualShare",
+    "Experts",
+    "Fisher",
+    "ImageClassifierModule",
+    "ImageDataModule",
+    "KeepZeros",
+    "LinearSchedule",
+    "Magnitude",
+    "MagnitudePrune",
+    "NoPermutation",
+    "NoRecovery",
+    "OneShot",
+    "PerLayer",
+    "PruningCallback",
+    "PruningConfig",
+    "PruningReport",
+    "Reconstruct",
+    "Refit",
+    "SavePretrained",
+    "Schedule",
+    "Shrunk",
+    "SparseGPT",
+    "SparseGPTPrune",
+    "Structured",
+    "TextDataModule",
+    "Uniform",
+    "Unstructured",
+    "Wanda",
+    "WandaPrune",
+    "ZeroOut",
+    "accelerate_2to4",
+    "keep_zeros",
+    "perplexity_from_disk",
+    "prune",
+    "prune_from_disk",
+    "sample_windows",
+    "shrink",
+    "shrink_from_disk",
+]
 
-__all__ = sorted(_HOME_OF)
 
 if not TYPE_CHECKING:  # a type checker would accept every name
 
