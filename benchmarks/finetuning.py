@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from wanda_lightning import CausalLMModule, Magnitude, prune
-from wanda_lightning.callbacks.keep_zeros import HeldZeros
+from wanda_lightning.training.held_zeros import HeldZeros
 from wanda_lightning.lora import KeepZerosLoraConfig
 
 ADAPTERS = {
