@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from wanda_lightning.config import PruningConfig
     from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
     from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
-    from wanda_lightning.core.expert_pattern import Experts
-    from wanda_lightning.core.patterns import NM, EqualShare, Structured, Unstructured
+    from wanda_lightning.core.patterns import NM, EqualShare, Experts, Structured, Unstructured
     from wanda_lightning.core.permutation import Assignment, NoPermutation
     from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
     from wanda_lightning.data import ImageDataModule, TextDataModule, sample_windows
@@ -49,8 +48,7 @@ _HOMES = {
     "config": "PruningConfig",
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
     "core.criteria": "Magnitude RIA Wanda",
-    "core.expert_pattern": "Experts",
-    "core.patterns": "EqualShare NM Structured Unstructured",
+    "core.patterns": "EqualShare Experts NM Structured Unstructured",
     "core.permutation": "Assignment NoPermutation",
     "core.solvers": "ADMM Refit SparseGPT ZeroOut",
     "data": "ImageDataModule TextDataModule sample_windows",

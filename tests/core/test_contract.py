@@ -29,9 +29,8 @@ from support.pairwise import pairwise
 
 from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, DenseLayer, Fisher, PerLayer
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Saliency, Wanda
-from wanda_lightning.core.expert_pattern import Experts
 from wanda_lightning.core.keep_largest import keep_largest
-from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Structured, Unstructured
+from wanda_lightning.core.patterns import NM, EqualShare, Experts, Pattern, Structured, Unstructured
 from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut

@@ -9,7 +9,9 @@ import pytest
 import torch
 import transformers as hf
 from support import reference
-from support.zoo import ZOO, run
+from support.mlps import MIXING, Mlp
+from support.refusals import refusal
+from support.zoo import ZOO, run, seeded
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +19,6 @@ from torch.nn import functional as F
 from wanda_lightning import Fisher, PruningConfig, Structured, prune
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.engine.coupling import couple
@@ -46,20 +47,6 @@ class Blocks(nn.Module):
         return self.head(x.mean(dim=(2, 3)) if x.ndim == 4 else x)
 
 
-class Mlp(nn.Module):
-    """A residual MLP with something between its layers, and a small branch."""
-
-    def __init__(self, between=None, scale=1.0, width=64):
-        super().__init__()
-        self.up = nn.Linear(32, width)
-        self.between = between or nn.Identity()
-        self.down = nn.Linear(width, 32)
-        self.scale = scale
-
-    def forward(self, x):
-        return x + self.scale * self.down(self.between(F.gelu(self.up(x))))
-
-
 class Interleaved(nn.Module):
     """A gate whose rows alternate with those of the values."""
 
@@ -71,22 +58,6 @@ class Interleaved(nn.Module):
     def forward(self, x):
         gate, value = self.up(x).unflatten(-1, (-1, 2)).unbind(-1)
         return x + self.down(gate.sigmoid() * value)
-
-
-def varied(model):
-    """Give every unit its own bias, norm weight and running statistics, so that none can be forgotten."""
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor += (0.2 if tensor.ndim == 1 else 0.02) * torch.rand(tensor.shape, generator=draw)
-    return model.eval()
-
-
-def seeded(make):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return varied(make())
 
 
 def phi3():
@@ -112,18 +83,19 @@ def images(number=3):
 
 MODELS = {
     **{
-        name: (lambda name=name: varied(ZOO[name].build()), ZOO[name].batches)
-        for name in ("llama", "gpt2", "opt", "t5")
+        name: (ZOO[name].build, ZOO[name].batches)
+        for name in ("llama", "gpt2", "opt", "t5", "vit", "convnext", "plain_mlp", "resnet18", "resnet50")
     },
-    **{
-        name: (lambda name=name: varied(ZOO[name].build()), ZOO[name].batches)
-        for name in ("vit", "convnext", "plain_mlp")
-    },
-    **{name: (lambda name=name: varied(ZOO[name].build()), ZOO[name].batches) for name in ("resnet18", "resnet50")},
     "phi3": (partial(seeded, phi3), ZOO["llama"].batches),
     "mobile": (partial(seeded, mobile), images),
     "interleaved": (partial(seeded, lambda: Blocks(Interleaved(), Interleaved())), vectors),
 }
+
+
+def norm(name):
+    return [(f"{name}.{tensor}", 0) for tensor in ("weight", "bias", "running_mean", "running_var")]
+
+
 # By the reader of one block: every tensor of the block with entries of its units, as (name, dimension, copies).
 SLOTS = {
     "llama": {
@@ -141,28 +113,17 @@ SLOTS = {
         "4": [("2.weight", 0), ("2.bias", 0), ("4.weight", 1)],
     },
     "resnet18": {
-        "layer2.0.conv2": [
-            ("conv1.weight", 0),
-            *((f"bn1.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var")),
-            ("conv2.weight", 1),
-        ]
+        "layer2.0.conv2": [("conv1.weight", 0), *norm("bn1"), ("conv2.weight", 1)],
     },
     "resnet50": {
-        "layer3.1.conv2": [
-            ("conv1.weight", 0),
-            *((f"bn1.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var")),
-            ("conv2.weight", 1),
-        ],
-        "layer3.1.conv3": [
-            ("conv2.weight", 0),
-            *((f"bn2.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var")),
-            ("conv3.weight", 1),
-        ],
+        "layer3.1.conv2": [("conv1.weight", 0), *norm("bn1"), ("conv2.weight", 1)],
+        "layer3.1.conv3": [("conv2.weight", 0), *norm("bn2"), ("conv3.weight", 1)],
     },
     "mobile": {
         "blocks.1.conv_pwl": [
             ("conv_pw.weight", 0),
-            *((f"bn{n}.{name}", 0) for n in (1, 2) for name in ("weight", "bias", "running_mean", "running_var")),
+            *norm("bn1"),
+            *norm("bn2"),
             ("conv_dw.weight", 0),
             ("se.conv_reduce.weight", 1),
             ("se.conv_expand.weight", 0),
@@ -174,15 +135,19 @@ SLOTS = {
 }
 
 
-def found_in(model, batches, sparsity=0.5, **choices):
-    """The plan after the search for units."""
-    config = PruningConfig.from_names(sparsity, **{"pattern": EACH_OF_4, **choices})
-    plan = make_plan(config, model)
+def coupled_run(model, batches, **choices):
+    """A run after the search for units."""
+    plan = make_plan(PruningConfig.from_names(0.5, pattern=EACH_OF_4, **choices), model)
     samples = Samples(model, batches, lambda batch: run(model, batch), None, SINGLE_PROCESS, "the test")
     own = Run(plan, samples, WeightStore())
     with pruning_mode(model):
         couple(own)
-    return own.plan
+    return own
+
+
+def found_in(model, batches):
+    """The plan after the search for units."""
+    return coupled_run(model, batches).plan
 
 
 def entries(units, copies=None):
@@ -277,19 +242,12 @@ def test_every_matrix_is_in_the_report_once():
             assert details["blocks.0.conv_dw"] == said
 
 
-NORMS = {
-    "LayerNorm": lambda: nn.LayerNorm(64),
-    "GroupNorm": lambda: nn.GroupNorm(4, 64),
-    "Softmax": lambda: nn.Softmax(-1),
-    "mixed": lambda: nn.Linear(64, 64),
-}
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e-7])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [*MIXING, "mixed"])
 def test_units_that_depend_on_each_other_stay_dense(norm, scale):
     """Also if a small scale of the branch, or a last layer of zeros, hides the difference in the results."""
-    model = seeded(lambda: Blocks(Mlp(), Mlp(NORMS[norm](), scale), Mlp(nn.ReLU())))
+    between = nn.Linear(64, 64) if norm == "mixed" else MIXING[norm](64)
+    model = seeded(lambda: Blocks(Mlp(), Mlp(between, scale), Mlp(nn.ReLU())))
     with torch.no_grad():
         model.blocks[1].down.weight.mul_(scale == 1)
     report = prune(model, vectors(), 0.5, pattern=EACH_OF_4, progress=False)
@@ -445,9 +403,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
         for reader, x in held.items():
             expected[reader] += (x.detach() * x.grad).flatten(0, -2).square().sum(dim=0)
     model.zero_grad()
-    plan = found_in(model, batches(), allocation="fisher")
-    data = Samples(model, batches(), lambda batch: run(model, batch), None, SINGLE_PROCESS, "the test")
-    own = Run(plan, data, WeightStore())
+    own = coupled_run(model, batches(), allocation="fisher")
     with pruning_mode(model), ProgressBar("", None, False) as bar:
         got = own.store.pass_backward(own, bar)
     for reader in readers:
@@ -535,26 +491,6 @@ def test_every_granularity_prunes_the_same_number(name, sequential):
     assert any(note.startswith(f"{expected} of {width} hidden units are zero; shrink()") for note in report.notes)
 
 
-def test_the_refit_lowers_the_error_of_the_layer():
-    make, batches = MODELS["llama"]
-    errors = {}
-    for solver in ("zero_out", "refit"):
-        report = prune(make(), batches(), 0.5, pattern=EACH_OF_4, solver=solver, sequential="none", progress=False)
-        errors[solver] = [layer.error for layer in report.layers if layer.name.endswith("down_proj")]
-    model = make()
-    reader = "model.layers.1.mlp.down_proj"
-    x, dense = (
-        inputs_of(model, batches(), [reader])[reader].double(),
-        model.get_submodule(reader).weight.detach().double(),
-    )
-    prune(model, batches(), 0.5, pattern=EACH_OF_4, solver="refit", sequential="none", progress=False)
-    lost = (x @ (model.get_submodule(reader).weight.detach().double() - dense).T).square().sum() / (
-        x @ dense.T
-    ).square().sum()
-    assert errors["refit"][1] == pytest.approx(float(lost), rel=1e-3)
-    assert errors["zero_out"] == [None, None]
-
-
 @pytest.mark.parametrize("recovery", ["reconstruct", "distil"])
 def test_recoveries_keep_the_units_at_zero(recovery):
     make, batches = MODELS["llama"]
@@ -640,13 +576,7 @@ def test_layers_whose_units_are_never_written_name_their_writers_too():
 # ---- what is refused, before anything is written
 
 
-def refused(model, given, sparsity=0.5, **choices):
-    dense = {key: tensor.clone() for key, tensor in model.state_dict().items() if not tensor.is_meta}
-    with pytest.raises(UserError) as caught:
-        prune(model, given, sparsity, **{"pattern": "structured", "progress": False, **choices})
-    now = model.state_dict()
-    assert all(torch.equal(now[key], dense[key]) for key in dense)
-    return str(caught.value)
+STRUCTURED = {"pattern": "structured"}
 
 
 @pytest.mark.parametrize(
@@ -668,16 +598,16 @@ def refused(model, given, sparsity=0.5, **choices):
 )
 def test_choices_that_do_not_fit_are_refused(choices, text):
     make, batches = MODELS["llama"]
-    assert text in refused(make(), batches(), **choices)
+    assert text in refusal(make(), batches(), **{**STRUCTURED, **choices})
 
 
 def test_models_and_batches_that_do_not_fit_are_refused():
     make, batches = MODELS["llama"]
-    assert "batches must hold at least one calibration batch" in refused(make(), [])
-    assert "batches must be a list of batches or a dataloader" in refused(make(), None, method="magnitude")
-    assert "meta" in refused(make().to("meta"), batches())
+    assert "batches must hold at least one calibration batch" in refusal(make(), [], **STRUCTURED)
+    assert "batches must be a list of batches or a dataloader" in refusal(make(), method="magnitude", **STRUCTURED)
+    assert "meta" in refusal(make().to("meta"), batches(), **STRUCTURED)
     one = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 32))
-    assert "finds no hidden units in the model" in refused(one, vectors())
+    assert "finds no hidden units in the model" in refusal(one, vectors(), **STRUCTURED)
 
 
 def test_adapters_are_refused():
@@ -685,4 +615,4 @@ def test_adapters_are_refused():
 
     make, batches = MODELS["llama"]
     model = get_peft_model(make(), LoraConfig(target_modules=["up_proj"], r=2))
-    assert "the model has adapters, which were trained for all of them" in refused(model, batches())
+    assert "the model has adapters, which were trained for all of them" in refusal(model, batches(), **STRUCTURED)

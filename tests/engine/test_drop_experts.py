@@ -20,10 +20,7 @@ from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.models.mixtures import mixtures
 
 EVERY_FAMILY = pytest.mark.parametrize("name", NUMBERS)
-
-
-def batches_of(name):
-    return ZOO["mixtral_padded"].batches()
+BATCHES = ZOO["mixtral_padded"].batches
 
 
 def dropped_in(report):
@@ -36,18 +33,14 @@ def dropped_in(report):
     return {block: sorted(indices) for block, indices in found.items()}
 
 
-def outputs(model, batches):
-    with torch.no_grad():
-        return [run(model, batch) for batch in batches]
-
-
+@torch.no_grad()
 def logits(model, batches):
-    return [out.logits if hasattr(out, "logits") else out for out in outputs(model, batches)]
+    return [run(model, batch) for batch in batches]
 
 
 @EVERY_FAMILY
 def test_the_saliency_is_that_of_a_loop_over_tokens(name):
-    model, batches = build(name), batches_of(name)
+    model, batches = build(name), BATCHES()
     saliency = ExpertSaliency(list(mixtures(model)))
     with pruning_mode(model):
         for sample in samples_of(model, batches):
@@ -66,7 +59,7 @@ def test_the_saliency_is_that_of_a_loop_over_tokens(name):
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
 @EVERY_FAMILY
 def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(name, sparsity, tmp_path):
-    model, batches = build(name), batches_of(name)
+    model, batches = build(name), BATCHES()
     dense, expected = copy.deepcopy(model), slow_saliency(name, model, batches)
     report = prune(model, batches, sparsity, pattern="experts", progress=False)
     dropped = dropped_in(report)
@@ -98,7 +91,7 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
 
 
 def test_an_expert_that_the_bias_of_the_router_prefers_can_leave():
-    model, batches = build("deepseek_v3"), batches_of("deepseek_v3")
+    model, batches = build("deepseek_v3"), BATCHES()
     with torch.no_grad():
         for block in blocks(model).values():
             block.gate.e_score_correction_bias[5] = 3
@@ -113,7 +106,7 @@ def test_an_expert_that_the_bias_of_the_router_prefers_can_leave():
 
 
 def test_everything_that_counts_experts_knows_the_new_number():
-    model, batches = build("mixtral"), batches_of("mixtral")
+    model, batches = build("mixtral"), BATCHES()
     prune(model, batches, 0.25, pattern=Experts(), progress=False)
     assert {module.num_experts for module in model.modules() if hasattr(module, "num_experts")} == {6}
     ids = batches[0]["input_ids"]
@@ -143,7 +136,7 @@ def test_a_model_inside_another_module_and_a_preset():
 def test_nothing_is_dropped_at_sparsity_0():
     model = build("mixtral")
     before = copy.deepcopy(model.state_dict())
-    report = prune(model, batches_of("mixtral"), 0.0, pattern="experts", progress=False)
+    report = prune(model, BATCHES(), 0.0, pattern="experts", progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config.num_local_experts == 8
     assert report.zeros == 0
@@ -155,7 +148,7 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
     gate.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
     with torch.no_grad():
         gate.weight[2] = -10
-    report = prune(model, batches_of("mixtral"), 0.25, pattern="experts", progress=False)
+    report = prune(model, BATCHES(), 0.25, pattern="experts", progress=False)
     assert 2 in dropped_in(report)["model.layers.0.mlp"]
     assert [each.tokens for each in report.layers if each.name == "model.layers.0.mlp.experts.down_proj.2"] == [0]
     few = {(each.block, re.search(r"\d+$", each.name)[0]) for each in report.layers if each.tokens < 32}
@@ -209,13 +202,13 @@ def test_fewer_experts_than_a_token_needs_are_refused(name):
     sparsity, left = (
         (0.75, r"2 of 8 experts \(1 in each of its 2 groups\)") if name == "deepseek_v3" else (0.875, "1 of 8")
     )
-    message = refusal(build(name), batches_of(name), sparsity, pattern="experts")
+    message = refusal(build(name), BATCHES(), sparsity, pattern="experts")
     assert re.search(rf"leaves {left}.* without the others model\.layers\.\d\.\S+ .* a token may need more", message)
 
 
 def test_groups_with_too_few_experts_for_a_token_are_refused():
     model = build("deepseek_v3", num_experts_per_tok=3)  # from one group of four
-    message = refusal(model, batches_of("deepseek_v3"), 0.5, pattern="experts")
+    message = refusal(model, BATCHES(), 0.5, pattern="experts")
     assert "leaves 4 of 8 experts (2 in each of its 2 groups)" in message
     assert "a token may need more experts" in message
 
@@ -227,7 +220,7 @@ def test_experts_that_are_used_in_another_way_are_refused():
 
     model = build("mixtral")
     model.model.layers[1].mlp.__class__ = Fallback
-    message = refusal(model, batches_of("mixtral"), 0.5, pattern="experts")
+    message = refusal(model, BATCHES(), 0.5, pattern="experts")
     assert re.search(r"model\.layers\.1\.mlp \(Fallback\) computes something else", message)
 
 
@@ -238,7 +231,7 @@ def test_a_configuration_without_the_number_is_refused():
             super().__init__(config)
 
     model = Fixed(build("mixtral").config).eval()
-    message = refusal(model, batches_of("mixtral"), 0.25, pattern="experts")
+    message = refusal(model, BATCHES(), 0.25, pattern="experts")
     assert "no configuration of Fixed gives the new numbers (6)" in message
     assert model.config.num_local_experts == 8
 
@@ -254,7 +247,7 @@ def test_a_mixture_that_no_batch_reaches_is_refused():
 def test_activations_that_are_not_finite_are_refused():
     model = build("mixtral")
     hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
-    message = refusal(model, batches_of("mixtral"), 0.25, pattern="experts")
+    message = refusal(model, BATCHES(), 0.25, pattern="experts")
     assert "the experts of model.layers.1.mlp return NaN or infinity" in message
     hook.remove()
 
@@ -280,7 +273,7 @@ def test_where_experts_cannot_be_dropped(tmp_path):
         WandaPrune(0.25, pattern="experts", calibrate_on="validation")
     build("mixtral").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="pattern='experts' needs the whole model in memory"):
-        prune_from_disk(tmp_path / "dense", tmp_path / "out", batches_of("mixtral"), 0.25, pattern="experts")
+        prune_from_disk(tmp_path / "dense", tmp_path / "out", BATCHES(), 0.25, pattern="experts")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.pairwise import spread, with_nightly
-from support.zoo import ZOO
+from support.zoo import ZOO, seeded
 from torch import nn
 
 from wanda_lightning import NM, OWL, PerLayer, prune
@@ -45,9 +45,7 @@ class Net(nn.Module):
 
 
 def build(share=0.0):
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return Net(share)
+    return seeded(lambda: Net(share))
 
 
 IDS = torch.arange(60).reshape(3, 20)
@@ -119,19 +117,13 @@ MISFITS = ["blocks.0.up", "blocks.1.up", "blocks.2.up", "last"]
 SAID = "the pattern does not fit 4 layers, last largest (input width 6 is not a multiple of 4): left dense"
 
 
-def uneven():
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return Uneven()
-
-
 def rows():
     return list(torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize(("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["zero_out", "sparsegpt"]))
 def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
-    model, other = uneven(), uneven()
+    model, other = seeded(Uneven), seeded(Uneven)
     choices = {"solver": solver, "sequential": sequential, "progress": False}
     report = prune(model, rows(), pattern="2:4", **choices)
     assert [layer.name for layer in report.layers] == ["blocks.0.down", "blocks.1.down", "blocks.2.down"]
@@ -147,7 +139,7 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name)), name
         if name.removesuffix(".weight") in MISFITS:
-            assert torch.equal(parameter, uneven().get_parameter(name)), name
+            assert torch.equal(parameter, seeded(Uneven).get_parameter(name)), name
 
 
 def test_few_misfits_are_said_without_low_coverage():
@@ -158,10 +150,10 @@ def test_few_misfits_are_said_without_low_coverage():
 
 
 def test_what_the_user_left_out_is_no_misfit():
-    report = prune(uneven(), rows(), pattern="2:4", skip=MISFITS, progress=False)
+    report = prune(seeded(Uneven), rows(), pattern="2:4", skip=MISFITS, progress=False)
     assert report.notes == []
     assert {matrix.detail for matrix in report.skipped} == {f"skip={name!r}" for name in MISFITS}
-    report = prune(uneven(), rows(), pattern="2:4", only=["blocks.1"], progress=False)
+    report = prune(seeded(Uneven), rows(), pattern="2:4", only=["blocks.1"], progress=False)
     assert [matrix.name for matrix in report.skipped if matrix.detail.startswith("input width")] == ["blocks.1.up"]
 
 
@@ -198,11 +190,11 @@ def test_groups_that_the_pattern_does_not_fit():
 
 @pytest.mark.parametrize("allocation", [OWL(per="layer"), PerLayer({"blocks.0": 0.25}), PerLayer({"blocks.1": 0.0})])
 def test_an_allocation_spreads_over_what_fits(allocation):
-    report = prune(uneven(), rows(), pattern="4:8", allocation=allocation, progress=False)
+    report = prune(seeded(Uneven), rows(), pattern="4:8", allocation=allocation, progress=False)
     assert [layer.name for layer in report.layers] == ["blocks.0.down", "blocks.1.down", "blocks.2.down"]
     assert report.sparsity == pytest.approx(0.5, abs=1 / 16)
     with pytest.raises(ValueError, match=r"matches no pruned layer"):
-        prune(uneven(), rows(), pattern="4:8", allocation=PerLayer({"last": 0.25}), progress=False)
+        prune(seeded(Uneven), rows(), pattern="4:8", allocation=PerLayer({"last": 0.25}), progress=False)
 
 
 def test_a_model_that_is_sparse_already_says_so():

@@ -1,29 +1,20 @@
 """`prune` on every model of the zoo: nothing left out, and what a slow, independent procedure gives."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import cycle, product
 
-import numpy as np
 import pytest
 import torch
-from support import reference
+from support.families import _double, slow_prune
 from support.pairwise import with_nightly
 from support.zoo import ZOO, matching, matrices, run
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from wanda_lightning import SparseGPT, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
-
-
-def double(batch):
-    if isinstance(batch, Mapping):
-        return {key: double(value) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(double(value) for value in batch)
-    return batch.double() if batch.is_floating_point() else batch
 
 
 def assert_complete(report, model, specimen, dense):
@@ -50,118 +41,8 @@ def tied(everything):
     return {name for name, weight in everything.items() if first.setdefault((id(weight), part[name]), name) != name}
 
 
-# ---- the slow procedure
-
-
-class FirstCall:
-    """Collects what enters some layers during the first call of a unit in a forward pass."""
-
-    def __init__(self, model, unit, layers):
-        self.tokens, self.layers, self.calls = {layer.name: [] for layer in layers}, layers, 0
-        self.handles = []
-        if unit is not None:
-            self.handles.append(unit.register_forward_pre_hook(self.enter, with_kwargs=True))
-        for layer in layers:
-            same = [m for m in model.modules() if getattr(m, layer.parameter_name, None) is layer.parameter]
-            for module in same if unit is None else [layer.module]:  # a unit's second name is its second call
-                self.handles.append(module.register_forward_pre_hook(self.reader(layer), with_kwargs=True))
-        self.counting = unit is not None
-
-    def enter(self, module, args, kwargs):
-        self.calls += 1
-
-    def reader(self, layer):
-        def read(module, args, kwargs):
-            if self.counting and self.calls > 1:
-                return
-            if layer.expert is not None:
-                (name, expert), routed = (layer.parameter_name, layer.expert), reference.routed_tokens(module, *args)
-                self.tokens[layer.name] += [routed[name, expert]] if (name, expert) in routed else []
-                return
-            x = reference.array(args[0])
-            if isinstance(module, nn.Conv2d):
-                padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
-                x = reference.im2col(x, module.kernel_size, module.stride, padding, module.dilation)
-            tokens = x.reshape(-1, x.shape[-1])
-            self.tokens[layer.name].append((tokens, np.arange(len(tokens))))
-
-        return read
-
-    def remove(self):
-        for handle in self.handles:
-            handle.remove()
-
-
-def padding_rows(layer, batch, tokens, rows):
-    """Which tokens are padding: the encoder's and the decoder's differ in length in the zoo."""
-    if not isinstance(batch, Mapping) or "attention_mask" not in batch:
-        return None
-    mask = batch["attention_mask"].flatten().numpy() == 0
-    return mask[rows] if layer.expert is not None or len(mask) == len(tokens) else None
-
-
-def slow_prune(model, batches, sequential):
-    units = find_layers(model, sequential).units
-    for unit in in_order_of_execution(model, units, batches):
-        sums, counts = {}, {}
-        for batch in batches:
-            first = FirstCall(model, unit.module, unit.layers)
-            with torch.no_grad():
-                run(model, batch)
-            first.remove()
-            for layer in unit.layers:
-                for tokens, rows in first.tokens[layer.name]:
-                    padding = padding_rows(layer, batch, tokens, rows)
-                    tokens = tokens if padding is None else tokens[~padding]
-                    sums[layer.name] = sums.get(layer.name, 0) + (tokens**2).sum(axis=0)
-                    counts[layer.name] = counts.get(layer.name, 0) + len(tokens)
-        for layer in unit.layers:
-            total = sums.get(layer.name)
-            siblings = [other.name for other in unit.layers if layer.siblings and other.siblings == layer.siblings]
-            if siblings and counts.get(layer.name, 0) < 32:
-                total = sum(sums[name] for name in siblings if name in sums)
-            if total is not None:
-                weight = reference.array(layer.read())
-                keep = keep_half_of_each_row(np.abs(weight) * np.sqrt(total))
-                with torch.no_grad():
-                    layer.write(torch.from_numpy(weight * keep))
-
-
-def in_order_of_execution(model, units, batches):
-    """The first unit, in walk order, that no other unit still to come precedes in any batch."""
-    if units[0].module is None:
-        return units
-    orders = []
-    for batch in batches:
-        order = []
-        handles = [
-            unit.module.register_forward_pre_hook(
-                lambda *_, unit=unit, order=order: order.append(unit), with_kwargs=True
-            )
-            for unit in units
-        ]
-        with torch.no_grad():
-            run(model, batch)
-        for handle in handles:
-            handle.remove()
-        orders.append(list(dict.fromkeys(order)))
-    remaining = [unit for unit in units if any(unit in order for order in orders)]
-    chosen = []
-    while remaining:
-        entries = [next((unit for unit in order if unit not in chosen), None) for order in orders]
-        chosen.append(next(unit for unit in remaining if unit in entries))
-        remaining.remove(chosen[-1])
-    return chosen
-
-
-def keep_half_of_each_row(scores):
-    keep = np.ones(scores.shape, dtype=bool)
-    for row, order in enumerate(np.argsort(scores, axis=1, kind="stable")):
-        keep[row, order[: int(scores.shape[1] * 0.5)]] = False
-    return keep
-
-
-NOT_SLOWLY = "autocast_inside", "torch_transformer"  # blocks in bfloat16; layers that nothing calls
+# Blocks in bfloat16; layers that nothing calls; experts with padding, which test_expert_tokens.py compares.
+NOT_SLOWLY = "autocast_inside", "torch_transformer", "mixtral_padded"
 
 
 LIKE_OTHERS = {  # specimens that differ from another in nothing that pruning sees
@@ -181,10 +62,10 @@ def test_equals_the_slow_procedure(name, sequential):
     specimen = ZOO[name]
     model, batches = specimen.build(), specimen.batches()
     if name not in NOT_SLOWLY:
-        model, batches = model.double(), [double(batch) for batch in batches]
+        model, batches = model.double(), tree_map_only(torch.Tensor, _double, batches)
     slow = copy.deepcopy(model)
     if hasattr(slow, "set_experts_implementation"):
-        slow.config._experts_implementation = "batched_mm"  # grouped_mm takes no float64, and eager is what is tested
+        slow.set_experts_implementation("eager")  # grouped products are not intercepted, and have no float64
 
     report = prune(model, batches, 0.5, sequential=sequential, keep_batch_norm=True, progress=False)
     assert_complete(report, model, specimen, dense=dict(slow.named_parameters()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.refusals import Untouched, refusal
-from support.zoo import ZOO
+from support.zoo import ZOO, seeded
 from torch import nn
 
 from wanda_lightning import Magnitude, prune
@@ -44,9 +44,7 @@ LAYERS = [f"blocks.{index}.{part}" for index in range(4) for part in ("up", "dow
 
 
 def build(make=Chain):
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return make()
+    return seeded(make)
 
 
 @pytest.mark.parametrize("other", [[torch.zeros(2, 8)], "HuggingFaceTB/SmolLM2-135M", None])
@@ -67,18 +65,6 @@ def assert_says(message, *parts):
 
 
 # ---- what was asked is impossible
-
-
-@pytest.mark.parametrize(
-    ("choice", "said"),
-    [
-        ({"sparsity": -0.1}, "it is -0.1"),
-        ({"sparsity": math.nan}, "it is nan"),
-        ({"pattern": (2, 4)}, "it is (2, 4)"),
-    ],
-)
-def test_a_value_that_no_model_allows(choice, said):
-    assert said in refusal(build(), Untouched(), **choice)
 
 
 def test_weights_without_a_shape_or_of_inference_mode():
@@ -237,40 +223,6 @@ def test_the_meta_device(sequential):
     model = build()
     model.blocks[2].down.to("meta")
     assert_says(refusal(model, Untouched()), "blocks.2.down is on the meta device", "Load the weights")
-
-
-class Int8Linear(nn.Linear):
-    """Like those of quantization libraries: integers, and a forward that scales them."""
-
-    def __init__(self, d_in, d_out):
-        super().__init__(d_in, d_out)
-        scale = self.weight.detach().abs().max() / 127
-        self.register_buffer("scale", scale)
-        self.weight = nn.Parameter((self.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-
-    def forward(self, x):
-        return F.linear(x, self.weight.float() * self.scale, self.bias)
-
-
-@EVERY_GRANULARITY
-def test_integer_weights(sequential):
-    def make():
-        model = Chain()
-        model.blocks[1].up = Int8Linear(8, 16)
-        model.blocks[1].down = Int8Linear(16, 8)
-        return model
-
-    message = refusal(build(make), Untouched(), sequential=sequential)
-    assert_says(message, "2 matrices that cannot be pruned in place", "blocks.1.up", "int8", "unquantized")
-    assert "skip=['blocks.1.up']" in message
-    assert_says(refusal(build(make), Untouched(), skip=["blocks.1.up"], sequential=sequential), "blocks.1.down")
-
-    model = build(make)
-    integers = model.blocks[1].up.weight.clone()
-    report = prune(model, vectors(), skip=["blocks.1"], sequential=sequential, progress=False)
-    assert [layer.name for layer in report.layers] == [name for name in LAYERS if not name.startswith("blocks.1")]
-    assert torch.equal(model.blocks[1].up.weight, integers)
-    assert {matrix.name for matrix in report.skipped} == {"blocks.1.up", "blocks.1.down"}
 
 
 # ---- errors on the way

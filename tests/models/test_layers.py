@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.gradients import gradients
+from support.zoo import seeded
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
@@ -109,16 +110,6 @@ def test_a_convolution_is_a_product_of_its_tokens(case, at_once):
         assert_round_trip(layer)
 
 
-@EVEN_SAME
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("padding", ["same", "valid", 1, (2, 1)])
-def test_every_padding_of_a_convolution(padding, mode):
-    """What hypothesis may not draw: each mode with each way to give a padding."""
-    for kernel in (1, (2, 3)):
-        module = nn.Conv2d(3, 4, kernel, padding=padding, padding_mode=mode, dilation=(1, 2))
-        assert_is_a_product(*layers_of(module), torch.randn(2, 3, 7, 8, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("make", [nn.Linear, lambda d_in, d_out: Conv1D(d_out, d_in)], ids=["Linear", "Conv1D"])
 @given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 4), max_size=3))
 def test_a_linear_layer_is_a_product_of_its_tokens(make, d_in, d_out, sizes):
@@ -190,9 +181,7 @@ class Grouped(nn.Module):
 
 
 def build(make=Grouped):
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return make().double().eval()
+    return seeded(make).double()
 
 
 def images():

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from wanda_lightning import prune
 from wanda_lightning.models import find_layers
+from wanda_lightning.models.quantized import is_quantized
 
 OLD = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
 
@@ -121,10 +122,21 @@ def wrapped(kind):
     return make
 
 
+def with_buffer(name, dtype):
+    module = nn.Module()
+    module.register_buffer(name, torch.zeros(4, 4, dtype=dtype))
+    return module
+
+
 QUANTIZED = {
     "bitsandbytes 8 bits": (Linear8bitLt, "q", "quantized by bitsandbytes (Linear8bitLt, Parameter)"),
     "bitsandbytes 4 bits": (Linear4bit, "q", "quantized by bitsandbytes (Linear4bit, Params4bit)"),
     "auto_gptq": (QuantLinear, "q.qweight", "quantized by auto_gptq (QuantLinear, Tensor)"),
+    "float8 in a buffer": (
+        lambda *_: with_buffer("weight", torch.float8_e4m3fn),
+        "q.weight",
+        "float8_e4m3fn weights cannot be pruned in place",
+    ),
     "hqq": (HQQLinear, "q.W_q", "quantized by hqq (HQQLinear, Parameter)"),
     "torchao": (wrapped(Int8Tensor), "q", "quantized by torchao (Linear, Int8Tensor)"),
     "another": (wrapped(Wrapper), "q", "weights of type Wrapper cannot be pruned in place"),
@@ -135,6 +147,7 @@ QUANTIZED = {
 def test_quantized_layers_are_refused_by_name(name):
     make, matrix, reason = QUANTIZED[name]
     model = nn.ModuleDict({"plain": nn.Linear(16, 16), "q": make(16, 16)})
+    assert [is_quantized(module) for module in model.values()] == [False, True]
     before = model["plain"].weight.clone()
     with pytest.raises(ValueError, match="1 matrix that cannot be pruned in place") as caught:
         prune(model, [torch.randn(2, 16)], progress=False)
@@ -149,6 +162,20 @@ def test_quantized_layers_are_refused_by_name(name):
         assert [layer.name for layer in report.layers] == ["plain"]
         assert matrix in [matrix.name for matrix in report.skipped]
         assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(4, 4, dtype=torch.float16),
+        parametrizations.weight_norm(nn.Linear(4, 4)),
+        with_buffer("position_ids", torch.int64),
+        with_buffer("weight", torch.float32),
+        nn.Sequential(Linear4bit(4, 4)),  # its child is quantized, it is not
+    ],
+)
+def test_what_is_not_quantized(module):
+    assert not is_quantized(module)
 
 
 def test_of_a_layer_with_adapters_the_base_is_pruned():

@@ -122,33 +122,25 @@ def test_layers_of_several_widths_get_a_modeling_file(tmp_path):
     torch.testing.assert_close(outputs_elsewhere(tmp_path / "again", ids, load), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_vision_transformer_loads_without_this_package(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "sizes", "sparsity", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 2}, 0.4, {"mlp_ratio": 2.5}),
+        ("cait_xxs24_224", {"depth": 1}, 0.25, {"mlp_ratio": 3.0, "mlp_ratio_token_only": 3.0}),
+    ],
+)
+def test_an_image_model_loads_without_this_package(name, sizes, sparsity, arguments, tmp_path):
     torch.manual_seed(0)
-    kwargs = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}
-    module = wl.ImageClassifierModule("vit_tiny_patch16_224", False, num_classes=10, model_kwargs=kwargs).eval()
+    kwargs = {"img_size": 32, "embed_dim": 32, "num_heads": 4, **sizes}
+    module = wl.ImageClassifierModule(name, False, num_classes=10, model_kwargs=kwargs).eval()
     images = torch.randn(4, 3, 32, 32)
-    wl.prune(module.model, [images], 0.4, pattern="structured", progress=False)
+    wl.prune(module.model, [images], sparsity, pattern="structured", progress=False)
     with torch.no_grad():
         expected = module(images)
     module.save_pretrained(tmp_path / "out", shrink=True)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["mlp_ratio"] == 2.5
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    assert {key: saved[key] for key in arguments} == arguments
     torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", images, _TIMM), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_two_arguments_of_timm_give_the_widths(tmp_path):
-    torch.manual_seed(0)
-    kwargs = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 4}
-    module = wl.ImageClassifierModule("cait_xxs24_224", False, num_classes=10, model_kwargs=kwargs).eval()
-    images = torch.randn(4, 3, 32, 32)
-    wl.prune(module.model, [images], 0.25, pattern="structured", progress=False)
-    with torch.no_grad():
-        expected = module(images)
-    module.save_pretrained(tmp_path / "out", shrink=True)
-    arguments = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
-    assert (arguments["mlp_ratio"], arguments["mlp_ratio_token_only"]) == (3.0, 3.0)
-    with torch.no_grad():
-        loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()(images)
-    torch.testing.assert_close(loaded, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_for_small_images_is_tried_with_small_images(tmp_path):

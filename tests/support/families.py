@@ -349,7 +349,7 @@ OTHERS = {name: batches for batches, names in _OTHERS.items() for name in names.
 def run(model: nn.Module, batch: Any) -> Any:
     """Run the plain forward pass that `prune` runs for such a batch."""
     with torch.no_grad():
-        return model(**batch) if isinstance(batch, Mapping) else model(batch[0])
+        return model(**batch) if isinstance(batch, Mapping) else model(batch[0] if isinstance(batch, tuple) else batch)
 
 
 def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -500,16 +500,20 @@ def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def slow_prune(model: nn.Module, batches: list[Any], sparsity: float = 0.5) -> None:
+def slow_prune(model: nn.Module, batches: list[Any], sequential: str = "block", sparsity: float = 0.5) -> None:
     """Prune with Wanda, unit by unit, in plain code.
 
     For each unit, every batch runs through the model as pruned so far, up to the first end of that unit. The inputs of
-    a weight are read where PyTorch multiplies, below all modules.
+    a weight are read where PyTorch multiplies, below all modules. Padding is found in the products with as many tokens
+    as the `attention_mask` has, so not in those of experts.
     """
-    for unit in _in_order(model, find_layers(model, "block").units, batches):
+    units = find_layers(model, sequential).units
+    for unit in units if sequential == "none" else _in_order(model, units, batches):
         sums = _InputSquares(unit.layers)
-        handle = unit.module.register_forward_hook(_stop)
+        handle = (unit.module or model).register_forward_hook(_stop)
         for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            sums.tokens = None if mask is None else mask.flatten().bool()
             with suppress(_UnitDone), _Products(sums.on_product):
                 run(model, batch)
         handle.remove()
@@ -558,7 +562,8 @@ class _InputSquares:
     """
 
     def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:
-        self._enough = enough
+        self.tokens: Tensor | None = None  # which tokens of the batch are no padding
+        self._enough, self._all = enough, layers
         self._layers = {layer.parameter.data_ptr(): layer for layer in layers}  # any of the experts of a parameter
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._counts: Counter[tuple[int, int]] = Counter()
@@ -575,28 +580,32 @@ class _InputSquares:
         self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (one.shape[0], one.stride(0))
         first = weight.storage_offset() // one.numel()
         for place, tokens in enumerate(x if weight.ndim == 3 else [x]):
-            rows = tokens[tokens.any(1)]  # a row of zeros is the token of another expert
+            kept = tokens.any(1)  # a row of zeros is the token of another expert
+            rows = tokens[kept & self.tokens if self.tokens is not None and len(self.tokens) == len(kept) else kept]
             key = (start, first + place)
             self._sums[key] = self._sums.get(key, 0) + rows.square().sum(0)
             self._counts[key] += len(rows)
 
     @torch.no_grad()
     def zero_smallest(self, layer: Layer, sparsity: float) -> None:
-        start, expert = layer.parameter.data_ptr(), layer.expert
-        if expert is None and (start, 0) not in self._sums:
+        own = _key(layer)
+        siblings = {_key(other) for other in self._all if layer.siblings and other.siblings == layer.siblings}
+        keys = siblings if siblings and self._counts[own] < self._enough else {own}
+        if not keys & self._sums.keys():
             return
-        if expert is None or self._counts[start, expert] >= self._enough:
-            total = self._sums[start, expert or 0]
-        else:
-            total = sum(value for (parameter, _), value in self._sums.items() if parameter == start)
+        total = sum(value for key, value in self._sums.items() if key in keys)
         rows = layer.part(layer.parameter)
         if _is_convolution(layer):  # kernel positions, then channels: of equal scores (only padding) the first goes
             rows, total = rows.movedim(1, -1), total.movedim(1, -1)
-        elif self._columns[start]:
+        elif any(self._columns.get(start) for start, _ in keys):  # perhaps only siblings got tokens
             rows = rows.t()
         for row, scores in zip(rows, rows.abs() * total.sqrt(), strict=True):
             smallest = scores.flatten().argsort(stable=True)[: int(scores.numel() * sparsity)]
             row[torch.unravel_index(smallest, row.shape)] = 0
+
+
+def _key(layer: Layer) -> tuple[int, int]:
+    return layer.parameter.data_ptr(), layer.expert or 0
 
 
 def _is_convolution(layer: Layer) -> bool:

@@ -5,8 +5,7 @@ Nothing here is shared with the package. `keep` arrays are True where a weight s
 
 import numpy as np
 
-from wanda_lightning.core.expert_pattern import Experts
-from wanda_lightning.core.patterns import NM, EqualShare, Structured, Unstructured
+from wanda_lightning.core.patterns import NM, EqualShare, Experts, Structured, Unstructured
 
 
 def array(tensor):

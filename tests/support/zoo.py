@@ -37,7 +37,6 @@ class Specimen:
     dense: tuple[str, ...] = ()  # matrices that must be skipped by default; all others must be pruned
     blocks: tuple[str, ...] = ()  # modules at which sequential="block" stops
     uncalled: tuple[str, ...] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
-    read_past: tuple[str, ...] = ()  # layers whose weight another module reads, while nothing calls their own forward
 
 
 def save_llama_of_bytes(folder: Any) -> None:
@@ -439,6 +438,5 @@ ZOO: dict[str, Specimen] = {
         _TorchTransformer,
         dense=("*.in_proj_weight",),
         blocks=("encoder.layers.[0-9]",),
-        read_past=("*.out_proj",),
     ),
 }

@@ -85,7 +85,7 @@ class BlockRuns:
             for index, record in enumerate(self._records)
         )
 
-    def same_after(self, change: Callable[[], None], read: tuple[Layer, Tensor] | None = None) -> bool:
+    def same_after(self, change: Callable[[], object], read: tuple[Layer, Tensor] | None = None) -> bool:
         """Run the first call, take something out of the block, and run it again: whether it computes the same.
 
         `read` is a layer, and which of its inputs it had before it still has: they must be the same, too, since a

@@ -236,10 +236,7 @@ class EqualShare(Pattern):
     is narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may be too small for a high sparsity.
     """
 
-    @property
-    def spans_rows(self) -> bool:
-        """True: all rows have the same share."""
-        return True
+    spans_rows = True  # all rows have the same share
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Find the share, and keep what is above each row's cut."""
@@ -280,17 +277,13 @@ class Structured(Pattern):
     """
 
     prunes_units: ClassVar[bool] = True
+    spans_rows = True  # the score of a unit is a sum over all rows
     multiple_of: int = 8
     columns: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
         check(self, multiple_of=at_least_1, columns=at_least_1)
-
-    @property
-    def spans_rows(self) -> bool:
-        """True: the score of a unit is a sum over all rows."""
-        return True
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return how many multiples of `multiple_of` units the layer has."""
@@ -316,3 +309,30 @@ class Structured(Pattern):
         units = scores.square().sum(dim=0).unflatten(0, (self.columns, -1)).sum(dim=0)
         keep = keep_largest(units[None], self.kept(len(units), sparsity))[0]
         return keep.repeat(self.columns).expand_as(scores).contiguous()
+
+
+@dataclass(frozen=True)
+class Experts(Pattern):
+    """Whole experts leave each mixture of experts, the same number in every layer; `prune` makes the model smaller.
+
+    Zeros cannot represent this: a row of zeros in the router is a logit of 0, which may be among the largest. So
+    `prune` takes the experts out in place, with their rows of the router, and changes the model's configuration.
+
+    An expert is scored by REAP (Lasby et al. 2025, arXiv 2510.13999): the mean, over the tokens that are routed to it,
+    of its gate times the norm of its output.
+    """
+
+    drops_experts: ClassVar[bool] = True
+
+    def kept(self, number: int, sparsity: float) -> int:
+        """Return how many of `number` experts are kept; the nearest number, which may be none or all.
+
+        Example:
+            >>> Experts().kept(128, 0.25), Experts().kept(8, 0.3)
+            (96, 6)
+        """
+        return round(number * (1 - sparsity))
+
+    def __call__(self, scores: Score, sparsity: float) -> KeepMask:
+        """Keep the experts with the largest scores of each group: a row has the experts of one group."""
+        return keep_largest(scores, self.kept(scores.shape[1], sparsity))

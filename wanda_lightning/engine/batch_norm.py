@@ -27,7 +27,7 @@ _AT_ONCE = 2**20  # numbers of a layer's input
 
 _OPTION = "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone."
 
-_Moments = tuple[Tensor, Tensor]  # the mean and variance of each channel
+_Moments = Sequence[Tensor]  # the mean and variance of each channel
 _Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, its input
 
 
@@ -56,7 +56,7 @@ class BatchNormStatistics:
 
     def __init__(self, layers: Sequence[nn.Module], samples: Samples, processes: Processes) -> None:
         self._layers, self._processes = layers, processes
-        self._original = [_statistics(layer) for layer in layers]
+        self._original = [[x.to("cpu", torch.float64, copy=True) for x in _buffers(layer)] for layer in layers]
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
         if layers:
             with processes.fail_together(), noting(lambda: _OPTION, kind=Exception):
@@ -164,11 +164,11 @@ def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], lis
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     """Return the BatchNorm layers that normalize by running statistics in evaluation mode."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return [layer for layer in layers if _is_known(layer.running_mean) and _is_known(layer.running_var)]
-
-
-def _is_known(buffer: Tensor | None) -> bool:
-    return buffer is not None and not isinstance(buffer, UninitializedBuffer)
+    return [
+        layer
+        for layer in layers
+        if not any(x is None or isinstance(x, UninitializedBuffer) for x in (layer.running_mean, layer.running_var))
+    ]
 
 
 def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -176,12 +176,6 @@ def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     return layer.running_mean, layer.running_var
-
-
-def _statistics(layer: nn.Module) -> _Moments:
-    """Return a copy of the running mean and variance."""
-    mean, variance = (buffer.to("cpu", torch.float64, copy=True) for buffer in _buffers(layer))
-    return mean, variance
 
 
 def _sums(inputs: Tensor) -> Tensor:

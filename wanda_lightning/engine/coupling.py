@@ -54,10 +54,9 @@ def couple(run: Run) -> None:
     with closing(dense_blocks(run, units, 1, "Finding hidden units", again)) as blocks:
         for unit, calls in blocks:
             search(unit, calls)
-    for unit in units:
-        if unit.name in again:
-            search.forget(unit)
-    narrowed = _narrowed(plan, _wide_enough(plan, search.found), search.reached)
+    left_out = {layer.name for unit in units if unit.name in again for layer in unit.layers}
+    found = {name: each for name, each in search.found.items() if name not in left_out}
+    narrowed = _narrowed(plan, _wide_enough(plan, found), search.reached)
     run.plan = replace(narrowed, positions=search.positions_of_all(narrowed.coupled))
 
 
@@ -119,13 +118,8 @@ class _Search:
             for layer in unit.layers:
                 if units := self._fitting(layer, unit, runs):
                     self.found[layer.name] = units
-                    self._taken |= {(slot.module, slot.name, slot.dim) for slot in units.slots}
+                    self._taken |= units.lines
                     self._count_positions(units, runs)
-
-    def forget(self, unit: Unit) -> None:
-        """Leave out the units of a block."""
-        for layer in unit.layers:
-            self.found.pop(layer.name, None)
 
     def _count_positions(self, units: RemovableUnits, runs: BlockRuns) -> None:
         for module in {slot.module for slot in units.slots if slot.tensor.ndim > 1}:
@@ -146,10 +140,10 @@ class _Search:
             return None
         parent = self._modules[reader.name.rpartition(".")[0]]
         key = _likeness(unit.module), reader.name.removeprefix(unit.name)
-        if not self._agree(runs.is_empty or runs.reaches(reader.module)):
+        if not self._plan.processes.all_agree(runs.is_empty or runs.reaches(reader.module)):
             return None
         self.reached.add(reader.name)
-        if not self._agree(runs.is_empty or runs.reads_alone(reader.module)):
+        if not self._plan.processes.all_agree(runs.is_empty or runs.reads_alone(reader.module)):
             return None
         all_free = True
         for index, found in enumerate(removable_units(reader, parent, unit.module)):
@@ -166,10 +160,10 @@ class _Search:
 
     def _is_free(self, units: RemovableUnits) -> bool:
         """Whether its tensors belong to no other units or modules, and all of its layers may be pruned."""
-        slots = {(slot.module, slot.name, slot.dim) for slot in units.slots}
-        tied = any((module, name) in self._tied for module, name, _ in slots)
+        tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
         own = all(writer.module in self._own for writer in units.writers)
-        return own and not tied and not slots & self._taken and not any(module in self._kept for module, _, _ in slots)
+        kept = any(slot.module in self._kept for slot in units.slots)
+        return own and not tied and not kept and not units.lines & self._taken
 
     def _is_right(self, units: RemovableUnits, runs: BlockRuns) -> bool:
         """Whether the block computes the same with a random half of the units at zero as without them."""
@@ -177,14 +171,11 @@ class _Search:
             return False
         keep = torch.zeros(units.width, dtype=torch.bool)
         keep[torch.randperm(units.width, generator=torch.Generator().manual_seed(0))[: units.width // 2]] = True
+        read = units.reader, keep.repeat(units.columns)
         with units.restored():
             units.zero(~keep)
-            columns = keep.repeat(units.columns)
-            return self._agree(runs.is_empty or runs.same_after(lambda: units.take(keep), (units.reader, columns)))
-
-    def _agree(self, answer: bool) -> bool:
-        """Whether all processes answer yes."""
-        return bool(self._plan.processes.all_reduce_min(int(answer)))
+            same = runs.is_empty or runs.same_after(lambda: units.take(keep), read)
+            return self._plan.processes.all_agree(same)
 
 
 def _likeness(block: nn.Module) -> tuple[object, ...]:

@@ -32,4 +32,4 @@ def dense_blocks(
             yield block, stop.calls
             bar.advance()
     # Only processes with samples there have seen it.
-    again |= {name for index, name in enumerate(names) if processes.all_reduce_min(int(index not in revisited)) == 0}
+    again |= {name for index, name in enumerate(names) if not processes.all_agree(index not in revisited)}

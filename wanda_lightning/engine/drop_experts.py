@@ -17,7 +17,7 @@ from wanda_lightning.calibration.unroutable import unroutable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
-from wanda_lightning.core.expert_pattern import Experts
+from wanda_lightning.core.patterns import Experts
 from wanda_lightning.core.types import Units
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.reporting import make_report
@@ -144,7 +144,7 @@ def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: 
 
             same = BlockRuns(mixture.module, [replace(call, forward=forward)]).same_after(take)
             same = same and saliency.per_token[mixture.name] <= kept
-    if not plan.processes.all_reduce_min(int(same)):
+    if not plan.processes.all_agree(same):
         where = f" ({kept // groups} in each of its {groups} groups)" if groups > 1 else ""
         raise UserError(
             f"sparsity={plan.config.sparsity:g} with {plan.config.shown('pattern')} leaves {kept} of {mixture.number} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -14,8 +14,7 @@ from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
-from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Orders
+from wanda_lightning.core.types import Orders, Score
 from wanda_lightning.engine.dense_blocks import dense_blocks
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
@@ -72,14 +71,18 @@ class _Search:
         runs = BlockRuns(unit.module, calls)
         inputs = observer(unit, runs.recording())
         with self._plan.processes.fail_together():
-            found = [hidden for layer in unit.layers for hidden in self._fitting(layer, unit, runs)]
-            chosen = [(hidden, self._choose(hidden, inputs)) for hidden in found]
-            chosen = [(hidden, orders) for hidden, orders in chosen if not _is_identity(orders)]
-            kept = {hidden.reader.name: self._kept(hidden, orders, inputs) for hidden, orders in chosen}
+            chosen = list[Reordering]()
+            for hidden in [hidden for layer in unit.layers for hidden in self._fitting(layer, unit, runs)]:
+                scores = Wanda()(hidden.reader.read(), inputs[hidden.reader.name])
+                orders = self._choose(hidden, scores)
+                both = torch.arange(scores.shape[1]), hidden.source(orders)
+                if not torch.equal(*both):
+                    before, after = (kept_score(scores, each, self._plan.config.pattern) for each in both)
+                    self.permuted.kept[hidden.reader.name] = before, after
+                    chosen.append((hidden, orders))
             _permute_all(chosen)
             self.done[unit.name] = chosen
-            self.permuted.kept.update(kept)
-            if not self._agree(runs.same_results()):
+            if not self._plan.processes.all_agree(runs.same_results()):
                 self.put_back(unit.name)
 
     def put_back(self, name: str) -> None:
@@ -105,7 +108,7 @@ class _Search:
         """Yield the hidden units that a layer reads, if they can be permuted."""
         assert unit.module is not None
         alone = is_plain(reader) and (runs.is_empty or runs.reads_alone(reader.module))
-        if not self._agree(alone):
+        if not self._plan.processes.all_agree(alone):
             return
         parent = self._modules[reader.name.rpartition(".")[0]]
         key = type(unit.module), reader.name.removeprefix(unit.name), reader.shape
@@ -118,7 +121,7 @@ class _Search:
 
     def _is_movable(self, hidden: HiddenUnits) -> bool:
         """Whether groups fit into heads, and no other module has the same parameters."""
-        tied = any((place.module, place.name) in self._tied for place in hidden.places)
+        tied = any((slot.module, slot.name) in self._tied for slot in hidden.slots)
         return not tied and hidden.columns.shape[2] % self._plan.config.pattern.group_size == 0
 
     def _is_right(self, hidden: HiddenUnits, runs: BlockRuns) -> bool:
@@ -131,7 +134,7 @@ class _Search:
             same = runs.is_empty or self._is_permuted(hidden, orders, runs)
         finally:
             hidden.permute(orders.argsort(dim=1))
-        return self._agree(same)
+        return self._plan.processes.all_agree(same)
 
     def _is_permuted(self, hidden: HiddenUnits, orders: Orders, runs: BlockRuns) -> bool:
         inputs = runs.inputs_after(hidden.reader.module)
@@ -141,29 +144,15 @@ class _Search:
         source = hidden.source(orders)
         return all(runs.same_columns(x[:, source.to(x.device)], y) for x, y in zip(before, after, strict=True))
 
-    def _agree(self, answer: bool) -> bool:
-        """Whether all processes answer yes."""
-        return bool(self._plan.processes.all_reduce_min(int(answer)))
-
-    def _choose(self, hidden: HiddenUnits, inputs: Mapping[str, InputStatistics]) -> Orders:
+    def _choose(self, hidden: HiddenUnits, scores: Score) -> Orders:
         """Return an order of the units of each head."""
-        scores, config = Wanda()(hidden.reader.read(), inputs[hidden.reader.name]), self._plan.config
+        config = self._plan.config
         by_head = scores[:, hidden.columns].permute(1, 0, 2, 3).flatten(1, 2)  # copies of a unit are further rows
         orders = torch.stack([config.permutation(each, config.pattern).cpu() for each in by_head])
         # One process decides: sums that differ in the last digit could give another order.
         return self._plan.processes.broadcast(orders, 0)
 
-    def _kept(self, hidden: HiddenUnits, orders: Orders, inputs: Mapping[str, InputStatistics]) -> tuple[float, float]:
-        """Return the total score that the pattern keeps in the reader, before and after the permutation."""
-        scores, pattern = Wanda()(hidden.reader.read(), inputs[hidden.reader.name]), self._plan.config.pattern
-        before = kept_score(scores, torch.arange(scores.shape[1]), pattern)
-        return before, kept_score(scores, hidden.source(orders), pattern)
-
 
 def _permute_all(reorderings: Iterable[Reordering]) -> None:
     for hidden, orders in reorderings:
         hidden.permute(orders)
-
-
-def _is_identity(orders: Orders) -> bool:
-    return bool((orders == torch.arange(orders.shape[1])).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.allocation import DenseLayer
+from wanda_lightning.core.allocation import DenseLayer, UnitLayer
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
@@ -24,7 +25,6 @@ from wanda_lightning.engine.refusals import (
     refuse_too_wide,
     refuse_unprunable,
 )
-from wanda_lightning.engine.unit_sparsities import unit_sparsities
 from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module
@@ -161,13 +161,24 @@ class Plan:
         progress = progress and allocation.reads_weights and not self.coupled
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
             if processes.rank == 0 and self.coupled:
-                sparsities = unit_sparsities(self.config, self.coupled, gradients)
+                sparsities = self._unit_sparsities(gradients)
             elif processes.rank == 0 and layers:
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
             # One process computes them: singular values that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
         weighed = gradients if self.config.pattern.weigh_rows else {}
         return self.selections(sparsities, {name: each.row_weights() for name, each in weighed.items()})
+
+    def _unit_sparsities(self, gradients: Mapping[str, GradientStatistics]) -> dict[str, float]:
+        """Give each layer that reads hidden units the fraction of them that becomes zero."""
+        pattern, allocation, layers = self.config.pattern, self.config.allocation, list[UnitLayer]()
+        assert isinstance(pattern, Structured)
+        for name, units in self.coupled.items():
+            scores = gradients[name].units if name in gradients else None
+            if scores is not None or not allocation.reads_gradients:
+                layers.append(UnitLayer(name, re.sub(r"\d+", "*", name), units.width, scores))
+        found = allocation.of_units(layers, self.config.sparsity, pattern) if layers else {}
+        return {layer.name: 1 - pattern.kept(layer.width, found[layer.name]) / layer.width for layer in layers}
 
     def selections(self, sparsities: Mapping[str, float], row_weights: Mapping[str, RowWeights] = {}) -> Selections:
         """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""

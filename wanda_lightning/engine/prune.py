@@ -105,8 +105,10 @@ def prune_as(
     with timed(seconds, "prepare"), processes.fail_together():
         plan = store.plan(config, model, processes)
         batch_norms = _batch_norms(plan)
-        not_corrected = _why_not_corrected(plan, batches) if batch_norms else ""
-        batch_norms = [] if not_corrected else batch_norms
+        not_corrected = ""
+        if batch_norms and (is_sharded(model) or batches is None):
+            not_corrected = "the model is sharded" if is_sharded(model) else "no calibration batches were given"
+            batch_norms = []
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader, store.make_parking)
         run = Run(plan, samples, store, progress and processes.rank == 0, seconds, not_corrected=not_corrected)
@@ -165,12 +167,6 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
 def _batch_norms(plan: Plan) -> list[nn.Module]:
     """Return the BatchNorm layers whose statistics change, if they can be."""
     return batch_norm_layers(plan.model) if not plan.config.keep_batch_norm else []
-
-
-def _why_not_corrected(plan: Plan, batches: object) -> str:
-    if is_sharded(plan.model):
-        return "the model is sharded"
-    return "no calibration batches were given" if batches is None else ""
 
 
 def _observe_dense_model(run: Run) -> Observed:

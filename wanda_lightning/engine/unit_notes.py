@@ -28,7 +28,8 @@ def cost_without(plan: Plan, removed: Mapping[str, int]) -> Cost:
     entries: dict[tuple[nn.Module, str], dict[int, int]] = {}  # that are taken out of each tensor, by dimension
     for reader, units in plan.coupled.items():
         for slot in units.slots:
-            entries.setdefault((slot.module, slot.name), {})[slot.dim] = slot.copies * removed.get(reader, 0)
+            copies = slot.tensor.shape[slot.dim] // units.width
+            entries.setdefault((slot.module, slot.name), {})[slot.dim] = copies * removed.get(reader, 0)
     parameters = size = multiply_adds = 0
     for (module, name), taken in entries.items():
         tensor = getattr(module, name)

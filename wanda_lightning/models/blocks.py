@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -18,23 +19,17 @@ def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> li
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    counts = _layers_inside(modules, layers)
+    # The number of distinct modules with layers inside each module.
+    names = {layer.module: layer.name.split(".") for layer in layers}.values()
+    counts = Counter(".".join(parts[:length]) for parts in names for length in range(len(parts)))
     marked = [name for name, m in modules.items() if isinstance(m, GradientCheckpointingLayer) and counts[name]]
-    listed = [name for name in _members_of_lists(modules) if counts.get(name, 0) >= 2 and name not in marked]
-    candidates = marked + [name for name in listed if not any(_overlap(name, other) for other in marked)]
+    listed = [name for name in _members_of_lists(modules) if counts[name] >= 2 and name not in marked]
+    candidates = marked + [
+        name
+        for name in listed
+        if not any(name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in marked)
+    ]
     return [name for name in candidates if not any(other.startswith(f"{name}.") for other in candidates)]
-
-
-def _layers_inside(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> dict[str, int]:
-    """Count the distinct modules with layers inside each module."""
-    counts = dict.fromkeys(modules, 0)
-    for layer in {id(layer.module): layer for layer in layers}.values():
-        parts = layer.name.split(".")
-        for length in range(len(parts)):
-            prefix = ".".join(parts[:length])
-            if prefix in counts:
-                counts[prefix] += 1
-    return counts
 
 
 def _members_of_lists(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -45,7 +40,3 @@ def _members_of_lists(modules: Mapping[str, nn.Module]) -> list[str]:
         for child, member in container.named_children()
         if not isinstance(member, nn.ModuleList | nn.Sequential)
     ]
-
-
-def _overlap(one: str, other: str) -> bool:
-    return one.startswith(f"{other}.") or other.startswith(f"{one}.")

@@ -7,34 +7,91 @@ of model families is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.core.types import Orders
+from wanda_lightning.core.types import Orders, Units
 from wanda_lightning.models.adapters import adapted_module
-from wanda_lightning.models.layers import Layer, is_plain, kind_of
+from wanda_lightning.models.layers import Layer, is_plain, whole_layer
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "v_head_dim", "d_head", "key_value_proj_dim")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 
-@dataclass(frozen=True)
-class Place:
-    """The positions of hidden units in one tensor of a module."""
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The entries of a tensor that belong to hidden units."""
 
     module: nn.Module
     name: str  # of the tensor
     dim: int  # along which the units lie
-    index: Tensor  # (heads, copies, units): heads that share their values read copies of them
+    places: Tensor | None = None  # of the units, as `index`; None if every entry is a unit
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter or buffer."""
+        found = getattr(self.module, self.name)
+        assert isinstance(found, Tensor)
+        return found
+
+    @property
+    def index(self) -> Tensor:
+        """The positions of the units, (heads, copies, units): heads that share their values read copies of them."""
+        return torch.arange(self.tensor.shape[self.dim])[None, None] if self.places is None else self.places
+
+    @property
+    def line(self) -> tuple[nn.Module, str, int]:
+        """The tensor and the dimension."""
+        return self.module, self.name, self.dim
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What equal slots have in common."""
+        places = None if self.places is None else (self.places.shape, self.places.numpy().tobytes())
+        return *self.line, places
+
+    def source(self, orders: Orders) -> Tensor:
+        """Return the old position of each entry after the units of each head are put into a new order."""
+        source, index = torch.arange(self.tensor.shape[self.dim]), self.index
+        source[index.flatten()] = index.gather(2, orders.cpu().unsqueeze(1).expand(index.shape)).flatten()
+        return source
 
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head."""
-        tensor = getattr(self.module, self.name).detach()
-        source = _sources(tensor.shape[self.dim], self.index, orders)
-        tensor.copy_(tensor.index_select(self.dim, source.to(tensor.device)))
+        tensor = self.tensor.detach()
+        tensor.copy_(tensor.index_select(self.dim, self.source(orders).to(tensor.device)))
+
+    def zero(self, units: Units) -> None:
+        """Set the entries of units to zero."""
+        self.tensor.detach().index_fill_(self.dim, self._where(units), 0)
+
+    def zeros(self) -> Units:
+        """Return which units have only zeros here."""
+        empty = (self.tensor.detach().movedim(self.dim, 0).reshape(self.tensor.shape[self.dim], -1) == 0).all(dim=1)
+        return empty.cpu()[self.index].flatten(0, 1).all(dim=0)
+
+    def taken(self, units: Units) -> Tensor:
+        """Return the tensor without the other units."""
+        new = self.tensor.detach().index_select(self.dim, self._where(units))
+        return nn.Parameter(new, self.tensor.requires_grad) if isinstance(self.tensor, nn.Parameter) else new
+
+    def _where(self, units: Units) -> Tensor:
+        return self.index[..., units.cpu()].flatten().sort().values.to(self.tensor.device)
+
+
+def replace_attributes(values: Iterable[tuple[nn.Module, str, Any]]) -> Callable[[], None]:
+    """Set attributes of modules one after the other, and return a function that undoes it."""
+    before = []
+    for module, name, value in values:
+        before.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+    torch.clear_autocast_cache()  # it holds casts of the weights
+    return partial(replace_attributes, before[::-1])  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -42,23 +99,23 @@ class HiddenUnits:
     """Hidden units, where they are written and where they are read."""
 
     reader: Layer
-    columns: Tensor  # of the reader, (heads, copies, units)
-    written: tuple[Place, ...]  # rows of the writers, and other parameters with one value for each unit
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """Everywhere that they are written and read."""
-        return *self.written, Place(self.reader.module, "weight", _dim(self.reader, of_rows=False), self.columns)
+    # Rows of the writers, other parameters with one value for each unit, and the columns of the reader.
+    slots: tuple[Slot, ...]
 
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head, in place; units stay within their head."""
-        for place in self.places:
-            place.permute(orders)
+        for slot in self.slots:
+            slot.permute(orders)
         torch.clear_autocast_cache()  # it holds casts of the weights in their old order
+
+    @property
+    def columns(self) -> Tensor:
+        """The columns of the reader, (heads, copies, units)."""
+        return self.slots[-1].index
 
     def source(self, orders: Orders) -> Tensor:
         """Return, for each column of the reader, the column that it was before `permute`."""
-        return _sources(self.reader.shape[1], self.columns, orders)
+        return self.slots[-1].source(orders)
 
 
 def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
@@ -78,33 +135,39 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
     ]
     proposed: set[object] = set()
     for scope in dict.fromkeys((parent, block)):
-        layers = [layer for module in scope.modules() if (layer := _writer(module)) and module is not reader.module]
-        for columns, written in (*_of_mlp(d_in, layers), *_of_heads(d_in, layers, block)):
-            key = tuple((id(p.module), p.name, p.index.shape, p.index.numpy().tobytes()) for p in written)
+        layers = [layer for layer in whole_layers(scope, reader) if is_plain(layer)]
+        of_mlp = ((None, written) for written in written_units(d_in, layers))
+        for columns, written in (*of_mlp, *_of_heads(d_in, layers, block)):
+            key = tuple(slot.key for slot in written)
             if key in proposed:
                 continue
             proposed.add(key)
-            yield HiddenUnits(reader, columns, written)
+            last = columns_of(reader, columns)
+            yield HiddenUnits(reader, (*written, last))
             if vectors:  # such as the weight of a norm between writer and reader
-                extra = (Place(module, name, 0, columns) for module, name in vectors)
-                yield HiddenUnits(reader, columns, (*written, *extra))
+                extra = (Slot(module, name, 0, columns) for module, name in vectors)
+                yield HiddenUnits(reader, (*written, *extra, last))
 
 
-def _of_mlp(d_in: int, layers: Sequence[Layer]) -> Iterator[tuple[Tensor, tuple[Place, ...]]]:
+def whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
+    """Return the modules that are whole layers, but not the reader."""
+    return [layer for module in scope.modules() if (layer := whole_layer(module)) and module is not reader.module]
+
+
+def written_units(width: int, layers: Sequence[Layer]) -> Iterator[tuple[Slot, ...]]:
     """Propose hidden units without heads, written by one layer or, with a gate, by two or one with twice the rows."""
-    columns = torch.arange(d_in).reshape(1, 1, d_in)
-    same = [layer for layer in layers if layer.shape[0] == d_in]
+    same = [layer for layer in layers if layer.shape[0] == width]
     for writers in (same, *([layer] for layer in same if len(same) > 1)):
         if writers:
-            yield columns, tuple(place for layer in writers for place in _rows(layer, columns))
+            yield tuple(slot for layer in writers for slot in _rows(layer))
     for layer in layers:
-        if layer.shape[0] == 2 * d_in:
-            halves = torch.arange(2 * d_in)
-            yield columns, _rows(layer, halves.reshape(1, 2, d_in))
-            yield columns, _rows(layer, halves.reshape(1, d_in, 2).transpose(1, 2))
+        if layer.shape[0] == 2 * width:
+            halves = torch.arange(2 * width)
+            yield _rows(layer, halves.reshape(1, 2, width))
+            yield _rows(layer, halves.reshape(1, width, 2).transpose(1, 2))
 
 
-def _of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[tuple[Tensor, tuple[Place, ...]]]:
+def _of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[tuple[Tensor, tuple[Slot, ...]]]:
     """Propose the values of attention heads, written by a layer of their own or together with queries and keys."""
     for size in _attributes(block, _HEAD_SIZES):
         if size < 2 or d_in % size:
@@ -123,31 +186,17 @@ def _of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[
                     yield columns, _rows(layer, torch.arange(d_out).reshape(kv_heads, 1, -1)[..., -size:])
 
 
-def _sources(size: int, index: Tensor, orders: Orders) -> Tensor:
-    """Return the old position of each of `size` entries after the units at `index` are put into a new order."""
-    source = torch.arange(size)
-    chosen = orders.cpu().unsqueeze(1).expand(index.shape)
-    source[index.flatten()] = index.gather(2, chosen).flatten()
-    return source
-
-
-def _rows(layer: Layer, index: Tensor) -> tuple[Place, ...]:
+def _rows(layer: Layer, places: Tensor | None = None) -> tuple[Slot, ...]:
     """Return the rows of a layer, and the entries of its bias."""
-    places = [Place(layer.module, "weight", _dim(layer, of_rows=True), index)]
+    slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, places)]
     if isinstance(getattr(layer.module, "bias", None), Tensor):
-        places.append(Place(layer.module, "bias", 0, index))
-    return tuple(places)
+        slots.append(Slot(layer.module, "bias", 0, places))
+    return tuple(slots)
 
 
-def _dim(layer: Layer, of_rows: bool) -> int:
-    """Return the dimension of rows or columns in the layout of the weight."""
-    return 0 if layer.kind.rows_first == of_rows else 1
-
-
-def _writer(module: nn.Module) -> Layer | None:
-    kind = kind_of(module)
-    layer = Layer("", module, kind) if kind else None
-    return layer if layer and getattr(module, "groups", 1) == 1 and is_plain(layer) else None
+def columns_of(layer: Layer, places: Tensor | None = None) -> Slot:
+    """Return the columns of a layer: its input channels."""
+    return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0, places)
 
 
 def _attributes(block: nn.Module, names: Sequence[str]) -> list[int]:

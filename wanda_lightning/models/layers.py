@@ -256,13 +256,20 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return kept[0] if kept else None
 
 
+def whole_layer(module: nn.Module) -> Layer | None:
+    """Return a module as a layer with one matrix of ordinary numbers; None if it is not one."""
+    kind = kind_of(module)
+    layer = Layer("", module, kind) if kind else None
+    return layer if layer and getattr(module, "groups", 1) == 1 and is_whole(layer) else None
+
+
+def is_whole(layer: Layer) -> bool:
+    """Whether a layer is one matrix of ordinary numbers, neither packed nor quantized."""
+    weight = layer.parameter
+    is_ordinary = type(weight) in (nn.Parameter, Tensor) and not is_packed(weight)
+    return layer.expert is None and layer.group is None and is_ordinary and not quantizer(layer.module, weight)
+
+
 def is_plain(layer: Layer) -> bool:
     """Whether a layer is one matrix of ordinary numbers, maybe as a convolution with a kernel of size 1."""
-    is_whole = layer.expert is None and layer.group is None
-    return is_whole and has_numbers(layer) and all(size == 1 for size in layer.parameter.shape[2:])
-
-
-def has_numbers(layer: Layer) -> bool:
-    """Whether the parameter of a layer holds ordinary numbers, neither packed nor quantized."""
-    weight = layer.parameter
-    return type(weight) in (nn.Parameter, Tensor) and not is_packed(weight) and not quantizer(layer.module, weight)
+    return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])

@@ -7,18 +7,16 @@ experts unroutable.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 from wanda_lightning.core.types import Units
 from wanda_lightning.models.experts import routers, stacked_experts
+from wanda_lightning.models.hidden_units import Slot, replace_attributes
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.models.removable_units import Slot
 
 _NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")  # names of attributes with the number of experts
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
@@ -41,26 +39,16 @@ class Mixture:
     def take(self, keep: Units) -> Callable[[], None]:
         """Take all other experts out, in place, and return a function that undoes it."""
         tensors = [(slot.module, slot.name, slot.taken(keep)) for slot in self.slots]
-        return _replace([*tensors, *((module, name, int(keep.sum())) for module, name in self.counters)])
+        return replace_attributes([*tensors, *((module, name, int(keep.sum())) for module, name in self.counters)])
 
     def drop_data(self) -> Callable[[], None]:
         """Move the tensors to the meta device, and return a function that undoes it."""
-        return _replace([(slot.module, slot.name, _on_meta(slot.tensor)) for slot in self.slots])
+        return replace_attributes([(slot.module, slot.name, _on_meta(slot.tensor)) for slot in self.slots])
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     moved = tensor.detach().to("meta")
     return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-
-
-def _replace(values: Iterable[tuple[nn.Module, str, Any]]) -> Callable[[], None]:
-    """Set attributes of modules, and return a function that undoes it."""
-    before = []
-    for module, name, value in values:
-        before.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-    torch.clear_autocast_cache()
-    return partial(_replace, before[::-1])  # type: ignore[return-value]
 
 
 def mixtures(model: nn.Module) -> Iterator[Mixture]:

@@ -47,8 +47,16 @@ class Processes:
         assert value >= 0, "negative values announce a failure"
         lowest = self._lowest(value)
         if lowest < 0:
-            self._fail_with(-1 - lowest)
+            rank = -1 - lowest
+            is_refusal, cause = self._broadcast((False, ""), rank)
+            failure = UserError if is_refusal else RuntimeError
+            self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
+            raise self._known_failure
         return lowest
+
+    def all_agree(self, answer: bool) -> bool:
+        """Return whether all processes answer yes; raises as `all_reduce_min` does."""
+        return bool(self.all_reduce_min(int(answer)))
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor in place with its sum over the processes, in few messages for each dtype."""
@@ -107,12 +115,6 @@ class Processes:
         tensor = torch.tensor(value, device=self._device)
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group)
         return int(tensor)
-
-    def _fail_with(self, rank: int) -> None:
-        is_refusal, cause = self._broadcast((False, ""), rank)
-        failure = UserError if is_refusal else RuntimeError
-        self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
-        raise self._known_failure
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

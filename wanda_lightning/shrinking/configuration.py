@@ -7,11 +7,14 @@ the model is built on the meta device: an attribute is right if more shapes fit.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from wanda_lightning.models.hidden_units import replace_attributes
 
 SHAPES = "shrunk_shapes"
 """Attribute of a configuration: by parameter or buffer, the shape that no other attribute says."""
@@ -21,7 +24,7 @@ FAMILY = "shrunk_family"
 """Attribute of a class in a modeling file: the class of transformers that it is made from."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-_Wrong = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by tensor: the shape as built, and the right one
+Wrong = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by tensor: the shape as built, and the right one
 
 
 def fit_configuration(model: nn.Module, is_same: Callable[[], bool] = lambda: True) -> tuple[str, Callable[[], None]]:
@@ -45,26 +48,18 @@ def fit_configuration(model: nn.Module, is_same: Callable[[], bool] = lambda: Tr
     found = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     inner = {each for outer in found for each in outer.modules() if each is not outer}
     outermost = [each for each in found if each not in inner]
-    replaced = [change for each in outermost for change in _own_configuration(each)]
-
-    def undo() -> None:
-        for module, name, old in replaced:
-            setattr(module, name, old)
-
+    undo = replace_attributes([attribute for each in outermost for attribute in _own_configuration(each)])
     return "; ".join(filter(None, (_fit(each, is_same) for each in outermost))), undo
 
 
-def _own_configuration(model: Any) -> list[tuple[nn.Module, str, Any]]:
-    """Replace the configuration of a model by a copy in all its modules; return what was replaced."""
+def _own_configuration(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield the attributes of modules that hold the configuration of a model or a part of it, each with a copy."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
-    replaced = []
     for module in model.modules():
-        for name, value in list(vars(module).items()):
+        for name, value in vars(module).items():
             if _is_configuration(value) and id(value) in copies:
-                replaced.append((module, name, value))
-                setattr(module, name, copies[id(value)])
-    return replaced
+                yield module, name, copies[id(value)]
 
 
 def family_of(model: nn.Module) -> Any:
@@ -78,17 +73,18 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     for each in (config, model.config):
         for name in {SHAPES, NUMBERS} & vars(each).keys():
             delattr(each, name)
-    target = _of_family(shapes_of(model), family, config)
-    wrong = _wrong(family, config, target)
+    built, target = _built_shapes(family, config), shapes_of(model)
+    target = {name: shape for name, shape in target.items() if name in built or not built}
+    wrong = wrong_shapes(built, target)
     while wrong:
         tried = []
-        for path, value in _options(config, _pairs(wrong)):
+        for path, value in _options(config, wrong_sizes(wrong)):
             trial = copy.deepcopy(config)
             try:
                 _set(trial, path, value)
             except Exception:  # the configuration checks the types of its attributes
                 continue
-            left = _wrong(family, trial, target)
+            left = wrong_shapes(_built_shapes(family, trial), target)
             if len(left) < len(wrong):
                 tried.append((left, path, value))
         tried.sort(key=lambda each: len(each[0]))
@@ -104,9 +100,7 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
 
 def _changes_nothing(config: Any, path: tuple[str, ...], value: Any, is_same: Callable[[], bool]) -> bool:
     """Set an attribute in the configuration of a model; put the old one back if the model then computes otherwise."""
-    owner = config
-    for each in path[:-1]:
-        owner = getattr(owner, each)
+    owner = _owner(config, path)
     before = dict(vars(owner))
     _set(config, path, value)
     try:
@@ -118,19 +112,16 @@ def _changes_nothing(config: Any, path: tuple[str, ...], value: Any, is_same: Ca
     return same
 
 
-def _store_shapes(model: Any, family: Any, wrong: _Wrong) -> str:
+def _store_shapes(model: Any, family: Any, wrong: Wrong) -> str:
     """Add the shapes to the configuration that its other attributes do not say, and the widths of modules."""
-    pairs = _pairs(wrong)
+    pairs = wrong_sizes(wrong)
     names = ", ".join(map(str, sorted({new for _, new in pairs})[:8]))
     modules = dict(_built(family, model.config).named_modules())
     numbers = {}
     for name, module in model.named_modules():
         before = vars(modules[name]) if name in modules else {}
-        widths = {key: now for key, now in vars(module).items() if type(now) is int}
-        found = {
-            key: now for key, now in widths.items() if type(before.get(key)) is int and (before[key], now) in pairs
-        }
-        if found:
+        integers = {key: now for key, now in vars(module).items() if type(now) is type(before.get(key)) is int}
+        if found := {key: now for key, now in integers.items() if (before[key], now) in pairs}:
             numbers[name] = found
     setattr(model.config, SHAPES, {name: list(right) for name, (_, right) in wrong.items()})
     setattr(model.config, NUMBERS, numbers)
@@ -161,29 +152,20 @@ def _is_configuration(value: object) -> bool:
     return isinstance(value, PretrainedConfig)
 
 
+def _owner(config: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(getattr, path[:-1], config)
+
+
 def _set(config: Any, path: tuple[str, ...], value: Any) -> None:
-    *inner, name = path
-    for each in inner:
-        config = getattr(config, each)
-    setattr(config, name, value)
+    setattr(_owner(config, path), path[-1], value)
 
 
-def _wrong(family: Any, config: Any, target: Shapes) -> _Wrong:
-    """Return the tensors that have another shape in a model that is built from a configuration."""
+def _built_shapes(family: Any, config: Any) -> Shapes:
+    """Return the shapes of a model that is built from a configuration; none if it cannot be built."""
     try:
-        built = shapes_of(_built(family, config))
+        return shapes_of(_built(family, config))
     except Exception:  # whatever the family raises for values that contradict each other
-        return {name: ((), shape) for name, shape in target.items()}
-    return {name: (built.get(name, ()), shape) for name, shape in target.items() if built.get(name) != shape}
-
-
-def _of_family(shapes: Shapes, family: Any, config: Any) -> Shapes:
-    """Return the shapes of the tensors that the family has, too, if it can be built."""
-    try:
-        built = shapes_of(_built(family, config))
-    except Exception:  # whatever the family raises
-        return shapes
-    return {name: shape for name, shape in shapes.items() if name in built}
+        return {}
 
 
 def _built(family: Any, config: Any) -> nn.Module:
@@ -199,7 +181,12 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _pairs(wrong: _Wrong) -> dict[tuple[int, int], None]:
+def wrong_shapes(built: Shapes, target: Shapes) -> Wrong:
+    """Return the tensors that have another shape in a model as built."""
+    return {name: (built.get(name, ()), shape) for name, shape in target.items() if built.get(name) != shape}
+
+
+def wrong_sizes(wrong: Wrong) -> dict[tuple[int, int], None]:
     """Return the old and new sizes of dimensions that do not fit."""
     shapes = [pair for pair in wrong.values() if len(pair[0]) == len(pair[1])]
     return dict.fromkeys((b, a) for before, after in shapes for b, a in zip(before, after, strict=True) if b != a)

@@ -6,8 +6,8 @@ was: it runs on a small batch before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,6 @@ from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_valu
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking.configuration import fit_configuration
 from wanda_lightning.shrinking.trial import Trial
-
-_Undo = Callable[[], None]
 
 
 @dataclass
@@ -95,7 +93,10 @@ def shrink(model: nn.Module, batch: Any = None, forward: Callable[[Any], object]
     Raises:
         ValueError: If the model has adapters, is sharded, or cannot run on the batch. It is unchanged then.
     """
-    return _take_out(model, batch, forward)[0]
+    with ExitStack() as undo:
+        result = _take_out(undo, model, batch, forward)
+        undo.pop_all()
+    return result
 
 
 @contextmanager
@@ -105,46 +106,15 @@ def shrunk(model: nn.Module, batch: Any = None, forward: Callable[[Any], object]
     Raises:
         ValueError: If `shrink` does, or if nothing can be removed.
     """
-    result, undo = _take_out(model, batch, forward)
-    try:
+    with ExitStack() as undo:
+        result = _take_out(undo, model, batch, forward)
         result.refuse_nothing()
         yield result
-    finally:
-        _undo_all(undo)
 
 
-def _take_out(model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> tuple[Shrunk, list[_Undo]]:
+def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Shrunk:
     refuse_no_module(model, "shrink(model)")
     check_callable(forward=forward)
-    _refuse(model)
-    before = _number_of_parameters(model)
-    search = _Search(model, Trial(model, batch, forward))
-    try:
-        with torch.no_grad():
-            units = find_layers(model).units
-            # A layer outside of all blocks has the model around it.
-            layers = [
-                (layer, model if u.module is layer.module else u.module or model) for u in units for layer in u.layers
-            ]
-            for layer, _ in layers:
-                refuse_no_values(layer)
-            for layer, block in layers:
-                search.take_out(layer, block)
-            search.check()
-            for layer, block in layers:
-                search.count(layer, block)
-        result = search.result
-        if result.layers:
-            result.misfit, undo = fit_configuration(model, search.ends_same)
-            search.undo.append(undo)
-    except BaseException:
-        _undo_all(search.undo)
-        raise
-    result.parameters = before, _number_of_parameters(model)
-    return result, search.undo
-
-
-def _refuse(model: nn.Module) -> None:
     if is_sharded(model):
         raise UserError(
             "shrink needs whole layers, but the model is sharded. Shrink it in one process, after training."
@@ -154,32 +124,47 @@ def _refuse(model: nn.Module) -> None:
             f"shrink would break adapters, which were trained for the present widths, such as that of {adapted}. "
             "Merge them first (CausalLMModule.merge(), or wanda_lightning.lora.merge(model))."
         )
-
-
-def _undo_all(undo: Sequence[_Undo]) -> None:
-    for each in reversed(undo):
-        each()
-
-
-def _number_of_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    before = sum(parameter.numel() for parameter in model.parameters())
+    search = _Search(model, Trial(model, batch, forward), undo)
+    with torch.no_grad():
+        units = find_layers(model).units
+        # A layer outside of all blocks has the model around it.
+        layers = [
+            (layer, model if u.module is layer.module else u.module or model) for u in units for layer in u.layers
+        ]
+        for layer, _ in layers:
+            refuse_no_values(layer)
+        for layer, block in layers:
+            search.take_out(layer, block)
+        if not search.ends_same():
+            raise UserError(
+                "shrink must not change what the model computes, but without its zero units its outputs on the batch "
+                "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
+            )
+        for layer, block in layers:
+            search.count(layer, block)
+    result = search.result
+    if result.layers:
+        result.misfit, put_back = fit_configuration(model, search.ends_same)
+        undo.callback(put_back)
+    result.parameters = before, sum(parameter.numel() for parameter in model.parameters())
+    return result
 
 
 class _Search:
     """Takes out the units that one layer after the other reads."""
 
-    def __init__(self, model: nn.Module, trial: Trial) -> None:
-        self.result, self.undo = Shrunk(), list[_Undo]()
-        self._trial, self._modules, self._tied = trial, named_modules(model), tied_tensors(model)
+    def __init__(self, model: nn.Module, trial: Trial, undo: ExitStack) -> None:
+        self.result = Shrunk()
+        self._trial, self._undo, self._modules, self._tied = trial, undo, named_modules(model), tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
         self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
-        self._last: RemovableUnits | None = None
 
     def take_out(self, reader: Layer, block: nn.Module) -> None:
         """Take out the units that a layer reads and that are zero on both sides."""
         is_started = False
         for units in self._candidates(reader, block):
-            columns, rows, empty = self._sides(units)
+            one_sided, empty = self._sides(units)
             if empty.all():
                 empty[0] = False  # a layer without inputs is no layer
             if not empty.any():
@@ -187,33 +172,35 @@ class _Search:
             if not is_started:
                 self._trial.start(units)
             is_started = True
-            undo = units.undo()
-            units.take(~empty)
+            undo = units.take(~empty)
             if self._trial.is_same(units):
-                self.result.one_sided += int(((columns ^ rows) & ~empty).sum())
-                return self._accept(units, int(empty.sum()), undo)
+                self._undo.callback(undo)
+                self.result.one_sided += int(one_sided.sum())
+                self.result.layers[reader.name] = units.width, int((~empty).sum())
+                self._taken |= units.lines
+                changed = {slot.module for slot in units.slots}
+                self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
+                return
             undo()
-        return None
 
     def count(self, reader: Layer, block: nn.Module) -> None:
         """Count the units that a layer reads and that stay although they are zero on both sides, or on one."""
         for units in self._candidates(reader, block):
-            columns, rows, empty = self._sides(units)
+            one_sided, empty = self._sides(units)
             if empty.any():
                 self.result.unproven += int(empty.sum())
                 return
-            found = int(((columns ^ rows) & ~empty).sum())
-            if found and units.width > 1 and self._is_right(units):
-                self.result.one_sided += found
+            if one_sided.any() and units.width > 1 and self._is_right(units):
+                self.result.one_sided += int(one_sided.sum())
                 return
 
     def _candidates(self, reader: Layer, block: nn.Module) -> Iterator[RemovableUnits]:
-        if reader.expert is not None or reader.group is not None or reader.width < 2:  # a layer keeps one unit
+        if reader.expert is not None or reader.width < 2:  # a layer keeps one unit
             return
         parent = self._modules[reader.name.rpartition(".")[0]]
         for units in removable_units(reader, parent, block):
-            slots = {(slot.module, slot.name, slot.dim) for slot in units.slots}
-            if not self._taken & slots and not any((module, name) in self._tied for module, name, _ in slots):
+            tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
+            if not tied and not self._taken & units.lines:
                 yield units
 
     def _is_right(self, units: RemovableUnits) -> bool:
@@ -227,32 +214,15 @@ class _Search:
 
     def ends_same(self) -> bool:
         """Whether the model as a whole still computes the same."""
-        return self._last is None or self._trial.ends_same(self._last)
+        return not self.result.layers or self._trial.ends_same()
 
-    def check(self) -> None:
-        """Raise an error if the model as a whole no longer computes the same."""
-        if not self.ends_same():
-            raise UserError(
-                "shrink must not change what the model computes, but without its zero units its outputs on the batch "
-                "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
-            )
-
-    def _accept(self, units: RemovableUnits, removed: int, undo: _Undo) -> None:
-        self.result.layers[units.reader.name] = units.width, units.width - removed
-        self.undo.append(undo)
-        self._last = units
-        self._taken |= {(slot.module, slot.name, slot.dim) for slot in units.slots}
-        changed = {slot.module for slot in units.slots}
-        self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
-
-    def _sides(self, units: RemovableUnits) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which units the reader does not read, which no layer writes, and which are zero on both sides."""
+    def _sides(self, units: RemovableUnits) -> tuple[Tensor, Tensor]:
+        """Return which units only the reader does not read or only no layer writes, and which are zero everywhere."""
         writers, found = {writer.module for writer in units.writers}, []
         for slot in units.sides:
-            key = slot.module, slot.name, slot.dim, slot.copies, slot.interleaved
-            if key not in self._zeros:
+            if (key := slot.key) not in self._zeros:
                 self._zeros[key] = slot.zeros()
             found.append((slot, self._zeros[key]))
-        columns = found[-1][1]
+        columns, empty = found[-1][1], torch.stack([zeros for _, zeros in found]).all(dim=0)
         rows = torch.stack([zeros for slot, zeros in found[:-1] if slot.module in writers]).all(dim=0)
-        return columns, rows, torch.stack([zeros for _, zeros in found]).all(dim=0)
+        return (columns ^ rows) & ~empty, empty

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.shrinking.configuration import Shapes, shapes_of
+from wanda_lightning.shrinking.configuration import Shapes, Wrong, shapes_of, wrong_shapes, wrong_sizes
 
 
 def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,53 +32,36 @@ def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any
         built, settings = _build(model, found)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
         return found
-    while wrong := _wrong(built, target):
-        best = _best(model, found, _options(settings, wrong, target, built), target)
-        if best is None or len(_wrong(best[1], target)) >= len(wrong):
-            raise _no_arguments(model, wrong, built, target)
-        found, built, settings = best
+    wrong = wrong_shapes(built, target)
+    while wrong:
+        best, left = None, wrong
+        for extra in _options(settings, wrong):
+            try:
+                built, others = _build(model, {**found, **extra})
+            except Exception:  # whatever the class raises for values that contradict each other
+                continue
+            if len(now := wrong_shapes(built, target)) < len(left):
+                best, left = ({**found, **extra}, others), now
+            if not left:
+                break
+        if best is None:
+            shown = ", ".join(f"{name} {list(new)} instead of {list(old)}" for name, (old, new) in [*wrong.items()][:3])
+            raise UserError(
+                f"save_pretrained writes a folder that timm.create_model can build, but no arguments of "
+                f"{type(model).__name__} give the widths of this model: {shown}{', ...' if len(wrong) > 3 else ''}. "
+                "Save it with its zeros, or keep the module in memory and export it (torch.export, ONNX), which takes "
+                "any shape."
+            )
+        (found, settings), wrong = best, left
     return found
 
 
-def _best(
-    model: Any, arguments: Mapping[str, Any], options: Iterator[dict[str, Any]], target: Shapes
-) -> tuple[dict[str, Any], Shapes, dict[str, Any]] | None:
-    """Return the arguments with which most shapes fit, these shapes, and all arguments of the class."""
-    best = None
-    for extra in options:
-        tried = {**arguments, **extra}
-        try:
-            built, settings = _build(model, tried)
-        except Exception:  # whatever the class raises for values that contradict each other
-            continue
-        if best is None or len(_wrong(built, target)) < len(_wrong(best[1], target)):
-            best = tried, built, settings
-        if not _wrong(built, target):
-            break
-    return best
-
-
-def _no_arguments(model: Any, wrong: list[str], built: Shapes, target: Shapes) -> UserError:
-    shown = ", ".join(f"{name} {list(target[name])} instead of {list(built[name])}" for name in wrong[:3])
-    return UserError(
-        f"save_pretrained writes a folder that timm.create_model can build, but no arguments of "
-        f"{type(model).__name__} give the widths of this model: {shown}{', ...' if len(wrong) > 3 else ''}. Save it "
-        "with its zeros, or keep the module in memory and export it (torch.export, ONNX), which takes any shape."
-    )
-
-
-def _options(settings: Mapping[str, Any], wrong: list[str], target: Shapes, built: Shapes) -> Iterator[dict[str, Any]]:
+def _options(settings: Mapping[str, Any], wrong: Wrong) -> Iterator[dict[str, Any]]:
     """Yield arguments of which one number, or all numbers in a list, are scaled."""
-    pairs = {
-        (before, after)
-        for name in wrong
-        if len(built.get(name, ())) == len(target[name])
-        for before, after in zip(built[name], target[name], strict=True)
-        if before != after
-    }
-    ratios = dict.fromkeys(after / before for before, after in sorted(pairs))
+    pairs = sorted(wrong_sizes(wrong))
+    ratios = dict.fromkeys(after / before for before, after in pairs)
     # A width is often int(channels * ratio): half a unit more protects it against rounding.
-    ratios |= dict.fromkeys((after + 0.5) / before for before, after in sorted(pairs))
+    ratios |= dict.fromkeys((after + 0.5) / before for before, after in pairs)
     for name, value in settings.items():
         for ratio in [*ratios, *(1 / ratio for ratio in ratios)]:
             scaled = _scaled(value, ratio)
@@ -96,10 +79,6 @@ def _scaled(value: Any, ratio: float) -> Any:
     if isinstance(value, float):
         return number
     return round(number) if abs(number - round(number)) < 1e-6 else number
-
-
-def _wrong(built: Shapes, target: Shapes) -> list[str]:
-    return [name for name, shape in target.items() if built.get(name) != shape]
 
 
 def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[Shapes, dict[str, Any]]:

@@ -106,21 +106,21 @@ class Trial:
             and _all(_same, self._before.outputs, after.outputs)
         )
 
-    def ends_same(self, units: RemovableUnits) -> bool:
+    def ends_same(self) -> bool:
         """Whether the model returns the same as at the first `start`."""
-        return self._first is None or _all(_same, self._first, self._run(units).outputs)
+        return self._first is None or _all(_same, self._first, self._run().outputs)
 
-    def _run(self, units: RemovableUnits) -> _Results:
+    def _run(self, units: RemovableUnits | None = None) -> _Results:
         results = _Results([], [], set())
 
         def enter(module: nn.Module, _: object, output: object) -> None:
             results.called.add(module)
-            if module is units.reader.module and isinstance(output, Tensor):
+            if units and module is units.reader.module and isinstance(output, Tensor):
                 results.read.append(output.clone())
 
         with ExitStack() as hooks, _evaluating(self._model), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # of models that draw numbers in evaluation, too
-            for module in _layers(units):
+            for module in _layers(units) if units else ():
                 hooks.callback(module.register_forward_hook(enter).remove)
             output = self._forward(self._batch)
         results.outputs = [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

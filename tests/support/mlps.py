@@ -1,0 +1,21 @@
+"""Residual MLPs whose hidden units are apart from each other, unless something between the layers mixes them."""
+
+from functools import partial
+
+from torch import nn
+from torch.nn import functional as F
+
+MIXING = {"LayerNorm": nn.LayerNorm, "GroupNorm": partial(nn.GroupNorm, 4), "Softmax": lambda width: nn.Softmax(-1)}
+"""Layers, by their width, whose outputs depend on all inputs."""
+
+
+class Mlp(nn.Module):
+    """A residual MLP with something between its layers, and a small branch."""
+
+    def __init__(self, between=None, scale=1.0, width=64, size=32):
+        super().__init__()
+        self.up, self.down = nn.Linear(size, width), nn.Linear(width, size)
+        self.between, self.scale = between or nn.Identity(), scale
+
+    def forward(self, x):
+        return x + self.scale * self.down(self.between(F.gelu(self.up(x))))
