@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import nn
 
 from wanda_lightning import CausalLMModule, Magnitude, prune
-from wanda_lightning.training.held_zeros import HeldZeros
 from wanda_lightning.lora import KeepZerosLoraConfig
+from wanda_lightning.training.held_zeros import HeldZeros
 
 ADAPTERS = {
     "q_proj, v_proj, dropout 0.05": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05},

@@ -45,6 +45,7 @@ PROMPT, NEW = 128, 4  # tokens
 Measured = dict[str, float]
 Change = Callable[[nn.Module], nn.Module]
 SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
+BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
 WIDTHS = ("12.5", "25", "50")
 PEER = "Torch-Pruning"
 
@@ -196,7 +197,7 @@ def common_rows(batches: list[Any], forward: Callable[[nn.Module, Any], object])
         return quantized(model, bits) if bits else model
 
     widths = [Row("structured", partial(narrower, goal), goal, units=True) for goal in WIDTHS]
-    fisher = partial(narrower, allocation=Fisher(num_samples=8, num_predictions=4096))
+    fisher = partial(narrower, allocation=BY_LOSS)
     return [
         Row("dense", lambda model: model),
         Row("bfloat16", lambda model: model.bfloat16()),
@@ -229,7 +230,7 @@ def text(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
 
     def distilled(goal: str, model: Any) -> nn.Module:
         dense = copy.deepcopy(model)
-        chosen = {"pattern": "structured", "allocation": Fisher(num_samples=8, num_predictions=4096), "forward": partial(forward, model)}
+        chosen = {"pattern": "structured", "allocation": BY_LOSS, "forward": partial(forward, model)}
         prune(model, batches, float(goal) / 100, **chosen, progress=False)
         own = CausalLMModule(model, tokenizer=module.tokenizer, lr=options.lr, lr_decay=True)
         fit(own, data, DistillFromDense(dense, weight=1.0), gradient_clip_val=1.0)
