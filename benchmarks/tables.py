@@ -498,7 +498,7 @@ def _worth_of(results: Sequence[Result]) -> str:
 
 def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
     """Return the rows of one model, with the columns that were measured."""
-    shown = [WORTH[name] for name in columns if name in results[0].measured]
+    shown = [WORTH[name] for name in columns if any(name in result.measured for result in results)]
     rows = [[_worth_name(result), *(cell(result) for _, cell in shown)] for result in by_worth(results)]
     return markdown(("", *(heading for heading, _ in shown)), rows)
 

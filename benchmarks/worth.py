@@ -139,6 +139,8 @@ class Comparison:
         model = models[0].eval()
         with torch.no_grad():
             measured = {"seconds": duration, **self._quality(model), **size_of(model)}
+            if not self._rounds:
+                return measured
             for name, clock in self._clocks.items():
                 dense, own = medians(partial(clock, self.dense), partial(clock, model), runs=self._rounds)
                 measured[name] = dense / own
@@ -337,7 +339,7 @@ def main() -> None:
     parser.add_argument("--train_windows", type=int, default=384, help="windows of the calibration text to train on")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of this training")
     parser.add_argument("--rows", nargs="+", help="only these methods")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=2, help="0 measures no speeds and no memory")
     parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
     options = parser.parse_args()
     options.nsamples = options.nsamples or (128 if options.images else 16)

@@ -86,9 +86,9 @@ class Plan:
 
     def fitted_bias(self, layer: Layer) -> Tensor | None:
         """Return the bias of a layer if the solver fits it, too; not one that is shared or sharded."""
-        if not self.config.solver.intercept or (bias := layer.bias) is None or isinstance(layer.parameter, DTensor):
+        if not self.config.solver.intercept or isinstance(layer.parameter, DTensor):
             return None
-        return None if (layer.module, "bias") in self._tied else bias.detach()
+        return None if (layer.module, layer.bias_name) in self._tied else layer.bias
 
     @property
     def unit_columns(self) -> dict[str, int]:

@@ -198,10 +198,16 @@ class Layer:
         return self.part(local(self.parameter.detach()))
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias; None if it has none, or if the module holds other matrices with other biases."""
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, nn.Parameter) and self.expert is None and self.group is None else None
+    def bias_name(self) -> str:
+        """The name that the parameter with the bias has, if there is one; experts have one row each."""
+        return "bias" if self.expert is None else f"{self.parameter_name}_bias"
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, (d_out,), without gradients; None if there is none."""
+        bias = getattr(self.module, self.bias_name, None)
+        part = self.part(local(bias.detach())) if isinstance(bias, nn.Parameter) else None
+        return part if part is not None and tuple(part.shape) == self.shape[:1] else None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
