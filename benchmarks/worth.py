@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, help="default 16; with --images 128")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
-    parser.add_argument("--train_windows", type=int, default=384, help="windows of the calibration text to train on")
+    parser.add_argument("--train_windows", type=int, default=128, help="windows of the calibration text to train on")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of this training")
     parser.add_argument("--rows", nargs="+", help="only these methods")
     parser.add_argument("--runs", type=int, default=2, help="0 measures no speeds and no memory")

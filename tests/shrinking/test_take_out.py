@@ -226,6 +226,16 @@ def test_a_model_that_shrink_cannot_call_needs_a_batch():
     assert wl.shrink(model, {"x": X}, forward=lambda batch: model(batch["x"])).units == 6
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_for_images_with_other_channels_needs_no_batch(channels):
+    model = timm.create_model("convnext_atto", num_classes=10, in_chans=channels, **IMAGES["convnext"][1]).eval()
+    images = torch.randn(4, channels, 32, 32)
+    wl.prune(model, [images], 0.5, pattern="structured", progress=False)
+    expected = model(images).detach()
+    assert wl.shrink(model).layers
+    torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_adapters_are_refused():
     peft = pytest.importorskip("peft")
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA))

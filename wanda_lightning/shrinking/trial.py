@@ -37,7 +37,10 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
     shape = tuple(settings["input_size"])
     built_for = next((size for m in model.modules() if isinstance(size := getattr(m, "img_size", None), tuple)), None)
     built_for = (image_size, image_size) if isinstance(image_size, int) else image_size or built_for
-    return _noise(model, (2, shape[0], *(built_for or shape[1:])))
+    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), shape[0])
+    # Built with `in_chans`; a multiple of the channels may be whole pixels that the model puts side by side first.
+    channels = stem if stem % shape[0] else shape[0]
+    return _noise(model, (2, channels, *(built_for or shape[1:])))
 
 
 def _noise(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
