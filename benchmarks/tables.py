@@ -14,6 +14,9 @@ from result import OURS, Result, Samples, read_table
 ROOT = Path(__file__).parents[1]
 LABELS: Mapping[str, str] = {
     "dense": "dense",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "int4": "int4",
     "magnitude": "magnitude",
     "wanda": "Wanda",
     "wanda, row": "Wanda, within a row",
@@ -42,9 +45,6 @@ LABELS: Mapping[str, str] = {
     "thorough": "`thorough`",
     "fixed": "then `DistillFromDense`",
     "trained longer": "dense, trained as long",
-    "bfloat16": "bfloat16",
-    "int8": "int8",
-    "int4": "int4",
     "structured": "units",
     "structured, fisher": "units, by the loss",
     "GroupMagnitude": "units, by Torch-Pruning",
