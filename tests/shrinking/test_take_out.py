@@ -12,6 +12,7 @@ from support.mlps import MIXING, Mlp
 from torch import nn
 
 import wanda_lightning as wl
+from wanda_lightning.shrinking.trial import Trial
 
 IMAGES = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}),
@@ -234,6 +235,22 @@ def test_a_model_for_images_with_other_channels_needs_no_batch(channels):
     expected = model(images).detach()
     assert wl.shrink(model).layers
     torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
+    model, images = pruned_image_model("convnext")
+    before, calls = copy.deepcopy(model.state_dict()), []
+
+    def interrupted(trial, units):
+        calls.append(units)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(Trial, "is_same", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wl.shrink(model, images)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_adapters_are_refused():

@@ -172,16 +172,17 @@ class _Search:
             if not is_started:
                 self._trial.start(units)
             is_started = True
-            undo = units.take(~empty)
-            if self._trial.is_same(units):
-                self._undo.callback(undo)
-                self.result.one_sided += int(one_sided.sum())
-                self.result.layers[reader.name] = units.width, int((~empty).sum())
-                self._taken |= units.lines
-                changed = {slot.module for slot in units.slots}
-                self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
-                return
-            undo()
+            with ExitStack() as undo:
+                undo.callback(units.take(~empty))
+                if not self._trial.is_same(units):
+                    continue
+                self._undo.enter_context(undo.pop_all())
+            self.result.one_sided += int(one_sided.sum())
+            self.result.layers[reader.name] = units.width, int((~empty).sum())
+            self._taken |= units.lines
+            changed = {slot.module for slot in units.slots}
+            self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
+            return
 
     def count(self, reader: Layer, block: nn.Module) -> None:
         """Count the units that a layer reads and that stay although they are zero on both sides, or on one."""

@@ -111,8 +111,11 @@ def _to_solve(layers: Sequence[Layer], config: PruningConfig) -> int:
     def inputs_of(layer: Layer) -> tuple[str, int]:  # the same for most layers of one module with the same width
         return (layer.name if layer.siblings else layer.name.rpartition(".")[0]), layer.shape[1]
 
-    groups = grouped(layers, inputs_of).items()
-    return _FLOAT32 * max(config.solver.workspace([x.shape[0] for x in group], d_in) for (_, d_in), group in groups)
+    def numbers(group: Sequence[Layer], d_in: int) -> int:
+        centers = config.solver.intercept and any(layer.bias is not None for layer in group)  # a second Gram matrix
+        return config.solver.workspace([layer.shape[0] for layer in group], d_in) + centers * d_in**2
+
+    return _FLOAT32 * max(numbers(group, d_in) for (_, d_in), group in grouped(layers, inputs_of).items())
 
 
 def _to_permute(inventory: Inventory, config: PruningConfig, length: int, size: int) -> int:
