@@ -111,7 +111,8 @@ class PruningConfig:
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
                 groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-                layers (`layer`) or nothing (`none`). The usual default `auto` is none for image models, else block.
+                layers (`layer`) or nothing (`none`). The usual default `auto` is none for image models, layer for
+                structured patterns, else block.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
                 order of their rows.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.

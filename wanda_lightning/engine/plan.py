@@ -195,10 +195,15 @@ class Plan:
 
 
 def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
-    """Return the choices for one model: `sequential="auto"` becomes `"none"` for image models, else `"block"`."""
+    """Return the choices for one model, with a value for `sequential="auto"`.
+
+    It is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned: a block usually
+    has one layer that reads units, so the statistics are the same, in one pass instead of two.
+    """
     if config.sequential != "auto":
         return config
-    return replace(config, sequential="none" if reads_images(model) else "block")
+    stops = "layer" if config.pattern.prunes_units else "block"
+    return replace(config, sequential="none" if reads_images(model) else stops)
 
 
 def make_plan(
