@@ -197,7 +197,7 @@ class PruningConfig:
     @property
     def reads_gradients(self) -> bool:
         """Whether a backward pass of the dense model is needed, for the allocation or the pattern."""
-        return self.allocation.reads_gradients or self.pattern.weigh_rows
+        return self.allocation.reads_gradients or self.pattern.weigh_rows is not False
 
     @property
     def data_reader(self) -> str | None:
@@ -205,7 +205,7 @@ class PruningConfig:
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
         reading = ["pattern"] if self.pattern.drops_experts else []
         reading += [option for option in choices if _reads_data(getattr(self, option))]
-        reading += ["pattern"] if self.pattern.weigh_rows or self.pattern.prunes_units else []
+        reading += ["pattern"] if self.pattern.weigh_rows is not False or self.pattern.prunes_units else []
         return self.shown(reading[0]) if reading else None
 
     def scaled(self, fraction: float) -> PruningConfig:

@@ -28,7 +28,7 @@ PARKING = ("memory", "cpu", "disk")
 PATTERNS: Mapping[str, Callable[[], Pattern]] = {
     "unstructured_row": lambda: wl.Unstructured(group="row"),
     "unstructured_layer": lambda: wl.Unstructured(group="layer"),
-    "unstructured_layer_weighted": lambda: wl.Unstructured(group="layer", weigh_rows=True),
+    "unstructured_layer_weighted": lambda: wl.Unstructured(group="layer", weigh_rows=None),
     "equal_share": lambda: wl.EqualShare(),
     "structured": lambda: wl.Structured(),
     "experts": lambda: wl.Experts(),

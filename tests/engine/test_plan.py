@@ -22,6 +22,7 @@ from wanda_lightning import (
     MagnitudePrune,
     PerLayer,
     PruningConfig,
+    Unstructured,
     WandaPrune,
     prune,
 )
@@ -58,6 +59,19 @@ def test_blocks_do_not_depend_on_where_batches_stop():
     ]
     assert blocks[0] == blocks[1] == blocks[2]
     assert blocks[0]["model.layers.1.mlp.up_proj"] == "model.layers.1"
+
+
+@pytest.mark.parametrize(("name", "weighed"), [("llama", True), ("vit", False), ("convnext", False)])
+def test_rows_are_weighed_except_in_image_models(name, weighed):
+    plan = make_plan(PruningConfig.from_names(method="best"), ZOO[name].build())
+    assert plan.config.pattern == Unstructured("layer", weigh_rows=weighed) and plan.preset == "best"
+    forced = Unstructured("layer", weigh_rows=True)
+    assert make_plan(PruningConfig.from_names(method="best", pattern=forced), ZOO[name].build()).config.pattern == forced
+
+
+@pytest.mark.parametrize(("name", "stops"), [("llama", "layer"), ("vit", "none")])
+def test_whole_units_are_pruned_in_one_pass(name, stops):
+    assert make_plan(PruningConfig.from_names(pattern="structured"), ZOO[name].build()).config.sequential == stops
 
 
 def test_only_that_names_a_head_says_why_it_is_not_pruned():

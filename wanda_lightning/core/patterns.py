@@ -44,12 +44,13 @@ class Pattern(ABC):
     """Structure of the zeros of a layer: where they may be, and how many there are.
 
     Attributes:
-        weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared.
+        weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared;
+            None if the model decides.
         prunes_units: Whether zeros fill whole columns, and the rows of other layers that write what these columns read.
         drops_experts: Whether whole experts leave the model instead of weights that become zero.
     """
 
-    weigh_rows: bool = False
+    weigh_rows: bool | None = False
     prunes_units: ClassVar[bool] = False
     drops_experts: ClassVar[bool] = False
 
@@ -109,14 +110,15 @@ class Unstructured(Pattern):
         group: Which weights are compared: those in each row (the Wanda paper's choice), or all weights of the layer.
         weigh_rows: Scale the scores of each row by the root mean square of the gradients at its output, so that
             rows on which the predictions depend more keep more weights. It costs one backward pass of the dense model.
+            None does so except for image models, where it does not pay.
     """
 
     group: Literal["row", "layer"] = "row"
-    weigh_rows: bool = field(default=False, kw_only=True)
+    weigh_rows: bool | None = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check(self, group=_GROUP)
-        if self.weigh_rows and self.group == "row":
+        if self.weigh_rows is not False and self.group == "row":
             raise UserError(
                 "weigh_rows of Unstructured must be False for group='row', which compares the weights of one row only. "
                 "Use group='layer'."

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer, UnitLayer
-from wanda_lightning.core.patterns import Structured
+from wanda_lightning.core.patterns import Structured, Unstructured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import RowWeights
@@ -37,7 +37,7 @@ Selections = Mapping[str, Selection]  # by layer
 class Plan:
     """A model with its layers grouped into units, and the choices and processes that prune it."""
 
-    config: PruningConfig  # for this model: `sequential` is not "auto"
+    config: PruningConfig  # for this model, see `config_for`
     model: nn.Module
     processes: Processes
     inventory: Inventory
@@ -45,6 +45,7 @@ class Plan:
     coupled: Mapping[str, RemovableUnits] = field(default_factory=dict)
     # At how many positions of an image the modules with these units compute, if the model reads images.
     positions: Mapping[nn.Module, int] = field(default_factory=dict)
+    preset: str = ""  # the name for these choices, before the model decided about any
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -195,15 +196,17 @@ class Plan:
 
 
 def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
-    """Return the choices for one model, with a value for `sequential="auto"`.
+    """Return the choices for one model, which decides about `sequential="auto"` and `weigh_rows=None`.
 
-    It is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned: a block usually
-    has one layer that reads units, so the statistics are the same, in one pass instead of two.
+    The former is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned: a block
+    usually has one layer that reads units, so the statistics are the same, in one pass instead of two.
     """
-    if config.sequential != "auto":
-        return config
-    stops = "layer" if config.pattern.prunes_units else "block"
-    return replace(config, sequential="none" if reads_images(model) else stops)
+    is_image, pattern, sequential = reads_images(model), config.pattern, config.sequential
+    if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
+        pattern = replace(pattern, weigh_rows=not is_image)
+    if sequential == "auto":
+        sequential = "none" if is_image else "layer" if pattern.prunes_units else "block"
+    return replace(config, pattern=pattern, sequential=sequential)
 
 
 def make_plan(
@@ -216,11 +219,11 @@ def make_plan(
     """
     refuse_no_module(model, "prune(model, batches)")
     reshard(model)
-    config = config_for(config, model)
+    preset, config = config.preset, config_for(config, model)
     # Blocks are loaded one at a time, also to be pruned with statistics of the dense model.
     stops = "block" if config.sequential == "none" and not has_weights else config.sequential
     inventory = find_layers(model, stops, config.skip, config.only, config.include_grouped, config.pattern)
-    plan = Plan(config, model, processes, inventory)
+    plan = Plan(config, model, processes, inventory, preset=preset)
     if is_sharded(model):
         config.recovery.check_sharded()
     with torch.inference_mode(False), torch.no_grad():

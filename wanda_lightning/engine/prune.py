@@ -112,7 +112,7 @@ def prune_as(
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader, store.make_parking)
         run = Run(plan, samples, store, progress and processes.rank == 0, seconds, not_corrected=not_corrected)
-        allocate_first = (not plan.is_one_pass or config.reads_gradients) and not config.pattern.drops_experts
+        allocate_first = (not plan.is_one_pass or plan.config.reads_gradients) and not config.pattern.drops_experts
         if config.data_reader and (allocate_first or config.recovery.reads_batches):
             samples.read_all(run.progress)  # the batches run several times, or side by side
     if config.pattern.drops_experts:

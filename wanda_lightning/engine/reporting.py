@@ -62,7 +62,7 @@ def make_report(run: Run) -> PruningReport:
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
         seconds=run.seconds,
-        config={"preset": plan.config.preset, **plan.config.describe(), "calibration_batches": run.samples.total},
+        config={"preset": plan.preset, **plan.config.describe(), "calibration_batches": run.samples.total},
         notes=[note.text for note in notes],
         training=run.training,
     )
