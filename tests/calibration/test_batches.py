@@ -12,7 +12,7 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.batches import forward_batch, is_even, map_tensors
+from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, map_tensors
 from wanda_lightning.calibration.samples import Samples, fit_together
 from wanda_lightning.parallel import SINGLE_PROCESS
 
@@ -150,6 +150,38 @@ def test_which_batches_can_be_split():
     assert not is_even({"x": x, "texts": ["a", "b"]})
     assert not is_even((x, [3, 4]))
     assert not is_even(["a"])
+
+
+IMAGES = [torch.ones(3, 8, 8), torch.ones(3, 6, 9)]
+BOXES = [{"boxes": torch.ones(3, 4)}, {"boxes": torch.ones(3, 4)}]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [(IMAGES, BOXES), [tuple(IMAGES), tuple(BOXES)], (IMAGES,), {"images": IMAGES, "targets": BOXES, "scale": 2}],
+    ids=["pair", "tuples", "alone", "mapping"],
+)
+def test_a_list_of_images_is_one_sample_for_each_image_and_not_divided(batch):
+    assert batch_size(batch) == 2
+    assert not is_even(batch)
+    _, (sample,) = samples_of(batch)
+    assert sample.size == 2
+    assert sample.predict() is batch
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [torch.ones(3, 8, 8), torch.ones(3, 8, 8)],
+        ((torch.ones(3, 8, 8), torch.ones(3, 8, 8)), torch.ones(3)),
+        {"x": [torch.ones(3, 8, 8)], "y": torch.ones(3)},
+        ([torch.ones(3, 8), torch.ones(3, 8)],),
+    ],
+    ids=["columns", "columns beside labels", "mapping", "two dimensions"],
+)
+def test_columns_are_no_images(batch):
+    assert batch_size(batch) == 3
+    assert is_even(batch)
 
 
 def samples_of(*batches, forward=lambda batch: batch):

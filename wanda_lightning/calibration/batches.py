@@ -99,17 +99,38 @@ def tensors_of(batch: Any) -> list[Tensor]:
 # Tensors to which transformers gives one row for each sample.
 _ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
 
+_CHANNELS = 4  # of an image, at most
+
+
+def _images(batch: Any) -> Sequence[Tensor]:
+    """Return the images of a batch for a detector, such as `(images, targets)`; none for any other batch.
+
+    They form a list of tensors (channels, height, width), and all other tensors are in lists, too.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    if any(isinstance(value, Tensor) and value.ndim for value in values):  # then lists hold columns
+        return ()
+    lists = (value for value in values if isinstance(value, tuple | list))
+    return next((each for each in lists if all(_is_image(image) for image in each)), ())
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and len(value) <= _CHANNELS
+
 
 def batch_size(batch: Any) -> int:
     """Return the number of samples in a batch.
 
-    This is the most common length of its tensors. Some tensors may have another length: `pixel_values` may have one row
-    for each patch and `image_grid_thw` one for each image. If several lengths are equally common, the length of a
-    tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the length of the first tensor.
+    This is the number of images in a list, or else the most common length of the batch's tensors. Some tensors may have
+    another length: `pixel_values` may have one row for each patch and `image_grid_thw` one for each image. If several
+    lengths are equally common, the length of a tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the
+    length of the first tensor.
 
     Raises:
         ValueError: If the batch has no tensor with at least one dimension.
     """
+    if images := _images(batch):
+        return len(images)
     lengths = Counter(len(tensor) for tensor in tensors_of(batch))
     if not lengths:
         raise UserError(f"batches must hold tensors, but one is of class {type(batch).__name__} without any.")
@@ -119,8 +140,12 @@ def batch_size(batch: Any) -> int:
 
 
 def is_even(batch: Any) -> bool:
-    """Whether a batch can be split: all its tensors have the same length, and it has no lists without tensors."""
-    return len({len(tensor) for tensor in tensors_of(batch)}) == 1 and not _has_column(batch)
+    """Whether a batch can be split: all its tensors have the same length.
+
+    It must not have a list of images, whose length is their number of channels, or a list without tensors.
+    """
+    lengths = {len(tensor) for tensor in tensors_of(batch)}
+    return len(lengths) == 1 and not _images(batch) and not _has_column(batch)
 
 
 def _has_column(batch: Any) -> bool:
