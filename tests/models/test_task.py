@@ -91,8 +91,14 @@ def test_choices_that_are_made_win(name, choices, sequential):
         (torch.zeros(2, 5, 4, 4), False),
         ({"logits": torch.zeros(2, 5, 4, 4)}, True),
         ({"logits": torch.zeros(2, 1, 4, 4)}, False),
+        ({"out": torch.zeros(2, 5, 4, 4), "aux": torch.zeros(2, 3, 4, 4)}, True),
+        ({"boxes": torch.zeros(2, 4)}, False),
+        ([{"boxes": torch.zeros(2, 4)}], False),
     ],
-    ids=["classes", "one_class", "sequence", "tuple", "tokens", "image", "segmentation", "one_class_of_pixels"],
+    ids=[
+        *("classes", "one_class", "sequence", "tuple", "tokens", "image", "segmentation", "one_class_of_pixels"),
+        *("segmentation of torchvision", "boxes", "boxes of each image"),
+    ],
 )
 def test_which_outputs_are_classes(output, expected):
     assert has_classes(output) is expected

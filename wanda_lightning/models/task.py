@@ -26,10 +26,14 @@ def reads_images(model: nn.Module) -> bool:
 def find_predictions(output: object) -> Tensor | None:
     """Return the logits of an output, or the output if it is a tensor, with the classes in the last dimension.
 
-    If there are four or more dimensions, as in (samples, classes, height, width), the classes are in dimension 1 of the
-    output, as for torch's `cross_entropy`. The result is None if there are no predictions.
+    In a mapping, the logits are named `logits`, or `out` as by torchvision's segmentation models. If there are four or
+    more dimensions, as in (samples, classes, height, width), the classes are in dimension 1 of the output, as for
+    torch's `cross_entropy`. The result is None if there are no predictions.
     """
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(output, Mapping):
+        found = output.get("logits", output.get("out"))
+    else:
+        found = getattr(output, "logits", output)
     if isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
@@ -38,7 +42,7 @@ def find_predictions(output: object) -> Tensor | None:
 
 
 def has_classes(output: object) -> bool:
-    """Return whether an output holds logits of classes: a matrix of at least two columns, or anything named `logits`.
+    """Return whether an output holds logits of classes: a matrix of at least two columns, or whatever has their name.
 
     Other tensors, such as images, may hold numbers.
     """
