@@ -1,14 +1,19 @@
 """The correction of BatchNorm statistics, against a slow version that keeps all inputs of all layers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from support.detectors import retinanet, scenes
+from support.families import _double
 from support.pair_cases import prune_batch_norms
-from support.zoo import ZOO
+from support.zoo import ZOO, seeded
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+from torchvision.ops import FrozenBatchNorm2d
 
 from wanda_lightning import Distil, PruningConfig, prune
 from wanda_lightning.calibration.observer import PassiveCalibration
@@ -127,6 +132,20 @@ def test_it_equals_the_slow_version(name, choices, at_once, monkeypatch):
     ]
     assert not any(module._forward_pre_hooks for module in corrected.modules())
     assert all(a.training == b.training for a, b in zip(dense.modules(), corrected.modules(), strict=True))
+
+
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_it_equals_the_slow_version_in_a_detector(norm_layer):
+    """Its batches are lists of images of different sizes, and its layers are frozen if its weights were trained."""
+    dense = seeded(partial(retinanet, norm_layer)).double()
+    batches = tree_map_only(torch.Tensor, _double, scenes(2, 3))
+    for layer in batch_norm_layers(dense):
+        layer.running_mean.normal_(generator=torch.Generator().manual_seed(2))
+    without, corrected, report = both(dense, batches, method="magnitude")
+    assert same(without, dense)
+    assert not same(corrected, dense)
+    close(corrected, slow(dense, without, [lambda model, x=x: model(x[0]) for x in batches]))
+    assert notes(report)[0].startswith(f"the statistics of {len(statistics(dense))} BatchNorm layers are corrected")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -162,8 +162,11 @@ def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], lis
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the BatchNorm layers that normalize by running statistics in evaluation mode."""
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    """Return the BatchNorm layers that normalize by running statistics in evaluation mode.
+
+    The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) or "FrozenBatchNorm" in type(m).__name__]
     return [
         layer
         for layer in layers
@@ -172,10 +175,10 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    assert isinstance(layer, _BatchNorm)
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
+    mean, variance = layer.running_mean, layer.running_var
+    assert isinstance(mean, Tensor)
+    assert isinstance(variance, Tensor)
+    return mean, variance
 
 
 def _sums(inputs: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+"""Small detectors and segmentation models of torchvision, with random weights, and batches for them."""
+
+from functools import partial
+
+import torch
+from support.zoo import seeded
+from torch import nn
+from torchvision.models import detection, mobilenet_v2, segmentation
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.models.segmentation.lraspp import LRASPP
+from torchvision.ops import MultiScaleRoIAlign
+
+CLASSES = 3
+WIDTH = 32  # of the feature pyramid
+LEVELS = {"3": "0", "5": "1", "7": "2"}  # of the backbone, by their names in the pyramid
+BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 2, 2], [6, 24, 2, 2]]  # expansion, channels, number, stride
+SMALL = {"min_size": 64, "max_size": 128}
+NO_WEIGHTS = {"weights": None, "weights_backbone": None}
+
+
+def features(norm_layer=nn.BatchNorm2d):
+    return mobilenet_v2(weights=None, inverted_residual_setting=BLOCKS, norm_layer=norm_layer).features[:8]
+
+
+def pyramid(norm_layer=nn.BatchNorm2d):
+    return BackboneWithFPN(features(norm_layer), LEVELS, [8, 16, 24], WIDTH)
+
+
+def anchors(*sizes):
+    return AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0),) * len(sizes))
+
+
+def two_stages(cls=detection.FasterRCNN, norm_layer=nn.BatchNorm2d, **more):
+    pool = partial(MultiScaleRoIAlign, ["0", "1", "2"], sampling_ratio=2)
+    if cls is detection.MaskRCNN:
+        more |= {"mask_roi_pool": pool(output_size=4), "mask_head": MaskRCNNHeads(WIDTH, (16, 16), 1)}
+        more |= {"mask_predictor": MaskRCNNPredictor(16, 16, CLASSES)}
+    return cls(
+        pyramid(norm_layer),
+        rpn_anchor_generator=anchors(8, 16, 32, 64),
+        rpn_post_nms_top_n_test=20,
+        rpn_post_nms_top_n_train=20,
+        box_roi_pool=pool(output_size=3),
+        box_head=TwoMLPHead(WIDTH * 3 * 3, 32),
+        box_predictor=FastRCNNPredictor(32, CLASSES),
+        box_score_thresh=0.0,  # random weights find nothing that they are sure of
+        **SMALL,
+        **more,
+    )
+
+
+def retinanet(norm_layer=nn.BatchNorm2d):
+    return detection.RetinaNet(
+        pyramid(norm_layer), CLASSES, anchor_generator=anchors(8, 16, 32, 64), score_thresh=0.0, **SMALL
+    )
+
+
+def fcos():
+    generator = AnchorGenerator(((8,), (16,), (32,), (64,)), ((1.0,),) * 4)
+    return detection.FCOS(pyramid(), CLASSES, anchor_generator=generator, score_thresh=0.0, **SMALL)
+
+
+def segmenter(cls, head):
+    return cls(IntermediateLayerGetter(features(), {"7": "out"}), head(24, CLASSES), None)
+
+
+def lraspp():
+    return LRASPP(IntermediateLayerGetter(features(), {"5": "low", "7": "high"}), 16, 24, CLASSES, 16)
+
+
+DETECTORS = {
+    "faster_rcnn": two_stages,
+    "mask_rcnn": partial(two_stages, detection.MaskRCNN),
+    "retinanet": retinanet,
+    "fcos": fcos,
+    "ssdlite": partial(
+        detection.ssdlite320_mobilenet_v3_large,
+        **NO_WEIGHTS,
+        num_classes=CLASSES,
+        width_mult=0.25,
+        score_thresh=0.0,
+        norm_layer=partial(nn.BatchNorm2d, momentum=None),
+    ),
+}
+SEGMENTERS = {
+    "lraspp": lraspp,
+    "fcn": partial(segmenter, segmentation.FCN, FCNHead),
+    "deeplabv3": partial(segmenter, segmentation.DeepLabV3, DeepLabHead),
+}
+USUAL = {  # as users build them, with millions of weights
+    "fasterrcnn_mobilenet_v3_large_320_fpn": partial(
+        detection.fasterrcnn_mobilenet_v3_large_320_fpn, **NO_WEIGHTS, box_score_thresh=0.0, **SMALL
+    ),
+    "fasterrcnn_resnet50_fpn": partial(detection.fasterrcnn_resnet50_fpn, **NO_WEIGHTS, box_score_thresh=0.0, **SMALL),
+    "maskrcnn_resnet50_fpn": partial(detection.maskrcnn_resnet50_fpn, **NO_WEIGHTS, box_score_thresh=0.0, **SMALL),
+    "retinanet_resnet50_fpn": partial(detection.retinanet_resnet50_fpn, **NO_WEIGHTS, score_thresh=0.0, **SMALL),
+    "fcos_resnet50_fpn": partial(detection.fcos_resnet50_fpn, **NO_WEIGHTS, score_thresh=0.0, **SMALL),
+    "ssdlite320_mobilenet_v3_large": partial(detection.ssdlite320_mobilenet_v3_large, **NO_WEIGHTS),
+    "deeplabv3_mobilenet_v3_large": partial(segmentation.deeplabv3_mobilenet_v3_large, **NO_WEIGHTS),
+    "lraspp_mobilenet_v3_large": partial(segmentation.lraspp_mobilenet_v3_large, **NO_WEIGHTS),
+    "fcn_resnet50": partial(segmentation.fcn_resnet50, **NO_WEIGHTS),
+}
+
+
+def build(name):
+    """Return a model in evaluation mode, with the same random weights every time."""
+    model = seeded({**DETECTORS, **SEGMENTERS, **USUAL}[name])
+    if name == "ssdlite":  # without statistics for BatchNorm, the numbers in its last layers are too small for float32
+        with torch.no_grad():
+            model.train()(*scenes(2)[0])
+    return model.eval()
+
+
+def finds_boxes(name):
+    return name in DETECTORS or "rcnn" in name or name.startswith(("retinanet", "fcos", "ssd"))
+
+
+def scenes(*sizes, seed=1, height=64):
+    """Batches of images of different sizes, each with one box, as torchvision's `tuple(zip(*samples))` makes them."""
+    random = torch.Generator().manual_seed(seed)
+    batches = []
+    for size in sizes:
+        images = tuple(torch.rand(3, height, height + 16 * (n % 2), generator=random) for n in range(size))
+        targets = tuple(target(image) for image in images)
+        batches.append((images, targets))
+    return batches
+
+
+def target(image):
+    mask = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
+    mask[:, 8:40, 8:48] = 1
+    return {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1]), "masks": mask}
+
+
+def pictures(*sizes, seed=1, height=64):
+    """Batches for segmentation: images, and the class of each pixel."""
+    random = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.rand(size, 3, height, height, generator=random),
+            torch.randint(CLASSES, (size, height, height), generator=random),
+        )
+        for size in sizes
+    ]
+
+
+def batches_for(name, *sizes, **more):
+    return (scenes if finds_boxes(name) else pictures)(*sizes, **more)
+
+
+def anchor_outputs(model, images, *names):
+    """What the head of a detector with one stage computes for every anchor: (images, anchors, numbers)."""
+    batch, _ = model.transform(list(images))
+    outputs = model.head(list(model.backbone(batch.tensors).values()))
+    return torch.cat([outputs[name] for name in names], dim=-1)
+
+
+def class_logits(model):
+    return lambda batch: {"logits": anchor_outputs(model, batch[0], "cls_logits")}
