@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
+from support.detectors import build
 from support.zoo import ZOO, matching, matrices
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -188,6 +189,15 @@ def test_blocks_of_models_that_declare_them():
     found = found_in("bert_classifier")
     assert [unit.name for unit in found.units] == ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler.dense"]
     assert [len(unit.layers) for unit in found.units] == [6, 6, 1]
+
+
+def test_blocks_of_the_backbone_of_a_detector():
+    """It holds them in a dictionary, which it runs in order."""
+    found = find_layers(build("faster_rcnn"))
+    expected = ["backbone.body.1.conv.1", *(f"backbone.body.{number}" for number in range(2, 8))]
+    assert [unit.name for unit in found.units][:7] == expected
+    assert {len(unit.layers) for unit in found.units[1:7]} == {2}
+    assert {len(unit.layers) for unit in found.units[7:]} == {1}
 
 
 # ---- reasons

@@ -36,7 +36,12 @@ def _members_of_lists(modules: Mapping[str, nn.Module]) -> list[str]:
     return [
         f"{name}.{child}" if name else child
         for name, container in modules.items()
-        if isinstance(container, nn.ModuleList | nn.Sequential) and not name.endswith("experts")
+        if _is_list(container) and not name.endswith("experts")
         for child, member in container.named_children()
         if not isinstance(member, nn.ModuleList | nn.Sequential)
     ]
+
+
+def _is_list(container: nn.Module) -> bool:
+    """Whether a module holds others in a sequence, as torchvision's backbones of detectors do in a dictionary."""
+    return isinstance(container, nn.ModuleList | nn.Sequential) or type(container).__name__ == "IntermediateLayerGetter"
