@@ -1,0 +1,113 @@
+"""The language half of vision-language models, pruned with images in the calibration batches."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from support import families
+from support.callbacks import trainer
+from support.pairwise import with_nightly
+from torch.utils.data import DataLoader
+
+from wanda_lightning import WandaPrune, prune
+from wanda_lightning.models import find_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # models of transformers warn about their own arguments
+MODELS = [f"{name}ForConditionalGeneration" for name in ("Llava", "PaliGemma", "Qwen2VL")]
+LANGUAGE = "model.language_model"
+METHODS = ["wanda", "balanced", "best", "thorough"]
+
+
+def of(name):
+    family = families.other(name)
+    model = family.build()
+    return model, family.batches(model)
+
+
+def without_images(batches):
+    """The same tokens; those of the image are ordinary words then."""
+    return [{name: value for name, value in batch.items() if name == "input_ids"} for batch in batches]
+
+
+def assert_half_of_the_language_model(model, dense, report):
+    layers = {layer.name: layer for layer in find_layers(model).layers}
+    assert {layer.name for layer in report.layers} == {name for name in layers if name.startswith(f"{LANGUAGE}.")}
+    zeros = sum(int((layers[layer.name].read() == 0).sum()) for layer in report.layers)
+    assert zeros == pytest.approx(0.5 * sum(layer.size for layer in report.layers), rel=0.02)
+    before = dense.state_dict()
+    for name, value in model.state_dict().items():
+        assert name.startswith(f"{LANGUAGE}.") or torch.equal(value, before[name]), name
+
+
+def zeros(model):
+    return {name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2}
+
+
+def differ(one, other):
+    return sum(int((one[name] != other[name]).sum()) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    with_nightly(
+        [*zip(MODELS, METHODS, strict=False), ("LlavaForConditionalGeneration", "thorough")],
+        [(name, method) for name in MODELS for method in METHODS],
+    ),
+)
+def test_images_reach_the_statistics(name, method):
+    found = []
+    for change in (lambda batches: batches, without_images):
+        model, batches = of(name)
+        model.requires_grad_(False)  # or `Distil` trains the norms and biases of the vision model, too
+        model.model.language_model.requires_grad_(True)
+        dense = copy.deepcopy(model)
+        report = prune(model, change(batches), 0.5, method=method, only=[LANGUAGE], progress=False)
+        assert_half_of_the_language_model(model, dense, report)
+        found.append(zeros(model))
+    assert differ(*found) > 0
+    with torch.no_grad():
+        assert all(model(**batch).logits.isfinite().all() for batch in batches)
+
+
+def test_the_tokens_of_the_image_count():
+    model, batches = of("LlavaForConditionalGeneration")
+    report = prune(model, batches, 0.5, only=[LANGUAGE], progress=False)
+    assert {layer.tokens for layer in report.layers} == {sum(batch["input_ids"].numel() for batch in batches)}
+
+
+class Module(L.LightningModule):
+    """A user's module around a model of transformers."""
+
+    def __init__(self, model, batches):
+        super().__init__()
+        self.model, self.batches = model, batches
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self(**batch).logits.square().mean())
+
+    def calibration_dataloader(self):
+        return DataLoader(self.batches, batch_size=None)
+
+    val_dataloader = calibration_dataloader
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_callback_prunes_the_same_weights(name):
+    model, batches = of(name)
+    module, dense = Module(copy.deepcopy(model), batches), copy.deepcopy(model)
+    pruning = WandaPrune(0.5, only=[f"model.{LANGUAGE}"], num_samples=5)
+    trainer(pruning).validate(module, verbose=False)
+    report = prune(model, batches, 0.5, only=[LANGUAGE], progress=False)
+    assert_half_of_the_language_model(model, dense, report)
+    assert differ(zeros(module.model), zeros(model)) == 0
+    assert [f"model.{layer.name}" for layer in report.layers] == [layer.name for layer in pruning.report.layers]
+
+
+def test_everything_is_pruned_without_only():
+    model, batches = of("LlavaForConditionalGeneration")
+    names = {layer.name for layer in prune(model, batches, 0.5, progress=False).layers}
+    assert {name.split(".")[1] for name in names} >= {"vision_tower", "language_model", "multi_modal_projector"}
