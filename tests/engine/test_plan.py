@@ -63,10 +63,11 @@ def test_blocks_do_not_depend_on_where_batches_stop():
 
 @pytest.mark.parametrize(("name", "weighed"), [("llama", True), ("vit", False), ("convnext", False)])
 def test_rows_are_weighed_except_in_image_models(name, weighed):
-    plan = make_plan(PruningConfig.from_names(method="best"), ZOO[name].build())
-    assert plan.config.pattern == Unstructured("layer", weigh_rows=weighed) and plan.preset == "best"
-    forced = Unstructured("layer", weigh_rows=True)
-    assert make_plan(PruningConfig.from_names(method="best", pattern=forced), ZOO[name].build()).config.pattern == forced
+    model, forced = ZOO[name].build(), Unstructured("layer", weigh_rows=True)
+    plan = make_plan(PruningConfig.from_names(method="best"), model)
+    assert plan.config.pattern == Unstructured("layer", weigh_rows=weighed)
+    assert plan.preset == "best"
+    assert make_plan(PruningConfig.from_names(method="best", pattern=forced), model).config.pattern == forced
 
 
 @pytest.mark.parametrize(("name", "stops"), [("llama", "layer"), ("vit", "none")])
