@@ -21,14 +21,3 @@ def gradients(model, batches, samples=None, predictions=0, recomputed=True, proc
         return gradient_statistics(
             model, plan.layers, blocks, data, lambda: None, processes, GradientLimit(samples, predictions)
         )
-
-
-def objective(logits, index):
-    """A number with the random gradient that sample number `index` gets at its logits, of shape (predictions, classes).
-
-    The gradient is `L v` with random signs v and a root `L = diag(sqrt(p)) - p sqrt(p)^T` of the Fisher matrix.
-    """
-    signs = torch.empty(logits.shape).bernoulli_(0.5, generator=torch.Generator().manual_seed(index)) * 2 - 1
-    p = logits.detach().float().softmax(-1)
-    root = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]
-    return (logits * (root @ signs[:, :, None])[..., 0]).sum()

@@ -40,10 +40,10 @@ def gradient_statistics(
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
-    The gradient at the logits is random, with the Fisher matrix of the model's own predictions as covariance (see
-    `_random_slopes`), so no labels are needed: the sums estimate the Fisher information. The classes are in the last
-    dimension of the logits, or in dimension 1 if they have four or more, as in segmentation. The random signs of a
-    sample depend on its index in the calibration data, but not on its batch or process. Each sample
+    The gradient is that of `log p(y)` with respect to the layer's outputs. The label y is drawn from the model's own
+    predictions p, so no labels are needed: the sums estimate the Fisher information. The classes are in the last
+    dimension of the logits, or in dimension 1 if they have four or more, as in segmentation. The label of a sample
+    depends on its index in the calibration data and on its predictions, but not on its batch or process. Each sample
     has its own backward pass, in which blocks are recomputed, so that only the activations of one block and the logits
     of one sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.
 
@@ -172,13 +172,14 @@ def _joined(samples: Samples, parts: Sequence[Sample]) -> Iterator[Sample]:
 
 
 def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
-    """Return a number whose gradient with respect to the logits is that of `_random_slopes`.
+    """Return a number whose gradient with respect to the logits is that of `-log p(y)`: `p - onehot(y)`.
 
-    The logits are freed when this returns, and the gradient after the backward pass of the output head.
+    The gradient is computed by hand, because cross entropy would hold three more tensors of this size. The logits are
+    freed when this returns, and the gradient after the backward pass of the output head.
 
-    The seed of a sample is its index in the calibration data; `first` is that of the first sample. Only the first
-    `count` samples have a gradient that is not 0. Also return how many predictions each sample has, including those of
-    padding.
+    The seed of a label is the index of its sample in the calibration data; `first` is that of the first sample. Only
+    the first `count` samples have a gradient that is not 0. Also return how many predictions each sample has, including
+    those of padding.
     """
     output, keep = sample.predict(), None
     logits = find_predictions(output)
@@ -201,8 +202,11 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     gradient = torch.zeros_like(logits)
     for index in range(min(len(logits), count)):
         rows = logits[index].detach() if keep is None else logits[index].detach()[keep[index]]
+        slopes = rows.reshape(-1, rows.shape[-1]).float().softmax(dim=-1)
         generator = torch.Generator(rows.device).manual_seed(first + index)
-        slopes = _random_slopes(rows.reshape(-1, rows.shape[-1]).float().softmax(dim=-1), generator)
+        if len(slopes):
+            labels = torch.multinomial(slopes, 1, generator=generator)
+            slopes.scatter_add_(1, labels, slopes.new_full(labels.shape, -1))
         values = slopes.to(gradient.dtype)
         if keep is None:
             gradient[index] = values.view(gradient[index].shape)
@@ -210,18 +214,6 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
             gradient[index, keep[index]] = values
     objective: Tensor = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
     return objective, max(1, logits[..., 0].numel() // sample.size)
-
-
-def _random_slopes(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Return random gradients at the logits, of shape (predictions, classes), whose covariance is the Fisher matrix.
-
-    With the probabilities p and random signs v, they are `sqrt(p) * v - p * (sqrt(p) @ v)`, of covariance
-    `diag(p) - p p^T`. So are those of `log p(y)` for a label y that is drawn from p, but where the model is nearly
-    certain, almost every y gives almost nothing, and a rare one very much.
-    """
-    signs = torch.empty_like(probabilities).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-    slopes = signs.mul_(probabilities.sqrt())
-    return slopes.sub_(probabilities * slopes.sum(dim=-1, keepdim=True))
 
 
 class _WithGradient(torch.autograd.Function):
