@@ -142,21 +142,26 @@ def test_samples_with_one_prediction_run_together(size):
     assert runs == [1, *[8] * 8, 6]  # the first shows whether there are gradients
     samples = torch.cat(batches)
     trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
-    adamw_by_hand(expected, dense, weights_of(report), trained, Distil(passes=1, batch_size=8))
+    config = Distil(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512))
+    adamw_by_hand(expected, dense, weights_of(report), trained, config)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
     with torch.no_grad():
         after = divergence(model, dense, samples[7::8])
     assert report.training.passes[1].held_out == pytest.approx(float(after), rel=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "batch_size", "steps"), [(8, None, 14), (4, None, 7), (4, 1, 14)])
-def test_a_window_of_text_is_a_step(tokens, batch_size, steps, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "batch_size", "steps", "predictions"), [(8, None, 14, 8), (4, None, 7, 8), (4, 1, 14, 4), (64, 9, 2, 512)]
+)
+def test_a_window_of_text_is_a_step(tokens, batch_size, steps, predictions, monkeypatch):
     step, count = torch.optim.AdamW.step, []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: count.append(1) or step(*args))
     generator = torch.Generator().manual_seed(1)
     batches = [{"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)]
-    prune(ZOO["llama"].build(), batches, 0.5, recovery=Distil(passes=1, batch_size=batch_size), progress=False)
+    recovery = Distil(passes=1, batch_size=batch_size)
+    report = prune(ZOO["llama"].build(), batches, 0.5, recovery=recovery, progress=False)
     assert len(count) == steps
+    assert f"learning_rate={1e-3 * math.sqrt(predictions / 512)}," in report.training.recovery
 
 
 @pytest.mark.parametrize(

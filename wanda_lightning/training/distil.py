@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _WARM_UP = 4  # optimizer steps
 _PREDICTIONS = 8  # in an optimizer step, at least; a window of text has one for each token, an image a single one
+_ENOUGH = 512  # predictions in a step for the largest usual learning rate
 _STOPPED = "The model is pruned. It holds the best weights that distillation found before it was stopped."
 
 
@@ -61,7 +62,9 @@ class Distil(Recovery):
 
     Attributes:
         passes: Number of passes over the samples.
-        learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights.
+        learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights. None
+            chooses 0.001 for steps of 512 predictions or more, and `0.001 * sqrt(n / 512)` for n, since the gradients
+            of few are noisy (Malladi et al. 2022): 0.000125 for 8 images.
         batch_size: Number of samples in an optimizer step, over all processes. None chooses as many as have 8
             predictions: one window of at least 8 tokens, or 8 images. Samples with one prediction and equal shapes
             run as one batch.
@@ -74,7 +77,7 @@ class Distil(Recovery):
     """
 
     passes: int = 3
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     batch_size: int | None = None
     loss: Literal["kl", "mse"] | None = None
     next_token: float = 0.5
@@ -84,7 +87,9 @@ class Distil(Recovery):
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
-        check(self, passes=at_least_1, learning_rate=Number(above=0, maximum=1))
+        check(self, passes=at_least_1)
+        if self.learning_rate is not None:
+            check(self, learning_rate=Number(above=0, maximum=1))
         check(self, seed=Number(minimum=0, whole=True), next_token=Number(minimum=0, maximum=1))
         if self.batch_size is not None:
             check(self, batch_size=at_least_1)
@@ -103,7 +108,7 @@ class _Distillation(ModelRecovery):
     """
 
     def __init__(self, config: Distil, dense: DenseModel) -> None:
-        self._config, self._dense, self._processes = config, dense, dense.processes
+        self._dense, self._processes = dense, dense.processes
         head = output_head(dense.model, dense.layers)
         pruned = {id(layer.parameter) for layer in dense.layers}
         fixed = {id(parameter) for parameter in head.parameters()} if head is not None else set()
@@ -134,14 +139,19 @@ class _Distillation(ModelRecovery):
                 "whose tensors have samples in their first dimension."
             )
         self._loss = DistilLoss(dense.model, config.loss, config.next_token)
-        self._batch_size = config.batch_size or self._usual_batch_size()
+        self._batch_size, rate = self._usual_step(config.batch_size)
+        self._config = config if config.learning_rate else replace(config, learning_rate=rate)
 
-    def _usual_batch_size(self) -> int:
-        """Return the number of samples that have enough predictions for a step, on average over all processes."""
+    def _usual_step(self, size: int | None) -> tuple[int, float]:
+        """Return the size of a step, or else the number of samples that have enough predictions, and its learning rate.
+
+        The number of predictions of a sample is the mean over all processes.
+        """
         rows = [len(target.rows) for _, target in filter(None, self._samples)]
         counts = self._processes.all_gather([len(rows), sum(rows)])
         samples, predictions = (sum(column) for column in zip(*counts, strict=True))
-        return max(1, _PREDICTIONS * samples // max(1, predictions))
+        size = size or max(1, _PREDICTIONS * samples // max(1, predictions))
+        return size, 1e-3 * min(1.0, math.sqrt(size * max(1, predictions) / samples / _ENOUGH))
 
     def train(self) -> Training:
         config, dense = self._config, self._dense
@@ -184,6 +194,7 @@ class _Distillation(ModelRecovery):
         return (samples[start : start + self._batch_size] for start in range(0, len(samples), self._batch_size))
 
     def _optimizer(self, weights: MaskedWeights, steps: int) -> tuple[Any, Any]:
+        assert self._config.learning_rate
         groups = weights.groups(self._config.learning_rate)
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self._parameters)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
