@@ -6,13 +6,14 @@
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --held_out
     python benchmarks/quality.py --model M.gguf --baseline --goals 50 2:4
     python benchmarks/quality.py --images --save benchmarks/results
+    python benchmarks/quality.py --photos .cache/efficientnet_lite0 --data imagenet_sample --nsamples 512
 
 Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, each cell is a
 file (benchmarks/result.py), and the same command again measures only cells that are missing or used other choices.
 With `--calibration self`, the dense model writes the windows, and the files are in a table of their own.
 `--held_out` measures on the part of the calibration text that calibration does not use, to choose hyperparameters.
 `--baseline` compares our SparseGPT and `balanced` with a plain implementation of SparseGPT. `--images` trains and
-prunes the models of recipes/vision/demo.py.
+prunes the models of recipes/vision/demo.py, and `--photos` prunes a timm model with its weights.
 """
 
 import argparse
@@ -39,6 +40,8 @@ from wanda_lightning import (
     CausalLMModule,
     EqualShare,
     Fisher,
+    ImageClassifierModule,
+    ImageDataModule,
     PruningCallback,
     PruningConfig,
     TextDataModule,
@@ -46,6 +49,7 @@ from wanda_lightning import (
     prune,
     sample_windows,
 )
+from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS, PRESETS
@@ -76,7 +80,12 @@ IMAGES: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
     **{name: {"method": name} for name in PRESETS},
 }
-GOALS = {False: ("50", "60", "70", "4:8", "2:4"), True: ("50", "70", "80", "90", "2:4")}  # by whether they are images
+GOALS = {
+    "text": ("50", "60", "70", "4:8", "2:4"),
+    "digits": ("50", "70", "80", "90", "2:4"),
+    "photos": ("50", "60", "70", "2:4"),
+}
+PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "thorough")}
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
@@ -315,6 +324,45 @@ def measure_images(options: argparse.Namespace, console: Console) -> None:
         console.print(table)
 
 
+def measure_photos(options: argparse.Namespace, console: Console) -> None:
+    """Measure presets with a classifier and its weights, on images in the layout of ImageNet."""
+    module, runs = ImageClassifierModule(f"timm:local-dir:{options.photos}"), Runs(options.save, "photos")
+    data = ImageDataModule(options.data, module, num_samples=options.nsamples)
+    data.setup("validate")
+    model, name = module.model.eval(), Path(options.data).name
+    calibration, evaluated = [images for images, _ in data.calibration_dataloader()], list(data.val_dataloader())
+    dense = copy.deepcopy(model.state_dict())
+    expected = _outputs(model, evaluated)
+    labels = torch.cat([labels for _, labels in evaluated])
+
+    def measure(chosen: Mapping[str, Any] | None) -> Measured:
+        model.load_state_dict(dense)
+        if chosen is None:
+            return {"top1": float((expected.argmax(dim=1) == labels).double().mean())}
+        duration = seconds(lambda: prune(model, calibration, **chosen, progress=False))
+        found = _outputs(model, evaluated)
+        top1 = float((found.argmax(dim=1) == labels).double().mean())
+        return {"top1": top1, "divergence": float(divergence(found, expected)[0]) / len(labels), "seconds": duration}
+
+    planned = Result(model=Path(options.photos).name, method="dense", evaluation=Samples(name, len(labels)))
+    known = runs(planned, lambda: measure(None)).measured["top1"]
+    table = columns(f"{planned.model}: top-1 (divergence); dense {known:.2%}", "method", *options.goals)
+    for method in options.methods:
+        row = []
+        for goal in options.goals:
+            chosen = choices(PHOTOS[method], goal)
+            run = replace(planned, method=method, **sparsity_of(goal), arguments=arguments(chosen))
+            run = runs(replace(run, calibration=Samples(name, options.nsamples)), partial(measure, chosen))
+            row.append(f"{run.measured['top1']:.2%} ({run.measured['divergence']:.3f})")
+        table.add_row(method, *row)
+    console.print(table)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.cat([model(part) for images, _ in batches for part in images.split(16)])
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a language model, its windows and the table."""
     parser.add_argument("--model", help="hub id, folder or .gguf file")
@@ -346,18 +394,22 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="runs of --baseline, of which medians count")
     parser.add_argument("--warm_up", action="store_true", help="run each once before those of --baseline")
     parser.add_argument("--images", action="store_true", help="image classifiers instead of a language model")
+    parser.add_argument("--photos", help="folder of a timm model with its weights")
+    parser.add_argument("--data", help="images for --photos: a folder with train/CLASS and val/CLASS")
     parser.add_argument("--epochs", type=int, default=30, help="training epochs of --images")
     options = parser.parse_args()
     if options.baseline and (options.methods or options.images):
         parser.error(
             f"--baseline compares {', '.join(AGAINST_BASELINE)} with a language model. Remove --methods and --images."
         )
-    known = IMAGES if options.images else TEXT
-    options.methods, options.goals = options.methods or list(known), options.goals or GOALS[options.images]
+    kind = "digits" if options.images else "photos" if options.photos else "text"
+    known = {"digits": IMAGES, "photos": PHOTOS, "text": TEXT}[kind]
+    options.methods, options.goals = options.methods or list(known), options.goals or GOALS[kind]
     check_options(parser, options, known)
-    if not (options.model or options.images):
-        parser.error("--model must be given, except with --images.")
-    run = measure_images if options.images else measure_baseline if options.baseline else measure_text
+    if not options.model and kind == "text":
+        parser.error("--model must be given, except with --images and --photos.")
+    run = {"digits": measure_images, "photos": measure_photos, "text": measure_text}[kind]
+    run = measure_baseline if options.baseline else run
     run(options, Console(width=130))
 
 
