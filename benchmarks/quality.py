@@ -71,7 +71,7 @@ TEXT: dict[str, Choices] = {
     "best-permutation": {"method": "best", "permutation": "none"},
     "best-row_weights": {"method": "best", "pattern": Unstructured("layer")},
 }
-UNSTRUCTURED = ("variant", "owl", "alpha", "fisher", "best-row_weights")  # not for N:M
+UNSTRUCTURED = ("variant", "owl", "alpha", "fisher", "best-row_weights", "best+row_weights")  # not for N:M
 PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
 IMAGES: dict[str, Choices] = {
     "magnitude": {"method": "magnitude"},
@@ -79,13 +79,14 @@ IMAGES: dict[str, Choices] = {
     "wanda, layer": {"method": "wanda", "pattern": Unstructured("layer")},
     "sparsegpt": {"method": "sparsegpt"},
     **{name: {"method": name} for name in PRESETS},
+    "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
 }
 GOALS = {
     "text": ("50", "60", "70", "4:8", "2:4"),
     "digits": ("50", "70", "80", "90", "2:4"),
     "photos": ("50", "60", "70", "2:4"),
 }
-PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "thorough")}
+PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "best+row_weights", "thorough")}
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
@@ -312,6 +313,9 @@ def measure_images(options: argparse.Namespace, console: Console) -> None:
         for method in options.methods:
             row = []
             for goal in options.goals:
+                if ":" in goal and method in UNSTRUCTURED:
+                    row.append("-")
+                    continue
                 chosen = choices(IMAGES[method], goal)
                 module.load_state_dict(dense)
                 if reason := refusal(module.model, chosen):
@@ -350,6 +354,9 @@ def measure_photos(options: argparse.Namespace, console: Console) -> None:
     for method in options.methods:
         row = []
         for goal in options.goals:
+            if ":" in goal and method in UNSTRUCTURED:
+                row.append("-")
+                continue
             chosen = choices(PHOTOS[method], goal)
             run = replace(planned, method=method, **sparsity_of(goal), arguments=arguments(chosen))
             run = runs(replace(run, calibration=Samples(name, options.nsamples)), partial(measure, chosen))

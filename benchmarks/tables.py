@@ -41,6 +41,7 @@ LABELS: Mapping[str, str] = {
     "reconstruct": "`reconstruct`",
     "best-permutation": "`best` without its permutation",
     "best-row_weights": "`best` without row weights",
+    "best+row_weights": "`best` with row weights",
     "best": "`best`",
     "thorough": "`thorough`",
     "fixed": "then `DistillFromDense`",
@@ -229,6 +230,15 @@ def images() -> str:
     return _by_model(read_table("images"), lambda r: percent(r, "top1"), ("50 %", "70 %", "80 %", "90 %", "2:4"))
 
 
+def photos() -> str:
+    """Accuracy of classifiers with their weights, and the divergence from the dense predictions."""
+
+    def cell(result: Result | None) -> str:
+        return f"{percent(result, 'top1', 1)} ({number(result, 'divergence', '.3f')})" if result else ""
+
+    return _by_model(read_table("photos"), cell, ("50 %", "60 %", "70 %", "2:4"))
+
+
 def batch_norm() -> str:
     """Accuracy without and with the correction of BatchNorm statistics."""
 
@@ -243,12 +253,13 @@ def _by_model(results: Sequence[Result], cell: Cell, goals: Row) -> str:
     """Return one table for each trained model: first by the weights, then by name."""
     groups = defaultdict(list)
     for result in results:
-        groups[result.case["weights"], result.model].append(result)
+        groups[result.case.get("weights", ""), result.model].append(result)
     parts = []
     for (weights, model), group in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[0][1]))):
         found = lookup(group)
         rows = [[LABELS[name], *(cell(found.get((name, goal))) for goal in goals)] for name in methods_of(found)]
-        title = f"`{model}` with the weights `{weights}`, {percent(found['dense', 'dense'], 'top1')} dense:"
+        which = f"`{model}`" + f" with the weights `{weights}`" * bool(weights)
+        title = f"{which}, {percent(found['dense', 'dense'], 'top1')} dense:"
         parts += [title, markdown(("method", *goals), rows)]
     return "\n\n".join([*parts, source(results)])
 
@@ -520,6 +531,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "demo": demo,
     "reference": reference,
     "images": images,
+    "photos": photos,
     "batch_norm": batch_norm,
     "costs": costs,
     "image_costs": image_costs,
