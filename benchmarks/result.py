@@ -27,6 +27,7 @@ QUANTITIES: Mapping[str, str] = {
     "perplexity_before": "the same before fine-tuning",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",
+    "divergence": "mean KL divergence from the dense predictions on the evaluation images",
     "acc": "zero-shot accuracy of lm-eval, as a fraction",
     "acc_error": "its standard error",
     "acc_norm": "zero-shot accuracy, normalized by the length of the answers",
