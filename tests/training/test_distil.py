@@ -151,7 +151,8 @@ def test_samples_with_one_prediction_run_together(size):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "batch_size", "steps", "predictions"), [(8, None, 14, 8), (4, None, 7, 8), (4, 1, 14, 4), (64, 9, 2, 512)]
+    ("tokens", "batch_size", "steps", "predictions"),
+    [(8, None, 14, 8), (4, None, 7, 8), (4, 1, 14, 4), (64, 9, 2, 512)],
 )
 def test_a_window_of_text_is_a_step(tokens, batch_size, steps, predictions, monkeypatch):
     step, count = torch.optim.AdamW.step, []

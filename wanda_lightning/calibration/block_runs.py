@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,8 +21,9 @@ _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 class _Record:
     """The results of one call of a block, and the inputs of its modules."""
 
-    # Tensors that the block returned, or wrote into its arguments, attributes or buffers, in this order.
+    # Tensors that the block returned, or wrote into its arguments or attributes, in this order.
     results: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)  # that the block wrote into
     # Inputs of each module with a matrix, one tensor for each of its calls.
     inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     eps: float = 0.0  # largest relative rounding error of the dtypes that the block used
@@ -68,22 +69,25 @@ class BlockRuns:
         others = [x for other, entered in inputs.items() if other is not module for x in entered]
         return not any(torch.equal(x, y) for x in inputs[module] for y in others if x.shape == y.shape)
 
-    def inputs_after(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Run the first call, and return the inputs of a module before and after; None if anything else changed."""
+    def inputs_after(
+        self, module: nn.Module, inner: Set[nn.Module] = frozenset()
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Run the first call, and return the inputs of a module before and after.
+
+        The result is None if anything else changed but the inputs of the `inner` modules.
+        """
         before, after = self._records[0], self._run_again(0, with_inputs=True)
-        if not _all_same(before.results, after.results, before.eps):
+        if not _same_results(before, after):
             return None
         if before.inputs.keys() != after.inputs.keys():
             return None
-        others = (_all_same(x, after.inputs[m], before.eps) for m, x in before.inputs.items() if m is not module)
+        unchanged = before.inputs.keys() - {module, *inner}
+        others = (_all_same(before.inputs[m], after.inputs[m], before.eps) for m in unchanged)
         return (before.inputs[module], after.inputs[module]) if all(others) else None
 
     def same_results(self) -> bool:
         """Run all calls, and return whether the block gives the same results as at first, to rounding."""
-        return all(
-            _all_same(record.results, self._run_again(index).results, record.eps)
-            for index, record in enumerate(self._records)
-        )
+        return all(_same_results(record, self._run_again(index)) for index, record in enumerate(self._records))
 
     def same_after(self, change: Callable[[], object], read: tuple[Layer, Tensor] | None = None) -> bool:
         """Run the first call, take something out of the block, and run it again: whether it computes the same.
@@ -98,9 +102,8 @@ class BlockRuns:
             after = self._run_again(0, with_inputs=True)
         except Exception:
             return False
-        buffers = len(list(self._block.buffers()))  # the last results; they may have other shapes now
-        kept, left = (record.results[: len(record.results) - buffers] for record in (before, after))
-        return _all_same(kept, left, before.eps) and (read is None or self._reads_same(*read, before, after))
+        same = _all_same(before.results, after.results, before.eps)  # buffers may have other shapes now
+        return same and (read is None or self._reads_same(*read, before, after))
 
     def _reads_same(self, layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
         x, y = ([layer.tokens(each) for each in record.inputs.get(layer.module, ())] for record in (before, after))
@@ -127,7 +130,7 @@ class BlockRuns:
 
     def _run(self, call: Call, args: Any, kwargs: Any, with_inputs: bool) -> tuple[Any, _Record]:
         """Run a call on arguments that it may change."""
-        record = _Record()
+        record, buffers = _Record(), [(buffer, buffer.clone()) for buffer in self._block.buffers()]
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if entered := tensors_within((args, kwargs)):
@@ -140,9 +143,9 @@ class BlockRuns:
         # A block may pass keys and values to later blocks through an object among its arguments.
         attributes = (value for module in self._block.modules() for value in vars(module).values())
         found = [*tensors_within((output, args, kwargs)), *(x for x in attributes if isinstance(x, Tensor))]
-        found += self._block.buffers()
         record.results = [tensor.clone() for tensor in found]
-        record.eps = _eps(record.results + [x for entered in record.inputs.values() for x in entered])
+        record.buffers = [buffer.clone() for buffer, old in buffers if not torch.equal(buffer, old)]
+        record.eps = _eps(record.results + record.buffers + [x for entered in record.inputs.values() for x in entered])
         return output, record
 
 
@@ -152,6 +155,10 @@ def _eps(tensors: Sequence[Tensor]) -> float:
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def _same_results(before: _Record, after: _Record) -> bool:
+    return _all_same(before.results + before.buffers, after.results + after.buffers, before.eps)
 
 
 def _all_same(before: Sequence[Tensor], after: Sequence[Tensor], eps: float) -> bool:

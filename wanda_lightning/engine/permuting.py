@@ -7,6 +7,7 @@ from contextlib import closing
 from functools import partial
 
 import torch
+from torch import nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
@@ -18,7 +19,7 @@ from wanda_lightning.core.types import Orders, Score
 from wanda_lightning.engine.dense_blocks import dense_blocks
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
-from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, tied_tensors
+from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import Permuted
@@ -112,7 +113,7 @@ class _Search:
             return
         parent = self._modules[reader.name.rpartition(".")[0]]
         key = type(unit.module), reader.name.removeprefix(unit.name), reader.shape
-        for index, hidden in enumerate(hidden_units(reader, parent, unit.module)):
+        for index, hidden in enumerate(_candidates(reader, parent, unit.module)):
             if self._known.get(key, index) == index and self._is_movable(hidden) and self._is_right(hidden, runs):
                 self._known[key] = index
                 yield hidden
@@ -137,7 +138,7 @@ class _Search:
         return self._plan.processes.all_agree(same)
 
     def _is_permuted(self, hidden: HiddenUnits, orders: Orders, runs: BlockRuns) -> bool:
-        inputs = runs.inputs_after(hidden.reader.module)
+        inputs = runs.inputs_after(hidden.reader.module, hidden.inner)
         if inputs is None or len(inputs[0]) != len(inputs[1]):
             return False
         before, after = ([hidden.reader.tokens(x) for x in entered] for entered in inputs)
@@ -151,6 +152,13 @@ class _Search:
         orders = torch.stack([config.permutation(each, config.pattern).cpu() for each in by_head])
         # One process decides: sums that differ in the last digit could give another order.
         return self._plan.processes.broadcast(orders, 0)
+
+
+def _candidates(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
+    """Yield candidates for the hidden units that a plain layer reads, at last with depthwise layers in between."""
+    yield from hidden_units(reader, parent, block)
+    for units in removable_units(reader, parent, block):
+        yield HiddenUnits(reader, units.slots, units.inner)
 
 
 def _permute_all(reorderings: Iterable[Reordering]) -> None:

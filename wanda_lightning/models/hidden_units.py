@@ -101,6 +101,7 @@ class HiddenUnits:
     reader: Layer
     # Rows of the writers, other parameters with one value for each unit, and the columns of the reader.
     slots: tuple[Slot, ...]
+    inner: frozenset[nn.Module] = frozenset()  # that the units enter on their way, such as depthwise convolutions
 
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head, in place; units stay within their head."""

@@ -55,6 +55,12 @@ class RemovableUnits:
         """The matrices that write or read the units; the last is the reader's."""
         return tuple(s for s in self.slots if s.tensor.ndim > 1 and not _is_depthwise(s.module, self.width))
 
+    @property
+    def inner(self) -> frozenset[nn.Module]:
+        """The modules with a matrix that the units enter on their way to the reader."""
+        matrices = ((slot, whole_layer(slot.module)) for slot in self.slots[:-1] if slot.tensor.ndim > 1)
+        return frozenset(slot.module for slot, own in matrices if own is None or slot.line == columns_of(own).line)
+
     def zero(self, units: Units) -> None:
         """Set all parameters of some units to zero; running statistics stay."""
         for slot in self.slots:
