@@ -114,7 +114,7 @@ class PruningConfig:
                 layers (`layer`) or nothing (`none`). The usual default `auto` is none for image models, layer for
                 structured patterns, else block.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
-                order of their rows.
+                order of their rows and columns.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
             min_expert_tokens: Experts with fewer calibration tokens use the statistics of all experts of their module.
