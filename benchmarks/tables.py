@@ -118,7 +118,7 @@ def by_goal(goal: str) -> tuple[bool, str]:
 def samples(data: Samples) -> str:
     """Describe calibration or evaluation data."""
     if not data.length:
-        return f"{data.windows} {data.data}"
+        return f"{data.windows} {'' if data.data in ('digits', 'random images') else 'images of '}{data.data}"
     tokens = data.data if data.data == "random tokens" else f"tokens of {data.data}"
     return f"{data.windows} windows of {data.length} {tokens}"
 
