@@ -152,7 +152,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
             for weight in self._held(optimizer):
                 for value in optimizer.state.get(weight, {}).values():
                     if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                        _zero(value, self._keep[weight])
+                        _zero(value, self._keep_of(weight))
 
     @torch.no_grad()
     def clear_copies(self, model: nn.Module, copies: Iterable[nn.Module]) -> None:
@@ -190,7 +190,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         found = {}
         for layer, weight in self._held_layers:
             if not isinstance(weight, DTensor):
-                zero = (layer.part(weight.detach()) == 0) & layer.part(self._keep[weight])
+                zero = (layer.part(weight.detach()) == 0) & layer.part(self._keep_of(weight))
                 if zero.any():
                     found[layer.name] = pack(zero)
         return found
@@ -213,14 +213,20 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def _held(self, optimizer: Optimizer) -> list[Tensor]:
         return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._keep]
 
+    def _keep_of(self, weight: Tensor) -> Tensor:
+        """Return the mask of a weight, on its device: the model may have moved since `hold`."""
+        if self._keep[weight].device != weight.device:
+            self._keep[weight] = self._keep[weight].to(weight.device)
+        return self._keep[weight]
+
     def _mask_gradient(self, weight: Tensor) -> None:
         if weight.grad is not None:
-            _zero(weight.grad, self._keep[weight])
+            _zero(weight.grad, self._keep_of(weight))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         for weight in self._held(optimizer):
-            _zero(weight, self._keep[weight])
+            _zero(weight, self._keep_of(weight))
 
 
 def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:
@@ -247,4 +253,4 @@ def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:
-    mask_(local(tensor.detach()), keep)
+    mask_(local(tensor.detach()), keep.to(tensor.device))  # an average of weights may be on another device
