@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.common.widest import widest
 from wanda_lightning.models import Layer
 
 _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
@@ -175,7 +176,7 @@ def _same(x: Tensor, y: Tensor, eps: float, each_column: bool = False) -> bool:
     """
     if not x.is_floating_point():
         return torch.equal(x, y)
-    x, y = x.double(), y.double()
+    x, y = widest(x), widest(y)
     difference = torch.where(x == y, 0.0, x - y).abs()  # both may be infinite
     most = (difference <= _CLOSE * x.abs()).double().mean() > (0.9 if each_column else 0.5) if x.numel() else True
     dims = 0 if each_column else None

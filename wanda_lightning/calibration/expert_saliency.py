@@ -92,7 +92,7 @@ class ExpertSaliency:
         elif sample.masks:
             self.padding_counted.add(mixture.name)
         sums, experts = self._sums[mixture.name], indices.reshape(norms.shape)[routed].cpu()
-        sums[0].index_add_(0, experts, norms[routed].double().cpu())
+        sums[0].index_add_(0, experts, norms[routed].cpu().double())
         sums[1].index_add_(0, experts, torch.ones(len(experts), dtype=torch.float64))
 
 

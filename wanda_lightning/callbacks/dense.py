@@ -73,7 +73,7 @@ def fingerprint(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = local(parameter.detach()).flatten()
-        values = values[:: max(1, len(values) // _VALUES)].double().cpu()
+        values = values[:: max(1, len(values) // _VALUES)].cpu().double()
         found.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
     return found.hexdigest()[:16]
 

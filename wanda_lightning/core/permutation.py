@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.widest import widest
 from wanda_lightning.core.keep_largest import nondeterministic_kernels
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.types import Order, Score
@@ -92,7 +93,7 @@ class Assignment(Permutation):
 def kept_score(scores: Score, order: Order, pattern: Pattern) -> float:
     """Return the sum of the scores that the pattern keeps after the columns are put in this order."""
     groups = scores[:, order.to(scores.device)].float().unflatten(1, (-1, pattern.group_size))
-    return float(groups.topk(pattern.group_kept, dim=2).values.sum(dtype=torch.float64))
+    return float(widest(groups.topk(pattern.group_kept, dim=2).values).sum())
 
 
 def _reassigned(scores: Score, members: Tensor, n: int, generator: torch.Generator) -> Tensor:

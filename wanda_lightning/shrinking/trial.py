@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.widest import widest
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import RemovableUnits, reads_images
 
@@ -163,7 +164,8 @@ def _all(same: Callable[[Tensor, Tensor], bool], before: Sequence[Tensor], after
 
 def _most_same(x: Tensor, y: Tensor) -> bool:
     """Whether the norms agree to rounding and more than half of the entries are close: in 16 bits, they are equal."""
-    close = (torch.where(x == y, 0.0, x.double() - y.double()).abs() <= _CLOSE * x.double().abs()).double().mean()
+    a, b = widest(x), widest(y)
+    close = (torch.where(a == b, 0.0, a - b).abs() <= _CLOSE * a.abs()).double().mean()
     return _same(x, y) and bool(close > 0.5)
 
 
@@ -171,6 +173,7 @@ def _same(x: Tensor, y: Tensor) -> bool:
     if not x.is_floating_point():
         return torch.equal(x, y)
     limit = max(8 * torch.finfo(x.dtype).eps, _CLOSE)
-    difference = torch.where(x == y, 0.0, x.double() - y.double())  # both may be infinite
-    scale = torch.linalg.vector_norm(torch.where(x.isfinite(), x.double(), 0.0))
+    x, y = widest(x), widest(y)
+    difference = torch.where(x == y, 0.0, x - y)  # both may be infinite
+    scale = torch.linalg.vector_norm(torch.where(x.isfinite(), x, 0.0))
     return bool(torch.linalg.vector_norm(difference) <= limit * scale)
