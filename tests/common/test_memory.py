@@ -1,6 +1,7 @@
 """Free memory of the machine and of containers."""
 
 import pytest
+import torch
 
 from wanda_lightning.common import memory
 
@@ -26,3 +27,12 @@ def test_a_container_may_use_less_than_the_machine(tmp_path, monkeypatch, versio
         memory.check_memory("--nsamples", 38, 1000)
     monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "none")
     assert memory.free_memory() > 10**8
+
+
+def test_an_accelerator_has_its_own_memory_if_it_says_how_much(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: asked.append(device) or (5, 10))
+    assert memory.free_memory(torch.device("xpu", 1)) == 5
+    assert asked == [torch.device("xpu", 1)]
+    monkeypatch.undo()
+    assert memory.free_memory(torch.device("meta")) > 10**8  # PyTorch knows nothing about it

@@ -29,10 +29,11 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def free_memory(device: torch.device | None = None) -> int:
     """Return the free bytes of a device, by default of the machine, or of a container that has fewer."""
-    if device is not None and device.type == "cuda":
+    if device is not None and device.type != "cpu":
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        with suppress(RuntimeError):  # some backends do not say
+            return torch.accelerator.get_memory_info(device)[0]
     import psutil
 
     return min([psutil.virtual_memory().available, *_left_in_cgroups()])

@@ -60,7 +60,7 @@ def sample_windows(
     windows = []
     with (
         torch.inference_mode(False),  # or training on the windows would fail
-        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
         _sampling(model),
         ProgressBar("Writing text", len(sizes) * seqlen, progress) as bar,
     ):
